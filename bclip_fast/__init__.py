@@ -1,0 +1,39 @@
+"""Fast BiomedCLIP: contrastive loss, attention, image decoding, pretraining and evaluation."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import bclip_fast` costs nothing beyond torch and loads no optional package.
+_PUBLIC = {
+    "BiomedClip": "bclip_fast.model.biomedclip",
+    "BiomedClipConfig": "bclip_fast.model.biomedclip",
+    "ClipLoss": "bclip_fast.loss",
+    "load": "bclip_fast.pretrained",
+    "ops": "bclip_fast.ops",
+    "save": "bclip_fast.pretrained",
+}
+
+if TYPE_CHECKING:
+    from . import ops
+    from .loss import ClipLoss
+    from .model.biomedclip import BiomedClip, BiomedClipConfig
+    from .pretrained import load, save
+
+__all__ = ["BiomedClip", "BiomedClipConfig", "ClipLoss", "load", "ops", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bclip_fast' has no attribute {name!r}")
+    module = importlib.import_module(_PUBLIC[name])
+    value = module if name == "ops" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
