@@ -1,0 +1,137 @@
+"""Typed dataclasses filled from TOML files, left to right, then from command-line flags.
+
+A TOML file is turned into the flags it stands for, so files and flags share one checker: an unknown key or a wrong
+type in a file is an error that names the file, never silently ignored. Positional arguments have no place in a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
+    """Fills dataclass `cls` from its defaults, the leading `*.toml` files in order, and the remaining flags.
+
+    A file that isn't found as a path is looked up among the package's own `configs/`.
+
+    Raises:
+        UserError: a file that isn't there or isn't TOML, an unknown key, a value of the wrong type.
+        SystemExit: after `--help`.
+    """
+    args = list(args)
+    config: T | None = None
+    while args and args[0].endswith(".toml"):
+        path = find(args.pop(0))
+        config = _parse(cls, list(_as_flags(_read(path))), config, prog, where=str(path))
+    if config is not None and not args:
+        return config
+    return _parse(cls, args, config, prog, where="the command line")
+
+
+def from_toml(cls: type[T], path: Path | str) -> T:
+    """The dataclass that `to_toml` wrote. Raises UserError as `parse` does."""
+    return _parse(cls, list(_as_flags(_read(Path(path)))), None, str(path), where=str(path))
+
+
+def to_toml(config: Any) -> str:
+    """The resolved configuration as TOML; `from_toml` gives an equal dataclass back. None is left out."""
+    import tomli_w
+
+    return tomli_w.dumps(_plain(config))
+
+
+def find(name: str) -> Path:
+    """The path of a TOML file, looked up in the working folder, then among the configurations of the package."""
+    for path in (Path(name), CONFIGS / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.toml")))
+    raise UserError(f"configuration file {name} does not exist; those of the package: {known}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} is not valid TOML: {error}") from error
+
+
+def _as_flags(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _as_flags(value, f"{name}.")
+        elif isinstance(value, list):
+            yield f"--{name}"
+            for item in value:
+                yield from map(_text, item if isinstance(item, list) else [item])
+        else:
+            # One token, so that a value that begins with a dash is not taken for a flag.
+            yield f"--{name}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: str) -> T:
+    import tyro
+
+    stderr = io.StringIO()
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                cls,
+                args=args,
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+                **keywords,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{where}: {_one_line(stderr.getvalue())} (see {prog} --help)") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+_BOX = re.compile("[\u2500-\u257f]+")
+_ANSI = re.compile("\x1b\\[[0-9;]*m")
+
+
+def _one_line(text: str) -> str:
+    """tyro's boxed, coloured message as one plain line."""
+    return " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init)
+        return {name: _plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
