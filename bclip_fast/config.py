@@ -123,7 +123,8 @@ _ANSI = re.compile("\x1b\\[[0-9;]*m")
 
 def _one_line(text: str) -> str:
     """tyro's boxed, coloured message as one plain line."""
-    return " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
+    words = " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
+    return words.split(" For full helptext")[0]
 
 
 def _plain(value: Any) -> Any:
