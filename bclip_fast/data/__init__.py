@@ -1,0 +1,1 @@
+"""From articles and images on disk to batches: ingest, shards, order, loaders, transforms."""
