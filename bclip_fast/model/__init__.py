@@ -1,0 +1,1 @@
+"""The two towers, their tokenizer, and the key maps of checkpoints."""

@@ -1,0 +1,139 @@
+"""BiomedCLIP: the two towers, the logit scale, and the presets of the paper's model and its ablations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .text import TextConfig, text_tower, trim_padding
+from .transformer import check_range
+from .vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class BiomedClipConfig:
+    """Sizes of the whole model; the defaults are the published BiomedCLIP."""
+
+    embed_dim: int = 512
+    """Width of the shared embedding."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    init_logit_scale: float = math.log(1 / 0.07)
+    """Initial learned logarithm of the logit scale."""
+    init_logit_bias: float | None = None
+    """Initial logit bias of the sigmoid loss; None: the model has no bias."""
+
+    def __post_init__(self) -> None:
+        check_range("embed_dim", self.embed_dim, 1, 16384)
+
+
+class BiomedClip(nn.Module):
+    """Image and text tower with one learned logit scale.
+
+    The parameters `logit_scale` (the logarithm) and, if configured, `logit_bias` are scalars.
+    """
+
+    def __init__(self, config: BiomedClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision, config.embed_dim)
+        self.text = text_tower(config.text, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_bias: nn.Parameter | None = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
+
+    def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
+        """(B, 3, S, S) as `Preprocess` gives it -> (B, embed_dim), of unit length if normalize."""
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, ids: Tensor, normalize: bool = True) -> Tensor:
+        """(B, L) int64 as `Tokenizer` gives it -> (B, embed_dim), of unit length if normalize.
+
+        Columns of padding alone are cut off first, which changes no result. Not so for ids on an accelerator in
+        training: there the longest row could be known only by waiting for the device; trim in the loader.
+        """
+        if not (torch.compiler.is_compiling() or (self.training and ids.device.type != "cpu")):
+            ids = trim_padding(ids, self.config.text.pad_id)
+        features = self.text(ids)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor | None]:
+        """What open_clip's CustomTextCLIP returns with `output_dict`: features of unit length and exp(logit_scale).
+
+        Returns:
+            image_features and text_features (B, embed_dim), None where no input was given; logit_scale (), the
+            factor itself; logit_bias () where the model has one.
+        """
+        output: dict[str, Tensor | None] = {
+            "image_features": None if image is None else self.encode_image(image),
+            "text_features": None if text is None else self.encode_text(text),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            output["logit_bias"] = self.logit_bias
+        return output
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each layer in the backward pass of training instead of keeping its activations."""
+        self.visual.grad_checkpointing = enable
+        self.text.grad_checkpointing = enable
+
+
+_WIDTHS = {"s": 384, "m": 512, "b": 768, "l": 1024}
+_GPT = TextConfig(
+    kind="gpt",
+    context_length=77,
+    vocab_size=49408,
+    width=512,
+    heads=8,
+    max_positions=77,
+    dropout=0.0,
+    attention_dropout=0.0,
+    projection="linear",
+)
+
+
+def _presets() -> dict[str, BiomedClipConfig]:
+    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], and quickstart."""
+    bert = TextConfig()
+    texts = {"": bert, "_ctx77": replace(bert, context_length=77), "_gpt77": _GPT}
+    presets = {}
+    for letter, width in _WIDTHS.items():
+        layers = 24 if letter == "l" else 12
+        for image_size in (224, 336, 384):
+            vision = VisionConfig(image_size=image_size, width=width, layers=layers, heads=width // 64)
+            size = "" if image_size == 224 else f"_{image_size}"
+            for suffix, text in texts.items():
+                presets[f"biomedclip_{letter}16{size}{suffix}"] = BiomedClipConfig(vision=vision, text=text)
+    presets["quickstart"] = BiomedClipConfig(
+        embed_dim=128,
+        vision=VisionConfig(image_size=80, patch_size=10, width=160, layers=4, heads=5),
+        text=TextConfig(
+            context_length=48,
+            vocab_size=2048,
+            width=128,
+            layers=3,
+            heads=4,
+            max_positions=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+        ),
+    )
+    return presets
+
+
+PRESETS = _presets()
+
+
+def preset(name: str) -> BiomedClipConfig:
+    """The preset of that name. Raises UserError naming the known ones."""
+    if name not in PRESETS:
+        raise UserError(f"model preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,187 @@
+"""The text towers: BERT with the projection of BiomedCLIP, and the GPT-style tower of its ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from .transformer import MAX_TOKENS, PostNormLayer, PreNormLayer, check_range, check_sizes
+
+BERT_NORM_EPS = 1e-12
+GPT_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text tower; the defaults are PubMedBERT with 256 tokens."""
+
+    kind: Literal["bert", "gpt"] = "bert"
+    """bert: post-norm, bidirectional, first token read. gpt: pre-norm, causal, end token read."""
+    context_length: int = 256
+    """Tokens that a caption is cut to and padded to."""
+    vocab_size: int = 30522
+    """Rows of the embedding table; PubMedBERT's is larger than its vocabulary."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    max_positions: int = 512
+    """Rows of BERT's position table; the gpt tower has context_length of them."""
+    dropout: float = 0.1
+    """After the embeddings and each sublayer of bert, in training."""
+    attention_dropout: float = 0.1
+    """Of bert's attention weights, in training."""
+    pad_id: int = 0
+    end_id: int | None = None
+    """gpt: the token whose output is read, at its first position; None reads at the highest id, as CLIP does."""
+    projection: Literal["mlp", "linear"] = "mlp"
+    """bert: width -> (width + embed_dim) // 2 -> embed_dim with GELU, or one linear layer; neither has biases."""
+
+    def __post_init__(self) -> None:
+        check_sizes("text", self.width, self.layers, self.heads, self.mlp_ratio)
+        if self.kind not in ("bert", "gpt"):
+            raise UserError(f"text.kind is {self.kind!r}; choose bert or gpt")
+        if self.projection not in ("mlp", "linear"):
+            raise UserError(f"text.projection is {self.projection!r}; choose mlp or linear")
+        check_range("text.context_length", self.context_length, 2, MAX_TOKENS)
+        check_range("text.vocab_size", self.vocab_size, 2, 10_000_000)
+        check_range("text.max_positions", self.max_positions, 2, MAX_TOKENS)
+        check_range("text.pad_id", self.pad_id, 0, self.vocab_size - 1)
+        if self.end_id is not None:
+            check_range("text.end_id", self.end_id, 0, self.vocab_size - 1)
+        if self.kind == "bert" and self.context_length > self.max_positions:
+            raise UserError(
+                f"text.context_length {self.context_length} exceeds text.max_positions {self.max_positions}"
+            )
+        for name in ("dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"text.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+
+
+def trim_padding(ids: Tensor, pad_id: int) -> Tensor:
+    """Cuts the columns that are padding in every row: (B, L) -> (B, longest), at least one column."""
+    used = (ids != pad_id).any(dim=0).nonzero()
+    return ids[:, : int(used[-1]) + 1] if len(used) else ids[:, :1]
+
+
+class BertTower(nn.Module):
+    """Hugging Face's BertModel without pooler, the first token's last hidden state, and the projection."""
+
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        width = config.width
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_positions, width)
+        self.token_type_embeddings = nn.Embedding(2, width)
+        self.embedding_norm = nn.LayerNorm(width, eps=BERT_NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            PostNormLayer(
+                width,
+                config.heads,
+                config.mlp_ratio,
+                BERT_NORM_EPS,
+                config.dropout,
+                config.attention_dropout,
+            )
+            for _ in range(config.layers)
+        )
+        self.proj: nn.Module
+        if config.projection == "mlp":
+            hidden = (width + embed_dim) // 2
+            self.proj = nn.Sequential(
+                nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
+            )
+        else:
+            self.proj = nn.Linear(width, embed_dim, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """BERT's: normal 0.02, zero biases; the projection keeps PyTorch's."""
+        for module in [*self.children(), *self.layers.modules()]:
+            if isinstance(module, nn.Embedding | nn.Linear) and module is not self.proj:
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, L) int64, L up to max_positions, padded with pad_id -> (B, embed_dim), not normalised."""
+        check_ids(ids, self.config.max_positions)
+        key_mask = ids != self.config.pad_id
+        # The paper's model never sets token types: every token is of type 0.
+        x = (
+            self.word_embeddings(ids)
+            + self.position_embeddings.weight[: ids.shape[1]]
+            + self.token_type_embeddings.weight[0]
+        )
+        x = self.dropout(self.embedding_norm(x))
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, key_mask, only_first=i == last, use_reentrant=False)
+            else:
+                x = layer(x, key_mask, only_first=i == last)
+        return self.proj(x[:, 0])
+
+
+class GptTower(nn.Module):
+    """CLIP's text transformer: causal, exact GELU, final norm, the end token's output, a projection matrix."""
+
+    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        width = config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
+        self.layers = nn.ModuleList(
+            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=GPT_NORM_EPS)
+        self.projection = nn.Parameter(torch.empty(width, embed_dim))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """CLIP's: standard deviations that fall with width and depth."""
+        width, depth = self.config.width, self.config.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.01)
+        nn.init.normal_(self.projection, std=width**-0.5)
+        for layer in self.layers:
+            nn.init.normal_(layer.qkv.weight, std=width**-0.5)
+            nn.init.normal_(layer.proj.weight, std=(width * 2 * depth) ** -0.5)
+            nn.init.normal_(layer.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(layer.fc2.weight, std=(width * 2 * depth) ** -0.5)
+            for linear in (layer.qkv, layer.proj):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, L) int64, L up to context_length -> (B, embed_dim), not normalised."""
+        check_ids(ids, self.config.context_length)
+        x = self.token_embedding(ids) + self.pos_embed[: ids.shape[1]]
+        for layer in self.layers:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, causal=True, use_reentrant=False)
+            else:
+                x = layer(x, causal=True)
+        end = ids if self.config.end_id is None else (ids == self.config.end_id).int()
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.norm(x[rows, end.argmax(dim=-1)]) @ self.projection
+
+
+def check_ids(ids: Tensor, longest: int) -> None:
+    if ids.dim() != 2 or ids.shape[1] > longest:
+        raise UserError(
+            f"token ids have shape {tuple(ids.shape)}; this model takes (batch, up to {longest})"
+        )
+
+
+def text_tower(config: TextConfig, embed_dim: int) -> BertTower | GptTower:
+    return (BertTower if config.kind == "bert" else GptTower)(config, embed_dim)

@@ -1,0 +1,141 @@
+"""WordPiece token ids on the `tokenizers` library, equal to Hugging Face's BertTokenizer id for id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from ..errors import UserError
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Tokenizer:
+    """Captions to padded token ids.
+
+    Attributes:
+        context_length: tokens that a caption is cut to and padded to.
+        vocab_size: number of tokens; every id is below it.
+        pad_id: the id that fills a row behind its last token.
+    """
+
+    def __init__(self, fast: FastTokenizer, context_length: int = 256) -> None:
+        if context_length < 2:
+            raise UserError(f"context_length is {context_length}; it must be at least 2")
+        self.fast = fast
+        # Cutting and padding are done here: the library would keep them as state that threads share.
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.context_length = context_length
+        self.vocab_size: int = 1 + max(fast.get_vocab(with_added_tokens=True).values(), default=-1)
+        # CLIP's byte-pair tokenizer has no padding token, and open_clip fills its rows with 0.
+        self.pad_id: int = fast.token_to_id(PAD) or 0
+        if len(fast.encode("").ids) != 2:
+            raise UserError("the tokenizer adds no start and end token; its file needs a post_processor")
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
+        """Token ids of each text: start, pieces, end, then padding; a long text loses its last pieces.
+
+        Returns:
+            (number of texts, context_length) int64.
+        """
+        length = context_length or self.context_length
+        if length < 2:
+            raise UserError(f"context_length is {length}; it must be at least 2")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = torch.full((len(texts), length), self.pad_id, dtype=torch.int64)
+        for row, encoding in zip(ids, self.fast.encode_batch_fast(texts), strict=True):
+            tokens = encoding.ids
+            if len(tokens) > length:
+                tokens = [*tokens[: length - 1], tokens[-1]]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+    @classmethod
+    def from_file(cls, path: Path | str, context_length: int = 256) -> Tokenizer:
+        """From a `tokenizer.json` or a BERT `vocab.txt` (uncased, as PubMedBERT's).
+
+        Raises:
+            UserError: the file can't be read or is no tokenizer.
+        """
+        path = Path(path)
+        if path.suffix == ".txt":
+            return cls(_wordpiece(_read_vocabulary(path)), context_length)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"tokenizer file {path} cannot be read: {error}") from error
+        try:
+            fast = FastTokenizer.from_str(text)
+        except Exception as error:  # the library raises no narrower type
+            raise UserError(f"{path} is not a tokenizer.json: {error}") from error
+        return cls(fast, context_length)
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], vocab_size: int, context_length: int = 256, min_frequency: int = 2
+    ) -> Tokenizer:
+        """Learns an uncased WordPiece vocabulary of at most vocab_size tokens; [PAD] is 0, as in PubMedBERT.
+
+        Raises:
+            UserError: there is nothing to learn from.
+        """
+        fast = _wordpiece({})
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=list(SPECIAL_TOKENS),
+            show_progress=False,
+        )
+        fast.train_from_iterator(captions, trainer)
+        vocabulary = fast.get_vocab()
+        if len(vocabulary) <= len(SPECIAL_TOKENS):
+            raise UserError("the captions hold no text to learn a vocabulary from")
+        return cls(_wordpiece(vocabulary), context_length)
+
+    def save(self, folder: Path | str) -> None:
+        """Writes `tokenizer.json` and the `tokenizer_config.json` by which transformers' AutoTokenizer loads it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.fast.save(str(folder / "tokenizer.json"))
+        known = dict(pad_token=PAD, unk_token=UNK, cls_token=CLS, sep_token=SEP, mask_token=MASK)
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.context_length,
+        }
+        config |= {name: token for name, token in known.items() if self.fast.token_to_id(token) is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> FastTokenizer:
+    """BERT's uncased pipeline around a vocabulary, as transformers' BertTokenizer builds it."""
+    model = models.WordPiece(vocabulary, unk_token=UNK, max_input_chars_per_word=100)
+    fast = FastTokenizer(model)
+    fast.normalizer = normalizers.BertNormalizer(lowercase=True)
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.decoder = decoders.WordPiece(prefix="##")
+    if vocabulary:
+        fast.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
+        fast.post_processor = processors.BertProcessing((SEP, vocabulary[SEP]), (CLS, vocabulary[CLS]))
+    return fast
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"vocabulary file {path} cannot be read: {error}") from error
+    if lines and not lines[-1]:
+        lines.pop()
+    vocabulary = {line.rstrip("\r"): index for index, line in enumerate(lines)}
+    missing = [token for token in (PAD, UNK, CLS, SEP) if token not in vocabulary]
+    if missing:
+        raise UserError(f"vocabulary file {path} lacks {', '.join(missing)}; it is no BERT vocab.txt")
+    return vocabulary

@@ -1,0 +1,126 @@
+"""The image tower: a Vision Transformer whose arithmetic is that of timm's `vit_*_patch*`, with a linear projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from .transformer import MAX_TOKENS, PreNormLayer, check_range, check_sizes
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the image tower; the defaults are ViT-B/16 at 224 pixels."""
+
+    image_size: int = 224
+    """Side of the square input in pixels."""
+    patch_size: int = 16
+    """Side of a patch in pixels; divides the image size."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch_dropout: float = 0.0
+    """Share of the patches dropped in training (FLIP, arXiv 2212.00794), in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
+        check_range("vision.patch_size", self.patch_size, 1, 1024)
+        check_range("vision.image_size", self.image_size, self.patch_size, 16384)
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"vision.image_size {self.image_size} is not a multiple of vision.patch_size {self.patch_size}"
+            )
+        check_range("number of patches", self.num_patches, 1, MAX_TOKENS)
+        if not 0.0 <= self.patch_dropout < 1.0:
+            raise UserError(f"vision.patch_dropout is {self.patch_dropout}; it must lie in [0, 1)")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionTower(nn.Module):
+    """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        width = config.width
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, width))
+        self.layers = nn.ModuleList(
+            PreNormLayer(width, config.heads, config.mlp_ratio, NORM_EPS) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.head = nn.Linear(width, embed_dim, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """timm's: truncated normal 0.02 for linear layers and positions, zero biases."""
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S), normalised -> (B, embed_dim), not normalised.
+
+        Raises:
+            UserError: the image doesn't have the configured size.
+        """
+        size = self.config.image_size
+        if image.dim() != 4 or image.shape[1:] != (3, size, size):
+            raise UserError(
+                f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size})"
+            )
+        # Under DeepSpeed's bf16 or a model in half precision the loader's float32 must follow the weights.
+        x = self.patch_embed(image.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        if self.training and self.config.patch_dropout:
+            x = drop_patches(x, self.config.patch_dropout)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, only_first=i == last, use_reentrant=False)
+            else:
+                x = layer(x, only_first=i == last)
+        return self.head(self.norm(x[:, 0]))
+
+
+def drop_patches(x: Tensor, share: float) -> Tensor:
+    """Keeps the CLS token and a random int(num_patches * (1 - share)), at least one, of the patches of each image.
+
+    (B, 1 + num_patches, D) -> (B, 1 + kept, D).
+    """
+    batch, tokens, width = x.shape
+    kept = max(1, int((tokens - 1) * (1.0 - share)))
+    chosen = torch.rand(batch, tokens - 1, device=x.device).topk(kept, dim=1).indices + 1
+    patches = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width))
+    return torch.cat([x[:, :1], patches], dim=1)
+
+
+def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:
+    """Position embeddings for another image size: the grid resized bicubic with antialias, the CLS row kept.
+
+    (1, 1 + old patches, D) -> (1, 1 + num_patches, D), as timm's `resample_abs_pos_embed` does it.
+    """
+    old = round((pos_embed.shape[1] - 1) ** 0.5)
+    new = round(num_patches**0.5)
+    if old == new:
+        return pos_embed
+    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
+    grid = grid.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
+    return torch.cat([cls, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
