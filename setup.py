@@ -1,0 +1,73 @@
+"""The two pybind11 modules, compiled by ninja: `_cpu` always, `_cuda` where nvcc is found (BCLIP_CUDA=0|1 overrides)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from ninja import BIN_DIR, ninja_syntax
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")  # and PTX of the first for whatever comes later
+CXX = os.environ.get("CXX", "g++")
+JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
+JPEG_HELP = """jpeglib.h was not found: bclip_fast decodes images with libjpeg-turbo.
+  Debian, Ubuntu: apt-get install libjpeg-dev    Fedora: dnf install libjpeg-turbo-devel    conda: libjpeg-turbo
+Or build without the fast image decoder: BCLIP_JPEG=0."""
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    asked = os.environ.get("BCLIP_CUDA")
+    if asked == "1" and not found:
+        sys.exit("BCLIP_CUDA=1, but nvcc is neither on the PATH nor in CUDA_HOME/bin")
+    return None if asked == "0" else found
+
+
+def has_jpeg_headers() -> bool:
+    source = "#include <cstdio>\n#include <jpeglib.h>\nint main() {}"
+    return subprocess.run([CXX, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True).returncode == 0
+
+
+class BuildWithNinja(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        cuda = extension.name.endswith("_cuda")
+        objects = Path(self.build_temp).resolve() / extension.name
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        objects.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        includes = f"-I{pybind11.get_include()} " + " ".join(f"-I{path}" for path in self.include_dirs)
+        host = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall"
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        device = " ".join([*codes, f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"])
+        with open(objects / "build.ninja", "w") as file:
+            ninja = ninja_syntax.Writer(file)
+            defines = f"-DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'" if cuda else "-DBCLIP_JPEG" * JPEG
+            ninja.rule("cxx", f"{CXX} {host} {defines} {includes} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            ninja.rule("nvcc", f"{nvcc()} -O3 -std=c++17 {device} -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
+            libraries = "-ljpeg" if JPEG and not cuda else ""
+            ninja.rule("link", f"{nvcc()} -shared -cudart static $in -o $out" if cuda else f"{CXX} -shared $in {libraries} -o $out")
+            built = []
+            for source in extension.sources:
+                built += ninja.build(str(objects / (Path(source).name + ".o")), "nvcc" if source.endswith(".cu") else "cxx", str(Path(source).resolve()))
+            ninja.build(str(output), "link", built)
+        subprocess.run([f"{BIN_DIR}/ninja", "-C", str(objects)], check=True)
+
+
+if JPEG and not has_jpeg_headers():
+    sys.exit(JPEG_HELP)
+sources = sorted(path for path in map(str, Path("csrc/cpu").glob("*.cpp")) if JPEG or not path.endswith("image.cpp"))
+modules = [Extension("bclip_fast._cpu", sources)]
+if nvcc():
+    modules.append(Extension("bclip_fast._cuda", sorted(str(path) for path in Path("csrc/cuda").glob("*.c*"))))
+# The benchmark cases live beside the package in the source tree, and inside it once installed, for `bclip bench`.
+setup(
+    packages=[*find_packages(include=["bclip_fast*"]), "bclip_fast.benchmarks"],
+    package_dir={"bclip_fast.benchmarks": "benchmarks"},
+    ext_modules=modules,
+    cmdclass={"build_ext": BuildWithNinja},
+)
