@@ -1,0 +1,124 @@
+"""`bclip`: a table of commands, each a configuration and a function, imported when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import __version__, log
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    summary: str
+    config: str  # "module:Class"
+    function: str  # "module:function", called with the configuration
+    extra: str  # the extra of the package that brings what it imports
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "build a small set of real images, pretrain, evaluate, report",
+        "bclip_fast.quickstart:QuickstartConfig",
+        "bclip_fast.quickstart:run",
+        "quickstart",
+    ),
+    "ingest build": Command(
+        "JATS articles to figure-caption pairs to WebDataset shards",
+        "bclip_fast.data.ingest:IngestConfig",
+        "bclip_fast.data.ingest:build",
+        "ingest",
+    ),
+    "train": Command(
+        "pretrain: bclip train CONFIG.toml ... --flags",
+        "bclip_fast.train.trainer:TrainConfig",
+        "bclip_fast.train.trainer:train",
+        "train",
+    ),
+    "eval": Command(
+        "retrieval and zero-shot classification of a run or checkpoint",
+        "bclip_fast.eval:EvalCommand",
+        "bclip_fast.eval:run",
+        "eval",
+    ),
+    "bench": Command(
+        "ours against the rivals, as a table and a plot: bclip bench attention|contrastive|image|all",
+        "bclip_fast.benchmarks.report:BenchConfig",
+        "bclip_fast.benchmarks.report:run",
+        "bench",
+    ),
+    "doctor": Command(
+        "backends, versions and devices, and why each missing part is missing",
+        "bclip_fast.doctor:DoctorConfig",
+        "bclip_fast.doctor:run",
+        "model",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["--version"], ["-V"]):
+        print(f"bclip_fast {__version__}")
+        return 0
+    name = next((name for name in COMMANDS if args[: len(name.split())] == name.split()), None)
+    if name is None:
+        wanted = " ".join(args[:2])
+        asked_for_help = not args or args[0] in ("-h", "--help", "help")
+        print(_usage() if asked_for_help else f"bclip: unknown command {wanted!r}\n{_usage()}", file=_stream(asked_for_help))
+        return 0 if asked_for_help else 2
+    command = COMMANDS[name]
+    log.configure(os.environ.get("BCLIP_LOG"), main_rank=os.environ.get("RANK", "0") == "0")
+    try:
+        return _run(name, command, args[len(name.split()) :])
+    except (UserError, _backend_error()) as error:
+        print(f"bclip {name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "bclip_fast":
+            raise
+        print(
+            f"bclip {name} needs the package {error.name}: pip install 'bclip_fast[{command.extra}]'", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print(f"bclip {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, command: Command, args: list[str]) -> int:
+    from . import config
+
+    parsed = config.parse(_load(command.config), args, prog=f"bclip {name}")
+    result = _load(command.function)(parsed)
+    return result if isinstance(result, int) else 0
+
+
+def _load(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _backend_error() -> type[Exception]:
+    """BackendError, without paying for torch before something has failed."""
+    from .ops.dispatch import BackendError
+
+    return BackendError
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
+    return f"usage: bclip COMMAND [--help] ...\n\n{rows}"
+
+
+def _stream(standard: bool) -> Any:
+    return sys.stdout if standard else sys.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())
