@@ -1,0 +1,430 @@
+"""What differs between DeepSpeed and plain PyTorch, behind one small interface; the only import of deepspeed.
+
+Both engines keep fp32 parameters and compute under autocast, take the same optimiser, and give the same optimiser
+state by parameter name. So a checkpoint knows neither the engine, nor the ZeRO stage, nor the number of ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import logging
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bclip_fast import distributed
+from bclip_fast.errors import UserError
+
+from .schedule import OptimConfig, parameter_groups
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the model is spread over the ranks and in which precision it computes."""
+
+    name: Literal["deepspeed", "ddp"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: 1 optimiser states, 2 also gradients, 3 also parameters; 0 nothing."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the computation; parameters, gradients and optimiser states are fp32."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    bucket_mib: int = 64
+    """Gradients are communicated in pieces of this size."""
+
+    def __post_init__(self) -> None:
+        if self.bucket_mib < 1:
+            raise UserError(f"engine.bucket_mib={self.bucket_mib}: must be at least 1")
+        if self.name == "deepspeed" and self.zero_stage > 0 and self.precision == "fp16":
+            raise UserError(
+                "engine.precision=fp16 with engine.zero_stage above 0: its loss scaling is not exact there; "
+                "use bf16, zero_stage 0 or engine.name ddp"
+            )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16 overflow, nothing was updated."""
+
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass
+class OptimizerState:
+    """AdamW's state by parameter name, whole and fp32, on the CPU; `num_steps` updates were made."""
+
+    num_steps: int
+    moments: dict[str, dict[str, Tensor]]
+    loss_scale: dict[str, Any]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which then clamps the parameters of a group that has "bounds" = (low, high) to them.
+
+    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                if "bounds" in group:
+                    for parameter in group["params"]:
+                        parameter.clamp_(*group["bounds"])
+        return result
+
+
+class Engine(ABC):
+    """One training step is `engine(image, text)`, a loss, `backward(loss)`, `step(lr)`."""
+
+    device: torch.device
+    module: nn.Module
+    """What runs forward; parameters may be sharded or renamed by a prefix inside."""
+
+    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return self.module(image, text)
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, averaged over ranks."""
+
+    @abstractmethod
+    def step(self, lr: float) -> StepResult:
+        """Clip, update with learning rate `lr`, clear the gradients."""
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Tensor]:
+        """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+
+    @abstractmethod
+    def optimizer_state(self) -> OptimizerState:
+        """Collective; the moments are empty except on rank 0."""
+
+    @abstractmethod
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Takes `optimizer_state()` back; every rank gives the whole. The model is loaded before the engine is made."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the engine holds; it cannot be used afterwards."""
+
+
+def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int) -> Engine:
+    """Wraps `model`, whose parameters are the same on all ranks, for a global batch of `batch_size`."""
+    device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
+    return engine(model.to(device), config, optim, batch_size, device)
+
+
+def _optimizer(model: nn.Module, optim: OptimConfig, device: torch.device) -> AdamW:
+    return AdamW(
+        parameter_groups(model.named_parameters(), optim),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def _set_learning_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+class PlainEngine(Engine):
+    """DistributedDataParallel, or the bare model where there is one process."""
+
+    def __init__(
+        self, model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int, device: torch.device
+    ) -> None:
+        self.device = device
+        self._model = model
+        self._optimizer = _optimizer(model, optim, device)
+        self._clip = optim.grad_clip_norm
+        self._dtype = _DTYPES[config.precision]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self._num_steps = 0
+        self.module = model
+        if distributed.world_size() > 1:
+            self.module = nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=config.bucket_mib,
+                gradient_as_bucket_view=True,
+            )
+
+    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            return self.module(image, text)
+
+    def backward(self, loss: Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self, lr: float) -> StepResult:
+        _set_learning_rate(self._optimizer, lr)
+        self._scaler.unscale_(self._optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        scale = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        skipped = self._scaler.get_scale() < scale
+        self._num_steps += not skipped
+        return StepResult(norm, skipped)
+
+    def model_state(self) -> dict[str, Tensor]:
+        if not distributed.is_main():
+            return {}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+
+    def optimizer_state(self) -> OptimizerState:
+        moments = {}
+        if distributed.is_main():
+            for name, parameter in self._model.named_parameters():
+                if state := self._optimizer.state.get(parameter):
+                    moments[name] = {key: _to_cpu(state[key]) for key in _MOMENTS}
+        return OptimizerState(self._num_steps, moments, self._scaler.state_dict())
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        for name, parameter in self._model.named_parameters():
+            if name in state.moments:
+                step = torch.tensor(float(state.num_steps), device=_step_device(self._optimizer, parameter))
+                moments = {key: tensor.to(parameter.device) for key, tensor in state.moments[name].items()}
+                self._optimizer.state[parameter] = {"step": step, **moments}
+        self._num_steps = state.num_steps
+        if state.loss_scale and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state.loss_scale)
+
+    def close(self) -> None:
+        self.module = self._model
+
+
+def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    # The fused kernel reads its step counter on the device; the others keep it on the CPU.
+    return parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed with ZeRO stage 0 to 3; its JSON is derived from EngineConfig.
+
+    The optimiser is torch's AdamW everywhere: DeepSpeed's own would be compiled at the first run. Optimiser states are
+    read and written through DeepSpeed's tensor fragments, by parameter, so they fit any stage and number of ranks.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int, device: torch.device
+    ) -> None:
+        self.device = device
+        self._model = model
+        self._stage = config.zero_stage
+        self._clip = optim.grad_clip_norm
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            # DeepSpeed sends parameters as bytes, and torch cannot view a scalar, such as the logit scale, as bytes.
+            if parameter.ndim == 0:
+                parameter.data = parameter.data.view(1)
+        _ensure_group()
+        deepspeed = _import_deepspeed()
+        with _quiet():
+            deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+            self._engine = deepspeed.initialize(
+                model=model,
+                optimizer=_optimizer(model, optim, device),
+                config=deepspeed_config(config, optim, batch_size),
+                dist_init_required=False,
+            )[0]
+        self.module = self._engine
+        if self._stage > 0:
+            self._create_states(0)
+
+    @property
+    def _flat_groups(self) -> list[Tensor]:
+        """The fp32 shards of this rank that the wrapped AdamW updates, under ZeRO 1 to 3."""
+        zero = self._engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _create_states(self, num_steps: int) -> None:
+        """AdamW's states before its first step: DeepSpeed links them to the parameters once, at that step, when the
+        states of all but the first parameter group would still be missing."""
+        zero = self._engine.optimizer
+        for flat in self._flat_groups:
+            step = torch.tensor(float(num_steps), device=_step_device(zero.optimizer, flat))
+            moments = {key: torch.zeros_like(flat.data) for key in _MOMENTS}
+            zero.optimizer.state[flat] = {"step": step, **moments}
+        if self._stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        output = self._engine(image, text)
+        scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
+        return {**output, **scalars}
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        _set_learning_rate(self._engine.optimizer, lr)
+        if self._stage > 0:
+            self._engine.step()
+            return StepResult(float(self._engine.get_global_grad_norm()), False)
+        # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        scale = scaler.get_scale() if scaler else 1.0
+        if scaler:
+            scaler.unscale_(self._engine.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        self._engine.step()
+        return StepResult(norm, bool(scaler) and scaler.get_scale() < scale)
+
+    def model_state(self) -> dict[str, Tensor]:
+        parameters = dict(self._model.named_parameters())
+        state = {}
+        for name, tensor in self._model.state_dict().items():
+            if self._stage == 3 and name in parameters:
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                tensor = safe_get_full_fp32_param(parameters[name])
+            if distributed.is_main():
+                state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
+        return state
+
+    def optimizer_state(self) -> OptimizerState:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        moments: dict[str, dict[str, Tensor]] = {}
+        num_steps = 0
+        wrapped = self._engine.optimizer.optimizer if self._stage > 0 else self._engine.optimizer
+        for state in wrapped.state.values():
+            num_steps = int(state["step"])
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self._stage > 0:
+                whole = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            elif parameter in wrapped.state:
+                whole = {key: wrapped.state[parameter][key] for key in _MOMENTS}
+            else:
+                continue
+            if distributed.is_main():
+                moments[name] = {key: _to_cpu(tensor).view(self._shapes[name]) for key, tensor in whole.items()}
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return OptimizerState(num_steps, moments, scaler.state_dict() if scaler else {})
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self._stage > 0:
+            self._create_states(state.num_steps)
+            if self._stage < 3:
+                self._engine.optimizer._hp_optimizer_states_linked = False
+                self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._model.named_parameters():
+            if name not in state.moments:
+                continue
+            moments = {key: tensor.to(self.device) for key, tensor in state.moments[name].items()}
+            if self._stage == 3:
+                for key, tensor in moments.items():
+                    safe_set_local_optimizer_state(parameter, _own_shard(tensor, parameter), key)
+            elif self._stage > 0:
+                for key, tensor in moments.items():
+                    safe_set_full_optimizer_state(parameter, tensor, key)
+            else:
+                optimizer = self._engine.optimizer
+                step = torch.tensor(float(state.num_steps), device=_step_device(optimizer, parameter))
+                moments = {key: tensor.view_as(parameter) for key, tensor in moments.items()}
+                optimizer.state[parameter] = {"step": step, **moments}
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler and state.loss_scale:
+            scaler.load_state_dict(state.loss_scale)
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def _own_shard(tensor: Tensor, parameter: Any) -> Tensor:
+    """This rank's part under ZeRO 3, padded: DeepSpeed's own setter forgets that sizes may not divide by the ranks."""
+    flat, length = tensor.flatten(), parameter.ds_tensor.numel()
+    flat = nn.functional.pad(flat, (0, length * distributed.world_size() - flat.numel()))
+    return flat.narrow(0, length * distributed.rank(), length)
+
+
+def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a global batch of `batch_size`, without gradient accumulation."""
+    bucket = config.bucket_mib * (1 << 20) // 4
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage > 0:
+        zero.update(reduce_bucket_size=bucket, allgather_bucket_size=bucket)
+    if config.zero_stage == 3:
+        zero.update(stage3_prefetch_bucket_size=bucket, sub_group_size=1 << 30)
+    return {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": batch_size // distributed.world_size(),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip_norm if config.zero_stage > 0 else 0.0,
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # Autocast as in plain PyTorch; the empty list keeps gradients fp32 on the wire.
+        "torch_autocast": {
+            "enabled": config.precision != "fp32",
+            "dtype": str(_DTYPES[config.precision]).removeprefix("torch."),
+            "lower_precision_safe_modules": [],
+        },
+    }
+
+
+def _ensure_group() -> None:
+    """A group of one where no launcher made any; DeepSpeed needs one, and keeps it until the process ends."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    atexit.register(distributed.shutdown)
+
+
+def _import_deepspeed() -> Any:
+    # Its logger has a handler of its own on stdout, and says a good deal while it is imported.
+    with _quiet():
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UserError(
+                f"engine.name=deepspeed: {error}; pip install 'bclip_fast[train]' or use engine.name ddp"
+            ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that newer torch releases deprecate, with a warning at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Sends what is printed to our log at DEBUG."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    if text.getvalue().strip():
+        log.debug("%s", text.getvalue().strip())

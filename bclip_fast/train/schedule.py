@@ -1,0 +1,79 @@
+"""Learning rate as a function of the step, and which parameters decay: open_clip's rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bclip_fast.errors import UserError
+
+MAX_LOG_LOGIT_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW; the defaults are BiomedCLIP's (table S9 of the paper)."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up; at most the run's length."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    """Of matrices and larger; biases, norms and the logit scale don't decay."""
+    grad_clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 leaves it as it is."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"optim.lr={self.lr}, optim.min_lr={self.min_lr}: need 0 <= min_lr <= lr, lr above 0")
+        for name in ("warmup_steps", "weight_decay", "grad_clip_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must not be negative")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+            raise UserError(
+                f"optim.beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}: need betas in [0, 1), eps above 0"
+            )
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """The rate of step 0 <= step < num_steps: (step + 1) / warmup_steps * lr, then half a cosine from lr to min_lr."""
+    warmup = min(config.warmup_steps, num_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> list[dict[str, Any]]:
+    """Groups for torch.optim.AdamW: matrices decay, the rest doesn't; the logit scale has bounds of its own.
+
+    open_clip's rule: no decay for parameters of fewer than 2 dimensions. "bounds" of a group are what `engine.AdamW`
+    clamps its parameters to after each step: the scale stays in [1, 100]. Empty groups are left out.
+    """
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    scale: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if name.rsplit(".", 1)[-1] == "logit_scale":
+            scale.append(parameter)
+        else:
+            (decay if parameter.ndim >= 2 and not name.endswith("bias") else rest).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+        {"params": scale, "weight_decay": 0.0, "bounds": (0.0, MAX_LOG_LOGIT_SCALE)},
+    ]
+    return [group for group in groups if group["params"]]
