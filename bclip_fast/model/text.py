@@ -59,8 +59,7 @@ class TextConfig:
                 f"text.context_length {self.context_length} exceeds text.max_positions {self.max_positions}"
             )
         for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"text.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+            check_range(f"text.{name}", getattr(self, name), 0.0, 0.99)
 
 
 def trim_padding(ids: Tensor, pad_id: int) -> Tensor:
@@ -178,9 +177,7 @@ class GptTower(nn.Module):
 
 def check_ids(ids: Tensor, longest: int) -> None:
     if ids.dim() != 2 or ids.shape[1] > longest:
-        raise UserError(
-            f"token ids have shape {tuple(ids.shape)}; this model takes (batch, up to {longest})"
-        )
+        raise UserError(f"token ids have shape {tuple(ids.shape)}; this model takes (batch, up to {longest})")
 
 
 def text_tower(config: TextConfig, embed_dim: int) -> BertTower | GptTower:

@@ -21,13 +21,15 @@ def check_sizes(where: str, width: int, layers: int, heads: int, mlp_ratio: floa
     check_range(f"{where}.heads", heads, 1, width)
     if width % heads:
         raise UserError(f"{where}.width {width} is not a multiple of {where}.heads {heads}")
-    check_range(f"{where}.mlp_ratio", mlp_ratio, 1 / width, 64)
+    check_range(f"{where}.mlp_ratio", mlp_ratio, 1.0 / width, 64)
 
 
 def check_range(name: str, value: float, lowest: float, highest: float) -> None:
-    """Raises UserError unless lowest <= value <= highest; a bool is no number here."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        raise UserError(f"{name} is {value!r}; it must lie between {lowest:g} and {highest:g}")
+    """Raises UserError unless lowest <= value <= highest, and value is a whole number where lowest is an int."""
+    kinds = int if isinstance(lowest, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value <= highest:
+        whole = "a whole number" if kinds is int else "a number"
+        raise UserError(f"{name} is {value!r}; it must be {whole} from {lowest:g} to {highest:g}")
 
 
 def mlp_width(width: int, mlp_ratio: float) -> int:

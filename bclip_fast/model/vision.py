@@ -39,8 +39,7 @@ class VisionConfig:
                 f"vision.image_size {self.image_size} is not a multiple of vision.patch_size {self.patch_size}"
             )
         check_range("number of patches", self.num_patches, 1, MAX_TOKENS)
-        if not 0.0 <= self.patch_dropout < 1.0:
-            raise UserError(f"vision.patch_dropout is {self.patch_dropout}; it must lie in [0, 1)")
+        check_range("vision.patch_dropout", self.patch_dropout, 0.0, 0.99)
 
     @property
     def num_patches(self) -> int:
@@ -82,9 +81,7 @@ class VisionTower(nn.Module):
         """
         size = self.config.image_size
         if image.dim() != 4 or image.shape[1:] != (3, size, size):
-            raise UserError(
-                f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size})"
-            )
+            raise UserError(f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size})")
         # Under DeepSpeed's bf16 or a model in half precision the loader's float32 must follow the weights.
         x = self.patch_embed(image.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
