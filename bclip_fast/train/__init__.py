@@ -1,0 +1,1 @@
+"""Pretraining: `trainer.train(TrainConfig(...))`, on one process or many."""

@@ -1,0 +1,182 @@
+"""Checkpoints that are whole or absent: written aside, hashed, renamed; read only where every hash agrees.
+
+    checkpoints/step-00001000/
+      model.safetensors       the fp32 parameters and buffers, under the model's names
+      optimizer.safetensors   AdamW's moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
+      state.json              step, position in the data, updates made, loss scale, model configuration
+      manifest.json           size and SHA-256 of the others; written last
+
+They hold no pickle, so reading one runs no code, and nothing of the engine or the number of ranks. Random states need
+no place here: the trainer seeds each step from (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bclip_fast.errors import UserError
+
+from .engine import OptimizerState
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-\d{8,}")
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass
+class Checkpoint:
+    """What a run continues from. `data` is SampleStream.state_dict(), `model_config` the configuration as JSON."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: OptimizerState
+    data: dict[str, Any]
+    model_config: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
+    """Writes `folder`/step-XXXXXXXX, then removes all but the `keep` newest (0: none are removed).
+
+    Called by one process. Raises UserError where it cannot be written; older checkpoints are then untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{checkpoint.step:08d}"
+    partial = folder / f".{target.name}.partial"
+    moments = {
+        f"{key}.{name}": tensor
+        for name, tensors in checkpoint.optimizer.moments.items()
+        for key, tensor in tensors.items()
+    }
+    state = {
+        "version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "data": checkpoint.data,
+        "optimizer": {"num_steps": checkpoint.optimizer.num_steps, "loss_scale": checkpoint.optimizer.loss_scale},
+        "model_config": checkpoint.model_config,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, partial / _FILES[0])
+        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, partial / _FILES[1])
+        _write_json(partial / _FILES[2], state)
+        _write_json(partial / "manifest.json", {name: _describe(partial / name) for name in _FILES})
+        for path in partial.iterdir():
+            _sync(path)
+        if target.exists():
+            # Only a broken one is written again, after a resume from an older one.
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target}: cannot be written: {error}; older checkpoints are untouched") from error
+    for old in _steps(folder)[keep:] if keep else []:
+        shutil.rmtree(old)
+    return target
+
+
+def load_latest(folder: Path) -> Checkpoint:
+    """The newest checkpoint that is whole; a broken one is passed over with a warning that says what is wrong.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = _steps(folder)
+    for path in names:
+        if problem := verify(path):
+            log.warning("%s is not used: %s", path, problem)
+            continue
+        return read(path)
+    found = f"none of its {len(names)} is whole" if names else "it holds none"
+    raise UserError(f"{folder}: no checkpoint to resume from, {found}; start without resume in another run folder")
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None where every file has the size and the hash of the manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        for name in _FILES:
+            file = path / name
+            size = file.stat().st_size
+            if size != manifest[name]["size"]:
+                return f"{name} has {size} bytes, should have {manifest[name]['size']}"
+            if _describe(file) != manifest[name]:
+                return f"{name} is corrupt, its SHA-256 is not that of the manifest"
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is corrupt: {error!r}"
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint that `verify` passed. Raises UserError where its format is another."""
+    from safetensors.torch import load_file
+
+    state = json.loads((path / "state.json").read_bytes())
+    if state.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {state.get('version')}, this release reads {FORMAT_VERSION}")
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        moment, name = key.split(".", 1)
+        moments.setdefault(name, {})[moment] = tensor
+    optimizer = OptimizerState(state["optimizer"]["num_steps"], moments, state["optimizer"]["loss_scale"])
+    model = load_file(path / "model.safetensors")
+    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"])
+
+
+def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "model") -> str | None:
+    """`model.text.width is 128 there and 256 here` for the first key in which two configurations differ."""
+    for name in sorted({*saved, *own}):
+        there, here = saved.get(name), own.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            if difference := first_difference(there, here, f"{prefix}.{name}"):
+                return difference
+        elif there != here:
+            return f"{prefix}.{name} is {there} there and {here} here"
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

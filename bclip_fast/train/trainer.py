@@ -1,0 +1,434 @@
+"""`bclip train`: contrastive pretraining of BiomedCLIP from shards.
+
+One process, or one a device under a launcher:
+
+    bclip train CONFIG.toml
+    torchrun --nproc-per-node 2 -m bclip_fast.cli train CONFIG.toml
+    deepspeed --module bclip_fast.cli train CONFIG.toml
+
+The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, tb/,
+checkpoints/step-XXXXXXXX/ and model/ (open_clip's layout, written with each checkpoint).
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bclip_fast import config as config_files
+from bclip_fast import distributed, pretrained
+from bclip_fast.data.native import Batch, NativeLoader
+from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.stream import SampleStream
+from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
+from bclip_fast.errors import UserError
+from bclip_fast.loss import ClipLoss
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.text import trim_padding
+from bclip_fast.model.tokenizer import Tokenizer
+
+from . import checkpoint as checkpoints
+from . import engine as engines
+from .engine import EngineConfig
+from .metrics import MetricsLog, Progress
+from .schedule import OptimConfig, learning_rate
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how it is read."""
+
+    shards: str = ""
+    """Folder written by `bclip ingest build`."""
+    split: str = "train"
+    tokenizer: str = "train"
+    """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split."""
+    shuffle_block: int = 8192
+    """Samples shuffled together; larger mixes better and reads less sequentially."""
+    augment: bool = True
+    """Random resized crops; False takes the centre crop of evaluation."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Smallest and largest share of the image's area in a crop."""
+    num_threads: int = 2
+    """Threads a rank that decode images."""
+    prefetch_batches: int = 2
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Retrieval on held-out pairs while training."""
+
+    every_steps: int = 0
+    """0: never."""
+    split: str = "val"
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise UserError(f"validation.every_steps={self.every_steps}: must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    """Besides the one at the end; 0: only that."""
+    keep: int = 2
+    """How many of the newest are kept; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.keep < 0:
+            raise UserError(
+                f"checkpoint.every_steps={self.every_steps}, checkpoint.keep={self.keep}: must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run; the defaults are BiomedCLIP's."""
+
+    run: str = "runs/train"
+    """Folder of the run."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint of the run folder."""
+    seed: int = 0
+    epochs: int = 32
+    max_steps: int = 0
+    """Length in steps; 0: what `epochs` gives."""
+    batch_size: int = 4096
+    """Pairs in the contrastive batch, over all ranks."""
+    preset: str = "biomedclip_b16"
+    """Name of a model; empty: the model section says it all."""
+    model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.max_steps < 0:
+            raise UserError(f"epochs={self.epochs}, max_steps={self.max_steps}: need at least 1 and 0")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size}: must be at least 1")
+
+    def resolved(self) -> TrainConfig:
+        """The same with the preset spelled out in the model section."""
+        if not self.preset:
+            return self
+        if self.model != BiomedClipConfig():
+            raise UserError(f'preset={self.preset} and a model section are both given; set preset = "" to use the section')
+        return dataclasses.replace(self, preset="", model=preset(self.preset))
+
+
+Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnStep | None = None) -> Path:
+    """Trains to the end and returns the run folder.
+
+    Args:
+        validate: figures of the model, computed on rank 0 every `validation.every_steps`; retrieval unless given.
+        on_step: called on rank 0 with each line of metrics.jsonl: step, epoch, samples, loss, lr, logit_scale,
+            grad_norm (before clipping), samples_per_second (over all ranks), data_wait_seconds.
+
+    Raises:
+        UserError: a configuration, dataset or checkpoint that doesn't fit, a sample that can't be decoded, a loss that
+            isn't finite.
+    """
+    config = config.resolved()
+    distributed.init()
+    # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
+    atexit.register(distributed.shutdown)
+    dataset = _open(config.data.shards, config.data.split)
+    stream = SampleStream(
+        dataset.shard_sizes,
+        dataset.fingerprint,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        shuffle_block=config.data.shuffle_block,
+    )
+    if config.validation.every_steps and validate is None:
+        _open(config.data.shards, config.validation.split)
+    run = Path(config.run)
+    _on_main(lambda: _prepare(run, config, dataset))
+    tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
+    _check_tokenizer(tokenizer, config.model)
+    with _Run(config, run, dataset, stream, tokenizer, validate or _retrieval(config), on_step) as state:
+        state.loop()
+    return run
+
+
+class _Run:
+    """What lives from the first step to the last."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        dataset: ShardDataset,
+        stream: SampleStream,
+        tokenizer: Tokenizer,
+        validate: Validate,
+        on_step: OnStep | None,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.stream = stream
+        self.tokenizer = tokenizer
+        self.validate = validate
+        self.on_step = on_step
+        self.num_steps = config.max_steps or config.epochs * stream.num_batches
+        self.step = 0
+        self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
+        torch.manual_seed(config.seed)
+        model = BiomedClip(config.model)
+        saved = self._load(model) if config.resume else None
+        self.engine = engines.make(model.train(), config.engine, config.optim, config.batch_size)
+        if saved is not None:
+            self.engine.load_optimizer_state(saved.optimizer)
+        self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
+        self.loader = NativeLoader(
+            dataset,
+            tokenizer,
+            stream,
+            self.preprocess,
+            augment=config.data.augment,
+            crop_scale=config.data.crop_scale,
+            num_threads=config.data.num_threads,
+            prefetch_batches=config.data.prefetch_batches,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        main = distributed.is_main()
+        self.metrics = MetricsLog(run, self.step) if main else None
+        self.progress = Progress(self.step, self.num_steps) if main else None
+        self.saved_step = self.step if saved is not None else -1
+
+    def _load(self, model: BiomedClip) -> checkpoints.Checkpoint:
+        folder = self.run / "checkpoints"
+        # Rank 0 hashes and decides, so that all ranks read the same one.
+        step = _on_main(lambda: checkpoints.load_latest(folder).step)
+        saved = checkpoints.read(folder / f"step-{step:08d}")
+        if difference := checkpoints.first_difference(saved.model_config, _as_json(self.config.model)):
+            raise UserError(f"cannot resume from {folder}: another model, {difference}")
+        try:
+            self.stream.load_state_dict(saved.data)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        model.load_state_dict(saved.model)
+        self.step = saved.step
+        log.info("resuming after step %d", self.step)
+        return saved
+
+    def loop(self) -> None:
+        config = self.config
+        log.info(
+            "training on %d samples, %d steps of %d pairs, %d rank(s), %s",
+            self.stream.num_samples,
+            self.num_steps,
+            config.batch_size,
+            distributed.world_size(),
+            f"{config.engine.name} ZeRO {config.engine.zero_stage}"
+            if config.engine.name == "deepspeed"
+            else config.engine.name,
+        )
+        while self.step < self.num_steps:
+            record = self._train_step()
+            if self.metrics is not None and self.progress is not None:
+                self.metrics.write(record)
+                self.progress.update(record)
+                if self.on_step is not None:
+                    self.on_step(record)
+            if _is_due(self.step, config.validation.every_steps):
+                self._validate()
+            if _is_due(self.step, config.checkpoint.every_steps):
+                self._save()
+        if self.saved_step != self.step or not (self.run / "model").is_dir():
+            self._save()
+
+    def _train_step(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        batch = next(self.loader)
+        data_wait = time.perf_counter() - start
+        # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
+        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
+        loss = self._forward(batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {self.step + 1}; lower optim.lr, set optim.grad_clip_norm or "
+                f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
+            )
+        self.engine.backward(loss)
+        lr = learning_rate(self.step, self.num_steps, self.config.optim)
+        scale = self.logit_scale
+        result = self.engine.step(lr)
+        if result.skipped:
+            log.warning("step %d: the fp16 gradient overflowed; no update", self.step + 1)
+        self.step += 1
+        return {
+            "step": self.step,
+            "epoch": batch.epoch,
+            "samples": self.stream.num_consumed,
+            "loss": value,
+            "lr": lr,
+            "logit_scale": scale,
+            "grad_norm": result.grad_norm,
+            "samples_per_second": self.config.batch_size / (time.perf_counter() - start),
+            "data_wait_seconds": data_wait,
+        }
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        device = self.engine.device
+        config = self.preprocess.config
+        images = normalize(batch.images.to(device, non_blocking=True), config.mean, config.std)
+        ids = batch.ids
+        if self.config.model.text.kind == "bert":
+            ids = trim_padding(ids, self.tokenizer.pad_id)
+        output = self.engine(images, ids.to(device, non_blocking=True))
+        self.logit_scale = float(output["logit_scale"].detach())
+        return self.loss(
+            output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
+        )
+
+    def _save(self) -> None:
+        model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        _on_main(lambda: self._write(model, optimizer))
+        self.saved_step = self.step
+
+    def _write(self, state: dict[str, torch.Tensor], optimizer: engines.OptimizerState) -> None:
+        config = self.config
+        saved = checkpoints.Checkpoint(
+            self.step, state, optimizer, self.loader.state_dict(), _as_json(config.model)
+        )
+        path = checkpoints.save(self.run / "checkpoints", saved, keep=config.checkpoint.keep)
+        with torch.device("meta"):
+            model = BiomedClip(config.model)
+        pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=state)
+        log.info("saved %s", path)
+
+    def _validate(self) -> None:
+        state = self.engine.model_state()
+        _on_main(lambda: self._write_validation(state))
+
+    def _write_validation(self, state: dict[str, torch.Tensor]) -> None:
+        with torch.device("meta"):
+            model = BiomedClip(self.config.model)
+        model.load_state_dict(state, assign=True)
+        figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
+        record = {"step": self.step, **{f"validation/{name}": value for name, value in figures.items()}}
+        assert self.metrics is not None
+        self.metrics.write(record)
+        log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loader.close()
+        if self.metrics is not None and self.progress is not None:
+            self.metrics.close()
+            self.progress.close()
+        self.engine.close()
+
+
+def _open(shards: str, split: str) -> ShardDataset:
+    if not shards:
+        raise UserError("data.shards is not set; give the folder that `bclip ingest build` wrote")
+    return ShardDataset(shards, split)
+
+
+def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
+    """The run folder with config.toml and the tokenizer; an earlier run is only continued, never mixed with another."""
+    if not config.resume and any((run / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        raise UserError(f"{run}: holds a run already; set resume=True to continue it, or another run folder")
+    if config.resume and not (run / "tokenizer").is_dir():
+        raise UserError(f"{run}: no run to resume; start without resume")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
+    if config.resume:
+        return
+    source, text = config.data.tokenizer, config.model.text
+    if source == "train":
+        captions = (dataset.caption(i) for i in range(len(dataset)))
+        tokenizer = Tokenizer.train(captions, text.vocab_size, text.context_length)
+    else:
+        tokenizer = Tokenizer.from_file(source, text.context_length)
+    tokenizer.save(run / "tokenizer")
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
+    text = model.text
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.text.vocab_size is {text.vocab_size}: raise it"
+        )
+    if text.kind == "bert" and tokenizer.pad_id != text.pad_id:
+        raise UserError(f"the tokenizer pads with {tokenizer.pad_id}, model.text.pad_id is {text.pad_id}: set it so")
+    end = int(tokenizer("", 2)[0, -1])
+    if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
+        raise UserError(f"the tokenizer ends captions with token {end}: set model.text.end_id={end}")
+
+
+def _retrieval(config: TrainConfig) -> Validate:
+    def validate(model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> dict[str, float]:
+        from bclip_fast.eval import EvalConfig, evaluate
+
+        settings = EvalConfig(
+            data=config.data.shards,
+            split=config.validation.split,
+            task=("retrieval",),
+            batch_size=config.validation.batch_size,
+            device=str(next(model.parameters()).device),
+            num_workers=config.data.num_threads,
+            progress=False,
+        )
+        figures = evaluate(model, preprocess, tokenizer, settings)["tasks"]["retrieval"]["figures"]
+        return {figure["name"]: figure["value"] for figure in figures}
+
+    return validate
+
+
+def _on_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank; its UserError is raised on every rank too."""
+    result: tuple[Any, str | None] = (None, None)
+    if distributed.is_main():
+        try:
+            result = function(), None
+        except UserError as error:
+            result = None, str(error)
+    value, problem = distributed.broadcast_object(result)
+    if problem is not None:
+        raise UserError(problem)
+    return value
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    """A dataclass as what json reads back, so that it can be compared with what a file holds."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
