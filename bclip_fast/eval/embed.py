@@ -1,0 +1,155 @@
+"""A model and data in, L2-normalised float32 embedding matrices out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .datasets import EvalDataset, open_image
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Embedder:
+    """Runs both towers of any CLIP-like model over data sets and texts.
+
+    Args:
+        model: has `encode_image(x, normalize=True)` and `encode_text(ids, normalize=True)`: ours or open_clip's.
+        preprocess: PIL image to float32 (3, H, W).
+        tokenizer: list of n texts to int64 (n, L).
+        precision: bf16 and fp16 run the towers under autocast; embeddings come back as float32 in any case.
+        num_workers: threads that decode and preprocess images.
+        progress: show bars on stderr.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Any], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
+        batch_size: int = 64,
+        num_workers: int = 2,
+        progress: bool = False,
+    ) -> None:
+        self.model: Any = model  # nn.Module's attributes are not typed as callable
+        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.device = torch.device(device)
+        if precision not in ("fp32", *_DTYPES):
+            raise UserError(f"precision {precision!r} is unknown: use fp32, bf16 or fp16")
+        if precision == "fp16" and self.device.type == "cpu":
+            raise UserError("precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+        if batch_size < 1 or num_workers < 1:
+            raise UserError(f"batch_size ({batch_size}) and num_workers ({num_workers}) must be at least 1")
+        self.precision, self.batch_size, self.num_workers, self.progress = precision, batch_size, num_workers, progress
+
+    def images(self, data: EvalDataset) -> Tensor:
+        """(N, D) float32 on the device, unit norm, row i of sample i.
+
+        Raises:
+            UserError: an image that cannot be decoded, an embedding that is not finite; both name the sample.
+        """
+
+        def load(i: int) -> Tensor:
+            return self.preprocess(open_image(data.image(i), data.key(i)))
+
+        def encode(batch: list[Tensor]) -> Tensor:
+            return self.model.encode_image(torch.stack(batch).to(self.device), normalize=True)
+
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            starts = range(0, len(data), self.batch_size)
+            spans = (range(start, min(start + self.batch_size, len(data))) for start in starts)
+            batches = _ahead(pool, load, spans)
+            return self._run(batches, encode, len(data), "images", data.key)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(n, D) float32 on the device, unit norm. Raises UserError naming a text whose embedding is not finite."""
+
+        def encode(batch: list[str]) -> Tensor:
+            return self.model.encode_text(self.tokenizer(batch).to(self.device), normalize=True)
+
+        starts = range(0, len(texts), self.batch_size)
+        batches = (list(texts[start : start + self.batch_size]) for start in starts)
+        return self._run(batches, encode, len(texts), "texts", lambda i: repr(texts[i][:60]))
+
+    def _run(
+        self,
+        batches: Iterator[list[Any]],
+        encode: Callable[[list[Any]], Tensor],
+        total: int,
+        what: str,
+        name: Callable[[int], str],
+    ) -> Tensor:
+        rows: list[Tensor] = []
+        done = 0
+        with (
+            _evaluating(self.model),
+            torch.inference_mode(),
+            self._autocast(),
+            _bar(self.progress, what, total) as advance,
+        ):
+            for batch in batches:
+                embeddings = encode(batch).float()
+                bad = (~torch.isfinite(embeddings).all(1)).nonzero()
+                if len(bad):
+                    raise UserError(
+                        f"the model's embedding of {name(done + int(bad[0]))} holds NaN or infinity: "
+                        "the weights are broken or the precision is too low"
+                    )
+                rows.append(F.normalize(embeddings, dim=1))
+                done += len(batch)
+                advance(len(batch))
+        if not rows:
+            raise UserError(f"there are no {what} to embed")
+        return torch.cat(rows)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[int], Tensor], spans: Iterator[range]) -> Iterator[list[Tensor]]:
+    """Batches of loaded images; the next batch loads while the caller uses this one, and no more than that."""
+    waiting = None
+    for span in spans:
+        futures = [pool.submit(load, i) for i in span]
+        if waiting is not None:
+            yield [future.result() for future in waiting]
+        waiting = futures
+    if waiting is not None:
+        yield [future.result() for future in waiting]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    if not show:
+        yield lambda num: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("embed {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda num: progress.advance(task, num)

@@ -1,0 +1,188 @@
+"""The report: one HTML file that needs no network and no script, from the results and the run's metrics.
+
+Captions, labels and keys come from data nobody vouches for: jinja2 escapes them all, pictures are decoded and
+encoded anew, and a content security policy forbids the page to load or run anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..errors import UserError
+from . import chart
+from .datasets import EvalDataset, open_image
+
+log = logging.getLogger(__name__)
+
+THUMBNAIL_SIZE = 224
+_CURVES = (
+    # key in metrics.jsonl, title, moving average
+    ("loss", "Training loss", True),
+    ("lr", "Learning rate", False),
+    ("logit_scale", "Logit scale", False),
+)
+
+
+def write(
+    path: Path | str, results: dict[str, Any], data: EvalDataset | None = None, run_folder: Path | None = None
+) -> None:
+    """Writes the report of `results`, as `evaluate` returns them, to `path`.
+
+    Args:
+        data: the data set evaluated on; the gallery's pictures and captions come from it, without it there is none.
+        run_folder: a training run; its metrics.jsonl gives the curves.
+
+    Raises:
+        UserError: metrics.jsonl holds a line that is not JSON; a gallery picture that cannot be decoded.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bclip_fast.eval"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = format_figure
+    environment.filters["ratio"] = format_ratio
+    environment.filters["number"] = chart.number
+    page = environment.get_template("report.html").render(
+        results=results,
+        headline=_headline(results),
+        curves=_curves(run_folder / "metrics.jsonl") if run_folder else [],
+        gallery=_gallery(results, data) if data is not None else None,
+    )
+    write_text(Path(path), page)
+
+
+def format_figure(value: float | None, unit: str) -> str:
+    """A share as per cent with one decimal, a rank with one decimal where it has one, None as a dash."""
+    if value is None:
+        return "\u2013"
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+def format_ratio(figure: dict[str, Any]) -> str:
+    """How many times better than chance: `4.2 x`."""
+    value, chance = figure["value"], figure["chance"]
+    better, worse = (value, chance) if figure["higher_is_better"] else (chance, value)
+    return f"{better / worse:.3g}\u00d7" if worse else "\u2013"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a metrics.jsonl. A last line cut by a killed run is left out with a warning."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if i == len(lines) - 1:
+                log.warning("%s: the last line is cut and is left out", path)
+                break
+            raise UserError(f"{path}, line {i + 1}: not JSON ({error})") from error
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures shown large: recall at 5 both ways, and the accuracy of each label."""
+    tiles = []
+    for task, result in results["tasks"].items():
+        for figure in result["figures"]:
+            if figure["name"].endswith("R@5") or figure["name"] == "accuracy":
+                label = f"{result['label']}, zero-shot" if "label" in result else "retrieval"
+                tiles.append({**figure, "task": task, "label": label})
+    return tiles
+
+
+def _curves(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    records = read_metrics(path)
+    curves = []
+    for key, title, smooth in _CURVES:
+        points = [(r["step"], r[key]) for r in records if _is_finite(r.get("step")) and _is_finite(r.get(key))]
+        if not points:
+            continue
+        num_bad = sum(isinstance(r.get(key), float) and not math.isfinite(r[key]) for r in records)
+        steps, values = zip(*points, strict=True)
+        drawing = chart.line_chart(steps, values, title=title, smooth=smooth)
+        curves.append({"title": title, "svg": drawing, "last": values[-1], "num_bad": num_bad})
+    return curves
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _gallery(results: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[str, Any]]] | None:
+    """The retrieval gallery with captions and pictures put in for the sample numbers."""
+    gallery = results["tasks"].get("retrieval", {}).get("gallery")
+    captions = data.captions()
+    if gallery is None or captions is None:
+        return None
+    pictures: dict[int, str] = {}
+
+    def show(sample: int, picture: bool) -> dict[str, Any]:
+        if picture and sample not in pictures:
+            pictures[sample] = thumbnail(data.image(sample), data.key(sample))
+        return {
+            "key": data.key(sample),
+            "caption": captions[sample],
+            "picture": pictures.get(sample) if picture else None,
+        }
+
+    def fill(rows: list[dict[str, Any]], picture_query: bool) -> list[dict[str, Any]]:
+        return [
+            {
+                **row,
+                **show(row["sample"], picture_query),
+                "found": any(hit["right"] for hit in row["hits"]),
+                "answer": show(row["sample"], not picture_query),
+                "hits": [{**hit, **show(hit["sample"], not picture_query)} for hit in row["hits"]],
+            }
+            for row in rows
+        ]
+
+    return {
+        "text_to_image": fill(gallery["text_to_image"], False),
+        "image_to_text": fill(gallery["image_to_text"], True),
+    }
+
+
+def thumbnail(data: bytes, name: str) -> str:
+    """A `data:` address of the picture as an RGB JPEG of at most `THUMBNAIL_SIZE` pixels a side, no metadata kept."""
+    image = open_image(data, name).convert("RGB")
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
