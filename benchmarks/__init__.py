@@ -1,0 +1,1 @@
+"""Ours against the rivals on the same inputs in one process."""

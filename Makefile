@@ -1,0 +1,66 @@
+# make quickstart: sets everything up and runs the main job.   make test: sets everything up and passes the tests.
+# Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart, or to pytest).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: $(VENV)/quickstart.done
+	$(BIN)/bclip quickstart $(ARGS)
+
+test: $(VENV)/dev.done lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.done
+	$(BIN)/bclip bench all
+
+clean:
+	rm -rf $(VENV) build bclip_fast.egg-info bclip_fast/*.so
+
+# Torch first, by itself: another package's range could pull a different build of it.
+$(VENV)/torch.done:
+	@$(SYSTEM_PACKAGES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q "$(TORCH)" numpy
+	@touch $@
+
+$(VENV)/quickstart.done: $(VENV)/torch.done $(SOURCES)
+	$(BIN)/pip install -q -e ".[quickstart]"
+	@touch $@
+
+# open_clip is a peer that tests compare with: it asks for torchvision, whose wheel wants another torch build and which
+# neither we nor the comparison need more of than its Python files.
+$(VENV)/dev.done: $(VENV)/torch.done $(SOURCES)
+	$(BIN)/pip install -q -e ".[dev]"
+	$(BIN)/pip install -q ftfy regex
+	$(BIN)/pip install -q --no-deps open_clip_torch timm torchvision
+	@touch $@
+
+# What pip can't install. As root under apt it is installed; otherwise it is named, and make stops.
+define SYSTEM_PACKAGES
+missing=""; \
+$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || missing="$$missing python3-venv"; \
+test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
+command -v g++ >/dev/null || missing="$$missing g++"; \
+printf '#include <stdio.h>\n#include <jpeglib.h>\n' | gcc -xc -fsyntax-only - 2>/dev/null || missing="$$missing libjpeg-dev"; \
+if [ -n "$$missing" ]; then \
+  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
+  else \
+    echo "These system packages are missing:$$missing"; \
+    echo "On Debian or Ubuntu, ask an administrator to run: apt-get install$$missing"; \
+    exit 1; \
+  fi; \
+fi
+endef

@@ -1,0 +1,193 @@
+"""What is measured: inputs, ours, rivals, FLOPs and bytes, each said once for pytest-benchmark and `bclip bench`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bclip_fast import ops
+from bclip_fast.ops import attention, contrastive, image
+from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
+from bclip_fast.ops.dispatch import BACKENDS, why_not
+
+Inputs = Sequence[Any]
+Contender = Callable[..., Any]  # the inputs -> the results that are compared with the truth
+
+
+class Unavailable(Exception):
+    """Why a rival, or the input of a case, isn't there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One operator at one shape.
+
+    `flops` and `bytes` are the least that any method has to spend: the floor beside each figure. `contenders` maps
+    "ours:<backend>" and the rivals' names to a maker, which raises Unavailable with the reason where it can't run.
+    """
+
+    operator: str
+    name: str
+    make_inputs: Callable[[], Inputs]
+    truth: Contender  # computed in float64 where the inputs are floating
+    contenders: dict[str, Callable[[], Contender]]
+    flops: float = 0.0
+    bytes: float = 0.0
+    dtype: torch.dtype = torch.float32
+    unit: str = "FLOP"  # what the rate is quoted in: FLOP, or "image"
+    num_units: float = field(default=0.0)
+
+    @property
+    def id(self) -> str:
+        return f"{self.operator}-{self.name}"
+
+
+def ours(limits: Any, make: Callable[[str], Contender], *inputs: Any) -> dict[str, Callable[[], Contender]]:
+    """A contender for each backend of the operator that is implemented."""
+
+    def maker(backend: str) -> Callable[[], Contender]:
+        def built() -> Contender:
+            reason = why_not(limits, backend, *inputs)
+            if reason is not None:
+                raise Unavailable(reason)
+            return make(backend)
+
+        return built
+
+    return {f"ours:{backend}": maker(backend) for backend in BACKENDS if backend in limits}
+
+
+def with_gradients(function: Callable[..., Tensor]) -> Contender:
+    """(output, gradients of every floating leaf): forward and backward in one call."""
+
+    def run(*inputs: Any) -> list[Tensor]:
+        leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        output = function(*inputs)
+        gradient = torch.ones_like(output) if output.ndim == 0 else output.detach()
+        return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+
+    return run
+
+
+def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Case:
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(batch, tokens, 3, heads, dim, generator=generator)
+        return [qkv.to(dtype).requires_grad_()]
+
+    def sdpa(qkv: Tensor) -> Tensor:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    forward_flops = 4 * batch * heads * tokens**2 * dim
+    return Case(
+        operator="attention",
+        name=name,
+        make_inputs=make_inputs,
+        truth=with_gradients(lambda qkv: attention.reference.dense(qkv, None, False, 0.0, dim**-0.5)),
+        contenders={
+            **ours(
+                attention.LIMITS,
+                lambda backend: with_gradients(lambda qkv: ops.fused_attention(qkv, backend=backend)),
+                torch.zeros(1, 1, 3, 1, dim, dtype=dtype),
+            ),
+            "torch sdpa": lambda: with_gradients(sdpa),
+        },
+        flops=3.5 * forward_flops,  # forward 2 matmuls, backward 5: one of them recomputes the scores
+        bytes=8 * batch * tokens * heads * dim * torch.finfo(dtype).bits / 8,
+        dtype=dtype,
+    )
+
+
+def contrastive_case(name: str, batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        pair = F.normalize(torch.randn(2, batch, width, generator=generator), dim=-1).to(dtype)
+        return [pair[0].clone().requires_grad_(), pair[1].clone().requires_grad_(), torch.tensor(scale).requires_grad_()]
+
+    def open_clip_loss() -> Contender:
+        loss = peer("open_clip.loss").ClipLoss()
+        return with_gradients(lambda i, t, s: loss(i, t, s))
+
+    return Case(
+        operator="contrastive",
+        name=name,
+        make_inputs=make_inputs,
+        truth=with_gradients(dense_clip_loss),
+        contenders={
+            **ours(
+                contrastive.LIMITS,
+                lambda backend: with_gradients(lambda i, t, s: ops.clip_loss(i, t, s, backend=backend)),
+                *make_tiny_features(dtype),
+            ),
+            "torch dense": lambda: with_gradients(lambda i, t, s: dense_clip_loss(i, t, s.to(i.dtype))),
+            "open_clip": open_clip_loss,
+        },
+        flops=4 * 2 * batch**2 * width,  # S, S again, and the two products with its gradient
+        bytes=4 * batch * width * torch.finfo(dtype).bits / 8,
+        dtype=dtype,
+    )
+
+
+def make_tiny_features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.zeros(1, 8, dtype=dtype), torch.zeros(1, 8, dtype=dtype)
+
+
+def image_case(num_images: int) -> Case:
+    def simplejpeg() -> Contender:
+        module = peer("simplejpeg")
+        return lambda *files: [torch.from_numpy(module.decode_jpeg(data, "RGB")) for data in files]
+
+    return Case(
+        operator="image",
+        name=f"decode-{num_images}-figures",
+        make_inputs=lambda: figures(num_images),
+        truth=lambda *files: [ops.image.decode(data, backend="reference") for data in files],
+        contenders={
+            **ours(
+                image.LIMITS,
+                lambda backend: lambda *files: [ops.image.decode(data, backend=backend) for data in files],
+                b"",
+            ),
+            "simplejpeg": simplejpeg,
+        },
+        dtype=torch.uint8,
+        unit="image",
+        num_units=num_images,
+    )
+
+
+def figures(num_images: int) -> list[bytes]:
+    """Real figures of PMC articles, spread over the articles."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("BCLIP_SHARED_DATA", default)) / "pmc_articles"
+    paths = sorted(folder.rglob("*.jpg"))
+    if len(paths) < num_images:
+        raise Unavailable(f"{folder} holds {len(paths)} JPEGs, {num_images} are needed: set BCLIP_SHARED_DATA")
+    return [path.read_bytes() for path in paths[:: len(paths) // num_images][:num_images]]
+
+
+def peer(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        raise Unavailable(f"{module}: {error}") from error
+
+
+CASES = [
+    attention_case("vit-b16-224-fp32", 8, 197, 12, 64, torch.float32),
+    attention_case("vit-b16-224-bf16", 8, 197, 12, 64, torch.bfloat16),
+    attention_case("bert-256-fp32", 4, 256, 12, 64, torch.float32),
+    contrastive_case("1024-fp32", 1024, 512, torch.float32),
+    contrastive_case("4096-fp32", 4096, 512, torch.float32),
+    contrastive_case("4096-bf16", 4096, 512, torch.bfloat16),
+    image_case(40),
+]

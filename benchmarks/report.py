@@ -1,0 +1,127 @@
+"""`bclip bench`: runs the pytest-benchmark suite and renders its figures as a table, a JSONL and a plot."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from bclip_fast.errors import UserError
+
+from .measure import environment
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
+
+    operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "all"]] = "all"
+    """The operator to measure."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
+    """Folder for bench.jsonl and bench.svg."""
+    record: bool = False
+    """Append the rows to benchmarks/results/<device>.jsonl of the source tree as well."""
+
+
+def run(config: BenchConfig) -> int:
+    rows, status = measure(config.operator)
+    if not rows:
+        raise UserError(f"no figure for {config.operator}: pytest ended with status {status}, see its output above")
+    config.output.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (config.output / "bench.jsonl").write_text(lines)
+    if config.record:
+        device = "-".join(rows[0]["device"].split()).replace("/", "-")
+        with open(HERE / "results" / f"{device}.jsonl", "a") as file:
+            file.write(lines)
+    plot(rows, config.output / "bench.svg")
+    show(rows)
+    print(f"{config.output / 'bench.jsonl'}  {config.output / 'bench.svg'}")
+    return int(status)
+
+
+def measure(operator: str) -> tuple[list[dict[str, Any]], int]:
+    """The suite's rows, one a contender and case, and pytest's exit status."""
+    import pytest
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.json"
+        args = [str(HERE / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+        args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={HERE}", "-c", "/dev/null"]
+        if operator != "all":
+            args += ["-k", operator]
+        status = pytest.main(args)
+        data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
+    common = environment()
+    rows = []
+    for entry in data["benchmarks"]:
+        stats = entry["stats"]
+        rows.append(
+            {**common, **entry["extra_info"], "seconds": stats["median"], "min": stats["min"], "max": stats["max"]}
+        )
+    return rows, int(status)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
+    for heading in ("contender", "ms", "x ours", "rate", "of matmul", "error"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
+        group = [row for row in rows if (row["operator"], row["case"]) == case]
+        best = min((row["seconds"] for row in group if row["contender"].startswith("ours:")), default=None)
+        table.add_row(f"[bold]{'-'.join(case)}[/bold]{floor(group[0])}")
+        for row in group:
+            table.add_row(
+                f"  {row['contender']}",
+                f"{row['seconds'] * 1e3:.2f}",
+                f"{row['seconds'] / best:.2f}" if best else "",
+                rate(row),
+                f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}" if row["flops"] else "",
+                f"{row['error']:.1e}",
+            )
+        table.add_section()
+    Console().print(table)
+
+
+def floor(row: dict[str, Any]) -> str:
+    """The least that any method has to spend on the case."""
+    return f": {row['flops'] / 1e9:.1f} GFLOP, {row['bytes'] / 1e6:.0f} MB" if row["flops"] else ""
+
+
+def rate(row: dict[str, Any]) -> str:
+    if row["flops"]:
+        return f"{row['flops'] / row['seconds'] / 1e9:.0f} GFLOP/s"
+    return f"{row['num_units'] / row['seconds']:.0f} {row['unit']}/s"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys((row["operator"], row["case"]) for row in rows))
+    figure, axes = pyplot.subplots(len(cases), 1, figsize=(8, 1.6 * len(cases) + 0.6), squeeze=False)
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        group = [row for row in rows if (row["operator"], row["case"]) == case]
+        names = [row["contender"] for row in group]
+        colors = ["#1f77b4" if name.startswith("ours:") else "#999999" for name in names]
+        bars = axis.barh(names, [row["seconds"] * 1e3 for row in group], color=colors)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.invert_yaxis()
+        axis.set_title("-".join(case), fontsize=10, loc="left")
+        axis.set_xlabel("ms, median of 5")
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

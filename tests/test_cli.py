@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from bclip_fast import __version__, cli
+
+
+def bclip(*args, **options):
+    return subprocess.run([sys.executable, "-m", "bclip_fast.cli", *args], capture_output=True, text=True, **options)
+
+
+def test_version_and_usage():
+    assert bclip("--version").stdout.strip() == f"bclip_fast {__version__}"
+    assert all(name in bclip().stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name):
+    done = bclip(*name.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: bclip " + name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["foo"], "unknown command 'foo'"),
+        (["doctor", "--verbose"], "--verbose"),
+        (["train", "nowhere.toml"], "nowhere.toml does not exist"),
+        (["train", "--no_such_key", "1"], "no_such_key"),
+        (["ingest", "build", "/nowhere/at/all", "-o", "/tmp/unused"], "/nowhere/at/all"),
+        (["eval", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_exit_code_2(args, words):
+    done = bclip(*args)
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    code = "import sys; sys.modules['tyro'] = None; from bclip_fast import cli; sys.exit(cli.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "bclip doctor needs the package tyro: pip install 'bclip_fast[model]'"
+
+
+def test_doctor_tells_each_backend_and_why_not():
+    out = bclip("doctor").stdout
+    for name in ("cuda", "triton", "cpu", "reference"):
+        assert f"\n  {name}" in out
+    assert "attention   cuda (not implemented)" in out
+    assert "no device: " in out or "device 0: " in out or "_cuda: not built" in out
