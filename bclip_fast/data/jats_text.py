@@ -1,0 +1,104 @@
+"""The text that a reader sees of a JATS element, on one line."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from lxml import etree
+
+_MATH = "{http://www.w3.org/1998/Math/MathML}"
+# Their content starts and ends a line on the page, so words on both sides are apart.
+_BLOCKS = frozenset(
+    "p title subtitle caption list list-item label def-list def-item def term disp-formula disp-formula-group "
+    "disp-quote break sec table tr td th verse-group verse-line statement preformat".split()
+)
+# Identifiers, credits and descriptions that are no part of the running text; and objects with captions of their own.
+_SKIPPED = frozenset(
+    "object-id index-term alt-text long-desc permissions copyright-statement copyright-year license related-object "
+    "supplementary-material media graphic inline-graphic inline-supplementary-material table-wrap fig fig-group "
+    "processing-meta annotation annotation-xml".split()
+)
+# Of several versions of one formula: the one whose text is closest to what stands on the page.
+_FORMULA_PREFERENCE = ("math", "textual-form", "tex-math")
+_TEX_DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)
+# Soft hyphen, zero-width characters, word joiner, invisible mathematical operators, byte order mark.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
+
+
+def local_name(node: etree._Element) -> str:
+    """The tag without its namespace; empty for comments and processing instructions."""
+    return node.tag.rpartition("}")[2] if isinstance(node.tag, str) else ""
+
+
+def fold(text: str) -> str:
+    """NFC, invisible characters out, every run of white space (also no-break and thin) one space."""
+    return " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
+
+
+def text_of(element: etree._Element) -> str:
+    """All text inside `element`, however deep, folded to one line.
+
+    Blocks (paragraphs, titles, list items...) are set apart by a space; inline markup adds nothing. Of the
+    `alternatives` of a formula one speaks: MathML, else its textual form, else the body of its TeX. In MathML, white
+    space is not content, and a fraction reads `a/b`.
+    """
+    parts: list[str] = []
+    walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
+    for event, node in walker:
+        name = local_name(node)
+        if event == "start":
+            if node is not element and (name in _SKIPPED or _is_other_version(node, name)):
+                walker.skip_subtree()
+            elif name == "tex-math":
+                parts.append(_tex_body(node))
+                walker.skip_subtree()
+            else:
+                if name in _BLOCKS:
+                    parts.append(" ")
+                if _is_math(node.getparent()) and local_name(node.getparent()) == "mfrac":
+                    parts.append("/" if node.getprevious() is not None else "")
+                parts.append(_own_text(node.text, node, name))
+            continue
+        if name in _BLOCKS:
+            parts.append(" ")
+        if node is not element:
+            inside = node.getparent()
+            parts.append(_own_text(node.tail, inside, local_name(inside)))
+    return fold("".join(parts))
+
+
+def _is_math(node: etree._Element | None) -> bool:
+    return node is not None and isinstance(node.tag, str) and node.tag.startswith(_MATH)
+
+
+def _own_text(text: str | None, node: etree._Element, name: str) -> str:
+    if text and name != "mtext" and _is_math(node):
+        return text.strip()
+    return text or ""
+
+
+def _is_other_version(node: etree._Element, name: str) -> bool:
+    """Whether another element says the same formula (or the same anything) in its stead."""
+    parent = node.getparent()
+    inside = local_name(parent)
+    if inside not in ("alternatives", "inline-formula", "disp-formula"):
+        return False
+    if inside != "alternatives" and name not in _FORMULA_PREFERENCE:
+        return False
+    siblings = [other for other in parent if local_name(other) and local_name(other) not in _SKIPPED]
+    chosen = min(siblings, key=lambda other: _rank(local_name(other)))
+    if inside == "alternatives":
+        return node is not chosen
+    return name != local_name(chosen) and local_name(chosen) in _FORMULA_PREFERENCE
+
+
+def _rank(name: str) -> int:
+    return _FORMULA_PREFERENCE.index(name) if name in _FORMULA_PREFERENCE else len(_FORMULA_PREFERENCE)
+
+
+def _tex_body(node: etree._Element) -> str:
+    text = "".join(node.itertext())
+    if body := _TEX_DOCUMENT.search(text):
+        text = body.group(1)
+    return text.strip().strip("$").strip()
