@@ -29,6 +29,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 SIDE = 112  # pixels; the quickstart's model sees 64 to 96
 SKIPPED_FILE = "skipped.json"
 _PER_MODALITY = {"train": 240, "val": 28}  # crops, shared evenly among a modality's pictures
+_MAX_TRAIN_ONLY = 60  # crops of a picture of which nothing is held out
 _MODULES = {
     "nilearn": "nilearn",
     "pydicom": "pydicom",
@@ -98,10 +100,10 @@ def _folder(package: str) -> Path:
 
 
 def _jpeg(image: Image.Image, random: np.random.Generator, split: str) -> bytes:
-    """Baseline RGB JPEG of SIDE x SIDE; greyscale training images get another gamma."""
-    grey = image.mode == "L"
+    """Baseline RGB JPEG of SIDE x SIDE; training slices of volumes ("L") get another gamma."""
+    vary = image.mode == "L" and split == "train"
     image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    if grey and split == "train":
+    if vary:
         gamma = float(np.exp(random.uniform(-0.25, 0.25)))
         image = image.point([round(255 * (level / 255) ** gamma) for level in range(256)])
     buffer = io.BytesIO()
@@ -117,91 +119,105 @@ def _sample(
     meta: dict[str, Any],
     random: np.random.Generator,
 ) -> Sample:
-    meta = {**facts.labels(), **meta, "num_pixels": SIDE}
+    meta = {**facts.labels(), **meta}
     return Sample(key, _jpeg(image, random, split), compose(facts, random), meta)
+
+
+def _origin(package: str, file: str) -> dict[str, str]:
+    return {"source": package, "version": importlib.metadata.version(package), "file": file}
 
 
 def _volume_samples(seed: int) -> Iterator[tuple[str, Sample]]:
     folder = _folder("nilearn")
-    version = importlib.metadata.version("nilearn")
-    for name, file in samples_volumes.MAPS.items():
-        random = np.random.default_rng([seed, 2000, list(samples_volumes.MAPS).index(name)])
+    for number, (name, file) in enumerate(samples_volumes.MAPS.items()):
+        random = np.random.default_rng([seed, 2000 + number])
+        origin = _origin("nilearn", file)
         cuts = samples_volumes.slices(name, folder / file, seed)
-        for number, (split, image, facts, meta) in enumerate(cuts):
-            meta |= {"source": "nilearn", "version": version, "file": file}
-            key = f"mni-{name.lower()}-{facts.plane}-{number:04d}"
-            yield split, _sample(key, split, image, facts, meta, random)
+        for index, (split, image, facts, meta) in enumerate(cuts):
+            key = f"mni-{name.lower()}-{facts.plane}-{index:04d}"
+            yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
 
 
-def _picture_samples(seed: int, skipped: list[dict[str, str]]) -> Iterator[tuple[str, Sample]]:
-    loaded: dict[str, list[tuple[samples_pictures.Source, list[tuple[np.ndarray, Facts]]]]]
+@dataclass(frozen=True)
+class _Plan:
+    """So many crops of one picture for one split."""
+
+    source: samples_pictures.Source
+    pictures: list[tuple[np.ndarray, Facts]]
+    split: str
+    count: int
+
+
+def _plan_pictures(skipped: list[dict[str, str]]) -> list[_Plan]:
+    """Decode all pictures and share each modality's crops among them."""
     loaded = defaultdict(list)
     for source in samples_pictures.SOURCES:
         path = _folder(source.package) / source.path
         try:
             pictures = samples_pictures.load(source, path)
-        # A decoder that is missing or a file that another version of the package lacks.
-        except (OSError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        # A decoder that is missing, or a file that another version of the package lacks.
+        except (OSError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             log.warning("skipping %s of %s: %s", source.path, source.package, reason)
             skipped.append({"package": source.package, "file": source.path, "reason": reason})
             continue
         loaded[pictures[0][1].modality].append((source, pictures))
+    plans = []
     for entries in loaded.values():
         for split, total in _PER_MODALITY.items():
             used = [entry for entry in entries if split == "train" or entry[0].side is not None]
             for place, (source, pictures) in enumerate(used):
                 count = total // len(used) + (place < total % len(used))
-                version = importlib.metadata.version(source.package)
-                number = samples_pictures.SOURCES.index(source)
-                random = np.random.default_rng([seed, 3000 + number, split == "val"])
-                cuts = samples_pictures.crops(source, pictures, split, count, seed)
-                for index, (image, facts, meta) in enumerate(cuts):
-                    meta |= {"source": source.package, "version": version, "file": source.path}
-                    key = f"{source.name}-{split}-{index:04d}"
-                    yield split, _sample(key, split, image, facts, meta, random)
+                if source.side is None:
+                    count = min(count, _MAX_TRAIN_ONLY)
+                plans.append(_Plan(source, pictures, split, count))
+    return plans
+
+
+def _picture_samples(plan: _Plan, seed: int) -> Iterator[tuple[str, Sample]]:
+    source, split = plan.source, plan.split
+    number = samples_pictures.SOURCES.index(source)
+    random = np.random.default_rng([seed, 3000 + number, split == "val"])
+    origin = _origin(source.package, source.path)
+    cuts = samples_pictures.crops(source, plan.pictures, split, plan.count, seed)
+    for index, (image, facts, meta) in enumerate(cuts):
+        key = f"{source.name}-{split}-{index:04d}"
+        yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
 
 
 def build(
     out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
 ) -> None:
-    """Write the sets "train" and "val" as shards below `out`, the same bytes for the same seed.
+    """Write the splits "train" and "val" as shards below `out`, the same bytes for the same seed.
 
-    `progress(stage, done, total)` is called now and then. Files that could not be read are
-    logged and listed in `skipped.json` ([{package, file, reason}]). UserError: a package is
-    missing, or nothing could be read.
+    Meta of every sample: source, version, file; the labels of the kinds of `LABELS` that apply;
+    for slices volume, axis, slice_index, position_mm; for crops picture, frame, box and part
+    ([top, left, height, width] in pixels). `progress(stage, done, total)` is called now and then.
+    Files that cannot be read are logged and listed in `skipped.json` ([{package, file, reason}]).
+    UserError: a package is missing.
     """
     for package in _MODULES:
         _folder(package)
+    report = progress or (lambda stage, done, total: None)
     skipped: list[dict[str, str]] = []
+    plans = _plan_pictures(skipped)
+    total = samples_volumes.count() + sum(plan.count for plan in plans)
+    cuts = chain(_volume_samples(seed), *(_picture_samples(plan, seed) for plan in plans))
     samples: list[tuple[str, Sample]] = []
-    expected = _expected_count()
-    for generator in (_volume_samples(seed), _picture_samples(seed, skipped)):
-        for sample in generator:
-            samples.append(sample)
-            if progress is not None and len(samples) % 50 == 0:
-                progress("cutting images", len(samples), expected)
+    for entry in cuts:
+        samples.append(entry)
+        if len(samples) % 50 == 0 or len(samples) == total:
+            report("cutting images", len(samples), total)
     # Neighbours in the shards should not be neighbours in a volume.
-    order = np.random.default_rng([seed, 4000]).permutation(len(samples))
+    order = np.random.default_rng([seed, 4000]).permutation(total)
     with ShardWriter(out) as writer:
-        for done, i in enumerate(order):
+        for done, i in enumerate(order, start=1):
             split, sample = samples[i]
             writer.write(sample, split)
-            if progress is not None and done % 500 == 0:
-                progress("writing shards", done, len(samples))
+            if done % 500 == 0 or done == total:
+                report("writing shards", done, total)
     (Path(out) / SKIPPED_FILE).write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
-    if progress is not None:
-        progress("writing shards", len(samples), len(samples))
     _log_summary(samples, skipped)
-
-
-def _expected_count() -> int:
-    volumes = sum(
-        len(samples_volumes.split_positions(plane)[1]) + samples_volumes.TRAIN_PER_MAP_AND_PLANE
-        for plane in samples_volumes.PLANES
-    )
-    modalities = 9
-    return len(samples_volumes.MAPS) * volumes + modalities * sum(_PER_MODALITY.values())
 
 
 def _log_summary(samples: list[tuple[str, Sample]], skipped: list[dict[str, str]]) -> None:

@@ -33,11 +33,11 @@ LABELS: dict[str, dict[str, list[str]]] = {
     "body_part": {
         "head": ["head", "brain"],
         "chest": ["chest", "thorax"],
-        "abdomen": ["abdomen", "upper abdomen"],
+        "abdomen": ["abdomen", "abdominal region"],
         "shoulder": ["shoulder", "shoulder joint"],
         "lower leg": ["lower leg", "distal tibia"],
         "whole body": ["whole body", "whole skeleton"],
-        "heart": ["heart", "cardiac chambers"],
+        "heart": ["heart", "heart and great vessels"],
         "retina": ["retina", "eye fundus"],
         "colon": ["colon", "colonic glands"],
     },

@@ -65,11 +65,13 @@ def orientation(header: Any) -> tuple[str | None, float, bool, bool]:
     """(plane or None if oblique or unknown, tilt in degrees, flip rows, flip columns).
 
     Flips bring the picture to the usual display: anterior or superior up, patient's right (in
-    sagittal planes: anterior) at the left. From ImageOrientationPatient, C.7.6.2.1.1 (LPS axes).
+    sagittal planes: anterior) at the left. From ImageOrientationPatient, C.7.6.2.1.1 (LPS axes),
+    or for projections from PatientOrientation, C.7.6.1.1.1.
     """
     cosines = header.get("ImageOrientationPatient")
     if cosines is None:
-        return None, 0.0, False, False
+        letters = header.get("PatientOrientation") or ("", "")
+        return None, 0.0, str(letters[1]).startswith("H"), str(letters[0]).startswith("R")
     row = np.array([float(value) for value in cosines[:3]])
     column = np.array([float(value) for value in cosines[3:]])
     normal = np.cross(row, column)
@@ -77,8 +79,8 @@ def orientation(header: Any) -> tuple[str | None, float, bool, bool]:
     tilt = float(np.degrees(np.arccos(min(1.0, abs(normal[axis])))))
     along_row, along_column = int(np.argmax(np.abs(row))), int(np.argmax(np.abs(column)))
     flip_columns = bool(row[along_row] < 0)
-    flip_rows = bool(column[along_column] > 0) if along_column == 2 else bool(
-        column[along_column] < 0
+    flip_rows = (
+        bool(column[along_column] > 0) if along_column == 2 else bool(column[along_column] < 0)
     )
     plane = ("sagittal", "coronal", "axial")[axis] if tilt <= _OBLIQUE_DEGREES else None
     return plane, tilt, flip_rows, flip_columns
@@ -148,13 +150,19 @@ def _windows(header: Any) -> list[tuple[str, tuple[float, float] | None]]:
     return [(f"window {named[0]:g}/{named[1]:g} HU", named), ("bone window", _BONE)]
 
 
-def _to_8_bit(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    if window is None:
-        low, high = np.percentile(values, [0.5, 99.5])
-    else:
+def _to_8_bit(values: np.ndarray, window: tuple[float, float] | None, *, fixed: bool) -> np.ndarray:
+    """The window's ramp; unless `fixed`, no wider than what the values use (radiographs come
+    with windows over the whole range of the detector).
+    """
+    low, high = np.percentile(values, [0.5, 99.5])
+    if window is not None:
         # C.11.2.1.2.1: the linear ramp from c - 0.5 - (w-1)/2 to c - 0.5 + (w-1)/2.
-        low = window[0] - 0.5 - (window[1] - 1) / 2
-        high = low + window[1] - 1
+        start = window[0] - 0.5 - (window[1] - 1) / 2
+        low, high = (
+            (start, start + window[1] - 1)
+            if fixed
+            else (max(low, start), min(high, start + window[1] - 1))
+        )
     return (np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -182,7 +190,7 @@ def read(path: Path, frames: tuple[int, ...] = (0,)) -> list[tuple[np.ndarray, F
         else:
             values = np.asarray(apply_modality_lut(pixels, header), dtype=np.float32)
             for words, window in _windows(header):
-                grey = _to_8_bit(values, window)
+                grey = _to_8_bit(values, window, fixed=header.Modality == "CT")
                 grey = 255 - grey if interpretation == "MONOCHROME1" else grey
                 shown.append((words, np.repeat(grey[:, :, None], 3, axis=2)))
         for words, picture in shown:

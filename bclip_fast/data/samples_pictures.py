@@ -31,7 +31,8 @@ class Source:
     `facts` is None where the DICOM header gives them. `region` excludes burned-in text and empty
     margins. `side` is where the held-out part lies, None: all training. `smallest` is the
     smallest crop as a fraction of the part's shorter side, `content` the least fraction of a
-    crop's pixels that are neither black nor white.
+    crop's pixels that are neither black nor white. `stretch` gives the percentiles that become
+    black and white.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     frames: tuple[int, ...] = (0,)
     smallest: float = 0.45
     content: float = 0.35
+    stretch: tuple[float, float] | None = None
 
 
 def _dicom(name: str, path: str, **options: Any) -> Source:
@@ -52,13 +54,11 @@ def _dicom(name: str, path: str, **options: Any) -> Source:
 
 SOURCES: tuple[Source, ...] = (
     _dicom("head-ct", "693_UNCR.dcm"),
-    Source(
-        "skull-base-ct", "pydicom", "data/test_files/J2K_pixelrep_mismatch.dcm", side="left"
-    ),
+    Source("skull-base-ct", "pydicom", "data/test_files/J2K_pixelrep_mismatch.dcm", side="left"),
     _dicom("pancreas-ct", "explicit_VR-UN.dcm", region=(80, 40, 360, 432)),
     Source("spine-ct", "pydicom", "data/test_files/CT_small.dcm", side=None),
     _dicom("liver-mr", "MR-SIEMENS-DICOM-WithOverlays.dcm", region=(90, 0, 300, 484)),
-    _dicom("shoulder-mr", "MR2_UNCR.dcm", side="bottom"),
+    _dicom("shoulder-mr", "MR2_UNCR.dcm", region=(100, 100, 800, 880), content=0.5),
     _dicom("chest-cr", "RG1_UNCR.dcm"),
     _dicom("leg-cr", "RG3_UNCR.dcm", region=(0, 400, 1760, 1000), side="bottom"),
     _dicom("node-us", "US1_UNCR.dcm", region=(110, 45, 226, 550)),
@@ -67,21 +67,24 @@ SOURCES: tuple[Source, ...] = (
         "color3d_jpeg_baseline.dcm",
         region=(60, 170, 340, 310),
         frames=(0, 20, 40, 60, 80, 100),
-        content=0.25,
+        content=0.4,
     ),
-    _dicom("tee-us", "color-pl.dcm", region=(6, 45, 110, 180), side="left", smallest=0.6),
+    _dicom("tee-us", "color-pl.dcm", region=(20, 70, 95, 145), side="left", smallest=0.6),
     _dicom("abdomen-us", "gdcm-US-ALOKA-16.dcm", region=(120, 35, 290, 560)),
-    _dicom("bone-nm", "JPEG2000_UNC.dcm", region=(60, 20, 900, 216), side="bottom", content=0.2),
-    Source(
-        "retina", "scikit-image", "data/retina.jpg", Facts("fundus", "retina"), side="bottom"
-    ),
+    _dicom("bone-nm", "JPEG2000_UNC.dcm", region=(60, 20, 900, 216), side="top", content=0.3),
+    Source("retina", "scikit-image", "data/retina.jpg", Facts("fundus", "retina"), side="bottom"),
     Source(
         "microaneurysms",
         "scikit-image",
         "data/microaneurysms.png",
-        Facts("fundus", "retina", details=("green channel", "microaneurysms", "magnified detail")),
+        Facts(
+            "fundus",
+            "retina",
+            details=("green channel", "eye with microaneurysms", "magnified detail"),
+        ),
         side="bottom",
         smallest=0.7,
+        stretch=(0.5, 99.5),
     ),
     Source(
         "ihc",
@@ -104,6 +107,7 @@ SOURCES: tuple[Source, ...] = (
         Facts("fluorescence", stain="DNA", details=("cell nuclei", "cultured cells")),
         smallest=0.35,
         content=0.15,
+        stretch=(1, 98.5),  # a few dividing cells are far brighter than the rest
     ),
     # One cell in an empty field: no second part shows a cell, so it is a training picture only.
     Source(
@@ -124,9 +128,8 @@ def load(source: Source, path: Path) -> list[tuple[np.ndarray, Facts]]:
         return samples_dicom.read(path, source.frames)
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
-    if source.facts.modality == "fluorescence":
-        # A few dividing cells are far brighter than the rest, which would be nearly black.
-        low, high = np.percentile(pixels, [1, 98.5])
+    if source.stretch is not None:
+        low, high = np.percentile(pixels, source.stretch)
         pixels = (np.clip((pixels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
     return [(pixels, source.facts)]
 

@@ -25,14 +25,13 @@ MAPS = {
     "WM": "datasets/data/mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz",
 }
 GAP_MM = 5  # a training slice is at least this far from every held-out one
-# plane: (voxel axis, first and last mm with brain, held-out blocks in mm, both ends included)
-PLANES: dict[str, tuple[int, int, int, tuple[tuple[int, int], ...]]] = {
-    "axial": (2, -58, 74, ((-40, -32), (-4, 4), (32, 40))),
-    "coronal": (1, -98, 66, ((-74, -66), (-28, -20), (20, 28))),
-    "sagittal": (0, 0, 64, ((14, 22), (44, 52))),
+# plane: (voxel axis, first and last mm with brain, held-out blocks in mm with both ends, step)
+PLANES: dict[str, tuple[int, int, int, tuple[tuple[int, int], ...], int]] = {
+    "axial": (2, -58, 74, ((-40, -32), (-4, 4), (32, 40)), 4),
+    "coronal": (1, -98, 66, ((-74, -66), (-28, -20), (20, 28)), 4),
+    "sagittal": (0, 0, 64, ((14, 22), (44, 52)), 2),
 }
 TRAIN_PER_MAP_AND_PLANE = 160
-_VAL_STEP_MM = 4
 _CENTRE_MM = (0.0, -17.0, 8.0)  # of the brain in the template
 _SIDE_MM = 190.0  # of the square that is shown: the whole head's width and length
 
@@ -66,14 +65,10 @@ _DIRECTIONS = {
 }
 
 
-def held_out(plane: str, position_mm: int) -> bool:
-    return any(low <= position_mm <= high for low, high in PLANES[plane][3])
-
-
 def split_positions(plane: str) -> tuple[list[int], list[int]]:
     """Millimetres of the training slices and of the held-out slices of a plane."""
-    _, first, last, blocks = PLANES[plane]
-    val = [mm for low, high in blocks for mm in range(low, high + 1, _VAL_STEP_MM)]
+    _, first, last, blocks, step = PLANES[plane]
+    val = [mm for low, high in blocks for mm in range(low, high + 1, step)]
     train = [
         mm
         for mm in range(first, last + 1)
@@ -82,9 +77,16 @@ def split_positions(plane: str) -> tuple[list[int], list[int]]:
     return train, val
 
 
+def count() -> int:
+    """The number of samples of all maps."""
+    held = sum(len(split_positions(plane)[1]) for plane in PLANES)
+    return len(MAPS) * (held + len(PLANES) * TRAIN_PER_MAP_AND_PLANE)
+
+
 def slice_facts(name: str, plane: str, position_mm: int) -> Facts:
     axis_letter = "xyz"[PLANES[plane][0]]
-    details = [f"MNI {axis_letter} = {position_mm:+d} mm"]
+    signed = f"{position_mm:+d}" if position_mm else "0"
+    details = [f"MNI {axis_letter} = {signed} mm"]
     if plane == "sagittal":
         if position_mm:
             details.append(f"{position_mm} mm lateral to the midline")
@@ -124,7 +126,7 @@ class Volume:
         """
         axis = PLANES[plane][0]
         across, up = [other for other in range(3) if other != axis]
-        pixels = np.take(self.voxels, self.index(axis, position_mm), axis=axis).T[::-1]
+        pixels = np.moveaxis(self.voxels, axis, 0)[self.index(axis, position_mm)].T[::-1]
         centre_across = self.index(across, _CENTRE_MM[across]) + 0.5
         centre_down = pixels.shape[0] - (self.index(up, _CENTRE_MM[up]) + 0.5)
         if plane == "sagittal":
