@@ -12,11 +12,17 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from ..errors import UserError
 from . import chart
@@ -25,12 +31,8 @@ from .datasets import EvalDataset, open_image
 log = logging.getLogger(__name__)
 
 THUMBNAIL_SIZE = 224
-_CURVES = (
-    # key in metrics.jsonl, title, moving average
-    ("loss", "Training loss", True),
-    ("lr", "Learning rate", False),
-    ("logit_scale", "Logit scale", False),
-)
+_CURVES = {"loss": "Training loss", "lr": "Learning rate", "logit_scale": "Logit scale"}
+_VALIDATION = "validation/"
 
 
 def write(
@@ -40,7 +42,7 @@ def write(
 
     Args:
         data: the data set evaluated on; the gallery's pictures and captions come from it, without it there is none.
-        run_folder: a training run; its metrics.jsonl gives the curves.
+        run_folder: a training run; its metrics.jsonl gives the curves, its config.toml the batch size.
 
     Raises:
         UserError: metrics.jsonl holds a line that is not JSON; a gallery picture that cannot be decoded.
@@ -58,7 +60,7 @@ def write(
     page = environment.get_template("report.html").render(
         results=results,
         headline=_headline(results),
-        curves=_curves(run_folder / "metrics.jsonl") if run_folder else [],
+        curves=_curves(run_folder) if run_folder else [],
         gallery=_gallery(results, data) if data is not None else None,
     )
     write_text(Path(path), page)
@@ -74,10 +76,11 @@ def format_figure(value: float | None, unit: str) -> str:
 
 
 def format_ratio(figure: dict[str, Any]) -> str:
-    """How many times better than chance: `4.2 x`."""
+    """How many times better than chance, as `4.20x`; a dash where chance is zero."""
     value, chance = figure["value"], figure["chance"]
     better, worse = (value, chance) if figure["higher_is_better"] else (chance, value)
-    return f"{better / worse:.3g}\u00d7" if worse else "\u2013"
+    ratio = better / worse if worse else math.inf
+    return f"{ratio:.2f}\u00d7" if ratio < 10 else f"{ratio:,.0f}\u00d7" if math.isfinite(ratio) else "\u2013"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -124,20 +127,37 @@ def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
     return tiles
 
 
-def _curves(path: Path) -> list[dict[str, Any]]:
+def _curves(run_folder: Path) -> list[dict[str, Any]]:
+    """A chart of each of `_CURVES` and of each validation figure that metrics.jsonl holds."""
+    path = run_folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    records = read_metrics(path)
+    records = [record for record in read_metrics(path) if _is_finite(record.get("step"))]
+    titles = dict(_CURVES)
+    for key in sorted({key for record in records for key in record if key.startswith(_VALIDATION)}):
+        titles[key] = "Validation: " + key.removeprefix(_VALIDATION).replace("_", " ")
     curves = []
-    for key, title, smooth in _CURVES:
-        points = [(r["step"], r[key]) for r in records if _is_finite(r.get("step")) and _is_finite(r.get(key))]
+    for key, title in titles.items():
+        points = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))]
         if not points:
             continue
-        num_bad = sum(isinstance(r.get(key), float) and not math.isfinite(r[key]) for r in records)
+        num_bad = sum(isinstance(record.get(key), float) and not math.isfinite(record[key]) for record in records)
         steps, values = zip(*points, strict=True)
-        drawing = chart.line_chart(steps, values, title=title, smooth=smooth)
+        reference = _chance_loss(run_folder) if key == "loss" else None
+        drawing = chart.line_chart(steps, values, title=title, smooth=key == "loss", reference=reference)
         curves.append({"title": title, "svg": drawing, "last": values[-1], "num_bad": num_bad})
     return curves
+
+
+def _chance_loss(run_folder: Path) -> tuple[float, str] | None:
+    """ln B, the contrastive loss of a model that maps everything to one point, where config.toml tells the batch B."""
+    try:
+        batch_size = tomllib.loads((run_folder / "config.toml").read_text(encoding="utf-8")).get("batch_size")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(batch_size, int) or batch_size < 2:
+        return None
+    return math.log(batch_size), f"chance, ln {batch_size:,}"
 
 
 def _is_finite(value: Any) -> bool:

@@ -117,8 +117,11 @@ def _known_prompts(kind: str, values: Sequence[str]) -> prompts.PromptSet:
 
 
 def default_kinds(data: EvalDataset) -> tuple[str, ...]:
-    """The label kinds that zero_shot takes when none is named: the only one, or those whose prompts we know."""
-    if len(data.label_kinds) == 1:
+    """The label kinds that zero_shot takes when none is named: the only one, or those whose prompts we know.
+
+    Where there are captions, a lone text field may be anything (a licence, an article's number) and is not taken.
+    """
+    if len(data.label_kinds) == 1 and data.captions() is None:
         return tuple(data.label_kinds)
     return tuple(
         kind
