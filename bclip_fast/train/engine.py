@@ -413,6 +413,8 @@ def _import_deepspeed() -> Any:
             raise UserError(
                 f"engine.name=deepspeed: {error}; pip install 'bclip_fast[train]' or use engine.name ddp"
             ) from error
+    # Its shared-memory collectives for CPUs would be compiled now, for a minute, if a compiler is there; gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls collectives by names that newer torch releases deprecate, with a warning at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

@@ -4,7 +4,7 @@ One process, or one a device under a launcher:
 
     bclip train CONFIG.toml
     torchrun --nproc-per-node 2 -m bclip_fast.cli train CONFIG.toml
-    deepspeed --module bclip_fast.cli train CONFIG.toml
+    deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, tb/,
 checkpoints/step-XXXXXXXX/ and model/ (open_clip's layout, written with each checkpoint).
@@ -131,7 +131,7 @@ class TrainConfig:
         if not self.preset:
             return self
         if self.model != BiomedClipConfig():
-            raise UserError(f'preset={self.preset} and a model section are both given; set preset = "" to use the section')
+            raise UserError(f'preset={self.preset} and a model section are both given; preset = "" takes the section')
         return dataclasses.replace(self, preset="", model=preset(self.preset))
 
 
