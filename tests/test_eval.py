@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import import_open_clip
 from PIL import Image
 from torch import Tensor, nn
 
@@ -486,7 +487,7 @@ def test_the_command_line_takes_tasks_and_labels_repeatedly() -> None:
 
 
 def test_any_open_clip_model_can_be_evaluated(folder: Path) -> None:
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = import_open_clip()
     tower = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
     text = {"layers": 1, "width": 32, "heads": 2, "context_length": 77, "vocab_size": 49408}
     torch.manual_seed(0)
