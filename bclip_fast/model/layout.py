@@ -206,7 +206,12 @@ def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
     if int(vision.width * vision.mlp_ratio) != hidden:
         # timm cuts the product to a whole number.
         arguments["mlp_ratio"] = (hidden + 0.25) / vision.width
-    files["vision/config.json"] = {"architecture": "vit_base_patch16_224", "model_args": arguments}
+    files["vision/config.json"] = {
+        "architecture": "vit_base_patch16_224",
+        "model_args": arguments,
+        # timm takes a file without this table for one of an older kind, which has no arguments.
+        "pretrained_cfg": {"input_size": [3, vision.image_size, vision.image_size]},
+    }
     return "local-dir:./vision"
 
 

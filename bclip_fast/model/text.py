@@ -64,6 +64,7 @@ class TextConfig:
 
 def trim_padding(ids: Tensor, pad_id: int) -> Tensor:
     """Cuts the columns that are padding in every row: (B, L) -> (B, longest), at least one column."""
+    check_ids(ids, ids.shape[-1])
     used = (ids != pad_id).any(dim=0).nonzero()
     return ids[:, : int(used[-1]) + 1] if len(used) else ids[:, :1]
 

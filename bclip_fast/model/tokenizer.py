@@ -105,13 +105,22 @@ class Tokenizer:
             UserError: there is nothing to learn from.
         """
         fast = _wordpiece({})
+        texts = [clean(caption) for caption in captions]
+        # The library numbers the continuing characters in the order of a hash table and breaks ties by these numbers:
+        # naming them first is what makes the vocabulary the same in every run.
+        continuing = {
+            character
+            for text in texts
+            for word, _ in fast.pre_tokenizer.pre_tokenize_str(fast.normalizer.normalize_str(text))
+            for character in word[1:]
+        }
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in sorted(continuing))],
             show_progress=False,
         )
-        fast.train_from_iterator(captions, trainer)
+        fast.train_from_iterator(texts, trainer)
         vocabulary = fast.get_vocab()
         if len(vocabulary) <= len(SPECIAL_TOKENS):
             raise UserError("the captions hold no text to learn a vocabulary from")
