@@ -107,9 +107,7 @@ def build(config: IngestConfig) -> None:
         raise UserError(f"{config.out}: lies inside {config.source}; give a folder outside of the articles")
     with ExitStack() as stack:
         # Taken first: an occupied OUT should be known before hours of work.
-        writer = ShardWriter(
-            config.out, max_shard_bytes=config.max_shard_megabytes << 20, overwrite=config.overwrite
-        )
+        writer = ShardWriter(config.out, max_shard_bytes=config.max_shard_megabytes << 20, overwrite=config.overwrite)
         stack.enter_context(writer)
         packages = list(discover(root))
         if not packages:

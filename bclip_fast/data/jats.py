@@ -30,7 +30,7 @@ _ONLY_DOI = re.compile(r"(?:doi\s*:?\s*)?(?:https?://(?:dx\.)?doi\.org/|doi:)?10
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/(by[a-z-]*)|publicdomain/(zero|mark))", re.IGNORECASE)
 _CODE_IN_TEXT = re.compile(r"\bCC[\s-]?(0|BY(?:[\s-](?:NC|ND|SA))*)\b", re.IGNORECASE)
-_NAME_IN_TEXT = re.compile(r"Creative\s+Commons\s+(?:Attribution|CC)([\s\w,()-]*?)licen[cs]e", re.IGNORECASE)
+_NAME_IN_TEXT = re.compile(r"Creative\s+Commons\s+Attribution([\s\w,().-]{0,80}?)licen[cs]e", re.IGNORECASE)
 
 
 class JatsError(ValueError):
@@ -195,13 +195,11 @@ def _own_licence(permissions: etree._Element) -> str:
 def _caption(node: etree._Element) -> str:
     captions = node.findall("caption")
     for_screen = [caption for caption in captions if caption.get("specific-use") != "print"]
-    paragraphs: list[etree._Element] = []
-    for caption in (for_screen or captions)[:1]:
-        paragraphs += [child for child in caption if local_name(child)] or [caption]
+    parts = (for_screen or captions)[:1]
     if node.tag == "fig":
-        paragraphs += node.findall("p")
-    texts = [text for paragraph in paragraphs if (text := text_of(paragraph)) and not _ONLY_DOI.fullmatch(text)]
-    joined = " ".join(texts)
+        parts += node.findall("p")
+    only_doi = [p for part in parts for p in part.iter("p") if _ONLY_DOI.fullmatch(text_of(p))]
+    joined = " ".join(filter(None, (text_of(part, without=only_doi) for part in parts)))
     return joined if _LETTER_OR_DIGIT.search(joined) else ""
 
 

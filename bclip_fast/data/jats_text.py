@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Collection
 
 from lxml import etree
 
@@ -36,19 +37,19 @@ def fold(text: str) -> str:
     return " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
-def text_of(element: etree._Element) -> str:
-    """All text inside `element`, however deep, folded to one line.
+def text_of(element: etree._Element, *, without: Collection[etree._Element] = ()) -> str:
+    """All text inside `element`, however deep, but for the elements `without`, folded to one line.
 
     Blocks (paragraphs, titles, list items...) are set apart by a space; inline markup adds nothing. Of the
     `alternatives` of a formula one speaks: MathML, else its textual form, else the body of its TeX. In MathML, white
-    space is not content, and a fraction reads `a/b`.
+    space is not content, and a fraction reads `a/b` or `(a+b)/c`.
     """
     parts: list[str] = []
     walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
     for event, node in walker:
         name = local_name(node)
         if event == "start":
-            if node is not element and (name in _SKIPPED or _is_other_version(node, name)):
+            if node in without or (node is not element and (name in _SKIPPED or _is_other_version(node, name))):
                 walker.skip_subtree()
             elif name == "tex-math":
                 parts.append(_tex_body(node))
@@ -56,12 +57,14 @@ def text_of(element: etree._Element) -> str:
             else:
                 if name in _BLOCKS:
                     parts.append(" ")
-                if _is_math(node.getparent()) and local_name(node.getparent()) == "mfrac":
-                    parts.append("/" if node.getprevious() is not None else "")
+                if _is_part_of_fraction(node):
+                    parts.append(("/" if node.getprevious() is not None else "") + ("(" if _has_operator(node) else ""))
                 parts.append(_own_text(node.text, node, name))
             continue
         if name in _BLOCKS:
             parts.append(" ")
+        if event == "end" and _is_part_of_fraction(node) and _has_operator(node):
+            parts.append(")")
         if node is not element:
             inside = node.getparent()
             parts.append(_own_text(node.tail, inside, local_name(inside)))
@@ -70,6 +73,14 @@ def text_of(element: etree._Element) -> str:
 
 def _is_math(node: etree._Element | None) -> bool:
     return node is not None and isinstance(node.tag, str) and node.tag.startswith(_MATH)
+
+
+def _is_part_of_fraction(node: etree._Element) -> bool:
+    return _is_math(node) and _is_math(node.getparent()) and local_name(node.getparent()) == "mfrac"
+
+
+def _has_operator(node: etree._Element) -> bool:
+    return any(_INVISIBLE.sub("", operator.text or "").strip() for operator in node.iter(f"{_MATH}mo"))
 
 
 def _own_text(text: str | None, node: etree._Element, name: str) -> str:

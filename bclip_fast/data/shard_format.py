@@ -39,9 +39,7 @@ def fingerprint_of(name: str, shards: list[dict[str, Any]]) -> str:
 
 
 def to_json(value: Any) -> str:
-    return json.dumps(
-        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,6 @@ def read_index(root: Path, shard: dict[str, Any]) -> tuple[list[str], Index]:
     offsets, sizes = places[..., 0], places[..., 1]
     starts = np.concatenate([offsets.reshape(-1) - BLOCK, [shard["num_bytes"]]])
     ends = (offsets + sizes).reshape(-1)
-    if (
-        len(keys) != shard["samples"]
-        or (sizes < 0).any()
-        or (starts[0] < 0)
-        or (ends > starts[1:]).any()
-    ):
+    if len(keys) != shard["samples"] or (sizes < 0).any() or (starts[0] < 0) or (ends > starts[1:]).any():
         raise UserError(f"{path}: corrupt index; build the dataset again")
     return keys, Index(offsets, sizes)

@@ -154,9 +154,7 @@ class ShardWriter:
     holds anything else is never replaced.
     """
 
-    def __init__(
-        self, out: Path | str, *, max_shard_bytes: int = 256 << 20, overwrite: bool = False
-    ) -> None:
+    def __init__(self, out: Path | str, *, max_shard_bytes: int = 256 << 20, overwrite: bool = False) -> None:
         if max_shard_bytes < 1:
             raise UserError(f"max_shard_bytes={max_shard_bytes}: must be positive")
         self.out = Path(os.path.abspath(out))
@@ -179,9 +177,7 @@ class ShardWriter:
         if not (self.out / "dataset.json").is_file():
             raise UserError(f"{self.out}: not empty and not a dataset; give another folder")
         if not self._overwrite:
-            raise UserError(
-                f"{self.out}: already holds a finished dataset; give another folder or overwrite"
-            )
+            raise UserError(f"{self.out}: already holds a finished dataset; give another folder or overwrite")
 
     def __enter__(self) -> ShardWriter:
         self.staging.mkdir(parents=True, exist_ok=True)

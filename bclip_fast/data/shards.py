@@ -81,12 +81,8 @@ class ShardDataset:
     def _make_caches(self) -> None:
         self._starts = [0, *accumulate(self.shard_sizes)]
         # lru_cache holds no lock that a fork could leave locked, and is safe between threads.
-        self._file = functools.lru_cache(_MAX_OPEN_SHARDS)(
-            lambda number: _Descriptor(self._path(self._shards[number]))
-        )
-        self._index = functools.lru_cache(None)(
-            lambda number: read_index(self.root, self._shards[number])[1]
-        )
+        self._file = functools.lru_cache(_MAX_OPEN_SHARDS)(lambda number: _Descriptor(self._path(self._shards[number])))
+        self._index = functools.lru_cache(None)(lambda number: read_index(self.root, self._shards[number])[1])
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
