@@ -396,11 +396,12 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
 
 def _ensure_group() -> None:
     """A group of one where no launcher made any; DeepSpeed needs one, and keeps it until the process ends."""
+    # DeepSpeed insists on the variable, which only launchers set.
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))
     if dist.is_initialized():
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")
     atexit.register(distributed.shutdown)
 
 
