@@ -231,10 +231,10 @@ class ImageNames:
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         for name in names:
             path = _without_suffix(name)
-            for stem in {path, path.rpartition("/")[2]}:
+            for stem in dict.fromkeys((path, path.rpartition("/")[2])):
                 table = self._by_path if stem == path else self._by_stem
                 table[stem].append(name)
-                table[f"\0{stem.casefold()}"].append(name)
+                table[_regardless_of_case(stem)].append(name)
 
     def find(self, hrefs: Iterable[str]) -> str:
         """The file for an image given by the hrefs of its versions. Raises SourceError with the reason."""
@@ -246,22 +246,28 @@ class ImageNames:
         return min(found, key=lambda name: (_preference(name), name))
 
     def _find(self, href: str) -> list[str]:
-        for path in dict.fromkeys((href, urllib.parse.unquote(href))):
-            # An address says nothing about folders of ours: only its last part is looked up.
-            path = path.rpartition("/")[2] if _SCHEME.match(path) else path.removeprefix("./")
-            if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
-                raise SourceError("unsafe href")
-            stem = path.rpartition("/")[2]
-            stems = [path, _without_suffix(path), stem, _without_suffix(stem)]
-            stems += [part.removeprefix("journal.") for part in stems[2:] if part.startswith("journal.")]
-            for key in [*stems, *(f"\0{part.casefold()}" for part in stems)]:
+        paths = list(dict.fromkeys((href, urllib.parse.unquote(href))))
+        # An address says nothing about folders of ours: only its last part is looked up.
+        paths = [path.rpartition("/")[2] if _SCHEME.match(path) else path.removeprefix("./") for path in paths]
+        if any(path.startswith("/") or "\\" in path or ".." in path.split("/") for path in paths):
+            raise SourceError("unsafe href")
+        for path in paths:
+            last = path.rpartition("/")[2]
+            stems = [path, _without_suffix(path), last, _without_suffix(last)]
+            stems += [stem.removeprefix("journal.") for stem in stems[2:] if stem.startswith("journal.")]
+            for key in [*filter(None, stems), *(_regardless_of_case(stem) for stem in stems if stem)]:
                 for table in (self._by_path, self._by_stem):
-                    if not key.strip("\0") or key not in table:
+                    if key not in table:
                         continue
                     if len({_without_suffix(name) for name in table[key]}) > 1:
                         raise SourceError("ambiguous href")
                     return table[key]
         return []
+
+
+def _regardless_of_case(stem: str) -> str:
+    # A key that no href can be.
+    return f"\0{stem.casefold()}"
 
 
 def _without_suffix(name: str) -> str:
