@@ -254,7 +254,7 @@ def captions(shared_data: Path) -> list[str]:
     with open(shared_data / "pmc_articles" / "pairs.jsonl", encoding="utf-8") as lines:
         texts = [json.loads(line)["caption"] for line in lines]
     with gzip.open(shared_data / "pairs" / "jats_captions_ccby_text.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts += [json.loads(line)["caption"] for _, line in zip(range(500), lines, strict=False)]
+        texts += [json.loads(line)["caption"] for _, line in zip(range(200), lines, strict=False)]
     return [*texts, "", " \n ", "[SEP] [MASK] 5µm ﬁne CO₂ 中文 é " + "x" * 120]
 
 
@@ -265,10 +265,10 @@ def test_equals_transformers_bert_tokenizer(vocabulary: str, file: str, captions
     folder = shared_data / "vocab" / vocabulary
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.from_file(folder / file)
-    for length in (256, 77):
+    for length, texts in ((256, captions), (77, captions[-150:])):
         keywords = dict(max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-        expected = theirs([clean(caption) for caption in captions], **keywords).input_ids
-        assert torch.equal(ours(captions, length), expected)
+        expected = theirs([clean(text) for text in texts], **keywords).input_ids
+        assert torch.equal(ours(texts, length), expected)
     assert ours.pad_id == theirs.pad_token_id and ours.vocab_size == len(theirs)
 
 

@@ -100,6 +100,11 @@ def test_16_bit_images_are_scaled_not_clipped() -> None:
     assert Preprocess().to_uint8(Image.new("I;16", (30, 30), 700)).unique().tolist() == [0]
 
 
+def test_a_picture_that_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(UserError, match="100000 x 1 pixels"):
+        Preprocess()(Image.new("RGB", (100_000, 1)))
+
+
 def test_uint8_and_normalize_give_what_the_call_gives() -> None:
     images = [noise(300, 260), noise(224, 301)]
     ours = Preprocess()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# A strip one pixel high would be resized to any width: this is 400 MB as RGB.
+_MAX_RESIZED_PIXELS = 1 << 27
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:
@@ -58,7 +61,11 @@ class Preprocess:
         self.config = config or PreprocessConfig()
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode -> (3, size, size) float32."""
+        """A picture of any size and mode -> (3, size, size) float32.
+
+        Raises:
+            UserError: the picture is so long and narrow that its resized form wouldn't fit in memory.
+        """
         pixels = self.to_uint8(image)
         # The operations of torchvision's ToTensor and Normalize in their order, so that results are equal bit for bit.
         scaled = pixels.permute(2, 0, 1).contiguous().float().div(255)
@@ -75,6 +82,8 @@ class Preprocess:
             target = (size, size)
         else:
             target = shortest_edge_size(width, height, size)
+        if target[0] * target[1] > _MAX_RESIZED_PIXELS:
+            raise UserError(f"a picture of {width} x {height} pixels is too narrow to be resized to {size}")
         if target != image.size:
             bicubic = self.config.interpolation == "bicubic"
             image = image.resize(target, Pillow.Resampling.BICUBIC if bicubic else Pillow.Resampling.BILINEAR)

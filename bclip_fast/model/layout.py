@@ -295,15 +295,13 @@ def _bert_config(content: Json, where: str) -> TextConfig:
     for key, value in {**_BERT_FIXED, **_BERT_ASSUMED}.items():
         if content.get(key, value) != value or (key == "model_type" and key not in content):
             raise UserError(f"{where}: {key} is {content.get(key)!r}; supported is {value!r}")
-    missing = [key for key in (*_BERT_SIZES, "intermediate_size") if key not in content]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}")
-    check_range(f"{where}: hidden_size", content["hidden_size"], 1, 16384)
-    check_range(f"{where}: intermediate_size", content["intermediate_size"], 1, 1 << 20)
-    sizes = {ours: content[theirs] for theirs, ours in _BERT_SIZES.items()}
-    mlp_ratio = content["intermediate_size"] / content["hidden_size"]
+    # An absent key means transformers' default, and those of BertConfig are ours.
+    sizes = {ours: content[theirs] for theirs, ours in _BERT_SIZES.items() if theirs in content}
+    width, hidden = sizes.get("width", TextConfig.width), content.get("intermediate_size", 3072)
+    check_range(f"{where}: hidden_size", width, 1, 16384)
+    check_range(f"{where}: intermediate_size", hidden, 1, 1 << 20)
     # The context fits any table until the caller sets it.
-    return TextConfig(**sizes, mlp_ratio=mlp_ratio, context_length=2)
+    return TextConfig(**sizes, mlp_ratio=hidden / width, context_length=2)
 
 
 def _gpt_json(text: TextConfig, tokenizer_name: str) -> Json:

@@ -115,12 +115,11 @@ class BertTower(nn.Module):
         """(B, L) int64, L up to max_positions, padded with pad_id -> (B, embed_dim), not normalised."""
         check_ids(ids, self.config.max_positions)
         key_mask = ids != self.config.pad_id
-        # The paper's model never sets token types: every token is of type 0.
-        x = (
-            self.word_embeddings(ids)
-            + self.position_embeddings.weight[: ids.shape[1]]
-            + self.token_type_embeddings.weight[0]
-        )
+        # Looked up through their modules, although rows 0..L-1 and row 0 are all that is read: ZeRO-3 gathers a
+        # parameter only where its own module runs. Every token is of type 0.
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.word_embeddings(ids) + self.position_embeddings(positions)
+        x = x + self.token_type_embeddings(torch.zeros_like(positions))
         x = self.dropout(self.embedding_norm(x))
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
@@ -155,6 +154,7 @@ class GptTower(nn.Module):
         nn.init.normal_(self.pos_embed, std=0.01)
         nn.init.normal_(self.projection, std=width**-0.5)
         for layer in self.layers:
+            assert isinstance(layer, PreNormLayer)
             nn.init.normal_(layer.qkv.weight, std=width**-0.5)
             nn.init.normal_(layer.proj.weight, std=(width * 2 * depth) ** -0.5)
             nn.init.normal_(layer.fc1.weight, std=(2 * width) ** -0.5)

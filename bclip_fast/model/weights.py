@@ -17,6 +17,7 @@ from .biomedclip import BiomedClip, BiomedClipConfig
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
+Keys = dict[str, tuple[str, ...]]
 
 # Hugging Face stored these counters before transformers 4.31; they hold 0, 1, 2, ...
 _POSITION_IDS = "text.transformer.embeddings.position_ids"
@@ -24,9 +25,9 @@ _POSITION_IDS = "text.transformer.embeddings.position_ids"
 _UNUSED_POOLER = "text.transformer.pooler."
 
 
-def key_map(config: BiomedClipConfig) -> dict[str, tuple[str, ...]]:
+def key_map(config: BiomedClipConfig) -> Keys:
     """Our parameter -> the open_clip parameters which, concatenated along their first axis, are equal to it."""
-    keys: dict[str, tuple[str, ...]] = {"logit_scale": ("logit_scale",)}
+    keys: Keys = {"logit_scale": ("logit_scale",)}
     if config.init_logit_bias is not None:
         keys["logit_bias"] = ("logit_bias",)
     keys |= _vision_keys(config.vision.layers)
@@ -34,9 +35,9 @@ def key_map(config: BiomedClipConfig) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _vision_keys(layers: int) -> dict[str, tuple[str, ...]]:
+def _vision_keys(layers: int) -> Keys:
     trunk = "visual.trunk."
-    keys = {f"visual.{name}": (trunk + name,) for name in ("cls_token", "pos_embed")}
+    keys: Keys = {f"visual.{name}": (trunk + name,) for name in ("cls_token", "pos_embed")}
     keys |= _pairs("visual.patch_embed", trunk + "patch_embed.proj")
     keys |= _pairs("visual.norm", trunk + "norm")
     keys["visual.head.weight"] = ("visual.head.proj.weight",)
@@ -47,9 +48,9 @@ def _vision_keys(layers: int) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _bert_keys(config: BiomedClipConfig) -> dict[str, tuple[str, ...]]:
+def _bert_keys(config: BiomedClipConfig) -> Keys:
     bert = "text.transformer."
-    keys = {
+    keys: Keys = {
         f"text.{name}.weight": (f"{bert}embeddings.{name}.weight",)
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
     }
@@ -71,8 +72,8 @@ def _bert_keys(config: BiomedClipConfig) -> dict[str, tuple[str, ...]]:
     return keys | {f"text.{name}.weight": (f"text.{name}.weight",) for name in projection}
 
 
-def _gpt_keys(layers: int) -> dict[str, tuple[str, ...]]:
-    keys = {
+def _gpt_keys(layers: int) -> Keys:
+    keys: Keys = {
         "text.token_embedding.weight": ("text.token_embedding.weight",),
         "text.pos_embed": ("text.positional_embedding",),
         "text.projection": ("text.text_projection",),
@@ -88,7 +89,7 @@ def _gpt_keys(layers: int) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _pairs(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
+def _pairs(ours: str, *theirs: str) -> Keys:
     return {f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in theirs) for kind in ("weight", "bias")}
 
 
@@ -125,7 +126,7 @@ def from_open_clip(state: Mapping[str, Tensor], model: BiomedClip, *, where: str
                     f"{where}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                     f"but the configuration makes it float {tuple(shape)}"
                 )
-        parts = [state[name].to(torch.float32) for name in names]
+        parts = [state[name].to(torch.float32).contiguous() for name in names]
         result[ours] = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(parameter.shape)
     return result
 
