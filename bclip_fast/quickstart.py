@@ -1,0 +1,123 @@
+"""`bclip quickstart`: the whole way once, on real input, with every stage as in a large run.
+
+A small set of real biomedical images (or the figures of JATS articles on disk) becomes shards, a small BiomedCLIP is
+pretrained on them with DeepSpeed, evaluated on what was held out, and reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import config as config_files
+from . import eval as evaluation
+from .data import ingest, samples
+from .data.shards import ShardDataset
+from .errors import UserError
+from .train.trainer import TrainConfig, train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Builds a small set of real images, pretrains a small BiomedCLIP, evaluates it and writes a report."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder for data, run and report. A finished one is kept and the next free name (-2, -3, ...) taken."""
+    articles: Path | None = None
+    """Folder of JATS articles (*.nxml, *.xml beside their images, .tar.gz) to use instead of the packages' images."""
+    config: str = "quickstart.toml"
+    """Training configuration: a TOML file, or the name of one of the package's."""
+    epochs: int | None = None
+    """Passes over the data; the configuration's unless given."""
+    seed: int = 0
+
+
+def run(config: QuickstartConfig) -> None:
+    start = time.perf_counter()
+    out = _free(config.out)
+    data = out / "data"
+    if not (data / "dataset.json").is_file():
+        _build(config, data)
+    counts = {split: len(ShardDataset(data, split)) for split in ("train", "val")}
+    log.info("%d pairs to train on, %d held out, in %s", counts["train"], counts["val"], data)
+    settings = _training(config, out, data, counts["train"])
+    if not (out / "run" / "model").is_dir() or (out / "run" / "checkpoints").is_dir():
+        train(settings)
+    evaluation.run(evaluation.EvalCommand(model=str(out / "run"), data=str(data), split="val", out=str(out)))
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Figures: {out / 'results.json'}")
+    print(f"Report: {(out / 'report.html').resolve()}")
+
+
+def _training(config: QuickstartConfig, out: Path, data: Path, num_pairs: int) -> TrainConfig:
+    settings = config_files.from_toml(TrainConfig, config_files.find(config.config))
+    batch_size = min(settings.batch_size, num_pairs)
+    if batch_size < 2:
+        raise UserError(f"{data} holds {num_pairs} training pairs; a contrastive batch needs at least 2")
+    return dataclasses.replace(
+        settings,
+        run=str(out / "run"),
+        seed=config.seed,
+        epochs=config.epochs or settings.epochs,
+        batch_size=batch_size,
+        resume=(out / "run" / "checkpoints").is_dir(),
+        data=dataclasses.replace(settings.data, shards=str(data)),
+    )
+
+
+def _build(config: QuickstartConfig, data: Path) -> None:
+    if config.articles is None:
+        with _progress() as update:
+            samples.build(data, seed=config.seed, progress=update)
+        return
+    # Few articles: hold out more of them than the paper does, or retrieval would be measured on a handful of pairs.
+    ingest.build(
+        ingest.IngestConfig(
+            source=config.articles, out=data, max_short_side=128, val_fraction=0.15, test_fraction=0.0, seed=config.seed
+        )
+    )
+
+
+def _free(out: Path) -> Path:
+    """`out`, or the first of out-2, out-3, ... where no finished quickstart stands."""
+    candidate, number = out, 1
+    while (candidate / "results.json").is_file():
+        number += 1
+        candidate = out.with_name(f"{out.name}-{number}")
+    return candidate
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage where stderr is a terminal; a log line a stage elsewhere."""
+    if not sys.stderr.isatty():
+        seen: set[str] = set()
+
+        def note(stage: str, done: int, total: int) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                log.info("%s: %d", stage, total)
+
+        yield note
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield update
