@@ -27,7 +27,7 @@ class Embedder:
         tokenizer: list of n texts to int64 (n, L).
         precision: bf16 and fp16 run the towers under autocast; embeddings come back as float32 in any case.
         num_workers: threads that decode and preprocess images.
-        progress: show bars on stderr.
+        progress: show a bar on stderr for what takes more than one batch.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Embedder:
         """
 
         def load(i: int) -> Tensor:
-            return self.preprocess(open_image(data.image(i), data.key(i)))
+            return self.preprocess(open_image(data.image(i), lambda: data.key(i)))
 
         def encode(batch: list[Tensor]) -> Tensor:
             return self.model.encode_image(torch.stack(batch).to(self.device), normalize=True)
@@ -92,11 +92,12 @@ class Embedder:
     ) -> Tensor:
         rows: list[Tensor] = []
         done = 0
+        show = self.progress and total > self.batch_size
         with (
             _evaluating(self.model),
             torch.inference_mode(),
             self._autocast(),
-            _bar(self.progress, what, total) as advance,
+            _bar(show, what, total) as advance,
         ):
             for batch in batches:
                 embeddings = encode(batch).float()

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,13 @@ def write_text(path: Path, text: str) -> None:
 def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures shown large: recall at 5 both ways, and the accuracy of each label."""
     tiles = []
-    for task, result in results["tasks"].items():
+    for result in results["tasks"].values():
         for figure in result["figures"]:
             if figure["name"].endswith("R@5") or figure["name"] == "accuracy":
-                label = f"{result['label']}, zero-shot" if "label" in result else "retrieval"
-                tiles.append({**figure, "task": task, "label": label})
+                kind, name = "retrieval", figure["name"]
+                if "label" in result:
+                    kind, name = "zero-shot", f"{result['label'].replace('_', ' ')} accuracy"
+                tiles.append({**figure, "kind": kind, "name": name})
     return tiles
 
 
@@ -174,7 +177,7 @@ def _gallery(results: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[
 
     def show(sample: int, picture: bool) -> dict[str, Any]:
         if picture and sample not in pictures:
-            pictures[sample] = thumbnail(data.image(sample), data.key(sample))
+            pictures[sample] = thumbnail(data.image(sample), lambda: data.key(sample))
         return {
             "key": data.key(sample),
             "caption": captions[sample],
@@ -199,7 +202,7 @@ def _gallery(results: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[
     }
 
 
-def thumbnail(data: bytes, name: str) -> str:
+def thumbnail(data: bytes, name: Callable[[], str]) -> str:
     """A `data:` address of the picture as an RGB JPEG of at most `THUMBNAIL_SIZE` pixels a side, no metadata kept."""
     image = open_image(data, name).convert("RGB")
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))

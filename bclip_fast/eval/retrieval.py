@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,18 +59,12 @@ class Ranks:
 
 def _hit_probability(num_drawn: Tensor, total: Tensor, num_correct: Tensor) -> Tensor:
     """P(at least one correct item among `num_drawn` of `total`, drawn without replacement): hypergeometric, float64."""
-    drawn = torch.minimum(num_drawn.clamp(min=0), total).double()
-    total, correct = total.double(), num_correct.double()
-    left = (total - drawn - correct).clamp(min=0)
-    log_miss = (
-        torch.lgamma(total - drawn + 1)
-        - torch.lgamma(left + 1)
-        - torch.lgamma(total + 1)
-        + torch.lgamma(total - correct + 1)
-    )
-    hit = -torch.expm1(log_miss)
-    hit = torch.where(total - drawn < correct, 1.0, hit)
-    return torch.where(drawn == 0, 0.0, hit).clamp(0.0, 1.0)
+    drawn = torch.minimum(num_drawn.clamp(min=0), total)
+    wrong, total = (total - num_correct).double(), total.double()
+    miss = torch.ones_like(total)
+    for i in range(int(drawn.max())):
+        miss *= torch.where(i < drawn, (wrong - i).clamp(min=0) / (total - i).clamp(min=1), 1.0)
+    return 1 - miss
 
 
 def _median(values: Tensor) -> float:
@@ -108,6 +103,25 @@ def _full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(previous)
 
 
+def _tiles(
+    queries: Tensor, candidates: Tensor, groups: Tensor | None, rows: slice, width: int
+) -> Iterator[tuple[Tensor, Any]]:
+    """Similarities of the queries in `rows` with `width` candidates at a time, and which of those are correct."""
+    block = queries[rows].float()
+    for left in range(0, len(candidates), width):
+        columns = slice(left, left + width)
+        same = None if groups is None else groups[rows, None] == groups[columns]
+        yield block @ candidates[columns].float().T, same
+
+
+def _count(mask: Tensor) -> Tensor:
+    """True values of each row, int64 on the CPU."""
+    if mask.device.type == "cpu":
+        # Eight times as fast as torch's sum over bool, and half the time of a search would go there.
+        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=1))
+    return mask.sum(1).cpu()
+
+
 @torch.inference_mode()
 def rank(
     queries: Tensor,
@@ -134,31 +148,33 @@ def rank(
             f"embeddings must pair up: queries {tuple(queries.shape)}, candidates {tuple(candidates.shape)}"
         )
     num = len(queries)
-    own = torch.arange(num, device=queries.device)
-    alone = groups is None or groups.unique().numel() == num
-    groups = own if groups is None or alone else groups.to(queries.device)
+    if groups is not None and groups.unique().numel() == num:
+        groups = None
+    groups = groups if groups is None else groups.to(queries.device)
     counts: list[Tensor] = []
     with _full_float32():
         for start in range(0, num, query_chunk):
-            block = queries[start : start + query_chunk].float()
-            block_groups = groups[start : start + query_chunk, None]
-            if alone:
-                best = (block * candidates[start : start + query_chunk].float()).sum(1)
+            rows = slice(start, min(start + query_chunk, num))
+            tiles = _tiles(queries, candidates, groups, rows, candidate_chunk)
+            if groups is None:
+                best = (queries[rows].float() * candidates[rows].float()).sum(1)
             else:
-                best = torch.full((len(block),), -torch.inf, device=block.device)
-                for left in range(0, num, candidate_chunk):
-                    scores = block @ candidates[left : left + candidate_chunk].float().T
-                    same = block_groups == groups[left : left + candidate_chunk]
+                best = torch.full((rows.stop - start,), -torch.inf, device=queries.device)
+                for scores, same in tiles:
                     best = torch.maximum(best, scores.masked_fill_(~same, -torch.inf).amax(1))
-            count = torch.zeros(4, len(block), dtype=torch.int64, device=block.device)
-            for left in range(0, num, candidate_chunk):
-                scores = block @ candidates[left : left + candidate_chunk].float().T
-                same = block_groups == groups[left : left + candidate_chunk]
+                tiles = _tiles(queries, candidates, groups, rows, candidate_chunk)
+            count = torch.zeros(4, len(best), dtype=torch.int64)
+            for scores, same in tiles:
                 higher = scores > (best + tie_tolerance)[:, None]
-                level = (scores >= (best - tie_tolerance)[:, None]) & ~higher
-                masks = (higher & ~same, level, level & same, same)
-                count += torch.stack([mask.sum(1) for mask in masks])
-            counts.append(count.cpu())
+                level = scores >= (best - tie_tolerance)[:, None]
+                count[0] += _count(higher if same is None else higher & ~same)
+                count[1] += _count(level) - _count(higher)
+                if same is not None:
+                    count[2] += _count(level & same)
+                    count[3] += _count(same)
+            if groups is None:
+                count[2:] = 1
+            counts.append(count)
     better, tied, tied_correct, correct = torch.cat(counts, dim=1)
     return Ranks(better, tied, tied_correct, correct, num)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -69,8 +70,10 @@ def open_dataset(path: str, split: str) -> EvalDataset:
     return FolderDataset(place, split)
 
 
-def open_image(data: bytes, name: str) -> Image:
+def open_image(data: bytes, name: Callable[[], str]) -> Image:
     """The decoded picture, in the mode of its file: conversion to RGB is the preprocess's business.
+
+    `name` says which picture it is; it is asked in case of an error only, since asking may cost a read.
 
     Raises:
         UserError: not an image of a known format, broken, or over `MAX_IMAGE_PIXELS`.
@@ -81,12 +84,12 @@ def open_image(data: bytes, name: str) -> Image:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise UserError(
-                f"image {name} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}: scale it down"
+                f"image {name()} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}: scale it down"
             )
         image.load()
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"image {name} cannot be decoded: {reason}") from error
+        raise UserError(f"image {name()} cannot be decoded: {reason}") from error
     return image
