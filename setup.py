@@ -1,4 +1,4 @@
-"""The two pybind11 modules, compiled by ninja: `_cpu` always, `_cuda` where nvcc is found (BCLIP_CUDA=0|1 overrides)."""
+"""The two pybind11 modules, compiled by ninja: `_cpu` always, `_cuda` where nvcc is (BCLIP_CUDA=0|1 overrides)."""
 
 import os
 import shutil
@@ -30,7 +30,8 @@ def nvcc() -> str | None:
 
 def has_jpeg_headers() -> bool:
     source = "#include <cstdio>\n#include <jpeglib.h>\nint main() {}"
-    return subprocess.run([CXX, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True).returncode == 0
+    check = subprocess.run([CXX, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True)
+    return check.returncode == 0
 
 
 class BuildWithNinja(build_ext):
@@ -38,24 +39,33 @@ class BuildWithNinja(build_ext):
         cuda = extension.name.endswith("_cuda")
         objects = Path(self.build_temp).resolve() / extension.name
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        objects.mkdir(parents=True, exist_ok=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        includes = f"-I{pybind11.get_include()} " + " ".join(f"-I{path}" for path in self.include_dirs)
-        host = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall"
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-        device = " ".join([*codes, f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"])
+        for folder in (objects, output.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with open(objects / "build.ninja", "w") as file:
             ninja = ninja_syntax.Writer(file)
-            defines = f"-DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'" if cuda else "-DBCLIP_JPEG" * JPEG
-            ninja.rule("cxx", f"{CXX} {host} {defines} {includes} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-            ninja.rule("nvcc", f"{nvcc()} -O3 -std=c++17 {device} -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
-            libraries = "-ljpeg" if JPEG and not cuda else ""
-            ninja.rule("link", f"{nvcc()} -shared -cudart static $in -o $out" if cuda else f"{CXX} -shared $in {libraries} -o $out")
+            self._rules(ninja, cuda)
             built = []
-            for source in extension.sources:
-                built += ninja.build(str(objects / (Path(source).name + ".o")), "nvcc" if source.endswith(".cu") else "cxx", str(Path(source).resolve()))
+            for source in map(Path, extension.sources):
+                rule = "nvcc" if source.suffix == ".cu" else "cxx"
+                built += ninja.build(str(objects / f"{source.name}.o"), rule, str(source.resolve()))
             ninja.build(str(output), "link", built)
         subprocess.run([f"{BIN_DIR}/ninja", "-C", str(objects)], check=True)
+
+    def _rules(self, ninja: ninja_syntax.Writer, cuda: bool) -> None:
+        includes = " ".join(f"-I{path}" for path in [pybind11.get_include(), *self.include_dirs])
+        depends = "-MMD -MF $out.d -c $in -o $out"
+        options = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall {includes}"
+        if cuda:
+            codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+            codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
+            options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
+            device = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
+            ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc")
+            ninja.rule("link", f"{nvcc()} -shared -cudart static $in -o $out")
+        else:
+            options += " -DBCLIP_JPEG" * JPEG
+            ninja.rule("link", f"{CXX} -shared $in {'-ljpeg' * JPEG} -o $out")
+        ninja.rule("cxx", f"{CXX} {options} {depends}", depfile="$out.d", deps="gcc")
 
 
 if JPEG and not has_jpeg_headers():

@@ -68,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = next((name for name in COMMANDS if args[: len(name.split())] == name.split()), None)
     if name is None:
-        wanted = " ".join(args[:2])
-        asked_for_help = not args or args[0] in ("-h", "--help", "help")
-        print(_usage() if asked_for_help else f"bclip: unknown command {wanted!r}\n{_usage()}", file=_stream(asked_for_help))
-        return 0 if asked_for_help else 2
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(_usage())
+            return 0
+        print(f"bclip: unknown command {' '.join(args[:2])!r}\n{_usage()}", file=sys.stderr)
+        return 2
     command = COMMANDS[name]
     log.configure(os.environ.get("BCLIP_LOG"), main_rank=os.environ.get("RANK", "0") == "0")
     try:
@@ -114,10 +115,6 @@ def _backend_error() -> type[Exception]:
 def _usage() -> str:
     rows = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
     return f"usage: bclip COMMAND [--help] ...\n\n{rows}"
-
-
-def _stream(standard: bool) -> Any:
-    return sys.stdout if standard else sys.stderr
 
 
 if __name__ == "__main__":

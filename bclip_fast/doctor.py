@@ -93,8 +93,8 @@ def _cuda() -> list[str]:
         return [*out, f"no device: {error}"]
     for index, device in enumerate(devices):
         major, minor = device["capability"]
-        state = device["refusal"] or "ready"
-        out.append(f"device {index}: {device['name']}, sm_{major}{minor}, {device['memory_bytes'] / 2**30:.1f} GiB, {state}")
+        memory, state = device["memory_bytes"] / 2**30, device["refusal"] or "ready"
+        out.append(f"device {index}: {device['name']}, sm_{major}{minor}, {memory:.1f} GiB, {state}")
     return out
 
 

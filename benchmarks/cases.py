@@ -111,7 +111,8 @@ def contrastive_case(name: str, batch: int, width: int, dtype: torch.dtype, scal
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
         pair = F.normalize(torch.randn(2, batch, width, generator=generator), dim=-1).to(dtype)
-        return [pair[0].clone().requires_grad_(), pair[1].clone().requires_grad_(), torch.tensor(scale).requires_grad_()]
+        image, text = (rows.clone().requires_grad_() for rows in pair)
+        return [image, text, torch.tensor(scale).requires_grad_()]
 
     def open_clip_loss() -> Contender:
         loss = peer("open_clip.loss").ClipLoss()

@@ -47,7 +47,8 @@ def test_no_file_is_longer_than_600_lines():
 
 def test_no_torch_header_in_csrc():
     pattern = re.compile(r"#include\s*<(torch|ATen|c10)/")
-    assert not [path.name for path in SOURCES if path.is_relative_to(ROOT / "csrc") and pattern.search(path.read_text())]
+    native = [path for path in SOURCES if path.is_relative_to(ROOT / "csrc")]
+    assert not [path.name for path in native if pattern.search(path.read_text())]
 
 
 def test_the_package_does_not_print():

@@ -30,7 +30,9 @@ def jpeg(mode="RGB", size=(53, 37), **options) -> bytes:
 
 @pytest.mark.parametrize("backend", every_backend(LIMITS))
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"quality": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"quality": 20}], ids=str
+)
 def test_matches_reference(backend, mode, options, nan_filled):
     skip_if_refused(LIMITS, backend, b"")
     data = jpeg(mode, **options)
@@ -99,11 +101,12 @@ def test_agrees_with_pillow_on_real_figures(shared_data):
     assert len(files) > 40
     for path in files:
         data = path.read_bytes()
-        assert torch.equal(ops.image.decode(data, backend="cpu"), ops.image.decode(data, backend="reference")), path.name
+        ours, theirs = (ops.image.decode(data, backend=name) for name in ("cpu", "reference"))
+        assert torch.equal(ours, theirs), path.name
 
 
 def test_odd_jpegs_never_crash_and_agree_with_pillow(shared_data):
-    """Hostile and damaged files: the same verdict as Pillow's but for a handful, and the same pixels when both accept."""
+    """Hostile and damaged files: Pillow's verdict but for a handful, and its pixels where both accept."""
     manifest = [json.loads(line) for line in (shared_data / "images_odd/manifest.jsonl").read_text().splitlines()]
     paths = sorted(shared_data / "images_odd" / row["file"] for row in manifest)
     counts = {"equal": 0, "differ": 0, "both refuse": 0, "one refuses": 0}

@@ -21,9 +21,7 @@ def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, dropout_p: float, 
     return (weights @ value).transpose(1, 2)
 
 
-def varlen(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, dropout_p: float, scale: float
-) -> Tensor:
+def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, dropout_p: float, scale: float) -> Tensor:
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != qkv.shape[0] or any(length < 0 for length in lengths):

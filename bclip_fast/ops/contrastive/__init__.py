@@ -55,9 +55,7 @@ def clip_loss(
 
 def check_features(image: Tensor, text: Tensor) -> None:
     if image.dim() != 2 or text.dim() != 2 or image.shape[1] != text.shape[1]:
-        raise ValueError(
-            f"image and text must be (b, D) and (B, D), got {tuple(image.shape)} and {tuple(text.shape)}"
-        )
+        raise ValueError(f"image and text must be (b, D) and (B, D), got {tuple(image.shape)} and {tuple(text.shape)}")
     if image.shape[0] == 0 or text.shape[0] == 0:
         raise ValueError("image and text need at least one row: the mean over no pairs isn't defined")
     if not image.is_floating_point() or image.dtype != text.dtype:

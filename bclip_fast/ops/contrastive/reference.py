@@ -25,9 +25,7 @@ def dense(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def lse(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def lse(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the (b, B) tile: over its columns (b,), and over its rows (B,)."""
     dtype = accumulation_dtype(image)
     columns = text.to(dtype).T
