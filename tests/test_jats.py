@@ -176,11 +176,30 @@ def test_figures_count_wherever_they_stand_unless_excluded_and_loose_graphics_do
     assert [(f.number, f.id, f.caption, f.excluded) for f in found] == [
         (1, "F1", "paragraph", ""),
         (2, "F1", "box", ""),
-        (3, "F1", "table", "table-wrap"),
-        (4, "F1", "supplement", "supplementary-material"),
+        (3, "F1", "table", "inside table-wrap"),
+        (4, "F1", "supplement", "inside supplementary-material"),
         (5, "F1", "float", ""),
         (6, "F1", "sub", ""),
     ]
+
+
+def test_what_one_article_can_cost_is_bounded():
+    long = "x" * (jats.MAX_CAPTION + 1)
+    body = f'<fig-group><caption><p>{long}</p></caption><fig><graphic xlink:href="g"/></fig></fig-group>'
+    (figure,) = article(body).figures
+    assert (figure.caption, figure.excluded) == ("", "caption longer than 32768 characters")
+    with pytest.raises(JatsError, match="more than 2000 figures"):
+        article("<fig/>" * 2001)
+    start = time.perf_counter()
+    groups = "<fig-group><caption><p>" + long + "</p></caption>"
+    article(groups * 100 + "<fig/>" * 2000 + "</fig-group>" * 100)
+    article(f"<fig><caption><p><alternatives>{'<a>x</a>' * 100_000}</alternatives></p></caption></fig>")
+    article(f"<fig><caption>{'<p>doi:10.1234/x</p>' * 20_000}</caption></fig>")
+    assert time.perf_counter() - start < 10
+    named = article(
+        "", f"<article-meta><title-group><article-title>{long}</article-title></title-group></article-meta>"
+    )
+    assert len(named.title) == jats.MAX_TITLE
 
 
 FRONT = """<journal-meta><journal-title-group><journal-title>J. of Tests</journal-title></journal-title-group></journal-meta>

@@ -285,8 +285,7 @@ def _process_article(files: Files, name: str, config: IngestConfig, result: _Res
 def _images(figure: Figure, images: ImageNames) -> Iterator[tuple[int, str, str]]:
     """(number of the graphic, file or href, reason against) for every image of a figure."""
     if not figure.graphics or figure.excluded:
-        reason = f"inside {figure.excluded}" if figure.excluded else "no graphic in the XML"
-        yield 0, "", reason
+        yield 0, "", figure.excluded or "no graphic in the XML"
         return
     taken: set[str] = set()
     for number, graphic in enumerate(figure.graphics):

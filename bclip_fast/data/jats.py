@@ -23,6 +23,12 @@ from lxml import etree
 from . import xml_safe
 from .jats_text import fold, local_name, text_of
 
+# Far beyond what articles have; together they bound what one article can cost.
+MAX_FIGURES = 2000
+MAX_CAPTION = 32_768
+MAX_NAME = 256
+MAX_TITLE = MAX_LICENCE = 2000
+
 _XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
 _EXCLUDING = ("supplementary-material", "table-wrap")
 _NOT_OF_FIGURE = ("disp-formula", "inline-formula", "table-wrap", "chem-struct-wrap", "supplementary-material", "fig")
@@ -47,7 +53,7 @@ class Graphic:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure. `number` counts from 1 in document order, as ids may repeat or lack; `excluded` says why it is out."""
+    """A figure. `number` counts from 1 in document order, as ids may repeat or lack; `excluded` is a reason."""
 
     number: int
     id: str
@@ -94,8 +100,8 @@ def parse(data: bytes) -> Article:
         pmcid=_pmcid(front),
         pmid=_article_id(front, "pmid"),
         doi=_article_id(front, "doi"),
-        title=_text(front.find("title-group/article-title")),
-        journal=_journal(root),
+        title=_text(front.find("title-group/article-title"))[:MAX_TITLE],
+        journal=_journal(root)[:MAX_NAME],
         year=_year(front),
         licence=licence,
         licence_url=url,
@@ -112,13 +118,13 @@ def _article_id(front: etree._Element, *kinds: str) -> str:
     for kind in kinds:
         for node in front.iterfind("article-id"):
             if node.get("pub-id-type") == kind and (text := fold(node.text or "")):
-                return text
+                return text[:MAX_NAME]
     return ""
 
 
 def _pmcid(front: etree._Element) -> str:
     found = re.search(r"\d+", _article_id(front, "pmcid", "pmc"))
-    return f"PMC{found.group()}" if found else ""
+    return f"PMC{found.group()}"[:MAX_NAME] if found else ""
 
 
 def _journal(root: etree._Element) -> str:
@@ -147,8 +153,8 @@ def _licence(node: etree._Element) -> tuple[str, str, str]:
         links = [fold(link) for link in candidates if link]
         url = url or next((link for link in links if _CREATIVE_COMMONS.search(link)), next(iter(links), ""))
         texts.append(text_of(licence))
-    text = " ".join(texts)
-    return _licence_code(url) or _licence_code(text), url, text
+    text = " ".join(texts)[:MAX_LICENCE]
+    return _licence_code(url) or _licence_code(text), url[:MAX_NAME], text
 
 
 def _licence_code(text: str) -> str:
@@ -166,21 +172,31 @@ def _licence_code(text: str) -> str:
 
 def _figures(root: etree._Element) -> Iterator[Figure]:
     number = 0
+    # Label and caption of each group, that of the groups around it included; groups come before their figures.
+    groups: dict[etree._Element, tuple[str, str]] = {}
     for node in root.iter("fig", "fig-group"):
+        outer_label, outer_caption = groups.get(next(node.iterancestors("fig-group"), None), ("", ""))
+        label = _text(node.find("label")) or outer_label
+        caption = " ".join(filter(None, (outer_caption, _caption(node))))
+        if node.tag == "fig-group":
+            # One character too many is enough to tell that it is too long.
+            groups[node] = label, caption[: MAX_CAPTION + 1]
         graphics = tuple(_graphics(node))
         if node.tag == "fig-group" and not graphics:
             continue
         number += 1
-        groups = [above for above in node.iterancestors("fig-group")][::-1]
-        captions = [_caption(part) for part in (*groups, node)]
-        labels = [_text(part.find("label")) for part in (*groups, node)]
-        excluded = next((above.tag for above in node.iterancestors(*_EXCLUDING)), "")
+        if number > MAX_FIGURES:
+            raise JatsError(f"more than {MAX_FIGURES} figures")
+        excluded = next((f"inside {above.tag}" for above in node.iterancestors(*_EXCLUDING)), "")
+        if len(caption) > MAX_CAPTION:
+            excluded = excluded or f"caption longer than {MAX_CAPTION} characters"
+            caption = ""
         permissions = node.find("permissions")
         yield Figure(
             number=number,
-            id=node.get("id", ""),
-            label=next((label for label in labels[::-1] if label), ""),
-            caption=" ".join(filter(None, captions)),
+            id=node.get("id", "")[:MAX_NAME],
+            label=label[:MAX_NAME],
+            caption=caption,
             graphics=graphics,
             licence="" if permissions is None else _own_licence(permissions),
             excluded=excluded,
@@ -189,7 +205,7 @@ def _figures(root: etree._Element) -> Iterator[Figure]:
 
 def _own_licence(permissions: etree._Element) -> str:
     """The code of a figure's own licence, else the words of its permissions (a third party's figure)."""
-    return _licence(permissions)[0] or fold(" ".join(permissions.itertext()))
+    return _licence(permissions)[0] or fold(" ".join(permissions.itertext()))[:MAX_LICENCE]
 
 
 def _caption(node: etree._Element) -> str:

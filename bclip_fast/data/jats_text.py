@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Iterable, Iterator
 
 from lxml import etree
 
@@ -37,7 +37,7 @@ def fold(text: str) -> str:
     return " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
-def text_of(element: etree._Element, *, without: Collection[etree._Element] = ()) -> str:
+def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) -> str:
     """All text inside `element`, however deep, but for the elements `without`, folded to one line.
 
     Blocks (paragraphs, titles, list items...) are set apart by a space; inline markup adds nothing. Of the
@@ -45,16 +45,18 @@ def text_of(element: etree._Element, *, without: Collection[etree._Element] = ()
     space is not content, and a fraction reads `a/b` or `(a+b)/c`.
     """
     parts: list[str] = []
+    silent = set(without)
     walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
     for event, node in walker:
         name = local_name(node)
         if event == "start":
-            if node in without or (node is not element and (name in _SKIPPED or _is_other_version(node, name))):
+            if node in silent or (node is not element and name in _SKIPPED):
                 walker.skip_subtree()
             elif name == "tex-math":
                 parts.append(_tex_body(node))
                 walker.skip_subtree()
             else:
+                silent.update(_other_versions(node, name))
                 if name in _BLOCKS:
                     parts.append(" ")
                 if _is_part_of_fraction(node):
@@ -89,19 +91,18 @@ def _own_text(text: str | None, node: etree._Element, name: str) -> str:
     return text or ""
 
 
-def _is_other_version(node: etree._Element, name: str) -> bool:
-    """Whether another element says the same formula (or the same anything) in its stead."""
-    parent = node.getparent()
-    inside = local_name(parent)
-    if inside not in ("alternatives", "inline-formula", "disp-formula"):
-        return False
-    if inside != "alternatives" and name not in _FORMULA_PREFERENCE:
-        return False
-    siblings = [other for other in parent if local_name(other) and local_name(other) not in _SKIPPED]
-    chosen = min(siblings, key=lambda other: _rank(local_name(other)))
-    if inside == "alternatives":
-        return node is not chosen
-    return name != local_name(chosen) and local_name(chosen) in _FORMULA_PREFERENCE
+def _other_versions(node: etree._Element, name: str) -> Iterator[etree._Element]:
+    """The children that say again what another child says: of `alternatives` all but one, of a formula its TeX."""
+    if name not in ("alternatives", "inline-formula", "disp-formula"):
+        return
+    children = [child for child in node if local_name(child) and local_name(child) not in _SKIPPED]
+    chosen = min(children, key=lambda child: _rank(local_name(child)), default=None)
+    for child in children:
+        if name == "alternatives":
+            if child is not chosen:
+                yield child
+        elif local_name(child) in _FORMULA_PREFERENCE and local_name(child) != local_name(chosen):
+            yield child
 
 
 def _rank(name: str) -> int:
