@@ -363,6 +363,13 @@ def test_a_nan_embedding_names_its_sample(shards: Path) -> None:
         Embedder(ColourModel("image"), preprocess, tokenizer, batch_size=7).images(open_dataset(str(shards), "val"))
 
 
+def test_a_broken_logit_scale_is_refused(folder: Path) -> None:
+    model = ColourModel()
+    model.logit_scale.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="logit_scale is nan"):
+        evaluate(model, preprocess, tokenizer, EvalConfig(data=str(folder), split="test", progress=False))
+
+
 # evaluate
 
 

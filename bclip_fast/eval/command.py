@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import platform
 import re
 from collections.abc import Callable
@@ -172,12 +173,17 @@ def _device(name: str) -> torch.device:
 
 
 def _describe(model: nn.Module, embed_dim: int) -> dict[str, Any]:
-    scale = getattr(model, "logit_scale", None)
+    parameter = getattr(model, "logit_scale", None)
+    scale = None
+    if isinstance(parameter, Tensor) and parameter.numel() == 1:
+        scale = float(parameter.detach().exp())
+        if not math.isfinite(scale):
+            raise UserError(f"the model's logit_scale is {scale}: the weights are broken")
     return {
         "class": type(model).__name__,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "embed_dim": embed_dim,
-        "logit_scale": float(scale.detach().exp()) if isinstance(scale, Tensor) and scale.numel() == 1 else None,
+        "logit_scale": scale,
     }
 
 
