@@ -117,6 +117,7 @@ def build(config: IngestConfig) -> None:
 
 
 def _write(config: IngestConfig, packages: list[Package], writer: ShardWriter) -> None:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     seen: dict[str, str] = {}
@@ -125,7 +126,7 @@ def _write(config: IngestConfig, packages: list[Package], writer: ShardWriter) -
     shown = TextColumn("packages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     results = _results(packages, config)
     first = next(results)  # starts the processes before the thread that draws the progress
-    with Progress(*shown, TextColumn("{task.description}"), transient=True) as progress:
+    with Progress(*shown, TextColumn("{task.description}"), transient=True, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(packages))
         result: _Result | None = first
         while result is not None:
