@@ -306,6 +306,17 @@ def test_training_is_deterministic_and_survives_saving(captions: list[str], tmp_
     assert torch.equal(theirs([clean(text) for text in texts], **keywords).input_ids, ids)
 
 
+def test_a_vocabulary_never_exceeds_its_size() -> None:
+    letters = [chr(code) for code in range(0x0430, 0x0550)]
+    texts = ["".join(letters[i : i + 7]) for i in range(len(letters))] * 3 + ["axial brain MRI"] * 50
+    tokenizer = Tokenizer.train(texts, 120)
+    assert tokenizer.vocab_size <= 120
+    assert tokenizer.fast.get_vocab() == Tokenizer.train(texts, 120).fast.get_vocab()
+    assert tokenizer.fast.encode("axial brain").tokens == ["[CLS]", "axial", "brain", "[SEP]"]
+    with pytest.raises(UserError, match="vocab_size is 5"):
+        Tokenizer.train(texts, 5)
+
+
 def test_broken_tokenizer_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such"):
         Tokenizer.from_file(tmp_path / "no-such.json")

@@ -154,6 +154,7 @@ def published(tmp_path_factory, real, shared_data: Path) -> tuple[Path, Path, di
     return hub, folder, answers
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_published_configuration_equals_open_clip_and_back(published, real, tmp_path, monkeypatch) -> None:
     hub, folder, answers = published
@@ -163,7 +164,7 @@ def test_published_configuration_equals_open_clip_and_back(published, real, tmp_
     assert (answers["tokens"] != 0).sum(1).tolist()[-1] == 256
     ours = {"image": model.encode_image(real[0]), "text": model.encode_text(answers["tokens"])}
     for tower, features in ours.items():
-        assert (features - answers[tower]).abs().max() <= 1e-4
+        assert (features - answers[tower]).abs().max() <= 1e-5
         # The answers differ from input to input, or equality would say little.
         assert (answers[tower][0] - answers[tower][1]).abs().max() > 1e-2
     raw = model.encode_image(real[0], normalize=False)

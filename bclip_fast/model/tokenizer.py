@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -104,20 +105,19 @@ class Tokenizer:
         Raises:
             UserError: there is nothing to learn from.
         """
+        if vocab_size < 15:
+            raise UserError(f"vocab_size is {vocab_size}; it must be at least 15")
         fast = _wordpiece({})
         texts = [clean(caption) for caption in captions]
-        # The library numbers the continuing characters in the order of a hash table and breaks ties by these numbers:
-        # naming them first is what makes the vocabulary the same in every run.
-        continuing = {
-            character
-            for text in texts
-            for word, _ in fast.pre_tokenizer.pre_tokenize_str(fast.normalizer.normalize_str(text))
-            for character in word[1:]
-        }
+        first, continuing = _characters(fast, texts, at_most=vocab_size // 3)
+        # Left alone, the library numbers continuing characters in the order of a hash table, breaks ties by these
+        # numbers, and lets the characters exceed the size: naming them is what makes every run give one vocabulary.
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
-            special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in sorted(continuing))],
+            special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in continuing)],
+            initial_alphabet=first,
+            limit_alphabet=len(first),
             show_progress=False,
         )
         fast.train_from_iterator(texts, trainer)
@@ -151,6 +151,18 @@ def _wordpiece(vocabulary: dict[str, int]) -> FastTokenizer:
         fast.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
         fast.post_processor = processors.BertProcessing((SEP, vocabulary[SEP]), (CLS, vocabulary[CLS]))
     return fast
+
+
+def _characters(fast: FastTokenizer, texts: list[str], at_most: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters, and those of them that also continue a word; both in the order of code points."""
+    everywhere: Counter[str] = Counter()
+    continuing: set[str] = set()
+    for text in texts:
+        for word, _ in fast.pre_tokenizer.pre_tokenize_str(fast.normalizer.normalize_str(text)):
+            everywhere.update(word)
+            continuing.update(word[1:])
+    kept = sorted(sorted(everywhere, key=lambda character: (-everywhere[character], character))[:at_most])
+    return kept, [character for character in kept if character in continuing]
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
