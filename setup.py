@@ -71,9 +71,11 @@ class BuildWithNinja(build_ext):
 if JPEG and not has_jpeg_headers():
     sys.exit(JPEG_HELP)
 sources = sorted(path for path in map(str, Path("csrc/cpu").glob("*.cpp")) if JPEG or not path.endswith("image.cpp"))
-modules = [Extension("bclip_fast._cpu", sources)]
+headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
+modules = [Extension("bclip_fast._cpu", sources, depends=headers)]
 if nvcc():
-    modules.append(Extension("bclip_fast._cuda", sorted(str(path) for path in Path("csrc/cuda").glob("*.c*"))))
+    cuda_sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.c[pu]*") if path.suffix != ".cuh")
+    modules.append(Extension("bclip_fast._cuda", cuda_sources, depends=headers))
 # The benchmark cases live beside the package in the source tree, and inside it once installed, for `bclip bench`.
 setup(
     packages=[*find_packages(include=["bclip_fast*"]), "bclip_fast.benchmarks"],
