@@ -43,8 +43,8 @@ $(VENV)/quickstart.done: $(VENV)/torch.done $(SOURCES)
 # neither we nor the comparison need more of than its Python files.
 $(VENV)/dev.done: $(VENV)/torch.done $(SOURCES)
 	$(BIN)/pip install -q -e ".[dev]"
-	$(BIN)/pip install -q ftfy regex
-	$(BIN)/pip install -q --no-deps open_clip_torch timm torchvision
+	$(BIN)/pip install -q regex
+	$(BIN)/pip install -q --no-deps open_clip_torch timm torchvision==0.28.0
 	@touch $@
 
 # What pip can't install. As root under apt it is installed; otherwise it is named, and make stops.

@@ -7,6 +7,7 @@ pretrained on them with DeepSpeed, evaluated on what was held out, and reported.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 import time
@@ -19,7 +20,6 @@ from typing import Any
 from . import config as config_files
 from . import eval as evaluation
 from .data import ingest, samples
-from .data.shards import ShardDataset
 from .errors import UserError
 from .train.trainer import TrainConfig, train
 
@@ -47,7 +47,7 @@ def run(config: QuickstartConfig) -> None:
     data = out / "data"
     if not (data / "dataset.json").is_file():
         _build(config, data)
-    counts = {split: len(ShardDataset(data, split)) for split in ("train", "val")}
+    counts = _counts(data)
     log.info("%d pairs to train on, %d held out, in %s", counts["train"], counts["val"], data)
     settings = _training(config, out, data, counts["train"])
     if not (out / "run" / "model").is_dir() or (out / "run" / "checkpoints").is_dir():
@@ -71,6 +71,17 @@ def _training(config: QuickstartConfig, out: Path, data: Path, num_pairs: int) -
         resume=(out / "run" / "checkpoints").is_dir(),
         data=dataclasses.replace(settings.data, shards=str(data)),
     )
+
+
+def _counts(data: Path) -> dict[str, int]:
+    splits = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["splits"]
+    counts = {split: splits[split]["samples"] if split in splits else 0 for split in ("train", "val")}
+    if not all(counts.values()):
+        raise UserError(
+            f"{data} holds {counts['train']} pairs to train on and {counts['val']} held out: articles go to a split as "
+            "a whole, so give more of them, or another --seed with a new --out"
+        )
+    return counts
 
 
 def _build(config: QuickstartConfig, data: Path) -> None:

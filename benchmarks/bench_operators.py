@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+
 from bclip_fast.benchmarks.cases import CASES, Case, Unavailable
 from bclip_fast.benchmarks.measure import error_of, matmul_flops_per_second, truth_of
 

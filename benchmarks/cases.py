@@ -18,6 +18,8 @@ from bclip_fast.ops import attention, contrastive, image
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
 
+from .peers import import_open_clip
+
 Inputs = Sequence[Any]
 Contender = Callable[..., Any]  # the inputs -> the results that are compared with the truth
 
@@ -115,7 +117,7 @@ def contrastive_case(name: str, batch: int, width: int, dtype: torch.dtype, scal
         return [image, text, torch.tensor(scale).requires_grad_()]
 
     def open_clip_loss() -> Contender:
-        loss = peer("open_clip.loss").ClipLoss()
+        loss = peer(import_open_clip).ClipLoss()
         return with_gradients(lambda i, t, s: loss(i, t, s))
 
     return Case(
@@ -144,7 +146,7 @@ def make_tiny_features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def image_case(num_images: int) -> Case:
     def simplejpeg() -> Contender:
-        module = peer("simplejpeg")
+        module = peer(lambda: importlib.import_module("simplejpeg"))
         return lambda *files: [torch.from_numpy(module.decode_jpeg(data, "RGB")) for data in files]
 
     return Case(
@@ -176,11 +178,11 @@ def figures(num_images: int) -> list[bytes]:
     return [path.read_bytes() for path in paths[:: len(paths) // num_images][:num_images]]
 
 
-def peer(module: str) -> Any:
+def peer(import_module: Callable[[], Any]) -> Any:
     try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"{module}: {error}") from error
+        return import_module()
+    except ImportError as error:
+        raise Unavailable(f"the peer {error.name} is not installed") from error
 
 
 CASES = [

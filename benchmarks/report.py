@@ -72,24 +72,24 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
-    for heading in ("contender", "ms", "x ours", "rate", "of matmul", "error"):
-        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    console = Console()
+    console.print(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
         group = [row for row in rows if (row["operator"], row["case"]) == case]
+        table = Table(title=f"{'-'.join(case)}{floor(group[0])}", title_justify="left")
+        for heading in ("contender", "ms", "x ours", "rate", "of matmul", "error"):
+            table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
         best = min((row["seconds"] for row in group if row["contender"].startswith("ours:")), default=None)
-        table.add_row(f"[bold]{'-'.join(case)}[/bold]{floor(group[0])}")
         for row in group:
             table.add_row(
-                f"  {row['contender']}",
+                row["contender"],
                 f"{row['seconds'] * 1e3:.2f}",
                 f"{row['seconds'] / best:.2f}" if best else "",
                 rate(row),
                 f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}" if row["flops"] else "",
                 f"{row['error']:.1e}",
             )
-        table.add_section()
-    Console().print(table)
+        console.print(table)
 
 
 def floor(row: dict[str, Any]) -> str:
