@@ -105,7 +105,7 @@ def load_latest(folder: Path) -> Checkpoint:
             continue
         return read(path)
     found = f"none of its {len(names)} is whole" if names else "it holds none"
-    raise UserError(f"{folder}: no checkpoint to resume from, {found}; start without resume in another run folder")
+    raise UserError(f"{folder}: no checkpoint to resume from, {found}; start without resume")
 
 
 def verify(path: Path) -> str | None:

@@ -67,6 +67,11 @@ class DataConfig:
     num_threads: int = 2
     """Threads a rank that decode images."""
     prefetch_batches: int = 2
+    """Batches prepared ahead."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
 
 
 @dataclass(frozen=True)
@@ -357,7 +362,8 @@ def _open(shards: str, split: str) -> ShardDataset:
 
 def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     """The run folder with config.toml and the tokenizer; an earlier run is only continued, never mixed with another."""
-    if not config.resume and any((run / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+    # A run that was stopped before its first checkpoint holds nothing to lose, and is begun again.
+    if not config.resume and any((run / "checkpoints").glob("step-*")):
         raise UserError(f"{run}: holds a run already; set resume=True to continue it, or another run folder")
     if config.resume and not (run / "tokenizer").is_dir():
         raise UserError(f"{run}: no run to resume; start without resume")
