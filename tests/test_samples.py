@@ -118,14 +118,14 @@ def _named(kind: str, value: str, caption: str) -> bool:
 
 
 def test_captions_name_their_own_labels_and_no_other(splits: dict[str, list[Sample]]) -> None:
+    complete = 0
     for sample in splits["train"] + splits["val"]:
+        wanted = {kind for kind in ("plane", "stain", "body_part") if kind in sample.meta}
+        complete += all(_named(kind, sample.meta[kind], sample.caption) for kind in wanted)
         for kind in ("plane", "stain", "body_part"):
             named = {value for value in LABELS[kind] if _named(kind, value, sample.caption)}
-            if kind == "body_part":  # "whole body" in a study's name, "head" in none
-                assert sample.meta.get(kind) in (named or {None}), sample.caption
-            else:
-                own = sample.meta.get(kind)
-                assert named == ({own} if own else set()), (kind, sample.caption)
+            own = sample.meta.get(kind)
+            assert named <= ({own} if own else set()), (kind, sample.caption)
         modalities = {
             value for value in LABELS["modality"] if _named("modality", value, sample.caption)
         }
@@ -140,6 +140,7 @@ def test_captions_name_their_own_labels_and_no_other(splits: dict[str, list[Samp
             ) == is_map, sample.caption
         assert sample.caption[0].isupper() and sample.caption.endswith(".")
         assert "  " not in sample.caption and "None" not in sample.caption
+    assert 0.85 < complete / sum(len(members) for members in splits.values()) < 0.97
 
 
 def test_captions_state_the_position_of_the_slice(splits: dict[str, list[Sample]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +49,9 @@ LABELS: dict[str, dict[str, list[str]]] = {
 }
 
 
+_TERSE = 0.12  # share of captions
+
+
 @dataclass(frozen=True)
 class Facts:
     """What headers, geometry and documentation say; the keys of `LABELS`, None where unknown.
@@ -91,8 +94,25 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _abridged(facts: Facts, random: np.random.Generator) -> Facts:
+    known = [kind for kind in ("plane", "body_part", "stain") if getattr(facts, kind) is not None]
+    kept = _pick(known, random) if known else None
+    return replace(
+        facts,
+        details=(),
+        plane=facts.plane if kept == "plane" else None,
+        body_part=facts.body_part if kept == "body_part" else None,
+        stain=facts.stain if kept == "stain" else None,
+    )
+
+
 def compose(facts: Facts, random: np.random.Generator) -> str:
-    """One caption: modality, plane, body part and stain always, and up to two details."""
+    """One caption: modality, plane, body part and stain, and up to two details.
+
+    About one in eight is terse, as captions are: it names the modality and one thing more.
+    """
+    if random.random() < _TERSE:
+        facts = _abridged(facts, random)
     noun = _noun(facts, random)
     part = "" if facts.body_part is None else _pick(LABELS["body_part"][facts.body_part], random)
     of_part = f" of the {part}" if part else ""
@@ -100,7 +120,7 @@ def compose(facts: Facts, random: np.random.Generator) -> str:
     if facts.stain is not None:
         joiner = _pick(["stained with", "with", "showing"], random)
         stain = f" {joiner} {_pick(LABELS['stain'][facts.stain], random)}"
-    num_details = min(len(facts.details), int(random.integers(1, 3)))
+    num_details = min(len(facts.details), int(random.integers(0, 3)))
     chosen = random.permutation(len(facts.details))[:num_details]
     details = [facts.details[i] for i in sorted(chosen)]
 

@@ -21,6 +21,7 @@ from bclip_fast.data.samples_captions import Facts
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the picture
 _GAP = 0.03  # of the region's extent, on each side of which the two parts lie
 _MAX_TRIES = 200
+_LEAST_CONTRAST = 7.0  # standard deviation of a crop's grey values; less is an empty picture
 _ORIENTED = frozenset({"MR", "CT", "CR", "US", "NM", "fundus"})  # the others may be turned
 
 
@@ -30,7 +31,7 @@ class Source:
 
     `facts` is None where the DICOM header gives them. `region` excludes burned-in text and empty
     margins. `side` is where the held-out part lies, None: all training. `smallest` is the
-    smallest crop as a fraction of the part's shorter side, `content` the least fraction of a
+    smallest crop relative to the smaller part's shorter side, `content` the least fraction of a
     crop's pixels that are neither black nor white. `stretch` gives the percentiles that become
     black and white.
     """
@@ -78,7 +79,13 @@ SOURCES: tuple[Source, ...] = (
     ),
     _dicom("tee-us", "color-pl.dcm", region=(20, 70, 95, 145), side="left", smallest=0.6),
     _dicom("abdomen-us", "gdcm-US-ALOKA-16.dcm", region=(120, 35, 290, 560)),
-    _dicom("bone-nm", "JPEG2000_UNC.dcm", region=(60, 20, 900, 216), side="top", content=0.3),
+    _dicom(
+        "bone-nm",
+        "JPEG2000_UNC.dcm",
+        region=(60, 20, 830, 210),
+        smallest=0.8,
+        content=0.5,
+    ),
     Source("retina", "scikit-image", "data/retina.jpg", Facts("fundus", "retina"), side="bottom"),
     Source(
         "microaneurysms",
@@ -170,10 +177,9 @@ def _place(box: Box, height: int, width: int) -> str:
     return f"{rows[down]} {columns[across]} part of the picture"
 
 
-def _draw_box(part: Box, smallest: float, random: np.random.Generator) -> Box:
+def _draw_box(part: Box, sizes: tuple[float, float], random: np.random.Generator) -> Box:
     top, left, height, width = part
-    shorter = min(height, width)
-    size = int(round(float(random.uniform(smallest, 1.0)) * shorter))
+    size = int(round(float(random.uniform(*sizes))))
     return (
         top + int(random.integers(height - size + 1)),
         left + int(random.integers(width - size + 1)),
@@ -182,9 +188,9 @@ def _draw_box(part: Box, smallest: float, random: np.random.Generator) -> Box:
     )
 
 
-def _content(pixels: np.ndarray) -> float:
+def _shows_something(pixels: np.ndarray, content: float) -> bool:
     grey = pixels[::4, ::4].mean(axis=2)
-    return float(((grey > 20) & (grey < 245)).mean())
+    return bool(grey.std() >= _LEAST_CONTRAST and ((grey > 20) & (grey < 245)).mean() >= content)
 
 
 def crops(
@@ -194,14 +200,19 @@ def crops(
     number = [other.name for other in SOURCES].index(source.name)
     random = np.random.default_rng([seed, 1000 + number, split == "val"])
     height, width = pictures[0][0].shape[:2]
-    part = parts(source, height, width)[split]
+    boxes = parts(source, height, width)
+    part = boxes[split]
+    # Both splits at one scale: the smaller part bounds the crops, a little less so in training.
+    bound = min(min(box[2:]) for box in boxes.values())
+    largest = min(1.25 * bound, *part[2:]) if split == "train" else bound
+    sizes = (source.smallest * bound, largest)
     for _ in range(count):
         which = int(random.integers(len(pictures)))
         pixels, facts = pictures[which]
         for _ in range(_MAX_TRIES):
-            box = _draw_box(part, source.smallest, random)
+            box = _draw_box(part, sizes, random)
             crop = pixels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-            if _content(crop) >= source.content:
+            if _shows_something(crop, source.content):
                 break
         else:
             raise ValueError(f"no crop of the {split} part shows anything")
