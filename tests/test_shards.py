@@ -291,3 +291,14 @@ def test_verify_finds_every_kind_of_damage(dataset):
         "manifest.parquet: its rows",
     ):
         assert words in found
+
+
+def test_threads_that_open_a_shard_at_once_each_read_it(tmp_path):
+    """A descriptor that loses the race into the cache must not close before it was read."""
+    with ShardWriter(tmp_path / "many", max_shard_bytes=1) as writer:
+        for sample in samples(12):
+            writer.write(sample, "train")
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(30):
+            fresh = ShardDataset(tmp_path / "many")
+            list(pool.map(lambda i: fresh[i].key, [number % 12 for number in range(48)]))  # noqa: B023

@@ -107,7 +107,9 @@ class ShardDataset:
     def _read(self, number: int, start: int, end: int) -> bytes:
         path = self._path(self._shards[number])
         try:
-            data = os.pread(self._file(number).number, end - start, start)
+            # Held while it is read: the cache may drop it, and with its last reference the descriptor closes.
+            file = self._file(number)
+            data = os.pread(file.number, end - start, start)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         if len(data) != end - start:
