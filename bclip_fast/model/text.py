@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .transformer import MAX_TOKENS, PostNormLayer, PreNormLayer, check_range, check_sizes
+from .transformer import MAX_TOKENS, PostNormLayer, PreNormLayer, check_range, check_sizes, linear_std
 
 BERT_NORM_EPS = 1e-12
 GPT_NORM_EPS = 1e-5
@@ -104,11 +104,14 @@ class BertTower(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """BERT's: normal 0.02, zero biases; the projection keeps PyTorch's."""
+        """BERT's: normal, zero biases; 0.02 for embeddings, and for linear layers at width 768; the projection keeps
+        PyTorch's."""
         for module in [*self.children(), *self.layers.modules()]:
-            if isinstance(module, nn.Embedding | nn.Linear) and module is not self.proj:
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .transformer import MAX_TOKENS, PreNormLayer, check_range, check_sizes
+from .transformer import MAX_TOKENS, PreNormLayer, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
 
@@ -65,12 +65,12 @@ class VisionTower(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """timm's: truncated normal 0.02 for linear layers and positions, zero biases."""
+        """timm's: truncated normal, zero biases; 0.02 for positions, and for linear layers at width 768."""
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor:
