@@ -126,21 +126,19 @@ def test_captions_name_their_own_labels_and_no_other(splits: dict[str, list[Samp
             named = {value for value in LABELS[kind] if _named(kind, value, sample.caption)}
             own = sample.meta.get(kind)
             assert named <= ({own} if own else set()), (kind, sample.caption)
-        modalities = {
-            value for value in LABELS["modality"] if _named("modality", value, sample.caption)
-        }
+        modalities = {value for value in LABELS["modality"] if _named("modality", value, sample.caption)}
         if sample.meta.get("sequence") in ("GM", "WM"):
             assert "MRI" in sample.caption and modalities == set()
         else:
             assert modalities <= {sample.meta["modality"]}
         for value, phrase in (("GM", "grey"), ("WM", "white"), ("T1", "T1")):
             is_map = sample.meta.get("sequence") == value
-            assert (
-                phrase in sample.caption.replace("Grey", "grey").replace("White", "white")
-            ) == is_map, sample.caption
+            assert (phrase in sample.caption.replace("Grey", "grey").replace("White", "white")) == is_map, (
+                sample.caption
+            )
         assert sample.caption[0].isupper() and sample.caption.endswith(".")
         assert "  " not in sample.caption and "None" not in sample.caption
-    assert 0.85 < complete / sum(len(members) for members in splits.values()) < 0.97
+    assert 0.7 < complete / sum(len(members) for members in splits.values()) < 0.9
 
 
 def test_captions_state_the_position_of_the_slice(splits: dict[str, list[Sample]]) -> None:
@@ -153,12 +151,8 @@ def test_captions_state_the_position_of_the_slice(splits: dict[str, list[Sample]
             assert "xyz".index(letter) == sample.meta["axis"]
             stated += 1
     assert stated > 20
-    assert "32 mm below the anterior commissure" in (
-        samples_volumes.slice_facts("T1", "axial", -32).details
-    )
-    assert "70 mm posterior to the anterior commissure" in (
-        samples_volumes.slice_facts("T1", "coronal", -70).details
-    )
+    assert "32 mm below the anterior commissure" in (samples_volumes.slice_facts("T1", "axial", -32).details)
+    assert "70 mm posterior to the anterior commissure" in (samples_volumes.slice_facts("T1", "coronal", -70).details)
 
 
 def test_captions_vary() -> None:
@@ -278,11 +272,7 @@ def test_dicom_orientation(
 def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples_volumes, "TRAIN_PER_MAP_AND_PLANE", 2)
     monkeypatch.setattr(samples, "_PER_MODALITY", {"train": 2, "val": 1})
-    small = [
-        source
-        for source in samples_pictures.SOURCES
-        if source.name in ("skull-base-ct", "microaneurysms", "ihc")
-    ]
+    small = [source for source in samples_pictures.SOURCES if source.name in ("skull-base-ct", "microaneurysms", "ihc")]
     monkeypatch.setattr(samples_pictures, "SOURCES", tuple(small))
 
 
@@ -295,13 +285,9 @@ def test_the_seed_decides_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_files_that_cannot_be_read_are_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_cannot_be_read_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _shrink(monkeypatch)
-    truncated = samples_pictures.Source(
-        "broken", "pydicom", "data/test_files/MR_truncated.dcm", side=None
-    )
+    truncated = samples_pictures.Source("broken", "pydicom", "data/test_files/MR_truncated.dcm", side=None)
     missing = replace(samples_pictures.SOURCES[0], name="missing", path="data/missing.dcm")
     sources = (*samples_pictures.SOURCES, truncated, missing)
     monkeypatch.setattr(samples_pictures, "SOURCES", sources)

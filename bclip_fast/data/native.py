@@ -71,9 +71,7 @@ class NativeLoader:
         pin_memory: bool = False,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0:
-            raise UserError(
-                f"num_threads={num_threads}, prefetch_batches={prefetch_batches}: need at least 1 and 0"
-            )
+            raise UserError(f"num_threads={num_threads}, prefetch_batches={prefetch_batches}: need at least 1 and 0")
         self.dataset = dataset
         self.stream = stream
         self._tokenize = tokenize

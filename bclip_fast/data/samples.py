@@ -37,11 +37,11 @@ import numpy as np
 from PIL import Image
 
 from bclip_fast.data import samples_pictures, samples_volumes
-from bclip_fast.data.samples_captions import LABELS, Facts, compose
+from bclip_fast.data.samples_captions import LABELS, TEMPLATES, Facts, compose
 from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
 
-__all__ = ["LABELS", "LabelSummary", "build", "summarize_labels"]
+__all__ = ["LABELS", "TEMPLATES", "LabelSummary", "build", "summarize_labels"]
 
 log = logging.getLogger(__name__)
 
@@ -185,9 +185,7 @@ def _picture_samples(plan: _Plan, seed: int) -> Iterator[tuple[str, Sample]]:
         yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
 
 
-def build(
-    out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
-) -> None:
+def build(out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Write the splits "train" and "val" as shards below `out`, the same bytes for the same seed.
 
     Meta of every sample: source, version, file; the labels of the kinds of `LABELS` that apply;

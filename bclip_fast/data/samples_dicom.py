@@ -79,9 +79,7 @@ def orientation(header: Any) -> tuple[str | None, float, bool, bool]:
     tilt = float(np.degrees(np.arccos(min(1.0, abs(normal[axis])))))
     along_row, along_column = int(np.argmax(np.abs(row))), int(np.argmax(np.abs(column)))
     flip_columns = bool(row[along_row] < 0)
-    flip_rows = (
-        bool(column[along_column] > 0) if along_column == 2 else bool(column[along_column] < 0)
-    )
+    flip_rows = bool(column[along_column] > 0) if along_column == 2 else bool(column[along_column] < 0)
     plane = ("sagittal", "coronal", "axial")[axis] if tilt <= _OBLIQUE_DEGREES else None
     return plane, tilt, flip_rows, flip_columns
 
@@ -158,11 +156,7 @@ def _to_8_bit(values: np.ndarray, window: tuple[float, float] | None, *, fixed: 
     if window is not None:
         # C.11.2.1.2.1: the linear ramp from c - 0.5 - (w-1)/2 to c - 0.5 + (w-1)/2.
         start = window[0] - 0.5 - (window[1] - 1) / 2
-        low, high = (
-            (start, start + window[1] - 1)
-            if fixed
-            else (max(low, start), min(high, start + window[1] - 1))
-        )
+        low, high = (start, start + window[1] - 1) if fixed else (max(low, start), min(high, start + window[1] - 1))
     return (np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255).round().astype(np.uint8)
 
 

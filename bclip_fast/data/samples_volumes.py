@@ -70,9 +70,7 @@ def split_positions(plane: str) -> tuple[list[int], list[int]]:
     _, first, last, blocks, step = PLANES[plane]
     val = [mm for low, high in blocks for mm in range(low, high + 1, step)]
     train = [
-        mm
-        for mm in range(first, last + 1)
-        if all(mm <= low - GAP_MM or mm >= high + GAP_MM for low, high in blocks)
+        mm for mm in range(first, last + 1) if all(mm <= low - GAP_MM or mm >= high + GAP_MM for low, high in blocks)
     ]
     return train, val
 
@@ -118,9 +116,7 @@ class Volume:
     def index(self, axis: int, position_mm: float) -> int:
         return int(round((position_mm - self.affine[axis, 3]) / self.affine[axis, axis]))
 
-    def cut(
-        self, plane: str, position_mm: float, side_mm: float, shift_mm: tuple[float, float]
-    ) -> Image.Image:
+    def cut(self, plane: str, position_mm: float, side_mm: float, shift_mm: tuple[float, float]) -> Image.Image:
         """A square of side_mm around the brain: superior (axial: anterior) up, sagittal with
         the face to the left. Outside the grid is black.
         """
@@ -140,9 +136,7 @@ class Volume:
         return Image.fromarray(pixels.copy()).crop(tuple(round(edge) for edge in box))
 
 
-def slices(
-    name: str, path: Path, seed: int
-) -> Iterator[tuple[str, Image.Image, Facts, dict[str, Any]]]:
+def slices(name: str, path: Path, seed: int) -> Iterator[tuple[str, Image.Image, Facts, dict[str, Any]]]:
     """(split, greyscale square, facts, meta) of every sample of one map.
 
     Training slices repeat with other framings (190 +- 10 mm, shifted by up to 6 mm).

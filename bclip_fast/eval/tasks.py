@@ -109,9 +109,13 @@ def _labelled(inputs: Inputs, kind: str) -> tuple[list[str | None], prompts.Prom
 
 
 def _known_prompts(kind: str, values: Sequence[str]) -> prompts.PromptSet:
+    from ..data.samples import TEMPLATES
+
     nouns = _sample_labels().get(kind, {})
     if all(value in nouns for value in values):
         classes = {value: tuple(nouns[value]) for value in values}
+        if kind in TEMPLATES:
+            return prompts.PromptSet(classes, TEMPLATES[kind], "nouns and templates of the sample data")
         return prompts.PromptSet(classes, source="nouns of the sample data, generic templates")
     return prompts.from_values(values)
 

@@ -114,7 +114,7 @@ def _presets() -> dict[str, BiomedClipConfig]:
                 presets[f"biomedclip_{letter}16{size}{suffix}"] = BiomedClipConfig(vision=vision, text=text)
     presets["quickstart"] = BiomedClipConfig(
         embed_dim=128,
-        vision=VisionConfig(image_size=80, patch_size=10, width=160, layers=4, heads=5),
+        vision=VisionConfig(image_size=80, patch_size=16, width=160, layers=4, heads=5),
         text=TextConfig(
             context_length=48,
             vocab_size=2048,

@@ -53,9 +53,7 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
     """Groups for torch.optim.AdamW: matrices decay, the rest doesn't; the logit scale has bounds of its own.
 
     open_clip's rule: no decay for parameters of fewer than 2 dimensions. "bounds" of a group are what `engine.AdamW`

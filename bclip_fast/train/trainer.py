@@ -320,9 +320,7 @@ class _Run:
 
     def _write(self, state: dict[str, torch.Tensor], optimizer: engines.OptimizerState) -> None:
         config = self.config
-        saved = checkpoints.Checkpoint(
-            self.step, state, optimizer, self.loader.state_dict(), _as_json(config.model)
-        )
+        saved = checkpoints.Checkpoint(self.step, state, optimizer, self.loader.state_dict(), _as_json(config.model))
         path = checkpoints.save(self.run / "checkpoints", saved, keep=config.checkpoint.keep)
         with torch.device("meta"):
             model = BiomedClip(config.model)
