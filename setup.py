@@ -49,7 +49,9 @@ class BuildWithNinja(build_ext):
                 rule = "nvcc" if source.suffix == ".cu" else "cxx"
                 built += ninja.build(str(objects / f"{source.name}.o"), rule, str(source.resolve()))
             ninja.build(str(output), "link", built)
-        subprocess.run([f"{BIN_DIR}/ninja", "-C", str(objects)], check=True)
+        # BIN_DIR is empty under pip's build isolation, where the program is on the PATH instead.
+        program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
+        subprocess.run([program or "ninja", "-C", str(objects)], check=True)
 
     def _rules(self, ninja: ninja_syntax.Writer, cuda: bool) -> None:
         includes = " ".join(f"-I{path}" for path in [pybind11.get_include(), *self.include_dirs])
