@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bclip_fast import config as configuration
 from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
-from bclip_fast.eval import EvalCommand, EvalConfig, evaluate, prompts, retrieval, zero_shot
+from bclip_fast.eval import EvalCommand, EvalConfig, evaluate, prompts, retrieval, run, zero_shot
 from bclip_fast.eval.datasets import open_dataset, open_image
 from bclip_fast.eval.embed import Embedder
 
@@ -495,8 +495,14 @@ def test_the_command_line_takes_tasks_and_labels_repeatedly() -> None:
     )
     assert (command.model, command.data, command.split) == ("runs/x", "d", "test")
     assert command.task == ("retrieval", "zero_shot") and command.label == ("plane",)
-    with pytest.raises(UserError, match="data"):
-        configuration.parse(EvalCommand, ["runs/x"], prog="bclip eval")
+
+
+def test_a_run_is_evaluated_on_its_own_shards_unless_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder.*--data"):
+        run(EvalCommand(model=str(tmp_path)))
+    (tmp_path / "config.toml").write_text('[data]\nshards = "/nowhere/shards"\n')
+    with pytest.raises(UserError, match="/nowhere/shards"):
+        run(EvalCommand(model=str(tmp_path)))
 
 
 def test_any_open_clip_model_can_be_evaluated(folder: Path) -> None:

@@ -263,6 +263,9 @@ def test_half_precision(shards: Path, tmp_path: Path):
         # fp16 skips its first updates until the loss scale fits; up to there the curves can be compared.
         count = 1 if precision == "fp16" else 6
         torch.testing.assert_close(found[:count], exact[:count], rtol=0, atol=0.1, msg=f"{name} {stage} {precision}")
+    # DeepSpeed keeps autocast in globals of the process: fp32 after half precision must be fp32 all the same.
+    after = train(tiny_run(tmp_path / "after", shards, engine=EngineConfig(zero_stage=3, precision="fp32")))
+    torch.testing.assert_close(curve(after), exact, rtol=0, atol=2e-5)
 
 
 def test_fp16_overflow_skips_the_update():

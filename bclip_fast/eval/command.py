@@ -8,6 +8,7 @@ import logging
 import math
 import platform
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,6 +28,11 @@ from .embed import Embedder, Precision
 from .retrieval import Duplicates
 from .tasks import TASKS, Inputs, default_kinds
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 log = logging.getLogger(__name__)
 
 _VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
@@ -36,8 +42,9 @@ _VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed"
 class EvalConfig:
     """What to evaluate on, and how."""
 
-    data: str
-    """Shards (folder with dataset.json), a folder with a folder of images per class, or a .csv file."""
+    data: str = ""
+    """Shards (folder with dataset.json), a folder with a folder of images per class, or a .csv file; a run's own shards
+    unless given."""
     split: str = "val"
     """Split of the data."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -99,6 +106,7 @@ def run(command: EvalCommand) -> None:
     """Loads the model, evaluates it, writes results.json and report.html, prints the figures."""
     from .. import pretrained
 
+    command = dataclasses.replace(command, data=command.data or _data_of_run(command.model))
     # Before the model is loaded: a wrong path should cost no time.
     data = open_dataset(command.data, command.split)
     model, preprocess, tokenizer = pretrained.load(command.model, device=_device(command.device))
@@ -114,6 +122,14 @@ def run(command: EvalCommand) -> None:
     _print(results)
     log.info("results in %s", out / "results.json")
     log.info("report in %s", out / "report.html")
+
+
+def _data_of_run(model: str) -> str:
+    """The shards that the run folder `model` was trained on."""
+    try:
+        return str(tomllib.loads((Path(model) / "config.toml").read_text(encoding="utf-8"))["data"]["shards"])
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
 
 
 def _evaluate(
