@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def run(config: BenchConfig) -> int:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (config.output / "bench.jsonl").write_text(lines)
     if config.record:
-        device = "-".join(rows[0]["device"].split()).replace("/", "-")
+        device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
     plot(rows, config.output / "bench.svg")

@@ -75,3 +75,23 @@ def test_a_file_that_is_not_there_is_named():
 def test_an_unknown_flag_is_named():
     with pytest.raises(UserError, match="--stepss"):
         parse(Config, ["--stepss", "1"], prog="t")
+
+
+def test_the_published_configuration_is_the_papers():
+    """Table S9 of arXiv 2303.00915."""
+    from bclip_fast.train.trainer import TrainConfig
+
+    config = parse(TrainConfig, ["biomedclip_b16.toml", "--data.shards", "x"], prog="bclip train").resolved()
+    optim = config.optim
+    assert (optim.lr, optim.weight_decay, optim.beta1, optim.beta2, optim.eps) == (5e-4, 0.2, 0.9, 0.98, 1e-6)
+    assert (optim.warmup_steps, config.epochs, config.batch_size, config.seed) == (2000, 32, 4096, 0)
+    assert (config.model.vision.image_size, config.model.text.context_length) == (224, 256)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("bclip_fast/configs/*.toml")), ids=lambda p: p.name
+)
+def test_every_configuration_of_the_package_is_valid(path):
+    from bclip_fast.train.trainer import TrainConfig
+
+    parse(TrainConfig, [path.name], prog="bclip train").resolved()
