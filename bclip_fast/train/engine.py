@@ -248,7 +248,7 @@ class DeepSpeedEngine(Engine):
         _ensure_group()
         deepspeed = _import_deepspeed()
         # Globals of the process: an engine in half precision would leave the next fp32 one with its loss scaler.
-        autocast = importlib.import_module("deepspeed.runtime.torch_autocast")
+        autocast: Any = importlib.import_module("deepspeed.runtime.torch_autocast")
         autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
