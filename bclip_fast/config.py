@@ -40,7 +40,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
     config: T | None = None
     while args and args[0].endswith(".toml"):
         path = find(args.pop(0))
-        config = _parse(cls, list(_as_flags(_read(path))), config, prog, where=str(path))
+        config = _parse(cls, list(_as_flags(_read(path))), config, prog, where=str(path), file=True)
     if config is not None and not args:
         return config
     return _parse(cls, args, config, prog, where="the command line")
@@ -48,7 +48,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
 
 def from_toml(cls: type[T], path: Path | str) -> T:
     """The dataclass that `to_toml` wrote. Raises UserError as `parse` does."""
-    return _parse(cls, list(_as_flags(_read(Path(path)))), None, str(path), where=str(path))
+    return _parse(cls, list(_as_flags(_read(Path(path)))), None, str(path), where=str(path), file=True)
 
 
 def to_toml(config: Any) -> str:
@@ -94,7 +94,7 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: str) -> T:
+def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: str, file: bool = False) -> T:
     import tyro
 
     stderr = io.StringIO()
@@ -105,7 +105,8 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: s
                 cls,
                 args=args,
                 prog=prog,
-                config=(tyro.conf.FlagConversionOff,),
+                # A file says `resume = true`, a person --resume.
+                config=(tyro.conf.FlagConversionOff,) if file else (),
                 use_underscores=True,
                 **keywords,
             )

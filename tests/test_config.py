@@ -44,6 +44,11 @@ def test_files_from_left_to_right_then_flags(tmp_path):
     assert config == Config(inner=Inner(lr=1e-4, betas=(0.1, 0.2)), steps=7, offset=-9, resume=True, kind="b")
 
 
+def test_a_switch_is_a_bare_flag(tmp_path):
+    assert parse(Config, ["--resume"], prog="t").resume
+    assert not parse(Config, [write(tmp_path, "resume = true"), "--no-resume"], prog="t").resume
+
+
 def test_round_trip(tmp_path):
     config = Config(path=Path("/a b"), inner=Inner(lr=3e-7, names=("x", "y z")), steps=3, resume=True)
     assert from_toml(Config, write(tmp_path, to_toml(config))) == config
