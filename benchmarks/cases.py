@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,42 @@ def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dty
     )
 
 
+def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: torch.dtype) -> Case:
+    """Sequences without padding; the rival pads them to the longest and masks."""
+    longest, total = max(lengths), sum(lengths)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(total, 3, heads, dim, generator=generator).to(dtype).requires_grad_()]
+
+    def padded_sdpa(qkv: Tensor) -> Tensor:
+        padded = qkv.new_zeros(len(lengths), longest, 3, heads, dim)
+        padded[mask] = qkv
+        query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        return out.transpose(1, 2)[mask]
+
+    return Case(
+        operator="attention",
+        name=name,
+        make_inputs=make_inputs,
+        truth=with_gradients(lambda qkv: attention.reference.varlen(qkv, bounds, longest, False, 0.0, dim**-0.5)),
+        contenders={
+            **ours(
+                attention.LIMITS,
+                lambda backend: with_gradients(lambda qkv: ops.varlen_attention(qkv, bounds, longest, backend=backend)),
+                torch.zeros(1, 3, 1, dim, dtype=dtype),
+            ),
+            "torch sdpa padded": lambda: with_gradients(padded_sdpa),
+        },
+        flops=3.5 * 4 * sum(length**2 for length in lengths) * heads * dim,
+        bytes=8 * total * heads * dim * torch.finfo(dtype).bits / 8,
+        dtype=dtype,
+    )
+
+
 def contrastive_case(name: str, batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
@@ -189,6 +226,8 @@ CASES = [
     attention_case("vit-b16-224-fp32", 8, 197, 12, 64, torch.float32),
     attention_case("vit-b16-224-bf16", 8, 197, 12, 64, torch.bfloat16),
     attention_case("bert-256-fp32", 4, 256, 12, 64, torch.float32),
+    # Mean 78 tokens, as captions of PMC figures have after truncation at 256.
+    varlen_case("text-varlen-fp32", [9, 14, 21, 33, 46, 58, 71, 90, 112, 137, 189, 156], 12, 64, torch.float32),
     contrastive_case("1024-fp32", 1024, 512, torch.float32),
     contrastive_case("4096-fp32", 4096, 512, torch.float32),
     contrastive_case("4096-bf16", 4096, 512, torch.bfloat16),
