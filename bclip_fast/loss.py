@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops.contrastive import (
@@ -14,7 +15,7 @@ from .ops.contrastive import (
     check_features,
     clip_loss,
     default_chunk_size,
-    positive_logits,
+    positive_gradient,
 )
 from .ops.dispatch import choose, kernels
 
@@ -119,22 +120,27 @@ class _GlobalClipLoss(torch.autograd.Function):
         first = sum(sizes[: dist.get_rank(group)])
         texts = _gather_rows(text, sizes, group)
         chunk_size = chunk_size or default_chunk_size(len(image), len(texts))
-        row_lse, column_lse = kernels("contrastive", backend).lse(image, texts, scale, bias, chunk_size)
-        column_lse = _merge_lse(column_lse, group)
-        own = column_lse[first : first + len(text)]
-        total = (row_lse + own - 2 * positive_logits(image, text, scale, bias)).sum()
+        rows, columns, positive = kernels("contrastive", backend).forward(image, texts, scale, bias, first, chunk_size)
+        columns = _merge_lse(columns, group)
+        own = columns[first : first + len(text)]
+        total = (F.softplus(rows - positive) + F.softplus(own - positive)).sum()
         dist.all_reduce(total, group=group)
-        ctx.save_for_backward(image, texts, scale, bias, row_lse, column_lse)
+        # Every rank needs every column's full sum, so the positives travel too: O(B) numbers.
+        positives = _gather_rows(positive[:, None], sizes, group)[:, 0]
+        columns_lse = torch.logaddexp(columns, positives)
+        ctx.save_for_backward(image, texts, scale, bias, rows, own, positive, columns_lse)
         ctx.group, ctx.chunk_size, ctx.backend, ctx.sizes, ctx.first = group, chunk_size, backend, sizes, first
         return total / (2 * len(texts))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        image, texts, scale, bias, row_lse, column_lse = ctx.saved_tensors
+        image, texts, scale, bias, rows, own, positive, columns_lse = ctx.saved_tensors
         # Data-parallel engines average over ranks; the factor turns that average into the sum that the chain rule asks.
         weight = grad * len(ctx.sizes) / (2 * len(texts))
-        image_grad, texts_grad, scale_grad, bias_grad = kernels("contrastive", ctx.backend).gradients(
-            image, texts, scale, bias, row_lse, column_lse, weight, ctx.first, ctx.chunk_size
+        rows_lse = torch.logaddexp(rows, positive)
+        positive_grad = weight * positive_gradient(rows, own, positive)
+        image_grad, texts_grad, scale_grad, bias_grad = kernels("contrastive", ctx.backend).backward(
+            image, texts, scale, bias, ctx.first, rows_lse, columns_lse, weight, positive_grad, ctx.chunk_size
         )
         text_grad = _reduce_rows(texts_grad, ctx.sizes, ctx.group)
         return image_grad, text_grad, scale_grad, None if bias is None else bias_grad, None, None, None
@@ -169,6 +175,7 @@ def _reduce_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None
 def _merge_lse(lse: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     highest = lse.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    highest.clamp_min_(torch.finfo(lse.dtype).min)  # a column without negatives anywhere: -inf - -inf would be NaN
     sums = (lse - highest).exp()
     dist.all_reduce(sums, group=group)
     return highest + sums.log()

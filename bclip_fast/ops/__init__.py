@@ -2,7 +2,16 @@
 
 from . import image
 from .attention import fused_attention, varlen_attention
-from .contrastive import clip_loss
+from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, BackendError, use_backend
 
-__all__ = ["BACKENDS", "BackendError", "clip_loss", "fused_attention", "image", "use_backend", "varlen_attention"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "clip_loss",
+    "fused_attention",
+    "image",
+    "siglip_loss",
+    "use_backend",
+    "varlen_attention",
+]

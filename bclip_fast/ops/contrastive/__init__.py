@@ -1,13 +1,14 @@
-"""The symmetric contrastive (InfoNCE) loss of CLIP, without ever holding the matrix of similarities."""
+"""The contrastive losses of CLIP (softmax) and SigLIP (sigmoid), without ever holding the matrix of similarities."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Limits, choose, kernels
 
-__all__ = ["LIMITS", "clip_loss", "default_chunk_size"]
+__all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
 LIMITS: Limits = {"reference": lambda image, text: None}
 
@@ -24,7 +25,8 @@ def clip_loss(
     """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T + logit_bias.
 
     Row i of `image` belongs to row i of `text` (Radford et al. 2021, arXiv 2103.00020, figure 3). S is computed chunk
-    by chunk and again in the backward, so memory is O(B * D + chunk_size * B) where the dense form takes O(B * B).
+    by chunk and again in the backward, so memory is O(B * D + chunk_size * B) where the dense form takes O(B * B). The
+    positive logits stay out of the sums, so loss and gradient are exact also where the softmax rounds to 1.
 
     Args:
         image, text: (B, D), the same dtype of float64, float32, bfloat16 or float16; usually of unit norm.
@@ -41,16 +43,47 @@ def clip_loss(
         ValueError: shapes, dtypes or devices that don't fit; the message names them.
         BackendError: the named backend cannot run this call.
     """
+    scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
+    backend = choose("clip_loss", LIMITS, backend, image, text)
+    return _clip_loss(image, text, scale, bias, chunk_size, backend)[0]
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """sum_ij softplus(-y_ij * S_ij) / B with S = logit_scale * image @ text.T + logit_bias, y = 1 for i = j, else -1.
+
+    Zhai et al. 2023, arXiv 2303.15343, algorithm 1. Arguments, result and errors are those of `clip_loss`; gradients
+    are computed with the loss, in one pass over S.
+    """
+    scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
+    backend = choose("siglip_loss", LIMITS, backend, image, text)
+    wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
+    with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+    return _siglip_loss(image, text, scale, bias, chunk_size, with_gradients, backend)[0]
+
+
+def checked(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor | None, int]:
+    """Scale, bias and chunk size as the backends take them; ValueError where an argument doesn't fit."""
     check_features(image, text)
     if image.shape[0] != text.shape[0]:
         raise ValueError(f"image and text must have as many rows, got {image.shape[0]} and {text.shape[0]}")
-    backend = choose("clip_loss", LIMITS, backend, image, text)
-    scale = as_scalar(logit_scale, image)
-    bias = None if logit_bias is None else as_scalar(logit_bias, image)
-    chunk_size = default_chunk_size(image.shape[0], text.shape[0]) if chunk_size is None else chunk_size
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    return _clip_loss(image, text, scale, bias, chunk_size, backend)[0]
+    bias = None if logit_bias is None else as_scalar(logit_bias, image)
+    return as_scalar(logit_scale, image), bias, chunk_size or default_chunk_size(image.shape[0], text.shape[0])
 
 
 def check_features(image: Tensor, text: Tensor) -> None:
@@ -82,21 +115,27 @@ def default_chunk_size(num_rows: int, num_columns: int) -> int:
     return max(1, min(num_rows, (64 << 20) // (4 * num_columns)))
 
 
+def positive_gradient(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -> Tensor:
+    """dL/dS at the positives, before the weight: minus the probabilities that go astray in row and column."""
+    return -((rows_lse - positive).sigmoid() + (columns_lse - positive).sigmoid())
+
+
 @torch.library.custom_op("bclip::clip_loss", mutates_args=())
 def _clip_loss(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, row log-sum-exp (B,), column log-sum-exp (B,))"""
-    row_lse, column_lse = kernels("contrastive", backend).lse(image, text, scale, bias, chunk_size)
-    positive = positive_logits(image, text, scale, bias)
-    return (row_lse + column_lse - 2 * positive).mean() / 2, row_lse, column_lse
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, log-sum-exps of the negatives by row (B,) and by column (B,), positive logits (B,))"""
+    rows, columns, positive = kernels("contrastive", backend).forward(image, text, scale, bias, 0, chunk_size)
+    loss = (F.softplus(rows - positive) + F.softplus(columns - positive)).mean() / 2
+    return loss, rows, columns, positive
 
 
 @_clip_loss.register_fake
 def _(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return scale.new_empty(()), scale.new_empty(image.shape[0]), scale.new_empty(text.shape[0])
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = image.shape[0]
+    return scale.new_empty(()), scale.new_empty(size), scale.new_empty(size), scale.new_empty(size)
 
 
 @torch.library.custom_op("bclip::clip_loss_backward", mutates_args=())
@@ -106,15 +145,18 @@ def _clip_loss_backward(
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    positive: Tensor,
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of image, text, scale and bias."""
     weight = grad / (2 * image.shape[0])
-    return kernels("contrastive", backend).gradients(
-        image, text, scale, bias, row_lse, column_lse, weight, 0, chunk_size
+    rows_lse, columns_lse = torch.logaddexp(rows, positive), torch.logaddexp(columns, positive)
+    positive_grad = weight * positive_gradient(rows, columns, positive)
+    return kernels("contrastive", backend).backward(
+        image, text, scale, bias, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size
     )
 
 
@@ -125,8 +167,9 @@ def _(
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    positive: Tensor,
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,24 +177,63 @@ def _(
     return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(scale), torch.empty_like(scale)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _clip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     image, text, scale, bias, ctx.chunk_size, ctx.backend = inputs
-    _, row_lse, column_lse = output
-    ctx.mark_non_differentiable(row_lse, column_lse)
-    ctx.save_for_backward(image, text, scale, bias, row_lse, column_lse)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(image, text, scale, bias, *output[1:])
 
 
-def _backward(ctx, grad, _row, _column):  # type: ignore[no-untyped-def]
+def _clip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
     grads = _clip_loss_backward(grad, *saved, ctx.chunk_size, ctx.backend)
     return *grads[:3], (None if saved[3] is None else grads[3]), None, None
 
 
-_clip_loss.register_autograd(_backward, setup_context=_setup)
+_clip_loss.register_autograd(_clip_backward, setup_context=_clip_setup)
 
 
-def positive_logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(b,) logits of the matching pairs, in the accumulation dtype."""
-    dtype = accumulation_dtype(image)
-    logits = scale * (image.to(dtype) * text.to(dtype)).sum(-1)
-    return logits if bias is None else logits + bias
+@torch.library.custom_op("bclip::siglip_loss", mutates_args=())
+def _siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    chunk_size: int,
+    with_gradients: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, and its gradients for image, text, scale and bias)"""
+    weight = 1 / image.shape[0]
+    return kernels("contrastive", backend).siglip(image, text, scale, bias, 0, weight, chunk_size, with_gradients)
+
+
+@_siglip_loss.register_fake
+def _(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    chunk_size: int,
+    with_gradients: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    image_grad = image.new_empty(image.shape if with_gradients else (0,))
+    text_grad = text.new_empty(text.shape if with_gradients else (0,))
+    return scale.new_empty(()), image_grad, text_grad, scale.new_empty(()), scale.new_empty(())
+
+
+def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.has_bias = inputs[3] is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _siglip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
+    bias = grad * bias_grad if ctx.has_bias else None
+    # The product takes the wider dtype of the two; a gradient must have its input's.
+    features = [(grad * tensor).to(tensor.dtype) for tensor in (image_grad, text_grad)]
+    return *features, grad * scale_grad, bias, None, None, None
+
+
+_siglip_loss.register_autograd(_siglip_backward, setup_context=_siglip_setup)
