@@ -7,7 +7,13 @@ import functools
 import pytest
 
 from bclip_fast.benchmarks.cases import CASES, Case, Unavailable
-from bclip_fast.benchmarks.measure import error_of, matmul_flops_per_second, truth_of
+from bclip_fast.benchmarks.measure import (
+    device_of,
+    error_of,
+    matmul_flops_per_second,
+    peak_extra_bytes,
+    truth_of,
+)
 
 PAIRS = [pytest.param(case, name, id=f"{case.id}-{name}") for case in CASES for name in case.contenders]
 
@@ -35,6 +41,9 @@ def test_operator(case, contender, benchmark):
         bytes=case.bytes,
         unit=case.unit,
         num_units=case.num_units,
+        batch=case.batch,
+        dtype=str(case.dtype).removeprefix("torch."),
         matmul_flops_per_second=matmul_flops_per_second(case.dtype) if case.flops else 0.0,
     )
+    benchmark.extra_info["extra_bytes"] = peak_extra_bytes(lambda: run(*inputs), device_of(inputs))
     benchmark.pedantic(run, inputs, rounds=5, iterations=1)

@@ -45,6 +45,7 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     dtype: torch.dtype = torch.float32
+    batch: int = 0  # cases of one operator and dtype that differ in this alone are also drawn as curves
     unit: str = "FLOP"  # what the rate is quoted in: FLOP, or "image"
     num_units: float = field(default=0.0)
 
@@ -146,20 +147,34 @@ def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: 
     )
 
 
-def contrastive_case(name: str, batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
+def contrastive_case(batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
         pair = F.normalize(torch.randn(2, batch, width, generator=generator), dim=-1).to(dtype)
         image, text = (rows.clone().requires_grad_() for rows in pair)
         return [image, text, torch.tensor(scale).requires_grad_()]
 
-    def open_clip_loss() -> Contender:
+    def open_clip_loss(compiled: bool) -> Contender:
         loss = peer(import_open_clip).ClipLoss()
-        return with_gradients(lambda i, t, s: loss(i, t, s))
+        return with_gradients(torch.compile(loss) if compiled else loss)
+
+    def two_linear_cross_entropies() -> Contender:
+        if not hasattr(F, "linear_cross_entropy"):
+            raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
+        labels = torch.arange(batch)
+
+        def loss(image: Tensor, text: Tensor, factor: Tensor) -> Tensor:
+            # The default options hold the whole matrix; chunking is what bounds its memory.
+            options = torch.nn.LinearCrossEntropyOptions()
+            one = F.linear_cross_entropy(factor.to(dtype) * image, text, labels, options=options)
+            return (one + F.linear_cross_entropy(factor.to(dtype) * text, image, labels, options=options)) / 2
+
+        return with_gradients(loss)
 
     return Case(
         operator="contrastive",
-        name=name,
+        name=f"{batch}-{str(dtype).removeprefix('torch.')}",
+        batch=batch,
         make_inputs=make_inputs,
         truth=with_gradients(dense_clip_loss),
         contenders={
@@ -169,7 +184,9 @@ def contrastive_case(name: str, batch: int, width: int, dtype: torch.dtype, scal
                 *make_tiny_features(dtype),
             ),
             "torch dense": lambda: with_gradients(lambda i, t, s: dense_clip_loss(i, t, s.to(i.dtype))),
-            "open_clip": open_clip_loss,
+            "open_clip": lambda: open_clip_loss(compiled=False),
+            "open_clip compiled": lambda: open_clip_loss(compiled=True),
+            "torch linear_cross_entropy x2": two_linear_cross_entropies,
         },
         flops=4 * 2 * batch**2 * width,  # S, S again, and the two products with its gradient
         bytes=4 * batch * width * torch.finfo(dtype).bits / 8,
@@ -228,8 +245,6 @@ CASES = [
     attention_case("bert-256-fp32", 4, 256, 12, 64, torch.float32),
     # Mean 78 tokens, as captions of PMC figures have after truncation at 256.
     varlen_case("text-varlen-fp32", [9, 14, 21, 33, 46, 58, 71, 90, 112, 137, 189, 156], 12, 64, torch.float32),
-    contrastive_case("1024-fp32", 1024, 512, torch.float32),
-    contrastive_case("4096-fp32", 4096, 512, torch.float32),
-    contrastive_case("4096-bf16", 4096, 512, torch.bfloat16),
+    *(contrastive_case(batch, 512, dtype) for dtype in (torch.float32, torch.bfloat16) for batch in (2048, 4096, 8192)),
     image_case(40),
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,43 @@ def error_of(results: list[Tensor], truth: list[Tensor]) -> float:
     return worst
 
 
+def device_of(inputs: Inputs) -> torch.device:
+    return next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+
+
 def _double(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """What `run` takes at its peak beyond what is held before it: by torch's allocator on CUDA, resident on Linux.
+
+    None where the kernel keeps no resettable peak. Resident memory is counted in pages that were touched, and memory
+    that the C library kept from earlier is given back first, so small figures are good to about a MiB.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = _resident("VmRSS")
+        run()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class BenchConfig:
     operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "all"]] = "all"
     """The operator to measure."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
-    """Folder for bench.jsonl and bench.svg."""
+    """Folder for bench.jsonl and the plots."""
     record: bool = False
     """Append the rows to benchmarks/results/<device>.jsonl of the source tree as well."""
 
@@ -41,9 +42,13 @@ def run(config: BenchConfig) -> int:
         device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
-    plot(rows, config.output / "bench.svg")
+    written = [config.output / "bench.jsonl", config.output / "bench.svg"]
+    plot(rows, written[1])
+    if any(row["batch"] for row in rows):
+        written.append(config.output / "scaling.svg")
+        plot_scaling([row for row in rows if row["batch"]], written[2])
     show(rows)
-    print(f"{config.output / 'bench.jsonl'}  {config.output / 'bench.svg'}")
+    print("  ".join(map(str, written)))
     return int(status)
 
 
@@ -73,12 +78,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
         group = [row for row in rows if (row["operator"], row["case"]) == case]
         table = Table(title=f"{'-'.join(case)}{floor(group[0])}", title_justify="left")
-        for heading in ("contender", "ms", "x ours", "rate", "of matmul", "error"):
+        for heading in ("contender", "ms", "x ours", "rate", "of matmul", "extra MB", "error"):
             table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
         best = min((row["seconds"] for row in group if row["contender"].startswith("ours:")), default=None)
         for row in group:
@@ -88,6 +93,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{row['seconds'] / best:.2f}" if best else "",
                 rate(row),
                 f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}" if row["flops"] else "",
+                "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}",
                 f"{row['error']:.1e}",
             )
         console.print(table)
@@ -126,3 +132,33 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and peak extra memory against the batch, a column of axes for each dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, axes = pyplot.subplots(2, len(dtypes), figsize=(5 * len(dtypes), 7), squeeze=False, sharex=True)
+    for column, dtype in enumerate(dtypes):
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            line = sorted((row for row in rows if (row["contender"], row["dtype"]) == (name, dtype)), key=_batch)
+            style = "-o" if name.startswith("ours:") else "--o"
+            axes[0, column].loglog([*map(_batch, line)], [row["seconds"] * 1e3 for row in line], style, label=name)
+            known = [row for row in line if row["extra_bytes"]]
+            axes[1, column].loglog([*map(_batch, known)], [row["extra_bytes"] / 1e6 for row in known], style)
+        axes[0, column].set_title(f"{rows[0]['operator']}, {dtype}", fontsize=10, loc="left")
+        axes[1, column].set_xlabel("batch")
+    axes[0, 0].set_ylabel("ms, forward and backward")
+    axes[1, 0].set_ylabel("peak extra memory, MB")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _batch(row: dict[str, Any]) -> int:
+    return row["batch"]
