@@ -35,7 +35,7 @@ class ClipLoss(nn.Module):
         local_loss, gather_with_grad, cache_labels: open_clip's; without effect here.
         rank, world_size: open_clip's; checked against the process group on the first call.
         process_group: the ranks that share the batch; all of them unless given.
-        chunk_size: rows of the similarity matrix held at a time; 64 MiB worth of them unless given.
+        chunk_size: rows of the similarity matrix held at a time; as in `ops.clip_loss` unless given.
         backend: "auto" or one of `ops.BACKENDS`.
     """
 
@@ -119,7 +119,7 @@ class _GlobalClipLoss(torch.autograd.Function):
         sizes = _gather_sizes(len(text), text.device, group)
         first = sum(sizes[: dist.get_rank(group)])
         texts = _gather_rows(text, sizes, group)
-        chunk_size = chunk_size or default_chunk_size(len(image), len(texts))
+        chunk_size = chunk_size or default_chunk_size(len(image), len(texts), image.device)
         rows, columns, positive = kernels("contrastive", backend).forward(image, texts, scale, bias, first, chunk_size)
         columns = _merge_lse(columns, group)
         own = columns[first : first + len(text)]
