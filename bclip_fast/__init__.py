@@ -12,6 +12,9 @@ _PUBLIC = {
     "BiomedClip": "bclip_fast.model.biomedclip",
     "BiomedClipConfig": "bclip_fast.model.biomedclip",
     "ClipLoss": "bclip_fast.loss",
+    "CoCaLoss": "bclip_fast.loss",
+    "DistillClipLoss": "bclip_fast.loss",
+    "SigLipLoss": "bclip_fast.loss",
     "load": "bclip_fast.pretrained",
     "ops": "bclip_fast.ops",
     "save": "bclip_fast.pretrained",
@@ -19,11 +22,21 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from . import ops
-    from .loss import ClipLoss
+    from .loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
     from .model.biomedclip import BiomedClip, BiomedClipConfig
     from .pretrained import load, save
 
-__all__ = ["BiomedClip", "BiomedClipConfig", "ClipLoss", "load", "ops", "save"]
+__all__ = [
+    "BiomedClip",
+    "BiomedClipConfig",
+    "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
+    "SigLipLoss",
+    "load",
+    "ops",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

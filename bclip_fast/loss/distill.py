@@ -1,0 +1,175 @@
+"""DistillClipLoss: a student under a teacher, on chunks of rows in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops.contrastive import as_scalar, check_features, default_chunk_size, positive_gradient
+from ..ops.dispatch import Limits, choose
+from .clip import ClipLoss
+from .ranks import Ranks, check_rows, one_dtype
+
+_LIMITS: Limits = {"reference": lambda image, text: None}
+
+
+class DistillClipLoss(ClipLoss):
+    """open_clip's DistillClipLoss: the contrastive loss, and the cross-entropy of student under teacher, both ways.
+
+    Over ranks the teacher's texts travel like the student's, and its softmax runs over all of them: the distillation
+    term, too, is that of the global batch. The teacher is a constant: its features must not ask for gradients.
+
+    Runs on the reference backend (chunks of rows in plain PyTorch); arguments are those of `ClipLoss`.
+    """
+
+    def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        """open_clip's definition of one direction on dense logits (b, B); `forward` never builds them."""
+        return -(teacher_logits.softmax(dim=1) * student_logits.log_softmax(dim=1)).sum(dim=1).mean(dim=0)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """(contrastive, distillation) loss of the student's (b, D) and the teacher's (b, E) features.
+
+        `{"contrastive_loss": ..., "distill_loss": ...}` with `output_dict`.
+
+        Raises:
+            ValueError: shapes, dtypes or a world_size that don't fit, or a teacher that asks for gradients.
+            CollectiveError: another rank is lost or didn't answer in time.
+        """
+        ranks = self._ranks()
+        image, text = one_dtype(image_features, text_features)
+        teacher_image, teacher_text = one_dtype(dist_image_features, dist_text_features)
+        check_features(image, text)
+        check_features(teacher_image, teacher_text)
+        for other in (text, teacher_image, teacher_text):
+            check_rows(image, other)
+        scale, teacher_scale = as_scalar(logit_scale, image), as_scalar(dist_logit_scale, image)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (teacher_image, teacher_text, teacher_scale)):
+            raise ValueError("the teacher's features or logit_scale require a gradient: compute them under no_grad")
+        choose("distill_clip_loss", _LIMITS, self.backend, image, text)
+        with torch.autocast(image.device.type, enabled=False):
+            contrastive, distill = _GlobalDistillLoss.apply(
+                image, text, scale, teacher_image, teacher_text, teacher_scale, ranks, self.chunk_size
+            )
+            contrastive = self._smoothed(contrastive, image, text, logit_scale, ranks)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill
+
+
+class _GlobalDistillLoss(torch.autograd.Function):
+    """Contrastive loss, and distillation under a constant teacher, of b local images and the B texts of all ranks.
+
+    With the student's logits S, the teacher's Z, and the log-sum-exps R, U of their rows and Q, V of their columns,
+        distill = (sum_i (R_i - sum_j exp(Z_ij - U_i) * S_ij) + sum_j (Q_j - sum_i exp(Z_ij - V_j) * S_ij)) / (2 * B)
+        d distill / d S_ij = (exp(S_ij - R_i) - exp(Z_ij - U_i) + exp(S_ij - Q_j) - exp(Z_ij - V_j)) / (2 * B).
+    The differences are formed pair by pair, before any sum: student and teacher nearly agree where both are sure.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        teacher_scale: Tensor,
+        ranks: Ranks,
+        chunk_size: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        sizes = ranks.batch_sizes(image, text)
+        first = sum(sizes[: ranks.rank])
+        texts = ranks.gather(text, sizes, "text features")
+        teacher_texts = ranks.gather(teacher_text, sizes, "the teacher's text features")
+        # Four matrices of a chunk's size live at a time.
+        chunk_size = chunk_size or max(1, default_chunk_size(len(image), len(texts), image.device) // 4)
+        ctx.chunk_size, ctx.sizes, ctx.first, ctx.ranks = chunk_size, sizes, first, ranks
+        rows, positive, teacher_rows, row_means = (scale.new_empty(len(image)) for _ in range(4))
+        columns, teacher_columns = (scale.new_full((len(texts),), float("-inf")) for _ in range(2))
+        column_means = scale.new_zeros(len(texts))
+        students = _LogitRows(image, texts, scale)
+        teachers = _LogitRows(teacher_image, teacher_texts, teacher_scale)
+        for start in range(0, len(image), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits, teacher = students[chunk], teachers[chunk]
+            teacher_rows[chunk] = teacher.logsumexp(1)
+            row_means[chunk] = ((teacher - teacher_rows[chunk, None]).exp_() * logits).sum(1)
+            teacher_chunk = teacher.logsumexp(0)
+            chunk_means = (teacher.sub_(teacher_chunk).exp_() * logits).sum(0)
+            merged = torch.logaddexp(teacher_columns, teacher_chunk)
+            column_means *= (teacher_columns - merged).exp()
+            column_means += chunk_means * (teacher_chunk - merged).exp()
+            teacher_columns = merged
+            diagonal = logits.diagonal(first + start)
+            positive[chunk] = diagonal
+            diagonal.fill_(float("-inf"))
+            rows[chunk] = logits.logsumexp(1)
+            columns = torch.logaddexp(columns, logits.logsumexp(0))
+        columns = ranks.merge_lse(columns, "column sums")
+        merged = ranks.merge_lse(teacher_columns, "the teacher's column sums")
+        column_means = ranks.sum(column_means * (teacher_columns - merged).exp(), "the teacher's column means")
+        mine = slice(first, first + len(text))
+        own = columns[mine]
+        rows_lse = torch.logaddexp(rows, positive)
+        contrastive = (F.softplus(rows - positive) + F.softplus(own - positive)).sum()
+        distill = (rows_lse - row_means).sum() + (torch.logaddexp(own, positive) - column_means[mine]).sum()
+        totals = ranks.sum(torch.stack([contrastive, distill]), "the losses") / (2 * len(texts))
+        positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]
+        columns_lse = torch.logaddexp(columns, positives)
+        ctx.save_for_backward(
+            image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
+            merged, positive_gradient(rows, own, positive),
+        )  # fmt: skip
+        return totals[0].clone(), totals[1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
+         teacher_columns, positive_grad) = ctx.saved_tensors  # fmt: skip
+        averaging = ctx.ranks.size / (2 * len(texts))  # as in _GlobalClipLoss
+        students = _LogitRows(image, texts, scale)
+        teachers = _LogitRows(teacher_image, teacher_texts, teacher_scale)
+        image_grad = torch.empty_like(image)
+        texts_grad = torch.zeros_like(students.texts)
+        scale_grad = torch.zeros_like(scale)
+        for start in range(0, len(image), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            logits, teacher = students[chunk], teachers[chunk]
+            soft = (logits - rows_lse[chunk, None]).exp_().add_(logits.sub_(columns_lse).exp_())
+            soft_teacher = (teacher - teacher_rows[chunk, None]).exp_().add_(teacher.sub_(teacher_columns).exp_())
+            pair_grad = soft_teacher.neg_().add_(soft).mul_(distill_grad)
+            soft.diagonal(ctx.first + start).copy_(positive_grad[chunk])
+            pair_grad.add_(soft.mul_(grad)).mul_(averaging)
+            images = image[chunk].to(scale.dtype)
+            unscaled = pair_grad @ students.texts
+            scale_grad += (unscaled * images).sum()
+            image_grad[chunk] = scale * unscaled
+            texts_grad.addmm_(pair_grad.T, images)
+        text_grad = None
+        if ctx.needs_input_grad[1]:
+            text_grad = ctx.ranks.reduce((scale * texts_grad).to(image.dtype), ctx.sizes, "text gradients")
+        return image_grad, text_grad, scale_grad, None, None, None, None, None
+
+
+class _LogitRows:
+    """`rows[slice]` is scale * image[slice] @ texts.T, accumulated in the scale's dtype."""
+
+    def __init__(self, image: Tensor, texts: Tensor, scale: Tensor) -> None:
+        self.image, self.texts, self.scale = image, texts.to(scale.dtype), scale
+
+    def __getitem__(self, chunk: slice) -> Tensor:
+        return (self.scale * self.image[chunk].to(self.scale.dtype)) @ self.texts.T

@@ -1,0 +1,173 @@
+"""The ranks that share a batch, and what the losses ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class CollectiveError(RuntimeError):
+    """A collective of a loss failed; the message says which, on which rank, and why."""
+
+
+class RankedLoss(nn.Module):
+    """What the losses share: the group of ranks and how a tile is computed."""
+
+    def __init__(
+        self,
+        cache_labels: bool,
+        rank: int,
+        world_size: int,
+        process_group: dist.ProcessGroup | None,
+        chunk_size: int | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 0:
+            raise ValueError(f"chunk_size must be at least 1, or 0 or None for the default, got {chunk_size}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.process_group = process_group
+        self.chunk_size = chunk_size or None
+        self.backend = backend
+        # open_clip's cache; trainers reset it by these names.
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def _ranks(self) -> Ranks:
+        """The group, once it is known to be the one that the constructor was told of."""
+        name = type(self).__name__
+        if self.world_size == 1 and self.process_group is None:
+            return Ranks(name, None, 0, 1)
+        group_size = dist.get_world_size(self.process_group) if dist.is_initialized() else 1
+        if group_size != self.world_size:
+            raise ValueError(f"{name} has world_size={self.world_size}, but the process group has {group_size} ranks")
+        group_rank = dist.get_rank(self.process_group)
+        if group_rank != self.rank:
+            raise ValueError(f"{name} has rank={self.rank}, but this process is rank {group_rank} of the process group")
+        return Ranks(name, self.process_group, self.rank, self.world_size)
+
+
+class Ranks:
+    """The ranks that share a batch: the losses' collectives, each of which names itself where it fails."""
+
+    def __init__(self, loss: str, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
+        self.loss, self.group, self.rank, self.size = loss, group, rank, size
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise CollectiveError(f"{self.loss}, rank {self.rank} of {self.size}: {what} failed: {error}") from error
+
+    def batch_sizes(self, image: Tensor, text: Tensor) -> list[int]:
+        """Each rank's number of rows, once all agree on the features' width and precision."""
+        if self.size == 1:
+            return [len(text)]
+        mine = [len(text), text.shape[1], text.element_size(), int(text.dtype == torch.bfloat16)]
+        shapes = torch.empty(self.size * len(mine), dtype=torch.int64, device=text.device)
+        with self._named("all-gather of batch sizes"):
+            dist.all_gather_into_tensor(shapes, torch.tensor(mine, device=text.device), group=self.group)
+            of_ranks = shapes.view(self.size, -1).tolist()
+        for rank, other in enumerate(of_ranks):
+            if other[1:] != mine[1:]:
+                raise ValueError(
+                    f"{self.loss}: ranks {self.rank} and {rank} differ in their features' width or dtype: "
+                    f"{mine[1]} numbers of {mine[2]} bytes, {other[1]} numbers of {other[2]} bytes"
+                )
+        return [rows for rows, *_ in of_ranks]
+
+    def gather(self, rows: Tensor, sizes: list[int], what: str) -> Tensor:
+        """All ranks' rows (b, n), one under the other: (B, n)."""
+        if self.size == 1:
+            return rows
+        # Shorter parts are padded on the way, as collectives want equal shapes.
+        padded = rows.new_zeros(max(sizes), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = rows.new_empty(self.size * max(sizes), rows.shape[1])
+        with self._named(f"all-gather of {what}"):
+            dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        if min(sizes) == max(sizes):
+            return gathered
+        parts = gathered.view(self.size, max(sizes), -1)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def reduce(self, rows: Tensor, sizes: list[int], what: str) -> Tensor:
+        """This rank's rows (b, n) of the sum over ranks of (B, n): the reverse of `gather`."""
+        if self.size == 1:
+            return rows
+        padded = rows
+        if min(sizes) != max(sizes):
+            padded = rows.new_zeros(self.size * max(sizes), rows.shape[1])
+            parts = padded.view(self.size, max(sizes), -1)
+            for part, own in zip(parts, rows.split(sizes), strict=True):
+                part[: len(own)] = own
+        reduced = rows.new_empty(max(sizes), rows.shape[1])
+        with self._named(f"reduce-scatter of {what}"):
+            dist.reduce_scatter_tensor(reduced, padded, group=self.group)
+        return reduced[: sizes[self.rank]]
+
+    def sum(self, value: Tensor, what: str) -> Tensor:
+        """`value`, which becomes the sum over ranks."""
+        if self.size > 1:
+            with self._named(f"all-reduce of {what}"):
+                dist.all_reduce(value, group=self.group)
+        return value
+
+    def merge_lse(self, lse: Tensor, what: str) -> Tensor:
+        """The log-sum-exp over all ranks' terms of each rank's log-sum-exps."""
+        if self.size == 1:
+            return lse
+        highest = lse.clone()
+        with self._named(f"all-reduce of {what} (their maxima)"):
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        highest.clamp_min_(torch.finfo(lse.dtype).min)  # a column without negatives anywhere: -inf - -inf would be NaN
+        return highest + self.sum((lse - highest).exp(), what).log()
+
+
+class GatherRows(torch.autograd.Function):
+    """All ranks' rows; the gradient of each goes back, summed, to the rank that it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: list[int], what: str) -> Tensor:  # type: ignore[override]
+        ctx.ranks, ctx.sizes, ctx.what = ranks, sizes, what
+        return ranks.gather(rows, sizes, what)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.ranks.reduce(grad.contiguous(), ctx.sizes, f"gradients of {ctx.what}"), None, None, None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors, of which every rank then computes the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:  # type: ignore[override]
+        ctx.num_ranks = ranks.size
+        return ranks.sum(value.clone(), "feature sums")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad * ctx.num_ranks, None  # for the averaging, as in _GlobalClipLoss
+
+
+def one_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Towers that leave autocast in different dtypes, in the wider of the two; elsewhere that is the caller's error."""
+    if image.dtype != text.dtype and torch.is_autocast_enabled(image.device.type):
+        dtype = torch.promote_types(image.dtype, text.dtype)
+        return image.to(dtype), text.to(dtype)
+    return image, text
+
+
+def check_rows(image: Tensor, other: Tensor) -> None:
+    if len(image) != len(other):
+        raise ValueError(f"image and text must have as many rows, got {len(image)} and {len(other)}")
