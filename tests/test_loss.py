@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
+import time
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,16 +12,37 @@ import torch.nn.functional as F
 from ranks import on_ranks
 from torch import nn
 
-from bclip_fast import ClipLoss
+import bclip_fast
+from bclip_fast import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from bclip_fast.loss import CollectiveError
 from bclip_fast.ops.contrastive import reference
+from bclip_fast.ops.dispatch import BackendError
 
 WIDTH = 8
+MODES = [(False, False), (False, True), (True, False), (True, True)]  # (local_loss, gather_with_grad)
+EXACT = {"rtol": 1e-10, "atol": 1e-14}
+
+
+def open_clip_losses():
+    """open_clip's loss.py by itself: the package behind it takes seconds to import, on every rank."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None:
+        return None
+    spec = importlib.util.spec_from_file_location("open_clip_losses", Path(found.origin).with_name("loss.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def theirs():
+    return open_clip_losses() or pytest.skip("the peer open_clip is not installed")
 
 
 class Towers(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, seed=1):
         super().__init__()
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         self.image, self.text = nn.Linear(6, WIDTH, dtype=torch.float64), nn.Linear(5, WIDTH, dtype=torch.float64)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -35,62 +61,273 @@ def data(sizes):
     return images.split(sizes), texts.split(sizes)
 
 
-def averaged_gradients(rank, sizes, local_loss, gather_with_grad):
-    """Loss and gradients after DDP's averaging, of this rank's share of the batch."""
-    images, texts = data(sizes)
-    towers = nn.parallel.DistributedDataParallel(Towers())
-    loss = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=len(sizes), chunk_size=3)(
-        *towers(images[rank], texts[rank])
-    )
+@torch.no_grad()
+def teacher(image, text):
+    return Towers(seed=3)(image, text)[:3]
+
+
+def smoothed(image, text, scale, bias):
+    logits, labels = scale * image @ text.T + bias, torch.arange(len(image))
+    return sum(F.cross_entropy(part, labels, label_smoothing=0.1) for part in (logits, logits.T)) / 2
+
+
+def half_missing(image, text, scale, bias):
+    """What open_clip's local_loss without gather_with_grad has a gradient of: each loss in one of its two operands."""
+    labels = torch.arange(len(image))
+    per_image, per_text = scale * image @ text.detach().T + bias, scale * text @ image.detach().T + bias
+    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+
+def gradients(loss, towers):
+    """Loss and gradients of the towers' parameters; zero where there is no path, as DDP gives it."""
     loss.backward()
-    return [loss.detach(), *[parameter.grad for parameter in towers.module.parameters()]]
+    return [loss.detach()] + [torch.zeros_like(p) if p.grad is None else p.grad for p in towers.parameters()]
 
 
-def single_process(sizes):
-    images, texts = data(sizes)
+def single_process(sizes, definition=reference.dense):
+    images, texts = (torch.cat(parts) for parts in data(sizes))
     towers = Towers()
-    loss = reference.dense(*towers(torch.cat(images), torch.cat(texts)))
-    loss.backward()
-    return [loss.detach(), *[parameter.grad for parameter in towers.parameters()]]
+    return gradients(definition(*towers(images, texts)), towers)
 
 
-@pytest.mark.parametrize("sizes", [(6, 6), (5, 1, 7)], ids=str)
-def test_gradients_after_averaging_are_those_of_the_global_loss(sizes):
-    modes = [(False, False), (True, True)] if len(sizes) == 2 else [(True, False)]
+def averaged(rank, sizes, call):
+    """Loss and gradients after DDP's averaging, of this rank's share of the batch; `call` takes inputs and features."""
+    image, text = (parts[rank] for parts in data(sizes))
+    towers = nn.parallel.DistributedDataParallel(Towers())
+    return gradients(call((image, text), *towers(image, text)), towers.module)
+
+
+def results_of(rank, sizes, losses, clip=True, **extras):
+    """By name, the losses and averaged gradients of every loss class of the module `losses`."""
+    place = {"rank": rank, "world_size": len(sizes), **extras}
+
+    def distill(inputs, image, text, scale, bias):
+        pair = losses.DistillClipLoss(True, True, **place)(image, text, scale, *teacher(*inputs))
+        return pair[0] + 3 * pair[1] + 0 * bias  # DDP wants a path to every parameter
+
+    calls = {"siglip": lambda _, *features: losses.SigLipLoss(**place)(*features), "distill": distill}
+    for mode in MODES if clip else [MODES[3]]:
+        calls[f"clip {mode}"] = lambda _, *features, mode=mode: losses.ClipLoss(*mode, **place)(*features)
+    if losses is bclip_fast:
+        calls["smoothed"] = lambda _, *features: ClipLoss(label_smoothing=0.1, **place)(*features)
+    return {name: averaged(rank, sizes, call) for name, call in calls.items()}
+
+
+def distilled(losses, sizes):
+    inputs = [torch.cat(parts) for parts in data(sizes)]
+
+    def definition(image, text, scale, bias):
+        pair = losses.DistillClipLoss()(image, text, scale, *teacher(*inputs))
+        return pair[0] + 3 * pair[1]
+
+    return single_process(sizes, definition)
+
+
+def assert_global(results, sizes, losses):
+    truths = {
+        "clip": single_process(sizes),
+        "siglip": single_process(sizes, reference.dense_siglip),
+        "smoothed": single_process(sizes, smoothed),
+        "distill": distilled(losses, sizes) if losses else None,
+    }
+    for of_rank in results:
+        for name, values in of_rank.items():
+            for own, true in zip(values, truths[name.split()[0]] or values, strict=True):
+                torch.testing.assert_close(own, true, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def logits_of(losses, rank, sizes, mode):
+    features = [value.detach() for value in Towers()(*(parts[rank] for parts in data(sizes)))]
+    loss = losses.ClipLoss(*mode, rank=rank, world_size=len(sizes))
+    # Without the bias, which open_clip adds twice where its two results share memory (no local_loss, several ranks).
+    logits = loss.get_logits(*features[:3])
+    return [*logits, loss.get_ground_truth(features[0].device, len(logits[0]))]
+
+
+def lost_rank(rank):
+    """What rank 0 is told when rank 1 doesn't come to the loss."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    if rank == 1:
+        time.sleep(3)
+        return ""
+    features = torch.eye(2)
+    try:
+        ClipLoss(rank=rank, world_size=2, process_group=group)(features, features, 1.0)
+    except CollectiveError as error:
+        return str(error)
+    return "no error"
+
+
+def on_two(rank):
+    losses, sizes = open_clip_losses(), (6, 6)
+    ours = results_of(rank, sizes, bclip_fast, chunk_size=4)
+    ours_logits = {str(mode): logits_of(bclip_fast, rank, sizes, mode) for mode in MODES}
+    theirs = results_of(rank, sizes, losses) if losses else {}
+    theirs_logits = {str(mode): logits_of(losses, rank, sizes, mode) for mode in MODES} if losses else {}
+    lost = lost_rank(rank)
+    return {"ours": ours, "logits": ours_logits, "theirs": theirs, "theirs_logits": theirs_logits, "lost": lost}
+
+
+def test_two_ranks_give_the_global_gradient_where_open_clips_modes_miss_it():
+    sizes = (6, 6)
+    results = on_ranks(2, on_two)
+    assert_global([result["ours"] for result in results], sizes, open_clip_losses())
+    message = results[0]["lost"]
+    assert "ClipLoss, rank 0 of 2: all-gather of batch sizes failed" in message, message
+    if not results[0]["theirs"]:
+        pytest.skip("ours is right; the peer open_clip is not installed to compare with")
     truth = single_process(sizes)
-    for mode in modes:
-        for result in on_ranks(len(sizes), averaged_gradients, sizes, *mode):
-            for ours, true in zip(result, truth, strict=True):
-                torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-14)
+    towers = slice(3, 7)  # after loss, scale and bias: weight and bias of both
+    half = single_process(sizes, half_missing)
+    for result in results:
+        table = result["theirs"]
+        for mode, expected in {
+            "clip (False, False)": [grad / 2 for grad in truth[towers]],
+            "clip (False, True)": truth[towers],
+            "clip (True, False)": half[towers],
+            "clip (True, True)": truth[towers],
+        }.items():
+            for own, true in zip(table[mode][towers], expected, strict=True):
+                torch.testing.assert_close(own, true, **EXACT, msg=lambda text, mode=mode: f"open_clip, {mode}: {text}")
+        assert all(
+            (own - true).norm() > 0.1 * true.norm() for own, true in zip(half[towers], truth[towers], strict=True)
+        )
+        for mode, logits in result["theirs_logits"].items():
+            for own, true in zip(result["logits"][mode], logits, strict=True):
+                torch.testing.assert_close(own, true, **EXACT)
 
 
-def sub_group(rank, sizes):
-    """Ranks 1 and 2 of three share a batch; rank 0 stands apart."""
+def on_four(rank):
+    return results_of(rank, (2, 3, 1, 4), bclip_fast, clip=False)
+
+
+def test_four_unequal_ranks():
+    assert_global(on_ranks(4, on_four), (2, 3, 1, 4), open_clip_losses())
+
+
+def on_three(rank):
+    unequal = results_of(rank, (5, 1, 7), bclip_fast, clip=False, chunk_size=3)
+    equal = results_of(rank, (4, 4, 4), bclip_fast)
     group = dist.new_group([1, 2])
     if rank == 0:
-        return None
-    images, texts = data(sizes)
-    features = [tensor.detach() for tensor in Towers()(images[rank - 1], texts[rank - 1])]
-    return ClipLoss(rank=rank - 1, world_size=2, process_group=group)(*features)
+        return {"equal": equal, "unequal": unequal}
+    images, texts = data((4, 3))
+    features = [value.detach() for value in Towers()(images[rank - 1], texts[rank - 1])]
+    place = {"rank": rank - 1, "world_size": 2, "process_group": group}
+    result = {"equal": equal, "unequal": unequal, "sub-group": ClipLoss(**place)(*features)}
+    result["sub-group siglip"] = SigLipLoss(**place)(*features)
+    calls = {
+        "world_size": lambda: ClipLoss(**{**place, "world_size": 3})(*features),
+        "rank": lambda: ClipLoss(**{**place, "rank": 2 - rank})(*features),
+        "width": lambda: ClipLoss(**place)(torch.zeros(2, 3 + rank), torch.zeros(2, 3 + rank), 1.0),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            result[name] = str(error)
+    return result
 
 
-def test_a_sub_group_shares_a_batch():
-    sizes = (4, 3)
-    results = on_ranks(3, sub_group, sizes)
-    for result in results[1:]:
-        torch.testing.assert_close(result, single_process(sizes)[0])
+def test_three_ranks_equal_unequal_and_a_sub_group():
+    results = on_ranks(3, on_three)
+    losses = open_clip_losses()
+    assert_global([result["equal"] for result in results], (4, 4, 4), losses)
+    assert_global([result["unequal"] for result in results], (5, 1, 7), losses)
+    for rank, result in enumerate(results[1:]):
+        torch.testing.assert_close(result["sub-group"], single_process((4, 3))[0])
+        torch.testing.assert_close(result["sub-group siglip"], single_process((4, 3), reference.dense_siglip)[0])
+        assert result["world_size"] == "ClipLoss has world_size=3, but the process group has 2 ranks"
+        assert result["rank"] == f"ClipLoss has rank={1 - rank}, but this process is rank {rank} of the process group"
+        assert f"ranks {rank} and {1 - rank} differ in their features' width or dtype" in result["width"]
 
 
-def test_one_process_has_open_clips_forms():
-    image, text = F.normalize(torch.randn(2, 7, 16)).requires_grad_(), F.normalize(torch.randn(2, 7, 16))
-    image, text = image[0], text[1]
-    loss = ClipLoss()(image_features=image, text_features=text, logit_scale=torch.tensor(20.0))
-    assert loss.ndim == 0
-    torch.testing.assert_close(loss, reference.dense(image, text, torch.tensor(20.0)))
-    result = ClipLoss()(image, text, 20.0, output_dict=True)
-    assert list(result) == ["contrastive_loss"] and torch.equal(result["contrastive_loss"], loss)
+def test_one_process_is_the_definition(theirs):
+    sizes = (11,)
+    inputs = [parts[0] for parts in data(sizes)]
+
+    def distill(image, text, scale, bias):
+        pair = DistillClipLoss(chunk_size=4)(image, text, scale, *teacher(*inputs))
+        return pair[0] + 3 * pair[1]
+
+    results = {"clip": ClipLoss(), "siglip": SigLipLoss(), "smoothed": ClipLoss(label_smoothing=0.1)}
+    results = {name: single_process(sizes, loss) for name, loss in results.items()}
+    assert_global([results | {"distill": single_process(sizes, distill)}], sizes, theirs)
 
 
-def test_a_world_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match="world_size=2, but the process group has 1"):
-        ClipLoss(world_size=2)(torch.zeros(2, 4), torch.zeros(2, 4), 1.0)
+def test_one_process_has_open_clips_forms(theirs):
+    image, text = F.normalize(torch.randn(2, 7, 16), dim=-1)
+    scale, bias = torch.tensor(20.0), torch.tensor(-3.0)
+    captions = {"logits": torch.randn(7, 5, 9), "labels": torch.randint(0, 9, (7, 5))}
+    caption_arguments = {"caption_loss_weight": 2.0, "clip_loss_weight": 0.5, "pad_id": 3}
+    features = {"image_features": image, "text_features": text, "logit_scale": scale}
+    taught = {"dist_image_features": text, "dist_text_features": image, "dist_logit_scale": scale}
+    for name, arguments, inputs in [
+        ("ClipLoss", {"cache_labels": True}, features),
+        ("ClipLoss", {"use_horovod": False}, {**features, "logit_bias": bias}),
+        ("CoCaLoss", caption_arguments, {**features, **captions}),
+        ("CoCaLoss", {**caption_arguments, "clip_loss_weight": 0}, {**features, **captions}),
+        ("DistillClipLoss", {}, {**features, **taught}),
+        ("SigLipLoss", {"dist_impl": "shift"}, {**features, "logit_bias": bias}),
+    ]:
+        ours, definition = getattr(bclip_fast, name)(**arguments), getattr(theirs, name)(**arguments)
+        torch.testing.assert_close(ours(**inputs), definition(**inputs))
+        pair = ours(**inputs, output_dict=True), definition(**inputs, output_dict=True)
+        assert list(pair[0]) == list(pair[1])
+        torch.testing.assert_close(*pair)
+        torch.testing.assert_close(
+            ours.get_logits(image, text, scale, bias), definition.get_logits(image, text, scale, bias)
+        )
+    ours, definition = SigLipLoss(), theirs.SigLipLoss()
+    for negative_only in (False, True):
+        labels = [loss.get_ground_truth("cpu", torch.float32, 4, negative_only) for loss in (ours, definition)]
+        assert torch.equal(*labels)
+    cached = ClipLoss(cache_labels=True)
+    assert cached.get_ground_truth("cpu", 4) is cached.get_ground_truth("cpu", 4)
+
+
+def test_half_precision_under_autocast_is_summed_in_float32():
+    image, text = F.normalize(torch.randn(2, 64, 32), dim=-1)
+    truth = reference.dense(image.double(), text.double(), torch.tensor(100.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ClipLoss()(image, text, 100.0).double(), truth, rtol=1e-5, atol=0)
+        mixed = ClipLoss()(image.bfloat16(), text, 100.0)
+    torch.testing.assert_close(mixed, ClipLoss()(image.bfloat16().float(), text, 100.0))
+
+
+def test_distillation_keeps_no_matrix_of_similarities():
+    size = 600
+    image, text = (F.normalize(part, dim=-1).requires_grad_() for part in torch.randn(2, size, 4))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        sum(DistillClipLoss()(image, text, 10.0, image.detach(), text.detach(), 5.0)).backward()
+    assert kept and max(kept) <= size * 4
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: ClipLoss(world_size=2)(x, x, 1.0), "world_size=2, but the process group has 1"),
+        (lambda x: SigLipLoss(world_size=2)(x, x, 1.0, 0.0), "SigLipLoss has world_size=2"),
+        (lambda x: ClipLoss(use_horovod=True), "use_horovod=True"),
+        (lambda x: ClipLoss(label_smoothing=2.0), "label_smoothing must be within 0 and 1, got 2.0"),
+        (lambda x: ClipLoss(chunk_size=-1), "chunk_size must be at least 1"),
+        (lambda x: SigLipLoss(dist_impl="ring"), "dist_impl must be bidir, shift, reduce or gather, got 'ring'"),
+        (lambda x: DistillClipLoss()(x, x, 1.0, x.clone().requires_grad_(), x, 1.0), "the teacher's features"),
+        (lambda x: DistillClipLoss()(x, x, 1.0, x[:1], x[:1], 1.0), "as many rows, got 2 and 1"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(torch.zeros(2, 4))
+
+
+def test_distillation_refuses_a_backend_that_it_does_not_have():
+    features = torch.eye(2)
+    with pytest.raises(BackendError, match="distill_clip_loss cannot run: cpu: not implemented"):
+        DistillClipLoss(backend="cpu")(features, features, 1.0, features, features, 1.0)
+
+
+def test_the_public_names():
+    assert [bclip_fast.ClipLoss, bclip_fast.CoCaLoss] == [ClipLoss, CoCaLoss]
+    assert {"ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss"} <= set(dir(bclip_fast))

@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class CollectiveError(RuntimeError):
     """A collective of a loss failed; the message says which, on which rank, and why."""
@@ -75,7 +79,7 @@ class Ranks:
         mine = [len(text), text.shape[1], text.element_size(), int(text.dtype == torch.bfloat16)]
         shapes = torch.empty(self.size * len(mine), dtype=torch.int64, device=text.device)
         with self._named("all-gather of batch sizes"):
-            dist.all_gather_into_tensor(shapes, torch.tensor(mine, device=text.device), group=self.group)
+            _all_gather(shapes, torch.tensor(mine, device=text.device), group=self.group)
             of_ranks = shapes.view(self.size, -1).tolist()
         for rank, other in enumerate(of_ranks):
             if other[1:] != mine[1:]:
@@ -94,7 +98,7 @@ class Ranks:
         padded[: len(rows)] = rows
         gathered = rows.new_empty(self.size * max(sizes), rows.shape[1])
         with self._named(f"all-gather of {what}"):
-            dist.all_gather_into_tensor(gathered, padded, group=self.group)
+            _all_gather(gathered, padded, group=self.group)
         if min(sizes) == max(sizes):
             return gathered
         parts = gathered.view(self.size, max(sizes), -1)
@@ -112,7 +116,7 @@ class Ranks:
                 part[: len(own)] = own
         reduced = rows.new_empty(max(sizes), rows.shape[1])
         with self._named(f"reduce-scatter of {what}"):
-            dist.reduce_scatter_tensor(reduced, padded, group=self.group)
+            _reduce_scatter(reduced, padded, group=self.group)
         return reduced[: sizes[self.rank]]
 
     def sum(self, value: Tensor, what: str) -> Tensor:

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peers import import_open_clip
+from torch import nn
+
+import bclip_fast
+from bclip_fast.integrations import open_clip as into_open_clip
+from bclip_fast.integrations import sentence_transformers as sbert
+from bclip_fast.integrations import transformers as into_transformers
+
+LOSSES = ("ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss")
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    return import_open_clip()
+
+
+@pytest.fixture(scope="module")
+def trainer(open_clip):
+    return pytest.importorskip("open_clip_train.train")
+
+
+@pytest.fixture
+def undone():
+    yield
+    into_open_clip.uninstall()
+    into_transformers.uninstall()
+
+
+def arguments(**changed):
+    """What open_clip's trainer has parsed, as far as one step reads it."""
+    values = dict(
+        model="tiny", distill=False, siglip=False, local_loss=False, gather_with_grad=False, rank=0, world_size=1,
+        horovod=False, loss_dist_impl=None, device="cpu", precision="fp32", accum_freq=1, skip_scheduler=True,
+        grad_clip_norm=None, log_every_n_steps=1, batch_size=6, wandb=False, distributed=False, local_rank=0,
+        coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0,
+    )  # fmt: skip
+    return argparse.Namespace(**{**values, **changed})
+
+
+def tiny_model(open_clip, args, seed):
+    torch.manual_seed(seed)
+    kind = {"init_logit_scale": 2.3, "init_logit_bias": -5.0} if args.siglip else {}
+    vision = {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 32}
+    text = {"layers": 1, "width": 32, "heads": 2, "context_length": 8, "vocab_size": 50}
+    return open_clip.CLIP(16, vision, text, output_dict=True, **kind)
+
+
+def after_one_step(open_clip, trainer, args):
+    """The loss class that create_loss chose, and gradients and weights after a step of open_clip's own trainer."""
+    loss = open_clip.create_loss(args)
+    model = tiny_model(open_clip, args, seed=1)
+    batches = [(torch.randn(6, 3, 32, 32), torch.randint(1, 50, (6, 8))) for _ in range(args.accum_freq)]
+    loader = type("Loader", (list,), {"num_batches": len(batches), "num_samples": 6 * len(batches)})(batches)
+    data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    teacher = tiny_model(open_clip, args, seed=2)
+    trainer.train_one_epoch(model, data, loss, 0, optimizer, None, None, teacher, args)
+    return type(loss), [parameter.grad for parameter in model.parameters()], list(model.parameters())
+
+
+@pytest.mark.parametrize("changed", [{}, {"accum_freq": 2}, {"siglip": True}, {"distill": True}], ids=str)
+def test_a_step_of_open_clips_trainer_is_the_same(open_clip, trainer, changed, undone):
+    args = arguments(**changed)
+    theirs, gradients, weights = after_one_step(open_clip, trainer, args)
+    into_open_clip.install()
+    ours, own_gradients, own_weights = after_one_step(open_clip, trainer, args)
+    assert theirs.__module__ == "open_clip.loss" and ours is getattr(bclip_fast, theirs.__name__)
+    for own, true in zip(own_gradients + own_weights, gradients + weights, strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-4, atol=1e-6)
+
+
+def names_of(packages):
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
+    return {(name, key): id(value) for name, module in modules.items() for key, value in vars(module).items()}
+
+
+def test_install_twice_and_uninstall_leave_no_trace(open_clip, trainer, undone):
+    packages = ("open_clip", "open_clip_train")
+    before = names_of(packages)
+    into_open_clip.install()
+    into_open_clip.install()
+    changed = {key for key, value in names_of(packages).items() if before[key] != value}
+    assert {name for _, name in changed} == set(LOSSES)
+    assert {("open_clip.factory", name) for name in LOSSES} <= changed
+    assert type(open_clip.create_loss(arguments(model="coca_tiny"))) is bclip_fast.CoCaLoss
+    into_open_clip.uninstall()
+    assert names_of(packages) == before
+    into_open_clip.uninstall()
+    assert names_of(packages) == before
+
+
+def test_uninstall_reaches_modules_imported_since(open_clip, undone, monkeypatch):
+    into_open_clip.install()
+    late = type(sys)("open_clip.late")
+    late.ClipLoss = sys.modules["open_clip.loss"].ClipLoss
+    monkeypatch.setitem(sys.modules, "open_clip.late", late)
+    into_open_clip.uninstall()
+    assert late.ClipLoss is sys.modules["open_clip.loss"].ClipLoss is not bclip_fast.ClipLoss
+
+
+def test_transformers_clip_model_gets_its_loss_from_embeddings(undone):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(1)
+    shared = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**shared, "vocab_size": 50, "max_position_embeddings": 8}
+    vision = {**shared, "image_size": 16, "patch_size": 8}
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    ).double()
+    inputs = {"input_ids": torch.randint(1, 49, (5, 8)), "pixel_values": torch.randn(5, 3, 16, 16).double()}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+
+    def run(**extras):
+        model.zero_grad()
+        output = model(**inputs, return_loss=True, **extras)
+        (output.loss if extras.get("return_dict", True) else output[0]).backward()
+        return output, [parameter.grad for parameter in model.parameters()]
+
+    original = transformers.CLIPModel.forward
+    theirs, gradients = run()
+    into_transformers.install()
+    into_transformers.install()
+    assert inspect.signature(transformers.CLIPModel.forward) == inspect.signature(original)
+    ours, own_gradients = run()
+    assert ours.logits_per_image is None and ours.logits_per_text is None
+    pairs = [(own_gradients, gradients)]
+    pairs += [(getattr(ours, name), getattr(theirs, name)) for name in ("loss", "image_embeds", "text_embeds")]
+    for own, true in pairs:
+        torch.testing.assert_close(own, true, rtol=1e-9, atol=1e-12)
+    as_tuple, _ = run(return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], theirs.loss)
+    torch.testing.assert_close(model(**inputs).logits_per_image, theirs.logits_per_image)
+    into_transformers.install(bclip_fast.ClipLoss(label_smoothing=0.5))
+    assert not torch.isclose(run()[0].loss, theirs.loss)
+    into_transformers.uninstall()
+    assert transformers.CLIPModel.forward is original
+    into_transformers.uninstall()
+
+
+def cosine_cross_entropies(queries, positives, negatives, scale):
+    """Independent of the package: by loops over pairs, in float64. (query_to_doc, doc_to_query)"""
+    candidates = [*positives, *(row for part in negatives for row in part)]
+    terms = []
+    for rows, columns in [(queries, candidates), (positives, list(queries))]:
+        losses = []
+        for index, row in enumerate(rows):
+            scores = torch.stack([scale * row @ other / (row.norm() * other.norm()) for other in columns])
+            losses.append(scores.exp().sum().log() - scores[index])
+        terms.append(torch.stack(losses).mean())
+    return terms
+
+
+@pytest.mark.parametrize("num_negatives", [0, 2])
+@pytest.mark.parametrize(
+    "directions", [("query_to_doc",), ("doc_to_query",), ("query_to_doc", "doc_to_query")], ids=len
+)
+def test_multiple_negatives_ranking(directions, num_negatives):
+    columns = torch.randn(2 + num_negatives, 7, 5, dtype=torch.float64).requires_grad_()
+    queries, positives, *negatives = columns
+    terms = dict(zip(sbert.DIRECTIONS, cosine_cross_entropies(queries, positives, negatives, 20.0), strict=True))
+    truth = torch.stack([terms[name] for name in directions]).mean()
+    loss = sbert.MultipleNegativesRankingLoss(
+        nn.Identity(), directions=directions, partition_mode="per_direction", chunk_size=3
+    )([{"sentence_embedding": column} for column in columns], labels=None)
+    torch.testing.assert_close(loss, truth)
+    gradients = [torch.autograd.grad(value, columns)[0] for value in (loss, truth)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    if num_negatives == 0:
+        torch.testing.assert_close(
+            sbert.multiple_negatives_ranking_loss(queries, positives, directions=directions), truth
+        )
+
+
+def test_ranking_has_sentence_transformers_defaults():
+    queries, documents = torch.randn(2, 6, 4)
+    loss = sbert.MultipleNegativesRankingLoss(nn.Identity())
+    scores = 20.0 * F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
+    columns = [{"sentence_embedding": part} for part in (queries, documents)]
+    torch.testing.assert_close(loss(columns), F.cross_entropy(scores, torch.arange(6)))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: sbert.multiple_negatives_ranking_loss(x, x, directions=("doc",)), "directions must be some of"),
+        (lambda x: sbert.multiple_negatives_ranking_loss(x, x[:1]), "as many rows, got 2 and 1"),
+        (lambda x: sbert.multiple_negatives_ranking_loss(x, [x, x], backend="cpu"), "backend='cpu'"),
+        (lambda x: sbert.MultipleNegativesRankingLoss(x, directions=sbert.DIRECTIONS), "per_direction"),
+        (lambda x: sbert.MultipleNegativesRankingLoss(x, partition_mode="all"), "partition_mode must be joint"),
+        (lambda x: sbert.MultipleNegativesRankingLoss(nn.Identity())([{"sentence_embedding": x}]), "two columns"),
+    ],
+)
+def test_what_ranking_does_not_do_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(torch.eye(2))
