@@ -158,20 +158,48 @@ def lost_rank(rank):
     return "no error"
 
 
+def half_precision(losses, dtype, rank=0, world_size=1):
+    """Loss and gradients of this rank's half of 64 pairs, every loss class, features of `dtype`."""
+    generator = torch.Generator().manual_seed(4)
+    rows = slice(64 * rank // world_size, 64 * (rank + 1) // world_size)
+    parts = [F.normalize(torch.randn(64, 32, generator=generator), dim=-1)[rows].bfloat16() for _ in range(4)]
+    image, text, *taught = (part.to(dtype) for part in parts)
+    results = []
+    for name, extra in [("ClipLoss", ()), ("SigLipLoss", (-5.0,)), ("DistillClipLoss", (*taught, 10.0))]:
+        leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
+        value = getattr(losses, name)(rank=rank, world_size=world_size)(*leaves, *extra)
+        loss = sum(value) if isinstance(value, tuple) else value
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    return results
+
+
 def on_two(rank):
     losses, sizes = open_clip_losses(), (6, 6)
     ours = results_of(rank, sizes, bclip_fast, chunk_size=4)
     ours_logits = {str(mode): logits_of(bclip_fast, rank, sizes, mode) for mode in MODES}
     theirs = results_of(rank, sizes, losses) if losses else {}
     theirs_logits = {str(mode): logits_of(losses, rank, sizes, mode) for mode in MODES} if losses else {}
-    lost = lost_rank(rank)
-    return {"ours": ours, "logits": ours_logits, "theirs": theirs, "theirs_logits": theirs_logits, "lost": lost}
+    return {
+        "ours": ours,
+        "logits": ours_logits,
+        "theirs": theirs,
+        "theirs_logits": theirs_logits,
+        "half": half_precision(bclip_fast, torch.bfloat16, rank, 2),
+        "lost": lost_rank(rank),
+    }
 
 
 def test_two_ranks_give_the_global_gradient_where_open_clips_modes_miss_it():
     sizes = (6, 6)
     results = on_ranks(2, on_two)
     assert_global([result["ours"] for result in results], sizes, open_clip_losses())
+    truth = half_precision(bclip_fast, torch.float64)
+    for ranks, (loss, image, text, scale) in zip(zip(*(r["half"] for r in results), strict=True), truth, strict=True):
+        losses, images, texts, scales = zip(*ranks, strict=True)
+        torch.testing.assert_close(losses[0].double(), loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(sum(scales).double() / 2, scale.double(), rtol=1e-4, atol=0)
+        for own, true in [(images, image), (texts, text)]:
+            assert (torch.cat(own).double() / 2 - true).norm() <= 2**-8 * true.norm()
     message = results[0]["lost"]
     assert "ClipLoss, rank 0 of 2: all-gather of batch sizes failed" in message, message
     if not results[0]["theirs"]:
@@ -302,6 +330,15 @@ def test_distillation_keeps_no_matrix_of_similarities():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
         sum(DistillClipLoss()(image, text, 10.0, image.detach(), text.detach(), 5.0)).backward()
     assert kept and max(kept) <= size * 4
+
+
+@pytest.mark.parametrize("loss", [ClipLoss(label_smoothing=0.1), SigLipLoss()], ids=lambda loss: type(loss).__name__)
+def test_compiles_without_a_graph_break(loss):
+    image, text = (part.requires_grad_() for part in F.normalize(torch.randn(2, 9, 4), dim=-1))
+    inputs = (image, text, torch.tensor(20.0), torch.tensor(-3.0))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+    pairs = [torch.autograd.grad(value, [image, text]) for value in (compiled, loss(*inputs))]
+    torch.testing.assert_close(*pairs)
 
 
 @pytest.mark.parametrize(
