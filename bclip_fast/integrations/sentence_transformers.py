@@ -41,7 +41,7 @@ def multiple_negatives_ranking_loss(
         documents: (B, D), or several such: row i of the first belongs to query i, the others are hard negatives.
         scale: factor of the cosines.
         directions: query_to_doc, doc_to_query or both.
-        chunk_size: rows of the score matrix held at a time; 64 MiB worth of them unless given.
+        chunk_size: rows of the score matrix held at a time; as in `ops.clip_loss` unless given.
         backend: of `ops.clip_loss`, which computes both directions without hard negatives from one score matrix. All
             else is chunks of plain PyTorch, recomputed in the backward, and takes "auto" or "reference" alone.
 
@@ -123,7 +123,7 @@ def _one_direction(rows: Tensor, columns: Tensor, scale: Tensor | float, chunk_s
     dtype = accumulation_dtype(rows)
     rows, columns = rows.to(dtype), columns.to(dtype)
     labels = torch.arange(len(rows), device=rows.device)
-    chunk_size = chunk_size or default_chunk_size(len(rows), len(columns))
+    chunk_size = chunk_size or default_chunk_size(len(rows), len(columns), rows.device)
     total = rows.new_zeros(())
     for part, part_labels in zip(rows.split(chunk_size), labels.split(chunk_size), strict=True):
         # Checkpointed, so that autograd keeps the rows and not their scores.
