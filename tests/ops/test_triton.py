@@ -19,6 +19,7 @@ from bclip_fast.ops.dispatch import BackendError
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
+ours = pytest.importorskip("bclip_fast.ops.contrastive.triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
@@ -89,8 +90,6 @@ def close(ours, truth, tolerance):
 @interpreted
 @pytest.mark.parametrize("chunk_size", [1, 13, 64])
 def test_rectangle_against_the_reference(chunk_size, nan_filled):
-    from bclip_fast.ops.contrastive import triton as ours
-
     image, text, scale, bias = rectangle()
     wide = [tensor.double() for tensor in (image, text, scale, bias)]
     sums = reference.forward(*wide, 97, 64)
@@ -110,8 +109,6 @@ def test_rectangle_against_the_reference(chunk_size, nan_filled):
 
 @interpreted
 def test_triton_more_rows_than_one_launch():
-    from bclip_fast.ops.contrastive import triton as ours
-
     image, text = features(151, 7), features(157, 7)
     truth = reference.forward(image.double(), text.double(), torch.tensor(5.0), None, 3, 64)
     close(ours.forward(image, text, torch.tensor(5.0), None, 3, 1), truth, 1e-6)
@@ -120,8 +117,6 @@ def test_triton_more_rows_than_one_launch():
 @interpreted
 def test_triton_rows_far_below_the_rest_of_their_tile():
     """Logits from -90 to 100 in one tile: exp(S - highest) is zero for whole rows."""
-    from bclip_fast.ops.contrastive import triton as ours
-
     direction = features(1, 31)
     image = torch.cat([features(20, 31, aligned=direction), features(20, 31, aligned=-direction)])
     text = features(40, 31, aligned=direction)
@@ -158,8 +153,6 @@ def test_triton_zero_upstream_gradient_gives_zeros():
 
 @interpreted
 def test_triton_log1p_to_the_last_digits():
-    from bclip_fast.ops.contrastive import triton as ours
-
     @triton.jit
     def kernel(x, y, SIZE: tl.constexpr):
         places = tl.arange(0, SIZE)
@@ -173,8 +166,6 @@ def test_triton_log1p_to_the_last_digits():
 
 @compiled
 def test_bfloat16_operands_are_exact_in_float16():
-    from bclip_fast.ops.contrastive import triton as ours
-
     features = (torch.randn(50, 30) * 1e6).bfloat16()
     operand, unit = ours._operand(features)
     assert operand.dtype == torch.float16 and 0.5 <= operand.abs().max() < 1
@@ -230,8 +221,6 @@ def registers_and_stack(name, dtype, width, with_bias, capability, folder):
     """Registers and bytes of stack (where spilled registers go) of one thread, as the compiled kernel reports."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from bclip_fast.ops.contrastive import triton as ours
 
     kernel = getattr(ours, name)
     constants = {**ours.configuration(dtype, width), **KERNELS[name]}
