@@ -175,6 +175,25 @@ def test_bfloat16_operands_are_exact_in_float16():
     assert not zeros.any() and unit == 1
 
 
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_from_given_tiles(dtype):
+    """All but the kernel, which bfloat16 cannot run in the interpreter: chunks, units, scales, widths."""
+    image, text = 300 * features(37, 21, dtype), 0.01 * features(53, 21, dtype)
+    tile = torch.rand(37, 53)
+
+    def launch(start, rows, texts, grad, partials, options):
+        grad.copy_(tile[start : start + len(rows)] * options["GRADIENT_SCALE"])
+        partials.fill_(0.5)
+
+    image_grad, text_grad, sums = ours._gradients(image, text, torch.tensor(-3.0), 10, 2, launch)
+    assert image_grad.dtype == text_grad.dtype == dtype and image_grad.is_contiguous() and text_grad.is_contiguous()
+    assert sums.tolist() == [2.0, 2.0]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
+    close([image_grad], [-3 * tile.double() @ text.double()], tolerance)
+    close([text_grad], [-3 * tile.double().T @ image.double()], tolerance)
+
+
 def test_limits_say_why():
     limits = LIMITS["triton"]
     ones = torch.ones(3, 4)
