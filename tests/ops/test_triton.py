@@ -247,10 +247,10 @@ def registers_and_stack(name, dtype, width, with_bias, capability, folder):
         constants["bias"] = None
     features, grad = TYPES[dtype], "fp32" if dtype == torch.float32 else "fp16"
     known = {"image": f"*{features}", "text": f"*{features}", "grad": f"*{grad}"}
-    known |= dict.fromkeys(["num_rows", "num_columns", "width", "grad_stride", "first"], "i32")
+    known |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
     signature = {arg: "constexpr" if arg in constants else known.get(arg, "*fp32") for arg in kernel.arg_names}
     # What the launcher finds out about its arguments: pointers and pitches that are multiples of 16.
-    aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg in ("width", "grad_stride")]
+    aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "grad_stride"]
     place = kernel.arg_names.index
     binary = triton.compile(
         ASTSource(

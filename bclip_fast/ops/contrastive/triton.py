@@ -57,20 +57,20 @@ def _products(  # type: ignore[no-untyped-def]
     columns,
     num_rows,
     num_columns,
-    width,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """image[rows] @ text[columns].T in float32; width is a multiple of BLOCK_WIDTH."""
+    """image[rows] @ text[columns].T in float32; WIDTH is a multiple of BLOCK_WIDTH."""
     depth = tl.arange(0, BLOCK_WIDTH)
     # Rows past the end read the last one: the loop needs no mask for them, and what they give is dropped.
     image_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     text_rows = tl.minimum(columns, num_columns - 1).to(tl.int64)
-    image_pointers = image + image_rows[:, None] * width + depth[None, :]
-    text_pointers = text + text_rows[None, :] * width + depth[:, None]
+    image_pointers = image + image_rows[:, None] * WIDTH + depth[None, :]
+    text_pointers = text + text_rows[None, :] * WIDTH + depth[:, None]
     products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for _ in range(0, width, BLOCK_WIDTH):
+    for _ in range(0, WIDTH, BLOCK_WIDTH):
         left = tl.load(image_pointers)
         right = tl.load(text_pointers)
         products = tl.dot(left, right, products, input_precision="ieee")
@@ -98,18 +98,18 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     positive,
     num_rows,
     num_columns,
-    width,
     first,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns), positive (num_rows,)."""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
-        image, text, rows, columns, num_rows, num_columns, width, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH
+        image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
     logits = _logits(products, scale, bias)
 
@@ -159,20 +159,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     partials,
     num_rows,
     num_columns,
-    width,
     grad_stride,
     first,
     GRADIENT_SCALE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """grad (num_rows, num_columns) = GRADIENT_SCALE * G / w; partials (programs, 2): G / w * (I @ T.T), G / w summed"""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
-        image, text, rows, columns, num_rows, num_columns, width, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH
+        image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
     logits = _logits(products, scale, bias)
 
@@ -243,7 +243,6 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     partials,
     num_rows,
     num_columns,
-    width,
     grad_stride,
     first,
     HAS_POSITIVES: tl.constexpr,
@@ -252,13 +251,14 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """grad as in `_backward_kernel`; partials (programs, 3): sums of G / w * (I @ T.T), G / w, loss / w."""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
-        image, text, rows, columns, num_rows, num_columns, width, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH
+        image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
     logits = _logits(products, scale, bias)
     if HAS_POSITIVES:
@@ -293,6 +293,8 @@ def configuration(dtype: torch.dtype, width: int) -> dict[str, Any]:
         "BLOCK_ROWS": 128,
         "BLOCK_COLUMNS": 128,
         "BLOCK_WIDTH": next(size for size in (64, 32, 16) if size <= largest and width % size == 0),
+        # A constant, like the block sizes: one model has one D.
+        "WIDTH": width,
         "num_warps": 8 if in_float32 else 16,
         "num_stages": 3,
         # Triton's default, which 3.10 is to change: multiplications and additions fused.
@@ -333,7 +335,6 @@ def forward(
                 positive[start:],
                 len(rows),
                 len(text),
-                image.shape[1],
                 first + start,
                 **config,
             )
@@ -371,7 +372,6 @@ def backward(
             partials,
             len(rows),
             len(text),
-            text.shape[1],
             grad.stride(0),
             first + start,
             **options,
@@ -404,7 +404,6 @@ def siglip(
             partials,
             len(rows),
             len(text),
-            text.shape[1],
             0 if grad is None else grad.stride(0),
             0 if first is None else first + start,
             HAS_POSITIVES=first is not None,
