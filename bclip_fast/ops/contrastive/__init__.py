@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,23 @@ from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
-LIMITS: Limits = {"reference": lambda image, text: None}
+
+def _triton_limits(image: Tensor, text: Tensor) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, not {image.dtype}"
+    if interpreted and image.dtype == torch.bfloat16:
+        return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
+    if not interpreted and image.device.type != "cuda":
+        return f"device is {image.device.type}, not cuda"
+    if not interpreted and torch.cuda.get_device_capability(image.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    if image.shape[1] > 2048:
+        return f"D is {image.shape[1]}, more than 2048"
+    return None
+
+
+LIMITS: Limits = {"triton": _triton_limits, "reference": lambda image, text: None}
 
 
 def clip_loss(

@@ -1,0 +1,484 @@
+"""Triton kernels of `reference.py`, for NVIDIA GPUs from sm_80 on: one pass over S forward, one more backward.
+
+Every kernel computes one tile of S per program, with float32 accumulators, and folds it while it is in registers.
+
+Forward: the log-sum-exps of the tile's rows and of its columns from the same numbers, each written once to a matrix of
+partial results. One exponential per element serves both directions, with the tile's highest logit as offset; a tile
+where some row or column lies so far below it that its sum loses digits is done again with the maximum of each row and
+of each column. So no distribution of logits, and no scale or bias, needs care by the caller.
+
+Backward: the tile of G is written once, and dI and dT are library matmuls on chunks of rows of G. For bfloat16 and
+float16 inputs G / w lies in [-2, 2] and is written in float16 times 2**14: 11 bits down to probabilities of 4e-9, where
+a bfloat16 tile would have 8. Features in bfloat16 become float16 for these matmuls, divided by a power of two so that
+the largest lies in [0.5, 1). exp(S - R) + exp(S - Q) is exp(S - m) * (exp(m - R) + exp(m - Q)), one exponential
+again, unless the R and Q of the tile lie so far apart that no m serves both.
+
+float32 inputs are multiplied in float32 (never TF32) in the kernels, and G is float32; the library matmuls obey
+`torch.set_float32_matmul_precision`, whose default is float32 too.
+
+No atomics: each partial result has its place, and torch's reductions are deterministic. The kernels read scale and bias
+on the device, so nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# G / w is at most 2 in size, float16 ends at 65504.
+GRADIENT_SCALE = 2.0**14
+
+# Products of two float16 matrices in float32; torch has them from 2.8 on, for CUDA.
+_HAS_WIDE_MATMUL = "dtype" in torch.ops.aten.mm.overloads()
+
+
+@triton.jit
+def _tile_of_program(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(row block, column block), in bands of 8 row blocks: programs that run together share their operands in L2."""
+    row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    band = 8 * tl.cdiv(num_columns, BLOCK_COLUMNS)
+    program = tl.program_id(0)
+    first = program // band * 8
+    height = tl.minimum(row_blocks - first, 8)
+    return first + program % band % height, program % band // height
+
+
+@triton.jit
+def _products(  # type: ignore[no-untyped-def]
+    image,
+    text,
+    rows,
+    columns,
+    num_rows,
+    num_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """image[rows] @ text[columns].T in float32; WIDTH is a multiple of BLOCK_WIDTH."""
+    depth = tl.arange(0, BLOCK_WIDTH)
+    # Rows past the end read the last one: the loop needs no mask for them, and what they give is dropped.
+    image_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    text_rows = tl.minimum(columns, num_columns - 1).to(tl.int64)
+    image_pointers = image + image_rows[:, None] * WIDTH + depth[None, :]
+    text_pointers = text + text_rows[None, :] * WIDTH + depth[:, None]
+    products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for _ in range(0, WIDTH, BLOCK_WIDTH):
+        left = tl.load(image_pointers)
+        right = tl.load(text_pointers)
+        products = tl.dot(left, right, products, input_precision="ieee")
+        image_pointers += BLOCK_WIDTH
+        text_pointers += BLOCK_WIDTH
+    return products
+
+
+@triton.jit
+def _logits(products, scale, bias):  # type: ignore[no-untyped-def]
+    logits = products * tl.load(scale)
+    if bias is not None:
+        logits += tl.load(bias)
+    return logits
+
+
+@triton.jit(do_not_specialize=["num_rows", "first"])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    image,
+    text,
+    scale,
+    bias,
+    row_partials,
+    column_partials,
+    positive,
+    num_rows,
+    num_columns,
+    first,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns), positive (num_rows,)."""
+    row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    products = _products(
+        image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
+    )
+    logits = _logits(products, scale, bias)
+
+    is_positive = columns[None, :] == (rows + first)[:, None]
+    place = rows + first - column_block * BLOCK_COLUMNS
+    tl.store(
+        positive + rows,
+        tl.sum(tl.where(is_positive, logits, 0.0), 1),
+        mask=(place >= 0) & (place < BLOCK_COLUMNS) & (rows < num_rows),
+    )
+    counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :] & ~is_positive
+    logits = tl.where(counted, logits, float("-inf"))
+
+    # The bound keeps -inf - -inf away where nothing is counted.
+    offset = tl.maximum(tl.max(tl.max(logits, 1), 0), -1e30)
+    exponentials = tl.exp(logits - offset)
+    row_sums = tl.sum(exponentials, 1)
+    column_sums = tl.sum(exponentials, 0)
+    row_offsets = tl.zeros((BLOCK_ROWS,), tl.float32) + offset
+    column_offsets = tl.zeros((BLOCK_COLUMNS,), tl.float32) + offset
+    # What float32 flushes to zero is below 1e-37 of the tile's highest, far below the last digit of such a sum.
+    least = tl.minimum(
+        tl.min(tl.where(rows < num_rows, row_sums, 1.0), 0),
+        tl.min(tl.where(columns < num_columns, column_sums, 1.0), 0),
+    )
+    if least < 1e-20:
+        row_offsets = tl.maximum(tl.max(logits, 1), -1e30)
+        row_sums = tl.sum(tl.exp(logits - row_offsets[:, None]), 1)
+        column_offsets = tl.maximum(tl.max(logits, 0), -1e30)
+        column_sums = tl.sum(tl.exp(logits - column_offsets[None, :]), 0)
+    row_place = row_partials + column_block.to(tl.int64) * num_rows + rows
+    column_place = column_partials + row_block.to(tl.int64) * num_columns + columns
+    tl.store(row_place, row_offsets + tl.log(row_sums), mask=rows < num_rows)
+    tl.store(column_place, column_offsets + tl.log(column_sums), mask=columns < num_columns)
+
+
+@triton.jit(do_not_specialize=["num_rows", "first"])
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    image,
+    text,
+    scale,
+    bias,
+    rows_lse,
+    columns_lse,
+    positive_grad,
+    grad,
+    partials,
+    num_rows,
+    num_columns,
+    grad_stride,
+    first,
+    GRADIENT_SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """grad (num_rows, num_columns) = GRADIENT_SCALE * G / w; partials (programs, 2): G / w * (I @ T.T), G / w summed"""
+    row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    products = _products(
+        image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
+    )
+    logits = _logits(products, scale, bias)
+
+    row_lse = tl.load(rows_lse + tl.minimum(rows, num_rows - 1))
+    column_lse = tl.load(columns_lse + tl.minimum(columns, num_columns - 1))
+    lowest = tl.minimum(tl.min(row_lse, 0), tl.min(column_lse, 0))
+    highest = tl.maximum(tl.max(row_lse, 0), tl.max(column_lse, 0))
+    own = tl.load(positive_grad + tl.minimum(rows, num_rows - 1))
+    is_positive = columns[None, :] == (rows + first)[:, None]
+    if highest - lowest < 60.0:
+        # Within exp(30) of both ends: nothing overflows, and probabilities are kept down to exp(-57).
+        middle = (lowest + highest) * 0.5
+        factors = tl.exp(middle - row_lse)[:, None] + tl.exp(middle - column_lse)[None, :]
+        gradient = tl.exp(logits - middle) * factors
+    else:
+        gradient = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
+    gradient = tl.where(is_positive, own[:, None], gradient)
+    gradient = tl.where((rows < num_rows)[:, None] & (columns < num_columns)[None, :], gradient, 0.0)
+    _store_gradient(
+        gradient, products, rows, columns, grad, partials, num_rows, num_columns, grad_stride, GRADIENT_SCALE, 2
+    )
+
+
+@triton.jit
+def _store_gradient(  # type: ignore[no-untyped-def]
+    gradient,
+    products,
+    rows,
+    columns,
+    grad,
+    partials,
+    num_rows,
+    num_columns,
+    grad_stride,
+    GRADIENT_SCALE: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
+):
+    """`gradient` must be 0 outside the matrix."""
+    own = partials + tl.program_id(0).to(tl.int64) * NUM_PARTIALS
+    tl.store(own, tl.sum(tl.sum(gradient * products, 1), 0))
+    tl.store(own + 1, tl.sum(tl.sum(gradient, 1), 0))
+    counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    places = grad + rows.to(tl.int64)[:, None] * grad_stride + columns[None, :]
+    tl.store(places, (gradient * GRADIENT_SCALE).to(grad.dtype.element_ty), mask=counted)
+
+
+@triton.jit
+def _log1p(x):  # type: ignore[no-untyped-def]
+    """log(1 + x) for x in [0, 1] to 3e-7 of it, however small: x times the Chebyshev interpolant of log(1 + x) / x."""
+    series = x * 0.00512610212 - 0.0290740646
+    series = series * x + 0.0775160866
+    series = series * x - 0.136022476
+    series = series * x + 0.190768807
+    series = series * x - 0.24835399
+    series = series * x + 0.333181217
+    series = series * x - 0.49999445
+    series = series * x + 0.999999966
+    return x * series
+
+
+@triton.jit(do_not_specialize=["num_rows", "first"])
+def _siglip_kernel(  # type: ignore[no-untyped-def]
+    image,
+    text,
+    scale,
+    bias,
+    grad,
+    partials,
+    num_rows,
+    num_columns,
+    grad_stride,
+    first,
+    HAS_POSITIVES: tl.constexpr,
+    WITH_GRADIENTS: tl.constexpr,
+    GRADIENT_SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """grad as in `_backward_kernel`; partials (programs, 3): sums of G / w * (I @ T.T), G / w, loss / w."""
+    row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    products = _products(
+        image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
+    )
+    logits = _logits(products, scale, bias)
+    if HAS_POSITIVES:
+        is_positive = columns[None, :] == (rows + first)[:, None]
+        logits = tl.where(is_positive, -logits, logits)
+    # At -inf both loss and gradient are 0.
+    counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    logits = tl.where(counted, logits, float("-inf"))
+    small = tl.exp(-tl.abs(logits))
+    loss = tl.maximum(logits, 0.0) + _log1p(small)
+    tl.store(partials + tl.program_id(0).to(tl.int64) * 3 + 2, tl.sum(tl.sum(loss, 1), 0))
+    if WITH_GRADIENTS:
+        gradient = tl.where(logits >= 0.0, 1.0, small) / (1.0 + small)
+        if HAS_POSITIVES:
+            gradient = tl.where(is_positive, -gradient, gradient)
+        _store_gradient(
+            gradient, products, rows, columns, grad, partials, num_rows, num_columns, grad_stride, GRADIENT_SCALE, 3
+        )
+
+
+def configuration(dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """Tile sizes and launch options of every kernel.
+
+    Fixed, so that results don't depend on what a tuning run found fastest; reasoned, not yet tuned on a GPU. A tile of
+    128 x 128 reads a third less from L2 than one of 64 x 128. On tensor cores, 16 warps hold its accumulators in 32
+    registers a thread, which leaves the rest of the 128 for the exponentials, where 8 warps spill registers to memory.
+    Plain float32 multiplications are so slow that L2 doesn't matter: a smaller tile, with registers to spare.
+    """
+    in_float32 = dtype == torch.float32
+    largest = 16 if in_float32 else 64
+    return {
+        "BLOCK_ROWS": 64 if in_float32 else 128,
+        "BLOCK_COLUMNS": 128,
+        "BLOCK_WIDTH": next(size for size in (64, 32, 16) if size <= largest and width % size == 0),
+        # A constant, like the block sizes: one model has one D.
+        "WIDTH": width,
+        "num_warps": 8 if in_float32 else 16,
+        "num_stages": 3,
+        # Triton's default, which 3.10 is to change: multiplications and additions fused.
+        "enable_fp_fusion": True,
+    }
+
+
+def _padded(features: Tensor) -> Tensor:
+    """Contiguous, with zeros up to a width that is a multiple of 16: full, aligned loads for every D."""
+    missing = -features.shape[1] % 16
+    return F.pad(features, (0, missing)) if missing else features.contiguous()
+
+
+def forward(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, first: int, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text = _padded(image), _padded(text)
+    config = configuration(image.dtype, image.shape[1])
+    rows_lse = torch.empty(len(image), dtype=torch.float32, device=image.device)
+    positive = torch.empty_like(rows_lse)
+    columns_lse = torch.full((len(text),), float("-inf"), dtype=torch.float32, device=image.device)
+    num_column_blocks = triton.cdiv(len(text), config["BLOCK_COLUMNS"])
+    # The partial results of so many rows take the memory of chunk_size rows of S.
+    num_rows_at_once = chunk_size * config["BLOCK_ROWS"] // 2
+    for start in range(0, len(image), num_rows_at_once):
+        rows = image[start : start + num_rows_at_once]
+        num_row_blocks = triton.cdiv(len(rows), config["BLOCK_ROWS"])
+        row_partials = rows_lse.new_empty(num_column_blocks, len(rows))
+        column_partials = rows_lse.new_empty(num_row_blocks, len(text))
+        with torch.cuda.device_of(image):
+            _forward_kernel[(num_row_blocks * num_column_blocks,)](
+                rows,
+                text,
+                scale,
+                bias,
+                row_partials,
+                column_partials,
+                positive[start:],
+                len(rows),
+                len(text),
+                first + start,
+                **config,
+            )
+        rows_lse[start : start + len(rows)] = row_partials.logsumexp(0)
+        columns_lse = torch.logaddexp(columns_lse, column_partials.logsumexp(0))
+    return rows_lse, columns_lse, positive
+
+
+def backward(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    first: int,
+    rows_lse: Tensor,
+    columns_lse: Tensor,
+    weight: Tensor,
+    positive_grad: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The kernel works on G / w, whose range is known. All is zero with the weight; 0 / 0 must not make NaN of it.
+    positive_grad = torch.where(weight == 0, 0.0, positive_grad / weight)
+    rows_lse, columns_lse = rows_lse.contiguous(), columns_lse.contiguous()
+
+    def launch(start: int, rows: Tensor, text: Tensor, grad: Tensor, partials: Tensor, options: dict[str, Any]) -> None:
+        _backward_kernel[(len(partials),)](
+            rows,
+            text,
+            scale,
+            bias,
+            rows_lse[start:],
+            columns_lse,
+            positive_grad[start:],
+            grad,
+            partials,
+            len(rows),
+            len(text),
+            grad.stride(0),
+            first + start,
+            **options,
+        )
+
+    image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, 2, launch)
+    scale_grad, bias_grad = (weight * total for total in sums)
+    return image_grad, text_grad, scale_grad, bias_grad
+
+
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    first: int | None,
+    weight: float,
+    chunk_size: int,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def launch(
+        start: int, rows: Tensor, text: Tensor, grad: Tensor | None, partials: Tensor, options: dict[str, Any]
+    ) -> None:
+        _siglip_kernel[(len(partials),)](
+            rows,
+            text,
+            scale,
+            bias,
+            grad,
+            partials,
+            len(rows),
+            len(text),
+            0 if grad is None else grad.stride(0),
+            0 if first is None else first + start,
+            HAS_POSITIVES=first is not None,
+            WITH_GRADIENTS=with_gradients,
+            **options,
+        )
+
+    if with_gradients:
+        image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, 3, launch)
+        scale_grad, bias_grad, loss = (weight * total for total in sums)
+        return loss, image_grad, text_grad, scale_grad, bias_grad
+    image, text = _padded(image), _padded(text)
+    config = configuration(image.dtype, image.shape[1])
+    partials = torch.empty(_num_programs(image, text, config), 3, dtype=torch.float32, device=image.device)
+    with torch.cuda.device_of(image):
+        launch(0, image, text, None, partials, {**config, "GRADIENT_SCALE": 1.0})
+    loss = weight * partials[:, 2].sum(dtype=torch.float64).float()
+    return loss, image.new_empty(0), text.new_empty(0), torch.zeros_like(loss), torch.zeros_like(loss)
+
+
+def _gradients(
+    image: Tensor, text: Tensor, factor: Tensor, chunk_size: int, num_partials: int, launch: Callable[..., None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dI, dT, sums of the partial results (num_partials,)), chunk_size rows of G at a time.
+
+    `launch` writes rows of G / w, times a power of two, and the partial results; dI = factor * G / w @ T, dT likewise.
+    """
+    width = image.shape[1]
+    image, text = _padded(image), _padded(text)
+    config = configuration(image.dtype, image.shape[1])
+    in_float32 = image.dtype == torch.float32
+    gradient_scale = 1.0 if in_float32 else GRADIENT_SCALE
+    (image_operand, image_unit), (text_operand, text_unit) = _operand(image), _operand(text)
+    image_factor = factor * text_unit / gradient_scale
+    text_factor = factor * image_unit / gradient_scale
+
+    # Library matmuls want rows that start at multiples of 16 bytes.
+    grads = torch.empty(
+        min(chunk_size, len(image)),
+        triton.cdiv(len(text), 16) * 16,
+        dtype=torch.float32 if in_float32 else torch.float16,
+        device=image.device,
+    )
+    image_grad = torch.empty(len(image), width, dtype=image.dtype, device=image.device)
+    text_grad = torch.zeros(text.shape, dtype=torch.float32, device=text.device)
+    sums = []
+    for start in range(0, len(image), chunk_size):
+        rows = image[start : start + chunk_size]
+        grad = grads[: len(rows), : len(text)]
+        num_programs = _num_programs(rows, text, config)
+        partials = torch.empty(num_programs, num_partials, dtype=torch.float32, device=image.device)
+        with torch.cuda.device_of(image):
+            launch(start, rows, text, grad, partials, {**config, "GRADIENT_SCALE": gradient_scale})
+        sums.append(partials.sum(0, dtype=torch.float64))
+        image_grad[start : start + chunk_size] = _product(grad, text_operand)[:, :width].mul_(image_factor)
+        text_grad += _product(grad.T, image_operand[start : start + chunk_size])
+    text_grad = text_grad[:, :width].mul_(text_factor).to(text.dtype).contiguous()
+    return image_grad, text_grad, torch.stack(sums).sum(0).float()
+
+
+def _num_programs(image: Tensor, text: Tensor, config: dict[str, Any]) -> int:
+    return triton.cdiv(len(image), config["BLOCK_ROWS"]) * triton.cdiv(len(text), config["BLOCK_COLUMNS"])
+
+
+def _operand(features: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(operand of the library matmuls, unit) with features = operand * unit."""
+    if features.dtype != torch.bfloat16:
+        return features, 1.0
+    largest = torch.linalg.vector_norm(features, float("inf"), dtype=torch.float32)
+    exponent = torch.frexp(largest).exponent
+    return torch.ldexp(features, -exponent).half(), torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, accumulated and returned in float32."""
+    if left.is_cuda and left.dtype == torch.float16 and _HAS_WIDE_MATMUL:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

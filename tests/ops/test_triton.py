@@ -1,0 +1,272 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled ahead of time for sm_80 and sm_90."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as_eager
+
+from bclip_fast import ops
+from bclip_fast.ops.contrastive import LIMITS, reference
+from bclip_fast.ops.dispatch import BackendError
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+ours = pytest.importorskip("bclip_fast.ops.contrastive.triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def features(num_rows, width, dtype=torch.float32, aligned=None):
+    rows = torch.randn(num_rows, width, dtype=torch.float64)
+    return F.normalize(rows if aligned is None else aligned + 0.1 * rows).to(dtype)
+
+
+@compiled
+def test_under_the_interpreter():
+    """What this file marks as interpreted, and every test of the operators that takes a backend."""
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
+        + [str(here / "test_contrastive.py"), str(here / "test_triton.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    num_passed = int(re.search(r"(\d+) passed", result.stdout).group(1))
+    assert num_passed >= 25, result.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "scale"), [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3)], ids=str)
+def test_clip_on_prime_shapes(dtype, shape, scale, nan_filled):
+    inputs = [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)]
+    assert_as_accurate_as_eager(lambda *a: ops.clip_loss(*a, chunk_size=67, backend="triton"), reference.dense, inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
+def test_siglip_on_prime_shapes(dtype, shape, nan_filled):
+    inputs = [features(*shape, dtype), features(*shape, dtype), torch.tensor(10.0), torch.tensor(-10.0)]
+    assert_as_accurate_as_eager(
+        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend="triton"), reference.dense_siglip, inputs
+    )
+    with torch.no_grad():
+        loss = ops.siglip_loss(*inputs, backend="triton")
+    truth = reference.dense_siglip(*(tensor.double() for tensor in inputs))
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3 if dtype == torch.float16 else 2e-6, atol=0)
+
+
+def rectangle(aligned=False, scale=30.0):
+    """41 images against 151 texts, the first belonging to text 97; not contiguous, as slices of wider tensors."""
+    text = features(151, 23)
+    image = features(41, 23, aligned=text[97 : 97 + 41] if aligned else None)
+    image, text = F.pad(image, (0, 5))[:, :23], F.pad(text, (0, 3))[:, :23]
+    return image, text, torch.tensor(scale), torch.tensor(-2.0)
+
+
+def close(ours, truth, tolerance):
+    for own, true in zip(ours, truth, strict=True):
+        finite = true.isfinite()
+        assert torch.equal(own[~finite].double(), true[~finite])
+        assert (own[finite].double() - true[finite]).norm() <= tolerance * true[finite].norm() + 1e-12
+
+
+@interpreted
+@pytest.mark.parametrize("chunk_size", [1, 13, 64])
+def test_rectangle_against_the_reference(chunk_size, nan_filled):
+    image, text, scale, bias = rectangle()
+    wide = [tensor.double() for tensor in (image, text, scale, bias)]
+    sums = reference.forward(*wide, 97, 64)
+    close(ours.forward(image, text, scale, bias, 97, chunk_size), sums, 1e-6)
+
+    rows_lse = torch.logaddexp(sums[0], sums[2])
+    weight, positive_grad = torch.tensor(-0.3, dtype=torch.float64), torch.randn(41, dtype=torch.float64) / 10
+    truth = reference.backward(*wide, 97, rows_lse, sums[1], weight, positive_grad, 64)
+    narrow = [tensor.float() for tensor in (rows_lse, sums[1], weight, positive_grad)]
+    close(ours.backward(image, text, scale, bias, 97, *narrow, chunk_size), truth, 1e-5)
+
+    for first in (97, None):
+        truth = reference.siglip(*wide, first, 0.1, 64, True)
+        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, True), truth, 1e-5)
+        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, False)[:1], truth[:1], 1e-6)
+
+
+@interpreted
+def test_triton_more_rows_than_one_launch():
+    image, text = features(151, 7), features(157, 7)
+    truth = reference.forward(image.double(), text.double(), torch.tensor(5.0), None, 3, 64)
+    close(ours.forward(image, text, torch.tensor(5.0), None, 3, 1), truth, 1e-6)
+
+
+@interpreted
+def test_triton_rows_far_below_the_rest_of_their_tile():
+    """Logits from -90 to 100 in one tile: exp(S - highest) is zero for whole rows."""
+    direction = features(1, 31)
+    image = torch.cat([features(20, 31, aligned=direction), features(20, 31, aligned=-direction)])
+    text = features(40, 31, aligned=direction)
+    scale = torch.tensor(100.0)
+    truth = reference.forward(image.double(), text.double(), scale.double(), None, 0, 64)
+    assert truth[0].max() - truth[0].min() > 150
+    close(ours.forward(image, text, scale, None, 0, 64), truth, 1e-6)
+    # All cosines near -0.8: every exponential with an offset from the scale alone would be zero.
+    assert_as_accurate_as_eager(
+        lambda *a: ops.clip_loss(*a, backend="triton"), reference.dense, [image, text, scale, torch.tensor(0.0)]
+    )
+
+
+@interpreted
+def test_triton_float16_keeps_small_probabilities():
+    """A gradient tile that underflows would pass within eager's tolerance; so the bound here is relative."""
+    image, text = features(139, 64, torch.float16), features(139, 64, torch.float16)
+    scale = torch.tensor(20.0)
+    leaves = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
+    ours = torch.autograd.grad(ops.clip_loss(*leaves, backend="triton"), leaves)
+    wide = [tensor.double().requires_grad_() for tensor in (image, text, scale)]
+    truth = torch.autograd.grad(reference.dense(*wide), wide)
+    close(ours, [tensor.detach() for tensor in truth], 1e-3)
+
+
+@interpreted
+def test_triton_zero_upstream_gradient_gives_zeros():
+    image = features(5, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        ops.clip_loss(image, features(5, 8), 10.0, backend="triton"), image, torch.zeros(())
+    )
+    assert torch.equal(gradient, torch.zeros_like(image))
+
+
+@interpreted
+def test_triton_log1p_to_the_last_digits():
+    @triton.jit
+    def kernel(x, y, SIZE: tl.constexpr):
+        places = tl.arange(0, SIZE)
+        tl.store(y + places, ours._log1p(tl.load(x + places)))
+
+    x = torch.cat([torch.logspace(-30, 0, 1023), torch.zeros(1)])
+    y = torch.empty_like(x)
+    kernel[(1,)](x, y, SIZE=1024)
+    torch.testing.assert_close(y.double(), x.double().log1p(), rtol=5e-7, atol=0)
+
+
+@compiled
+def test_bfloat16_operands_are_exact_in_float16():
+    features = (torch.randn(50, 30) * 1e6).bfloat16()
+    operand, unit = ours._operand(features)
+    assert operand.dtype == torch.float16 and 0.5 <= operand.abs().max() < 1
+    large = features.abs() >= features.abs().max() * 2.0**-13
+    assert torch.equal((operand.double() * unit)[large], features.double()[large])
+    zeros, unit = ours._operand(torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert not zeros.any() and unit == 1
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_from_given_tiles(dtype):
+    """All but the kernel, which bfloat16 cannot run in the interpreter: chunks, units, scales, widths."""
+    image, text = 300 * features(37, 21, dtype), 0.01 * features(53, 21, dtype)
+    tile = torch.rand(37, 53)
+
+    def launch(start, rows, texts, grad, partials, options):
+        grad.copy_(tile[start : start + len(rows)] * options["GRADIENT_SCALE"])
+        partials.fill_(0.5)
+
+    image_grad, text_grad, sums = ours._gradients(image, text, torch.tensor(-3.0), 10, 2, launch)
+    assert image_grad.dtype == text_grad.dtype == dtype and image_grad.is_contiguous() and text_grad.is_contiguous()
+    assert sums.tolist() == [2.0, 2.0]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
+    close([image_grad], [-3 * tile.double() @ text.double()], tolerance)
+    close([text_grad], [-3 * tile.double().T @ image.double()], tolerance)
+
+
+def test_limits_say_why():
+    limits = LIMITS["triton"]
+    ones = torch.ones(3, 4)
+    assert "float64" in limits(ones.double(), ones.double())
+    if INTERPRETED:
+        assert limits(ones, ones) is None and limits(ones.half(), ones.half()) is None
+        assert "bfloat16" in limits(ones.bfloat16(), ones.bfloat16())
+        assert "2049" in limits(torch.ones(1, 2049), torch.ones(1, 2049))
+    else:
+        assert "cpu" in limits(ones, ones)
+        with pytest.raises(BackendError, match="not cuda"):
+            ops.clip_loss(ones, ones, 1.0, backend="triton")
+
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+KERNELS = {
+    "_forward_kernel": {},
+    "_backward_kernel": {},
+    "_siglip_kernel": {"HAS_POSITIVES": True, "WITH_GRADIENTS": True},
+}
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compile_without_spills(name, dtype, capability, tmp_path):
+    assert registers_and_stack(name, dtype, 512, True, capability, tmp_path)[1] == 0
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 512), (torch.float16, 96), (torch.float16, 80)], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp_path):
+    assert registers_and_stack(name, dtype, width, False, capability, tmp_path)[1] == 0
+
+
+def registers_and_stack(name, dtype, width, with_bias, capability, folder):
+    """Registers and bytes of stack (where spilled registers go) of one thread, as the compiled kernel reports."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(ours, name)
+    constants = {**ours.configuration(dtype, width), **KERNELS[name]}
+    options = {option: constants.pop(option) for option in list(constants) if option.islower()}
+    if name != "_forward_kernel":
+        constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else ours.GRADIENT_SCALE
+    if not with_bias:
+        constants["bias"] = None
+    features, grad = TYPES[dtype], "fp32" if dtype == torch.float32 else "fp16"
+    known = {"image": f"*{features}", "text": f"*{features}", "grad": f"*{grad}"}
+    known |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
+    signature = {arg: "constexpr" if arg in constants else known.get(arg, "*fp32") for arg in kernel.arg_names}
+    # What the launcher finds out about its arguments: pointers and pitches that are multiples of 16.
+    aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "grad_stride"]
+    place = kernel.arg_names.index
+    binary = triton.compile(
+        ASTSource(
+            kernel,
+            signature,
+            {(place(arg),): value for arg, value in constants.items()},
+            {(place(arg),): [["tt.divisibility", 16]] for arg in aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", report).groups()
+    return int(registers), int(stack) + int(local)
