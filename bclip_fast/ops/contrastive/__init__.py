@@ -50,7 +50,7 @@ def clip_loss(
         image, text: (B, D), the same dtype of float64, float32, bfloat16 or float16; usually of unit norm.
         logit_scale: the factor itself (open_clip passes exp of its parameter), a number or 0-dimensional tensor.
         logit_bias: added to every logit, likewise.
-        chunk_size: rows of S at a time; 8 MiB worth of them on a CPU and 256 on an accelerator, unless given.
+        chunk_size: rows of S at a time; 8 MiB worth of them on a CPU and 1 GiB on an accelerator, unless given.
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
@@ -134,8 +134,8 @@ def accumulation_dtype(features: Tensor) -> torch.dtype:
 
 
 def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) -> int:
-    """Rows of S that fill 8 MiB in fp32 on a CPU, where caches reward small chunks, and 256 MiB on an accelerator."""
-    budget = (8 if device.type == "cpu" else 256) << 20
+    """Rows of S that fill 8 MiB in fp32 on a CPU, where caches reward small chunks, and 1 GiB on an accelerator."""
+    budget = (8 if device.type == "cpu" else 1024) << 20
     return max(1, min(num_rows, budget // (4 * num_columns)))
 
 
