@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "../contrastive.h"
 #include "../image.h"
 
 namespace py = pybind11;
@@ -27,6 +28,35 @@ void decode_jpeg(const py::bytes& data, uintptr_t pixels, int height, int width)
 }
 #endif
 
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, float factor, float offset,
+                      uintptr_t rows, uintptr_t columns, uintptr_t positive, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::exponential_sums({at<float>(dots), num_columns, num_rows, num_columns, first}, factor, offset,
+                               {at<float>(rows), at<double>(columns), at<float>(positive)}, threads);
+}
+
+double softmax_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double scale, double bias,
+                        double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
+                        int threads) {
+  const py::gil_scoped_release release;
+  return bclip::cpu::softmax_gradient(
+      {at<float>(dots), num_columns, num_rows, num_columns, first},
+      {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)}, threads);
+}
+
+std::pair<double, double> sigmoid_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first,
+                                           double scale, double bias, double weight, bool with_gradients, int threads) {
+  const py::gil_scoped_release release;
+  const auto sums = bclip::cpu::sigmoid_gradient({at<float>(dots), num_columns, num_rows, num_columns, first},
+                                                 {scale, bias, weight, with_gradients}, threads);
+  return {sums.loss, sums.gradient};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -35,4 +65,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("jpeg_size", &jpeg_size, py::arg("data"));
   module.def("decode_jpeg", &decode_jpeg, py::arg("data"), py::arg("pixels"), py::arg("height"), py::arg("width"));
 #endif
+  module.def("instruction_set", &bclip::cpu::instruction_set);
+  module.def("exponential_sums", &exponential_sums, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
+             py::arg("first"), py::arg("factor"), py::arg("offset"), py::arg("rows"), py::arg("columns"),
+             py::arg("positive"), py::arg("threads"));
+  module.def("softmax_gradient", &softmax_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
+             py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("rows_lse"),
+             py::arg("columns_lse"), py::arg("positive_grad"), py::arg("threads"));
+  module.def("sigmoid_gradient", &sigmoid_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
+             py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("with_gradients"),
+             py::arg("threads"));
 }

@@ -10,7 +10,16 @@ from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
-LIMITS: Limits = {"reference": lambda image, text: None}
+
+def _cpu(image: Tensor, text: Tensor) -> str | None:
+    if image.device.type != "cpu":
+        return f"the features are on {image.device}"
+    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{image.dtype} isn't among float32, bfloat16 and float16"
+    return None
+
+
+LIMITS: Limits = {"cpu": _cpu, "reference": lambda image, text: None}
 
 
 def clip_loss(

@@ -1,0 +1,58 @@
+// The contrastive operators' inner loops over a block X = I T^T of dot products (rows b, columns B).
+//
+//   S_ij = scale * X_ij + bias; the positive of row i stands in column first + i, wherever that falls inside.
+//   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset), columns_j likewise over i;
+//            G_ij = weight (exp(S_ij - R_i) + exp(S_ij - Q_j)), at the positives G_ij = positive_grad_i.
+//   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij), y = 1 on positives, else -1.
+//
+// All matrices are row-major. `dots` has its rows `stride` floats apart, features are contiguous. Sums are taken in a
+// fixed order, so results are the same bits whatever the number of threads. Throws std::invalid_argument where a size
+// is negative or a capability is missing.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace bclip::cpu {
+
+struct Block {
+  float* dots;
+  int64_t stride, rows, columns;
+  int64_t first;  // column of row 0's positive; beyond every column where there are no positives
+};
+
+struct Sums {
+  float* rows;      // (b,), written
+  double* columns;  // (B,), added to
+  float* positive;  // (b,), the dot products of the positives, written where there is one
+};
+
+struct Softmax {
+  double scale, bias;
+  double weight;
+  const float* rows_lse;       // R (b,)
+  const float* columns_lse;    // Q (B,)
+  const float* positive_grad;  // (b,)
+};
+
+struct Sigmoid {
+  double scale, bias, weight;
+  bool with_gradients;
+};
+
+// The instruction set in use: "avx512", "avx2" or "plain".
+std::string instruction_set();
+
+// `offset` must be a whole number; the caller chooses it, and checks the sums for overflow and underflow.
+void exponential_sums(const Block& block, float factor, float offset, const Sums& sums, int threads);
+
+// Overwrites X with G; returns the sum of G.
+double softmax_gradient(const Block& block, const Softmax& softmax, int threads);
+
+// Returns {loss / weight, sum of G}; overwrites X with G if asked for gradients.
+struct SigmoidSums {
+  double loss, gradient;
+};
+SigmoidSums sigmoid_gradient(const Block& block, const Sigmoid& sigmoid, int threads);
+
+}  // namespace bclip::cpu
