@@ -75,9 +75,9 @@ double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
         const Lanes column_offset = load_first(gradient.columns.offsets + column, count);
         g = exp2_affine(x, factor, row_offset) * row_share + exp2_affine(x, factor, column_offset) * column_share;
       }
-      if (count < kLanes) g = zero_from(g, count);
       int64_t lane;
       if (holds_positive(tile, row, column, lane)) g = with_lane(g, lane, gradient.positive_grad[row]);
+      if (count < kLanes) g = zero_from(g, count);
       row_sum += g;
       store_first(dots, g, count);
     }

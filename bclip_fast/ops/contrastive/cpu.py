@@ -1,13 +1,18 @@
-"""Library matmuls in chunks of rows, with all that happens to a chunk fused into one pass of C++ (csrc/contrastive.h).
+"""The operators on the CPU: C++ for everything that happens to S (csrc/contrastive.h), in chunks of rows.
 
-Matmuls are in single precision, which holds products of half-precision features exactly. One exponential
-serves rows and columns: features of bounded norm have bounded logits, so a fixed offset does for all of them, unless
-the sums show that it overflowed or underflowed somewhere; then a running maximum replaces it.
+bfloat16 features on a processor with a matrix unit (AMX) stay in C++ throughout: S and its gradient are made in tiles
+that never leave the caches, where torch's matmuls would write them out, rounded. All else is multiplied by the library
+in single precision, which holds products of half-precision features exactly and runs near the processor's peak.
+
+One exponential serves rows and columns: features of bounded norm have bounded logits, so a fixed offset does for all of
+them, unless the sums show that it underflowed somewhere; then a running maximum replaces it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +22,18 @@ from bclip_fast import _cpu
 from ..arguments import address
 
 # A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
-_CHUNK_BYTES = 8 << 20
-_MIN_ROWS = 128
+_LIBRARY_CHUNK_BYTES = 8 << 20
+_LIBRARY_MIN_ROWS = 128
+# With gradients, a chunk's G is stored, twice; without, its rows are but those between two joins of the threads.
+_AMX_ROWS_WITH_GRADIENTS = 512
+_AMX_ROWS = 2048
+_AMX_PANEL = 32
 
 
 def forward(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, first: int, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`."""
-    image, text = image.float(), text.float()
     results = _with_fixed_offset(image, text, float(scale), first, chunk_size)
     rows, columns, positive = results or _with_running_maximum(image, text, float(scale), first, chunk_size)
     return (rows, columns, positive) if bias is None else (rows + bias, columns + bias, positive + bias)
@@ -44,26 +52,21 @@ def backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
-    texts = text.float()
-    columns_lse = columns_lse.contiguous()
-    accumulated = _Gradients(image, texts, float(scale))
-    for start, rows, dots in _chunks(image, texts, chunk_size):
-        own = slice(start, start + len(rows))
-        total = _cpu.softmax_gradient(
-            address(dots, torch.float32, len(rows), len(texts)),
-            len(rows),
-            len(texts),
-            first + start,
+    rows_lse, columns_lse, positive_grad = (part.contiguous() for part in (rows_lse, columns_lse, positive_grad))
+    products = _products(image, text, chunk_size, with_gradients=True)
+    gradients = _Gradients(image, float(scale))
+    for chunk in products.chunks(first):
+        total = products.softmax_gradient(
+            chunk,
             float(scale),
             0.0 if bias is None else float(bias),
             float(weight),
-            address(rows_lse[own].contiguous(), torch.float32, len(rows)),
-            address(columns_lse, torch.float32, len(texts)),
-            address(positive_grad[own].contiguous(), torch.float32, len(rows)),
-            torch.get_num_threads(),
+            address(rows_lse[chunk.own], torch.float32, len(chunk.rows)),
+            address(columns_lse, torch.float32, len(text)),
+            address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
         )
-        accumulated.add(start, rows, dots, total)
-    return accumulated.results(text.dtype)
+        gradients.add(chunk, products.image_gradient(chunk), total)
+    return gradients.results(products.text_gradient(), text.dtype)
 
 
 def siglip(
@@ -77,111 +80,206 @@ def siglip(
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.siglip`."""
-    texts = text.float()
+    products = _products(image, text, chunk_size, with_gradients)
+    gradients = _Gradients(image, float(scale)) if with_gradients else None
     loss = 0.0
-    accumulated = _Gradients(image, texts, float(scale)) if with_gradients else None
-    for start, rows, dots in _chunks(image, texts, chunk_size):
-        part, total = _cpu.sigmoid_gradient(
-            address(dots, torch.float32, len(rows), len(texts)),
-            len(rows),
-            len(texts),
-            len(texts) if first is None else first + start,
-            float(scale),
-            0.0 if bias is None else float(bias),
-            weight,
-            with_gradients,
-            torch.get_num_threads(),
-        )
-        loss += part
-        if accumulated:
-            accumulated.add(start, rows, dots, total)
-    if accumulated:
-        return torch.tensor(weight * loss), *accumulated.results(text.dtype)
-    return torch.tensor(weight * loss), image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
-
-
-class _Gradients:
-    """What the chunks of G add up to."""
-
-    def __init__(self, image: Tensor, texts: Tensor, scale: float) -> None:
-        self.texts, self.scale = texts, scale
-        self.image_grad = torch.empty(image.shape, dtype=image.dtype)
-        self.text_grad = torch.zeros(texts.shape)
-        self.scale_grad = self.bias_grad = 0.0
-
-    def add(self, start: int, rows: Tensor, grad: Tensor, total: float) -> None:
-        """`rows` of the images from `start` on, their chunk of G and its sum."""
-        unscaled = grad @ self.texts
-        # sum(G * (I @ T.T)) = sum((G @ T) * I): no second look at S.
-        self.scale_grad += torch.linalg.vecdot(unscaled, rows).sum(dtype=torch.float64).item()
-        self.bias_grad += total
-        torch.mul(unscaled, self.scale, out=unscaled)
-        self.image_grad[start : start + len(rows)] = unscaled
-        self.text_grad.addmm_(grad.T, rows, alpha=self.scale)
-
-    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.image_grad, self.text_grad.to(dtype), torch.tensor(self.scale_grad), torch.tensor(self.bias_grad)
-
-
-def _chunks(image: Tensor, texts: Tensor, chunk_size: int):  # type: ignore[no-untyped-def]
-    """(first row, rows of the images, their dot products with all texts), the last in memory that is used again."""
-    chunk_size = min(chunk_size, len(image), max(_MIN_ROWS, _CHUNK_BYTES // (4 * len(texts))))
-    buffer = torch.empty(chunk_size, len(texts))
-    for start in range(0, len(image), chunk_size):
-        rows = image[start : start + chunk_size].float()
-        yield start, rows, torch.mm(rows, texts.T, out=buffer[: len(rows)])
+    # A positive that stands beyond every column is none.
+    for chunk in products.chunks(len(text) if first is None else first):
+        part, total = products.sigmoid_gradient(chunk, float(scale), 0.0 if bias is None else float(bias), weight)
+        loss += weight * part
+        if gradients:
+            gradients.add(chunk, products.image_gradient(chunk), total)
+    if gradients:
+        return torch.tensor(loss), *gradients.results(products.text_gradient(), text.dtype)
+    return torch.tensor(loss), image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
 
 
 def _with_fixed_offset(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(r, q, positives) without the bias, or None where the offset doesn't suit every row and column."""
-    largest_norms = [torch.linalg.vector_norm(tensor, dim=1).max().item() for tensor in (image, text)]
+    norms = [torch.linalg.vector_norm(tensor, dim=1, dtype=torch.float32).max().item() for tensor in (image, text)]
     factor = scale / math.log(2)
-    # The largest possible sum over a row or column is then 2^124, below overflow.
-    offset = abs(factor) * math.prod(largest_norms) - 124 + math.log2(max(len(image), len(text)))
+    # The largest sum that a row or a column can have is then 2^124, below overflow.
+    offset = abs(factor) * math.prod(norms) - 124 + math.log2(max(len(image), len(text)))
     if not math.isfinite(offset):
         return None
     offset = float(math.ceil(offset))
-    sums = torch.empty(len(image))
-    positive = torch.empty(len(image))
+    row_sums, positive = torch.empty(len(image)), torch.empty(len(image))
     column_sums = torch.zeros(len(text), dtype=torch.float64)
-    for start, rows, dots in _chunks(image, text, chunk_size):
-        own = slice(start, start + len(rows))
-        _cpu.exponential_sums(
-            address(dots, torch.float32, len(rows), len(text)),
-            len(rows),
-            len(text),
-            first + start,
+    products = _products(image, text, chunk_size, with_gradients=False)
+    for chunk in products.chunks(first):
+        products.exponential_sums(
+            chunk,
             factor,
             offset,
-            address(sums[own], torch.float32, len(rows)),
+            address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
             address(column_sums, torch.float64, len(text)),
-            address(positive[own], torch.float32, len(rows)),
-            torch.get_num_threads(),
+            address(positive[chunk.own], torch.float32, len(chunk.rows)),
         )
-    # What was flushed to zero is below 2^-126 a term. A NaN compares false.
+    # A term below 2^-126 was flushed to zero. Sums over nothing, and NaN, fail as well.
     least = 2.0**-100 * max(len(image), len(text))
-    if not (min(sums.min().item(), column_sums.min().item()) > least and sums.isfinite().all()):
+    if not all(sums.isfinite().all() and sums.min().item() > least for sums in (row_sums, column_sums)):
         return None
-    rows_lse, columns_lse = (
-        (total.double().log2_() + offset).mul_(math.log(2)).float() for total in (sums, column_sums)
-    )
-    return rows_lse, columns_lse, positive.mul_(scale)
+    rows, columns = (sums.double().log2_().add_(offset).mul_(math.log(2)).float() for sums in (row_sums, column_sums))
+    return rows, columns, positive.mul_(scale)
 
 
 def _with_running_maximum(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(r, q, positives) without the bias, whatever the logits; sums over nothing are -inf."""
-    rows_lse = torch.empty(len(image))
-    positive = torch.empty(len(image))
+    rows_lse, positive = torch.empty(len(image)), torch.empty(len(image))
     columns_lse = torch.full((len(text),), -math.inf)
-    for start, rows, logits in _chunks(image, text, chunk_size):
-        own = slice(start, start + len(rows))
-        diagonal = logits.mul_(scale).diagonal(first + start)
-        positive[own] = diagonal
+    for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
+        logits = chunk.dots.mul_(scale)
+        diagonal = logits.diagonal(chunk.first)
+        positive[chunk.own] = diagonal
         diagonal.fill_(-math.inf)
-        rows_lse[own] = logits.logsumexp(1)
+        rows_lse[chunk.own] = logits.logsumexp(1)
         columns_lse = torch.logaddexp(columns_lse, logits.logsumexp(0))
     return rows_lse, columns_lse, positive
+
+
+class _Gradients:
+    """What the chunks of G add up to."""
+
+    def __init__(self, image: Tensor, scale: float) -> None:
+        self.scale = scale
+        self.image_grad = torch.empty(image.shape, dtype=image.dtype)
+        self.scale_grad = self.bias_grad = 0.0
+
+    def add(self, chunk: _Chunk, unscaled: Tensor, total: float) -> None:
+        """G @ T of the chunk, in single precision, and the sum of its G."""
+        # sum(G * (I @ T.T)) = sum((G @ T) * I): no second look at S.
+        self.scale_grad += torch.linalg.vecdot(unscaled, chunk.rows.float()).sum(dtype=torch.float64).item()
+        self.bias_grad += total
+        self.image_grad[chunk.own] = unscaled.mul_(self.scale)
+
+    def results(self, unscaled: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        text_grad = unscaled.mul_(self.scale).to(dtype, memory_format=torch.contiguous_format)
+        return self.image_grad, text_grad, torch.tensor(self.scale_grad), torch.tensor(self.bias_grad)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    start: int
+    rows: Tensor
+    """Rows of the images from `start` on."""
+    first: int
+    """The column of the first row's positive."""
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.start + len(self.rows))
+
+
+@dataclass(frozen=True)
+class _LibraryChunk(_Chunk):
+    dots: Tensor
+    """The rows' dot products with all texts, overwritten by G; all chunks share the memory."""
+
+    def block(self) -> tuple[int, int, int, int]:
+        return address(self.dots, torch.float32, *self.dots.shape), *self.dots.shape, self.first
+
+
+class _LibraryProducts:
+    def __init__(self, image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> None:
+        self.image, self.text, self.with_gradients = image, text.float(), with_gradients
+        largest = max(_LIBRARY_MIN_ROWS, _LIBRARY_CHUNK_BYTES // (4 * len(text)))
+        self.chunk_size = min(chunk_size, len(image), largest)
+        self.text_grad = torch.zeros(text.shape) if with_gradients else None
+
+    def chunks(self, first: int) -> Iterator[_LibraryChunk]:
+        buffer = torch.empty(self.chunk_size, len(self.text))
+        for start in range(0, len(self.image), self.chunk_size):
+            rows = self.image[start : start + self.chunk_size].float()
+            dots = torch.mm(rows, self.text.T, out=buffer[: len(rows)])
+            yield _LibraryChunk(start, rows, first + start, dots)
+
+    def exponential_sums(self, chunk: _LibraryChunk, factor: float, offset: float, *outputs: int) -> None:
+        _cpu.exponential_sums(*chunk.block(), factor, offset, *outputs, torch.get_num_threads())
+
+    def softmax_gradient(self, chunk: _LibraryChunk, *arguments: float) -> float:
+        return _cpu.softmax_gradient(*chunk.block(), *arguments, torch.get_num_threads())
+
+    def sigmoid_gradient(self, chunk: _LibraryChunk, scale: float, bias: float, weight: float) -> tuple[float, float]:
+        return _cpu.sigmoid_gradient(*chunk.block(), scale, bias, weight, self.with_gradients, torch.get_num_threads())
+
+    def image_gradient(self, chunk: _LibraryChunk) -> Tensor:
+        self.text_grad.addmm_(chunk.dots.T, chunk.rows)
+        return chunk.dots @ self.text
+
+    def text_gradient(self) -> Tensor:
+        return self.text_grad
+
+
+@dataclass(frozen=True)
+class _AmxChunk(_Chunk):
+    block: _cpu.AmxBlock
+
+
+class _AmxProducts:
+    """The packed layouts are those of csrc/contrastive.h."""
+
+    def __init__(self, image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> None:
+        self.image, text = image.contiguous(), text.contiguous()
+        self.num_columns, self.width = text.shape
+        self.panels, self.width_panels = _panels(len(text)), _panels(self.width)
+        self.chunk_size = min(chunk_size, len(image), _AMX_ROWS_WITH_GRADIENTS if with_gradients else _AMX_ROWS)
+        self.text_across = self._packed(text, transpose=True)
+        self.text = self._packed(text, transpose=False) if with_gradients else None
+        if with_gradients:
+            panel = _AMX_PANEL, _AMX_PANEL
+            row_panels = _panels(self.chunk_size)
+            self.image_grad = torch.empty(self.width_panels, row_panels, *panel)
+            self.text_grad = torch.zeros(self.panels, self.width_panels, *panel)
+            self.workspace = torch.empty(2, row_panels, self.panels, *panel, dtype=torch.bfloat16)
+
+    def _packed(self, text: Tensor, transpose: bool) -> Tensor:
+        packed = torch.empty(self.panels, self.width_panels, _AMX_PANEL, _AMX_PANEL, dtype=torch.bfloat16)
+        source = address(text, torch.bfloat16, *text.shape)
+        _cpu.amx_pack(source, *text.shape, transpose, packed.data_ptr(), torch.get_num_threads())
+        return packed
+
+    def chunks(self, first: int) -> Iterator[_AmxChunk]:
+        for start in range(0, len(self.image), self.chunk_size):
+            rows = self.image[start : start + self.chunk_size]
+            rows_at = address(rows, torch.bfloat16, len(rows), self.width)
+            block = _cpu.AmxBlock(
+                rows_at, self.text_across.data_ptr(), len(rows), self.num_columns, self.width, first + start
+            )
+            yield _AmxChunk(start, rows, first + start, block)
+
+    def exponential_sums(self, chunk: _AmxChunk, factor: float, offset: float, *outputs: int) -> None:
+        _cpu.amx_exponential_sums(chunk.block, factor, offset, *outputs, torch.get_num_threads())
+
+    def softmax_gradient(self, chunk: _AmxChunk, *arguments: float) -> float:
+        return _cpu.amx_softmax_gradient(chunk.block, *arguments, self._outputs(), torch.get_num_threads())
+
+    def sigmoid_gradient(self, chunk: _AmxChunk, scale: float, bias: float, weight: float) -> tuple[float, float]:
+        outputs = None if self.text is None else self._outputs()
+        return _cpu.amx_sigmoid_gradient(chunk.block, scale, bias, weight, outputs, torch.get_num_threads())
+
+    def _outputs(self) -> _cpu.AmxGradients:
+        pointers = (tensor.data_ptr() for tensor in (self.text, self.image_grad, self.text_grad, self.workspace))
+        return _cpu.AmxGradients(*pointers)
+
+    def image_gradient(self, chunk: _AmxChunk) -> Tensor:
+        # (D / 32, b / 32, 32 rows, 32 columns); a last chunk with fewer rows fills but the beginning.
+        shape = self.width_panels, _panels(len(chunk.rows)), _AMX_PANEL, _AMX_PANEL
+        filled = self.image_grad.flatten()[: math.prod(shape)].view(shape)
+        return filled.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[: len(chunk.rows), : self.width]
+
+    def text_gradient(self) -> Tensor:
+        # The result is I.T @ G: (B / 32, D / 32, 32 of D, 32 of B).
+        return self.text_grad.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[: self.num_columns, : self.width]
+
+
+def _panels(size: int) -> int:
+    return -(-size // _AMX_PANEL)
+
+
+def _products(image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> _LibraryProducts | _AmxProducts:
+    takes_amx = image.dtype == torch.bfloat16 and _cpu.has_amx()
+    return (_AmxProducts if takes_amx else _LibraryProducts)(image, text, chunk_size, with_gradients)
