@@ -44,7 +44,7 @@ struct Sigmoid {
 std::string instruction_set();
 
 // `offset` must be a whole number; the caller chooses it, and checks the sums for overflow and underflow.
-void exponential_sums(const Block& block, float factor, float offset, const Sums& sums, int threads);
+void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads);
 
 // Overwrites X with G; returns the sum of G.
 double softmax_gradient(const Block& block, const Softmax& softmax, int threads);
@@ -81,7 +81,7 @@ bool has_amx();
 // Packs (rows, columns) bfloat16, contiguous, from the right, or its transpose.
 void amx_pack(const uint16_t* matrix, int64_t rows, int64_t columns, bool transpose, uint16_t* packed, int threads);
 
-void amx_exponential_sums(const AmxBlock& block, float factor, float offset, const Sums& sums, int threads);
+void amx_exponential_sums(const AmxBlock& block, double factor, float offset, const Sums& sums, int threads);
 double amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients, int threads);
 // `gradients` isn't looked at unless the sigmoid asks for gradients.
 SigmoidSums amx_sigmoid_gradient(const AmxBlock& block, const Sigmoid& sigmoid, const AmxGradients& gradients,

@@ -33,7 +33,7 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, float factor, float offset,
+void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double factor, float offset,
                       uintptr_t rows, uintptr_t columns, uintptr_t positive, int threads) {
   const py::gil_scoped_release release;
   bclip::cpu::exponential_sums({at<float>(dots), num_columns, num_rows, num_columns, first}, factor, offset,
@@ -72,7 +72,7 @@ bclip::cpu::AmxGradients amx_gradients(uintptr_t text, uintptr_t image_gradient,
   return {at<uint16_t>(text), at<float>(image_gradient), at<float>(text_gradient), at<uint16_t>(workspace)};
 }
 
-void amx_exponential_sums(const bclip::cpu::AmxBlock& block, float factor, float offset, uintptr_t rows,
+void amx_exponential_sums(const bclip::cpu::AmxBlock& block, double factor, float offset, uintptr_t rows,
                           uintptr_t columns, uintptr_t positive, int threads) {
   const py::gil_scoped_release release;
   bclip::cpu::amx_exponential_sums(block, factor, offset, {at<float>(rows), at<double>(columns), at<float>(positive)},

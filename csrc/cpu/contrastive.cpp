@@ -46,7 +46,7 @@ Tile tile_at(const Block& block, int64_t index) {
 
 std::string instruction_set() { return kernels().name; }
 
-void exponential_sums(const Block& block, float factor, float offset, const Sums& sums, int threads) {
+void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads) {
   check(block);
   const int64_t tiles = num_tiles(block);
   std::vector<float> partial(tiles * block.rows);
@@ -64,7 +64,7 @@ void exponential_sums(const Block& block, float factor, float offset, const Sums
 }
 
 SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns)
-    : factor(static_cast<float>(softmax.scale * kLog2E)), numbers(2 * (rows + columns)) {
+    : factor(softmax.scale * kLog2E), numbers(2 * (rows + columns)) {
   float lowest = INFINITY, highest = -INFINITY;
   const auto widen = [&](const float* lse, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {

@@ -268,7 +268,7 @@ void amx_pack(const uint16_t* matrix, int64_t rows, int64_t columns, bool transp
   });
 }
 
-void amx_exponential_sums(const AmxBlock& block, float factor, float offset, const Sums& sums, int threads) {
+void amx_exponential_sums(const AmxBlock& block, double factor, float offset, const Sums& sums, int threads) {
   check(block);
   std::vector<float> partial(num_tiles(block) * block.rows);
   gradients_of(block, nullptr, threads, [&](const Tile& tile, int64_t row, int64_t index) {

@@ -24,8 +24,9 @@ struct Shares {
 // The shares of all rows and columns of a problem, with the positives' gradient left apart.
 struct SoftmaxShares {
   SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns);
+  SoftmaxShares(const SoftmaxShares&) = delete;  // points into itself
 
-  float factor;
+  double factor;
   bool one_offset;
   Shares rows, columns;
 
@@ -34,7 +35,7 @@ struct SoftmaxShares {
 };
 
 struct GradientTile {
-  float factor;
+  double factor;
   bool one_offset;  // the offsets of all rows and columns are the same, so one exponential serves both
   Shares rows, columns;
   const float* positive_grad;  // (rows,)
@@ -52,7 +53,7 @@ struct SigmoidTileSums {
 struct ContrastiveKernels {
   const char* name;
   // Writes rows (rows,); adds to columns (columns,).
-  void (*exponential_sums)(const Tile&, float factor, float offset, float* rows, double* columns);
+  void (*exponential_sums)(const Tile&, double factor, float offset, float* rows, double* columns);
   double (*softmax_gradient)(const Tile&, const GradientTile&);
   SigmoidTileSums (*sigmoid_gradient)(const Tile&, const SigmoidTile&);
 };

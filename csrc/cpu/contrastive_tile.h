@@ -23,7 +23,7 @@ BCLIP_INLINE bool holds_positive(const Tile& tile, int64_t row, int64_t column, 
 }
 
 template <int kRows>
-BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, Lanes factor, Lanes offset, float* rows, float* columns) {
+BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, const Factor& factor, Lanes offset, float* rows, float* columns) {
   Lanes row_sums[kRows] = {};
   for (int64_t column = 0; column < tile.columns; column += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
@@ -42,23 +42,24 @@ BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, Lanes factor, Lanes of
   for (int i = 0; i < kRows; ++i) rows[row + i] = sum(row_sums[i]);
 }
 
-void exponential_sums(const Tile& tile, float factor, float offset, float* rows, double* columns) {
+void exponential_sums(const Tile& tile, double factor, float offset, float* rows, double* columns) {
   // Single precision for as many rows as it stays harmless.
   constexpr int64_t kRowsInSingle = 256;
+  const Factor split(factor);
   alignas(64) float partial[kTileColumns];
   for (int64_t start = 0; start < tile.rows; start += kRowsInSingle) {
     const int64_t end = std::min(start + kRowsInSingle, tile.rows);
     std::fill_n(partial, kTileColumns, 0.f);
     int64_t row = start;
     for (; row + kRowsAtOnce <= end; row += kRowsAtOnce)
-      sum_rows<kRowsAtOnce>(tile, row, splat(factor), splat(offset), rows, partial);
-    for (; row < end; ++row) sum_rows<1>(tile, row, splat(factor), splat(offset), rows, partial);
+      sum_rows<kRowsAtOnce>(tile, row, split, splat(offset), rows, partial);
+    for (; row < end; ++row) sum_rows<1>(tile, row, split, splat(offset), rows, partial);
     for (int64_t column = 0; column < tile.columns; ++column) columns[column] += partial[column];
   }
 }
 
 double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
-  const Lanes factor = splat(gradient.factor);
+  const Factor factor(gradient.factor);
   double total = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const Lanes row_offset = splat(gradient.rows.offsets[row]), row_share = splat(gradient.rows.shares[row]);
@@ -87,7 +88,7 @@ double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
 }
 
 SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
-  constexpr float log2_e = 1.4426950408889634f;
+  const Factor minus_log2_e(-1.4426950408889634);
   SigmoidTileSums sums = {};
   for (int64_t row = 0; row < tile.rows; ++row) {
     Lanes losses = {}, gradients = {};
@@ -98,7 +99,7 @@ SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
       int64_t lane;
       const bool positive = holds_positive(tile, row, column, lane);
       if (positive) z = with_lane(z, lane, -z[lane]);
-      const Lanes u = exp2_affine(abs(z), splat(-log2_e), Lanes{});
+      const Lanes u = exp2_affine(abs(z), minus_log2_e, Lanes{});
       Lanes loss = (z > 0.f ? z : Lanes{}) + log1p_unit(u);
       // NaN must not pass for 0 in the comparison above.
       loss = z == z ? loss : z;

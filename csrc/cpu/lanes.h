@@ -57,14 +57,24 @@ BCLIP_INLINE float sum(Lanes lanes) {
 
 BCLIP_INLINE Lanes abs(Lanes lanes) { return lanes < 0.f ? -lanes : lanes; }
 
+// A number to twice the precision of a float: where a logit is in the hundreds, one float's rounding of the factor
+// would show in the fifth digit of its exponential.
+struct Factor {
+  explicit Factor(double value)
+      : high(splat(static_cast<float>(value))),
+        low(splat(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
+
+  Lanes high, low;
+};
+
 // 2^(x * factor - offset) for a whole-numbered offset, within 1e-7 relative plus the rounding of x * factor where there
 // is no fused multiply-add; 0 below 2^-126. The fraction is taken before the offset could round it away.
-BCLIP_INLINE Lanes exp2_affine(Lanes x, Lanes factor, Lanes offset) {
+BCLIP_INLINE Lanes exp2_affine(Lanes x, const Factor& factor, Lanes offset) {
   constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-  const Lanes exponent = x * factor - offset;
+  const Lanes exponent = x * factor.high - offset;
   const Lanes shifted = exponent + round;
   const Lanes whole = shifted - round;
-  const Lanes f = x * factor - (offset + whole);
+  const Lanes f = (x * factor.high - (offset + whole)) + x * factor.low;
   Lanes power = splat(0.0013276472454890609f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
   power = power * f + 0.009675540961325169f;
   power = power * f + 0.05550713092088699f;

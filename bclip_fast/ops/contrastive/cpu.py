@@ -56,8 +56,7 @@ def backward(
     products = _products(image, text, chunk_size, with_gradients=True)
     gradients = _Gradients(image, float(scale))
     for chunk in products.chunks(first):
-        total = products.softmax_gradient(
-            chunk,
+        total = chunk.softmax_gradient(
             float(scale),
             0.0 if bias is None else float(bias),
             float(weight),
@@ -65,7 +64,7 @@ def backward(
             address(columns_lse, torch.float32, len(text)),
             address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
         )
-        gradients.add(chunk, products.image_gradient(chunk), total)
+        gradients.add(chunk, chunk.image_gradient(), total)
     return gradients.results(products.text_gradient(), text.dtype)
 
 
@@ -85,10 +84,10 @@ def siglip(
     loss = 0.0
     # A positive that stands beyond every column is none.
     for chunk in products.chunks(len(text) if first is None else first):
-        part, total = products.sigmoid_gradient(chunk, float(scale), 0.0 if bias is None else float(bias), weight)
+        part, total = chunk.sigmoid_gradient(float(scale), 0.0 if bias is None else float(bias), weight)
         loss += weight * part
         if gradients:
-            gradients.add(chunk, products.image_gradient(chunk), total)
+            gradients.add(chunk, chunk.image_gradient(), total)
     if gradients:
         return torch.tensor(loss), *gradients.results(products.text_gradient(), text.dtype)
     return torch.tensor(loss), image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
@@ -109,8 +108,7 @@ def _with_fixed_offset(
     column_sums = torch.zeros(len(text), dtype=torch.float64)
     products = _products(image, text, chunk_size, with_gradients=False)
     for chunk in products.chunks(first):
-        products.exponential_sums(
-            chunk,
+        chunk.exponential_sums(
             factor,
             offset,
             address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
@@ -176,11 +174,27 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _LibraryChunk(_Chunk):
+    products: _LibraryProducts
     dots: Tensor
     """The rows' dot products with all texts, overwritten by G; all chunks share the memory."""
 
-    def block(self) -> tuple[int, int, int, int]:
+    def _block(self) -> tuple[int, ...]:
         return address(self.dots, torch.float32, *self.dots.shape), *self.dots.shape, self.first
+
+    def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
+        _cpu.exponential_sums(*self._block(), factor, offset, *outputs, torch.get_num_threads())
+
+    def softmax_gradient(self, *arguments: float) -> float:
+        return _cpu.softmax_gradient(*self._block(), *arguments, torch.get_num_threads())
+
+    def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
+        with_gradients = self.products.with_gradients
+        return _cpu.sigmoid_gradient(*self._block(), scale, bias, weight, with_gradients, torch.get_num_threads())
+
+    def image_gradient(self) -> Tensor:
+        """Once G is there: G @ T; adds G.T @ I to the text's."""
+        self.products.text_grad.addmm_(self.dots.T, self.rows)
+        return self.dots @ self.products.text
 
 
 class _LibraryProducts:
@@ -188,27 +202,14 @@ class _LibraryProducts:
         self.image, self.text, self.with_gradients = image, text.float(), with_gradients
         largest = max(_LIBRARY_MIN_ROWS, _LIBRARY_CHUNK_BYTES // (4 * len(text)))
         self.chunk_size = min(chunk_size, len(image), largest)
-        self.text_grad = torch.zeros(text.shape) if with_gradients else None
+        self.text_grad = torch.zeros(text.shape if with_gradients else 0)
 
     def chunks(self, first: int) -> Iterator[_LibraryChunk]:
         buffer = torch.empty(self.chunk_size, len(self.text))
         for start in range(0, len(self.image), self.chunk_size):
             rows = self.image[start : start + self.chunk_size].float()
             dots = torch.mm(rows, self.text.T, out=buffer[: len(rows)])
-            yield _LibraryChunk(start, rows, first + start, dots)
-
-    def exponential_sums(self, chunk: _LibraryChunk, factor: float, offset: float, *outputs: int) -> None:
-        _cpu.exponential_sums(*chunk.block(), factor, offset, *outputs, torch.get_num_threads())
-
-    def softmax_gradient(self, chunk: _LibraryChunk, *arguments: float) -> float:
-        return _cpu.softmax_gradient(*chunk.block(), *arguments, torch.get_num_threads())
-
-    def sigmoid_gradient(self, chunk: _LibraryChunk, scale: float, bias: float, weight: float) -> tuple[float, float]:
-        return _cpu.sigmoid_gradient(*chunk.block(), scale, bias, weight, self.with_gradients, torch.get_num_threads())
-
-    def image_gradient(self, chunk: _LibraryChunk) -> Tensor:
-        self.text_grad.addmm_(chunk.dots.T, chunk.rows)
-        return chunk.dots @ self.text
+            yield _LibraryChunk(start, rows, first + start, self, dots)
 
     def text_gradient(self) -> Tensor:
         return self.text_grad
@@ -216,64 +217,65 @@ class _LibraryProducts:
 
 @dataclass(frozen=True)
 class _AmxChunk(_Chunk):
+    products: _AmxProducts
     block: _cpu.AmxBlock
+
+    def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
+        _cpu.amx_exponential_sums(self.block, factor, offset, *outputs, torch.get_num_threads())
+
+    def softmax_gradient(self, *arguments: float) -> float:
+        return _cpu.amx_softmax_gradient(self.block, *arguments, self.products.outputs(), torch.get_num_threads())
+
+    def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
+        outputs = self.products.outputs() if self.products.with_gradients else None
+        return _cpu.amx_sigmoid_gradient(self.block, scale, bias, weight, outputs, torch.get_num_threads())
+
+    def image_gradient(self) -> Tensor:
+        """G @ T, made along with G."""
+        # (D / 32, b / 32, 32 rows, 32 columns); a last chunk with fewer rows fills but the beginning.
+        shape = _panels(self.products.width), _panels(len(self.rows)), _AMX_PANEL, _AMX_PANEL
+        filled = self.products.image_grad.flatten()[: math.prod(shape)].view(shape)
+        return filled.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[: len(self.rows), : self.products.width]
 
 
 class _AmxProducts:
     """The packed layouts are those of csrc/contrastive.h."""
 
     def __init__(self, image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> None:
-        self.image, text = image.contiguous(), text.contiguous()
+        self.image, text, self.with_gradients = image.contiguous(), text.contiguous(), with_gradients
         self.num_columns, self.width = text.shape
-        self.panels, self.width_panels = _panels(len(text)), _panels(self.width)
         self.chunk_size = min(chunk_size, len(image), _AMX_ROWS_WITH_GRADIENTS if with_gradients else _AMX_ROWS)
-        self.text_across = self._packed(text, transpose=True)
-        self.text = self._packed(text, transpose=False) if with_gradients else None
+        self.text_across = _packed(text, transpose=True)
         if with_gradients:
-            panel = _AMX_PANEL, _AMX_PANEL
-            row_panels = _panels(self.chunk_size)
-            self.image_grad = torch.empty(self.width_panels, row_panels, *panel)
-            self.text_grad = torch.zeros(self.panels, self.width_panels, *panel)
-            self.workspace = torch.empty(2, row_panels, self.panels, *panel, dtype=torch.bfloat16)
-
-    def _packed(self, text: Tensor, transpose: bool) -> Tensor:
-        packed = torch.empty(self.panels, self.width_panels, _AMX_PANEL, _AMX_PANEL, dtype=torch.bfloat16)
-        source = address(text, torch.bfloat16, *text.shape)
-        _cpu.amx_pack(source, *text.shape, transpose, packed.data_ptr(), torch.get_num_threads())
-        return packed
+            self.text = _packed(text, transpose=False)
+            rows, columns, width = (_panels(size) for size in (self.chunk_size, self.num_columns, self.width))
+            self.image_grad = torch.empty(width, rows, _AMX_PANEL, _AMX_PANEL)
+            self.text_grad = torch.zeros(columns, width, _AMX_PANEL, _AMX_PANEL)
+            self.workspace = torch.empty(2, rows, columns, _AMX_PANEL, _AMX_PANEL, dtype=torch.bfloat16)
 
     def chunks(self, first: int) -> Iterator[_AmxChunk]:
         for start in range(0, len(self.image), self.chunk_size):
             rows = self.image[start : start + self.chunk_size]
             rows_at = address(rows, torch.bfloat16, len(rows), self.width)
-            block = _cpu.AmxBlock(
-                rows_at, self.text_across.data_ptr(), len(rows), self.num_columns, self.width, first + start
-            )
-            yield _AmxChunk(start, rows, first + start, block)
+            text_at = self.text_across.data_ptr()
+            block = _cpu.AmxBlock(rows_at, text_at, len(rows), self.num_columns, self.width, first + start)
+            yield _AmxChunk(start, rows, first + start, self, block)
 
-    def exponential_sums(self, chunk: _AmxChunk, factor: float, offset: float, *outputs: int) -> None:
-        _cpu.amx_exponential_sums(chunk.block, factor, offset, *outputs, torch.get_num_threads())
-
-    def softmax_gradient(self, chunk: _AmxChunk, *arguments: float) -> float:
-        return _cpu.amx_softmax_gradient(chunk.block, *arguments, self._outputs(), torch.get_num_threads())
-
-    def sigmoid_gradient(self, chunk: _AmxChunk, scale: float, bias: float, weight: float) -> tuple[float, float]:
-        outputs = None if self.text is None else self._outputs()
-        return _cpu.amx_sigmoid_gradient(chunk.block, scale, bias, weight, outputs, torch.get_num_threads())
-
-    def _outputs(self) -> _cpu.AmxGradients:
-        pointers = (tensor.data_ptr() for tensor in (self.text, self.image_grad, self.text_grad, self.workspace))
-        return _cpu.AmxGradients(*pointers)
-
-    def image_gradient(self, chunk: _AmxChunk) -> Tensor:
-        # (D / 32, b / 32, 32 rows, 32 columns); a last chunk with fewer rows fills but the beginning.
-        shape = self.width_panels, _panels(len(chunk.rows)), _AMX_PANEL, _AMX_PANEL
-        filled = self.image_grad.flatten()[: math.prod(shape)].view(shape)
-        return filled.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[: len(chunk.rows), : self.width]
+    def outputs(self) -> _cpu.AmxGradients:
+        tensors = self.text, self.image_grad, self.text_grad, self.workspace
+        return _cpu.AmxGradients(*(tensor.data_ptr() for tensor in tensors))
 
     def text_gradient(self) -> Tensor:
         # The result is I.T @ G: (B / 32, D / 32, 32 of D, 32 of B).
         return self.text_grad.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[: self.num_columns, : self.width]
+
+
+def _packed(text: Tensor, transpose: bool) -> Tensor:
+    shape = _panels(text.shape[0]), _panels(text.shape[1]), _AMX_PANEL, _AMX_PANEL
+    packed = torch.empty(shape, dtype=torch.bfloat16)
+    source = address(text, torch.bfloat16, *text.shape)
+    _cpu.amx_pack(source, *text.shape, transpose, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def _panels(size: int) -> int:
