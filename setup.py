@@ -56,7 +56,7 @@ class BuildWithNinja(build_ext):
     def _rules(self, ninja: ninja_syntax.Writer, cuda: bool) -> None:
         includes = " ".join(f"-I{path}" for path in [pybind11.get_include(), *self.include_dirs])
         depends = "-MMD -MF $out.d -c $in -o $out"
-        options = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall {includes}"
+        options = f"-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wno-psabi {includes}"
         if cuda:
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
@@ -66,7 +66,7 @@ class BuildWithNinja(build_ext):
             ninja.rule("link", f"{nvcc()} -shared -cudart static $in -o $out")
         else:
             options += " -DBCLIP_JPEG" * JPEG
-            ninja.rule("link", f"{CXX} -shared $in {'-ljpeg' * JPEG} -o $out")
+            ninja.rule("link", f"{CXX} -shared -pthread $in {'-ljpeg' * JPEG} -o $out")
         ninja.rule("cxx", f"{CXX} {options} {depends}", depfile="$out.d", deps="gcc")
 
 

@@ -28,7 +28,15 @@ def _triton_limits(image: Tensor, text: Tensor) -> str | None:
     return None
 
 
-LIMITS: Limits = {"triton": _triton_limits, "reference": lambda image, text: None}
+def _cpu_limits(image: Tensor, text: Tensor) -> str | None:
+    if image.device.type != "cpu":
+        return f"the features are on {image.device}"
+    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{image.dtype} isn't among float32, bfloat16 and float16"
+    return None
+
+
+LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda image, text: None}
 
 
 def clip_loss(

@@ -1,0 +1,126 @@
+#include "../contrastive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "contrastive_kernels.h"
+#include "parallel.h"
+
+namespace bclip::cpu {
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+const ContrastiveKernels& kernels() {
+#ifdef BCLIP_X86_TARGETS
+  static const ContrastiveKernels& chosen = [&]() -> const ContrastiveKernels& {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) return kAvx512Kernels;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return avx2 ? kAvx2Kernels : kPlainKernels;
+  }();
+  return chosen;
+#else
+  return kPlainKernels;
+#endif
+}
+
+void check(const Block& block) {
+  if (block.rows < 0 || block.columns < 0 || block.stride < block.columns)
+    throw std::invalid_argument("contrastive: a block has negative sizes or rows that overlap");
+}
+
+int64_t num_tiles(const Block& block) { return (block.columns + kTileColumns - 1) / kTileColumns; }
+
+Tile tile_at(const Block& block, int64_t index) {
+  const int64_t start = index * kTileColumns;
+  const int64_t columns = std::min(kTileColumns, block.columns - start);
+  return {block.dots + start, block.stride, block.rows, columns, block.first - start};
+}
+
+}  // namespace
+
+std::string instruction_set() { return kernels().name; }
+
+void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads) {
+  check(block);
+  const int64_t tiles = num_tiles(block);
+  std::vector<float> partial(tiles * block.rows);
+  parallel(tiles, threads, [&](int64_t index) {
+    float* rows = partial.data() + index * block.rows;
+    kernels().exponential_sums(tile_at(block, index), factor, offset, rows, sums.columns + index * kTileColumns);
+  });
+  for (int64_t row = 0; row < block.rows; ++row) {
+    double total = 0;
+    for (int64_t index = 0; index < tiles; ++index) total += partial[index * block.rows + row];
+    sums.rows[row] = static_cast<float>(total);
+    const int64_t column = block.first + row;
+    if (0 <= column && column < block.columns) sums.positive[row] = block.dots[row * block.stride + column];
+  }
+}
+
+SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns)
+    : factor(softmax.scale * kLog2E), numbers(2 * (rows + columns)) {
+  float lowest = INFINITY, highest = -INFINITY;
+  const auto widen = [&](const float* lse, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      lowest = std::min(lowest, lse[i]);
+      highest = std::max(highest, lse[i]);
+    }
+  };
+  widen(softmax.rows_lse, rows);
+  widen(softmax.columns_lse, columns);
+  // No logit exceeds its row's nor its column's log-sum-exp. With the highest at 2^60 and the lowest within 60 of it,
+  // neither power overflows, and what is flushed to zero is below 2^-126 of a share that is at most the weight.
+  one_offset = (highest - lowest) * kLog2E < 60;
+  const double shared = std::rint((highest - softmax.bias) * kLog2E) - 60;
+  const auto fill = [&](const float* lse, int64_t count, float* offsets, float* shares) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double exact = (lse[i] - softmax.bias) * kLog2E;
+      const double offset = one_offset ? shared : std::rint(exact);
+      offsets[i] = static_cast<float>(offset);
+      shares[i] = static_cast<float>(softmax.weight * std::exp2(offset - exact));
+    }
+  };
+  fill(softmax.rows_lse, rows, numbers.data(), numbers.data() + rows);
+  fill(softmax.columns_lse, columns, numbers.data() + 2 * rows, numbers.data() + 2 * rows + columns);
+  this->rows = {numbers.data(), numbers.data() + rows};
+  this->columns = {numbers.data() + 2 * rows, numbers.data() + 2 * rows + columns};
+}
+
+double softmax_gradient(const Block& block, const Softmax& softmax, int threads) {
+  check(block);
+  const SoftmaxShares shares(softmax, block.rows, block.columns);
+  std::vector<double> partial(num_tiles(block));
+  parallel(num_tiles(block), threads, [&](int64_t index) {
+    const Shares columns = {shares.columns.offsets + index * kTileColumns,
+                            shares.columns.shares + index * kTileColumns};
+    partial[index] = kernels().softmax_gradient(
+        tile_at(block, index), {shares.factor, shares.one_offset, shares.rows, columns, softmax.positive_grad});
+  });
+  double total = 0;
+  for (const double part : partial) total += part;
+  return total;
+}
+
+SigmoidSums sigmoid_gradient(const Block& block, const Sigmoid& sigmoid, int threads) {
+  check(block);
+  const SigmoidTile constants = {static_cast<float>(sigmoid.scale), static_cast<float>(sigmoid.bias),
+                                 static_cast<float>(sigmoid.weight), sigmoid.with_gradients};
+  std::vector<SigmoidTileSums> partial(num_tiles(block));
+  parallel(num_tiles(block), threads, [&](int64_t index) {
+    partial[index] = kernels().sigmoid_gradient(tile_at(block, index), constants);
+  });
+  SigmoidSums total = {};
+  for (const auto& part : partial) {
+    total.loss += part.loss;
+    total.gradient += part.gradient;
+  }
+  return total;
+}
+
+}  // namespace bclip::cpu

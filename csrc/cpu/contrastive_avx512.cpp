@@ -1,0 +1,18 @@
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "contrastive_kernels.h"
+
+#ifdef BCLIP_X86_TARGETS
+// After the standard headers, whose inline functions are shared with code that runs on every machine.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#include "contrastive_tile.h"
+
+namespace bclip::cpu {
+
+const ContrastiveKernels kAvx512Kernels = {"avx512", &::exponential_sums, &::softmax_gradient, &::sigmoid_gradient};
+
+}  // namespace bclip::cpu
+
+#endif

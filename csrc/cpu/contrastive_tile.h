@@ -1,0 +1,121 @@
+// The kernels themselves. Included once by each contrastive_<instruction set>.cpp, which chose the target before.
+#pragma once
+
+#include <algorithm>
+
+#include "contrastive_kernels.h"
+#include "lanes.h"
+
+namespace {
+
+using bclip::cpu::GradientTile;
+using bclip::cpu::kTileColumns;
+using bclip::cpu::SigmoidTile;
+using bclip::cpu::SigmoidTileSums;
+using bclip::cpu::Tile;
+
+constexpr int kRowsAtOnce = 4;
+
+// Whether the positive of `row` falls among the 16 columns from `column` on, and on which lane.
+BCLIP_INLINE bool holds_positive(const Tile& tile, int64_t row, int64_t column, int64_t& lane) {
+  lane = tile.first + row - column;
+  return static_cast<uint64_t>(lane) < kLanes;
+}
+
+template <int kRows>
+BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, const Factor& factor, Lanes offset, float* rows, float* columns) {
+  Lanes row_sums[kRows] = {};
+  for (int64_t column = 0; column < tile.columns; column += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
+    Lanes column_sum = load(columns + column);
+    for (int i = 0; i < kRows; ++i) {
+      const float* dots = tile.dots + (row + i) * tile.stride + column;
+      Lanes e = exp2_affine(load_first(dots, count), factor, offset);
+      if (count < kLanes) e = zero_from(e, count);
+      int64_t lane;
+      if (holds_positive(tile, row + i, column, lane)) e = with_lane(e, lane, 0.f);
+      row_sums[i] += e;
+      column_sum += e;
+    }
+    store(columns + column, column_sum);
+  }
+  for (int i = 0; i < kRows; ++i) rows[row + i] = sum(row_sums[i]);
+}
+
+void exponential_sums(const Tile& tile, double factor, float offset, float* rows, double* columns) {
+  // Single precision for as many rows as it stays harmless.
+  constexpr int64_t kRowsInSingle = 256;
+  const Factor split(factor);
+  alignas(64) float partial[kTileColumns];
+  for (int64_t start = 0; start < tile.rows; start += kRowsInSingle) {
+    const int64_t end = std::min(start + kRowsInSingle, tile.rows);
+    std::fill_n(partial, kTileColumns, 0.f);
+    int64_t row = start;
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce)
+      sum_rows<kRowsAtOnce>(tile, row, split, splat(offset), rows, partial);
+    for (; row < end; ++row) sum_rows<1>(tile, row, split, splat(offset), rows, partial);
+    for (int64_t column = 0; column < tile.columns; ++column) columns[column] += partial[column];
+  }
+}
+
+double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
+  const Factor factor(gradient.factor);
+  double total = 0;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const Lanes row_offset = splat(gradient.rows.offsets[row]), row_share = splat(gradient.rows.shares[row]);
+    Lanes row_sum = {};
+    for (int64_t column = 0; column < tile.columns; column += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
+      float* dots = tile.dots + row * tile.stride + column;
+      const Lanes x = load_first(dots, count);
+      const Lanes column_share = load_first(gradient.columns.shares + column, count);
+      Lanes g;
+      if (gradient.one_offset) {
+        g = exp2_affine(x, factor, row_offset) * (row_share + column_share);
+      } else {
+        const Lanes column_offset = load_first(gradient.columns.offsets + column, count);
+        g = exp2_affine(x, factor, row_offset) * row_share + exp2_affine(x, factor, column_offset) * column_share;
+      }
+      int64_t lane;
+      if (holds_positive(tile, row, column, lane)) g = with_lane(g, lane, gradient.positive_grad[row]);
+      if (count < kLanes) g = zero_from(g, count);
+      row_sum += g;
+      store_first(dots, g, count);
+    }
+    total += sum(row_sum);
+  }
+  return total;
+}
+
+SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
+  const Factor minus_log2_e(-1.4426950408889634);
+  SigmoidTileSums sums = {};
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    Lanes losses = {}, gradients = {};
+    for (int64_t column = 0; column < tile.columns; column += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
+      float* dots = tile.dots + row * tile.stride + column;
+      Lanes z = load_first(dots, count) * sigmoid.scale + sigmoid.bias;  // -y S: minus S at the positive
+      int64_t lane;
+      const bool positive = holds_positive(tile, row, column, lane);
+      if (positive) z = with_lane(z, lane, -z[lane]);
+      const Lanes u = exp2_affine(abs(z), minus_log2_e, Lanes{});
+      Lanes loss = (z > 0.f ? z : Lanes{}) + log1p_unit(u);
+      // NaN must not pass for 0 in the comparison above.
+      loss = z == z ? loss : z;
+      if (count < kLanes) loss = zero_from(loss, count);
+      losses += loss;
+      if (!sigmoid.with_gradients) continue;
+      Lanes g = (z > 0.f ? splat(1.f) : u) * (sigmoid.weight / (u + 1.f));
+      if (positive) g = with_lane(g, lane, -g[lane]);
+      if (count < kLanes) g = zero_from(g, count);
+      gradients += g;
+      store_first(dots, g, count);
+    }
+    sums.loss += sum(losses);
+    sums.gradient += sum(gradients);
+  }
+  return sums;
+}
+
+}  // namespace

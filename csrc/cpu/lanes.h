@@ -1,0 +1,102 @@
+// Sixteen floats at once through the compiler's vector extension, which lowers them to whatever the target has. Included
+// after the target is chosen (#pragma GCC target), so everything has internal linkage and is inlined.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define BCLIP_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t IntLanes __attribute__((vector_size(64)));
+
+BCLIP_INLINE Lanes splat(float value) { return Lanes{} + value; }
+
+BCLIP_INLINE Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+BCLIP_INLINE void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+BCLIP_INLINE Lanes load_first(const float* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  float padded[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
+  return load(padded);
+}
+
+BCLIP_INLINE void store_first(float* to, Lanes lanes, int64_t count) {
+  if (count >= kLanes) return store(to, lanes);
+  float padded[kLanes];
+  store(padded, lanes);
+  for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+BCLIP_INLINE Lanes zero_from(Lanes lanes, int64_t count) {
+  constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return index < static_cast<int32_t>(count) ? lanes : Lanes{};
+}
+
+BCLIP_INLINE Lanes with_lane(Lanes lanes, int64_t lane, float value) {
+  lanes[lane] = value;
+  return lanes;
+}
+
+BCLIP_INLINE float sum(Lanes lanes) {
+  float parts[kLanes];
+  store(parts, lanes);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+BCLIP_INLINE Lanes abs(Lanes lanes) { return lanes < 0.f ? -lanes : lanes; }
+
+// A number to twice the precision of a float: where a logit is in the hundreds, one float's rounding of the factor
+// would show in the fifth digit of its exponential.
+struct Factor {
+  explicit Factor(double value)
+      : high(splat(static_cast<float>(value))),
+        low(splat(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
+
+  Lanes high, low;
+};
+
+// 2^(x * factor - offset) for a whole-numbered offset, within 1e-7 relative plus the rounding of x * factor where there
+// is no fused multiply-add; 0 below 2^-126. The fraction is taken before the offset could round it away.
+BCLIP_INLINE Lanes exp2_affine(Lanes x, const Factor& factor, Lanes offset) {
+  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  const Lanes exponent = x * factor.high - offset;
+  const Lanes shifted = exponent + round;
+  const Lanes whole = shifted - round;
+  const Lanes f = (x * factor.high - (offset + whole)) + x * factor.low;
+  Lanes power = splat(0.0013276472454890609f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
+  power = power * f + 0.009675540961325169f;
+  power = power * f + 0.05550713092088699f;
+  power = power * f + 0.24022120237350464f;
+  power = power * f + 0.6931469440460205f;
+  power = power * f + 1.0000001192092896f;
+  const IntLanes bits = ((IntLanes)shifted - (0x4B400000 - 127)) << 23;
+  power *= (Lanes)bits;
+  power = exponent < -126.f ? Lanes{} : power;
+  return exponent >= 127.5f ? splat(__builtin_inff()) : power;
+}
+
+// log(1 + u) for u in [0, 1], relative error 1e-7: 2 atanh(u / (2 + u)).
+BCLIP_INLINE Lanes log1p_unit(Lanes u) {
+  const Lanes s = u / (u + 2.f);
+  const Lanes q = s * s;
+  Lanes series = splat(0.2817833423614502f);  // minimax on [0, 1/9], relative error 4e-9
+  series = series * q + 0.27960601449012756f;
+  series = series * q + 0.40024909377098083f;
+  series = series * q + 0.6666631698608398f;
+  series = series * q + 2.f;
+  return s * series;
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+"""What the C++ backend adds to test_contrastive.py: its tiles' edges, its two ways to multiply, its safe offset."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as_eager
+
+from bclip_fast import _cpu, ops
+from bclip_fast.ops import arguments
+from bclip_fast.ops.contrastive import LIMITS, cpu, reference
+from bclip_fast.ops.dispatch import BackendError, use_backend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def features(rows, width, dtype=torch.float32):
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64)).to(dtype)
+
+
+@pytest.fixture(params=["matrix unit", "library"])
+def products(request, monkeypatch):
+    """bfloat16 features are multiplied in both ways, whatever the machine has."""
+    if request.param == "library":
+        monkeypatch.setattr(_cpu, "has_amx", lambda: False)
+    elif not _cpu.has_amx():
+        pytest.skip("this machine has no AMX")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def clip(*inputs, chunk_size=1000):
+    return ops.clip_loss(*inputs, chunk_size=chunk_size, backend="cpu")
+
+
+def siglip(*inputs, chunk_size=1000):
+    return ops.siglip_loss(*inputs, chunk_size=chunk_size, backend="cpu")
+
+
+# Tiles have 512 columns, strips 64 rows, panels 32 of both, vectors 16, features steps of 32.
+@pytest.mark.parametrize("shape", [(1, 1), (2, 31), (33, 33), (523, 67), (1031, 40)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk_size", [101, 1000])
+def test_shapes_that_divide_nothing(shape, dtype, chunk_size, products, threads, nan_filled):
+    inputs = [features(*shape, dtype), features(*shape, dtype)]
+    scalars = [torch.tensor(30.0), torch.tensor(-2.0)]
+    for loss, definition in ((clip, reference.dense), (siglip, reference.dense_siglip)):
+        assert_as_accurate_as_eager(partial(loss, chunk_size=chunk_size), definition, inputs + scalars)
+
+
+def test_strided_features(products):
+    both = torch.randn(2, 24, 90, dtype=torch.bfloat16)
+    image, text = both[0].T, both[1].T.flip(0).as_strided((90, 24), (1, 90))
+    assert not image.is_contiguous() and not text.is_contiguous()
+    scale = torch.tensor(1.5)
+    assert torch.equal(clip(image, text, scale), clip(image.contiguous(), text.contiguous(), scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", [0, 5, 700])
+def test_a_rectangular_tile_as_ranks_use_it(dtype, first, products, nan_filled):
+    image, text = features(70, 48, dtype), features(777, 48, dtype)
+    scale, bias, weight = torch.tensor(40.0), torch.tensor(1.5), torch.tensor(0.01)
+    truth = reference.forward(image.double(), text.double(), scale.double(), bias.double(), first, 1000)
+    for ours, true in zip(cpu.forward(image, text, scale, bias, first, 33), truth, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), true, rtol=0, atol=2e-5)
+    rows, columns, positive = truth
+    # Gradients as if the columns had more rows on other ranks.
+    saved = torch.logaddexp(rows, positive), columns + 1, weight, torch.linspace(-1, -2, 70, dtype=torch.float64)
+    true = reference.backward(image.double(), text.double(), scale.double(), bias.double(), first, *saved, 1000)
+    ours = cpu.backward(image, text, scale, bias, first, *(part.float() for part in saved), 33)
+    for own, exact in zip(ours, true, strict=True):
+        tolerance = 2e-5 if dtype == torch.float32 else 2.0**-7
+        assert (own.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def test_siglip_without_positives(products):
+    image, text = features(40, 24, torch.bfloat16), features(50, 24, torch.bfloat16)
+    scale, bias = torch.tensor(10.0), torch.tensor(-1.0)
+    truth = reference.siglip(image.double(), text.double(), scale.double(), bias.double(), None, 0.1, 64, True)
+    for own, exact in zip(cpu.siglip(image, text, scale, bias, None, 0.1, 64, True), truth, strict=True):
+        assert (own.double() - exact).norm() <= 2.0**-7 * exact.norm()
+
+
+def test_results_do_not_depend_on_the_number_of_threads(products):
+    image, text = features(1100, 64, torch.bfloat16), features(1100, 64, torch.bfloat16)
+    scale = torch.tensor(50.0)
+    saved = torch.full((1100,), 51.0), torch.full((1100,), 52.0), torch.tensor(1e-3), torch.full((1100,), -1e-3)
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append([*cpu.forward(image, text, scale, None, 0, 600)])
+        if _cpu.has_amx():  # a library's matmul promises nothing of the kind
+            results[-1] += cpu.backward(image, text, scale, None, 0, *saved, 600)
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def cone(rows, cosine):
+    """Images and texts whose every cosine is near `cosine`: far from the largest that their norms allow."""
+    axis = F.normalize(torch.randn(64), dim=0)
+    text = F.normalize(axis + 0.01 * torch.randn(rows, 64))
+    across = torch.randn(rows, 64)
+    across = F.normalize(across - (across @ axis)[:, None] * axis)
+    return cosine * axis + (1 - cosine**2) ** 0.5 * across, text
+
+
+@pytest.mark.parametrize("scale", [100.0, 300.0, -100.0, 0.0])
+def test_the_offset_is_left_where_it_underflows(scale, monkeypatch):
+    image, text = cone(60, -0.8)
+    calls = []
+    original = cpu._with_running_maximum
+    monkeypatch.setattr(cpu, "_with_running_maximum", lambda *a: calls.append(1) or original(*a))
+    truth = reference.forward(image.double(), text.double(), torch.tensor(scale).double(), None, 0, 64)
+    for own, exact in zip(cpu.forward(image, text, torch.tensor(scale), None, 0, 64), truth, strict=True):
+        torch.testing.assert_close(own.double(), exact, rtol=1e-6, atol=2e-5)
+    assert bool(calls) == (scale > 0)
+    inputs = [image, text, torch.tensor(scale)]
+    assert_as_accurate_as_eager(clip, reference.dense, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_features_of_any_norm(dtype):
+    inputs = [torch.randn(40, 32).to(dtype) * torch.logspace(-3, 0, 40)[:, None].to(dtype) for _ in range(2)]
+    assert_as_accurate_as_eager(clip, reference.dense, [*inputs, torch.tensor(8.0), torch.tensor(20.0)])
+
+
+def test_logsumexps_too_far_apart_for_one_exponential():
+    image, text = features(50, 32), features(50, 32)
+    image[:25] *= 15
+    assert_as_accurate_as_eager(clip, reference.dense, [image, text, torch.tensor(10.0)])
+
+
+def test_infinite_and_undefined_features_show():
+    for value in (float("nan"), float("inf")):
+        image, text = features(20, 8), features(20, 8)
+        image[3, 2] = value
+        for loss in (clip(image, text, 10.0), siglip(image, text, 10.0, -10.0)):
+            assert not loss.isfinite()
+
+
+def test_float64_is_refused():
+    image, text = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    assert "float64" in LIMITS["cpu"](image, text)
+    with pytest.raises(BackendError, match="float64"):
+        ops.clip_loss(image, text, 1.0, backend="cpu")
+    with use_backend("auto"):
+        ops.clip_loss(image, text, 1.0)
+
+
+def test_addresses_are_given_of_what_compiled_code_expects():
+    tensor = torch.zeros(3, 4)
+    assert arguments.address(tensor, torch.float32, 3, 4) == tensor.data_ptr()
+    for wrong in (tensor.T, tensor.double(), tensor[:2]):
+        with pytest.raises(ValueError, match="expects a contiguous"):
+            arguments.address(wrong, torch.float32, 3, 4)
+
+
+def test_negative_sizes_are_refused_by_the_kernels():
+    assert _cpu.instruction_set() in ("avx512", "avx2", "plain")
+    with pytest.raises(ValueError, match="negative sizes"):
+        _cpu.exponential_sums(0, -1, 4, 0, 1.0, 0.0, 0, 0, 0, 1)
