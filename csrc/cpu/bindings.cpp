@@ -1,5 +1,6 @@
 #include <cstdint>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include <pybind11/pybind11.h>
@@ -57,44 +58,36 @@ std::pair<double, double> sigmoid_gradient(uintptr_t dots, int64_t num_rows, int
   return {sums.loss, sums.gradient};
 }
 
-void amx_pack(uintptr_t matrix, int64_t num_rows, int64_t num_columns, bool transpose, uintptr_t packed, int threads) {
-  const py::gil_scoped_release release;
-  bclip::cpu::amx_pack(at<uint16_t>(matrix), num_rows, num_columns, transpose, at<uint16_t>(packed), threads);
+bclip::cpu::AmxProblem amx_problem(uintptr_t image, uintptr_t text, int64_t num_rows, int64_t num_columns,
+                                   int64_t width, int64_t first) {
+  return {at<uint16_t>(image), at<uint16_t>(text), num_rows, num_columns, width, first};
 }
 
-bclip::cpu::AmxBlock amx_block(uintptr_t image, uintptr_t text_across, int64_t num_rows, int64_t num_columns,
-                               int64_t width, int64_t first) {
-  return {at<uint16_t>(image), at<uint16_t>(text_across), num_rows, num_columns, width, first};
-}
-
-bclip::cpu::AmxGradients amx_gradients(uintptr_t text, uintptr_t image_gradient, uintptr_t text_gradient,
-                                       uintptr_t workspace) {
-  return {at<uint16_t>(text), at<float>(image_gradient), at<float>(text_gradient), at<uint16_t>(workspace)};
-}
-
-void amx_exponential_sums(const bclip::cpu::AmxBlock& block, double factor, float offset, uintptr_t rows,
+void amx_exponential_sums(const bclip::cpu::AmxProblem& problem, double factor, float offset, uintptr_t rows,
                           uintptr_t columns, uintptr_t positive, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::amx_exponential_sums(block, factor, offset, {at<float>(rows), at<double>(columns), at<float>(positive)},
+  bclip::cpu::amx_exponential_sums(problem, factor, offset, {at<float>(rows), at<double>(columns), at<float>(positive)},
                                    threads);
 }
 
-double amx_softmax_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias, double weight,
+double amx_softmax_gradient(const bclip::cpu::AmxProblem& problem, double scale, double bias, double weight,
                             uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
-                            const bclip::cpu::AmxGradients& gradients, int threads) {
+                            uintptr_t image_gradient, uintptr_t text_gradient, int threads) {
   const py::gil_scoped_release release;
   return bclip::cpu::amx_softmax_gradient(
-      block, {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)}, gradients,
-      threads);
+      problem, {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)},
+      {at<uint16_t>(image_gradient), at<uint16_t>(text_gradient)}, threads);
 }
 
-std::pair<double, double> amx_sigmoid_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias,
-                                               double weight, const bclip::cpu::AmxGradients* gradients, int threads) {
+std::tuple<double, double, double> amx_sigmoid_gradient(const bclip::cpu::AmxProblem& problem, double scale,
+                                                        double bias, double weight, bool with_gradients,
+                                                        uintptr_t image_gradient, uintptr_t text_gradient,
+                                                        int threads) {
   const py::gil_scoped_release release;
-  const bool wanted = gradients != nullptr;
-  const auto sums = bclip::cpu::amx_sigmoid_gradient(block, {scale, bias, weight, wanted},
-                                                     wanted ? *gradients : bclip::cpu::AmxGradients{}, threads);
-  return {sums.loss, sums.gradient};
+  const auto sums =
+      bclip::cpu::amx_sigmoid_gradient(problem, {scale, bias, weight, with_gradients},
+                                       {at<uint16_t>(image_gradient), at<uint16_t>(text_gradient)}, threads);
+  return {sums.loss, sums.gradient, sums.product};
 }
 
 }  // namespace
@@ -116,19 +109,15 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("with_gradients"),
              py::arg("threads"));
   module.def("has_amx", &bclip::cpu::has_amx);
-  py::class_<bclip::cpu::AmxBlock>(module, "AmxBlock", py::module_local())
-      .def(py::init(&amx_block), py::arg("image"), py::arg("text_across"), py::arg("num_rows"), py::arg("num_columns"),
+  py::class_<bclip::cpu::AmxProblem>(module, "AmxProblem", py::module_local())
+      .def(py::init(&amx_problem), py::arg("image"), py::arg("text"), py::arg("num_rows"), py::arg("num_columns"),
            py::arg("width"), py::arg("first"));
-  py::class_<bclip::cpu::AmxGradients>(module, "AmxGradients", py::module_local())
-      .def(py::init(&amx_gradients), py::arg("text"), py::arg("image_gradient"), py::arg("text_gradient"),
-           py::arg("workspace"));
-  module.def("amx_pack", &amx_pack, py::arg("matrix"), py::arg("num_rows"), py::arg("num_columns"),
-             py::arg("transpose"), py::arg("packed"), py::arg("threads"));
-  module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("block"), py::arg("factor"), py::arg("offset"),
+  module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("problem"), py::arg("factor"), py::arg("offset"),
              py::arg("rows"), py::arg("columns"), py::arg("positive"), py::arg("threads"));
-  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
+  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("problem"), py::arg("scale"), py::arg("bias"),
              py::arg("weight"), py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"),
-             py::arg("gradients"), py::arg("threads"));
-  module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
-             py::arg("weight"), py::arg("gradients").none(true), py::arg("threads"));
+             py::arg("image_gradient"), py::arg("text_gradient"), py::arg("threads"));
+  module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("problem"), py::arg("scale"), py::arg("bias"),
+             py::arg("weight"), py::arg("with_gradients"), py::arg("image_gradient"), py::arg("text_gradient"),
+             py::arg("threads"));
 }

@@ -1,8 +1,9 @@
-"""The operators on the CPU: C++ for everything that happens to S (csrc/contrastive.h), in chunks of rows.
+"""The operators on the CPU: C++ for everything that happens to S (csrc/contrastive.h).
 
 bfloat16 features on a processor with a matrix unit (AMX) stay in C++ throughout: S and its gradient are made in tiles
-that never leave the caches, where torch's matmuls would write them out, rounded. All else is multiplied by the library
-in single precision, which holds products of half-precision features exactly and runs near the processor's peak.
+that never leave a core's caches, where torch's matmuls would write them out, rounded. All else is multiplied by the
+library, in chunks of rows, in single precision, which holds products of half-precision features exactly and runs near
+the processor's peak.
 
 One exponential serves rows and columns: features of bounded norm have bounded logits, so a fixed offset does for all of
 them, unless the sums show that it underflowed somewhere; then a running maximum replaces it.
@@ -24,10 +25,6 @@ from ..arguments import address
 # A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
 _LIBRARY_MIN_ROWS = 128
-# With gradients, a chunk's G is stored, twice; without, its rows are but those between two joins of the threads.
-_AMX_ROWS_WITH_GRADIENTS = 512
-_AMX_ROWS = 2048
-_AMX_PANEL = 32
 
 
 def forward(
@@ -53,7 +50,22 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
     rows_lse, columns_lse, positive_grad = (part.contiguous() for part in (rows_lse, columns_lse, positive_grad))
-    products = _products(image, text, chunk_size, with_gradients=True)
+    if _takes_amx(image):
+        problem = _AmxProblem(image, text, first, with_gradients=True)
+        scale_grad = _cpu.amx_softmax_gradient(
+            problem.pointers,
+            float(scale),
+            0.0 if bias is None else float(bias),
+            float(weight),
+            address(rows_lse, torch.float32, len(image)),
+            address(columns_lse, torch.float32, len(text)),
+            address(positive_grad, torch.float32, len(image)),
+            *problem.outputs,
+            torch.get_num_threads(),
+        )
+        image_grad, text_grad = problem.gradients
+        return image_grad, text_grad, torch.tensor(scale_grad), torch.zeros(())
+    products = _LibraryProducts(image, text, chunk_size, with_gradients=True)
     gradients = _Gradients(image, float(scale))
     for chunk in products.chunks(first):
         total = chunk.softmax_gradient(
@@ -79,12 +91,28 @@ def siglip(
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.siglip`."""
-    products = _products(image, text, chunk_size, with_gradients)
+    # A positive that stands beyond every column is none.
+    first = len(text) if first is None else first
+    bias_value = 0.0 if bias is None else float(bias)
+    if _takes_amx(image):
+        problem = _AmxProblem(image, text, first, with_gradients)
+        sums = _cpu.amx_sigmoid_gradient(
+            problem.pointers,
+            float(scale),
+            bias_value,
+            weight,
+            with_gradients,
+            *problem.outputs,
+            torch.get_num_threads(),
+        )
+        loss, bias_grad, scale_grad = (torch.tensor(value) for value in sums)
+        image_grad, text_grad = problem.gradients
+        return weight * loss, image_grad, text_grad, scale_grad, bias_grad
+    products = _LibraryProducts(image, text, chunk_size, with_gradients)
     gradients = _Gradients(image, float(scale)) if with_gradients else None
     loss = 0.0
-    # A positive that stands beyond every column is none.
-    for chunk in products.chunks(len(text) if first is None else first):
-        part, total = chunk.sigmoid_gradient(float(scale), 0.0 if bias is None else float(bias), weight)
+    for chunk in products.chunks(first):
+        part, total = chunk.sigmoid_gradient(float(scale), bias_value, weight)
         loss += weight * part
         if gradients:
             gradients.add(chunk, chunk.image_gradient(), total)
@@ -106,15 +134,19 @@ def _with_fixed_offset(
     offset = float(math.ceil(offset))
     row_sums, positive = torch.empty(len(image)), torch.empty(len(image))
     column_sums = torch.zeros(len(text), dtype=torch.float64)
-    products = _products(image, text, chunk_size, with_gradients=False)
-    for chunk in products.chunks(first):
-        chunk.exponential_sums(
-            factor,
-            offset,
-            address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
-            address(column_sums, torch.float64, len(text)),
-            address(positive[chunk.own], torch.float32, len(chunk.rows)),
-        )
+    if _takes_amx(image):
+        problem = _AmxProblem(image, text, first, with_gradients=False)
+        pointers = (output.data_ptr() for output in (row_sums, column_sums, positive))
+        _cpu.amx_exponential_sums(problem.pointers, factor, offset, *pointers, torch.get_num_threads())
+    else:
+        for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
+            chunk.exponential_sums(
+                factor,
+                offset,
+                address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
+                address(column_sums, torch.float64, len(text)),
+                address(positive[chunk.own], torch.float32, len(chunk.rows)),
+            )
     # A term below 2^-126 was flushed to zero. Sums over nothing, and NaN, fail as well.
     least = 2.0**-100 * max(len(image), len(text))
     if not all(sums.isfinite().all() and sums.min().item() > least for sums in (row_sums, column_sums)):
@@ -215,73 +247,19 @@ class _LibraryProducts:
         return self.text_grad
 
 
-@dataclass(frozen=True)
-class _AmxChunk(_Chunk):
-    products: _AmxProducts
-    block: _cpu.AmxBlock
-
-    def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
-        _cpu.amx_exponential_sums(self.block, factor, offset, *outputs, torch.get_num_threads())
-
-    def softmax_gradient(self, *arguments: float) -> float:
-        return _cpu.amx_softmax_gradient(self.block, *arguments, self.products.outputs(), torch.get_num_threads())
-
-    def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
-        outputs = self.products.outputs() if self.products.with_gradients else None
-        return _cpu.amx_sigmoid_gradient(self.block, scale, bias, weight, outputs, torch.get_num_threads())
-
-    def image_gradient(self) -> Tensor:
-        """G @ T, made along with G."""
-        # (D / 32, b / 32, 32 rows, 32 columns); a last chunk with fewer rows fills but the beginning.
-        shape = _panels(self.products.width), _panels(len(self.rows)), _AMX_PANEL, _AMX_PANEL
-        filled = self.products.image_grad.flatten()[: math.prod(shape)].view(shape)
-        return filled.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[: len(self.rows), : self.products.width]
+def _takes_amx(image: Tensor) -> bool:
+    return image.dtype == torch.bfloat16 and _cpu.has_amx()
 
 
-class _AmxProducts:
-    """The packed layouts are those of csrc/contrastive.h."""
+class _AmxProblem:
+    """Contiguous features, which C++ reads as they are, and gradients, which it writes."""
 
-    def __init__(self, image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> None:
-        self.image, text, self.with_gradients = image.contiguous(), text.contiguous(), with_gradients
-        self.num_columns, self.width = text.shape
-        self.chunk_size = min(chunk_size, len(image), _AMX_ROWS_WITH_GRADIENTS if with_gradients else _AMX_ROWS)
-        self.text_across = _packed(text, transpose=True)
-        if with_gradients:
-            self.text = _packed(text, transpose=False)
-            rows, columns, width = (_panels(size) for size in (self.chunk_size, self.num_columns, self.width))
-            self.image_grad = torch.empty(width, rows, _AMX_PANEL, _AMX_PANEL)
-            self.text_grad = torch.zeros(columns, width, _AMX_PANEL, _AMX_PANEL)
-            self.workspace = torch.empty(2, rows, columns, _AMX_PANEL, _AMX_PANEL, dtype=torch.bfloat16)
-
-    def chunks(self, first: int) -> Iterator[_AmxChunk]:
-        for start in range(0, len(self.image), self.chunk_size):
-            rows = self.image[start : start + self.chunk_size]
-            rows_at = address(rows, torch.bfloat16, len(rows), self.width)
-            text_at = self.text_across.data_ptr()
-            block = _cpu.AmxBlock(rows_at, text_at, len(rows), self.num_columns, self.width, first + start)
-            yield _AmxChunk(start, rows, first + start, self, block)
-
-    def outputs(self) -> _cpu.AmxGradients:
-        tensors = self.text, self.image_grad, self.text_grad, self.workspace
-        return _cpu.AmxGradients(*(tensor.data_ptr() for tensor in tensors))
-
-    def text_gradient(self) -> Tensor:
-        # The result is I.T @ G: (B / 32, D / 32, 32 of D, 32 of B).
-        return self.text_grad.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[: self.num_columns, : self.width]
-
-
-def _packed(text: Tensor, transpose: bool) -> Tensor:
-    shape = _panels(text.shape[0]), _panels(text.shape[1]), _AMX_PANEL, _AMX_PANEL
-    packed = torch.empty(shape, dtype=torch.bfloat16)
-    source = address(text, torch.bfloat16, *text.shape)
-    _cpu.amx_pack(source, *text.shape, transpose, packed.data_ptr(), torch.get_num_threads())
-    return packed
-
-
-def _panels(size: int) -> int:
-    return -(-size // _AMX_PANEL)
-
-
-def _products(image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> _LibraryProducts | _AmxProducts:
-    takes_amx = image.dtype == torch.bfloat16 and _cpu.has_amx()
-    return (_AmxProducts if takes_amx else _LibraryProducts)(image, text, chunk_size, with_gradients)
+    def __init__(self, image: Tensor, text: Tensor, first: int, with_gradients: bool) -> None:
+        self.image, self.text = image.contiguous(), text.contiguous()
+        self.pointers = _cpu.AmxProblem(
+            address(self.image, torch.bfloat16, *image.shape),
+            address(self.text, torch.bfloat16, *text.shape),
+            len(image), len(text), image.shape[1], first,
+        )  # fmt: skip
+        self.gradients = [torch.empty(part.shape if with_gradients else 0, dtype=part.dtype) for part in (image, text)]
+        self.outputs = [gradient.data_ptr() for gradient in self.gradients]
