@@ -1,6 +1,6 @@
 // The contrastive operators' inner loops over a block X = I T^T of dot products (rows b, columns B).
 //
-//   S_ij = scale * X_ij + bias; the positive of row i stands in column first + i, wherever that falls inside.
+//   S_ij = scale * X_ij (+ bias); the positive of row i stands in column first + i, wherever that falls inside.
 //   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset), columns_j likewise over i;
 //            G_ij = weight (exp(S_ij - R_i) + exp(S_ij - Q_j)), at the positives G_ij = positive_grad_i.
 //   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij), y = 1 on positives, else -1.
@@ -18,20 +18,18 @@ namespace bclip::cpu {
 struct Block {
   float* dots;
   int64_t stride, rows, columns;
-  int64_t first;  // column of row 0's positive; beyond every column where there are no positives
+  int64_t first;  // column of row 0's positive; 2^40 where there are no positives
 };
 
 struct Sums {
   float* rows;      // (b,), written
   double* columns;  // (B,), added to
-  float* positive;  // (b,), the dot products of the positives, written where there is one
 };
 
 struct Softmax {
-  double scale, bias;
-  double weight;
-  const float* rows_lse;       // R (b,)
-  const float* columns_lse;    // Q (B,)
+  double scale, weight;
+  const double* rows_lse;      // R (b,), infinite where a row has no loss
+  const double* columns_lse;   // Q (B,), likewise
   const float* positive_grad;  // (b,)
 };
 
@@ -46,8 +44,8 @@ std::string instruction_set();
 // `offset` must be a whole number; the caller chooses it, and checks the sums for overflow and underflow.
 void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads);
 
-// Overwrites X with G; returns the sum of G.
-double softmax_gradient(const Block& block, const Softmax& softmax, int threads);
+// Overwrites X with G.
+void softmax_gradient(const Block& block, const Softmax& softmax, int threads);
 
 // Returns {loss / weight, sum of G}; overwrites X with G if asked for gradients.
 struct SigmoidSums {
@@ -82,7 +80,7 @@ bool has_amx();
 void amx_pack(const uint16_t* matrix, int64_t rows, int64_t columns, bool transpose, uint16_t* packed, int threads);
 
 void amx_exponential_sums(const AmxBlock& block, double factor, float offset, const Sums& sums, int threads);
-double amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients, int threads);
+void amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients, int threads);
 // `gradients` isn't looked at unless the sigmoid asks for gradients.
 SigmoidSums amx_sigmoid_gradient(const AmxBlock& block, const Sigmoid& sigmoid, const AmxGradients& gradients,
                                  int threads);

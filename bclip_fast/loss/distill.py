@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.contrastive import as_scalar, check_features, default_chunk_size, positive_gradient
+from ..ops.contrastive import as_scalar, check_features, default_chunk_size
+from ..ops.contrastive.terms import positive_gradient
 from ..ops.dispatch import Limits, choose
 from .clip import ClipLoss
 from .ranks import Ranks, check_rows, one_dtype

@@ -34,19 +34,18 @@ T* at(uintptr_t address) {
 }
 
 void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double factor, float offset,
-                      uintptr_t rows, uintptr_t columns, uintptr_t positive, int threads) {
+                      uintptr_t rows, uintptr_t columns, int threads) {
   const py::gil_scoped_release release;
   bclip::cpu::exponential_sums({at<float>(dots), num_columns, num_rows, num_columns, first}, factor, offset,
-                               {at<float>(rows), at<double>(columns), at<float>(positive)}, threads);
+                               {at<float>(rows), at<double>(columns)}, threads);
 }
 
-double softmax_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double scale, double bias,
-                        double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
-                        int threads) {
+void softmax_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double scale,
+                      double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad, int threads) {
   const py::gil_scoped_release release;
-  return bclip::cpu::softmax_gradient(
+  bclip::cpu::softmax_gradient(
       {at<float>(dots), num_columns, num_rows, num_columns, first},
-      {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)}, threads);
+      {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad)}, threads);
 }
 
 std::pair<double, double> sigmoid_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first,
@@ -73,18 +72,17 @@ bclip::cpu::AmxGradients amx_gradients(uintptr_t text, uintptr_t image_gradient,
 }
 
 void amx_exponential_sums(const bclip::cpu::AmxBlock& block, double factor, float offset, uintptr_t rows,
-                          uintptr_t columns, uintptr_t positive, int threads) {
+                          uintptr_t columns, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::amx_exponential_sums(block, factor, offset, {at<float>(rows), at<double>(columns), at<float>(positive)},
-                                   threads);
+  bclip::cpu::amx_exponential_sums(block, factor, offset, {at<float>(rows), at<double>(columns)}, threads);
 }
 
-double amx_softmax_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias, double weight,
-                            uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
-                            const bclip::cpu::AmxGradients& gradients, int threads) {
+void amx_softmax_gradient(const bclip::cpu::AmxBlock& block, double scale, double weight, uintptr_t rows_lse,
+                          uintptr_t columns_lse, uintptr_t positive_grad, const bclip::cpu::AmxGradients& gradients,
+                          int threads) {
   const py::gil_scoped_release release;
-  return bclip::cpu::amx_softmax_gradient(
-      block, {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)}, gradients,
+  bclip::cpu::amx_softmax_gradient(
+      block, {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad)}, gradients,
       threads);
 }
 
@@ -108,10 +106,10 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_set", &bclip::cpu::instruction_set);
   module.def("exponential_sums", &exponential_sums, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("first"), py::arg("factor"), py::arg("offset"), py::arg("rows"), py::arg("columns"),
-             py::arg("positive"), py::arg("threads"));
+             py::arg("threads"));
   module.def("softmax_gradient", &softmax_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
-             py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("rows_lse"),
-             py::arg("columns_lse"), py::arg("positive_grad"), py::arg("threads"));
+             py::arg("first"), py::arg("scale"), py::arg("weight"), py::arg("rows_lse"), py::arg("columns_lse"),
+             py::arg("positive_grad"), py::arg("threads"));
   module.def("sigmoid_gradient", &sigmoid_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("with_gradients"),
              py::arg("threads"));
@@ -125,9 +123,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("amx_pack", &amx_pack, py::arg("matrix"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("transpose"), py::arg("packed"), py::arg("threads"));
   module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("block"), py::arg("factor"), py::arg("offset"),
-             py::arg("rows"), py::arg("columns"), py::arg("positive"), py::arg("threads"));
-  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
-             py::arg("weight"), py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"),
+             py::arg("rows"), py::arg("columns"), py::arg("threads"));
+  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("block"), py::arg("scale"), py::arg("weight"),
+             py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"),
              py::arg("gradients"), py::arg("threads"));
   module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
              py::arg("weight"), py::arg("gradients").none(true), py::arg("threads"));

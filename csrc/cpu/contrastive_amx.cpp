@@ -274,8 +274,6 @@ void amx_exponential_sums(const AmxBlock& block, double factor, float offset, co
   gradients_of(block, nullptr, threads, [&](const Tile& tile, int64_t row, int64_t index) {
     kAvx512Kernels.exponential_sums(tile, factor, offset, partial.data() + index * block.rows + row,
                                     sums.columns + index * kTileColumns);
-    for (int64_t i = std::max<int64_t>(0, -tile.first); i < std::min(tile.rows, tile.columns - tile.first); ++i)
-      sums.positive[row + i] = tile.dots[i * tile.stride + tile.first + i];
   });
   for (int64_t row = 0; row < block.rows; ++row) {
     double total = 0;
@@ -284,21 +282,12 @@ void amx_exponential_sums(const AmxBlock& block, double factor, float offset, co
   }
 }
 
-double amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients,
-                            int threads) {
+void amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients, int threads) {
   check(block);
   const SoftmaxShares shares(softmax, block.rows, block.columns);
-  std::vector<double> partial(num_tiles(block));
   gradients_of(block, &gradients, threads, [&](const Tile& tile, int64_t row, int64_t index) {
-    const Shares rows = {shares.rows.offsets + row, shares.rows.shares + row};
-    const Shares columns = {shares.columns.offsets + index * kTileColumns,
-                            shares.columns.shares + index * kTileColumns};
-    partial[index] += kAvx512Kernels.softmax_gradient(
-        tile, {shares.factor, shares.one_offset, rows, columns, softmax.positive_grad + row});
+    kAvx512Kernels.softmax_gradient(tile, shares.tile(row, index * kTileColumns));
   });
-  double total = 0;
-  for (const double part : partial) total += part;
-  return total;
 }
 
 SigmoidSums amx_sigmoid_gradient(const AmxBlock& block, const Sigmoid& sigmoid, const AmxGradients& gradients,
@@ -339,7 +328,7 @@ void amx_pack(const uint16_t*, int64_t, int64_t, bool, uint16_t*, int) { refuse(
 
 void amx_exponential_sums(const AmxBlock&, float, float, const Sums&, int) { refuse(); }
 
-double amx_softmax_gradient(const AmxBlock&, const Softmax&, const AmxGradients&, int) { refuse(); }
+void amx_softmax_gradient(const AmxBlock&, const Softmax&, const AmxGradients&, int) { refuse(); }
 
 SigmoidSums amx_sigmoid_gradient(const AmxBlock&, const Sigmoid&, const AmxGradients&, int) { refuse(); }
 

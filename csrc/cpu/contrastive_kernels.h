@@ -21,24 +21,27 @@ struct Shares {
   const float *offsets, *shares;
 };
 
-// The shares of all rows and columns of a problem, with the positives' gradient left apart.
-struct SoftmaxShares {
-  SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns);
-  SoftmaxShares(const SoftmaxShares&) = delete;  // points into itself
-
-  double factor;
-  bool one_offset;
-  Shares rows, columns;
-
- private:
-  std::vector<float> numbers;
-};
-
 struct GradientTile {
   double factor;
   bool one_offset;  // the offsets of all rows and columns are the same, so one exponential serves both
   Shares rows, columns;
   const float* positive_grad;  // (rows,)
+};
+
+// The shares of all rows and columns of a problem, with the positives' gradient left apart.
+struct SoftmaxShares {
+  SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns);
+  SoftmaxShares(const SoftmaxShares&) = delete;  // points into itself
+
+  // What a tile that starts there needs.
+  GradientTile tile(int64_t row, int64_t column) const;
+
+ private:
+  double factor;
+  bool one_offset;
+  Shares rows, columns;
+  const float* positive_grad;
+  std::vector<float> numbers;
 };
 
 struct SigmoidTile {
@@ -54,7 +57,7 @@ struct ContrastiveKernels {
   const char* name;
   // Writes rows (rows,); adds to columns (columns,).
   void (*exponential_sums)(const Tile&, double factor, float offset, float* rows, double* columns);
-  double (*softmax_gradient)(const Tile&, const GradientTile&);
+  void (*softmax_gradient)(const Tile&, const GradientTile&);
   SigmoidTileSums (*sigmoid_gradient)(const Tile&, const SigmoidTile&);
 };
 

@@ -58,12 +58,10 @@ void exponential_sums(const Tile& tile, double factor, float offset, float* rows
   }
 }
 
-double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
+void softmax_gradient(const Tile& tile, const GradientTile& gradient) {
   const Factor factor(gradient.factor);
-  double total = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const Lanes row_offset = splat(gradient.rows.offsets[row]), row_share = splat(gradient.rows.shares[row]);
-    Lanes row_sum = {};
     for (int64_t column = 0; column < tile.columns; column += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
       float* dots = tile.dots + row * tile.stride + column;
@@ -78,13 +76,10 @@ double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
       }
       int64_t lane;
       if (holds_positive(tile, row, column, lane)) g = with_lane(g, lane, gradient.positive_grad[row]);
-      if (count < kLanes) g = zero_from(g, count);
-      row_sum += g;
+      // Lanes beyond the tile aren't stored.
       store_first(dots, g, count);
     }
-    total += sum(row_sum);
   }
-  return total;
 }
 
 SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {

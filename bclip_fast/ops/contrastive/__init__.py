@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Limits, choose, kernels
+from .terms import accumulation_dtype, positive_gradient, positive_logits, siglip_gradient_dtype
 
 __all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
@@ -48,7 +49,7 @@ def clip_loss(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T + logit_bias.
+    """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T.
 
     Row i of `image` belongs to row i of `text` (Radford et al. 2021, arXiv 2103.00020, figure 3). S is computed chunk
     by chunk and again in the backward, so memory is O(B * D + chunk_size * B) where the dense form takes O(B * B). The
@@ -57,7 +58,7 @@ def clip_loss(
     Args:
         image, text: (B, D), the same dtype of float64, float32, bfloat16 or float16; usually of unit norm.
         logit_scale: the factor itself (open_clip passes exp of its parameter), a number or 0-dimensional tensor.
-        logit_bias: added to every logit, likewise.
+        logit_bias: added to every logit, likewise. It cancels: its gradient is 0.
         chunk_size: rows of S at a time; 8 MiB worth of them on a CPU and 1 GiB on an accelerator, unless given.
         backend: "auto" or one of `ops.BACKENDS`.
 
@@ -71,7 +72,8 @@ def clip_loss(
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     backend = choose("clip_loss", LIMITS, backend, image, text)
-    return _clip_loss(image, text, scale, bias, chunk_size, backend)[0]
+    loss = _clip_loss(image, text, scale, chunk_size, backend)[0]
+    return loss if bias is None else loss + 0.0 * bias
 
 
 def siglip_loss(
@@ -137,37 +139,26 @@ def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return value.reshape(()).to(like.device, dtype)
 
 
-def accumulation_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
 def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) -> int:
     """Rows of S that fill 8 MiB in fp32 on a CPU, where caches reward small chunks, and 1 GiB on an accelerator."""
     budget = (8 if device.type == "cpu" else 1024) << 20
     return max(1, min(num_rows, budget // (4 * num_columns)))
 
 
-def positive_gradient(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -> Tensor:
-    """dL/dS at the positives, before the weight: minus the probabilities that go astray in row and column."""
-    return -((rows_lse - positive).sigmoid() + (columns_lse - positive).sigmoid())
-
-
 @torch.library.custom_op("bclip::clip_loss", mutates_args=())
 def _clip_loss(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int, backend: str
+    image: Tensor, text: Tensor, scale: Tensor, chunk_size: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-sum-exps of the negatives by row (B,) and by column (B,), positive logits (B,))"""
-    rows, columns, positive = kernels("contrastive", backend).forward(image, text, scale, bias, 0, chunk_size)
+    """(loss, log-sum-exps of the negatives by row (B,) and by column (B,), positive logits (B,)), all but it float64"""
+    rows, columns = kernels("contrastive", backend).forward(image, text, scale, 0, chunk_size)
+    positive = positive_logits(image, text, scale)
     loss = (F.softplus(rows - positive) + F.softplus(columns - positive)).mean() / 2
-    return loss, rows, columns, positive
+    return loss.to(scale.dtype), rows, columns, positive
 
 
 @_clip_loss.register_fake
-def _(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = image.shape[0]
-    return scale.new_empty(()), scale.new_empty(size), scale.new_empty(size), scale.new_empty(size)
+def _(image: Tensor, text: Tensor, scale: Tensor, chunk_size: int, backend: str) -> tuple[Tensor, ...]:
+    return scale.new_empty(()), *(scale.new_empty(len(image), dtype=torch.float64) for _ in range(3))
 
 
 @torch.library.custom_op("bclip::clip_loss_backward", mutates_args=())
@@ -176,19 +167,18 @@ def _clip_loss_backward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of image, text, scale and bias."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and scale."""
     weight = grad / (2 * image.shape[0])
     rows_lse, columns_lse = torch.logaddexp(rows, positive), torch.logaddexp(columns, positive)
-    positive_grad = weight * positive_gradient(rows, columns, positive)
+    positive_grad = (weight * positive_gradient(rows, columns, positive)).to(scale.dtype)
     return kernels("contrastive", backend).backward(
-        image, text, scale, bias, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size
+        image, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, image.dtype
     )
 
 
@@ -198,27 +188,24 @@ def _(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     # Contiguous whatever the inputs' layout, as the kernels allocate them.
-    return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(scale), torch.empty_like(scale)
+    return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(scale)
 
 
 def _clip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    image, text, scale, bias, ctx.chunk_size, ctx.backend = inputs
+    *tensors, ctx.chunk_size, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(image, text, scale, bias, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _clip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    grads = _clip_loss_backward(grad, *saved, ctx.chunk_size, ctx.backend)
-    return *grads[:3], (None if saved[3] is None else grads[3]), None, None
+    return *_clip_loss_backward(grad, *ctx.saved_tensors, ctx.chunk_size, ctx.backend), None, None
 
 
 _clip_loss.register_autograd(_clip_backward, setup_context=_clip_setup)
@@ -236,7 +223,10 @@ def _siglip_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, and its gradients for image, text, scale and bias)"""
     weight = 1 / image.shape[0]
-    return kernels("contrastive", backend).siglip(image, text, scale, bias, 0, weight, chunk_size, with_gradients)
+    dtype = siglip_gradient_dtype(image)
+    return kernels("contrastive", backend).siglip(
+        image, text, scale, bias, 0, weight, chunk_size, dtype, with_gradients
+    )
 
 
 @_siglip_loss.register_fake
@@ -249,13 +239,14 @@ def _(
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    image_grad = image.new_empty(image.shape if with_gradients else (0,))
-    text_grad = text.new_empty(text.shape if with_gradients else (0,))
+    dtype = siglip_gradient_dtype(image) if with_gradients else image.dtype
+    image_grad = image.new_empty(image.shape if with_gradients else (0,), dtype=dtype)
+    text_grad = text.new_empty(text.shape if with_gradients else (0,), dtype=dtype)
     return scale.new_empty(()), image_grad, text_grad, scale.new_empty(()), scale.new_empty(())
 
 
 def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.has_bias = inputs[3] is not None
+    ctx.has_bias, ctx.dtype = inputs[3] is not None, inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
@@ -263,8 +254,7 @@ def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _siglip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
     bias = grad * bias_grad if ctx.has_bias else None
-    # The product takes the wider dtype of the two; a gradient must have its input's.
-    features = [(grad * tensor).to(tensor.dtype) for tensor in (image_grad, text_grad)]
+    features = [(grad * tensor).to(ctx.dtype) for tensor in (image_grad, text_grad)]
     return *features, grad * scale_grad, bias, None, None, None
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from bclip_fast import _cpu
 
 from ..arguments import address
+from .terms import log_sum_exp
 
 # A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
@@ -28,44 +29,44 @@ _LIBRARY_MIN_ROWS = 128
 _AMX_ROWS_WITH_GRADIENTS = 512
 _AMX_ROWS = 2048
 _AMX_PANEL = 32
+# A positive that stands beyond every column is none.
+_NO_POSITIVES = 1 << 40
 
 
-def forward(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, first: int, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
-    results = _with_fixed_offset(image, text, float(scale), first, chunk_size)
-    rows, columns, positive = results or _with_running_maximum(image, text, float(scale), first, chunk_size)
-    return (rows, columns, positive) if bias is None else (rows + bias, columns + bias, positive + bias)
+    first = _NO_POSITIVES if first is None else first
+    return _with_fixed_offset(image, text, float(scale), first, chunk_size) or _with_running_maximum(
+        image, text, float(scale), first, chunk_size
+    )
 
 
 def backward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
-    first: int,
+    first: int | None,
     rows_lse: Tensor,
     columns_lse: Tensor,
     weight: Tensor,
     positive_grad: Tensor,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
     rows_lse, columns_lse, positive_grad = (part.contiguous() for part in (rows_lse, columns_lse, positive_grad))
     products = _products(image, text, chunk_size, with_gradients=True)
-    gradients = _Gradients(image, float(scale))
-    for chunk in products.chunks(first):
-        total = chunk.softmax_gradient(
+    gradients = _Gradients(image, float(scale), dtype)
+    for chunk in products.chunks(_NO_POSITIVES if first is None else first):
+        chunk.softmax_gradient(
             float(scale),
-            0.0 if bias is None else float(bias),
             float(weight),
-            address(rows_lse[chunk.own], torch.float32, len(chunk.rows)),
-            address(columns_lse, torch.float32, len(text)),
-            address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
+            address(rows_lse[chunk.own], torch.float64, len(chunk.rows)),
+            address(columns_lse, torch.float64, len(text)),
+            0 if first is None else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
         )
-        gradients.add(chunk, chunk.image_gradient(), total)
-    return gradients.results(products.text_gradient(), text.dtype)
+        gradients.add(chunk, chunk.image_gradient())
+    return gradients.results(products.text_gradient())
 
 
 def siglip(
@@ -76,27 +77,28 @@ def siglip(
     first: int | None,
     weight: float,
     chunk_size: int,
+    dtype: torch.dtype,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.siglip`."""
     products = _products(image, text, chunk_size, with_gradients)
-    gradients = _Gradients(image, float(scale)) if with_gradients else None
-    loss = 0.0
-    # A positive that stands beyond every column is none.
-    for chunk in products.chunks(len(text) if first is None else first):
+    gradients = _Gradients(image, float(scale), dtype) if with_gradients else None
+    loss = bias_grad = 0.0
+    for chunk in products.chunks(_NO_POSITIVES if first is None else first):
         part, total = chunk.sigmoid_gradient(float(scale), 0.0 if bias is None else float(bias), weight)
         loss += weight * part
+        bias_grad += total
         if gradients:
-            gradients.add(chunk, chunk.image_gradient(), total)
+            gradients.add(chunk, chunk.image_gradient())
     if gradients:
-        return torch.tensor(loss), *gradients.results(products.text_gradient(), text.dtype)
+        return torch.tensor(loss), *gradients.results(products.text_gradient()), torch.tensor(bias_grad)
     return torch.tensor(loss), image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
 
 
 def _with_fixed_offset(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(r, q, positives) without the bias, or None where the offset doesn't suit every row and column."""
+) -> tuple[Tensor, Tensor] | None:
+    """(r, q), or None where the offset doesn't suit every row and column."""
     norms = [torch.linalg.vector_norm(tensor, dim=1, dtype=torch.float32).max().item() for tensor in (image, text)]
     factor = scale / math.log(2)
     # The largest sum that a row or a column can have is then 2^124, below overflow.
@@ -104,7 +106,7 @@ def _with_fixed_offset(
     if not math.isfinite(offset):
         return None
     offset = float(math.ceil(offset))
-    row_sums, positive = torch.empty(len(image)), torch.empty(len(image))
+    row_sums = torch.empty(len(image))
     column_sums = torch.zeros(len(text), dtype=torch.float64)
     products = _products(image, text, chunk_size, with_gradients=False)
     for chunk in products.chunks(first):
@@ -113,50 +115,46 @@ def _with_fixed_offset(
             offset,
             address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
             address(column_sums, torch.float64, len(text)),
-            address(positive[chunk.own], torch.float32, len(chunk.rows)),
         )
     # A term below 2^-126 was flushed to zero. Sums over nothing, and NaN, fail as well.
     least = 2.0**-100 * max(len(image), len(text))
     if not all(sums.isfinite().all() and sums.min().item() > least for sums in (row_sums, column_sums)):
         return None
-    rows, columns = (sums.double().log2_().add_(offset).mul_(math.log(2)).float() for sums in (row_sums, column_sums))
-    return rows, columns, positive.mul_(scale)
+    rows, columns = (sums.double().log2_().add_(offset).mul_(math.log(2)) for sums in (row_sums, column_sums))
+    return rows, columns
 
 
 def _with_running_maximum(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, q, positives) without the bias, whatever the logits; sums over nothing are -inf."""
-    rows_lse, positive = torch.empty(len(image)), torch.empty(len(image))
-    columns_lse = torch.full((len(text),), -math.inf)
+) -> tuple[Tensor, Tensor]:
+    """(r, q) whatever the logits; sums over nothing are -inf."""
+    rows_lse = torch.empty(len(image), dtype=torch.float64)
+    columns_lse = torch.full((len(text),), -math.inf, dtype=torch.float64)
     for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
         logits = chunk.dots.mul_(scale)
-        diagonal = logits.diagonal(chunk.first)
-        positive[chunk.own] = diagonal
-        diagonal.fill_(-math.inf)
-        rows_lse[chunk.own] = logits.logsumexp(1)
-        columns_lse = torch.logaddexp(columns_lse, logits.logsumexp(0))
-    return rows_lse, columns_lse, positive
+        logits.diagonal(chunk.first).fill_(-math.inf)
+        rows_lse[chunk.own] = log_sum_exp(logits, 1)
+        columns_lse = torch.logaddexp(columns_lse, log_sum_exp(logits, 0))
+    return rows_lse, columns_lse
 
 
 class _Gradients:
     """What the chunks of G add up to."""
 
-    def __init__(self, image: Tensor, scale: float) -> None:
+    def __init__(self, image: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.scale = scale
-        self.image_grad = torch.empty(image.shape, dtype=image.dtype)
-        self.scale_grad = self.bias_grad = 0.0
+        self.image_grad = torch.empty(image.shape, dtype=dtype)
+        self.scale_grad = 0.0
 
-    def add(self, chunk: _Chunk, unscaled: Tensor, total: float) -> None:
-        """G @ T of the chunk, in single precision, and the sum of its G."""
+    def add(self, chunk: _Chunk, unscaled: Tensor) -> None:
+        """G @ T of the chunk, in single precision."""
         # sum(G * (I @ T.T)) = sum((G @ T) * I): no second look at S.
         self.scale_grad += torch.linalg.vecdot(unscaled, chunk.rows.float()).sum(dtype=torch.float64).item()
-        self.bias_grad += total
         self.image_grad[chunk.own] = unscaled.mul_(self.scale)
 
-    def results(self, unscaled: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        text_grad = unscaled.mul_(self.scale).to(dtype, memory_format=torch.contiguous_format)
-        return self.image_grad, text_grad, torch.tensor(self.scale_grad), torch.tensor(self.bias_grad)
+    def results(self, unscaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        text_grad = unscaled.mul_(self.scale).to(self.image_grad.dtype, memory_format=torch.contiguous_format)
+        return self.image_grad, text_grad, torch.tensor(self.scale_grad)
 
 
 @dataclass(frozen=True)
@@ -184,8 +182,8 @@ class _LibraryChunk(_Chunk):
     def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
         _cpu.exponential_sums(*self._block(), factor, offset, *outputs, torch.get_num_threads())
 
-    def softmax_gradient(self, *arguments: float) -> float:
-        return _cpu.softmax_gradient(*self._block(), *arguments, torch.get_num_threads())
+    def softmax_gradient(self, *arguments: float) -> None:
+        _cpu.softmax_gradient(*self._block(), *arguments, torch.get_num_threads())
 
     def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
         with_gradients = self.products.with_gradients
@@ -223,8 +221,8 @@ class _AmxChunk(_Chunk):
     def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
         _cpu.amx_exponential_sums(self.block, factor, offset, *outputs, torch.get_num_threads())
 
-    def softmax_gradient(self, *arguments: float) -> float:
-        return _cpu.amx_softmax_gradient(self.block, *arguments, self.products.outputs(), torch.get_num_threads())
+    def softmax_gradient(self, *arguments: float) -> None:
+        _cpu.amx_softmax_gradient(self.block, *arguments, self.products.outputs(), torch.get_num_threads())
 
     def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
         outputs = self.products.outputs() if self.products.with_gradients else None
