@@ -3,6 +3,8 @@
 //   S_ij = scale * X_ij (+ bias); the positive of row i stands in column first + i, wherever that falls inside.
 //   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset), columns_j likewise over i;
 //            G_ij = weight (exp(S_ij - R_i) + exp(S_ij - Q_j)), at the positives G_ij = positive_grad_i.
+//   groups:  with ids, all pairs of one id are positives: from the softmax's G_ij their shares a_i + b_j are taken, before
+//            any rounding, and the sigmoid's y is 1. `first` must then say that there are no other positives.
 //   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij), y = 1 on positives, else -1.
 //
 // All matrices are row-major. `dots` has its rows `stride` floats apart, features are contiguous. Sums are taken in a
@@ -26,16 +28,23 @@ struct Sums {
   double* columns;  // (B,), added to
 };
 
+struct Groups {
+  const int32_t *rows, *columns;            // ids (b,), (B,); null without groups
+  const float *row_shares, *column_shares;  // a (b,), b (B,) of the softmax; null for the sigmoid
+};
+
 struct Softmax {
   double scale, weight;
   const double* rows_lse;      // R (b,), infinite where a row has no loss
   const double* columns_lse;   // Q (B,), likewise
   const float* positive_grad;  // (b,)
+  Groups groups;
 };
 
 struct Sigmoid {
   double scale, bias, weight;
   bool with_gradients;
+  Groups groups;
 };
 
 // The instruction set in use: "avx512", "avx2" or "plain".

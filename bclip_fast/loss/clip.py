@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,7 +16,7 @@ from ..ops.contrastive import (
     clip_loss,
     default_chunk_size,
 )
-from ..ops.contrastive.terms import accumulation_dtype, positive_gradient, positive_logits
+from ..ops.contrastive.terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
 from ..ops.dispatch import choose, kernels
 from .ranks import GatherRows, RankedLoss, Ranks, SumOverRanks, check_rows, one_dtype
 
@@ -231,7 +230,7 @@ class _GlobalClipLoss(torch.autograd.Function):
         positive = positive_logits(image, text, scale)
         columns = ranks.merge_lse(columns, "column sums")
         own = columns[first : first + len(text)]
-        total = ranks.sum((F.softplus(rows - positive) + F.softplus(own - positive)).sum(), "the loss")
+        total = ranks.sum(pair_losses(rows, own, positive).sum(), "the loss")
         # Every rank needs every column's full sum, so the positives travel too: O(B) numbers.
         positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]
         columns_lse = torch.logaddexp(columns, positives)

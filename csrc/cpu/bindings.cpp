@@ -1,8 +1,10 @@
 #include <cstdint>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../contrastive.h"
 #include "../image.h"
@@ -33,6 +35,14 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Addresses of ids and shares, 0 where there are none.
+using GroupAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+bclip::cpu::Groups groups_at(const GroupAddresses& groups) {
+  const auto [rows, columns, row_shares, column_shares] = groups;
+  return {at<int32_t>(rows), at<int32_t>(columns), at<float>(row_shares), at<float>(column_shares)};
+}
+
 void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double factor, float offset,
                       uintptr_t rows, uintptr_t columns, int threads) {
   const py::gil_scoped_release release;
@@ -41,18 +51,21 @@ void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int
 }
 
 void softmax_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double scale,
-                      double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad, int threads) {
+                      double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
+                      const GroupAddresses& groups, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::softmax_gradient(
-      {at<float>(dots), num_columns, num_rows, num_columns, first},
-      {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad)}, threads);
+  bclip::cpu::softmax_gradient({at<float>(dots), num_columns, num_rows, num_columns, first},
+                               {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad),
+                                groups_at(groups)},
+                               threads);
 }
 
 std::pair<double, double> sigmoid_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first,
-                                           double scale, double bias, double weight, bool with_gradients, int threads) {
+                                           double scale, double bias, double weight, bool with_gradients,
+                                           const GroupAddresses& groups, int threads) {
   const py::gil_scoped_release release;
   const auto sums = bclip::cpu::sigmoid_gradient({at<float>(dots), num_columns, num_rows, num_columns, first},
-                                                 {scale, bias, weight, with_gradients}, threads);
+                                                 {scale, bias, weight, with_gradients, groups_at(groups)}, threads);
   return {sums.loss, sums.gradient};
 }
 
@@ -78,19 +91,21 @@ void amx_exponential_sums(const bclip::cpu::AmxBlock& block, double factor, floa
 }
 
 void amx_softmax_gradient(const bclip::cpu::AmxBlock& block, double scale, double weight, uintptr_t rows_lse,
-                          uintptr_t columns_lse, uintptr_t positive_grad, const bclip::cpu::AmxGradients& gradients,
-                          int threads) {
+                          uintptr_t columns_lse, uintptr_t positive_grad, const GroupAddresses& groups,
+                          const bclip::cpu::AmxGradients& gradients, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::amx_softmax_gradient(
-      block, {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad)}, gradients,
-      threads);
+  bclip::cpu::amx_softmax_gradient(block,
+                                   {scale, weight, at<double>(rows_lse), at<double>(columns_lse),
+                                    at<float>(positive_grad), groups_at(groups)},
+                                   gradients, threads);
 }
 
 std::pair<double, double> amx_sigmoid_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias,
-                                               double weight, const bclip::cpu::AmxGradients* gradients, int threads) {
+                                               double weight, const GroupAddresses& groups,
+                                               const bclip::cpu::AmxGradients* gradients, int threads) {
   const py::gil_scoped_release release;
   const bool wanted = gradients != nullptr;
-  const auto sums = bclip::cpu::amx_sigmoid_gradient(block, {scale, bias, weight, wanted},
+  const auto sums = bclip::cpu::amx_sigmoid_gradient(block, {scale, bias, weight, wanted, groups_at(groups)},
                                                      wanted ? *gradients : bclip::cpu::AmxGradients{}, threads);
   return {sums.loss, sums.gradient};
 }
@@ -109,10 +124,10 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads"));
   module.def("softmax_gradient", &softmax_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("first"), py::arg("scale"), py::arg("weight"), py::arg("rows_lse"), py::arg("columns_lse"),
-             py::arg("positive_grad"), py::arg("threads"));
+             py::arg("positive_grad"), py::arg("groups"), py::arg("threads"));
   module.def("sigmoid_gradient", &sigmoid_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("with_gradients"),
-             py::arg("threads"));
+             py::arg("groups"), py::arg("threads"));
   module.def("has_amx", &bclip::cpu::has_amx);
   py::class_<bclip::cpu::AmxBlock>(module, "AmxBlock", py::module_local())
       .def(py::init(&amx_block), py::arg("image"), py::arg("text_across"), py::arg("num_rows"), py::arg("num_columns"),
@@ -126,7 +141,7 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("rows"), py::arg("columns"), py::arg("threads"));
   module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("block"), py::arg("scale"), py::arg("weight"),
              py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"),
-             py::arg("gradients"), py::arg("threads"));
+             py::arg("groups"), py::arg("gradients"), py::arg("threads"));
   module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
-             py::arg("weight"), py::arg("gradients").none(true), py::arg("threads"));
+             py::arg("weight"), py::arg("groups"), py::arg("gradients").none(true), py::arg("threads"));
 }

@@ -62,7 +62,8 @@ void exponential_sums(const Block& block, double factor, float offset, const Sum
 }
 
 SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns)
-    : factor(softmax.scale * kLog2E), positive_grad(softmax.positive_grad), numbers(2 * (rows + columns)) {
+    : factor(softmax.scale * kLog2E), positive_grad(softmax.positive_grad), groups(softmax.groups),
+      numbers(2 * (rows + columns)) {
   double lowest = INFINITY, highest = -INFINITY;
   const auto widen = [&](const double* lse, int64_t count) {
     bool all = true;
@@ -108,16 +109,15 @@ void softmax_gradient(const Block& block, const Softmax& softmax, int threads) {
 
 GradientTile SoftmaxShares::tile(int64_t row, int64_t column) const {
   return {factor, one_offset, {rows.offsets + row, rows.shares + row},
-          {columns.offsets + column, columns.shares + column}, positive_grad ? positive_grad + row : nullptr};
+          {columns.offsets + column, columns.shares + column}, positive_grad ? positive_grad + row : nullptr,
+          groups_at(groups, row, column)};
 }
 
 SigmoidSums sigmoid_gradient(const Block& block, const Sigmoid& sigmoid, int threads) {
   check(block);
-  const SigmoidTile constants = {static_cast<float>(sigmoid.scale), static_cast<float>(sigmoid.bias),
-                                 static_cast<float>(sigmoid.weight), sigmoid.with_gradients};
   std::vector<SigmoidTileSums> partial(num_tiles(block));
   parallel(num_tiles(block), threads, [&](int64_t index) {
-    partial[index] = kernels().sigmoid_gradient(tile_at(block, index), constants);
+    partial[index] = kernels().sigmoid_gradient(tile_at(block, index), SigmoidTile(sigmoid, 0, index * kTileColumns));
   });
   SigmoidSums total = {};
   for (const auto& part : partial) {

@@ -293,11 +293,10 @@ void amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const A
 SigmoidSums amx_sigmoid_gradient(const AmxBlock& block, const Sigmoid& sigmoid, const AmxGradients& gradients,
                                  int threads) {
   check(block);
-  const SigmoidTile constants = {static_cast<float>(sigmoid.scale), static_cast<float>(sigmoid.bias),
-                                 static_cast<float>(sigmoid.weight), sigmoid.with_gradients};
   std::vector<SigmoidTileSums> partial(num_tiles(block));
   gradients_of(block, sigmoid.with_gradients ? &gradients : nullptr, threads,
-               [&](const Tile& tile, int64_t, int64_t index) {
+               [&](const Tile& tile, int64_t row, int64_t index) {
+                 const SigmoidTile constants(sigmoid, row, index * kTileColumns);
                  const auto sums = kAvx512Kernels.sigmoid_gradient(tile, constants);
                  partial[index].loss += sums.loss;
                  partial[index].gradient += sums.gradient;

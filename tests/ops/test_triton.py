@@ -38,7 +38,7 @@ def test_under_the_interpreter():
     here = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / "test_contrastive.py"), str(here / "test_triton.py")],
+        + [str(here / name) for name in ("test_contrastive.py", "test_contrastive_targets.py", "test_triton.py")],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,

@@ -11,8 +11,9 @@ them, unless the sums show that it underflowed somewhere; then a running maximum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from bclip_fast import _cpu
 
 from ..arguments import address
-from .terms import log_sum_exp
+from .terms import Groups, log_sum_exp
 
 # A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
@@ -52,18 +53,23 @@ def backward(
     positive_grad: Tensor,
     chunk_size: int,
     dtype: torch.dtype,
+    *,
+    hardness: float = 0.0,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
     rows_lse, columns_lse, positive_grad = (part.contiguous() for part in (rows_lse, columns_lse, positive_grad))
+    shares = [] if groups is None else [(weight * part).float() for part in (groups.row_shares, groups.column_shares)]
     products = _products(image, text, chunk_size, with_gradients=True)
     gradients = _Gradients(image, float(scale), dtype)
     for chunk in products.chunks(_NO_POSITIVES if first is None else first):
         chunk.softmax_gradient(
-            float(scale),
+            float(scale) + hardness,
             float(weight),
             address(rows_lse[chunk.own], torch.float64, len(chunk.rows)),
             address(columns_lse, torch.float64, len(text)),
             0 if first is None else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
+            _addresses(groups, chunk.own, shares),
         )
         gradients.add(chunk, chunk.image_gradient())
     return gradients.results(products.text_gradient())
@@ -79,13 +85,16 @@ def siglip(
     chunk_size: int,
     dtype: torch.dtype,
     with_gradients: bool,
+    *,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.siglip`."""
     products = _products(image, text, chunk_size, with_gradients)
     gradients = _Gradients(image, float(scale), dtype) if with_gradients else None
     loss = bias_grad = 0.0
     for chunk in products.chunks(_NO_POSITIVES if first is None else first):
-        part, total = chunk.sigmoid_gradient(float(scale), 0.0 if bias is None else float(bias), weight)
+        offset = 0.0 if bias is None else float(bias)
+        part, total = chunk.sigmoid_gradient(float(scale), offset, weight, _addresses(groups, chunk.own))
         loss += weight * part
         bias_grad += total
         if gradients:
@@ -93,6 +102,21 @@ def siglip(
     if gradients:
         return torch.tensor(loss), *gradients.results(products.text_gradient()), torch.tensor(bias_grad)
     return torch.tensor(loss), image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
+
+
+def _addresses(groups: Groups | None, own: slice, shares: Sequence[Tensor] = ()) -> tuple[int, int, int, int]:
+    """Of the ids and shares of a chunk's rows and all columns, 0 where there are none."""
+    if groups is None:
+        return 0, 0, 0, 0
+    rows, columns = groups.rows[own], groups.columns
+    ids = address(rows, torch.int32, len(rows)), address(columns, torch.int32, len(columns))
+    if not shares:
+        return *ids, 0, 0
+    return (
+        *ids,
+        address(shares[0][own], torch.float32, len(rows)),
+        address(shares[1], torch.float32, len(columns)),
+    )
 
 
 def _with_fixed_offset(
@@ -182,12 +206,14 @@ class _LibraryChunk(_Chunk):
     def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
         _cpu.exponential_sums(*self._block(), factor, offset, *outputs, torch.get_num_threads())
 
-    def softmax_gradient(self, *arguments: float) -> None:
+    def softmax_gradient(self, *arguments: Any) -> None:
         _cpu.softmax_gradient(*self._block(), *arguments, torch.get_num_threads())
 
-    def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
-        with_gradients = self.products.with_gradients
-        return _cpu.sigmoid_gradient(*self._block(), scale, bias, weight, with_gradients, torch.get_num_threads())
+    def sigmoid_gradient(
+        self, scale: float, bias: float, weight: float, groups: tuple[int, int, int, int]
+    ) -> tuple[float, float]:
+        constants = scale, bias, weight, self.products.with_gradients
+        return _cpu.sigmoid_gradient(*self._block(), *constants, groups, torch.get_num_threads())
 
     def image_gradient(self) -> Tensor:
         """Once G is there: G @ T; adds G.T @ I to the text's."""
@@ -221,12 +247,14 @@ class _AmxChunk(_Chunk):
     def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
         _cpu.amx_exponential_sums(self.block, factor, offset, *outputs, torch.get_num_threads())
 
-    def softmax_gradient(self, *arguments: float) -> None:
+    def softmax_gradient(self, *arguments: Any) -> None:
         _cpu.amx_softmax_gradient(self.block, *arguments, self.products.outputs(), torch.get_num_threads())
 
-    def sigmoid_gradient(self, scale: float, bias: float, weight: float) -> tuple[float, float]:
+    def sigmoid_gradient(
+        self, scale: float, bias: float, weight: float, groups: tuple[int, int, int, int]
+    ) -> tuple[float, float]:
         outputs = self.products.outputs() if self.products.with_gradients else None
-        return _cpu.amx_sigmoid_gradient(self.block, scale, bias, weight, outputs, torch.get_num_threads())
+        return _cpu.amx_sigmoid_gradient(self.block, scale, bias, weight, groups, outputs, torch.get_num_threads())
 
     def image_gradient(self) -> Tensor:
         """G @ T, made along with G."""

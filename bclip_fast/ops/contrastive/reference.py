@@ -7,7 +7,13 @@ itself rounds to 1. With R and Q the full log-sum-exps and w the weight of a row
     G_ij = w * (exp(S_ij - R_i) + exp(S_ij - Q_j)) off the positives,
     G_ip = -w * (sigmoid(r_i - S_ip) + sigmoid(q_p - S_ip)),
     dI = s * G @ T,   dT = s * G.T @ I,   ds = sum(G * (I @ T.T)).
-A bias common to all logits cancels. A row or column without a loss has an infinite R or Q.
+A bias common to all logits cancels. A row or column without a loss has an infinite R or Q. With hardness h the
+exponentials have s + h in place of s, also in r and q, which the caller gets by passing s + h as the scale: that is S
+plus h times the cosine as a constant, and all other factors remain s.
+
+Groups (soft targets, uniform over the n pairs of a row, or of a column, that share an id; Yang et al. 2022, arXiv
+2204.03610, equations 1 to 3). There, R and Q hold all pairs and first is None; row i has the loss R_i - mean of its
+positives' S, and from G_ij of a positive its shares a_i + b_j are taken, w / n each. In the sigmoid y = 1 for them all.
 
 Sigmoid (Zhai et al. 2023, arXiv 2303.15343). With S = s * I @ T.T + c, L = w * sum_ij softplus(-y_ij * S_ij), y = 1 on
 the positives and -1 elsewhere; G_ij = -w * y_ij * sigmoid(-y_ij * S_ij) is known with the loss, so one pass gives both;
@@ -24,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import accumulation_dtype, log_sum_exp
+from .terms import Groups, accumulation_dtype, log_sum_exp
 
 
 def dense(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,10 +78,14 @@ def backward(
     positive_grad: Tensor,
     chunk_size: int,
     dtype: torch.dtype,
+    *,
+    hardness: float = 0.0,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dI (b, D), dT (B, D), ds) for G as above, with R (b,), Q (B,), w (), and G_ip = positive_grad (b,).
 
-    dI and dT come in `dtype`, ds in the accumulation dtype. `positive_grad` isn't looked at where `first` is None.
+    dI and dT come in `dtype`, ds in the accumulation dtype. `positive_grad` isn't looked at where `first` is None. The
+    groups' shares are those of G / w.
     """
     wide = accumulation_dtype(image)
     texts = text.to(wide)
@@ -86,11 +96,14 @@ def backward(
     for start in range(0, len(image), chunk_size):
         own = slice(start, start + chunk_size)
         rows = image[own].to(wide)
-        logits = (scale * rows) @ texts.T
+        logits = ((scale + hardness) * rows) @ texts.T
         grad = (logits - rows_near[own, None]).exp_().mul_(weight * rows_rest[own, None])
         grad += logits.sub_(columns_near).exp_().mul_(weight * columns_rest)
         if first is not None:
             grad.diagonal(first + start).copy_(positive_grad[own])
+        if groups is not None:
+            shares = weight * (groups.row_shares[own, None] + groups.column_shares)
+            grad -= shares.to(wide).where(groups.rows[own, None] == groups.columns, 0.0)
         unscaled = grad @ texts
         # sum(G * (I @ T.T)) = sum((G @ T) * I): no second look at S.
         scale_grad += (unscaled * rows).sum()
@@ -115,6 +128,8 @@ def siglip(
     chunk_size: int,
     dtype: torch.dtype,
     with_gradients: bool,
+    *,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss (), dI (b, D), dT (B, D), ds, dc) of the tile, dI and dT in `dtype`.
 
@@ -131,14 +146,20 @@ def siglip(
         logits = (scale * rows) @ texts.T
         if bias is not None:
             logits += bias
+        # From here on S is -y * S everywhere.
+        if groups is not None:
+            sign = 1 - 2 * (groups.rows[start : start + chunk_size, None] == groups.columns).to(wide)
+            logits *= sign
         if first is not None:
-            logits.diagonal(first + start).neg_()  # now S is -y * S everywhere
-        loss += weight * F.softplus(logits).sum()
+            logits.diagonal(first + start).neg_()
+        loss += weight * F.softplus(logits, threshold=50).sum()
         if not with_gradients:
             continue
         grad = logits.sigmoid_().mul_(weight)
         if first is not None:
             grad.diagonal(first + start).neg_()
+        if groups is not None:
+            grad *= sign
         bias_grad += grad.sum()
         unscaled = grad @ texts
         scale_grad += (unscaled * rows).sum()

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .terms import log_sum_exp
+from .terms import Groups, log_sum_exp
 
 # G / w is at most 2 in size, float16 ends at 65504.
 GRADIENT_SCALE = 2.0**14
@@ -142,6 +142,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     rows_lse,
     columns_lse,
     positive_grad,
+    row_ids,
+    column_ids,
+    row_shares,
+    column_shares,
     grad,
     partials,
     num_rows,
@@ -178,9 +182,21 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     if HAS_POSITIVES:
         own = tl.load(positive_grad + tl.minimum(rows, num_rows - 1))
         gradient = tl.where(columns[None, :] == (rows + first)[:, None], own[:, None], gradient)
+    if row_ids is not None:
+        row_share = tl.load(row_shares + tl.minimum(rows, num_rows - 1))
+        column_share = tl.load(column_shares + tl.minimum(columns, num_columns - 1))
+        same = _same_group(row_ids, column_ids, rows, columns, num_rows, num_columns)
+        gradient -= tl.where(same, row_share[:, None] + column_share[None, :], 0.0)
     gradient = tl.where((rows < num_rows)[:, None] & (columns < num_columns)[None, :], gradient, 0.0)
     tl.store(partials + tl.program_id(0).to(tl.int64), tl.sum(tl.sum(gradient * products, 1), 0))
     _store_gradient(gradient, rows, columns, grad, num_rows, num_columns, grad_stride, GRADIENT_SCALE)
+
+
+@triton.jit
+def _same_group(row_ids, column_ids, rows, columns, num_rows, num_columns):  # type: ignore[no-untyped-def]
+    row_id = tl.load(row_ids + tl.minimum(rows, num_rows - 1))
+    column_id = tl.load(column_ids + tl.minimum(columns, num_columns - 1))
+    return row_id[:, None] == column_id[None, :]
 
 
 @triton.jit
@@ -212,6 +228,8 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     text,
     scale,
     bias,
+    row_ids,
+    column_ids,
     grad,
     partials,
     num_rows,
@@ -239,6 +257,9 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     if HAS_POSITIVES:
         is_positive = columns[None, :] == (rows + first)[:, None]
         logits = tl.where(is_positive, -logits, logits)
+    if row_ids is not None:
+        same = _same_group(row_ids, column_ids, rows, columns, num_rows, num_columns)
+        logits = tl.where(same, -logits, logits)
     # At -inf both loss and gradient are 0.
     counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     logits = tl.where(counted, logits, float("-inf"))
@@ -250,6 +271,8 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
         gradient = tl.where(logits >= 0.0, 1.0, small) / (1.0 + small)
         if HAS_POSITIVES:
             gradient = tl.where(is_positive, -gradient, gradient)
+        if row_ids is not None:
+            gradient = tl.where(same, -gradient, gradient)
         tl.store(sums, tl.sum(tl.sum(gradient * products, 1), 0))
         tl.store(sums + 1, tl.sum(tl.sum(gradient, 1), 0))
         _store_gradient(gradient, rows, columns, grad, num_rows, num_columns, grad_stride, GRADIENT_SCALE)
@@ -326,9 +349,13 @@ def backward(
     positive_grad: Tensor,
     chunk_size: int,
     dtype: torch.dtype,
+    *,
+    hardness: float = 0.0,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The kernel works on G / w, whose range is known. All is zero with the weight; 0 / 0 must not make NaN of it.
     positive_grad = torch.where(weight == 0, 0.0, positive_grad / weight)
+    sharpness = scale + hardness if hardness else scale
     # In the exponent logits are rounded like these.
     rows_lse, columns_lse = rows_lse.float().contiguous(), columns_lse.float().contiguous()
 
@@ -336,10 +363,14 @@ def backward(
         _backward_kernel[(len(partials),)](
             rows,
             text,
-            scale,
+            sharpness,
             rows_lse[start:],
             columns_lse,
             positive_grad[start:],
+            None if groups is None else groups.rows[start:],
+            None if groups is None else groups.columns,
+            None if groups is None else groups.row_shares[start:].float(),
+            None if groups is None else groups.column_shares.float(),
             grad,
             partials,
             len(rows),
@@ -364,6 +395,8 @@ def siglip(
     chunk_size: int,
     dtype: torch.dtype,
     with_gradients: bool,
+    *,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def launch(
         start: int, rows: Tensor, text: Tensor, grad: Tensor | None, partials: Tensor, options: dict[str, Any]
@@ -373,6 +406,8 @@ def siglip(
             text,
             scale,
             bias,
+            None if groups is None else groups.rows[start:],
+            None if groups is None else groups.columns,
             grad,
             partials,
             len(rows),
