@@ -254,13 +254,25 @@ uint16_t rounded(float value) {
 // What becomes of the dot products. `sweep` calls begin_block for other rows; within, for each panel of own rows,
 // begin_panel, row for each (with G also for those beyond the last), end_panel; and end_block.
 
+// The groups' ids and shares, seen from the own rows.
+struct OwnGroups {
+  OwnGroups(const Groups& groups, bool own_is_image)
+      : own(own_is_image ? groups.rows : groups.columns),
+        other(own_is_image ? groups.columns : groups.rows),
+        own_shares(own_is_image ? groups.row_shares : groups.column_shares),
+        other_shares(own_is_image ? groups.column_shares : groups.row_shares) {}
+
+  const int32_t *const own, *const other;
+  const float *const own_shares, *const other_shares;
+};
+
 class ExponentialSums {
  public:
   static constexpr bool kWithGradient = false;
 
   // Adds to rows (all own rows) and columns (all other rows).
-  ExponentialSums(double factor, float offset, float* positive, double* rows, double* columns)
-      : factor_(factor), offset_(_mm512_set1_ps(offset)), positive_(positive), rows_(rows), columns_(columns) {}
+  ExponentialSums(double factor, float offset, double* rows, double* columns)
+      : factor_(factor), offset_(_mm512_set1_ps(offset)), rows_(rows), columns_(columns) {}
 
   void begin_block(int64_t column, int64_t count) {
     column_ = column;
@@ -272,10 +284,7 @@ class ExponentialSums {
   inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t*) {
     uint32_t counted = place.columns;
     const int64_t positive = positive_lane(place, i);
-    if (positive >= 0) {
-      if (counted >> positive & 1) positive_[place.row + i] = dots[positive];
-      counted &= ~(1u << positive);
-    }
+    if (positive >= 0) counted &= ~(1u << positive);
     float* columns = partial_.data() + (place.column - column_);
     __m512 row_sum = _mm512_load_ps(row_sums_[i]);
     for (int64_t half = 0; half < kPanel; half += kHalf) {
@@ -301,41 +310,44 @@ class ExponentialSums {
 
   const Factor16 factor_;
   const __m512 offset_;
-  float* const positive_;
   double *const rows_, *const columns_;
   alignas(64) float row_sums_[kPanel][kHalf];
   std::vector<float> partial_;
   int64_t column_ = 0, count_ = 0;
 };
 
-// Where the gradient of a positive is found: by image row, which is the own or the other one.
-struct PositiveGradient {
-  const float* of_image;
-  bool own_is_image;
+// 16 of the bits of a mask for 32 columns.
+BCLIP_INLINE __mmask16 half_of(uint32_t mask, int64_t half) { return static_cast<__mmask16>(mask >> (half * kHalf)); }
 
-  float at(const Place& place, int64_t i, int64_t lane) const {
-    return of_image[own_is_image ? place.row + i : place.column + lane];
-  }
-};
+// Of the 16 columns from `column` on, those in the group of the own row.
+BCLIP_INLINE __mmask16 same_group(const OwnGroups& groups, int64_t row, int64_t column, __mmask16 present) {
+  const __m512i ids = _mm512_maskz_loadu_epi32(present, groups.other + column);
+  return _mm512_mask_cmpeq_epi32_mask(present, ids, _mm512_set1_epi32(groups.own[row]));
+}
 
-template <bool kOneOffset>
+template <bool kOneOffset, bool kGroups>
 class SoftmaxGradient {
  public:
   static constexpr bool kWithGradient = true;
 
-  SoftmaxGradient(double factor, const Shares& own, const Shares& other, const PositiveGradient& positive)
-      : factor_(factor), own_(own), other_(other), positive_(positive) {}
+  SoftmaxGradient(const GradientTile& all, bool own_is_image)
+      : factor_(all.factor),
+        own_(own_is_image ? all.rows : all.columns),
+        other_(own_is_image ? all.columns : all.rows),
+        positive_grad_(all.positive_grad),
+        own_is_image_(own_is_image),
+        groups_(all.groups, own_is_image) {}
 
   void begin_block(int64_t, int64_t) {}
   void begin_panel() {}
 
   inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t* gradient) {
-    const __m512 offset = _mm512_set1_ps(own_.offsets[place.row + i]);
-    const __m512 share = _mm512_set1_ps(own_.shares[place.row + i]);
+    const int64_t row = place.row + i;
+    const __m512 offset = _mm512_set1_ps(own_.offsets[row]), share = _mm512_set1_ps(own_.shares[row]);
     __m512 g[2];
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t column = place.column + half * kHalf;
-      const __mmask16 present = static_cast<__mmask16>(place.columns >> (half * kHalf));
+      const __mmask16 present = half_of(place.columns, half);
       const __m512 x = _mm512_load_ps(dots + half * kHalf);
       const __m512 e = exp2_of(x, factor_, offset);
       const __m512 other_share = _mm512_maskz_loadu_ps(present, other_.shares + column);
@@ -346,10 +358,17 @@ class SoftmaxGradient {
         const __m512 others = _mm512_mul_ps(exp2_of(x, factor_, other_offset), other_share);
         g[half] = _mm512_maskz_fmadd_ps(present, e, share, others);
       }
+      if (kGroups) {
+        const __mmask16 same = same_group(groups_, row, column, present);
+        const __m512 target = _mm512_add_ps(_mm512_set1_ps(groups_.own_shares[row]),
+                                            _mm512_maskz_loadu_ps(present, groups_.other_shares + column));
+        g[half] = _mm512_mask_sub_ps(g[half], same, g[half], target);
+      }
     }
     store_rounded(g[0], g[1], gradient);
     const int64_t lane = positive_lane(place, i);
-    if (lane >= 0 && place.columns >> lane & 1) gradient[lane] = rounded(positive_.at(place, i, lane));
+    if (lane >= 0 && place.columns >> lane & 1)
+      gradient[lane] = rounded(positive_grad_[own_is_image_ ? row : place.column + lane]);
   }
 
   void end_panel(int64_t, int64_t) {}
@@ -358,60 +377,61 @@ class SoftmaxGradient {
  private:
   const Factor16 factor_;
   const Shares own_, other_;
-  const PositiveGradient positive_;
+  const float* const positive_grad_;  // by image
+  const bool own_is_image_;
+  const OwnGroups groups_;
 };
 
-template <bool kGradient>
+template <bool kGradient, bool kGroups>
 class SigmoidGradient {
  public:
   static constexpr bool kWithGradient = kGradient;
 
-  explicit SigmoidGradient(const Sigmoid& sigmoid)
-      : scale_(static_cast<float>(sigmoid.scale)),
-        bias_(static_cast<float>(sigmoid.bias)),
-        weight_(static_cast<float>(sigmoid.weight)),
-        minus_log2_e_(-1.4426950408889634) {}
+  SigmoidGradient(const SigmoidTile& all, bool own_is_image)
+      : all_(all), minus_log2_e_(-1.4426950408889634), groups_(all.groups, own_is_image) {}
 
   void begin_block(int64_t, int64_t) {}
-  void begin_panel() { losses_ = gradients_ = Lanes{}; }
+  void begin_panel() { losses_ = gradients_ = _mm512_setzero_ps(); }
 
   inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t* gradient) {
     const int64_t lane = positive_lane(place, i);
-    const uint32_t positive = lane < 0 ? 0 : 1u << lane;
+    const uint32_t positives = lane < 0 ? 0 : 1u << lane;
+    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.f), minus_zero = _mm512_set1_ps(-0.f);
     __m512 g[2];
     for (int64_t half = 0; half < 2; ++half) {
-      const __mmask16 present = static_cast<__mmask16>(place.columns >> (half * kHalf));
-      const __mmask16 negated = static_cast<__mmask16>(positive >> (half * kHalf));
-      const __m512 minus_zero = _mm512_set1_ps(-0.f);
-      __m512 z = _mm512_fmadd_ps(_mm512_load_ps(dots + half * kHalf), _mm512_set1_ps(scale_),
-                                 _mm512_set1_ps(bias_));
-      z = _mm512_mask_xor_ps(z, negated, z, minus_zero);  // -y S: minus S at the positive
-      const __m512 u = exp2_of(_mm512_abs_ps(z), minus_log2_e_, _mm512_setzero_ps());
+      const __mmask16 present = half_of(place.columns, half);
+      const __mmask16 positive = kGroups ? same_group(groups_, place.row + i, place.column + half * kHalf, present)
+                                         : half_of(positives, half);
+      const __m512 x = _mm512_load_ps(dots + half * kHalf);
+      __m512 z = _mm512_fmadd_ps(x, _mm512_set1_ps(all_.scale), _mm512_set1_ps(all_.bias));
+      z = _mm512_mask_xor_ps(z, positive, z, minus_zero);  // -y S: minus S at the positives
+      const __m512 u = exp2_of(_mm512_abs_ps(z), minus_log2_e_, zero);
       // With NaN in the second place, max gives NaN.
-      const __m512 loss = _mm512_add_ps(_mm512_max_ps(_mm512_setzero_ps(), z), log1p_unit(u));
-      losses_ += (Lanes)_mm512_maskz_mov_ps(present, loss);
+      const __m512 loss = _mm512_add_ps(_mm512_max_ps(zero, z), (__m512)log1p_unit((Lanes)u));
+      losses_ = _mm512_mask_add_ps(losses_, present, losses_, loss);
       if (!kGradient) continue;
-      const __m512 one = _mm512_set1_ps(1.f);
-      const __m512 numerator = _mm512_mask_mov_ps(u, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GT_OQ), one);
-      g[half] = _mm512_maskz_div_ps(present, _mm512_mul_ps(numerator, _mm512_set1_ps(weight_)), u + one);
-      g[half] = _mm512_mask_xor_ps(g[half], negated, g[half], minus_zero);
-      gradients_ += (Lanes)g[half];
+      const __m512 numerator = _mm512_mask_mov_ps(u, _mm512_cmp_ps_mask(z, zero, _CMP_GT_OQ), one);
+      const __m512 size = _mm512_maskz_div_ps(present, _mm512_mul_ps(numerator, _mm512_set1_ps(all_.weight)),
+                                              _mm512_add_ps(u, one));
+      g[half] = _mm512_mask_xor_ps(size, positive, size, minus_zero);
+      gradients_ = _mm512_add_ps(gradients_, g[half]);
     }
     if (kGradient) store_rounded(g[0], g[1], gradient);
   }
 
   void end_panel(int64_t, int64_t) {
-    sums.loss += sum(losses_);
-    sums.gradient += sum(gradients_);
+    sums.loss += _mm512_reduce_add_ps(losses_);
+    sums.gradient += _mm512_reduce_add_ps(gradients_);
   }
   void end_block() {}
 
   SigmoidSums sums = {};
 
  private:
-  const float scale_, bias_, weight_;
+  const SigmoidTile all_;
   const Factor16 minus_log2_e_;
-  Lanes losses_, gradients_;
+  const OwnGroups groups_;
+  __m512 losses_, gradients_;
 };
 
 // A thread's memory for `sweep`.
@@ -478,8 +498,9 @@ void sweep(const Features& own, int64_t begin, int64_t end, const Features& othe
   }
 }
 
-// Writes scale * O to `gradient` (all own rows, D), rounded; returns the sum of O times the own features.
-double finish(const Features& own, int64_t begin, int64_t end, const float* result, double scale, uint16_t* gradient) {
+// Writes scale * O to the rows of `gradient` (all own rows, D); returns the sum of O times the own features.
+double finish(const Features& own, int64_t begin, int64_t end, const float* result, double scale, void* gradient,
+              bool in_single) {
   const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
   double total = 0;
   for (int64_t row = begin; row < end; ++row) {
@@ -493,9 +514,17 @@ double finish(const Features& own, int64_t begin, int64_t end, const float* resu
       const __m512i high = interleave(_mm256_setzero_si256(), _mm512_extracti64x4_epi64(features, 1));
       products = _mm512_fmadd_ps(first, (__m512)low, products);  // widened to single precision
       products = _mm512_fmadd_ps(second, (__m512)high, products);
-      const __m512i both =
-          (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(second, factor), _mm512_mul_ps(first, factor));
-      _mm512_mask_storeu_epi16(gradient + row * own.width + k, own.columns(k), both);
+      const __m512 scaled[] = {_mm512_mul_ps(first, factor), _mm512_mul_ps(second, factor)};
+      const __mmask32 present = own.columns(k);
+      const int64_t place = row * own.width + k;
+      if (in_single) {
+        float* to = static_cast<float*>(gradient) + place;
+        _mm512_mask_storeu_ps(to, half_of(present, 0), scaled[0]);
+        _mm512_mask_storeu_ps(to + kHalf, half_of(present, 1), scaled[1]);
+      } else {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(scaled[1], scaled[0]);
+        _mm512_mask_storeu_epi16(static_cast<uint16_t*>(gradient) + place, present, both);
+      }
     }
     total += _mm512_reduce_add_ps(products);
   }
@@ -516,8 +545,8 @@ void with_memory(int64_t count, int threads, int64_t own_rows, int64_t other_row
 
 // Runs make_use() over kOwnRows own rows a task, and keep(number of the task, use, sum of O times the features).
 template <typename MakeUse, typename Keep>
-void gradient_of(const Features& own, const Features& other, int64_t shift, double scale, uint16_t* gradient,
-                 int threads, const MakeUse& make_use, const Keep& keep) {
+void gradient_of(const Features& own, const Features& other, int64_t shift, const AmxGradients& gradients,
+                 void* gradient, int threads, const MakeUse& make_use, const Keep& keep) {
   const int64_t own_rows = std::min(kOwnRows, own.count);
   constexpr bool with_gradient = decltype(make_use())::kWithGradient;
   with_memory(tasks_of(own.count), threads, own_rows, other.count, own.width, with_gradient,
@@ -525,7 +554,10 @@ void gradient_of(const Features& own, const Features& other, int64_t shift, doub
                 const int64_t begin = task * kOwnRows, end = std::min(begin + kOwnRows, own.count);
                 auto use = make_use();
                 sweep(own, begin, end, other, 0, other.count, shift, memory, use);
-                keep(task, use, with_gradient ? finish(own, begin, end, memory.result.data, scale, gradient) : 0.0);
+                double product = 0;
+                if (with_gradient)
+                  product = finish(own, begin, end, memory.result.data, gradients.scale, gradient, gradients.in_single);
+                keep(task, use, product);
               });
 }
 
@@ -568,7 +600,7 @@ void amx_exponential_sums(const AmxProblem& problem, double factor, float offset
                 const int64_t begin = row_range * rows_a_task, from = column_range * kColumnsAtOnce;
                 const int64_t end = std::min(begin + rows_a_task, images.count);
                 const int64_t to = std::min(from + kColumnsAtOnce, texts.count);
-                ExponentialSums use(factor, offset, sums.positive, rows.data() + column_range * images.count,
+                ExponentialSums use(factor, offset, rows.data() + column_range * images.count,
                                     columns.data() + row_range * texts.count);
                 sweep(images, begin, end, texts, from, to, problem.first, memory, use);
               });
@@ -585,23 +617,21 @@ void amx_exponential_sums(const AmxProblem& problem, double factor, float offset
 double amx_softmax_gradient(const AmxProblem& problem, const Softmax& softmax, const AmxGradients& gradients,
                             int threads) {
   check(problem);
+  const Features images = images_of(problem), texts = texts_of(problem);
   const SoftmaxShares shares(softmax, problem.rows, problem.columns);
+  const GradientTile all = shares.tile(0, 0);
   std::vector<double> products(tasks_of(problem.rows));
-  const auto run = [&](auto one_offset, bool own_is_image) {
-    const Features images = images_of(problem), texts = texts_of(problem);
-    using Use = SoftmaxGradient<decltype(one_offset)::value>;
-    const PositiveGradient positive = {softmax.positive_grad, own_is_image};
-    if (own_is_image)
-      gradient_of(images, texts, problem.first, softmax.scale, gradients.image, threads,
-                  [&] { return Use(shares.factor, shares.rows, shares.columns, positive); },
-                  [&](int64_t task, const Use&, double product) { products[task] = product; });
-    else
-      gradient_of(texts, images, -problem.first, softmax.scale, gradients.text, threads,
-                  [&] { return Use(shares.factor, shares.columns, shares.rows, positive); },
-                  [](int64_t, const Use&, double) {});
+  const auto run = [&](auto one_offset, auto groups) {
+    using Use = SoftmaxGradient<decltype(one_offset)::value, decltype(groups)::value>;
+    gradient_of(images, texts, problem.first, gradients, gradients.image, threads, [&] { return Use(all, true); },
+                [&](int64_t task, const Use&, double product) { products[task] = product; });
+    gradient_of(texts, images, -problem.first, gradients, gradients.text, threads,
+                [&] { return Use(all, false); }, [](int64_t, const Use&, double) {});
   };
-  for (const bool own_is_image : {true, false})
-    shares.one_offset ? run(std::true_type(), own_is_image) : run(std::false_type(), own_is_image);
+  if (all.groups.rows)
+    all.one_offset ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
+  else
+    all.one_offset ? run(std::true_type(), std::false_type()) : run(std::false_type(), std::false_type());
   return std::accumulate(products.begin(), products.end(), 0.0);
 }
 
@@ -609,21 +639,22 @@ SigmoidSums amx_sigmoid_gradient(const AmxProblem& problem, const Sigmoid& sigmo
                                  int threads) {
   check(problem);
   const Features images = images_of(problem), texts = texts_of(problem);
+  const SigmoidTile all(sigmoid);
   std::vector<SigmoidSums> partial(tasks_of(problem.rows));
-  const auto by_image = [&](auto with_gradients) {
-    using Use = SigmoidGradient<decltype(with_gradients)::value>;
-    gradient_of(images, texts, problem.first, sigmoid.scale, gradients.image, threads, [&] { return Use(sigmoid); },
+  const auto run = [&](auto with_gradients, auto groups) {
+    using Use = SigmoidGradient<decltype(with_gradients)::value, decltype(groups)::value>;
+    gradient_of(images, texts, problem.first, gradients, gradients.image, threads, [&] { return Use(all, true); },
                 [&](int64_t task, const Use& use, double product) {
                   partial[task] = {use.sums.loss, use.sums.gradient, product};
                 });
+    if constexpr (Use::kWithGradient)
+      gradient_of(texts, images, -problem.first, gradients, gradients.text, threads,
+                  [&] { return Use(all, false); }, [](int64_t, const Use&, double) {});
   };
-  if (sigmoid.with_gradients) {
-    by_image(std::true_type());
-    gradient_of(texts, images, -problem.first, sigmoid.scale, gradients.text, threads,
-                [&] { return SigmoidGradient<true>(sigmoid); }, [](int64_t, const auto&, double) {});
-  } else {
-    by_image(std::false_type());
-  }
+  if (all.groups.rows)
+    sigmoid.with_gradients ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
+  else
+    sigmoid.with_gradients ? run(std::true_type(), std::false_type()) : run(std::false_type(), std::false_type());
   SigmoidSums total = {};
   for (const auto& part : partial) {
     total.loss += part.loss;
