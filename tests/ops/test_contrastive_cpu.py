@@ -67,9 +67,9 @@ def test_strided_features(products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("first", [0, 5, 700, None])
-def test_a_rectangular_tile_as_ranks_use_it(dtype, first, products, nan_filled):
-    image, text = features(70, 48, dtype), features(2100, 48, dtype)
+@pytest.mark.parametrize(("first", "columns"), [(0, 777), (5, 777), (700, 777), (None, 777), (700, 2100)])
+def test_a_rectangular_tile_as_ranks_use_it(dtype, first, columns, products, nan_filled):
+    image, text = features(70, 48, dtype), features(columns, 48, dtype)
     scale, weight = torch.tensor(40.0), torch.tensor(0.01)
     truth = reference.forward(image.double(), text.double(), scale.double(), first, 1000)
     for ours, true in zip(cpu.forward(image, text, scale, first, 33), truth, strict=True):
