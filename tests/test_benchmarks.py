@@ -112,14 +112,30 @@ def test_time_and_memory_are_drawn_against_the_batch(tmp_path):
         assert f"<!-- {words}" in drawn
 
 
+TINY = """
+import pathlib, sys, torch
+from bclip_fast.benchmarks import cases, report
+cases.LARGEST_DENSE = 32
+cases.CASES[:] = [cases.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]
+only, large = sys.argv[2:]
+sys.exit(report.run(report.BenchConfig("contrastive", pathlib.Path(sys.argv[1]), only, large == "large")))
+"""
+
+
 @no_cuda
-def test_the_command_measures_what_it_is_asked_for(tmp_path):
-    command = [sys.executable, "-m", "bclip_fast.cli", "bench", "contrastive", "-o", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "clip-2048-float32 and cpu"], capture_output=True, text=True)
+def test_the_suite_measures_what_it_is_asked_for(tmp_path):
+    def bench(only, large):
+        done = subprocess.run([sys.executable, "-c", TINY, tmp_path, only, large], capture_output=True, text=True)
+        written = tmp_path / "bench.jsonl"
+        return done, [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
+
+    done, rows = bench("64 and cpu", "")
+    assert "takes minutes a call: --large" in done.stdout and "UserError: no figure for" in done.stderr and not rows
+    done, rows = bench("cpu or dense", "large")
     assert done.returncode == 0, done.stdout + done.stderr
-    (figure,) = map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines())
-    assert (figure["contender"], figure["batch"], figure["curve"]) == ("ours:cpu", 2048, "clip, float32")
-    assert 0 < figure["error"] < 1e-5 and figure["min"] <= figure["seconds"] <= figure["max"]
-    done = subprocess.run([*command, "--only", "65536 and float32 and cpu"], capture_output=True, text=True)
-    assert done.returncode == 2 and "takes minutes a call: --large" in done.stdout
-    assert "no figure for" in done.stderr
+    measured = [(row["contender"], row["batch"], row["curve"]) for row in rows]
+    names = ("ours:cpu", "torch dense")
+    assert measured == [(name, batch, "clip, float32") for batch in (32, 64) for name in names]
+    for row in rows:
+        assert 0 < row["error"] < 1e-5 and row["num_compared"] == row["num_results"] == 4
+        assert (row["min"] == row["seconds"] == row["max"]) == (row["batch"] == 64), "measured once where large"
