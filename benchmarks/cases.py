@@ -251,16 +251,16 @@ def pairs(batch: int, width: int, dtype: torch.dtype, loss: str, scalars: Sequen
         image, text = ((rows * signs(copies, rows)[:, None]).flatten(0, 1).requires_grad_() for rows in pair)
         return [image, text, *(torch.tensor(value, device=DEVICE).requires_grad_() for value in scalars)]
 
-    return {
-        "operator": "contrastive",
-        "name": f"{loss}-{batch}-{name}",
-        "curve": f"{loss}, {name}",
-        "batch": batch,
-        "large": copies > 1 and DEVICE.type == "cpu",
-        "make_inputs": make_inputs,
-        "bytes": 4 * batch * width * torch.finfo(dtype).bits / 8,
-        "dtype": dtype,
-    }
+    return dict(
+        operator="contrastive",
+        name=f"{loss}-{batch}-{name}",
+        curve=f"{loss}, {name}",
+        batch=batch,
+        large=copies > 1 and DEVICE.type == "cpu",
+        make_inputs=make_inputs,
+        bytes=4 * batch * width * torch.finfo(dtype).bits / 8,
+        dtype=dtype,
+    )
 
 
 def num_copies(batch: int) -> int:
