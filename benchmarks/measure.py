@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import platform
 import subprocess
@@ -87,9 +86,9 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-@functools.cache
-def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 5) -> float:
-    """The best rate of torch's own square matmul on this machine, the yardstick beside every FLOP figure."""
+def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
+    """The best rate of torch's own square matmul, the yardstick beside every FLOP figure: taken anew for each, since a
+    machine's speed drifts."""
     size = 8192 if DEVICE.type == "cuda" else 2048
     a, b = torch.randn(2, size, size).to(DEVICE, dtype)
     multiply = synchronised(torch.mm)
