@@ -173,6 +173,7 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
         axes[0, column].set_title(curve, fontsize=10, loc="left")
         axes[1, column].set_xlabel("batch")
         axes[0, column].legend(fontsize=8)
+        axes[1, column].set_xscale("log", base=2)
     axes[0, 0].set_ylabel("ms, forward and backward")
     axes[1, 0].set_ylabel("peak extra memory, MB")
     figure.tight_layout()
