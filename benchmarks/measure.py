@@ -90,7 +90,7 @@ def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
     """The best rate of torch's own square matmul, the yardstick beside every FLOP figure: taken anew for each, since a
     machine's speed drifts."""
     size = 8192 if DEVICE.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size).to(DEVICE, dtype)
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     multiply = synchronised(torch.mm)
     multiply(a, b)
     best = float("inf")
