@@ -47,7 +47,8 @@ struct Sigmoid {
   Groups groups;
 };
 
-// The instruction set in use: "avx512", "avx2" or "plain".
+// The instruction set in use: "avx512", "avx2" or "plain". The best that the processor has, or what BCLIP_CPU_ISA named
+// when it was first asked for; std::invalid_argument if that can't be had. AMX is used beside AVX-512 alone.
 std::string instruction_set();
 
 // `offset` must be a whole number; the caller chooses it, and checks the sums for overflow and underflow.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import pytest
@@ -178,7 +179,12 @@ def test_addresses_are_given_of_what_compiled_code_expects():
             arguments.address(wrong, torch.float32, 3, 4)
 
 
+def test_the_instruction_set_asked_for_is_used():
+    name = _cpu.instruction_set()
+    assert name == os.environ.get("BCLIP_CPU_ISA", name) and name in ("avx512", "avx2", "plain")
+    assert name == "avx512" or not _cpu.has_amx()
+
+
 def test_negative_sizes_are_refused_by_the_kernels():
-    assert _cpu.instruction_set() in ("avx512", "avx2", "plain")
     with pytest.raises(ValueError, match="negative sizes"):
         _cpu.exponential_sums(0, -1, 4, 0, 1.0, 0.0, 0, 0, 1)
