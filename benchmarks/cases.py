@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bclip_fast import ops
 from bclip_fast.ops import attention, contrastive, image
+from bclip_fast.ops.attention.reference import attention as dense_attention
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
@@ -109,7 +110,11 @@ def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dty
         operator="attention",
         name=name,
         make_inputs=make_inputs,
-        truth=with_gradients(lambda qkv: attention.reference.dense(qkv, None, False, 0.0, dim**-0.5)),
+        truth=with_gradients(
+            lambda qkv: dense_attention(qkv.flatten(0, 1), None, None, tokens, False, 0.0, None, dim**-0.5).unflatten(
+                0, (batch, tokens)
+            )
+        ),
         contenders={
             **ours(
                 attention.LIMITS,
@@ -145,7 +150,7 @@ def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: 
         operator="attention",
         name=name,
         make_inputs=make_inputs,
-        truth=with_gradients(lambda qkv: attention.reference.varlen(qkv, bounds, longest, False, 0.0, dim**-0.5)),
+        truth=with_gradients(lambda qkv: dense_attention(qkv, bounds, None, longest, False, 0.0, None, dim**-0.5)),
         contenders={
             **ours(
                 attention.LIMITS,
