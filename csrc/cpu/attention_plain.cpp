@@ -1,4 +1,5 @@
 // The kernels for whatever the compiler targets by itself.
+#define BCLIP_PLAIN
 #include "attention_tile.h"
 
 namespace bclip::cpu {

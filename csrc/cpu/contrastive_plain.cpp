@@ -1,4 +1,5 @@
 // The kernels for whatever the compiler targets by itself.
+#define BCLIP_PLAIN
 #include "contrastive_tile.h"
 
 namespace bclip::cpu {

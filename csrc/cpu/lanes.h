@@ -68,14 +68,25 @@ struct Factor {
   Lanes high, low;
 };
 
-// 2^(x * factor - offset) for a whole-numbered offset, within 1e-7 relative plus the rounding of x * factor where there
-// is no fused multiply-add; 0 below 2^-126. The fraction is taken before the offset could round it away.
+// x * factor - whole, without the rounding of a product that is large beside the difference.
+BCLIP_INLINE Lanes product_minus(Lanes x, const Factor& factor, Lanes whole) {
+#if defined(BCLIP_PLAIN) && !defined(__FMA__) && !defined(__aarch64__)
+  // The leading 12 bits of both have an exact product. (#pragma GCC target doesn't define __FMA__ where it brings it.)
+  const Lanes x_top = (Lanes)((IntLanes)x & -4096), top = (Lanes)((IntLanes)factor.high & -4096);
+  return (x_top * top - whole) + (x_top * (factor.high - top) + (x - x_top) * factor.high + x * factor.low);
+#else
+  return (x * factor.high - whole) + x * factor.low;  // the compiler fuses the first
+#endif
+}
+
+// 2^(x * factor - offset) for a whole-numbered offset, within 1e-7 relative; 0 below 2^-126. The fraction is taken before
+// the offset could round it away.
 BCLIP_INLINE Lanes exp2_affine(Lanes x, const Factor& factor, Lanes offset) {
   constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
   const Lanes exponent = x * factor.high - offset;
   const Lanes shifted = exponent + round;
   const Lanes whole = shifted - round;
-  const Lanes f = (x * factor.high - (offset + whole)) + x * factor.low;
+  const Lanes f = product_minus(x, factor, offset + whole);
   Lanes power = splat(0.0013276472454890609f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
   power = power * f + 0.009675540961325169f;
   power = power * f + 0.05550713092088699f;
