@@ -36,9 +36,10 @@ def features(num_rows, width, dtype=torch.float32, aligned=None):
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend."""
     here = Path(__file__).parent
+    files = ("test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", "test_triton.py")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / name) for name in ("test_contrastive.py", "test_contrastive_targets.py", "test_triton.py")],
+        + [str(here / name) for name in files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,
