@@ -295,17 +295,18 @@ def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
     @torch.no_grad()
     def run(image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]:
         own, num = image[: len(image) // copies], len(image) // copies
-        rows, columns, positive = contrastive.reference.forward(own, text, scale, None, 0, chunk_size)
+        rows, columns = contrastive.reference.forward(own, text, scale, 0, chunk_size)
+        positive = contrastive.positive_logits(own, text[:num], scale)
         columns = columns.view(copies, num).logsumexp(0)
-        loss = (F.softplus(rows - positive) + F.softplus(columns - positive)).mean() / 2
+        loss = contrastive.pair_losses(rows, columns, positive).mean() / 2
         columns_lse = torch.logaddexp(columns, positive).repeat(copies)
         weight = torch.full_like(loss, 1 / (2 * len(image)))
         positive_grad = weight * contrastive.positive_gradient(rows, columns, positive)
         rows_lse = torch.logaddexp(rows, positive)
         gradients = contrastive.reference.backward(
-            own, text, scale, None, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size
+            own, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, own.dtype
         )
-        return [loss, *of_all_copies(copies, *gradients[:3])]
+        return [loss, *of_all_copies(copies, *gradients)]
 
     return run
 
@@ -319,7 +320,7 @@ def siglip_truth(copies: int, chunk_size: int = 256) -> Contender:
     def run(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
         own = image[: len(image) // copies]
         loss, *gradients = contrastive.reference.siglip(
-            own, text, scale, bias, 0, 1 / len(image), chunk_size, with_gradients=True
+            own, text, scale, bias, 0, 1 / len(image), chunk_size, own.dtype, with_gradients=True
         )
         return [copies * loss, *of_all_copies(copies, *gradients)]
 
