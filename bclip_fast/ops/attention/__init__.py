@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import triton_refusal
 from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "fused_attention", "varlen_attention"]
 
-LIMITS: Limits = {"reference": lambda qkv: None}
+
+def _triton_limits(qkv: Tensor) -> str | None:
+    if qkv.shape[-1] not in (32, 64, 80, 96, 128):
+        return f"d is {qkv.shape[-1]}, not among 32, 64, 80, 96 and 128"
+    return triton_refusal(qkv)
+
+
+LIMITS: Limits = {"triton": _triton_limits, "reference": lambda qkv: None}
 
 
 def fused_attention(

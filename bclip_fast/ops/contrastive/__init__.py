@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import triton_refusal
 from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
 
 def _triton_limits(image: Tensor, text: Tensor) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {image.dtype}"
-    if interpreted and image.dtype == torch.bfloat16:
-        return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
-    if not interpreted and image.device.type != "cuda":
-        return f"device is {image.device.type}, not cuda"
-    if not interpreted and torch.cuda.get_device_capability(image.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
+    reason = triton_refusal(image)
+    if reason is not None:
+        return reason
     if image.shape[1] > 2048:
         return f"D is {image.shape[1]}, more than 2048"
     return None
