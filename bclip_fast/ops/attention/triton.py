@@ -6,9 +6,10 @@ as a whole, so the softmax needs no running maximum. The backward does the same,
 each dQ once: five products of matrices where two kernels would need seven, and nothing is read twice. Sequences in a
 batch differ in length: a program takes the least of 64, 128 and 256 keys that hold its own.
 
-Longer sequences, and float32 at any length (without tensor cores a tile must be small), take the block kernels: a
-program for each block of queries with a running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867); and two
-backward kernels, by queries for dQ and by keys for dK and dV, each recomputing the scores (Dao 2023, arXiv 2307.08691).
+The rest takes the block kernels: longer sequences, masks, backwards of another d than 64, and float32, as without
+tensor cores a tile must be small. The forward has a program for each block of queries and a running maximum (Milakov
+and Gimelshein 2018, arXiv 1805.02867); the backward two kernels, by queries for dQ and by keys for dK and dV, each
+computing the scores again (Dao 2023, arXiv 2307.08691).
 
 Scores, softmax and sums are float32; float32 inputs are multiplied in float32, never TF32. P and dS are rounded to the
 inputs' dtype for the products that follow. Exponentials are powers of two, log2(e) being part of the scale. One call of
@@ -25,8 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The longest row of scores that registers hold, with float32 accumulators of the backward beside it only for d <= 64.
+# The longest row of scores that registers hold.
 LONGEST_ROW = 256
+
+# Two for a multiprocessor of an H100, nearly: fewer leave a GPU idle.
+FEW_PROGRAMS = 256
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -89,7 +93,19 @@ def _kept(seed, threshold, rows, head, first_key, KEYS: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _finish(out, lse, queries, length, result, highest, sums, keep_scale, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _finish(  # type: ignore[no-untyped-def]
+    out,
+    lse,
+    queries,
+    length,
+    result,
+    highest,
+    sums,
+    keep_scale,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Stores a block of queries; of a row with nothing to attend to, zeros and -inf."""
     tl.store(lse + queries, (highest + tl.log2(sums)) * LN_2, mask=queries < length)
     factor = keep_scale / tl.where(sums == 0.0, 1.0, sums)
@@ -99,7 +115,6 @@ def _finish(out, lse, queries, length, result, highest, sums, keep_scale, HEADS:
 @triton.jit
 def _row_forward(  # type: ignore[no-untyped-def]
     qkv,
-    key_mask,
     out,
     lse,
     seed,
@@ -127,7 +142,7 @@ def _row_forward(  # type: ignore[no-untyped-def]
         queries = block * QUERIES + tl.arange(0, QUERIES)
         query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
-        scores = _scores(products, queries[:, None], keys[None, :], length, key_mask, scale, False)
+        scores = _scores(products, queries[:, None], keys[None, :], length, None, scale, False)
         # The bound keeps -inf - -inf away where nothing is seen.
         highest = tl.maximum(tl.max(scores, 1), -1e30)
         weights = tl.exp2(scores - highest[:, None])
@@ -142,7 +157,6 @@ def _row_forward(  # type: ignore[no-untyped-def]
 def _row_forward_kernel(  # type: ignore[no-untyped-def]
     qkv,
     cu_seqlens,
-    key_mask,
     out,
     lse,
     seed,
@@ -170,17 +184,15 @@ def _row_forward_kernel(  # type: ignore[no-untyped-def]
     qkv += start * stride_token + head * stride_head
     out += start * (HEADS * DIM) + head * DIM
     lse += head.to(tl.int64) * num_tokens + start
-    if key_mask is not None:
-        key_mask += start
     # fmt: off
     if cu_seqlens is not None and KEYS > 64 and length <= 64:
-        _row_forward(qkv, key_mask, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
+        _row_forward(qkv, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
                      stride_token, stride_part, DROPOUT, HEADS, DIM, WIDTH, QUERIES, 64)
     elif cu_seqlens is not None and KEYS > 128 and length <= 128:
-        _row_forward(qkv, key_mask, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
+        _row_forward(qkv, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
                      stride_token, stride_part, DROPOUT, HEADS, DIM, WIDTH, QUERIES, 128)
     else:
-        _row_forward(qkv, key_mask, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
+        _row_forward(qkv, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
                      stride_token, stride_part, DROPOUT, HEADS, DIM, WIDTH, QUERIES, KEYS)
     # fmt: on
 
@@ -262,7 +274,6 @@ def _row_lse(lse, queries, length):  # type: ignore[no-untyped-def]
 @triton.jit
 def _row_backward(  # type: ignore[no-untyped-def]
     qkv,
-    key_mask,
     out,
     lse,
     grad_out,
@@ -294,7 +305,7 @@ def _row_backward(  # type: ignore[no-untyped-def]
         grad, delta = _delta(out, grad_out, queries, length, stride_grad, HEADS, DIM, WIDTH)
         query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
-        scores = _scores(products, queries[:, None], keys[None, :], length, key_mask, scale, False)
+        scores = _scores(products, queries[:, None], keys[None, :], length, None, scale, False)
         weights = tl.exp2(scores - _row_lse(lse, queries, length)[:, None])
         dropped = weights
         if DROPOUT:
@@ -316,7 +327,6 @@ def _row_backward(  # type: ignore[no-untyped-def]
 def _row_backward_kernel(  # type: ignore[no-untyped-def]
     qkv,
     cu_seqlens,
-    key_mask,
     out,
     lse,
     grad_out,
@@ -348,17 +358,15 @@ def _row_backward_kernel(  # type: ignore[no-untyped-def]
     lse += head.to(tl.int64) * num_tokens + start
     grad_out += start * stride_grad + head * stride_grad_head
     grad_qkv += start * (3 * HEADS * DIM) + head * DIM
-    if key_mask is not None:
-        key_mask += start
     # fmt: off
     if cu_seqlens is not None and KEYS > 64 and length <= 64:
-        _row_backward(qkv, key_mask, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
+        _row_backward(qkv, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
                       stride_token, stride_part, stride_grad, DROPOUT, HEADS, DIM, WIDTH, TILE // 64, 64)
     elif cu_seqlens is not None and KEYS > 128 and length <= 128:
-        _row_backward(qkv, key_mask, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
+        _row_backward(qkv, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
                       stride_token, stride_part, stride_grad, DROPOUT, HEADS, DIM, WIDTH, TILE // 128, 128)
     else:
-        _row_backward(qkv, key_mask, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
+        _row_backward(qkv, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
                       stride_token, stride_part, stride_grad, DROPOUT, HEADS, DIM, WIDTH, TILE // KEYS, KEYS)
     # fmt: on
 
@@ -503,30 +511,42 @@ def _key_backward_kernel(  # type: ignore[no-untyped-def]
 def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) -> dict[str, Any]:
     """Tile sizes and launch options of a kernel, by its name less "_kernel".
 
-    Fixed, so that results don't depend on what a tuning run found fastest; reasoned, not yet tuned on a GPU: the largest
-    tiles that spill no register for sm_80 or sm_90, with the dropout and masks that cost the most. A row forward of
-    d = 64 is held to 128 registers, so that two programs, each with 80 KiB of shared memory, share a multiprocessor.
+    Fixed, so that results don't depend on what a tuning run found fastest; reasoned, not yet tuned on a GPU: large
+    tiles that spill no register for sm_80 and sm_90. A row forward for d = 64 takes 80 KiB of shared memory and, for
+    images without dropout and captions with it, at most 128 registers: two programs share a multiprocessor.
     """
     width = max(32, triton.next_power_of_2(dim))
-    config: dict[str, Any] = {"DIM": dim, "WIDTH": width, "num_stages": 1, "num_warps": 8, "enable_fp_fusion": True}
+    config = {"DIM": dim, "WIDTH": width, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     if kernel.startswith("_row"):
         keys = min(max(64, triton.next_power_of_2(max_seqlen)), LONGEST_ROW)
-        if kernel == "_row_forward":
-            return {**config, "QUERIES": 32, "KEYS": keys, "maxnreg": 128 if width <= 64 else None}
-        return {**config, "TILE": 4096, "KEYS": keys}
+        return {**config, "KEYS": keys, **({"QUERIES": 32} if kernel == "_row_forward" else {"TILE": 4096})}
     if dtype == torch.float32:
-        return {**config, "QUERIES": 32, "KEYS": 32}
-    if kernel == "_block_forward":
-        return {**config, "QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
-    if kernel == "_query_backward":
-        return {**config, "QUERIES": 128, "KEYS": 32, "num_stages": 2}
-    return {**config, "QUERIES": 32, "KEYS": 128, "num_stages": 2}
+        return (
+            config
+            | {
+                "_block_forward": {"QUERIES": 32, "KEYS": 32, "num_stages": 2},
+                "_query_backward": {"QUERIES": 32, "KEYS": 16, "num_stages": 2, "num_warps": 4},
+                "_key_backward": {"QUERIES": 16, "KEYS": 64},
+            }[kernel]
+        )
+    larger = 128 if width <= 64 else 64
+    return (
+        config
+        | {
+            "_block_forward": {"QUERIES": 64, "KEYS": 64, "num_stages": 3, "num_warps": 4},
+            "_query_backward": {"QUERIES": larger, "KEYS": 32, "num_stages": 2},
+            "_key_backward": {"QUERIES": 32, "KEYS": larger, "num_stages": 2},
+        }[kernel]
+    )
 
 
-def takes_rows(kernel: str, qkv: Tensor, max_seqlen: int, causal: bool) -> bool:
-    """Whether "_row_forward" or "_row_backward" takes these inputs; a causal call rather skips the half it can't see."""
-    widest = 128 if kernel == "_row_forward" else 64
-    return max_seqlen <= LONGEST_ROW and not causal and qkv.shape[-1] <= widest and qkv.dtype != torch.float32
+def takes_rows(kernel: str, qkv: Tensor, key_mask: Tensor | None, max_seqlen: int, causal: bool) -> bool:
+    """Whether "_row_forward" or "_row_backward" takes these inputs, for which it has the registers.
+
+    A causal call rather skips the blocks it can't see. The backward is for the towers' d = 64.
+    """
+    plain = key_mask is None and not causal and qkv.dtype != torch.float32
+    return plain and max_seqlen <= LONGEST_ROW and (kernel == "_row_forward" or qkv.shape[-1] == 64)
 
 
 def forward(
@@ -546,19 +566,20 @@ def forward(
     if not tokens:
         return out, lse
     qkv = _operand(qkv, max_seqlen)
-    inputs = *_inputs(qkv, cu_seqlens, key_mask), out, lse, *_dropout(qkv, dropout_p, seed), scale, max_seqlen, tokens
+    last = out, lse, *_dropout(qkv, dropout_p, seed), scale, max_seqlen, tokens
     options = {"DROPOUT": seed is not None, "HEADS": heads}
     with torch.cuda.device_of(qkv):
-        if takes_rows("_row_forward", qkv, max_seqlen, causal):
+        if takes_rows("_row_forward", qkv, key_mask, max_seqlen, causal):
             config = configuration("_row_forward", qkv.dtype, dim, max_seqlen)
             # Where there are too few heads to fill a GPU, the blocks of queries are shared out.
-            splits = 1 if programs >= 256 else triton.cdiv(max_seqlen, config["QUERIES"])
-            _row_forward_kernel[(programs * splits,)](*inputs, splits, *qkv.stride()[:3], **options, **config)
+            splits = 1 if programs >= FEW_PROGRAMS else triton.cdiv(max_seqlen, config["QUERIES"])
+            inputs = qkv, cu_seqlens, *last, splits, *qkv.stride()[:3]
+            _row_forward_kernel[(programs * splits,)](*inputs, **options, **config)
         else:
             config = configuration("_block_forward", qkv.dtype, dim, max_seqlen)
             blocks = triton.cdiv(max_seqlen, config["QUERIES"])
-            options["CAUSAL"] = causal
-            _block_forward_kernel[(programs * blocks,)](*inputs, blocks, *qkv.stride()[:3], **options, **config)
+            inputs = qkv, cu_seqlens, _bytes(key_mask), *last, blocks, *qkv.stride()[:3]
+            _block_forward_kernel[(programs * blocks,)](*inputs, CAUSAL=causal, **options, **config)
     return out, lse
 
 
@@ -581,26 +602,24 @@ def backward(
     if not tokens:
         return grad_qkv
     qkv, grad_out = _operand(qkv, max_seqlen), _operand(grad_out, max_seqlen)
-    first = _inputs(qkv, cu_seqlens, key_mask)
     last = *_dropout(qkv, dropout_p, seed), scale, max_seqlen, tokens
     strides = *qkv.stride()[:3], *grad_out.stride()[:2]
     options = {"DROPOUT": seed is not None, "HEADS": heads}
     with torch.cuda.device_of(qkv):
-        if takes_rows("_row_backward", qkv, max_seqlen, causal):
+        if takes_rows("_row_backward", qkv, key_mask, max_seqlen, causal):
             config = configuration("_row_backward", qkv.dtype, dim, max_seqlen)
-            inputs = *first, out, lse, grad_out, grad_qkv, *last
-            _row_backward_kernel[(programs,)](*inputs, *strides, **options, **config)
+            inputs = qkv, cu_seqlens, out, lse, grad_out, grad_qkv, *last, *strides
+            _row_backward_kernel[(programs,)](*inputs, **options, **config)
             return grad_qkv
-        options["CAUSAL"] = causal
-        delta = torch.empty_like(lse)
+        mask, delta = _bytes(key_mask), torch.empty_like(lse)
         config = configuration("_query_backward", qkv.dtype, dim, max_seqlen)
-        inputs = *first, out, lse, delta, grad_out, grad_qkv, *last
         blocks = triton.cdiv(max_seqlen, config["QUERIES"])
-        _query_backward_kernel[(programs * blocks,)](*inputs, blocks, *strides, **options, **config)
+        inputs = qkv, cu_seqlens, mask, out, lse, delta, grad_out, grad_qkv, *last, blocks, *strides
+        _query_backward_kernel[(programs * blocks,)](*inputs, CAUSAL=causal, **options, **config)
         config = configuration("_key_backward", qkv.dtype, dim, max_seqlen)
-        inputs = *first, lse, delta, grad_out, grad_qkv, *last
         blocks = triton.cdiv(max_seqlen, config["KEYS"])
-        _key_backward_kernel[(programs * blocks,)](*inputs, blocks, *strides, **options, **config)
+        inputs = qkv, cu_seqlens, mask, lse, delta, grad_out, grad_qkv, *last, blocks, *strides
+        _key_backward_kernel[(programs * blocks,)](*inputs, CAUSAL=causal, **options, **config)
     return grad_qkv
 
 
@@ -618,8 +637,8 @@ def _operand(tensor: Tensor, max_seqlen: int) -> Tensor:
     return tensor
 
 
-def _inputs(qkv: Tensor, cu_seqlens: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor | None, ...]:
-    return qkv, cu_seqlens, None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+def _bytes(key_mask: Tensor | None) -> Tensor | None:
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
 def _dropout(qkv: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
