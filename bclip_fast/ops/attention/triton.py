@@ -519,7 +519,7 @@ def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) ->
     config = {"DIM": dim, "WIDTH": width, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     if kernel.startswith("_row"):
         keys = min(max(64, triton.next_power_of_2(max_seqlen)), LONGEST_ROW)
-        return {**config, "KEYS": keys, **({"QUERIES": 32} if kernel == "_row_forward" else {"TILE": 4096})}
+        return {**config, "KEYS": keys, **({"QUERIES": 32} if kernel == "_row_forward" else {"TILE": min(32 * keys, 4096)})}
     if dtype == torch.float32:
         return (
             config
