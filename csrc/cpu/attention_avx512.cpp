@@ -6,8 +6,11 @@
 #include "attention_kernels.h"
 
 #ifdef BCLIP_X86_TARGETS
+#include <immintrin.h>
+
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#define BCLIP_AVX512 1  // __AVX512F__ does not follow the pragma above
 #include "attention_tile.h"
 
 namespace bclip::cpu {
