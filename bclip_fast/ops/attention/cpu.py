@@ -11,7 +11,8 @@ from ..arguments import address
 
 DTYPES = torch.bfloat16, torch.float32
 
-_INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
+# What multiplies, the best that the machine has.
+INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
 
 def forward(
     qkv: Tensor,
@@ -78,7 +79,7 @@ def _call(
         bounds = cu_seqlens.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
     call = _cpu.Attention(
-        _INSTRUCTION_SETS[qkv.dtype],
+        INSTRUCTION_SETS[qkv.dtype],
         address(qkv, qkv.dtype, rows, 3, heads, dim),
         qkv.dtype == torch.bfloat16,
         rows,
