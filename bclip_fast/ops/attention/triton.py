@@ -92,18 +92,11 @@ def _kept(seed, threshold, rows, head, first_key, KEYS: tl.constexpr):  # type: 
     return tl.reshape(kept, (rows.shape[0], KEYS))
 
 
+# Signatures by the line, not by the argument.
+# fmt: off
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    out,
-    lse,
-    queries,
-    length,
-    result,
-    highest,
-    sums,
-    keep_scale,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
+    out, lse, queries, length, result, highest, sums, keep_scale, HEADS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Stores a block of queries; of a row with nothing to attend to, zeros and -inf."""
@@ -114,25 +107,8 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _row_forward(  # type: ignore[no-untyped-def]
-    qkv,
-    out,
-    lse,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    start,
-    length,
-    head,
-    first,
-    step,
-    stride_token,
-    stride_part,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
+    qkv, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, step, stride_token, stride_part,
+    DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     keys = tl.arange(0, KEYS)
@@ -155,26 +131,9 @@ def _row_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens", "num_splits"])
 def _row_forward_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    cu_seqlens,
-    out,
-    lse,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    max_seqlen,
-    num_tokens,
-    num_splits,
-    stride_token,
-    stride_part,
-    stride_head,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, cu_seqlens, out, lse, seed, threshold, keep_scale, scale, max_seqlen, num_tokens, num_splits, stride_token,
+    stride_part, stride_head, DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """A program for a sequence, a head and each num_splits-th block of queries; no sequence longer than KEYS."""
     program = tl.program_id(0)
@@ -184,7 +143,6 @@ def _row_forward_kernel(  # type: ignore[no-untyped-def]
     qkv += start * stride_token + head * stride_head
     out += start * (HEADS * DIM) + head * DIM
     lse += head.to(tl.int64) * num_tokens + start
-    # fmt: off
     if cu_seqlens is not None and KEYS > 64 and length <= 64:
         _row_forward(qkv, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
                      stride_token, stride_part, DROPOUT, HEADS, DIM, WIDTH, QUERIES, 64)
@@ -194,33 +152,13 @@ def _row_forward_kernel(  # type: ignore[no-untyped-def]
     else:
         _row_forward(qkv, out, lse, seed, threshold, keep_scale, scale, start, length, head, first, num_splits,
                      stride_token, stride_part, DROPOUT, HEADS, DIM, WIDTH, QUERIES, KEYS)
-    # fmt: on
 
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens", "num_blocks"])
 def _block_forward_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    cu_seqlens,
-    key_mask,
-    out,
-    lse,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    max_seqlen,
-    num_tokens,
-    num_blocks,
-    stride_token,
-    stride_part,
-    stride_head,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, cu_seqlens, key_mask, out, lse, seed, threshold, keep_scale, scale, max_seqlen, num_tokens, num_blocks,
+    stride_token, stride_part, stride_head, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """A program for a sequence, a head and a block of queries, of which max_seqlen needs num_blocks."""
     program = tl.program_id(0)
@@ -273,27 +211,9 @@ def _row_lse(lse, queries, length):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _row_backward(  # type: ignore[no-untyped-def]
-    qkv,
-    out,
-    lse,
-    grad_out,
-    grad_qkv,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    start,
-    length,
-    head,
-    stride_token,
-    stride_part,
-    stride_grad,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head, stride_token,
+    stride_part, stride_grad, DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     keys = tl.arange(0, KEYS)
     key = _load(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
@@ -325,29 +245,9 @@ def _row_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens"])
 def _row_backward_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    cu_seqlens,
-    out,
-    lse,
-    grad_out,
-    grad_qkv,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    max_seqlen,
-    num_tokens,
-    stride_token,
-    stride_part,
-    stride_head,
-    stride_grad,
-    stride_grad_head,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, cu_seqlens, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, max_seqlen, num_tokens,
+    stride_token, stride_part, stride_head, stride_grad, stride_grad_head, DROPOUT: tl.constexpr, HEADS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):
     """A program for a sequence and a head; no sequence longer than KEYS. TILE numbers of a block's scores."""
     program = tl.program_id(0)
@@ -358,7 +258,6 @@ def _row_backward_kernel(  # type: ignore[no-untyped-def]
     lse += head.to(tl.int64) * num_tokens + start
     grad_out += start * stride_grad + head * stride_grad_head
     grad_qkv += start * (3 * HEADS * DIM) + head * DIM
-    # fmt: off
     if cu_seqlens is not None and KEYS > 64 and length <= 64:
         _row_backward(qkv, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
                       stride_token, stride_part, stride_grad, DROPOUT, HEADS, DIM, WIDTH, TILE // 64, 64)
@@ -368,38 +267,14 @@ def _row_backward_kernel(  # type: ignore[no-untyped-def]
     else:
         _row_backward(qkv, out, lse, grad_out, grad_qkv, seed, threshold, keep_scale, scale, start, length, head,
                       stride_token, stride_part, stride_grad, DROPOUT, HEADS, DIM, WIDTH, TILE // KEYS, KEYS)
-    # fmt: on
 
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens", "num_blocks"])
 def _query_backward_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    cu_seqlens,
-    key_mask,
-    out,
-    lse,
-    delta,
-    grad_out,
-    grad_qkv,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    max_seqlen,
-    num_tokens,
-    num_blocks,
-    stride_token,
-    stride_part,
-    stride_head,
-    stride_grad,
-    stride_grad_head,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, cu_seqlens, key_mask, out, lse, delta, grad_out, grad_qkv, seed, threshold, keep_scale, scale, max_seqlen,
+    num_tokens, num_blocks, stride_token, stride_part, stride_head, stride_grad, stride_grad_head,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """dQ, and delta (HEADS, num_tokens) float32 for `_key_backward_kernel`; programs as in `_block_forward_kernel`."""
     program = tl.program_id(0)
@@ -439,32 +314,10 @@ def _query_backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens", "num_blocks"])
 def _key_backward_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    cu_seqlens,
-    key_mask,
-    lse,
-    delta,
-    grad_out,
-    grad_qkv,
-    seed,
-    threshold,
-    keep_scale,
-    scale,
-    max_seqlen,
-    num_tokens,
-    num_blocks,
-    stride_token,
-    stride_part,
-    stride_head,
-    stride_grad,
-    stride_grad_head,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    qkv, cu_seqlens, key_mask, lse, delta, grad_out, grad_qkv, seed, threshold, keep_scale, scale, max_seqlen,
+    num_tokens, num_blocks, stride_token, stride_part, stride_head, stride_grad, stride_grad_head,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     """dK and dV; a program for a sequence, a head and a block of keys, of which max_seqlen needs num_blocks."""
     program = tl.program_id(0)
@@ -506,6 +359,7 @@ def _key_backward_kernel(  # type: ignore[no-untyped-def]
         key_grad = tl.dot(scores_grad.to(query.dtype), query, key_grad, input_precision="ieee")
     _store(grad_qkv + HEADS * DIM, keys, length, 3 * HEADS * DIM, key_grad * scale, DIM, WIDTH)
     _store(grad_qkv + 2 * HEADS * DIM, keys, length, 3 * HEADS * DIM, value_grad * keep_scale, DIM, WIDTH)
+# fmt: on
 
 
 def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) -> dict[str, Any]:
@@ -519,11 +373,9 @@ def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) ->
     config = {"DIM": dim, "WIDTH": width, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     if kernel.startswith("_row"):
         keys = min(max(64, triton.next_power_of_2(max_seqlen)), LONGEST_ROW)
-        return {
-            **config,
-            "KEYS": keys,
-            **({"QUERIES": 32} if kernel == "_row_forward" else {"TILE": min(32 * keys, 4096)}),
-        }
+        return (
+            config | {"KEYS": keys} | ({"QUERIES": 32} if kernel == "_row_forward" else {"TILE": min(32 * keys, 4096)})
+        )
     if dtype == torch.float32:
         return (
             config
