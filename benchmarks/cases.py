@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops import attention, contrastive, image
+from bclip_fast.ops import attention, contrastive, image, pointwise
 from bclip_fast.ops.attention.reference import attention as dense_attention
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
@@ -152,6 +152,41 @@ def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: 
     )
 
 
+def norm_case(rows: int, width: int, dropout_p: float) -> Case:
+    """A residual in float32, a branch in bfloat16, the norm of their sum in bfloat16: a layer under autocast."""
+
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        stream, branch = torch.randn(2, rows, width, generator=generator).unbind(0)
+        return [stream.requires_grad_(), branch.to(torch.bfloat16).requires_grad_(), *torch.ones(2, width)]
+
+    def run(backend: str) -> Contender:
+        seed = 1 if dropout_p else None
+        return with_gradients(
+            lambda x, y, weight, bias: ops.add_norm(
+                x, y, weight, bias, 1e-6, dropout_p=dropout_p, seed=seed, dtype=y.dtype, backend=backend
+            )[0]
+        )
+
+    def eager(stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(stream + branch, (width,), weight, bias, 1e-6).to(branch.dtype)
+
+    return Case(
+        operator="pointwise",
+        name=f"add-norm-{rows}x{width}" + f"-dropout-{dropout_p}" * bool(dropout_p),
+        make_inputs=make_inputs,
+        truth=run("reference"),
+        contenders={
+            **ours(pointwise.LIMITS, run, torch.zeros(1)),
+            **({} if dropout_p else {"torch": lambda: with_gradients(eager)}),
+        },
+        bytes=(4 + 2 + 4 + 2 + 2 + 4 + 4 + 2) * rows * width,
+        dtype=torch.bfloat16,
+        unit="row",
+        num_units=rows,
+    )
+
+
 def contrastive_case(batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
@@ -251,5 +286,7 @@ CASES = [
     # Mean 78 tokens, as captions of PMC figures have after truncation at 256.
     varlen_case("text-varlen-fp32", [9, 14, 21, 33, 46, 58, 71, 90, 112, 137, 189, 156], 12, 64, torch.float32),
     *(contrastive_case(batch, 512, dtype) for dtype in (torch.float32, torch.bfloat16) for batch in (2048, 4096, 8192)),
+    norm_case(16 * 197, 768, 0.0),
+    norm_case(16 * 78, 768, 0.1),
     image_case(40),
 ]

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
-    operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "all"]] = "all"
+    operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "pointwise", "all"]] = "all"
     """The operator to measure."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""

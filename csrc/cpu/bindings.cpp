@@ -6,6 +6,7 @@
 
 #include "../contrastive.h"
 #include "../image.h"
+#include "../pointwise.h"
 
 namespace py = pybind11;
 
@@ -97,6 +98,38 @@ std::pair<double, double> amx_sigmoid_gradient(const bclip::cpu::AmxBlock& block
   return {sums.loss, sums.gradient};
 }
 
+bclip::cpu::Values values(uintptr_t address, bool half) { return {at<void>(address), half}; }
+
+bclip::cpu::Dropout dropout(uint64_t seed, uint32_t drop_below, float kept) { return {seed, drop_below, kept}; }
+
+using bclip::cpu::Dropout;
+using bclip::cpu::Values;
+
+void add_norm(int64_t rows, int64_t columns, Values stream, Values branch, Values weight, Values bias, Values total,
+              Values normed, Values wide, double eps, Dropout dropout, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::add_norm({rows, columns, stream, branch, weight, bias, total, normed, wide, eps, dropout}, threads);
+}
+
+void add_norm_backward(int64_t rows, int64_t columns, Values grad, Values wide_grad, Values total_grad, Values total,
+                       Values weight, Values stream_grad, Values branch_grad, uintptr_t weight_grad,
+                       uintptr_t bias_grad, double eps, Dropout dropout, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::add_norm_backward({rows, columns, grad, wide_grad, total_grad, total, weight, stream_grad, branch_grad,
+                                 at<float>(weight_grad), at<float>(bias_grad), eps, dropout},
+                                threads);
+}
+
+void gelu(Values x, Values out, int64_t count, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::gelu(x, out, count, threads);
+}
+
+void gelu_backward(Values grad, Values x, Values out, int64_t count, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::gelu_backward(grad, x, out, count, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -131,4 +164,18 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("gradients"), py::arg("threads"));
   module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
              py::arg("weight"), py::arg("gradients").none(true), py::arg("threads"));
+  py::class_<Values>(module, "Values", py::module_local())
+      .def(py::init(&values), py::arg("address"), py::arg("half"));
+  py::class_<Dropout>(module, "Dropout", py::module_local())
+      .def(py::init(&dropout), py::arg("seed"), py::arg("drop_below"), py::arg("kept"));
+  module.def("add_norm", &add_norm, py::arg("rows"), py::arg("columns"), py::arg("stream"), py::arg("branch"),
+             py::arg("weight"), py::arg("bias"), py::arg("total"), py::arg("normed"), py::arg("wide"), py::arg("eps"),
+             py::arg("dropout"), py::arg("threads"));
+  module.def("add_norm_backward", &add_norm_backward, py::arg("rows"), py::arg("columns"), py::arg("grad"),
+             py::arg("wide_grad"), py::arg("total_grad"), py::arg("total"), py::arg("weight"), py::arg("stream_grad"),
+             py::arg("branch_grad"), py::arg("weight_grad"), py::arg("bias_grad"), py::arg("eps"), py::arg("dropout"),
+             py::arg("threads"));
+  module.def("gelu", &gelu, py::arg("x"), py::arg("out"), py::arg("count"), py::arg("threads"));
+  module.def("gelu_backward", &gelu_backward, py::arg("grad"), py::arg("x"), py::arg("out"), py::arg("count"),
+             py::arg("threads"));
 }
