@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
+from bclip_fast.model.packed import Packed
 
 from .schedule import OptimConfig, parameter_groups
 
@@ -97,7 +98,7 @@ class Engine(ABC):
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
 
-    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
 
     @abstractmethod
@@ -175,7 +176,7 @@ class PlainEngine(Engine):
                 gradient_as_bucket_view=True,
             )
 
-    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             return self.module(image, text)
 
@@ -279,7 +280,7 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         output = self._engine(image, text)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
