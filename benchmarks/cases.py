@@ -264,12 +264,16 @@ def image_case(num_images: int) -> Case:
 
 def figures(num_images: int) -> list[bytes]:
     """Real figures of PMC articles, spread over the articles."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("BCLIP_SHARED_DATA", default)) / "pmc_articles"
+    folder = shared_data() / "pmc_articles"
     paths = sorted(folder.rglob("*.jpg"))
     if len(paths) < num_images:
         raise Unavailable(f"{folder} holds {len(paths)} JPEGs, {num_images} are needed: set BCLIP_SHARED_DATA")
     return [path.read_bytes() for path in paths[:: len(paths) // num_images][:num_images]]
+
+
+def shared_data() -> Path:
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("BCLIP_SHARED_DATA", default))
 
 
 def peer(import_module: Callable[[], Any]) -> Any:
