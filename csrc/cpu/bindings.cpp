@@ -1,9 +1,12 @@
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <utility>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "../attention.h"
 #include "../contrastive.h"
 #include "../image.h"
 #include "../pointwise.h"
@@ -130,6 +133,25 @@ void gelu_backward(Values grad, Values x, Values out, int64_t count, int threads
   bclip::cpu::gelu_backward(grad, x, out, count, threads);
 }
 
+bclip::cpu::Attention attention(std::string instruction_set, uintptr_t qkv, bool bfloat16, int64_t num_rows, int64_t num_heads, int64_t dim,
+                                uintptr_t bounds, int64_t num_sequences, uintptr_t key_mask, bool causal, double scale,
+                                double dropout_p, uint64_t seed) {
+  return {std::move(instruction_set), at<void>(qkv),  bfloat16,      num_rows,              num_heads, dim,
+          at<int32_t>(bounds),        num_sequences,  at<uint8_t>(key_mask), causal, scale,     dropout_p, seed};
+}
+
+void attention_forward(const bclip::cpu::Attention& attention, uintptr_t out, uintptr_t lse, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::attention_forward(attention, at<void>(out), at<float>(lse), threads);
+}
+
+void attention_backward(const bclip::cpu::Attention& attention, uintptr_t out_grad, uintptr_t out, uintptr_t lse,
+                        uintptr_t qkv_grad, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::attention_backward(attention, {at<void>(out_grad), at<void>(out), at<float>(lse), at<void>(qkv_grad)},
+                                 threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -178,4 +200,13 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("gelu", &gelu, py::arg("x"), py::arg("out"), py::arg("count"), py::arg("threads"));
   module.def("gelu_backward", &gelu_backward, py::arg("grad"), py::arg("x"), py::arg("out"), py::arg("count"),
              py::arg("threads"));
+  py::class_<bclip::cpu::Attention>(module, "Attention", py::module_local())
+      .def(py::init(&attention), py::arg("instruction_set"), py::arg("qkv"), py::arg("bfloat16"), py::arg("num_rows"), py::arg("num_heads"),
+           py::arg("dim"), py::arg("bounds"), py::arg("num_sequences"), py::arg("key_mask"), py::arg("causal"),
+           py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
+  module.def("attention_instruction_sets", &bclip::cpu::attention_instruction_sets, py::arg("bfloat16"));
+  module.def("attention_forward", &attention_forward, py::arg("attention"), py::arg("out"), py::arg("lse"),
+             py::arg("threads"));
+  module.def("attention_backward", &attention_backward, py::arg("attention"), py::arg("out_grad"), py::arg("out"),
+             py::arg("lse"), py::arg("qkv_grad"), py::arg("threads"));
 }

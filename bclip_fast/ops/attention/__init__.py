@@ -9,7 +9,18 @@ from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "fused_attention", "varlen_attention"]
 
-LIMITS: Limits = {"reference": lambda qkv: None}
+
+def _cpu_limits(qkv: Tensor) -> str | None:
+    if qkv.device.type != "cpu":
+        return f"qkv is on {qkv.device}"
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
+        return f"{qkv.dtype} is neither float32 nor bfloat16"
+    if qkv.shape[-1] % 16:
+        return f"the head dimension {qkv.shape[-1]} isn't a multiple of 16"
+    return None
+
+
+LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda qkv: None}
 
 
 def fused_attention(
