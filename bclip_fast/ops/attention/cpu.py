@@ -13,6 +13,7 @@ DTYPES = torch.bfloat16, torch.float32
 
 _INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
 
+
 def forward(
     qkv: Tensor,
     cu_seqlens: Tensor | None,
