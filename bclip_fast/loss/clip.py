@@ -6,19 +6,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.contrastive import (
     LIMITS,
-    accumulation_dtype,
     as_scalar,
     check_features,
     clip_loss,
     default_chunk_size,
-    positive_gradient,
 )
+from ..ops.contrastive.terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
 from ..ops.dispatch import choose, kernels
 from .ranks import GatherRows, RankedLoss, Ranks, SumOverRanks, check_rows, one_dtype
 
@@ -126,9 +124,10 @@ class ClipLoss(RankedLoss):
                 check_features(image, text)
                 check_rows(image, text)
                 scale = as_scalar(logit_scale, image)
-                bias = None if logit_bias is None else as_scalar(logit_bias, image)
                 backend = choose("clip_loss", LIMITS, self.backend, image, text)
-                loss = _GlobalClipLoss.apply(image, text, scale, bias, ranks, self.chunk_size, backend)
+                loss = _GlobalClipLoss.apply(image, text, scale, ranks, self.chunk_size, backend)
+                if logit_bias is not None:
+                    loss = loss + 0.0 * as_scalar(logit_bias, image)
             return self._smoothed(loss, image, text, logit_scale, ranks)
 
     def _smoothed(self, loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor | float, ranks: Ranks) -> Tensor:
@@ -219,7 +218,6 @@ class _GlobalClipLoss(torch.autograd.Function):
         image: Tensor,
         text: Tensor,
         scale: Tensor,
-        bias: Tensor | None,
         ranks: Ranks,
         chunk_size: int | None,
         backend: str,
@@ -228,28 +226,29 @@ class _GlobalClipLoss(torch.autograd.Function):
         first = sum(sizes[: ranks.rank])
         texts = ranks.gather(text, sizes, "text features")
         chunk_size = chunk_size or default_chunk_size(len(image), len(texts), image.device)
-        rows, columns, positive = kernels("contrastive", backend).forward(image, texts, scale, bias, first, chunk_size)
+        rows, columns = kernels("contrastive", backend).forward(image, texts, scale, first, chunk_size)
+        positive = positive_logits(image, text, scale)
         columns = ranks.merge_lse(columns, "column sums")
         own = columns[first : first + len(text)]
-        total = ranks.sum((F.softplus(rows - positive) + F.softplus(own - positive)).sum(), "the loss")
+        total = ranks.sum(pair_losses(rows, own, positive).sum(), "the loss")
         # Every rank needs every column's full sum, so the positives travel too: O(B) numbers.
         positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]
         columns_lse = torch.logaddexp(columns, positives)
-        ctx.save_for_backward(image, texts, scale, bias, rows, own, positive, columns_lse)
+        ctx.save_for_backward(image, texts, scale, rows, own, positive, columns_lse)
         ctx.ranks, ctx.chunk_size, ctx.backend, ctx.sizes, ctx.first = ranks, chunk_size, backend, sizes, first
-        return total / (2 * len(texts))
+        return (total / (2 * len(texts))).to(scale.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        image, texts, scale, bias, rows, own, positive, columns_lse = ctx.saved_tensors
+        image, texts, scale, rows, own, positive, columns_lse = ctx.saved_tensors
         # Data-parallel engines average over ranks; the factor turns that average into the sum that the chain rule asks.
         weight = grad * ctx.ranks.size / (2 * len(texts))
         rows_lse = torch.logaddexp(rows, positive)
-        positive_grad = weight * positive_gradient(rows, own, positive)
-        image_grad, texts_grad, scale_grad, bias_grad = kernels("contrastive", ctx.backend).backward(
-            image, texts, scale, bias, ctx.first, rows_lse, columns_lse, weight, positive_grad, ctx.chunk_size
+        positive_grad = (weight * positive_gradient(rows, own, positive)).to(scale.dtype)
+        image_grad, texts_grad, scale_grad = kernels("contrastive", ctx.backend).backward(
+            image, texts, scale, ctx.first, rows_lse, columns_lse, weight, positive_grad, ctx.chunk_size, image.dtype
         )
         # A locked text tower (LiT) spares the way back; it is locked on all ranks or on none.
         text_grad = ctx.ranks.reduce(texts_grad, ctx.sizes, "text gradients") if ctx.needs_input_grad[1] else None
-        return image_grad, text_grad, scale_grad, None if bias is None else bias_grad, None, None, None
+        return image_grad, text_grad, scale_grad, None, None, None

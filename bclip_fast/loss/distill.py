@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.contrastive import as_scalar, check_features, default_chunk_size, positive_gradient
+from ..ops.contrastive import as_scalar, check_features, default_chunk_size
+from ..ops.contrastive.terms import pair_losses, positive_gradient
 from ..ops.dispatch import Limits, choose
 from .clip import ClipLoss
 from .ranks import Ranks, check_rows, one_dtype
@@ -124,7 +124,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
         mine = slice(first, first + len(text))
         own = columns[mine]
         rows_lse = torch.logaddexp(rows, positive)
-        contrastive = (F.softplus(rows - positive) + F.softplus(own - positive)).sum()
+        contrastive = pair_losses(rows, own, positive).sum()
         distill = (rows_lse - row_means).sum() + (torch.logaddexp(own, positive) - column_means[mine]).sum()
         totals = ranks.sum(torch.stack([contrastive, distill]), "the losses") / (2 * len(texts))
         positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]

@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size, siglip_loss
+from ..ops.contrastive import (
+    LIMITS,
+    as_scalar,
+    check_features,
+    default_chunk_size,
+    siglip_loss,
+)
+from ..ops.contrastive.terms import siglip_gradient_dtype
 from ..ops.dispatch import choose, kernels
 from .ranks import RankedLoss, Ranks, check_rows, one_dtype
 
@@ -117,18 +124,20 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         first, weight = sum(sizes[: ranks.rank]), 1 / len(texts)
         chunk_size = chunk_size or default_chunk_size(len(image), len(texts), image.device)
         loss, image_grad, texts_grad, scale_grad, bias_grad = kernels("contrastive", backend).siglip(
-            image, texts, scale, bias, first, weight, chunk_size, with_gradients
+            image, texts, scale, bias, first, weight, chunk_size, siglip_gradient_dtype(image), with_gradients
         )
         if with_gradients:
             text_grad = ranks.reduce(texts_grad, sizes, "text gradients") if ctx.needs_input_grad[1] else None
             ctx.save_for_backward(image_grad, text_grad, scale_grad, None if bias is None else bias_grad)
-        ctx.num_ranks = ranks.size
+        ctx.num_ranks, ctx.dtype = ranks.size, image.dtype
         return ranks.sum(loss, "the loss")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         factor = grad * ctx.num_ranks  # for the averaging, as in _GlobalClipLoss
-        # The product takes the wider dtype of the two; a gradient must have its input's.
-        gradients = [None if saved is None else (factor * saved).to(saved.dtype) for saved in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        image_grad, text_grad, scale_grad, bias_grad = (
+            None if saved is None else factor * saved for saved in ctx.saved_tensors
+        )
+        image_grad, text_grad = (None if part is None else part.to(ctx.dtype) for part in (image_grad, text_grad))
+        return image_grad, text_grad, scale_grad, bias_grad, None, None, None, None

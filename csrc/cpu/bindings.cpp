@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include <pybind11/pybind11.h>
@@ -37,68 +38,73 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double factor, float offset,
-                      uintptr_t rows, uintptr_t columns, uintptr_t positive, int threads) {
-  const py::gil_scoped_release release;
-  bclip::cpu::exponential_sums({at<float>(dots), num_columns, num_rows, num_columns, first}, factor, offset,
-                               {at<float>(rows), at<double>(columns), at<float>(positive)}, threads);
+// Addresses of ids and shares, 0 where there are none.
+using GroupAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+bclip::cpu::Groups groups_at(const GroupAddresses& groups) {
+  const auto [rows, columns, row_shares, column_shares] = groups;
+  return {at<int32_t>(rows), at<int32_t>(columns), at<float>(row_shares), at<float>(column_shares)};
 }
 
-double softmax_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double scale, double bias,
-                        double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
-                        int threads) {
+void exponential_sums(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double factor, float offset,
+                      uintptr_t rows, uintptr_t columns, int threads) {
   const py::gil_scoped_release release;
-  return bclip::cpu::softmax_gradient(
-      {at<float>(dots), num_columns, num_rows, num_columns, first},
-      {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)}, threads);
+  bclip::cpu::exponential_sums({at<float>(dots), num_columns, num_rows, num_columns, first}, factor, offset,
+                               {at<float>(rows), at<double>(columns)}, threads);
+}
+
+void softmax_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first, double scale,
+                      double weight, uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
+                      const GroupAddresses& groups, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::softmax_gradient({at<float>(dots), num_columns, num_rows, num_columns, first},
+                               {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad),
+                                groups_at(groups)},
+                               threads);
 }
 
 std::pair<double, double> sigmoid_gradient(uintptr_t dots, int64_t num_rows, int64_t num_columns, int64_t first,
-                                           double scale, double bias, double weight, bool with_gradients, int threads) {
+                                           double scale, double bias, double weight, bool with_gradients,
+                                           const GroupAddresses& groups, int threads) {
   const py::gil_scoped_release release;
   const auto sums = bclip::cpu::sigmoid_gradient({at<float>(dots), num_columns, num_rows, num_columns, first},
-                                                 {scale, bias, weight, with_gradients}, threads);
+                                                 {scale, bias, weight, with_gradients, groups_at(groups)}, threads);
   return {sums.loss, sums.gradient};
 }
 
-void amx_pack(uintptr_t matrix, int64_t num_rows, int64_t num_columns, bool transpose, uintptr_t packed, int threads) {
+bclip::cpu::AmxProblem amx_problem(uintptr_t image, uintptr_t text, int64_t num_rows, int64_t num_columns,
+                                   int64_t width, int64_t first) {
+  return {at<uint16_t>(image), at<uint16_t>(text), num_rows, num_columns, width, first};
+}
+
+void amx_exponential_sums(const bclip::cpu::AmxProblem& problem, double factor, float offset, uintptr_t rows,
+                          uintptr_t columns, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::amx_pack(at<uint16_t>(matrix), num_rows, num_columns, transpose, at<uint16_t>(packed), threads);
+  bclip::cpu::amx_exponential_sums(problem, factor, offset, {at<float>(rows), at<double>(columns)}, threads);
 }
 
-bclip::cpu::AmxBlock amx_block(uintptr_t image, uintptr_t text_across, int64_t num_rows, int64_t num_columns,
-                               int64_t width, int64_t first) {
-  return {at<uint16_t>(image), at<uint16_t>(text_across), num_rows, num_columns, width, first};
+bclip::cpu::AmxGradients amx_gradients(uintptr_t image, uintptr_t text, bool in_single, double scale) {
+  return {at<void>(image), at<void>(text), in_single, scale};
 }
 
-bclip::cpu::AmxGradients amx_gradients(uintptr_t text, uintptr_t image_gradient, uintptr_t text_gradient,
-                                       uintptr_t workspace) {
-  return {at<uint16_t>(text), at<float>(image_gradient), at<float>(text_gradient), at<uint16_t>(workspace)};
-}
-
-void amx_exponential_sums(const bclip::cpu::AmxBlock& block, double factor, float offset, uintptr_t rows,
-                          uintptr_t columns, uintptr_t positive, int threads) {
-  const py::gil_scoped_release release;
-  bclip::cpu::amx_exponential_sums(block, factor, offset, {at<float>(rows), at<double>(columns), at<float>(positive)},
-                                   threads);
-}
-
-double amx_softmax_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias, double weight,
-                            uintptr_t rows_lse, uintptr_t columns_lse, uintptr_t positive_grad,
+double amx_softmax_gradient(const bclip::cpu::AmxProblem& problem, double scale, double weight, uintptr_t rows_lse,
+                            uintptr_t columns_lse, uintptr_t positive_grad, const GroupAddresses& groups,
                             const bclip::cpu::AmxGradients& gradients, int threads) {
   const py::gil_scoped_release release;
   return bclip::cpu::amx_softmax_gradient(
-      block, {scale, bias, weight, at<float>(rows_lse), at<float>(columns_lse), at<float>(positive_grad)}, gradients,
-      threads);
+      problem,
+      {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad), groups_at(groups)},
+      gradients, threads);
 }
 
-std::pair<double, double> amx_sigmoid_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias,
-                                               double weight, const bclip::cpu::AmxGradients* gradients, int threads) {
+std::tuple<double, double, double> amx_sigmoid_gradient(const bclip::cpu::AmxProblem& problem, double scale,
+                                                        double bias, double weight, const GroupAddresses& groups,
+                                                        const bclip::cpu::AmxGradients* gradients, int threads) {
   const py::gil_scoped_release release;
   const bool wanted = gradients != nullptr;
-  const auto sums = bclip::cpu::amx_sigmoid_gradient(block, {scale, bias, weight, wanted},
+  const auto sums = bclip::cpu::amx_sigmoid_gradient(problem, {scale, bias, weight, wanted, groups_at(groups)},
                                                      wanted ? *gradients : bclip::cpu::AmxGradients{}, threads);
-  return {sums.loss, sums.gradient};
+  return {sums.loss, sums.gradient, sums.product};
 }
 
 bclip::cpu::Values values(uintptr_t address, bool half) { return {at<void>(address), half}; }
@@ -163,29 +169,26 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_set", &bclip::cpu::instruction_set);
   module.def("exponential_sums", &exponential_sums, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("first"), py::arg("factor"), py::arg("offset"), py::arg("rows"), py::arg("columns"),
-             py::arg("positive"), py::arg("threads"));
+             py::arg("threads"));
   module.def("softmax_gradient", &softmax_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
-             py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("rows_lse"),
-             py::arg("columns_lse"), py::arg("positive_grad"), py::arg("threads"));
+             py::arg("first"), py::arg("scale"), py::arg("weight"), py::arg("rows_lse"), py::arg("columns_lse"),
+             py::arg("positive_grad"), py::arg("groups"), py::arg("threads"));
   module.def("sigmoid_gradient", &sigmoid_gradient, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
              py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("with_gradients"),
-             py::arg("threads"));
+             py::arg("groups"), py::arg("threads"));
   module.def("has_amx", &bclip::cpu::has_amx);
-  py::class_<bclip::cpu::AmxBlock>(module, "AmxBlock", py::module_local())
-      .def(py::init(&amx_block), py::arg("image"), py::arg("text_across"), py::arg("num_rows"), py::arg("num_columns"),
+  py::class_<bclip::cpu::AmxProblem>(module, "AmxProblem", py::module_local())
+      .def(py::init(&amx_problem), py::arg("image"), py::arg("text"), py::arg("num_rows"), py::arg("num_columns"),
            py::arg("width"), py::arg("first"));
   py::class_<bclip::cpu::AmxGradients>(module, "AmxGradients", py::module_local())
-      .def(py::init(&amx_gradients), py::arg("text"), py::arg("image_gradient"), py::arg("text_gradient"),
-           py::arg("workspace"));
-  module.def("amx_pack", &amx_pack, py::arg("matrix"), py::arg("num_rows"), py::arg("num_columns"),
-             py::arg("transpose"), py::arg("packed"), py::arg("threads"));
-  module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("block"), py::arg("factor"), py::arg("offset"),
-             py::arg("rows"), py::arg("columns"), py::arg("positive"), py::arg("threads"));
-  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
-             py::arg("weight"), py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"),
+      .def(py::init(&amx_gradients), py::arg("image"), py::arg("text"), py::arg("in_single"), py::arg("scale"));
+  module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("problem"), py::arg("factor"), py::arg("offset"),
+             py::arg("rows"), py::arg("columns"), py::arg("threads"));
+  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("problem"), py::arg("scale"), py::arg("weight"),
+             py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"), py::arg("groups"),
              py::arg("gradients"), py::arg("threads"));
-  module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
-             py::arg("weight"), py::arg("gradients").none(true), py::arg("threads"));
+  module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("problem"), py::arg("scale"), py::arg("bias"),
+             py::arg("weight"), py::arg("groups"), py::arg("gradients").none(true), py::arg("threads"));
   py::class_<Values>(module, "Values", py::module_local())
       .def(py::init(&values), py::arg("address"), py::arg("half"));
   py::class_<Dropout>(module, "Dropout", py::module_local())

@@ -21,29 +21,47 @@ struct Shares {
   const float *offsets, *shares;
 };
 
-// The shares of all rows and columns of a problem, with the positives' gradient left apart.
-struct SoftmaxShares {
-  SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns);
-  SoftmaxShares(const SoftmaxShares&) = delete;  // points into itself
-
-  double factor;
-  bool one_offset;
-  Shares rows, columns;
-
- private:
-  std::vector<float> numbers;
-};
+// The groups of a tile that starts there.
+inline Groups groups_at(const Groups& groups, int64_t row, int64_t column) {
+  if (!groups.rows) return {};
+  if (!groups.row_shares) return {groups.rows + row, groups.columns + column};
+  return {groups.rows + row, groups.columns + column, groups.row_shares + row, groups.column_shares + column};
+}
 
 struct GradientTile {
   double factor;
   bool one_offset;  // the offsets of all rows and columns are the same, so one exponential serves both
   Shares rows, columns;
   const float* positive_grad;  // (rows,)
+  Groups groups;
+};
+
+// The shares of all rows and columns of a problem, with the positives' gradient left apart.
+struct SoftmaxShares {
+  SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns);
+  SoftmaxShares(const SoftmaxShares&) = delete;  // points into itself
+
+  // What a tile that starts there needs.
+  GradientTile tile(int64_t row, int64_t column) const;
+
+ private:
+  double factor;
+  bool one_offset;
+  Shares rows, columns;
+  const float* positive_grad;
+  Groups groups;
+  std::vector<float> numbers;
 };
 
 struct SigmoidTile {
+  explicit SigmoidTile(const Sigmoid& sigmoid, int64_t row = 0, int64_t column = 0)
+      : scale(static_cast<float>(sigmoid.scale)), bias(static_cast<float>(sigmoid.bias)),
+        weight(static_cast<float>(sigmoid.weight)), with_gradients(sigmoid.with_gradients),
+        groups(groups_at(sigmoid.groups, row, column)) {}
+
   float scale, bias, weight;
   bool with_gradients;
+  Groups groups;
 };
 
 struct SigmoidTileSums {
@@ -54,7 +72,7 @@ struct ContrastiveKernels {
   const char* name;
   // Writes rows (rows,); adds to columns (columns,).
   void (*exponential_sums)(const Tile&, double factor, float offset, float* rows, double* columns);
-  double (*softmax_gradient)(const Tile&, const GradientTile&);
+  void (*softmax_gradient)(const Tile&, const GradientTile&);
   SigmoidTileSums (*sigmoid_gradient)(const Tile&, const SigmoidTile&);
 };
 

@@ -58,12 +58,18 @@ void exponential_sums(const Tile& tile, double factor, float offset, float* rows
   }
 }
 
-double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
+// For 16 columns, -1 where their group is that of the row, else 0.
+BCLIP_INLINE IntLanes same_group(int32_t row, const int32_t* columns, int64_t count) {
+  IntLanes ids = {};
+  std::memcpy(&ids, columns, std::min<int64_t>(count, kLanes) * sizeof(int32_t));
+  return ids == row;
+}
+
+template <bool kGroups>
+void softmax_gradient_of(const Tile& tile, const GradientTile& gradient) {
   const Factor factor(gradient.factor);
-  double total = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const Lanes row_offset = splat(gradient.rows.offsets[row]), row_share = splat(gradient.rows.shares[row]);
-    Lanes row_sum = {};
     for (int64_t column = 0; column < tile.columns; column += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
       float* dots = tile.dots + row * tile.stride + column;
@@ -77,17 +83,24 @@ double softmax_gradient(const Tile& tile, const GradientTile& gradient) {
         g = exp2_affine(x, factor, row_offset) * row_share + exp2_affine(x, factor, column_offset) * column_share;
       }
       int64_t lane;
-      if (holds_positive(tile, row, column, lane)) g = with_lane(g, lane, gradient.positive_grad[row]);
-      if (count < kLanes) g = zero_from(g, count);
-      row_sum += g;
+      if constexpr (kGroups) {
+        const Lanes share = load_first(gradient.groups.column_shares + column, count) + gradient.groups.row_shares[row];
+        g -= same_group(gradient.groups.rows[row], gradient.groups.columns + column, count) ? share : Lanes{};
+      } else if (holds_positive(tile, row, column, lane)) {
+        g = with_lane(g, lane, gradient.positive_grad[row]);
+      }
+      // Lanes beyond the tile aren't stored.
       store_first(dots, g, count);
     }
-    total += sum(row_sum);
   }
-  return total;
 }
 
-SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
+void softmax_gradient(const Tile& tile, const GradientTile& gradient) {
+  (gradient.groups.rows ? softmax_gradient_of<true> : softmax_gradient_of<false>)(tile, gradient);
+}
+
+template <bool kGroups>
+SigmoidTileSums sigmoid_gradient_of(const Tile& tile, const SigmoidTile& sigmoid) {
   const Factor minus_log2_e(-1.4426950408889634);
   SigmoidTileSums sums = {};
   for (int64_t row = 0; row < tile.rows; ++row) {
@@ -96,9 +109,16 @@ SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
       const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
       float* dots = tile.dots + row * tile.stride + column;
       Lanes z = load_first(dots, count) * sigmoid.scale + sigmoid.bias;  // -y S: minus S at the positive
-      int64_t lane;
-      const bool positive = holds_positive(tile, row, column, lane);
-      if (positive) z = with_lane(z, lane, -z[lane]);
+      int64_t lane = 0;
+      bool positive = false;
+      IntLanes same = {};
+      if constexpr (kGroups) {
+        same = same_group(sigmoid.groups.rows[row], sigmoid.groups.columns + column, count);
+        z = same ? -z : z;
+      } else {
+        positive = holds_positive(tile, row, column, lane);
+        if (positive) z = with_lane(z, lane, -z[lane]);
+      }
       const Lanes u = exp2_affine(abs(z), minus_log2_e, Lanes{});
       Lanes loss = (z > 0.f ? z : Lanes{}) + log1p_unit(u);
       // NaN must not pass for 0 in the comparison above.
@@ -107,6 +127,7 @@ SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
       losses += loss;
       if (!sigmoid.with_gradients) continue;
       Lanes g = (z > 0.f ? splat(1.f) : u) * (sigmoid.weight / (u + 1.f));
+      if constexpr (kGroups) g = same ? -g : g;
       if (positive) g = with_lane(g, lane, -g[lane]);
       if (count < kLanes) g = zero_from(g, count);
       gradients += g;
@@ -116,6 +137,10 @@ SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
     sums.gradient += sum(gradients);
   }
   return sums;
+}
+
+SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
+  return (sigmoid.groups.rows ? sigmoid_gradient_of<true> : sigmoid_gradient_of<false>)(tile, sigmoid);
 }
 
 }  // namespace

@@ -47,8 +47,10 @@ def test_gradients_by_finite_differences():
 def test_registration():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, 4, "reference"))
-    torch.library.opcheck(_clip_loss, (image, text, scale, torch.tensor(1.0, requires_grad=True), 4, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, "reference"))
+    ids = torch.arange(9) // 2
+    torch.library.opcheck(_clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 6, 3.0, 4, "reference"))
 
 
 def test_compiles_without_a_graph_break():
@@ -63,7 +65,7 @@ def test_compiles_without_a_graph_break():
     ("image", "text", "words"),
     [
         (torch.zeros(3, 4), torch.zeros(3, 5), r"\(b, D\)"),
-        (torch.zeros(3, 4), torch.zeros(2, 4), "as many rows"),
+        (torch.zeros(3, 4), torch.zeros(2, 4), "as many rows, or text more, got 3 and 2: pass positive="),
         (torch.zeros(0, 4), torch.zeros(0, 4), "at least one row"),
         (torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.half), "dtype"),
     ],
@@ -89,7 +91,7 @@ def test_siglip_matches_reference(backend, shape, dtype, nan_filled):
 def test_siglip_registration_and_compile():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_siglip_loss, (image, text, scale, None, 4, True, "reference"))
+    torch.library.opcheck(_siglip_loss, (image, text, scale, None, None, None, 4, True, "reference"))
     compiled = torch.compile(lambda *a: ops.siglip_loss(*a), fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(ops.siglip_loss(image, text, scale, -5.0), [image, text, scale])
     for ours, theirs in zip(
@@ -105,20 +107,106 @@ def test_siglip_without_gradients_computes_the_loss_alone():
     torch.testing.assert_close(loss, reference.dense_siglip(image, text, 10.0, -10.0))
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-def test_saturated_pairs_keep_their_gradient(backend):
-    """Gradients of 1e-13: in fp32, softmax minus one would have none of their digits."""
-    generator = torch.Generator().manual_seed(3)
-    image = F.normalize(torch.randn(64, 128, generator=generator, dtype=torch.float64))
-    text = F.normalize(image + 0.02 * torch.randn(64, 128, generator=generator, dtype=torch.float64))
-    skip_if_refused(LIMITS, backend, image.float(), text.float())
-    inputs = [image, text, torch.tensor(40.0, dtype=torch.float64)]
-    truth = gradients_of(reference.dense, inputs)
-    ours = gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), [image.float(), text.float(), inputs[2].float()])
-    for own, true in zip(ours, truth, strict=True):
-        assert (own.double() - true).norm() <= 1e-3 * true.norm()
+def pairs(cosine, rows=150, width=96):
+    """float32 images and texts, the cosine of each pair as given (float64 until the last rounding)."""
+    image, other = features(rows, width, torch.float64)
+    across = F.normalize(other - (other * image).sum(1, keepdim=True) * image)
+    return image.float(), (cosine * image + (1 - cosine**2) ** 0.5 * across).float()
+
+
+def exact(image, text, scale):
+    """`reference.dense` whose own rounding stays relative where the softmax is 1 to float64's last digit."""
+    logits = scale * image @ text.T
+    positive = logits.diagonal()
+    negatives = logits.masked_fill(torch.eye(len(image), dtype=torch.bool), float("-inf"))
+    return sum(F.softplus(negatives.logsumexp(dim) - positive).mean() for dim in (0, 1)) / 2
 
 
 def gradients_of(function, inputs):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     return torch.autograd.grad(function(*leaves), leaves)
+
+
+def errors(ours, truth):
+    return [((own.double() - true).norm() / true.norm()).item() for own, true in zip(ours, truth, strict=True)]
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+@pytest.mark.parametrize("cosine", [0.0, 0.3, 0.55, 0.95])
+def test_float32_gradients_to_five_digits(backend, scale, cosine):
+    """Random, aligned and, at scale 100, saturated pairs: 1 - p is 1e-7 at 0.55, and 1e-24 at 0.95."""
+    inputs = [*pairs(cosine), torch.tensor(scale)]
+    skip_if_refused(LIMITS, backend, *inputs[:2])
+    wide = [tensor.double() for tensor in inputs]
+    truth = gradients_of(exact, wide)
+    if scale == 100 and cosine >= 0.55:
+        logits = wide[2] * wide[0] @ wide[1].T
+        astray = -torch.expm1(logits.diagonal() - logits.logsumexp(1)).mean()
+        assert astray < 1e-6
+    assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+def test_negatives_below_the_smallest_float_leave_exact_zeros(backend):
+    """Antipodal pairs at scale 100: a negative is exp(-200) of its positive."""
+    image = F.normalize(torch.ones(1, 8)) * torch.tensor([[1.0], [-1.0]])
+    skip_if_refused(LIMITS, backend, image, image)
+    inputs = [image, image, torch.tensor(100.0)]
+    assert ops.clip_loss(*inputs, backend=backend) == 0
+    for gradient in gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    # A little nearer, all of it is there again: exp(-80) is 1.8e-35.
+    inputs[2] = torch.tensor(40.0)
+    truth = gradients_of(exact, [tensor.double() for tensor in inputs])
+    assert truth[2].abs() > 1e-38
+    own = gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs)
+    assert ((own[2].double() - truth[2]) / truth[2]).abs() <= 1e-5
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+def test_a_cone_of_low_cosines(backend):
+    """All cosines near -0.8 at scale 100: every exponential with an offset from the scale alone is zero."""
+    axis = F.normalize(torch.randn(1, 96))
+    across = torch.randn(150, 96)
+    across = F.normalize(across - (across @ axis.T) * axis)
+    inputs = [-0.8 * axis + 0.6 * across, F.normalize(axis + 0.01 * torch.randn(150, 96)), torch.tensor(100.0)]
+    skip_if_refused(LIMITS, backend, *inputs[:2])
+    assert (inputs[0] @ inputs[1].T).max() < -0.6
+    truth = gradients_of(exact, [tensor.double() for tensor in inputs])
+    # Triton's log-sum-exps are float32 inside the kernels, where a step at 80 is 8e-6, and here all err alike.
+    allowed = 5e-5 if backend == "triton" else 1e-5
+    assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= allowed
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("cosine", [0.0, 0.3])
+def test_bfloat16_features_at_scale_100_beat_logits_in_bfloat16(backend, cosine):
+    """open_clip's step under autocast rounds its logits to bfloat16, a quarter apart at 64."""
+    image, text = (part.bfloat16() for part in pairs(cosine))
+    inputs = [image, text, torch.tensor(100.0)]
+    skip_if_refused(LIMITS, backend, image, text)
+    truth = gradients_of(exact, [tensor.double() for tensor in inputs])
+
+    def autocast_step(image, text, scale):
+        with torch.autocast("cpu", torch.bfloat16):
+            return reference.dense(image, text, scale)
+
+    ours = errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)
+    theirs = errors(gradients_of(autocast_step, inputs), truth)
+    assert all(own <= 0.4 * other for own, other in zip(ours[:2], theirs[:2], strict=True)), (ours, theirs)
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_siglip_gradients_survive_until_the_gradient_scaler(backend, dtype):
+    """Gradients of 1e-8 are lost in float16, were they rounded before the scaler's factor is known."""
+    image, text = features(64, 32, dtype)
+    skip_if_refused(LIMITS, backend, image, text)
+    inputs = [image, text, torch.tensor(1e-5), torch.tensor(-7.0)]
+    upstream = torch.tensor(65536.0)
+    truth = gradients_of(lambda *a: upstream * reference.dense_siglip(*a), [tensor.double() for tensor in inputs])
+    assert truth[0].abs().max() / upstream < 2e-7
+    ours = gradients_of(lambda *a: upstream * ops.siglip_loss(*a, backend=backend), inputs)
+    assert ours[0].dtype == dtype
+    assert max(errors(ours, truth)[:2]) <= (2.0**-11 if dtype == torch.float16 else 2.0**-7)

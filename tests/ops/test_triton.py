@@ -38,7 +38,7 @@ def test_under_the_interpreter():
     here = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / "test_contrastive.py"), str(here / "test_triton.py")],
+        + [str(here / name) for name in ("test_contrastive.py", "test_contrastive_targets.py", "test_triton.py")],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,
@@ -92,26 +92,28 @@ def close(ours, truth, tolerance):
 def test_rectangle_against_the_reference(chunk_size, nan_filled):
     image, text, scale, bias = rectangle()
     wide = [tensor.double() for tensor in (image, text, scale, bias)]
-    sums = reference.forward(*wide, 97, 64)
-    close(ours.forward(image, text, scale, bias, 97, chunk_size), sums, 1e-6)
-
-    rows_lse = torch.logaddexp(sums[0], sums[2])
-    weight, positive_grad = torch.tensor(-0.3, dtype=torch.float64), torch.randn(41, dtype=torch.float64) / 10
-    truth = reference.backward(*wide, 97, rows_lse, sums[1], weight, positive_grad, 64)
-    narrow = [tensor.float() for tensor in (rows_lse, sums[1], weight, positive_grad)]
-    close(ours.backward(image, text, scale, bias, 97, *narrow, chunk_size), truth, 1e-5)
-
+    weight, positive_grad = torch.tensor(-0.3), torch.randn(41) / 10
     for first in (97, None):
-        truth = reference.siglip(*wide, first, 0.1, 64, True)
-        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, True), truth, 1e-5)
-        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, False)[:1], truth[:1], 1e-6)
+        sums = reference.forward(*wide[:3], first, 64)
+        close(ours.forward(image, text, scale, first, chunk_size), sums, 1e-6)
+        # Some rows and columns have no loss.
+        rows_lse, columns_lse = sums[0] + 0.5, sums[1] + 1
+        rows_lse[3:9], columns_lse[::5] = torch.inf, torch.inf
+        saved = first, rows_lse, columns_lse
+        truth = reference.backward(*wide[:3], *saved, weight.double(), positive_grad, 64, torch.float64)
+        own = ours.backward(image, text, scale, *saved, weight, positive_grad, chunk_size, torch.float32)
+        close(own, truth, 1e-5)
+
+        truth = reference.siglip(*wide, first, 0.1, 64, torch.float64, True)
+        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, torch.float32, True), truth, 1e-5)
+        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, torch.float32, False)[:1], truth[:1], 1e-6)
 
 
 @interpreted
 def test_triton_more_rows_than_one_launch():
     image, text = features(151, 7), features(157, 7)
-    truth = reference.forward(image.double(), text.double(), torch.tensor(5.0), None, 3, 64)
-    close(ours.forward(image, text, torch.tensor(5.0), None, 3, 1), truth, 1e-6)
+    truth = reference.forward(image.double(), text.double(), torch.tensor(5.0), 3, 64)
+    close(ours.forward(image, text, torch.tensor(5.0), 3, 1), truth, 1e-6)
 
 
 @interpreted
@@ -121,9 +123,9 @@ def test_triton_rows_far_below_the_rest_of_their_tile():
     image = torch.cat([features(20, 31, aligned=direction), features(20, 31, aligned=-direction)])
     text = features(40, 31, aligned=direction)
     scale = torch.tensor(100.0)
-    truth = reference.forward(image.double(), text.double(), scale.double(), None, 0, 64)
+    truth = reference.forward(image.double(), text.double(), scale.double(), 0, 64)
     assert truth[0].max() - truth[0].min() > 150
-    close(ours.forward(image, text, scale, None, 0, 64), truth, 1e-6)
+    close(ours.forward(image, text, scale, 0, 64), truth, 1e-6)
     # All cosines near -0.8: every exponential with an offset from the scale alone would be zero.
     assert_as_accurate_as_eager(
         lambda *a: ops.clip_loss(*a, backend="triton"), reference.dense, [image, text, scale, torch.tensor(0.0)]
@@ -186,7 +188,7 @@ def test_gradients_from_given_tiles(dtype):
         grad.copy_(tile[start : start + len(rows)] * options["GRADIENT_SCALE"])
         partials.fill_(0.5)
 
-    image_grad, text_grad, sums = ours._gradients(image, text, torch.tensor(-3.0), 10, 2, launch)
+    image_grad, text_grad, sums = ours._gradients(image, text, torch.tensor(-3.0), 10, dtype, 2, launch)
     assert image_grad.dtype == text_grad.dtype == dtype and image_grad.is_contiguous() and text_grad.is_contiguous()
     assert sums.tolist() == [2.0, 2.0]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
@@ -210,8 +212,8 @@ def test_limits_say_why():
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {
-    "_forward_kernel": {},
-    "_backward_kernel": {},
+    "_forward_kernel": {"HAS_POSITIVES": True},
+    "_backward_kernel": {"HAS_POSITIVES": True},
     "_siglip_kernel": {"HAS_POSITIVES": True, "WITH_GRADIENTS": True},
 }
 
@@ -243,7 +245,7 @@ def registers_and_stack(name, dtype, width, with_bias, capability, folder):
     options = {option: constants.pop(option) for option in list(constants) if option.islower()}
     if name != "_forward_kernel":
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else ours.GRADIENT_SCALE
-    if not with_bias:
+    if not with_bias and "bias" in kernel.arg_names:
         constants["bias"] = None
     features, grad = TYPES[dtype], "fp32" if dtype == torch.float32 else "fp16"
     known = {"image": f"*{features}", "text": f"*{features}", "grad": f"*{grad}"}

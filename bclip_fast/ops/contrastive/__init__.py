@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Limits, choose, kernels
+from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
 __all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
@@ -45,19 +47,30 @@ def clip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    positive: Tensor | None = None,
+    groups: Tensor | tuple[Tensor, Tensor] | None = None,
+    hardness: float = 0.0,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T + logit_bias.
+    """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T.
 
-    Row i of `image` belongs to row i of `text` (Radford et al. 2021, arXiv 2103.00020, figure 3). S is computed chunk
-    by chunk and again in the backward, so memory is O(B * D + chunk_size * B) where the dense form takes O(B * B). The
-    positive logits stay out of the sums, so loss and gradient are exact also where the softmax rounds to 1.
+    Row i of `image` belongs to row i of `text` (Radford et al. 2021, arXiv 2103.00020, figure 3); further rows of text
+    are negatives of every image. The mean is over images that have a text and texts that have an image. S is computed
+    chunk by chunk and again in the backward: memory is O(B * D + chunk_size * B) where the dense form takes O(B * B).
+    The positive logits stay out of the sums, so loss and gradient are exact also where the softmax rounds to 1; with
+    `groups` they are in them, and exact to the rounding of 1.
 
     Args:
-        image, text: (B, D), the same dtype of float64, float32, bfloat16 or float16; usually of unit norm.
+        image, text: (b, D) and (B, D), the same dtype of float64, float32, bfloat16 or float16; usually of unit norm;
+            b <= B unless `positive` or `groups` say what belongs together.
         logit_scale: the factor itself (open_clip passes exp of its parameter), a number or 0-dimensional tensor.
-        logit_bias: added to every logit, likewise.
+        logit_bias: added to every logit, likewise. It cancels: its gradient is 0.
+        positive: (b,) int64, the row of text that belongs to each image; -1 makes it a negative of the texts alone.
+        groups: an integer id for each pair, (B,), or ids (b,) of the images and (B,) of the texts. All images and texts
+            of one id belong together: targets are uniform over a row's positives (Yang et al. 2022, arXiv 2204.03610).
+        hardness: multiplies the exponential of each negative by exp(hardness * image . text), taken as a constant
+            (Lan et al. 2025, arXiv 2503.04812, equation 5, with 9 there), in both directions.
         chunk_size: rows of S at a time; 8 MiB worth of them on a CPU and 1 GiB on an accelerator, unless given.
         backend: "auto" or one of `ops.BACKENDS`.
 
@@ -66,12 +79,20 @@ def clip_loss(
         Differentiable once in image, text, logit_scale and logit_bias.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit; the message names them.
+        ValueError: shapes, dtypes, devices or options that don't fit; the message names them.
         BackendError: the named backend cannot run this call.
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     backend = choose("clip_loss", LIMITS, backend, image, text)
-    return _clip_loss(image, text, scale, bias, chunk_size, backend)[0]
+    check_options(positive, groups, hardness)
+    ids = checked_groups(image, text, groups)
+    num_pairs = len(image)
+    if positive is not None:
+        image, text, num_pairs = _with_positives_first(image, text, positive)
+    elif groups is None:
+        check_pairs(image, text)
+    loss = _clip_loss(image, text, scale, *ids, num_pairs, hardness, chunk_size, backend)[0]
+    return loss if bias is None else loss + 0.0 * bias
 
 
 def siglip_loss(
@@ -80,19 +101,27 @@ def siglip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    positive: Tensor | None = None,
+    groups: Tensor | tuple[Tensor, Tensor] | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """sum_ij softplus(-y_ij * S_ij) / B with S = logit_scale * image @ text.T + logit_bias, y = 1 for i = j, else -1.
+    """sum_ij softplus(-y_ij * S_ij) / b with S = logit_scale * image @ text.T + logit_bias, y = 1 for i = j, else -1.
 
-    Zhai et al. 2023, arXiv 2303.15343, algorithm 1. Arguments, result and errors are those of `clip_loss`; gradients
-    are computed with the loss, in one pass over S.
+    Zhai et al. 2023, arXiv 2303.15343, algorithm 1. Arguments, result and errors are those of `clip_loss`; y = 1 for
+    every pair that belongs together, b is the number of images. Gradients are computed with the loss, in one pass.
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     backend = choose("siglip_loss", LIMITS, backend, image, text)
+    check_options(positive, groups)
+    ids = checked_groups(image, text, groups)
+    if positive is not None:
+        ids = _ids_of(checked_positive(image, text, positive), len(text))
+    elif groups is None:
+        check_pairs(image, text)
     wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-    return _siglip_loss(image, text, scale, bias, chunk_size, with_gradients, backend)[0]
+    return _siglip_loss(image, text, scale, bias, *ids, chunk_size, with_gradients, backend)[0]
 
 
 def checked(
@@ -104,8 +133,6 @@ def checked(
 ) -> tuple[Tensor, Tensor | None, int]:
     """Scale, bias and chunk size as the backends take them; ValueError where an argument doesn't fit."""
     check_features(image, text)
-    if image.shape[0] != text.shape[0]:
-        raise ValueError(f"image and text must have as many rows, got {image.shape[0]} and {text.shape[0]}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     bias = None if logit_bias is None else as_scalar(logit_bias, image)
@@ -114,6 +141,78 @@ def checked(
         bias,
         chunk_size or default_chunk_size(image.shape[0], text.shape[0], image.device),
     )
+
+
+def check_options(positive: Tensor | None, groups: object, hardness: float = 0.0) -> None:
+    if positive is not None and groups is not None:
+        raise ValueError("positive and groups both say which texts belong to an image: pass one of them")
+    if groups is not None and hardness:
+        raise ValueError("hardness with groups isn't defined here: the positives share their sums with the negatives")
+    if not math.isfinite(hardness):
+        raise ValueError(f"hardness must be a finite number, got {hardness}")
+
+
+def check_pairs(image: Tensor, text: Tensor) -> None:
+    if image.shape[0] > text.shape[0]:
+        raise ValueError(
+            f"image and text must have as many rows, or text more, got {image.shape[0]} and {text.shape[0]}: "
+            "pass positive= (each image's row of text, or -1) or groups="
+        )
+
+
+def checked_groups(
+    image: Tensor, text: Tensor, groups: Tensor | tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(ids of the images (b,), ids of the texts (B,)), or Nones."""
+    if groups is None:
+        return None, None
+    image_ids, text_ids = (groups, groups) if isinstance(groups, Tensor) else groups
+    for name, ids, features in (("images", image_ids, image), ("texts", text_ids, text)):
+        if ids.shape != features.shape[:1] or ids.is_floating_point() or ids.is_complex():
+            raise ValueError(
+                f"groups of the {name} must be {features.shape[0]} integers, got {ids.dtype} {tuple(ids.shape)}"
+            )
+    return image_ids.to(image.device, torch.int64), text_ids.to(image.device, torch.int64)
+
+
+def checked_positive(image: Tensor, text: Tensor, positive: Tensor) -> Tensor:
+    """Every image's row of text or -1, on the features' device."""
+    if positive.shape != image.shape[:1] or positive.dtype != torch.int64:
+        raise ValueError(f"positive must be {image.shape[0]} int64, got {positive.dtype} {tuple(positive.shape)}")
+    rows = positive.tolist()
+    if min(rows) < -1 or max(rows) >= text.shape[0] or max(rows) == -1:
+        raise ValueError(
+            f"positive must hold rows of text below {text.shape[0]}, or -1 where there is none, and one at least; "
+            f"got {min(rows)} to {max(rows)}"
+        )
+    seen: dict[int, int] = {}
+    for row, column in enumerate(rows):
+        if column >= 0 and seen.setdefault(column, row) != row:
+            raise ValueError(
+                f"positive: images {seen[column]} and {row} have the same text {column}; "
+                "for several positives pass groups="
+            )
+    return positive.to(image.device)
+
+
+def _with_positives_first(image: Tensor, text: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Image and text in an order where row i of the first n belongs to row i, and n."""
+    positive = checked_positive(image, text, positive)
+    has, has_not = ((positive < 0).argsort(stable=True)).split(
+        [num_pairs := int((positive >= 0).sum()), len(positive) - num_pairs]
+    )
+    rest = torch.ones(len(text), dtype=torch.bool, device=text.device)
+    rest[positive[has]] = False
+    order = torch.cat([positive[has], rest.nonzero()[:, 0]])
+    return image.index_select(0, torch.cat([has, has_not])), text.index_select(0, order), num_pairs
+
+
+def _ids_of(positive: Tensor, num_texts: int) -> tuple[Tensor, Tensor]:
+    """Groups of one image and one text each: the images' ids are their rows, a text that has none gets -1."""
+    image_ids = torch.arange(len(positive), device=positive.device)
+    text_ids = torch.full((num_texts,), -1, device=positive.device)
+    text_ids[positive[positive >= 0]] = image_ids[positive >= 0]
+    return image_ids, text_ids
 
 
 def check_features(image: Tensor, text: Tensor) -> None:
@@ -137,37 +236,61 @@ def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return value.reshape(()).to(like.device, dtype)
 
 
-def accumulation_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
 def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) -> int:
     """Rows of S that fill 8 MiB in fp32 on a CPU, where caches reward small chunks, and 1 GiB on an accelerator."""
     budget = (8 if device.type == "cpu" else 1024) << 20
     return max(1, min(num_rows, budget // (4 * num_columns)))
 
 
-def positive_gradient(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -> Tensor:
-    """dL/dS at the positives, before the weight: minus the probabilities that go astray in row and column."""
-    return -((rows_lse - positive).sigmoid() + (columns_lse - positive).sigmoid())
-
-
 @torch.library.custom_op("bclip::clip_loss", mutates_args=())
 def _clip_loss(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int, backend: str
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    num_pairs: int,
+    hardness: float,
+    chunk_size: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-sum-exps of the negatives by row (B,) and by column (B,), positive logits (B,))"""
-    rows, columns, positive = kernels("contrastive", backend).forward(image, text, scale, bias, 0, chunk_size)
-    loss = (F.softplus(rows - positive) + F.softplus(columns - positive)).mean() / 2
-    return loss, rows, columns, positive
+    """(loss, log-sum-exps by row (b,) and by column (B,), positive logits (num_pairs,)), all but the loss float64.
+
+    The log-sum-exps are those of the negatives, or with ids of all pairs; then there are no positive logits.
+    """
+    forward = kernels("contrastive", backend).forward
+    if image_ids is not None and text_ids is not None:
+        groups = Groups.of(image_ids, image_ids, text_ids)
+        rows, columns = forward(image, text, scale, None, chunk_size)
+        loss = (groups.row_weights * rows).sum() + (groups.column_weights * columns).sum()
+        loss = loss - groups.positives(image, text, scale)
+        return loss.to(scale.dtype), rows, columns, rows.new_empty(0)
+    sharpness = scale + hardness if hardness else scale
+    rows, columns = forward(image[:num_pairs], text, sharpness, 0, chunk_size)
+    if num_pairs < len(image):
+        own = columns[:num_pairs]
+        others = forward(image[num_pairs:], text[:num_pairs], sharpness, None, chunk_size)[1]
+        torch.logaddexp(own, others, out=own)
+    positive = positive_logits(image[:num_pairs], text[:num_pairs], scale)
+    loss = pair_losses(rows, columns[:num_pairs], positive).mean() / 2
+    return loss.to(scale.dtype), rows, columns, positive
 
 
 @_clip_loss.register_fake
 def _(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, chunk_size: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = image.shape[0]
-    return scale.new_empty(()), scale.new_empty(size), scale.new_empty(size), scale.new_empty(size)
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    num_pairs: int,
+    hardness: float,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    paired = num_pairs if image_ids is None else 0
+    sizes = num_pairs if image_ids is None else len(image), len(text), paired
+    return scale.new_empty(()), *(scale.new_empty(size, dtype=torch.float64) for size in sizes)
 
 
 @torch.library.custom_op("bclip::clip_loss_backward", mutates_args=())
@@ -176,20 +299,40 @@ def _clip_loss_backward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
+    num_pairs: int,
+    hardness: float,
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of image, text, scale and bias."""
-    weight = grad / (2 * image.shape[0])
-    rows_lse, columns_lse = torch.logaddexp(rows, positive), torch.logaddexp(columns, positive)
-    positive_grad = weight * positive_gradient(rows, columns, positive)
-    return kernels("contrastive", backend).backward(
-        image, text, scale, bias, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and scale."""
+    backward = partial(kernels("contrastive", backend).backward, hardness=hardness)
+    if image_ids is not None and text_ids is not None:
+        groups = Groups.of(image_ids, image_ids, text_ids)
+        lse = groups.raised(rows, columns)
+        weight = grad * groups.weight
+        return backward(image, text, scale, None, *lse, weight, positive, chunk_size, image.dtype, groups=groups)
+    weight = grad / (2 * num_pairs)
+    own = columns[:num_pairs]
+    rows_lse, columns_lse = torch.logaddexp(rows, positive), torch.full_like(columns, torch.inf)
+    torch.logaddexp(own, positive, out=columns_lse[:num_pairs])
+    positive_grad = (weight * positive_gradient(rows, own, positive)).to(scale.dtype)
+    if num_pairs == len(image):
+        saved = rows_lse, columns_lse, weight, positive_grad
+        return backward(image, text, scale, 0, *saved, chunk_size, image.dtype)
+    # Images without a text of their own are negatives of the texts that have an image.
+    wide = accumulation_dtype(image)
+    pairs, others = image.tensor_split([num_pairs])
+    saved = rows_lse, columns_lse, weight, positive_grad
+    image_grad, text_grad, scale_grad = backward(pairs, text, scale, 0, *saved, chunk_size, wide)
+    saved = rows.new_full((len(others),), torch.inf), columns_lse[:num_pairs], weight, positive_grad
+    rest = backward(others, text[:num_pairs], scale, None, *saved, chunk_size, wide)
+    text_grad[:num_pairs] += rest[1]
+    return torch.cat([image_grad, rest[0]]).to(image.dtype), text_grad.to(text.dtype), scale_grad + rest[2]
 
 
 @_clip_loss_backward.register_fake
@@ -198,27 +341,28 @@ def _(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
+    num_pairs: int,
+    hardness: float,
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     # Contiguous whatever the inputs' layout, as the kernels allocate them.
-    return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(scale), torch.empty_like(scale)
+    return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(scale)
 
 
 def _clip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    image, text, scale, bias, ctx.chunk_size, ctx.backend = inputs
+    ctx.options = inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(image, text, scale, bias, *output[1:])
+    ctx.save_for_backward(*inputs[:5], *output[1:])
 
 
 def _clip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    grads = _clip_loss_backward(grad, *saved, ctx.chunk_size, ctx.backend)
-    return *grads[:3], (None if saved[3] is None else grads[3]), None, None
+    return *_clip_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 _clip_loss.register_autograd(_clip_backward, setup_context=_clip_setup)
@@ -230,13 +374,20 @@ def _siglip_loss(
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     chunk_size: int,
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, and its gradients for image, text, scale and bias)"""
-    weight = 1 / image.shape[0]
-    return kernels("contrastive", backend).siglip(image, text, scale, bias, 0, weight, chunk_size, with_gradients)
+    siglip, weight, dtype = kernels("contrastive", backend).siglip, 1 / image.shape[0], siglip_gradient_dtype(image)
+    groups = first = None
+    if image_ids is None or text_ids is None:
+        first = 0
+    else:
+        groups = Groups.of(image_ids, image_ids, text_ids)
+    return siglip(image, text, scale, bias, first, weight, chunk_size, dtype, with_gradients, groups=groups)
 
 
 @_siglip_loss.register_fake
@@ -245,17 +396,20 @@ def _(
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     chunk_size: int,
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    image_grad = image.new_empty(image.shape if with_gradients else (0,))
-    text_grad = text.new_empty(text.shape if with_gradients else (0,))
+    dtype = siglip_gradient_dtype(image) if with_gradients else image.dtype
+    image_grad = image.new_empty(image.shape if with_gradients else (0,), dtype=dtype)
+    text_grad = text.new_empty(text.shape if with_gradients else (0,), dtype=dtype)
     return scale.new_empty(()), image_grad, text_grad, scale.new_empty(()), scale.new_empty(())
 
 
 def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.has_bias = inputs[3] is not None
+    ctx.has_bias, ctx.dtype = inputs[3] is not None, inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
@@ -263,9 +417,8 @@ def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _siglip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
     bias = grad * bias_grad if ctx.has_bias else None
-    # The product takes the wider dtype of the two; a gradient must have its input's.
-    features = [(grad * tensor).to(tensor.dtype) for tensor in (image_grad, text_grad)]
-    return *features, grad * scale_grad, bias, None, None, None
+    features = [(grad * tensor).to(ctx.dtype) for tensor in (image_grad, text_grad)]
+    return *features, grad * scale_grad, bias, *[None] * 5
 
 
 _siglip_loss.register_autograd(_siglip_backward, setup_context=_siglip_setup)

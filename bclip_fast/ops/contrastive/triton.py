@@ -5,7 +5,7 @@ Every kernel computes one tile of S per program, with float32 accumulators, and 
 Forward: the log-sum-exps of the tile's rows and of its columns from the same numbers, each written once to a matrix of
 partial results. One exponential per element serves both directions, with the tile's highest logit as offset; a tile
 where some row or column lies so far below it that its sum loses digits is done again with the maximum of each row and
-of each column. So no distribution of logits, and no scale or bias, needs care by the caller.
+of each column. So no distribution of logits needs care by the caller.
 
 Backward: the tile of G is written once, and dI and dT are library matmuls on chunks of rows of G. For bfloat16 and
 float16 inputs G / w lies in [-2, 2] and is written in float16 times 2**14: 11 bits down to probabilities of 4e-9, where
@@ -30,6 +30,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .terms import Groups, log_sum_exp
 
 # G / w is at most 2 in size, float16 ends at 65504.
 GRADIENT_SCALE = 2.0**14
@@ -79,48 +81,34 @@ def _products(  # type: ignore[no-untyped-def]
     return products
 
 
-@triton.jit
-def _logits(products, scale, bias):  # type: ignore[no-untyped-def]
-    logits = products * tl.load(scale)
-    if bias is not None:
-        logits += tl.load(bias)
-    return logits
-
-
 @triton.jit(do_not_specialize=["num_rows", "first"])
 def _forward_kernel(  # type: ignore[no-untyped-def]
     image,
     text,
     scale,
-    bias,
     row_partials,
     column_partials,
-    positive,
     num_rows,
     num_columns,
     first,
+    HAS_POSITIVES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns), positive (num_rows,)."""
+    """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns)."""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
         image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
-    logits = _logits(products, scale, bias)
+    logits = products * tl.load(scale)
 
-    is_positive = columns[None, :] == (rows + first)[:, None]
-    place = rows + first - column_block * BLOCK_COLUMNS
-    tl.store(
-        positive + rows,
-        tl.sum(tl.where(is_positive, logits, 0.0), 1),
-        mask=(place >= 0) & (place < BLOCK_COLUMNS) & (rows < num_rows),
-    )
-    counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :] & ~is_positive
+    counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    if HAS_POSITIVES:
+        counted = counted & (columns[None, :] != (rows + first)[:, None])
     logits = tl.where(counted, logits, float("-inf"))
 
     # The bound keeps -inf - -inf away where nothing is counted.
@@ -151,37 +139,39 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     image,
     text,
     scale,
-    bias,
     rows_lse,
     columns_lse,
     positive_grad,
+    row_ids,
+    column_ids,
+    row_shares,
+    column_shares,
     grad,
     partials,
     num_rows,
     num_columns,
     grad_stride,
     first,
+    HAS_POSITIVES: tl.constexpr,
     GRADIENT_SCALE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """grad (num_rows, num_columns) = GRADIENT_SCALE * G / w; partials (programs, 2): G / w * (I @ T.T), G / w summed"""
+    """grad (num_rows, num_columns) = GRADIENT_SCALE * G / w; partials (programs, 1): the sum of G / w * (I @ T.T)"""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
         image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
-    logits = _logits(products, scale, bias)
+    logits = products * tl.load(scale)
 
     row_lse = tl.load(rows_lse + tl.minimum(rows, num_rows - 1))
     column_lse = tl.load(columns_lse + tl.minimum(columns, num_columns - 1))
     lowest = tl.minimum(tl.min(row_lse, 0), tl.min(column_lse, 0))
     highest = tl.maximum(tl.max(row_lse, 0), tl.max(column_lse, 0))
-    own = tl.load(positive_grad + tl.minimum(rows, num_rows - 1))
-    is_positive = columns[None, :] == (rows + first)[:, None]
     if highest - lowest < 60.0:
         # Within exp(30) of both ends: nothing overflows, and probabilities are kept down to exp(-57).
         middle = (lowest + highest) * 0.5
@@ -189,31 +179,30 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         gradient = tl.exp(logits - middle) * factors
     else:
         gradient = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
-    gradient = tl.where(is_positive, own[:, None], gradient)
+    if HAS_POSITIVES:
+        own = tl.load(positive_grad + tl.minimum(rows, num_rows - 1))
+        gradient = tl.where(columns[None, :] == (rows + first)[:, None], own[:, None], gradient)
+    if row_ids is not None:
+        row_share = tl.load(row_shares + tl.minimum(rows, num_rows - 1))
+        column_share = tl.load(column_shares + tl.minimum(columns, num_columns - 1))
+        same = _same_group(row_ids, column_ids, rows, columns, num_rows, num_columns)
+        gradient -= tl.where(same, row_share[:, None] + column_share[None, :], 0.0)
     gradient = tl.where((rows < num_rows)[:, None] & (columns < num_columns)[None, :], gradient, 0.0)
-    _store_gradient(
-        gradient, products, rows, columns, grad, partials, num_rows, num_columns, grad_stride, GRADIENT_SCALE, 2
-    )
+    tl.store(partials + tl.program_id(0).to(tl.int64), tl.sum(tl.sum(gradient * products, 1), 0))
+    _store_gradient(gradient, rows, columns, grad, num_rows, num_columns, grad_stride, GRADIENT_SCALE)
+
+
+@triton.jit
+def _same_group(row_ids, column_ids, rows, columns, num_rows, num_columns):  # type: ignore[no-untyped-def]
+    row_id = tl.load(row_ids + tl.minimum(rows, num_rows - 1))
+    column_id = tl.load(column_ids + tl.minimum(columns, num_columns - 1))
+    return row_id[:, None] == column_id[None, :]
 
 
 @triton.jit
 def _store_gradient(  # type: ignore[no-untyped-def]
-    gradient,
-    products,
-    rows,
-    columns,
-    grad,
-    partials,
-    num_rows,
-    num_columns,
-    grad_stride,
-    GRADIENT_SCALE: tl.constexpr,
-    NUM_PARTIALS: tl.constexpr,
+    gradient, rows, columns, grad, num_rows, num_columns, grad_stride, GRADIENT_SCALE: tl.constexpr
 ):
-    """`gradient` must be 0 outside the matrix."""
-    own = partials + tl.program_id(0).to(tl.int64) * NUM_PARTIALS
-    tl.store(own, tl.sum(tl.sum(gradient * products, 1), 0))
-    tl.store(own + 1, tl.sum(tl.sum(gradient, 1), 0))
     counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     places = grad + rows.to(tl.int64)[:, None] * grad_stride + columns[None, :]
     tl.store(places, (gradient * GRADIENT_SCALE).to(grad.dtype.element_ty), mask=counted)
@@ -239,6 +228,8 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     text,
     scale,
     bias,
+    row_ids,
+    column_ids,
     grad,
     partials,
     num_rows,
@@ -260,23 +251,31 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     products = _products(
         image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
-    logits = _logits(products, scale, bias)
+    logits = products * tl.load(scale)
+    if bias is not None:
+        logits += tl.load(bias)
     if HAS_POSITIVES:
         is_positive = columns[None, :] == (rows + first)[:, None]
         logits = tl.where(is_positive, -logits, logits)
+    if row_ids is not None:
+        same = _same_group(row_ids, column_ids, rows, columns, num_rows, num_columns)
+        logits = tl.where(same, -logits, logits)
     # At -inf both loss and gradient are 0.
     counted = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     logits = tl.where(counted, logits, float("-inf"))
     small = tl.exp(-tl.abs(logits))
     loss = tl.maximum(logits, 0.0) + _log1p(small)
-    tl.store(partials + tl.program_id(0).to(tl.int64) * 3 + 2, tl.sum(tl.sum(loss, 1), 0))
+    sums = partials + tl.program_id(0).to(tl.int64) * 3
+    tl.store(sums + 2, tl.sum(tl.sum(loss, 1), 0))
     if WITH_GRADIENTS:
         gradient = tl.where(logits >= 0.0, 1.0, small) / (1.0 + small)
         if HAS_POSITIVES:
             gradient = tl.where(is_positive, -gradient, gradient)
-        _store_gradient(
-            gradient, products, rows, columns, grad, partials, num_rows, num_columns, grad_stride, GRADIENT_SCALE, 3
-        )
+        if row_ids is not None:
+            gradient = tl.where(same, -gradient, gradient)
+        tl.store(sums, tl.sum(tl.sum(gradient * products, 1), 0))
+        tl.store(sums + 1, tl.sum(tl.sum(gradient, 1), 0))
+        _store_gradient(gradient, rows, columns, grad, num_rows, num_columns, grad_stride, GRADIENT_SCALE)
 
 
 def configuration(dtype: torch.dtype, width: int) -> dict[str, Any]:
@@ -308,78 +307,82 @@ def _padded(features: Tensor) -> Tensor:
     return F.pad(features, (0, missing)) if missing else features.contiguous()
 
 
-def forward(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, first: int, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int) -> tuple[Tensor, Tensor]:
     image, text = _padded(image), _padded(text)
     config = configuration(image.dtype, image.shape[1])
-    rows_lse = torch.empty(len(image), dtype=torch.float32, device=image.device)
-    positive = torch.empty_like(rows_lse)
-    columns_lse = torch.full((len(text),), float("-inf"), dtype=torch.float32, device=image.device)
+    rows_lse = torch.empty(len(image), dtype=torch.float64, device=image.device)
+    columns_lse = torch.full((len(text),), float("-inf"), dtype=torch.float64, device=image.device)
     num_column_blocks = triton.cdiv(len(text), config["BLOCK_COLUMNS"])
     # The partial results of so many rows take the memory of chunk_size rows of S.
     num_rows_at_once = chunk_size * config["BLOCK_ROWS"] // 2
     for start in range(0, len(image), num_rows_at_once):
         rows = image[start : start + num_rows_at_once]
         num_row_blocks = triton.cdiv(len(rows), config["BLOCK_ROWS"])
-        row_partials = rows_lse.new_empty(num_column_blocks, len(rows))
-        column_partials = rows_lse.new_empty(num_row_blocks, len(text))
+        row_partials = torch.empty(num_column_blocks, len(rows), dtype=torch.float32, device=image.device)
+        column_partials = torch.empty(num_row_blocks, len(text), dtype=torch.float32, device=image.device)
         with torch.cuda.device_of(image):
             _forward_kernel[(num_row_blocks * num_column_blocks,)](
                 rows,
                 text,
                 scale,
-                bias,
                 row_partials,
                 column_partials,
-                positive[start:],
                 len(rows),
                 len(text),
-                first + start,
+                0 if first is None else first + start,
+                HAS_POSITIVES=first is not None,
                 **config,
             )
-        rows_lse[start : start + len(rows)] = row_partials.logsumexp(0)
-        columns_lse = torch.logaddexp(columns_lse, column_partials.logsumexp(0))
-    return rows_lse, columns_lse, positive
+        rows_lse[start : start + len(rows)] = log_sum_exp(row_partials, 0)
+        columns_lse = torch.logaddexp(columns_lse, log_sum_exp(column_partials, 0))
+    return rows_lse, columns_lse
 
 
 def backward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
-    bias: Tensor | None,
-    first: int,
+    first: int | None,
     rows_lse: Tensor,
     columns_lse: Tensor,
     weight: Tensor,
     positive_grad: Tensor,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype: torch.dtype,
+    *,
+    hardness: float = 0.0,
+    groups: Groups | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     # The kernel works on G / w, whose range is known. All is zero with the weight; 0 / 0 must not make NaN of it.
     positive_grad = torch.where(weight == 0, 0.0, positive_grad / weight)
-    rows_lse, columns_lse = rows_lse.contiguous(), columns_lse.contiguous()
+    sharpness = scale + hardness if hardness else scale
+    # In the exponent logits are rounded like these.
+    rows_lse, columns_lse = rows_lse.float().contiguous(), columns_lse.float().contiguous()
 
     def launch(start: int, rows: Tensor, text: Tensor, grad: Tensor, partials: Tensor, options: dict[str, Any]) -> None:
         _backward_kernel[(len(partials),)](
             rows,
             text,
-            scale,
-            bias,
+            sharpness,
             rows_lse[start:],
             columns_lse,
             positive_grad[start:],
+            None if groups is None else groups.rows[start:],
+            None if groups is None else groups.columns,
+            None if groups is None else groups.row_shares[start:].float(),
+            None if groups is None else groups.column_shares.float(),
             grad,
             partials,
             len(rows),
             len(text),
             grad.stride(0),
-            first + start,
+            0 if first is None else first + start,
+            HAS_POSITIVES=first is not None,
             **options,
         )
 
-    image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, 2, launch)
-    scale_grad, bias_grad = (weight * total for total in sums)
-    return image_grad, text_grad, scale_grad, bias_grad
+    image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, dtype, 1, launch)
+    return image_grad, text_grad, weight * sums[0]
 
 
 def siglip(
@@ -390,7 +393,10 @@ def siglip(
     first: int | None,
     weight: float,
     chunk_size: int,
+    dtype: torch.dtype,
     with_gradients: bool,
+    *,
+    groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def launch(
         start: int, rows: Tensor, text: Tensor, grad: Tensor | None, partials: Tensor, options: dict[str, Any]
@@ -400,6 +406,8 @@ def siglip(
             text,
             scale,
             bias,
+            None if groups is None else groups.rows[start:],
+            None if groups is None else groups.columns,
             grad,
             partials,
             len(rows),
@@ -412,7 +420,7 @@ def siglip(
         )
 
     if with_gradients:
-        image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, 3, launch)
+        image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, dtype, 3, launch)
         scale_grad, bias_grad, loss = (weight * total for total in sums)
         return loss, image_grad, text_grad, scale_grad, bias_grad
     image, text = _padded(image), _padded(text)
@@ -425,9 +433,15 @@ def siglip(
 
 
 def _gradients(
-    image: Tensor, text: Tensor, factor: Tensor, chunk_size: int, num_partials: int, launch: Callable[..., None]
+    image: Tensor,
+    text: Tensor,
+    factor: Tensor,
+    chunk_size: int,
+    dtype: torch.dtype,
+    num_partials: int,
+    launch: Callable[..., None],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dI, dT, sums of the partial results (num_partials,)), chunk_size rows of G at a time.
+    """(dI, dT in `dtype`, sums of the partial results (num_partials,)), chunk_size rows of G at a time.
 
     `launch` writes rows of G / w, times a power of two, and the partial results; dI = factor * G / w @ T, dT likewise.
     """
@@ -447,7 +461,7 @@ def _gradients(
         dtype=torch.float32 if in_float32 else torch.float16,
         device=image.device,
     )
-    image_grad = torch.empty(len(image), width, dtype=image.dtype, device=image.device)
+    image_grad = torch.empty(len(image), width, dtype=dtype, device=image.device)
     text_grad = torch.zeros(text.shape, dtype=torch.float32, device=text.device)
     sums = []
     for start in range(0, len(image), chunk_size):
@@ -460,7 +474,7 @@ def _gradients(
         sums.append(partials.sum(0, dtype=torch.float64))
         image_grad[start : start + chunk_size] = _product(grad, text_operand)[:, :width].mul_(image_factor)
         text_grad += _product(grad.T, image_operand[start : start + chunk_size])
-    text_grad = text_grad[:, :width].mul_(text_factor).to(text.dtype).contiguous()
+    text_grad = text_grad[:, :width].mul_(text_factor).to(dtype).contiguous()
     return image_grad, text_grad, torch.stack(sums).sum(0).float()
 
 

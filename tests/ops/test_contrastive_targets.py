@@ -1,0 +1,183 @@
+"""The contrastive operators where rows don't just belong to rows: given positives, groups, weighted negatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+
+from bclip_fast import ops
+from bclip_fast.ops.contrastive import LIMITS
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def features(rows, columns, width, dtype=torch.float64):
+    return [F.normalize(torch.randn(size, width, dtype=torch.float64)).to(dtype) for size in (rows, columns)]
+
+
+def soft_cross_entropy(logits, same, normalizer=None):
+    """Mean over rows with a positive, targets uniform over the positives; by the definition, on dense logits."""
+    log_probabilities = logits - (logits if normalizer is None else normalizer).logsumexp(1, keepdim=True)
+    has = same.any(1)
+    return -((log_probabilities * same).sum(1)[has] / same.sum(1)[has]).mean()
+
+
+def dense(image, text, scale, same, hardness=0.0):
+    """Both directions; hardness adds to each negative's logit a multiple of its cosine, as a constant."""
+    cosines = image @ text.T
+    logits = scale * cosines
+    # Whatever the kernel's precision, autograd sees constants.
+    weighted = logits + torch.where(same, 0.0, hardness * cosines.detach()).to(logits.dtype)
+    return (soft_cross_entropy(logits, same, weighted) + soft_cross_entropy(logits.T, same.T, weighted.T)) / 2
+
+
+def dense_siglip(image, text, scale, bias, same):
+    logits = scale * image @ text.T + bias
+    return -F.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
+
+
+def close(ours, definition, inputs):
+    """Loss and gradients in float64."""
+    results = []
+    for function in (ours, definition):
+        leaves = [tensor.double().clone().requires_grad_() for tensor in inputs]
+        loss = function(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for own, true in zip(*results, strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-11, atol=1e-14)
+
+
+POSITIVE = torch.tensor([5, -1, 0, 7, 30, -1, 2, 11, 44])  # the texts of nine images
+
+
+def same_of(positive, num_texts):
+    return positive[:, None] == torch.arange(num_texts)
+
+
+def given(rows, columns):
+    """Ids with groups of many sizes, among them images without a text and texts without an image."""
+    return torch.randint(0, rows // 2, (rows,)) * 7 - 9, torch.randint(1, rows // 2 + 4, (columns,)) * 7 - 9
+
+
+@pytest.mark.parametrize("hardness", [0.0, 4.5, -50.0])
+@pytest.mark.parametrize("shape", [(9, 47), (12, 47), (12, 12)], ids=str)
+def test_pairs_are_the_definition(shape, hardness):
+    image, text = features(*shape, 6)
+    scale = torch.tensor(50.0)
+    same = torch.eye(*shape, dtype=torch.bool)
+    close(
+        lambda *a: ops.clip_loss(*a, hardness=hardness, chunk_size=5),
+        lambda *a: dense(*a, same, hardness),
+        [image, text, scale],
+    )
+    if shape[0] == 9:
+        same = same_of(POSITIVE, 47)
+        close(
+            lambda *a: ops.clip_loss(*a, positive=POSITIVE, hardness=hardness, chunk_size=5),
+            lambda *a: dense(*a, same, hardness),
+            [image, text, scale],
+        )
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (20, 45), (45, 20), (1, 1)], ids=str)
+def test_groups_are_the_definition(shape):
+    image, text = features(*shape, 6)
+    ids = given(*shape) if shape[0] > 1 else (torch.zeros(1, dtype=torch.int64),) * 2
+    same = ids[0][:, None] == ids[1]
+    inputs = [image, text, torch.tensor(20.0)]
+    close(lambda *a: ops.clip_loss(*a, groups=ids, chunk_size=7), lambda *a: dense(*a, same), inputs)
+    inputs.append(torch.tensor(-3.0))
+    close(lambda *a: ops.siglip_loss(*a, groups=ids, chunk_size=7), lambda *a: dense_siglip(*a, same), inputs)
+
+
+def test_one_tensor_of_groups_and_groups_of_one():
+    image, text = features(12, 12, 5)
+    scale = torch.tensor(9.0)
+    ids = torch.arange(12).int() // 3
+    assert torch.equal(
+        ops.clip_loss(image, text, scale, groups=ids), ops.clip_loss(image, text, scale, groups=(ids, ids))
+    )
+    close(lambda *a: ops.clip_loss(*a, groups=torch.randperm(12)), lambda *a: ops.clip_loss(*a), [image, text, scale])
+
+
+def test_siglip_with_given_positives():
+    inputs = [*features(9, 47, 6), torch.tensor(10.0), torch.tensor(-5.0)]
+    same = same_of(POSITIVE, 47)
+    close(lambda *a: ops.siglip_loss(*a, positive=POSITIVE), lambda *a: dense_siglip(*a, same), inputs)
+    same = torch.eye(9, 47, dtype=torch.bool)
+    close(lambda *a: ops.siglip_loss(*a), lambda *a: dense_siglip(*a, same), inputs)
+
+
+# More than a tile of 512 columns, and a tile of 128 rows.
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(131, 531), (70, 67)], ids=str)
+def test_groups_on_every_backend(backend, dtype, shape, nan_filled):
+    image, text = features(*shape, 24, dtype)
+    skip_if_refused(LIMITS, backend, image, text)
+    ids = given(*shape)
+    same = ids[0][:, None] == ids[1]
+    options = {"groups": ids, "backend": backend, "chunk_size": 50}
+    inputs = [image, text, torch.tensor(20.0)]
+    assert_as_accurate_as_eager(lambda *a: ops.clip_loss(*a, **options), lambda *a: dense(*a, same), inputs)
+    inputs = [image, text, torch.tensor(10.0), torch.tensor(-5.0)]
+    assert_as_accurate_as_eager(lambda *a: ops.siglip_loss(*a, **options), lambda *a: dense_siglip(*a, same), inputs)
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rectangles_and_hardness_on_every_backend(backend, dtype, nan_filled):
+    image, text = features(140, 531, 24, dtype)
+    skip_if_refused(LIMITS, backend, image, text)
+    positive = torch.randperm(531)[:140]
+    positive[::7] = -1
+    options = {"positive": positive, "hardness": 9.0, "backend": backend, "chunk_size": 50}
+    same = same_of(positive, 531)
+    assert_as_accurate_as_eager(
+        lambda *a: ops.clip_loss(*a, **options), lambda *a: dense(*a, same, 9.0), [image, text, torch.tensor(20.0)]
+    )
+    same = torch.eye(140, 531, dtype=torch.bool)
+    assert_as_accurate_as_eager(
+        lambda *a: ops.clip_loss(*a, backend=backend), lambda *a: dense(*a, same), [image, text, torch.tensor(50.0)]
+    )
+
+
+def test_images_and_texts_without_a_loss_may_be_alike():
+    """Their logit is beyond every log-sum-exp; its exponential must not become inf * 0."""
+    image, text = (0.01 * part.float() for part in features(20, 30, 8))
+    image[-1] = text[-1] = F.normalize(torch.ones(8), dim=0)
+    ids = torch.arange(20), torch.arange(30)
+    ids[0][-1], ids[1][-11:] = 100, 200
+    same = ids[0][:, None] == ids[1]
+    for backend in ("cpu", "reference"):
+        skip_if_refused(LIMITS, backend, image, text)
+        assert_as_accurate_as_eager(
+            lambda *a, backend=backend: ops.clip_loss(*a, groups=ids, backend=backend),
+            lambda *a: dense(*a, same),
+            [image, text, torch.tensor(300.0)],
+        )
+
+
+IDS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"positive": torch.tensor([0, 1, 1, 2])}, r"images 1 and 2 have the same text 1; .* groups="),
+        ({"positive": torch.tensor([0, 1, 6, 2])}, "below 6"),
+        ({"positive": torch.tensor([-1] * 4)}, "one at least"),
+        ({"positive": torch.tensor([0, 1])}, r"positive must be 4 int64, got torch.int64 \(2,\)"),
+        ({"positive": IDS, "groups": (IDS, torch.arange(6))}, "pass one of them"),
+        ({"groups": IDS}, r"groups of the texts must be 6 integers, got torch.int64 \(4,\)"),
+        ({"groups": (IDS.float(), torch.arange(6))}, "groups of the images must be 4 integers, got torch.float32"),
+        ({"groups": (IDS, torch.arange(6) + 4)}, "no image shares its id with a text"),
+        ({"groups": (IDS, torch.arange(6)), "hardness": 1.0}, "hardness with groups"),
+        ({"hardness": float("nan")}, "hardness must be a finite number"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        ops.clip_loss(torch.eye(4), torch.eye(6, 4), 1.0, **options)
