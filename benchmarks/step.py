@@ -29,7 +29,7 @@ from bclip_fast.train.engine import AdamW, keep_freed_memory
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 from .cases import peer, shared_data
-from .measure import matmul_flops_per_second, peak_extra_bytes
+from .measure import DEVICE, matmul_flops_per_second, peak_extra_bytes
 from .peers import import_open_clip
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -175,31 +175,38 @@ class Step:
         model.set_grad_checkpointing(features.checkpointing)  # type: ignore[operator]
         if not features.packing:
             # The time of padding without its numbers: every caption has as many tokens as the longest may have.
-            self.text = Packed.of(inputs.ids.flatten(), [inputs.ids.shape[1]] * len(inputs.ids))
+            padded = Packed.of(inputs.ids.flatten(), [inputs.ids.shape[1]] * len(inputs.ids))
+            self.text = padded.to(inputs.ids.device)
 
     def __call__(self) -> list[float]:
         dtype = _DTYPES[self.config.precision]
         with contextlib.ExitStack() as stack:
             if self.features is not None:
                 stack.enter_context(_without(self.features, self.model))
-            times = [time.perf_counter()]
+            times = [_now()]
             image = self.image
             if self.features is not None and not self.features.raw_pixels:
                 image = normalize(image)
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
                 output = self.model(image, self.text)
             if isinstance(output, tuple):
                 output = dict(zip(("image_features", "text_features", "logit_scale"), output, strict=True))
             loss = self.loss(output["image_features"], output["text_features"], output["logit_scale"])
-            times.append(time.perf_counter())
+            times.append(_now())
             loss.backward()
-            times.append(time.perf_counter())
+            times.append(_now())
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            times.append(time.perf_counter())
+            times.append(_now())
         if not loss.isfinite():
             raise AssertionError(f"the loss is {float(loss)}")
         return [stop - start for start, stop in zip(times, times[1:], strict=False)]
+
+
+def _now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize(DEVICE)
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -231,12 +238,12 @@ def _sdpa(sequences: transformer.Sequences, qkv: Tensor, dropout_p: float = 0.0)
         query, key, value = qkv.unflatten(0, (-1, sequences.max_seqlen)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=sequences.causal)
         return out.transpose(1, 2).flatten(0, 1).flatten(1)
-    kept = torch.arange(sequences.max_seqlen) < sequences.cu_seqlens.diff()[:, None]
+    kept = torch.arange(sequences.max_seqlen, device=qkv.device) < sequences.cu_seqlens.diff()[:, None]
     padded = qkv.new_zeros(*kept.shape, *qkv.shape[1:]).masked_scatter(kept[..., None, None, None], qkv)
     query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
     mask = None if kept.all() else kept[:, None, None]
     if sequences.causal:
-        past = torch.ones(2 * [kept.shape[1]], dtype=torch.bool).tril()
+        past = torch.ones(2 * [kept.shape[1]], dtype=torch.bool, device=qkv.device).tril()
         mask = past if mask is None else mask & past
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2)[kept].flatten(1)
@@ -274,17 +281,18 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
         dropped = replace(sizes.text, dropout=config.dropout, attention_dropout=config.dropout)
         sizes = replace(sizes, text=dropped)
     inputs = make_inputs(config, sizes)
+    inputs = replace(inputs, images=inputs.images.to(DEVICE), ids=inputs.ids.to(DEVICE), text=inputs.text.to(DEVICE))
     torch.manual_seed(0)
-    ours = BiomedClip(sizes)
+    ours = BiomedClip(sizes).to(DEVICE)
     # The steps of a contender train its model: each starts from these weights.
     state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     rows: list[dict[str, Any]] = []
     for name, features in variants(config).items():
         ours.load_state_dict(state)
-        model: nn.Module = ours if features is not None else open_clip_twin(ours)
+        model: nn.Module = ours if features is not None else open_clip_twin(ours).to(DEVICE)
         error = difference(ours, model, inputs) if features is None else 0.0
         step = Step(config, model, inputs, features)
-        extra = peak_extra_bytes(step, inputs.images.device)
+        extra, _ = peak_extra_bytes(step)
         times = min((step() for _ in range(config.rounds)), key=sum)
         del step, model
         ours.zero_grad(set_to_none=True)

@@ -6,6 +6,8 @@
 #include "pointwise_kernels.h"
 
 #ifdef BCLIP_X86_TARGETS
+#include <immintrin.h>
+
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #include "pointwise_tile.h"

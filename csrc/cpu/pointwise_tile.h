@@ -18,6 +18,7 @@ using bclip::cpu::Values;
 
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint64_t WideBits __attribute__((vector_size(64)));
 
 BCLIP_INLINE Values row_of(const Values& values, int64_t index) {
   return {values.at ? static_cast<char*>(values.at) + index * (values.half ? 2 : 4) : nullptr, values.half};
@@ -54,31 +55,35 @@ BCLIP_INLINE void store_first(const Values& to, int64_t at, Lanes lanes, int64_t
   std::memcpy(row_of(to, at).at, padded, count * (to.half ? 2 : 4));
 }
 
-// keep of one row: 0 or `kept`, columns rounded up to 64.
+// Of a 64-bit lane the low half counts.
+BCLIP_INLINE WideBits times(WideBits a, uint32_t factor) {
+#ifdef __AVX512F__
+  return (WideBits)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
+#else
+  return (a & 0xFFFFFFFF) * factor;
+#endif
+}
+
+// keep of one row: 0 or `kept`, columns rounded up to 32. Eight counters go at a time, in an order from which two
+// interleavings bring their words into that of the columns.
 void fill_keep(const Dropout& dropout, int64_t row, int64_t columns, float* keep) {
-  for (int64_t start = 0; start < columns; start += 4 * kLanes) {
-    uint32_t a[kLanes], b[kLanes], c[kLanes], d[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      a[i] = static_cast<uint32_t>(start / 4 + i);
-      b[i] = static_cast<uint32_t>(row);
-      c[i] = d[i] = 0;
-    }
+  const Lanes kept = splat(dropout.kept);
+  for (int64_t start = 0; start < columns; start += 2 * kLanes) {
+    WideBits a = WideBits{0, 4, 1, 5, 2, 6, 3, 7} + static_cast<uint64_t>(start / 4);
+    WideBits b = WideBits{} + static_cast<uint64_t>(row), c = {}, d = {};
     uint32_t low = static_cast<uint32_t>(dropout.seed), high = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u)
-      for (int i = 0; i < kLanes; ++i) {
-        const uint64_t first = uint64_t{0xD2511F53u} * a[i], second = uint64_t{0xCD9E8D57u} * c[i];
-        a[i] = static_cast<uint32_t>(second >> 32) ^ b[i] ^ low;
-        b[i] = static_cast<uint32_t>(second);
-        c[i] = static_cast<uint32_t>(first >> 32) ^ d[i] ^ high;
-        d[i] = static_cast<uint32_t>(first);
-      }
-    for (int i = 0; i < kLanes; ++i) {
-      float* const four = keep + start + 4 * i;
-      four[0] = a[i] < dropout.drop_below ? 0.f : dropout.kept;
-      four[1] = b[i] < dropout.drop_below ? 0.f : dropout.kept;
-      four[2] = c[i] < dropout.drop_below ? 0.f : dropout.kept;
-      four[3] = d[i] < dropout.drop_below ? 0.f : dropout.kept;
+    for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
+      const WideBits first = times(a, 0xD2511F53u), second = times(c, 0xCD9E8D57u);
+      a = (second >> 32) ^ b ^ low;
+      c = (first >> 32) ^ d ^ high;
+      b = second;
+      d = first;
     }
+    const WideBits ab = (a & 0xFFFFFFFF) | b << 32, cd = (c & 0xFFFFFFFF) | d << 32;
+    const Bits left = (Bits)__builtin_shuffle(ab, cd, WideBits{0, 8, 2, 10, 4, 12, 6, 14});
+    const Bits right = (Bits)__builtin_shuffle(ab, cd, WideBits{1, 9, 3, 11, 5, 13, 7, 15});
+    store(keep + start, left < dropout.drop_below ? Lanes{} : kept);
+    store(keep + start + kLanes, right < dropout.drop_below ? Lanes{} : kept);
   }
 }
 
