@@ -15,7 +15,6 @@ DTYPES = torch.bfloat16, torch.float32
 INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
 
 
-
 def forward(
     qkv: Tensor,
     cu_seqlens: Tensor | None,
