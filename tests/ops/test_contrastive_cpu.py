@@ -22,11 +22,13 @@ def features(rows, width, dtype=torch.float32):
     return F.normalize(torch.randn(rows, width, dtype=torch.float64)).to(dtype)
 
 
-@pytest.fixture(params=["matrix unit", "library"])
+@pytest.fixture(params=["matrix unit", "library", "library in blocks"])
 def products(request, monkeypatch):
-    """bfloat16 features are multiplied in both ways, whatever the machine has."""
-    if request.param == "library":
+    """bfloat16 features are multiplied in both ways, whatever the machine has; many columns are taken in blocks."""
+    if request.param.startswith("library"):
         monkeypatch.setattr(_cpu, "has_amx", lambda: False)
+        if request.param == "library in blocks":
+            monkeypatch.setattr(cpu, "_LIBRARY_COLUMNS", 150)
     elif not _cpu.has_amx():
         pytest.skip("this machine has no AMX")
 
