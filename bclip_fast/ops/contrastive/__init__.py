@@ -93,7 +93,7 @@ def clip_loss(
             of one id belong together: targets are uniform over a row's positives (Yang et al. 2022, arXiv 2204.03610).
         hardness: multiplies the exponential of each negative by exp(hardness * image . text), taken as a constant
             (Lan et al. 2025, arXiv 2503.04812, equation 5, with 9 there), in both directions.
-        chunk_size: rows of S at a time; 8 MiB worth of them on a CPU, or 256, and 1 GiB on an accelerator, unless given.
+        chunk_size: rows of S at a time; unless given, 1 GiB worth of them, on a CPU 8 MiB but not fewer than 256.
         operand_dtype: what the features are rounded to before they are multiplied; sums and gradients are not. The
             features' own unless given, but under autocast, where float32 features are multiplied in half precision:
             float16 on CUDA, whose error is an eighth of bfloat16's for features of unit norm (up to 65504, beyond which
