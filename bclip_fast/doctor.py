@@ -61,7 +61,17 @@ def _backend(name: str) -> str:
         return f"installed, {_version('triton')}{interpreted}"
     if name == "cuda":
         return "installed" if torch.cuda.is_available() else "installed, but there is no device that torch can use"
-    return "installed" if name != "reference" else "always there: plain PyTorch"
+    return _instruction_set() if name == "cpu" else "always there: plain PyTorch"
+
+
+def _instruction_set() -> str:
+    from bclip_fast import _cpu
+
+    asked = " (BCLIP_CPU_ISA)" if "BCLIP_CPU_ISA" in os.environ else ""
+    try:
+        return f"installed, {_cpu.instruction_set()}{' and AMX' if _cpu.has_amx() else ''}{asked}"
+    except ValueError as error:
+        return f"installed, but {error}"
 
 
 def _why_no_cuda_module() -> str:

@@ -1,4 +1,7 @@
-"""`pytest benchmarks -k contrastive --benchmark-json=out.json`; `bclip bench` runs the same and renders it."""
+"""`pytest benchmarks -k contrastive --benchmark-json=out.json`; `bclip bench` runs the same and renders it.
+
+Cases that take minutes a call run with `--large`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import functools
 
 import pytest
 
-from bclip_fast.benchmarks.cases import CASES, Case, Unavailable
+from bclip_fast.benchmarks.cases import CASES, DEVICE, Case, Unavailable
 from bclip_fast.benchmarks.measure import (
-    device_of,
     error_of,
     matmul_flops_per_second,
     peak_extra_bytes,
+    synchronised,
     truth_of,
 )
 
@@ -25,25 +28,38 @@ def prepared(case: Case) -> tuple:
 
 
 @pytest.mark.parametrize(("case", "contender"), PAIRS)
-def test_operator(case, contender, benchmark):
+def test_operator(case, contender, benchmark, request):
+    if case.large and not request.config.getoption("--large"):
+        pytest.skip("takes minutes a call: --large")
     try:
-        run = case.contenders[contender]()
+        run = synchronised(case.contenders[contender]())
         inputs, truth = prepared(case)
     except Unavailable as reason:
         pytest.skip(f"{contender}: {reason}")
+    if case.large:
+        once = functools.partial(benchmark.pedantic, run, inputs, rounds=1, iterations=1)
+        extra_bytes, results = peak_extra_bytes(once)
+        error = error_of(results, truth)
+    else:
+        results = run(*inputs)  # a warm-up
+        error = error_of(results, truth)  # green first
+        extra_bytes, results = peak_extra_bytes(lambda: run(*inputs))
+        benchmark.pedantic(run, inputs, rounds=5 if DEVICE.type == "cpu" else 20, iterations=1)
     benchmark.group = case.id
     benchmark.extra_info.update(
         operator=case.operator,
         case=case.name,
         contender=contender,
-        error=error_of(run(*inputs), truth),  # green first, and a warm-up
+        error=error,
+        num_results=len(results),
+        num_compared=sum(result is not None for result in results),
+        extra_bytes=extra_bytes,
         flops=case.flops,
         bytes=case.bytes,
         unit=case.unit,
         num_units=case.num_units,
+        curve=case.curve,
         batch=case.batch,
         dtype=str(case.dtype).removeprefix("torch."),
         matmul_flops_per_second=matmul_flops_per_second(case.dtype) if case.flops else 0.0,
     )
-    benchmark.extra_info["extra_bytes"] = peak_extra_bytes(lambda: run(*inputs), device_of(inputs))
-    benchmark.pedantic(run, inputs, rounds=5, iterations=1)

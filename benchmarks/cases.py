@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +19,18 @@ from torch import Tensor
 
 from bclip_fast import ops
 from bclip_fast.ops import attention, contrastive, image
+from bclip_fast.ops.attention.reference import attention as dense_attention
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
+from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
 
 from .peers import import_open_clip
 
 Inputs = Sequence[Any]
-Contender = Callable[..., Any]  # the inputs -> the results that are compared with the truth
+Contender = Callable[..., Any]  # the inputs -> the results compared with the truth; None where it computes none
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LARGEST_DENSE = 8192  # pairs whose matrix of similarities is held in float64 for the truth
 
 
 class Unavailable(Exception):
@@ -45,7 +53,9 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     dtype: torch.dtype = torch.float32
-    batch: int = 0  # cases of one operator and dtype that differ in this alone are also drawn as curves
+    curve: str = ""  # cases of one curve differ in the batch alone: they are also drawn against it
+    batch: int = 0
+    large: bool = False  # minutes a call: measured when asked for, and once
     unit: str = "FLOP"  # what the rate is quoted in: FLOP, or "image"
     num_units: float = field(default=0.0)
 
@@ -69,14 +79,18 @@ def ours(limits: Any, make: Callable[[str], Contender], *inputs: Any) -> dict[st
     return {f"ours:{backend}": maker(backend) for backend in BACKENDS if backend in limits}
 
 
-def with_gradients(function: Callable[..., Tensor]) -> Contender:
-    """(output, gradients of every floating leaf): forward and backward in one call."""
+def with_gradients(function: Callable[..., Tensor], num_constants: int = 0) -> Contender:
+    """(output, gradients of every floating leaf): forward and backward in one call.
 
-    def run(*inputs: Any) -> list[Tensor]:
+    The last `num_constants` leaves are constants to `function`: None stands for their gradients.
+    """
+
+    def run(*inputs: Any) -> list[Tensor | None]:
         leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
         output = function(*inputs)
         gradient = torch.ones_like(output) if output.ndim == 0 else output.detach()
-        return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
+        variables = leaves[: len(leaves) - num_constants]
+        return [output.detach(), *torch.autograd.grad(output, variables, gradient), *[None] * num_constants]
 
     return run
 
@@ -85,7 +99,7 @@ def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dty
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(batch, tokens, 3, heads, dim, generator=generator)
-        return [qkv.to(dtype).requires_grad_()]
+        return [qkv.to(DEVICE, dtype).requires_grad_()]
 
     def sdpa(qkv: Tensor) -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -96,12 +110,16 @@ def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dty
         operator="attention",
         name=name,
         make_inputs=make_inputs,
-        truth=with_gradients(lambda qkv: attention.reference.dense(qkv, None, False, 0.0, dim**-0.5)),
+        truth=with_gradients(
+            lambda qkv: dense_attention(qkv.flatten(0, 1), None, None, tokens, False, 0.0, None, dim**-0.5).unflatten(
+                0, (batch, tokens)
+            )
+        ),
         contenders={
             **ours(
                 attention.LIMITS,
                 lambda backend: with_gradients(lambda qkv: ops.fused_attention(qkv, backend=backend)),
-                torch.zeros(1, 1, 3, 1, dim, dtype=dtype),
+                torch.zeros(1, 1, 3, 1, dim, dtype=dtype, device=DEVICE),
             ),
             "torch sdpa": lambda: with_gradients(sdpa),
         },
@@ -114,12 +132,12 @@ def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dty
 def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: torch.dtype) -> Case:
     """Sequences without padding; the rival pads them to the longest and masks."""
     longest, total = max(lengths), sum(lengths)
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(DEVICE)
 
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
-        return [torch.randn(total, 3, heads, dim, generator=generator).to(dtype).requires_grad_()]
+        return [torch.randn(total, 3, heads, dim, generator=generator).to(DEVICE, dtype).requires_grad_()]
 
     def padded_sdpa(qkv: Tensor) -> Tensor:
         padded = qkv.new_zeros(len(lengths), longest, 3, heads, dim)
@@ -132,12 +150,12 @@ def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: 
         operator="attention",
         name=name,
         make_inputs=make_inputs,
-        truth=with_gradients(lambda qkv: attention.reference.varlen(qkv, bounds, longest, False, 0.0, dim**-0.5)),
+        truth=with_gradients(lambda qkv: dense_attention(qkv, bounds, None, longest, False, 0.0, None, dim**-0.5)),
         contenders={
             **ours(
                 attention.LIMITS,
                 lambda backend: with_gradients(lambda qkv: ops.varlen_attention(qkv, bounds, longest, backend=backend)),
-                torch.zeros(1, 3, 1, dim, dtype=dtype),
+                torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE),
             ),
             "torch sdpa padded": lambda: with_gradients(padded_sdpa),
         },
@@ -148,20 +166,13 @@ def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: 
 
 
 def contrastive_case(batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
-    def make_inputs() -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-        pair = F.normalize(torch.randn(2, batch, width, generator=generator), dim=-1).to(dtype)
-        image, text = (rows.clone().requires_grad_() for rows in pair)
-        return [image, text, torch.tensor(scale).requires_grad_()]
-
-    def open_clip_loss(compiled: bool) -> Contender:
-        loss = peer(import_open_clip).ClipLoss()
-        return with_gradients(torch.compile(loss) if compiled else loss)
+    """CLIP's softmax loss."""
+    dense = functools.partial(dense_contender, batch, dtype)
 
     def two_linear_cross_entropies() -> Contender:
         if not hasattr(F, "linear_cross_entropy"):
             raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
-        labels = torch.arange(batch)
+        labels = torch.arange(batch, device=DEVICE)
 
         def loss(image: Tensor, text: Tensor, factor: Tensor) -> Tensor:
             # The default options hold the whole matrix; chunking is what bounds its memory.
@@ -171,31 +182,184 @@ def contrastive_case(batch: int, width: int, dtype: torch.dtype, scale: float = 
 
         return with_gradients(loss)
 
+    def two_inf_cls() -> Contender:
+        # One direction a call. Of its functions this is the one for a single process: the others gather the scale's
+        # gradient over ranks.
+        one = cuda_peer("inf_cl").cal_flash_loss
+        return with_gradients(lambda i, t, s: (one(i, t, scale=s).mean() + one(t, i, scale=s).mean()) / 2)
+
+    def memeff() -> Contender:
+        # The temperature is a number that isn't learned. By default gradients are rescaled, and features normalised.
+        loss = cuda_peer("memeff").MemoryEfficientCLIPLoss(1 / scale, normalized_inputs=True, stable=False)
+        return with_gradients(lambda i, t, s: loss(i, t), num_constants=1)
+
     return Case(
-        operator="contrastive",
-        name=f"{batch}-{str(dtype).removeprefix('torch.')}",
-        batch=batch,
-        make_inputs=make_inputs,
-        truth=with_gradients(dense_clip_loss),
+        **pairs(batch, width, dtype, "clip", [scale]),
+        truth=clip_truth(num_copies(batch)),
         contenders={
             **ours(
                 contrastive.LIMITS,
                 lambda backend: with_gradients(lambda i, t, s: ops.clip_loss(i, t, s, backend=backend)),
                 *make_tiny_features(dtype),
             ),
-            "torch dense": lambda: with_gradients(lambda i, t, s: dense_clip_loss(i, t, s.to(i.dtype))),
-            "open_clip": lambda: open_clip_loss(compiled=False),
-            "open_clip compiled": lambda: open_clip_loss(compiled=True),
+            "torch dense": lambda: dense(4, lambda i, t, s: dense_clip_loss(i, t, s.to(i.dtype))),
+            "open_clip": lambda: dense(4, open_clip().loss.ClipLoss()),
+            "open_clip compiled": lambda: dense(2.5, torch.compile(open_clip().loss.ClipLoss())),
             "torch linear_cross_entropy x2": two_linear_cross_entropies,
+            "inf-cl x2": two_inf_cls,
+            "memeff": memeff,
         },
         flops=4 * 2 * batch**2 * width,  # S, S again, and the two products with its gradient
+    )
+
+
+def siglip_case(batch: int, width: int, dtype: torch.dtype, scale: float = 10.0, bias: float = -10.0) -> Case:
+    """SigLIP's sigmoid loss, at its initial scale and bias."""
+    dense = functools.partial(dense_contender, batch, dtype)
+
+    def chunked_open_clip() -> Contender:
+        module = open_clip()
+        if "chunk_size" not in inspect.signature(module.loss.SigLipLoss).parameters:
+            raise Unavailable(f"SigLipLoss of open_clip {module.__version__} has no chunk_size")
+        return dense(2, module.loss.SigLipLoss(chunk_size=1024))
+
+    def siglip_kernel() -> Contender:
+        loss = cuda_peer("siglip_kernel").fused_siglip_loss
+        return with_gradients(lambda i, t, s, b: loss(i, t, s.log(), b))
+
+    return Case(
+        **pairs(batch, width, dtype, "siglip", [scale, bias]),
+        truth=siglip_truth(num_copies(batch)),
+        contenders={
+            **ours(
+                contrastive.LIMITS,
+                lambda backend: with_gradients(lambda i, t, s, b: ops.siglip_loss(i, t, s, b, backend=backend)),
+                *make_tiny_features(dtype),
+            ),
+            "torch dense": lambda: dense(5, lambda i, t, s, b: dense_siglip_loss(i, t, s.to(i.dtype), b.to(i.dtype))),
+            "open_clip": lambda: dense(5, open_clip().loss.SigLipLoss()),
+            "open_clip chunked": chunked_open_clip,
+            "open_clip compiled": lambda: dense(1.25, torch.compile(open_clip().loss.SigLipLoss())),
+            "siglip-kernel": siglip_kernel,
+        },
+        flops=3 * 2 * batch**2 * width,  # S, whose gradient is known with the loss, and the two products with that
+    )
+
+
+def pairs(batch: int, width: int, dtype: torch.dtype, loss: str, scalars: Sequence[float]) -> dict[str, Any]:
+    """What all contrastive cases have alike."""
+    copies, name = num_copies(batch), str(dtype).removeprefix("torch.")
+
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        pair = F.normalize(torch.randn(2, batch // copies, width, generator=generator), dim=-1).to(DEVICE, dtype)
+        image, text = ((rows * signs(copies, rows)[:, None]).flatten(0, 1).requires_grad_() for rows in pair)
+        return [image, text, *(torch.tensor(value, device=DEVICE).requires_grad_() for value in scalars)]
+
+    return dict(
+        operator="contrastive",
+        name=f"{loss}-{batch}-{name}",
+        curve=f"{loss}, {name}",
+        batch=batch,
+        large=copies > 1 and DEVICE.type == "cpu",
+        make_inputs=make_inputs,
         bytes=4 * batch * width * torch.finfo(dtype).bits / 8,
         dtype=dtype,
     )
 
 
+def num_copies(batch: int) -> int:
+    """Batches too large for a dense truth consist of so many sign-flipped copies of a small one: see `clip_truth`."""
+    copies = -(-batch // LARGEST_DENSE)
+    assert batch % copies == 0 and copies.bit_count() == 1, f"{batch} pairs are no power of two times one small problem"
+    return copies
+
+
+def signs(copies: int, features: Tensor) -> Tensor:
+    """(copies, D) of 1 and -1: Walsh functions, d_a[x] = (-1)^(number of bits that a and x share)."""
+    counts = [[(a & x).bit_count() for x in range(features.shape[1])] for a in range(copies)]
+    return 1 - 2 * (torch.tensor(counts, device=features.device) % 2).to(features.dtype)
+
+
+def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
+    """The loss and its gradients, in 1 / copies of the work where pair (a, i) is (d_a I_i, d_a T_i), `signs` being d.
+
+    Since d_a d_b = d_(a xor b), the dot product of image (a, i) and text (b, j) depends on i, j and a xor b alone. So
+    each copy's images meet the same numbers, in another order, and what copy 0 yields tells all: row sums are equal in
+    every copy; column sums of a text gather copy 0's images against that text's copies; dI_(a, i) = d_a dI_(0, i), and
+    dT_(0, j) = sum_a d_a (what copy 0's images give to text (a, j)). Yet every pair is a different one.
+    """
+    if copies == 1:
+        return with_gradients(dense_clip_loss)
+
+    @torch.no_grad()
+    def run(image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]:
+        own, num = image[: len(image) // copies], len(image) // copies
+        rows, columns = contrastive.reference.forward(own, text, scale, 0, chunk_size)
+        positive = contrastive.positive_logits(own, text[:num], scale)
+        columns = columns.view(copies, num).logsumexp(0)
+        loss = contrastive.pair_losses(rows, columns, positive).mean() / 2
+        columns_lse = torch.logaddexp(columns, positive).repeat(copies)
+        weight = torch.full_like(loss, 1 / (2 * len(image)))
+        positive_grad = weight * contrastive.positive_gradient(rows, columns, positive)
+        rows_lse = torch.logaddexp(rows, positive)
+        gradients = contrastive.reference.backward(
+            own, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, own.dtype
+        )
+        return [loss, *of_all_copies(copies, *gradients)]
+
+    return run
+
+
+def siglip_truth(copies: int, chunk_size: int = 256) -> Contender:
+    """As `clip_truth`: copy 0's images hold 1 / copies of the loss."""
+    if copies == 1:
+        return with_gradients(dense_siglip_loss)
+
+    @torch.no_grad()
+    def run(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
+        own = image[: len(image) // copies]
+        loss, *gradients = contrastive.reference.siglip(
+            own, text, scale, bias, 0, 1 / len(image), chunk_size, own.dtype, with_gradients=True
+        )
+        return [copies * loss, *of_all_copies(copies, *gradients)]
+
+    return run
+
+
+def of_all_copies(copies: int, image_grad: Tensor, text_grad: Tensor, *scalars: Tensor) -> list[Tensor]:
+    """The whole problem's gradients, from copy 0's dI (b, D) and what its images give to dT (B, D) and the scalars."""
+    flips = signs(copies, image_grad)[:, None]
+    image_grad = (flips * image_grad).flatten(0, 1)
+    text_grad = (flips * text_grad.unflatten(0, (copies, -1))).sum(0)
+    return [image_grad, (flips * text_grad).flatten(0, 1), *(copies * scalar for scalar in scalars)]
+
+
 def make_tiny_features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.zeros(1, 8, dtype=dtype), torch.zeros(1, 8, dtype=dtype)
+    return torch.zeros(1, 8, dtype=dtype, device=DEVICE), torch.zeros(1, 8, dtype=dtype, device=DEVICE)
+
+
+def dense_contender(batch: int, dtype: torch.dtype, num_matrices: float, loss: Callable[..., Tensor]) -> Contender:
+    """`loss`, which holds so many (B, B) matrices at its peak; Unavailable where they exceed the free memory.
+
+    The numbers are what was measured in float32 at B = 6144. CLIP: logits and their softmax, for two directions.
+    """
+    needed, free = num_matrices * batch**2 * torch.finfo(dtype).bits / 8, free_bytes()
+    if needed > free:
+        raise Unavailable(
+            f"{num_matrices} matrices of {batch} x {batch} {str(dtype).removeprefix('torch.')} are about "
+            f"{needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
+        )
+    return with_gradients(loss)
+
+
+def free_bytes() -> float:
+    if DEVICE.type == "cuda":
+        return torch.cuda.mem_get_info(DEVICE)[0]
+    if not Path("/proc/meminfo").exists():
+        return math.inf
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
 
 
 def image_case(num_images: int) -> Case:
@@ -239,12 +403,25 @@ def peer(import_module: Callable[[], Any]) -> Any:
         raise Unavailable(f"the peer {error.name} is not installed") from error
 
 
+def open_clip() -> Any:
+    return peer(import_open_clip)
+
+
+def cuda_peer(name: str) -> Any:
+    """A peer whose kernels are Triton's, for CUDA alone."""
+    if DEVICE.type != "cuda":
+        raise Unavailable("it needs CUDA, and torch sees no device")
+    return peer(lambda: importlib.import_module(name))
+
+
+DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
     attention_case("vit-b16-224-fp32", 8, 197, 12, 64, torch.float32),
     attention_case("vit-b16-224-bf16", 8, 197, 12, 64, torch.bfloat16),
     attention_case("bert-256-fp32", 4, 256, 12, 64, torch.float32),
     # Mean 78 tokens, as captions of PMC figures have after truncation at 256.
     varlen_case("text-varlen-fp32", [9, 14, 21, 33, 46, 58, 71, 90, 112, 137, 189, 156], 12, 64, torch.float32),
-    *(contrastive_case(batch, 512, dtype) for dtype in (torch.float32, torch.bfloat16) for batch in (2048, 4096, 8192)),
+    *(contrastive_case(batch, 512, dtype) for dtype in DTYPES for batch in (2048, 4096, 8192, 32768, 65536)),
+    *(siglip_case(batch, 512, dtype) for dtype in DTYPES for batch in (4096, 8192, 32768, 65536)),
     image_case(40),
 ]

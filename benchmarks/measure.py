@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, Inputs
+from .cases import DEVICE, Case, Inputs
 
 
 def truth_of(case: Case, inputs: Inputs) -> list[Tensor]:
@@ -23,21 +22,19 @@ def truth_of(case: Case, inputs: Inputs) -> list[Tensor]:
     return [tensor.detach() for tensor in case.truth(*double)]
 
 
-def error_of(results: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest difference over all results, relative to each result's largest value.
+def error_of(results: list[Tensor | None], truth: list[Tensor]) -> float:
+    """The largest difference over all results that there are, relative to each result's largest value.
 
     Raises AssertionError where a result is no approximation at all: a time for wrong numbers is no figure.
     """
     worst = 0.0
     for result, true in zip(results, truth, strict=True):
+        if result is None:
+            continue
         difference = (result.double() - true.double()).abs().max().item()
         worst = max(worst, difference / max(true.double().abs().max().item(), 1e-30))
     assert worst < 0.2, f"relative error {worst:.3g}: the numbers are wrong"
     return worst
-
-
-def device_of(inputs: Inputs) -> torch.device:
-    return next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
 
 
 def _double(value: Any) -> Any:
@@ -46,28 +43,42 @@ def _double(value: Any) -> Any:
     return value
 
 
-def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """What `run` takes at its peak beyond what is held before it: by torch's allocator on CUDA, resident on Linux.
+def synchronised(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which returns when a GPU has done what it was given."""
+    if DEVICE.type == "cpu":
+        return run
+
+    def to_its_end(*inputs: Any) -> Any:
+        results = run(*inputs)
+        torch.cuda.synchronize(DEVICE)
+        return results
+
+    return to_its_end
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> tuple[int | None, Any]:
+    """What `run` takes at its peak beyond what is held before it, by torch's allocator on CUDA, resident on Linux; and
+    what it returns.
 
     None where the kernel keeps no resettable peak. Resident memory is counted in pages that were touched, and memory
     that the C library kept from earlier is given back first, so small figures are good to about a MiB.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize(DEVICE)
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+        before = torch.cuda.memory_allocated(DEVICE)
+        results = run()
+        torch.cuda.synchronize(DEVICE)
+        return torch.cuda.max_memory_allocated(DEVICE) - before, results
     try:
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = _resident("VmRSS")
-        run()
-        return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
-        return None
+        return None, run()
+    results = run()
+    return max(0, _resident("VmHWM") - before), results
 
 
 def _resident(name: str) -> int:
@@ -75,15 +86,17 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-@functools.cache
-def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """The best rate of torch's own square matmul on this machine, the yardstick beside every FLOP figure."""
-    a, b = torch.randn(2, size, size).to(dtype)
-    a @ b
+def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
+    """The best rate of torch's own square matmul, the yardstick beside every FLOP figure: taken anew for each, since a
+    machine's speed drifts."""
+    size = 8192 if DEVICE.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
+    multiply = synchronised(torch.mm)
+    multiply(a, b)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        a @ b
+        multiply(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -104,8 +117,8 @@ def environment() -> dict[str, str]:
 
 
 def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

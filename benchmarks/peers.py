@@ -1,7 +1,8 @@
 """Other people's implementations that tests and benchmarks compare with. The project itself never imports any of them.
 
 They are installed without their dependencies, since theirs would replace torch:
-`pip install --no-deps open_clip_torch timm torchvision==0.28.0` and `pip install ftfy regex transformers`.
+`pip install --no-deps open_clip_torch timm torchvision==0.28.0` and `pip install ftfy regex transformers`; on a machine
+with a GPU also `pip install --no-deps inf-cl memeff siglip-kernel`.
 """
 
 from __future__ import annotations

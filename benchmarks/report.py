@@ -27,14 +27,18 @@ class BenchConfig:
     """The operator to measure."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
+    only: str = ""
+    """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
+    large: bool = False
+    """With the cases that take minutes a call on a CPU, each measured once."""
     record: bool = False
     """Append the rows to benchmarks/results/<device>.jsonl of the source tree as well."""
 
 
 def run(config: BenchConfig) -> int:
-    rows, status = measure(config.operator)
+    rows, status = measure(config)
     if not rows:
-        raise UserError(f"no figure for {config.operator}: pytest ended with status {status}, see its output above")
+        raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (config.output / "bench.jsonl").write_text(lines)
@@ -44,15 +48,15 @@ def run(config: BenchConfig) -> int:
             file.write(lines)
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
     plot(rows, written[1])
-    if any(row["batch"] for row in rows):
+    if any(row["curve"] for row in rows):
         written.append(config.output / "scaling.svg")
-        plot_scaling([row for row in rows if row["batch"]], written[2])
+        plot_scaling([row for row in rows if row["curve"]], written[2])
     show(rows)
     print("  ".join(map(str, written)))
     return int(status)
 
 
-def measure(operator: str) -> tuple[list[dict[str, Any]], int]:
+def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
     """The suite's rows, one a contender and case, and pytest's exit status."""
     import pytest
 
@@ -60,8 +64,8 @@ def measure(operator: str) -> tuple[list[dict[str, Any]], int]:
         path = Path(folder) / "bench.json"
         args = [str(HERE / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
         args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={HERE}", "-c", "/dev/null"]
-        if operator != "all":
-            args += ["-k", operator]
+        words = [f"({word})" for word in (config.operator.replace("all", ""), config.only) if word]
+        args += ["-k", " and ".join(words)] + ["--large"] * config.large
         status = pytest.main(args)
         data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
     common = environment()
@@ -83,20 +87,33 @@ def show(rows: list[dict[str, Any]]) -> None:
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
         group = [row for row in rows if (row["operator"], row["case"]) == case]
         table = Table(title=f"{'-'.join(case)}{floor(group[0])}", title_justify="left")
-        for heading in ("contender", "ms", "x ours", "rate", "of matmul", "extra MB", "error"):
+        best = min((row for row in group if row["contender"].startswith("ours:")), key=_seconds, default=None)
+        rival = next((row for row in group if row["contender"] == "open_clip"), best)
+        times = "x open_clip" if rival is not best else "x ours"
+        for heading in ("contender", "ms", times, "rate", "of matmul", "extra MB", times, "error"):
             table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-        best = min((row["seconds"] for row in group if row["contender"].startswith("ours:")), default=None)
         for row in group:
             table.add_row(
                 row["contender"],
                 f"{row['seconds'] * 1e3:.2f}",
-                f"{row['seconds'] / best:.2f}" if best else "",
+                ratio(row, rival, "seconds"),
                 rate(row),
                 f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}" if row["flops"] else "",
                 "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}",
-                f"{row['error']:.1e}",
+                ratio(row, rival, "extra_bytes"),
+                f"{row['error']:.1e}" + of_how_many(row),
             )
         console.print(table)
+
+
+def ratio(row: dict[str, Any], other: dict[str, Any] | None, quantity: str) -> str:
+    """How many times the other's; nothing where either is unknown."""
+    return f"{row[quantity] / other[quantity]:.2f}" if other and other[quantity] and row[quantity] is not None else ""
+
+
+def of_how_many(row: dict[str, Any]) -> str:
+    """Beside the error, where a rival computes but some of the results: the comparison is of those."""
+    return "" if row["num_compared"] == row["num_results"] else f" ({row['num_compared']} of {row['num_results']})"
 
 
 def floor(row: dict[str, Any]) -> str:
@@ -126,7 +143,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.invert_yaxis()
         axis.set_title("-".join(case), fontsize=10, loc="left")
-        axis.set_xlabel("ms, median of 5")
+        axis.set_xlabel("ms, median")
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -135,29 +152,37 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and peak extra memory against the batch, a column of axes for each dtype."""
+    """Time and peak extra memory against the batch, a column of axes for each loss and dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, axes = pyplot.subplots(2, len(dtypes), figsize=(5 * len(dtypes), 7), squeeze=False, sharex=True)
-    for column, dtype in enumerate(dtypes):
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            line = sorted((row for row in rows if (row["contender"], row["dtype"]) == (name, dtype)), key=_batch)
-            style = "-o" if name.startswith("ours:") else "--o"
+    curves = list(dict.fromkeys(row["curve"] for row in rows))
+    figure, axes = pyplot.subplots(2, len(curves), figsize=(5 * len(curves), 7), squeeze=False, sharex=True)
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for column, curve in enumerate(curves):
+        for index, name in enumerate(names):
+            line = sorted((row for row in rows if (row["contender"], row["curve"]) == (name, curve)), key=_batch)
+            if not line:
+                continue
+            style = f"C{index % 10}-o" if name.startswith("ours:") else f"C{index % 10}--o"
             axes[0, column].loglog([*map(_batch, line)], [row["seconds"] * 1e3 for row in line], style, label=name)
             known = [row for row in line if row["extra_bytes"]]
             axes[1, column].loglog([*map(_batch, known)], [row["extra_bytes"] / 1e6 for row in known], style)
-        axes[0, column].set_title(f"{rows[0]['operator']}, {dtype}", fontsize=10, loc="left")
+        axes[0, column].set_title(curve, fontsize=10, loc="left")
         axes[1, column].set_xlabel("batch")
+        axes[0, column].legend(fontsize=8)
+        axes[1, column].set_xscale("log", base=2)
     axes[0, 0].set_ylabel("ms, forward and backward")
     axes[1, 0].set_ylabel("peak extra memory, MB")
-    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return row["seconds"]
 
 
 def _batch(row: dict[str, Any]) -> int:

@@ -47,7 +47,8 @@ struct Sigmoid {
   Groups groups;
 };
 
-// The instruction set in use: "avx512", "avx2" or "plain".
+// The instruction set in use: "avx512", "avx2" or "plain". The best that the processor has, or what BCLIP_CPU_ISA named
+// when it was first asked for; std::invalid_argument if that can't be had. AMX is used beside AVX-512 alone.
 std::string instruction_set();
 
 // `offset` must be a whole number; the caller chooses it, and checks the sums for overflow and underflow.
@@ -59,39 +60,33 @@ void softmax_gradient(const Block& block, const Softmax& softmax, int threads);
 // Returns {loss / weight, sum of G}; overwrites X with G if asked for gradients.
 struct SigmoidSums {
   double loss, gradient;
+  double product;  // sum of G X, where it is computed
 };
 SigmoidSums sigmoid_gradient(const Block& block, const Sigmoid& sigmoid, int threads);
 
-// The same from bfloat16 features on the matrix unit of x86 (AMX), with X and G in tiles that never leave the caches.
-//
-// A matrix is packed in panels of 32 rows or columns. An operand from the left, (M, K), is
-// [M / 32][K / 32][2][16 rows][32 k]; from the right, (K, N), [N / 32][K / 32][2][16 pairs of k][16 columns][2 k]. A
-// result in single precision, (M, N), comes as [N / 32][M / 32][32 rows][32 columns]. All are padded with zeros; below,
-// `padded` means rounded up to a multiple of 32.
-struct AmxBlock {
-  const uint16_t* image;        // (b, D) bfloat16, contiguous
-  const uint16_t* text_across;  // packed from the right: T^T, (D, B)
+// The same from bfloat16 features, whole, on the matrix unit of x86 (AMX): X and G never leave a core's caches.
+struct AmxProblem {
+  const uint16_t *image, *text;  // (b, D), (B, D) bfloat16, contiguous
   int64_t rows, columns, width;
   int64_t first;
 };
 
 struct AmxGradients {
-  const uint16_t* text;   // packed from the right: T, (B, D)
-  float* image_gradient;  // G T, (padded b, padded D) as a result: written
-  float* text_gradient;   // I^T G, (padded D, padded B) as a result: added to
-  uint16_t* workspace;    // 2 * padded b * padded B
+  void *image, *text;  // scale G T (b, D) and scale G^T I (B, D), bfloat16 unless in_single, written
+  bool in_single;
+  double scale;
 };
 
 // Whether processor and kernel allow it; asks Linux for the permission.
 bool has_amx();
 
-// Packs (rows, columns) bfloat16, contiguous, from the right, or its transpose.
-void amx_pack(const uint16_t* matrix, int64_t rows, int64_t columns, bool transpose, uint16_t* packed, int threads);
+void amx_exponential_sums(const AmxProblem& problem, double factor, float offset, const Sums& sums, int threads);
 
-void amx_exponential_sums(const AmxBlock& block, double factor, float offset, const Sums& sums, int threads);
-void amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients, int threads);
-// `gradients` isn't looked at unless the sigmoid asks for gradients.
-SigmoidSums amx_sigmoid_gradient(const AmxBlock& block, const Sigmoid& sigmoid, const AmxGradients& gradients,
+// Returns the sum of G X.
+double amx_softmax_gradient(const AmxProblem& problem, const Softmax& softmax, const AmxGradients& gradients,
+                            int threads);
+// `gradients` isn't written unless the sigmoid asks for gradients.
+SigmoidSums amx_sigmoid_gradient(const AmxProblem& problem, const Sigmoid& sigmoid, const AmxGradients& gradients,
                                  int threads);
 
 }  // namespace bclip::cpu

@@ -1,4 +1,5 @@
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -6,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../attention.h"
 #include "../contrastive.h"
 #include "../image.h"
 
@@ -69,45 +71,58 @@ std::pair<double, double> sigmoid_gradient(uintptr_t dots, int64_t num_rows, int
   return {sums.loss, sums.gradient};
 }
 
-void amx_pack(uintptr_t matrix, int64_t num_rows, int64_t num_columns, bool transpose, uintptr_t packed, int threads) {
-  const py::gil_scoped_release release;
-  bclip::cpu::amx_pack(at<uint16_t>(matrix), num_rows, num_columns, transpose, at<uint16_t>(packed), threads);
+bclip::cpu::AmxProblem amx_problem(uintptr_t image, uintptr_t text, int64_t num_rows, int64_t num_columns,
+                                   int64_t width, int64_t first) {
+  return {at<uint16_t>(image), at<uint16_t>(text), num_rows, num_columns, width, first};
 }
 
-bclip::cpu::AmxBlock amx_block(uintptr_t image, uintptr_t text_across, int64_t num_rows, int64_t num_columns,
-                               int64_t width, int64_t first) {
-  return {at<uint16_t>(image), at<uint16_t>(text_across), num_rows, num_columns, width, first};
-}
-
-bclip::cpu::AmxGradients amx_gradients(uintptr_t text, uintptr_t image_gradient, uintptr_t text_gradient,
-                                       uintptr_t workspace) {
-  return {at<uint16_t>(text), at<float>(image_gradient), at<float>(text_gradient), at<uint16_t>(workspace)};
-}
-
-void amx_exponential_sums(const bclip::cpu::AmxBlock& block, double factor, float offset, uintptr_t rows,
+void amx_exponential_sums(const bclip::cpu::AmxProblem& problem, double factor, float offset, uintptr_t rows,
                           uintptr_t columns, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::amx_exponential_sums(block, factor, offset, {at<float>(rows), at<double>(columns)}, threads);
+  bclip::cpu::amx_exponential_sums(problem, factor, offset, {at<float>(rows), at<double>(columns)}, threads);
 }
 
-void amx_softmax_gradient(const bclip::cpu::AmxBlock& block, double scale, double weight, uintptr_t rows_lse,
-                          uintptr_t columns_lse, uintptr_t positive_grad, const GroupAddresses& groups,
-                          const bclip::cpu::AmxGradients& gradients, int threads) {
+bclip::cpu::AmxGradients amx_gradients(uintptr_t image, uintptr_t text, bool in_single, double scale) {
+  return {at<void>(image), at<void>(text), in_single, scale};
+}
+
+double amx_softmax_gradient(const bclip::cpu::AmxProblem& problem, double scale, double weight, uintptr_t rows_lse,
+                            uintptr_t columns_lse, uintptr_t positive_grad, const GroupAddresses& groups,
+                            const bclip::cpu::AmxGradients& gradients, int threads) {
   const py::gil_scoped_release release;
-  bclip::cpu::amx_softmax_gradient(block,
-                                   {scale, weight, at<double>(rows_lse), at<double>(columns_lse),
-                                    at<float>(positive_grad), groups_at(groups)},
-                                   gradients, threads);
+  return bclip::cpu::amx_softmax_gradient(
+      problem,
+      {scale, weight, at<double>(rows_lse), at<double>(columns_lse), at<float>(positive_grad), groups_at(groups)},
+      gradients, threads);
 }
 
-std::pair<double, double> amx_sigmoid_gradient(const bclip::cpu::AmxBlock& block, double scale, double bias,
-                                               double weight, const GroupAddresses& groups,
-                                               const bclip::cpu::AmxGradients* gradients, int threads) {
+std::tuple<double, double, double> amx_sigmoid_gradient(const bclip::cpu::AmxProblem& problem, double scale,
+                                                        double bias, double weight, const GroupAddresses& groups,
+                                                        const bclip::cpu::AmxGradients* gradients, int threads) {
   const py::gil_scoped_release release;
   const bool wanted = gradients != nullptr;
-  const auto sums = bclip::cpu::amx_sigmoid_gradient(block, {scale, bias, weight, wanted, groups_at(groups)},
+  const auto sums = bclip::cpu::amx_sigmoid_gradient(problem, {scale, bias, weight, wanted, groups_at(groups)},
                                                      wanted ? *gradients : bclip::cpu::AmxGradients{}, threads);
-  return {sums.loss, sums.gradient};
+  return {sums.loss, sums.gradient, sums.product};
+}
+
+bclip::cpu::Attention attention(std::string instruction_set, uintptr_t qkv, bool bfloat16, int64_t num_rows, int64_t num_heads, int64_t dim,
+                                uintptr_t bounds, int64_t num_sequences, uintptr_t key_mask, bool causal, double scale,
+                                double dropout_p, uint64_t seed) {
+  return {std::move(instruction_set), at<void>(qkv),  bfloat16,      num_rows,              num_heads, dim,
+          at<int32_t>(bounds),        num_sequences,  at<uint8_t>(key_mask), causal, scale,     dropout_p, seed};
+}
+
+void attention_forward(const bclip::cpu::Attention& attention, uintptr_t out, uintptr_t lse, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::attention_forward(attention, at<void>(out), at<float>(lse), threads);
+}
+
+void attention_backward(const bclip::cpu::Attention& attention, uintptr_t out_grad, uintptr_t out, uintptr_t lse,
+                        uintptr_t qkv_grad, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::attention_backward(attention, {at<void>(out_grad), at<void>(out), at<float>(lse), at<void>(qkv_grad)},
+                                 threads);
 }
 
 }  // namespace
@@ -129,19 +144,25 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("first"), py::arg("scale"), py::arg("bias"), py::arg("weight"), py::arg("with_gradients"),
              py::arg("groups"), py::arg("threads"));
   module.def("has_amx", &bclip::cpu::has_amx);
-  py::class_<bclip::cpu::AmxBlock>(module, "AmxBlock", py::module_local())
-      .def(py::init(&amx_block), py::arg("image"), py::arg("text_across"), py::arg("num_rows"), py::arg("num_columns"),
+  py::class_<bclip::cpu::AmxProblem>(module, "AmxProblem", py::module_local())
+      .def(py::init(&amx_problem), py::arg("image"), py::arg("text"), py::arg("num_rows"), py::arg("num_columns"),
            py::arg("width"), py::arg("first"));
   py::class_<bclip::cpu::AmxGradients>(module, "AmxGradients", py::module_local())
-      .def(py::init(&amx_gradients), py::arg("text"), py::arg("image_gradient"), py::arg("text_gradient"),
-           py::arg("workspace"));
-  module.def("amx_pack", &amx_pack, py::arg("matrix"), py::arg("num_rows"), py::arg("num_columns"),
-             py::arg("transpose"), py::arg("packed"), py::arg("threads"));
-  module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("block"), py::arg("factor"), py::arg("offset"),
+      .def(py::init(&amx_gradients), py::arg("image"), py::arg("text"), py::arg("in_single"), py::arg("scale"));
+  module.def("amx_exponential_sums", &amx_exponential_sums, py::arg("problem"), py::arg("factor"), py::arg("offset"),
              py::arg("rows"), py::arg("columns"), py::arg("threads"));
-  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("block"), py::arg("scale"), py::arg("weight"),
-             py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"),
-             py::arg("groups"), py::arg("gradients"), py::arg("threads"));
-  module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("block"), py::arg("scale"), py::arg("bias"),
+  module.def("amx_softmax_gradient", &amx_softmax_gradient, py::arg("problem"), py::arg("scale"), py::arg("weight"),
+             py::arg("rows_lse"), py::arg("columns_lse"), py::arg("positive_grad"), py::arg("groups"),
+             py::arg("gradients"), py::arg("threads"));
+  module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("problem"), py::arg("scale"), py::arg("bias"),
              py::arg("weight"), py::arg("groups"), py::arg("gradients").none(true), py::arg("threads"));
+  py::class_<bclip::cpu::Attention>(module, "Attention", py::module_local())
+      .def(py::init(&attention), py::arg("instruction_set"), py::arg("qkv"), py::arg("bfloat16"), py::arg("num_rows"), py::arg("num_heads"),
+           py::arg("dim"), py::arg("bounds"), py::arg("num_sequences"), py::arg("key_mask"), py::arg("causal"),
+           py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
+  module.def("attention_instruction_sets", &bclip::cpu::attention_instruction_sets, py::arg("bfloat16"));
+  module.def("attention_forward", &attention_forward, py::arg("attention"), py::arg("out"), py::arg("lse"),
+             py::arg("threads"));
+  module.def("attention_backward", &attention_backward, py::arg("attention"), py::arg("out_grad"), py::arg("out"),
+             py::arg("lse"), py::arg("qkv_grad"), py::arg("threads"));
 }

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "contrastive_kernels.h"
@@ -14,19 +16,34 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-const ContrastiveKernels& kernels() {
+// What this processor can run, best first.
+std::vector<const ContrastiveKernels*> supported() {
+  std::vector<const ContrastiveKernels*> found;
 #ifdef BCLIP_X86_TARGETS
-  static const ContrastiveKernels& chosen = [&]() -> const ContrastiveKernels& {
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512) return kAvx512Kernels;
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return avx2 ? kAvx2Kernels : kPlainKernels;
-  }();
-  return chosen;
-#else
-  return kPlainKernels;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) found.push_back(&kAvx512Kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
 #endif
+  found.push_back(&kPlainKernels);
+  return found;
+}
+
+const ContrastiveKernels& chosen() {
+  const auto found = supported();
+  const char* asked = std::getenv("BCLIP_CPU_ISA");
+  if (!asked) return *found.front();
+  std::string names;
+  for (const auto* kernels : found) {
+    if (asked == std::string(kernels->name)) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::invalid_argument("BCLIP_CPU_ISA is '" + std::string(asked) + "'; this processor and build have " + names);
+}
+
+const ContrastiveKernels& kernels() {
+  static const ContrastiveKernels& once = chosen();
+  return once;
 }
 
 void check(const Block& block) {

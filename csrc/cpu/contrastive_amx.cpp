@@ -1,12 +1,21 @@
-// Strips of X from the matrix unit, 64 rows of 512 columns, go through the kernels of contrastive_tile.h while they are
-// in L2. G is rounded to bfloat16 and packed twice: as left operand of G T and as right operand of I^T G, which spares
-// its transposition.
+// bfloat16 features on the matrix unit of x86 (AMX). Two passes of the same shape, each of which owns its results:
+//
+//   own features Q (rows of the images, or texts), panel by panel of 32, against the others K, block by block:
+//     X = Q K^T, 32 x 32 dot products at a time; what is to be done with the 32 x 32 before is interleaved with it, as
+//     the matrix unit leaves the vector units idle;
+//     in the backward, G = g(X) is rounded to bfloat16 and O += G K while it is in L1.
+//
+// S is computed once forward and twice backward, a fifth more multiplications than the least. In return nothing is
+// accumulated outside a core's caches, no memory is needed beyond the results, each number is summed in one order
+// whatever the number of threads, and a block of K is packed in both layouts, for X and for O, once per kOwnRows rows.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
+#include <new>
+#include <numeric>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "../contrastive.h"
@@ -17,11 +26,14 @@
 
 #include <cpuid.h>
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
+
+#include "lanes.h"
 
 namespace bclip::cpu {
 
@@ -29,35 +41,79 @@ namespace {
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kHalf = 16;
-constexpr int64_t kStep = kPanel * kPanel;  // elements of a panel per 32 k
-constexpr int64_t kStripRows = 64;
-constexpr int64_t kStepsAtOnce = 16;  // 512 k of a panel are 32 KiB: they stay in L1
-constexpr int64_t kGroupPanels = 8;   // panels of G, 256 KiB for 512 k, that stay in L2
+constexpr int64_t kStep = kPanel * kPanel;     // elements of a panel per 32 k
+constexpr int64_t kBlockElements = 512 * 512;  // of K at a time: its two layouts are 1 MiB and stay in L2
+constexpr int64_t kOwnRows = 1024;             // over which the packing of a block is spread
+constexpr int64_t kColumnsAtOnce = 2048;       // of a task of the forward, which owns both a row and a column range
+constexpr int64_t kMostRowRanges = 32;         // of the forward: so many sums are kept of each column
+constexpr int64_t kRowsInSingle = 256;         // single precision sums columns over so many rows
 
 int64_t panels(int64_t size) { return (size + kPanel - 1) / kPanel; }
+int64_t padded(int64_t size) { return panels(size) * kPanel; }
 
-// Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes.
-struct TileUse {
-  TileUse() {
-    struct alignas(64) {
+int64_t tasks_of(int64_t rows) { return (rows + kOwnRows - 1) / kOwnRows; }
+
+// Rows of K at a time.
+int64_t block_rows(int64_t width, int64_t count) {
+  return std::min(padded(count), std::max<int64_t>(kPanel, kBlockElements / padded(width) / kPanel * kPanel));
+}
+
+// Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes. Numbers below
+// 2^-126 count as zero meanwhile.
+class Unit {
+ public:
+  Unit() : mode_(_mm_getcsr()) {
+    // Static, as GCC's intrinsic tells the compiler of the first 8 bytes alone.
+    static const struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
     _tile_loadconfig(&config);
+    _mm_setcsr(mode_ | _MM_FLUSH_ZERO_ON | 0x40 /* denormals are zero */);
   }
-  ~TileUse() { _tile_release(); }
+  ~Unit() {
+    _mm_setcsr(mode_);
+    _tile_release();
+  }
+  Unit(const Unit&) = delete;
+  Unit& operator=(const Unit&) = delete;
+
+ private:
+  const unsigned mode_;
 };
 
-// result (32, 32), rows `stride` floats apart, = or += left (32, 32 steps) right (32 steps, 32).
-inline void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, int64_t stride,
-                     bool add) {
-  const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
+// Memory of one thread, in large pages where the kernel has them.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : bytes_(std::max<int64_t>(count, 1) * sizeof(T)) {
+    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    madvise(memory, bytes_, MADV_HUGEPAGE);
+    data = static_cast<T*>(memory);
+  }
+  ~Scratch() { munmap(data, bytes_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* data;
+
+ private:
+  const size_t bytes_;
+};
+
+// result (32, 32) = or += left (32, 32 steps) right (32 steps, 32); calls work(step) after each step. The left operand
+// is to stay in L1, which the right one would wash out if it weren't loaded as passing by: that is a third of the time.
+template <typename Work>
+BCLIP_INLINE void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, bool add,
+                           const Work& work) {
+  constexpr int64_t bytes = kPanel * sizeof(float);
   if (add) {
     _tile_loadd(0, result, bytes);
     _tile_loadd(1, result + kHalf, bytes);
-    _tile_loadd(2, result + kHalf * stride, bytes);
-    _tile_loadd(3, result + kHalf * stride + kHalf, bytes);
+    _tile_loadd(2, result + kHalf * kPanel, bytes);
+    _tile_loadd(3, result + kHalf * kPanel + kHalf, bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -65,176 +121,444 @@ inline void multiply(const uint16_t* left, const uint16_t* right, int64_t steps,
     _tile_zero(3);
   }
   for (int64_t step = 0; step < steps; ++step, left += kStep, right += kStep) {
-    _tile_loadd(6, right, 64);
+    _tile_stream_loadd(6, right, 64);
     _tile_loadd(4, left, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + kStep / 2, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    _tile_stream_loadd(7, right + kStep / 2, 64);
     _tile_loadd(5, left + kStep / 2, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    work(step);
   }
   _tile_stored(0, result, bytes);
   _tile_stored(1, result + kHalf, bytes);
-  _tile_stored(2, result + kHalf * stride, bytes);
-  _tile_stored(3, result + kHalf * stride + kHalf, bytes);
+  _tile_stored(2, result + kHalf * kPanel, bytes);
+  _tile_stored(3, result + kHalf * kPanel + kHalf, bytes);
 }
 
-// Element (i, k) of the matrix is at from[i * stride + k * stride_k].
-void pack_left(const uint16_t* from, int64_t stride, int64_t stride_k, int64_t rows, int64_t depth, int64_t panel,
-               uint16_t* packed) {
-  const int64_t steps = panels(depth);
-  packed += panel * steps * kStep;
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t count = std::min(kPanel, depth - step * kPanel);
-    for (int64_t i = 0; i < kPanel; ++i, packed += kPanel) {
-      const int64_t row = panel * kPanel + i;
-      const uint16_t* source = from + row * stride + step * kPanel * stride_k;
-      if (row >= rows) {
-        std::memset(packed, 0, kPanel * sizeof *packed);
-      } else if (stride_k == 1 && count == kPanel) {
-        std::memcpy(packed, source, kPanel * sizeof *packed);
-      } else {
-        for (int64_t k = 0; k < kPanel; ++k) packed[k] = k < count ? source[k * stride_k] : 0;
-      }
-    }
+// Features (count, width), contiguous.
+struct Features {
+  const uint16_t* data;
+  int64_t count, width;
+
+  // Which of the 32 columns from k on there are.
+  __mmask32 columns(int64_t k) const { return width - k >= kPanel ? ~0u : (1u << (width - k)) - 1; }
+
+  // The 32 numbers of a row from column k on; zeros outside.
+  __m512i load(int64_t row, int64_t k) const {
+    return row < count ? _mm512_maskz_loadu_epi16(columns(k), data + row * width + k) : _mm512_setzero_si512();
   }
-}
-
-// Element (k, j) of the matrix is at from[j * stride + k * stride_k].
-void pack_right(const uint16_t* from, int64_t stride, int64_t stride_k, int64_t columns, int64_t depth, int64_t panel,
-                uint16_t* packed) {
-  const int64_t steps = panels(depth);
-  packed += panel * steps * kStep;
-  for (int64_t step = 0; step < steps; ++step) {
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t column = panel * kPanel + half * kHalf;
-      const uint16_t* source = from + column * stride + step * kPanel * stride_k;
-      for (int64_t k = 0; k < kPanel; k += 2, packed += kPanel) {
-        const bool has_first = step * kPanel + k < depth, has_second = step * kPanel + k + 1 < depth;
-        for (int64_t j = 0; j < kHalf; ++j) {
-          const bool inside = column + j < columns;
-          const uint16_t* pair = source + j * stride + k * stride_k;
-          packed[2 * j] = inside && has_first ? pair[0] : 0;
-          packed[2 * j + 1] = inside && has_second ? pair[stride_k] : 0;
-        }
-      }
-    }
-  }
-}
-
-struct Buffer {
-  explicit Buffer(int64_t count) : memory(new (std::align_val_t(64)) uint16_t[count]) {}
-  ~Buffer() { ::operator delete[](memory, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  uint16_t* const memory;
 };
 
-int64_t num_tiles(const AmxBlock& block) { return (block.columns + kTileColumns - 1) / kTileColumns; }
-
-// Runs use(tile, row of the block where it starts, number of the tile) on every strip; a thread does whole tile columns.
-void for_strips(const AmxBlock& block, const uint16_t* image, int threads,
-                const std::function<void(const Tile&, int64_t, int64_t)>& use,
-                const std::function<void(int64_t)>& finish) {
-  const int64_t steps = panels(block.width);
-  parallel(num_tiles(block), threads, [&](int64_t index) {
-    const TileUse tiles;
-    alignas(64) float strip[kStripRows * kTileColumns];
-    const int64_t start = index * kTileColumns;
-    const int64_t columns = std::min(kTileColumns, block.columns - start);
-    const uint16_t* texts = block.text_across + start / kPanel * steps * kStep;
-    for (int64_t row = 0; row < block.rows; row += kStripRows) {
-      const int64_t rows = std::min(kStripRows, block.rows - row);
-      for (int64_t i = 0; i < panels(rows); ++i) {
-        const uint16_t* left = image + (row / kPanel + i) * steps * kStep;
-        for (int64_t j = 0; j < panels(columns); ++j)
-          multiply(left, texts + j * steps * kStep, steps, strip + i * kPanel * kTileColumns + j * kPanel,
-                   kTileColumns, false);
-      }
-      use({strip, kTileColumns, rows, columns, block.first + row - start}, row, index);
-    }
-    finish(index);
-  });
+// The left operand of X, [D / 32][2][16 rows][32 k], from 32 rows.
+void pack_rows(const Features& features, int64_t row, uint16_t* packed) {
+  for (int64_t k = 0; k < features.width; k += kPanel)
+    for (int64_t i = 0; i < kPanel; ++i, packed += kPanel) _mm512_store_si512(packed, features.load(row + i, k));
 }
 
-// Rounds a strip of G and packs it: from the left into rows of panels with `left_steps`, from the right into `right`.
-void pack_gradient(const float* strip, int64_t row_panels, int64_t column_panels, uint16_t* left, int64_t left_steps,
-                   uint16_t* right, int64_t right_steps) {
-  for (int64_t i = 0; i < row_panels; ++i) {
-    for (int64_t j = 0; j < column_panels; ++j) {
-      const float* from = strip + i * kPanel * kTileColumns + j * kPanel;
-      uint16_t* to_left = left + (i * left_steps + j) * kStep;
-      uint16_t* to_right = right + (j * right_steps + i) * kStep;
-      for (int64_t row = 0; row < kPanel; row += 2) {
-        __m512i rounded[2];  // 32 columns of bfloat16
-        for (int64_t k = 0; k < 2; ++k) {
-          const float* source = from + (row + k) * kTileColumns;
-          rounded[k] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(source + kHalf), _mm512_loadu_ps(source));
-          _mm512_storeu_si512(to_left + (row + k) * kPanel, rounded[k]);
-        }
-        const auto pairs = [&](__m256i even, __m256i odd) {
-          return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-        };
-        _mm512_storeu_si512(to_right + row * kHalf, pairs(_mm512_castsi512_si256(rounded[0]),
-                                                          _mm512_castsi512_si256(rounded[1])));
-        _mm512_storeu_si512(to_right + kStep / 2 + row * kHalf, pairs(_mm512_extracti64x4_epi64(rounded[0], 1),
-                                                                      _mm512_extracti64x4_epi64(rounded[1], 1)));
-      }
-    }
+void transpose(__m512i (&rows)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), b = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    rows[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    rows[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
 }
 
-// Packs I; with gradients, fills G by `write_gradient` strip by strip, and multiplies it by I and T.
-void gradients_of(const AmxBlock& block, const AmxGradients* gradients, int threads,
-                  const std::function<void(const Tile&, int64_t, int64_t)>& write_gradient) {
-  const int64_t row_panels = panels(block.rows), column_panels = panels(block.columns), steps = panels(block.width);
-  const Buffer image(row_panels * steps * kStep);
-  parallel(row_panels, threads, [&](int64_t panel) {
-    pack_left(block.image, block.width, 1, block.rows, block.width, panel, image.memory);
-  });
-  if (!gradients) return for_strips(block, image.memory, threads, write_gradient, [](int64_t) {});
+// The right operand of X, K^T: [count / 32][D / 32][2][16 pairs of k][16 rows][2 k].
+void pack_across(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
+  for (int64_t panel = row; panel < row + count; panel += kPanel)
+    for (int64_t k = 0; k < features.width; k += kPanel)
+      for (int64_t half = 0; half < kPanel; half += kHalf) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < kHalf; ++i) rows[i] = features.load(panel + half + i, k);
+        transpose(rows);
+        for (int64_t i = 0; i < kHalf; ++i, packed += kPanel) _mm512_store_si512(packed, rows[i]);
+      }
+}
 
-  const Buffer image_across(row_panels * steps * kStep);
-  parallel(steps, threads, [&](int64_t panel) {
-    pack_left(block.image, 1, block.width, block.width, block.rows, panel, image_across.memory);
-  });
-  uint16_t* left = gradients->workspace;
-  uint16_t* right = left + row_panels * column_panels * kStep;
-  const auto use = [&](const Tile& tile, int64_t row, int64_t index) {
-    write_gradient(tile, row, index);
-    const int64_t row_panel = row / kPanel, column_panel = index * kTileColumns / kPanel;
-    pack_gradient(tile.dots, panels(tile.rows), panels(tile.columns),
-                  left + (row_panel * column_panels + column_panel) * kStep, column_panels,
-                  right + (column_panel * row_panels + row_panel) * kStep, row_panels);
-  };
-  const auto add_to_text = [&](int64_t index) {
-    const int64_t begin = index * kTileColumns / kPanel;
-    const int64_t end = std::min(begin + kTileColumns / kPanel, column_panels);
-    for (int64_t step = 0; step < row_panels; step += kStepsAtOnce)
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t i = 0; i < steps; ++i)
-          multiply(image_across.memory + (i * row_panels + step) * kStep, right + (j * row_panels + step) * kStep,
-                   std::min(kStepsAtOnce, row_panels - step), gradients->text_gradient + (j * steps + i) * kStep,
-                   kPanel, true);
-  };
-  for_strips(block, image.memory, threads, use, add_to_text);
+BCLIP_INLINE __m512i interleave(__m256i even, __m256i odd) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
 
-  const int64_t row_groups = (row_panels + kGroupPanels - 1) / kGroupPanels;
-  const int64_t width_groups = (steps + kGroupPanels - 1) / kGroupPanels;
-  parallel(row_groups * width_groups, threads, [&](int64_t index) {
-    const TileUse tiles;
-    const int64_t row_begin = index / width_groups * kGroupPanels, width_begin = index % width_groups * kGroupPanels;
-    const int64_t row_end = std::min(row_begin + kGroupPanels, row_panels);
-    const int64_t width_end = std::min(width_begin + kGroupPanels, steps);
-    for (int64_t step = 0; step < column_panels; step += kStepsAtOnce)
-      for (int64_t j = width_begin; j < width_end; ++j)
-        for (int64_t i = row_begin; i < row_end; ++i)
-          multiply(left + (i * column_panels + step) * kStep, gradients->text + (j * column_panels + step) * kStep,
-                   std::min(kStepsAtOnce, column_panels - step),
-                   gradients->image_gradient + (j * row_panels + i) * kStep, kPanel, step > 0);
+// The right operand of O, K: [D / 32][count / 32][2][16 pairs of rows][16 columns][2 rows].
+void pack_pairs(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
+  for (int64_t k = 0; k < features.width; k += kPanel)
+    for (int64_t panel = row; panel < row + count; panel += kPanel, packed += kStep)
+      for (int64_t i = 0; i < kPanel; i += 2) {
+        const __m512i even = features.load(panel + i, k), odd = features.load(panel + i + 1, k);
+        _mm512_store_si512(packed + i * kHalf, interleave(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
+        _mm512_store_si512(packed + kStep / 2 + i * kHalf,
+                           interleave(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
+      }
+}
+
+
+struct Factor16 {
+  explicit Factor16(double value)
+      : high(_mm512_set1_ps(static_cast<float>(value))),
+        low(_mm512_set1_ps(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
+
+  __m512 high, low;
+};
+
+// 2^(x * factor - offset) for a whole-numbered offset, as exp2_affine of lanes.h, by instructions that only AVX-512 has.
+BCLIP_INLINE __m512 exp2_of(__m512 x, const Factor16& factor, __m512 offset) {
+  const __m512 y = _mm512_fmsub_ps(x, factor.high, offset);
+  const __m512 rest = _mm512_reduce_ps(y, 8);  // y minus the nearest whole number
+  const __m512 f = _mm512_fmadd_ps(x, factor.low, rest);
+  __m512 power = _mm512_set1_ps(0.0013276472454890609f);
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.009675540961325169f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.05550713092088699f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.24022120237350464f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.6931469440460205f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(1.0000001192092896f));
+  return _mm512_scalef_ps(power, _mm512_sub_ps(y, rest));
+}
+
+// 32 x 32 dot products of the own rows from `row` on with the other rows from `column` on.
+struct Place {
+  int64_t row, column;
+  uint32_t columns;  // which of the other rows there are
+  int64_t lane;      // own row i's positive is on lane + i, where that is one of the 32
+};
+
+// The positive's lane where row i has it here, else -1.
+BCLIP_INLINE int64_t positive_lane(const Place& place, int64_t i) {
+  const int64_t lane = place.lane + i;
+  return static_cast<uint64_t>(lane) < static_cast<uint64_t>(kPanel) ? lane : -1;
+}
+
+BCLIP_INLINE void store_rounded(__m512 first, __m512 second, uint16_t* to) {
+  _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+uint16_t rounded(float value) {
+  return static_cast<uint16_t>(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0));
+}
+
+// What becomes of the dot products. `sweep` calls begin_block for other rows; within, for each panel of own rows,
+// begin_panel, row for each (with G also for those beyond the last), end_panel; and end_block.
+
+// The groups' ids and shares, seen from the own rows.
+struct OwnGroups {
+  OwnGroups(const Groups& groups, bool own_is_image)
+      : own(own_is_image ? groups.rows : groups.columns),
+        other(own_is_image ? groups.columns : groups.rows),
+        own_shares(own_is_image ? groups.row_shares : groups.column_shares),
+        other_shares(own_is_image ? groups.column_shares : groups.row_shares) {}
+
+  const int32_t *const own, *const other;
+  const float *const own_shares, *const other_shares;
+};
+
+class ExponentialSums {
+ public:
+  static constexpr bool kWithGradient = false;
+
+  // Adds to rows (all own rows) and columns (all other rows).
+  ExponentialSums(double factor, float offset, double* rows, double* columns)
+      : factor_(factor), offset_(_mm512_set1_ps(offset)), rows_(rows), columns_(columns) {}
+
+  void begin_block(int64_t column, int64_t count) {
+    column_ = column;
+    count_ = count;
+    partial_.assign(padded(count), 0.f);
+  }
+  void begin_panel() { std::fill_n(&row_sums_[0][0], kPanel * kHalf, 0.f); }
+
+  inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t*) {
+    uint32_t counted = place.columns;
+    const int64_t positive = positive_lane(place, i);
+    if (positive >= 0) counted &= ~(1u << positive);
+    float* columns = partial_.data() + (place.column - column_);
+    __m512 row_sum = _mm512_load_ps(row_sums_[i]);
+    for (int64_t half = 0; half < kPanel; half += kHalf) {
+      const __m512 e = exp2_of(_mm512_load_ps(dots + half), factor_, offset_);
+      const __m512 kept = _mm512_maskz_mov_ps(static_cast<__mmask16>(counted >> half), e);
+      row_sum = _mm512_add_ps(row_sum, kept);
+      _mm512_storeu_ps(columns + half, _mm512_add_ps(_mm512_loadu_ps(columns + half), kept));
+    }
+    _mm512_store_ps(row_sums_[i], row_sum);
+  }
+
+  void end_panel(int64_t row, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) rows_[row + i] += _mm512_reduce_add_ps(_mm512_load_ps(row_sums_[i]));
+    if ((row + kPanel) % kRowsInSingle == 0) add_columns();
+  }
+  void end_block() { add_columns(); }
+
+ private:
+  void add_columns() {
+    for (int64_t i = 0; i < count_; ++i) columns_[column_ + i] += partial_[i];
+    std::fill(partial_.begin(), partial_.end(), 0.f);
+  }
+
+  const Factor16 factor_;
+  const __m512 offset_;
+  double *const rows_, *const columns_;
+  alignas(64) float row_sums_[kPanel][kHalf];
+  std::vector<float> partial_;
+  int64_t column_ = 0, count_ = 0;
+};
+
+// 16 of the bits of a mask for 32 columns.
+BCLIP_INLINE __mmask16 half_of(uint32_t mask, int64_t half) { return static_cast<__mmask16>(mask >> (half * kHalf)); }
+
+// Of the 16 columns from `column` on, those in the group of the own row.
+BCLIP_INLINE __mmask16 same_group(const OwnGroups& groups, int64_t row, int64_t column, __mmask16 present) {
+  const __m512i ids = _mm512_maskz_loadu_epi32(present, groups.other + column);
+  return _mm512_mask_cmpeq_epi32_mask(present, ids, _mm512_set1_epi32(groups.own[row]));
+}
+
+template <bool kOneOffset, bool kGroups>
+class SoftmaxGradient {
+ public:
+  static constexpr bool kWithGradient = true;
+
+  SoftmaxGradient(const GradientTile& all, bool own_is_image)
+      : factor_(all.factor),
+        own_(own_is_image ? all.rows : all.columns),
+        other_(own_is_image ? all.columns : all.rows),
+        positive_grad_(all.positive_grad),
+        own_is_image_(own_is_image),
+        groups_(all.groups, own_is_image) {}
+
+  void begin_block(int64_t, int64_t) {}
+  void begin_panel() {}
+
+  inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t* gradient) {
+    const int64_t row = place.row + i;
+    const __m512 offset = _mm512_set1_ps(own_.offsets[row]), share = _mm512_set1_ps(own_.shares[row]);
+    __m512 g[2];
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t column = place.column + half * kHalf;
+      const __mmask16 present = half_of(place.columns, half);
+      const __m512 x = _mm512_load_ps(dots + half * kHalf);
+      const __m512 e = exp2_of(x, factor_, offset);
+      const __m512 other_share = _mm512_maskz_loadu_ps(present, other_.shares + column);
+      if (kOneOffset) {
+        g[half] = _mm512_maskz_mul_ps(present, e, _mm512_add_ps(share, other_share));
+      } else {
+        const __m512 other_offset = _mm512_maskz_loadu_ps(present, other_.offsets + column);
+        const __m512 others = _mm512_mul_ps(exp2_of(x, factor_, other_offset), other_share);
+        g[half] = _mm512_maskz_fmadd_ps(present, e, share, others);
+      }
+      if (kGroups) {
+        const __mmask16 same = same_group(groups_, row, column, present);
+        const __m512 target = _mm512_add_ps(_mm512_set1_ps(groups_.own_shares[row]),
+                                            _mm512_maskz_loadu_ps(present, groups_.other_shares + column));
+        g[half] = _mm512_mask_sub_ps(g[half], same, g[half], target);
+      }
+    }
+    store_rounded(g[0], g[1], gradient);
+    const int64_t lane = positive_lane(place, i);
+    if (lane >= 0 && place.columns >> lane & 1)
+      gradient[lane] = rounded(positive_grad_[own_is_image_ ? row : place.column + lane]);
+  }
+
+  void end_panel(int64_t, int64_t) {}
+  void end_block() {}
+
+ private:
+  const Factor16 factor_;
+  const Shares own_, other_;
+  const float* const positive_grad_;  // by image
+  const bool own_is_image_;
+  const OwnGroups groups_;
+};
+
+template <bool kGradient, bool kGroups>
+class SigmoidGradient {
+ public:
+  static constexpr bool kWithGradient = kGradient;
+
+  SigmoidGradient(const SigmoidTile& all, bool own_is_image)
+      : all_(all), minus_log2_e_(-1.4426950408889634), groups_(all.groups, own_is_image) {}
+
+  void begin_block(int64_t, int64_t) {}
+  void begin_panel() { losses_ = gradients_ = _mm512_setzero_ps(); }
+
+  inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t* gradient) {
+    const int64_t lane = positive_lane(place, i);
+    const uint32_t positives = lane < 0 ? 0 : 1u << lane;
+    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.f), minus_zero = _mm512_set1_ps(-0.f);
+    __m512 g[2];
+    for (int64_t half = 0; half < 2; ++half) {
+      const __mmask16 present = half_of(place.columns, half);
+      const __mmask16 positive = kGroups ? same_group(groups_, place.row + i, place.column + half * kHalf, present)
+                                         : half_of(positives, half);
+      const __m512 x = _mm512_load_ps(dots + half * kHalf);
+      __m512 z = _mm512_fmadd_ps(x, _mm512_set1_ps(all_.scale), _mm512_set1_ps(all_.bias));
+      z = _mm512_mask_xor_ps(z, positive, z, minus_zero);  // -y S: minus S at the positives
+      const __m512 u = exp2_of(_mm512_abs_ps(z), minus_log2_e_, zero);
+      // With NaN in the second place, max gives NaN.
+      const __m512 loss = _mm512_add_ps(_mm512_max_ps(zero, z), (__m512)log1p_unit((Lanes)u));
+      losses_ = _mm512_mask_add_ps(losses_, present, losses_, loss);
+      if (!kGradient) continue;
+      const __m512 numerator = _mm512_mask_mov_ps(u, _mm512_cmp_ps_mask(z, zero, _CMP_GT_OQ), one);
+      const __m512 size = _mm512_maskz_div_ps(present, _mm512_mul_ps(numerator, _mm512_set1_ps(all_.weight)),
+                                              _mm512_add_ps(u, one));
+      g[half] = _mm512_mask_xor_ps(size, positive, size, minus_zero);
+      gradients_ = _mm512_add_ps(gradients_, g[half]);
+    }
+    if (kGradient) store_rounded(g[0], g[1], gradient);
+  }
+
+  void end_panel(int64_t, int64_t) {
+    sums.loss += _mm512_reduce_add_ps(losses_);
+    sums.gradient += _mm512_reduce_add_ps(gradients_);
+  }
+  void end_block() {}
+
+  SigmoidSums sums = {};
+
+ private:
+  const SigmoidTile all_;
+  const Factor16 minus_log2_e_;
+  const OwnGroups groups_;
+  __m512 losses_, gradients_;
+};
+
+// A thread's memory for `sweep`.
+struct SweepMemory {
+  SweepMemory(int64_t own_rows, int64_t other_rows, int64_t width, bool with_gradient)
+      : block(block_rows(width, other_rows)),
+        dots(2 * kStep),
+        own(padded(own_rows) * padded(width)),
+        across(block * padded(width)),
+        pairs(with_gradient ? block * padded(width) : 0),
+        gradient(with_gradient ? kPanel * block : 0),
+        result(with_gradient ? padded(own_rows) * padded(width) : 0) {}
+
+  const int64_t block;  // rows of K at a time
+  const Scratch<float> dots;
+  const Scratch<uint16_t> own, across, pairs, gradient;
+  const Scratch<float> result;  // O: [own rows / 32][D / 32][32 rows][32 columns]
+};
+
+// Own rows [begin, end) against other rows [from, to). The positive of own row q is the other row q + shift.
+template <typename Use>
+void sweep(const Features& own, int64_t begin, int64_t end, const Features& other, int64_t from, int64_t to,
+           int64_t shift, const SweepMemory& memory, Use& use) {
+  const int64_t steps = panels(own.width);
+  const int64_t rows_a_step = (kPanel + steps - 1) / steps;
+  float* const dots = memory.dots.data;
+  const uint16_t* const across = memory.across.data;
+  for (int64_t row = begin; row < end; row += kPanel)
+    pack_rows(own, row, memory.own.data + (row - begin) * padded(own.width));
+  for (int64_t block = from; block < to; block += memory.block) {
+    const int64_t count = std::min(memory.block, to - block), column_panels = panels(count);
+    pack_across(other, block, count, memory.across.data);
+    if (Use::kWithGradient) pack_pairs(other, block, count, memory.pairs.data);
+    use.begin_block(block, count);
+    for (int64_t row = begin; row < end; row += kPanel) {
+      const int64_t rows = std::min(kPanel, end - row);
+      const uint16_t* own_panel = memory.own.data + (row - begin) * padded(own.width);
+      use.begin_panel();
+      for (int64_t panel = 0; panel <= column_panels; ++panel) {
+        // The panel before, row by row between the steps of this one.
+        const int64_t column = block + (panel - 1) * kPanel, left = block + count - column;
+        const Place place = {row, column, left >= kPanel ? ~0u : (1u << left) - 1, row + shift - column};
+        const float* before = dots + (panel + 1) % 2 * kStep;
+        uint16_t* gradient = memory.gradient.data + (panel - 1) * kStep;
+        int64_t next = panel ? 0 : rows;
+        const auto consume = [&](int64_t last) {
+          for (; next < last; ++next) use.row(place, next, before + next * kPanel, gradient + next * kPanel);
+        };
+        if (panel < column_panels)
+          multiply(own_panel, across + panel * steps * kStep, steps, dots + panel % 2 * kStep, false,
+                   [&](int64_t) { consume(std::min(next + rows_a_step, rows)); });
+        consume(rows);
+        if (Use::kWithGradient && panel && rows < kPanel)
+          std::fill(gradient + rows * kPanel, gradient + kStep, uint16_t{0});
+      }
+      use.end_panel(row, rows);
+      if (!Use::kWithGradient) continue;
+      float* result = memory.result.data + (row - begin) * padded(own.width);
+      for (int64_t k = 0; k < steps; ++k)
+        multiply(memory.gradient.data, memory.pairs.data + k * column_panels * kStep, column_panels,
+                 result + k * kStep, block > from, [](int64_t) {});
+    }
+    use.end_block();
+  }
+}
+
+// Writes scale * O to the rows of `gradient` (all own rows, D); returns the sum of O times the own features.
+double finish(const Features& own, int64_t begin, int64_t end, const float* result, double scale, void* gradient,
+              bool in_single) {
+  const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
+  double total = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t panel = (row - begin) / kPanel, i = (row - begin) % kPanel;
+    __m512 products = _mm512_setzero_ps();
+    for (int64_t k = 0; k < own.width; k += kPanel) {
+      const float* from = result + panel * kPanel * padded(own.width) + k * kPanel + i * kPanel;
+      const __m512 first = _mm512_load_ps(from), second = _mm512_load_ps(from + kHalf);
+      const __m512i features = own.load(row, k);
+      const __m512i low = interleave(_mm256_setzero_si256(), _mm512_castsi512_si256(features));
+      const __m512i high = interleave(_mm256_setzero_si256(), _mm512_extracti64x4_epi64(features, 1));
+      products = _mm512_fmadd_ps(first, (__m512)low, products);  // widened to single precision
+      products = _mm512_fmadd_ps(second, (__m512)high, products);
+      const __m512 scaled[] = {_mm512_mul_ps(first, factor), _mm512_mul_ps(second, factor)};
+      const __mmask32 present = own.columns(k);
+      const int64_t place = row * own.width + k;
+      if (in_single) {
+        float* to = static_cast<float*>(gradient) + place;
+        _mm512_mask_storeu_ps(to, half_of(present, 0), scaled[0]);
+        _mm512_mask_storeu_ps(to + kHalf, half_of(present, 1), scaled[1]);
+      } else {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(scaled[1], scaled[0]);
+        _mm512_mask_storeu_epi16(static_cast<uint16_t*>(gradient) + place, present, both);
+      }
+    }
+    total += _mm512_reduce_add_ps(products);
+  }
+  return total;
+}
+
+// Runs task(number, memory) for each of `count`; a thread has one memory for all that it runs.
+template <typename Task>
+void with_memory(int64_t count, int threads, int64_t own_rows, int64_t other_rows, int64_t width, bool with_gradient,
+                 const Task& task) {
+  std::atomic<int64_t> next{0};
+  parallel(std::min<int64_t>(count, threads), threads, [&](int64_t) {
+    const Unit unit;
+    const SweepMemory memory(own_rows, other_rows, width, with_gradient);
+    for (int64_t number; (number = next.fetch_add(1)) < count;) task(number, memory);
   });
+}
+
+// Runs make_use() over kOwnRows own rows a task, and keep(number of the task, use, sum of O times the features).
+template <typename MakeUse, typename Keep>
+void gradient_of(const Features& own, const Features& other, int64_t shift, const AmxGradients& gradients,
+                 void* gradient, int threads, const MakeUse& make_use, const Keep& keep) {
+  const int64_t own_rows = std::min(kOwnRows, own.count);
+  constexpr bool with_gradient = decltype(make_use())::kWithGradient;
+  with_memory(tasks_of(own.count), threads, own_rows, other.count, own.width, with_gradient,
+              [&](int64_t task, const SweepMemory& memory) {
+                const int64_t begin = task * kOwnRows, end = std::min(begin + kOwnRows, own.count);
+                auto use = make_use();
+                sweep(own, begin, end, other, 0, other.count, shift, memory, use);
+                double product = 0;
+                if (with_gradient)
+                  product = finish(own, begin, end, memory.result.data, gradients.scale, gradient, gradients.in_single);
+                keep(task, use, product);
+              });
 }
 
 bool ask_for_amx() {
@@ -246,11 +570,14 @@ bool ask_for_amx() {
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-void check(const AmxBlock& block) {
+void check(const AmxProblem& problem) {
   if (!has_amx()) throw std::invalid_argument("contrastive: this machine has no AMX, or Linux denies it");
-  if (block.rows < 0 || block.columns < 0 || block.width < 0)
-    throw std::invalid_argument("contrastive: a block has negative sizes");
+  if (problem.rows < 0 || problem.columns < 0 || problem.width < 0)
+    throw std::invalid_argument("contrastive: a problem has negative sizes");
 }
+
+Features images_of(const AmxProblem& problem) { return {problem.image, problem.rows, problem.width}; }
+Features texts_of(const AmxProblem& problem) { return {problem.text, problem.columns, problem.width}; }
 
 }  // namespace
 
@@ -259,52 +586,80 @@ bool has_amx() {
   return granted;
 }
 
-void amx_pack(const uint16_t* matrix, int64_t rows, int64_t columns, bool transpose, uint16_t* packed, int threads) {
-  parallel(panels(transpose ? rows : columns), threads, [&](int64_t panel) {
-    if (transpose)
-      pack_right(matrix, columns, 1, rows, columns, panel, packed);
-    else
-      pack_right(matrix, 1, columns, columns, rows, panel, packed);
-  });
-}
-
-void amx_exponential_sums(const AmxBlock& block, double factor, float offset, const Sums& sums, int threads) {
-  check(block);
-  std::vector<float> partial(num_tiles(block) * block.rows);
-  gradients_of(block, nullptr, threads, [&](const Tile& tile, int64_t row, int64_t index) {
-    kAvx512Kernels.exponential_sums(tile, factor, offset, partial.data() + index * block.rows + row,
-                                    sums.columns + index * kTileColumns);
-  });
-  for (int64_t row = 0; row < block.rows; ++row) {
+void amx_exponential_sums(const AmxProblem& problem, double factor, float offset, const Sums& sums, int threads) {
+  check(problem);
+  const Features images = images_of(problem), texts = texts_of(problem);
+  // A task for each pair of a row and a column range, which adds to its own sums.
+  const int64_t rows_a_task = std::max(kOwnRows, padded(images.count / kMostRowRanges));
+  const int64_t row_ranges = (images.count + rows_a_task - 1) / rows_a_task;
+  const int64_t column_ranges = (texts.count + kColumnsAtOnce - 1) / kColumnsAtOnce;
+  std::vector<double> rows(column_ranges * images.count), columns(row_ranges * texts.count);
+  with_memory(row_ranges * column_ranges, threads, rows_a_task, std::min(kColumnsAtOnce, texts.count), images.width,
+              false, [&](int64_t task, const SweepMemory& memory) {
+                const int64_t row_range = task / column_ranges, column_range = task % column_ranges;
+                const int64_t begin = row_range * rows_a_task, from = column_range * kColumnsAtOnce;
+                const int64_t end = std::min(begin + rows_a_task, images.count);
+                const int64_t to = std::min(from + kColumnsAtOnce, texts.count);
+                ExponentialSums use(factor, offset, rows.data() + column_range * images.count,
+                                    columns.data() + row_range * texts.count);
+                sweep(images, begin, end, texts, from, to, problem.first, memory, use);
+              });
+  for (int64_t row = 0; row < images.count; ++row) {
     double total = 0;
-    for (int64_t index = 0; index < num_tiles(block); ++index) total += partial[index * block.rows + row];
+    for (int64_t range = 0; range < column_ranges; ++range) total += rows[range * images.count + row];
     sums.rows[row] = static_cast<float>(total);
   }
+  for (int64_t range = 0; range < row_ranges; ++range)
+    for (int64_t column = 0; column < texts.count; ++column)
+      sums.columns[column] += columns[range * texts.count + column];
 }
 
-void amx_softmax_gradient(const AmxBlock& block, const Softmax& softmax, const AmxGradients& gradients, int threads) {
-  check(block);
-  const SoftmaxShares shares(softmax, block.rows, block.columns);
-  gradients_of(block, &gradients, threads, [&](const Tile& tile, int64_t row, int64_t index) {
-    kAvx512Kernels.softmax_gradient(tile, shares.tile(row, index * kTileColumns));
-  });
+double amx_softmax_gradient(const AmxProblem& problem, const Softmax& softmax, const AmxGradients& gradients,
+                            int threads) {
+  check(problem);
+  const Features images = images_of(problem), texts = texts_of(problem);
+  const SoftmaxShares shares(softmax, problem.rows, problem.columns);
+  const GradientTile all = shares.tile(0, 0);
+  std::vector<double> products(tasks_of(problem.rows));
+  const auto run = [&](auto one_offset, auto groups) {
+    using Use = SoftmaxGradient<decltype(one_offset)::value, decltype(groups)::value>;
+    gradient_of(images, texts, problem.first, gradients, gradients.image, threads, [&] { return Use(all, true); },
+                [&](int64_t task, const Use&, double product) { products[task] = product; });
+    gradient_of(texts, images, -problem.first, gradients, gradients.text, threads,
+                [&] { return Use(all, false); }, [](int64_t, const Use&, double) {});
+  };
+  if (all.groups.rows)
+    all.one_offset ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
+  else
+    all.one_offset ? run(std::true_type(), std::false_type()) : run(std::false_type(), std::false_type());
+  return std::accumulate(products.begin(), products.end(), 0.0);
 }
 
-SigmoidSums amx_sigmoid_gradient(const AmxBlock& block, const Sigmoid& sigmoid, const AmxGradients& gradients,
+SigmoidSums amx_sigmoid_gradient(const AmxProblem& problem, const Sigmoid& sigmoid, const AmxGradients& gradients,
                                  int threads) {
-  check(block);
-  std::vector<SigmoidTileSums> partial(num_tiles(block));
-  gradients_of(block, sigmoid.with_gradients ? &gradients : nullptr, threads,
-               [&](const Tile& tile, int64_t row, int64_t index) {
-                 const SigmoidTile constants(sigmoid, row, index * kTileColumns);
-                 const auto sums = kAvx512Kernels.sigmoid_gradient(tile, constants);
-                 partial[index].loss += sums.loss;
-                 partial[index].gradient += sums.gradient;
-               });
+  check(problem);
+  const Features images = images_of(problem), texts = texts_of(problem);
+  const SigmoidTile all(sigmoid);
+  std::vector<SigmoidSums> partial(tasks_of(problem.rows));
+  const auto run = [&](auto with_gradients, auto groups) {
+    using Use = SigmoidGradient<decltype(with_gradients)::value, decltype(groups)::value>;
+    gradient_of(images, texts, problem.first, gradients, gradients.image, threads, [&] { return Use(all, true); },
+                [&](int64_t task, const Use& use, double product) {
+                  partial[task] = {use.sums.loss, use.sums.gradient, product};
+                });
+    if constexpr (Use::kWithGradient)
+      gradient_of(texts, images, -problem.first, gradients, gradients.text, threads,
+                  [&] { return Use(all, false); }, [](int64_t, const Use&, double) {});
+  };
+  if (all.groups.rows)
+    sigmoid.with_gradients ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
+  else
+    sigmoid.with_gradients ? run(std::true_type(), std::false_type()) : run(std::false_type(), std::false_type());
   SigmoidSums total = {};
   for (const auto& part : partial) {
     total.loss += part.loss;
     total.gradient += part.gradient;
+    total.product += part.product;
   }
   return total;
 }
@@ -323,13 +678,11 @@ namespace {
 
 bool has_amx() { return false; }
 
-void amx_pack(const uint16_t*, int64_t, int64_t, bool, uint16_t*, int) { refuse(); }
+void amx_exponential_sums(const AmxProblem&, double, float, const Sums&, int) { refuse(); }
 
-void amx_exponential_sums(const AmxBlock&, float, float, const Sums&, int) { refuse(); }
+double amx_softmax_gradient(const AmxProblem&, const Softmax&, const AmxGradients&, int) { refuse(); }
 
-void amx_softmax_gradient(const AmxBlock&, const Softmax&, const AmxGradients&, int) { refuse(); }
-
-SigmoidSums amx_sigmoid_gradient(const AmxBlock&, const Sigmoid&, const AmxGradients&, int) { refuse(); }
+SigmoidSums amx_sigmoid_gradient(const AmxProblem&, const Sigmoid&, const AmxGradients&, int) { refuse(); }
 
 }  // namespace bclip::cpu
 

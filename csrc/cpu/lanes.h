@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#define BCLIP_INLINE static inline __attribute__((always_inline))
+#define BCLIP_MEMBER_INLINE inline __attribute__((always_inline))
+#define BCLIP_INLINE static BCLIP_MEMBER_INLINE
 
 namespace {
 

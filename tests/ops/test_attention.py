@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from bclip_fast import ops
 from bclip_fast.ops.attention import LIMITS, reference
 
 SHAPES = [(2, 197, 3, 64), (1, 1, 1, 32), (3, 13, 2, 64)]  # (B, N, H, d): BiomedCLIP's, one token, primes
+LENGTHS = [[5, 1, 0, 17], [0, 0], [256, 1, 33, 78, 64], []]
 
 
 def sdpa(qkv, key_mask=None, causal=False):
@@ -17,21 +20,71 @@ def sdpa(qkv, key_mask=None, causal=False):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
+def bounds_of(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def dense(qkv, key_mask, *options):
+    rows, mask = qkv.flatten(0, 1), None if key_mask is None else key_mask.flatten()
+    return reference.attention(rows, None, mask, qkv.shape[1], *options).unflatten(0, qkv.shape[:2])
+
+
+def seed_of(dropout_p):
+    return torch.tensor(-(2**40) + 12345) if dropout_p else None
+
+
 @pytest.mark.parametrize("backend", every_backend(LIMITS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_matches_reference(backend, shape, dtype, masked, causal, nan_filled):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_matches_reference(backend, shape, dtype, masked, causal, dropout_p, nan_filled):
     batch, tokens, heads, dim = shape
     qkv = torch.randn(batch, tokens, 3, heads, dim).to(dtype)
     skip_if_refused(LIMITS, backend, qkv)
-    mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (batch, 1)) if masked else None
+    mask = torch.rand(batch, tokens) < 0.7 if masked else None
+    seed = seed_of(dropout_p)
     assert_as_accurate_as_eager(
-        lambda qkv: ops.fused_attention(qkv, mask, causal=causal, backend=backend),
-        lambda qkv: reference.dense(qkv, mask, causal, 0.0, dim**-0.5),
+        lambda qkv: ops.fused_attention(qkv, mask, causal=causal, dropout_p=dropout_p, seed=seed, backend=backend),
+        lambda qkv: dense(qkv, mask, causal, dropout_p, seed, dim**-0.5),
         [qkv],
     )
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_varlen_matches_reference(backend, lengths, dtype, causal, dropout_p, nan_filled):
+    qkv = torch.randn(sum(lengths), 3, 2, 64).to(dtype)
+    skip_if_refused(LIMITS, backend, qkv)
+    seed, bounds = seed_of(dropout_p), bounds_of(lengths)
+    options = {"causal": causal, "dropout_p": dropout_p, "seed": seed, "scale": 0.3, "backend": backend}
+    if not len(qkv):
+        assert ops.varlen_attention(qkv, bounds, 9, **options).shape == (0, 2, 64)
+        return
+    assert_as_accurate_as_eager(
+        lambda qkv: ops.varlen_attention(qkv, bounds, 300, **options),
+        lambda qkv: reference.attention(qkv, bounds, None, 300, causal, dropout_p, seed, 0.3),
+        [qkv],
+    )
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, bounds_of([5, 1, 0, 8])], ids=["dense", "varlen"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_formulas_are_the_gradient_of_the_definition(cu_seqlens, dropout_p, causal):
+    qkv = torch.randn(14, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(14) % 3 > 0 if cu_seqlens is None else None
+    inputs = cu_seqlens, mask, 7 if cu_seqlens is None else 9, causal, dropout_p, seed_of(dropout_p), 0.7
+    truth = reference.attention(qkv, *inputs)
+    upstream = torch.randn_like(truth)
+    out, lse = reference.forward(qkv.detach(), *inputs)
+    torch.testing.assert_close(out, truth.detach(), rtol=1e-13, atol=1e-13)
+    own = reference.backward(upstream, qkv.detach(), out, lse, *inputs)
+    torch.testing.assert_close(own, torch.autograd.grad(truth, qkv, upstream)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -43,40 +96,127 @@ def test_reference_is_scaled_dot_product_attention(causal):
         torch.testing.assert_close(ops.fused_attention(qkv, mask), sdpa(qkv, mask))
 
 
-def test_a_row_without_keys_is_zero_and_has_a_finite_gradient():
-    qkv = torch.randn(2, 5, 3, 2, 8, requires_grad=True)
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_without_keys_is_zero_and_has_no_gradient(backend, dtype, nan_filled):
+    qkv = torch.randn(2, 5, 3, 2, 32).to(dtype).requires_grad_()
+    skip_if_refused(LIMITS, backend, qkv)
     mask = torch.tensor([[True] * 5, [False] * 5])
-    out = ops.fused_attention(qkv, mask)
+    out = ops.fused_attention(qkv, mask, backend=backend)
     out.sum().backward()
-    assert (out[1] == 0).all()
+    assert (out[1] == 0).all() and (qkv.grad[1] == 0).all()
     assert qkv.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # Random123's kat_vectors, philox4x32 of 10 rounds
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_has_the_published_answers(counter, key, words):
+    assert [int(word) for word in reference.philox(tuple(map(torch.tensor, counter)), tuple(key))] == words
+
+
 @pytest.mark.parametrize("backend", every_backend(LIMITS))
-def test_varlen_equals_each_sequence_alone(backend, nan_filled):
-    lengths = [5, 1, 0, 17]
-    qkv = torch.randn(sum(lengths), 3, 2, 32)
+def test_the_same_weights_are_dropped_in_every_backend(backend):
+    # With keys of zero and values of the unit matrix the output is the weights themselves, here 1/N or 0.
+    lengths, heads, seed = [32, 5, 17], 3, torch.tensor(2**33 + 7)
+    qkv = torch.zeros(sum(lengths), 3, heads, 32)
     skip_if_refused(LIMITS, backend, qkv)
-    bounds = torch.tensor([0, 5, 6, 6, 23], dtype=torch.int32)
-    out = ops.varlen_attention(qkv, bounds, max(lengths), backend=backend)
-    for start, stop in [(0, 5), (5, 6), (6, 23)]:
-        torch.testing.assert_close(out[start:stop], sdpa(qkv[None, start:stop])[0])
+    bounds = bounds_of(lengths)
+    for start, length in zip(bounds, lengths, strict=False):
+        qkv[start : start + length, 2] = torch.eye(length, 32)[:, None]
+    out = ops.varlen_attention(qkv, bounds, 32, dropout_p=0.25, seed=seed, backend=backend)
+    for start, length in zip(bounds.tolist(), lengths, strict=False):
+        rows = slice(start, start + length)
+        mask = reference.dropout_mask(rows, (1, length), qkv, 0.25, seed)[0].transpose(0, 1)
+        torch.testing.assert_close(out[rows, :, :length], (mask / length).float())
+        assert 0.5 < (mask > 0).double().mean() < 0.95
 
 
 def test_dropout_keeps_the_mean_and_is_seeded():
     qkv = torch.randn(1, 64, 3, 4, 16)
     torch.manual_seed(1)
-    first = ops.fused_attention(qkv, dropout_p=0.3)
+    first, second = (ops.fused_attention(qkv, dropout_p=0.3) for _ in range(2))
+    assert not torch.equal(first, second)
     torch.manual_seed(1)
     assert torch.equal(first, ops.fused_attention(qkv, dropout_p=0.3))
+    assert torch.equal(*(ops.fused_attention(qkv, dropout_p=0.3, seed=seed) for seed in (5, torch.tensor(5))))
     mean = torch.stack([ops.fused_attention(qkv, dropout_p=0.3) for _ in range(400)]).mean(0)
     torch.testing.assert_close(mean, ops.fused_attention(qkv), atol=0.12, rtol=0)
 
 
-def test_compiles_without_a_graph_break():
-    compiled = torch.compile(lambda qkv: ops.fused_attention(qkv), fullgraph=True, backend="aot_eager")
-    qkv = torch.randn(2, 7, 3, 2, 8)
-    torch.testing.assert_close(compiled(qkv), ops.fused_attention(qkv))
+def test_checkpointing_drops_the_same_weights_again():
+    qkv = torch.randn(2, 9, 3, 2, 16)
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        leaf = qkv.clone().requires_grad_()
+        attend = lambda qkv: ops.fused_attention(qkv, dropout_p=0.5)  # noqa: E731
+        out = torch.utils.checkpoint.checkpoint(attend, leaf, use_reentrant=False) if checkpointed else attend(leaf)
+        grads.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("varlen", [False, True])
+def test_registration(backend, varlen):
+    qkv = torch.randn(12, 3, 2, 32, requires_grad=True)
+    skip_if_refused(LIMITS, backend, qkv)
+    mask = None if varlen else torch.arange(12) % 5 > 0
+    inputs = bounds_of([7, 5]) if varlen else None, mask, 7 if varlen else 6, True, 0.2, torch.tensor(3), 0.5, backend
+    torch.library.opcheck(torch.ops.bclip.attention.default, (qkv, *inputs))
+    saved = torch.randn(12, 2, 32), qkv.detach(), *torch.ops.bclip.attention(qkv.detach(), *inputs)
+    torch.library.opcheck(torch.ops.bclip.attention_backward.default, (*saved, *inputs))
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+def test_compiles_without_a_graph_break(backend):
+    skip_if_refused(LIMITS, backend, torch.zeros(1, 3, 1, 32))
+
+    def attend(qkv):
+        return ops.fused_attention(qkv, dropout_p=0.1, seed=4, backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    qkv = torch.randn(2, 7, 3, 2, 32, requires_grad=True)
+    torch.testing.assert_close(compiled(qkv), attend(qkv))
+    grads = [torch.autograd.grad(function(qkv).square().sum(), qkv)[0] for function in (compiled, attend)]
+    torch.testing.assert_close(*grads)
+
+
+def test_one_graph_serves_every_batch_of_sequences():
+    compiles = 0
+
+    def count(graph, inputs):
+        nonlocal compiles
+        compiles += 1
+        return graph
+
+    # A trained tower's batch: other lengths, another number of sequences, another longest one.
+    batches = [[5, 9, 2], [11, 3, 8, 4], [2, 2], [7, 30, 1]]
+    compiled = torch.compile(
+        lambda qkv, bounds, longest: ops.varlen_attention(qkv, bounds, longest, dropout_p=0.1),
+        fullgraph=True,
+        dynamic=True,
+        backend=count,
+    )
+    for lengths in batches:
+        qkv = torch.randn(sum(lengths), 3, 2, 32)
+        torch.manual_seed(0)
+        out = compiled(qkv, bounds_of(lengths), max(lengths))
+        torch.manual_seed(0)
+        torch.testing.assert_close(out, ops.varlen_attention(qkv, bounds_of(lengths), max(lengths), dropout_p=0.1))
+    assert compiles == 1
+
+
+QKV = torch.zeros(4, 3, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +227,12 @@ def test_compiles_without_a_graph_break():
         (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), torch.ones(2, 4, dtype=torch.bool)), "key_mask"),
         (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), torch.ones(2, 3)), "bool"),
         (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), dropout_p=1.0), "dropout_p"),
-        (lambda: ops.varlen_attention(torch.zeros(4, 3, 1, 4), torch.tensor([0, 3]), 4), "cu_seqlens"),
-        (lambda: ops.varlen_attention(torch.zeros(4, 3, 1, 4), torch.tensor([0, 4]), 3), "max_seqlen"),
-        (lambda: ops.varlen_attention(torch.zeros(4, 3, 1, 4), torch.tensor([0, 6, 4]), 9), "cu_seqlens"),
+        (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), seed=torch.zeros(1), dropout_p=0.1), "seed"),
+        (lambda: ops.varlen_attention(QKV, torch.tensor([0, 4]), 4), "int32"),
+        (lambda: ops.varlen_attention(QKV, torch.tensor([[0, 4]], dtype=torch.int32), 4), "cu_seqlens"),
+        (lambda: ops.varlen_attention(QKV, bounds_of([3]), 4), "cu_seqlens"),
+        (lambda: ops.varlen_attention(QKV, bounds_of([4]), 3), "max_seqlen"),
+        (lambda: ops.varlen_attention(QKV, bounds_of([6, -2]), 9), "cu_seqlens"),
     ],
 )
 def test_bad_arguments_are_named(call, words):

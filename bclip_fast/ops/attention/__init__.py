@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Limits, choose
-from . import reference
+from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "fused_attention", "varlen_attention"]
 
-LIMITS: Limits = {"reference": lambda *inputs: None}
+
+def _cpu_limits(qkv: Tensor) -> str | None:
+    if qkv.device.type != "cpu":
+        return f"qkv is on {qkv.device}"
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
+        return f"{qkv.dtype} is neither float32 nor bfloat16"
+    if qkv.shape[-1] % 16:
+        return f"the head dimension {qkv.shape[-1]} isn't a multiple of 16"
+    return None
+
+
+LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda qkv: None}
 
 
 def fused_attention(
@@ -19,6 +29,7 @@ def fused_attention(
     *,
     causal: bool = False,
     dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -29,11 +40,13 @@ def fused_attention(
         key_mask: (B, N) bool, True where a key may be attended to; a row without any such key yields zeros.
         causal: query i attends to keys 0..i only.
         dropout_p: probability with which an attention weight is dropped, the rest scaled by 1/(1-p).
+        seed: which weights are dropped, the same ones in every backend: an int or a 0-dimensional int64 tensor. Drawn
+            from torch's CPU generator unless given, so `torch.manual_seed` fixes it and checkpointing repeats it.
         scale: factor of the scores, d**-0.5 unless given.
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
-        (B, N, H, d) in the dtype of `qkv`, so that the output projection needs no transpose. Differentiable in `qkv`.
+        (B, N, H, d) in the dtype of `qkv`, so that the output projection needs no transpose. Differentiable once.
 
     Raises:
         ValueError: a shape, dtype or probability that doesn't fit; the message names it.
@@ -41,14 +54,18 @@ def fused_attention(
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, d), got {tuple(qkv.shape)}")
-    _check(qkv, dropout_p)
+    batch, tokens = qkv.shape[:2]
     if key_mask is not None:
         if key_mask.shape != qkv.shape[:2]:
-            raise ValueError(f"key_mask must be (B, N) = {tuple(qkv.shape[:2])}, got {tuple(key_mask.shape)}")
-        if key_mask.dtype != torch.bool:
-            raise ValueError(f"key_mask must be bool, got {key_mask.dtype}")
-    choose("fused_attention", LIMITS, backend, qkv)
-    return reference.dense(qkv, key_mask, causal, dropout_p, _scale(scale, qkv))
+            raise ValueError(f"key_mask must be (B, N) = {(batch, tokens)}, got {tuple(key_mask.shape)}")
+        if key_mask.dtype != torch.bool or key_mask.device != qkv.device:
+            raise ValueError(f"key_mask must be bool on {qkv.device}, got {key_mask.dtype} on {key_mask.device}")
+        key_mask = key_mask.flatten()
+    rows = qkv.flatten(0, 1)
+    seed, scale = _checked(rows, dropout_p, seed, scale)
+    backend = choose("fused_attention", LIMITS, backend, rows)
+    out, _ = _attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
+    return out.unflatten(0, (batch, tokens))
 
 
 def varlen_attention(
@@ -58,6 +75,7 @@ def varlen_attention(
     *,
     causal: bool = False,
     dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -66,31 +84,141 @@ def varlen_attention(
     Args:
         qkv: (T, 3, H, d), any floating dtype: the tokens of all sequences.
         cu_seqlens: (n + 1,) int32, rising from 0 to T: sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1].
-        max_seqlen: at least the longest sequence.
-        causal, dropout_p, scale, backend: as in `fused_attention`.
+        max_seqlen: at least the longest sequence; a bound known beforehand spares compiled code a change of graph.
+        causal, dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:
-        (T, H, d) in the dtype of `qkv`. Differentiable in `qkv`.
+        (T, H, d) in the dtype of `qkv`. Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability that doesn't fit; the message names it.
+        ValueError: a shape, dtype or probability that doesn't fit; the message names it. What cu_seqlens holds is
+            looked at on the CPU alone: on a GPU that would wait for the device.
         BackendError: the named backend cannot run this call.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (T, 3, H, d), got {tuple(qkv.shape)}")
-    _check(qkv, dropout_p)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be (n + 1,), got {tuple(cu_seqlens.shape)}")
-    choose("varlen_attention", LIMITS, backend, qkv)
-    return reference.varlen(qkv, cu_seqlens, max_seqlen, causal, dropout_p, _scale(scale, qkv))
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
+        raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
+    seed, scale = _checked(qkv, dropout_p, seed, scale)
+    backend = choose("varlen_attention", LIMITS, backend, qkv)
+    return _attention(qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale, backend)[0]
 
 
-def _check(qkv: Tensor, dropout_p: float) -> None:
+def _checked(
+    qkv: Tensor, dropout_p: float, seed: Tensor | int | None, scale: float | None
+) -> tuple[Tensor | None, float]:
+    """Seed (None without dropout) and scale as the backends take them."""
     if not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
+        raise ValueError(f"seed must be a 0-dimensional int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
+    return seed, qkv.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _scale(scale: float | None, qkv: Tensor) -> float:
-    return qkv.shape[-1] ** -0.5 if scale is None else scale
+def _check_bounds(cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:
+    bounds = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != rows or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {rows}, got {bounds[:4]} ... {bounds[-1]}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} tokens")
+
+
+@torch.library.custom_op("bclip::attention", mutates_args=())
+def _attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exps) as in `reference.forward`."""
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        _check_bounds(cu_seqlens, qkv.shape[0], max_seqlen)
+    return kernels("attention", backend).forward(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
+
+
+@_attention.register_fake
+def _(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows, _, heads, dim = qkv.shape
+    exact = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty(rows, heads, dim), qkv.new_empty(heads, rows, dtype=exact)
+
+
+@torch.library.custom_op("bclip::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """The gradient of `qkv`."""
+    return kernels("attention", backend).backward(
+        grad_out, qkv, out, lse, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale
+    )
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    # Contiguous whatever the input's layout, as the kernels allocate it.
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    qkv, cu_seqlens, key_mask, ctx.max_seqlen, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, cu_seqlens, key_mask, seed)
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    qkv, out, lse, cu_seqlens, key_mask, seed = ctx.saved_tensors
+    options = ctx.max_seqlen, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend
+    return _attention_backward(grad, qkv, out, lse, cu_seqlens, key_mask, *options), *[None] * 8
+
+
+_attention.register_autograd(_backward, setup_context=_setup)

@@ -1,43 +1,178 @@
-"""The definition, in plain PyTorch; its gradient comes from autograd and so is an independent oracle."""
+"""The definition (`attention`), and what every backend offers: `forward` and `backward`, here by formula.
+
+Rows t of `qkv` are the tokens of all sequences, one after another. Of one sequence and one head, with queries Q, keys K
+and values V (n, d),
+    S = scale * Q @ K.T, -inf where a key is masked or, if causal, comes after the query;
+    L = logsumexp(S, keys),  P = exp(S - L), zero in a row with nothing to attend to, where L = -inf;
+    O = (P * M) @ V,         M the dropout mask, 0 or 1/(1 - p), all ones for p = 0.
+And back from dO, storing nothing of size n x n but recomputing P from L and M from the seed:
+    dV = (P * M).T @ dO,     dP = M * (dO @ V.T),   delta = rowsum(dO * O) = rowsum(P * dP),
+    dS = P * (dP - delta),   dQ = scale * dS @ K,   dK = scale * dS.T @ Q.
+
+Dropout is the same in every backend. With (w_0, w_1, w_2, w_3) = Philox4x32-10 (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3") of counter (k // 4, t, h, 0) and key (seed mod 2^32, seed / 2^32 mod 2^32), the weight of
+query row t (counted over all sequences, modulo 2^32), head h and key k (counted within its sequence) is dropped if and
+only if w_(k mod 4), as an unsigned number, is below floor(p * 2^32).
+
+A backend's functions take these arguments by position:
+    qkv         (T, 3, H, d), any strides.
+    cu_seqlens  (n + 1,) int32, sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1] and may be empty; on the CPU it
+                has been checked. None where every sequence has max_seqlen tokens.
+    key_mask    (T,) bool, True where the row's key may be attended to, or None. Only without cu_seqlens.
+    max_seqlen  no sequence is longer.
+    causal, dropout_p, scale
+    seed        () int64 on any device (drawn by us it is on the CPU, so reading it waits for nothing); None iff p = 0.
+and return
+    forward -> out (T, H, d) in qkv's dtype, L (H, T) float32 (float64 for float64), both contiguous;
+    backward(grad_out (T, H, d) of any strides, qkv, out, L, *the rest as above) -> (T, 3, H, d), contiguous.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, dropout_p: float, scale: float) -> Tensor:
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d)
-    scores = (query * scale) @ key.transpose(-2, -1)
-    visible = _visible(key_mask, causal, scores)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    weights = scores.softmax(-1)
-    if visible is not None:
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """(T, H, d): the definition in qkv's dtype; its gradient comes from autograd and so is an independent oracle."""
+    outputs = []
+    for rows, shape in _batches(len(qkv), cu_seqlens, max_seqlen):
+        query, key, value = _heads(qkv[rows], shape)
+        visible = _visible(key_mask, rows, shape, causal, qkv.device)
+        weights = ((query * scale) @ key.transpose(-2, -1)).masked_fill(~visible, float("-inf")).softmax(-1)
         # A row with nothing to attend to is 0/0; it is defined as zero, and its gradient too.
         weights = weights.masked_fill(~visible, 0.0)
-    weights = F.dropout(weights, dropout_p)
-    return (weights @ value).transpose(1, 2)
-
-
-def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, dropout_p: float, scale: float) -> Tensor:
-    bounds = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != qkv.shape[0] or any(length < 0 for length in lengths):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {qkv.shape[0]}, got {bounds[:4]} ... {bounds[-1]}")
-    if lengths and max(lengths) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} tokens")
-    outputs = [
-        dense(sequence[None], None, causal, dropout_p, scale)[0] for sequence in qkv.split(lengths) if len(sequence)
-    ]
+        if seed is not None:
+            weights = weights * dropout_mask(rows, shape, qkv, dropout_p, seed)
+        outputs.append(_rows(weights @ value))
     return torch.cat(outputs) if outputs else qkv[:, 0]
 
 
-def _visible(key_mask: Tensor | None, causal: bool, scores: Tensor) -> Tensor | None:
-    """(B or 1, 1, N or 1, N) bool, True where the query sees the key; None where every query sees every key."""
-    visible = None if key_mask is None else key_mask[:, None, None, :]
-    if causal:
-        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        visible = past[None, None] if visible is None else visible & past
-    return visible
+def forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(O, L), computed in float32, or float64 for float64."""
+    exact = _exact(qkv)
+    out = torch.empty(qkv.shape[0], *qkv.shape[2:], dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(qkv.shape[2], qkv.shape[0], dtype=exact.dtype, device=qkv.device)
+    for rows, shape in _batches(len(qkv), cu_seqlens, max_seqlen):
+        query, key, value = _heads(exact[rows], shape)
+        scores = scale * query @ key.transpose(-2, -1)
+        scores.masked_fill_(~_visible(key_mask, rows, shape, causal, qkv.device), float("-inf"))
+        row_lse = scores.logsumexp(-1, keepdim=True)
+        weights = (scores - row_lse).exp_().masked_fill_(row_lse == float("-inf"), 0.0)
+        if seed is not None:
+            weights *= dropout_mask(rows, shape, exact, dropout_p, seed)
+        out[rows] = _rows(weights @ value).to(out.dtype)
+        lse[:, rows] = _rows(row_lse)[..., 0].T
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The gradient of `qkv`, computed in float32, or float64 for float64."""
+    exact, grad_out, out = _exact(qkv), _exact(grad_out), _exact(out)
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    for rows, shape in _batches(len(qkv), cu_seqlens, max_seqlen):
+        query, key, value = _heads(exact[rows], shape)
+        out_grad = grad_out[rows].unflatten(0, shape).transpose(1, 2)
+        delta = (grad_out[rows] * out[rows]).sum(-1).unflatten(0, shape).transpose(1, 2)[..., None]
+        row_lse = lse[:, rows].unflatten(1, shape).transpose(0, 1)[..., None]
+        visible = _visible(key_mask, rows, shape, causal, qkv.device)
+        scores = scale * query @ key.transpose(-2, -1)
+        weights = (scores - row_lse).exp_().masked_fill_(~visible, 0.0)
+        dropped, weights_grad = weights, out_grad @ value.transpose(-2, -1)
+        if seed is not None:
+            mask = dropout_mask(rows, shape, exact, dropout_p, seed)
+            dropped, weights_grad = weights * mask, weights_grad * mask
+        scores_grad = weights * (weights_grad - delta)
+        grad_qkv[rows, 0] = _rows(scale * scores_grad @ key).to(qkv.dtype)
+        grad_qkv[rows, 1] = _rows(scale * scores_grad.transpose(-2, -1) @ query).to(qkv.dtype)
+        grad_qkv[rows, 2] = _rows(dropped.transpose(-2, -1) @ out_grad).to(qkv.dtype)
+    return grad_qkv
+
+
+def dropout_mask(rows: slice, shape: tuple[int, int], qkv: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """(batch, H, N, N) in the dtype of `qkv`, 0 or 1/(1 - p): M of `shape` = (batch, N) sequences that own `rows`."""
+    batch, tokens = shape
+    key = int(seed)
+    position = torch.arange(tokens, device=qkv.device)
+    zero = position.new_zeros(())
+    query = torch.arange(rows.start, rows.stop, device=qkv.device).view(batch, 1, tokens, 1)
+    head = torch.arange(qkv.shape[2], device=qkv.device).view(1, -1, 1, 1)
+    words = philox((position[: (tokens + 3) // 4], query, head, zero), (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
+    word = torch.stack(words, -1).flatten(-2)[..., :tokens]
+    return (word >= int(dropout_p * 2**32)).to(qkv.dtype) / (1 - dropout_p)
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of four int64 tensors that broadcast, each holding numbers modulo 2^32."""
+    mask = 0xFFFFFFFF
+    a, b, c, d = torch.broadcast_tensors(*(word & mask for word in counter))
+    for i in range(10):
+        # A product's upper half is right although int64 wraps: the shift's sign extension is masked away.
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        left, right = key[0] + i * 0x9E3779B9 & mask, key[1] + i * 0xBB67AE85 & mask
+        a, b, c, d = (second >> 32 & mask) ^ b ^ left, second & mask, (first >> 32 & mask) ^ d ^ right, first & mask
+    return a, b, c, d
+
+
+def _batches(total: int, cu_seqlens: Tensor | None, max_seqlen: int) -> Iterator[tuple[slice, tuple[int, int]]]:
+    """(rows, (batch, tokens)) of what can be computed at once: all, or each sequence that isn't empty."""
+    bounds = [0, total] if cu_seqlens is None else cu_seqlens.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        if stop > start:
+            tokens = max_seqlen if cu_seqlens is None else stop - start
+            yield slice(start, stop), ((stop - start) // tokens, tokens)
+
+
+def _heads(qkv: Tensor, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Rows of (T, 3, H, d) -> queries, keys and values, each (batch, H, N, d)."""
+    return qkv.unflatten(0, shape).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """(batch, H, N, d) -> (batch * N, H, d)"""
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _visible(
+    key_mask: Tensor | None, rows: slice, shape: tuple[int, int], causal: bool, device: torch.device
+) -> Tensor:
+    """(batch, 1, 1 or N, N) bool, True where the query sees the key."""
+    visible = torch.ones(shape, dtype=torch.bool, device=device) if key_mask is None else key_mask[rows].view(shape)
+    visible = visible[:, None, None, :]
+    return visible & visible.new_ones(shape[1], shape[1]).tril() if causal else visible

@@ -1,8 +1,9 @@
-"""The operators on the CPU: C++ for everything that happens to S (csrc/contrastive.h), in chunks of rows.
+"""The operators on the CPU: C++ for everything that happens to S (csrc/contrastive.h).
 
 bfloat16 features on a processor with a matrix unit (AMX) stay in C++ throughout: S and its gradient are made in tiles
-that never leave the caches, where torch's matmuls would write them out, rounded. All else is multiplied by the library
-in single precision, which holds products of half-precision features exactly and runs near the processor's peak.
+that never leave a core's caches, where torch's matmuls would write them out, rounded. All else is multiplied by the
+library, in chunks of rows, in single precision, which holds products of half-precision features exactly and runs near
+the processor's peak.
 
 One exponential serves rows and columns: features of bounded norm have bounded logits, so a fixed offset does for all of
 them, unless the sums show that it underflowed somewhere; then a running maximum replaces it.
@@ -26,10 +27,6 @@ from .terms import Groups, log_sum_exp
 # A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
 _LIBRARY_MIN_ROWS = 128
-# With gradients, a chunk's G is stored, twice; without, its rows are but those between two joins of the threads.
-_AMX_ROWS_WITH_GRADIENTS = 512
-_AMX_ROWS = 2048
-_AMX_PANEL = 32
 # A positive that stands beyond every column is none.
 _NO_POSITIVES = 1 << 40
 
@@ -59,16 +56,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
     rows_lse, columns_lse, positive_grad = (part.contiguous() for part in (rows_lse, columns_lse, positive_grad))
+    first = _NO_POSITIVES if first is None else first
     shares = [] if groups is None else [(weight * part).float() for part in (groups.row_shares, groups.column_shares)]
-    products = _products(image, text, chunk_size, with_gradients=True)
+    if _takes_amx(image):
+        problem = _AmxProblem(image, text, first, dtype)
+        scale_grad = _cpu.amx_softmax_gradient(
+            problem.pointers,
+            float(scale) + hardness,
+            float(weight),
+            address(rows_lse, torch.float64, len(image)),
+            address(columns_lse, torch.float64, len(text)),
+            0 if first == _NO_POSITIVES else address(positive_grad, torch.float32, len(image)),
+            _addresses(groups, slice(None), shares),
+            problem.gradients(float(scale)),
+            torch.get_num_threads(),
+        )
+        return problem.image_grad, problem.text_grad, torch.tensor(scale_grad)
+    products = _LibraryProducts(image, text, chunk_size, with_gradients=True)
     gradients = _Gradients(image, float(scale), dtype)
-    for chunk in products.chunks(_NO_POSITIVES if first is None else first):
+    for chunk in products.chunks(first):
         chunk.softmax_gradient(
             float(scale) + hardness,
             float(weight),
             address(rows_lse[chunk.own], torch.float64, len(chunk.rows)),
             address(columns_lse, torch.float64, len(text)),
-            0 if first is None else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
+            0 if first == _NO_POSITIVES else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
             _addresses(groups, chunk.own, shares),
         )
         gradients.add(chunk, chunk.image_gradient())
@@ -89,19 +101,34 @@ def siglip(
     groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reference.siglip`."""
-    products = _products(image, text, chunk_size, with_gradients)
+    first = _NO_POSITIVES if first is None else first
+    offset = 0.0 if bias is None else float(bias)
+    if _takes_amx(image):
+        problem = _AmxProblem(image, text, first, dtype if with_gradients else None)
+        part, bias_sum, scale_sum = _cpu.amx_sigmoid_gradient(
+            problem.pointers,
+            float(scale),
+            offset,
+            weight,
+            _addresses(groups, slice(None)),
+            problem.gradients(float(scale)) if with_gradients else None,
+            torch.get_num_threads(),
+        )
+        loss, scale_grad, bias_grad = (torch.tensor(number) for number in (weight * part, scale_sum, bias_sum))
+        return loss, problem.image_grad, problem.text_grad, scale_grad, bias_grad
+    products = _LibraryProducts(image, text, chunk_size, with_gradients)
     gradients = _Gradients(image, float(scale), dtype) if with_gradients else None
-    loss = bias_grad = 0.0
-    for chunk in products.chunks(_NO_POSITIVES if first is None else first):
-        offset = 0.0 if bias is None else float(bias)
+    loss_sum = bias_sum = 0.0
+    for chunk in products.chunks(first):
         part, total = chunk.sigmoid_gradient(float(scale), offset, weight, _addresses(groups, chunk.own))
-        loss += weight * part
-        bias_grad += total
+        loss_sum += weight * part
+        bias_sum += total
         if gradients:
             gradients.add(chunk, chunk.image_gradient())
+    loss = torch.tensor(loss_sum)
     if gradients:
-        return torch.tensor(loss), *gradients.results(products.text_gradient()), torch.tensor(bias_grad)
-    return torch.tensor(loss), image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
+        return loss, *gradients.results(products.text_gradient()), torch.tensor(bias_sum)
+    return loss, image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
 
 
 def _addresses(groups: Groups | None, own: slice, shares: Sequence[Tensor] = ()) -> tuple[int, int, int, int]:
@@ -132,14 +159,18 @@ def _with_fixed_offset(
     offset = float(math.ceil(offset))
     row_sums = torch.empty(len(image))
     column_sums = torch.zeros(len(text), dtype=torch.float64)
-    products = _products(image, text, chunk_size, with_gradients=False)
-    for chunk in products.chunks(first):
-        chunk.exponential_sums(
-            factor,
-            offset,
-            address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
-            address(column_sums, torch.float64, len(text)),
-        )
+    if _takes_amx(image):
+        problem = _AmxProblem(image, text, first, None)
+        outputs = row_sums.data_ptr(), column_sums.data_ptr()
+        _cpu.amx_exponential_sums(problem.pointers, factor, offset, *outputs, torch.get_num_threads())
+    else:
+        for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
+            chunk.exponential_sums(
+                factor,
+                offset,
+                address(row_sums[chunk.own], torch.float32, len(chunk.rows)),
+                address(column_sums, torch.float64, len(text)),
+            )
     # A term below 2^-126 was flushed to zero. Sums over nothing, and NaN, fail as well.
     least = 2.0**-100 * max(len(image), len(text))
     if not all(sums.isfinite().all() and sums.min().item() > least for sums in (row_sums, column_sums)):
@@ -239,75 +270,29 @@ class _LibraryProducts:
         return self.text_grad
 
 
-@dataclass(frozen=True)
-class _AmxChunk(_Chunk):
-    products: _AmxProducts
-    block: _cpu.AmxBlock
-
-    def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
-        _cpu.amx_exponential_sums(self.block, factor, offset, *outputs, torch.get_num_threads())
-
-    def softmax_gradient(self, *arguments: Any) -> None:
-        _cpu.amx_softmax_gradient(self.block, *arguments, self.products.outputs(), torch.get_num_threads())
-
-    def sigmoid_gradient(
-        self, scale: float, bias: float, weight: float, groups: tuple[int, int, int, int]
-    ) -> tuple[float, float]:
-        outputs = self.products.outputs() if self.products.with_gradients else None
-        return _cpu.amx_sigmoid_gradient(self.block, scale, bias, weight, groups, outputs, torch.get_num_threads())
-
-    def image_gradient(self) -> Tensor:
-        """G @ T, made along with G."""
-        # (D / 32, b / 32, 32 rows, 32 columns); a last chunk with fewer rows fills but the beginning.
-        shape = _panels(self.products.width), _panels(len(self.rows)), _AMX_PANEL, _AMX_PANEL
-        filled = self.products.image_grad.flatten()[: math.prod(shape)].view(shape)
-        return filled.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)[: len(self.rows), : self.products.width]
+def _takes_amx(image: Tensor) -> bool:
+    return image.dtype == torch.bfloat16 and _cpu.has_amx()
 
 
-class _AmxProducts:
-    """The packed layouts are those of csrc/contrastive.h."""
+class _AmxProblem:
+    """Contiguous features, which C++ reads as they are, and the gradients, of `dtype` if any, which it writes."""
 
-    def __init__(self, image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> None:
-        self.image, text, self.with_gradients = image.contiguous(), text.contiguous(), with_gradients
-        self.num_columns, self.width = text.shape
-        self.chunk_size = min(chunk_size, len(image), _AMX_ROWS_WITH_GRADIENTS if with_gradients else _AMX_ROWS)
-        self.text_across = _packed(text, transpose=True)
-        if with_gradients:
-            self.text = _packed(text, transpose=False)
-            rows, columns, width = (_panels(size) for size in (self.chunk_size, self.num_columns, self.width))
-            self.image_grad = torch.empty(width, rows, _AMX_PANEL, _AMX_PANEL)
-            self.text_grad = torch.zeros(columns, width, _AMX_PANEL, _AMX_PANEL)
-            self.workspace = torch.empty(2, rows, columns, _AMX_PANEL, _AMX_PANEL, dtype=torch.bfloat16)
+    def __init__(self, image: Tensor, text: Tensor, first: int, dtype: torch.dtype | None) -> None:
+        self.image, self.text = image.contiguous(), text.contiguous()
+        self.pointers = _cpu.AmxProblem(
+            address(self.image, torch.bfloat16, *image.shape),
+            address(self.text, torch.bfloat16, *text.shape),
+            len(image),
+            len(text),
+            image.shape[1],
+            first,
+        )
+        self.image_grad, self.text_grad = (
+            torch.empty(features.shape if dtype else 0, dtype=dtype) for features in (image, text)
+        )
 
-    def chunks(self, first: int) -> Iterator[_AmxChunk]:
-        for start in range(0, len(self.image), self.chunk_size):
-            rows = self.image[start : start + self.chunk_size]
-            rows_at = address(rows, torch.bfloat16, len(rows), self.width)
-            text_at = self.text_across.data_ptr()
-            block = _cpu.AmxBlock(rows_at, text_at, len(rows), self.num_columns, self.width, first + start)
-            yield _AmxChunk(start, rows, first + start, self, block)
-
-    def outputs(self) -> _cpu.AmxGradients:
-        tensors = self.text, self.image_grad, self.text_grad, self.workspace
-        return _cpu.AmxGradients(*(tensor.data_ptr() for tensor in tensors))
-
-    def text_gradient(self) -> Tensor:
-        # The result is I.T @ G: (B / 32, D / 32, 32 of D, 32 of B).
-        return self.text_grad.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[: self.num_columns, : self.width]
-
-
-def _packed(text: Tensor, transpose: bool) -> Tensor:
-    shape = _panels(text.shape[0]), _panels(text.shape[1]), _AMX_PANEL, _AMX_PANEL
-    packed = torch.empty(shape, dtype=torch.bfloat16)
-    source = address(text, torch.bfloat16, *text.shape)
-    _cpu.amx_pack(source, *text.shape, transpose, packed.data_ptr(), torch.get_num_threads())
-    return packed
-
-
-def _panels(size: int) -> int:
-    return -(-size // _AMX_PANEL)
-
-
-def _products(image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> _LibraryProducts | _AmxProducts:
-    takes_amx = image.dtype == torch.bfloat16 and _cpu.has_amx()
-    return (_AmxProducts if takes_amx else _LibraryProducts)(image, text, chunk_size, with_gradients)
+    def gradients(self, scale: float) -> _cpu.AmxGradients:
+        in_single = self.image_grad.dtype == torch.float32
+        if not in_single and self.image_grad.dtype != torch.bfloat16:
+            raise ValueError(f"gradients must be float32 or bfloat16, not {self.image_grad.dtype}")
+        return _cpu.AmxGradients(self.image_grad.data_ptr(), self.text_grad.data_ptr(), in_single, scale)

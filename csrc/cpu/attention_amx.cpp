@@ -1,0 +1,133 @@
+// bfloat16 operands on the matrix unit of x86; P and dS are rounded to bfloat16 as they become operands.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "attention_kernels.h"
+
+#if defined(BCLIP_X86_TARGETS) && defined(__linux__)
+
+#include <immintrin.h>
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
+
+#include "attention_tile.h"
+
+namespace {
+
+// A left block is [2][16 rows][32 k], a right one [2][16 pairs of k][16 columns][2 k].
+struct AmxEngine {
+  using Element = uint16_t;
+
+  // Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes.
+  struct Use {
+    Use() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      _tile_loadconfig(&config);
+    }
+    ~Use() { _tile_release(); }
+  };
+
+  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* block) {
+    const __mmask32 inside = columns >= kPanel ? 0xFFFFFFFF : 0xFFFF;
+    for (int64_t row = 0; row < kPanel; ++row)
+      _mm512_store_si512(block + row * kPanel,
+                         _mm512_maskz_loadu_epi16(row < rows ? inside : 0, from + row * stride));
+  }
+
+  static void right(const uint16_t* block, uint16_t* to) {
+    for (int64_t row = 0; row < kPanel; row += 2) {
+      const __m512i first = _mm512_load_si512(block + row * kPanel);
+      const __m512i second = _mm512_load_si512(block + (row + 1) * kPanel);
+      for (int half = 0; half < 2; ++half)
+        _mm512_store_si512(to + half * kBlock / 2 + row * kLanes,
+                           _mm512_permutex2var_epi16(first, pairs(half ? kLanes : 0), second));
+    }
+  }
+
+  // A pair of neighbours is a 32-bit number to `transpose`.
+  static void right_of_transpose(const uint16_t* block, uint16_t* to) {
+    for (int half = 0; half < 2; ++half)
+      transpose(block + half * kBlock / 2, kLanes, to + half * kBlock / 2, kLanes);
+  }
+
+  static void left_of_transpose(const uint16_t* block, uint16_t* to) {
+    alignas(64) uint16_t paired[kBlock];
+    right(block, paired);
+    right_of_transpose(paired, to);
+  }
+
+  BCLIP_INLINE void left_row(uint16_t* block, int64_t row, const Lanes numbers[2]) {
+    _mm512_store_si512(block + row * kPanel, (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]));
+  }
+
+  BCLIP_INLINE void right_rows(uint16_t* block, int64_t row, const Lanes numbers[2][2]) {
+    for (int half = 0; half < 2; ++half) {
+      const auto rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1][half], (__m512)numbers[0][half]);
+      // The second vector of the permutation is the upper half of the first.
+      _mm512_store_si512(block + half * kBlock / 2 + row * kLanes,
+                         _mm512_permutexvar_epi16(interleaved(), rounded));
+    }
+  }
+
+  static void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, int64_t stride,
+                       bool add) {
+    const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
+    if (add) {
+      _tile_loadd(0, result, bytes);
+      _tile_loadd(1, result + kLanes, bytes);
+      _tile_loadd(2, result + kLanes * stride, bytes);
+      _tile_loadd(3, result + kLanes * stride + kLanes, bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; ++step, left += kBlock, right += kBlock) {
+      _tile_loadd(6, right, 64);
+      _tile_loadd(4, left, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, right + kBlock / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, left + kBlock / 2, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, result, bytes);
+    _tile_stored(1, result + kLanes, bytes);
+    _tile_stored(2, result + kLanes * stride, bytes);
+    _tile_stored(3, result + kLanes * stride + kLanes, bytes);
+  }
+
+ private:
+  // Indices that interleave sixteen of the first 32 numbers, from `start` on, with the same of the second 32.
+  BCLIP_INLINE __m512i pairs(int start) {
+    Halves2 index;
+    for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(start + i / 2 + (i & 1) * 32);
+    return (__m512i)index;
+  }
+
+  // Indices that interleave sixteen numbers with the sixteen that follow.
+  BCLIP_INLINE __m512i interleaved() {
+    Halves2 index;
+    for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i & 1) * 16);
+    return (__m512i)index;
+  }
+};
+
+}  // namespace
+
+namespace bclip::cpu {
+
+const AttentionKernels kAmxAttention = HeadKernels<AmxEngine, uint16_t>::kernels("amx");
+
+}  // namespace bclip::cpu
+
+#endif

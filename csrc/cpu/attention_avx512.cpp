@@ -1,0 +1,20 @@
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "attention_kernels.h"
+
+#ifdef BCLIP_X86_TARGETS
+// After the standard headers, whose inline functions are shared with code that runs on every machine.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#include "attention_tile.h"
+
+namespace bclip::cpu {
+
+const AttentionKernels kAvx512Attention[2] = {HeadKernels<FloatEngine, float>::kernels("avx512"),
+                                              HeadKernels<FloatEngine, uint16_t>::kernels("avx512")};
+
+}  // namespace bclip::cpu
+
+#endif

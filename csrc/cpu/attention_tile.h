@@ -1,0 +1,557 @@
+// The kernels themselves, for an engine that multiplies and a type in memory. Included by each
+// attention_<instruction set>.cpp, which chose the target before.
+//
+// Matrices are in blocks of 32 x 32, padded with zeros. A left operand (M, K) is [M / 32][K / 32][block], a right one
+// (K, N) is [N / 32][K / 32][block]; what a block looks like inside is the engine's affair. A row of scores is there as
+// a whole, so no maximum has to run along with it, and P is made in the layout that the next product reads. Backward,
+// P and dS are also right operands, packed while they are in registers: dV^T = dO^T P and dK^T = Q^T dS then need no
+// transposition of anything (n, n).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "attention_kernels.h"
+#include "lanes.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using bclip::cpu::AttentionKernels;
+using bclip::cpu::Head;
+using bclip::cpu::HeadGradient;
+using bclip::cpu::HeadOutput;
+
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint64_t WideWords __attribute__((vector_size(64)));
+
+constexpr int64_t kPanel = 32;
+constexpr int64_t kBlock = kPanel * kPanel;
+constexpr int64_t kStripPanels = 8;  // of queries, whose P and dS (2 * 256 keys * 256) stay in L2
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+BCLIP_INLINE int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
+
+// Sixteen numbers between memory and lanes.
+BCLIP_INLINE Lanes read(const float* from) { return load(from); }
+BCLIP_INLINE void write(float* to, Lanes lanes) { store(to, lanes); }
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t Halves2 __attribute__((vector_size(64)));
+
+BCLIP_INLINE Lanes read(const uint16_t* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Lanes)(__builtin_convertvector(halves, Words) << 16);
+}
+
+BCLIP_INLINE void write(uint16_t* to, Lanes lanes) {
+  const Words bits = (Words)lanes;
+  Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  rounded = (Words)(lanes == lanes) ? rounded : (bits >> 16 | 0x40);
+  const Halves halves = __builtin_convertvector(rounded, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// `a` unless it is larger: NaN in `b` stays.
+BCLIP_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+BCLIP_INLINE float largest(Lanes lanes) {
+  float parts[kLanes];
+  store(parts, lanes);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] = parts[i] > parts[i + width] ? parts[i] : parts[i + width];
+  return parts[0];
+}
+
+// 2^x for x <= 64, relative error 1e-7; 2^-126 below.
+BCLIP_INLINE Lanes exp2_of(Lanes x) {
+  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  x = larger(splat(-126.f), x);
+  const Lanes shifted = x + round;
+  const Lanes f = x - (shifted - round);
+  Lanes power = splat(0.0013276472454890609f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
+  power = power * f + 0.009675540961325169f;
+  power = power * f + 0.05550713092088699f;
+  power = power * f + 0.24022120237350464f;
+  power = power * f + 0.6931469440460205f;
+  power = power * f + 1.0000001192092896f;
+  return (Lanes)((IntLanes)power + ((IntLanes)shifted << 23));
+}
+
+// A 16 x 16 matrix in registers, transposed by exchanging ever larger squares.
+template <int kSquare>
+BCLIP_INLINE void exchange(Words* rows) {
+  Words first, second;  // indices into the pair of rows
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    first[i] = i & kSquare ? i - kSquare + kLanes : i;
+    second[i] = i & kSquare ? i + kLanes : i + kSquare;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kSquare) continue;
+    const Words above = rows[i], below = rows[i + kSquare];
+    rows[i] = __builtin_shuffle(above, below, first);
+    rows[i + kSquare] = __builtin_shuffle(above, below, second);
+  }
+}
+
+// Of 32-bit numbers, whatever they hold.
+BCLIP_INLINE void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  Words rows[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    std::memcpy(&rows[i], static_cast<const char*>(from) + 4 * i * from_stride, sizeof rows[i]);
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  exchange<8>(rows);
+  for (int i = 0; i < kLanes; ++i) std::memcpy(static_cast<char*>(to) + 4 * i * to_stride, &rows[i], sizeof rows[i]);
+}
+
+BCLIP_INLINE WideWords times(WideWords a, uint32_t factor) {
+#ifdef __AVX512F__
+  return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
+#else
+  return (a & 0xFFFFFFFF) * factor;
+#endif
+}
+
+// Which weights of a head are kept: Philox4x32-10, whose first two rounds and half of the third depend on the key or on
+// the query alone, and are done once. Eight counters, 32 keys, go at a time; of a 64-bit lane the low half counts.
+class Dropout {
+ public:
+  static int64_t bytes(const Head& head) { return head.dropout ? panels_of(head.rows) * 4 * sizeof(WideWords) : 0; }
+
+  Dropout(const Head& head, char* tables) : head_(head), tables_(tables) {
+    for (int round = 0; round < 10; ++round) {
+      keys_[round][0] = head.seed[0] + round * 0x9E3779B9u;
+      keys_[round][1] = head.seed[1] + round * 0xBB67AE85u;
+    }
+    const uint64_t product = uint64_t{kSecond} * head.head;
+    first_row_ = static_cast<uint32_t>(product >> 32) ^ keys_[0][0];
+    if (!head.dropout) return;
+    for (int64_t panel = 0; panel < panels_of(head.rows); ++panel) {
+      // In this order two interleavings bring the words into that of the keys.
+      const WideWords counter = WideWords{0, 4, 1, 5, 2, 6, 3, 7} + static_cast<uint64_t>(8 * panel);
+      const WideWords by_first = times(counter, kFirst);
+      const WideWords by_second = times((by_first >> 32) ^ keys_[0][1], kSecond);
+      const WideWords next = times((by_second >> 32) ^ (static_cast<uint32_t>(product) ^ keys_[1][0]), kFirst);
+      const WideWords table[4] = {by_first, by_second ^ keys_[2][0], (next >> 32) ^ keys_[2][1], next};
+      std::memcpy(tables + panel * sizeof table, table, sizeof table);
+    }
+  }
+
+  // -1 in the lanes of the keys that query `row` of the sequence keeps, of the 32 keys of a panel.
+  BCLIP_MEMBER_INLINE void keep(int64_t row, int64_t panel, IntLanes kept[2]) const {
+    const uint64_t product = uint64_t{kFirst} * (first_row_ ^ (head_.first_row + static_cast<uint32_t>(row)));
+    WideWords table[4];
+    std::memcpy(table, tables_ + panel * sizeof table, sizeof table);
+    const WideWords mixed = times(table[0] ^ (product >> 32 ^ keys_[1][1]), kSecond);
+    WideWords a = (mixed >> 32) ^ table[1], b = mixed, c = table[2] ^ (product & 0xFFFFFFFF), d = table[3];
+    for (int round = 3; round < 10; ++round) {
+      const WideWords by_first = times(a, kFirst), by_second = times(c, kSecond);
+      a = (by_second >> 32) ^ b ^ keys_[round][0];
+      c = (by_first >> 32) ^ d ^ keys_[round][1];
+      b = by_second;
+      d = by_first;
+    }
+    const WideWords low = (a & 0xFFFFFFFF) | b << 32, high = (c & 0xFFFFFFFF) | d << 32;
+    kept[0] = (IntLanes)((Words)__builtin_shuffle(low, high, WideWords{0, 8, 2, 10, 4, 12, 6, 14}) >= head_.threshold);
+    kept[1] = (IntLanes)((Words)__builtin_shuffle(low, high, WideWords{1, 9, 3, 11, 5, 13, 7, 15}) >= head_.threshold);
+  }
+
+ private:
+  static constexpr uint32_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
+
+  const Head& head_;
+  const char* tables_;
+  uint64_t keys_[10][2];
+  uint32_t first_row_;
+};
+
+// Hands out pieces of the scratch; without memory it counts what they need.
+class Scratch {
+ public:
+  explicit Scratch(char* memory) : memory_(memory) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* const piece = memory_ + used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* const memory_;
+  int64_t used_ = 0;
+};
+
+// Float operands: a block is its rows, 32 floats each.
+struct FloatEngine {
+  using Element = float;
+
+  struct Use {};
+
+  static void load_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
+    load_rows_as(from, stride, rows, columns, block);
+  }
+  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
+    load_rows_as(from, stride, rows, columns, block);
+  }
+
+  static void right(const float* block, float* to) { std::memcpy(to, block, kBlock * sizeof *to); }
+
+  static void left_of_transpose(const float* block, float* to) {
+    for (int64_t i = 0; i < kPanel; i += kLanes)
+      for (int64_t j = 0; j < kPanel; j += kLanes)
+        transpose(block + i * kPanel + j, kPanel, to + j * kPanel + i, kPanel);
+  }
+
+  static void right_of_transpose(const float* block, float* to) { left_of_transpose(block, to); }
+
+  // One row of a left block; two rows of a right one.
+  BCLIP_INLINE void left_row(float* block, int64_t row, const Lanes numbers[2]) {
+    store(block + row * kPanel, numbers[0]);
+    store(block + row * kPanel + kLanes, numbers[1]);
+  }
+  BCLIP_INLINE void right_rows(float* block, int64_t row, const Lanes numbers[2][2]) {
+    left_row(block, row, numbers[0]);
+    left_row(block, row + 1, numbers[1]);
+  }
+
+  // result (32, 32), rows `stride` floats apart, = or += left (32, 32 steps) right (32 steps, 32).
+  static void multiply(const float* left, const float* right, int64_t steps, float* result, int64_t stride, bool add) {
+#ifdef __AVX512F__
+    constexpr int kRows = 8;
+#else
+    constexpr int kRows = 2;  // half as many registers of half the width
+#endif
+    for (int64_t row = 0; row < kPanel; row += kRows) {
+      Lanes sums[kRows][2];
+      float* to = result + row * stride;
+      for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < 2; ++j) sums[i][j] = add ? load(to + i * stride + j * kLanes) : Lanes{};
+      for (int64_t step = 0; step < steps; ++step) {
+        const float* from_left = left + step * kBlock + row * kPanel;
+        const float* from_right = right + step * kBlock;
+        for (int64_t k = 0; k < kPanel; ++k) {
+          const Lanes first = load(from_right + k * kPanel), second = load(from_right + k * kPanel + kLanes);
+          for (int i = 0; i < kRows; ++i) {
+            const Lanes factor = splat(from_left[i * kPanel + k]);
+            sums[i][0] += factor * first;
+            sums[i][1] += factor * second;
+          }
+        }
+      }
+      for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < 2; ++j) store(to + i * stride + j * kLanes, sums[i][j]);
+    }
+  }
+
+ private:
+  template <class Stored>
+  static void load_rows_as(const Stored* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
+    for (int64_t row = 0; row < kPanel; ++row)
+      for (int64_t column = 0; column < kPanel; column += kLanes)
+        store(block + row * kPanel + column,
+              row < rows && column < columns ? read(from + row * stride + column) : Lanes{});
+  }
+};
+
+template <class Engine, class Stored>
+struct HeadKernels {
+  using Element = typename Engine::Element;
+  using Put = void (*)(const Element* block, Element* to);
+
+  // What a matrix (rows, dim) in memory becomes: blocks of itself or of its transpose.
+  struct Packing {
+    Put put;  // null: as it is, which is a left operand
+    Element* to;
+    bool by_dim;  // the panels are of dims, the steps of rows
+  };
+
+  static void pack(const void* matrix, int64_t stride, const Head& head, std::initializer_list<Packing> packings) {
+    const int64_t row_panels = panels_of(head.rows), dim_panels = panels_of(head.dim);
+    alignas(64) Element block[kBlock];
+    for (int64_t i = 0; i < row_panels; ++i) {
+      for (int64_t j = 0; j < dim_panels; ++j) {
+        const Stored* from = static_cast<const Stored*>(matrix) + i * kPanel * stride + j * kPanel;
+        Engine::load_rows(from, stride, head.rows - i * kPanel, head.dim - j * kPanel, block);
+        for (const Packing& packing : packings) {
+          Element* to = packing.to + (packing.by_dim ? j * row_panels + i : i * dim_panels + j) * kBlock;
+          if (packing.put)
+            packing.put(block, to);
+          else
+            std::memcpy(to, block, sizeof block);
+        }
+      }
+    }
+  }
+
+  // Rows of numbers, times `factor`, as they go into memory.
+  static void write_row(const float* from, int64_t dim, float factor, Stored* to) {
+    for (int64_t i = 0; i < dim; i += kLanes) write(to + i, load(from + i) * factor);
+  }
+
+  // Which keys a query sees.
+  struct Sight {
+    int32_t* visible;  // -1 or 0 for each key, 0 in the padding
+    bool masked, causal;
+    int64_t rows;
+
+    void fill(const Head& head) {
+      masked = head.key_mask != nullptr;
+      causal = head.causal;
+      rows = head.rows;
+      for (int64_t key = 0; key < panels_of(rows) * kPanel; ++key)
+        visible[key] = key < rows && (!masked || head.key_mask[key]) ? -1 : 0;
+    }
+
+    // Panels of keys that some query of the panel may see, and those first ones that every query sees whole.
+    int64_t panels(int64_t query_panel) const { return causal ? query_panel + 1 : panels_of(rows); }
+    int64_t whole(int64_t query_panel) const { return masked ? 0 : causal ? query_panel : rows / kPanel; }
+
+    BCLIP_MEMBER_INLINE IntLanes at(int64_t row, int64_t key) const {
+      constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      IntLanes seen;
+      std::memcpy(&seen, visible + key, sizeof seen);
+      return causal ? seen & (IntLanes)(index <= static_cast<int32_t>(row - key)) : seen;
+    }
+  };
+
+  struct Forward {
+    Element *query, *key, *value, *weights;
+    float *scores, *out;
+    Sight sight;
+    char* tables;
+
+    Forward(const Head& head, Scratch& scratch) {
+      const int64_t panels = panels_of(head.rows), size = panels * panels_of(head.dim) * kBlock;
+      query = scratch.take<Element>(size);
+      key = scratch.take<Element>(size);
+      value = scratch.take<Element>(size);
+      weights = scratch.take<Element>(panels * kBlock);
+      scores = scratch.take<float>(panels * kBlock);
+      out = scratch.take<float>(panels_of(head.dim) * kBlock);
+      sight.visible = scratch.take<int32_t>(panels * kPanel);
+      tables = scratch.take<char>(Dropout::bytes(head));
+    }
+  };
+
+  // The weights of one query before they are divided by their sum, into row `row` of left blocks: 2^(score - highest).
+  template <bool kDropout>
+  static void softmax_row(const Head& head, const Dropout& dropout, const Sight& sight, int64_t query_panel, int64_t row,
+                          const float* scores, Element* weights, float& highest, float& total) {
+    const int64_t query = query_panel * kPanel + row;
+    const int64_t panels = sight.panels(query_panel), whole = sight.whole(query_panel);
+    const Lanes factor = splat(head.scale * kLog2E);
+    Lanes top = splat(-__builtin_inff());
+    for (int64_t key = 0; key < whole * kPanel; key += kLanes) top = larger(load(scores + key) * factor, top);
+    for (int64_t key = whole * kPanel; key < panels * kPanel; key += kLanes)
+      top = larger(sight.at(query, key) ? load(scores + key) * factor : splat(-__builtin_inff()), top);
+    highest = largest(top);
+    Lanes sums = {};
+    const Lanes offset = splat(highest == -__builtin_inff() ? 0.f : highest);  // where nothing is seen, sums stay 0
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      Lanes numbers[2];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t key = panel * kPanel + half * kLanes;
+        numbers[half] = exp2_of(load(scores + key) * factor - offset);
+        if (panel >= whole) numbers[half] = sight.at(query, key) ? numbers[half] : Lanes{};
+        sums += numbers[half];
+      }
+      if (kDropout) {
+        IntLanes kept[2];
+        dropout.keep(query, panel, kept);
+        for (int half = 0; half < 2; ++half) numbers[half] = kept[half] ? numbers[half] : Lanes{};
+      }
+      Engine::left_row(weights + panel * kBlock, row, numbers);
+    }
+    total = sum(sums);
+  }
+
+  static int64_t forward_bytes(const Head& head) {
+    Scratch scratch(nullptr);
+    const Forward counted(head, scratch);
+    return scratch.used();
+  }
+
+  static void forward(const Head& head, const HeadOutput& output, char* memory) {
+    [[maybe_unused]] const typename Engine::Use use;
+    Scratch scratch(memory);
+    Forward work(head, scratch);
+    const Dropout dropout(head, work.tables);
+    work.sight.fill(head);
+    const int64_t panels = panels_of(head.rows), depth = panels_of(head.dim);
+    pack(head.query, head.stride, head, {{nullptr, work.query, false}});
+    pack(head.key, head.stride, head, {{&Engine::right_of_transpose, work.key, false}});
+    pack(head.value, head.stride, head, {{&Engine::right, work.value, true}});
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t seen = work.sight.panels(i), rows = std::min(kPanel, head.rows - i * kPanel);
+      for (int64_t j = 0; j < seen; ++j)
+        Engine::multiply(work.query + i * depth * kBlock, work.key + j * depth * kBlock, depth,
+                         work.scores + j * kPanel, panels * kPanel, false);
+      float highest[kPanel], total[kPanel];
+      for (int64_t row = 0; row < rows; ++row)
+        (head.dropout ? softmax_row<true> : softmax_row<false>)(head, dropout, work.sight, i, row,
+                                                                work.scores + row * panels * kPanel, work.weights,
+                                                                highest[row], total[row]);
+      for (int64_t j = 0; j < depth; ++j)
+        Engine::multiply(work.weights, work.value + j * panels * kBlock, seen, work.out + j * kPanel, depth * kPanel,
+                         false);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t query = i * kPanel + row;
+        const bool nothing = total[row] == 0;
+        write_row(work.out + row * depth * kPanel, head.dim, nothing ? 0.f : head.kept / total[row],
+                  static_cast<Stored*>(output.out) + query * output.stride);
+        output.lse[query] = nothing ? -__builtin_inff() : highest[row] * kLn2 + __builtin_logf(total[row]);
+      }
+    }
+  }
+
+  struct Backward {
+    Element *query, *query_across, *key, *key_across, *value_across, *out_grad, *out_grad_across;
+    Element *scores_grad, *strip_weights, *strip_scores_grad;
+    float *scores, *weights_grad, *query_grad, *key_grad, *value_grad, *lse, *delta;
+    Sight sight;
+    char* tables;
+
+    Backward(const Head& head, Scratch& scratch) {
+      const int64_t panels = panels_of(head.rows), size = panels * panels_of(head.dim) * kBlock;
+      for (Element** operand :
+           {&query, &query_across, &key, &key_across, &value_across, &out_grad, &out_grad_across})
+        *operand = scratch.take<Element>(size);
+      scores_grad = scratch.take<Element>(panels * kBlock);
+      for (Element** strip : {&strip_weights, &strip_scores_grad})
+        *strip = scratch.take<Element>(std::min(panels, kStripPanels) * panels * kBlock);
+      for (float** block : {&scores, &weights_grad}) *block = scratch.take<float>(panels * kBlock);
+      query_grad = scratch.take<float>(panels_of(head.dim) * kBlock);
+      for (float** gradient : {&key_grad, &value_grad}) *gradient = scratch.take<float>(size);
+      for (float** rows : {&lse, &delta}) *rows = scratch.take<float>(panels * kPanel);
+      sight.visible = scratch.take<int32_t>(panels * kPanel);
+      tables = scratch.take<char>(Dropout::bytes(head));
+    }
+  };
+
+  // P and dS of two queries from S and dP, into left and right blocks.
+  template <bool kDropout>
+  static void gradient_rows(const Head& head, const Dropout& dropout, const Backward& work, int64_t query_panel,
+                            int64_t row, Element* weights, Element* scores_grad, int64_t right_stride) {
+    const Sight& sight = work.sight;
+    const int64_t query = query_panel * kPanel + row, width = panels_of(head.rows) * kPanel;
+    const int64_t panels = sight.panels(query_panel), whole = sight.whole(query_panel);
+    const Lanes factor = splat(head.scale * kLog2E);
+    const float *scores = work.scores + row * width, *weights_grad = work.weights_grad + row * width;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      Lanes kept_weights[2][2], grads[2][2];
+      for (int k = 0; k < 2; ++k) {
+        IntLanes kept[2];
+        if (kDropout) dropout.keep(query + k, panel, kept);
+        for (int half = 0; half < 2; ++half) {
+          const int64_t key = panel * kPanel + half * kLanes;
+          Lanes weight = exp2_of(load(scores + k * width + key) * factor - work.lse[query + k]);
+          if (panel >= whole) weight = sight.at(query + k, key) ? weight : Lanes{};
+          Lanes grad = load(weights_grad + k * width + key);
+          if (kDropout) grad = kept[half] ? grad * head.kept : Lanes{};
+          grads[k][half] = weight * (grad - work.delta[query + k]);
+          kept_weights[k][half] = kDropout ? (kept[half] ? weight : Lanes{}) : weight;
+        }
+        Engine::left_row(work.scores_grad + panel * kBlock, row + k, grads[k]);
+      }
+      Engine::right_rows(weights + panel * right_stride, row, kept_weights);
+      Engine::right_rows(scores_grad + panel * right_stride, row, grads);
+    }
+  }
+
+  static int64_t backward_bytes(const Head& head) {
+    Scratch scratch(nullptr);
+    const Backward counted(head, scratch);
+    return scratch.used();
+  }
+
+  static void backward(const Head& head, const HeadGradient& gradient, char* memory) {
+    [[maybe_unused]] const typename Engine::Use use;
+    Scratch scratch(memory);
+    Backward work(head, scratch);
+    const Dropout dropout(head, work.tables);
+    work.sight.fill(head);
+    const int64_t panels = panels_of(head.rows), depth = panels_of(head.dim), width = panels * kPanel;
+    pack(head.query, head.stride, head,
+         {{nullptr, work.query, false}, {&Engine::left_of_transpose, work.query_across, true}});
+    pack(head.key, head.stride, head,
+         {{&Engine::right_of_transpose, work.key_across, false}, {&Engine::right, work.key, true}});
+    pack(head.value, head.stride, head, {{&Engine::right_of_transpose, work.value_across, false}});
+    pack(gradient.out_grad, gradient.out_stride, head,
+         {{nullptr, work.out_grad, false}, {&Engine::left_of_transpose, work.out_grad_across, true}});
+    for (int64_t row = 0; row < width; ++row) {
+      // In the padding Q and dO are zero, and any finite weight adds nothing.
+      const int64_t at = row * gradient.out_stride;
+      Lanes products = {};
+      for (int64_t i = 0; i < (row < head.rows ? head.dim : 0); i += kLanes)
+        products += read(static_cast<const Stored*>(gradient.out_grad) + at + i) *
+                    read(static_cast<const Stored*>(gradient.out) + at + i);
+      work.delta[row] = sum(products);
+      work.lse[row] = row < head.rows ? gradient.lse[row] * kLog2E : 0.f;
+    }
+    for (int64_t first = 0; first < panels; first += kStripPanels) {
+      const int64_t strip = std::min(kStripPanels, panels - first);
+      for (int64_t i = first; i < first + strip; ++i) {
+        const int64_t seen = work.sight.panels(i);
+        for (int64_t j = 0; j < seen; ++j) {
+          Engine::multiply(work.query + i * depth * kBlock, work.key_across + j * depth * kBlock, depth,
+                           work.scores + j * kPanel, width, false);
+          Engine::multiply(work.out_grad + i * depth * kBlock, work.value_across + j * depth * kBlock, depth,
+                           work.weights_grad + j * kPanel, width, false);
+        }
+        for (int64_t row = 0; row < kPanel; row += 2)
+          (head.dropout ? gradient_rows<true> : gradient_rows<false>)(
+              head, dropout, work, i, row, work.strip_weights + (i - first) * kBlock,
+              work.strip_scores_grad + (i - first) * kBlock, strip * kBlock);
+        for (int64_t j = 0; j < depth; ++j)
+          Engine::multiply(work.scores_grad, work.key + j * panels * kBlock, seen, work.query_grad + j * kPanel,
+                           depth * kPanel, false);
+        for (int64_t row = 0; row < std::min(kPanel, head.rows - i * kPanel); ++row)
+          write_row(work.query_grad + row * depth * kPanel, head.dim, head.scale,
+                    static_cast<Stored*>(gradient.query) + (i * kPanel + row) * gradient.stride);
+      }
+      // Only these queries see key panel j: all, or if causal those from panel j on.
+      for (int64_t j = 0; j < (head.causal ? first + strip : panels); ++j) {
+        const int64_t skipped = head.causal ? std::max<int64_t>(0, j - first) : 0;
+        const bool add = first > 0 && (!head.causal || j < first);
+        for (int64_t i = 0; i < depth; ++i) {
+          const int64_t left = (i * panels + first + skipped) * kBlock, right = (j * strip + skipped) * kBlock;
+          const int64_t to = i * kPanel * width + j * kPanel;
+          Engine::multiply(work.out_grad_across + left, work.strip_weights + right, strip - skipped,
+                           work.value_grad + to, width, add);
+          Engine::multiply(work.query_across + left, work.strip_scores_grad + right, strip - skipped,
+                           work.key_grad + to, width, add);
+        }
+      }
+    }
+    write_transposed(work.key_grad, head, head.scale, gradient.key, gradient.stride);
+    write_transposed(work.value_grad, head, head.kept, gradient.value, gradient.stride);
+  }
+
+  // (dim, padded rows) times `factor` -> (rows, dim) in memory
+  static void write_transposed(const float* from, const Head& head, float factor, void* to, int64_t stride) {
+    alignas(64) float rows[kLanes * kLanes];
+    for (int64_t row = 0; row < head.rows; row += kLanes) {
+      for (int64_t i = 0; i < head.dim; i += kLanes) {
+        transpose(from + i * panels_of(head.rows) * kPanel + row, panels_of(head.rows) * kPanel, rows, kLanes);
+        for (int64_t k = 0; k < std::min<int64_t>(kLanes, head.rows - row); ++k)
+          write_row(rows + k * kLanes, kLanes, factor, static_cast<Stored*>(to) + (row + k) * stride + i);
+      }
+    }
+  }
+
+  static constexpr AttentionKernels kernels(const char* name) {
+    return {name, &forward_bytes, &forward, &backward_bytes, &backward};
+  }
+};
+
+}  // namespace

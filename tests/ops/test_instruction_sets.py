@@ -1,0 +1,53 @@
+"""The C++ losses on every instruction set that this processor has, not its best alone. Each needs its own process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bclip_fast import _cpu, doctor
+
+NAMES = ["avx512", "avx2", "plain"]
+# Tiles' edges, both losses, offsets of positives, one and two exponentials.
+CHECKS = "(divide_nothing and 1031) or rectangular or without_positives or offset or too_far_apart or asked_for"
+
+
+def run(name, *command):
+    environment = {**os.environ, "BCLIP_CPU_ISA": name, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+def skip_if_missing(name):
+    done = run(name, "-c", "from bclip_fast import _cpu; _cpu.instruction_set()")
+    if done.returncode:
+        pytest.skip(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_losses_are_right_on(name):
+    skip_if_missing(name)
+    path = Path(__file__).with_name("test_contrastive_cpu.py")
+    done = run(name, "-m", "pytest", str(path), "-q", "-k", CHECKS, "-p", "no:cacheprovider", "-p", "no:xdist")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 20  # more where AMX is
+
+
+def test_the_best_is_chosen_and_the_doctor_names_it():
+    line = next(line for line in doctor.lines() if line.strip().startswith("cpu "))
+    assert f"installed, {_cpu.instruction_set()}" in line and ("AMX" in line) == _cpu.has_amx()
+    if "BCLIP_CPU_ISA" not in os.environ and Path("/proc/cpuinfo").exists():
+        flags = Path("/proc/cpuinfo").read_text().split()
+        assert ("avx512dq" in flags) == (_cpu.instruction_set() == "avx512")
+
+
+def test_an_unknown_name_is_refused_and_what_there_is_listed():
+    code = "import torch; from bclip_fast import doctor, ops; print(*doctor.lines(), sep='\\n'); "
+    code += "ops.clip_loss(torch.eye(3), torch.eye(3), 1.0, backend='cpu')"
+    done = run("sse9", "-c", code)
+    reason = "BCLIP_CPU_ISA is 'sse9'; this processor and build have"
+    assert done.stderr.splitlines()[-1].startswith(f"ValueError: {reason}") and "plain" in done.stderr
+    assert f"installed, but {reason}" in done.stdout
