@@ -4,8 +4,8 @@
 //   dV = (P * M)^T dO;  dS = P * (M * (dO V^T) - rowsum(dO * O));  dQ = scale dS K;  dK = scale dS^T Q.
 //
 // M is 0 or 1 / (1 - p): the Philox words of bclip_fast/ops/attention/reference.py decide. qkv is (T, 3, H, d), outputs
-// are (T, H, d), L is (H, T); all are contiguous, d a multiple of 16. A thread does whole heads of sequences, so results
-// are the same bits whatever the number of threads. Throws std::invalid_argument where a size doesn't fit.
+// are (T, H, d), L is (H, T); all are contiguous, d a multiple of 16. A thread does whole heads of sequences, so
+// results are the same bits whatever the number of threads. Throws std::invalid_argument where a size doesn't fit.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace bclip::cpu {
 
-// The instruction sets that this machine has for the type: of "amx" (bfloat16), "avx512", "avx2" and "plain", best first.
+// What this machine has for the type, best first, of "amx" (bfloat16 alone), "avx512", "avx2" and "plain".
 std::vector<std::string> attention_instruction_sets(bool bfloat16);
 
 struct Attention {

@@ -116,7 +116,8 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
   const int64_t stride = attention.heads * attention.dim, element = attention.bfloat16 ? 2 : 4;
   for_heads(attention, threads, [&](const Head& head, int64_t start) {
     const int64_t at = (start * attention.heads + head.head) * attention.dim * element;
-    char* query = static_cast<char*>(gradient.qkv_grad) + (start * 3 * attention.heads + head.head) * attention.dim * element;
+    const int64_t query_at = (start * 3 * attention.heads + head.head) * attention.dim * element;
+    char* query = static_cast<char*>(gradient.qkv_grad) + query_at;
     chosen.backward(head,
                     {static_cast<const char*>(gradient.out_grad) + at, static_cast<const char*>(gradient.out) + at,
                      stride, gradient.lse + head.head * attention.rows + start, query, query + stride * element,

@@ -72,6 +72,19 @@ BCLIP_INLINE Lanes exp2_of(Lanes x) {
   return (Lanes)((IntLanes)power + ((IntLanes)shifted << 23));
 }
 
+// Element i is that of index[i] among those of `a` followed by those of `b`.
+template <class Vector>
+BCLIP_INLINE Vector pick(Vector a, Vector b, Vector index) {
+#ifdef __clang__
+  constexpr int count = sizeof(Vector) / sizeof(a[0]);
+  Vector picked;
+  for (int i = 0; i < count; ++i) picked[i] = index[i] < count ? a[index[i]] : b[index[i] - count];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // A 16 x 16 matrix in registers, transposed by exchanging ever larger squares.
 template <int kSquare>
 BCLIP_INLINE void exchange(Words* rows) {
@@ -83,8 +96,8 @@ BCLIP_INLINE void exchange(Words* rows) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & kSquare) continue;
     const Words above = rows[i], below = rows[i + kSquare];
-    rows[i] = __builtin_shuffle(above, below, first);
-    rows[i + kSquare] = __builtin_shuffle(above, below, second);
+    rows[i] = pick(above, below, first);
+    rows[i + kSquare] = pick(above, below, second);
   }
 }
 
@@ -163,8 +176,8 @@ class Dropout {
       d = by_first;
     }
     const WideWords low = (a & 0xFFFFFFFF) | b << 32, high = (c & 0xFFFFFFFF) | d << 32;
-    kept[0] = (IntLanes)((Words)__builtin_shuffle(low, high, WideWords{0, 8, 2, 10, 4, 12, 6, 14}) >= head_.threshold);
-    kept[1] = (IntLanes)((Words)__builtin_shuffle(low, high, WideWords{1, 9, 3, 11, 5, 13, 7, 15}) >= head_.threshold);
+    kept[0] = (IntLanes)((Words)pick(low, high, WideWords{0, 8, 2, 10, 4, 12, 6, 14}) >= head_.threshold);
+    kept[1] = (IntLanes)((Words)pick(low, high, WideWords{1, 9, 3, 11, 5, 13, 7, 15}) >= head_.threshold);
   }
 
  private:

@@ -139,9 +139,9 @@ void gelu_backward(Values grad, Values x, Values out, int64_t count, int threads
   bclip::cpu::gelu_backward(grad, x, out, count, threads);
 }
 
-bclip::cpu::Attention attention(std::string instruction_set, uintptr_t qkv, bool bfloat16, int64_t num_rows, int64_t num_heads, int64_t dim,
-                                uintptr_t bounds, int64_t num_sequences, uintptr_t key_mask, bool causal, double scale,
-                                double dropout_p, uint64_t seed) {
+bclip::cpu::Attention attention(std::string instruction_set, uintptr_t qkv, bool bfloat16, int64_t num_rows,
+                                int64_t num_heads, int64_t dim, uintptr_t bounds, int64_t num_sequences,
+                                uintptr_t key_mask, bool causal, double scale, double dropout_p, uint64_t seed) {
   return {std::move(instruction_set), at<void>(qkv),  bfloat16,      num_rows,              num_heads, dim,
           at<int32_t>(bounds),        num_sequences,  at<uint8_t>(key_mask), causal, scale,     dropout_p, seed};
 }
@@ -204,9 +204,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("gelu_backward", &gelu_backward, py::arg("grad"), py::arg("x"), py::arg("out"), py::arg("count"),
              py::arg("threads"));
   py::class_<bclip::cpu::Attention>(module, "Attention", py::module_local())
-      .def(py::init(&attention), py::arg("instruction_set"), py::arg("qkv"), py::arg("bfloat16"), py::arg("num_rows"), py::arg("num_heads"),
-           py::arg("dim"), py::arg("bounds"), py::arg("num_sequences"), py::arg("key_mask"), py::arg("causal"),
-           py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
+      .def(py::init(&attention), py::arg("instruction_set"), py::arg("qkv"), py::arg("bfloat16"), py::arg("num_rows"),
+           py::arg("num_heads"), py::arg("dim"), py::arg("bounds"), py::arg("num_sequences"),
+           py::arg("key_mask"), py::arg("causal"), py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
   module.def("attention_instruction_sets", &bclip::cpu::attention_instruction_sets, py::arg("bfloat16"));
   module.def("attention_forward", &attention_forward, py::arg("attention"), py::arg("out"), py::arg("lse"),
              py::arg("threads"));
