@@ -36,9 +36,10 @@ def features(num_rows, width, dtype=torch.float32, aligned=None):
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend."""
     here = Path(__file__).parent
+    files = ("test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", "test_triton.py")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / name) for name in ("test_contrastive.py", "test_contrastive_targets.py", "test_triton.py")],
+        + [str(here / name) for name in files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,
@@ -215,7 +216,10 @@ KERNELS = {
     "_forward_kernel": {"HAS_POSITIVES": True},
     "_backward_kernel": {"HAS_POSITIVES": True},
     "_siglip_kernel": {"HAS_POSITIVES": True, "WITH_GRADIENTS": True},
+    "_backward_kernel of groups": {"HAS_POSITIVES": False},
+    "_siglip_kernel of groups": {"HAS_POSITIVES": False, "WITH_GRADIENTS": True},
 }
+GROUPS = ["row_ids", "column_ids", "row_shares", "column_shares"]
 
 
 @compiled
@@ -240,15 +244,16 @@ def registers_and_stack(name, dtype, width, with_bias, capability, folder):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(ours, name)
-    constants = {**ours.configuration(dtype, width), **KERNELS[name]}
+    kernel = getattr(ours, name.split()[0])
+    constants = {**ours.configuration(dtype, width, name == "_backward_kernel of groups"), **KERNELS[name]}
     options = {option: constants.pop(option) for option in list(constants) if option.islower()}
+    absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
+    constants |= {name: None for name in absent if name in kernel.arg_names}
     if name != "_forward_kernel":
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else ours.GRADIENT_SCALE
-    if not with_bias and "bias" in kernel.arg_names:
-        constants["bias"] = None
     features, grad = TYPES[dtype], "fp32" if dtype == torch.float32 else "fp16"
     known = {"image": f"*{features}", "text": f"*{features}", "grad": f"*{grad}"}
+    known |= dict.fromkeys(GROUPS[:2], "*i32")
     known |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
     signature = {arg: "constexpr" if arg in constants else known.get(arg, "*fp32") for arg in kernel.arg_names}
     # What the launcher finds out about its arguments: pointers and pitches that are multiples of 16.

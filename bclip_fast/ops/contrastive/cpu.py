@@ -186,7 +186,8 @@ def _with_running_maximum(
     rows_lse = torch.empty(len(image), dtype=torch.float64)
     columns_lse = torch.full((len(text),), -math.inf, dtype=torch.float64)
     for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
-        logits = chunk.dots.mul_(scale)
+        # Not rounded again: the backward's powers are of scale * dots in more than single precision, too.
+        logits = chunk.dots.double().mul_(scale)
         logits.diagonal(chunk.first).fill_(-math.inf)
         rows_lse[chunk.own] = log_sum_exp(logits, 1)
         columns_lse = torch.logaddexp(columns_lse, log_sum_exp(logits, 0))
@@ -204,7 +205,7 @@ class _Gradients:
     def add(self, chunk: _Chunk, unscaled: Tensor) -> None:
         """G @ T of the chunk, in single precision."""
         # sum(G * (I @ T.T)) = sum((G @ T) * I): no second look at S.
-        self.scale_grad += torch.linalg.vecdot(unscaled, chunk.rows.float()).sum(dtype=torch.float64).item()
+        self.scale_grad += (unscaled.double() * chunk.rows).sum().item()
         self.image_grad[chunk.own] = unscaled.mul_(self.scale)
 
     def results(self, unscaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
