@@ -31,6 +31,8 @@ Inputs = Sequence[Any]
 Contender = Callable[..., Any]  # the inputs -> the results compared with the truth; None where it computes none
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Every 34th of 558 captions of PMC articles in PubMedBERT's tokens, cut at 256: 78 on average, as all of them have.
+CAPTION_TOKENS = [256, 77, 107, 28, 93, 19, 51, 18, 154, 65, 32, 15, 7, 51, 256, 12]
 LARGEST_DENSE = 8192  # pairs whose matrix of similarities is held in float64 for the truth
 
 
@@ -96,33 +98,36 @@ def with_gradients(function: Callable[..., Tensor], num_constants: int = 0) -> C
     return run
 
 
-def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Case:
+def attention_case(
+    name: str, batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype, dropout_p: float = 0.0
+) -> Case:
+    seed = torch.tensor(1) if dropout_p else None
+
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(batch, tokens, 3, heads, dim, generator=generator)
         return [qkv.to(DEVICE, dtype).requires_grad_()]
 
+    def truth(qkv: Tensor) -> Tensor:
+        out = dense_attention(qkv.flatten(0, 1), None, None, tokens, False, dropout_p, seed, dim**-0.5)
+        return out.unflatten(0, (batch, tokens))
+
     def sdpa(qkv: Tensor) -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p).transpose(1, 2)
+
+    def fused(backend: str) -> Contender:
+        return with_gradients(lambda qkv: ops.fused_attention(qkv, dropout_p=dropout_p, seed=seed, backend=backend))
 
     forward_flops = 4 * batch * heads * tokens**2 * dim
     return Case(
         operator="attention",
         name=name,
         make_inputs=make_inputs,
-        truth=with_gradients(
-            lambda qkv: dense_attention(qkv.flatten(0, 1), None, None, tokens, False, 0.0, None, dim**-0.5).unflatten(
-                0, (batch, tokens)
-            )
-        ),
+        truth=with_gradients(truth),
         contenders={
-            **ours(
-                attention.LIMITS,
-                lambda backend: with_gradients(lambda qkv: ops.fused_attention(qkv, backend=backend)),
-                torch.zeros(1, 1, 3, 1, dim, dtype=dtype, device=DEVICE),
-            ),
-            "torch sdpa": lambda: with_gradients(sdpa),
+            **ours(attention.LIMITS, fused, torch.zeros(1, 1, 3, 1, dim, dtype=dtype, device=DEVICE)),
+            "torch sdpa": lambda: with_own_mask(sdpa, dropout_p),
         },
         flops=3.5 * forward_flops,  # forward 2 matmuls, backward 5: one of them recomputes the scores
         bytes=8 * batch * tokens * heads * dim * torch.finfo(dtype).bits / 8,
@@ -130,40 +135,68 @@ def attention_case(name: str, batch: int, tokens: int, heads: int, dim: int, dty
     )
 
 
-def varlen_case(name: str, lengths: Sequence[int], heads: int, dim: int, dtype: torch.dtype) -> Case:
-    """Sequences without padding; the rival pads them to the longest and masks."""
+def varlen_case(
+    name: str, lengths: Sequence[int], heads: int, dim: int, dtype: torch.dtype, dropout_p: float = 0.0
+) -> Case:
+    """Sequences without padding; rivals pad them to the longest and mask, or take them one by one."""
     longest, total = max(lengths), sum(lengths)
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(DEVICE)
+    seed = torch.tensor(1) if dropout_p else None
 
     def make_inputs() -> Inputs:
         generator = torch.Generator().manual_seed(0)
         return [torch.randn(total, 3, heads, dim, generator=generator).to(DEVICE, dtype).requires_grad_()]
 
-    def padded_sdpa(qkv: Tensor) -> Tensor:
-        padded = qkv.new_zeros(len(lengths), longest, 3, heads, dim)
-        padded[mask] = qkv
-        query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
-        return out.transpose(1, 2)[mask]
+    def truth(qkv: Tensor) -> Tensor:
+        return dense_attention(qkv, bounds, None, longest, False, dropout_p, seed, dim**-0.5)
+
+    def sdpa(qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+        return out.transpose(1, 2)
+
+    def padded(qkv: Tensor) -> Tensor:
+        rectangle = qkv.new_zeros(len(lengths), longest, 3, heads, dim)
+        rectangle[mask] = qkv
+        return sdpa(rectangle, mask[:, None, None])[mask]
+
+    def one_by_one(qkv: Tensor) -> Tensor:
+        return torch.cat([sdpa(sequence[None])[0] for sequence in qkv.split(list(lengths))])
+
+    def varlen_attn() -> Contender:
+        if DEVICE.type == "cpu":
+            raise Unavailable(f"torch {torch.__version__} has no CPU kernel behind varlen_attn")
+        if dropout_p:
+            raise Unavailable("varlen_attn has no dropout")
+        varlen = peer(lambda: importlib.import_module("torch.nn.attention.varlen")).varlen_attn
+        return with_gradients(lambda qkv: varlen(*qkv.unbind(1), bounds, bounds, longest, longest))
+
+    def packed(backend: str) -> Contender:
+        options = {"dropout_p": dropout_p, "seed": seed, "backend": backend}
+        return with_gradients(lambda qkv: ops.varlen_attention(qkv, bounds, longest, **options))
 
     return Case(
         operator="attention",
         name=name,
         make_inputs=make_inputs,
-        truth=with_gradients(lambda qkv: dense_attention(qkv, bounds, None, longest, False, 0.0, None, dim**-0.5)),
+        truth=with_gradients(truth),
         contenders={
-            **ours(
-                attention.LIMITS,
-                lambda backend: with_gradients(lambda qkv: ops.varlen_attention(qkv, bounds, longest, backend=backend)),
-                torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE),
-            ),
-            "torch sdpa padded": lambda: with_gradients(padded_sdpa),
+            **ours(attention.LIMITS, packed, torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE)),
+            "torch sdpa padded": lambda: with_own_mask(padded, dropout_p),
+            "torch sdpa one by one": lambda: with_own_mask(one_by_one, dropout_p),
+            "torch varlen_attn": varlen_attn,
         },
         flops=3.5 * 4 * sum(length**2 for length in lengths) * heads * dim,
         bytes=8 * total * heads * dim * torch.finfo(dtype).bits / 8,
         dtype=dtype,
     )
+
+
+def with_own_mask(function: Callable[..., Tensor], dropout_p: float) -> Contender:
+    """As `with_gradients`, but what depends on a random mask of the rival's own can't be compared."""
+    run = with_gradients(function)
+    return (lambda *inputs: [None for _ in run(*inputs)]) if dropout_p else run
 
 
 def norm_case(rows: int, width: int, dropout_p: float) -> Case:
@@ -457,11 +490,15 @@ def cuda_peer(name: str) -> Any:
 
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = [
-    attention_case("vit-b16-224-fp32", 8, 197, 12, 64, torch.float32),
-    attention_case("vit-b16-224-bf16", 8, 197, 12, 64, torch.bfloat16),
-    attention_case("bert-256-fp32", 4, 256, 12, 64, torch.float32),
-    # Mean 78 tokens, as captions of PMC figures have after truncation at 256.
-    varlen_case("text-varlen-fp32", [9, 14, 21, 33, 46, 58, 71, 90, 112, 137, 189, 156], 12, 64, torch.float32),
+    *(
+        case
+        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"))
+        for dropout_p, suffix in ((0.0, ""), (0.1, "-dropout"))
+        for case in (
+            attention_case(f"vit-b16-224-{short}{suffix}", 16, 197, 12, 64, dtype, dropout_p),
+            varlen_case(f"captions-{short}{suffix}", CAPTION_TOKENS, 12, 64, dtype, dropout_p),
+        )
+    ),
     *(contrastive_case(batch, 512, dtype) for dtype in DTYPES for batch in (2048, 4096, 8192, 32768, 65536)),
     *(siglip_case(batch, 512, dtype) for dtype in DTYPES for batch in (4096, 8192, 32768, 65536)),
     norm_case(16 * 197, 768, 0.0),

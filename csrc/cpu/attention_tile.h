@@ -11,13 +11,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "attention_kernels.h"
 #include "lanes.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -60,14 +57,6 @@ BCLIP_INLINE void write(uint16_t* to, Lanes lanes) {
 // `a` unless it is larger: NaN in `b` stays.
 BCLIP_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
-BCLIP_INLINE float largest(Lanes lanes) {
-  float parts[kLanes];
-  store(parts, lanes);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] = parts[i] > parts[i + width] ? parts[i] : parts[i + width];
-  return parts[0];
-}
-
 // 2^x for x <= 64, relative error 1e-7; 2^-126 below.
 BCLIP_INLINE Lanes exp2_of(Lanes x) {
   constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
@@ -99,20 +88,35 @@ BCLIP_INLINE void exchange(Words* rows) {
   }
 }
 
-// Of 32-bit numbers, whatever they hold.
-BCLIP_INLINE void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  Words rows[kLanes];
-  for (int i = 0; i < kLanes; ++i)
-    std::memcpy(&rows[i], static_cast<const char*>(from) + 4 * i * from_stride, sizeof rows[i]);
+BCLIP_INLINE void transpose(Words* rows) {
   exchange<1>(rows);
   exchange<2>(rows);
   exchange<4>(rows);
   exchange<8>(rows);
+}
+
+// Of 32-bit numbers, whatever they hold; strides count them.
+BCLIP_INLINE void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  Words rows[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    std::memcpy(&rows[i], static_cast<const char*>(from) + 4 * i * from_stride, sizeof rows[i]);
+  transpose(rows);
   for (int i = 0; i < kLanes; ++i) std::memcpy(static_cast<char*>(to) + 4 * i * to_stride, &rows[i], sizeof rows[i]);
 }
 
+// Lane i of the result is what row i holds altogether; one row by itself would wait for each of its steps.
+template <class Join>
+BCLIP_INLINE Lanes reduce(const Lanes* rows, const Join& join) {
+  Words parts[kLanes];
+  std::memcpy(parts, rows, sizeof parts);
+  transpose(parts);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] = (Words)join((Lanes)parts[i], (Lanes)parts[i + width]);
+  return (Lanes)parts[0];
+}
+
 BCLIP_INLINE WideWords times(WideWords a, uint32_t factor) {
-#ifdef __AVX512F__
+#ifdef BCLIP_AVX512
   return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
 #else
   return (a & 0xFFFFFFFF) * factor;
@@ -226,7 +230,7 @@ struct FloatEngine {
 
   // result (32, 32), rows `stride` floats apart, = or += left (32, 32 steps) right (32 steps, 32).
   static void multiply(const float* left, const float* right, int64_t steps, float* result, int64_t stride, bool add) {
-#ifdef __AVX512F__
+#ifdef BCLIP_AVX512
     constexpr int kRows = 8;
 #else
     constexpr int kRows = 2;  // half as many registers of half the width
@@ -343,36 +347,49 @@ struct HeadKernels {
     }
   };
 
-  // The weights of one query before they are divided by their sum, into row `row` of left blocks: 2^(score - highest).
+  // The weights of 16 queries before they are divided by their sum, into left blocks: 2^(score - highest of the query).
   template <bool kDropout>
-  static void softmax_row(const Head& head, const Dropout& dropout, const Sight& sight, int64_t query_panel, int64_t row,
-                          const float* scores, Element* weights, float& highest, float& total) {
-    const int64_t query = query_panel * kPanel + row;
+  static void softmax_rows(const Head& head, const Dropout& dropout, const Forward& work, int64_t query_panel,
+                           int64_t first, Lanes& highest, Lanes& total) {
+    const Lanes nothing = splat(-__builtin_inff());
+    const Sight& sight = work.sight;
+    const int64_t width = panels_of(head.rows) * kPanel, query = query_panel * kPanel + first;
     const int64_t panels = sight.panels(query_panel), whole = sight.whole(query_panel);
+    const float* scores = work.scores + first * width;
     const Lanes factor = splat(head.scale * kLog2E);
-    Lanes top = splat(-__builtin_inff());
-    for (int64_t key = 0; key < whole * kPanel; key += kLanes) top = larger(load(scores + key) * factor, top);
-    for (int64_t key = whole * kPanel; key < panels * kPanel; key += kLanes)
-      top = larger(sight.at(query, key) ? load(scores + key) * factor : splat(-__builtin_inff()), top);
-    highest = largest(top);
-    Lanes sums = {};
-    const Lanes offset = splat(highest == -__builtin_inff() ? 0.f : highest);  // where nothing is seen, sums stay 0
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      Lanes numbers[2];
-      for (int half = 0; half < 2; ++half) {
-        const int64_t key = panel * kPanel + half * kLanes;
-        numbers[half] = exp2_of(load(scores + key) * factor - offset);
-        if (panel >= whole) numbers[half] = sight.at(query, key) ? numbers[half] : Lanes{};
-        sums += numbers[half];
-      }
-      if (kDropout) {
-        IntLanes kept[2];
-        dropout.keep(query, panel, kept);
-        for (int half = 0; half < 2; ++half) numbers[half] = kept[half] ? numbers[half] : Lanes{};
-      }
-      Engine::left_row(weights + panel * kBlock, row, numbers);
+    Lanes rows[kLanes];
+    for (int64_t row = 0; row < kLanes; ++row) {
+      const float* from = scores + row * width;
+      Lanes top = nothing;
+      for (int64_t key = 0; key < whole * kPanel; key += kLanes) top = larger(load(from + key) * factor, top);
+      for (int64_t key = whole * kPanel; key < panels * kPanel; key += kLanes)
+        top = larger(sight.at(query + row, key) ? load(from + key) * factor : nothing, top);
+      rows[row] = top;
     }
-    total = sum(sums);
+    highest = reduce(rows, [](Lanes a, Lanes b) { return larger(a, b); });
+    float offsets[kLanes];
+    store(offsets, highest == nothing ? Lanes{} : highest);  // where nothing is seen, the sum stays 0
+    for (int64_t row = 0; row < kLanes; ++row) {
+      const float* from = scores + row * width;
+      Lanes sums = {};
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        Lanes numbers[2];
+        for (int half = 0; half < 2; ++half) {
+          const int64_t key = panel * kPanel + half * kLanes;
+          numbers[half] = exp2_of(load(from + key) * factor - offsets[row]);
+          if (panel >= whole) numbers[half] = sight.at(query + row, key) ? numbers[half] : Lanes{};
+          sums += numbers[half];
+        }
+        if (kDropout) {
+          IntLanes kept[2];
+          dropout.keep(query + row, panel, kept);
+          for (int half = 0; half < 2; ++half) numbers[half] = kept[half] ? numbers[half] : Lanes{};
+        }
+        Engine::left_row(work.weights + panel * kBlock, first + row, numbers);
+      }
+      rows[row] = sums;
+    }
+    total = reduce(rows, [](Lanes a, Lanes b) { return a + b; });
   }
 
   static int64_t forward_bytes(const Head& head) {
@@ -396,20 +413,19 @@ struct HeadKernels {
       for (int64_t j = 0; j < seen; ++j)
         Engine::multiply(work.query + i * depth * kBlock, work.key + j * depth * kBlock, depth,
                          work.scores + j * kPanel, panels * kPanel, false);
-      float highest[kPanel], total[kPanel];
-      for (int64_t row = 0; row < rows; ++row)
-        (head.dropout ? softmax_row<true> : softmax_row<false>)(head, dropout, work.sight, i, row,
-                                                                work.scores + row * panels * kPanel, work.weights,
-                                                                highest[row], total[row]);
+      Lanes highest[2], total[2];
+      for (int64_t half = 0; half * kLanes < rows; ++half)
+        (head.dropout ? softmax_rows<true> : softmax_rows<false>)(head, dropout, work, i, half * kLanes, highest[half],
+                                                                  total[half]);
       for (int64_t j = 0; j < depth; ++j)
         Engine::multiply(work.weights, work.value + j * panels * kBlock, seen, work.out + j * kPanel, depth * kPanel,
                          false);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t query = i * kPanel + row;
-        const bool nothing = total[row] == 0;
-        write_row(work.out + row * depth * kPanel, head.dim, nothing ? 0.f : head.kept / total[row],
+        const float sum = total[row / kLanes][row % kLanes], top = highest[row / kLanes][row % kLanes];
+        write_row(work.out + row * depth * kPanel, head.dim, sum == 0 ? 0.f : head.kept / sum,
                   static_cast<Stored*>(output.out) + query * output.stride);
-        output.lse[query] = nothing ? -__builtin_inff() : highest[row] * kLn2 + __builtin_logf(total[row]);
+        output.lse[query] = sum == 0 ? -__builtin_inff() : top * kLn2 + __builtin_logf(sum);
       }
     }
   }

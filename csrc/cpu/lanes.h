@@ -15,7 +15,7 @@ constexpr int kLanes = 16;
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t IntLanes __attribute__((vector_size(64)));
 
-BCLIP_INLINE Lanes splat(float value) { return Lanes{} + value; }
+BCLIP_INLINE Lanes splat(float value) { return value - Lanes{}; }  // unlike + 0, - 0 changes no number
 
 BCLIP_INLINE Lanes load(const float* from) {
   Lanes lanes;

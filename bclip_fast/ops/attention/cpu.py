@@ -11,7 +11,8 @@ from ..arguments import address
 
 DTYPES = torch.bfloat16, torch.float32
 
-_INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
+# What multiplies, the best that the machine has.
+INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
 
 
 def forward(
@@ -27,7 +28,7 @@ def forward(
     """As `reference.forward`."""
     call, (qkv, *_) = _call(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
     out = torch.empty(qkv[:, 0].shape, dtype=qkv.dtype)
-    lse = torch.empty(qkv.shape[2], qkv.shape[0])
+    lse = torch.empty(qkv.shape[2], qkv.shape[0], dtype=torch.float32)
     _cpu.attention_forward(call, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return out, lse
 
@@ -69,8 +70,8 @@ def _call(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
-) -> tuple[_cpu.Attention, tuple[Tensor | None, ...]]:
-    """What the C++ functions take, and the tensors whose addresses it holds."""
+) -> tuple[_cpu.Attention, tuple[Tensor, ...]]:
+    """What the C++ functions take, and the tensors whose addresses it holds, first of them qkv."""
     rows, _, heads, dim = qkv.shape
     qkv = qkv.contiguous()
     if cu_seqlens is None:
@@ -79,7 +80,7 @@ def _call(
         bounds = cu_seqlens.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
     call = _cpu.Attention(
-        _INSTRUCTION_SETS[qkv.dtype],
+        INSTRUCTION_SETS[qkv.dtype],
         address(qkv, qkv.dtype, rows, 3, heads, dim),
         qkv.dtype == torch.bfloat16,
         rows,
@@ -93,4 +94,4 @@ def _call(
         dropout_p,
         0 if seed is None else int(seed) % 2**64,
     )
-    return call, (qkv, bounds, mask)
+    return call, (qkv, bounds) if mask is None else (qkv, bounds, mask)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..arguments import triton_refusal
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
@@ -32,16 +33,9 @@ def _library_limits(image: Tensor, text: Tensor, dtype: torch.dtype | None, dete
 def _triton_limits(
     image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
 ) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    dtype = dtype or image.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {dtype}"
-    if interpreted and dtype == torch.bfloat16:
-        return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
-    if not interpreted and image.device.type != "cuda":
-        return f"device is {image.device.type}, not cuda"
-    if not interpreted and torch.cuda.get_device_capability(image.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
+    reason = triton_refusal(image, dtype)
+    if reason is not None:
+        return reason
     if image.shape[1] > 2048:
         return f"D is {image.shape[1]}, more than 2048"
     return _library_limits(image, text, dtype, deterministic)

@@ -1,0 +1,117 @@
+"""What the C++ backend adds to test_attention.py: its tiles' edges, every instruction set, threads, layouts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from oracle import assert_as_accurate_as_eager
+
+from bclip_fast import _cpu, ops
+from bclip_fast.ops.attention import LIMITS, cpu, reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=["amx", "avx512", "avx2", "plain"])
+def instruction_set(request, monkeypatch):
+    """Every one that this machine has; the matrix unit takes bfloat16 alone."""
+    for dtype in DTYPES:
+        has = _cpu.attention_instruction_sets(dtype == torch.bfloat16)
+        if request.param in has:
+            monkeypatch.setitem(cpu.INSTRUCTION_SETS, dtype, request.param)
+        elif request.param != "amx":
+            pytest.skip(f"this machine has no {request.param}")
+        elif dtype == torch.bfloat16:
+            pytest.skip("this machine has no AMX, or Linux denies it")
+    return request.param
+
+
+def bounds_of(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+# Panels have 32 rows, vectors 16, strips of the backward 256 queries.
+@pytest.mark.parametrize(("lengths", "dim"), [([1, 15, 16, 17, 31, 32, 33, 0], 32), ([63, 65, 97], 80), ([257], 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.2), (True, 0.2), (True, 0.0)])
+def test_edges_of_tiles(lengths, dim, dtype, causal, dropout_p, instruction_set, nan_filled):
+    if instruction_set == "amx" and dtype == torch.float32:
+        pytest.skip("the matrix unit takes bfloat16 alone")
+    qkv, bounds = torch.randn(sum(lengths), 3, 2, dim).to(dtype), bounds_of(lengths)
+    inputs = bounds, None, max(lengths), causal, dropout_p, torch.tensor(2**62 + 3) if dropout_p else None, 0.2
+    assert_as_accurate_as_eager(
+        lambda qkv: torch.ops.bclip.attention(qkv, *inputs, "cpu")[0],
+        lambda qkv: reference.attention(qkv, *inputs),
+        [qkv],
+    )
+
+
+@pytest.mark.parametrize(("tokens", "dim"), [(1024, 32), (300, 96), (70, 128), (600, 48)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_and_wide_heads(tokens, dim, dtype, causal, nan_filled):
+    qkv = torch.randn(1, tokens, 3, 1, dim).to(dtype)
+    mask = torch.arange(tokens)[None] % 7 != 3
+    assert_as_accurate_as_eager(
+        lambda qkv: ops.fused_attention(qkv, mask, causal=causal, backend="cpu"),
+        lambda qkv: reference.attention(qkv[0], None, mask[0], tokens, causal, 0.0, None, dim**-0.5)[None],
+        [qkv],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [30.0, -3.0, 0.0])
+def test_scores_of_any_size_and_sign(dtype, scale, instruction_set):
+    if instruction_set == "amx" and dtype == torch.float32:
+        pytest.skip("the matrix unit takes bfloat16 alone")
+    qkv = torch.randn(2, 50, 3, 2, 32).to(dtype)
+    # Eager rounds scale * q to bfloat16 first, and a softmax of scores in the hundreds hangs on that: both start from
+    # what the definition gives in single precision.
+    rows = qkv.flatten(0, 1)
+    truth = reference.forward(rows.double(), None, None, 50, False, 0.0, None, scale)
+    out, lse = cpu.forward(rows, None, None, 50, False, 0.0, None, scale)
+    torch.testing.assert_close(lse.double(), truth[1], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), truth[0], rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_nan_in_one_sequence_stays_there():
+    qkv = torch.randn(3, 20, 3, 2, 32)
+    qkv[1, 4, 0, 1, 5] = torch.nan
+    out = ops.fused_attention(qkv, backend="cpu")
+    assert out[1, 4, 1].isnan().all()
+    assert out.isnan().sum() == 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    qkv, bounds = torch.randn(400, 3, 3, 64).to(dtype), bounds_of([3, 197, 50, 0, 150])
+    inputs = bounds, None, 197, False, 0.1, torch.tensor(7), 0.125
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        out, lse = cpu.forward(qkv, *inputs)
+        results.append([out, lse, cpu.backward(torch.ones_like(out), qkv, out, lse, *inputs)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_strided_inputs_and_upstream():
+    wide = torch.randn(2, 30, 3, 2, 64)
+    qkv = wide[:, 3:25, :, :, :32].requires_grad_()
+    plain = qkv.detach().clone().requires_grad_()
+    assert not qkv.is_contiguous()
+    mask = (torch.arange(44) % 2 == 0).view(22, 2).T
+    grads = [torch.autograd.grad(ops.fused_attention(x, mask, backend="cpu").sum(), x)[0] for x in (qkv, plain)]
+    assert torch.equal(*grads)
+
+
+def test_what_it_refuses():
+    assert "float64" in LIMITS["cpu"](torch.zeros(1, 3, 1, 32, dtype=torch.float64))
+    assert "multiple of 16" in LIMITS["cpu"](torch.zeros(1, 3, 1, 24))
+    call = _cpu.Attention("mmx", 0, False, 0, 1, 16, 0, 0, 0, False, 1.0, 0.0, 0)
+    with pytest.raises(ValueError, match="no mmx"):
+        _cpu.attention_forward(call, 0, 0, 1)
