@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -31,6 +32,8 @@ from bclip_fast.train.schedule import OptimConfig, parameter_groups
 from .cases import peer, shared_data
 from .measure import DEVICE, matmul_flops_per_second, peak_extra_bytes
 from .peers import import_open_clip
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -297,6 +300,7 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
         del step, model
         ours.zero_grad(set_to_none=True)
         seconds = sum(times)
+        log.info("%s: %.2f s", name, seconds)
         rows.append(
             dict(
                 operator="step",

@@ -51,3 +51,14 @@ def test_an_unknown_name_is_refused_and_what_there_is_listed():
     reason = "BCLIP_CPU_ISA is 'sse9'; this processor and build have"
     assert done.stderr.splitlines()[-1].startswith(f"ValueError: {reason}") and "plain" in done.stderr
     assert f"installed, but {reason}" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_and_gelu_are_right_on(name):
+    skip_if_missing(name)
+    path = Path(__file__).with_name("test_pointwise.py")
+    done = run(
+        name, "-m", "pytest", str(path), "-q", "-k", "matches and cpu", "-p", "no:cacheprovider", "-p", "no:xdist"
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 90
