@@ -20,6 +20,7 @@ from torch import Tensor
 from bclip_fast import ops
 from bclip_fast.ops import attention, contrastive, image
 from bclip_fast.ops.attention.reference import attention as dense_attention
+from bclip_fast.ops.contrastive import terms
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
@@ -294,18 +295,20 @@ def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
 
     @torch.no_grad()
     def run(image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]:
-        own, num = image[: len(image) // copies], len(image) // copies
-        rows, columns, positive = contrastive.reference.forward(own, text, scale, None, 0, chunk_size)
+        num = len(image) // copies
+        own = image[:num]
+        rows, columns = contrastive.reference.forward(own, text, scale, 0, chunk_size)
         columns = columns.view(copies, num).logsumexp(0)
-        loss = (F.softplus(rows - positive) + F.softplus(columns - positive)).mean() / 2
+        positive = terms.positive_logits(own, text[:num], scale)
+        loss = terms.pair_losses(rows, columns, positive).mean() / 2
         columns_lse = torch.logaddexp(columns, positive).repeat(copies)
         weight = torch.full_like(loss, 1 / (2 * len(image)))
-        positive_grad = weight * contrastive.positive_gradient(rows, columns, positive)
+        positive_grad = weight * terms.positive_gradient(rows, columns, positive)
         rows_lse = torch.logaddexp(rows, positive)
         gradients = contrastive.reference.backward(
-            own, text, scale, None, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size
+            own, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, image.dtype
         )
-        return [loss, *of_all_copies(copies, *gradients[:3])]
+        return [loss, *of_all_copies(copies, *gradients)]
 
     return run
 
@@ -319,7 +322,7 @@ def siglip_truth(copies: int, chunk_size: int = 256) -> Contender:
     def run(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
         own = image[: len(image) // copies]
         loss, *gradients = contrastive.reference.siglip(
-            own, text, scale, bias, 0, 1 / len(image), chunk_size, with_gradients=True
+            own, text, scale, bias, 0, 1 / len(image), chunk_size, image.dtype, with_gradients=True
         )
         return [copies * loss, *of_all_copies(copies, *gradients)]
 

@@ -86,11 +86,9 @@ BCLIP_INLINE Lanes multiply_subtract(Lanes x, Lanes y, Lanes z) {
   for (int i = 0; i < kLanes; ++i) x[i] = __builtin_fmaf(x[i], y[i], -z[i]);
   return x;
 #else
-  // Dekker's product: the halves of 12 bits multiply exactly.
-  const Lanes product = x * y;
-  const Lanes x_high = x * 4097.f - (x * 4097.f - x), y_high = y * 4097.f - (y * 4097.f - y);
-  const Lanes x_low = x - x_high, y_low = y - y_high;
-  return (product - z) + (((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low);
+  // The leading 12 bits of both have an exact product.
+  const Lanes x_top = (Lanes)((IntLanes)x & -4096), y_top = (Lanes)((IntLanes)y & -4096);
+  return (x_top * y_top - z) + (x_top * (y - y_top) + (x - x_top) * y);
 #endif
 }
 

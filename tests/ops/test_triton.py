@@ -37,9 +37,10 @@ def features(num_rows, width, dtype=torch.float32, aligned=None):
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend."""
     here = Path(__file__).parent
+    files = ("test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", "test_triton.py")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / name) for name in ("test_contrastive.py", "test_contrastive_targets.py", "test_triton.py")],
+        + [str(here / name) for name in files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,
@@ -215,7 +216,10 @@ KERNELS = {
     "_forward_kernel": {"HAS_POSITIVES": True},
     "_backward_kernel": {"HAS_POSITIVES": True},
     "_siglip_kernel": {"HAS_POSITIVES": True, "WITH_GRADIENTS": True},
+    "_backward_kernel of groups": {"HAS_POSITIVES": False},
+    "_siglip_kernel of groups": {"HAS_POSITIVES": False, "WITH_GRADIENTS": True},
 }
+GROUPS = ["row_ids", "column_ids", "row_shares", "column_shares"]
 
 
 @compiled
@@ -236,14 +240,14 @@ def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp
 
 
 def spilled(name, dtype, width, with_bias, capability, folder):
-    kernel = getattr(ours, name)
-    constants = {**ours.configuration(dtype, width), **KERNELS[name]}
+    kernel = getattr(ours, name.split()[0])
+    constants = {**ours.configuration(dtype, width, name == "_backward_kernel of groups"), **KERNELS[name]}
+    absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
+    constants |= {name: None for name in absent if name in kernel.arg_names}
     if name != "_forward_kernel":
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else ours.GRADIENT_SCALE
-    if not with_bias and "bias" in kernel.arg_names:
-        constants["bias"] = None
     grad = "fp32" if dtype == torch.float32 else "fp16"
-    types = dict.fromkeys(kernel.arg_names, "*fp32")
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(GROUPS[:2], "*i32")
     types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}", "grad": f"*{grad}"}
     types |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
     return compiled_resources(kernel, types, constants, capability, folder).spilled
