@@ -22,12 +22,13 @@ def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-def triton_refusal(tensor: Tensor) -> str | None:
-    """The reason why no Triton kernel can take this tensor, or None."""
+def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why no Triton kernel can take this tensor, computing in `dtype` (its own unless given), or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {tensor.dtype}"
-    if interpreted and tensor.dtype == torch.bfloat16:
+    dtype = dtype or tensor.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, not {dtype}"
+    if interpreted and dtype == torch.bfloat16:
         return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
     if not interpreted and tensor.device.type != "cuda":
         return f"device is {tensor.device.type}, not cuda"
