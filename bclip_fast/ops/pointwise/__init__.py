@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import triton_refusal
 from ..dispatch import Limits, choose, kernels
 from . import reference
 
@@ -23,7 +24,14 @@ def _cpu_limits(*inputs: Tensor) -> str | None:
     return None
 
 
-LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda *inputs: None}
+def _triton_limits(*inputs: Tensor) -> str | None:
+    # A row of add_norm is held whole; gelu has one input and no rows.
+    if len(inputs) > 1 and inputs[0].shape[1] > 8192:
+        return f"D is {inputs[0].shape[1]}, more than 8192"
+    return next(filter(None, map(triton_refusal, inputs)), None)
+
+
+LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda *inputs: None}
 
 
 def add_norm(

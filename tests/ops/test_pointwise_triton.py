@@ -1,0 +1,114 @@
+"""The pointwise operators in Triton without a GPU: interpreted, and compiled ahead of time for sm_80 and sm_90."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as_eager
+from resources import TYPES, compiled_resources
+
+from bclip_fast import ops
+from bclip_fast.ops.pointwise import LIMITS, reference
+
+pytest.importorskip("triton")
+ours = pytest.importorskip("bclip_fast.ops.pointwise.triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+@compiled
+def test_under_the_interpreter():
+    """What this file marks as interpreted, and every test of the operators that takes a backend and few rows."""
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+        + ["-k", "triton and not 197", str(here / "test_pointwise.py"), str(here / Path(__file__).name)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    num_passed = int(re.search(r"(\d+) passed", result.stdout).group(1))
+    assert num_passed >= 45, result.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("stream_dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_float16_branch(stream_dtype, nan_filled):
+    """A half-precision branch beside a stream of either precision, with both of the norm's results in use."""
+    stream, branch = torch.randn(37, 50).to(stream_dtype), torch.randn(37, 50).half()
+    seed = torch.tensor(-(2**40) + 5)
+    options = {"dropout_p": 0.3, "seed": seed, "post": True, "dtype": torch.float16}
+
+    def kernel(*tensors):
+        return torch.cat([part.float() for part in ops.add_norm(*tensors, 1e-6, **options, backend="triton")])
+
+    def definition(*tensors):
+        normed, _ = reference.add_norm(*tensors, 1e-6, 0.3, seed)
+        rounded = normed.half() if tensors[0].dtype == stream_dtype else normed
+        return torch.cat([rounded, normed]).to(torch.float64 if normed.dtype == torch.float64 else torch.float32)
+
+    assert_as_accurate_as_eager(kernel, definition, [stream, branch, torch.rand(50) + 0.5, torch.randn(50)])
+
+
+@interpreted
+def test_triton_drops_the_same_elements_bit_for_bit():
+    seed = torch.tensor(2**62 + 3)
+    stream, branch = torch.zeros(19, 70), torch.ones(19, 70)
+    _, total = ops.add_norm(stream, branch, stream[0], stream[0], 1e-6, dropout_p=0.4, seed=seed, backend="triton")
+    assert torch.equal(total > 0, reference.dropout_mask(19, 70, 0.4, seed))
+
+
+@interpreted
+def test_triton_sums_over_more_rows_than_programs(monkeypatch):
+    """The gradients of weight and bias where each program takes several rows, and not all as many."""
+    monkeypatch.setattr(ours, "MAX_PROGRAMS", 3)
+    tensors = [torch.randn(41, 12), torch.rand(12) + 0.5, torch.randn(12)]
+    assert_as_accurate_as_eager(
+        lambda x, w, b: ops.add_norm(x, None, w, b, 1e-6, backend="triton")[0],
+        lambda x, w, b: F.layer_norm(x, (12,), w, b, 1e-6),
+        tensors,
+    )
+
+
+def test_limits_say_why():
+    limits = LIMITS["triton"]
+    assert "9000" in limits(torch.ones(1, 9000), torch.ones(9000))
+    assert "float64" in limits(torch.ones(2, 4, dtype=torch.float64))
+    assert (limits(torch.ones(1, 9000)) is None) if INTERPRETED else "cpu" in limits(torch.ones(2, 4))
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [768, 1024, 8192])
+@pytest.mark.parametrize("name", ["_add_norm_kernel", "_add_norm_backward_kernel"])
+def test_norms_compile_without_spills(name, dim, capability, tmp_path):
+    """As the post-norm text tower has them: a float32 stream, a bfloat16 branch, dropout, both results."""
+    kernel = getattr(ours, name)
+    types = dict.fromkeys(["branch", "normed", "grad", "branch_grad"], f"*{TYPES[torch.bfloat16]}")
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | types
+    types |= {"seed": "*i64", "threshold": "i32", "num_rows": "i32", "keep_scale": "fp32", "eps": "fp32"}
+    constants = {**ours.configuration(dim), "DROPOUT": True}
+    assert compiled_resources(kernel, types, constants, capability, tmp_path).spilled == 0
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["_gelu_kernel", "_gelu_backward_kernel"])
+def test_gelu_compiles_without_spills(name, capability, tmp_path):
+    kernel = getattr(ours, name)
+    types = {**dict.fromkeys(["x", "out", "grad"], f"*{TYPES[torch.bfloat16]}"), "size": "i32"}
+    constants = {"BLOCK": ours.GELU_BLOCK, "enable_fp_fusion": True}
+    assert compiled_resources(kernel, types, constants, capability, tmp_path).spilled == 0
