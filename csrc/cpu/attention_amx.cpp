@@ -13,7 +13,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
 
-#define BCLIP_AVX512 1  // __AVX512F__ does not follow the pragma above
+#define BCLIP_AVX512 1
 #include "attention_tile.h"
 
 namespace {

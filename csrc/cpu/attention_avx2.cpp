@@ -6,8 +6,11 @@
 #include "attention_kernels.h"
 
 #ifdef BCLIP_X86_TARGETS
+#include <immintrin.h>
+
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx2,fma")
+#define BCLIP_FMA 1
 #include "attention_tile.h"
 
 namespace bclip::cpu {

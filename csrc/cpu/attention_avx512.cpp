@@ -11,7 +11,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-#define BCLIP_AVX512 1  // __AVX512F__ does not follow the pragma above
+#define BCLIP_AVX512 1
 #include "attention_tile.h"
 
 namespace bclip::cpu {

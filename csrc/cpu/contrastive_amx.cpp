@@ -32,7 +32,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
 
-#define BCLIP_LANES_AVX512 1
+#define BCLIP_AVX512 1
 #include "amx.h"
 
 namespace bclip::cpu {

@@ -1,6 +1,7 @@
 // Sixteen floats at once through the compiler's vector extension, which lowers them to whatever the target has. Included
 // after the target is chosen (#pragma GCC target), so everything has internal linkage and is inlined. The includer, which
-// knows the target, defines BCLIP_LANES_AVX512 or BCLIP_LANES_FMA (with <immintrin.h>) where there are such instructions.
+// knows the target (macros such as __AVX512F__ do not follow the pragma), defines BCLIP_AVX512 or BCLIP_FMA, with
+// <immintrin.h>, where there are such instructions.
 #pragma once
 
 #include <cstdint>
@@ -72,9 +73,9 @@ struct Factor {
 // x * y - z for a z near the product, rounded once. Asked for by name: of `x * y - z` the compiler makes two roundings
 // where it needs the product elsewhere, too.
 BCLIP_INLINE Lanes multiply_subtract(Lanes x, Lanes y, Lanes z) {
-#if defined(BCLIP_LANES_AVX512)
+#if defined(BCLIP_AVX512)
   return (Lanes)_mm512_fmsub_ps((__m512)x, (__m512)y, (__m512)z);
-#elif defined(BCLIP_LANES_FMA)
+#elif defined(BCLIP_FMA)
   __m256 a[2], b[2], c[2];
   std::memcpy(a, &x, sizeof a);
   std::memcpy(b, &y, sizeof b);

@@ -10,7 +10,7 @@
 
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-#define BCLIP_LANES_AVX512 1
+#define BCLIP_AVX512 1
 #include "pointwise_tile.h"
 
 namespace bclip::cpu {

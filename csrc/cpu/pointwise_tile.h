@@ -57,7 +57,7 @@ BCLIP_INLINE void store_first(const Values& to, int64_t at, Lanes lanes, int64_t
 
 // Of a 64-bit lane the low half counts.
 BCLIP_INLINE WideBits times(WideBits a, uint32_t factor) {
-#ifdef __AVX512F__
+#ifdef BCLIP_AVX512
   return (WideBits)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
 #else
   return (a & 0xFFFFFFFF) * factor;
