@@ -13,10 +13,15 @@ from importlib.util import find_spec
 import torch
 
 from . import __version__
-from .ops import BACKENDS, attention, contrastive, image
+from .ops import BACKENDS, attention, contrastive, image, pointwise
 from .ops.dispatch import MISSING
 
-OPERATORS = {"attention": attention.LIMITS, "contrastive": contrastive.LIMITS, "image": image.LIMITS}
+OPERATORS = {
+    "attention": attention.LIMITS,
+    "contrastive": contrastive.LIMITS,
+    "image": image.LIMITS,
+    "pointwise": pointwise.LIMITS,
+}
 
 
 @dataclass(frozen=True)

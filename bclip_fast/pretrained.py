@@ -76,6 +76,7 @@ def load(
     model.to(device=device, dtype=PRECISIONS[precision])
     for name, value in scalars.items():
         getattr(model, name).data = value.to(device)
+    model.visual.patch_embed.mean, model.visual.patch_embed.std = preprocess_config.mean, preprocess_config.std
     log.info("loaded %s (%s)", name_or_path, path.name)
     return model.eval(), Preprocess(preprocess_config), tokenizer
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops import attention, contrastive, image
+from bclip_fast.ops import attention, contrastive, image, pointwise
 from bclip_fast.ops.attention.reference import attention as dense_attention
+from bclip_fast.ops.contrastive import terms
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
@@ -198,6 +199,41 @@ def with_own_mask(function: Callable[..., Tensor], dropout_p: float) -> Contende
     return (lambda *inputs: [None for _ in run(*inputs)]) if dropout_p else run
 
 
+def norm_case(rows: int, width: int, dropout_p: float) -> Case:
+    """A residual in float32, a branch in bfloat16, the norm of their sum in bfloat16: a layer under autocast."""
+
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        stream, branch = torch.randn(2, rows, width, generator=generator).unbind(0)
+        return [stream.requires_grad_(), branch.to(torch.bfloat16).requires_grad_(), *torch.ones(2, width)]
+
+    def run(backend: str) -> Contender:
+        seed = 1 if dropout_p else None
+        return with_gradients(
+            lambda x, y, weight, bias: ops.add_norm(
+                x, y, weight, bias, 1e-6, dropout_p=dropout_p, seed=seed, dtype=y.dtype, backend=backend
+            )[0]
+        )
+
+    def eager(stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(stream + branch, (width,), weight, bias, 1e-6).to(branch.dtype)
+
+    return Case(
+        operator="pointwise",
+        name=f"add-norm-{rows}x{width}" + f"-dropout-{dropout_p}" * bool(dropout_p),
+        make_inputs=make_inputs,
+        truth=run("reference"),
+        contenders={
+            **ours(pointwise.LIMITS, run, torch.zeros(1)),
+            **({} if dropout_p else {"torch": lambda: with_gradients(eager)}),
+        },
+        bytes=(4 + 2 + 4 + 2 + 2 + 4 + 4 + 2) * rows * width,
+        dtype=torch.bfloat16,
+        unit="row",
+        num_units=rows,
+    )
+
+
 def contrastive_case(batch: int, width: int, dtype: torch.dtype, scale: float = 14.3) -> Case:
     """CLIP's softmax loss."""
     dense = functools.partial(dense_contender, batch, dtype)
@@ -327,18 +363,20 @@ def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
 
     @torch.no_grad()
     def run(image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]:
-        own, num = image[: len(image) // copies], len(image) // copies
-        rows, columns, positive = contrastive.reference.forward(own, text, scale, None, 0, chunk_size)
+        num = len(image) // copies
+        own = image[:num]
+        rows, columns = contrastive.reference.forward(own, text, scale, 0, chunk_size)
         columns = columns.view(copies, num).logsumexp(0)
-        loss = (F.softplus(rows - positive) + F.softplus(columns - positive)).mean() / 2
+        positive = terms.positive_logits(own, text[:num], scale)
+        loss = terms.pair_losses(rows, columns, positive).mean() / 2
         columns_lse = torch.logaddexp(columns, positive).repeat(copies)
         weight = torch.full_like(loss, 1 / (2 * len(image)))
-        positive_grad = weight * contrastive.positive_gradient(rows, columns, positive)
+        positive_grad = weight * terms.positive_gradient(rows, columns, positive)
         rows_lse = torch.logaddexp(rows, positive)
         gradients = contrastive.reference.backward(
-            own, text, scale, None, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size
+            own, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, image.dtype
         )
-        return [loss, *of_all_copies(copies, *gradients[:3])]
+        return [loss, *of_all_copies(copies, *gradients)]
 
     return run
 
@@ -352,7 +390,7 @@ def siglip_truth(copies: int, chunk_size: int = 256) -> Contender:
     def run(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
         own = image[: len(image) // copies]
         loss, *gradients = contrastive.reference.siglip(
-            own, text, scale, bias, 0, 1 / len(image), chunk_size, with_gradients=True
+            own, text, scale, bias, 0, 1 / len(image), chunk_size, image.dtype, with_gradients=True
         )
         return [copies * loss, *of_all_copies(copies, *gradients)]
 
@@ -420,12 +458,16 @@ def image_case(num_images: int) -> Case:
 
 def figures(num_images: int) -> list[bytes]:
     """Real figures of PMC articles, spread over the articles."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("BCLIP_SHARED_DATA", default)) / "pmc_articles"
+    folder = shared_data() / "pmc_articles"
     paths = sorted(folder.rglob("*.jpg"))
     if len(paths) < num_images:
         raise Unavailable(f"{folder} holds {len(paths)} JPEGs, {num_images} are needed: set BCLIP_SHARED_DATA")
     return [path.read_bytes() for path in paths[:: len(paths) // num_images][:num_images]]
+
+
+def shared_data() -> Path:
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("BCLIP_SHARED_DATA", default))
 
 
 def peer(import_module: Callable[[], Any]) -> Any:
@@ -459,5 +501,7 @@ CASES = [
     ),
     *(contrastive_case(batch, 512, dtype) for dtype in DTYPES for batch in (2048, 4096, 8192, 32768, 65536)),
     *(siglip_case(batch, 512, dtype) for dtype in DTYPES for batch in (4096, 8192, 32768, 65536)),
+    norm_case(16 * 197, 768, 0.0),
+    norm_case(16 * 78, 768, 0.1),
     image_case(40),
 ]

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,9 @@ import tyro
 
 from bclip_fast.errors import UserError
 
+from .cases import Unavailable
 from .measure import environment
+from .step import StepConfig, measure_step, show_step
 
 HERE = Path(__file__).parent
 
@@ -23,10 +25,11 @@ HERE = Path(__file__).parent
 class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
-    operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "all"]] = "all"
-    """The operator to measure."""
+    operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "pointwise", "step", "all"]] = "all"
+    """The operator to measure, or `step`: a whole training step; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
+    step: StepConfig = field(default_factory=StepConfig)
     only: str = ""
     """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
@@ -36,7 +39,7 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    rows, status = measure(config)
+    rows, status = _steps(config.step) if config.operator == "step" else measure(config)
     if not rows:
         raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,10 @@ def run(config: BenchConfig) -> int:
         device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
+    if config.operator == "step":
+        show_step(rows)
+        print(config.output / "bench.jsonl")
+        return status
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
     plot(rows, written[1])
     if any(row["curve"] for row in rows):
@@ -54,6 +61,13 @@ def run(config: BenchConfig) -> int:
     show(rows)
     print("  ".join(map(str, written)))
     return int(status)
+
+
+def _steps(config: StepConfig) -> tuple[list[dict[str, Any]], int]:
+    try:
+        return [{**environment(), **row} for row in measure_step(config)], 0
+    except Unavailable as reason:
+        raise UserError(f"{reason}; --step.no-open-clip measures ours alone") from None
 
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:

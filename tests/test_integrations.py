@@ -183,6 +183,35 @@ def test_multiple_negatives_ranking(directions, num_negatives):
         )
 
 
+@pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
+@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query")], ids=len)
+def test_ranking_weighs_hard_negatives(mode, directions):
+    """By the pair: strength * cosine, a constant, on what the mode names, and for queries alone."""
+    columns = torch.randn(4, 5, 6, dtype=torch.float64).requires_grad_()
+    queries, *documents = columns
+    candidates = [(row, index, part) for part, rows in enumerate(documents) for index, row in enumerate(rows)]
+    losses = []
+    for index, query in enumerate(queries):
+        scores = []
+        for row, owner, part in candidates:
+            cosine = F.cosine_similarity(query, row, dim=0)
+            in_batch, hard = owner != index, owner == index and part > 0
+            weighs = {"in_batch_negatives": in_batch, "hard_negatives": hard, "all_negatives": in_batch or hard}[mode]
+            scores.append(20 * cosine + (9 * cosine.detach() if weighs else 0))
+        losses.append(torch.stack(scores).logsumexp(0) - scores[index])
+    terms = [torch.stack(losses).mean()]
+    if len(directions) == 2:
+        terms.append(cosine_cross_entropies(queries, documents[0], documents[1:], 20.0)[1])
+    truth = torch.stack(terms).mean()
+    loss = sbert.MultipleNegativesRankingLoss(
+        nn.Identity(), directions=directions, partition_mode="per_direction", chunk_size=2, hardness_mode=mode,
+        hardness_strength=9.0,
+    )([{"sentence_embedding": column} for column in columns])  # fmt: skip
+    torch.testing.assert_close(loss, truth)
+    gradients = [torch.autograd.grad(value, columns)[0] for value in (loss, truth)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 def test_ranking_has_sentence_transformers_defaults():
     queries, documents = torch.randn(2, 6, 4)
     loss = sbert.MultipleNegativesRankingLoss(nn.Identity())
@@ -198,6 +227,7 @@ def test_ranking_has_sentence_transformers_defaults():
         (lambda x: sbert.multiple_negatives_ranking_loss(x, x[:1]), "as many rows, got 2 and 1"),
         (lambda x: sbert.multiple_negatives_ranking_loss(x, [x, x], backend="cpu"), "backend='cpu'"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, directions=sbert.DIRECTIONS), "per_direction"),
+        (lambda x: sbert.multiple_negatives_ranking_loss(x, x, hardness_mode="hard"), "hardness_mode must be one of"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, partition_mode="all"), "partition_mode must be joint"),
         (lambda x: sbert.MultipleNegativesRankingLoss(nn.Identity())([{"sentence_embedding": x}]), "two columns"),
     ],

@@ -314,13 +314,39 @@ def test_one_process_has_open_clips_forms(theirs):
     assert cached.get_ground_truth("cpu", 4) is cached.get_ground_truth("cpu", 4)
 
 
-def test_half_precision_under_autocast_is_summed_in_float32():
-    image, text = F.normalize(torch.randn(2, 64, 32), dim=-1)
-    truth = reference.dense(image.double(), text.double(), torch.tensor(100.0))
+@pytest.mark.parametrize("loss", [ClipLoss, SigLipLoss])
+def test_autocast_multiplies_in_half_precision_and_sums_in_float32(loss):
+    image, text = (part.requires_grad_() for part in F.normalize(torch.randn(2, 64, 32), dim=-1))
+    rounded = [part.bfloat16().float() for part in (image, text)]
+    inputs = 100.0, torch.tensor(-10.0)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(ClipLoss()(image, text, 100.0).double(), truth, rtol=1e-5, atol=0)
-        mixed = ClipLoss()(image.bfloat16(), text, 100.0)
-    torch.testing.assert_close(mixed, ClipLoss()(image.bfloat16().float(), text, 100.0))
+        value = loss()(image, text, *inputs)
+        exact = loss(operand_dtype=torch.float32)(image, text, *inputs)
+        mixed = loss()(image.bfloat16(), text, *inputs)
+    torch.testing.assert_close(value, loss()(*rounded, *inputs))
+    torch.testing.assert_close(exact, loss()(image, text, *inputs))
+    torch.testing.assert_close(mixed, value)
+    assert value.dtype == torch.float32
+    for gradient in torch.autograd.grad(value, (image, text)):
+        assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_a_step_under_autocast_errs_less_than_open_clips(theirs):
+    """open_clip's normalised features are float32 under autocast; its logits are bfloat16."""
+    image, other = F.normalize(torch.randn(2, 256, 64), dim=-1)
+    inputs = [image, F.normalize(image + 2 * other, dim=-1), torch.tensor(100.0)]
+    truth = gradients_at(ClipLoss(), [part.double() for part in inputs])
+    errors = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in (ClipLoss(), theirs.ClipLoss()):
+            grads = gradients_at(loss, inputs)
+            errors.append([(own - true).norm() / true.norm() for own, true in zip(grads[:2], truth[:2], strict=True)])
+    assert all(own <= 0.5 * other for own, other in zip(*errors, strict=True)), errors
+
+
+def gradients_at(loss, inputs):
+    leaves = [part.detach().clone().requires_grad_() for part in inputs]
+    return torch.autograd.grad(loss(*leaves), leaves)
 
 
 def test_distillation_keeps_no_matrix_of_similarities():
@@ -348,6 +374,10 @@ def test_compiles_without_a_graph_break(loss):
         (lambda x: SigLipLoss(world_size=2)(x, x, 1.0, 0.0), "SigLipLoss has world_size=2"),
         (lambda x: ClipLoss(use_horovod=True), "use_horovod=True"),
         (lambda x: ClipLoss(label_smoothing=2.0), "label_smoothing must be within 0 and 1, got 2.0"),
+        (lambda x: ClipLoss(label_smoothing=0.1, hardness=1.0), "label_smoothing with hardness"),
+        (lambda x: ClipLoss(label_smoothing=0.1)(x, x, 1.0, groups=torch.arange(2)), "label_smoothing with groups"),
+        (lambda x: ClipLoss(operand_dtype=torch.float64)(x, x, 1.0), "operand_dtype must be a floating dtype"),
+        (lambda x: DistillClipLoss(hardness=1.0)(x, x, 1.0, x, x, 1.0), "DistillClipLoss has no hardness"),
         (lambda x: ClipLoss(chunk_size=-1), "chunk_size must be at least 1"),
         (lambda x: SigLipLoss(dist_impl="ring"), "dist_impl must be bidir, shift, reduce or gather, got 'ring'"),
         (lambda x: DistillClipLoss()(x, x, 1.0, x.clone().requires_grad_(), x, 1.0), "the teacher's features"),

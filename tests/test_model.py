@@ -14,11 +14,13 @@ from peers import import_open_clip
 from torch import nn
 
 from bclip_fast import config as toml
+from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import PRESETS, BiomedClip, BiomedClipConfig, preset
-from bclip_fast.model.text import GptTower, TextConfig, trim_padding
+from bclip_fast.model.packed import Packed
+from bclip_fast.model.text import GptTower, TextConfig
 from bclip_fast.model.tokenizer import Tokenizer, clean
-from bclip_fast.model.transformer import PostNormLayer, PreNormLayer
+from bclip_fast.model.transformer import PostNormLayer, PreNormLayer, Sequences
 from bclip_fast.model.vision import VisionConfig, drop_patches, resize_positions
 
 SMALL = BiomedClipConfig(
@@ -98,32 +100,50 @@ def test_forward_returns_what_open_clip_returns() -> None:
     assert "logit_bias" not in BiomedClip(SMALL)()
 
 
-@pytest.mark.parametrize("text", [SMALL.text, GPT], ids=["bert", "gpt"])
+def packed(ids: torch.Tensor) -> Packed:
+    return Packed.of(ids[ids != 0], (ids != 0).sum(1).tolist())
+
+
+@pytest.mark.parametrize("text", [SMALL.text, GPT, replace(GPT, end_id=7)], ids=["bert", "gpt", "gpt with end_id"])
 def test_padding_changes_no_embedding(text: TextConfig) -> None:
     tower = shaken(BiomedClip(replace(SMALL, text=text))).eval().text
-    ids = padded_ids([3, 7, 12])
+    ids = padded_ids([3, 1, 7, 20, 12])
+    ids[0, 1] = ids[4, 4] = 7 if text.end_id else 99
     full = tower(ids)
-    assert trim_padding(ids, 0).shape == (3, 12)
-    torch.testing.assert_close(tower(trim_padding(ids, 0)), full, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tower(packed(ids)), full, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tower(packed(ids[3:])), full[3:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tower(ids[:1, :3]), full[:1], rtol=1e-5, atol=1e-6)
-    assert (full[0] - full[1]).abs().max() > 0.01
+    assert (full[0] - full[2]).abs().max() > 0.01
 
 
-def test_trim_padding_keeps_padding_inside_and_one_column() -> None:
-    assert trim_padding(torch.tensor([[5, 0, 6, 0, 0], [5, 0, 0, 0, 0]]), 0).tolist() == [[5, 0, 6], [5, 0, 0]]
-    assert trim_padding(torch.zeros(2, 4, dtype=torch.int64), 0).shape == (2, 1)
+def test_padding_inside_a_caption_keeps_its_position_and_is_not_attended_to() -> None:
+    tower = shaken(BiomedClip(SMALL)).eval().text
+    ids, other = torch.tensor([[5, 0, 6, 0, 0]]), torch.tensor([[5, 6, 0, 0, 0]])
+    assert not torch.allclose(tower(ids), tower(other), atol=1e-4)
+    with torch.no_grad():
+        before = tower(ids)
+        tower.word_embeddings.weight[0] += 1
+        torch.testing.assert_close(tower(ids), before)
+    assert tower(torch.zeros(2, 4, dtype=torch.int64)).isfinite().all()
+
+
+def test_a_batch_without_captions_is_empty() -> None:
+    model = BiomedClip(SMALL).eval()
+    assert model.encode_text(Packed.of(torch.empty(0, dtype=torch.int64), [])).shape == (0, 24)
 
 
 @pytest.mark.parametrize("kind", ["pre", "post"])
-def test_computing_only_the_first_token_is_exact(kind: str) -> None:
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
+def test_computing_only_some_tokens_is_exact(kind: str) -> None:
+    sequences = Sequences(6, torch.tensor([0, 4, 10], dtype=torch.int32))
+    x, y, rows = *torch.randn(2, 10, 32, dtype=torch.float64), torch.tensor([0, 4, 7])
     if kind == "pre":
         layer = shaken(PreNormLayer(32, 4, 2.0, 1e-6)).double()
-        arguments: tuple = ()
+        some, every = layer(x, y, sequences, rows), layer(x, y, sequences)
     else:
         layer = shaken(PostNormLayer(32, 4, 2.0, 1e-12, 0.0, 0.0)).double()
-        arguments = (torch.rand(2, 9) > 0.3,)
-    torch.testing.assert_close(layer(x, *arguments, only_first=True), layer(x, *arguments)[:, :1])
+        some, every = layer(x, x, sequences, rows), layer(x, x, sequences)
+    for one, all_ in zip(some, every, strict=True):
+        torch.testing.assert_close(one, all_[rows])
 
 
 def gradients(model: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -166,12 +186,14 @@ def test_dropout_and_patch_dropout_act_in_training_only() -> None:
     whole.load_state_dict(model.state_dict())
     assert torch.equal(whole.eval().encode_image(image), model.encode_image(image))
     tokens = []
-    model.visual.layers[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    model.visual.layers[0].register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0]) // 2))
     model.encode_image(image)
     model.train()
     assert not torch.equal(model.encode_image(image), model.encode_image(image))
     assert not torch.equal(model.encode_text(ids), model.encode_text(ids))
     assert tokens == [17, 9, 9]
+    model.visual.patch_dropout = 0.0
+    assert torch.equal(model.encode_image(image), whole.encode_image(image))
 
 
 def test_drop_patches_keeps_cls_and_distinct_patches_with_their_positions() -> None:
@@ -218,6 +240,33 @@ def test_gpt_tower_equals_open_clips(end_id: int | None) -> None:
     assert (tower(ids)[0] - tower(ids)[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+def test_raw_pixels_equal_normalised_ones(dtype: torch.dtype, last: bool) -> None:
+    """Embedding and gradients of the patches' weights; bfloat16 by the rule of twice eager's error."""
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    tower = shaken(BiomedClip(SMALL)).eval().visual.patch_embed
+    tower.mean, tower.std = mean, std
+    # Bright, as figures on white paper are: the sum over a patch is far larger than what differs between patches.
+    pixels = torch.randint(150, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    floats = normalize(pixels, mean, std)
+    exact = nn.functional.conv2d(
+        normalize(pixels, mean, std).double(), tower.weight.double(), tower.bias.double(), stride=8
+    )
+
+    def run(image: torch.Tensor) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = tower(image)
+        return [out.double(), *torch.autograd.grad(out.square().sum(), [tower.weight, tower.bias])]
+
+    out = exact.flatten(2).transpose(1, 2)
+    truth = [out, *torch.autograd.grad(out.square().sum(), [tower.weight, tower.bias])]
+    raw = run(pixels if last else pixels.permute(0, 3, 1, 2).contiguous())
+    for name, ours, eager, true in zip(("output", "weight", "bias"), raw, run(floats), truth, strict=True):
+        error, usual = ((value - true).abs().max() / true.abs().max() for value in (ours, eager))
+        assert error <= max(2 * usual, 1e-6), f"{name}: {error:.3g}, eager {usual:.3g}"
+
+
 def test_half_precision_takes_float32_images() -> None:
     model = BiomedClip(SMALL).to(torch.bfloat16).eval()
     assert model.encode_image(torch.randn(2, 3, 32, 32)).dtype == torch.bfloat16
@@ -239,6 +288,7 @@ def test_half_precision_takes_float32_images() -> None:
         (lambda: BiomedClip(SMALL).encode_image(torch.zeros(1, 3, 64, 64)), r"\(1, 3, 64, 64\)"),
         (lambda: BiomedClip(SMALL).encode_text(torch.ones(1, 25, dtype=torch.int64)), r"\(1, 25\)"),
         (lambda: BiomedClip(SMALL).encode_text(torch.ones(5, dtype=torch.int64)), r"\(5,\)"),
+        (lambda: BiomedClip(SMALL).encode_text(Packed.of(torch.ones(25, dtype=torch.int64), [25])), "25 tokens"),
     ],
 )
 def test_bad_sizes_are_refused(build: Callable[[], object], message: str) -> None:
@@ -279,6 +329,16 @@ def test_equals_open_clips_tokenizer_on_raw_captions(captions: list[str], shared
     ours = Tokenizer.from_file(folder / "vocab.txt", context_length=256)
     assert torch.equal(ours(captions), theirs(captions))
     assert sum(clean(caption) != " ".join(caption.split()) for caption in captions) > 20
+
+
+def test_packed_captions_are_the_padded_ones(captions: list[str], shared_data: Path) -> None:
+    ours = Tokenizer.from_file(shared_data / "vocab" / "pubmedbert" / "vocab.txt")
+    texts = [*captions[:50], "", "a", "word " * 2000]
+    ids, text = ours(texts), ours.packed(texts)
+    assert torch.equal(text.ids, ids[ids != 0]) and text.lengths.tolist() == (ids != 0).sum(1).tolist()
+    assert text.lengths[-3:].tolist() == [2, 3, 256] and text.max_seqlen == 256
+    assert ours.packed([]).cu_seqlens.tolist() == [0]
+    assert torch.equal(text.positions, torch.cat([torch.arange(int(n)) for n in text.lengths]))
 
 
 def test_a_single_text_and_no_text() -> None:

@@ -73,6 +73,23 @@ def test_ranks_share_out_the_global_batch(world_size: int):
         assert {part_epoch for part_epoch, _ in parts} == {epoch} == {number // 14}
 
 
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_costs_are_shared_out_evenly(world_size: int):
+    costs = permutation(300, 5).tolist()
+    whole, ranks = make(), [make(rank, world_size, cost=costs.__getitem__) for rank in range(world_size)]
+    worst, sliced = 0.0, 0.0
+    for number in range(28):
+        epoch, indices = whole.batch(number)
+        parts = [stream.batch(number)[1] for stream in ranks]
+        assert sorted(index for part in parts for index in part) == sorted(indices)
+        assert {len(part) for part in parts} == {8 // world_size}
+        step = 8 // world_size
+        sums = [sum(costs[i] for i in part) for part in parts]
+        worst += max(sums) / sum(sums)
+        sliced += max(sum(costs[i] for i in indices[k : k + step]) for k in range(0, 8, step)) / sum(sums)
+    assert worst < sliced if world_size < 8 else worst == sliced
+
+
 def test_state_is_refused_by_name():
     state = make().state_dict()
     for name, value, words in [
@@ -99,8 +116,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     return ShardDataset(write_shards(tmp_path_factory.mktemp("data") / "shards", num_samples=40, num_val=1))
 
 
-def tokenize(captions: list[str]) -> Tensor:
-    return torch.tensor([[len(caption), ord(caption[2])] for caption in captions])
+def tokenize(captions: list[str]) -> list[list[int]]:
+    """Of different lengths, one of them none."""
+    return [[len(caption), ord(caption[2]), 7][: len(caption) % 4] for caption in captions]
 
 
 def loader(dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> NativeLoader:
@@ -117,7 +135,11 @@ def take(source: NativeLoader, count: int) -> list[Batch]:
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
-        x.keys == y.keys and torch.equal(x.images, y.images) and torch.equal(x.ids, y.ids) and x.epoch == y.epoch
+        x.keys == y.keys
+        and torch.equal(x.images, y.images)
+        and torch.equal(x.ids, y.ids)
+        and x.lengths == y.lengths
+        and x.epoch == y.epoch
         for x, y in zip(a, b, strict=True)
     )
 
@@ -127,7 +149,11 @@ def test_batches_do_not_depend_on_threads(dataset: ShardDataset):
         first, second = take(one, 11), take(three, 11)
     assert same(first, second)
     assert first[0].images.shape == (8, 24, 24, 3) and first[0].images.dtype == torch.uint8
-    assert first[0].ids.shape == (8, 2) and [batch.epoch for batch in first] == [0] * 5 + [1] * 5 + [2]
+    assert (
+        len(first[0].lengths) == 8
+        and len(first[0].ids) == sum(first[0].lengths)
+        and [batch.epoch for batch in first] == [0] * 5 + [1] * 5 + [2]
+    )
     # The same sample is cropped differently in the next epoch.
     pixels = [{key: image for batch in part for key, image in zip(batch.keys, batch.images, strict=True)}
               for part in (first[:5], first[5:10])]  # fmt: skip
@@ -152,7 +178,8 @@ def test_resume_at_every_batch_and_world_size(dataset: ShardDataset, world_size:
                 parts.append(take(source, 8 - stop))
         joined = [
             Batch(torch.cat([b.images for b in ranks]), torch.cat([b.ids for b in ranks]),
-                  [key for b in ranks for key in b.keys], ranks[0].epoch)
+                  [length for b in ranks for length in b.lengths], [key for b in ranks for key in b.keys],
+                  ranks[0].epoch)
             for ranks in zip(*parts, strict=True)
         ]  # fmt: skip
         assert same(joined, whole[stop:])

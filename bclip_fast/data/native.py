@@ -27,11 +27,13 @@ from .transform import Preprocess, random_resized_crop_box
 class Batch:
     """One rank's slice of a global batch.
 
-    images: (b, size, size, 3) uint8 RGB. ids: (b, L) int64. keys: b names. epoch: which pass over the data.
+    images: (b, size, size, 3) uint8 RGB. ids: (T,) int64, the tokens of all captions, one after another.
+    lengths: how many each of the b captions has. keys: b names. epoch: which pass over the data.
     """
 
     images: Tensor
     ids: Tensor
+    lengths: list[int]
     keys: list[str]
     epoch: int
 
@@ -44,7 +46,7 @@ class NativeLoader:
 
     Args:
         dataset: where the samples are.
-        tokenize: list of n captions -> (n, L) int64, L the same at every call; called from several threads.
+        tokenize: list of n captions -> the token ids of each; called from several threads.
         stream: the order, and this rank's part of it.
         preprocess: the evaluation transform; gives the size and, without `augment`, the pixels.
         augment: random resized crops (a function of seed, epoch and sample) in place of the centre crop.
@@ -59,7 +61,7 @@ class NativeLoader:
     def __init__(
         self,
         dataset: ShardDataset,
-        tokenize: Callable[[list[str]], Tensor],
+        tokenize: Callable[[list[str]], list[list[int]]],
         stream: SampleStream,
         preprocess: Preprocess,
         *,
@@ -100,7 +102,8 @@ class NativeLoader:
         try:
             parts = [part.result() for part in pending.parts]
             keys = [key for part in parts for key in part[0]]
-            batch = Batch(pending.images, torch.cat([part[1] for part in parts]), keys, pending.epoch)
+            lengths = [length for part in parts for length in part[2]]
+            batch = Batch(pending.images, torch.cat([part[1] for part in parts]), lengths, keys, pending.epoch)
         except BaseException:
             self.close()
             raise
@@ -120,8 +123,8 @@ class NativeLoader:
         ]
         return _Pending(images, parts, epoch)
 
-    def _fill(self, out: Tensor, epoch: int, indices: list[int]) -> tuple[list[str], Tensor]:
-        """Writes the pixels of some samples into `out`; returns their keys and token ids."""
+    def _fill(self, out: Tensor, epoch: int, indices: list[int]) -> tuple[list[str], Tensor, list[int]]:
+        """Writes the pixels of some samples into `out`; returns their keys, token ids, and how many each has."""
         keys, captions = [], []
         for row, index in enumerate(indices):
             if self._stop.is_set():
@@ -136,7 +139,8 @@ class NativeLoader:
                 ) from error
             keys.append(sample.key)
             captions.append(sample.caption)
-        return keys, self._tokenize(captions)
+        tokens = self._tokenize(captions)
+        return keys, torch.tensor([i for row in tokens for i in row], dtype=torch.int64), list(map(len, tokens))
 
     def _pixels(self, sample: Sample, epoch: int, index: int) -> Tensor:
         """(size, size, 3) uint8 of one sample."""
@@ -182,7 +186,7 @@ class NativeLoader:
 @dataclass
 class _Pending:
     images: Tensor
-    parts: list[Future[tuple[list[str], Tensor]]]
+    parts: list[Future[tuple[list[str], Tensor, list[int]]]]
     epoch: int
 
     def cancel(self) -> None:

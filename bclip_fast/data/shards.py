@@ -141,6 +141,11 @@ class ShardDataset:
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
+    def caption_bytes(self, i: int) -> int:
+        """The size of sample i's caption, from the index alone."""
+        number, position = self._locate(i)
+        return int(self._index(number).sizes[position, 1])
+
     def caption(self, i: int) -> str:
         """The caption of sample i, without reading its image."""
         number, position = self._locate(i)

@@ -4,13 +4,14 @@ The sample at global position p of epoch e is a function of (seed, e, p) alone. 
 their samples, laid end to end, are shuffled within blocks of `shuffle_block`: a block touches few shards, so reads
 stay mostly sequential, and no rank has to hold more than one block's order. Global batch n of an epoch is positions
 [n * B, (n + 1) * B), and rank r of R takes the r-th of its R equal slices. So the batches depend neither on the number
-of ranks nor on threads, and the number of samples consumed is all there is to remember.
+of ranks nor on threads, and the number of samples consumed is all there is to remember. Where samples differ in what
+they cost, the ranks take equally many of each global batch in shares of nearly equal cost instead of slices.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class SampleStream:
         fingerprint: names the dataset's content; a state is only restored where it is the same.
         batch_size: the global batch B, over all ranks.
         shuffle_block: samples shuffled together; 1 leaves the order within a shard as written.
+        cost: of a dataset index, the same on every rank. Dearest first, the samples of a global batch are dealt to the
+            ranks, there and back again.
 
     Raises:
         UserError: a batch that the world size doesn't divide, or that is larger than the dataset.
@@ -63,6 +66,7 @@ class SampleStream:
         rank: int = 0,
         world_size: int = 1,
         shuffle_block: int = 8192,
+        cost: Callable[[int], int] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(
@@ -81,7 +85,9 @@ class SampleStream:
         self.seed = seed
         self.shuffle_block = shuffle_block
         self.num_consumed = 0
-        self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._rank = rank
+        self._world_size = world_size
+        self._cost = cost
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         # Prefetching crosses block and epoch borders, so a few of each are kept.
@@ -111,8 +117,15 @@ class SampleStream:
         """(epoch, dataset indices) of this rank's slice of global batch `number`, counted over all epochs."""
         epoch, number = divmod(number, self.num_batches)
         start = number * self.batch_size
-        positions = range(start, start + self.batch_size)[self._slice]
-        return epoch, [self.sample(epoch, position) for position in positions]
+        share = self.batch_size // self._world_size
+        if self._cost is None or self._world_size == 1:
+            positions = range(start + self._rank * share, start + (self._rank + 1) * share)
+            return epoch, [self.sample(epoch, position) for position in positions]
+        indices = [self.sample(epoch, position) for position in range(start, start + self.batch_size)]
+        costs = [self._cost(index) for index in indices]
+        dearest = sorted(range(len(costs)), key=lambda place: (-costs[place], place))
+        turns = (self._rank, self._world_size - 1 - self._rank)
+        return epoch, [indices[i] for i in sorted(dearest[k * self._world_size + turns[k % 2]] for k in range(share))]
 
     def state_dict(self) -> dict[str, Any]:
         return {

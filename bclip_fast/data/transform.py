@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops.image import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from PIL import Image
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # A strip one pixel high would be resized to any width: this is 400 MB as RGB.
 _MAX_RESIZED_PIXELS = 1 << 27

@@ -21,6 +21,9 @@ from ..ops.contrastive import accumulation_dtype, check_features, clip_loss, def
 
 DIRECTIONS = ("query_to_doc", "doc_to_query")
 
+# Whether hardness weighs (other queries' documents, the query's own hard negatives).
+_HARDNESS = {"in_batch_negatives": (True, False), "hard_negatives": (False, True), "all_negatives": (True, True)}
+
 
 def multiple_negatives_ranking_loss(
     queries: Tensor,
@@ -28,6 +31,8 @@ def multiple_negatives_ranking_loss(
     scale: Tensor | float = 20.0,
     *,
     directions: Sequence[str] = ("query_to_doc",),
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -41,6 +46,10 @@ def multiple_negatives_ranking_loss(
         documents: (B, D), or several such: row i of the first belongs to query i, the others are hard negatives.
         scale: factor of the cosines.
         directions: query_to_doc, doc_to_query or both.
+        hardness_mode: which documents' scores gain hardness_strength times their cosine, as a constant, where a query
+            looks for its own: "in_batch_negatives" (other queries' documents), "hard_negatives" (its own hard
+            negatives), "all_negatives" or None.
+        hardness_strength: not negative.
         chunk_size: rows of the score matrix held at a time; as in `ops.clip_loss` unless given.
         backend: of `ops.clip_loss`, which computes both directions without hard negatives from one score matrix. All
             else is chunks of plain PyTorch, recomputed in the backward, and takes "auto" or "reference" alone.
@@ -50,19 +59,25 @@ def multiple_negatives_ranking_loss(
     """
     if not directions or len(set(directions)) != len(directions) or not set(directions) <= set(DIRECTIONS):
         raise ValueError(f"directions must be some of {', '.join(DIRECTIONS)}, each once, got {tuple(directions)}")
+    if hardness_mode not in (None, *_HARDNESS) or hardness_strength < 0:
+        raise ValueError(
+            f"hardness_mode must be one of {', '.join(_HARDNESS)} or None and hardness_strength not negative, "
+            f"got {hardness_mode!r} and {hardness_strength}"
+        )
+    hardness = (*_HARDNESS[hardness_mode], hardness_strength) if hardness_mode and hardness_strength else None
     positives, *negatives = [documents] if isinstance(documents, Tensor) else documents
     for part in (positives, *negatives):
         check_features(queries, part)
         if len(part) != len(queries):
             raise ValueError(f"queries and documents must have as many rows, got {len(queries)} and {len(part)}")
     queries, positives, *negatives = (F.normalize(part, dim=-1) for part in (queries, positives, *negatives))
-    if len(directions) == 2 and not negatives:
+    if len(directions) == 2 and not negatives and hardness is None:
         return clip_loss(queries, positives, scale, chunk_size=chunk_size, backend=backend)
     if backend not in ("auto", "reference"):
-        raise ValueError(f"backend={backend!r}: one direction alone, or hard negatives, run in plain PyTorch")
+        raise ValueError(f"backend={backend!r}: one direction alone, hard negatives and hardness run in plain PyTorch")
     losses = []
     if "query_to_doc" in directions:
-        losses.append(_one_direction(queries, torch.cat([positives, *negatives]), scale, chunk_size))
+        losses.append(_one_direction(queries, torch.cat([positives, *negatives]), scale, chunk_size, hardness))
     if "doc_to_query" in directions:
         losses.append(_one_direction(positives, queries, scale, chunk_size))
     return torch.stack(losses).mean()
@@ -73,7 +88,7 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     Args:
         model: called with each column's features; returns a dict that holds "sentence_embedding" (B, D).
-        scale, directions: as in `multiple_negatives_ranking_loss`.
+        scale, directions, hardness_mode, hardness_strength: as in `multiple_negatives_ranking_loss`.
         partition_mode: "per_direction", or sentence-transformers' "joint" where the one direction query_to_doc makes
             the two the same; the softmax over several directions at once is not implemented.
         chunk_size, backend: as in `multiple_negatives_ranking_loss`.
@@ -86,6 +101,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         *,
         directions: Sequence[str] = ("query_to_doc",),
         partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
         chunk_size: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -100,6 +117,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.scale = scale
         self.directions = tuple(directions)
         self.partition_mode = partition_mode
+        self.hardness_mode = hardness_mode
+        self.hardness_strength = hardness_strength
         self.chunk_size = chunk_size
         self.backend = backend
 
@@ -113,12 +132,20 @@ class MultipleNegativesRankingLoss(nn.Module):
             documents,
             self.scale,
             directions=self.directions,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
 
 
-def _one_direction(rows: Tensor, columns: Tensor, scale: Tensor | float, chunk_size: int | None) -> Tensor:
+def _one_direction(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor | float,
+    chunk_size: int | None,
+    hardness: tuple[bool, bool, float] | None = None,
+) -> Tensor:
     """Mean cross-entropy of scale * rows @ columns.T at its diagonal, (b, D) and (B, D), a chunk of rows at a time."""
     dtype = accumulation_dtype(rows)
     rows, columns = rows.to(dtype), columns.to(dtype)
@@ -127,9 +154,24 @@ def _one_direction(rows: Tensor, columns: Tensor, scale: Tensor | float, chunk_s
     total = rows.new_zeros(())
     for part, part_labels in zip(rows.split(chunk_size), labels.split(chunk_size), strict=True):
         # Checkpointed, so that autograd keeps the rows and not their scores.
-        total = total + checkpoint(_chunk_loss, part, columns, scale, part_labels, use_reentrant=False)
+        arguments = part, columns, scale, part_labels, len(rows), hardness
+        total = total + checkpoint(_chunk_loss, *arguments, use_reentrant=False)
     return total / len(rows)
 
 
-def _chunk_loss(rows: Tensor, columns: Tensor, scale: Tensor | float, labels: Tensor) -> Tensor:
-    return F.cross_entropy(scale * rows @ columns.T, labels, reduction="sum")
+def _chunk_loss(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor | float,
+    labels: Tensor,
+    num_queries: int,
+    hardness: tuple[bool, bool, float] | None,
+) -> Tensor:
+    scores = scale * rows @ columns.T
+    if hardness is not None:
+        of_others, of_own, strength = hardness
+        documents = torch.arange(len(columns), device=rows.device)
+        own = documents % num_queries == labels[:, None]
+        weighed = (~own & of_others) | (own & of_own & (documents >= num_queries))
+        scores = scores + strength * weighed * (rows @ columns.T).detach()
+    return F.cross_entropy(scores, labels, reduction="sum")

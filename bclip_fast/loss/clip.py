@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from ..ops.contrastive import (
     LIMITS,
     as_scalar,
     check_features,
+    check_options,
+    check_pairs,
+    checked_groups,
     clip_loss,
     default_chunk_size,
+    operands_of,
 )
 from ..ops.contrastive.terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
 from ..ops.dispatch import choose, kernels
-from .ranks import GatherRows, RankedLoss, Ranks, SumOverRanks, check_rows, one_dtype
+from .ranks import Columns, GatherRows, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 
 class ClipLoss(RankedLoss):
@@ -33,8 +38,9 @@ class ClipLoss(RankedLoss):
         use_horovod: must be False.
         process_group: the ranks that share the batch; all of them unless given.
         chunk_size: rows of the similarity matrix held at a time; as in `ops.clip_loss` unless given.
-        backend: "auto" or one of `ops.BACKENDS`.
-        label_smoothing: as of `F.cross_entropy`, in both directions: a closed form that costs O(B * D).
+        operand_dtype, deterministic, backend, hardness: as in `ops.clip_loss`.
+        label_smoothing: as of `F.cross_entropy`, in both directions: a closed form that costs O(B * D). Not with
+            hardness nor groups.
     """
 
     def __init__(
@@ -48,10 +54,15 @@ class ClipLoss(RankedLoss):
         *,
         process_group: dist.ProcessGroup | None = None,
         chunk_size: int | None = None,
+        operand_dtype: torch.dtype | None = None,
+        deterministic: bool = False,
         backend: str = "auto",
         label_smoothing: float = 0.0,
+        hardness: float = 0.0,
     ) -> None:
-        super().__init__(cache_labels, rank, world_size, process_group, chunk_size, backend)
+        super().__init__(
+            cache_labels, rank, world_size, process_group, chunk_size, operand_dtype, deterministic, backend
+        )
         if use_horovod:
             raise ValueError("use_horovod=True: the losses communicate through torch.distributed only")
         if not 0.0 <= label_smoothing <= 1.0:
@@ -59,7 +70,10 @@ class ClipLoss(RankedLoss):
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.use_horovod = use_horovod
+        if label_smoothing and hardness:
+            raise ValueError("label_smoothing with hardness isn't defined: weighted negatives are no probabilities")
         self.label_smoothing = label_smoothing
+        self.hardness = hardness
 
     def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
         """open_clip's labels (num_logits,) of the logits that `get_logits` gives; `forward` doesn't use them."""
@@ -87,8 +101,8 @@ class ClipLoss(RankedLoss):
         images, texts = image_features, text_features
         if ranks.size > 1:
             sizes = ranks.batch_sizes(image_features, text_features)
-            images = GatherRows.apply(image_features, ranks, sizes, "image features")
-            texts = GatherRows.apply(text_features, ranks, sizes, "text features")
+            images = GatherRows.apply(image_features, ranks, sizes[0], "image features")
+            texts = GatherRows.apply(text_features, ranks, sizes[1], "text features")
         own = (image_features, text_features) if self.local_loss else (images, texts)
         per_image, per_text = logit_scale * own[0] @ texts.T, logit_scale * own[1] @ images.T
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
@@ -100,32 +114,60 @@ class ClipLoss(RankedLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of (b, D) features of this rank; `{"contrastive_loss": loss}` with `output_dict`.
 
-        Autocast is off inside: half-precision features are read as they are and summed in float32.
+        Further rows of text are negatives of every rank's images. `groups` are ids as in `ops.clip_loss`, compared over
+        all ranks. Under autocast float32 features are multiplied in half precision (`operand_dtype` overrides); all
+        sums are float32, and gradients have the features' dtype.
 
         Raises:
             ValueError: shapes, dtypes or a world_size that don't fit; the message names them.
             CollectiveError: another rank is lost or didn't answer in time.
         """
-        loss = self._clip_loss(image_features, text_features, logit_scale, logit_bias)
+        loss = self._clip_loss(image_features, text_features, logit_scale, logit_bias, groups)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _clip_loss(
-        self, image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None = None
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        if groups is not None and self.label_smoothing:
+            raise ValueError("label_smoothing with groups isn't implemented: their targets are soft already")
         ranks = self._ranks()
         image, text = one_dtype(image, text)
+        dtype = operands_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):
             if ranks.size == 1:
-                loss = clip_loss(image, text, logit_scale, logit_bias, chunk_size=self.chunk_size, backend=self.backend)
+                loss = clip_loss(
+                    image,
+                    text,
+                    logit_scale,
+                    logit_bias,
+                    groups=groups,
+                    hardness=self.hardness,
+                    chunk_size=self.chunk_size,
+                    operand_dtype=dtype,
+                    deterministic=self.deterministic,
+                    backend=self.backend,
+                )
             else:
                 check_features(image, text)
-                check_rows(image, text)
+                check_options(None, groups, self.hardness)
+                ids = checked_groups(image, text, groups)
+                if groups is None:
+                    check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
-                backend = choose("clip_loss", LIMITS, self.backend, image, text)
-                loss = _GlobalClipLoss.apply(image, text, scale, ranks, self.chunk_size, backend)
+                backend = choose("clip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
+                loss = _GlobalClipLoss.apply(
+                    image, text, scale, *ids, self.hardness, ranks, self.chunk_size, dtype, backend
+                )
                 if logit_bias is not None:
                     loss = loss + 0.0 * as_scalar(logit_bias, image)
             return self._smoothed(loss, image, text, logit_scale, ranks)
@@ -136,11 +178,14 @@ class ClipLoss(RankedLoss):
             return loss
         dtype = accumulation_dtype(image)
         image, text = image.to(dtype), text.to(dtype)
-        # The mean over all pairs is the product of the means, so that vectors of D numbers say all about S.
-        sums = torch.cat([image.sum(0), text.sum(0), (image * text).sum()[None], image.new_full((1,), len(image))])
-        width = image.shape[1]
-        images, texts, positives, size = SumOverRanks.apply(sums, ranks).split([width, width, 1, 1])
-        gap = positives.squeeze(0) / size.squeeze(0) - (images / size) @ (texts / size)
+        own = text[: len(image)]
+        # The mean over all pairs is the product of the means, so that vectors of D numbers say all about S. An image is
+        # smoothed over all texts, a text that has an image over all images.
+        sizes = image.new_tensor([len(image), len(text)])
+        sums = torch.cat([image.sum(0), text.sum(0), own.sum(0), (image * own).sum()[None], sizes])
+        *sums, positives, num_images, num_texts = SumOverRanks.apply(sums, ranks).split([image.shape[1]] * 3 + [1] * 3)
+        images, texts, owns = sums[0] / num_images, sums[1] / num_texts, sums[2] / num_images
+        gap = (positives / num_images).squeeze(0) - images @ (texts + owns) / 2
         return loss + self.label_smoothing * as_scalar(logit_scale, image) * gap
 
 
@@ -150,7 +195,7 @@ class CoCaLoss(ClipLoss):
     Args:
         caption_loss_weight, clip_loss_weight: factors of the two.
         pad_id: the label that counts for nothing.
-        others: those of `ClipLoss`.
+        others, extras: those of `ClipLoss`.
     """
 
     def __init__(
@@ -164,24 +209,9 @@ class CoCaLoss(ClipLoss):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        chunk_size: int | None = None,
-        backend: str = "auto",
-        label_smoothing: float = 0.0,
+        **extras: Any,
     ) -> None:
-        super().__init__(
-            local_loss,
-            gather_with_grad,
-            cache_labels,
-            rank,
-            world_size,
-            use_horovod,
-            process_group=process_group,
-            chunk_size=chunk_size,
-            backend=backend,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **extras)
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss_weight = caption_loss_weight
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
@@ -194,13 +224,16 @@ class CoCaLoss(ClipLoss):
         labels: Tensor,
         logit_scale: Tensor | float,
         output_dict: bool = False,
+        *,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """(contrastive, caption) loss of (b, D) features, (b, L, V) logits and (b, L) labels.
+        """(contrastive, caption) loss of (b, D) features, (b, L, V) logits and (b, L) labels; groups as in ClipLoss.
 
         `{"contrastive_loss": ..., "caption_loss": ...}` with `output_dict`.
         """
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * self._clip_loss(image_features, text_features, logit_scale)
+            features = image_features, text_features
+            contrastive = self.clip_loss_weight * self._clip_loss(*features, logit_scale, groups=groups)
         else:
             contrastive = torch.tensor(0, device=logits.device)
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
@@ -210,7 +243,10 @@ class CoCaLoss(ClipLoss):
 
 
 class _GlobalClipLoss(torch.autograd.Function):
-    """b local images against the B texts of all ranks; column sums are merged by an O(B) reduction."""
+    """b local images against the B texts of all ranks; column sums are merged by an O(B) reduction.
+
+    The tile of the local texts, which holds all positives, is computed while features or their gradients travel.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -218,37 +254,81 @@ class _GlobalClipLoss(torch.autograd.Function):
         image: Tensor,
         text: Tensor,
         scale: Tensor,
+        image_ids: Tensor | None,
+        text_ids: Tensor | None,
+        hardness: float,
         ranks: Ranks,
         chunk_size: int | None,
+        dtype: torch.dtype,
         backend: str,
     ) -> Tensor:
-        sizes = ranks.batch_sizes(image, text)
-        first = sum(sizes[: ranks.rank])
-        texts = ranks.gather(text, sizes, "text features")
-        chunk_size = chunk_size or default_chunk_size(len(image), len(texts), image.device)
-        rows, columns = kernels("contrastive", backend).forward(image, texts, scale, first, chunk_size)
-        positive = positive_logits(image, text, scale)
+        ctx.result, image, text = image.dtype, image.to(dtype), text.to(dtype)
+        image_sizes, text_sizes = ranks.batch_sizes(image, text)
+        at = Columns(ranks.rank, text_sizes)
+        travelling = ranks.start_gather(text, text_sizes, "text features")
+        chunk_size = chunk_size or default_chunk_size(len(image), at.total, image.device)
+        tile = partial(kernels("contrastive", backend).forward, chunk_size=chunk_size)
+        sharpness, first = scale + hardness if hardness else scale, 0 if image_ids is None else None
+        rows, own_columns = tile(image, text, sharpness, first)
+        texts = travelling()
+        columns = own_columns.new_empty(at.total)
+        columns[at.own] = own_columns
+        for part in at.remote:
+            others, columns[part] = tile(image, texts[part], sharpness, None)
+            rows = torch.logaddexp(rows, others)
         columns = ranks.merge_lse(columns, "column sums")
-        own = columns[first : first + len(text)]
-        total = ranks.sum(pair_losses(rows, own, positive).sum(), "the loss")
-        # Every rank needs every column's full sum, so the positives travel too: O(B) numbers.
-        positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]
-        columns_lse = torch.logaddexp(columns, positives)
-        ctx.save_for_backward(image, texts, scale, rows, own, positive, columns_lse)
-        ctx.ranks, ctx.chunk_size, ctx.backend, ctx.sizes, ctx.first = ranks, chunk_size, backend, sizes, first
-        return (total / (2 * len(texts))).to(scale.dtype)
+        groups = positive_grad = None
+        if image_ids is not None and text_ids is not None:
+            groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
+            loss = (groups.row_weights * rows).sum() + (groups.column_weights[at.own] * columns[at.own]).sum()
+            loss = loss - groups.positives(image, texts, scale)
+            rows, columns = groups.raised(rows, columns)
+            ctx.weight = groups.weight
+        else:
+            positive, own = positive_logits(image, text[: len(image)], scale), columns[at.own][: len(image)]
+            ctx.weight = 1 / (2 * sum(image_sizes))
+            loss = ctx.weight * pair_losses(rows, own, positive).sum()
+            positive_grad = positive_gradient(rows, own, positive)
+            rows = torch.logaddexp(rows, positive)
+            # Every rank needs every column's full sum: O(B) numbers travel.
+            full = columns.new_full((len(text),), torch.inf)
+            torch.logaddexp(own, positive, out=full[: len(image)])
+            columns = ranks.gather(full[:, None], text_sizes, "column log-sum-exps")[:, 0]
+        ctx.save_for_backward(image, texts, scale, rows, columns, positive_grad)
+        ctx.ranks, ctx.chunk_size, ctx.backend, ctx.hardness = ranks, chunk_size, backend, hardness
+        ctx.sizes, ctx.at, ctx.groups = text_sizes, at, groups
+        return ranks.sum(loss, "the loss").to(scale.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        image, texts, scale, rows, own, positive, columns_lse = ctx.saved_tensors
+        image, texts, scale, rows_lse, columns_lse, positive_grad = ctx.saved_tensors
+        at, wide = ctx.at, accumulation_dtype(image)
         # Data-parallel engines average over ranks; the factor turns that average into the sum that the chain rule asks.
-        weight = grad * ctx.ranks.size / (2 * len(texts))
-        rows_lse = torch.logaddexp(rows, positive)
-        positive_grad = (weight * positive_gradient(rows, own, positive)).to(scale.dtype)
-        image_grad, texts_grad, scale_grad = kernels("contrastive", ctx.backend).backward(
-            image, texts, scale, ctx.first, rows_lse, columns_lse, weight, positive_grad, ctx.chunk_size, image.dtype
-        )
+        weight = grad * ctx.ranks.size * ctx.weight
+        backward = kernels("contrastive", ctx.backend).backward
+
+        def tile(part: slice, first: int | None, positive_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            saved = rows_lse, columns_lse[part], weight, positive_grad, ctx.chunk_size, wide
+            groups = None if ctx.groups is None else ctx.groups.among(part)
+            return backward(image, texts[part], scale, first, *saved, hardness=ctx.hardness, groups=groups)
+
         # A locked text tower (LiT) spares the way back; it is locked on all ranks or on none.
-        text_grad = ctx.ranks.reduce(texts_grad, ctx.sizes, "text gradients") if ctx.needs_input_grad[1] else None
-        return image_grad, text_grad, scale_grad, None, None, None
+        with_text = ctx.needs_input_grad[1]
+        texts_grad = torch.zeros(texts.shape if with_text else 0, dtype=ctx.result, device=texts.device)
+        parts = []
+        for part in at.remote:
+            image_grad, text_grad, scale_grad = tile(part, None, rows_lse)
+            parts.append((image_grad, scale_grad))
+            if with_text:
+                texts_grad[part] = text_grad
+        travelling = ctx.ranks.start_reduce(texts_grad, ctx.sizes, "text gradients") if with_text else None
+        if ctx.groups is None:
+            image_grad, text_grad, scale_grad = tile(at.own, 0, (weight * positive_grad).to(wide))
+        else:
+            image_grad, text_grad, scale_grad = tile(at.own, None, rows_lse)
+        for remote_image, remote_scale in parts:
+            image_grad += remote_image
+            scale_grad += remote_scale
+        total = text_grad.add_(travelling()).to(ctx.result) if travelling else None
+        return image_grad.to(ctx.result), total, scale_grad, *[None] * 7

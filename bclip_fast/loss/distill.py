@@ -48,6 +48,8 @@ class DistillClipLoss(ClipLoss):
             ValueError: shapes, dtypes or a world_size that don't fit, or a teacher that asks for gradients.
             CollectiveError: another rank is lost or didn't answer in time.
         """
+        if self.hardness:
+            raise ValueError("DistillClipLoss has no hardness: its targets are the teacher's")
         ranks = self._ranks()
         image, text = one_dtype(image_features, text_features)
         teacher_image, teacher_text = one_dtype(dist_image_features, dist_text_features)
@@ -90,7 +92,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
         ranks: Ranks,
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
-        sizes = ranks.batch_sizes(image, text)
+        sizes = ranks.batch_sizes(image, text)[1]
         first = sum(sizes[: ranks.rank])
         texts = ranks.gather(text, sizes, "text features")
         teacher_texts = ranks.gather(teacher_text, sizes, "the teacher's text features")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ..ops.contrastive.terms import Groups
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,6 +32,8 @@ class RankedLoss(nn.Module):
         world_size: int,
         process_group: dist.ProcessGroup | None,
         chunk_size: int | None,
+        operand_dtype: torch.dtype | None,
+        deterministic: bool,
         backend: str,
     ) -> None:
         super().__init__()
@@ -40,6 +44,8 @@ class RankedLoss(nn.Module):
         self.world_size = world_size
         self.process_group = process_group
         self.chunk_size = chunk_size or None
+        self.operand_dtype = operand_dtype
+        self.deterministic = deterministic
         self.backend = backend
         # open_clip's cache; trainers reset it by these names.
         self.prev_num_logits = 0
@@ -72,42 +78,56 @@ class Ranks:
         except RuntimeError as error:
             raise CollectiveError(f"{self.loss}, rank {self.rank} of {self.size}: {what} failed: {error}") from error
 
-    def batch_sizes(self, image: Tensor, text: Tensor) -> list[int]:
-        """Each rank's number of rows, once all agree on the features' width and precision."""
+    def batch_sizes(self, image: Tensor, text: Tensor) -> tuple[list[int], list[int]]:
+        """Each rank's number of images and of texts, once all agree on the features' width and precision."""
         if self.size == 1:
-            return [len(text)]
-        mine = [len(text), text.shape[1], text.element_size(), int(text.dtype == torch.bfloat16)]
+            return [len(image)], [len(text)]
+        mine = [len(image), len(text), text.shape[1], text.element_size(), int(text.dtype == torch.bfloat16)]
         shapes = torch.empty(self.size * len(mine), dtype=torch.int64, device=text.device)
         with self._named("all-gather of batch sizes"):
             _all_gather(shapes, torch.tensor(mine, device=text.device), group=self.group)
             of_ranks = shapes.view(self.size, -1).tolist()
         for rank, other in enumerate(of_ranks):
-            if other[1:] != mine[1:]:
+            if other[2:] != mine[2:]:
                 raise ValueError(
                     f"{self.loss}: ranks {self.rank} and {rank} differ in their features' width or dtype: "
-                    f"{mine[1]} numbers of {mine[2]} bytes, {other[1]} numbers of {other[2]} bytes"
+                    f"{mine[2]} numbers of {mine[3]} bytes, {other[2]} numbers of {other[3]} bytes"
                 )
-        return [rows for rows, *_ in of_ranks]
+        return [images for images, *_ in of_ranks], [texts for _, texts, *_ in of_ranks]
 
     def gather(self, rows: Tensor, sizes: list[int], what: str) -> Tensor:
         """All ranks' rows (b, n), one under the other: (B, n)."""
+        return self.start_gather(rows, sizes, what)()
+
+    def start_gather(self, rows: Tensor, sizes: list[int], what: str) -> Callable[[], Tensor]:
+        """`gather` on its way, for the caller to wait for."""
         if self.size == 1:
-            return rows
+            return lambda: rows
         # Shorter parts are padded on the way, as collectives want equal shapes.
         padded = rows.new_zeros(max(sizes), rows.shape[1])
         padded[: len(rows)] = rows
         gathered = rows.new_empty(self.size * max(sizes), rows.shape[1])
         with self._named(f"all-gather of {what}"):
-            _all_gather(gathered, padded, group=self.group)
-        if min(sizes) == max(sizes):
-            return gathered
-        parts = gathered.view(self.size, max(sizes), -1)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+            work = _all_gather(gathered, padded, group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            with self._named(f"all-gather of {what}"):
+                work.wait()
+            if padded.shape[0] == min(sizes):
+                return gathered
+            parts = gathered.view(self.size, max(sizes), -1)
+            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+        return arrived
 
     def reduce(self, rows: Tensor, sizes: list[int], what: str) -> Tensor:
         """This rank's rows (b, n) of the sum over ranks of (B, n): the reverse of `gather`."""
+        return self.start_reduce(rows, sizes, what)()
+
+    def start_reduce(self, rows: Tensor, sizes: list[int], what: str) -> Callable[[], Tensor]:
+        """`reduce` on its way, for the caller to wait for; until then the rows are not to be changed."""
         if self.size == 1:
-            return rows
+            return lambda: rows
         padded = rows
         if min(sizes) != max(sizes):
             padded = rows.new_zeros(self.size * max(sizes), rows.shape[1])
@@ -116,8 +136,15 @@ class Ranks:
                 part[: len(own)] = own
         reduced = rows.new_empty(max(sizes), rows.shape[1])
         with self._named(f"reduce-scatter of {what}"):
-            _reduce_scatter(reduced, padded, group=self.group)
-        return reduced[: sizes[self.rank]]
+            work = _reduce_scatter(reduced, padded, group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            # Names the input too: it must live until the collective has read it.
+            with self._named(f"reduce-scatter of {what}, {tuple(padded.shape)}"):
+                work.wait()
+            return reduced[: sizes[self.rank]]
+
+        return arrived
 
     def sum(self, value: Tensor, what: str) -> Tensor:
         """`value`, which becomes the sum over ranks."""
@@ -170,6 +197,25 @@ def one_dtype(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(image.dtype, text.dtype)
         return image.to(dtype), text.to(dtype)
     return image, text
+
+
+class Columns:
+    """Where this rank's texts stand among those of all ranks, and where those of the others."""
+
+    def __init__(self, rank: int, sizes: list[int]) -> None:
+        first, self.total = sum(sizes[:rank]), sum(sizes)
+        self.own = slice(first, first + sizes[rank])
+        parts = slice(0, first), slice(self.own.stop, self.total)
+        self.remote = [part for part in parts if part.start < part.stop]
+
+
+def gather_groups(
+    ranks: Ranks, image_ids: Tensor, text_ids: Tensor, image_sizes: list[int], text_sizes: list[int]
+) -> Groups:
+    """The groups of this rank's images (b,) among all ranks' images and texts."""
+    images = ranks.gather(image_ids[:, None], image_sizes, "image groups")[:, 0]
+    texts = ranks.gather(text_ids[:, None], text_sizes, "text groups")[:, 0]
+    return Groups.of(image_ids, images, texts)
 
 
 def check_rows(image: Tensor, other: Tensor) -> None:

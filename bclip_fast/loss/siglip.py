@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from ..ops.contrastive import (
     LIMITS,
     as_scalar,
     check_features,
+    check_pairs,
+    checked_groups,
     default_chunk_size,
+    operands_of,
     siglip_loss,
 )
-from ..ops.contrastive.terms import siglip_gradient_dtype
+from ..ops.contrastive.terms import accumulation_dtype, siglip_gradient_dtype
 from ..ops.dispatch import choose, kernels
-from .ranks import RankedLoss, Ranks, check_rows, one_dtype
+from .ranks import Columns, RankedLoss, Ranks, gather_groups, one_dtype
 
 
 class SigLipLoss(RankedLoss):
@@ -29,7 +33,7 @@ class SigLipLoss(RankedLoss):
 
     Args:
         cache_labels: open_clip's; without effect, as there.
-        rank, world_size, process_group, backend: those of `ClipLoss`.
+        rank, world_size, process_group, operand_dtype, deterministic, backend: those of `ClipLoss`.
         dist_impl: open_clip's way for texts to travel: bidir, shift, reduce or gather; all of them give one result,
             and here all of them gather once.
         chunk_size: rows of the similarity matrix held at a time; as in `ops.siglip_loss` with None or 0.
@@ -44,9 +48,13 @@ class SigLipLoss(RankedLoss):
         chunk_size: int | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
+        operand_dtype: torch.dtype | None = None,
+        deterministic: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(cache_labels, rank, world_size, process_group, chunk_size, backend)
+        super().__init__(
+            cache_labels, rank, world_size, process_group, chunk_size, operand_dtype, deterministic, backend
+        )
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             raise ValueError(f"dist_impl must be bidir, shift, reduce or gather, got {dist_impl!r}")
         self.dist_impl = dist_impl or "bidir"
@@ -76,8 +84,12 @@ class SigLipLoss(RankedLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        groups: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of (b, D) features of this rank; `{"contrastive_loss": loss}` with `output_dict`.
+
+        Further rows of text, groups and autocast are as in `ClipLoss.forward`.
 
         Raises:
             ValueError: shapes, dtypes or a world_size that don't fit; the message names them.
@@ -85,27 +97,41 @@ class SigLipLoss(RankedLoss):
         """
         ranks = self._ranks()
         image, text = one_dtype(image_features, text_features)
+        dtype = operands_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):
             if ranks.size == 1:
                 loss = siglip_loss(
-                    image, text, logit_scale, logit_bias, chunk_size=self.chunk_size, backend=self.backend
+                    image,
+                    text,
+                    logit_scale,
+                    logit_bias,
+                    groups=groups,
+                    chunk_size=self.chunk_size,
+                    operand_dtype=dtype,
+                    deterministic=self.deterministic,
+                    backend=self.backend,
                 )
             else:
                 check_features(image, text)
-                check_rows(image, text)
+                ids = checked_groups(image, text, groups)
+                if groups is None:
+                    check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
                 bias = None if logit_bias is None else as_scalar(logit_bias, image)
-                backend = choose("siglip_loss", LIMITS, self.backend, image, text)
+                backend = choose("siglip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
                 wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
                 with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
                 loss = _GlobalSigLipLoss.apply(
-                    image, text, scale, bias, ranks, self.chunk_size, with_gradients, backend
+                    image, text, scale, bias, *ids, ranks, self.chunk_size, dtype, with_gradients, backend
                 )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class _GlobalSigLipLoss(torch.autograd.Function):
-    """b local images against the B texts of all ranks; gradients are known with the loss."""
+    """b local images against the B texts of all ranks; gradients are known with the loss.
+
+    The tile of the local texts is computed while the others travel.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -114,23 +140,48 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         bias: Tensor | None,
+        image_ids: Tensor | None,
+        text_ids: Tensor | None,
         ranks: Ranks,
         chunk_size: int | None,
+        dtype: torch.dtype,
         with_gradients: bool,
         backend: str,
     ) -> Tensor:
-        sizes = ranks.batch_sizes(image, text)
-        texts = ranks.gather(text, sizes, "text features")
-        first, weight = sum(sizes[: ranks.rank]), 1 / len(texts)
-        chunk_size = chunk_size or default_chunk_size(len(image), len(texts), image.device)
-        loss, image_grad, texts_grad, scale_grad, bias_grad = kernels("contrastive", backend).siglip(
-            image, texts, scale, bias, first, weight, chunk_size, siglip_gradient_dtype(image), with_gradients
+        ctx.num_ranks, ctx.dtype, result = ranks.size, image.dtype, siglip_gradient_dtype(image)
+        wide, image, text = accumulation_dtype(image), image.to(dtype), text.to(dtype)
+        image_sizes, text_sizes = ranks.batch_sizes(image, text)
+        at, weight = Columns(ranks.rank, text_sizes), 1 / sum(image_sizes)
+        chunk_size = chunk_size or default_chunk_size(len(image), at.total, image.device)
+        siglip = kernels("contrastive", backend).siglip
+        groups = None
+        travelling = ranks.start_gather(text, text_sizes, "text features")
+        if image_ids is not None and text_ids is not None:
+            groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
+
+        def tile(text: Tensor, part: slice, first: int | None) -> tuple[Tensor, ...]:
+            own = None if groups is None else groups.among(part)
+            return siglip(image, text, scale, bias, first, weight, chunk_size, wide, with_gradients, groups=own)
+
+        parts = {at.own.start: tile(text, at.own, 0 if groups is None else None)}
+        texts = travelling()
+        parts |= {part.start: tile(texts[part], part, None) for part in at.remote}
+        losses, image_grads, _, scale_grads, bias_grads = zip(*parts.values(), strict=True)
+        text_grads = [part[2] for _, part in sorted(parts.items(), key=itemgetter(0))]
+        loss = torch.stack(losses).sum()
+        if not with_gradients:
+            return ranks.sum(loss, "the loss")
+        returning = None
+        if ctx.needs_input_grad[1]:
+            returning = ranks.start_reduce(torch.cat(text_grads).to(result), text_sizes, "text gradients")
+        loss = ranks.sum(loss, "the loss")
+        ctx.save_for_backward(
+            sum(image_grads[1:], image_grads[0]).to(result),
+            returning() if returning else None,
+            torch.stack(scale_grads).sum(),
+            None if bias is None else torch.stack(bias_grads).sum(),
         )
-        if with_gradients:
-            text_grad = ranks.reduce(texts_grad, sizes, "text gradients") if ctx.needs_input_grad[1] else None
-            ctx.save_for_backward(image_grad, text_grad, scale_grad, None if bias is None else bias_grad)
-        ctx.num_ranks, ctx.dtype = ranks.size, image.dtype
-        return ranks.sum(loss, "the loss")
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -140,4 +191,4 @@ class _GlobalSigLipLoss(torch.autograd.Function):
             None if saved is None else factor * saved for saved in ctx.saved_tensors
         )
         image_grad, text_grad = (None if part is None else part.to(ctx.dtype) for part in (image_grad, text_grad))
-        return image_grad, text_grad, scale_grad, bias_grad, None, None, None, None
+        return image_grad, text_grad, scale_grad, bias_grad, *[None] * 7

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .text import TextConfig, text_tower, trim_padding
+from .packed import Packed
+from .text import TextConfig, text_tower
 from .transformer import check_range
 from .vision import VisionConfig, VisionTower
 
@@ -49,22 +50,18 @@ class BiomedClip(nn.Module):
             self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
     def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
-        """(B, 3, S, S) as `Preprocess` gives it -> (B, embed_dim), of unit length if normalize."""
+        """(B, 3, S, S) as `Preprocess` gives it, or raw uint8 (B, S, S, 3) or (B, 3, S, S) -> (B, embed_dim), of unit
+        length if normalize."""
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, ids: Tensor, normalize: bool = True) -> Tensor:
-        """(B, L) int64 as `Tokenizer` gives it -> (B, embed_dim), of unit length if normalize.
-
-        Columns of padding alone are cut off first, which changes no result. Not so for ids on an accelerator in
-        training: there the longest row could be known only by waiting for the device; trim in the loader.
-        """
-        if not (torch.compiler.is_compiling() or (self.training and ids.device.type != "cpu")):
-            ids = trim_padding(ids, self.config.text.pad_id)
-        features = self.text(ids)
+    def encode_text(self, text: Packed | Tensor, normalize: bool = True) -> Tensor:
+        """What `Tokenizer.packed` gives, or (B, L) int64 as `Tokenizer` gives it -> (B, embed_dim), of unit length if
+        normalize. Padded ids are packed first, for which an accelerator has to wait."""
+        features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor | None]:
+    def forward(self, image: Tensor | None = None, text: Packed | Tensor | None = None) -> dict[str, Tensor | None]:
         """What open_clip's CustomTextCLIP returns with `output_dict`: features of unit length and exp(logit_scale).
 
         Returns:

@@ -1,4 +1,7 @@
-"""The text towers: BERT with the projection of BiomedCLIP, and the GPT-style tower of its ablation."""
+"""The text towers: BERT with the projection of BiomedCLIP, and the GPT-style tower of its ablation.
+
+Both compute on packed tokens; padded ids are packed first, which changes no result.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .transformer import MAX_TOKENS, PostNormLayer, PreNormLayer, check_range, check_sizes, linear_std
+from .packed import Packed
+from .transformer import (
+    MAX_TOKENS,
+    Norm,
+    PostNormLayer,
+    PreNormLayer,
+    Sequences,
+    check_range,
+    check_sizes,
+    linear_std,
+)
 
 BERT_NORM_EPS = 1e-12
 GPT_NORM_EPS = 1e-5
@@ -62,11 +75,14 @@ class TextConfig:
             check_range(f"text.{name}", getattr(self, name), 0.0, 0.99)
 
 
-def trim_padding(ids: Tensor, pad_id: int) -> Tensor:
-    """Cuts the columns that are padding in every row: (B, L) -> (B, longest), at least one column."""
-    check_ids(ids, ids.shape[-1])
-    used = (ids != pad_id).any(dim=0).nonzero()
-    return ids[:, : int(used[-1]) + 1] if len(used) else ids[:, :1]
+def pack(ids: Tensor, wanted: Tensor) -> tuple[Packed, Tensor]:
+    """(B, L) ids and which of them to keep, bool -> those, and (T,) int64 their columns.
+
+    Waits for an accelerator to count them: pack in the loader.
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    bounds = torch.nn.functional.pad(wanted.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Packed(ids[wanted], bounds, ids.shape[1]), columns[wanted]
 
 
 class BertTower(nn.Module):
@@ -80,7 +96,7 @@ class BertTower(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, width)
         self.position_embeddings = nn.Embedding(config.max_positions, width)
         self.token_type_embeddings = nn.Embedding(2, width)
-        self.embedding_norm = nn.LayerNorm(width, eps=BERT_NORM_EPS)
+        self.embedding_norm = Norm(width, BERT_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             PostNormLayer(
@@ -114,23 +130,34 @@ class BertTower(nn.Module):
                 nn.init.normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) int64, L up to max_positions, padded with pad_id -> (B, embed_dim), not normalised."""
-        check_ids(ids, self.config.max_positions)
-        key_mask = ids != self.config.pad_id
-        # Looked up through their modules, although rows 0..L-1 and row 0 are all that is read: ZeRO-3 gathers a
-        # parameter only where its own module runs. Every token is of type 0.
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.word_embeddings(ids) + self.position_embeddings(positions)
-        x = x + self.token_type_embeddings(torch.zeros_like(positions))
-        x = self.dropout(self.embedding_norm(x))
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+    def forward(self, text: Packed | Tensor) -> Tensor:
+        """n captions, packed or (n, L) int64 padded with pad_id -> (n, embed_dim), not normalised.
+
+        Padding inside a row keeps its position and is attended to by none; a row of padding alone keeps its first.
+        """
+        check_text(text, self.config.max_positions)
+        if isinstance(text, Packed):
+            positions = text.positions
+        else:
+            wanted = text != self.config.pad_id
+            wanted[:, :1] = True
+            text, positions = pack(text, wanted)
+        # Looked up through their modules, although row 0 of the token types is all that is read: ZeRO-3 gathers a
+        # parameter only where its own module runs.
+        x = self.word_embeddings(text.ids) + self.position_embeddings(positions)
+        x = x + self.token_type_embeddings(torch.zeros_like(positions[:1]))
+        normed, stream = self.embedding_norm(x, post=True)
+        stream = self.dropout(stream)
+        normed = stream.to(normed.dtype)
+        sequences = Sequences(text.max_seqlen, text.cu_seqlens)
+        first = text.cu_seqlens[:-1].long()
+        for layer in self.layers:
+            rows = first if layer is self.layers[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, key_mask, only_first=i == last, use_reentrant=False)
+                normed, stream = checkpoint(layer, normed, stream, sequences, rows, use_reentrant=False)
             else:
-                x = layer(x, key_mask, only_first=i == last)
-        return self.proj(x[:, 0])
+                normed, stream = layer(normed, stream, sequences, rows)
+        return self.proj(normed)
 
 
 class GptTower(nn.Module):
@@ -146,7 +173,7 @@ class GptTower(nn.Module):
         self.layers = nn.ModuleList(
             PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS) for _ in range(config.layers)
         )
-        self.norm = nn.LayerNorm(width, eps=GPT_NORM_EPS)
+        self.norm = Norm(width, GPT_NORM_EPS)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
         self._initialise()
 
@@ -165,23 +192,43 @@ class GptTower(nn.Module):
             for linear in (layer.qkv, layer.proj):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) int64, L up to context_length -> (B, embed_dim), not normalised."""
-        check_ids(ids, self.config.context_length)
-        x = self.token_embedding(ids) + self.pos_embed[: ids.shape[1]]
+    def forward(self, text: Packed | Tensor) -> Tensor:
+        """n captions, packed or (n, L) int64, L up to context_length -> (n, embed_dim), not normalised."""
+        check_text(text, self.config.context_length)
+        if isinstance(text, Tensor):
+            # Nothing attends to what comes after it.
+            end = self._key(text).argmax(dim=-1, keepdim=True)
+            text = pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
+        stream: Tensor = self.token_embedding(text.ids) + self.pos_embed[text.positions]
+        branch: Tensor | None = None
+        sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
         for layer in self.layers:
+            rows = self._ends(text) if layer is self.layers[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, causal=True, use_reentrant=False)
+                stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
             else:
-                x = layer(x, causal=True)
-        end = ids if self.config.end_id is None else (ids == self.config.end_id).int()
-        rows = torch.arange(len(ids), device=ids.device)
-        return self.norm(x[rows, end.argmax(dim=-1)]) @ self.projection
+                stream, branch = layer(stream, branch, sequences, rows)
+        return self.norm(stream, branch)[0] @ self.projection
+
+    def _key(self, ids: Tensor) -> Tensor:
+        """What is highest where the end token is."""
+        return ids if self.config.end_id is None else (ids == self.config.end_id).long()
+
+    def _ends(self, text: Packed) -> Tensor:
+        """(n,) int64: the token where each caption's key is highest for the first time."""
+        key, owners, places = self._key(text.ids), text.owners, torch.arange(len(text.ids), device=text.ids.device)
+        lowest = torch.zeros_like(text.cu_seqlens[1:], dtype=torch.int64)
+        highest = lowest.scatter_reduce(0, owners, key, "amax", include_self=False)[owners]
+        beyond = torch.full_like(lowest, len(places))
+        return beyond.scatter_reduce(0, owners, torch.where(key == highest, places, len(places)), "amin")
 
 
-def check_ids(ids: Tensor, longest: int) -> None:
-    if ids.dim() != 2 or ids.shape[1] > longest:
-        raise UserError(f"token ids have shape {tuple(ids.shape)}; this model takes (batch, up to {longest})")
+def check_text(text: Packed | Tensor, longest: int) -> None:
+    if isinstance(text, Packed):
+        if text.max_seqlen > longest:
+            raise UserError(f"a caption has up to {text.max_seqlen} tokens; this model takes {longest}")
+    elif text.dim() != 2 or text.shape[1] > longest:
+        raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {longest})")
 
 
 def text_tower(config: TextConfig, embed_dim: int) -> BertTower | GptTower:

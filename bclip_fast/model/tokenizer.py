@@ -21,6 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from ..errors import UserError
+from .packed import Packed
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -36,7 +37,7 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """Captions to padded token ids; each is first repaired by `clean`.
+    """Captions to token ids, padded or packed; each is first repaired by `clean`.
 
     Attributes:
         context_length: tokens that a caption is cut to and padded to.
@@ -58,23 +59,28 @@ class Tokenizer:
         if len(fast.encode("").ids) != 2:
             raise UserError("the tokenizer adds no start and end token; its file needs a post_processor")
 
-    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """Token ids of each text: start, pieces, end, then padding; a long text loses its last pieces.
-
-        Returns:
-            (number of texts, context_length) int64.
-        """
+    def encode(self, texts: list[str], context_length: int | None = None) -> list[list[int]]:
+        """The token ids of each text: start, pieces, end; a text of more than context_length loses its last pieces."""
         length = context_length or self.context_length
         if length < 2:
             raise UserError(f"context_length is {length}; it must be at least 2")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        ids = torch.full((len(texts), length), self.pad_id, dtype=torch.int64)
-        for row, encoding in zip(ids, self.fast.encode_batch_fast([clean(text) for text in texts]), strict=True):
-            tokens = encoding.ids
-            if len(tokens) > length:
-                tokens = [*tokens[: length - 1], tokens[-1]]
+        encodings = self.fast.encode_batch_fast([clean(text) for text in texts])
+        return [ids if len(ids) <= length else [*ids[: length - 1], ids[-1]] for ids in (e.ids for e in encodings)]
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
+        """(number of texts, context_length) int64: `encode`d, each row filled with pad_id."""
+        rows = self.encode([texts] if isinstance(texts, str) else list(texts), context_length)
+        ids = torch.full((len(rows), context_length or self.context_length), self.pad_id, dtype=torch.int64)
+        for row, tokens in zip(ids, rows, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
         return ids
+
+    def packed(self, texts: list[str], context_length: int | None = None) -> Packed:
+        """The same without padding, for `BiomedClip.encode_text`."""
+        rows = self.encode(texts, context_length)
+        return Packed.of(
+            torch.tensor([token for row in rows for token in row], dtype=torch.int64), list(map(len, rows))
+        )
 
     @classmethod
     def from_file(cls, path: Path | str, context_length: int = 256) -> Tokenizer:

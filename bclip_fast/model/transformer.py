@@ -1,14 +1,20 @@
-"""The two kinds of transformer layer: pre-norm (ViT, GPT) and post-norm (BERT); attention is `ops.fused_attention`."""
+"""The two kinds of transformer layer, pre-norm (ViT, GPT) and post-norm (BERT), on the tokens of all sequences.
+
+Tokens are rows of one (T, D) matrix, so that no row is ever padding. What is added to the stream is handed on beside
+it and added by the next norm, `ops.add_norm`, in one pass. Under autocast the stream stays in float32 while each norm
+gives what the next matmul takes.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops import fused_attention
+from ..ops import add_norm, fused_attention, gelu, varlen_attention
 
 # A checkpoint's configuration is untrusted: these bounds keep it from asking for absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -46,31 +52,72 @@ def mlp_width(width: int, mlp_ratio: float) -> int:
     return round(width * mlp_ratio)
 
 
+class Sequences(NamedTuple):
+    """Which rows of a (T, D) matrix attend to one another.
+
+    cu_seqlens: (n + 1,) int32 as in `ops.varlen_attention`, or None where every sequence has max_seqlen tokens.
+    causal: a token attends to itself and those before it only.
+    """
+
+    max_seqlen: int
+    cu_seqlens: Tensor | None = None
+    causal: bool = False
+
+    def attend(self, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """(T, 3, H, d) -> (T, H * d)."""
+        if self.cu_seqlens is None:
+            qkv = qkv.unflatten(0, (-1, self.max_seqlen))
+            return fused_attention(qkv, causal=self.causal, dropout_p=dropout_p).flatten(0, 1).flatten(1)
+        options = dict(causal=self.causal, dropout_p=dropout_p)
+        return varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, **options).flatten(1)  # type: ignore[arg-type]
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm of a sum that may be wider than what it is multiplied with next: `ops.add_norm` with its parameters."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)
+
+    def forward(  # type: ignore[override]
+        self, stream: Tensor, branch: Tensor | None = None, dropout_p: float = 0.0, *, post: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(T, D) stream and, unless None, branch -> (normed in the matmuls' dtype, the new stream).
+
+        The new stream is stream + dropout(branch), or, if `post`, that sum normed.
+        """
+        kind = stream.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        return add_norm(stream, branch, self.weight, self.bias, self.eps, dropout_p=dropout_p, post=post, dtype=dtype)
+
+
 class PreNormLayer(nn.Module):
     """x + proj(attention(norm1(x))), then x + fc2(gelu(fc1(norm2(x)))): the layer of ViT and GPT."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm1 = Norm(width, norm_eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm2 = Norm(width, norm_eps)
         self.fc1 = nn.Linear(width, mlp_width(width, mlp_ratio))
         self.fc2 = nn.Linear(mlp_width(width, mlp_ratio), width)
 
-    def forward(self, x: Tensor, *, causal: bool = False, only_first: bool = False) -> Tensor:
-        """(B, N, D) -> (B, N, D), or (B, 1, D) where only the first token's output is wanted.
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, sequences: Sequences, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer of x = stream + branch, (T, D) each: again a stream and a branch, whose sum is its output.
 
-        Every token is a key of the first token's query, but the projection and the MLP of the others are
-        never read after the last layer: skipping them is exact.
+        rows: (n,) int64, the tokens whose output is wanted, in order; then the result is (n, D) each. Every token is a
+        key of theirs, but the projection and the MLP of the others are never read after the last layer: skipping
+        them is exact.
         """
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        attended = fused_attention(qkv, causal=causal).flatten(2)
-        if only_first:
-            x, attended = x[:, :1], attended[:, :1]
-        x = x + self.proj(attended)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        normed, stream = self.norm1(stream, branch)
+        attended = sequences.attend(self.qkv(normed).unflatten(-1, (3, self.heads, -1)))
+        if rows is not None:
+            stream, attended = stream[rows], attended[rows]
+        normed, stream = self.norm2(stream, self.proj(attended))
+        return stream, self.fc2(gelu(self.fc1(normed)))
 
 
 class PostNormLayer(nn.Module):
@@ -87,21 +134,23 @@ class PostNormLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.norm1 = Norm(width, norm_eps)
         self.fc1 = nn.Linear(width, mlp_width(width, mlp_ratio))
         self.fc2 = nn.Linear(mlp_width(width, mlp_ratio), width)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = Norm(width, norm_eps)
 
-    def forward(self, x: Tensor, key_mask: Tensor, *, only_first: bool = False) -> Tensor:
-        """(B, N, D), (B, N) bool -> (B, N, D), or (B, 1, D) as in `PreNormLayer`."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        dropout_p = self.attention_dropout if self.training else 0.0
-        attended = fused_attention(qkv, key_mask, dropout_p=dropout_p).flatten(2)
-        if only_first:
-            x, attended = x[:, :1], attended[:, :1]
-        x = self.norm1(x + self.dropout(self.proj(attended)))
-        return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
+    def forward(
+        self, normed: Tensor, stream: Tensor, sequences: Sequences, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(T, D) twice: x in the matmuls' dtype and in the stream's; the result likewise, or (n, D) of `rows`, as in
+        `PreNormLayer`."""
+        dropout, attention_dropout = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
+        attended = sequences.attend(self.qkv(normed).unflatten(-1, (3, self.heads, -1)), attention_dropout)
+        if rows is not None:
+            stream, attended = stream[rows], attended[rows]
+        normed, stream = self.norm1(stream, self.proj(attended), dropout, post=True)
+        return self.norm2(stream, self.fc2(gelu(self.fc1(normed))), dropout, post=True)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from .transformer import MAX_TOKENS, PreNormLayer, check_range, check_sizes, linear_std
+from ..ops.image import CLIP_MEAN, CLIP_STD
+from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
 
@@ -28,7 +29,8 @@ class VisionConfig:
     heads: int = 12
     mlp_ratio: float = 4.0
     patch_dropout: float = 0.0
-    """Share of the patches dropped in training (FLIP, arXiv 2212.00794), in [0, 1)."""
+    """Share of the patches dropped in training (FLIP, arXiv 2212.00794), in [0, 1); `patch_dropout_until` of
+    training ends it."""
 
     def __post_init__(self) -> None:
         check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
@@ -46,6 +48,52 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+class PatchEmbed(nn.Module):
+    """The convolution of side and stride p as one matmul over patches; its parameters are those of timm's Conv2d.
+
+    Pixels that come as uint8 are not normalised: (u / 255 - mean) / std is affine, so the weights take it over,
+    W' = W / (255 std), and the bias what remains. 128 is subtracted from the pixels, which then are whole numbers that
+    bfloat16 holds exactly and whose mean nearly cancels: without it, the sum over a bright patch would be rounded.
+    """
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        # PyTorch's for a convolution.
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        bound = (3 * patch_size**2) ** -0.5
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised, or uint8 (B, 3, S, S) or (B, S, S, 3) -> (B, patches, width), rows of patches first.
+
+        The sum is in the wider dtype of matmul and bias.
+        """
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        side = weight.shape[-1]
+        if image.dtype == torch.uint8:
+            std = torch.tensor(self.std, device=weight.device).view(3, 1, 1)
+            mean = torch.tensor(self.mean, device=weight.device).view(3, 1, 1)
+            scaled = weight.float() / std
+            bias = bias + (scaled * (128 / 255 - mean)).sum((1, 2, 3)).to(bias.dtype)
+            weight = (scaled / 255).to(weight.dtype)
+        if image.dtype == torch.uint8 and image.shape[1] != 3:
+            # Within a row of a patch the bytes stay in their order.
+            patches = image.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(0, 1, 3, 2, 4, 5)
+            weight = weight.permute(0, 2, 3, 1)
+        else:
+            patches = image.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+        kind = image.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        patches = patches.flatten(3).flatten(1, 2).to(dtype)
+        if image.dtype == torch.uint8:
+            patches = patches - 128
+        return F.linear(patches, weight.flatten(1)) + bias
+
+
 class VisionTower(nn.Module):
     """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias."""
 
@@ -53,14 +101,15 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
+        self.patch_dropout = config.patch_dropout
         width = config.width
-        self.patch_embed = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
+        self.patch_embed = PatchEmbed(width, config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, width))
         self.layers = nn.ModuleList(
             PreNormLayer(width, config.heads, config.mlp_ratio, NORM_EPS) for _ in range(config.layers)
         )
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = Norm(width, NORM_EPS)
         self.head = nn.Linear(width, embed_dim, bias=False)
         self._initialise()
 
@@ -74,26 +123,32 @@ class VisionTower(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S), normalised -> (B, embed_dim), not normalised.
+        """(B, 3, S, S), normalised, or uint8 (B, S, S, 3) or (B, 3, S, S), raw -> (B, embed_dim), not normalised.
 
         Raises:
             UserError: the image doesn't have the configured size.
         """
         size = self.config.image_size
-        if image.dim() != 4 or image.shape[1:] != (3, size, size):
-            raise UserError(f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size})")
-        # Under DeepSpeed's bf16 or a model in half precision the loader's float32 must follow the weights.
-        x = self.patch_embed(image.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        bytes_last = image.dtype == torch.uint8 and image.shape[1:] == (size, size, 3)
+        if image.dim() != 4 or not (image.shape[1:] == (3, size, size) or bytes_last):
+            raise UserError(
+                f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size}), or uint8 "
+                f"(batch, {size}, {size}, 3)"
+            )
+        x = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
-        if self.training and self.config.patch_dropout:
-            x = drop_patches(x, self.config.patch_dropout)
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        if self.training and self.patch_dropout:
+            x = drop_patches(x, self.patch_dropout)
+        sequences = Sequences(x.shape[1])
+        stream, branch = x.flatten(0, 1), None
+        first = torch.arange(0, len(stream), x.shape[1], device=x.device)
+        for layer in self.layers:
+            rows = first if layer is self.layers[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, only_first=i == last, use_reentrant=False)
+                stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
             else:
-                x = layer(x, only_first=i == last)
-        return self.head(self.norm(x[:, 0]))
+                stream, branch = layer(stream, branch, sequences, rows)
+        return self.head(self.norm(stream, branch)[0])
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:

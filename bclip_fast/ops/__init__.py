@@ -4,12 +4,15 @@ from . import image
 from .attention import fused_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, BackendError, use_backend
+from .pointwise import add_norm, gelu
 
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "add_norm",
     "clip_loss",
     "fused_attention",
+    "gelu",
     "image",
     "siglip_loss",
     "use_backend",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import io
 import logging
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
+from bclip_fast.model.packed import Packed
 
 from .schedule import OptimConfig, parameter_groups
 
@@ -97,7 +99,7 @@ class Engine(ABC):
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
 
-    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
 
     @abstractmethod
@@ -128,19 +130,35 @@ class Engine(ABC):
 def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int) -> Engine:
     """Wraps `model`, whose parameters are the same on all ranks, for a global batch of `batch_size`."""
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
     return engine(model.to(device), config, optim, batch_size, device)
 
 
-def _optimizer(model: nn.Module, optim: OptimConfig, device: torch.device) -> AdamW:
+def keep_freed_memory() -> None:
+    """Has glibc keep, for the whole process, what is freed.
+
+    It gives large blocks back at once, and a step, which allocates the same ones as the step before, pays for each of
+    their pages again: 200,000 faults in a step of ViT-B/16 and BERT-base at batch 16, half a second of the processor.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, (1 << 31) - 1)
+        # Releases before 2.34 take no more than 32 MiB.
+        _ = mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
+
+
+def _optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
     return AdamW(
         parameter_groups(model.named_parameters(), optim),
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
-        fused=device.type == "cuda",
+        fused=True,
     )
 
 
@@ -161,7 +179,7 @@ class PlainEngine(Engine):
     ) -> None:
         self.device = device
         self._model = model
-        self._optimizer = _optimizer(model, optim, device)
+        self._optimizer = _optimizer(model, optim)
         self._clip = optim.grad_clip_norm
         self._dtype = _DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -175,7 +193,7 @@ class PlainEngine(Engine):
                 gradient_as_bucket_view=True,
             )
 
-    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             return self.module(image, text)
 
@@ -210,7 +228,7 @@ class PlainEngine(Engine):
     def load_optimizer_state(self, state: OptimizerState) -> None:
         for name, parameter in self._model.named_parameters():
             if name in state.moments:
-                step = torch.tensor(float(state.num_steps), device=_step_device(self._optimizer, parameter))
+                step = torch.tensor(float(state.num_steps), device=parameter.device)
                 moments = {key: tensor.to(parameter.device) for key, tensor in state.moments[name].items()}
                 self._optimizer.state[parameter] = {"step": step, **moments}
         self._num_steps = state.num_steps
@@ -219,11 +237,6 @@ class PlainEngine(Engine):
 
     def close(self) -> None:
         self.module = self._model
-
-
-def _step_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    # The fused kernel reads its step counter on the device; the others keep it on the CPU.
-    return parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
 
 
 class DeepSpeedEngine(Engine):
@@ -254,7 +267,7 @@ class DeepSpeedEngine(Engine):
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
             self._engine = deepspeed.initialize(
                 model=model,
-                optimizer=_optimizer(model, optim, device),
+                optimizer=_optimizer(model, optim),
                 config=deepspeed_config(config, optim, batch_size),
                 dist_init_required=False,
             )[0]
@@ -273,13 +286,13 @@ class DeepSpeedEngine(Engine):
         states of all but the first parameter group would still be missing."""
         zero = self._engine.optimizer
         for flat in self._flat_groups:
-            step = torch.tensor(float(num_steps), device=_step_device(zero.optimizer, flat))
+            step = torch.tensor(float(num_steps), device=flat.device)
             moments = {key: torch.zeros_like(flat.data) for key in _MOMENTS}
             zero.optimizer.state[flat] = {"step": step, **moments}
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         output = self._engine(image, text)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
@@ -355,7 +368,7 @@ class DeepSpeedEngine(Engine):
                     safe_set_full_optimizer_state(parameter, tensor, key)
             else:
                 optimizer = self._engine.optimizer
-                step = torch.tensor(float(state.num_steps), device=_step_device(optimizer, parameter))
+                step = torch.tensor(float(state.num_steps), device=parameter.device)
                 moments = {key: tensor.view_as(parameter) for key, tensor in moments.items()}
                 optimizer.state[parameter] = {"step": step, **moments}
         scaler = self._engine.torch_autocast_z0_gradscaler

@@ -25,7 +25,7 @@ struct AmxEngine {
   // Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes.
   struct Use {
     Use() {
-      struct alignas(64) {
+      static const struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};

@@ -10,6 +10,7 @@
 #include "../attention.h"
 #include "../contrastive.h"
 #include "../image.h"
+#include "../pointwise.h"
 
 namespace py = pybind11;
 
@@ -106,6 +107,38 @@ std::tuple<double, double, double> amx_sigmoid_gradient(const bclip::cpu::AmxPro
   return {sums.loss, sums.gradient, sums.product};
 }
 
+bclip::cpu::Values values(uintptr_t address, bool half) { return {at<void>(address), half}; }
+
+bclip::cpu::Dropout dropout(uint64_t seed, uint32_t drop_below, float kept) { return {seed, drop_below, kept}; }
+
+using bclip::cpu::Dropout;
+using bclip::cpu::Values;
+
+void add_norm(int64_t rows, int64_t columns, Values stream, Values branch, Values weight, Values bias, Values total,
+              Values normed, Values wide, double eps, Dropout dropout, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::add_norm({rows, columns, stream, branch, weight, bias, total, normed, wide, eps, dropout}, threads);
+}
+
+void add_norm_backward(int64_t rows, int64_t columns, Values grad, Values wide_grad, Values total_grad, Values total,
+                       Values weight, Values stream_grad, Values branch_grad, uintptr_t weight_grad,
+                       uintptr_t bias_grad, double eps, Dropout dropout, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::add_norm_backward({rows, columns, grad, wide_grad, total_grad, total, weight, stream_grad, branch_grad,
+                                 at<float>(weight_grad), at<float>(bias_grad), eps, dropout},
+                                threads);
+}
+
+void gelu(Values x, Values out, int64_t count, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::gelu(x, out, count, threads);
+}
+
+void gelu_backward(Values grad, Values x, Values out, int64_t count, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::gelu_backward(grad, x, out, count, threads);
+}
+
 bclip::cpu::Attention attention(std::string instruction_set, uintptr_t qkv, bool bfloat16, int64_t num_rows,
                                 int64_t num_heads, int64_t dim, uintptr_t bounds, int64_t num_sequences,
                                 uintptr_t key_mask, bool causal, double scale, double dropout_p, uint64_t seed) {
@@ -156,6 +189,20 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("gradients"), py::arg("threads"));
   module.def("amx_sigmoid_gradient", &amx_sigmoid_gradient, py::arg("problem"), py::arg("scale"), py::arg("bias"),
              py::arg("weight"), py::arg("groups"), py::arg("gradients").none(true), py::arg("threads"));
+  py::class_<Values>(module, "Values", py::module_local())
+      .def(py::init(&values), py::arg("address"), py::arg("half"));
+  py::class_<Dropout>(module, "Dropout", py::module_local())
+      .def(py::init(&dropout), py::arg("seed"), py::arg("drop_below"), py::arg("kept"));
+  module.def("add_norm", &add_norm, py::arg("rows"), py::arg("columns"), py::arg("stream"), py::arg("branch"),
+             py::arg("weight"), py::arg("bias"), py::arg("total"), py::arg("normed"), py::arg("wide"), py::arg("eps"),
+             py::arg("dropout"), py::arg("threads"));
+  module.def("add_norm_backward", &add_norm_backward, py::arg("rows"), py::arg("columns"), py::arg("grad"),
+             py::arg("wide_grad"), py::arg("total_grad"), py::arg("total"), py::arg("weight"), py::arg("stream_grad"),
+             py::arg("branch_grad"), py::arg("weight_grad"), py::arg("bias_grad"), py::arg("eps"), py::arg("dropout"),
+             py::arg("threads"));
+  module.def("gelu", &gelu, py::arg("x"), py::arg("out"), py::arg("count"), py::arg("threads"));
+  module.def("gelu_backward", &gelu_backward, py::arg("grad"), py::arg("x"), py::arg("out"), py::arg("count"),
+             py::arg("threads"));
   py::class_<bclip::cpu::Attention>(module, "Attention", py::module_local())
       .def(py::init(&attention), py::arg("instruction_set"), py::arg("qkv"), py::arg("bfloat16"), py::arg("num_rows"),
            py::arg("num_heads"), py::arg("dim"), py::arg("bounds"), py::arg("num_sequences"),

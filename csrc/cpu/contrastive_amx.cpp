@@ -26,30 +26,24 @@
 
 #include <cpuid.h>
 #include <immintrin.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
 
-#include "lanes.h"
+#define BCLIP_LANES_AVX512 1
+#include "amx.h"
 
 namespace bclip::cpu {
 
 namespace {
 
-constexpr int64_t kPanel = 32;
-constexpr int64_t kHalf = 16;
-constexpr int64_t kStep = kPanel * kPanel;     // elements of a panel per 32 k
 constexpr int64_t kBlockElements = 512 * 512;  // of K at a time: its two layouts are 1 MiB and stay in L2
 constexpr int64_t kOwnRows = 1024;             // over which the packing of a block is spread
 constexpr int64_t kColumnsAtOnce = 2048;       // of a task of the forward, which owns both a row and a column range
 constexpr int64_t kMostRowRanges = 32;         // of the forward: so many sums are kept of each column
 constexpr int64_t kRowsInSingle = 256;         // single precision sums columns over so many rows
-
-int64_t panels(int64_t size) { return (size + kPanel - 1) / kPanel; }
-int64_t padded(int64_t size) { return panels(size) * kPanel; }
 
 int64_t tasks_of(int64_t rows) { return (rows + kOwnRows - 1) / kOwnRows; }
 
@@ -57,156 +51,6 @@ int64_t tasks_of(int64_t rows) { return (rows + kOwnRows - 1) / kOwnRows; }
 int64_t block_rows(int64_t width, int64_t count) {
   return std::min(padded(count), std::max<int64_t>(kPanel, kBlockElements / padded(width) / kPanel * kPanel));
 }
-
-// Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes. Numbers below
-// 2^-126 count as zero meanwhile.
-class Unit {
- public:
-  Unit() : mode_(_mm_getcsr()) {
-    // Static, as GCC's intrinsic tells the compiler of the first 8 bytes alone.
-    static const struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-    _mm_setcsr(mode_ | _MM_FLUSH_ZERO_ON | 0x40 /* denormals are zero */);
-  }
-  ~Unit() {
-    _mm_setcsr(mode_);
-    _tile_release();
-  }
-  Unit(const Unit&) = delete;
-  Unit& operator=(const Unit&) = delete;
-
- private:
-  const unsigned mode_;
-};
-
-// Memory of one thread, in large pages where the kernel has them.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : bytes_(std::max<int64_t>(count, 1) * sizeof(T)) {
-    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    madvise(memory, bytes_, MADV_HUGEPAGE);
-    data = static_cast<T*>(memory);
-  }
-  ~Scratch() { munmap(data, bytes_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  T* data;
-
- private:
-  const size_t bytes_;
-};
-
-// result (32, 32) = or += left (32, 32 steps) right (32 steps, 32); calls work(step) after each step. The left operand
-// is to stay in L1, which the right one would wash out if it weren't loaded as passing by: that is a third of the time.
-template <typename Work>
-BCLIP_INLINE void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, bool add,
-                           const Work& work) {
-  constexpr int64_t bytes = kPanel * sizeof(float);
-  if (add) {
-    _tile_loadd(0, result, bytes);
-    _tile_loadd(1, result + kHalf, bytes);
-    _tile_loadd(2, result + kHalf * kPanel, bytes);
-    _tile_loadd(3, result + kHalf * kPanel + kHalf, bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t step = 0; step < steps; ++step, left += kStep, right += kStep) {
-    _tile_stream_loadd(6, right, 64);
-    _tile_loadd(4, left, 64);
-    _tile_stream_loadd(7, right + kStep / 2, 64);
-    _tile_loadd(5, left + kStep / 2, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    work(step);
-  }
-  _tile_stored(0, result, bytes);
-  _tile_stored(1, result + kHalf, bytes);
-  _tile_stored(2, result + kHalf * kPanel, bytes);
-  _tile_stored(3, result + kHalf * kPanel + kHalf, bytes);
-}
-
-// Features (count, width), contiguous.
-struct Features {
-  const uint16_t* data;
-  int64_t count, width;
-
-  // Which of the 32 columns from k on there are.
-  __mmask32 columns(int64_t k) const { return width - k >= kPanel ? ~0u : (1u << (width - k)) - 1; }
-
-  // The 32 numbers of a row from column k on; zeros outside.
-  __m512i load(int64_t row, int64_t k) const {
-    return row < count ? _mm512_maskz_loadu_epi16(columns(k), data + row * width + k) : _mm512_setzero_si512();
-  }
-};
-
-// The left operand of X, [D / 32][2][16 rows][32 k], from 32 rows.
-void pack_rows(const Features& features, int64_t row, uint16_t* packed) {
-  for (int64_t k = 0; k < features.width; k += kPanel)
-    for (int64_t i = 0; i < kPanel; ++i, packed += kPanel) _mm512_store_si512(packed, features.load(row + i, k));
-}
-
-void transpose(__m512i (&rows)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), b = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
-    const __m512i d = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
-    t[i] = _mm512_unpacklo_epi64(a, c);
-    t[i + 1] = _mm512_unpackhi_epi64(a, c);
-    t[i + 2] = _mm512_unpacklo_epi64(b, d);
-    t[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
-    rows[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    rows[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    rows[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
-
-// The right operand of X, K^T: [count / 32][D / 32][2][16 pairs of k][16 rows][2 k].
-void pack_across(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
-  for (int64_t panel = row; panel < row + count; panel += kPanel)
-    for (int64_t k = 0; k < features.width; k += kPanel)
-      for (int64_t half = 0; half < kPanel; half += kHalf) {
-        __m512i rows[16];
-        for (int64_t i = 0; i < kHalf; ++i) rows[i] = features.load(panel + half + i, k);
-        transpose(rows);
-        for (int64_t i = 0; i < kHalf; ++i, packed += kPanel) _mm512_store_si512(packed, rows[i]);
-      }
-}
-
-BCLIP_INLINE __m512i interleave(__m256i even, __m256i odd) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-}
-
-// The right operand of O, K: [D / 32][count / 32][2][16 pairs of rows][16 columns][2 rows].
-void pack_pairs(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
-  for (int64_t k = 0; k < features.width; k += kPanel)
-    for (int64_t panel = row; panel < row + count; panel += kPanel, packed += kStep)
-      for (int64_t i = 0; i < kPanel; i += 2) {
-        const __m512i even = features.load(panel + i, k), odd = features.load(panel + i + 1, k);
-        _mm512_store_si512(packed + i * kHalf, interleave(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-        _mm512_store_si512(packed + kStep / 2 + i * kHalf,
-                           interleave(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
-      }
-}
-
 
 struct Factor16 {
   explicit Factor16(double value)
@@ -221,12 +65,12 @@ BCLIP_INLINE __m512 exp2_of(__m512 x, const Factor16& factor, __m512 offset) {
   const __m512 y = _mm512_fmsub_ps(x, factor.high, offset);
   const __m512 rest = _mm512_reduce_ps(y, 8);  // y minus the nearest whole number
   const __m512 f = _mm512_fmadd_ps(x, factor.low, rest);
-  __m512 power = _mm512_set1_ps(0.0013276472454890609f);
-  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.009675540961325169f));
-  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.05550713092088699f));
-  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.24022120237350464f));
-  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.6931469440460205f));
-  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(1.0000001192092896f));
+  __m512 power = _mm512_set1_ps(0.0013274068478494883f);  // relative error 1.5e-7
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.009671497158706188f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.055507007986307144f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.24022242426872253f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.6931470036506653f));
+  power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(1.f));
   return _mm512_scalef_ps(power, _mm512_sub_ps(y, rest));
 }
 

@@ -5,8 +5,11 @@
 #include "contrastive_kernels.h"
 
 #ifdef BCLIP_X86_TARGETS
+#include <immintrin.h>
+
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx2,fma")
+#define BCLIP_LANES_FMA 1
 #include "contrastive_tile.h"
 
 namespace bclip::cpu {

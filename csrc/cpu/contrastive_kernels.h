@@ -24,7 +24,7 @@ struct Shares {
 // The groups of a tile that starts there.
 inline Groups groups_at(const Groups& groups, int64_t row, int64_t column) {
   if (!groups.rows) return {};
-  if (!groups.row_shares) return {groups.rows + row, groups.columns + column};
+  if (!groups.row_shares) return {groups.rows + row, groups.columns + column, nullptr, nullptr};
   return {groups.rows + row, groups.columns + column, groups.row_shares + row, groups.column_shares + column};
 }
 

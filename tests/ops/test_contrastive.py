@@ -47,10 +47,10 @@ def test_gradients_by_finite_differences():
 def test_registration():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, "reference"))
     ids = torch.arange(9) // 2
-    torch.library.opcheck(_clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, "reference"))
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 6, 3.0, 4, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, torch.bfloat16, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 6, 3.0, 4, torch.float32, "reference"))
 
 
 def test_compiles_without_a_graph_break():
@@ -91,7 +91,7 @@ def test_siglip_matches_reference(backend, shape, dtype, nan_filled):
 def test_siglip_registration_and_compile():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_siglip_loss, (image, text, scale, None, None, None, 4, True, "reference"))
+    torch.library.opcheck(_siglip_loss, (image, text, scale, None, None, None, 4, torch.float32, True, "reference"))
     compiled = torch.compile(lambda *a: ops.siglip_loss(*a), fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(ops.siglip_loss(image, text, scale, -5.0), [image, text, scale])
     for ours, theirs in zip(

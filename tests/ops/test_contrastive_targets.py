@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from targets import dense, dense_siglip
 
 from bclip_fast import ops
 from bclip_fast.ops.contrastive import LIMITS
@@ -15,27 +16,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def features(rows, columns, width, dtype=torch.float64):
     return [F.normalize(torch.randn(size, width, dtype=torch.float64)).to(dtype) for size in (rows, columns)]
-
-
-def soft_cross_entropy(logits, same, normalizer=None):
-    """Mean over rows with a positive, targets uniform over the positives; by the definition, on dense logits."""
-    log_probabilities = logits - (logits if normalizer is None else normalizer).logsumexp(1, keepdim=True)
-    has = same.any(1)
-    return -((log_probabilities * same).sum(1)[has] / same.sum(1)[has]).mean()
-
-
-def dense(image, text, scale, same, hardness=0.0):
-    """Both directions; hardness adds to each negative's logit a multiple of its cosine, as a constant."""
-    cosines = image @ text.T
-    logits = scale * cosines
-    # Whatever the kernel's precision, autograd sees constants.
-    weighted = logits + torch.where(same, 0.0, hardness * cosines.detach()).to(logits.dtype)
-    return (soft_cross_entropy(logits, same, weighted) + soft_cross_entropy(logits.T, same.T, weighted.T)) / 2
-
-
-def dense_siglip(image, text, scale, bias, same):
-    logits = scale * image @ text.T + bias
-    return -F.logsigmoid(torch.where(same, logits, -logits)).sum() / len(image)
 
 
 def close(ours, definition, inputs):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as_eager
+from resources import TYPES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.contrastive import LIMITS, reference
@@ -36,9 +37,10 @@ def features(num_rows, width, dtype=torch.float32, aligned=None):
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend."""
     here = Path(__file__).parent
+    files = ("test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", "test_triton.py")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / name) for name in ("test_contrastive.py", "test_contrastive_targets.py", "test_triton.py")],
+        + [str(here / name) for name in files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,
@@ -210,12 +212,14 @@ def test_limits_say_why():
             ops.clip_loss(ones, ones, 1.0, backend="triton")
 
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {
     "_forward_kernel": {"HAS_POSITIVES": True},
     "_backward_kernel": {"HAS_POSITIVES": True},
     "_siglip_kernel": {"HAS_POSITIVES": True, "WITH_GRADIENTS": True},
+    "_backward_kernel of groups": {"HAS_POSITIVES": False},
+    "_siglip_kernel of groups": {"HAS_POSITIVES": False, "WITH_GRADIENTS": True},
 }
+GROUPS = ["row_ids", "column_ids", "row_shares", "column_shares"]
 
 
 @compiled
@@ -223,7 +227,7 @@ KERNELS = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compile_without_spills(name, dtype, capability, tmp_path):
-    assert registers_and_stack(name, dtype, 512, True, capability, tmp_path)[1] == 0
+    assert spilled(name, dtype, 512, True, capability, tmp_path) == 0
 
 
 @compiled
@@ -232,43 +236,18 @@ def test_compile_without_spills(name, dtype, capability, tmp_path):
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 512), (torch.float16, 96), (torch.float16, 80)], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp_path):
-    assert registers_and_stack(name, dtype, width, False, capability, tmp_path)[1] == 0
+    assert spilled(name, dtype, width, False, capability, tmp_path) == 0
 
 
-def registers_and_stack(name, dtype, width, with_bias, capability, folder):
-    """Registers and bytes of stack (where spilled registers go) of one thread, as the compiled kernel reports."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(ours, name)
-    constants = {**ours.configuration(dtype, width), **KERNELS[name]}
-    options = {option: constants.pop(option) for option in list(constants) if option.islower()}
+def spilled(name, dtype, width, with_bias, capability, folder):
+    kernel = getattr(ours, name.split()[0])
+    constants = {**ours.configuration(dtype, width, name == "_backward_kernel of groups"), **KERNELS[name]}
+    absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
+    constants |= {argument: None for argument in absent if argument in kernel.arg_names}
     if name != "_forward_kernel":
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else ours.GRADIENT_SCALE
-    if not with_bias and "bias" in kernel.arg_names:
-        constants["bias"] = None
-    features, grad = TYPES[dtype], "fp32" if dtype == torch.float32 else "fp16"
-    known = {"image": f"*{features}", "text": f"*{features}", "grad": f"*{grad}"}
-    known |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
-    signature = {arg: "constexpr" if arg in constants else known.get(arg, "*fp32") for arg in kernel.arg_names}
-    # What the launcher finds out about its arguments: pointers and pitches that are multiples of 16.
-    aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "grad_stride"]
-    place = kernel.arg_names.index
-    binary = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            {(place(arg),): value for arg, value in constants.items()},
-            {(place(arg),): [["tt.divisibility", 16]] for arg in aligned},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options=options,
-    )
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", report).groups()
-    return int(registers), int(stack) + int(local)
+    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(GROUPS[:2], "*i32")
+    types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}"}
+    types |= {"grad": "*fp32" if dtype == torch.float32 else "*fp16"}
+    types |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
+    return compiled_resources(kernel, types, constants, capability, folder).spilled

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import triton_refusal
 from ..dispatch import Limits, choose, kernels
 
 __all__ = ["LIMITS", "fused_attention", "varlen_attention"]
+
+
+def _triton_limits(qkv: Tensor) -> str | None:
+    if qkv.shape[-1] not in (32, 64, 80, 96, 128):
+        return f"d is {qkv.shape[-1]}, not among 32, 64, 80, 96 and 128"
+    return triton_refusal(qkv)
 
 
 def _cpu_limits(qkv: Tensor) -> str | None:
@@ -20,7 +27,7 @@ def _cpu_limits(qkv: Tensor) -> str | None:
     return None
 
 
-LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda qkv: None}
+LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda qkv: None}
 
 
 def fused_attention(

@@ -34,6 +34,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..philox import philox
+
 
 def attention(
     qkv: Tensor,
@@ -132,18 +134,6 @@ def dropout_mask(rows: slice, shape: tuple[int, int], qkv: Tensor, dropout_p: fl
     words = philox((position[: (tokens + 3) // 4], query, head, zero), (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
     word = torch.stack(words, -1).flatten(-2)[..., :tokens]
     return (word >= int(dropout_p * 2**32)).to(qkv.dtype) / (1 - dropout_p)
-
-
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four int64 tensors that broadcast, each holding numbers modulo 2^32."""
-    mask = 0xFFFFFFFF
-    a, b, c, d = torch.broadcast_tensors(*(word & mask for word in counter))
-    for i in range(10):
-        # A product's upper half is right although int64 wraps: the shift's sign extension is masked away.
-        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
-        left, right = key[0] + i * 0x9E3779B9 & mask, key[1] + i * 0xBB67AE85 & mask
-        a, b, c, d = (second >> 32 & mask) ^ b ^ left, second & mask, (first >> 32 & mask) ^ d ^ right, first & mask
-    return a, b, c, d
 
 
 def _batches(total: int, cu_seqlens: Tensor | None, max_seqlen: int) -> Iterator[tuple[slice, tuple[int, int]]]:

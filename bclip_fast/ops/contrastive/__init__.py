@@ -5,40 +5,60 @@ from __future__ import annotations
 import math
 import os
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..arguments import triton_refusal
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
 __all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
 
 
-def _triton_limits(image: Tensor, text: Tensor) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {image.dtype}"
-    if interpreted and image.dtype == torch.bfloat16:
-        return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
-    if not interpreted and image.device.type != "cuda":
-        return f"device is {image.device.type}, not cuda"
-    if not interpreted and torch.cuda.get_device_capability(image.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
+# A limit's inputs: the features, what they are multiplied in (their own dtype unless given), and whether results must
+# be the same bits from run to run. All kernels of ours sum in a fixed order and use no atomics.
+
+
+def _library_limits(image: Tensor, text: Tensor, dtype: torch.dtype | None, deterministic: bool) -> str | None:
+    """cuBLAS promises the same bits from run to run where its workspaces are given (NVIDIA, cuBLAS, 2.1.4)."""
+    if deterministic and image.device.type == "cuda":
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+            return "deterministic=True needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before CUDA starts"
+    return None
+
+
+def _triton_limits(
+    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
+    reason = triton_refusal(image, dtype)
+    if reason is not None:
+        return reason
     if image.shape[1] > 2048:
         return f"D is {image.shape[1]}, more than 2048"
-    return None
+    return _library_limits(image, text, dtype, deterministic)
 
 
-def _cpu_limits(image: Tensor, text: Tensor) -> str | None:
+def _cpu_limits(
+    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
     if image.device.type != "cpu":
         return f"the features are on {image.device}"
-    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{image.dtype} isn't among float32, bfloat16 and float16"
+    dtype = dtype or image.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{dtype} isn't among float32, bfloat16 and float16"
     return None
 
 
-LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda image, text: None}
+def _reference_limits(
+    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
+    return _library_limits(image, text, dtype, deterministic)
+
+
+LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": _reference_limits}
 
 
 def clip_loss(
@@ -51,6 +71,8 @@ def clip_loss(
     groups: Tensor | tuple[Tensor, Tensor] | None = None,
     hardness: float = 0.0,
     chunk_size: int | None = None,
+    operand_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T.
@@ -72,6 +94,12 @@ def clip_loss(
         hardness: multiplies the exponential of each negative by exp(hardness * image . text), taken as a constant
             (Lan et al. 2025, arXiv 2503.04812, equation 5, with 9 there), in both directions.
         chunk_size: rows of S at a time; 8 MiB worth of them on a CPU and 1 GiB on an accelerator, unless given.
+        operand_dtype: what the features are rounded to before they are multiplied; sums and gradients are not. The
+            features' own unless given, but under autocast, where float32 features are multiplied in half precision:
+            float16 on CUDA, whose error is an eighth of bfloat16's for features of unit norm (up to 65504, beyond which
+            the loss is not a number), and autocast's dtype on a CPU, whose matrix unit knows bfloat16.
+        deterministic: refuses a backend that might not give the same bits from run to run, on the same machine with as
+            many threads. Ours all do; cuBLAS, which multiplies gradients, must be told by the environment.
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
@@ -83,7 +111,8 @@ def clip_loss(
         BackendError: the named backend cannot run this call.
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
-    backend = choose("clip_loss", LIMITS, backend, image, text)
+    dtype = operands_of(image, operand_dtype)
+    backend = choose("clip_loss", LIMITS, backend, image, text, dtype, deterministic)
     check_options(positive, groups, hardness)
     ids = checked_groups(image, text, groups)
     num_pairs = len(image)
@@ -91,7 +120,8 @@ def clip_loss(
         image, text, num_pairs = _with_positives_first(image, text, positive)
     elif groups is None:
         check_pairs(image, text)
-    loss = _clip_loss(image, text, scale, *ids, num_pairs, hardness, chunk_size, backend)[0]
+    arguments = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, backend
+    loss = _DirectClipLoss.apply(*arguments) if _in_plain_eager(image, text, scale) else _clip_loss(*arguments)[0]
     return loss if bias is None else loss + 0.0 * bias
 
 
@@ -104,6 +134,8 @@ def siglip_loss(
     positive: Tensor | None = None,
     groups: Tensor | tuple[Tensor, Tensor] | None = None,
     chunk_size: int | None = None,
+    operand_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """sum_ij softplus(-y_ij * S_ij) / b with S = logit_scale * image @ text.T + logit_bias, y = 1 for i = j, else -1.
@@ -112,7 +144,8 @@ def siglip_loss(
     every pair that belongs together, b is the number of images. Gradients are computed with the loss, in one pass.
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
-    backend = choose("siglip_loss", LIMITS, backend, image, text)
+    dtype = operands_of(image, operand_dtype)
+    backend = choose("siglip_loss", LIMITS, backend, image, text, dtype, deterministic)
     check_options(positive, groups)
     ids = checked_groups(image, text, groups)
     if positive is not None:
@@ -121,7 +154,10 @@ def siglip_loss(
         check_pairs(image, text)
     wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-    return _siglip_loss(image, text, scale, bias, *ids, chunk_size, with_gradients, backend)[0]
+    arguments = image, text, scale, bias, *ids, chunk_size, dtype, with_gradients, backend
+    if _in_plain_eager(*wanted):
+        return _DirectSigLipLoss.apply(*arguments)
+    return _siglip_loss(*arguments)[0]
 
 
 def checked(
@@ -141,6 +177,34 @@ def checked(
         bias,
         chunk_size or default_chunk_size(image.shape[0], text.shape[0], image.device),
     )
+
+
+def operands_of(image: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """What these features are multiplied in; `asked` and autocast as the docstring of `clip_loss` says."""
+    device = image.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return operand_dtype_for(image.dtype, device, asked, autocast)
+
+
+def operand_dtype_for(
+    features: torch.dtype, device: str, asked: torch.dtype | None, autocast: torch.dtype | None
+) -> torch.dtype:
+    if asked is not None:
+        if not asked.is_floating_point or asked.itemsize > features.itemsize or asked.itemsize < 2:
+            raise ValueError(f"operand_dtype must be a floating dtype no wider than the features, {features}: {asked}")
+        return asked
+    if features != torch.float32 or autocast is None:
+        return features
+    return torch.float16 if device == "cuda" else autocast
+
+
+def _in_plain_eager(*tensors: Tensor) -> bool:
+    """Whether nothing watches the call: torch.library's dispatch, some 50 us of it, may then be left out."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def check_options(positive: Tensor | None, groups: object, hardness: float = 0.0) -> None:
@@ -242,8 +306,7 @@ def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) ->
     return max(1, min(num_rows, budget // (4 * num_columns)))
 
 
-@torch.library.custom_op("bclip::clip_loss", mutates_args=())
-def _clip_loss(
+def _clip_forward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -252,12 +315,14 @@ def _clip_loss(
     num_pairs: int,
     hardness: float,
     chunk_size: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, log-sum-exps by row (b,) and by column (B,), positive logits (num_pairs,)), all but the loss float64.
 
     The log-sum-exps are those of the negatives, or with ids of all pairs; then there are no positive logits.
     """
+    image, text = image.to(dtype), text.to(dtype)
     forward = kernels("contrastive", backend).forward
     if image_ids is not None and text_ids is not None:
         groups = Groups.of(image_ids, image_ids, text_ids)
@@ -276,6 +341,9 @@ def _clip_loss(
     return loss.to(scale.dtype), rows, columns, positive
 
 
+_clip_loss = torch.library.custom_op("bclip::clip_loss", _clip_forward, mutates_args=())
+
+
 @_clip_loss.register_fake
 def _(
     image: Tensor,
@@ -286,6 +354,7 @@ def _(
     num_pairs: int,
     hardness: float,
     chunk_size: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, ...]:
     paired = num_pairs if image_ids is None else 0
@@ -293,8 +362,7 @@ def _(
     return scale.new_empty(()), *(scale.new_empty(size, dtype=torch.float64) for size in sizes)
 
 
-@torch.library.custom_op("bclip::clip_loss_backward", mutates_args=())
-def _clip_loss_backward(
+def _clip_gradients(
     grad: Tensor,
     image: Tensor,
     text: Tensor,
@@ -307,15 +375,18 @@ def _clip_loss_backward(
     num_pairs: int,
     hardness: float,
     chunk_size: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and scale."""
+    result, wide = image.dtype, accumulation_dtype(image)
+    image, text = image.to(dtype), text.to(dtype)
     backward = partial(kernels("contrastive", backend).backward, hardness=hardness)
     if image_ids is not None and text_ids is not None:
         groups = Groups.of(image_ids, image_ids, text_ids)
         lse = groups.raised(rows, columns)
         weight = grad * groups.weight
-        return backward(image, text, scale, None, *lse, weight, positive, chunk_size, image.dtype, groups=groups)
+        return backward(image, text, scale, None, *lse, weight, positive, chunk_size, result, groups=groups)
     weight = grad / (2 * num_pairs)
     own = columns[:num_pairs]
     rows_lse, columns_lse = torch.logaddexp(rows, positive), torch.full_like(columns, torch.inf)
@@ -323,16 +394,18 @@ def _clip_loss_backward(
     positive_grad = (weight * positive_gradient(rows, own, positive)).to(scale.dtype)
     if num_pairs == len(image):
         saved = rows_lse, columns_lse, weight, positive_grad
-        return backward(image, text, scale, 0, *saved, chunk_size, image.dtype)
+        return backward(image, text, scale, 0, *saved, chunk_size, result)
     # Images without a text of their own are negatives of the texts that have an image.
-    wide = accumulation_dtype(image)
     pairs, others = image.tensor_split([num_pairs])
     saved = rows_lse, columns_lse, weight, positive_grad
     image_grad, text_grad, scale_grad = backward(pairs, text, scale, 0, *saved, chunk_size, wide)
     saved = rows.new_full((len(others),), torch.inf), columns_lse[:num_pairs], weight, positive_grad
     rest = backward(others, text[:num_pairs], scale, None, *saved, chunk_size, wide)
     text_grad[:num_pairs] += rest[1]
-    return torch.cat([image_grad, rest[0]]).to(image.dtype), text_grad.to(text.dtype), scale_grad + rest[2]
+    return torch.cat([image_grad, rest[0]]).to(result), text_grad.to(result), scale_grad + rest[2]
+
+
+_clip_loss_backward = torch.library.custom_op("bclip::clip_loss_backward", _clip_gradients, mutates_args=())
 
 
 @_clip_loss_backward.register_fake
@@ -349,6 +422,7 @@ def _(
     num_pairs: int,
     hardness: float,
     chunk_size: int,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Contiguous whatever the inputs' layout, as the kernels allocate them.
@@ -362,14 +436,29 @@ def _clip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _clip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    return *_clip_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    return *_clip_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 _clip_loss.register_autograd(_clip_backward, setup_context=_clip_setup)
 
 
-@torch.library.custom_op("bclip::siglip_loss", mutates_args=())
-def _siglip_loss(
+class _DirectClipLoss(torch.autograd.Function):
+    """`_clip_loss` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        output = _clip_forward(*inputs)
+        ctx.options = inputs[5:]
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *_clip_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+def _siglip_forward(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -377,17 +466,22 @@ def _siglip_loss(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     chunk_size: int,
+    dtype: torch.dtype,
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, and its gradients for image, text, scale and bias)"""
-    siglip, weight, dtype = kernels("contrastive", backend).siglip, 1 / image.shape[0], siglip_gradient_dtype(image)
+    siglip, weight, result = kernels("contrastive", backend).siglip, 1 / image.shape[0], siglip_gradient_dtype(image)
+    image, text = image.to(dtype), text.to(dtype)
     groups = first = None
     if image_ids is None or text_ids is None:
         first = 0
     else:
         groups = Groups.of(image_ids, image_ids, text_ids)
-    return siglip(image, text, scale, bias, first, weight, chunk_size, dtype, with_gradients, groups=groups)
+    return siglip(image, text, scale, bias, first, weight, chunk_size, result, with_gradients, groups=groups)
+
+
+_siglip_loss = torch.library.custom_op("bclip::siglip_loss", _siglip_forward, mutates_args=())
 
 
 @_siglip_loss.register_fake
@@ -399,12 +493,13 @@ def _(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
     chunk_size: int,
+    dtype: torch.dtype,
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = siglip_gradient_dtype(image) if with_gradients else image.dtype
-    image_grad = image.new_empty(image.shape if with_gradients else (0,), dtype=dtype)
-    text_grad = text.new_empty(text.shape if with_gradients else (0,), dtype=dtype)
+    result = siglip_gradient_dtype(image) if with_gradients else dtype
+    image_grad = image.new_empty(image.shape if with_gradients else (0,), dtype=result)
+    text_grad = text.new_empty(text.shape if with_gradients else (0,), dtype=result)
     return scale.new_empty(()), image_grad, text_grad, scale.new_empty(()), scale.new_empty(())
 
 
@@ -418,7 +513,23 @@ def _siglip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
     bias = grad * bias_grad if ctx.has_bias else None
     features = [(grad * tensor).to(ctx.dtype) for tensor in (image_grad, text_grad)]
-    return *features, grad * scale_grad, bias, *[None] * 5
+    return *features, grad * scale_grad, bias, *[None] * 6
 
 
 _siglip_loss.register_autograd(_siglip_backward, setup_context=_siglip_setup)
+
+
+class _DirectSigLipLoss(torch.autograd.Function):
+    """`_siglip_loss` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        output = _siglip_forward(*inputs)
+        ctx.has_bias, ctx.dtype = inputs[3] is not None, inputs[0].dtype
+        ctx.save_for_backward(*output[1:])
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _siglip_backward(ctx, grad)

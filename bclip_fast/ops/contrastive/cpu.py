@@ -27,6 +27,8 @@ from .terms import Groups, log_sum_exp
 # A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
 _LIBRARY_MIN_ROWS = 128
+# Of so many columns, texts and their gradient stay in that cache while all rows pass; time is then that of B^2.
+_LIBRARY_COLUMNS = 8192
 # A positive that stands beyond every column is none.
 _NO_POSITIVES = 1 << 40
 
@@ -34,9 +36,13 @@ _NO_POSITIVES = 1 << 40
 def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
     first = _NO_POSITIVES if first is None else first
-    return _with_fixed_offset(image, text, float(scale), first, chunk_size) or _with_running_maximum(
-        image, text, float(scale), first, chunk_size
-    )
+    rows, columns = torch.full((len(image),), -math.inf, dtype=torch.float64), []
+    for block in _column_blocks(image, text):
+        problem = image, text[block], float(scale), first - block.start, chunk_size
+        of_block = _with_fixed_offset(*problem) or _with_running_maximum(*problem)
+        rows = torch.logaddexp(rows, of_block[0])
+        columns.append(of_block[1])
+    return rows, torch.cat(columns)
 
 
 def backward(
@@ -67,24 +73,26 @@ def backward(
             address(rows_lse, torch.float64, len(image)),
             address(columns_lse, torch.float64, len(text)),
             0 if first == _NO_POSITIVES else address(positive_grad, torch.float32, len(image)),
-            _addresses(groups, slice(None), shares),
+            _addresses(groups, slice(None), slice(None), shares),
             problem.gradients(float(scale)),
             torch.get_num_threads(),
         )
         return problem.image_grad, problem.text_grad, torch.tensor(scale_grad)
-    products = _LibraryProducts(image, text, chunk_size, with_gradients=True)
-    gradients = _Gradients(image, float(scale), dtype)
-    for chunk in products.chunks(first):
-        chunk.softmax_gradient(
-            float(scale) + hardness,
-            float(weight),
-            address(rows_lse[chunk.own], torch.float64, len(chunk.rows)),
-            address(columns_lse, torch.float64, len(text)),
-            0 if first == _NO_POSITIVES else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
-            _addresses(groups, chunk.own, shares),
-        )
-        gradients.add(chunk, chunk.image_gradient())
-    return gradients.results(products.text_gradient())
+    gradients = _Gradients(image, text, float(scale), dtype)
+    for block in _column_blocks(image, text):
+        products = _LibraryProducts(image, text[block], chunk_size, with_gradients=True)
+        for chunk in products.chunks(first - block.start):
+            chunk.softmax_gradient(
+                float(scale) + hardness,
+                float(weight),
+                address(rows_lse[chunk.own], torch.float64, len(chunk.rows)),
+                address(columns_lse[block], torch.float64, len(products.text)),
+                0 if first == _NO_POSITIVES else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
+                _addresses(groups, chunk.own, block, shares),
+            )
+            gradients.add_chunk(chunk)
+        gradients.add_block(block, products)
+    return gradients.results()
 
 
 def siglip(
@@ -110,39 +118,49 @@ def siglip(
             float(scale),
             offset,
             weight,
-            _addresses(groups, slice(None)),
+            _addresses(groups, slice(None), slice(None)),
             problem.gradients(float(scale)) if with_gradients else None,
             torch.get_num_threads(),
         )
         loss, scale_grad, bias_grad = (torch.tensor(number) for number in (weight * part, scale_sum, bias_sum))
         return loss, problem.image_grad, problem.text_grad, scale_grad, bias_grad
-    products = _LibraryProducts(image, text, chunk_size, with_gradients)
-    gradients = _Gradients(image, float(scale), dtype) if with_gradients else None
+    gradients = _Gradients(image, text, float(scale), dtype) if with_gradients else None
     loss_sum = bias_sum = 0.0
-    for chunk in products.chunks(first):
-        part, total = chunk.sigmoid_gradient(float(scale), offset, weight, _addresses(groups, chunk.own))
-        loss_sum += weight * part
-        bias_sum += total
+    for block in _column_blocks(image, text):
+        products = _LibraryProducts(image, text[block], chunk_size, with_gradients)
+        for chunk in products.chunks(first - block.start):
+            part, total = chunk.sigmoid_gradient(float(scale), offset, weight, _addresses(groups, chunk.own, block))
+            loss_sum += weight * part
+            bias_sum += total
+            if gradients:
+                gradients.add_chunk(chunk)
         if gradients:
-            gradients.add(chunk, chunk.image_gradient())
+            gradients.add_block(block, products)
     loss = torch.tensor(loss_sum)
     if gradients:
-        return loss, *gradients.results(products.text_gradient()), torch.tensor(bias_sum)
+        return loss, *gradients.results(), torch.tensor(bias_sum)
     return loss, image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
 
 
-def _addresses(groups: Groups | None, own: slice, shares: Sequence[Tensor] = ()) -> tuple[int, int, int, int]:
-    """Of the ids and shares of a chunk's rows and all columns, 0 where there are none."""
+def _column_blocks(image: Tensor, text: Tensor) -> list[slice]:
+    size = len(text) if _takes_amx(image) else _LIBRARY_COLUMNS
+    return [slice(start, min(start + size, len(text))) for start in range(0, len(text), size)]
+
+
+def _addresses(
+    groups: Groups | None, own: slice, block: slice, shares: Sequence[Tensor] = ()
+) -> tuple[int, int, int, int]:
+    """Of the ids and shares of a chunk's rows and a block's columns, 0 where there are none."""
     if groups is None:
         return 0, 0, 0, 0
-    rows, columns = groups.rows[own], groups.columns
+    rows, columns = groups.rows[own], groups.columns[block]
     ids = address(rows, torch.int32, len(rows)), address(columns, torch.int32, len(columns))
     if not shares:
         return *ids, 0, 0
     return (
         *ids,
         address(shares[0][own], torch.float32, len(rows)),
-        address(shares[1], torch.float32, len(columns)),
+        address(shares[1][block], torch.float32, len(columns)),
     )
 
 
@@ -186,7 +204,8 @@ def _with_running_maximum(
     rows_lse = torch.empty(len(image), dtype=torch.float64)
     columns_lse = torch.full((len(text),), -math.inf, dtype=torch.float64)
     for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
-        logits = chunk.dots.mul_(scale)
+        # Not rounded again: the backward's powers are of scale * dots in more than single precision, too.
+        logits = chunk.dots.double().mul_(scale)
         logits.diagonal(chunk.first).fill_(-math.inf)
         rows_lse[chunk.own] = log_sum_exp(logits, 1)
         columns_lse = torch.logaddexp(columns_lse, log_sum_exp(logits, 0))
@@ -196,40 +215,41 @@ def _with_running_maximum(
 class _Gradients:
     """What the chunks of G add up to."""
 
-    def __init__(self, image: Tensor, scale: float, dtype: torch.dtype) -> None:
-        self.scale = scale
-        self.image_grad = torch.empty(image.shape, dtype=dtype)
+    def __init__(self, image: Tensor, text: Tensor, scale: float, dtype: torch.dtype) -> None:
+        self.scale, self.dtype = scale, dtype
+        # More than one block of columns adds to a row.
+        in_blocks = len(_column_blocks(image, text)) > 1
+        self.image_grad = torch.zeros(image.shape, dtype=torch.float32 if in_blocks else dtype)
+        self.text_grad = torch.empty(text.shape, dtype=dtype)
         self.scale_grad = 0.0
 
-    def add(self, chunk: _Chunk, unscaled: Tensor) -> None:
-        """G @ T of the chunk, in single precision."""
+    def add_chunk(self, chunk: _LibraryChunk) -> None:
+        unscaled = chunk.image_gradient()
         # sum(G * (I @ T.T)) = sum((G @ T) * I): no second look at S.
-        self.scale_grad += torch.linalg.vecdot(unscaled, chunk.rows.float()).sum(dtype=torch.float64).item()
-        self.image_grad[chunk.own] = unscaled.mul_(self.scale)
+        self.scale_grad += (unscaled.double() * chunk.rows).sum().item()
+        self.image_grad[chunk.own] += unscaled.mul_(self.scale)
 
-    def results(self, unscaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        text_grad = unscaled.mul_(self.scale).to(self.image_grad.dtype, memory_format=torch.contiguous_format)
-        return self.image_grad, text_grad, torch.tensor(self.scale_grad)
+    def add_block(self, block: slice, products: _LibraryProducts) -> None:
+        self.text_grad[block] = products.text_grad.mul_(self.scale)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.image_grad.to(self.dtype), self.text_grad, torch.tensor(self.scale_grad)
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _LibraryChunk:
+    products: _LibraryProducts
     start: int
     rows: Tensor
     """Rows of the images from `start` on."""
     first: int
     """The column of the first row's positive."""
+    dots: Tensor
+    """The rows' dot products with all texts, overwritten by G; all chunks share the memory."""
 
     @property
     def own(self) -> slice:
         return slice(self.start, self.start + len(self.rows))
-
-
-@dataclass(frozen=True)
-class _LibraryChunk(_Chunk):
-    products: _LibraryProducts
-    dots: Tensor
-    """The rows' dot products with all texts, overwritten by G; all chunks share the memory."""
 
     def _block(self) -> tuple[int, ...]:
         return address(self.dots, torch.float32, *self.dots.shape), *self.dots.shape, self.first
@@ -264,10 +284,7 @@ class _LibraryProducts:
         for start in range(0, len(self.image), self.chunk_size):
             rows = self.image[start : start + self.chunk_size].float()
             dots = torch.mm(rows, self.text.T, out=buffer[: len(rows)])
-            yield _LibraryChunk(start, rows, first + start, self, dots)
-
-    def text_gradient(self) -> Tensor:
-        return self.text_grad
+            yield _LibraryChunk(self, start, rows, first + start, dots)
 
 
 def _takes_amx(image: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,10 @@ class Groups:
             sizes=num_texts,
             weight=weight,
         )
+
+    def among(self, columns: slice) -> Groups:
+        """The tile of these columns."""
+        return replace(self, columns=self.columns[columns], column_shares=self.column_shares[columns])
 
     def positives(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         """The weighted sum of the rows' positive logits, from sums over each id's texts: O(B * D), in fixed order."""

@@ -278,18 +278,19 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
         _store_gradient(gradient, rows, columns, grad, num_rows, num_columns, grad_stride, GRADIENT_SCALE)
 
 
-def configuration(dtype: torch.dtype, width: int) -> dict[str, Any]:
+def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict[str, Any]:
     """Tile sizes and launch options of every kernel.
 
     Fixed, so that results don't depend on what a tuning run found fastest; reasoned, not yet tuned on a GPU. A tile of
     128 x 128 reads a third less from L2 than one of 64 x 128. On tensor cores, 16 warps hold its accumulators in 32
     registers a thread, which leaves the rest of the 128 for the exponentials, where 8 warps spill registers to memory.
+    The softmax's gradient of groups has ids and shares to hold besides, and gets half the tile.
     Plain float32 multiplications are so slow that L2 doesn't matter: a smaller tile, with registers to spare.
     """
     in_float32 = dtype == torch.float32
     largest = 16 if in_float32 else 64
     return {
-        "BLOCK_ROWS": 64 if in_float32 else 128,
+        "BLOCK_ROWS": 64 if in_float32 or grouped else 128,
         "BLOCK_COLUMNS": 128,
         "BLOCK_WIDTH": next(size for size in (64, 32, 16) if size <= largest and width % size == 0),
         # A constant, like the block sizes: one model has one D.
@@ -381,7 +382,8 @@ def backward(
             **options,
         )
 
-    image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, dtype, 1, launch)
+    factor, grouped = scale * weight, groups is not None
+    image_grad, text_grad, sums = _gradients(image, text, factor, chunk_size, dtype, 1, launch, grouped)
     return image_grad, text_grad, weight * sums[0]
 
 
@@ -440,6 +442,7 @@ def _gradients(
     dtype: torch.dtype,
     num_partials: int,
     launch: Callable[..., None],
+    grouped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dI, dT in `dtype`, sums of the partial results (num_partials,)), chunk_size rows of G at a time.
 
@@ -447,7 +450,7 @@ def _gradients(
     """
     width = image.shape[1]
     image, text = _padded(image), _padded(text)
-    config = configuration(image.dtype, image.shape[1])
+    config = configuration(image.dtype, image.shape[1], grouped)
     in_float32 = image.dtype == torch.float32
     gradient_scale = 1.0 if in_float32 else GRADIENT_SCALE
     (image_operand, image_unit), (text_operand, text_unit) = _operand(image), _operand(text)

@@ -1,0 +1,362 @@
+"""`bclip bench step`: a whole training step, ours against open_clip's, and what each improvement is worth."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bclip_fast import ops
+from bclip_fast.data.transform import normalize
+from bclip_fast.errors import UserError
+from bclip_fast.model import layout, transformer, weights
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.packed import Packed
+from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.train.engine import AdamW, keep_freed_memory
+from bclip_fast.train.schedule import OptimConfig, parameter_groups
+
+from .cases import peer, shared_data
+from .measure import DEVICE, matmul_flops_per_second, peak_extra_bytes
+from .peers import import_open_clip
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The step of `bclip bench step`: forward, loss, backward, AdamW."""
+
+    preset: str = "biomedclip_b16"
+    batch_size: int = 16
+    precision: str = "bf16"
+    """bf16 (autocast) or fp32."""
+    dropout: float = 0.0
+    """Of the text tower, hidden and attention; published training has 0.1."""
+    lengths: str = ""
+    """File with lines "tokens count", a histogram of caption lengths; empty: the captions of BCLIP_SHARED_DATA."""
+    rounds: int = 2
+    """Steps timed after one that isn't; the fastest counts."""
+    ablation: bool = True
+    """Time ours with each improvement turned on in turn as well."""
+    open_clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in _DTYPES or self.batch_size < 1 or self.rounds < 1:
+            raise UserError(
+                f"step.precision={self.precision}, batch_size={self.batch_size}, rounds={self.rounds}: need one of "
+                f"{', '.join(_DTYPES)}, at least 1 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a variant of ours does; the last fields keep the arithmetic and change its speed or memory."""
+
+    packing: bool = True
+    first_only: bool = True
+    raw_pixels: bool = True
+    pointwise: bool = True
+    attention: bool = True
+    fused_adamw: bool = True
+    keeps_memory: bool = True
+    checkpointing: bool = False
+
+
+def variants(config: StepConfig) -> dict[str, Features | None]:
+    """Name -> what is on; None is open_clip."""
+    found: dict[str, Features | None] = {"open_clip": None} if config.open_clip else {}
+    if config.ablation:
+        on = Features(**dict.fromkeys(asdict(Features()), False))
+        found["ours, padded, plain PyTorch"] = on
+        titles = {
+            "packing": "+ packed captions",
+            "first_only": "+ last layer for CLS alone",
+            "raw_pixels": "+ normalisation in the patch matmul",
+            "pointwise": "+ fused norms, dropout, GELU",
+            "attention": "+ attention operator",
+            "fused_adamw": "+ fused AdamW",
+            # For the whole process, so what is measured without it must come before.
+            "keeps_memory": "ours: + freed memory kept",
+        }
+        for name, title in titles.items():
+            on = replace(on, **{name: True})
+            found[title] = on
+    else:
+        found["ours"] = Features()
+    return {**found, "ours, checkpointed": Features(checkpointing=True)}
+
+
+@dataclass
+class Inputs:
+    """images: (n, S, S, 3) uint8. ids: (n, L) int64 padded. text: the same packed. flops: of the step on just these
+    tokens, the last layers for one token alone."""
+
+    images: Tensor
+    ids: Tensor
+    text: Packed
+    flops: float
+
+
+def make_inputs(config: StepConfig, model: BiomedClipConfig) -> Inputs:
+    text = model.text
+    generator = torch.Generator().manual_seed(0)
+    side, size = model.vision.image_size, config.batch_size
+    images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
+    lengths = _spread(caption_lengths(config, text.context_length), size)
+    ids = torch.full((size, text.context_length), text.pad_id)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = torch.randint(5, text.vocab_size - 1, (length,), generator=generator)
+        row[length - 1] = text.vocab_size - 1 if text.end_id is None else text.end_id
+    packed = Packed.of(torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)]), lengths)
+    vision = model.vision
+    image = tower_flops([1 + vision.num_patches] * size, vision.width, vision.layers, vision.mlp_ratio)
+    image += 2 * size * vision.num_patches * vision.width * 3 * vision.patch_size**2
+    return Inputs(images, ids, packed, 3 * (image + tower_flops(lengths, text.width, text.layers, text.mlp_ratio)))
+
+
+def caption_lengths(config: StepConfig, context_length: int) -> list[int]:
+    """Tokens of each caption, cut to the context length."""
+    if config.lengths:
+        lines = [line.split() for line in Path(config.lengths).read_text().splitlines() if line.strip()]
+        return [min(int(tokens), context_length) for tokens, count in lines for _ in range(int(count))]
+    folder = shared_data()
+    tokenizer = Tokenizer.from_file(folder / "vocab" / "pubmedbert" / "vocab.txt", context_length)
+    with open(folder / "pmc_articles" / "pairs.jsonl", encoding="utf-8") as lines:
+        return tokenizer.packed([json.loads(line)["caption"] for line in lines]).lengths.tolist()
+
+
+def _spread(lengths: Sequence[int], count: int) -> list[int]:
+    """`count` lengths with the distribution of all, in no order."""
+    ordered = sorted(lengths)
+    chosen = [ordered[int((i + 0.5) / count * len(ordered))] for i in range(count)]
+    return [chosen[i] for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()]
+
+
+def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float) -> float:
+    """Forward, with the last layer's queries, projection and MLP for one token of each sequence."""
+    tokens, squares, rest = sum(lengths), sum(n * n for n in lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
+    whole = (4 * width**2 + rest) * tokens + 4 * width * squares
+    last = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens
+    return (layers - 1) * whole + last
+
+
+class Step:
+    """One contender: `step()` trains once and returns the seconds of forward with loss, backward and optimiser."""
+
+    def __init__(self, config: StepConfig, model: nn.Module, inputs: Inputs, features: Features | None) -> None:
+        self.config, self.model, self.features = config, model.train(), features
+        groups = parameter_groups(model.named_parameters(), OptimConfig())
+        self.loss: Callable[..., Tensor] = ops.clip_loss
+        self.image: Tensor = inputs.images
+        self.text: Packed | Tensor = inputs.text
+        if features is None:
+            self.loss = import_open_clip().ClipLoss()
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-5)
+            self.text = inputs.ids
+            # Its loader normalises, in processes of its own.
+            self.image = normalize(inputs.images)
+            return
+        self.optimizer = AdamW(groups, lr=1e-5, fused=features.fused_adamw)
+        if features.keeps_memory:
+            keep_freed_memory()
+        model.set_grad_checkpointing(features.checkpointing)  # type: ignore[operator]
+        if not features.packing:
+            # The time of padding without its numbers: every caption has as many tokens as the longest may have.
+            padded = Packed.of(inputs.ids.flatten(), [inputs.ids.shape[1]] * len(inputs.ids))
+            self.text = padded.to(inputs.ids.device)
+
+    def __call__(self) -> list[float]:
+        dtype = _DTYPES[self.config.precision]
+        with contextlib.ExitStack() as stack:
+            if self.features is not None:
+                stack.enter_context(_without(self.features, self.model))
+            times = [_now()]
+            image = self.image
+            if self.features is not None and not self.features.raw_pixels:
+                image = normalize(image)
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                output = self.model(image, self.text)
+            if isinstance(output, tuple):
+                output = dict(zip(("image_features", "text_features", "logit_scale"), output, strict=True))
+            loss = self.loss(output["image_features"], output["text_features"], output["logit_scale"])
+            times.append(_now())
+            loss.backward()
+            times.append(_now())
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            times.append(_now())
+        if not loss.isfinite():
+            raise AssertionError(f"the loss is {float(loss)}")
+        return [stop - start for start, stop in zip(times, times[1:], strict=False)]
+
+
+def _now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize(DEVICE)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _without(features: Features, model: nn.Module) -> Iterator[None]:
+    """Puts plain PyTorch in the place of what is off."""
+    with contextlib.ExitStack() as stack:
+        if not features.pointwise:
+            for name in ("add_norm", "gelu"):
+                plain = functools.partial(getattr(ops, name), backend="reference")
+                stack.enter_context(mock.patch.object(transformer, name, plain))
+        if not features.attention:
+            stack.enter_context(mock.patch.object(transformer.Sequences, "attend", _sdpa))
+        if not features.first_only:
+            for tower in (model.visual, model.text):
+                last: Any = tower.layers[-1]  # type: ignore[index,union-attr]
+                forward = last.forward
+
+                def whole(*arguments: Any, forward: Any = forward) -> tuple[Tensor, Tensor]:
+                    one, two = forward(*arguments[:-1], None)
+                    return one[arguments[-1]], two[arguments[-1]]
+
+                stack.enter_context(mock.patch.object(last, "forward", whole))
+        yield
+
+
+def _sdpa(sequences: transformer.Sequences, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """torch's attention on captions padded to the longest, as one writes it without an operator for packed ones."""
+    if sequences.cu_seqlens is None:
+        query, key, value = qkv.unflatten(0, (-1, sequences.max_seqlen)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=sequences.causal)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+    kept = torch.arange(sequences.max_seqlen, device=qkv.device) < sequences.cu_seqlens.diff()[:, None]
+    padded = qkv.new_zeros(*kept.shape, *qkv.shape[1:]).masked_scatter(kept[..., None, None, None], qkv)
+    query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if kept.all() else kept[:, None, None]
+    if sequences.causal:
+        past = torch.ones(2 * [kept.shape[1]], dtype=torch.bool, device=qkv.device).tril()
+        mask = past if mask is None else mask & past
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+    return out.transpose(1, 2)[kept].flatten(1)
+
+
+def open_clip_twin(model: BiomedClip) -> nn.Module:
+    """open_clip's CustomTextCLIP of the same configuration with the same weights. Raises Unavailable without it."""
+    open_clip = peer(import_open_clip)
+    config, before = model.config, os.getcwd()
+    files = layout.write(config, published_tokenizer=False)
+    name = files[layout.CONFIG_FILE]["model_cfg"]["text_cfg"].get("hf_model_name")
+    with tempfile.TemporaryDirectory() as folder:
+        if name == layout.PUBMEDBERT:
+            # Offline, transformers takes a hub's name for a folder where there is one.
+            changed = replace(config, text=replace(config.text, max_positions=config.text.max_positions + 1))
+            bert = layout.write(changed, published_tokenizer=False)["text/config.json"]
+            files[f"{name}/config.json"] = {**bert, "max_position_embeddings": config.text.max_positions}
+        for path, content in files.items():
+            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / path).write_text(json.dumps(content))
+        os.chdir(folder)
+        try:
+            options = dict(load_weights=False, pretrained_text=False)
+            theirs = open_clip.create_model("local-dir:.", **options)
+        finally:
+            os.chdir(before)
+    theirs.load_state_dict(weights.to_open_clip(model.state_dict(), config))
+    return theirs
+
+
+def measure_step(config: StepConfig) -> list[dict[str, Any]]:
+    """A row for each variant. Raises AssertionError where open_clip's embeddings aren't ours."""
+    sizes = preset(config.preset)
+    if sizes.text.kind == "bert":
+        dropped = replace(sizes.text, dropout=config.dropout, attention_dropout=config.dropout)
+        sizes = replace(sizes, text=dropped)
+    inputs = make_inputs(config, sizes)
+    inputs = replace(inputs, images=inputs.images.to(DEVICE), ids=inputs.ids.to(DEVICE), text=inputs.text.to(DEVICE))
+    torch.manual_seed(0)
+    ours = BiomedClip(sizes).to(DEVICE)
+    # The steps of a contender train its model: each starts from these weights.
+    state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    rows: list[dict[str, Any]] = []
+    for name, features in variants(config).items():
+        ours.load_state_dict(state)
+        model: nn.Module = ours if features is not None else open_clip_twin(ours).to(DEVICE)
+        error = difference(ours, model, inputs) if features is None else 0.0
+        step = Step(config, model, inputs, features)
+        extra, _ = peak_extra_bytes(step)
+        times = min((step() for _ in range(config.rounds)), key=sum)
+        del step, model
+        ours.zero_grad(set_to_none=True)
+        seconds = sum(times)
+        rows.append(
+            dict(
+                operator="step",
+                case=f"{config.preset}-{config.batch_size}-{config.precision}-dropout-{config.dropout}",
+                contender=name,
+                error=error,
+                flops=inputs.flops,
+                batch=config.batch_size,
+                dtype=config.precision,
+                tokens=len(inputs.text.ids),
+                seconds=seconds,
+                forward_seconds=times[0],
+                backward_seconds=times[1],
+                optimizer_seconds=times[2],
+                samples_per_second=config.batch_size / seconds,
+                tokens_per_second=len(inputs.text.ids) / seconds,
+                matmul_flops_per_second=matmul_flops_per_second(_DTYPES[config.precision]),
+                extra_bytes=extra,
+            )
+        )
+    return rows
+
+
+@torch.no_grad()
+def difference(ours: BiomedClip, theirs: nn.Module, inputs: Inputs) -> float:
+    """Largest difference of an embedding's number, of unit length, in float32 on a few samples.
+
+    Raises AssertionError where it is no rounding: a time for other numbers is no figure.
+    """
+    ours.eval(), theirs.eval()
+    few = slice(0, 2)
+    texts = ours.encode_text(inputs.ids[few]) - theirs.encode_text(inputs.ids[few], normalize=True)  # type: ignore[operator]
+    theirs_image = theirs.encode_image(normalize(inputs.images[few]), normalize=True)  # type: ignore[operator]
+    error = max(float(part.abs().max()) for part in (texts, ours.encode_image(inputs.images[few]) - theirs_image))
+    assert error < 1e-4, f"open_clip's embeddings differ by {error:.3g}"
+    return error
+
+
+def show_step(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    per_sample = first["tokens"] / first["batch"]
+    table = Table(
+        title=f"{first['case']}, {per_sample:.0f} tokens a caption, {first['flops'] / 1e12:.2f} TFLOP a step",
+        title_justify="left",
+    )
+    for heading in ("contender", "samples/s", "tokens/s", "s", "fwd", "bwd", "opt", "MFU", "extra GB", "x first"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    for row in rows:
+        parts = (row[f"{name}_seconds"] for name in ("forward", "backward", "optimizer"))
+        table.add_row(
+            row["contender"],
+            f"{row['samples_per_second']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds']:.2f}",
+            *(f"{part:.2f}" for part in parts),
+            f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}",
+            "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e9:.2f}",
+            f"{first['seconds'] / row['seconds']:.2f}",
+        )
+    (Console() if os.isatty(1) else Console(width=120)).print(table)

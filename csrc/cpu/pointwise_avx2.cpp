@@ -1,0 +1,19 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "pointwise_kernels.h"
+
+#ifdef BCLIP_X86_TARGETS
+// After the standard headers, whose inline functions are shared with code that runs on every machine.
+#pragma GCC target("avx2,fma")
+#include "pointwise_tile.h"
+
+namespace bclip::cpu {
+
+const PointwiseKernels kAvx2Pointwise = {&::add_norm, &::add_norm_backward, &::gelu, &::gelu_backward};
+
+}  // namespace bclip::cpu
+
+#endif

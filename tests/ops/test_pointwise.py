@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from torch import Tensor
+
+from bclip_fast import ops
+from bclip_fast.ops.pointwise import LIMITS, _add_norm, _gelu, reference
+
+SHAPES = [(5, 768), (197, 64), (33, 50), (9, 3), (70, 17), (0, 32)]  # (T, D): multiples of no vector and no block too
+EPS = 1e-6
+
+
+def inputs(shape: tuple[int, int], stream: torch.dtype, branch: torch.dtype | None) -> list[Tensor]:
+    tensors = [torch.randn(shape).to(stream), torch.rand(shape[1]) + 0.5, torch.randn(shape[1])]
+    return tensors if branch is None else [tensors[0], torch.randn(shape).to(branch), *tensors[1:]]
+
+
+def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """Both outputs, weighted differently, so that no gradient can stand in for another."""
+    return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("stream", "branch"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_matches_reference(backend, shape, stream, branch, post, dropout_p, nan_filled):
+    tensors = inputs(shape, stream, branch)
+    skip_if_refused(LIMITS, backend, *tensors)
+    if 0 in shape:
+        with torch.no_grad():
+            assert ops.add_norm(tensors[0], None, *tensors[-2:], EPS, backend=backend)[0].shape == shape
+        return
+    low = branch or stream
+    seed = torch.tensor(2**40 + 5)
+
+    def run(call):
+        def function(x, *rest):
+            y, weight, bias = rest if branch is not None else (None, *rest)
+            return joined(call(x, y, weight, bias))
+
+        return function
+
+    def definition(x, y, weight, bias):
+        normed, total = reference.add_norm(x, y, weight, bias, EPS, dropout_p if y is not None else 0.0, seed)
+        # As eager code under autocast: the norm's result is rounded for the matmul that takes it.
+        rounded = normed.to(low) if x.dtype == stream else normed
+        return rounded, normed if post else total
+
+    def kernel(x, y, weight, bias):
+        options = dict(dropout_p=dropout_p, seed=seed, post=post, dtype=low, backend=backend)
+        return ops.add_norm(x, y, weight, bias, EPS, **options)
+
+    assert_as_accurate_as_eager(run(kernel), run(definition), tensors)
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_matches_torchs(backend, dtype, nan_filled):
+    x = torch.cat([torch.linspace(-20, 20, 70001), torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])]).to(dtype)
+    skip_if_refused(LIMITS, backend, x)
+    assert_as_accurate_as_eager(lambda x: ops.gelu(x, backend=backend), F.gelu, [x])
+    assert_as_accurate_as_eager(lambda x: ops.gelu(x, backend=backend), F.gelu, [x[:3, None]])
+    assert ops.gelu(torch.tensor([float("nan")], dtype=dtype), backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+def test_a_row_far_from_zero_keeps_its_digits(backend):
+    weight, bias = torch.ones(768), torch.zeros(768)
+    assert_as_accurate_as_eager(
+        lambda x: ops.add_norm(x, None, weight, bias, 1e-12, backend=backend)[0],
+        lambda x: F.layer_norm(x, (768,), weight.to(x), bias.to(x), 1e-12),
+        [300 + torch.randn(4, 768)],
+    )
+
+
+def test_dropout_is_philox_and_keeps_its_share():
+    # Random123's known answer for counter and key zero.
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for word, share in zip(words, [w / 2**32 for w in words], strict=True):
+        column = words.index(word)
+        assert reference.dropout_mask(1, 4, share - 1e-6, torch.tensor(0))[0, column]
+        assert not reference.dropout_mask(1, 4, share + 1e-6, torch.tensor(0))[0, column]
+    kept = reference.dropout_mask(500, 768, 0.1, torch.tensor(7))
+    assert kept.float().mean() == pytest.approx(0.9, abs=0.002)
+    assert not torch.equal(kept, reference.dropout_mask(500, 768, 0.1, torch.tensor(8)))
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+def test_dropout_follows_the_generator(backend):
+    tensors = [*inputs((40, 96), torch.float32, torch.float32), EPS]
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(ops.add_norm(*tensors, dropout_p=0.4, backend=backend)[1])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    dropped = results[0] == tensors[0]
+    assert 0.3 < dropped.float().mean() < 0.5
+    torch.testing.assert_close((results[0] - tensors[0])[~dropped], tensors[1][~dropped] / 0.6)
+
+
+def test_results_do_not_depend_on_threads():
+    tensors = [tensor.requires_grad_() for tensor in inputs((500, 96), torch.float32, torch.bfloat16)]
+    grads, before = [], torch.get_num_threads()
+    try:
+        for threads in (9, 3):
+            torch.set_num_threads(threads)
+            output = joined(ops.add_norm(*tensors, EPS, dropout_p=0.1, seed=3, backend="cpu"))
+            grads.append(torch.autograd.grad(output.square().sum(), tensors))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*grads, strict=True))
+
+
+def test_strided_inputs_and_gradients():
+    x, y, weight, bias = inputs((12, 40), torch.float32, torch.float32)
+    plain = ops.add_norm(x, y, weight, bias, EPS, backend="cpu")[0]
+    strided = x.T.contiguous().T.requires_grad_()
+    assert torch.equal(ops.add_norm(strided, y, weight, bias, EPS, backend="cpu")[0], plain)
+    ops.add_norm(strided, y, weight, bias, EPS, backend="cpu")[0].T.sum(1)[0].backward()
+    assert strided.grad.isfinite().all()
+
+
+def test_registration():
+    x, y, weight, bias = (tensor.requires_grad_() for tensor in inputs((6, 40), torch.float32, torch.bfloat16))
+    for branch, wide in ((y, True), (y, False), (None, True)):
+        arguments = (x, branch, weight, bias, EPS, 0.1 if wide else 0.0, torch.tensor(3) if wide else None)
+        torch.library.opcheck(_add_norm, (*arguments, torch.bfloat16, wide, "cpu"))
+    torch.library.opcheck(_gelu, (x, "cpu"))
+
+
+def test_compiles_without_a_graph_break():
+    x, y, weight, bias = inputs((6, 40), torch.float32, torch.bfloat16)
+
+    def layer(x, y):
+        normed, stream = ops.add_norm(x, y, weight, bias, EPS, dtype=torch.bfloat16)
+        return ops.gelu(normed) + stream
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), layer(x, y))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x, w: ops.add_norm(x[0], None, w, w, EPS), "stream must be"),
+        (lambda x, w: ops.add_norm(x, x[:1], w, w, EPS), "branch must be"),
+        (lambda x, w: ops.add_norm(x, None, w[1:], w, EPS), "weight and bias must be"),
+        (lambda x, w: ops.add_norm(x, x, w, w, EPS, dropout_p=1.0), "dropout_p"),
+        (lambda x, w: ops.gelu(x.long()), "floating point"),
+    ],
+)
+def test_bad_arguments_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(torch.zeros(2, 4), torch.zeros(4))
+
+
+def test_a_named_backend_is_never_replaced():
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    with pytest.raises(ops.BackendError, match="float64"):
+        ops.gelu(x, backend="cpu")
+    with pytest.raises(ops.BackendError, match="float64"):
+        ops.add_norm(x, None, x[0], x[0], EPS, backend="cpu")
