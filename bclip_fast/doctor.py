@@ -13,10 +13,11 @@ from importlib.util import find_spec
 import torch
 
 from . import __version__
-from .ops import BACKENDS, attention, contrastive, image, pointwise
+from .ops import BACKENDS, affine, attention, contrastive, image, pointwise
 from .ops.dispatch import MISSING
 
 OPERATORS = {
+    "affine": affine.LIMITS,
     "attention": attention.LIMITS,
     "contrastive": contrastive.LIMITS,
     "image": image.LIMITS,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops import attention, contrastive, image, pointwise
+from bclip_fast.ops import affine, attention, contrastive, image, pointwise
 from bclip_fast.ops.attention.reference import attention as dense_attention
 from bclip_fast.ops.contrastive import terms
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
@@ -231,6 +231,37 @@ def norm_case(rows: int, width: int, dropout_p: float) -> Case:
         dtype=torch.bfloat16,
         unit="row",
         num_units=rows,
+    )
+
+
+def linear_case(rows: int, width: int, columns: int) -> Case:
+    """A bfloat16 input and float32 masters of weight and bias: a linear layer under autocast."""
+
+    def make_inputs() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        x, weight = torch.randn(rows, width, generator=generator), torch.randn(columns, width, generator=generator)
+        bias = torch.randn(columns, generator=generator)
+        # The truth is of the weight that is multiplied, the rounded one.
+        masters = weight.to(DEVICE, torch.bfloat16).float(), bias.to(DEVICE, torch.bfloat16).float()
+        return [x.to(DEVICE, torch.bfloat16).requires_grad_(), *(master.requires_grad_() for master in masters)]
+
+    def autocast(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return F.linear(x, weight, bias)
+
+    def run(backend: str) -> Contender:
+        return with_gradients(functools.partial(ops.linear, backend=backend))
+
+    tiny = torch.zeros(1, 1, dtype=torch.bfloat16, device=DEVICE)
+    return Case(
+        operator="affine",
+        name=f"linear-{rows}x{width}-{columns}",
+        make_inputs=make_inputs,
+        truth=run("reference"),
+        contenders={**ours(affine.LIMITS, run, tiny, tiny), "torch autocast": lambda: with_gradients(autocast)},
+        flops=6 * rows * width * columns,
+        bytes=2 * 2 * rows * (width + columns) + 3 * 4 * columns * (width + 1),
+        dtype=torch.bfloat16,
     )
 
 
@@ -501,6 +532,7 @@ CASES = [
     ),
     *(contrastive_case(batch, 512, dtype) for dtype in DTYPES for batch in (2048, 4096, 8192, 32768, 65536)),
     *(siglip_case(batch, 512, dtype) for dtype in DTYPES for batch in (4096, 8192, 32768, 65536)),
+    *(linear_case(16 * 197, *sizes) for sizes in ((768, 2304), (768, 768), (768, 3072), (3072, 768))),
     norm_case(16 * 197, 768, 0.0),
     norm_case(16 * 78, 768, 0.1),
     image_case(40),

@@ -25,7 +25,9 @@ HERE = Path(__file__).parent
 class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
-    operator: tyro.conf.Positional[Literal["attention", "contrastive", "image", "pointwise", "step", "all"]] = "all"
+    operator: tyro.conf.Positional[
+        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "all"]
+    ] = "all"
     """The operator to measure, or `step`: a whole training step; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""

@@ -1,6 +1,7 @@
 """The operators, each with a reference that defines it and backends that are chosen in `dispatch`."""
 
 from . import image
+from .affine import linear
 from .attention import fused_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, BackendError, use_backend
@@ -14,6 +15,7 @@ __all__ = [
     "fused_attention",
     "gelu",
     "image",
+    "linear",
     "siglip_loss",
     "use_backend",
     "varlen_attention",

@@ -114,8 +114,22 @@ struct Features {
   }
 };
 
+// The same from single precision, rounded.
+struct SingleFeatures {
+  const float* data;
+  int64_t count, width;
+
+  __m512i load(int64_t row, int64_t k) const {
+    if (row >= count) return _mm512_setzero_si512();
+    const __mmask32 present = width - k >= kPanel ? ~0u : (1u << (width - k)) - 1;
+    const float* from = data + row * width + k;
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> kHalf), from + kHalf),
+                                        _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), from));
+  }
+};
+
 // The left operand of X, [D / 32][2][16 rows][32 k], from 32 rows.
-void pack_rows(const Features& features, int64_t row, uint16_t* packed) {
+[[maybe_unused]] void pack_rows(const Features& features, int64_t row, uint16_t* packed) {
   for (int64_t k = 0; k < features.width; k += kPanel)
     for (int64_t i = 0; i < kPanel; ++i, packed += kPanel) _mm512_store_si512(packed, features.load(row + i, k));
 }
@@ -142,32 +156,43 @@ void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// The right operand of X, K^T: [count / 32][D / 32][2][16 pairs of k][16 rows][2 k].
-void pack_across(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
+// Of the right operand of X, K^T, 32 rows at 32 columns k: [2][16 pairs of k][16 rows][2 k].
+template <typename AnyFeatures>
+BCLIP_INLINE void pack_across_step(const AnyFeatures& features, int64_t row, int64_t k, uint16_t* packed) {
+  for (int64_t half = 0; half < kPanel; half += kHalf) {
+    __m512i rows[16];
+    for (int64_t i = 0; i < kHalf; ++i) rows[i] = features.load(row + half + i, k);
+    transpose(rows);
+    for (int64_t i = 0; i < kHalf; ++i, packed += kPanel) _mm512_store_si512(packed, rows[i]);
+  }
+}
+
+// The right operand of X: [count / 32][D / 32] of these.
+[[maybe_unused]] void pack_across(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
   for (int64_t panel = row; panel < row + count; panel += kPanel)
-    for (int64_t k = 0; k < features.width; k += kPanel)
-      for (int64_t half = 0; half < kPanel; half += kHalf) {
-        __m512i rows[16];
-        for (int64_t i = 0; i < kHalf; ++i) rows[i] = features.load(panel + half + i, k);
-        transpose(rows);
-        for (int64_t i = 0; i < kHalf; ++i, packed += kPanel) _mm512_store_si512(packed, rows[i]);
-      }
+    for (int64_t k = 0; k < features.width; k += kPanel, packed += kStep) pack_across_step(features, panel, k, packed);
 }
 
 BCLIP_INLINE __m512i interleave(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// The right operand of O, K: [D / 32][count / 32][2][16 pairs of rows][16 columns][2 rows].
-void pack_pairs(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
+// Of the right operand of O, K, 32 rows at 32 columns k: [2][16 pairs of rows][16 columns][2 rows].
+template <typename AnyFeatures>
+BCLIP_INLINE void pack_pairs_step(const AnyFeatures& features, int64_t row, int64_t k, uint16_t* packed) {
+  for (int64_t i = 0; i < kPanel; i += 2) {
+    const __m512i even = features.load(row + i, k), odd = features.load(row + i + 1, k);
+    _mm512_store_si512(packed + i * kHalf, interleave(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
+    _mm512_store_si512(packed + kStep / 2 + i * kHalf,
+                       interleave(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
+  }
+}
+
+// The right operand of O: [D / 32][count / 32] of these.
+[[maybe_unused]] void pack_pairs(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
   for (int64_t k = 0; k < features.width; k += kPanel)
     for (int64_t panel = row; panel < row + count; panel += kPanel, packed += kStep)
-      for (int64_t i = 0; i < kPanel; i += 2) {
-        const __m512i even = features.load(panel + i, k), odd = features.load(panel + i + 1, k);
-        _mm512_store_si512(packed + i * kHalf, interleave(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-        _mm512_store_si512(packed + kStep / 2 + i * kHalf,
-                           interleave(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
-      }
+      pack_pairs_step(features, panel, k, packed);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "../attention.h"
 #include "../contrastive.h"
 #include "../image.h"
+#include "../linear.h"
 #include "../pointwise.h"
 
 namespace py = pybind11;
@@ -158,6 +159,16 @@ void attention_backward(const bclip::cpu::Attention& attention, uintptr_t out_gr
                                  threads);
 }
 
+void amx_product(int64_t rows, int64_t columns, int64_t depth, uintptr_t left, bool left_transposed, uintptr_t right,
+                 bool right_transposed, bool right_in_single, uintptr_t bias, uintptr_t result, bool result_in_single,
+                 uintptr_t left_sums, uintptr_t workspace, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::amx_product({rows, columns, depth, at<uint16_t>(left), left_transposed, at<void>(right),
+                           right_transposed, right_in_single, at<float>(bias), at<void>(result), result_in_single,
+                           at<float>(left_sums), at<uint16_t>(workspace)},
+                          threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -212,4 +223,9 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads"));
   module.def("attention_backward", &attention_backward, py::arg("attention"), py::arg("out_grad"), py::arg("out"),
              py::arg("lse"), py::arg("qkv_grad"), py::arg("threads"));
+  module.def("product_workspace", &bclip::cpu::product_workspace, py::arg("columns"), py::arg("depth"));
+  module.def("amx_product", &amx_product, py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("left"),
+             py::arg("left_transposed"), py::arg("right"), py::arg("right_transposed"), py::arg("right_in_single"),
+             py::arg("bias"), py::arg("result"), py::arg("result_in_single"), py::arg("left_sums"),
+             py::arg("workspace"), py::arg("threads"));
 }

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from torch import Tensor
+
+from bclip_fast import ops
+from bclip_fast.ops.affine import LIMITS, _linear, reference
+
+# (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
+SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
+
+
+def inputs(shape: tuple[int, int, int], weight: torch.dtype = torch.bfloat16, bias: bool = True) -> list[Tensor]:
+    rows, width, columns = shape
+    x, w, b = torch.randn(rows, width).bfloat16(), torch.randn(columns, width).to(weight), torch.randn(columns)
+    return [x, w, b.to(weight)] if bias else [x, w]
+
+
+def skip_without_amx() -> None:
+    skip_if_refused(LIMITS, "cpu", *inputs((1, 1, 1)))
+
+
+@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+def test_matches_reference(backend, shape, bias, weight, nan_filled):
+    tensors = inputs(shape, weight, bias)
+    skip_if_refused(LIMITS, backend, *tensors)
+
+    def definition(x, w, b=None):
+        return reference.linear(x, w, b)
+
+    def kernel(x, w, b=None):
+        return ops.linear(x, w, b, backend=backend)
+
+    # The truth has the weight that is multiplied, which is the rounded one.
+    tensors[1] = tensors[1].bfloat16().to(weight)
+    assert_as_accurate_as_eager(kernel, definition, tensors)
+
+
+def test_a_masters_gradient_is_not_rounded():
+    skip_without_amx()
+    x, weight, bias = inputs((500, 64, 96), torch.float32)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    upstream = torch.randn(500, 96).bfloat16()
+    ops.linear(x, weight, bias, backend="cpu").backward(upstream)
+    for gradient, true in ((weight.grad, upstream.double().T @ x.double()), (bias.grad, upstream.double().sum(0))):
+        assert gradient.dtype == torch.float32
+        assert (gradient - true).abs().max() < 1e-6 * true.abs().max() * 8
+
+
+def test_autocast_keeps_the_results_and_casts_what_it_casts():
+    x, weight, bias = inputs((40, 64, 96), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=2**-7, atol=2**-7)
+        assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
+    assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
+
+
+def test_strided_inputs_gradients_and_more_dimensions():
+    skip_without_amx()
+    x, weight, bias = inputs((60, 40, 48))
+    plain = ops.linear(x, weight, bias, backend="cpu")
+    tensors = [x.T.contiguous().T.unflatten(0, (5, 3, 4)), weight.T.contiguous().T, bias.repeat(2)[48:]]
+    strided = [tensor.requires_grad_() for tensor in tensors]
+    out = ops.linear(*strided, backend="cpu")
+    assert torch.equal(out.flatten(0, 2), plain)
+    # Its gradient is one number, expanded.
+    out.sum().backward()
+    torch.testing.assert_close(strided[0].grad[0, 0, 0], weight.float().sum(0).bfloat16(), rtol=2**-7, atol=2**-5)
+    assert torch.equal(strided[2].grad, torch.full((48,), 60.0).bfloat16())
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_gradients_of_some_inputs_alone(wanted):
+    skip_without_amx()
+    tensors = inputs((50, 40, 48))
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
+    tensors[wanted].requires_grad_()
+    (own,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[wanted]])
+    torch.testing.assert_close(own, every[wanted], rtol=2**-7, atol=0)
+
+
+def test_no_rows():
+    skip_without_amx()
+    x, weight, bias = (tensor.requires_grad_() for tensor in inputs((0, 40, 48)))
+    out = ops.linear(x, weight, bias, backend="cpu")
+    out.sum().backward()
+    assert out.shape == (0, 48) and not weight.grad.any() and not bias.grad.any()
+
+
+def test_results_do_not_depend_on_threads():
+    skip_without_amx()
+    tensors = [tensor.requires_grad_() for tensor in inputs((700, 900, 840), torch.float32)]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = ops.linear(*tensors, backend="cpu")
+            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
+
+
+def test_registration():
+    skip_without_amx()
+    for weight in (torch.bfloat16, torch.float32):
+        x, w, b = (tensor.requires_grad_() for tensor in inputs((6, 40, 24), weight))
+        torch.library.opcheck(_linear, (x, w, b, "cpu"))
+        torch.library.opcheck(_linear, (x.unflatten(0, (2, 3)), w, None, "cpu"))
+
+
+def test_compiles_without_a_graph_break():
+    x, weight, bias = inputs((6, 40, 24))
+    compiled = torch.compile(lambda x: ops.gelu(ops.linear(x, weight, bias)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.gelu(ops.linear(x, weight, bias)))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x, w: ops.linear(x, w[:, 1:]), "x must be"),
+        (lambda x, w: ops.linear(x, w[0]), "x must be"),
+        (lambda x, w: ops.linear(x, w, x[0]), "bias must be"),
+    ],
+)
+def test_bad_arguments_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(torch.zeros(2, 4), torch.zeros(3, 4))
+
+
+def test_a_named_backend_is_never_replaced():
+    with pytest.raises(ops.BackendError, match="float32"):
+        ops.linear(torch.zeros(2, 4), torch.zeros(3, 4), backend="cpu")
