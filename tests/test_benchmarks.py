@@ -118,7 +118,7 @@ from bclip_fast.benchmarks import cases, report
 cases.LARGEST_DENSE = 32
 cases.CASES[:] = [cases.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]
 only, large = sys.argv[2:]
-sys.exit(report.run(report.BenchConfig("contrastive", pathlib.Path(sys.argv[1]), only, large == "large")))
+sys.exit(report.run(report.BenchConfig("contrastive", pathlib.Path(sys.argv[1]), only=only, large=large == "large")))
 """
 
 

@@ -168,7 +168,7 @@ def _with_fixed_offset(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
 ) -> tuple[Tensor, Tensor] | None:
     """(r, q), or None where the offset doesn't suit every row and column."""
-    norms = [torch.linalg.vector_norm(tensor, dim=1, dtype=torch.float32).max().item() for tensor in (image, text)]
+    norms = [_largest_norm(image), _largest_norm(text)]
     factor = scale / math.log(2)
     # The largest sum that a row or a column can have is then 2^124, below overflow.
     offset = abs(factor) * math.prod(norms) - 124 + math.log2(max(len(image), len(text)))
@@ -197,6 +197,11 @@ def _with_fixed_offset(
     return rows, columns
 
 
+def _largest_norm(features: Tensor) -> float:
+    """Not below the largest; in the features' own precision, as torch would copy them for another."""
+    return torch.linalg.vector_norm(features, dim=1).max().item() * (1 + torch.finfo(features.dtype).eps)
+
+
 def _with_running_maximum(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -218,9 +223,9 @@ class _Gradients:
     def __init__(self, image: Tensor, text: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.scale, self.dtype = scale, dtype
         # More than one block of columns adds to a row.
-        in_blocks = len(_column_blocks(image, text)) > 1
-        self.image_grad = torch.zeros(image.shape, dtype=torch.float32 if in_blocks else dtype)
-        self.text_grad = torch.empty(text.shape, dtype=dtype)
+        self.in_blocks = len(_column_blocks(image, text)) > 1
+        self.image_grad = torch.zeros(image.shape, dtype=torch.float32 if self.in_blocks else dtype)
+        self.text_grad = torch.empty(text.shape if self.in_blocks else 0, dtype=dtype)
         self.scale_grad = 0.0
 
     def add_chunk(self, chunk: _LibraryChunk) -> None:
@@ -230,7 +235,11 @@ class _Gradients:
         self.image_grad[chunk.own] += unscaled.mul_(self.scale)
 
     def add_block(self, block: slice, products: _LibraryProducts) -> None:
-        self.text_grad[block] = products.text_grad.mul_(self.scale)
+        scaled = products.text_grad.mul_(self.scale)
+        if self.in_blocks:
+            self.text_grad[block] = scaled
+        else:
+            self.text_grad = scaled.to(self.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.image_grad.to(self.dtype), self.text_grad, torch.tensor(self.scale_grad)
