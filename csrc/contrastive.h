@@ -37,7 +37,7 @@ struct Softmax {
   double scale, weight;
   const double* rows_lse;      // R (b,), infinite where a row has no loss
   const double* columns_lse;   // Q (B,), likewise
-  const float* positive_grad;  // (b,)
+  const float* positive_grad;  // (b,); null where `first` says that there are no positives
   Groups groups;
 };
 

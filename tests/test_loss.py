@@ -71,6 +71,12 @@ def smoothed(image, text, scale, bias):
     return sum(F.cross_entropy(part, labels, label_smoothing=0.1) for part in (logits, logits.T)) / 2
 
 
+def siglip_smoothed(image, text, scale, bias):
+    targets = 0.9 * torch.eye(len(image), dtype=image.dtype) + 0.05
+    logits = scale * image @ text.T + bias
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(image)
+
+
 def half_missing(image, text, scale, bias):
     """What open_clip's local_loss without gather_with_grad has a gradient of: each loss in one of its two operands."""
     labels = torch.arange(len(image))
@@ -110,6 +116,7 @@ def results_of(rank, sizes, losses, clip=True, **extras):
         calls[f"clip {mode}"] = lambda _, *features, mode=mode: losses.ClipLoss(*mode, **place)(*features)
     if losses is bclip_fast:
         calls["smoothed"] = lambda _, *features: ClipLoss(label_smoothing=0.1, **place)(*features)
+        calls["siglip-smoothed"] = lambda _, *features: SigLipLoss(label_smoothing=0.1, **place)(*features)
     return {name: averaged(rank, sizes, call) for name, call in calls.items()}
 
 
@@ -128,6 +135,7 @@ def assert_global(results, sizes, losses):
         "clip": single_process(sizes),
         "siglip": single_process(sizes, reference.dense_siglip),
         "smoothed": single_process(sizes, smoothed),
+        "siglip-smoothed": single_process(sizes, siglip_smoothed),
         "distill": distilled(losses, sizes) if losses else None,
     }
     for of_rank in results:
@@ -225,12 +233,33 @@ def test_two_ranks_give_the_global_gradient_where_open_clips_modes_miss_it():
                 torch.testing.assert_close(own, true, **EXACT)
 
 
+FOUR = [(2, 3, 1, 4), (2, 2, 2, 2)]
+
+
 def on_four(rank):
-    return results_of(rank, (2, 3, 1, 4), bclip_fast, clip=False)
+    return [results_of(rank, sizes, bclip_fast) for sizes in FOUR]
 
 
-def test_four_unequal_ranks():
-    assert_global(on_ranks(4, on_four), (2, 3, 1, 4), open_clip_losses())
+def test_four_ranks_equal_and_unequal():
+    for sizes, results in zip(FOUR, zip(*on_ranks(4, on_four), strict=True), strict=True):
+        assert_global(results, sizes, open_clip_losses())
+
+
+def compiled_on_two(rank):
+    """Eager loss and compiled one; compiled, an all-reduce inside an autograd function is easily lost."""
+    generator = torch.Generator().manual_seed(rank)
+    features = [F.normalize(torch.randn(5, 16, generator=generator), dim=-1) for _ in range(2)]
+    results = []
+    for loss in (ClipLoss(rank=rank, world_size=2), SigLipLoss(rank=rank, world_size=2)):
+        inputs = (*features, torch.tensor(10.0), torch.tensor(-1.0))
+        results.append([loss(*inputs), torch.compile(loss, backend="aot_eager")(*inputs)])
+    return results
+
+
+def test_compiled_losses_over_ranks_are_the_eager_ones():
+    for results in on_ranks(2, compiled_on_two):
+        for eager, compiled in results:
+            torch.testing.assert_close(compiled, eager)
 
 
 def on_three(rank):
@@ -279,6 +308,7 @@ def test_one_process_is_the_definition(theirs):
         return pair[0] + 3 * pair[1]
 
     results = {"clip": ClipLoss(), "siglip": SigLipLoss(), "smoothed": ClipLoss(label_smoothing=0.1)}
+    results["siglip-smoothed"] = SigLipLoss(label_smoothing=0.1)
     results = {name: single_process(sizes, loss) for name, loss in results.items()}
     assert_global([results | {"distill": single_process(sizes, distill)}], sizes, theirs)
 

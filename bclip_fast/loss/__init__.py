@@ -3,7 +3,8 @@
 Every rank returns the loss of the global batch. After data-parallel averaging (DDP, DeepSpeed, FSDP) the gradients of
 the towers, of logit_scale and of logit_bias are those of that global loss, whatever the ranks' batch sizes; all ranks
 must scale the loss alike before `backward`. Only text features travel: one gather, an O(B) reduction of column sums,
-one reduce-scatter of gradients. No rank ever holds more than `chunk_size` rows of the matrix of similarities.
+one reduce-scatter of gradients. `forward` never holds more than `chunk_size` rows of the matrix of similarities,
+DistillClipLoss four such chunks.
 
 A rank that is lost ends the others' wait after the process group's timeout (`torch.distributed.init_process_group`
 or `new_group` set it) with a `CollectiveError` that says what they were waiting for. NCCL's watchdog ends the process

@@ -43,6 +43,10 @@ class ClipLoss(RankedLoss):
             hardness nor groups.
     """
 
+    @staticmethod
+    def _over_ranks(*arguments: Any) -> Any:
+        return _GlobalClipLoss.apply(*arguments)
+
     def __init__(
         self,
         local_loss: bool = False,
@@ -165,9 +169,7 @@ class ClipLoss(RankedLoss):
                     check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
                 backend = choose("clip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
-                loss = _GlobalClipLoss.apply(
-                    image, text, scale, *ids, self.hardness, ranks, self.chunk_size, dtype, backend
-                )
+                loss = self._over_ranks(image, text, scale, *ids, self.hardness, ranks, self.chunk_size, dtype, backend)
                 if logit_bias is not None:
                     loss = loss + 0.0 * as_scalar(logit_bias, image)
             return self._smoothed(loss, image, text, logit_scale, ranks)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.contrastive import as_scalar, check_features, default_chunk_size
+from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
 from ..ops.contrastive.terms import pair_losses, positive_gradient
 from ..ops.dispatch import Limits, choose
 from .clip import ClipLoss
 from .ranks import Ranks, check_rows, one_dtype
 
-_LIMITS: Limits = {"reference": lambda image, text: None}
+_LIMITS: Limits = {"reference": LIMITS["reference"]}
 
 
 class DistillClipLoss(ClipLoss):
@@ -23,8 +23,13 @@ class DistillClipLoss(ClipLoss):
     Over ranks the teacher's texts travel like the student's, and its softmax runs over all of them: the distillation
     term, too, is that of the global batch. The teacher is a constant: its features must not ask for gradients.
 
-    Runs on the reference backend (chunks of rows in plain PyTorch); arguments are those of `ClipLoss`.
+    Runs on the reference backend alone (chunks of rows in plain PyTorch, in single precision); arguments are those of
+    `ClipLoss` but for hardness and groups, which are refused, and operand_dtype, which has no effect.
     """
+
+    @staticmethod
+    def _over_ranks(*arguments: Any) -> Any:
+        return _GlobalDistillLoss.apply(*arguments)
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         """open_clip's definition of one direction on dense logits (b, B); `forward` never builds them."""
@@ -60,9 +65,9 @@ class DistillClipLoss(ClipLoss):
         scale, teacher_scale = as_scalar(logit_scale, image), as_scalar(dist_logit_scale, image)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (teacher_image, teacher_text, teacher_scale)):
             raise ValueError("the teacher's features or logit_scale require a gradient: compute them under no_grad")
-        choose("distill_clip_loss", _LIMITS, self.backend, image, text)
+        choose("distill_clip_loss", _LIMITS, self.backend, image, text, None, self.deterministic)
         with torch.autocast(image.device.type, enabled=False):
-            contrastive, distill = _GlobalDistillLoss.apply(
+            contrastive, distill = self._over_ranks(
                 image, text, scale, teacher_image, teacher_text, teacher_scale, ranks, self.chunk_size
             )
             contrastive = self._smoothed(contrastive, image, text, logit_scale, ranks)

@@ -39,6 +39,9 @@ class RankedLoss(nn.Module):
         super().__init__()
         if chunk_size is not None and chunk_size < 0:
             raise ValueError(f"chunk_size must be at least 1, or 0 or None for the default, got {chunk_size}")
+        if world_size > 1:
+            # Compiled, collectives that overwrite their argument inside an autograd function would be lost.
+            self._over_ranks = torch.compiler.disable(self._over_ranks)  # type: ignore[method-assign]
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -50,6 +53,11 @@ class RankedLoss(nn.Module):
         # open_clip's cache; trainers reset it by these names.
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}
+
+    @staticmethod
+    def _over_ranks(*arguments: Any) -> Any:
+        """The loss of several ranks, by the autograd function of the class."""
+        raise NotImplementedError
 
     def _ranks(self) -> Ranks:
         """The group, once it is known to be the one that the constructor was told of."""

@@ -5,9 +5,10 @@
 //     the matrix unit leaves the vector units idle;
 //     in the backward, G = g(X) is rounded to bfloat16 and O += G K while it is in L1.
 //
-// S is computed once forward and twice backward, a fifth more multiplications than the least. In return nothing is
-// accumulated outside a core's caches, no memory is needed beyond the results, each number is summed in one order
-// whatever the number of threads, and a block of K is packed in both layouts, for X and for O, once per kOwnRows rows.
+// S is computed once forward and twice backward: a quarter more multiplications than the least, a third for the sigmoid.
+// In return nothing is accumulated outside a core's caches, memory beyond the results is 4 MiB a thread, each number is
+// summed in one order whatever the number of threads, and a block of K is packed in both layouts, for X and for O, once
+// per kOwnRows rows.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -41,8 +42,8 @@ namespace {
 
 constexpr int64_t kBlockElements = 512 * 512;  // of K at a time: its two layouts are 1 MiB and stay in L2
 constexpr int64_t kOwnRows = 1024;             // over which the packing of a block is spread
-constexpr int64_t kColumnsAtOnce = 2048;       // of a task of the forward, which owns both a row and a column range
-constexpr int64_t kMostRowRanges = 32;         // of the forward: so many sums are kept of each column
+constexpr int64_t kColumnsAtOnce = 2048;       // at least, of a task of the forward, which owns a row and a column range
+constexpr int64_t kMostRanges = 32;            // of each: so many sums are kept of a row or column
 constexpr int64_t kRowsInSingle = 256;         // single precision sums columns over so many rows
 
 int64_t tasks_of(int64_t rows) { return (rows + kOwnRows - 1) / kOwnRows; }
@@ -89,10 +90,6 @@ BCLIP_INLINE int64_t positive_lane(const Place& place, int64_t i) {
 
 BCLIP_INLINE void store_rounded(__m512 first, __m512 second, uint16_t* to) {
   _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
-
-uint16_t rounded(float value) {
-  return static_cast<uint16_t>(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0));
 }
 
 // What becomes of the dot products. `sweep` calls begin_block for other rows; within, for each panel of own rows,
@@ -183,7 +180,7 @@ class SoftmaxGradient {
         groups_(all.groups, own_is_image) {}
 
   void begin_block(int64_t, int64_t) {}
-  void begin_panel() {}
+  void begin_panel() { products_ = _mm512_setzero_ps(); }
 
   inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t* gradient) {
     const int64_t row = place.row + i;
@@ -209,16 +206,23 @@ class SoftmaxGradient {
         g[half] = _mm512_mask_sub_ps(g[half], same, g[half], target);
       }
     }
-    store_rounded(g[0], g[1], gradient);
     const int64_t lane = positive_lane(place, i);
-    if (lane >= 0 && place.columns >> lane & 1)
-      gradient[lane] = rounded(positive_grad_[own_is_image_ ? row : place.column + lane]);
+    if (lane >= 0 && place.columns >> lane & 1) {
+      const __m512 own = _mm512_set1_ps(positive_grad_[own_is_image_ ? row : place.column + lane]);
+      for (int64_t half = 0; half < 2; ++half) g[half] = _mm512_mask_mov_ps(g[half], half_of(1u << lane, half), own);
+    }
+    for (int64_t half = 0; half < 2; ++half)
+      products_ = _mm512_fmadd_ps(g[half], _mm512_load_ps(dots + half * kHalf), products_);
+    store_rounded(g[0], g[1], gradient);
   }
 
-  void end_panel(int64_t, int64_t) {}
+  void end_panel(int64_t, int64_t) { product += _mm512_reduce_add_ps(products_); }
   void end_block() {}
 
+  double product = 0;  // sum of G X, before G is rounded
+
  private:
+  __m512 products_;
   const Factor16 factor_;
   const Shares own_, other_;
   const float* const positive_grad_;  // by image
@@ -235,7 +239,7 @@ class SigmoidGradient {
       : all_(all), minus_log2_e_(-1.4426950408889634), groups_(all.groups, own_is_image) {}
 
   void begin_block(int64_t, int64_t) {}
-  void begin_panel() { losses_ = gradients_ = _mm512_setzero_ps(); }
+  void begin_panel() { losses_ = gradients_ = products_ = _mm512_setzero_ps(); }
 
   inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t* gradient) {
     const int64_t lane = positive_lane(place, i);
@@ -259,6 +263,7 @@ class SigmoidGradient {
                                               _mm512_add_ps(u, one));
       g[half] = _mm512_mask_xor_ps(size, positive, size, minus_zero);
       gradients_ = _mm512_add_ps(gradients_, g[half]);
+      products_ = _mm512_fmadd_ps(g[half], x, products_);
     }
     if (kGradient) store_rounded(g[0], g[1], gradient);
   }
@@ -266,6 +271,7 @@ class SigmoidGradient {
   void end_panel(int64_t, int64_t) {
     sums.loss += _mm512_reduce_add_ps(losses_);
     sums.gradient += _mm512_reduce_add_ps(gradients_);
+    sums.product += _mm512_reduce_add_ps(products_);
   }
   void end_block() {}
 
@@ -275,7 +281,7 @@ class SigmoidGradient {
   const SigmoidTile all_;
   const Factor16 minus_log2_e_;
   const OwnGroups groups_;
-  __m512 losses_, gradients_;
+  __m512 losses_, gradients_, products_;
 };
 
 // A thread's memory for `sweep`.
@@ -342,37 +348,28 @@ void sweep(const Features& own, int64_t begin, int64_t end, const Features& othe
   }
 }
 
-// Writes scale * O to the rows of `gradient` (all own rows, D); returns the sum of O times the own features.
-double finish(const Features& own, int64_t begin, int64_t end, const float* result, double scale, void* gradient,
-              bool in_single) {
+// Writes scale * O to the rows of `gradient` (all own rows, D).
+void finish(const Features& own, int64_t begin, int64_t end, const float* result, double scale, void* gradient,
+            bool in_single) {
   const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
-  double total = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t panel = (row - begin) / kPanel, i = (row - begin) % kPanel;
-    __m512 products = _mm512_setzero_ps();
     for (int64_t k = 0; k < own.width; k += kPanel) {
       const float* from = result + panel * kPanel * padded(own.width) + k * kPanel + i * kPanel;
-      const __m512 first = _mm512_load_ps(from), second = _mm512_load_ps(from + kHalf);
-      const __m512i features = own.load(row, k);
-      const __m512i low = interleave(_mm256_setzero_si256(), _mm512_castsi512_si256(features));
-      const __m512i high = interleave(_mm256_setzero_si256(), _mm512_extracti64x4_epi64(features, 1));
-      products = _mm512_fmadd_ps(first, (__m512)low, products);  // widened to single precision
-      products = _mm512_fmadd_ps(second, (__m512)high, products);
-      const __m512 scaled[] = {_mm512_mul_ps(first, factor), _mm512_mul_ps(second, factor)};
+      const __m512 first = _mm512_mul_ps(_mm512_load_ps(from), factor);
+      const __m512 second = _mm512_mul_ps(_mm512_load_ps(from + kHalf), factor);
       const __mmask32 present = own.columns(k);
       const int64_t place = row * own.width + k;
       if (in_single) {
         float* to = static_cast<float*>(gradient) + place;
-        _mm512_mask_storeu_ps(to, half_of(present, 0), scaled[0]);
-        _mm512_mask_storeu_ps(to + kHalf, half_of(present, 1), scaled[1]);
+        _mm512_mask_storeu_ps(to, half_of(present, 0), first);
+        _mm512_mask_storeu_ps(to + kHalf, half_of(present, 1), second);
       } else {
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(scaled[1], scaled[0]);
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
         _mm512_mask_storeu_epi16(static_cast<uint16_t*>(gradient) + place, present, both);
       }
     }
-    total += _mm512_reduce_add_ps(products);
   }
-  return total;
 }
 
 // Runs task(number, memory) for each of `count`; a thread has one memory for all that it runs.
@@ -387,7 +384,7 @@ void with_memory(int64_t count, int threads, int64_t own_rows, int64_t other_row
   });
 }
 
-// Runs make_use() over kOwnRows own rows a task, and keep(number of the task, use, sum of O times the features).
+// Runs make_use() over kOwnRows own rows a task, and keep(number of the task, use).
 template <typename MakeUse, typename Keep>
 void gradient_of(const Features& own, const Features& other, int64_t shift, const AmxGradients& gradients,
                  void* gradient, int threads, const MakeUse& make_use, const Keep& keep) {
@@ -398,10 +395,9 @@ void gradient_of(const Features& own, const Features& other, int64_t shift, cons
                 const int64_t begin = task * kOwnRows, end = std::min(begin + kOwnRows, own.count);
                 auto use = make_use();
                 sweep(own, begin, end, other, 0, other.count, shift, memory, use);
-                double product = 0;
                 if (with_gradient)
-                  product = finish(own, begin, end, memory.result.data, gradients.scale, gradient, gradients.in_single);
-                keep(task, use, product);
+                  finish(own, begin, end, memory.result.data, gradients.scale, gradient, gradients.in_single);
+                keep(task, use);
               });
 }
 
@@ -434,16 +430,17 @@ void amx_exponential_sums(const AmxProblem& problem, double factor, float offset
   check(problem);
   const Features images = images_of(problem), texts = texts_of(problem);
   // A task for each pair of a row and a column range, which adds to its own sums.
-  const int64_t rows_a_task = std::max(kOwnRows, padded(images.count / kMostRowRanges));
+  const int64_t rows_a_task = std::max(kOwnRows, padded(images.count / kMostRanges));
   const int64_t row_ranges = (images.count + rows_a_task - 1) / rows_a_task;
-  const int64_t column_ranges = (texts.count + kColumnsAtOnce - 1) / kColumnsAtOnce;
+  const int64_t columns_a_task = std::max(kColumnsAtOnce, padded(texts.count / kMostRanges));
+  const int64_t column_ranges = (texts.count + columns_a_task - 1) / columns_a_task;
   std::vector<double> rows(column_ranges * images.count), columns(row_ranges * texts.count);
-  with_memory(row_ranges * column_ranges, threads, rows_a_task, std::min(kColumnsAtOnce, texts.count), images.width,
+  with_memory(row_ranges * column_ranges, threads, rows_a_task, std::min(columns_a_task, texts.count), images.width,
               false, [&](int64_t task, const SweepMemory& memory) {
                 const int64_t row_range = task / column_ranges, column_range = task % column_ranges;
-                const int64_t begin = row_range * rows_a_task, from = column_range * kColumnsAtOnce;
+                const int64_t begin = row_range * rows_a_task, from = column_range * columns_a_task;
                 const int64_t end = std::min(begin + rows_a_task, images.count);
-                const int64_t to = std::min(from + kColumnsAtOnce, texts.count);
+                const int64_t to = std::min(from + columns_a_task, texts.count);
                 ExponentialSums use(factor, offset, rows.data() + column_range * images.count,
                                     columns.data() + row_range * texts.count);
                 sweep(images, begin, end, texts, from, to, problem.first, memory, use);
@@ -468,9 +465,9 @@ double amx_softmax_gradient(const AmxProblem& problem, const Softmax& softmax, c
   const auto run = [&](auto one_offset, auto groups) {
     using Use = SoftmaxGradient<decltype(one_offset)::value, decltype(groups)::value>;
     gradient_of(images, texts, problem.first, gradients, gradients.image, threads, [&] { return Use(all, true); },
-                [&](int64_t task, const Use&, double product) { products[task] = product; });
+                [&](int64_t task, const Use& use) { products[task] = use.product; });
     gradient_of(texts, images, -problem.first, gradients, gradients.text, threads,
-                [&] { return Use(all, false); }, [](int64_t, const Use&, double) {});
+                [&] { return Use(all, false); }, [](int64_t, const Use&) {});
   };
   if (all.groups.rows)
     all.one_offset ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());
@@ -488,12 +485,10 @@ SigmoidSums amx_sigmoid_gradient(const AmxProblem& problem, const Sigmoid& sigmo
   const auto run = [&](auto with_gradients, auto groups) {
     using Use = SigmoidGradient<decltype(with_gradients)::value, decltype(groups)::value>;
     gradient_of(images, texts, problem.first, gradients, gradients.image, threads, [&] { return Use(all, true); },
-                [&](int64_t task, const Use& use, double product) {
-                  partial[task] = {use.sums.loss, use.sums.gradient, product};
-                });
+                [&](int64_t task, const Use& use) { partial[task] = use.sums; });
     if constexpr (Use::kWithGradient)
       gradient_of(texts, images, -problem.first, gradients, gradients.text, threads,
-                  [&] { return Use(all, false); }, [](int64_t, const Use&, double) {});
+                  [&] { return Use(all, false); }, [](int64_t, const Use&) {});
   };
   if (all.groups.rows)
     sigmoid.with_gradients ? run(std::true_type(), std::true_type()) : run(std::false_type(), std::true_type());

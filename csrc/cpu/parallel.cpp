@@ -23,6 +23,7 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)>& ta
     }
   };
   std::vector<std::thread> helpers;
+  helpers.reserve(std::max<int64_t>(0, std::min<int64_t>(threads, count)));
   try {
     // Threads are started anew for each call: some 20 us each against milliseconds of work, and nothing to break at fork.
     for (int64_t i = 1; i < std::min<int64_t>(threads, count); ++i) helpers.emplace_back(work);

@@ -67,6 +67,8 @@ def test_compiles_without_a_graph_break():
         (torch.zeros(3, 4), torch.zeros(3, 5), r"\(b, D\)"),
         (torch.zeros(3, 4), torch.zeros(2, 4), "as many rows, or text more, got 3 and 2: pass positive="),
         (torch.zeros(0, 4), torch.zeros(0, 4), "at least one row"),
+        (torch.zeros(3, 0), torch.zeros(3, 0), "one column"),
+        (torch.zeros(3, 4).to(torch.float8_e5m2), torch.zeros(3, 4).to(torch.float8_e5m2), "float8"),
         (torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.half), "dtype"),
     ],
 )
@@ -98,6 +100,21 @@ def test_siglip_registration_and_compile():
         torch.autograd.grad(compiled(image, text, scale, -5.0), [image, text, scale]), eager, strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_siglip_registration_without_gradients(dtype):
+    image, text = features(9, 4, dtype)
+    for backend in ("cpu", "reference"):
+        options = (None, None, None, 4, torch.bfloat16, False, backend)
+        torch.library.opcheck(_siglip_loss, (image, text, torch.tensor(10.0), *options))
+
+
+def test_compiles_with_sizes_that_change():
+    compiled = torch.compile(lambda *a: ops.clip_loss(*a), fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (9, 12):
+        image, text = features(rows, 4)
+        torch.testing.assert_close(compiled(image, text, 20.0), ops.clip_loss(image, text, 20.0))
 
 
 def test_siglip_without_gradients_computes_the_loss_alone():

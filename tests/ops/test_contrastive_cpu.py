@@ -191,3 +191,31 @@ def test_the_instruction_set_asked_for_is_used():
 def test_negative_sizes_are_refused_by_the_kernels():
     with pytest.raises(ValueError, match="negative sizes"):
         _cpu.exponential_sums(0, -1, 4, 0, 1.0, 0.0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_and_device_do_not_matter(dtype):
+    image, text = features(300, 40, dtype), features(300, 40, dtype)
+    inputs = [image.requires_grad_(), text.requires_grad_(), torch.tensor(10.0)]
+    for loss in (clip, siglip):
+        truth = torch.autograd.grad(loss(*inputs), inputs[:2])
+        for default in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            try:
+                with torch.device("meta"):
+                    value = loss(*inputs)
+                    gradients = torch.autograd.grad(value, inputs[:2])
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert value.dtype == torch.float32 and value.device.type == "cpu"
+            assert all(torch.equal(own, true) for own, true in zip(gradients, truth, strict=True))
+
+
+def test_the_scales_gradient_is_summed_before_g_is_rounded(products):
+    """All cosines are alike, so what G's rounding changes does not average out."""
+    image, text = (part.bfloat16() for part in cone(200, -0.8))
+    inputs = [image, text, torch.tensor(100.0, requires_grad=True)]
+    exact = torch.tensor(100.0, dtype=torch.float64, requires_grad=True)
+    (own,) = torch.autograd.grad(clip(*inputs), inputs[2:])
+    (true,) = torch.autograd.grad(reference.dense(image.double(), text.double(), exact), exact)
+    assert (own.double() - true).abs() <= 1e-4 * true.abs()

@@ -58,6 +58,8 @@ def _reference_limits(
     return _library_limits(image, text, dtype, deterministic)
 
 
+_FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": _reference_limits}
 
 
@@ -182,7 +184,8 @@ def checked(
 def operands_of(image: Tensor, asked: torch.dtype | None) -> torch.dtype:
     """What these features are multiplied in; `asked` and autocast as the docstring of `clip_loss` says."""
     device = image.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    known = torch.amp.is_autocast_available(device)
+    autocast = torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
     return operand_dtype_for(image.dtype, device, asked, autocast)
 
 
@@ -212,7 +215,7 @@ def check_options(positive: Tensor | None, groups: object, hardness: float = 0.0
         raise ValueError("positive and groups both say which texts belong to an image: pass one of them")
     if groups is not None and hardness:
         raise ValueError("hardness with groups isn't defined here: the positives share their sums with the negatives")
-    if not math.isfinite(hardness):
+    if not -math.inf < hardness < math.inf:  # isfinite would break a graph of dynamic shapes
         raise ValueError(f"hardness must be a finite number, got {hardness}")
 
 
@@ -230,6 +233,8 @@ def checked_groups(
     """(ids of the images (b,), ids of the texts (B,)), or Nones."""
     if groups is None:
         return None, None
+    if not isinstance(groups, Tensor) and not (isinstance(groups, tuple) and len(groups) == 2):
+        raise ValueError(f"groups must be a tensor of ids or one for the images and one for the texts, got {groups!r}")
     image_ids, text_ids = (groups, groups) if isinstance(groups, Tensor) else groups
     for name, ids, features in (("images", image_ids, image), ("texts", text_ids, text)):
         if ids.shape != features.shape[:1] or ids.is_floating_point() or ids.is_complex():
@@ -282,10 +287,16 @@ def _ids_of(positive: Tensor, num_texts: int) -> tuple[Tensor, Tensor]:
 def check_features(image: Tensor, text: Tensor) -> None:
     if image.dim() != 2 or text.dim() != 2 or image.shape[1] != text.shape[1]:
         raise ValueError(f"image and text must be (b, D) and (B, D), got {tuple(image.shape)} and {tuple(text.shape)}")
-    if image.shape[0] == 0 or text.shape[0] == 0:
-        raise ValueError("image and text need at least one row: the mean over no pairs isn't defined")
-    if not image.is_floating_point() or image.dtype != text.dtype:
-        raise ValueError(f"image and text must share a floating dtype, got {image.dtype} and {text.dtype}")
+    if image.shape[0] == 0 or text.shape[0] == 0 or image.shape[1] == 0:
+        raise ValueError(
+            f"image and text need at least one row, the mean over no pairs isn't defined, and one column, got "
+            f"{tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    if image.dtype not in _FEATURES or image.dtype != text.dtype:
+        raise ValueError(
+            f"image and text must share a dtype of float64, float32, bfloat16 or float16, got {image.dtype} and "
+            f"{text.dtype}"
+        )
     if image.device != text.device:
         raise ValueError(f"image and text must be on one device, got {image.device} and {text.device}")
 
@@ -475,13 +486,18 @@ def _siglip_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, and its gradients for image, text, scale and bias)"""
     siglip, weight, result = kernels("contrastive", backend).siglip, 1 / image.shape[0], siglip_gradient_dtype(image)
-    image, text = image.to(dtype), text.to(dtype)
+    features, image, text = image.dtype, image.to(dtype), text.to(dtype)
     groups = first = None
     if image_ids is None or text_ids is None:
         first = 0
     else:
         groups = Groups.of(image_ids, image_ids, text_ids)
-    return siglip(image, text, scale, bias, first, weight, chunk_size, result, with_gradients, groups=groups)
+    loss, *gradients = siglip(
+        image, text, scale, bias, first, weight, chunk_size, result, with_gradients, groups=groups
+    )
+    if not with_gradients:
+        gradients[:2] = image.new_empty(0, dtype=features), image.new_empty(0, dtype=features)
+    return loss, *gradients
 
 
 _siglip_loss = torch.library.custom_op("bclip::siglip_loss", _siglip_forward, mutates_args=())
@@ -500,7 +516,7 @@ def _(
     with_gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    result = siglip_gradient_dtype(image) if with_gradients else dtype
+    result = siglip_gradient_dtype(image) if with_gradients else image.dtype
     image_grad = image.new_empty(image.shape if with_gradients else (0,), dtype=result)
     text_grad = text.new_empty(text.shape if with_gradients else (0,), dtype=result)
     return scale.new_empty(()), image_grad, text_grad, scale.new_empty(()), scale.new_empty(())

@@ -36,7 +36,7 @@ _NO_POSITIVES = 1 << 40
 def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
     first = _NO_POSITIVES if first is None else first
-    rows, columns = torch.full((len(image),), -math.inf, dtype=torch.float64), []
+    rows, columns = _full((len(image),), -math.inf, torch.float64), []
     for block in _column_blocks(image, text):
         problem = image, text[block], float(scale), first - block.start, chunk_size
         of_block = _with_fixed_offset(*problem) or _with_running_maximum(*problem)
@@ -77,7 +77,7 @@ def backward(
             problem.gradients(float(scale)),
             torch.get_num_threads(),
         )
-        return problem.image_grad, problem.text_grad, torch.tensor(scale_grad)
+        return problem.image_grad, problem.text_grad, _number(scale_grad)
     gradients = _Gradients(image, text, float(scale), dtype)
     for block in _column_blocks(image, text):
         products = _LibraryProducts(image, text[block], chunk_size, with_gradients=True)
@@ -122,7 +122,7 @@ def siglip(
             problem.gradients(float(scale)) if with_gradients else None,
             torch.get_num_threads(),
         )
-        loss, scale_grad, bias_grad = (torch.tensor(number) for number in (weight * part, scale_sum, bias_sum))
+        loss, scale_grad, bias_grad = (_number(value) for value in (weight * part, scale_sum, bias_sum))
         return loss, problem.image_grad, problem.text_grad, scale_grad, bias_grad
     gradients = _Gradients(image, text, float(scale), dtype) if with_gradients else None
     loss_sum = bias_sum = 0.0
@@ -136,10 +136,10 @@ def siglip(
                 gradients.add_chunk(chunk)
         if gradients:
             gradients.add_block(block, products)
-    loss = torch.tensor(loss_sum)
+    loss = _number(loss_sum)
     if gradients:
-        return loss, *gradients.results(), torch.tensor(bias_sum)
-    return loss, image.new_empty(0), text.new_empty(0), torch.zeros(()), torch.zeros(())
+        return loss, *gradients.results(), _number(bias_sum)
+    return loss, image.new_empty(0), text.new_empty(0), _number(0.0), _number(0.0)
 
 
 def _column_blocks(image: Tensor, text: Tensor) -> list[slice]:
@@ -175,8 +175,8 @@ def _with_fixed_offset(
     if not math.isfinite(offset):
         return None
     offset = float(math.ceil(offset))
-    row_sums = torch.empty(len(image))
-    column_sums = torch.zeros(len(text), dtype=torch.float64)
+    row_sums = _full((len(image),), 0.0)
+    column_sums = _full((len(text),), 0.0, torch.float64)
     if _takes_amx(image):
         problem = _AmxProblem(image, text, first, None)
         outputs = row_sums.data_ptr(), column_sums.data_ptr()
@@ -206,8 +206,8 @@ def _with_running_maximum(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """(r, q) whatever the logits; sums over nothing are -inf."""
-    rows_lse = torch.empty(len(image), dtype=torch.float64)
-    columns_lse = torch.full((len(text),), -math.inf, dtype=torch.float64)
+    rows_lse = _full((len(image),), -math.inf, torch.float64)
+    columns_lse = _full((len(text),), -math.inf, torch.float64)
     for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
         # Not rounded again: the backward's powers are of scale * dots in more than single precision, too.
         logits = chunk.dots.double().mul_(scale)
@@ -224,8 +224,8 @@ class _Gradients:
         self.scale, self.dtype = scale, dtype
         # More than one block of columns adds to a row.
         self.in_blocks = len(_column_blocks(image, text)) > 1
-        self.image_grad = torch.zeros(image.shape, dtype=torch.float32 if self.in_blocks else dtype)
-        self.text_grad = torch.empty(text.shape if self.in_blocks else 0, dtype=dtype)
+        self.image_grad = image.new_zeros(image.shape, dtype=torch.float32 if self.in_blocks else dtype)
+        self.text_grad = text.new_empty(text.shape if self.in_blocks else (0,), dtype=dtype)
         self.scale_grad = 0.0
 
     def add_chunk(self, chunk: _LibraryChunk) -> None:
@@ -242,7 +242,7 @@ class _Gradients:
             self.text_grad = scaled.to(self.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.image_grad.to(self.dtype), self.text_grad, torch.tensor(self.scale_grad)
+        return self.image_grad.to(self.dtype), self.text_grad, _number(self.scale_grad)
 
 
 @dataclass(frozen=True)
@@ -286,14 +286,23 @@ class _LibraryProducts:
         self.image, self.text, self.with_gradients = image, text.float(), with_gradients
         largest = max(_LIBRARY_MIN_ROWS, _LIBRARY_CHUNK_BYTES // (4 * len(text)))
         self.chunk_size = min(chunk_size, len(image), largest)
-        self.text_grad = torch.zeros(text.shape if with_gradients else 0)
+        self.text_grad = self.text.new_zeros(text.shape if with_gradients else (0,))
 
     def chunks(self, first: int) -> Iterator[_LibraryChunk]:
-        buffer = torch.empty(self.chunk_size, len(self.text))
+        buffer = self.text.new_empty(self.chunk_size, len(self.text))
         for start in range(0, len(self.image), self.chunk_size):
             rows = self.image[start : start + self.chunk_size].float()
             dots = torch.mm(rows, self.text.T, out=buffer[: len(rows)])
             yield _LibraryChunk(self, start, rows, first + start, dots)
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    # Of this device and dtype, whatever the defaults of torch say.
+    return torch.full(shape, value, dtype=dtype, device="cpu")
+
+
+def _number(value: float) -> Tensor:
+    return _full((), value)
 
 
 def _takes_amx(image: Tensor) -> bool:
@@ -314,7 +323,7 @@ class _AmxProblem:
             first,
         )
         self.image_grad, self.text_grad = (
-            torch.empty(features.shape if dtype else 0, dtype=dtype) for features in (image, text)
+            features.new_empty(features.shape if dtype else (0,), dtype=dtype) for features in (image, text)
         )
 
     def gradients(self, scale: float) -> _cpu.AmxGradients:
