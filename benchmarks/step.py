@@ -73,7 +73,6 @@ class Features:
     raw_pixels: bool = True
     pointwise: bool = True
     attention: bool = True
-    linear: bool = True
     fused_adamw: bool = True
     keeps_memory: bool = True
     checkpointing: bool = False
@@ -91,7 +90,6 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
             "raw_pixels": "+ normalisation in the patch matmul",
             "pointwise": "+ fused norms, dropout, GELU",
             "attention": "+ attention operator",
-            "linear": "+ linear operator",
             "fused_adamw": "+ fused AdamW",
             # For the whole process, so what is measured without it must come before.
             "keeps_memory": "ours: + freed memory kept",
@@ -222,8 +220,6 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
             for name in ("add_norm", "gelu"):
                 plain = functools.partial(getattr(ops, name), backend="reference")
                 stack.enter_context(mock.patch.object(transformer, name, plain))
-        if not features.linear:
-            stack.enter_context(mock.patch.object(transformer, "linear", F.linear))
         if not features.attention:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend", _sdpa))
         if not features.first_only:
