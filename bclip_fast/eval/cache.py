@@ -103,5 +103,5 @@ class Cache:
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise UserError(f"embeddings cannot be kept in {self.folder}: {error}; give --cache none") from error
+            raise UserError(f"{self.folder} cannot keep embeddings: {error}; give --cache none") from error
         return result

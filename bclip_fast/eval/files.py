@@ -21,7 +21,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     for name, result in results["tasks"].items():
         samples = result["samples"]
         file = f"samples/{slug(name)}.csv"
-        write_text(folder / file, _csv(list(samples), zip(*samples.values(), strict=True)))
+        write_text(folder / file, as_csv(list(samples), zip(*samples.values(), strict=True)))
         tasks[name] = {key: value for key, value in result.items() if key != "samples"} | {"samples_file": file}
     whole = results | {"tasks": tasks}
     write_text(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -32,11 +32,11 @@ def write(folder: Path, results: dict[str, Any]) -> None:
         for name, result in results["tasks"].items()
         for f in result["figures"]
     ]  # fmt: skip
-    write_text(folder / "figures.csv", _csv(columns, rows))
+    write_text(folder / "figures.csv", as_csv(columns, rows))
     known = [(name, row) for name, result in results["tasks"].items() for row in result.get("per_class", [])]
     fields = ("class", "num_samples", "num_predicted", "recall", "precision", "auroc")
     lines = ((name, *(row.get(field) for field in fields)) for name, row in known)
-    write_text(folder / "per-class.csv", _csv(("task", *fields), lines))
+    write_text(folder / "per-class.csv", as_csv(("task", *fields), lines))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def as_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)

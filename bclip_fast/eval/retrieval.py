@@ -219,8 +219,12 @@ def rank(
     for result in counts:
         if not used:
             result[2:] = 1
-    first, second = (Ranks(*result.unbind(), size) for result, size in zip(counts, (total, num), strict=True))
-    return first, second
+    return _ranks(counts[0], total), _ranks(counts[1], num)
+
+
+def _ranks(counts: Tensor, num_candidates: int) -> Ranks:
+    better, tied, tied_correct, correct = counts
+    return Ranks(better, tied, tied_correct, correct, num_candidates)
 
 
 def _parts(total: int, size: int = 65536) -> Iterator[slice]:

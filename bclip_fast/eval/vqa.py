@@ -208,7 +208,7 @@ def _checked(data: VqaDataset, images: bool, where: str) -> VqaDataset:
     missing = sorted({q.image for q in data.questions if not q.image.is_file()}) if images else []
     if missing:
         raise UserError(
-            f"{missing[0]} and {len(missing) - 1} more pictures of {data.path} are not there; get them from {where}"
+            f"{missing[0]} and {len(missing) - 1} more pictures of {data.path} are not there; get them: {where}"
         )
     return data
 
@@ -312,9 +312,7 @@ def run(embedder: Embedder, data: Any) -> dict[str, Any]:
     """The result of protocol `vqa`."""
     model = embedder.model
     if not isinstance(model, VqaModel):
-        raise UserError(
-            "this task needs a model tuned to answer questions: bclip finetune MODEL --task vqa_rad --data DIR"
-        )
+        raise UserError("this task needs a model tuned for it: bclip finetune MODEL --task vqa_rad --data DIR")
     common = getattr(model, "common_answers", ("", "yes"))
     return measure(data.questions, predict(embedder, data), model.answers, common)
 

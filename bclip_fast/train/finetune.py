@@ -60,7 +60,7 @@ class FinetuneConfig:
     model: tyro.conf.Positional[str]
     """A run folder, a folder in open_clip's layout, or hf-hub:ID."""
     data: str
-    """Pairs: shards, a .csv with columns path,caption, or a folder of images beside .txt files. Questions: as --task."""
+    """Pairs: shards, a .csv with columns path,caption, or a folder of images beside .txt. Questions: as --task."""
     split: str = "train"
     task: str = ""
     """A task of protocol vqa (vqa_rad, slake, a TOML file, or `vqa` for a CSV); none: contrastive on pairs."""
@@ -127,6 +127,11 @@ def finetune(config: FinetuneConfig) -> Path:
     distributed.barrier()
     _Loop(config, run, objective, model, preprocess, tokenizer, adapter).train()
     return run
+
+
+def run(config: FinetuneConfig) -> None:
+    """The command."""
+    finetune(config)
 
 
 class _Pairs:

@@ -86,17 +86,21 @@ def open_pcam(place: Path, split: str, where: str) -> ArrayDataset:
             packed = path.with_name(path.name + ".gz").is_file()
             raise UserError(f"{path} is {'still packed: gunzip it' if packed else 'not there'}; PatchCamelyon {wanted}")
         try:
-            array = h5py.File(path, "r")[key]
+            file = h5py.File(path, "r")
+            array = file[key]
         except (OSError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); PatchCamelyon {wanted}") from error
         if array.shape[1:] != shape or array.dtype != np.uint8 or not len(array):
             raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {wanted}")
+        if key == "y":
+            array = array[:]
+            file.close()
         arrays.append(array)
     if len(arrays[0]) != len(arrays[1]):
         raise UserError(
             f"{paths[0]} has {len(arrays[0])} images, {paths[1].name} {len(arrays[1])} labels; get both anew"
         )
-    labels = [str(int(value)) for value in arrays[1][:].ravel()]
+    labels = [str(int(value)) for value in arrays[1].ravel()]
     return ArrayDataset(str(place), name, paths, arrays[0], labels)
 
 
@@ -110,7 +114,7 @@ def open_medmnist(place: Path, split: str, where: str, name: str = "") -> ArrayD
         found = [path for each in names for path in sorted(place.glob(f"{each}*.npz"))]
         if len(found) != 1:
             raise UserError(
-                f"{place} holds {len(found) or 'no'} {name or 'MedMNIST'}*.npz: give the folder of one; get it from {where}"
+                f"{place} holds {len(found) or 'no'} {name or 'MedMNIST'}*.npz: give the folder of one: {where}"
             )
         place = found[0]
     key = {"valid": "val"}.get(_SPLITS.get(split, split), split)
