@@ -23,7 +23,9 @@ WORDS = {"0": "red", "1": "blue"}
 
 def task_file(where: Path, dataset: str, words: dict[str, str] = WORDS, **keys: object) -> str:
     lines = ['title = "Mine"', 'protocol = "zero_shot"', f'dataset = "{dataset}"', 'label = "class"', 'split = "test"']
-    lines += [f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in keys.items()]
+    lines += [
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in keys.items()
+    ]
     lines += ['where = "the shelf"', "[prompts.classes]", *(f'{key} = "{word}"' for key, word in words.items())]
     path = where / "mine.toml"
     path.write_text("\n".join(lines) + "\n")
@@ -163,7 +165,9 @@ def test_pneumoniamnist_as_it_is(shared_data: Path) -> None:
     place = shared_data / "classification" / "pneumoniamnist"
     data = open_dataset(str(place), "test", "medmnist", name="pneumoniamnist")
     labels = data.labels("class")
-    assert (labels.count("0"), labels.count("1")) == (234, 390) and len(data) == tasks.load("pneumoniamnist").num_samples
+    assert (labels.count("0"), labels.count("1")) == (234, 390) and len(data) == tasks.load(
+        "pneumoniamnist"
+    ).num_samples
     assert open_image(data.image(5), str).size == (28, 28)
 
 
@@ -393,7 +397,10 @@ def test_sensitivity_is_each_template_alone() -> None:
     prompt_set = prompts.PromptSet({"x": ("one",), "y": ("two",)}, ("good {}", "swapped {}"))
     table = {"good one": 0, "good two": 1, "swapped one": 1, "swapped two": 0}
     rows = zero_shot.sensitivity(
-        lambda texts: torch.eye(2)[[table[text] for text in texts]], prompt_set, torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1, 1])
+        lambda texts: torch.eye(2)[[table[text] for text in texts]],
+        prompt_set,
+        torch.eye(2)[[0, 1, 1]],
+        torch.tensor([0, 1, 1]),
     )
     assert [(row["template"], row["accuracy"]) for row in rows][:2] == [("good {}", 1), ("swapped {}", 0)]
     assert rows[2]["template"] == "all together"
@@ -431,7 +438,11 @@ def test_lc25000_equals_open_clip_and_an_independent_elevater(shared_data: Path,
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
-    names = {"lung_aca": "lung adenocarcinomas", "lung_n": "normal lung tissue", "lung_scc": "lung squamous cell carcinomas"}
+    names = {
+        "lung_aca": "lung adenocarcinomas",
+        "lung_n": "normal lung tissue",
+        "lung_scc": "lung squamous cell carcinomas",
+    }
     files = sorted(lung.rglob("*.jpeg"))
     with torch.no_grad():
         features = F.normalize(model.encode_image(torch.stack([transform(Image.open(path)) for path in files])), dim=-1)

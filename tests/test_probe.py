@@ -47,7 +47,9 @@ def test_heads_side_by_side_equal_torchs_own_training(batch_statistics: bool) ->
                 optimizer.step()
         norm.eval()
         with torch.no_grad():
-            torch.testing.assert_close(heads.logits(train.features)[i], layer(scale(train.features)), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                heads.logits(train.features)[i], layer(scale(train.features)), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_the_search_finds_what_a_full_search_finds() -> None:
@@ -70,7 +72,14 @@ def test_the_sealed_test_set_opens_for_a_choice_alone() -> None:
 
 def run(test: probe.Labelled, protocol: probe.Protocol = "held_out") -> list[dict]:
     result = probe.measure(
-        blobs(90, 4, 3.0), blobs(90, 5, 3.0), test, NAMES, torch.zeros(3, 12), shares=(0.5,), num_seeds=2, protocol=protocol
+        blobs(90, 4, 3.0),
+        blobs(90, 5, 3.0),
+        test,
+        NAMES,
+        torch.zeros(3, 12),
+        shares=(0.5,),
+        num_seeds=2,
+        protocol=protocol,
     )
     keep = ("lr", "weight_decay", "epoch", "val_accuracy")
     return [{key: run[key] for key in keep} for run in result["settings"][0]["runs"]]
@@ -127,7 +136,14 @@ def test_elevaters_figure_is_never_below_ours_at_its_last_epoch() -> None:
 
 def test_measure_reports_mean_and_deviation_of_its_runs() -> None:
     result = probe.measure(
-        blobs(300, 10), blobs(60, 11), blobs(90, 12), NAMES, torch.zeros(3, 12), shares=(0.1, 1.0), shots=(2,), num_seeds=3
+        blobs(300, 10),
+        blobs(60, 11),
+        blobs(90, 12),
+        NAMES,
+        torch.zeros(3, 12),
+        shares=(0.1, 1.0),
+        shots=(2,),
+        num_seeds=3,
     )
     json.dumps(result, allow_nan=False)
     assert [row["setting"] for row in result["settings"]] == ["10 % of train", "100 % of train", "2 shots"]
@@ -135,7 +151,8 @@ def test_measure_reports_mean_and_deviation_of_its_runs() -> None:
     for figure in result["figures"]:
         kind, setting = figure["name"].split(", ")
         values = torch.tensor(
-            [run[kind] for row in result["settings"] if row["setting"] == setting for run in row["runs"]], dtype=torch.float64
+            [run[kind] for row in result["settings"] if row["setting"] == setting for run in row["runs"]],
+            dtype=torch.float64,
         )
         assert figure["value"] == pytest.approx(float(values.mean()))
         assert figure["deviation"] == pytest.approx(float(values.std()), abs=1e-12)

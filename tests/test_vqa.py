@@ -222,7 +222,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_a_resumed_run_is_exactly_the_run_that_was_not_stopped(start: Path, table: Path, tmp_path: Path) -> None:
     whole = finetune(settings(start, table, tmp_path / "whole"))
-    assert [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()] == list(range(1, 11))
+    assert [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 11)
+    )
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / "step-00000010")
@@ -239,7 +241,7 @@ def test_a_resumed_run_is_exactly_the_run_that_was_not_stopped(start: Path, tabl
 
 
 def test_questions_are_learnt_saved_and_evaluated(start: Path, table: Path, tmp_path: Path) -> None:
-    changes = dict(epochs=20, crop_scale=(1.0, 1.0), checkpoint_every=0)
+    changes = dict(epochs=45, crop_scale=(1.0, 1.0), checkpoint_every=0)
     run = finetune(settings(start, table, tmp_path / "run", **changes))
     result = evaluate(str(run), ["vqa"], data=str(table), split="train", progress=False)["tasks"]["vqa"]
     figures = {figure["name"]: figure["value"] for figure in result["figures"]}
@@ -279,8 +281,10 @@ def test_the_towers_learn_pairs(start: Path, tmp_path: Path, lora_rank: int) -> 
         import_torchvision()
         pytest.importorskip("peft")
     data = pairs(tmp_path)
-    optim = OptimConfig(lr=3e-3, warmup_steps=2, weight_decay=0.01)
-    changes = dict(task="", epochs=25, batch_size=8, lora_rank=lora_rank, optim=optim, checkpoint_every=0)
+    optim = OptimConfig(lr=3e-3 if lora_rank else 1e-3, warmup_steps=2, weight_decay=0.01)
+    changes = dict(
+        task="", epochs=25 if lora_rank else 40, batch_size=8, lora_rank=lora_rank, optim=optim, checkpoint_every=0
+    )
     run = finetune(settings(start, data, tmp_path / "run", **changes))
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.3
@@ -289,7 +293,9 @@ def test_the_towers_learn_pairs(start: Path, tmp_path: Path, lora_rank: int) -> 
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if lora_rank:
         # Merged into the linear layers, and nothing else was touched.
-        assert changed and all(name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")) for name in changed)
+        assert changed and all(
+            name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")) for name in changed
+        )
         assert all("layers." in name for name in changed)
         # The merged model is the trained one.
         adapted = weights(run)

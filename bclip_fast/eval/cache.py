@@ -80,7 +80,7 @@ class Cache:
         self.folder = folder
 
     def get(self, parts: Sequence[str], compute: Callable[[], Tensor]) -> Tensor:
-        """What was stored under `parts`, else what `compute` gives, which is stored. On the CPU, of the stored dtype."""
+        """What was stored under `parts`, else what `compute` gives, which is then stored. On the CPU, in its dtype."""
         if self.folder is None:
             return compute().cpu()
         from safetensors import SafetensorError
@@ -103,5 +103,5 @@ class Cache:
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise UserError(f"{self.folder} cannot keep embeddings: {error}; give --cache none") from error
+            raise UserError(f"{self.folder} takes no embeddings: {error}") from error
         return result

@@ -209,16 +209,16 @@ def final(
 
 
 def subset(labels: Tensor, num_classes: int, *, share: float = 1.0, shots: int = 0, seed: int = 0) -> Tensor:
-    """Rows of a random part, drawn class by class: `shots` of each, else `share` of each, one at least.
+    """Rows of a random part, drawn class by class: `shots` of each, else `share` of each, one at least if there is one.
 
     Raises:
-        UserError: a class with fewer than `shots` samples, or with none.
+        UserError: a class with fewer than `shots` samples.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for kind in range(num_classes):
         own = (labels.cpu() == kind).nonzero()[:, 0]
-        num = shots or max(1, round(len(own) * share))
+        num = shots or min(len(own), max(1, round(len(own) * share)))
         if num > len(own):
             raise UserError(f"class {kind} has {len(own)} training samples, {num} are asked for: use fewer shots")
         rows.append(own[torch.randperm(len(own), generator=generator)[:num]])

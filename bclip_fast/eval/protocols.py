@@ -86,11 +86,7 @@ def run_zero_shot(inputs: Inputs) -> dict[str, dict[str, Any]]:
         result |= {
             "label": kind,
             "num_without_label": len(labels) - len(rows),
-            "prompts": {
-                "source": prompt_set.source,
-                "templates": list(prompt_set.templates),
-                "classes": {name: list(nouns) for name, nouns in prompt_set.classes.items()},
-            },
+            "prompts": _words(prompt_set),
         }
         results[inputs.task.name if inputs.task.label else f"{inputs.task.name}/{kind}"] = result
     return results
@@ -136,7 +132,8 @@ def run_probe(inputs: Inputs) -> dict[str, dict[str, Any]]:
     )  # fmt: skip
     keys = [inputs.data.key(i) for i, label in enumerate(labels) if label is not None]
     result["samples"] = {"key": keys, **result["samples"]}
-    return {inputs.task.name: result | {"label": kind, "validation": "a fifth of train" if val_data is None else "val"}}
+    result |= {"label": kind, "validation": "a fifth of train" if val_data is None else "val"}
+    return {inputs.task.name: result | {"prompts": _words(prompt_set)}}
 
 
 def run_vqa(inputs: Inputs) -> dict[str, dict[str, Any]]:
@@ -164,6 +161,14 @@ def describe(task: Task, data: EvalDataset) -> dict[str, Any]:
         "published": [dataclasses.asdict(row) for row in task.published],
         "num_samples_published": task.num_samples or None,
         "data": {"path": data.path, "split": data.split, "num_samples": len(data), "fingerprint": data.fingerprint},
+    }
+
+
+def _words(prompt_set: prompts.PromptSet) -> dict[str, Any]:
+    return {
+        "source": prompt_set.source,
+        "templates": list(prompt_set.templates),
+        "classes": {name: list(nouns) for name, nouns in prompt_set.classes.items()},
     }
 
 

@@ -328,7 +328,7 @@ def is_run(folder: Path) -> bool:
 
 
 def save(folder: Path, model: VqaModel, state: dict[str, torch.Tensor]) -> None:
-    """Writes vqa/vqa.json and vqa/head.safetensors beside model/, where the towers are; `state` is the whole model's."""
+    """Writes vqa/vqa.json and vqa/head.safetensors beside model/, where the towers are; `state`: the whole model's."""
     from safetensors.torch import save_file
 
     out = folder / "vqa"
