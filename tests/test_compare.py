@@ -148,11 +148,9 @@ def test_pages_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
         shots = []
         for scheme in (0, 1):
             shot = tmp_path / f"{scheme}.png"
-            done = subprocess.run(
-                [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,1200",
-                 f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}", path.as_uri()],
-                capture_output=True, text=True, timeout=120,
-            )  # fmt: skip
+            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,1200"]
+            flags += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}", path.as_uri()]
+            done = subprocess.run([browser, *flags], capture_output=True, text=True, timeout=120)
             assert "CONSOLE" not in done.stderr, done.stderr
             from PIL import Image
 
