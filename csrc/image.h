@@ -35,8 +35,8 @@ struct DecodeResize {
   Crop crop;
   const int64_t* boxes;  // (n, 4) top, left, height, width; null but for kBoxes
   bool bicubic;          // or bilinear
-  // Otherwise pictures that are much larger than the result are decoded at 1/2, 1/4 or 1/8 of their size, and chroma is
-  // upsampled without smoothing where that can hardly be seen.
+  // Otherwise a picture that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its size, and one that is
+  // larger gets its chroma upsampled without smoothing.
   bool exact;
   int64_t max_pixels;  // a picture of more is an error
 };

@@ -11,13 +11,29 @@ from torch import Tensor
 
 from ..dispatch import Limits, choose, kernels
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "LIMITS", "MAX_PIXELS", "decode", "decode_resize", "peek_size"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "LIMITS",
+    "MAX_PIXELS",
+    "decode",
+    "decode_resize",
+    "peek_size",
+    "shortest_edge_size",
+]
 
 # What CLIP's images are normalised with, by channel, on the scale of [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+
+
+def shortest_edge_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) with the shorter edge `size` and the longer one cut to whole pixels: torchvision's rule."""
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
 
 
 def _cpu(data: bytes) -> str | None:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import shortest_edge_size
+
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
     return torch.from_numpy(np.array(_rgb(data, max_pixels)))
@@ -49,13 +51,6 @@ def decode_resize(
             out[index] = 0
             errors[index] = str(error)
     return errors
-
-
-def shortest_edge_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) with the shorter edge `size` and the longer one cut to whole pixels: torchvision's rule."""
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
 
 
 def _between(width: int, height: int, new_width: int, new_height: int) -> tuple[int, int]:
