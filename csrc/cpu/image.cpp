@@ -25,11 +25,8 @@ constexpr int kMaxScans = 500;
 // error jumps back to `run`, which throws. Between the two no object with a destructor may be made.
 class Reader {
  public:
-  explicit Reader(std::string_view data) {
-    jpeg.err = jpeg_std_error(&errors_);
-    errors_.error_exit = fail;
-    errors_.emit_message = on_message;
-    jpeg.client_data = this;
+  // After Reader() there is an object, which is destroyed when the rest throws.
+  explicit Reader(std::string_view data) : Reader() {
     run("not a JPEG", [&] {
       jpeg_create_decompress(&jpeg);
       progress_.progress_monitor = on_progress;
@@ -78,6 +75,13 @@ class Reader {
   jpeg_decompress_struct jpeg{};
 
  private:
+  Reader() {
+    jpeg.err = jpeg_std_error(&errors_);
+    errors_.error_exit = fail;
+    errors_.emit_message = on_message;
+    jpeg.client_data = this;
+  }
+
   [[noreturn]] static void fail(j_common_ptr jpeg) {
     auto* reader = static_cast<Reader*>(jpeg->client_data);
     (*jpeg->err->format_message)(jpeg, reader->message_);
