@@ -73,6 +73,7 @@ class Features:
     raw_pixels: bool = True
     pointwise: bool = True
     attention: bool = True
+    linear: bool = True
     fused_adamw: bool = True
     keeps_memory: bool = True
     checkpointing: bool = False
@@ -90,6 +91,7 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
             "raw_pixels": "+ normalisation in the patch matmul",
             "pointwise": "+ fused norms, dropout, GELU",
             "attention": "+ attention operator",
+            "linear": "+ linear operator",
             "fused_adamw": "+ fused AdamW",
             # For the whole process, so what is measured without it must come before.
             "keeps_memory": "ours: + freed memory kept",
@@ -222,6 +224,9 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(transformer, name, plain))
         if not features.attention:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend", _sdpa))
+        if not features.linear:
+            plain = functools.partial(ops.linear, backend="reference")
+            stack.enter_context(mock.patch.object(transformer, "linear", plain))
         if not features.first_only:
             for tower in (model.visual, model.text):
                 last: Any = tower.layers[-1]  # type: ignore[index,union-attr]
