@@ -63,7 +63,9 @@ def test_required_backends_are_there():
     assert not missing
 
 
-@pytest.mark.parametrize("operator", [affine, attention, contrastive, image, pointwise], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "operator", [affine, attention, contrastive, image, pointwise], ids=lambda module: module.__name__
+)
 def test_every_operator_has_a_reference_and_known_backends(operator):
     assert "reference" in operator.LIMITS
     assert set(operator.LIMITS) <= set(dispatch.BACKENDS)
