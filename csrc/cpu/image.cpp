@@ -352,7 +352,7 @@ void decode_resize_one(std::string_view data, const DecodeResize& wanted, int64_
     reader.run(Reader::kFailed, [&] { jpeg_crop_scanline(&jpeg, &start, &columns); });
     first_column -= static_cast<int>(start);
   }
-  reader.run(Reader::kFailed, [&] { jpeg_skip_scanlines(&jpeg, down.base); });
+  if (down.base > 0) reader.run(Reader::kFailed, [&] { jpeg_skip_scanlines(&jpeg, down.base); });
 
   const Rows rows{reader, down, along, size, first_column, pixels};
   if (is_down_first(vertical, horizontal)) {
