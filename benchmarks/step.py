@@ -233,6 +233,7 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(transformer, name, plain))
         if not features.attention:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend", _sdpa))
+            stack.enter_context(mock.patch.object(transformer.Sequences, "attend_from", _sdpa_from))
         if not features.linear:
             plain = functools.partial(ops.linear, backend="reference")
             stack.enter_context(mock.patch.object(transformer, "linear", plain))
@@ -264,6 +265,14 @@ def _sdpa(sequences: transformer.Sequences, qkv: Tensor, dropout_p: float = 0.0)
         mask = past if mask is None else mask & past
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2)[kept].flatten(1)
+
+
+def _sdpa_from(
+    sequences: transformer.Sequences, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """The same for one query of each sequence, among all the others."""
+    queries = torch.zeros_like(key_value[:, 0]).index_copy(0, rows, query)
+    return _sdpa(sequences, torch.cat([queries[:, None], key_value], 1), dropout_p)[rows]
 
 
 def open_clip_twin(model: BiomedClip) -> nn.Module:
