@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -55,6 +56,8 @@ class StepConfig:
     """Rounds of a step of each contender; a ratio is the median of those within a round, a time the fastest."""
     ablation: bool = True
     """Time ours with each improvement turned on in turn as well."""
+    compile: bool = False
+    """Time ours with its layers under torch.compile as well."""
     open_clip: bool = True
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class Features:
     fused_adamw: bool = True
     keeps_memory: bool = True
     checkpointing: bool = False
+    compile: bool = False
 
 
 def variants(config: StepConfig) -> dict[str, Features | None]:
@@ -101,7 +105,8 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
             found[title] = on
     else:
         found["ours"] = Features()
-    return {**found, "ours, checkpointed": Features(checkpointing=True)}
+    compiled = {"ours, compiled": Features(compile=True)} if config.compile else {}
+    return {**found, **compiled, "ours, checkpointed": Features(checkpointing=True)}
 
 
 @dataclass
@@ -313,14 +318,20 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     theirs = open_clip_twin(ours).to(DEVICE) if config.open_clip else None
     error = 0.0 if theirs is None else difference(ours, theirs, inputs)
     contenders = variants(config)
+    models: dict[str, Any] = {}
+    for name, features in contenders.items():
+        models[name] = theirs if features is None else ours
+        if features is not None and features.compile:
+            models[name] = copy.deepcopy(ours)
+            models[name].compile_layers()
     extra: dict[str, int | None] = {}
     steps: dict[str, Step] = {}
     for name, features in contenders.items():
-        model: Any = theirs if features is None else ours
+        model = models[name]
         extra[name], _ = peak_extra_bytes(Step(config, model, inputs, features))
         model.zero_grad(set_to_none=True)
     for name, features in contenders.items():
-        model = theirs if features is None else ours
+        model = models[name]
         shared = next((step.optimizer for step in steps.values() if step.model is model), None)
         steps[name] = Step(config, model, inputs, features, shared)
     times: dict[str, list[list[float]]] = {name: [] for name in steps}
