@@ -15,6 +15,7 @@ import tyro
 from bclip_fast.errors import UserError
 
 from .cases import Unavailable
+from .images import ImagesConfig, measure_images, show_images
 from .measure import environment
 from .step import StepConfig, measure_step, show_step
 
@@ -26,12 +27,14 @@ class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
     operator: tyro.conf.Positional[
-        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "all"]
+        Literal["affine", "attention", "contrastive", "image", "images", "pointwise", "step", "all"]
     ] = "all"
-    """The operator to measure, or `step`: a whole training step; `all` are the operators."""
+    """The operator to measure, `images`: files to resized pixels, or `step`: a whole training step; `all` are the
+    operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     only: str = ""
     """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
@@ -41,7 +44,9 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    rows, status = _steps(config.step) if config.operator == "step" else measure(config)
+    # Two are measured in another way than the operators, and shown so.
+    shown = {"step": show_step, "images": show_images}.get(config.operator)
+    rows, status = _special(config) if shown else measure(config)
     if not rows:
         raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
@@ -51,8 +56,8 @@ def run(config: BenchConfig) -> int:
         device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
-    if config.operator == "step":
-        show_step(rows)
+    if shown:
+        shown(rows)
         print(config.output / "bench.jsonl")
         return status
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
@@ -65,11 +70,13 @@ def run(config: BenchConfig) -> int:
     return int(status)
 
 
-def _steps(config: StepConfig) -> tuple[list[dict[str, Any]], int]:
+def _special(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
     try:
-        return [{**environment(), **row} for row in measure_step(config)], 0
+        rows = measure_step(config.step) if config.operator == "step" else measure_images(config.images)
     except Unavailable as reason:
-        raise UserError(f"{reason}; --step.no-open-clip measures ours alone") from None
+        hint = "; --step.no-open-clip measures ours alone" if config.operator == "step" else ""
+        raise UserError(f"{reason}{hint}") from None
+    return [{**environment(), **row} for row in rows], 0
 
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..ops.image import CLIP_MEAN, CLIP_STD
+from ..ops.image import CLIP_MEAN, CLIP_STD, shortest_edge_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,13 +89,6 @@ class Preprocess:
         left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
         image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image))
-
-
-def shortest_edge_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) with the shorter edge `size` and the longer one cut to whole pixels: torchvision's rule."""
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 #include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,25 +13,35 @@
 #include "../image.h"
 #include "../linear.h"
 #include "../pointwise.h"
+#include "../pooled_attention.h"
 
 namespace py = pybind11;
 
 namespace {
 
 #ifdef BCLIP_JPEG
-const uint8_t* bytes_of(std::string_view data) { return reinterpret_cast<const uint8_t*>(data.data()); }
-
 std::pair<int, int> jpeg_size(const py::bytes& data) {
   const std::string_view view = data;
-  py::gil_scoped_release release;
-  const auto size = bclip::cpu::jpeg_size(bytes_of(view), view.size());
+  const py::gil_scoped_release release;
+  const auto size = bclip::cpu::jpeg_size(view);
   return {size.height, size.width};
 }
 
 void decode_jpeg(const py::bytes& data, uintptr_t pixels, int height, int width) {
   const std::string_view view = data;
-  py::gil_scoped_release release;
-  bclip::cpu::decode_jpeg(bytes_of(view), view.size(), reinterpret_cast<uint8_t*>(pixels), height, width);
+  const py::gil_scoped_release release;
+  bclip::cpu::decode_jpeg(view, reinterpret_cast<uint8_t*>(pixels), height, width);
+}
+
+std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<py::bytes>& files, int size,
+                                                           bclip::cpu::Crop crop, uintptr_t boxes, bool bicubic,
+                                                           bool exact, int64_t max_pixels, uintptr_t pixels,
+                                                           int threads) {
+  const std::vector<std::string_view> views(files.begin(), files.end());
+  const py::gil_scoped_release release;
+  return bclip::cpu::decode_resize(
+      views, {size, crop, reinterpret_cast<const int64_t*>(boxes), bicubic, exact, max_pixels},
+      reinterpret_cast<uint8_t*>(pixels), threads);
 }
 #endif
 
@@ -159,6 +170,28 @@ void attention_backward(const bclip::cpu::Attention& attention, uintptr_t out_gr
                                  threads);
 }
 
+bclip::cpu::PooledAttention pooled_attention(std::string instruction_set, uintptr_t query, uintptr_t key_value,
+                                             bool bfloat16, int64_t num_tokens, int64_t num_sequences, int64_t num_heads, int64_t dim, uintptr_t bounds,
+                                             uintptr_t rows, bool causal, double scale, double dropout_p,
+                                             uint64_t seed) {
+  return {std::move(instruction_set), at<void>(query), at<void>(key_value), bfloat16, num_tokens, num_sequences, num_heads, dim,
+          at<int32_t>(bounds), at<int64_t>(rows), causal, scale, dropout_p, seed};
+}
+
+void pooled_attention_forward(const bclip::cpu::PooledAttention& attention, uintptr_t out, uintptr_t lse,
+                              int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::pooled_attention_forward(attention, at<void>(out), at<float>(lse), threads);
+}
+
+void pooled_attention_backward(const bclip::cpu::PooledAttention& attention, uintptr_t out_grad, uintptr_t out,
+                               uintptr_t lse, uintptr_t query_grad, uintptr_t key_value_grad, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::pooled_attention_backward(
+      attention, {at<void>(out_grad), at<void>(out), at<float>(lse), at<void>(query_grad), at<void>(key_value_grad)},
+      threads);
+}
+
 void amx_product(int64_t rows, int64_t columns, int64_t depth, uintptr_t left, bool left_transposed, uintptr_t right,
                  bool right_transposed, bool right_in_single, uintptr_t bias, uintptr_t result, bool result_in_single,
                  uintptr_t left_sums, uintptr_t workspace, int threads) {
@@ -176,6 +209,12 @@ PYBIND11_MODULE(_cpu, module) {
 #ifdef BCLIP_JPEG
   module.def("jpeg_size", &jpeg_size, py::arg("data"));
   module.def("decode_jpeg", &decode_jpeg, py::arg("data"), py::arg("pixels"), py::arg("height"), py::arg("width"));
+  py::enum_<bclip::cpu::Crop>(module, "Crop", py::module_local())
+      .value("center", bclip::cpu::Crop::kCenter)
+      .value("squash", bclip::cpu::Crop::kSquash)
+      .value("boxes", bclip::cpu::Crop::kBoxes);
+  module.def("decode_resize", &decode_resize, py::arg("files"), py::arg("size"), py::arg("crop"), py::arg("boxes"),
+             py::arg("bicubic"), py::arg("exact"), py::arg("max_pixels"), py::arg("pixels"), py::arg("threads"));
 #endif
   module.def("instruction_set", &bclip::cpu::instruction_set);
   module.def("exponential_sums", &exponential_sums, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),
@@ -223,6 +262,14 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads"));
   module.def("attention_backward", &attention_backward, py::arg("attention"), py::arg("out_grad"), py::arg("out"),
              py::arg("lse"), py::arg("qkv_grad"), py::arg("threads"));
+  py::class_<bclip::cpu::PooledAttention>(module, "PooledAttention", py::module_local())
+      .def(py::init(&pooled_attention), py::arg("instruction_set"), py::arg("query"), py::arg("key_value"), py::arg("bfloat16"),
+           py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_heads"), py::arg("dim"), py::arg("bounds"),
+           py::arg("rows"), py::arg("causal"), py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
+  module.def("pooled_attention_forward", &pooled_attention_forward, py::arg("attention"), py::arg("out"),
+             py::arg("lse"), py::arg("threads"));
+  module.def("pooled_attention_backward", &pooled_attention_backward, py::arg("attention"), py::arg("out_grad"),
+             py::arg("out"), py::arg("lse"), py::arg("query_grad"), py::arg("key_value_grad"), py::arg("threads"));
   module.def("product_workspace", &bclip::cpu::product_workspace, py::arg("columns"), py::arg("depth"));
   module.def("amx_product", &amx_product, py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("left"),
              py::arg("left_transposed"), py::arg("right"), py::arg("right_transposed"), py::arg("right_in_single"),
