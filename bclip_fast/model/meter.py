@@ -149,6 +149,9 @@ class VqaModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.clip.set_grad_checkpointing(enable)
 
+    def compile_layers(self, **options: Any) -> None:
+        self.clip.compile_layers(**options)
+
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """METER's: binary cross-entropy over all answers, summed over answers and averaged over questions.
