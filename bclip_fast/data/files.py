@@ -11,6 +11,7 @@ a short read, not a signal that kills the process.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import threading
@@ -24,7 +25,7 @@ from bclip_fast.errors import UserError
 
 T = TypeVar("T")
 
-_MAX_OPEN_FILES = 128
+MAX_OPEN_FILES = 128
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 10.0
 
 
@@ -44,6 +45,10 @@ class ReadConfig:
     """Reads at a time from a URL."""
     max_gap_kib: int = 256
     """Ranges of a remote shard so near one another are read as one."""
+    cache_dir: str = ""
+    """Folder for copies of remote shards, which are then downloaded whole; processes and runs can share it."""
+    cache_gib: float = 64.0
+    """What the copies may take; the least recently opened ones go first. One more a process may be on its way."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.timeout_s <= 0 or self.connections < 1 or self.max_gap_kib < 0:
@@ -51,6 +56,8 @@ class ReadConfig:
                 f"attempts={self.attempts}, timeout_s={self.timeout_s}, connections={self.connections}, "
                 f"max_gap_kib={self.max_gap_kib}: need at least 1, more than 0, at least 1 and 0"
             )
+        if self.cache_gib <= 0:
+            raise UserError(f"cache_gib={self.cache_gib}: must be more than 0")
 
 
 class Files:
@@ -77,9 +84,9 @@ class Files:
             raise ReadError(f"{self.path(name)}: ends before byte {end} (truncated?); copy it again")
         return data
 
-    def whole(self, name: str) -> bytes:
-        """A whole, small file. Raises FileNotFoundError where there is none, ReadError."""
-        return self._try(name, "the whole file", lambda: self._whole(name))
+    def json(self, name: str) -> Any:
+        """What a whole file says. Raises FileNotFoundError where there is none, ReadError."""
+        return self._try(name, "the whole file", lambda: json.loads(self._whole(name)))
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         raise NotImplementedError
@@ -88,8 +95,9 @@ class Files:
         raise NotImplementedError
 
     def _is_final(self, error: Exception) -> bool:
-        """Another attempt would fail like this one."""
-        return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+        """Another attempt would fail like this one; JSON that came over a network may have been cut on the way."""
+        final = (FileNotFoundError, PermissionError, IsADirectoryError) + (() if self.remote else (ValueError,))
+        return isinstance(error, final)
 
     def _try(self, name: str, what: str, function: Callable[[], T]) -> T:
         thread = threading.get_ident()
@@ -97,7 +105,7 @@ class Files:
             self.reading[thread] = f"{self.path(name)}, {what}", time.monotonic()
             try:
                 return function()
-            except UserError:
+            except (UserError, AttributeError, TypeError, NameError):
                 raise
             except Exception as error:
                 if isinstance(error, FileNotFoundError) and what == "the whole file":
@@ -113,7 +121,7 @@ class Files:
         raise AssertionError
 
 
-class _Descriptor:
+class Descriptor:
     """A file descriptor that lives as long as a reader holds it, whatever the cache forgets."""
 
     def __init__(self, path: Path) -> None:
@@ -135,7 +143,7 @@ class LocalFiles(Files):
 
     def _make_cache(self) -> None:
         # lru_cache holds no lock that a fork could leave locked, and is safe between threads.
-        self._file = functools.lru_cache(_MAX_OPEN_FILES)(lambda name: _Descriptor(self.root / name))
+        self._file = functools.lru_cache(MAX_OPEN_FILES)(lambda name: Descriptor(self.root / name))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "config": self.config}
@@ -199,14 +207,14 @@ class RemoteFiles(Files):
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
 
-    def _cat(self, name: str, *bounds: int) -> bytes:
+    def _cat(self, name: str, **bounds: int) -> bytes:
         system = self._connect()
         # fsspec's wrapper of asynchronous systems takes the time limit itself, and cancels what exceeds it.
         limits = {"timeout": self.config.timeout_s} if system.async_impl else {}
-        return system.cat_file(f"{self._base}/{name}", *bounds, **limits)
+        return system.cat_file(f"{self._base}/{name}", **bounds, **limits)
 
     def _read(self, name: str, start: int, end: int) -> bytes:
-        data = self._cat(name, start, end)
+        data = self._cat(name, start=start, end=end)
         if len(data) > end - start:
             raise ReadError(f"{self.path(name)}: the server ignores Range requests; use another, or copy the dataset")
         if len(data) < end - start:

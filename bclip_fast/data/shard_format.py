@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bclip_fast.data.files import Files, LocalFiles
+from bclip_fast.data.files import Files, LocalFiles, ReadError
 from bclip_fast.errors import UserError
 
 FORMAT_VERSION = 1
@@ -50,11 +50,11 @@ class Index:
 
 def _read_json(files: Files, name: str, what: str) -> Any:
     try:
-        return json.loads(files.whole(name))
+        return files.json(name)
     except FileNotFoundError:
         raise UserError(f"{files.path(name)}: missing; {what}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{files.path(name)}: cannot be read ({error}); {what}") from None
+    except ReadError as error:
+        raise ReadError(f"{error}; {what}") from None
 
 
 def read_description(files: Files) -> dict[str, Any]:

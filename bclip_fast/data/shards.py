@@ -18,7 +18,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bclip_fast.data.files import LocalFiles, ReadConfig, open_files
+from bclip_fast.data.cache import CachedFiles
+from bclip_fast.data.files import Files, LocalFiles, ReadConfig, RemoteFiles, open_files
 from bclip_fast.data.shard_format import (
     BLOCK,
     MEMBERS,
@@ -54,7 +55,7 @@ class ShardDataset:
     """
 
     def __init__(self, root: Path | str, split: str = "train", read: ReadConfig | None = None) -> None:
-        self.files = open_files(root, read)
+        self.files: Files = open_files(root, read)
         self.root = str(root)
         self.split = split
         description = read_description(self.files)
@@ -64,7 +65,10 @@ class ShardDataset:
         self.fingerprint: str = splits[split]["fingerprint"]
         self._shards: list[dict[str, Any]] = splits[split]["files"]
         self.shard_sizes: list[int] = [shard["samples"] for shard in self._shards]
-        if isinstance(self.files, LocalFiles):
+        if isinstance(self.files, RemoteFiles) and self.files.config.cache_dir:
+            sizes = {f"{shard['name']}.tar": (shard["num_bytes"], shard["sha256"]) for shard in self._shards}
+            self.files = CachedFiles(self.files, sizes, self.files.config)
+        elif isinstance(self.files, LocalFiles):
             for number, shard in enumerate(self._shards):
                 path = self.files.root / self._name(number)
                 if not path.is_file():
