@@ -90,6 +90,7 @@ class SampleStream:
                 f"batch_size={batch_size} is larger than the dataset's {self.num_samples} samples; use a smaller batch"
             )
         self.batch_size = batch_size
+        self.rank_batch_size = batch_size // world_size
         self.num_batches = self.num_samples // batch_size
         self.fingerprint = fingerprint
         self.seed = seed
@@ -141,7 +142,7 @@ class SampleStream:
         """(epoch, positions in it) of this rank's slice of global batch `number`, counted over all epochs."""
         epoch, number = divmod(number, self.num_batches)
         start = number * self.batch_size
-        share = self.batch_size // self._world_size
+        share = self.rank_batch_size
         if self._cost is None or self._world_size == 1:
             return epoch, list(range(start + self._rank * share, start + (self._rank + 1) * share))
         costs = [self._cost(self.sample(epoch, position)) for position in range(start, start + self.batch_size)]

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -67,6 +67,8 @@ class DataConfig:
     """Random resized crops; False takes the centre crop of evaluation."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the image's area in a crop."""
+    loader: Literal["native", "dali"] = "native"
+    """What decodes and resizes: our code on the CPU, or NVIDIA DALI, on the GPU where there is one; same batches."""
     num_threads: int = 2
     """Threads a rank that decode images."""
     prefetch_batches: int = 2
@@ -232,23 +234,29 @@ class _Run:
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
-        self.loader = NativeLoader(
-            dataset,
-            tokenizer.encode,
-            stream,
-            self.preprocess,
-            augment=config.data.augment,
-            crop_scale=config.data.crop_scale,
-            num_threads=config.data.num_threads,
-            prefetch_batches=config.data.prefetch_batches,
-            pin_memory=self.engine.device.type == "cuda",
-            timeout_s=config.data.timeout_s,
-        )
+        self.loader = self._make_loader(dataset)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         main = distributed.is_main()
         self.metrics = MetricsLog(run, self.step) if main else None
         self.progress = Progress(self.step, self.num_steps) if main else None
         self.saved_step = self.step if saved is not None else -1
+
+    def _make_loader(self, dataset: ShardDataset) -> NativeLoader:
+        data, device = self.config.data, self.engine.device
+        arguments = (dataset, self.tokenizer.encode, self.stream, self.preprocess)
+        options: dict[str, Any] = dict(
+            augment=data.augment,
+            crop_scale=data.crop_scale,
+            num_threads=data.num_threads,
+            prefetch_batches=data.prefetch_batches,
+            pin_memory=device.type == "cuda",
+            timeout_s=data.timeout_s,
+        )
+        if data.loader == "native":
+            return NativeLoader(*arguments, **options)
+        from bclip_fast.data.dali import DaliLoader
+
+        return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)
 
     def _load(self, model: BiomedClip) -> checkpoints.Checkpoint:
         folder = self.run / "checkpoints"
