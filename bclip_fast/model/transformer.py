@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops import add_norm, fused_attention, gelu, varlen_attention
+from ..ops import add_norm, fused_attention, gelu, linear, varlen_attention
 
 # A checkpoint's configuration is untrusted: these bounds keep it from asking for absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -90,6 +90,13 @@ class Norm(nn.LayerNorm):
         return add_norm(stream, branch, self.weight, self.bias, self.eps, dropout_p=dropout_p, post=post, dtype=dtype)
 
 
+class Linear(nn.Linear):
+    """`ops.linear` with its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class PreNormLayer(nn.Module):
     """x + proj(attention(norm1(x))), then x + fc2(gelu(fc1(norm2(x)))): the layer of ViT and GPT."""
 
@@ -97,11 +104,11 @@ class PreNormLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = Norm(width, norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = Norm(width, norm_eps)
-        self.fc1 = nn.Linear(width, mlp_width(width, mlp_ratio))
-        self.fc2 = nn.Linear(mlp_width(width, mlp_ratio), width)
+        self.fc1 = Linear(width, mlp_width(width, mlp_ratio))
+        self.fc2 = Linear(mlp_width(width, mlp_ratio), width)
 
     def forward(
         self, stream: Tensor, branch: Tensor | None, sequences: Sequences, rows: Tensor | None = None
@@ -136,11 +143,11 @@ class PostNormLayer(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm1 = Norm(width, norm_eps)
-        self.fc1 = nn.Linear(width, mlp_width(width, mlp_ratio))
-        self.fc2 = nn.Linear(mlp_width(width, mlp_ratio), width)
+        self.fc1 = Linear(width, mlp_width(width, mlp_ratio))
+        self.fc2 = Linear(mlp_width(width, mlp_ratio), width)
         self.norm2 = Norm(width, norm_eps)
 
     def forward(
