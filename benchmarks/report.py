@@ -15,6 +15,7 @@ import tyro
 from bclip_fast.errors import UserError
 
 from .cases import Unavailable
+from .loader import LoaderConfig, measure_loader, show_loader
 from .measure import environment
 from .step import StepConfig, measure_step, show_step
 
@@ -26,12 +27,13 @@ class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
     operator: tyro.conf.Positional[
-        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "all"]
+        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "loader", "all"]
     ] = "all"
-    """The operator to measure, or `step`: a whole training step; `all` are the operators."""
+    """The operator to measure; `step`: a whole training step; `loader`: shards to batches; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     only: str = ""
     """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
@@ -41,7 +43,8 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    rows, status = _steps(config.step) if config.operator == "step" else measure(config)
+    alone = {"step": (_steps, show_step), "loader": (_loaders, show_loader)}.get(config.operator)
+    rows, status = alone[0](config) if alone else measure(config)
     if not rows:
         raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
@@ -51,8 +54,8 @@ def run(config: BenchConfig) -> int:
         device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
-    if config.operator == "step":
-        show_step(rows)
+    if alone:
+        alone[1](rows)
         print(config.output / "bench.jsonl")
         return status
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
@@ -65,9 +68,13 @@ def run(config: BenchConfig) -> int:
     return int(status)
 
 
-def _steps(config: StepConfig) -> tuple[list[dict[str, Any]], int]:
+def _loaders(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
+    return [{**environment(), **row} for row in measure_loader(config.loader)], 0
+
+
+def _steps(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
     try:
-        return [{**environment(), **row} for row in measure_step(config)], 0
+        return [{**environment(), **row} for row in measure_step(config.step)], 0
     except Unavailable as reason:
         raise UserError(f"{reason}; --step.no-open-clip measures ours alone") from None
 
