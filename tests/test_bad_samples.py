@@ -103,6 +103,8 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                 with loader(dataset, rank, world_size, stream=costs) as source:
                     source.load_state_dict(state)
                     ranks.append(take(source, min(2, 7 - stop)))
+                    # So that it may be stopped here again and go on at yet another number of ranks.
+                    assert source.state_dict() == states[stop + len(ranks[-1])]
             for batch, parts in zip(whole[stop:], zip(*ranks, strict=True), strict=False):
                 assert {len(part.keys) for part in parts} == {8 // world_size}
                 assert by_key(list(parts)) == by_key([batch])
