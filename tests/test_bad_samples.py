@@ -83,6 +83,12 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
             assert bad.epoch == 0 and REASONS[kinds[bad.key]] in bad.reason
             assert (bad.key, bad.shard) == dataset.name_of(bad.index)
     assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in found)
+    # A tokenizer is learned from the captions that can be read.
+    spoilt_caption = next(key for key, kind in kinds.items() if kind == "caption")
+    sample = next(sample for sample in ShardDataset(sound) if sample.key == spoilt_caption)
+    expected = list(ShardDataset(sound).captions())
+    expected.remove(sample.caption)
+    assert sorted(dataset.captions()) == sorted(expected)
 
 
 @pytest.mark.parametrize("cost", [False, True])
