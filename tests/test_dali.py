@@ -75,10 +75,13 @@ def assert_near(found: Batch, expected: Batch) -> None:
     ],
     ids=["crops", "small crops", "evaluation", "squash", "bilinear"],
 )
-def test_both_loaders_give_the_same_batches(dataset: ShardDataset, changes: dict[str, Any]):
+def test_both_loaders_give_the_same_batches(
+    dataset: ShardDataset, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
     with loader(DaliLoader, dataset, **dict(changes)) as dali, loader(NativeLoader, dataset, **dict(changes)) as native:
         for _ in range(9):
             assert_near(next(dali), next(native))
+    assert "DALI failed a batch" not in caplog.text
 
 
 def test_resume_is_exact_at_every_batch(dataset: ShardDataset):
