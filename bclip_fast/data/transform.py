@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..ops.image import CLIP_MEAN, CLIP_STD
+from ..ops.image import CLIP_MEAN, CLIP_STD, shortest_edge_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,13 +97,6 @@ class Preprocess:
             raise UserError(f"a picture of {width} x {height} pixels is too narrow to be resized to {size}")
         # torchvision rounds half to even, as Python's round does.
         return high, wide, round((high - size) / 2), round((wide - size) / 2)
-
-
-def shortest_edge_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) with the shorter edge `size` and the longer one cut to whole pixels: torchvision's rule."""
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
