@@ -59,7 +59,7 @@ COMMANDS = {
         "eval",
     ),
     "bench": Command(
-        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|pointwise|step|all",
+        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|all",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",

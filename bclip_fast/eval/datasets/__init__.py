@@ -48,7 +48,7 @@ class EvalDataset(Protocol):
 
 
 def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = "", name: str = "") -> EvalDataset:
-    """The data at `path`: shards (a folder with dataset.json), a .csv or .npz file, a folder with a folder per class.
+    """The data at `path`: shards (a folder with dataset.json, or its URL), a .csv or .npz, a folder with one per class.
 
     Args:
         reader: one of `READERS`; auto tells by what lies there.
@@ -66,6 +66,8 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = ""
     from .shards import ShardEvalDataset
     from .table import CsvDataset
 
+    if "://" in path:
+        return ShardEvalDataset(path, split)
     place = Path(path)
     if not place.exists():
         source = f"; get it from {where}" if where else ""
