@@ -72,7 +72,7 @@ class FinetuneConfig:
     seed: int = 0
     lora_rank: int = 0
     """Rank of LoRA (arXiv 2106.09685) through peft in the linear layers of the towers; 0 trains every weight."""
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     freeze_towers: bool = False
     """Questions only: train the head alone."""
     head_layers: int = 6
