@@ -16,6 +16,7 @@ from bclip_fast.errors import UserError
 
 from .cases import Unavailable
 from .images import ImagesConfig, measure_images, show_images
+from .loader import LoaderConfig, measure_loader, show_loader
 from .measure import environment
 from .step import StepConfig, measure_step, show_step
 
@@ -27,14 +28,15 @@ class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
     operator: tyro.conf.Positional[
-        Literal["affine", "attention", "contrastive", "image", "images", "pointwise", "step", "all"]
+        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "images", "loader", "all"]
     ] = "all"
-    """The operator to measure, `images`: files to resized pixels, or `step`: a whole training step; `all` are the
-    operators."""
+    """The operator to measure; `step`: a whole training step; `images`: files to pixels; `loader`: shards to batches;
+    `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     only: str = ""
     """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
@@ -44,9 +46,10 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    # Two are measured in another way than the operators, and shown so.
-    shown = {"step": show_step, "images": show_images}.get(config.operator)
-    rows, status = _special(config) if shown else measure(config)
+    alone = {"step": (_steps, show_step), "images": (_images, show_images), "loader": (_loaders, show_loader)}.get(
+        config.operator
+    )
+    rows, status = alone[0](config) if alone else measure(config)
     if not rows:
         raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
@@ -56,8 +59,8 @@ def run(config: BenchConfig) -> int:
         device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
-    if shown:
-        shown(rows)
+    if alone:
+        alone[1](rows)
         print(config.output / "bench.jsonl")
         return status
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
@@ -70,13 +73,22 @@ def run(config: BenchConfig) -> int:
     return int(status)
 
 
-def _special(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
+def _loaders(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
+    return [{**environment(), **row} for row in measure_loader(config.loader)], 0
+
+
+def _images(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
     try:
-        rows = measure_step(config.step) if config.operator == "step" else measure_images(config.images)
+        return [{**environment(), **row} for row in measure_images(config.images)], 0
     except Unavailable as reason:
-        hint = "; --step.no-open-clip measures ours alone" if config.operator == "step" else ""
-        raise UserError(f"{reason}{hint}") from None
-    return [{**environment(), **row} for row in rows], 0
+        raise UserError(str(reason)) from None
+
+
+def _steps(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
+    try:
+        return [{**environment(), **row} for row in measure_step(config.step)], 0
+    except Unavailable as reason:
+        raise UserError(f"{reason}; --step.no-open-clip measures ours alone") from None
 
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
