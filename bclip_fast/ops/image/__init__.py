@@ -86,7 +86,7 @@ def decode_resize(
     threads: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, dict[int, str]]:
-    """JPEG files to squares of RGB pixels, as `decode` and Pillow's antialiased `resize` give them, to the bit.
+    """JPEG files to squares of RGB pixels, as `decode` and the antialiased `resize` of Pillow 13 give them, to the bit.
 
     Args:
         jpegs: n whole files.
