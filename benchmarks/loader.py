@@ -198,11 +198,13 @@ def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
                 log.warning("%s is not measured: %s", name, reason)
         means = {name: _mean(passes[name]()) for name in passes}
         times: dict[str, list[float]] = {name: [] for name in passes}
+        work: dict[str, list[float]] = {name: [] for name in passes}
         for number in range(config.rounds):
             for name, one in passes.items():
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), _cpu_seconds()
                 count = sum(len(images) for images in one())
                 times[name].append(time.perf_counter() - start)
+                work[name].append(_cpu_seconds() - busy)
                 assert count == source.num_batches * config.batch_size, f"{name} gave {count} samples"
                 log.info("round %d, %s: %.0f samples/s", number + 1, name, count / times[name][-1])
     first = next(iter(times))
@@ -221,11 +223,17 @@ def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
                 samples=count,
                 seconds=min(seconds),
                 samples_per_second=count / min(seconds),
+                samples_per_cpu_second=count / min(work[name]),
                 speedup=statistics.median(one / own for one, own in zip(times[first], seconds, strict=True)),
                 rounds=config.rounds,
             )
         )
     return rows
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the children it has waited for: what others on the machine do hardly changes it."""
+    return sum(os.times()[:4])
 
 
 def _mean(batches: Iterator[Tensor]) -> float:
@@ -239,9 +247,11 @@ def show_loader(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{rows[0]['samples']} samples a pass, {rows[0]['workers']} worker(s)", title_justify="left")
-    for heading in ("contender", "samples/s", "s", "x first", "mean off"):
+    for heading in ("contender", "samples/s", "s", "x first", "samples/CPU s", "x first", "mean off"):
         table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
     for row in rows:
         figures = (f"{row['samples_per_second']:.0f}", f"{row['seconds']:.2f}", f"{row['speedup']:.2f}")
-        table.add_row(row["contender"], *figures, f"{row['error']:.4f}")
+        work = row["samples_per_cpu_second"]
+        relative = work / rows[0]["samples_per_cpu_second"]
+        table.add_row(row["contender"], *figures, f"{work:.0f}", f"{relative:.2f}", f"{row['error']:.4f}")
     (Console() if os.isatty(1) else Console(width=120)).print(table)

@@ -83,6 +83,12 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
             assert bad.epoch == 0 and REASONS[kinds[bad.key]] in bad.reason
             assert (bad.key, bad.shard) == dataset.name_of(bad.index)
     assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in found)
+    # A tokenizer is learned from the captions that can be read.
+    spoilt_caption = next(key for key, kind in kinds.items() if kind == "caption")
+    sample = next(sample for sample in ShardDataset(sound) if sample.key == spoilt_caption)
+    expected = list(ShardDataset(sound).captions())
+    expected.remove(sample.caption)
+    assert sorted(dataset.captions()) == sorted(expected)
 
 
 @pytest.mark.parametrize("cost", [False, True])
@@ -103,6 +109,8 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                 with loader(dataset, rank, world_size, stream=costs) as source:
                     source.load_state_dict(state)
                     ranks.append(take(source, min(2, 7 - stop)))
+                    # So that it may be stopped here again and go on at yet another number of ranks.
+                    assert source.state_dict() == states[stop + len(ranks[-1])]
             for batch, parts in zip(whole[stop:], zip(*ranks, strict=True), strict=False):
                 assert {len(part.keys) for part in parts} == {8 // world_size}
                 assert by_key(list(parts)) == by_key([batch])

@@ -122,11 +122,13 @@ def same_batches(shards: Path, dataset: ShardDataset, count: int = 6) -> None:
     assert [batch.keys for batch in found] == [batch.keys for batch in expected] and by_key(found) == by_key(expected)
 
 
-def test_memory_and_file_urls(shards: Path, memory: str):
+def test_memory_and_file_urls(shards: Path, memory: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bclip_fast.data.shards._CHUNK", 40)
     for url in (memory, f"file://{shards}", f"file://{shards}/"):
         dataset = ShardDataset(url)
         assert dataset.fingerprint == ShardDataset(shards).fingerprint
         same_batches(shards, dataset)
+        assert list(dataset.captions()) == list(ShardDataset(shards).captions())
         assert list(dataset) == list(ShardDataset(shards)) and dataset.caption(3) == ShardDataset(shards).caption(3)
         assert list(pickle.loads(pickle.dumps(dataset)))[:2] == list(dataset)[:2]
     assert open_dataset(memory, "val").captions() == open_dataset(str(shards), "val").captions()

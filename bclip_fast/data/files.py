@@ -44,7 +44,8 @@ class ReadConfig:
     connections: int = 16
     """Reads at a time from a URL."""
     max_gap_kib: int = 256
-    """Ranges of a remote shard so near one another are read as one."""
+    """Ranges of a remote shard so near one another are read as one. At 50 ms a request and 16 connections, 256 of 544
+    samples of 44 kB took 1.47 s one by one, 0.38 s with gaps of 64 KiB, 0.20 s with 256 KiB and twice the bytes."""
     cache_dir: str = ""
     """Folder for copies of remote shards, which are then downloaded whole; processes and runs can share it."""
     cache_gib: float = 64.0

@@ -5,6 +5,7 @@ The layout of the folder is described in `shard_format`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -37,6 +38,8 @@ __all__ = ["BadSample", "Sample", "ShardDataset", "ShardWriter", "verify"]
 
 # Merged ranges are read in pieces of this size, so that several connections share one.
 _MAX_SPAN = 8 << 20
+# Samples of a URL that are held at a time where all are read through.
+_CHUNK = 256
 
 
 class BadSample(UserError):
@@ -202,7 +205,24 @@ class ShardDataset:
         number, position = self._locate(i)
         index = self._index(number)
         offset, size = int(index.offsets[position, 1]), int(index.sizes[position, 1])
-        return self.files.read(self._name(number), offset, offset + size).decode()
+        try:
+            return self.files.read(self._name(number), offset, offset + size).decode()
+        except UnicodeDecodeError as error:
+            path = self.files.path(self._name(number))
+            raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
+
+    def captions(self) -> Iterator[str]:
+        """All captions but the damaged ones, in order; a URL's shards are read through for them."""
+        if not self.files.remote:
+            for i in range(len(self)):
+                with contextlib.suppress(BadSample):
+                    yield self.caption(i)
+            return
+        ahead = self.fetch(range(min(_CHUNK, len(self))))
+        for start in range(0, len(self), _CHUNK):
+            chunk = ahead()
+            ahead = self.fetch(range(start + _CHUNK, min(start + 2 * _CHUNK, len(self))))
+            yield from (sample.caption for sample in chunk if isinstance(sample, Sample))
 
 
 def merge_ranges(spans: Sequence[tuple[int, int, int]], max_gap: int, max_span: int) -> list[tuple[int, int, int]]:

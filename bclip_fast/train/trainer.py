@@ -412,8 +412,7 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
         return
     source, text = config.data.tokenizer, config.model.text
     if source == "train":
-        captions = (dataset.caption(i) for i in range(len(dataset)))
-        tokenizer = Tokenizer.train(captions, text.vocab_size, text.context_length)
+        tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
     tokenizer.save(run / "tokenizer")
