@@ -47,7 +47,7 @@ COMMANDS = {
         "eval",
     ),
     "bench": Command(
-        "ours against the rivals: bclip bench affine|attention|contrastive|image|pointwise|step|images|loader|all",
+        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|all",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",

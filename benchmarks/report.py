@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,10 +29,10 @@ class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
     operator: tyro.conf.Positional[
-        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "images", "loader", "all"]
+        Literal["affine", "attention", "contrastive", "image", "images", "loader", "pointwise", "step", "all"]
     ] = "all"
-    """The operator to measure; `step`: a whole training step; `images`: files to pixels; `loader`: shards to batches;
-    `all` are the operators."""
+    """The operator to measure; `images`: files to resized pixels; `loader`: shards to batches; `step`: a whole training
+    step; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
@@ -46,10 +47,8 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    alone = {"step": (_steps, show_step), "images": (_images, show_images), "loader": (_loaders, show_loader)}.get(
-        config.operator
-    )
-    rows, status = alone[0](config) if alone else measure(config)
+    special = SPECIAL.get(config.operator)
+    rows, status = (_measured(config, special[0]), 0) if special else measure(config)
     if not rows:
         raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
@@ -59,8 +58,8 @@ def run(config: BenchConfig) -> int:
         device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
         with open(HERE / "results" / f"{device}.jsonl", "a") as file:
             file.write(lines)
-    if alone:
-        alone[1](rows)
+    if special:
+        special[1](rows)
         print(config.output / "bench.jsonl")
         return status
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
@@ -73,22 +72,21 @@ def run(config: BenchConfig) -> int:
     return int(status)
 
 
-def _loaders(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
-    return [{**environment(), **row} for row in measure_loader(config.loader)], 0
+# Measured in another way than the operators, and shown so.
+SPECIAL: dict[str, tuple[Callable[[BenchConfig], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]]] = {
+    "images": (lambda config: measure_images(config.images), show_images),
+    "loader": (lambda config: measure_loader(config.loader), show_loader),
+    "step": (lambda config: measure_step(config.step), show_step),
+}
 
 
-def _images(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
+def _measured(config: BenchConfig, run: Callable[[BenchConfig], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
-        return [{**environment(), **row} for row in measure_images(config.images)], 0
+        rows = run(config)
     except Unavailable as reason:
-        raise UserError(str(reason)) from None
-
-
-def _steps(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
-    try:
-        return [{**environment(), **row} for row in measure_step(config.step)], 0
-    except Unavailable as reason:
-        raise UserError(f"{reason}; --step.no-open-clip measures ours alone") from None
+        hint = "; --step.no_open_clip measures ours alone" if config.operator == "step" else ""
+        raise UserError(f"{reason}{hint}") from None
+    return [{**environment(), **row} for row in rows]
 
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
