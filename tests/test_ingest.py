@@ -206,12 +206,12 @@ def test_packages_are_read_in_place_and_bad_ones_are_recorded(tmp_path):
         ("", "3_cut.tar.gz", "broken archive"),
         ("", "4_cut.tar", "broken archive"),
         ("", "5_not.tgz", "broken archive"),
-        ("", "6_odd.tar.gz/f.jpg", "not a regular file"),
-        ("", "6_odd.tar.gz/g.jpg", "not a regular file"),
-        ("", "6_odd.tar.gz/../../evil.jpg", "unsafe name in an archive"),
         ("F1", "f", "image missing"),
         ("F2", "g", "image missing"),
         ("F3", "evil", "image missing"),
+        ("", "6_odd.tar.gz/f.jpg", "not a regular file"),
+        ("", "6_odd.tar.gz/g.jpg", "not a regular file"),
+        ("", "6_odd.tar.gz/../../evil.jpg", "unsafe name in an archive"),
         ("", "7_none.tar", "no article in the package"),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

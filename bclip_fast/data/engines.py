@@ -46,18 +46,26 @@ def run(
     pool = _pool(workers)
     try:
         while True:
+            suspects = []
             for task in islice(waiting, _AHEAD_PER_WORKER * workers - len(running)):
-                running[pool.submit(function, task)] = task
-            if not running:
+                try:
+                    running[pool.submit(function, task)] = task
+                except BrokenProcessPool:
+                    suspects.append(task)
+            if not running and not suspects:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            try:
-                for future in done:
+            for future in done:
+                task = running.pop(future)
+                try:
                     result = future.result()
-                    yield running.pop(future), result
-            except BrokenProcessPool:
-                # The process took the pool along; whose it was is found by giving each task a pool of its own.
-                suspects = list(running.values())
+                except BrokenProcessPool:
+                    suspects.append(task)
+                else:
+                    yield task, result
+            if suspects:
+                # A process took the pool along; whose it was is found by giving each task a pool of its own.
+                suspects += running.values()
                 running.clear()
                 for task in suspects:
                     yield task, _alone(function, task)
