@@ -36,7 +36,7 @@ def image(colour: str = "red", kind: str = "JPEG", size: tuple[int, int] = (32, 
 def noise(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
     """An image that resembles no other."""
     buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 32, 3), np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 

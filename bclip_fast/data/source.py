@@ -51,7 +51,7 @@ class FetchError(Exception):
 @dataclass(frozen=True)
 class Package:
     """A unit of work, in plain values. `kind`: folder (`items` are some of its XML files), archive (its articles from
-    `first` on), or objects (`items` are articles, `root` is the address of the store or the folder of a mirror)."""
+    `first` on; -1: all), or objects (`items` are articles, `root` is the address of the store or the folder of a mirror)."""
 
     kind: str
     root: str
@@ -95,12 +95,13 @@ def discover(root: Path) -> Iterator[Package]:
             yield Package("folder", str(root), prefix.rstrip("/"), items)
         for name in sorted(names):
             if name.lower().endswith(ARCHIVE_SUFFIXES):
-                for first in range(0, _num_articles(Path(folder, name), root), _XMLS_PER_ARCHIVE_UNIT):
+                number = _num_articles(Path(folder, name), root)
+                for first in range(0, number, _XMLS_PER_ARCHIVE_UNIT) if number else (-1,):
                     yield Package("archive", str(root), prefix + name, first=first)
 
 
 def _num_articles(path: Path, root: Path) -> int:
-    """Of an archive that several units can read; 1 for a compressed or broken one, which a single unit deals with."""
+    """Of an archive that several units can read; 0 for a compressed or broken one, which a single unit deals with."""
     try:
         with _open_regular(path, root) as file:
             tar = tarfile.open(fileobj=_Bounded(file, os.fstat(file.fileno()).st_size), mode="r:")
@@ -109,10 +110,10 @@ def _num_articles(path: Path, root: Path) -> int:
                 count += info.name.lower().endswith(XML_SUFFIXES)
                 tar.members = []
                 if number > MAX_ARCHIVE_MEMBERS:
-                    return 1
-            return max(1, count)
+                    return 0
+            return count
     except (tarfile.TarError, OSError, EOFError, SourceError):
-        return 1
+        return 0
 
 
 @contextmanager
@@ -253,7 +254,7 @@ class _Archive:
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise SourceError("broken archive: truncated")
-        if package.first:
+        if package.first > 0:
             self.refused.clear()  # the first unit tells
 
     def _add(self, info: tarfile.TarInfo) -> None:
@@ -274,7 +275,7 @@ class _Archive:
         if not xml_names:
             self.refused.append(("", self._package.name, "no article in the package"))
         first = self._package.first
-        mine = xml_names[first : first + _XMLS_PER_ARCHIVE_UNIT]
+        mine = xml_names[first : first + _XMLS_PER_ARCHIVE_UNIT] if first >= 0 else xml_names
         return [ArticleFiles(name, images[_folder_of(name)]) for name in mine]
 
     def read(self, name: str) -> bytes:
