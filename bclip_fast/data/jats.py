@@ -167,8 +167,8 @@ def _citation(root: etree._Element, front: etree._Element) -> str:
     who = ", ".join(names[:6]) + (", et al." if len(names) > 6 else "")
     doi = _article_id(front, "doi")
     title, year = _text(front.find("title-group/article-title")).rstrip("."), _year(front)
-    parts = who.rstrip("."), title, _journal(root).rstrip("."), str(year or ""), f"doi:{doi}" if doi else ""
-    return ". ".join(filter(None, parts))
+    told = who.rstrip("."), title, _journal(root).rstrip("."), str(year or ""), f"doi:{doi}" if doi else ""
+    return ". ".join(filter(None, told))
 
 
 def _licence(node: etree._Element) -> tuple[str, str, str]:

@@ -117,8 +117,8 @@ def write_manifest(folder: Path, parts: list[tuple[Path, dict[str, list[str]]]])
 
     types: dict[str, set[str]] = {}
     for _, found in parts:
-        for name, kinds in found.items():
-            types.setdefault(name, set()).update(kinds)
+        for name, names in found.items():
+            types.setdefault(name, set()).update(names)
     columns = {name: _column(types[name]) for name in sorted(types)}
     kinds = {name: pa.string() for name in _MANIFEST_COLUMNS}
     kinds.update(position=pa.int64(), offset=pa.int64(), num_image_bytes=pa.int64())

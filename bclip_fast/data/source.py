@@ -51,7 +51,8 @@ class FetchError(Exception):
 @dataclass(frozen=True)
 class Package:
     """A unit of work, in plain values. `kind`: folder (`items` are some of its XML files), archive (its articles from
-    `first` on; -1: all), or objects (`items` are articles, `root` is the address of the store or the folder of a mirror)."""
+    `first` on; -1: all), or objects (`items` are articles, `root` the address of the store or the folder of a mirror).
+    """
 
     kind: str
     root: str
@@ -108,7 +109,7 @@ def _num_articles(path: Path, root: Path) -> int:
             count = 0
             for number, info in enumerate(tar):
                 count += info.name.lower().endswith(XML_SUFFIXES)
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]
                 if number > MAX_ARCHIVE_MEMBERS:
                     return 0
             return count
@@ -249,7 +250,7 @@ class _Archive:
             if number >= MAX_ARCHIVE_MEMBERS:
                 raise SourceError(f"archive of more than {MAX_ARCHIVE_MEMBERS} files")
             self._add(info)
-            tar.members = []  # it keeps them all otherwise
+            tar.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
         # tarfile takes a cut between two members for the end; the end is a block of zeros.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
