@@ -102,7 +102,7 @@ def _sanitize(image: ImageFile.ImageFile, data: bytes, max_short_side: int, jpeg
     image.load()
     if not shrink and image.format == "JPEG" and image.mode == "RGB" and _is_baseline(data) and _is_upright(image):
         return SanitizedImage(data, width, height, source_format, source_mode, width, height, perceptual_hash(image))
-    result = _to_rgb(image)
+    result = to_rgb(image)
     if shrink:
         result = result.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -126,7 +126,7 @@ def perceptual_hash(image: Image.Image) -> str:
     return np.packbits(waves > np.median(waves[1:])).tobytes().hex()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _to_8_bit(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
