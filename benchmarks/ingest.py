@@ -121,9 +121,8 @@ def build(folder: Path) -> None:
     articles, pairs, seconds, used, peak = min(runs, key=lambda run: run[3])
     print(f"{articles} articles, {pairs} pairs: {seconds:.1f} s, {used:.1f} CPU s, peak {peak / 1024:.0f} MiB")
     hours = 7e6 * used / articles / 3600
-    print(
-        f"a core: {articles / used:.1f} articles/s, {pairs / used:.1f} pairs/s; 7 million articles: {hours:.0f} core hours"
-    )
+    rates = f"{articles / used:.1f} articles/s, {pairs / used:.1f} pairs/s"
+    print(f"a core: {rates}; 7 million articles: {hours:.0f} core hours")
 
 
 def memory(folder: Path) -> None:

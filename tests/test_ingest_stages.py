@@ -211,6 +211,27 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("suffix", [".rows", ".images"])
+@pytest.mark.parametrize("damage", ["zeros", "cut", "empty"])
+def test_what_a_power_failure_spoils_is_done_again(tmp_path, monkeypatch, suffix, damage):
+    from bclip_fast.data import ingest
+
+    source = articles_in(tmp_path / "in", 6)
+    config = IngestConfig(str(source), tmp_path / "out", workers=1, test_fraction=0.2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ingest, "make_plan", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(config)
+    path = sorted((tmp_path / ".out.partial/work/parts").rglob(f"*{suffix}"))[2]
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes({"zeros": data[:half] + bytes(len(data) - half), "cut": data[:half], "empty": b""}[damage])
+    with pytest.raises(UserError, match="part 2 was damaged"):
+        build(config)
+    build(config)
+    build(IngestConfig(str(source), tmp_path / "whole", workers=1, test_fraction=0.2))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_a_changed_configuration_does_not_go_on_with_other_parts(tmp_path):
     source = articles_in(tmp_path / "in", 3)
     (tmp_path / ".out.partial/work").mkdir(parents=True)

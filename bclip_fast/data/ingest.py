@@ -283,7 +283,9 @@ def write_shard(task: _ShardTask) -> None:
             if record["original"] >= 0:
                 extra["duplicate_of"] = key_of(work, plan[record["original"]])
                 extra["duplicate"] = "near" if record["near"] else "exact"
-            row = tar.add(pair["key"], shard.split, pair["caption"], read_image(work, record), to_json(meta))
+            row = tar.add(
+                pair["key"], shard.split, pair["caption"], read_image(work, record, pair["crc"]), to_json(meta)
+            )
             rows.add(row, meta, extra)
         description, types = tar.finish(), rows.close()
         for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):

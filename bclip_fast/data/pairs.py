@@ -1,12 +1,15 @@
 """The work of an article: its figures, their images, their captions, as pairs and rejects; kept in a file a package.
 
-A part is two files: `<number>.images`, the JPEGs one after another, and `<number>.rows`, written last and whole, whose
+A part is two files: `<number>.images`, the JPEGs one after another, and `<number>.rows`, renamed into place last, whose
 lines are, by their first letter (fields are separated by tabs, JSON never holds one):
 
     A  [identity, file]                                                 an article; the pairs that follow are its own
-    P  suffix, bytes of caption, bytes of metadata, place and bytes of the image, its SHA-256, its perceptual hash, and
-       {"caption", "meta", "mentions"}
+    P  suffix, bytes of caption, bytes of metadata, place and bytes of the image, their CRC-32, SHA-256 of the source,
+       perceptual hash, and {"caption", "meta", "mentions"}
     R  [article, figure, file, reason]                                  what is no pair
+    E  CRC-32 of all lines before                                       the end
+
+Nothing waits for the disk: what a power failure leaves half on it is found by these sums, and done again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import functools
 import hashlib
 import html
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -229,13 +233,14 @@ def write_rows(folder: str, number: int, events: Iterator[Begin | Pair | Reject]
     images_scratch, rows_scratch = Path(f"{images_path}{scratch}"), Path(f"{rows_path}{scratch}")
     try:
         with images_scratch.open("wb") as images, rows_scratch.open("wb") as rows:
+            checksum = 0
             for event in events:
-                rows.write(_line(event, images.tell()))
+                line = _line(event, images.tell())
+                checksum = zlib.crc32(line, checksum)
+                rows.write(line)
                 if isinstance(event, Pair):
                     images.write(event.image.data)
-            for file in (images, rows):
-                file.flush()
-                os.fsync(file.fileno())
+            rows.write(b"E\t%d\n" % checksum)
         images_scratch.replace(images_path)
         rows_scratch.replace(rows_path)
     finally:
@@ -250,7 +255,7 @@ def _line(event: Begin | Pair | Reject, place: int) -> bytes:
         text = "R\t" + to_json(dataclasses.astuple(event))
     else:
         sizes = len(event.caption.encode()), len(to_json(event.meta).encode())
-        hashes = event.meta["source_sha256"], event.image.phash
+        hashes = zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash
         body = to_json({"caption": event.caption, "meta": event.meta, "mentions": event.mentions})
         text = "\t".join(map(str, ("P", event.suffix, *sizes, place, len(event.image.data), *hashes, body)))
     return text.encode() + b"\n"

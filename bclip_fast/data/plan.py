@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ NEAR_BITS = 12
 _END_OF_TAR = 20480  # two empty blocks, filled up to a record
 _PAIR = np.dtype(
     [
-        ("article", "<u8"), ("order", "<u8"), ("key", "<u8"), ("source", "<u8"), ("phash", "<u8", 4), ("place", "<u8"),
+        ("order", "<u8"), ("key", "<u8"), ("source", "<u8"), ("phash", "<u8", 4), ("place", "<u8"),
         ("line", "<u8"), ("part", "<u4"), ("line_bytes", "<u4"), ("image_bytes", "<u4"), ("tar_bytes", "<u4"),
         ("begin", "<u4"), ("original", "<i8"), ("split", "u1"), ("near", "u1"),
     ]
 )  # fmt: skip
-_ARTICLE = np.dtype([("hash", "<u8"), ("line", "<u8"), ("part", "<u4"), ("line_bytes", "<u4"), ("pairs", "<u4")])
+_ARTICLE = np.dtype([("hash", "<u8"), ("line", "<u8"), ("part", "<u4"), ("line_bytes", "<u4")])
+_LONGEST_END = len(b"E\t4294967295\n")
 
 
 @dataclass(frozen=True)
@@ -109,45 +111,49 @@ def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) 
 
 def _scan(work: Path, num_parts: int, splits: Splits) -> int:
     """All parts to pairs.bin and articles.bin; the number of rejects in them."""
-    num_rejects = 0
+    num_rejects = num_articles = 0
+    begin, row = np.zeros(1, _ARTICLE), np.zeros(1, _PAIR)
     with (work / "pairs.bin").open("wb") as pairs, (work / "articles.bin").open("wb") as articles:
-        begin = np.zeros(1, _ARTICLE)
-        row = np.zeros(1, _PAIR)
-        num_articles = 0
         for part in range(num_parts):
-            line_start = 0
-            identity, count, split = "", 0, 0
-            with part_paths(work / "parts", part)[1].open("rb") as lines:
+            path = part_paths(work / "parts", part)[1]
+            if not _is_whole(path):
+                raise damaged(work, part)
+            line_start, identity, split = 0, "", 0
+            with path.open("rb") as lines:
                 for line in lines:
-                    kind = line[:2]
-                    if kind == b"A\t":
-                        if identity:
-                            begin["pairs"] = count
-                            articles.write(begin.tobytes())
-                            num_articles += 1
+                    if line.startswith(b"A\t"):
                         identity, _ = json.loads(line[2:])
-                        count, split = 0, SPLITS.index(splits.of(identity))
-                        begin[0] = (_hash(identity), line_start, part, len(line), 0)
-                    elif kind == b"P\t":
-                        fields = line.split(b"\t", 8)
-                        _, suffix, caption_bytes, meta_bytes, place, image_bytes, source, phash, _ = fields
+                        split = SPLITS.index(splits.of(identity))
+                        begin[0] = (_hash(identity), line_start, part, len(line))
+                        articles.write(begin.tobytes())
+                        num_articles += 1
+                    elif line.startswith(b"P\t"):
+                        fields = line.split(b"\t", 9)
+                        _, suffix, caption_bytes, meta_bytes, place, image_bytes, _, source, phash, _ = fields
                         key = pair_key(identity, suffix.decode())
                         sizes = sum(map(tar_bytes, (int(image_bytes), int(caption_bytes), int(meta_bytes))))
                         row[0] = (
-                            _hash(identity), _hash(f"{splits.seed}:order:{key}"), _hash(key), int(source[:16], 16),
+                            _hash(f"{splits.seed}:order:{key}"), _hash(key), int(source[:16], 16),
                             np.frombuffer(bytes.fromhex(phash.decode()), "<u8"), int(place), line_start, part,
-                            len(line), int(image_bytes), sizes, num_articles, -1, split, 0,
+                            len(line), int(image_bytes), sizes, num_articles - 1, -1, split, 0,
                         )  # fmt: skip
                         pairs.write(row.tobytes())
-                        count += 1
-                    else:
+                    elif line.startswith(b"R\t"):
                         num_rejects += 1
                     line_start += len(line)
-            if identity:
-                begin["pairs"] = count
-                articles.write(begin.tobytes())
-                num_articles += 1
     return num_rejects
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the last line of a part is the sum of those before."""
+    checksum, tail = 0, b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            tail += block
+            checksum = zlib.crc32(tail[:-_LONGEST_END], checksum)
+            tail = tail[-_LONGEST_END:]
+    end = tail.rfind(b"E\t")
+    return end >= 0 and tail[end:] == b"E\t%d\n" % zlib.crc32(tail[:end], checksum)
 
 
 def _repeated_articles(work: Path, pairs: np.ndarray, articles: np.ndarray, keep: np.ndarray, file: IO[str]) -> int:
@@ -250,16 +256,25 @@ def _read_line(work: Path, record: np.ndarray) -> bytes:
 
 
 def read_pair(work: Path, record: np.ndarray) -> dict[str, Any]:
-    """`caption`, `meta`, `mentions` and `key` of a pair of the plan."""
-    fields = _read_line(work, record).split(b"\t", 8)
-    found: dict[str, Any] = json.loads(fields[8])
-    return {**found, "key": pair_key(found["meta"]["article"], fields[1].decode())}
+    """`caption`, `meta`, `mentions`, `key` and `crc` (of the image) of a pair of the plan."""
+    fields = _read_line(work, record).split(b"\t", 9)
+    found: dict[str, Any] = json.loads(fields[9])
+    return {**found, "key": pair_key(found["meta"]["article"], fields[1].decode()), "crc": int(fields[6])}
 
 
-def read_image(work: Path, record: np.ndarray) -> bytes:
+def read_image(work: Path, record: np.ndarray, crc: int) -> bytes:
     with part_paths(work / "parts", int(record["part"]))[0].open("rb") as file:
         file.seek(int(record["place"]))
-        return file.read(int(record["image_bytes"]))
+        data = file.read(int(record["image_bytes"]))
+    if zlib.crc32(data) != crc:
+        raise damaged(work, int(record["part"]))
+    return data
+
+
+def damaged(work: Path, part: int) -> UserError:
+    """The part is taken away, so that the next run does it again, with the same bytes."""
+    part_paths(work / "parts", part)[1].unlink(missing_ok=True)
+    return UserError(f"part {part} was damaged on the disk (a power failure?); run it again: the others are kept")
 
 
 def key_of(work: Path, record: np.ndarray) -> str:

@@ -23,7 +23,7 @@ _SPLIT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # Columns of every manifest; metadata of the same name stays in the `meta` column alone.
 _MANIFEST_COLUMNS = ("key", "split", "shard", "position", "offset", "caption", "num_image_bytes", "meta")
 # Rows hold captions, metadata and mentions: some 10 kB each while they are made.
-_MANIFEST_ROW_GROUP = 1024
+_MANIFEST_ROW_GROUP = 4096
 
 
 class ShardFile:
