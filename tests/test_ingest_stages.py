@@ -181,7 +181,7 @@ def command(tmp_path: Path, source: Path, out: Path, workers: int = 2, engine: s
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
     """kill -9 of the parent at 20 random moments of one run; its workers end by themselves."""
-    source = articles_in(tmp_path / "in", 120, figures=4)
+    source = articles_in(tmp_path / "in", 60)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     whole, out = tmp_path / "whole", tmp_path / "out"
     start = time.monotonic()

@@ -357,9 +357,10 @@ def test_a_mirror_and_its_bucket_give_the_same_dataset(bucket, tmp_path):
         ("PMC5", "", "PMC5.1", "other version: PMC5.2 is used"),
     ]
     build(IngestConfig(bucket.address, tmp_path / "c", ids=ids, **options))
-    assert {row["article"] for row in pq.read_table(tmp_path / "c/manifest.parquet").to_pylist()} == {
-        f"PMC{number}" for number in range(5, 20)
-    }
+    build(IngestConfig(str(tmp_path / "mirror"), tmp_path / "d", ids=ids, **options))
+    for name in ("c", "d"):
+        found = {row["article"] for row in pq.read_table(tmp_path / name / "manifest.parquet").to_pylist()}
+        assert found == {f"PMC{number}" for number in range(5, 20)}
 
 
 def test_a_build_from_a_bucket_that_fails_goes_on_where_it_was(bucket, tmp_path):

@@ -50,6 +50,7 @@ _COMMERCIAL = re.compile(r"CC0|CC BY(-SA|-ND)?")
 _NONCOMMERCIAL = re.compile(r"CC0|CC BY(-NC)?(-SA|-ND)?")
 _VERSIONS_PER_ID = 1 << 16
 _ARTICLES_PER_PACKAGE = 16
+_MAX_VERSION = 99
 _ITEM = re.compile(r"(?:PMC)?(\d{1,12})(?:\.(\d{1,4}(?:,\d{1,4})*))?")
 _METADATA_KEY = re.compile(r"metadata/PMC(\d{1,12})\.(\d{1,4})\.json")
 _FILE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]{1,200}")
@@ -72,12 +73,17 @@ class Store(Protocol):
 
 
 class Mirror:
-    """A mirror on disk, as `bclip ingest fetch` writes it."""
+    """A mirror on disk, as `bclip ingest fetch` writes it; of an article whose versions aren't named, 0 to 99 count."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def keys(self, prefix: str) -> Iterator[str]:
+        if re.fullmatch(r"metadata/PMC\d+\.", prefix):
+            # Versions of one article: asked for by name, as the folder may hold millions.
+            found = (f"{prefix}{number}.json" for number in range(_MAX_VERSION + 1))
+            yield from sorted(key for key in found if (self.root / key).exists())
+            return
         folder, _, start = prefix.rpartition("/")
         if (self.root / folder).is_dir():
             names = (path.name for path in (self.root / folder).iterdir())
