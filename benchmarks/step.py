@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,10 +52,12 @@ class StepConfig:
     """Of the text tower, hidden and attention; published training has 0.1."""
     lengths: str = ""
     """File with lines "tokens count", a histogram of caption lengths; empty: the captions of BCLIP_SHARED_DATA."""
-    rounds: int = 2
-    """Steps timed after one that isn't; the fastest counts."""
+    rounds: int = 3
+    """Rounds of a step of each contender; a ratio is the median of those within a round, a time the fastest."""
     ablation: bool = True
     """Time ours with each improvement turned on in turn as well."""
+    compile: bool = False
+    """Time ours with its layers under torch.compile as well."""
     open_clip: bool = True
 
     def __post_init__(self) -> None:
@@ -73,9 +77,11 @@ class Features:
     raw_pixels: bool = True
     pointwise: bool = True
     attention: bool = True
+    linear: bool = True
     fused_adamw: bool = True
     keeps_memory: bool = True
     checkpointing: bool = False
+    compile: bool = False
 
 
 def variants(config: StepConfig) -> dict[str, Features | None]:
@@ -90,8 +96,8 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
             "raw_pixels": "+ normalisation in the patch matmul",
             "pointwise": "+ fused norms, dropout, GELU",
             "attention": "+ attention operator",
+            "linear": "+ linear operator",
             "fused_adamw": "+ fused AdamW",
-            # For the whole process, so what is measured without it must come before.
             "keeps_memory": "ours: + freed memory kept",
         }
         for name, title in titles.items():
@@ -99,7 +105,8 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
             found[title] = on
     else:
         found["ours"] = Features()
-    return {**found, "ours, checkpointed": Features(checkpointing=True)}
+    compiled = {"ours, compiled": Features(compile=True)} if config.compile else {}
+    return {**found, **compiled, "ours, checkpointed": Features(checkpointing=True)}
 
 
 @dataclass
@@ -157,35 +164,44 @@ def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: floa
 
 
 class Step:
-    """One contender: `step()` trains once and returns the seconds of forward with loss, backward and optimiser."""
+    """One contender: `step()` trains once and returns the seconds of forward with loss, backward and optimiser.
 
-    def __init__(self, config: StepConfig, model: nn.Module, inputs: Inputs, features: Features | None) -> None:
+    Contenders of the same model can share its optimiser.
+    """
+
+    def __init__(
+        self,
+        config: StepConfig,
+        model: nn.Module,
+        inputs: Inputs,
+        features: Features | None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.config, self.model, self.features = config, model.train(), features
-        groups = parameter_groups(model.named_parameters(), OptimConfig())
         self.loss: Callable[..., Tensor] = ops.clip_loss
         self.image: Tensor = inputs.images
         self.text: Packed | Tensor = inputs.text
         if features is None:
             self.loss = import_open_clip().ClipLoss()
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-5)
             self.text = inputs.ids
             # Its loader normalises, in processes of its own.
             self.image = normalize(inputs.images)
-            return
-        self.optimizer = AdamW(groups, lr=1e-5, fused=features.fused_adamw)
-        if features.keeps_memory:
-            keep_freed_memory()
-        model.set_grad_checkpointing(features.checkpointing)  # type: ignore[operator]
-        if not features.packing:
+        elif not features.packing:
             # The time of padding without its numbers: every caption has as many tokens as the longest may have.
             padded = Packed.of(inputs.ids.flatten(), [inputs.ids.shape[1]] * len(inputs.ids))
             self.text = padded.to(inputs.ids.device)
+        kind = torch.optim.AdamW if features is None else AdamW
+        self.optimizer = optimizer or kind(parameter_groups(model.named_parameters(), OptimConfig()), lr=1e-5)
 
     def __call__(self) -> list[float]:
         dtype = _DTYPES[self.config.precision]
+        keep_freed_memory(self.features is not None and self.features.keeps_memory)
         with contextlib.ExitStack() as stack:
             if self.features is not None:
                 stack.enter_context(_without(self.features, self.model))
+                self.model.set_grad_checkpointing(self.features.checkpointing)  # type: ignore[operator]
+                for group in self.optimizer.param_groups:
+                    group["fused"] = self.features.fused_adamw
             times = [_now()]
             image = self.image
             if self.features is not None and not self.features.raw_pixels:
@@ -222,6 +238,10 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(transformer, name, plain))
         if not features.attention:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend", _sdpa))
+            stack.enter_context(mock.patch.object(transformer.Sequences, "attend_from", _sdpa_from))
+        if not features.linear:
+            plain = functools.partial(ops.linear, backend="reference")
+            stack.enter_context(mock.patch.object(transformer, "linear", plain))
         if not features.first_only:
             for tower in (model.visual, model.text):
                 last: Any = tower.layers[-1]  # type: ignore[index,union-attr]
@@ -250,6 +270,14 @@ def _sdpa(sequences: transformer.Sequences, qkv: Tensor, dropout_p: float = 0.0)
         mask = past if mask is None else mask & past
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2)[kept].flatten(1)
+
+
+def _sdpa_from(
+    sequences: transformer.Sequences, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """The same for one query of each sequence, among all the others."""
+    queries = torch.zeros_like(key_value[:, 0]).index_copy(0, rows, query)
+    return _sdpa(sequences, torch.cat([queries[:, None], key_value], 1), dropout_p)[rows]
 
 
 def open_clip_twin(model: BiomedClip) -> nn.Module:
@@ -287,38 +315,58 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     inputs = replace(inputs, images=inputs.images.to(DEVICE), ids=inputs.ids.to(DEVICE), text=inputs.text.to(DEVICE))
     torch.manual_seed(0)
     ours = BiomedClip(sizes).to(DEVICE)
-    # The steps of a contender train its model: each starts from these weights.
-    state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    theirs = open_clip_twin(ours).to(DEVICE) if config.open_clip else None
+    error = 0.0 if theirs is None else difference(ours, theirs, inputs)
+    contenders = variants(config)
+    models: dict[str, Any] = {}
+    for name, features in contenders.items():
+        models[name] = theirs if features is None else ours
+        if features is not None and features.compile:
+            models[name] = copy.deepcopy(ours)
+            models[name].compile_layers()
+    extra: dict[str, int | None] = {}
+    steps: dict[str, Step] = {}
+    for name, features in contenders.items():
+        model = models[name]
+        extra[name], _ = peak_extra_bytes(Step(config, model, inputs, features))
+        model.zero_grad(set_to_none=True)
+    for name, features in contenders.items():
+        model = models[name]
+        shared = next((step.optimizer for step in steps.values() if step.model is model), None)
+        steps[name] = Step(config, model, inputs, features, shared)
+    times: dict[str, list[list[float]]] = {name: [] for name in steps}
+    for number in range(1 + config.rounds):
+        for name, step in steps.items():
+            parts = step()
+            if number:  # the first gives the optimisers their moments
+                times[name].append(parts)
+                log.info("round %d, %s: %.2f s", number, name, sum(parts))
+    first = next(iter(steps))
     rows: list[dict[str, Any]] = []
-    for name, features in variants(config).items():
-        ours.load_state_dict(state)
-        model: nn.Module = ours if features is not None else open_clip_twin(ours).to(DEVICE)
-        error = difference(ours, model, inputs) if features is None else 0.0
-        step = Step(config, model, inputs, features)
-        extra, _ = peak_extra_bytes(step)
-        times = min((step() for _ in range(config.rounds)), key=sum)
-        del step, model
-        ours.zero_grad(set_to_none=True)
-        seconds = sum(times)
-        log.info("%s: %.2f s", name, seconds)
+    for name in steps:
+        forward, backward, optimizer = min(times[name], key=sum)
+        seconds = forward + backward + optimizer
+        ratios = [sum(one) / sum(own) for one, own in zip(times[first], times[name], strict=True)]
         rows.append(
             dict(
                 operator="step",
                 case=f"{config.preset}-{config.batch_size}-{config.precision}-dropout-{config.dropout}",
                 contender=name,
-                error=error,
+                error=error if contenders[name] is None else 0.0,
                 flops=inputs.flops,
                 batch=config.batch_size,
                 dtype=config.precision,
                 tokens=len(inputs.text.ids),
                 seconds=seconds,
-                forward_seconds=times[0],
-                backward_seconds=times[1],
-                optimizer_seconds=times[2],
+                forward_seconds=forward,
+                backward_seconds=backward,
+                optimizer_seconds=optimizer,
                 samples_per_second=config.batch_size / seconds,
                 tokens_per_second=len(inputs.text.ids) / seconds,
+                speedup=statistics.median(ratios),
+                rounds=config.rounds,
                 matmul_flops_per_second=matmul_flops_per_second(_DTYPES[config.precision]),
-                extra_bytes=extra,
+                extra_bytes=extra[name],
             )
         )
     return rows
@@ -361,6 +409,6 @@ def show_step(rows: list[dict[str, Any]]) -> None:
             *(f"{part:.2f}" for part in parts),
             f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}",
             "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e9:.2f}",
-            f"{first['seconds'] / row['seconds']:.2f}",
+            f"{row['speedup']:.2f}",
         )
     (Console() if os.isatty(1) else Console(width=120)).print(table)

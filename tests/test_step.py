@@ -20,6 +20,7 @@ from bclip_fast.data.transform import normalize
 from bclip_fast.model.biomedclip import BiomedClip, preset
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.weights import key_map
+from bclip_fast.ops import affine
 
 QUICKSTART = preset("quickstart")
 BERT = replace(QUICKSTART, text=replace(QUICKSTART.text, context_length=48))
@@ -78,7 +79,12 @@ def test_features_and_gradients_equal_open_clips(config, histogram: str) -> None
         assert error(ours[name], eager[name]) <= 1e-4 and error(ours[name], true) <= 1e-4, name
 
 
-def test_bfloat16_errs_at_most_twice_what_open_clip_does(histogram: str) -> None:
+@pytest.mark.parametrize("min_rows", [0, 10**6], ids=["ours", "library"])
+def test_bfloat16_errs_at_most_twice_what_open_clip_does(
+    min_rows: int, histogram: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With linear layers of ours, as where there are many tokens, and with the library's."""
+    monkeypatch.setattr(affine, "_MIN_ROWS", min_rows)
     inputs = make_inputs(StepConfig(lengths=histogram, batch_size=8), BERT)
     ours, eager, truth = both(BERT, inputs, low=True)
     for name, true in truth.items():
@@ -101,13 +107,32 @@ def test_compiled_without_a_graph_break_and_not_again_for_other_lengths() -> Non
     assert counts == counts[:1] * 4
 
 
+def test_compiled_layers_compute_the_same_whatever_the_lengths() -> None:
+    torch.manual_seed(0)
+    model = shaken(BiomedClip(QUICKSTART)).train()
+    image = torch.randint(0, 256, (3, 80, 80, 3), dtype=torch.uint8)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    batches = [Packed.of(torch.randint(5, 2000, (sum(n),)), n) for n in ([3, 9, 5], [40, 2, 8], [7, 7, 7], [1, 1, 48])]
+    plain = [run_step(model, image, text, low=False) for text in batches]
+    model.compile_layers(backend=counter)
+    counts = []
+    for text, expected in zip(batches, plain, strict=True):
+        results = run_step(model, image, text, low=False)
+        assert results.keys() == expected.keys()
+        for name, value in results.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts == counts[:1] * 4
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_benchmark_gives_a_row_for_each_variant(dropout: float, histogram: str) -> None:
     import_open_clip()
     config = StepConfig(preset="quickstart", batch_size=4, lengths=histogram, rounds=1, dropout=dropout)
     rows = measure_step(config)
     names = [row["contender"] for row in rows]
-    assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"] and len(names) == len(set(names)) == 10
+    assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"] and len(names) == len(set(names)) == 11
     for row in rows:
         parts = row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"]
         assert row["seconds"] == pytest.approx(parts) and row["samples_per_second"] == pytest.approx(4 / parts)

@@ -53,15 +53,20 @@ def why_not(limits: Limits, name: str, *inputs: object) -> str | None:
     return MISSING.get(name) or limits[name](*inputs)
 
 
-def choose(operator: str, limits: Limits, backend: str, *inputs: object) -> str:
+def choose(operator: str, limits: Limits, backend: str, *inputs: object, library: bool = False) -> str:
     """The backend that runs this call.
+
+    Args:
+        library: the operator's reference is a kernel of torch's library, tuned for every device. A name given for all
+            operators then stands for kernels of ours where there are any; the rest of the calls are the library's.
 
     Raises:
         BackendError: no backend, or not the one named, can run it.
     """
     asked = _asked if backend == "auto" else _checked(backend, "backend=")
     refusals = []
-    for name in BACKENDS if asked == "auto" else (asked,):
+    names = BACKENDS if asked == "auto" else (asked, "reference") if library and backend == "auto" else (asked,)
+    for name in names:
         reason = why_not(limits, name, *inputs)
         if reason is None:
             return name

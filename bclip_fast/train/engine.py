@@ -46,12 +46,16 @@ class EngineConfig:
     """Of the computation; parameters, gradients and optimiser states are fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Have torch.compile make a graph of each transformer layer: minutes at the start, a C++ compiler on a CPU."""
     bucket_mib: int = 64
     """Gradients are communicated in pieces of this size."""
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
             raise UserError(f"engine.bucket_mib={self.bucket_mib}: must be at least 1")
+        if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
+            raise UserError("engine.compile with engine.zero_stage 3: its parameters come and go; use a lower stage")
         if self.name == "deepspeed" and self.zero_stage > 0 and self.precision == "fp16":
             raise UserError(
                 "engine.precision=fp16 with engine.zero_stage above 0: its loss scaling is not exact there; "
@@ -134,12 +138,14 @@ def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size:
         keep_freed_memory()
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if config.compile:
+        model.compile_layers()  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
     return engine(model.to(device), config, optim, batch_size, device)
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep, for the whole process, what is freed.
+def keep_freed_memory(keep: bool = True) -> None:
+    """Has glibc keep, for the whole process, what is freed; `keep=False` sets the limits that it reaches by itself.
 
     It gives large blocks back at once, and a step, which allocates the same ones as the step before, pays for each of
     their pages again: 200,000 faults in a step of ViT-B/16 and BERT-base at batch 16, half a second of the processor.
@@ -147,9 +153,9 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(trim_threshold, (1 << 31) - 1 if keep else 64 << 20)
         # Releases before 2.34 take no more than 32 MiB.
-        _ = mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
+        _ = keep and mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
 
 
 def _optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:

@@ -19,7 +19,7 @@ constexpr int64_t kHalf = 16;
 constexpr int64_t kStep = kPanel * kPanel;  // elements of a panel per 32 k
 
 int64_t panels(int64_t size) { return (size + kPanel - 1) / kPanel; }
-int64_t padded(int64_t size) { return panels(size) * kPanel; }
+[[maybe_unused]] int64_t padded(int64_t size) { return panels(size) * kPanel; }
 
 // Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes. Numbers below
 // 2^-126 count as zero meanwhile.
@@ -68,15 +68,16 @@ class Scratch {
 
 // result (32, 32) = or += left (32, 32 steps) right (32 steps, 32); calls work(step) after each step. The left operand
 // is to stay in L1, which the right one would wash out if it weren't loaded as passing by: that is a third of the time.
+// stride: of the result's rows, in numbers.
 template <typename Work>
 BCLIP_INLINE void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, bool add,
-                           const Work& work) {
-  constexpr int64_t bytes = kPanel * sizeof(float);
+                           const Work& work, int64_t stride = kPanel) {
+  const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   if (add) {
     _tile_loadd(0, result, bytes);
     _tile_loadd(1, result + kHalf, bytes);
-    _tile_loadd(2, result + kHalf * kPanel, bytes);
-    _tile_loadd(3, result + kHalf * kPanel + kHalf, bytes);
+    _tile_loadd(2, result + kHalf * stride, bytes);
+    _tile_loadd(3, result + kHalf * stride + kHalf, bytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -96,8 +97,8 @@ BCLIP_INLINE void multiply(const uint16_t* left, const uint16_t* right, int64_t 
   }
   _tile_stored(0, result, bytes);
   _tile_stored(1, result + kHalf, bytes);
-  _tile_stored(2, result + kHalf * kPanel, bytes);
-  _tile_stored(3, result + kHalf * kPanel + kHalf, bytes);
+  _tile_stored(2, result + kHalf * stride, bytes);
+  _tile_stored(3, result + kHalf * stride + kHalf, bytes);
 }
 
 // Features (count, width), contiguous.

@@ -14,6 +14,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
 
 #define BCLIP_AVX512 1
+#include "amx.h"
 #include "attention_tile.h"
 
 namespace {
@@ -22,18 +23,7 @@ namespace {
 struct AmxEngine {
   using Element = uint16_t;
 
-  // Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes.
-  struct Use {
-    Use() {
-      static const struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } config;
-      _tile_loadconfig(&config);
-    }
-    ~Use() { _tile_release(); }
-  };
+  using Use = bclip::cpu::Unit;
 
   static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* block) {
     const __mmask32 inside = columns >= kPanel ? 0xFFFFFFFF : 0xFFFF;
@@ -79,32 +69,7 @@ struct AmxEngine {
 
   static void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, int64_t stride,
                        bool add) {
-    const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
-    if (add) {
-      _tile_loadd(0, result, bytes);
-      _tile_loadd(1, result + kLanes, bytes);
-      _tile_loadd(2, result + kLanes * stride, bytes);
-      _tile_loadd(3, result + kLanes * stride + kLanes, bytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, left += kBlock, right += kBlock) {
-      _tile_loadd(6, right, 64);
-      _tile_loadd(4, left, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, right + kBlock / 2, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, left + kBlock / 2, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, result, bytes);
-    _tile_stored(1, result + kLanes, bytes);
-    _tile_stored(2, result + kLanes * stride, bytes);
-    _tile_stored(3, result + kLanes * stride + kLanes, bytes);
+    bclip::cpu::multiply(left, right, steps, result, add, [](int64_t) {}, stride);
   }
 
  private:

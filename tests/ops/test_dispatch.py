@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bclip_fast import ops
-from bclip_fast.ops import attention, contrastive, dispatch, image
+from bclip_fast.ops import affine, attention, contrastive, dispatch, image, pointwise
 
 QKV = torch.randn(1, 3, 3, 2, 8)
 
@@ -33,6 +33,16 @@ def test_the_nearest_name_wins():
     assert dispatch.choose("op", limits, "auto", QKV) == "cpu"
 
 
+def test_a_name_for_all_operators_leaves_the_librarys_calls_to_it():
+    limits = {"cpu": lambda x: "too small", "reference": lambda x: None}
+    with ops.use_backend("cpu"):
+        assert dispatch.choose("op", limits, "auto", QKV, library=True) == "reference"
+        with pytest.raises(ops.BackendError, match="cpu: too small"):
+            dispatch.choose("op", limits, "cpu", QKV, library=True)
+        with pytest.raises(ops.BackendError, match="cpu: too small"):
+            dispatch.choose("op", limits, "auto", QKV)
+
+
 def test_every_refusal_is_told():
     with pytest.raises(ops.BackendError, match="cuda: .*triton: .*cpu: too small; reference: not implemented"):
         dispatch.choose("op", {"cpu": lambda x: "too small"}, "auto", QKV)
@@ -53,7 +63,9 @@ def test_required_backends_are_there():
     assert not missing
 
 
-@pytest.mark.parametrize("operator", [attention, contrastive, image], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "operator", [affine, attention, contrastive, image, pointwise], ids=lambda module: module.__name__
+)
 def test_every_operator_has_a_reference_and_known_backends(operator):
     assert "reference" in operator.LIMITS
     assert set(operator.LIMITS) <= set(dispatch.BACKENDS)

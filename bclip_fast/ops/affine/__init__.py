@@ -45,6 +45,10 @@ def _cpu_limits(x: Tensor, *parameters: Tensor) -> str | None:
 LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda *inputs: None}
 
 
+# With fewer rows most of the time is spent on reading the weights, and the library is the faster one.
+_MIN_ROWS = 512
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x W^T + b: `F.linear`, and, in bfloat16 on a CPU with AMX, faster.
 
@@ -53,7 +57,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         weight: (N, K), in x's dtype or wider; its gradient comes in its own dtype, never rounded to x's by the cpu
             backend. What is multiplied is the weight rounded to x's dtype.
         bias: (N,) or None. The cpu backend adds it to the sum before rounding.
-        backend: "auto" or one of `ops.BACKENDS`.
+        backend: "auto", "cpu" or "reference". Unless named here, cpu is for 512 rows and more, and what it doesn't take
+            is torch's, whatever backend is named for all operators.
 
     Returns:
         (..., N) in x's dtype, or in autocast's, where that casts x. Differentiable once.
@@ -66,7 +71,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         raise ValueError(f"x must be (..., K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    backend = choose("linear", LIMITS, backend, x, weight, *(() if bias is None else (bias,)))
+    if backend == "auto" and x.numel() < _MIN_ROWS * x.shape[-1]:
+        backend = "reference"
+    backend = choose("linear", LIMITS, backend, x, weight, *(() if bias is None else (bias,)), library=True)
     return reference.linear(x, weight, bias) if backend == "reference" else _linear(x, weight, bias, backend)
 
 
