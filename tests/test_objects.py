@@ -323,11 +323,13 @@ def test_fetch_mirrors_what_may_be_and_reports_the_rest(bucket, tmp_path, caplog
     assert found == expected
     # An update fetches what has changed, that alone.
     bucket.put_article(1, citation="new")
+    bucket.put_article(7, is_retracted=True)
     bucket.objects["PMC2.1/fig-0.jpg"] += b"more"
     before = bucket.requests.copy()
     assert fetch(FetchConfig(out, source=bucket.address, ids=ids, license="commercial", update=True)) == 0
     assert json.loads((out / "metadata/PMC1.1.json").read_bytes())["citation"] == "new"
     assert bucket.requests["PMC1.1/fig-0.jpg"] == before["PMC1.1/fig-0.jpg"]
+    assert not (out / "metadata/PMC7.1.json").exists() and (out / "metadata/PMC6.1.json").exists()
 
 
 def test_a_mirror_and_its_bucket_give_the_same_dataset(bucket, tmp_path):

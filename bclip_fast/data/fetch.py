@@ -134,6 +134,8 @@ def _fetch_article(config: FetchConfig, store: Store, item: str) -> _Outcome:
         if not config.update and (config.out / f"metadata/{version.name}.json").exists():
             return _Outcome()
         if problem := version.problem(rules):
+            # Retracted since, say: a mirror must not go on offering it.
+            (config.out / f"metadata/{version.name}.json").unlink(missing_ok=True)
             return _Outcome(rejects=[*others, (article, version.name, problem)])
         return _fetch_version(config.out, store, version, rules, others)
     except SourceError as error:

@@ -30,6 +30,7 @@ _MAX_SPECKS = 0.004
 # The narrowest gap that is cut along against the widest that is not.
 _STANDS_OUT = 1.3
 _MIN_SHARE = 0.5  # of the largest panel's area
+_MAX_PADDING = 9  # at the working size
 _MIN_FILL = 0.5  # of the figure
 _ALIGNED = 0.05  # of the figure's width: by how much the left sides of a column may differ
 _LETTERS = r"[A-La-l](?:\s?(?:[-\u2013\u2014,&/]|and|to)\s?[A-La-l])*"
@@ -140,9 +141,10 @@ def layout(image: Image.Image, labels: list[str]) -> list[tuple[int, int, int, i
     pixels = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.int16)
     best: list[tuple[int, int, int, int]] = []
     for background in (pixels.min(axis=2) >= _WHITE, pixels.max(axis=2) <= _BLACK):
-        boxes = _cut(~background, len(labels))
+        boxes, gap = _cut(~background, len(labels))
         if boxes and _is_grid(boxes, labels):
-            best = boxes
+            # Thin text at the edge is no ink by the rule for specks: it lies within half a gap.
+            best = [_padded(box, min(gap // 2, _MAX_PADDING), size) for box in boxes]
             break
     factors = image.width / size[0], image.height / size[1]
     return [
@@ -154,6 +156,11 @@ def layout(image: Image.Image, labels: list[str]) -> list[tuple[int, int, int, i
     ]  # fmt: skip
 
 
+def _padded(box: tuple[int, int, int, int], by: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = box
+    return max(0, left - by), max(0, top - by), min(size[0], right + by), min(size[1], bottom + by)
+
+
 @dataclass
 class _Part:
     box: tuple[int, int, int, int]
@@ -162,18 +169,18 @@ class _Part:
     place: tuple[int, int] = (0, 0)
 
 
-def _cut(ink: np.ndarray, count: int) -> list[tuple[int, int, int, int]]:
-    """Cut the part with the widest gap until there are `count`; empty if the gaps don't stand out."""
+def _cut(ink: np.ndarray, count: int) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Cut the part with the widest gap until there are `count`; none if the gaps don't stand out. And the narrowest."""
     first = _part(ink, (0, 0, ink.shape[1], ink.shape[0]))
     if first is None:
-        return []
+        return [], 0
     parts, narrowest = [first], float("inf")
     while True:
         widest = max(parts, key=lambda part: part.gap)
         if len(parts) == count:
             break
         if widest.gap <= 0 or len(parts) > count:
-            return []
+            return [], 0
         narrowest = min(narrowest, widest.gap)
         parts.remove(widest)
         left, top, right, bottom = widest.box
@@ -184,7 +191,9 @@ def _cut(ink: np.ndarray, count: int) -> list[tuple[int, int, int, int]]:
             else ((left, top, right, start), (left, end, right, bottom))
         )
         parts += [part for half in halves if (part := _part(ink, half))]
-    return [part.box for part in parts] if narrowest >= _STANDS_OUT * max(widest.gap, 1) else []
+    if count < 2 or narrowest < _STANDS_OUT * max(widest.gap, 1):
+        return [], 0
+    return [part.box for part in parts], int(narrowest)
 
 
 def _part(ink: np.ndarray, box: tuple[int, int, int, int]) -> _Part | None:
