@@ -363,6 +363,18 @@ def test_configuration_from_the_command_line_and_back(tmp_path):
             parse(IngestConfig, ["in", "-o", "out", *flags], prog="bclip ingest build")
 
 
+def test_tokens_are_counted_as_the_model_counts_them(shared_data):
+    from bclip_fast.data.pairs import _counter
+    from bclip_fast.model.tokenizer import Tokenizer
+
+    rows = (shared_data / "pmc_articles/pairs.jsonl").read_text().splitlines()[::2]
+    captions = [json.loads(row)["caption"] for row in rows]
+    for name in ("vocab.txt", "tokenizer.json"):
+        path = shared_data / "vocab/pubmedbert" / name
+        expected = [len(ids) for ids in Tokenizer.from_file(path, 4096).encode(captions)]
+        assert [_counter(str(path))(caption) for caption in captions] == expected
+
+
 def test_real_articles_every_figure_with_an_image_becomes_a_pair(shared_data, tmp_path, caplog):
     articles = shared_data / "pmc_articles"
     pairs = [json.loads(line) for line in (articles / "pairs.jsonl").read_text().splitlines()]
