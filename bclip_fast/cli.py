@@ -65,7 +65,7 @@ COMMANDS = {
         "eval",
     ),
     "bench": Command(
-        "ours against the rivals, as a table and a plot: bclip bench attention|contrastive|image|pointwise|step|all",
+        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|all",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",

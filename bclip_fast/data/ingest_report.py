@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..errors import UserError
+from .files import LocalFiles, ReadConfig
 from .shard_format import read_description
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class ReportConfig:
 
 def run(config: ReportConfig) -> None:
     """Write the page. Raises UserError: no dataset there, or not one that ingest built."""
-    described = read_description(config.dataset)
+    described = read_description(LocalFiles(config.dataset, ReadConfig()))
     if "ingest" not in described:
         raise UserError(f"{config.dataset}: was not built by `bclip ingest build`")
     out = config.out or config.dataset / "report.html"
