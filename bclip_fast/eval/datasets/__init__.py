@@ -48,7 +48,7 @@ class EvalDataset(Protocol):
 
 
 def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = "", name: str = "") -> EvalDataset:
-    """The data at `path`: shards (a folder with dataset.json, or its URL), a .csv or .npz file, a folder a class.
+    """The data at `path`: shards (a folder with dataset.json, or its URL), a .csv or .npz, a folder with one per class.
 
     Args:
         reader: one of `READERS`; auto tells by what lies there.
