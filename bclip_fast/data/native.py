@@ -11,11 +11,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bclip_fast.errors import UserError
@@ -256,27 +254,20 @@ class NativeLoader:
         """Decodes each JPEG into its row of `out`, (n, size, size, 3) uint8.
 
         `boxes`: (top, left, height, width) of the crop that is resized, by row; None is the evaluation transform.
-        Returns what is wrong with those that cannot be decoded, by row; their pixels are undefined.
+        Returns what is wrong with those that cannot be decoded, by row.
         """
-        reasons = {}
+        self._check_open()
         config = self._preprocess.config
-        for row, jpeg in enumerate(jpegs):
-            self._check_open()
-            try:
-                image = Image.fromarray(image_ops.decode(jpeg).numpy())
-                if boxes is None:
-                    out[row] = self._preprocess.to_uint8(image)
-                    continue
-            except (OSError, ValueError) as error:
-                reasons[row] = f"cannot be decoded: {error}"
-                continue
-            top, left, height, width = boxes[row]
-            # Cropped first: with resize(box=...) the filter would see pixels outside of the crop, unlike torchvision's.
-            image = image.crop((left, top, left + width, top + height)).resize(
-                (config.size, config.size), Image.Resampling[config.interpolation.upper()]
-            )
-            out[row] = torch.from_numpy(np.array(image))
-        return reasons
+        whole: Literal["squash", "center"] = "squash" if config.resize_mode == "squash" else "center"
+        _, errors = image_ops.decode_resize(
+            jpegs,
+            config.size,
+            crop=whole if boxes is None else boxes,
+            interpolation=config.interpolation,
+            out=out,
+            threads=1,
+        )
+        return {row: f"cannot be decoded: {reason}" for row, reason in errors.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
