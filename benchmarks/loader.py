@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -233,7 +234,8 @@ def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
 
 def _cpu_seconds() -> float:
     """Of this process and the children it has waited for: what others on the machine do hardly changes it."""
-    return sum(os.times()[:4])
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _mean(batches: Iterator[Tensor]) -> float:

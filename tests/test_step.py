@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -83,14 +85,21 @@ def test_features_and_gradients_equal_open_clips(config, histogram: str) -> None
 def test_bfloat16_errs_at_most_twice_what_open_clip_does(
     min_rows: int, histogram: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With linear layers of ours, as where there are many tokens, and with the library's."""
+    """With linear layers of ours, as where there are many tokens, and with the library's. In the mean over four models,
+    as the gradient of a single number, the logit scale's, errs by chance: from a tenth to twice the usual, in either."""
     monkeypatch.setattr(affine, "_MIN_ROWS", min_rows)
     inputs = make_inputs(StepConfig(lengths=histogram, batch_size=8), BERT)
-    ours, eager, truth = both(BERT, inputs, low=True)
-    for name, true in truth.items():
-        allowed = 2 * error(eager[name], true) + 1e-5
-        assert error(ours[name], true) <= allowed, f"{name}: {error(ours[name], true):.3g}, allowed {allowed:.3g}"
-    assert error(eager["text"], truth["text"]) > 1e-4, "the comparison must not have run in float32"
+    own, usual = defaultdict(list), defaultdict(list)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ours, eager, truth = both(BERT, inputs, low=True)
+        for name, true in truth.items():
+            own[name].append(error(ours[name], true) ** 2)
+            usual[name].append(error(eager[name], true) ** 2)
+    for name, squares in own.items():
+        mean, allowed = fmean(squares) ** 0.5, 2 * fmean(usual[name]) ** 0.5 + 1e-5
+        assert mean <= allowed, f"{name}: {mean:.3g}, allowed {allowed:.3g}"
+    assert fmean(usual["text"]) > 1e-8, "the comparison must not have run in float32"
 
 
 def test_compiled_without_a_graph_break_and_not_again_for_other_lengths() -> None:

@@ -36,7 +36,7 @@ def test_under_the_interpreter():
     files = [str(here / name) for name in ("test_attention.py", "test_pooled_attention.py", Path(__file__).name)]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-        + ["-k", "triton and not 197 and not 256", *files],
+        + ["-k", "triton and not 197 and not 256 and not 700", *files],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=here.parents[1],
         capture_output=True,

@@ -66,7 +66,7 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = ""
     from .shards import ShardEvalDataset
     from .table import CsvDataset
 
-    if "://" in path:
+    if "://" in str(path):
         return ShardEvalDataset(path, split)
     place = Path(path)
     if not place.exists():
