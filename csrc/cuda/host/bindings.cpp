@@ -19,20 +19,8 @@ PYBIND11_MODULE(_cuda_host, module) {
                                          : host::place_in_matrix(lane, i, fragment == "transposed");
     return py::make_tuple(place.row, place.column);
   });
-  py::enum_<host::Fault>(module, "Fault")
-      .value("NONE", host::Fault::NONE)
-      .value("NO_BARRIER", host::Fault::NO_BARRIER)
-      .value("NO_WAIT", host::Fault::NO_WAIT)
-      .value("NO_WARP_BARRIER", host::Fault::NO_WARP_BARRIER)
-      .value("OVERWRITE", host::Fault::OVERWRITE)
-      .value("UNWRITTEN", host::Fault::UNWRITTEN)
-      .value("SHARED_BOUNDS", host::Fault::SHARED_BOUNDS)
-      .value("GLOBAL_BOUNDS", host::Fault::GLOBAL_BOUNDS)
-      .value("LAYOUT", host::Fault::LAYOUT)
-      .value("DIVERGENCE", host::Fault::DIVERGENCE)
-      .value("MISSING_THREADS", host::Fault::MISSING_THREADS);
-  module.def("planted", [](host::Fault fault, uintptr_t a, uintptr_t b, uintptr_t c) {
-    host::planted(fault, reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
+  module.def("planted", [](int fault, uintptr_t a, uintptr_t b, uintptr_t c) {
+    host::planted(static_cast<host::Fault>(fault), reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
                   reinterpret_cast<float*>(c));
   });
 }

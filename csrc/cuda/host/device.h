@@ -11,6 +11,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -199,6 +200,8 @@ inline float exp2_fast(float x) {
 }
 inline float log2_fast(float x) { return std::log2(x); }
 inline uint32_t high_product(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 template <class Arguments>
