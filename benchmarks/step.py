@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -55,6 +56,8 @@ class StepConfig:
     """Rounds of a step of each contender; a ratio is the median of those within a round, a time the fastest."""
     ablation: bool = True
     """Time ours with each improvement turned on in turn as well."""
+    compile: bool = False
+    """Time ours with its layers under torch.compile as well."""
     open_clip: bool = True
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class Features:
     fused_adamw: bool = True
     keeps_memory: bool = True
     checkpointing: bool = False
+    compile: bool = False
 
 
 def variants(config: StepConfig) -> dict[str, Features | None]:
@@ -101,7 +105,8 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
             found[title] = on
     else:
         found["ours"] = Features()
-    return {**found, "ours, checkpointed": Features(checkpointing=True)}
+    compiled = {"ours, compiled": Features(compile=True)} if config.compile else {}
+    return {**found, **compiled, "ours, checkpointed": Features(checkpointing=True)}
 
 
 @dataclass
@@ -233,6 +238,7 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(transformer, name, plain))
         if not features.attention:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend", _sdpa))
+            stack.enter_context(mock.patch.object(transformer.Sequences, "attend_from", _sdpa_from))
         if not features.linear:
             plain = functools.partial(ops.linear, backend="reference")
             stack.enter_context(mock.patch.object(transformer, "linear", plain))
@@ -264,6 +270,14 @@ def _sdpa(sequences: transformer.Sequences, qkv: Tensor, dropout_p: float = 0.0)
         mask = past if mask is None else mask & past
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
     return out.transpose(1, 2)[kept].flatten(1)
+
+
+def _sdpa_from(
+    sequences: transformer.Sequences, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """The same for one query of each sequence, among all the others."""
+    queries = torch.zeros_like(key_value[:, 0]).index_copy(0, rows, query)
+    return _sdpa(sequences, torch.cat([queries[:, None], key_value], 1), dropout_p)[rows]
 
 
 def open_clip_twin(model: BiomedClip) -> nn.Module:
@@ -304,14 +318,20 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     theirs = open_clip_twin(ours).to(DEVICE) if config.open_clip else None
     error = 0.0 if theirs is None else difference(ours, theirs, inputs)
     contenders = variants(config)
+    models: dict[str, Any] = {}
+    for name, features in contenders.items():
+        models[name] = theirs if features is None else ours
+        if features is not None and features.compile:
+            models[name] = copy.deepcopy(ours)
+            models[name].compile_layers()
     extra: dict[str, int | None] = {}
     steps: dict[str, Step] = {}
     for name, features in contenders.items():
-        model: Any = theirs if features is None else ours
+        model = models[name]
         extra[name], _ = peak_extra_bytes(Step(config, model, inputs, features))
         model.zero_grad(set_to_none=True)
     for name, features in contenders.items():
-        model = theirs if features is None else ours
+        model = models[name]
         shared = next((step.optimizer for step in steps.values() if step.model is model), None)
         steps[name] = Step(config, model, inputs, features, shared)
     times: dict[str, list[list[float]]] = {name: [] for name in steps}

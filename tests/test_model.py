@@ -135,7 +135,7 @@ def test_a_batch_without_captions_is_empty() -> None:
 @pytest.mark.parametrize("kind", ["pre", "post"])
 def test_computing_only_some_tokens_is_exact(kind: str) -> None:
     sequences = Sequences(6, torch.tensor([0, 4, 10], dtype=torch.int32))
-    x, y, rows = *torch.randn(2, 10, 32, dtype=torch.float64), torch.tensor([0, 4, 7])
+    x, y, rows = *torch.randn(2, 10, 32, dtype=torch.float64), torch.tensor([0, 7])
     if kind == "pre":
         layer = shaken(PreNormLayer(32, 4, 2.0, 1e-6)).double()
         some, every = layer(x, y, sequences, rows), layer(x, y, sequences)

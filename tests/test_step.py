@@ -107,6 +107,25 @@ def test_compiled_without_a_graph_break_and_not_again_for_other_lengths() -> Non
     assert counts == counts[:1] * 4
 
 
+def test_compiled_layers_compute_the_same_whatever_the_lengths() -> None:
+    torch.manual_seed(0)
+    model = shaken(BiomedClip(QUICKSTART)).train()
+    image = torch.randint(0, 256, (3, 80, 80, 3), dtype=torch.uint8)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    batches = [Packed.of(torch.randint(5, 2000, (sum(n),)), n) for n in ([3, 9, 5], [40, 2, 8], [7, 7, 7], [1, 1, 48])]
+    plain = [run_step(model, image, text, low=False) for text in batches]
+    model.compile_layers(backend=counter)
+    counts = []
+    for text, expected in zip(batches, plain, strict=True):
+        results = run_step(model, image, text, low=False)
+        assert results.keys() == expected.keys()
+        for name, value in results.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts == counts[:1] * 4
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_benchmark_gives_a_row_for_each_variant(dropout: float, histogram: str) -> None:
     import_open_clip()

@@ -240,6 +240,15 @@ def test_bad_settings(shards: Path, tmp_path: Path):
             config_files.parse(TrainConfig, [f"--{name}", *value.split()], prog="bclip train")
 
 
+def test_layers_compiled_where_parameters_stay(monkeypatch: pytest.MonkeyPatch):
+    compiled = []
+    monkeypatch.setattr(BiomedClip, "compile_layers", lambda self: compiled.append(self))
+    engine.make(BiomedClip(tiny_model()), EngineConfig(name="ddp", compile=True), OptimConfig(), 2).close()
+    assert len(compiled) == 1
+    with pytest.raises(UserError, match=r"engine\.compile with engine\.zero_stage 3"):
+        EngineConfig(zero_stage=3, compile=True)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(shards: Path, tmp_path: Path):
     config = tiny_run(tmp_path / "run", shards, optim=OptimConfig(lr=1e30, warmup_steps=0))
     with pytest.raises(UserError, match=r"the loss is nan at step \d; lower optim\.lr"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,14 @@ class BiomedClip(nn.Module):
         """Recomputes each layer in the backward pass of training instead of keeping its activations."""
         self.visual.grad_checkpointing = enable
         self.text.grad_checkpointing = enable
+
+    def compile_layers(self, **options: Any) -> None:
+        """Has torch.compile make one graph of each layer, for batches and captions of any length.
+
+        options: torch.compile's.
+        """
+        for layer in (*self.visual.layers, *self.text.layers):
+            layer.compile(dynamic=True, fullgraph=True, **options)
 
 
 _WIDTHS = {"s": 384, "m": 512, "b": 768, "l": 1024}

@@ -8,13 +8,13 @@ gives what the next matmul takes.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops import add_norm, fused_attention, gelu, linear, varlen_attention
+from ..ops import add_norm, fused_attention, gelu, linear, pooled_attention, varlen_attention
 
 # A checkpoint's configuration is untrusted: these bounds keep it from asking for absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -71,6 +71,13 @@ class Sequences(NamedTuple):
         options = dict(causal=self.causal, dropout_p=dropout_p)
         return varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, **options).flatten(1)  # type: ignore[arg-type]
 
+    def attend_from(self, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """What one token of each sequence, rows (n,), gets: (n, H, d) and (T, 2, H, d) -> (n, H * d)."""
+        bounds, step = self.cu_seqlens, self.max_seqlen
+        if bounds is None:
+            bounds = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
+        return pooled_attention(query, key_value, rows, bounds, causal=self.causal, dropout_p=dropout_p).flatten(1)
+
 
 class Norm(nn.LayerNorm):
     """LayerNorm of a sum that may be wider than what it is multiplied with next: `ops.add_norm` with its parameters."""
@@ -97,6 +104,36 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class QueryKeyValue(Linear):
+    """The projection to queries, keys and values; given `rows`, the queries are of these rows alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width)
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:  # type: ignore[override]
+        """(T, D) -> (T, 3 D), or ((n, D), (T, 2 D)) given (n,) rows."""
+        if rows is None:
+            return super().forward(x)
+        sizes = [x.shape[1], 2 * x.shape[1]]
+        (query, key_value), (query_bias, bias) = self.weight.split(sizes), self.bias.split(sizes)
+        return linear(x[rows], query, query_bias), linear(x, key_value, bias)
+
+
+def attend(
+    qkv: nn.Module, heads: int, normed: Tensor, sequences: Sequences, rows: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    """(T, D) -> (T, D), or (n, D) of one row of each sequence."""
+    if rows is None:
+        return sequences.attend(qkv(normed).unflatten(-1, (3, heads, -1)), dropout_p)
+    if isinstance(qkv, QueryKeyValue):
+        query, key_value = qkv(normed, rows)
+    else:  # an adapter around it, such as LoRA's
+        whole = qkv(normed)
+        query, key_value = whole[rows, : normed.shape[1]], whole[:, normed.shape[1] :]
+    query, key_value = query.unflatten(-1, (heads, -1)), key_value.unflatten(-1, (2, heads, -1))
+    return sequences.attend_from(rows, query, key_value, dropout_p)
+
+
 class PreNormLayer(nn.Module):
     """x + proj(attention(norm1(x))), then x + fc2(gelu(fc1(norm2(x)))): the layer of ViT and GPT."""
 
@@ -104,7 +141,7 @@ class PreNormLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = Norm(width, norm_eps)
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = QueryKeyValue(width)
         self.proj = Linear(width, width)
         self.norm2 = Norm(width, norm_eps)
         self.fc1 = Linear(width, mlp_width(width, mlp_ratio))
@@ -115,14 +152,14 @@ class PreNormLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The layer of x = stream + branch, (T, D) each: again a stream and a branch, whose sum is its output.
 
-        rows: (n,) int64, the tokens whose output is wanted, in order; then the result is (n, D) each. Every token is a
-        key of theirs, but the projection and the MLP of the others are never read after the last layer: skipping
-        them is exact.
+        rows: (n,) int64, of each sequence the token whose output is wanted; then the result is (n, D) each. Every token
+        is a key of theirs, but the query, the projection and the MLP of the others are never read after the last layer:
+        skipping them is exact.
         """
         normed, stream = self.norm1(stream, branch)
-        attended = sequences.attend(self.qkv(normed).unflatten(-1, (3, self.heads, -1)))
+        attended = attend(self.qkv, self.heads, normed, sequences, rows)
         if rows is not None:
-            stream, attended = stream[rows], attended[rows]
+            stream = stream[rows]
         normed, stream = self.norm2(stream, self.proj(attended))
         return stream, self.fc2(gelu(self.fc1(normed)))
 
@@ -143,7 +180,7 @@ class PostNormLayer(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.attention_dropout = attention_dropout
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = QueryKeyValue(width)
         self.proj = Linear(width, width)
         self.norm1 = Norm(width, norm_eps)
         self.fc1 = Linear(width, mlp_width(width, mlp_ratio))
@@ -156,8 +193,8 @@ class PostNormLayer(nn.Module):
         """(T, D) twice: x in the matmuls' dtype and in the stream's; the result likewise, or (n, D) of `rows`, as in
         `PreNormLayer`."""
         dropout, attention_dropout = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
-        attended = sequences.attend(self.qkv(normed).unflatten(-1, (3, self.heads, -1)), attention_dropout)
+        attended = attend(self.qkv, self.heads, normed, sequences, rows, attention_dropout)
         if rows is not None:
-            stream, attended = stream[rows], attended[rows]
+            stream = stream[rows]
         normed, stream = self.norm1(stream, self.proj(attended), dropout, post=True)
         return self.norm2(stream, self.fc2(gelu(self.fc1(normed))), dropout, post=True)

@@ -2,7 +2,7 @@
 
 from . import image
 from .affine import linear
-from .attention import fused_attention, varlen_attention
+from .attention import fused_attention, pooled_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, BackendError, use_backend
 from .pointwise import add_norm, gelu
@@ -16,6 +16,7 @@ __all__ = [
     "gelu",
     "image",
     "linear",
+    "pooled_attention",
     "siglip_loss",
     "use_backend",
     "varlen_attention",

@@ -46,12 +46,16 @@ class EngineConfig:
     """Of the computation; parameters, gradients and optimiser states are fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Have torch.compile make a graph of each transformer layer: minutes at the start, a C++ compiler on a CPU."""
     bucket_mib: int = 64
     """Gradients are communicated in pieces of this size."""
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
             raise UserError(f"engine.bucket_mib={self.bucket_mib}: must be at least 1")
+        if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
+            raise UserError("engine.compile with engine.zero_stage 3: its parameters come and go; use a lower stage")
         if self.name == "deepspeed" and self.zero_stage > 0 and self.precision == "fp16":
             raise UserError(
                 "engine.precision=fp16 with engine.zero_stage above 0: its loss scaling is not exact there; "
@@ -134,6 +138,8 @@ def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size:
         keep_freed_memory()
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if config.compile:
+        model.compile_layers()  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
     return engine(model.to(device), config, optim, batch_size, device)
 

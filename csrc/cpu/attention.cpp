@@ -28,29 +28,6 @@ std::vector<const AttentionKernels*> available(bool bfloat16) {
   return sets;
 }
 
-const AttentionKernels& kernels(const Attention& attention) {
-  for (const AttentionKernels* set : available(attention.bfloat16))
-    if (attention.instruction_set == set->name) return *set;
-  throw std::invalid_argument("attention: this machine has no " + attention.instruction_set);
-}
-
-// The caller's thread keeps its scratch from call to call, the others theirs from task to task.
-char* scratch(int64_t bytes) {
-  constexpr std::align_val_t line{64};
-  struct Free {
-    void operator()(char* memory) const { ::operator delete[](memory, line); }
-  };
-  static thread_local std::unique_ptr<char[], Free> memory;
-  static thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.reset();
-    size = 0;
-    memory.reset(new (line) char[bytes]);
-    size = bytes;
-  }
-  return memory.get();
-}
-
 void check(const Attention& attention) {
   if (attention.rows < 0 || attention.heads < 0 || attention.dim <= 0 || attention.sequences < 0)
     throw std::invalid_argument("attention: a size is negative");
@@ -95,6 +72,29 @@ void for_heads(const Attention& attention, int threads, const Use& use) {
 
 }  // namespace
 
+const AttentionKernels& attention_kernels(const std::string& instruction_set, bool bfloat16) {
+  for (const AttentionKernels* set : available(bfloat16))
+    if (instruction_set == set->name) return *set;
+  throw std::invalid_argument("attention: this machine has no " + instruction_set);
+}
+
+// The caller's thread keeps its scratch from call to call, the others theirs from task to task.
+char* attention_scratch(int64_t bytes) {
+  constexpr std::align_val_t line{64};
+  struct Free {
+    void operator()(char* memory) const { ::operator delete[](memory, line); }
+  };
+  static thread_local std::unique_ptr<char[], Free> memory;
+  static thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    size = 0;
+    memory.reset(new (line) char[bytes]);
+    size = bytes;
+  }
+  return memory.get();
+}
+
 std::vector<std::string> attention_instruction_sets(bool bfloat16) {
   std::vector<std::string> names;
   for (const AttentionKernels* set : available(bfloat16)) names.emplace_back(set->name);
@@ -102,17 +102,17 @@ std::vector<std::string> attention_instruction_sets(bool bfloat16) {
 }
 
 void attention_forward(const Attention& attention, void* out, float* lse, int threads) {
-  const AttentionKernels& chosen = kernels(attention);
+  const AttentionKernels& chosen = attention_kernels(attention.instruction_set, attention.bfloat16);
   const int64_t stride = attention.heads * attention.dim, element = attention.bfloat16 ? 2 : 4;
   for_heads(attention, threads, [&](const Head& head, int64_t start) {
     const int64_t at = (start * attention.heads + head.head) * attention.dim * element;
     chosen.forward(head, {static_cast<char*>(out) + at, stride, lse + head.head * attention.rows + start},
-                   scratch(chosen.forward_bytes(head)));
+                   attention_scratch(chosen.forward_bytes(head)));
   });
 }
 
 void attention_backward(const Attention& attention, const AttentionGradient& gradient, int threads) {
-  const AttentionKernels& chosen = kernels(attention);
+  const AttentionKernels& chosen = attention_kernels(attention.instruction_set, attention.bfloat16);
   const int64_t stride = attention.heads * attention.dim, element = attention.bfloat16 ? 2 : 4;
   for_heads(attention, threads, [&](const Head& head, int64_t start) {
     const int64_t at = (start * attention.heads + head.head) * attention.dim * element;
@@ -122,7 +122,7 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
                     {static_cast<const char*>(gradient.out_grad) + at, static_cast<const char*>(gradient.out) + at,
                      stride, gradient.lse + head.head * attention.rows + start, query, query + stride * element,
                      query + 2 * stride * element, 3 * stride},
-                    scratch(chosen.backward_bytes(head)));
+                    attention_scratch(chosen.backward_bytes(head)));
   });
 }
 

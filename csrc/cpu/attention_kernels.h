@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../attention.h"
+#include "../pooled_attention.h"
 
 namespace bclip::cpu {
 
@@ -40,7 +42,17 @@ struct AttentionKernels {
   void (*forward)(const Head&, const HeadOutput&, char* scratch);
   int64_t (*backward_bytes)(const Head&);
   void (*backward)(const Head&, const HeadGradient&, char* scratch);
+  // Of a whole sequence of so many rows, all heads.
+  int64_t (*pooled_bytes)(const PooledAttention&, int64_t rows);
+  void (*pooled_forward)(const PooledAttention&, int64_t sequence, void* out, float* lse, float* scratch);
+  void (*pooled_backward)(const PooledAttention&, const PooledAttentionGradient&, int64_t sequence, float* scratch);
 };
+
+// Throws std::invalid_argument where this machine hasn't got them.
+const AttentionKernels& attention_kernels(const std::string& instruction_set, bool bfloat16);
+
+// At least so many bytes, aligned to 64, of this thread's own.
+char* attention_scratch(int64_t bytes);
 
 // [0] for float, [1] for bfloat16.
 extern const AttentionKernels kPlainAttention[2];

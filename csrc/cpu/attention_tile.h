@@ -72,6 +72,12 @@ BCLIP_INLINE Lanes exp2_of(Lanes x) {
   return (Lanes)((IntLanes)power + ((IntLanes)shifted << 23));
 }
 
+}  // namespace
+
+#include "pooled_tile.h"
+
+namespace {
+
 // Element i is that of index[i] among those of `a` followed by those of `b`.
 template <class Vector>
 BCLIP_INLINE Vector pick(Vector a, Vector b, Vector index) {
@@ -578,8 +584,13 @@ struct HeadKernels {
     }
   }
 
+  static int64_t pooled_bytes(const PooledAttention& attention, int64_t rows) {
+    return PooledSequence<Stored>::numbers(attention, rows) * sizeof(float);
+  }
+
   static constexpr AttentionKernels kernels(const char* name) {
-    return {name, &forward_bytes, &forward, &backward_bytes, &backward};
+    return {name,          &forward_bytes, &forward, &backward_bytes, &backward, &pooled_bytes,
+            &pooled_forward<Stored>, &pooled_backward<Stored>};
   }
 };
 

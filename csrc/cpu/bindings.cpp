@@ -12,6 +12,7 @@
 #include "../image.h"
 #include "../linear.h"
 #include "../pointwise.h"
+#include "../pooled_attention.h"
 
 namespace py = pybind11;
 
@@ -159,6 +160,28 @@ void attention_backward(const bclip::cpu::Attention& attention, uintptr_t out_gr
                                  threads);
 }
 
+bclip::cpu::PooledAttention pooled_attention(std::string instruction_set, uintptr_t query, uintptr_t key_value,
+                                             bool bfloat16, int64_t num_tokens, int64_t num_sequences, int64_t num_heads, int64_t dim, uintptr_t bounds,
+                                             uintptr_t rows, bool causal, double scale, double dropout_p,
+                                             uint64_t seed) {
+  return {std::move(instruction_set), at<void>(query), at<void>(key_value), bfloat16, num_tokens, num_sequences, num_heads, dim,
+          at<int32_t>(bounds), at<int64_t>(rows), causal, scale, dropout_p, seed};
+}
+
+void pooled_attention_forward(const bclip::cpu::PooledAttention& attention, uintptr_t out, uintptr_t lse,
+                              int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::pooled_attention_forward(attention, at<void>(out), at<float>(lse), threads);
+}
+
+void pooled_attention_backward(const bclip::cpu::PooledAttention& attention, uintptr_t out_grad, uintptr_t out,
+                               uintptr_t lse, uintptr_t query_grad, uintptr_t key_value_grad, int threads) {
+  const py::gil_scoped_release release;
+  bclip::cpu::pooled_attention_backward(
+      attention, {at<void>(out_grad), at<void>(out), at<float>(lse), at<void>(query_grad), at<void>(key_value_grad)},
+      threads);
+}
+
 void amx_product(int64_t rows, int64_t columns, int64_t depth, uintptr_t left, bool left_transposed, uintptr_t right,
                  bool right_transposed, bool right_in_single, uintptr_t bias, uintptr_t result, bool result_in_single,
                  uintptr_t left_sums, uintptr_t workspace, int threads) {
@@ -223,6 +246,14 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads"));
   module.def("attention_backward", &attention_backward, py::arg("attention"), py::arg("out_grad"), py::arg("out"),
              py::arg("lse"), py::arg("qkv_grad"), py::arg("threads"));
+  py::class_<bclip::cpu::PooledAttention>(module, "PooledAttention", py::module_local())
+      .def(py::init(&pooled_attention), py::arg("instruction_set"), py::arg("query"), py::arg("key_value"), py::arg("bfloat16"),
+           py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_heads"), py::arg("dim"), py::arg("bounds"),
+           py::arg("rows"), py::arg("causal"), py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
+  module.def("pooled_attention_forward", &pooled_attention_forward, py::arg("attention"), py::arg("out"),
+             py::arg("lse"), py::arg("threads"));
+  module.def("pooled_attention_backward", &pooled_attention_backward, py::arg("attention"), py::arg("out_grad"),
+             py::arg("out"), py::arg("lse"), py::arg("query_grad"), py::arg("key_value_grad"), py::arg("threads"));
   module.def("product_workspace", &bclip::cpu::product_workspace, py::arg("columns"), py::arg("depth"));
   module.def("amx_product", &amx_product, py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("left"),
              py::arg("left_transposed"), py::arg("right"), py::arg("right_transposed"), py::arg("right_in_single"),

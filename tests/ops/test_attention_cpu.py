@@ -10,6 +10,7 @@ from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import _cpu, ops
 from bclip_fast.ops.attention import LIMITS, cpu, reference
+from bclip_fast.ops.attention.pooled import reference as pooled
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -45,6 +46,20 @@ def test_edges_of_tiles(lengths, dim, dtype, causal, dropout_p, instruction_set,
         lambda qkv: torch.ops.bclip.attention(qkv, *inputs, "cpu")[0],
         lambda qkv: reference.attention(qkv, *inputs),
         [qkv],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.2), (True, 0.0)])
+def test_one_query_of_each_sequence(dtype, causal, dropout_p, instruction_set, nan_filled):
+    lengths = [2, 15, 16, 17, 33, 300]
+    bounds, query = bounds_of(lengths), torch.randn(len(lengths), 2, 80).to(dtype)
+    seed, rows = torch.tensor(2**62 + 3) if dropout_p else None, bounds[1:].long() - 1
+    inputs = rows, bounds, causal, dropout_p, seed, 0.2
+    assert_as_accurate_as_eager(
+        lambda *tensors: torch.ops.bclip.pooled_attention(*tensors, *inputs, "cpu")[0],
+        lambda *tensors: pooled.attention(*tensors, *inputs),
+        [query, torch.randn(sum(lengths), 2, 2, 80).to(dtype)],
     )
 
 

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..arguments import cuda_refusal, triton_refusal
 from ..dispatch import Limits, choose, kernels
+from .checks import checked_dropout
+from .pooled import pooled_attention
 
-__all__ = ["LIMITS", "fused_attention", "varlen_attention"]
+__all__ = ["LIMITS", "fused_attention", "pooled_attention", "varlen_attention"]
 
 
 def _triton_limits(qkv: Tensor) -> str | None:
@@ -80,7 +82,7 @@ def fused_attention(
             raise ValueError(f"key_mask must be bool on {qkv.device}, got {key_mask.dtype} on {key_mask.device}")
         key_mask = key_mask.flatten()
     rows = qkv.flatten(0, 1)
-    seed, scale = _checked(rows, dropout_p, seed, scale)
+    seed, scale = checked_dropout(rows, dropout_p, seed, scale)
     backend = choose("fused_attention", LIMITS, backend, rows)
     out, _ = _attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
     return out.unflatten(0, (batch, tokens))
@@ -119,28 +121,9 @@ def varlen_attention(
         raise ValueError(f"cu_seqlens must be (n + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
         raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
-    seed, scale = _checked(qkv, dropout_p, seed, scale)
+    seed, scale = checked_dropout(qkv, dropout_p, seed, scale)
     backend = choose("varlen_attention", LIMITS, backend, qkv)
     return _attention(qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale, backend)[0]
-
-
-def _checked(
-    qkv: Tensor, dropout_p: float, seed: Tensor | int | None, scale: float | None
-) -> tuple[Tensor | None, float]:
-    """Seed (None without dropout) and scale as the backends take them."""
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
-        raise ValueError(f"seed must be a 0-dimensional int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
-    return seed, qkv.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _check_bounds(cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:

@@ -72,17 +72,17 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(O, L), computed in float32, or float64 for float64."""
-    exact = _exact(qkv)
+    wide = exact(qkv)
     out = torch.empty(qkv.shape[0], *qkv.shape[2:], dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(qkv.shape[2], qkv.shape[0], dtype=exact.dtype, device=qkv.device)
+    lse = torch.empty(qkv.shape[2], qkv.shape[0], dtype=wide.dtype, device=qkv.device)
     for rows, shape in _batches(len(qkv), cu_seqlens, max_seqlen):
-        query, key, value = _heads(exact[rows], shape)
+        query, key, value = _heads(wide[rows], shape)
         scores = scale * query @ key.transpose(-2, -1)
         scores.masked_fill_(~_visible(key_mask, rows, shape, causal, qkv.device), float("-inf"))
         row_lse = scores.logsumexp(-1, keepdim=True)
         weights = (scores - row_lse).exp_().masked_fill_(row_lse == float("-inf"), 0.0)
         if seed is not None:
-            weights *= dropout_mask(rows, shape, exact, dropout_p, seed)
+            weights *= dropout_mask(rows, shape, wide, dropout_p, seed)
         out[rows] = _rows(weights @ value).to(out.dtype)
         lse[:, rows] = _rows(row_lse)[..., 0].T
     return out, lse
@@ -102,10 +102,10 @@ def backward(
     scale: float,
 ) -> Tensor:
     """The gradient of `qkv`, computed in float32, or float64 for float64."""
-    exact, grad_out, out = _exact(qkv), _exact(grad_out), _exact(out)
+    wide, grad_out, out = exact(qkv), exact(grad_out), exact(out)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     for rows, shape in _batches(len(qkv), cu_seqlens, max_seqlen):
-        query, key, value = _heads(exact[rows], shape)
+        query, key, value = _heads(wide[rows], shape)
         out_grad = grad_out[rows].unflatten(0, shape).transpose(1, 2)
         delta = (grad_out[rows] * out[rows]).sum(-1).unflatten(0, shape).transpose(1, 2)[..., None]
         row_lse = lse[:, rows].unflatten(1, shape).transpose(0, 1)[..., None]
@@ -114,7 +114,7 @@ def backward(
         weights = (scores - row_lse).exp_().masked_fill_(~visible, 0.0)
         dropped, weights_grad = weights, out_grad @ value.transpose(-2, -1)
         if seed is not None:
-            mask = dropout_mask(rows, shape, exact, dropout_p, seed)
+            mask = dropout_mask(rows, shape, wide, dropout_p, seed)
             dropped, weights_grad = weights * mask, weights_grad * mask
         scores_grad = weights * (weights_grad - delta)
         grad_qkv[rows, 0] = _rows(scale * scores_grad @ key).to(qkv.dtype)
@@ -126,14 +126,19 @@ def backward(
 def dropout_mask(rows: slice, shape: tuple[int, int], qkv: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """(batch, H, N, N) in the dtype of `qkv`, 0 or 1/(1 - p): M of `shape` = (batch, N) sequences that own `rows`."""
     batch, tokens = shape
+    query = torch.arange(rows.start, rows.stop, device=qkv.device).view(batch, tokens)
+    return dropout_factors(query, qkv.shape[2], tokens, qkv, dropout_p, seed)
+
+
+def dropout_factors(query: Tensor, heads: int, keys: int, like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """(batch, H, queries, keys) in the dtype of `like`, 0 or 1/(1 - p), for the query rows (batch, queries)."""
     key = int(seed)
-    position = torch.arange(tokens, device=qkv.device)
-    zero = position.new_zeros(())
-    query = torch.arange(rows.start, rows.stop, device=qkv.device).view(batch, 1, tokens, 1)
-    head = torch.arange(qkv.shape[2], device=qkv.device).view(1, -1, 1, 1)
-    words = philox((position[: (tokens + 3) // 4], query, head, zero), (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
-    word = torch.stack(words, -1).flatten(-2)[..., :tokens]
-    return (word >= int(dropout_p * 2**32)).to(qkv.dtype) / (1 - dropout_p)
+    quads = torch.arange((keys + 3) // 4, device=query.device)
+    head = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
+    counter = quads, query[:, None, :, None], head, head.new_zeros(())
+    words = philox(counter, (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
+    word = torch.stack(words, -1).flatten(-2)[..., :keys]
+    return (word >= int(dropout_p * 2**32)).to(like.dtype) / (1 - dropout_p)
 
 
 def _batches(total: int, cu_seqlens: Tensor | None, max_seqlen: int) -> Iterator[tuple[slice, tuple[int, int]]]:
@@ -155,7 +160,7 @@ def _rows(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(0, 1)
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
