@@ -41,4 +41,8 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
 // How many keys a block of threads holds at once: longer rows add up their dQ in the workspace.
 int attention_backward_keys(int dim, int max_length);
 
+// What a block takes of a multiprocessor's shared memory.
+int attention_forward_shared_bytes(int dim, int max_length);
+int attention_backward_shared_bytes(int dim, int max_length);
+
 }  // namespace bclip::cuda

@@ -19,7 +19,7 @@ struct Arguments {
 
 template <class T, int DIM, int WARPS>
 struct Layout {
-  static constexpr int KEYS_OF_WARP = DIM <= 64 ? 32 : 16, KEYS = WARPS * KEYS_OF_WARP;
+  static constexpr int COLUMNS = DIM, KEYS_OF_WARP = DIM <= 64 ? 32 : 16, KEYS = WARPS * KEYS_OF_WARP;
   static constexpr int ROWS = Tile<T, DIM>::bytes(STRIP);
   static constexpr int KEY = 0, VALUE = Tile<T, DIM>::bytes(KEYS), QUERY = 2 * VALUE;
   static constexpr int GRAD = QUERY + 2 * ROWS;  // both twice: the next strip comes while this one is worked on
@@ -260,28 +260,32 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
   }
 }
 
-template <class T, int DIM, int WARPS>
-void run(const Arguments& arguments) {
-  const Attention& attention = arguments.attention;
-  launch(attention.seed ? backward<T, DIM, WARPS, true> : backward<T, DIM, WARPS, false>,
-         {attention.sequences * attention.heads, WARPS * 32, Layout<T, DIM, WARPS>::BYTES, attention.stream},
-         arguments);
+// What act returns of the layout for these sizes.
+template <class T, class Act>
+auto with_layout(int dim, int max_length, Act&& act) {
+  switch (dim) {
+    case 32:
+      return act(Layout<T, 32, 8>());
+    case 64:
+      return max_length <= 128 ? act(Layout<T, 64, 4>()) : act(Layout<T, 64, 8>());
+    case 96:
+      return act(Layout<T, 96, 8>());
+    case 128:
+      return act(Layout<T, 128, 8>());
+    default:
+      throw std::invalid_argument("the head dimension isn't among 32, 64, 96 and 128");
+  }
 }
 
 template <class T>
 void run(const Arguments& arguments) {
-  switch (arguments.attention.dim) {
-    case 32:
-      return run<T, 32, 8>(arguments);
-    case 64:
-      return arguments.attention.max_length <= 128 ? run<T, 64, 4>(arguments) : run<T, 64, 8>(arguments);
-    case 96:
-      return run<T, 96, 8>(arguments);
-    case 128:
-      return run<T, 128, 8>(arguments);
-    default:
-      throw std::invalid_argument("the head dimension isn't among 32, 64, 96 and 128");
-  }
+  const Attention& attention = arguments.attention;
+  with_layout<T>(attention.dim, attention.max_length, [&](auto layout) {
+    using Chosen = decltype(layout);
+    constexpr int WARPS = Chosen::KEYS / Chosen::KEYS_OF_WARP;
+    launch(attention.seed ? backward<T, Chosen::COLUMNS, WARPS, true> : backward<T, Chosen::COLUMNS, WARPS, false>,
+           {attention.sequences * attention.heads, WARPS * 32, Chosen::BYTES, attention.stream}, arguments);
+  });
 }
 
 }  // namespace
@@ -295,7 +299,11 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
 }
 
 int attention_backward_keys(int dim, int max_length) {
-  return dim > 64 || (dim == 64 && max_length <= 128) ? 128 : 256;
+  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::KEYS; });
+}
+
+int attention_backward_shared_bytes(int dim, int max_length) {
+  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::BYTES; });
 }
 
 }  // namespace bclip::cuda

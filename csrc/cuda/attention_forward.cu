@@ -21,6 +21,7 @@ struct Arguments {
 
 template <class T, int DIM, int KEYS>
 struct Layout {
+  static constexpr int COLUMNS = DIM, ROWS = KEYS;
   static constexpr int KEY = 0, VALUE = Tile<T, DIM>::bytes(KEYS), QUERY = 2 * VALUE;
   static constexpr int OUT = QUERY + Tile<T, DIM>::bytes(STRIP), VISIBLE = OUT + Tile<T, DIM>::bytes(STRIP);
   static constexpr int BYTES = VISIBLE + KEYS * 4;
@@ -192,29 +193,32 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 ? 3 : 2) 
   }
 }
 
-template <class T, int DIM, int KEYS>
-void run(const Arguments& arguments) {
-  const Attention& attention = arguments.attention;
-  launch(attention.seed ? forward<T, DIM, KEYS, true> : forward<T, DIM, KEYS, false>,
-         {attention.sequences * attention.heads * arguments.splits, WARPS * 32, Layout<T, DIM, KEYS>::BYTES,
-          attention.stream},
-         arguments);
+// What act returns of the layout for these sizes.
+template <class T, class Act>
+auto with_layout(int dim, int max_length, Act&& act) {
+  switch (dim) {
+    case 32:
+      return act(Layout<T, 32, 256>());
+    case 64:
+      return max_length <= 128 ? act(Layout<T, 64, 128>()) : act(Layout<T, 64, 256>());
+    case 96:
+      return act(Layout<T, 96, 128>());
+    case 128:
+      return act(Layout<T, 128, 128>());
+    default:
+      throw std::invalid_argument("the head dimension isn't among 32, 64, 96 and 128");
+  }
 }
 
 template <class T>
 void run(const Arguments& arguments) {
-  switch (arguments.attention.dim) {
-    case 32:
-      return run<T, 32, 256>(arguments);
-    case 64:
-      return arguments.attention.max_length <= 128 ? run<T, 64, 128>(arguments) : run<T, 64, 256>(arguments);
-    case 96:
-      return run<T, 96, 128>(arguments);
-    case 128:
-      return run<T, 128, 128>(arguments);
-    default:
-      throw std::invalid_argument("the head dimension isn't among 32, 64, 96 and 128");
-  }
+  const Attention& attention = arguments.attention;
+  with_layout<T>(attention.dim, attention.max_length, [&](auto layout) {
+    using Chosen = decltype(layout);
+    launch(attention.seed ? forward<T, Chosen::COLUMNS, Chosen::ROWS, true> : forward<T, Chosen::COLUMNS, Chosen::ROWS, false>,
+           {attention.sequences * attention.heads * arguments.splits, WARPS * 32, Chosen::BYTES, attention.stream},
+           arguments);
+  });
 }
 
 }  // namespace
@@ -222,6 +226,10 @@ void run(const Arguments& arguments) {
 void attention_forward(const Attention& attention, void* out, float* lse, int splits) {
   const Arguments arguments{attention, out, lse, splits};
   attention.bfloat16 ? run<Bfloat16>(arguments) : run<Half>(arguments);
+}
+
+int attention_forward_shared_bytes(int dim, int max_length) {
+  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::BYTES; });
 }
 
 }  // namespace bclip::cuda

@@ -8,6 +8,7 @@ namespace bclip::cuda {
 
 constexpr int SIDE = CONTRASTIVE_TILE, DEPTH = 32, STAGES = 4, THREADS = 128;
 constexpr int STAGE_BYTES = 2 * SIDE * DEPTH * 2, PIPELINE_BYTES = STAGES * STAGE_BYTES;
+static_assert(PIPELINE_BYTES == CONTRASTIVE_SHARED_BYTES);
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 

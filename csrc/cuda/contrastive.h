@@ -8,6 +8,8 @@
 namespace bclip::cuda {
 
 constexpr int CONTRASTIVE_TILE = 128;
+// Of a block: 4 stages of 32 columns of the features' tiles.
+constexpr int CONTRASTIVE_SHARED_BYTES = 4 * 2 * CONTRASTIVE_TILE * 32 * 2;
 
 struct Features {
   const void *image, *text;  // (b, D), (B, D), contiguous

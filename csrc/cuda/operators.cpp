@@ -56,6 +56,9 @@ void define_operators(py::module_& module) {
                                          at<float>(lse), at<void>(qkv_grad), at<float>(workspace)});
              });
   module.def("attention_backward_keys", &attention_backward_keys);
+  module.def("attention_forward_shared_bytes", &attention_forward_shared_bytes);
+  module.def("attention_backward_shared_bytes", &attention_backward_shared_bytes);
+  module.attr("CONTRASTIVE_SHARED_BYTES") = CONTRASTIVE_SHARED_BYTES;
   module.attr("CONTRASTIVE_TILE") = CONTRASTIVE_TILE;
   py::class_<Features>(module, "Features", "As in csrc/cuda/contrastive.h, like the following.").def(py::init(&features));
   py::class_<Groups>(module, "Groups").def(py::init(&groups));

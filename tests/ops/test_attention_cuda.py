@@ -12,14 +12,13 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
+from cuda_host import ON_GPU, hosted, outside
 from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import ops
 from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
 from bclip_fast.ops.attention import LIMITS, cuda, reference
 
-hosted = pytest.mark.skipif(CUDA_HOST is None, reason="runs inside test_on_the_host")
-outside = pytest.mark.skipif(CUDA_HOST is not None, reason="starts the tests that run on the host")
 HERE = Path(__file__)
 SEED = torch.tensor(-(2**40) + 12345)
 
@@ -110,6 +109,7 @@ def test_cuda_enough_heads_for_one_block_each(nan_filled, monkeypatch):
 
 
 @hosted
+@pytest.mark.skipif(ON_GPU, reason="a GPU's order can't be chosen")
 def test_cuda_hosted_order_of_threads_does_not_matter():
     qkv, bounds = torch.randn(210, 3, 2, 64).half(), bounds_of([150, 60])
     results = []
@@ -150,11 +150,11 @@ def test_cuda_hosted_strided_and_unaligned_inputs():
         assert torch.equal(*grads)
 
 
-def test_limits_say_why():
+def test_cuda_limits_say_why():
     limits = LIMITS["cuda"]
     qkv = torch.ones(3, 3, 1, 32).half()
     assert "d is 80" in limits(torch.ones(3, 3, 1, 80).half()) and "float32" in limits(qkv.float())
-    assert limits(qkv) is None if CUDA_HOST else "not cuda" in limits(qkv)
+    assert limits(qkv) is None if CUDA_HOST or ON_GPU else "not cuda" in limits(qkv)
 
 
 @hosted

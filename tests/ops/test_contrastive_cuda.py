@@ -12,6 +12,7 @@ import cuda_host
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_host import ON_GPU, hosted, outside
 from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import ops
@@ -19,8 +20,6 @@ from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
 from bclip_fast.ops.contrastive import LIMITS, cuda, reference
 from bclip_fast.ops.contrastive.terms import Groups
 
-hosted = pytest.mark.skipif(CUDA_HOST is None, reason="runs inside test_on_the_host")
-outside = pytest.mark.skipif(CUDA_HOST is not None, reason="starts the tests that run on the host")
 HERE = Path(__file__)
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -165,6 +164,7 @@ def test_cuda_keeps_small_probabilities(dtype):
 
 
 @hosted
+@pytest.mark.skipif(ON_GPU, reason="a GPU's order can't be chosen")
 def test_cuda_order_of_threads_does_not_matter():
     image, text, scale = features(150, 24), features(150, 24), torch.tensor(20.0)
     results = []
@@ -177,9 +177,9 @@ def test_cuda_order_of_threads_does_not_matter():
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
-def test_limits_say_why(monkeypatch):
+def test_cuda_limits_say_why(monkeypatch):
     limits, ones = LIMITS["cuda"], torch.ones(3, 4)
     assert "float32" in limits(ones, ones) and "float64" in limits(ones.double(), ones.double())
     for dtype in DTYPES:
         reason = limits(ones, ones, dtype)
-        assert reason is None if CUDA_HOST else "not cuda" in reason
+        assert reason is None if CUDA_HOST or ON_GPU else "not cuda" in reason
