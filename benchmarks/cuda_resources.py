@@ -84,7 +84,7 @@ def _name_of(mangled: str) -> str:
         return "probe"
     function = re.search(r"(softmax|sigmoid|forward|backward)I(.*?)EEv", mangled)
     assert function is not None, mangled
-    types = re.findall(r"NS0_\d+([A-Za-z]+\d*?)E|Li(\d+)E|Lb([01])E", function[2] + "E")
+    types = re.findall(r"NS0_\d+(Half|Bfloat16)E|Li(\d+)E|Lb([01])E", function[2] + "E")
     arguments = [kind or number or ("true" if flag == "1" else "false") for kind, number, flag in types]
     operator = file[1].replace("gradient", function[1])
     return f"{operator}<{', '.join(arguments)}>"

@@ -28,7 +28,7 @@ struct Layout {
 };
 
 template <class T, int DIM, int KEYS, bool DROPOUT>
-__global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 ? 3 : 2) forward(Arguments arguments) {
+__global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPOUT ? 3 : 2) forward(Arguments arguments) {
   using Places = Layout<T, DIM, KEYS>;
   const Attention& attention = arguments.attention;
   const int splits = arguments.splits, heads = attention.heads;
