@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")  # and PTX of the first for whatever comes later
 CXX = os.environ.get("CXX", "g++")
 JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
-JPEG_HELP = """jpeglib.h was not found: bclip_fast decodes images with libjpeg-turbo.
+JPEG_HELP = """The jpeglib.h of libjpeg-turbo was not found: bclip_fast decodes images with it.
   Debian, Ubuntu: apt-get install libjpeg-dev    Fedora: dnf install libjpeg-turbo-devel    conda: libjpeg-turbo
 Or build without the fast image decoder: BCLIP_JPEG=0."""
 
@@ -29,7 +29,7 @@ def nvcc() -> str | None:
 
 
 def has_jpeg_headers() -> bool:
-    source = "#include <cstdio>\n#include <jpeglib.h>\nint main() {}"
+    source = "#include <cstdio>\n#include <jpeglib.h>\nint main() { jpeg_crop_scanline; }"
     check = subprocess.run([CXX, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True)
     return check.returncode == 0
 
@@ -72,7 +72,7 @@ class BuildWithNinja(build_ext):
 
 if JPEG and not has_jpeg_headers():
     sys.exit(JPEG_HELP)
-sources = sorted(path for path in map(str, Path("csrc/cpu").glob("*.cpp")) if JPEG or not path.endswith("image.cpp"))
+sources = sorted(path for path in map(str, Path("csrc/cpu").glob("*.cpp")) if JPEG or "/image" not in path)
 headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 modules = [Extension("bclip_fast._cpu", sources, depends=headers)]
 if nvcc():

@@ -34,6 +34,24 @@ COMMANDS = {
         "bclip_fast.data.ingest:build",
         "ingest",
     ),
+    "ingest fetch": Command(
+        "mirror articles of PubMed Central's bucket, every object checked",
+        "bclip_fast.data.fetch:FetchConfig",
+        "bclip_fast.data.fetch:fetch",
+        "ingest",
+    ),
+    "ingest verify": Command(
+        "re-read a dataset and say what is wrong",
+        "bclip_fast.data.verify:VerifyConfig",
+        "bclip_fast.data.verify:run",
+        "ingest",
+    ),
+    "ingest report": Command(
+        "an HTML page about a dataset: counts, sizes, captions, rejects, a gallery",
+        "bclip_fast.data.ingest_report:ReportConfig",
+        "bclip_fast.data.ingest_report:run",
+        "ingest",
+    ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.trainer:TrainConfig",
@@ -47,7 +65,7 @@ COMMANDS = {
         "eval",
     ),
     "bench": Command(
-        "ours against the rivals, as a table and a plot: bclip bench attention|contrastive|image|pointwise|step|all",
+        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|all",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",

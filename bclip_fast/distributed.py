@@ -50,6 +50,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def total(number: int) -> int:
+    """The sum over all ranks."""
+    if world_size() == 1:
+        return number
+    device = torch.device("cuda", local_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value)
+    return int(value)
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order. The values are pickled: use it between trusted ranks only."""
     if not dist.is_initialized():

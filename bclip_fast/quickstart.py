@@ -92,7 +92,12 @@ def _build(config: QuickstartConfig, data: Path) -> None:
     # Few articles: hold out more of them than the paper does, or retrieval would be measured on a handful of pairs.
     ingest.build(
         ingest.IngestConfig(
-            source=config.articles, out=data, max_short_side=128, val_fraction=0.15, test_fraction=0.0, seed=config.seed
+            source=str(config.articles),
+            out=data,
+            max_short_side=128,
+            val_fraction=0.15,
+            test_fraction=0.0,
+            seed=config.seed,
         )
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ import tyro
 from bclip_fast.errors import UserError
 
 from .cases import Unavailable
+from .images import ImagesConfig, measure_images, show_images
+from .loader import LoaderConfig, measure_loader, show_loader
 from .measure import environment, record, suite
 from .step import StepConfig, measure_step, show_step
 
@@ -24,12 +27,15 @@ class BenchConfig:
     """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
 
     operator: tyro.conf.Positional[
-        Literal["affine", "attention", "contrastive", "image", "pointwise", "step", "all"]
+        Literal["affine", "attention", "contrastive", "image", "images", "loader", "pointwise", "step", "all"]
     ] = "all"
-    """The operator to measure, or `step`: a whole training step; `all` are the operators."""
+    """The operator to measure; `images`: files to resized pixels; `loader`: shards to batches; `step`: a whole training
+    step; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     only: str = ""
     """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
@@ -39,7 +45,8 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    rows, status = _steps(config.step) if config.operator == "step" else measure(config)
+    special = SPECIAL.get(config.operator)
+    rows, status = (_measured(config, special[0]), 0) if special else measure(config)
     if not rows:
         raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
@@ -47,8 +54,8 @@ def run(config: BenchConfig) -> int:
     (config.output / "bench.jsonl").write_text(lines)
     if config.record:
         record(rows)
-    if config.operator == "step":
-        show_step(rows)
+    if special:
+        special[1](rows)
         print(config.output / "bench.jsonl")
         return status
     written = [config.output / "bench.jsonl", config.output / "bench.svg"]
@@ -61,11 +68,21 @@ def run(config: BenchConfig) -> int:
     return int(status)
 
 
-def _steps(config: StepConfig) -> tuple[list[dict[str, Any]], int]:
+# Measured in another way than the operators, and shown so.
+SPECIAL: dict[str, tuple[Callable[[BenchConfig], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]]] = {
+    "images": (lambda config: measure_images(config.images), show_images),
+    "loader": (lambda config: measure_loader(config.loader), show_loader),
+    "step": (lambda config: measure_step(config.step), show_step),
+}
+
+
+def _measured(config: BenchConfig, run: Callable[[BenchConfig], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
-        return [{**environment(), **row} for row in measure_step(config)], 0
+        rows = run(config)
     except Unavailable as reason:
-        raise UserError(f"{reason}; --step.no-open-clip measures ours alone") from None
+        hint = "; --step.no_open_clip measures ours alone" if config.operator == "step" else ""
+        raise UserError(f"{reason}{hint}") from None
+    return [{**environment(), **row} for row in rows]
 
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:

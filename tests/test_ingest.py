@@ -6,20 +6,23 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from bclip_fast.config import parse, to_toml
 from bclip_fast.data import ingest, source
-from bclip_fast.data.ingest import IngestConfig, build, split_of
-from bclip_fast.data.shards import ShardDataset, verify
+from bclip_fast.data.ingest import IngestConfig, build
+from bclip_fast.data.plan import Splits
+from bclip_fast.data.shards import verify
 from bclip_fast.data.source import ImageNames, SourceError
 from bclip_fast.errors import UserError
 
@@ -27,6 +30,14 @@ from bclip_fast.errors import UserError
 def image(colour: str = "red", kind: str = "JPEG", size: tuple[int, int] = (32, 24)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
+    """An image that resembles no other."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 32, 3), np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
@@ -65,12 +76,17 @@ def pack(path: Path, files: dict[str, bytes], mode: str = "w:gz", extra: tuple[t
 def run(articles: Path, out: Path, **options) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
     """Caption by key, and (figure, file, reason) of the rejects."""
     options = {"workers": 1, "val_fraction": 0.0, "test_fraction": 0.0, **options}
-    build(IngestConfig(articles, out, **options))
+    build(IngestConfig(str(articles), out, **options))
     assert verify(out) == []
-    splits = json.loads((out / "dataset.json").read_text())["splits"]
-    captions = {sample.key: sample.caption for split in splits for sample in ShardDataset(out, split)}
+    rows = pq.read_table(out / "manifest.parquet").to_pylist()
+    # Shards are shuffled: by article (as they were found: those of a package number its ids), figure, graphic.
+    captions = {row["key"]: row["caption"] for row in sorted(rows, key=place_of)}
     rejects = pq.read_table(out / "rejects.parquet").to_pylist()
     return captions, [(row["figure"], row["file"], row["reason"]) for row in rejects]
+
+
+def place_of(row: dict) -> tuple:
+    return [int(part) for part in re.findall(r"\d+", row["key"].split("_", 1)[0])][:1], row["figure_number"], row["key"]
 
 
 def test_figures_find_their_images(tmp_path):
@@ -190,12 +206,12 @@ def test_packages_are_read_in_place_and_bad_ones_are_recorded(tmp_path):
         ("", "3_cut.tar.gz", "broken archive"),
         ("", "4_cut.tar", "broken archive"),
         ("", "5_not.tgz", "broken archive"),
-        ("", "6_odd.tar.gz/f.jpg", "not a regular file"),
-        ("", "6_odd.tar.gz/g.jpg", "not a regular file"),
-        ("", "6_odd.tar.gz/../../evil.jpg", "unsafe name in an archive"),
         ("F1", "f", "image missing"),
         ("F2", "g", "image missing"),
         ("F3", "evil", "image missing"),
+        ("", "6_odd.tar.gz/f.jpg", "not a regular file"),
+        ("", "6_odd.tar.gz/g.jpg", "not a regular file"),
+        ("", "6_odd.tar.gz/../../evil.jpg", "unsafe name in an archive"),
         ("", "7_none.tar", "no article in the package"),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -219,12 +235,14 @@ def test_limits_of_packages(tmp_path, monkeypatch):
     root = tmp_path / "in"
     xml = article(("f", "too large an image"), ("g", "good"), number=1)
     pack(root / "a.tar.gz", {"x.nxml": xml, "f.jpg": bytes(2 << 20), "g.jpg": image()})
-    # A bomb: a gigabyte of zeros, as one file and as many.
+    # A bomb, and an archive whose header claims what isn't there.
     huge = tarfile.TarInfo("video.mp4")
     huge.size = 1 << 30
-    with gzip.open(root / "b.tar.gz", "wb", 1) as file:
-        file.write(huge.tobuf())
-        file.write(bytes(1 << 20))
+    for name, megabytes in (("b.tar.gz", 65), ("b2.tar.gz", 1)):
+        with gzip.open(root / name, "wb", 1) as file:
+            file.write(huge.tobuf())
+            for _ in range(megabytes):
+                file.write(bytes(1 << 20))
     header = tarfile.TarInfo("long")
     header.type, header.size = tarfile.XHDTYPE, 8 << 30
     (root / "c.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
@@ -233,6 +251,7 @@ def test_limits_of_packages(tmp_path, monkeypatch):
     assert rejects == [
         ("F1", "f.jpg", "larger than 1 MiB"),
         ("", "b.tar.gz", "archive larger than 0 GiB"),
+        ("", "b2.tar.gz", "broken archive: truncated"),
         ("", "c.tar", "broken archive: a header claims too many bytes"),
     ]
 
@@ -269,16 +288,14 @@ def test_broken_articles_links_and_repetitions_are_recorded(tmp_path):
 
 
 def test_the_split_is_of_the_article_and_of_stable_hash(tmp_path):
-    config = IngestConfig(tmp_path, tmp_path, val_fraction=0.2, test_fraction=0.3)
-    found = Counter(split_of(f"PMC{i}", config) for i in range(5000))
+    splits = Splits(0, val_fraction=0.2, test_fraction=0.3)
+    found = Counter(splits.of(f"PMC{i}") for i in range(5000))
     assert abs(found["val"] - 1000) < 100 and abs(found["test"] - 1500) < 100
-    assert [split_of(f"PMC{i}", config) for i in range(8)] == "train test test val test test test train".split()
+    assert [splits.of(f"PMC{i}") for i in range(8)] == "train test test val test test test train".split()
     for i in range(12):
-        figures = [(f"f{j}", f"figure {j}") for j in range(3)]
-        put(
-            tmp_path / f"in/{i}",
-            {"x.nxml": article(*figures, number=i + 1), **{f"f{j}.jpg": image() for j in range(3)}},
-        )
+        figures = [(f"f{j}", f"text {j}") for j in range(3)]
+        images = {f"f{j}.jpg": noise(3 * i + j) for j in range(3)}
+        put(tmp_path / f"in/{i}", {"x.nxml": article(*figures, number=i + 1), **images})
     captions, _ = run(tmp_path / "in", tmp_path / "out", val_fraction=0.2, test_fraction=0.3)
     assert len(captions) == 36
     rows = pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()
@@ -294,15 +311,15 @@ def test_a_crashing_worker_costs_its_package_only(tmp_path, monkeypatch):
     script.write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from bclip_fast.data import ingest\n"
-        "real = ingest.process\n"
-        "def process(package, config):\n"
+        "from bclip_fast.data import ingest, pairs\n"
+        "real = pairs.process\n"
+        "def process(package, options):\n"
         "    if package.name == '3':\n"
         "        os._exit(11)\n"
-        "    return real(package, config)\n"
-        "ingest.process = process\n"
+        "    return real(package, options)\n"
+        "pairs.process = process\n"
         "if __name__ == '__main__':\n"
-        "    ingest.build(ingest.IngestConfig(Path(sys.argv[1]), Path(sys.argv[2]), workers=2))\n"
+        "    ingest.build(ingest.IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=2))\n"
     )
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])}
@@ -311,7 +328,7 @@ def test_a_crashing_worker_costs_its_package_only(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     keys = [row["key"] for row in pq.read_table(out / "manifest.parquet").to_pylist()]
-    assert keys == [f"PMC{i}_f1" for i in (1, 2, 4, 5, 6)]
+    assert sorted(keys) == [f"PMC{i}_f1" for i in (1, 2, 4, 5, 6)]
     (reject,) = pq.read_table(out / "rejects.parquet").to_pylist()
     assert (reject["file"], reject["reason"]) == ("3/x.nxml", "crash while reading the package")
 
@@ -327,7 +344,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path):
     ]
     for articles, out, words in cases:
         with pytest.raises(UserError, match=words) as caught:
-            build(IngestConfig(articles, out, workers=1))
+            build(IngestConfig(str(articles), out, workers=1))
         assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "none"]
     put(tmp_path / "none", {"f.jpg": image()})
@@ -339,11 +356,23 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path):
 
 def test_configuration_from_the_command_line_and_back(tmp_path):
     config = parse(IngestConfig, ["in", "-o", "out", "--max_short_side", "0"], prog="bclip ingest build")
-    assert config == IngestConfig(Path("in"), Path("out"), max_short_side=0)
+    assert config == IngestConfig("in", Path("out"), max_short_side=0)
     assert "max_short_side = 0" in to_toml(config)
     for flags in (["--jpeg_quality", "0"], ["--val_fraction", "0.6", "--test_fraction", "0.5"], ["--workers", "-1"]):
         with pytest.raises(UserError, match="out of range"):
             parse(IngestConfig, ["in", "-o", "out", *flags], prog="bclip ingest build")
+
+
+def test_tokens_are_counted_as_the_model_counts_them(shared_data):
+    from bclip_fast.data.pairs import _counter
+    from bclip_fast.model.tokenizer import Tokenizer
+
+    rows = (shared_data / "pmc_articles/pairs.jsonl").read_text().splitlines()[::2]
+    captions = [json.loads(row)["caption"] for row in rows]
+    for name in ("vocab.txt", "tokenizer.json"):
+        path = shared_data / "vocab/pubmedbert" / name
+        expected = [len(ids) for ids in Tokenizer.from_file(path, 4096).encode(captions)]
+        assert [_counter(str(path))(caption) for caption in captions] == expected
 
 
 def test_real_articles_every_figure_with_an_image_becomes_a_pair(shared_data, tmp_path, caplog):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bclip_fast.data.native import Batch, NativeLoader
 from bclip_fast.data.shards import ShardDataset
-from bclip_fast.data.stream import SampleStream, permutation
+from bclip_fast.data.stream import NUM_RESERVES, SampleStream, permutation
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, random_resized_crop_box
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
@@ -67,9 +67,11 @@ def test_ranks_share_out_the_global_batch(world_size: int):
     assert whole.num_batches == 14
     ranks = [make(rank, world_size) for rank in range(world_size)]
     for number in range(30):
-        epoch, indices = whole.batch(number)
+        epoch, positions = whole.batch(number)
         parts = [stream.batch(number) for stream in ranks]
-        assert [index for _, part in parts for index in part] == indices
+        assert (
+            [position for _, part in parts for position in part] == positions == [*range(n := number % 14 * 8, n + 8)]
+        )
         assert {part_epoch for part_epoch, _ in parts} == {epoch} == {number // 14}
 
 
@@ -79,8 +81,9 @@ def test_costs_are_shared_out_evenly(world_size: int):
     whole, ranks = make(), [make(rank, world_size, cost=costs.__getitem__) for rank in range(world_size)]
     worst, sliced = 0.0, 0.0
     for number in range(28):
-        epoch, indices = whole.batch(number)
-        parts = [stream.batch(number)[1] for stream in ranks]
+        epoch, positions = whole.batch(number)
+        indices = [whole.sample(epoch, position) for position in positions]
+        parts = [[stream.sample(epoch, position) for position in stream.batch(number)[1]] for stream in ranks]
         assert sorted(index for part in parts for index in part) == sorted(indices)
         assert {len(part) for part in parts} == {8 // world_size}
         step = 8 // world_size
@@ -111,6 +114,20 @@ def test_bad_settings():
         make(shuffle_block=0)
 
 
+def test_reserves_depend_on_seed_epoch_and_position_alone():
+    whole, other = make(), make(1, 4, cost=lambda index: index)
+    for epoch, position in [(0, 0), (1, 37), (5, 115)]:
+        reserves = list(whole.reserves(epoch, position))
+        assert list(other.reserves(epoch, position)) == reserves and len(set(reserves)) == len(reserves) == NUM_RESERVES
+        start = position // 8 * 8
+        assert not {whole.sample(epoch, place) for place in range(start, min(start + 8, 116))} & set(reserves)
+    for changed in (make(seed=4).reserves(0, 0), whole.reserves(1, 0), whole.reserves(0, 1)):
+        assert list(changed) != list(whole.reserves(0, 0))
+    # All of the dataset serves; a batch as large as the dataset has none outside of it.
+    assert {index for p in range(116) for index in whole.reserves(0, p)} == set(range(116))
+    assert list(make(batch_size=100).reserves(0, 3))
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     return ShardDataset(write_shards(tmp_path_factory.mktemp("data") / "shards", num_samples=40, num_val=1))
@@ -122,10 +139,9 @@ def tokenize(captions: list[str]) -> list[list[int]]:
 
 
 def loader(dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> NativeLoader:
-    stream = SampleStream(
-        dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1, rank=rank, world_size=world_size
-    )
-    settings: dict[str, Any] = dict(preprocess=Preprocess(PreprocessConfig(size=24)), **changes)
+    settings: dict[str, Any] = dict(batch_size=8, seed=1, rank=rank, world_size=world_size)
+    stream = SampleStream(dataset.shard_sizes, dataset.fingerprint, **settings, **changes.pop("stream", {}))
+    settings = dict(preprocess=Preprocess(PreprocessConfig(size=24)), **changes)
     return NativeLoader(dataset, settings.pop("tokenize", tokenize), stream, **settings)
 
 
@@ -196,19 +212,6 @@ def test_pixels_are_the_documented_ones(dataset: ShardDataset):
         top, left, height, width = random_resized_crop_box(40, 48, 1, 0, by_key[key])
         crop = image.crop((left, top, left + width, top + height)).resize((24, 24), Image.Resampling.BICUBIC)
         assert torch.equal(training.images[row], torch.from_numpy(np.array(crop)))
-
-
-def test_a_broken_sample_is_named(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch):
-    real = image_ops.decode
-    broken = dataset[23]
-    monkeypatch.setattr(image_ops, "decode", lambda data: real(data[:200] if data == broken.image else data))
-    before = threading.active_count()
-    source = loader(dataset)
-    with pytest.raises(UserError, match=rf"sample {broken.key} \(index 23 of split train in .*cannot be decoded"):
-        take(source, 5)
-    assert threading.active_count() == before
-    with pytest.raises(RuntimeError, match="closed"):
-        next(source)
 
 
 def test_an_error_of_the_tokenizer_reaches_the_consumer(dataset: ShardDataset):

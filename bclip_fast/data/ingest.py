@@ -1,57 +1,85 @@
-"""`bclip ingest build DIR -o OUT`: JATS articles with their images to shards of figure-caption pairs.
+"""`bclip ingest build SOURCE -o OUT`: JATS articles with their images to shards of figure-caption pairs.
 
-The work of a package of articles is a pure function, so the shards are byte for byte the same whatever the number of
-workers. Nothing is dropped in silence: what is no pair stands, with its reason, in OUT/rejects.parquet.
+Three stages, each of tasks that processes share and that leave a file each, whole or not at all:
+
+1. Packages of articles to parts (`pairs`): a pure function of their files.
+2. All parts to a plan (`plan`): repeated articles, duplicate images, splits, the order, the shard of every pair.
+3. Shards, then the manifest, the rejects and dataset.json.
+
+So the dataset is byte for byte the same whatever the engine and the number of workers, and a run that was killed goes
+on where it was. Nothing is dropped in silence: what is no pair stands, with its reason, in OUT/rejects.parquet.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import json
 import logging
-import multiprocessing
-import os
-import re
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from ..errors import UserError
-from .jats import Article, Figure, JatsError, parse
-from .sanitize import JPEG_QUALITY, SanitizeError, sanitize
-from .shards import Sample, ShardWriter
-from .source import Files, ImageNames, Package, SourceError, discover, images_of, open_package
+from . import engines
+from .objects import Rules, discover_objects, is_address, is_mirror, open_store, select
+from .pairs import Options, PartTask, Reject, part_paths, write_part, write_rows
+from .plan import Shard, Splits, key_of, make_plan, part_rejects, read_image, read_pair
+from .sanitize import JPEG_QUALITY
+from .shard_format import to_json
+from .shard_writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
+from .source import FetchError, Package, SourceError, discover
 
 log = logging.getLogger(__name__)
 
-_PACKAGES_AHEAD_PER_WORKER = 4
+_REJECTS_PER_ROW_GROUP = 65536
 
 
 @dataclass(frozen=True)
 class IngestConfig:
-    source: tyro.conf.Positional[Path]
-    """Folder of articles: `*.nxml` or `*.xml` beside their images, or `.tar`, `.tar.gz`, `.tgz` packages of them."""
+    source: tyro.conf.Positional[str]
+    """Folder of articles (`*.nxml` or `*.xml` beside their images, `.tar`, `.tar.gz`, `.tgz` packages of them), mirror
+    that `bclip ingest fetch` wrote, or address of a bucket (`https://pmc-oa-opendata.s3.amazonaws.com`, `s3://...`)."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """Folder to write: shards, indices, manifest.parquet, rejects.parquet, dataset.json."""
+    """Folder to write: shards, indices, manifest.parquet, rejects.parquet, dataset.json. While the run lasts, its pairs
+    are held a second time in a folder beside it."""
+    ids: Path | None = None
+    """Of a mirror or bucket: file with the articles to take, one a line, PMC123 or PMC123.2."""
+    inventory: str = ""
+    """Of a bucket: its inventory, a `.csv` or `.csv.gz` file, or `latest`."""
+    prefix: str = ""
+    """Of a mirror or bucket: take the articles whose id starts with this (PMC100...)."""
+    license: Literal["commercial", "noncommercial", "all"] = "all"
+    """Articles for use of this kind: CC0, CC BY, -SA, -ND; those and CC BY-NC...; or all."""
+    keep_retracted: bool = False
+    """Keep retracted articles; the manifest says which they are."""
     max_short_side: int = 384
     """Larger images are reduced to this shorter side, in pixels; 0 keeps every size."""
     jpeg_quality: int = JPEG_QUALITY
     """Of the images that have to be encoded again."""
+    panels: bool = False
+    """Also pair panels of composite figures with their part of the caption, where both agree."""
+    tokenizer: Path | None = None
+    """`vocab.txt` or `tokenizer.json` to count tokens with; without it the manifest has no token counts."""
     val_fraction: float = 0.001
     """Share of the articles in split `val`; the defaults are the paper's proportions."""
     test_fraction: float = 0.05
-    """Share of the articles in split `test`."""
+    """Share of the articles in split `test`. Images that resemble one of it are kept out of the other splits."""
     seed: int = 0
-    """Of the split: an article's split depends on its id and this number only."""
+    """Of the split and the order: both depend on ids and this number only."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or a Ray cluster (RAY_ADDRESS, else one on this machine) that shares OUT's folder."""
     workers: int = 0
     """Processes; 0 is one a CPU core, 1 works in this process (where a crash of an image decoder ends the run)."""
+    connections: int = 8
+    """Requests to a bucket at one time, all workers together."""
     max_shard_megabytes: int = 256
     """Size at which the next shard is begun."""
     overwrite: bool = False
@@ -64,259 +92,268 @@ class IngestConfig:
             "val_fraction": 0 <= self.val_fraction <= 1,
             "test_fraction": 0 <= self.test_fraction <= 1 - self.val_fraction,
             "workers": self.workers >= 0,
+            "connections": self.connections >= 1,
             "max_shard_megabytes": self.max_shard_megabytes >= 1,
         }
         for name, is_good in checks.items():
             if not is_good:
                 raise UserError(f"{name}={getattr(self, name)}: out of range")
 
+    def options(self) -> Options:
+        connections = max(1, self.connections // max(1, self.workers or engines.num_cores()))
+        rules = Rules(self.license, self.keep_retracted)
+        tokenizer = str(self.tokenizer or "")
+        return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, tokenizer, connections)
 
-@dataclass(frozen=True)
-class Reject:
-    """What did not become a pair. The part of `reason` before a colon is its kind."""
-
-    article: str
-    figure: str
-    file: str
-    reason: str
-
-
-@dataclass
-class _ArticlePairs:
-    identity: str
-    name: str
-    # Keys are made of the article's, once the parent knows that it is not a repetition.
-    pairs: list[tuple[str, Sample]] = field(default_factory=list)
-
-
-@dataclass
-class _Result:
-    articles: list[_ArticlePairs] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
+    def signature(self) -> dict[str, Any]:
+        """What the bytes of the dataset depend on beside the articles, as it stands in dataset.json."""
+        names = (
+            "source ids inventory prefix license keep_retracted max_short_side jpeg_quality panels tokenizer "
+            "val_fraction test_fraction seed max_shard_megabytes"
+        ).split()
+        values = {name: getattr(self, name) for name in names}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def build(config: IngestConfig) -> None:
-    """Read every article under `config.source` and write the dataset.
+    """Read every article of `config.source` and write the dataset, or go on with a run that was killed.
 
-    Raises UserError: no such folder, no article or no pair in it, `out` inside it or occupied.
+    Raises UserError: no such source, no article or no pair in it, `out` inside it or occupied; articles that could not
+    be fetched this time (run it again: the others are kept).
     """
-    root, out = config.source.resolve(), config.out.resolve()
-    if not root.is_dir():
-        raise UserError(f"{config.source}: no such folder of articles")
-    if out.is_relative_to(root):
-        raise UserError(f"{config.out}: lies inside {config.source}; give a folder outside of the articles")
-    with ExitStack() as stack:
-        # Taken first: an occupied OUT should be known before hours of work.
-        writer = ShardWriter(config.out, max_shard_bytes=config.max_shard_megabytes << 20, overwrite=config.overwrite)
-        stack.enter_context(writer)
-        packages = list(discover(root))
-        if not packages:
-            raise UserError(f"{config.source}: no article found (*.nxml, *.xml, *.tar, *.tar.gz, *.tgz)")
-        _write(config, packages, writer)
+    if config.tokenizer is not None and not config.tokenizer.is_file():
+        raise UserError(f"{config.tokenizer}: no such vocab.txt or tokenizer.json")
+    if not is_address(config.source):
+        root, out = Path(config.source).resolve(), config.out.resolve()
+        if not root.is_dir():
+            raise UserError(f"{config.source}: no such folder of articles")
+        if out.is_relative_to(root):
+            raise UserError(f"{config.out}: lies inside {config.source}; give a folder outside of the articles")
+    with Staging(config.out, config.overwrite) as staging:
+        try:
+            _build(config, staging)
+        except _NothingToBuildError as error:
+            staging.discard()
+            raise UserError(str(error)) from None
     log.info("wrote %s", config.out)
 
 
-def _write(config: IngestConfig, packages: list[Package], writer: ShardWriter) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class _NothingToBuildError(UserError):
+    """Running it again would find nothing either: no trace is left."""
 
-    seen: dict[str, str] = {}
-    rejects: list[Reject] = []
-    splits: Counter[str] = Counter()
-    shown = TextColumn("packages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    results = _results(packages, config)
-    first = next(results)  # starts the processes before the thread that draws the progress
-    with Progress(*shown, TextColumn("{task.description}"), transient=True, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(packages))
-        result: _Result | None = first
-        while result is not None:
-            rejects += result.rejects
-            for article in result.articles:
-                if article.identity in seen:
-                    reason = f"repeated article: also in {seen[article.identity]}"
-                    rejects.append(Reject(article.identity, "", article.name, reason))
-                    continue
-                seen[article.identity] = article.name
-                split = split_of(article.identity, config)
-                for suffix, sample in article.pairs:
-                    key = f"{_key(article.identity)}_{suffix}"
-                    writer.write(dataclasses.replace(sample, key=key), split)
-                    splits[split] += 1
-            progress.update(task, advance=1, description=f"{len(seen)} articles, {splits.total()} pairs")
-            result = next(results, None)
-    kinds = Counter(reject.reason.partition(":")[0] for reject in rejects)
-    told = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
-    if not splits:
-        raise UserError(f"{config.source}: no figure-caption pair in {len(seen)} articles; rejects: {told}")
+
+def _build(config: IngestConfig, staging: Staging) -> None:
+    work = staging.path / "work"
+    if not _resumes(config, staging.path):
+        staging.clear()
+        work.mkdir()
+        (work / "signature.json").write_text(to_json(config.signature()))
+    if not (staging.path / "dataset.json").exists():
+        num_parts = _write_parts(config, work)
+        counts = _planned(config, work, num_parts)
+        shards = [Shard(*shard) for shard in counts.pop("shards")]
+        descriptions = _write_shards(config, work, shards)
+        _finish(config, staging.path, num_parts, counts, shards, descriptions)
+    shutil.rmtree(work, ignore_errors=True)
+    staging.publish()
+
+
+def _resumes(config: IngestConfig, folder: Path) -> bool:
+    try:
+        if (folder / "dataset.json").exists():
+            found = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
+        else:
+            found = json.loads((folder / "work/signature.json").read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(found == json.loads(to_json(config.signature())))
+
+
+def _replaced(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file `path`, whole or not at all."""
+    scratch = path.with_name(f"{path.name}.partial")
+    write(scratch)
+    scratch.replace(path)
+
+
+def _packages(config: IngestConfig) -> Iterator[Package]:
+    root = config.source if is_address(config.source) else str(Path(config.source).resolve())
+    if not is_address(config.source) and not is_mirror(Path(root)):
+        if config.ids or config.inventory or config.prefix:
+            raise _NothingToBuildError(f"{config.source}: ids, inventory and prefix need a mirror or a bucket")
+        yield from discover(Path(root))
+        return
+    store = open_store(root, config.connections)
+    try:
+        chosen = select(store, ids=config.ids, inventory=config.inventory, prefix=config.prefix)
+        yield from discover_objects(root, chosen)
+    except SourceError as error:
+        raise _NothingToBuildError(str(error)) from None
+    except FetchError as error:
+        raise UserError(f"{error}; run it again") from None
+
+
+def _write_parts(config: IngestConfig, work: Path) -> int:
+    """Stage 1; the number of parts. The list of packages is made once, so that a second run does the same ones."""
+    listed = work / "packages.jsonl"
+    if not listed.exists():
+
+        def write(path: Path) -> None:
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(to_json(dataclasses.asdict(package)) + "\n" for package in _packages(config))
+
+        _replaced(listed, write)
+    with listed.open(encoding="utf-8") as file:
+        num_parts = sum(1 for _ in file)
+    if not num_parts:
+        raise _NothingToBuildError(f"{config.source}: no article found (*.nxml, *.xml, *.tar, *.tar.gz, *.tgz)")
+    parts, options = str(work / "parts"), config.options()
+
+    def tasks() -> Iterator[PartTask]:
+        with listed.open(encoding="utf-8") as file:
+            for number, line in enumerate(file):
+                if not part_paths(parts, number)[1].exists():
+                    values = json.loads(line)
+                    package = Package(**{**values, "items": tuple(values["items"])})
+                    yield PartTask(parts, number, package, options)
+
+    num_left = sum(1 for _ in tasks())
+    if num_left < num_parts:
+        log.info("going on: %s of %s packages are done", num_parts - num_left, num_parts)
+    failures = []
+    results = engines.run(config.engine, write_part, tasks(), config.workers)
+    for task, answer in _shown("packages", results, num_left):
+        if isinstance(answer, engines.Crash):
+            files = task.package.items or (task.package.name,)
+            lost = (Reject("", "", file, "crash while reading the package") for file in files)
+            write_rows(parts, task.number, lost)
+        elif answer:
+            failures.append(answer)
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {num_parts} packages could not be fetched (the first: {failures[0]}); "
+            "run it again: what was read is kept"
+        )
+    return num_parts
+
+
+def _planned(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]:
+    """Stage 2."""
+    path = work / "plan.json"
+    if not path.exists():
+        splits = Splits(config.seed, config.val_fraction, config.test_fraction)
+        counts = make_plan(work, num_parts, splits, config.max_shard_megabytes << 20)
+        _replaced(path, lambda scratch: scratch.write_text(to_json(counts)))
+    counts = json.loads(path.read_bytes())
+    if not counts["pairs"]:
+        told = _told(Counter(reject.reason.partition(":")[0] for reject in part_rejects(work, num_parts)))
+        raise _NothingToBuildError(
+            f"{config.source}: no figure-caption pair in {counts['articles']} articles; rejects: {told}"
+        )
+    return counts
+
+
+@dataclass(frozen=True)
+class _ShardTask:
+    work: str
+    shard: Shard
+
+
+def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list[dict[str, Any]]:
+    """Stage 3; what dataset.json says of each shard."""
+    (work / "shards").mkdir(exist_ok=True)
+    left = [_ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
+    for task, answer in _shown("shards", engines.run(config.engine, write_shard, left, config.workers), len(left)):
+        if isinstance(answer, engines.Crash):
+            raise UserError(f"the process that wrote {task.shard.name} died (out of memory?); run it again")
+    return [json.loads((work / f"shards/{shard.name}.json").read_bytes()) for shard in shards]
+
+
+def write_shard(task: _ShardTask) -> None:
+    """A tar, its index, and the rows of the manifest; work/shards/NAME.json, written last, says that they are whole."""
+    work, shard = Path(task.work), task.shard
+    plan = np.load(work / "plan.npy", mmap_mode="r")
+    # A folder of its own: another process, of a run that was killed, may live for a moment.
+    with engines.scratch_folder(work / "shards") as scratch:
+        rows = ManifestRows(scratch / f"{shard.name}.rows")
+        tar = ShardFile(scratch, shard.split, shard.number)
+        for record in plan[shard.start : shard.end]:
+            pair = read_pair(work, record)
+            meta, extra = pair["meta"], {"mentions": pair["mentions"]}
+            if record["original"] >= 0:
+                extra["duplicate_of"] = key_of(work, plan[record["original"]])
+                extra["duplicate"] = "near" if record["near"] else "exact"
+            row = tar.add(
+                pair["key"], shard.split, pair["caption"], read_image(work, record, pair["crc"]), to_json(meta)
+            )
+            rows.add(row, meta, extra)
+        description, types = tar.finish(), rows.close()
+        for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):
+            (scratch / f"{shard.name}{suffix}").replace(folder / f"{shard.name}{suffix}")
+        done = scratch / "done"
+        done.write_text(to_json({"description": description, "types": types}))
+        done.replace(work / f"shards/{shard.name}.json")
+
+
+def _finish(
+    config: IngestConfig,
+    folder: Path,
+    num_parts: int,
+    counts: dict[str, Any],
+    shards: list[Shard],
+    written: list[dict[str, Any]],
+) -> None:
+    work = folder / "work"
+    rows = [
+        (work / f"shards/{shard.name}.rows", answer["types"]) for shard, answer in zip(shards, written, strict=True)
+    ]
+    write_manifest(folder, rows)
+    kinds = _write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for shard, answer in zip(shards, written, strict=True):
+        splits.setdefault(shard.split, []).append(answer["description"])
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
-        if fraction and not splits[split]:
-            log.warning("split %s is empty: %s articles are few for a fraction of %s", split, len(seen), fraction)
-    _write_rejects(writer.staging / "rejects.parquet", rejects)
-    writer.info["ingest"] = {
-        "articles": len(seen),
-        "pairs": splits.total(),
-        "rejects": dict(sorted(kinds.items())),
-        "max_short_side": config.max_short_side,
-        "jpeg_quality": config.jpeg_quality,
-        "val_fraction": config.val_fraction,
-        "test_fraction": config.test_fraction,
-        "seed": config.seed,
-    }
-    by_split = ", ".join(f"{count} {split}" for split, count in sorted(splits.items()))
-    log.info("%s articles, %s pairs (%s); rejects: %s", len(seen), splits.total(), by_split, told)
+        if fraction and split not in splits:
+            log.warning(
+                "split %s is empty: %s articles are few for a fraction of %s", split, counts["articles"], fraction
+            )
+    counts.pop("rejects")
+    by_split = ", ".join(f"{count} {split}" for split, count in sorted(counts["by_split"].items()))
+    told = counts["articles"], counts["pairs"], by_split, _told(kinds)
+    log.info("%s articles, %s pairs (%s); rejects: %s", *told)
+    info = {**counts, "rejects": dict(sorted(kinds.items())), "config": config.signature()}
+    write_description(folder, splits, {"ingest": info})
 
 
-def split_of(identity: str, config: IngestConfig) -> str:
-    """train, val or test: a hash of the article's id and the seed, so that an article is never divided."""
-    digest = hashlib.sha256(f"{config.seed}:{identity}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < config.val_fraction:
-        return "val"
-    return "test" if position < config.val_fraction + config.test_fraction else "train"
+def _told(kinds: Counter[str]) -> str:
+    return "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
 
 
-def _key(identity: str) -> str:
-    if re.fullmatch(r"PMC\d{1,12}", identity):
-        return identity
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    return re.sub(r"[^A-Za-z0-9]+", "-", identity).strip("-")[-48:].lstrip("-") + f"-{digest}"
-
-
-def _write_rejects(path: Path, rejects: list[Reject]) -> None:
+def _write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = [field.name for field in dataclasses.fields(Reject)]
-    table = pa.table({name: pa.array([getattr(row, name) for row in rejects], pa.string()) for name in names})
-    pq.write_table(table, path, compression="zstd")
+    kinds: Counter[str] = Counter()
+    schema = pa.schema([(item.name, pa.string()) for item in dataclasses.fields(Reject)])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while chunk := list(islice(rejects, _REJECTS_PER_ROW_GROUP)):
+            kinds.update(reject.reason.partition(":")[0] for reject in chunk)
+            writer.write_table(pa.Table.from_pylist([dataclasses.asdict(reject) for reject in chunk], schema=schema))
+    return kinds
 
 
-def _results(packages: list[Package], config: IngestConfig) -> Iterator[_Result]:
-    """The result of every package, in order; at most a few are kept waiting."""
-    workers = config.workers or len(os.sched_getaffinity(0))
-    if workers == 1:
-        yield from (process(package, config) for package in packages)
-        return
-    waiting = deque(packages)
-    running: deque[tuple[Package, Future[_Result]]] = deque()
-    pool = _pool(workers)
-    try:
-        while waiting or running:
-            while waiting and len(running) < _PACKAGES_AHEAD_PER_WORKER * workers:
-                package = waiting.popleft()
-                running.append((package, pool.submit(process, package, config)))
-            package, future = running[0]
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                # A process died (a decoder crashed, memory ran out) and took the pool along. Which package it was is
-                # found by giving each that was under way a pool of its own.
-                suspects = [package for package, _ in running]
-                running.clear()
-                for suspect in suspects:
-                    yield _process_alone(suspect, config)
-                pool = _pool(workers)
-                continue
-            running.popleft()
-            yield result
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _shown(what: str, results: Iterable[Any], total: int) -> Iterator[Any]:
+    """The results, with a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # A fork server has no threads of ours, whose locks a plain fork would copy; it imports this module once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, mp_context=context)
-
-
-def _process_alone(package: Package, config: IngestConfig) -> _Result:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(process, package, config).result()
-        except BrokenProcessPool:
-            files = package.xml_names or (package.name,)
-            return _Result(rejects=[Reject("", "", file, "crash while reading the package") for file in files])
-
-
-def process(package: Package, config: IngestConfig) -> _Result:
-    """All pairs and rejects of a package: a function of its files and the configuration only."""
-    result = _Result()
-    try:
-        with open_package(package) as files:
-            result.rejects += [Reject("", "", name, reason) for name, reason in files.refused]
-            if not files.xml_names:
-                result.rejects.append(Reject("", "", package.name, "no article in the package"))
-            for name in files.xml_names:
-                _process_article(files, name, config, result)
-    except SourceError as error:
-        # The rest of a broken archive is not trusted either.
-        return _Result(rejects=[Reject("", "", package.name, str(error))])
-    return result
-
-
-def _process_article(files: Files, name: str, config: IngestConfig, result: _Result) -> None:
-    try:
-        article = parse(files.read(name))
-    except (JatsError, SourceError) as error:
-        result.rejects.append(Reject("", "", name, str(error)))
-        return
-    identity = article.pmcid or article.doi or article.pmid or name.rpartition(".")[0]
-    pairs = _ArticlePairs(identity, name)
-    result.articles.append(pairs)
-    folder = name[: name.rfind("/") + 1]
-    images = ImageNames(images_of(name, files.image_names, files.xml_names))
-    about = {"article": identity, **_about(article)}
-    for figure in article.figures:
-        for number, file, reason in _images(figure, images):
-            if not reason:
-                caption = " ".join(filter(None, (figure.caption, figure.graphics[number].caption)))
-                try:
-                    sample = _sample(files.read(folder + file), caption, config)
-                except (SanitizeError, SourceError) as error:
-                    reason = str(error)
-            if reason:
-                result.rejects.append(Reject(identity, figure.id, file, reason))
-                continue
-            suffix = f"f{figure.number}" + (f"_{number + 1}" if len(figure.graphics) > 1 else "")
-            sample.meta.update(about, **_about_figure(figure), file=file)
-            pairs.pairs.append((suffix, sample))
-
-
-def _images(figure: Figure, images: ImageNames) -> Iterator[tuple[int, str, str]]:
-    """(number of the graphic, file or href, reason against) for every image of a figure."""
-    if not figure.graphics or figure.excluded:
-        yield 0, "", figure.excluded or "no graphic in the XML"
-        return
-    taken: set[str] = set()
-    for number, graphic in enumerate(figure.graphics):
-        if not figure.caption and not graphic.caption:
-            yield number, graphic.hrefs[0], "no caption"
-            continue
-        try:
-            file = images.find(graphic.hrefs)
-        except SourceError as error:
-            yield number, graphic.hrefs[0], str(error)
-            continue
-        # Some publishers list the versions of one image without `alternatives`.
-        if file not in taken:
-            taken.add(file)
-            yield number, file, ""
-
-
-def _sample(data: bytes, caption: str, config: IngestConfig) -> Sample:
-    image = sanitize(data, max_short_side=config.max_short_side, jpeg_quality=config.jpeg_quality)
-    meta = {field.name: getattr(image, field.name) for field in dataclasses.fields(image) if field.name != "data"}
-    return Sample("", image.data, caption, meta)
-
-
-def _about(article: Article) -> dict[str, Any]:
-    names = ["pmcid", "pmid", "doi", "title", "journal", "year", "licence", "licence_url"]
-    if not article.licence:  # the words, for whoever has to judge them
-        names.append("licence_text")
-    return {name: value for name in names if (value := getattr(article, name))}
-
-
-def _about_figure(figure: Figure) -> dict[str, Any]:
-    values = {"figure": figure.id, "label": figure.label, "figure_licence": figure.licence}
-    return {"figure_number": figure.number, **{name: value for name, value in values.items() if value}}
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    iterator = iter(results)
+    first = list(islice(iterator, 1))  # starts the processes before the thread that draws the progress
+    bar: AbstractContextManager[Progress] = Progress(*columns, transient=True, console=Console(stderr=True))
+    with bar as progress:
+        task = progress.add_task("", total=total)
+        for results in (first, iterator):
+            for result in results:
+                yield result
+                progress.update(task, advance=1)

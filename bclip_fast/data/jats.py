@@ -6,8 +6,11 @@ The rules:
 - Caption: the title and paragraphs of the figure's own `caption`, then paragraphs that stand in the `fig` itself
   (legends of the panels). Identifiers, credits, attached files and paragraphs that only give a DOI are left out.
   Of several `caption`s, the first that is not for print only.
-- `fig-group`: the group's caption, then the figure's own. A graphic directly in the group is a figure of the group.
-- A figure without caption has none: it never takes that of another figure.
+- `fig-group`, and a `fig` that holds others: its caption, then the inner figure's own. A graphic directly in the group
+  is a figure of the group.
+- A figure without caption has none: it never takes that of another figure. A caption that only repeats the label or
+  holds the place of one ("Image", "No caption") is none.
+- Mentions: the paragraphs outside captions and tables that refer to the figure, or to its group, by `xref`.
 - Each `graphic` of a figure is an image of its own, followed by its own caption if it has one; those in one
   `alternatives` are one image. Graphics inside formulae and tables are not the figure's.
 """
@@ -27,12 +30,19 @@ from .jats_text import fold, local_name, text_of
 MAX_FIGURES = 2000
 MAX_CAPTION = 32_768
 MAX_NAME = 256
-MAX_TITLE = MAX_LICENCE = 2000
+MAX_TITLE = MAX_LICENCE = MAX_MENTION = 2000
+MAX_MENTIONS = 8
 
 _XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
 _EXCLUDING = ("supplementary-material", "table-wrap")
 _NOT_OF_FIGURE = ("disp-formula", "inline-formula", "table-wrap", "chem-struct-wrap", "supplementary-material", "fig")
 _ONLY_DOI = re.compile(r"(?:doi\s*:?\s*)?(?:https?://(?:dx\.)?doi\.org/|doi:)?10\.\d{4,9}/\S+", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"\W*(?:(?:supplementary|extended data)?\s*(?:fig(?:ure)?|image|scheme|chart|plate|photo)s?[\s.:]*\d*[a-z]?|"
+    r"graphic|caption|(?:no |missing )(?:caption|legend|title)(?: available| found)?|untitled|none|null|n/?a|tbd|"
+    r"see (?:text|legend))\W*",
+    re.IGNORECASE,
+)
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/(by[a-z-]*)|publicdomain/(zero|mark))", re.IGNORECASE)
 _CODE_IN_TEXT = re.compile(r"\bCC[\s-]?(0|BY(?:[\s-](?:NC|ND|SA))*)\b", re.IGNORECASE)
@@ -62,6 +72,7 @@ class Figure:
     graphics: tuple[Graphic, ...]
     licence: str = ""
     excluded: str = ""
+    mentions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ class Article:
     title: str
     journal: str
     year: int | None
+    citation: str
     licence: str
     licence_url: str
     licence_text: str
@@ -103,6 +115,7 @@ def parse(data: bytes) -> Article:
         title=_text(front.find("title-group/article-title"))[:MAX_TITLE],
         journal=_journal(root)[:MAX_NAME],
         year=_year(front),
+        citation=_citation(root, front)[:MAX_TITLE],
         licence=licence,
         licence_url=url,
         licence_text=text,
@@ -144,6 +157,20 @@ def _year(front: etree._Element) -> int | None:
     return min(years, default=None)
 
 
+def _citation(root: etree._Element, front: etree._Element) -> str:
+    """Authors (six, then "et al."), title, journal, year and DOI: what a credit needs."""
+    names = []
+    for author in front.iterfind("contrib-group/contrib[@contrib-type='author']"):
+        parts = (author.findtext("name/surname"), author.findtext("name/given-names"), author.findtext("collab"))
+        names.append(fold(" ".join(filter(None, parts))))
+    names = [name for name in names if name]
+    who = ", ".join(names[:6]) + (", et al." if len(names) > 6 else "")
+    doi = _article_id(front, "doi")
+    title, year = _text(front.find("title-group/article-title")).rstrip("."), _year(front)
+    told = who.rstrip("."), title, _journal(root).rstrip("."), str(year or ""), f"doi:{doi}" if doi else ""
+    return ". ".join(filter(None, told))
+
+
 def _licence(node: etree._Element) -> tuple[str, str, str]:
     """Code, address and text of the licence in a `permissions` (or, in NLM 2.x, in the element itself)."""
     url, texts = "", []
@@ -172,18 +199,21 @@ def _licence_code(text: str) -> str:
 
 def _figures(root: etree._Element) -> Iterator[Figure]:
     number = 0
+    mentions = _mentions(root)
     # Label and caption of each group, that of the groups around it included; groups come before their figures.
-    groups: dict[etree._Element, tuple[str, str]] = {}
+    groups: dict[etree._Element, tuple[str, str, tuple[str, ...]]] = {}
     for node in root.iter("fig", "fig-group"):
-        outer_label, outer_caption = groups.get(next(node.iterancestors("fig-group"), None), ("", ""))
+        around = next(node.iterancestors("fig", "fig-group"), None)
+        outer_label, outer_caption, outer_mentions = groups.get(around, ("", "", ()))
         label = _text(node.find("label")) or outer_label
         caption = " ".join(filter(None, (outer_caption, _caption(node))))
-        if node.tag == "fig-group":
-            # One character too many is enough to tell that it is too long.
-            groups[node] = label, caption[: MAX_CAPTION + 1]
+        told = tuple(dict.fromkeys((*mentions.get(node.get("id"), ()), *outer_mentions)))[:MAX_MENTIONS]
         graphics = tuple(_graphics(node))
-        if node.tag == "fig-group" and not graphics:
-            continue
+        if node.tag == "fig-group" or node.find(".//fig") is not None:
+            # One character too many is enough to tell that it is too long.
+            groups[node] = label, caption[: MAX_CAPTION + 1], told
+            if not graphics:
+                continue
         number += 1
         if number > MAX_FIGURES:
             raise JatsError(f"more than {MAX_FIGURES} figures")
@@ -200,7 +230,30 @@ def _figures(root: etree._Element) -> Iterator[Figure]:
             graphics=graphics,
             licence="" if permissions is None else _own_licence(permissions),
             excluded=excluded,
+            mentions=told,
         )
+
+
+def _mentions(root: etree._Element) -> dict[str, list[str]]:
+    """The first paragraphs that refer to each id of a figure, cut to MAX_MENTION characters, in document order."""
+    wanted = {node.get("id") for node in root.iter("fig", "fig-group")} - {None}
+    found: dict[str, list[str]] = {}
+    # A paragraph is read once, however many references it has.
+    last, text = None, ""
+    for reference in root.iter("xref"):
+        ids = [name for name in (reference.get("rid") or "").split() if name in wanted]
+        if not any(len(found.get(name, ())) < MAX_MENTIONS for name in ids):
+            continue
+        above = list(reference.iterancestors("p", "caption", "fig", "table-wrap"))
+        if not above or any(node.tag != "p" for node in above):
+            continue
+        if above[-1] is not last:
+            last, text = above[-1], text_of(above[-1])[:MAX_MENTION]
+        for name in ids:
+            told = found.setdefault(name, [])
+            if len(told) < MAX_MENTIONS and text not in told:
+                told.append(text)
+    return found
 
 
 def _own_licence(permissions: etree._Element) -> str:
@@ -216,7 +269,10 @@ def _caption(node: etree._Element) -> str:
         parts += node.findall("p")
     only_doi = [p for part in parts for p in part.iter("p") if _ONLY_DOI.fullmatch(text_of(p))]
     joined = " ".join(filter(None, (text_of(part, without=only_doi) for part in parts)))
-    return joined if _LETTER_OR_DIGIT.search(joined) else ""
+    is_none = (
+        not _LETTER_OR_DIGIT.search(joined) or joined == _text(node.find("label")) or _PLACEHOLDER.fullmatch(joined)
+    )
+    return "" if is_none else joined
 
 
 def _graphics(figure: etree._Element) -> Iterator[Graphic]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bclip_fast.data.files import Files, LocalFiles, ReadError
 from bclip_fast.errors import UserError
 
 FORMAT_VERSION = 1
@@ -48,33 +48,34 @@ class Index:
     sizes: np.ndarray  # (samples, 3) int64, bytes
 
 
-def _read_json(path: Path, what: str) -> Any:
+def _read_json(files: Files, name: str, what: str) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return files.json(name)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; {what}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {what}") from None
+        raise UserError(f"{files.path(name)}: missing; {what}") from None
+    except ReadError as error:
+        raise ReadError(f"{error}; {what}") from None
 
 
-def read_description(root: Path) -> dict[str, Any]:
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give a dataset written by `bclip ingest build`")
+def read_description(files: Files) -> dict[str, Any]:
+    if isinstance(files, LocalFiles) and not files.root.is_dir():
+        raise UserError(f"{files.root}: no such folder; give a dataset written by `bclip ingest build`")
     what = "a finished dataset has one: build it (again)"
-    description = _read_json(root / "dataset.json", what)
+    description = _read_json(files, "dataset.json", what)
     if not isinstance(description, dict) or description.get("format") != "bclip_fast.shards":
-        raise UserError(f"{root / 'dataset.json'}: not the description of a dataset")
+        raise UserError(f"{files.path('dataset.json')}: not the description of a dataset")
     if description.get("version") != FORMAT_VERSION:
         raise UserError(
-            f"{root}: format version {description.get('version')}, this release reads "
+            f"{files.path('dataset.json')}: format version {description.get('version')}, this release reads "
             f"{FORMAT_VERSION}; build the dataset again"
         )
     return description
 
 
-def read_index(root: Path, shard: dict[str, Any]) -> tuple[list[str], Index]:
-    path = root / f"{shard['name']}.index.json"
-    index = _read_json(path, "the index of a shard is needed; build the dataset again")
+def read_index(files: Files, shard: dict[str, Any]) -> tuple[list[str], Index]:
+    name = f"{shard['name']}.index.json"
+    path = files.path(name)
+    index = _read_json(files, name, "the index of a shard is needed; build the dataset again")
     try:
         if (index["name"], index["sha256"]) != (shard["name"], shard["sha256"]):
             raise UserError(f"{path}: belongs to another shard than dataset.json names")

@@ -6,12 +6,15 @@ stay mostly sequential, and no rank has to hold more than one block's order. Glo
 [n * B, (n + 1) * B), and rank r of R takes the r-th of its R equal slices. So the batches depend neither on the number
 of ranks nor on threads, and the number of samples consumed is all there is to remember. Where samples differ in what
 they cost, the ranks take equally many of each global batch in shares of nearly equal cost instead of slices.
+
+A sample that turns out damaged is replaced by a reserve of its position, a function of (seed, e, p) as well: no rank
+has to tell another, every batch keeps its size, and a resumed run, on any number of ranks, replaces it the same way.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ from bclip_fast.errors import UserError
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+# Damage is rare and reserves come from everywhere in the dataset: this many bad ones in a row are another problem.
+NUM_RESERVES = 16
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -31,11 +36,16 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def permutation(length: int, *key: int) -> np.ndarray:
     """A random permutation of range(length), int64, the same for the same `key` on every machine and numpy version."""
+    return np.argsort(_draws(length, *key), kind="stable")
+
+
+def _draws(count: int, *key: int) -> np.ndarray:
+    """(count,) random uint64, the same for the same `key`."""
     state = np.zeros(1, np.uint64)
     for number in key:
         state = _mix(state ^ np.array([(number + 1) * _GOLDEN & _MASK], np.uint64))
-    counters = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return np.argsort(_mix(counters + state), kind="stable")
+    counters = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _mix(counters + state)
 
 
 class SampleStream:
@@ -80,6 +90,7 @@ class SampleStream:
                 f"batch_size={batch_size} is larger than the dataset's {self.num_samples} samples; use a smaller batch"
             )
         self.batch_size = batch_size
+        self.rank_batch_size = batch_size // world_size
         self.num_batches = self.num_samples // batch_size
         self.fingerprint = fingerprint
         self.seed = seed
@@ -113,19 +124,31 @@ class SampleStream:
         block, place = divmod(position, self.shuffle_block)
         return int(self._block(epoch, block)[place])
 
+    def reserves(self, epoch: int, position: int) -> Iterator[int]:
+        """Dataset indices, at most NUM_RESERVES, to be tried in turn in place of a damaged sample at a position.
+
+        They are drawn from the whole dataset, since what damaged one sample may have damaged its neighbours. Those of
+        the same global batch are passed over, as a pair must not stand twice in it, unless the dataset is so small
+        that few others are left.
+        """
+        start = position // self.batch_size * self.batch_size
+        end = min(start + self.batch_size, self.num_samples)
+        taken = {self.sample(epoch, place) for place in range(start, end)}
+        draws = (_draws(4 * NUM_RESERVES, self.seed, epoch, 2, position) % np.uint64(self.num_samples)).tolist()
+        free = [index for index in draws if index not in taken or self.num_samples < 2 * self.batch_size]
+        return iter(list(dict.fromkeys(free))[:NUM_RESERVES])
+
     def batch(self, number: int) -> tuple[int, list[int]]:
-        """(epoch, dataset indices) of this rank's slice of global batch `number`, counted over all epochs."""
+        """(epoch, positions in it) of this rank's slice of global batch `number`, counted over all epochs."""
         epoch, number = divmod(number, self.num_batches)
         start = number * self.batch_size
-        share = self.batch_size // self._world_size
+        share = self.rank_batch_size
         if self._cost is None or self._world_size == 1:
-            positions = range(start + self._rank * share, start + (self._rank + 1) * share)
-            return epoch, [self.sample(epoch, position) for position in positions]
-        indices = [self.sample(epoch, position) for position in range(start, start + self.batch_size)]
-        costs = [self._cost(index) for index in indices]
+            return epoch, list(range(start + self._rank * share, start + (self._rank + 1) * share))
+        costs = [self._cost(self.sample(epoch, position)) for position in range(start, start + self.batch_size)]
         dearest = sorted(range(len(costs)), key=lambda place: (-costs[place], place))
         turns = (self._rank, self._world_size - 1 - self._rank)
-        return epoch, [indices[i] for i in sorted(dearest[k * self._world_size + turns[k % 2]] for k in range(share))]
+        return epoch, [start + i for i in sorted(dearest[k * self._world_size + turns[k % 2]] for k in range(share))]
 
     def state_dict(self) -> dict[str, Any]:
         return {

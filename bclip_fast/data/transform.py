@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..ops.image import CLIP_MEAN, CLIP_STD
+from ..ops.image import CLIP_MEAN, CLIP_STD, shortest_edge_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,27 +75,28 @@ class Preprocess:
 
         size = self.config.size
         image = to_rgb(image)
-        width, height = image.size
-        if self.config.resize_mode == "squash":
-            target = (size, size)
-        else:
-            target = shortest_edge_size(width, height, size)
-        if target[0] * target[1] > _MAX_RESIZED_PIXELS:
-            raise UserError(f"a picture of {width} x {height} pixels is too narrow to be resized to {size}")
+        height, width, top, left = self.place(image.height, image.width)
+        target = (width, height)
         if target != image.size:
             bicubic = self.config.interpolation == "bicubic"
             image = image.resize(target, Pillow.Resampling.BICUBIC if bicubic else Pillow.Resampling.BILINEAR)
-        # torchvision rounds half to even, as Python's round does.
-        left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
         image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image))
 
+    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(height, width) to which a picture of this size is resized, and (top, left) of the square that is cut out.
 
-def shortest_edge_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) with the shorter edge `size` and the longer one cut to whole pixels: torchvision's rule."""
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
+        Raises:
+            UserError: it is so long and narrow that its resized form wouldn't fit in memory.
+        """
+        size = self.config.size
+        if self.config.resize_mode == "squash":
+            return size, size, 0, 0
+        wide, high = shortest_edge_size(width, height, size)
+        if wide * high > _MAX_RESIZED_PIXELS:
+            raise UserError(f"a picture of {width} x {height} pixels is too narrow to be resized to {size}")
+        # torchvision rounds half to even, as Python's round does.
+        return high, wide, round((high - size) / 2), round((wide - size) / 2)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

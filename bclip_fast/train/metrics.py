@@ -25,7 +25,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         path = folder / "metrics.jsonl"
-        _cut(path, first_step)
+        cut_lines(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tb", first_step)
 
@@ -43,7 +43,8 @@ class MetricsLog:
             self._board.close()
 
 
-def _cut(path: Path, first_step: int) -> None:
+def cut_lines(path: Path, first_step: int) -> None:
+    """Removes the lines of a JSONL whose "step" is later, and those that aren't whole."""
     if not path.is_file():
         return
     kept = []

@@ -7,7 +7,8 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, tb/,
-checkpoints/step-XXXXXXXX/ and model/ (open_clip's layout, written with each checkpoint).
+checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), and bad_samples.jsonl where
+samples turned out damaged and were replaced.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.files import ReadConfig
 from bclip_fast.data.native import Batch, NativeLoader
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
@@ -40,6 +42,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
 from . import engine as engines
+from .bad_samples import BadSamples
 from .engine import EngineConfig
 from .metrics import MetricsLog, Progress
 from .schedule import OptimConfig, learning_rate
@@ -54,7 +57,7 @@ class DataConfig:
     """What is trained on, and how it is read."""
 
     shards: str = ""
-    """Folder written by `bclip ingest build`."""
+    """Folder written by `bclip ingest build`, or the URL of a copy of it (s3://, https://, whatever fsspec reads)."""
     split: str = "train"
     tokenizer: str = "train"
     """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split."""
@@ -64,12 +67,22 @@ class DataConfig:
     """Random resized crops; False takes the centre crop of evaluation."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the image's area in a crop."""
+    loader: Literal["native", "dali"] = "native"
+    """What decodes and resizes: our code on the CPU, or NVIDIA DALI, on the GPU where there is one; same batches."""
     num_threads: int = 2
     """Threads a rank that decode images."""
     prefetch_batches: int = 2
-    """Batches prepared ahead."""
+    """Batches prepared ahead; from a URL, read ahead."""
+    max_bad_samples: int = 100
+    """Different samples, over all ranks, that may turn out damaged and are replaced (bad_samples.jsonl of the run lists
+    them); one more stops the run. 0: the first stops it. A shard that can't be read always does."""
+    timeout_s: float = 300.0
+    """A rank whose batch isn't ready this long after it was asked for stops the run, naming what is being read."""
+    read: ReadConfig = field(default_factory=ReadConfig)
 
     def __post_init__(self) -> None:
+        if self.max_bad_samples < 0:
+            raise UserError(f"data.max_bad_samples={self.max_bad_samples}: must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
 
@@ -154,17 +167,18 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
     Args:
         validate: figures of the model, computed on rank 0 every `validation.every_steps`; retrieval unless given.
         on_step: called on rank 0 with each line of metrics.jsonl: step, epoch, samples, loss, lr, logit_scale,
-            grad_norm (before clipping), samples_per_second (over all ranks), data_wait_seconds.
+            grad_norm (before clipping), samples_per_second (over all ranks), data_wait_seconds, bad_samples (different
+            ones so far, over all ranks).
 
     Raises:
-        UserError: a configuration, dataset or checkpoint that doesn't fit, a sample that can't be decoded, a loss that
-            isn't finite.
+        UserError: a configuration, dataset or checkpoint that doesn't fit, a loss that isn't finite; on every rank, too
+            many damaged samples, or a rank whose shards can't be read in time.
     """
     config = config.resolved()
     distributed.init()
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
-    dataset = _open(config.data.shards, config.data.split)
+    dataset = _open(config.data, config.data.split)
     stream = SampleStream(
         dataset.shard_sizes,
         dataset.fingerprint,
@@ -177,7 +191,7 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
         cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
     )
     if config.validation.every_steps and validate is None:
-        _open(config.data.shards, config.validation.split)
+        _open(config.data, config.validation.split)
     run = Path(config.run)
     _on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
@@ -220,21 +234,29 @@ class _Run:
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
-        self.loader = NativeLoader(
-            dataset,
-            tokenizer.encode,
-            stream,
-            self.preprocess,
-            augment=config.data.augment,
-            crop_scale=config.data.crop_scale,
-            num_threads=config.data.num_threads,
-            prefetch_batches=config.data.prefetch_batches,
-            pin_memory=self.engine.device.type == "cuda",
-        )
+        self.loader = self._make_loader(dataset)
+        self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         main = distributed.is_main()
         self.metrics = MetricsLog(run, self.step) if main else None
         self.progress = Progress(self.step, self.num_steps) if main else None
         self.saved_step = self.step if saved is not None else -1
+
+    def _make_loader(self, dataset: ShardDataset) -> NativeLoader:
+        data, device = self.config.data, self.engine.device
+        arguments = (dataset, self.tokenizer.encode, self.stream, self.preprocess)
+        options: dict[str, Any] = dict(
+            augment=data.augment,
+            crop_scale=data.crop_scale,
+            num_threads=data.num_threads,
+            prefetch_batches=data.prefetch_batches,
+            pin_memory=device.type == "cuda",
+            timeout_s=data.timeout_s,
+        )
+        if data.loader == "native":
+            return NativeLoader(*arguments, **options)
+        from bclip_fast.data.dali import DaliLoader
+
+        return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)
 
     def _load(self, model: BiomedClip) -> checkpoints.Checkpoint:
         folder = self.run / "checkpoints"
@@ -280,7 +302,7 @@ class _Run:
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        batch = next(self.loader)
+        batch = self._batch()
         data_wait = time.perf_counter() - start
         # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
         torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
@@ -309,7 +331,19 @@ class _Run:
             "grad_norm": result.grad_norm,
             "samples_per_second": self.config.batch_size / (time.perf_counter() - start),
             "data_wait_seconds": data_wait,
+            "bad_samples": self.bad.num_bad,
         }
+
+    def _batch(self) -> Batch:
+        """The next batch. A rank that has none tells the others, which would wait for it in the loss."""
+        batch, problem = None, None
+        try:
+            batch = next(self.loader)
+        except UserError as error:
+            problem = str(error)
+        self.bad.agree(self.step + 1, batch.bad if batch else [], problem)
+        assert batch is not None
+        return batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         device = self.engine.device
@@ -359,10 +393,10 @@ class _Run:
         self.engine.close()
 
 
-def _open(shards: str, split: str) -> ShardDataset:
-    if not shards:
+def _open(data: DataConfig, split: str) -> ShardDataset:
+    if not data.shards:
         raise UserError("data.shards is not set; give the folder that `bclip ingest build` wrote")
-    return ShardDataset(shards, split)
+    return ShardDataset(data.shards, split, data.read)
 
 
 def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
@@ -378,8 +412,7 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
         return
     source, text = config.data.tokenizer, config.model.text
     if source == "train":
-        captions = (dataset.caption(i) for i in range(len(dataset)))
-        tokenizer = Tokenizer.train(captions, text.vocab_size, text.context_length)
+        tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
     tokenizer.save(run / "tokenizer")

@@ -3,6 +3,7 @@
 #include <string_view>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,19 +20,28 @@ namespace py = pybind11;
 namespace {
 
 #ifdef BCLIP_JPEG
-const uint8_t* bytes_of(std::string_view data) { return reinterpret_cast<const uint8_t*>(data.data()); }
-
 std::pair<int, int> jpeg_size(const py::bytes& data) {
   const std::string_view view = data;
-  py::gil_scoped_release release;
-  const auto size = bclip::cpu::jpeg_size(bytes_of(view), view.size());
+  const py::gil_scoped_release release;
+  const auto size = bclip::cpu::jpeg_size(view);
   return {size.height, size.width};
 }
 
 void decode_jpeg(const py::bytes& data, uintptr_t pixels, int height, int width) {
   const std::string_view view = data;
-  py::gil_scoped_release release;
-  bclip::cpu::decode_jpeg(bytes_of(view), view.size(), reinterpret_cast<uint8_t*>(pixels), height, width);
+  const py::gil_scoped_release release;
+  bclip::cpu::decode_jpeg(view, reinterpret_cast<uint8_t*>(pixels), height, width);
+}
+
+std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<py::bytes>& files, int size,
+                                                           bclip::cpu::Crop crop, uintptr_t boxes, bool bicubic,
+                                                           bool exact, int64_t max_pixels, uintptr_t pixels,
+                                                           int threads) {
+  const std::vector<std::string_view> views(files.begin(), files.end());
+  const py::gil_scoped_release release;
+  return bclip::cpu::decode_resize(
+      views, {size, crop, reinterpret_cast<const int64_t*>(boxes), bicubic, exact, max_pixels},
+      reinterpret_cast<uint8_t*>(pixels), threads);
 }
 #endif
 
@@ -199,6 +209,12 @@ PYBIND11_MODULE(_cpu, module) {
 #ifdef BCLIP_JPEG
   module.def("jpeg_size", &jpeg_size, py::arg("data"));
   module.def("decode_jpeg", &decode_jpeg, py::arg("data"), py::arg("pixels"), py::arg("height"), py::arg("width"));
+  py::enum_<bclip::cpu::Crop>(module, "Crop", py::module_local())
+      .value("center", bclip::cpu::Crop::kCenter)
+      .value("squash", bclip::cpu::Crop::kSquash)
+      .value("boxes", bclip::cpu::Crop::kBoxes);
+  module.def("decode_resize", &decode_resize, py::arg("files"), py::arg("size"), py::arg("crop"), py::arg("boxes"),
+             py::arg("bicubic"), py::arg("exact"), py::arg("max_pixels"), py::arg("pixels"), py::arg("threads"));
 #endif
   module.def("instruction_set", &bclip::cpu::instruction_set);
   module.def("exponential_sums", &exponential_sums, py::arg("dots"), py::arg("num_rows"), py::arg("num_columns"),

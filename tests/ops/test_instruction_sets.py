@@ -62,3 +62,14 @@ def test_norms_and_gelu_are_right_on(name):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(done.stdout.split(" passed")[0].split()[-1]) >= 90
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_resized_to_the_bit_on(name):
+    skip_if_missing(name)
+    if not hasattr(_cpu, "decode_resize"):
+        pytest.skip("built without libjpeg-turbo (BCLIP_JPEG=0)")
+    path = Path(__file__).with_name("test_image.py")
+    done = run(name, "-m", "pytest", str(path), "-q", "-k", "pillows", "-p", "no:cacheprovider", "-p", "no:xdist")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 24

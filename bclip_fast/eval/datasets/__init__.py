@@ -47,7 +47,7 @@ class EvalDataset(Protocol):
 
 
 def open_dataset(path: str, split: str) -> EvalDataset:
-    """The data at `path`: shards (a folder with dataset.json), a `.csv` file, or a folder with a folder per class.
+    """The data at `path`: shards (a folder with dataset.json, or its URL), a `.csv`, or a folder with one per class.
 
     Raises:
         UserError: nothing there, nothing in it, a split it doesn't have.
@@ -56,6 +56,8 @@ def open_dataset(path: str, split: str) -> EvalDataset:
     from .shards import ShardEvalDataset
     from .table import CsvDataset
 
+    if "://" in path:
+        return ShardEvalDataset(path, split)
     place = Path(path)
     if not place.exists():
         raise UserError(

@@ -14,7 +14,7 @@ _NUM_PROBED = 256
 class ShardEvalDataset:
     """One split of a dataset of shards; see `EvalDataset`."""
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path | str, split: str) -> None:
         self._shards = ShardDataset(root, split)
         if not len(self._shards):
             raise UserError(f"data {root} has no sample in split {split!r}")

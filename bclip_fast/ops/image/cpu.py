@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
+
+from ..arguments import address
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
@@ -19,3 +23,30 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 def peek_size(data: bytes) -> tuple[int, int]:
     return _cpu.jpeg_size(data)
+
+
+def decode_resize(
+    jpegs: Sequence[bytes],
+    size: int,
+    crop: str,
+    boxes: Tensor | None,
+    interpolation: str,
+    exact: bool,
+    out: Tensor,
+    max_pixels: int,
+    threads: int,
+) -> dict[int, str]:
+    """Writes `out`; see image.h."""
+    return dict(
+        _cpu.decode_resize(
+            list(jpegs),
+            size,
+            getattr(_cpu.Crop, crop),
+            0 if boxes is None else address(boxes, torch.int64, len(jpegs), 4),
+            interpolation == "bicubic",
+            exact,
+            max_pixels,
+            address(out, torch.uint8, len(jpegs), size, size, 3),
+            threads,
+        )
+    )

@@ -1,28 +1,81 @@
-"""The definition: what Pillow decodes."""
+"""The definition: what Pillow decodes, and resizes with a filter stretched by the scale where that is above 1."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from . import shortest_edge_size
+
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
-    image = _open(data)
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"JPEG of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels")
-    try:
-        return torch.from_numpy(np.array(image.convert("RGB")))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"JPEG cannot be decoded: {error}") from error
+    return torch.from_numpy(np.array(_rgb(data, max_pixels)))
 
 
 def peek_size(data: bytes) -> tuple[int, int]:
     image = _open(data)
     return image.height, image.width
+
+
+def decode_resize(
+    jpegs: Sequence[bytes],
+    size: int,
+    crop: str,
+    boxes: Tensor | None,
+    interpolation: str,
+    exact: bool,
+    out: Tensor,
+    max_pixels: int,
+    threads: int,
+) -> dict[int, str]:
+    """Writes `out`; `exact` and `threads` don't matter."""
+    errors = {}
+    resample = Image.Resampling[interpolation.upper()]
+    for index, data in enumerate(jpegs):
+        try:
+            image = _rgb(data, max_pixels)
+            if boxes is not None:
+                image = _cut(image, *boxes[index].tolist())
+            target = (size, size) if crop != "center" else shortest_edge_size(*image.size, size)
+            for step in (_between(*image.size, *target), target):
+                image = image if step == image.size else image.resize(step, resample)
+            # torchvision rounds half to even, as Python's round does.
+            left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+            out[index] = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
+        except (ValueError, MemoryError) as error:
+            out[index] = 0
+            errors[index] = str(error)
+    return errors
+
+
+def _between(width: int, height: int, new_width: int, new_height: int) -> tuple[int, int]:
+    """(width, height) after the first of the two passes: Pillow 13's order; before, Pillow always began along rows."""
+    reduced = height - new_height
+    return (width, new_height) if reduced > max(0, 2 * (width - new_width)) else (new_width, height)
+
+
+def _cut(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
+    if min(top, left, height - 1, width - 1) < 0 or top + height > image.height or left + width > image.width:
+        raise ValueError(
+            f"box (top {top}, left {left}, height {height}, width {width}) is not inside the picture of "
+            f"{image.width}x{image.height} pixels"
+        )
+    return image.crop((left, top, left + width, top + height))
+
+
+def _rgb(data: bytes, max_pixels: int) -> Image.Image:
+    image = _open(data)
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"JPEG of {image.width}x{image.height} pixels exceeds the limit of {max_pixels} pixels")
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"JPEG cannot be decoded: {error}") from error
 
 
 def _open(data: bytes) -> Image.Image:

@@ -1,0 +1,80 @@
+"""What the ranks agree on about their data before each step: damaged samples are counted, a failure stops them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from bclip_fast import distributed
+from bclip_fast.data.native import BadRecord
+from bclip_fast.errors import UserError
+
+from .metrics import cut_lines
+
+log = logging.getLogger(__name__)
+
+NAME = "bad_samples.jsonl"
+_NUM_SHOWN = 20
+
+
+class BadSamples:
+    """RUN/bad_samples.jsonl: a line for each time that a damaged sample was met in a batch that was trained on.
+
+    Keys of a line: step, rank, epoch, position, index, key, shard, reason. Lines are in the order of training, whatever
+    was prefetched, and lines of later steps than `first_step` are removed, so a resumed run's file becomes that of an
+    uninterrupted one. Made on every rank at once.
+
+    Args:
+        folder: the run folder.
+        limit: different samples, over all ranks and steps, that may be damaged.
+    """
+
+    def __init__(self, folder: Path, first_step: int, limit: int) -> None:
+        self._path = folder / NAME
+        self._limit = limit
+        records: list[dict[str, Any]] = []
+        if distributed.is_main():
+            cut_lines(self._path, first_step)
+            if self._path.is_file():
+                records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        self._bad = {record["index"]: _describe(record) for record in distributed.broadcast_object(records)}
+
+    @property
+    def num_bad(self) -> int:
+        """Different samples, over all ranks."""
+        return len(self._bad)
+
+    def agree(self, step: int, found: list[BadRecord], problem: str | None) -> None:
+        """Tells all ranks what this one met in the batch of a step. Collective: one number travels if that is nothing.
+
+        Raises:
+            UserError: on every rank, where a rank has a `problem` instead of a batch, or too many samples are damaged.
+        """
+        if not distributed.total(len(found) + (problem is not None)):
+            return
+        rank = distributed.rank()
+        own = [{"step": step, "rank": rank, **dataclasses.asdict(record)} for record in found]
+        gathered = distributed.all_gather_object((problem, own))
+        records = sorted((line for _, lines in gathered for line in lines), key=lambda line: line["position"])
+        if distributed.is_main() and records:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            for record in records:
+                log.warning("step %d: replaced %s", step, _describe(record))
+        self._bad.update((record["index"], _describe(record)) for record in records)
+        problems = [f"rank {number}: {text}" for number, (text, _) in enumerate(gathered) if text is not None]
+        if problems:
+            raise UserError("; ".join(problems) if distributed.world_size() > 1 else problems[0].partition(": ")[2])
+        if len(self._bad) > self._limit:
+            shown = "; ".join(list(self._bad.values())[:_NUM_SHOWN])
+            raise UserError(
+                f"{len(self._bad)} samples are damaged, data.max_bad_samples is {self._limit}: {shown} "
+                f"({self._path} lists all)"
+            )
+
+
+def _describe(record: dict[str, Any]) -> str:
+    return f"sample {record['key']} (index {record['index']}) of {record['shard']}: {record['reason']}"

@@ -1,0 +1,257 @@
+"""`bclip bench loader`: from shards to batches, ours against webdataset with open_clip's transform and DALI."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bclip_fast.data.native import NativeLoader
+from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.stream import SampleStream
+from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
+from bclip_fast.errors import UserError
+from bclip_fast.model.tokenizer import Tokenizer
+
+from .cases import Unavailable, open_clip, shared_data
+
+log = logging.getLogger(__name__)
+
+Tokenize = Callable[[list[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """One pass over a split of shards: read, decode, random resized crop, resize, tokenise."""
+
+    shards: str = ""
+    """Folder of shards; empty: the figures of BCLIP_SHARED_DATA's pmc_articles, or synthetic ones where there are none,
+    in a temporary folder."""
+    max_short_side: int = 384
+    """Of the figures in that folder, as `bclip ingest build` stores them; 0 keeps their sizes."""
+    size: int = 224
+    batch_size: int = 32
+    workers: int = 1
+    """Threads that decode; processes for webdataset, where 1 is the process itself."""
+    rounds: int = 3
+    """Passes of each loader, in turn; the fastest counts, ratios are medians of those within a round."""
+    dali: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.batch_size, self.workers, self.rounds) < 1:
+            raise UserError(
+                f"loader.size={self.size}, batch_size={self.batch_size}, workers={self.workers}, rounds={self.rounds}: "
+                "need at least 1 each"
+            )
+
+
+@dataclass
+class Source:
+    """What all contenders read: shards, their tars' paths, and the tokenizer."""
+
+    config: LoaderConfig
+    dataset: ShardDataset
+    tars: list[str]
+    tokenize: Tokenize
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.dataset) // self.config.batch_size
+
+    def stream(self) -> SampleStream:
+        sizes, batch = self.dataset.shard_sizes, self.config.batch_size
+        return SampleStream(sizes, self.dataset.fingerprint, batch_size=batch)
+
+
+def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
+    """Shards of what ingest makes of real articles, or of smooth noise of a figure's size where there are none."""
+    articles = shared_data() / "pmc_articles"
+    if articles.is_dir():
+        from bclip_fast.data.ingest import IngestConfig, build
+
+        options: dict[str, Any] = dict(val_fraction=0.0, test_fraction=0.0, workers=1, max_shard_megabytes=16)
+        build(IngestConfig(articles, folder, max_short_side=config.max_short_side, **options))
+        return folder
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    with ShardWriter(folder, max_shard_bytes=16 << 20) as writer:
+        for number in range(256):
+            noise = Image.fromarray(generator.integers(0, 256, (96, 128, 3), dtype=np.uint8))
+            data = io.BytesIO()
+            noise.resize((512, 384), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
+            writer.write(Sample(f"figure{number}", data.getvalue(), f"a figure of noise, number {number}"), "train")
+    return folder
+
+
+# A contender is made, untimed, with all that it builds; each call is one pass, a generator of float or uint8 batches.
+Pass = Callable[[], Iterator[Tensor]]
+
+
+def webdataset_pass(source: Source) -> Pass:
+    try:
+        import webdataset
+    except ImportError:
+        raise Unavailable("the peer webdataset is not installed") from None
+    library, config = open_clip(), source.config
+    transform = library.image_transform(config.size, is_train=True, mean=None, std=None)
+
+    def samples() -> Iterator[tuple[Tensor, str]]:
+        data = webdataset.WebDataset(source.tars, shardshuffle=False, empty_check=False)
+        return data.decode("pilrgb").to_tuple("jpg", "txt").map_tuple(transform, lambda text: text)
+
+    def one() -> Iterator[Tensor]:
+        workers = config.workers if config.workers > 1 else 0
+        collate = webdataset.filters.default_collation_fn
+        loader = torch.utils.data.DataLoader(
+            samples(), config.batch_size, num_workers=workers, drop_last=True, collate_fn=collate
+        )
+        for images, texts in loader:
+            source.tokenize(list(texts))
+            yield images
+
+    return one
+
+
+def dali_pass(source: Source) -> Pass:
+    """DALI's own reader of WebDatasets, random crop and normalisation: what its documentation has one write."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError:
+        raise Unavailable("the peer nvidia-dali is not installed") from None
+    config, preprocess = source.config, PreprocessConfig()
+    scale = [255 * value for value in preprocess.mean], [255 * value for value in preprocess.std]
+
+    @pipeline_def(batch_size=config.batch_size, num_threads=config.workers, device_id=None)
+    def graph() -> Any:
+        jpegs, texts = fn.readers.webdataset(paths=source.tars, ext=["jpg", "txt"], name="reader")
+        images = fn.decoders.image_random_crop(jpegs, random_area=[0.9, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+        images = fn.resize(images, size=[config.size] * 2, interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=scale[0], std=scale[1]), texts
+
+    pipeline = graph()
+    pipeline.build()
+
+    def one() -> Iterator[Tensor]:
+        for _ in range(source.num_batches):
+            images, texts = pipeline.run()
+            source.tokenize([bytes(texts.at(i)).decode() for i in range(len(texts))])
+            yield torch.from_numpy(images.as_array())
+        pipeline.reset()
+
+    return one
+
+
+def our_pass(source: Source, loader: type[NativeLoader]) -> Pass:
+    def one() -> Iterator[Tensor]:
+        preprocess = Preprocess(PreprocessConfig(size=source.config.size))
+        options: dict[str, Any] = dict(num_threads=source.config.workers)
+        with loader(source.dataset, source.tokenize, source.stream(), preprocess, **options) as batches:
+            for _ in range(source.num_batches):
+                yield next(batches).images
+
+    return one
+
+
+def contenders(source: Source) -> dict[str, Callable[[], Pass]]:
+    def ours_with_dali() -> Pass:
+        from bclip_fast.data.dali import DaliLoader
+
+        return our_pass(source, DaliLoader)
+
+    found: dict[str, Callable[[], Pass]] = {"webdataset + open_clip": lambda: webdataset_pass(source)}
+    if source.config.dali:
+        found["DALI CPU"] = lambda: dali_pass(source)
+        found["ours, DALI CPU"] = ours_with_dali
+    found["ours"] = lambda: our_pass(source, NativeLoader)
+    return found
+
+
+def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
+    """A row for each loader. Raises AssertionError where the pixels of one aren't those of the others in the mean."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(config.shards or stack.enter_context(tempfile.TemporaryDirectory()))
+        dataset = ShardDataset(folder if config.shards else figures_to_shards(config, folder / "shards"))
+        tars = sorted(str(path) for path in Path(dataset.root).glob(f"{dataset.split}-*.tar"))
+        captions = [dataset.caption(i) for i in range(len(dataset))]
+        tokenizer = Tokenizer.train(captions, 4000, 256)
+        source = Source(config, dataset, tars, tokenizer.encode)
+        if not source.num_batches:
+            raise UserError(f"loader.batch_size={config.batch_size}: the shards hold {len(dataset)} samples")
+        passes: dict[str, Pass] = {}
+        for name, make in contenders(source).items():
+            try:
+                passes[name] = make()
+            except (Unavailable, UserError) as reason:
+                log.warning("%s is not measured: %s", name, reason)
+        means = {name: _mean(passes[name]()) for name in passes}
+        times: dict[str, list[float]] = {name: [] for name in passes}
+        work: dict[str, list[float]] = {name: [] for name in passes}
+        for number in range(config.rounds):
+            for name, one in passes.items():
+                start, busy = time.perf_counter(), _cpu_seconds()
+                count = sum(len(images) for images in one())
+                times[name].append(time.perf_counter() - start)
+                work[name].append(_cpu_seconds() - busy)
+                assert count == source.num_batches * config.batch_size, f"{name} gave {count} samples"
+                log.info("round %d, %s: %.0f samples/s", number + 1, name, count / times[name][-1])
+    first = next(iter(times))
+    rows = []
+    for name, seconds in times.items():
+        error = abs(means[name] - means["ours"])
+        assert error < 0.02, f"the pixels of {name} are {error:.3f} standard deviations off in the mean"
+        rows.append(
+            dict(
+                operator="loader",
+                case=f"{len(dataset)}-{config.size}-{config.batch_size}-{config.workers}",
+                contender=name,
+                error=error,
+                batch=config.batch_size,
+                workers=config.workers,
+                samples=count,
+                seconds=min(seconds),
+                samples_per_second=count / min(seconds),
+                samples_per_cpu_second=count / min(work[name]),
+                speedup=statistics.median(one / own for one, own in zip(times[first], seconds, strict=True)),
+                rounds=config.rounds,
+            )
+        )
+    return rows
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the children it has waited for: what others on the machine do hardly changes it."""
+    return sum(os.times()[:4])
+
+
+def _mean(batches: Iterator[Tensor]) -> float:
+    """Of all normalised pixels of a pass: crops differ between loaders, pictures hardly do."""
+    means = [float((normalize(images) if images.dtype == torch.uint8 else images).mean()) for images in batches]
+    return statistics.mean(means)
+
+
+def show_loader(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{rows[0]['samples']} samples a pass, {rows[0]['workers']} worker(s)", title_justify="left")
+    for heading in ("contender", "samples/s", "s", "x first", "samples/CPU s", "x first", "mean off"):
+        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    for row in rows:
+        figures = (f"{row['samples_per_second']:.0f}", f"{row['seconds']:.2f}", f"{row['speedup']:.2f}")
+        work = row["samples_per_cpu_second"]
+        relative = work / rows[0]["samples_per_cpu_second"]
+        table.add_row(row["contender"], *figures, f"{work:.0f}", f"{relative:.2f}", f"{row['error']:.4f}")
+    (Console() if os.isatty(1) else Console(width=120)).print(table)
