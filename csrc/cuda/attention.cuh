@@ -41,8 +41,8 @@ __device__ __forceinline__ uint32_t kept_of_quad(uint64_t seed, uint32_t thresho
 }
 
 // 1 where a key is seen, 0 where it is masked or past the sequence's end; for the keys [first, first + keys).
-__device__ __forceinline__ void store_visible(Shared<float> visible, const Attention& attention, const Sequence& sequence,
-                                              int first, int keys, int threads) {
+__device__ __forceinline__ void store_visible(Shared<float> visible, const Attention& attention,
+                                              const Sequence& sequence, int first, int keys, int threads) {
   for (int key = thread_index(); key < keys; key += threads) {
     const bool inside = first + key < sequence.length;
     const bool seen = inside && (!attention.key_mask || attention.key_mask[sequence.start + first + key]);

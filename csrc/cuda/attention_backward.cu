@@ -1,8 +1,8 @@
-// A block of warps for a sequence and a head. It holds K and V of up to KEYS keys in shared memory, each warp the sums of
-// dK and dV for its own 16 or 32 of them in registers, and goes through strips of 64 queries: S^T and (dO V^T)^T, from
-// which P^T and dS^T are left operands of dV and dK as they come; dS^T then goes through shared memory, where the warps
-// share out dQ = dS K. Five products where one kernel for dQ and one for dK and dV would need seven, and no atomics.
-// Where a sequence has more keys, the block goes through them in chunks and adds up dQ in `workspace`.
+// A block of warps for a sequence and a head. It holds K and V of up to KEYS keys in shared memory, each warp the sums
+// of dK and dV for its own 16 or 32 of them in registers, and goes through strips of 64 queries: S^T and (dO V^T)^T,
+// from which P^T and dS^T are left operands of dV and dK as they come; dS^T then goes through shared memory, where the
+// warps share out dQ = dS K. Five products where one kernel for dQ and one for dK and dV would need seven, and no
+// atomics. Where a sequence has more keys, the block goes through them in chunks and adds up dQ in `workspace`.
 #include "attention.cuh"
 
 #include <stdexcept>
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
   const Shared<float> deltas{Places::DELTA}, row_lse{Places::LSE}, visible{Places::VISIBLE};
   const int64_t stride = attention.token_stride, grad_stride = gradient.out_grad_token_stride;
   const int64_t out_stride = int64_t(heads) * DIM;
-  const T* const query_rows = static_cast<const T*>(attention.qkv) + sequence.start * stride + head * attention.head_stride;
+  const T* const query_rows =
+      static_cast<const T*>(attention.qkv) + sequence.start * stride + head * attention.head_stride;
   const T* const key_rows = query_rows + attention.part_stride;
   const T* const grad_rows =
       static_cast<const T*>(gradient.out_grad) + sequence.start * grad_stride + head * gradient.out_grad_head_stride;
@@ -246,7 +247,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
           const int index = keys.index_of_pair(own, column * 8 + place * 2);
           const float(&key)[4] = key_grad[tile][column];
           const float(&value)[4] = value_grad[tile][column];
-          keys.memory.template store_as<uint32_t>(index, pack<T>(key[i] * attention.scale, key[i + 1] * attention.scale));
+          keys.memory.template store_as<uint32_t>(
+              index, pack<T>(key[i] * attention.scale, key[i + 1] * attention.scale));
           values.memory.template store_as<uint32_t>(index, pack<T>(value[i] * keep_scale, value[i + 1] * keep_scale));
         }
       }

@@ -28,7 +28,8 @@ struct Layout {
 };
 
 template <class T, int DIM, int KEYS, bool DROPOUT>
-__global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPOUT ? 3 : 2) forward(Arguments arguments) {
+__global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPOUT ? 3 : 2)
+    forward(Arguments arguments) {
   using Places = Layout<T, DIM, KEYS>;
   const Attention& attention = arguments.attention;
   const int splits = arguments.splits, heads = attention.heads;
@@ -48,6 +49,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
   const int64_t out_stride = int64_t(heads) * DIM;
   T* const out = static_cast<T*>(arguments.out) + sequence.start * out_stride + head * DIM;
   float* const lse = arguments.lse + head * attention.rows + sequence.start;
+  const int64_t stride = attention.token_stride;
   const bool whole = length <= KEYS;
   const float factor = attention.scale * LOG2_E;
   const uint64_t seed = DROPOUT ? *attention.seed : 0;
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
   const auto copy_queries = [&](int first) {
     const int from = first + warp * 16;
     if (from < length) {
-      queries.copy_rows(query_rows + from * attention.token_stride, attention.token_stride, 16, length - from, lane, 32);
+      queries.copy_rows(query_rows + from * stride, stride, 16, length - from, lane, 32);
     }
     commit_copies();
   };
@@ -71,10 +73,9 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
       if (!whole || first == split * STRIP) {
         const int here = min(KEYS, length - chunk), rounded = (here + 15) / 16 * 16;
         if (chunk > 0 || first != split * STRIP) block_barrier();
-        keys.copy_rows(key_rows + chunk * attention.token_stride, attention.token_stride, rounded, here, thread_index(),
-                       WARPS * 32);
-        values.copy_rows(key_rows + attention.part_stride + chunk * attention.token_stride, attention.token_stride,
-                         rounded, here, thread_index(), WARPS * 32);
+        keys.copy_rows(key_rows + chunk * stride, stride, rounded, here, thread_index(), WARPS * 32);
+        values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, here, thread_index(),
+                         WARPS * 32);
         commit_copies();
         store_visible(visible, attention, sequence, chunk, KEYS, WARPS * 32);
         wait_for_copies<0>();
@@ -215,7 +216,8 @@ void run(const Arguments& arguments) {
   const Attention& attention = arguments.attention;
   with_layout<T>(attention.dim, attention.max_length, [&](auto layout) {
     using Chosen = decltype(layout);
-    launch(attention.seed ? forward<T, Chosen::COLUMNS, Chosen::ROWS, true> : forward<T, Chosen::COLUMNS, Chosen::ROWS, false>,
+    constexpr int DIM = Chosen::COLUMNS, KEYS = Chosen::ROWS;
+    launch(attention.seed ? forward<T, DIM, KEYS, true> : forward<T, DIM, KEYS, false>,
            {attention.sequences * attention.heads * arguments.splits, WARPS * 32, Chosen::BYTES, attention.stream},
            arguments);
   });

@@ -1,6 +1,6 @@
 // The contrastive operators over a tile of S = scale I T^T (+ bias): the maths of csrc/contrastive.h and of
-// bclip_fast/ops/contrastive/reference.py. The kernels compute 128 x 128 of it at a time. All addresses are the device's;
-// features begin at multiples of 16 bytes. Throws std::runtime_error with CUDA's reason.
+// bclip_fast/ops/contrastive/reference.py. The kernels compute 128 x 128 of it at a time. All addresses are the
+// device's; features begin at multiples of 16 bytes. Throws std::runtime_error with CUDA's reason.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,8 @@ struct GradientTile {
   void* grad;      // (b, stride) float16: scale * G / w, written up to the stride; null for a sigmoid's loss alone
   int64_t stride;  // at least B, a multiple of 8
   float scale;
-  float* partials;  // a row for each 128 x 128, written: {sum of G / w * (I T^T)}, for the sigmoid also {that of G / w, loss / w}
+  // A row for each 128 x 128, written: the sum of G / w * (I T^T); for the sigmoid also that of G / w, and loss / w.
+  float* partials;
 };
 
 // exp(-R_i) = 2^-near * rest, for rows and columns; where near is infinite, so is R.

@@ -1,6 +1,7 @@
-// Log-sum-exps of the rows and of the columns of each tile of S, from the same numbers. One exponential serves both, with
-// the tile's highest logit as offset; a tile where some row or column lies so far below it that its sum loses digits is
-// done again with the maximum of each row and of each column. No atomics: every partial result has its place.
+// Log-sum-exps of the rows and of the columns of each tile of S, from the same numbers. One exponential serves both,
+// with the tile's highest logit as offset; a tile where some row or column lies so far below it that its sum loses
+// digits is done again with the maximum of each row and of each column. No atomics: every partial result has its
+// place.
 #include "contrastive.cuh"
 
 namespace bclip::cuda {
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(THREADS, 2) forward(Arguments arguments) {
 }  // namespace
 
 void contrastive_forward(const Features& features, const PartialSums& sums) {
-  launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>, {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream},
-         Arguments{features, sums});
+  launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>,
+         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream}, Arguments{features, sums});
 }
 
 }  // namespace bclip::cuda

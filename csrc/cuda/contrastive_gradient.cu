@@ -1,6 +1,6 @@
-// Tiles of G, each computed once from S computed again: the softmax's from the log-sum-exps of the forward, the sigmoid's
-// with its loss. G / w lies in [-2, 2] and is written in float16 times a power of two, through shared memory so that the
-// stores are whole lines.
+// Tiles of G, each computed once from S computed again: the softmax's from the log-sum-exps of the forward, the
+// sigmoid's with its loss. G / w lies in [-2, 2] and is written in float16 times a power of two, through shared memory
+// so that the stores are whole lines.
 #include "contrastive.cuh"
 
 #include <cmath>
@@ -22,7 +22,8 @@ struct SigmoidArguments {
   GradientTile tile;
 };
 
-// In the pipeline's place, once it is through: G, then for the tile's rows and columns what they need, and the block's sums.
+// In the pipeline's place, once it is through: G, then for the tile's rows and columns what they need, and the block's
+// sums.
 constexpr int EXTRAS = Tile<Half, SIDE>::bytes(SIDE), EXTRA = SIDE * 4, BLOCK = EXTRAS + 8 * EXTRA;
 static_assert(BLOCK + 16 <= PIPELINE_BYTES);
 
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(THREADS, 2) softmax(SoftmaxArguments arguments
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  // exp(S - R) + exp(S - Q) is exp(S - m) (exp(m - R) + exp(m - Q)), one exponential, unless the R and Q of the tile lie
-  // so far apart that no m serves both. A row without a loss has an infinite R and the factor zero.
+  // exp(S - R) + exp(S - Q) is exp(S - m) (exp(m - R) + exp(m - Q)), one exponential, unless the R and Q of the tile
+  // lie so far apart that no m serves both. A row without a loss has an infinite R and the factor zero.
   const int own = thread_index();
   const bool has_row = own < tile.rows, has_column = own < tile.columns;
   const float row = has_row ? normalizers.rows_near[tile.row + own] : infinity();
@@ -79,8 +80,8 @@ __global__ void __launch_bounds__(THREADS, 2) softmax(SoftmaxArguments arguments
   const float column_rest = has_column ? normalizers.columns_rest[tile.column + own] : 0.0f;
   const float lowest = fold_block(fminf(row, column), block_memory, Less());
   block_barrier();
-  const float highest = fold_block(
-      fmaxf(row == infinity() ? -infinity() : row, column == infinity() ? -infinity() : column), block_memory, Greater());
+  const auto finite = [](float near) { return near == infinity() ? -infinity() : near; };
+  const float highest = fold_block(fmaxf(finite(row), finite(column)), block_memory, Greater());
   const bool near = highest - lowest < 86.0f;
   const float middle = lowest == infinity() ? 0.0f : near ? (lowest + highest) * 0.5f : 0.0f;
   row_factors.store(own, near ? exp2_fast(middle - row) * row_rest : row_rest);
@@ -101,9 +102,10 @@ __global__ void __launch_bounds__(THREADS, 2) softmax(SoftmaxArguments arguments
   products.each([&](int, int, int row, int column, float& number) {
     const float product = number, logit = product * factor;
     // The bound keeps 0 * inf away where neither row nor column has a loss.
-    float gradient = near ? exp2_fast(fminf(logit - middle, 126.0f)) * (row_factors.load(row) + column_factors.load(column))
-                          : exp2_fast(logit - row_near.load(row)) * row_factors.load(row) +
-                                exp2_fast(logit - column_near.load(column)) * column_factors.load(column);
+    const float row_factor = row_factors.load(row), column_factor = column_factors.load(column);
+    float gradient = near ? exp2_fast(fminf(logit - middle, 126.0f)) * (row_factor + column_factor)
+                          : exp2_fast(logit - row_near.load(row)) * row_factor +
+                                exp2_fast(logit - column_near.load(column)) * column_factor;
     const bool counted = row < tile.rows && column < tile.columns;
     if (column == row + shift && counted) gradient = normalizers.positive_grad[tile.row + row];
     if (groups.rows && ids.rows.load(row) == ids.columns.load(column)) {
@@ -172,7 +174,8 @@ void contrastive_softmax(const Features& features, const Normalizers& normalizer
 
 void contrastive_sigmoid(const Features& features, const float* bias, const Groups& groups, const GradientTile& tile) {
   launch(features.bfloat16 ? sigmoid<Bfloat16> : sigmoid<Half>,
-         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream}, SigmoidArguments{features, bias, groups, tile});
+         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream},
+         SigmoidArguments{features, bias, groups, tile});
 }
 
 }  // namespace bclip::cuda

@@ -1,6 +1,6 @@
-// The vocabulary of our kernels. A kernel names nothing of CUDA but __global__, __device__ and __launch_bounds__; all else
-// is said in these words, which have two meanings: instructions of a GPU from sm_80 on, below, and in host/device.h a
-// machine of fibers that checks what a GPU doesn't. So every kernel is tested where there is no GPU.
+// The vocabulary of our kernels. A kernel names nothing of CUDA but __global__, __device__ and __launch_bounds__; all
+// else is said in these words, which have two meanings: instructions of a GPU from sm_80 on, below, and in
+// host/device.h a machine of fibers that checks what a GPU doesn't. So every kernel is tested where there is no GPU.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With
 // g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,

@@ -60,7 +60,8 @@ void define_operators(py::module_& module) {
   module.def("attention_backward_shared_bytes", &attention_backward_shared_bytes);
   module.attr("CONTRASTIVE_SHARED_BYTES") = CONTRASTIVE_SHARED_BYTES;
   module.attr("CONTRASTIVE_TILE") = CONTRASTIVE_TILE;
-  py::class_<Features>(module, "Features", "As in csrc/cuda/contrastive.h, like the following.").def(py::init(&features));
+  py::class_<Features>(module, "Features", "As in csrc/cuda/contrastive.h, like the following.")
+      .def(py::init(&features));
   py::class_<Groups>(module, "Groups").def(py::init(&groups));
   py::class_<GradientTile>(module, "GradientTile").def(py::init(&tile));
   py::class_<Normalizers>(module, "Normalizers").def(py::init(&normalizers));
@@ -68,9 +69,10 @@ void define_operators(py::module_& module) {
     contrastive_forward(call, {at<float>(rows), at<float>(columns)});
   });
   module.def("contrastive_softmax", &contrastive_softmax);
-  module.def("contrastive_sigmoid", [](const Features& call, uintptr_t bias, const Groups& ids, const GradientTile& tile) {
-    contrastive_sigmoid(call, at<float>(bias), ids, tile);
-  });
+  module.def("contrastive_sigmoid",
+             [](const Features& call, uintptr_t bias, const Groups& ids, const GradientTile& to) {
+               contrastive_sigmoid(call, at<float>(bias), ids, to);
+             });
 }
 
 }  // namespace bclip::cuda

@@ -5,8 +5,8 @@
 
 namespace bclip::cuda {
 
-// Rows of COLUMNS elements of 2 bytes. Chunks of 16 bytes are exchanged within a row so that 8 rows' same chunk, which is
-// what ldmatrix reads, lies in 8 different groups of banks; where a row isn't a power of two, padding does that.
+// Rows of COLUMNS elements of 2 bytes. Chunks of 16 bytes are exchanged within a row so that 8 rows' same chunk, which
+// is what ldmatrix reads, lies in 8 different groups of banks; where a row isn't a power of two, padding does that.
 template <class T, int COLUMNS>
 struct Tile {
   static constexpr bool POWER = (COLUMNS & (COLUMNS - 1)) == 0;

@@ -1,5 +1,5 @@
-// Where the numbers of a fragment stand, by the formulas of the PTX ISA ("Matrix fragments for mma.m16n8k16 with floating
-// point type" and ldmatrix). `i` counts a lane's numbers, two to a register of A and B, one to a float of C.
+// Where the numbers of a fragment stand, by the formulas of the PTX ISA ("Matrix fragments for mma.m16n8k16 with
+// floating point type" and ldmatrix). `i` counts a lane's numbers, two to a register of A and B, one to a float of C.
 #pragma once
 
 namespace bclip::cuda::host {

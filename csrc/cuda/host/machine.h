@@ -2,7 +2,7 @@
 //
 // It is stricter than a GPU. An error (std::runtime_error that says where) is
 //  - an access to shared memory that another thread's access isn't ordered with: not by a barrier of the block, nor by
-//    one of the warp they share (epochs: __syncthreads and __syncwarp are the only barriers, so counting them is exact);
+//    one of the warp they share (__syncthreads and __syncwarp are the only barriers, so counting them is exact);
 //    ldmatrix counts as a reader of its own, so that a warp needs a barrier even for what its own lanes wrote;
 //  - shared memory read before it is written, or out of its bounds;
 //  - any access to what a copy_async is still to write, and a thread that ends without waiting for its copies;
