@@ -31,10 +31,10 @@ def decode_resize(
     crop: str,
     boxes: Tensor | None,
     interpolation: str,
+    threads: int,
     exact: bool,
     out: Tensor,
     max_pixels: int,
-    threads: int,
 ) -> dict[int, str]:
     """Writes `out`; see image.h."""
     return dict(
