@@ -196,7 +196,7 @@ def _library(device: torch.device) -> Any:
     refusals = []
     for path in _paths():
         try:
-            with torch.cuda.device(device if device.type == "cuda" else None):
+            with torch.cuda.device(device.index if device.type == "cuda" else -1):
                 return cuda_module().NvJpeg(path)
         except RuntimeError as error:
             refusals.append(f"{path}: {error}")
