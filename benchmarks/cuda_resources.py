@@ -79,9 +79,13 @@ def _matrix_instructions(sass: str) -> dict[str, int]:
 
 def _name_of(mangled: str) -> str:
     """attention_forward<Half, 64, 256, true>: the file, and the arguments of an Itanium-mangled template."""
-    file = re.search(r"_\d+_((?:attention|contrastive)_\w+?)_cu_", mangled)
+    file = re.search(r"_\d+_((?:attention|contrastive)_\w+?|image)_cu_", mangled)
     if file is None:
         return "probe"
+    if file[1] == "image":
+        # By types: h is uint8_t, f float.
+        kind = re.search(r"resizeI(?:NS0_\d+(Half|Bfloat16)E|([hf]))EE", mangled)
+        return "image_weigh<>" if kind is None else f"image_resize<{kind[1] or {'h': 'uint8', 'f': 'float'}[kind[2]]}>"
     function = re.search(r"(softmax|sigmoid|forward|backward)I(.*?)EEv", mangled)
     assert function is not None, mangled
     types = re.findall(r"NS0_\d+(Half|Bfloat16)E|Li(\d+)E|Lb([01])E", function[2] + "E")
@@ -92,6 +96,8 @@ def _name_of(mangled: str) -> str:
 
 def _launch_of(name: str, module: object) -> tuple[int, int]:
     """(bytes of shared memory, threads) of a block."""
+    if name.startswith("image"):
+        return module.IMAGE_SHARED_BYTES if "resize" in name else 0, module.IMAGE_THREADS  # type: ignore[attr-defined]
     arguments = name[name.index("<") + 1 : -1].split(", ")
     if name.startswith("contrastive"):
         return module.CONTRASTIVE_SHARED_BYTES, 128  # type: ignore[attr-defined]

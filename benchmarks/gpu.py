@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = [
     f"tests/ops/test_{name}.py" for name in ("attention", "contrastive", "contrastive_modes", "contrastive_targets")
 ]
-KERNELS = ["tests/ops/test_attention_cuda.py", "tests/ops/test_contrastive_cuda.py"]
+KERNELS = [f"tests/ops/test_{name}_cuda.py" for name in ("attention", "contrastive", "image")]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
 MEASURED = "(contrastive or siglip or attention) and (bfloat16 or float16) and not reference"
 

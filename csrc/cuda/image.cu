@@ -12,7 +12,7 @@
 namespace bclip::cuda {
 namespace {
 
-constexpr int SIDE = 16, CHUNK = 32, THREADS = SIDE * SIDE, PRECISION = 22;
+constexpr int SIDE = IMAGE_SIDE, CHUNK = IMAGE_CHUNK, THREADS = IMAGE_THREADS, PRECISION = 22;
 
 __device__ inline double filter(double x, bool bicubic) {
   x = x < 0 ? -x : x;
@@ -165,7 +165,7 @@ void image_resize(const ImageResize& call) {
     case ImageType::kFloat16: kernel = resize<Half>; break;
     case ImageType::kBfloat16: kernel = resize<Bfloat16>; break;
   }
-  launch(kernel, {call.count * tiles * tiles, THREADS, SIDE * CHUNK * 4, call.stream}, call);
+  launch(kernel, {call.count * tiles * tiles, THREADS, IMAGE_SHARED_BYTES, call.stream}, call);
 }
 
 }  // namespace bclip::cuda

@@ -10,6 +10,10 @@
 
 namespace bclip::cuda {
 
+// A block makes a tile of 16 x 16 pixels from chunks of 32 lines of 16 pixels of 4 bytes.
+constexpr int IMAGE_SIDE = 16, IMAGE_CHUNK = 32, IMAGE_THREADS = IMAGE_SIDE * IMAGE_SIDE;
+constexpr int IMAGE_SHARED_BYTES = IMAGE_SIDE * IMAGE_CHUNK * 4;
+
 // One axis of a picture. Each output has 2 + `taps` words in the table of weights, from `words` on: the first pixel of
 // its window, counted from `start`, the number of pixels, and their coefficients times 2^22.
 struct Axis {

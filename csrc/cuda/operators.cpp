@@ -114,6 +114,8 @@ void define_operators(py::module_& module) {
              [](const Features& call, uintptr_t bias, const Groups& ids, const GradientTile& to) {
                contrastive_sigmoid(call, at<float>(bias), ids, to);
              });
+  module.attr("IMAGE_SHARED_BYTES") = IMAGE_SHARED_BYTES;
+  module.attr("IMAGE_THREADS") = IMAGE_THREADS;
   module.def("plain_jpegs", [](const std::vector<py::bytes>& files) { return plain_jpegs(views(files)); });
   module.def("plan_images", &plan_images, "As image_plan in csrc/cuda/image.h.");
   module.def("resize_images", &resize_images, "As image_resize there.");

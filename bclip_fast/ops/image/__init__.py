@@ -138,10 +138,8 @@ def decode_resize(
     shape = (len(jpegs), size, size, 3)
     wanted = _checked(len(jpegs), size, crop, interpolation, threads)
     if out is None:
-        out = torch.empty(shape, dtype=torch.uint8)
-    elif (
-        out.shape != shape or out.dtype != torch.uint8 or out.device.type not in _DEVICES or not out.is_contiguous()
-    ):
+        out = torch.empty(shape, dtype=torch.uint8, device="cpu")
+    elif out.shape != shape or out.dtype != torch.uint8 or out.device.type not in _DEVICES or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous uint8 of shape {shape} on the CPU or a GPU, got {out.dtype}, {out.device}, shape "
             f"{tuple(out.shape)}, strides {out.stride()}"
@@ -150,7 +148,7 @@ def decode_resize(
     if chosen == "cuda" or out.device.type == "cpu":
         errors = kernels("image", chosen).decode_resize(jpegs, size, *wanted, exact, out, max_pixels)
     else:
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        pixels = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         errors = kernels("image", chosen).decode_resize(jpegs, size, *wanted, exact, pixels, max_pixels)
         out.copy_(pixels)
     return out, errors
@@ -195,7 +193,7 @@ def decode_resize_normalize(
     if chosen == "cuda":
         call = kernels("image", chosen).decode_resize
         return out, call(jpegs, size, *wanted, exact, out, max_pixels, mean, std)
-    pixels = torch.empty((len(jpegs), size, size, 3), dtype=torch.uint8, pin_memory=out.is_cuda)
+    pixels = torch.empty((len(jpegs), size, size, 3), dtype=torch.uint8, device="cpu", pin_memory=out.is_cuda)
     errors = kernels("image", chosen).decode_resize(jpegs, size, *wanted, exact, pixels, max_pixels)
     levels = pixels.to(out.device).permute(0, 3, 1, 2) / 255
     means, deviations = (torch.tensor(values, device=out.device).view(3, 1, 1) for values in (mean, std))
