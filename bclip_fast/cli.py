@@ -58,8 +58,20 @@ COMMANDS = {
         "bclip_fast.train.trainer:train",
         "train",
     ),
+    "finetune": Command(
+        "fit a trained model to pairs or questions of one's own, whole or by LoRA",
+        "bclip_fast.train.finetune:FinetuneConfig",
+        "bclip_fast.train.finetune:run",
+        "eval",
+    ),
+    "eval compare": Command(
+        "evaluations side by side, with paired significance",
+        "bclip_fast.eval.compare:CompareCommand",
+        "bclip_fast.eval.compare:run",
+        "eval",
+    ),
     "eval": Command(
-        "retrieval and zero-shot classification of a run or checkpoint",
+        "retrieval, zero-shot, probes and questions of a run or checkpoint: report, JSON, CSV",
         "bclip_fast.eval:EvalCommand",
         "bclip_fast.eval:run",
         "eval",

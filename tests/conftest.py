@@ -26,6 +26,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the embeddings of the person who runs it."""
+    monkeypatch.setenv("BCLIP_CACHE", str(tmp_path_factory.mktemp("embeddings")))
+
+
 @pytest.fixture
 def nan_filled():
     """Memory from torch.empty comes filled with NaN, so that an output which a kernel leaves unwritten shows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -91,6 +92,11 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+def run_on(config: EvalConfig, model: object = None, transform=preprocess, tokens=tokenizer) -> dict:
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(EvalConfig)}
+    return evaluate((model or ColourModel(), transform, tokens), settings.pop("task"), **settings)
+
+
 def unit(num: int, dim: int, seed: int) -> Tensor:
     return F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
@@ -115,7 +121,7 @@ def brute_force_recall(queries: Tensor, candidates: Tensor, groups: Tensor, k: i
 def test_ranks_equal_brute_force_whatever_the_chunks(chunks: tuple[int, int]) -> None:
     texts = unit(37, 8, 0)
     images = F.normalize(texts + 0.5 * unit(37, 8, 1), dim=1)
-    ranks = retrieval.rank(images, texts, query_chunk=chunks[0], candidate_chunk=chunks[1])
+    ranks, back = retrieval.rank(images, texts, query_chunk=chunks[0], candidate_chunk=chunks[1])
     scores = images.double() @ texts.double().T
     better = (scores > scores.diagonal()[:, None]).sum(1)
     assert torch.equal(ranks.num_better, better)
@@ -124,6 +130,7 @@ def test_ranks_equal_brute_force_whatever_the_chunks(chunks: tuple[int, int]) ->
     for k in (1, 5, 10):
         assert ranks.recall(k) == pytest.approx(float((better < k).double().mean()), abs=1e-12)
     assert torch.equal(ranks.expected(), better.double() + 1)
+    assert torch.equal(back.num_better, (scores > scores.diagonal()[None]).sum(0))
 
 
 @pytest.mark.parametrize("chunks", [(1024, 8192), (3, 4)])
@@ -133,9 +140,10 @@ def test_ranks_with_groups_and_ties_equal_random_orders(chunks: tuple[int, int])
     texts = rows[torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 0, 0])]
     images = F.normalize(texts + 0.8 * unit(10, 4, 3), dim=1)
     groups = torch.tensor([0, 1, 2, 3, 4, 5, 1, 2, 0, 6])
-    ranks = retrieval.rank(images, texts, groups, query_chunk=chunks[0], candidate_chunk=chunks[1])
+    ranks, back = retrieval.rank(images, texts, [groups], query_chunk=chunks[0], candidate_chunk=chunks[1])
     for k in (1, 2, 5):
         assert ranks.recall(k) == pytest.approx(brute_force_recall(images, texts, groups, k), abs=0.02)
+        assert back.recall(k) == pytest.approx(brute_force_recall(texts, images, groups, k), abs=0.02)
     assert ranks.recall(10) == 1
     assert ranks.num_correct.tolist() == [2, 2, 2, 1, 1, 1, 2, 2, 2, 1]
 
@@ -143,7 +151,7 @@ def test_ranks_with_groups_and_ties_equal_random_orders(chunks: tuple[int, int])
 def test_a_constant_embedding_scores_exactly_chance() -> None:
     constant = unit(1, 16, 4).expand(101, 16)
     captions = [f"caption {i // 2}" for i in range(101)]
-    for duplicates in ("strict", "correct"):
+    for duplicates in ("strict", "captions"):
         result = retrieval.measure(constant, constant, captions, duplicates=duplicates)  # type: ignore[arg-type]
         assert [f["name"] for f in result["figures"]][:4] == [
             "image to text R@1",
@@ -167,7 +175,7 @@ def test_perfect_embeddings_score_one_and_chance_does_not_move() -> None:
 
 def test_chance_with_duplicate_captions_is_hypergeometric() -> None:
     rows = unit(6, 8, 6)
-    result = retrieval.measure(rows, rows, ["a", "a ", "b", "c", "d", "e"], duplicates="correct")
+    result = retrieval.measure(rows, rows, ["a", "a ", "b", "c", "d", "e"], duplicates="captions")
     # Two queries have 2 right answers of 6, four have 1; five draws of six cannot miss both of two.
     two = 1 - math.comb(4, 1) / math.comb(6, 1)
     assert result["figures"][0]["chance"] == pytest.approx((2 * two + 4 / 6) / 6)
@@ -186,7 +194,7 @@ def test_recall_equals_scikit_learns_top_k_accuracy() -> None:
 
     texts = unit(60, 16, 8)
     images = F.normalize(texts + 0.9 * unit(60, 16, 9), dim=1)
-    ranks = retrieval.rank(images, texts)
+    ranks, _ = retrieval.rank(images, texts)
     for k in (1, 5, 10):
         assert ranks.recall(k) == pytest.approx(top_k_accuracy_score(np.arange(60), (images @ texts.T).numpy(), k=k))
 
@@ -274,13 +282,13 @@ def test_degenerate_labels() -> None:
 
 def test_constant_image_embeddings_do_no_better_than_chance() -> None:
     images = unit(1, 8, 0).expand(30, 8)
-    predictions, _ = zero_shot.predict(images, unit(3, 8, 1))
+    predictions, _ = zero_shot.predict(zero_shot.similarities(images, unit(3, 8, 1)))
     labels = torch.arange(30) % 3
     assert zero_shot.measure(labels, predictions, ["a", "b", "c"])["figures"][1]["value"] == pytest.approx(1 / 3)
-    tied, num_ties = zero_shot.predict(images, unit(1, 8, 1).expand(2, 8))
+    tied, num_ties = zero_shot.predict(zero_shot.similarities(images, unit(1, 8, 1).expand(2, 8)))
     assert num_ties == 30 and tied.eq(0).all()
     with pytest.raises(UserError, match="image embeddings hold NaN"):
-        zero_shot.predict(images * torch.nan, unit(3, 8, 1))
+        zero_shot.similarities(images * torch.nan, unit(3, 8, 1))
 
 
 # Prompts
@@ -291,14 +299,14 @@ def test_the_papers_prompts() -> None:
         "this is an image of lymph node metastasis",
         "lymph node metastasis presented in image",
     ]
-    lung, table = prompts.PROMPT_SETS["lc25000_lung"], prompts.PROMPT_SETS["lc25000_lung_table_s10"]
+    lung, table = prompts.named("lc25000_lung"), prompts.named("lc25000_lung_table_s10")
     assert lung.templates[0] == "a photo of {}" and table.templates[0] == "this is an image of {}"
     assert lung.classes == table.classes
 
 
 def test_the_papers_classes_are_the_folders_of_the_public_data(shared_data: Path) -> None:
     data = open_dataset(str(shared_data / "classification" / "lc25000_lung"), "test")
-    assert set(data.labels("class")) == set(prompts.PROMPT_SETS["lc25000_lung"].classes)
+    assert set(data.labels("class")) == set(prompts.named("lc25000_lung").classes)
     assert len(data) >= 300
 
 
@@ -367,7 +375,7 @@ def test_a_broken_logit_scale_is_refused(folder: Path) -> None:
     model = ColourModel()
     model.logit_scale.data.fill_(torch.nan)
     with pytest.raises(UserError, match="logit_scale is nan"):
-        evaluate(model, preprocess, tokenizer, EvalConfig(data=str(folder), split="test", progress=False))
+        run_on(EvalConfig(data=str(folder), split="test", progress=False), model)
 
 
 # evaluate
@@ -377,13 +385,13 @@ def test_evaluate_on_shards(shards: Path) -> None:
     config = EvalConfig(
         data=str(shards), task=("retrieval", "zero_shot"), label=("colour",), progress=False, batch_size=6
     )
-    results = evaluate(ColourModel(), preprocess, tokenizer, config)
+    results = run_on(config)
     json.dumps(results, allow_nan=False)
     assert set(results["tasks"]) == {"retrieval", "zero_shot/colour"}
     colour = results["tasks"]["zero_shot/colour"]
     assert colour["classes"] == sorted(COLOURS)
     assert colour["figures"][0]["value"] == 1 and colour["figures"][0]["chance"] == 0.25
-    assert results["data"]["fingerprint"] == open_dataset(str(shards), "val").fingerprint
+    assert results["tasks"]["retrieval"]["task"]["data"]["fingerprint"] == open_dataset(str(shards), "val").fingerprint
     assert results["model"]["logit_scale"] == pytest.approx(10)
     found = results["tasks"]["retrieval"]
     # 20 pairs, 4 colours, 3 captions each: the colour alone narrows a caption down to 5 images.
@@ -396,7 +404,7 @@ def test_samples_without_the_label_are_left_out_and_counted(shards: Path, tmp_pa
     file = tmp_path / "halves.toml"
     file.write_text('[classes]\ndark = "red"\nlight = "blue"\n')
     config = EvalConfig(data=str(shards), task=("zero_shot",), label=("half",), prompts=str(file), progress=False)
-    result = evaluate(ColourModel(), preprocess, tokenizer, config)["tasks"]["zero_shot/half"]
+    result = run_on(config)["tasks"]["zero_shot/half"]
     assert result["num_samples"] == 5 and result["num_without_label"] == 15
 
 
@@ -405,10 +413,8 @@ def test_evaluate_on_a_folder_and_on_a_csv_agree(folder: Path, tmp_path: Path) -
     lines += [f"folder/test/{name}/{i}.jpg,{name},mine" for name in ("blue", "red") for i in range(3)]
     table = tmp_path / "table.csv"
     table.write_text("\n".join([*lines, "folder/none.jpg,red,other"]) + "\n")
-    by_folder = evaluate(
-        ColourModel(), preprocess, tokenizer, EvalConfig(data=str(folder), split="test", progress=False)
-    )
-    by_csv = evaluate(ColourModel(), preprocess, tokenizer, EvalConfig(data=str(table), split="mine", progress=False))
+    by_folder = run_on(EvalConfig(data=str(folder), split="test", progress=False))
+    by_csv = run_on(EvalConfig(data=str(table), split="mine", progress=False))
     first, second = by_folder["tasks"]["zero_shot/class"], by_csv["tasks"]["zero_shot/colour"]
     assert first["confusion"] == second["confusion"] == [[3, 0], [0, 3]]
 
@@ -416,7 +422,7 @@ def test_evaluate_on_a_folder_and_on_a_csv_agree(folder: Path, tmp_path: Path) -
 def test_retrieval_on_a_csv_with_captions(folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text('path,caption\nfolder/test/red/0.jpg,"red, plain"\nfolder/test/blue/0.jpg,blue\n')
-    result = evaluate(ColourModel(), preprocess, tokenizer, EvalConfig(data=str(table), progress=False))
+    result = run_on(EvalConfig(data=str(table), progress=False))
     assert set(result["tasks"]) == {"retrieval"}
     assert result["tasks"]["retrieval"]["figures"][0]["value"] == 1
 
@@ -430,7 +436,7 @@ def test_fingerprint_follows_the_content(folder: Path) -> None:
 
 def refuse(data: object, message: str, **options: object) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        evaluate(ColourModel(), preprocess, tokenizer, EvalConfig(data=str(data), progress=False, **options))  # type: ignore[arg-type]
+        run_on(EvalConfig(data=str(data), progress=False, **options))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -513,7 +519,7 @@ def test_any_open_clip_model_can_be_evaluated(folder: Path) -> None:
     model = open_clip.CLIP(embed_dim=16, vision_cfg=tower, text_cfg=text)
     transform = open_clip.image_transform(32, is_train=False)
     config = EvalConfig(data=str(folder), split="test", progress=False)
-    result = evaluate(model, transform, open_clip.SimpleTokenizer(), config)["tasks"]["zero_shot/class"]
+    result = run_on(config, model, transform, open_clip.SimpleTokenizer())["tasks"]["zero_shot/class"]
 
     def encode(name: str) -> Tensor:
         ids = open_clip.SimpleTokenizer()([template.format(name) for template in prompts.GENERIC_TEMPLATES])

@@ -18,7 +18,7 @@ from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 
 from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
-from bclip_fast.eval import EvalCommand, EvalConfig, chart, evaluate, report, run
+from bclip_fast.eval import EvalCommand, chart, evaluate, report, run
 from bclip_fast.eval.datasets import open_dataset
 
 ATTACK = "\"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} ]]> <!-- 'x'"
@@ -91,13 +91,13 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(shards: Path) -> dict[str, Any]:
-    config = EvalConfig(data=str(shards), task=("retrieval", "zero_shot"), label=("colour",), progress=False)
-    return evaluate(ColourModel(), preprocess, tokenizer, config)
+    triple = (ColourModel(), preprocess, tokenizer)
+    return evaluate(triple, ["retrieval", "zero_shot"], data=str(shards), label=("colour",), progress=False)
 
 
 @pytest.fixture
 def page(results: dict[str, Any], shards: Path, run_folder: Path, tmp_path: Path) -> Page:
-    report.write(tmp_path / "report.html", results, open_dataset(str(shards), "val"), run_folder)
+    report.write(tmp_path / "report.html", results, {"retrieval": open_dataset(str(shards), "val")}, run_folder)
     return Page(tmp_path / "report.html")
 
 
@@ -127,8 +127,9 @@ def test_every_figure_stands_beside_its_chance(page: Page, results: dict[str, An
     for result in results["tasks"].values():
         for figure in result["figures"]:
             value, chance = (report.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            assert f"{figure['name']}{value}{chance}{report.format_ratio(figure)}{figure['chance_is']}" in words
-    assert results["data"]["fingerprint"][:16] in page.text
+            spread = report.format_spread(figure)
+            assert f"{figure['name']}{value}{spread}{chance}{report.format_ratio(figure)}{figure['chance_is']}" in words
+    assert results["tasks"]["retrieval"]["task"]["data"]["fingerprint"][:16] in page.text
 
 
 def test_pictures_are_small_new_jpegs_with_alternative_texts(page: Page, results: dict[str, Any]) -> None:
@@ -150,7 +151,8 @@ def test_pictures_are_small_new_jpegs_with_alternative_texts(page: Page, results
 def test_tables_have_headers_and_charts_have_names(page: Page) -> None:
     assert all(attributes.get("scope") in ("col", "row", "rowgroup") for attributes in page.all("th"))
     names = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
-    assert [name.split(":")[0] for name in names] == ["Training loss", "Learning rate", "Logit scale", "Validation"]
+    kinds = ["Training loss", "Learning rate", "Logit scale", "Validation", "zero shot"]
+    assert [name.split(":")[0] for name in names] == kinds
     assert names[0].endswith("to 0.5549 at step 200")
     assert "chance, ln 32" in page.text and "1 step not finite" in page.text
     assert page.all("html") == [{"lang": "en"}]
@@ -168,7 +170,7 @@ def test_confusion_matrix_on_the_page_is_that_of_the_results(page: Page, results
 def test_a_report_without_data_or_run_has_figures_only(results: dict[str, Any], tmp_path: Path) -> None:
     report.write(tmp_path / "r.html", results)
     page = Page(tmp_path / "r.html")
-    assert not page.all("img") and not page.all("svg") and "balanced accuracy" in page.text
+    assert not page.all("img") and len(page.all("svg")) == 1 and "balanced accuracy" in page.text
 
 
 def test_metrics_that_are_not_json_name_the_line(run_folder: Path, results: dict[str, Any], tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_the_command_writes_both_files_into_the_run(
 ) -> None:
     from bclip_fast import pretrained
 
-    monkeypatch.setattr(pretrained, "load", lambda name, *, device: (ColourModel(), preprocess, tokenizer))
+    monkeypatch.setattr(pretrained, "load", lambda name, *, device="cpu": (ColourModel(), preprocess, tokenizer))
     command = EvalCommand(model=str(run_folder), data=str(shards), label=("colour",), progress=False)
     run(command)
     out = run_folder / "eval" / "shards-val"
@@ -230,7 +232,7 @@ def test_the_command_writes_both_files_into_the_run(
     )
     assert set(results["tasks"]) == {"retrieval", "zero_shot/colour"}
     assert Page(out / "report.html").all("svg")
-    assert sorted(os.listdir(out)) == ["report.html", "results.json"]
+    assert sorted(os.listdir(out)) == ["figures.csv", "per-class.csv", "report.html", "results.json", "samples"]
     assert "zero_shot/colour" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not exist"):
         run(EvalCommand(model=str(run_folder), data=str(shards / "none")))

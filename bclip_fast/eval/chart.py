@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 46
 MAX_POINTS = 400
+MAX_CURVES = 8
 
 
 def line_chart(
@@ -67,6 +69,43 @@ def line_chart(
     first, last = (f"{number(values[i])} at step {number(steps[i])}" for i in (0, -1))
     label = escape(f"{title}: from {first} to {last}")
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    return Markup("{}{}</svg>").format(Markup(head), Markup("".join(parts)))
+
+
+def roc_chart(curves: Sequence[dict[str, Any]], *, title: str) -> Markup:
+    """ROC curves in a square frame with the diagonal of chance; the eight largest areas, named below with theirs.
+
+    curves: `class`, `auroc` and `points`, (false positive rate, true positive rate) rising from (0, 0) to (1, 1).
+    """
+    shown = sorted(curves, key=lambda curve: -curve["auroc"])[:MAX_CURVES]
+    side, row = 300, 20
+    left, top = 60, 12
+    height = top + side + 46 + row * len(shown)
+
+    def place(x: float, y: float) -> str:
+        return f"{left + x * side:.1f},{top + (1 - y) * side:.1f}"
+
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = left + tick * side, top + (1 - tick) * side
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{top + side + 18}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<line class="reference" x1="{left}" y1="{top + side}" x2="{left + side}" y2="{top}"/>')
+    parts.append(f'<text x="{left + side / 2}" y="{top + side + 36}" text-anchor="middle">false positive rate</text>')
+    parts.append(
+        f'<text transform="translate(16 {top + side / 2}) rotate(-90)" text-anchor="middle">true positive rate</text>'
+    )
+    for i, curve in enumerate(shown):
+        corners = " ".join(place(x, y) for x, y in curve["points"])
+        y = top + side + 58 + row * i
+        parts.append(f'<polyline class="s{i}" points="{corners}"/>')
+        parts.append(f'<polyline class="s{i}" points="{left},{y - 4} {left + 28},{y - 4}"/>')
+        name = curve["class"] if len(curve["class"]) <= 44 else curve["class"][:43] + "\u2026"
+        parts.append(f'<text x="{left + 36}" y="{y}">{escape(name)}, {100 * curve["auroc"]:.1f} %</text>')
+    label = escape(f"{title}: area {100 * shown[0]['auroc']:.1f} % for {shown[0]['class']}")
+    width = left + side + 14 + (60 if shown else 0)
+    head = f'<svg class="chart roc" viewBox="0 0 {width} {height + 12}" role="img" aria-label="{label}">'
     return Markup("{}{}</svg>").format(Markup(head), Markup("".join(parts)))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,11 +21,12 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import UserError
-from . import report
+from . import files, probe, report, tasks
+from .cache import Cache, default_folder
 from .datasets import EvalDataset, open_dataset
 from .embed import Embedder, Precision
-from .retrieval import Duplicates
-from .tasks import TASKS, Inputs, default_kinds
+from .protocols import PROTOCOLS, Inputs, default_kinds, describe
+from .retrieval import Duplicates, Index
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,15 +46,32 @@ class EvalConfig:
     """Shards (folder with dataset.json), a folder with a folder of images per class, or a .csv file; a run's own shards
     unless given."""
     split: str = "val"
-    """Split of the data."""
+    """Split of the data; a task of the package knows its own."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """retrieval or zero_shot; repeat it for several. None given: every task that the data allow."""
+    """retrieval, zero_shot, probe or vqa; a task of the package (pcam, lc25000_lung, vqa_rad, ...); or a TOML file of
+    one. Repeat it for several. None given: retrieval and zero_shot as far as the data allow."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`; repeat it for several."""
     prompts: str = "auto"
-    """A prompt set of the paper (pcam, lc25000_lung, ...), a TOML file, or auto: the labels' own words."""
+    """A task's prompts (pcam, lc25000_lung, ...), a TOML file, or auto: the task's own, else the labels' own words."""
     duplicates: Duplicates = "strict"
-    """In retrieval, whether captions of the same text count as `correct`, or only the pair's own does: `strict`."""
+    """In retrieval, what is right beside the query's own pair: nothing (`strict`, as in the paper), pairs with the same
+    text (`captions`), with the same picture (`images`), or `any` of both."""
+    index: Index = "exact"
+    """exact ranks all candidates; faiss_flat, hnsw and ivf search with faiss, the last two approximately."""
+    share: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Parts of the training data that a probe is trained on."""
+    shots: tuple[int, ...] = ()
+    """Samples a class that a probe is trained on, in addition."""
+    num_seeds: int = 3
+    """Draws of each part, whose mean and deviation are reported."""
+    protocol: probe.Protocol = "held_out"
+    """`elevater` reports a probe's best epoch on the test set, as the paper's toolkit does: for comparison alone."""
+    seed: int = 0
+    cache: str = "auto"
+    """Folder for embeddings; auto: BCLIP_CACHE or ~/.cache/bclip_fast/embeddings; none: they are not kept."""
+    keep: Precision = "fp32"
+    """Format in which embeddings are kept."""
     device: str = "auto"
     """auto takes CUDA where it is."""
     precision: Precision = "fp32"
@@ -68,57 +85,80 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for task in self.task:
-            if task not in TASKS:
-                raise UserError(f"unknown task {task!r}: use {' or '.join(TASKS)}")
+            tasks.load(task)
+        if not all(0 < share <= 1 for share in self.share) or not all(num >= 1 for num in self.shots):
+            raise UserError(f"share {self.share} must lie in (0, 1], shots {self.shots} must be at least 1")
+        if self.num_seeds < 1 or not (self.share or self.shots):
+            raise UserError("a probe needs one seed and one share or number of shots at least")
         if self.num_gallery_queries < 1:
             raise UserError(f"num_gallery_queries is {self.num_gallery_queries}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand(EvalConfig):
-    """Evaluates a model and writes results.json and report.html."""
+    """Evaluates a model; writes results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, a folder in open_clip's layout, or hf-hub:ID."""
+    """A run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED."""
     out: str | None = None
-    """Folder for results.json and report.html; default: eval/DATA-SPLIT in the run, else runs/eval/MODEL/DATA-SPLIT."""
+    """Folder for the results; default: eval/DATA-SPLIT in the run, else runs/eval/MODEL/DATA-SPLIT."""
 
 
-def evaluate(
-    model: nn.Module,
-    preprocess: Callable[[Any], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    config: EvalConfig,
-) -> dict[str, Any]:
-    """Every task of `config` on `model`, which may be ours or open_clip's.
+Model = str | tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor]]
+
+
+def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
+    """A model on tasks.
+
+    Args:
+        model: what `load_model` takes, or (model, preprocess, tokenizer) of any CLIP-like model, ours or open_clip's.
+        tasks: names as of `EvalConfig.task`.
+        settings: the other fields of `EvalConfig`, `data` first of all.
 
     Returns:
         JSON-ready: `tasks` maps a task's name to its result, whose `figures` each hold name, value, chance,
-        chance_is, unit, higher_is_better and num_samples; beside it data, model, config and environment.
+        chance_is, unit, higher_is_better, num_samples and interval, whose `task` says what it is and what others
+        published, and whose `samples` hold a column each of what every single sample got; beside it model, data,
+        config and environment.
 
     Raises:
         UserError: data, split, label or prompt set that isn't there; a broken image; an embedding with NaN.
     """
-    return _evaluate(model, preprocess, tokenizer, config, open_dataset(config.data, config.split))
+    return _Evaluation(EvalConfig(task=tuple(tasks), **settings), model).run()
+
+
+def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, Any]:
+    """(model, preprocess, tokenizer) of a run folder, a folder in open_clip's layout, hf-hub:ID, or
+    open_clip:ARCHITECTURE/PRETRAINED, which open_clip fetches; PRETRAINED may be a file. VQA runs load their head too.
+    """
+    from .. import pretrained
+    from . import vqa
+
+    if name.startswith("open_clip:"):
+        import open_clip
+
+        architecture, _, weights = name.removeprefix("open_clip:").partition("/")
+        if architecture not in open_clip.list_models() or not weights:
+            raise UserError(f"{name}: use open_clip:ARCHITECTURE/PRETRAINED with an architecture that open_clip lists")
+        model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights, device=device)
+        return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
+    if vqa.is_run(Path(name)):
+        return vqa.load(Path(name), device)
+    return pretrained.load(name, device=device)
 
 
 def run(command: EvalCommand) -> None:
-    """Loads the model, evaluates it, writes results.json and report.html, prints the figures."""
-    from .. import pretrained
-
+    """Loads the model, evaluates it, writes results.json, figures.csv, samples/ and report.html, prints the figures."""
     command = dataclasses.replace(command, data=command.data or _data_of_run(command.model))
-    # Before the model is loaded: a wrong path should cost no time.
-    data = open_dataset(command.data, command.split)
-    model, preprocess, tokenizer = pretrained.load(command.model, device=_device(command.device))
-    results = _evaluate(model, preprocess, tokenizer, command, data)
-    results["model"]["path"] = command.model
+    # The data are opened before the model is loaded: a wrong path should cost no time.
+    evaluation = _Evaluation(command, command.model)
+    results = evaluation.run()
     if not distributed.is_main():
         return
     run_folder = Path(command.model) if (Path(command.model) / "metrics.jsonl").is_file() else None
-    out = Path(command.out) if command.out else _default_out(command.model, run_folder, data)
-    out.mkdir(parents=True, exist_ok=True)
-    report.write_text(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    report.write(out / "report.html", results, data, run_folder=run_folder)
+    out = Path(command.out) if command.out else _default_out(command, run_folder)
+    files.write(out, results)
+    report.write(out / "report.html", results, evaluation.data, run_folder=run_folder)
     _print(results)
     log.info("results in %s", out / "results.json")
     log.info("report in %s", out / "report.html")
@@ -132,44 +172,66 @@ def _data_of_run(model: str) -> str:
         raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
 
 
-def _evaluate(
-    model: nn.Module,
-    preprocess: Callable[[Any], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    config: EvalConfig,
-    data: EvalDataset,
-) -> dict[str, Any]:
-    device = _device(config.device)
-    model = model.to(device)
-    embedder = Embedder(
-        model,
-        preprocess,
-        tokenizer,
-        device=device,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        progress=config.progress and distributed.is_main(),
-    )
-    inputs = Inputs(embedder, data, config.label, config.prompts, config.duplicates, config.num_gallery_queries)
-    names = config.task or _possible_tasks(data, config)
-    tasks: dict[str, Any] = {}
-    for name in dict.fromkeys(names):
-        tasks |= TASKS[name](inputs)
-    settings = dataclasses.asdict(config)
-    return {
-        "model": _describe(model, inputs.images().shape[1]),
-        "data": {
-            "path": data.path,
-            "split": data.split,
-            "num_samples": len(data),
-            "fingerprint": data.fingerprint,
-        },
-        "tasks": tasks,
-        "config": settings,
-        "environment": _environment(device),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+class _Evaluation:
+    """The data sets of all tasks, opened at once and once each, then the model on them.
+
+    data: the data set of each result, filled by `run`.
+    """
+
+    def __init__(self, config: EvalConfig, model: Model) -> None:
+        self.config, self.model = config, model
+        self.data: dict[str, EvalDataset] = {}
+        self._open: dict[tuple[str, str, str, str], EvalDataset] = {}
+        if config.task:
+            chosen = [tasks.load(name) for name in dict.fromkeys(config.task)]
+        else:
+            chosen = [tasks.load(name) for name in _possible_tasks(open_dataset(config.data, config.split), config)]
+        self.tasks = [(task, self._dataset(task, task.split or config.split)) for task in chosen]
+
+    def _dataset(self, task: tasks.Task, split: str) -> EvalDataset:
+        path, name = task.place(self.config.data), task.name if task.dataset == "medmnist" else ""
+        key = path, split, task.dataset, name
+        if key not in self._open:
+            if task.protocol == "vqa":
+                from . import vqa
+
+                self._open[key] = vqa.open_dataset(path, split, task)
+            else:
+                self._open[key] = open_dataset(path, split, task.dataset, where=task.where, name=name)
+        return self._open[key]
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        device = _device(config.device)
+        model, preprocess, tokenizer = load_model(self.model, device) if isinstance(self.model, str) else self.model
+        model = model.to(device)
+        folder = None if config.cache == "none" else Path(config.cache) if config.cache != "auto" else default_folder()
+        embedder = Embedder(
+            model,
+            preprocess,
+            tokenizer,
+            device=device,
+            precision=config.precision,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            progress=config.progress and distributed.is_main(),
+            cache=Cache(folder),
+            keep=config.keep,
+        )
+        described = _describe(model)
+        results: dict[str, Any] = {}
+        for task, data in self.tasks:
+            inputs = Inputs(embedder, task, data, config, lambda split, task=task: self._dataset(task, split))  # type: ignore[misc]
+            for name, result in PROTOCOLS[task.protocol](inputs).items():
+                results[name] = result | {"task": describe(task, data)}
+                self.data[name] = data
+        return {
+            "model": described | {"path": self.model if isinstance(self.model, str) else None},
+            "tasks": results,
+            "config": dataclasses.asdict(config),
+            "environment": _environment(device),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
 
 
 def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
@@ -188,7 +250,7 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _describe(model: nn.Module, embed_dim: int) -> dict[str, Any]:
+def _describe(model: nn.Module) -> dict[str, Any]:
     parameter = getattr(model, "logit_scale", None)
     scale = None
     if isinstance(parameter, Tensor) and parameter.numel() == 1:
@@ -198,7 +260,6 @@ def _describe(model: nn.Module, embed_dim: int) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
-        "embed_dim": embed_dim,
         "logit_scale": scale,
     }
 
@@ -216,21 +277,24 @@ def _environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-def _default_out(model: str, run_folder: Path | None, data: EvalDataset) -> Path:
-    name = f"{Path(data.path).resolve().stem}-{data.split}"
+def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
+    name = f"{Path(command.data).resolve().stem}-{command.split}"
+    if command.task and not set(command.task) <= set(tasks.PROTOCOLS):
+        name = "-".join(Path(task).stem for task in command.task)
     if run_folder is not None:
         return run_folder / "eval" / name
-    return Path("runs") / "eval" / re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") / name
+    return Path("runs") / "eval" / re.sub(r"[^A-Za-z0-9._-]+", "-", command.model).strip("-.") / name
 
 
 def _print(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("task", "figure", "value", "chance", "samples")
+    table = Table(Column("task", no_wrap=True), "figure", "value", "95 %", "chance", "samples")
     for task, result in results["tasks"].items():
         for figure in result["figures"]:
             value, chance = (report.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            table.add_row(escape(task), figure["name"], value, chance, f"{figure['num_samples']:,}")
+            spread = report.format_spread(figure)
+            table.add_row(escape(task), figure["name"], value, spread, chance, f"{figure['num_samples']:,}")
     Console().print(table)

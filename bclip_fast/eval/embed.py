@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import cache
+from .cache import Cache
 from .datasets import EvalDataset, open_image
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -28,6 +31,8 @@ class Embedder:
         precision: bf16 and fp16 run the towers under autocast; embeddings come back as float32 in any case.
         num_workers: threads that decode and preprocess images.
         progress: show a bar on stderr for what takes more than one batch.
+        cache: where embeddings are kept from one evaluation to the next; None: in memory alone.
+        keep: the format in which they are kept; what was rounded is used rounded at once, so a second run is equal.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class Embedder:
         batch_size: int = 64,
         num_workers: int = 2,
         progress: bool = False,
+        cache: Cache | None = None,
+        keep: Precision = "fp32",
     ) -> None:
         self.model: Any = model  # nn.Module's attributes are not typed as callable
         self.preprocess, self.tokenizer = preprocess, tokenizer
@@ -52,6 +59,8 @@ class Embedder:
         if batch_size < 1 or num_workers < 1:
             raise UserError(f"batch_size ({batch_size}) and num_workers ({num_workers}) must be at least 1")
         self.precision, self.batch_size, self.num_workers, self.progress = precision, batch_size, num_workers, progress
+        self.cache, self.keep = cache or Cache(None), keep
+        self._known: dict[tuple[str, ...], Tensor] = {}
 
     def images(self, data: EvalDataset) -> Tensor:
         """(N, D) float32 on the device, unit norm, row i of sample i.
@@ -60,6 +69,35 @@ class Embedder:
             UserError: an image that cannot be decoded, an embedding that is not finite; both name the sample.
         """
 
+        return self._kept(("images", data.fingerprint, self._preprocess), lambda: self._images(data))
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(n, D) float32 on the device, unit norm. Raises UserError naming a text whose embedding is not finite."""
+        if len(texts) < 256:  # prompts: sooner computed than looked up
+            return self._texts(texts)
+        return self._kept(("texts", cache.of_texts(texts, self.tokenizer)), lambda: self._texts(texts))
+
+    def _kept(self, parts: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
+        if parts not in self._known:
+            dtype = cache.FORMATS[self.keep]
+            if self.cache.folder is None:
+                rows = compute().to(dtype)
+            else:
+                name = (self._weights, *parts, self.precision, self.device.type, self.keep)
+                rows = self.cache.get(name, lambda: compute().to(dtype))
+            rows = rows.to(self.device, torch.float32)
+            self._known[parts] = rows if dtype == torch.float32 else F.normalize(rows, dim=1)
+        return self._known[parts]
+
+    @functools.cached_property
+    def _weights(self) -> str:
+        return cache.of_weights(self.model)
+
+    @functools.cached_property
+    def _preprocess(self) -> str:
+        return cache.of_preprocess(self.preprocess)
+
+    def _images(self, data: EvalDataset) -> Tensor:
         def load(i: int) -> Tensor:
             return self.preprocess(open_image(data.image(i), lambda: data.key(i)))
 
@@ -72,9 +110,7 @@ class Embedder:
             batches = _ahead(pool, load, spans)
             return self._run(batches, encode, len(data), "images", data.key)
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """(n, D) float32 on the device, unit norm. Raises UserError naming a text whose embedding is not finite."""
-
+    def _texts(self, texts: Sequence[str]) -> Tensor:
         def encode(batch: list[str]) -> Tensor:
             return self.model.encode_text(self.tokenizer(batch).to(self.device), normalize=True)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -14,6 +15,7 @@ else:
 
 from ..errors import UserError
 
+_TASKS = Path(__file__).parent / "tasks"
 GENERIC_TEMPLATES = (
     "{}",
     "a photo of {}",
@@ -48,82 +50,35 @@ class PromptSet:
         return [template.replace("{}", noun) for noun in self.classes[name] for template in self.templates]
 
 
-def _paper(classes: dict[str, str], *templates: str, note: str = "") -> PromptSet:
-    return PromptSet(
-        {name: (noun,) for name, noun in classes.items()},
-        templates,
-        "BiomedCLIP (arXiv 2303.00915v3), Table S10" + note,
-    )
-
-
-PROMPT_SETS: dict[str, PromptSet] = {
-    "pcam": _paper(
-        {"0": "normal lymph node", "1": "lymph node metastasis"},
-        "this is an image of {}",
-        "{} presented in image",
-    ),
-    # Table S10 gives LC25000 lung the template "this is an image of {}". With the public checkpoint that yields 58.74 %
-    # accuracy, "a photo of {}" yields 65.23 %: exactly the accuracy the paper prints. So the table is taken to be
-    # wrong here; `lc25000_lung_table_s10` keeps it to the letter.
-    "lc25000_lung": _paper(
-        {
-            "lung_aca": "lung adenocarcinomas",
-            "lung_n": "normal lung tissue",
-            "lung_scc": "lung squamous cell carcinomas",
-        },
-        "a photo of {}",
-        "{} presented in image",
-        note=", with the template that reproduces the paper's accuracy",
-    ),
-    "lc25000_lung_table_s10": _paper(
-        {
-            "lung_aca": "lung adenocarcinomas",
-            "lung_n": "normal lung tissue",
-            "lung_scc": "lung squamous cell carcinomas",
-        },
-        "this is an image of {}",
-        "{} presented in image",
-        note=", to the letter",
-    ),
-    "lc25000_colon": _paper(
-        {"colon_aca": "colon adenocarcinomas", "colon_n": "normal colonic tissue"},
-        "a photo of {}",
-        "{} presented in image",
-    ),
-    "tcga_til": _paper(
-        {"til-negative": "none", "til-positive": "tumor infiltrating lymphocytes"},
-        "a photo of {}",
-        "{} presented in image",
-    ),
-    "rsna_pneumonia": _paper(
-        {"0": "normal lung", "1": "pneumonia"},
-        "a photo of {}",
-        "{} presented in image",
-    ),
-}
-
-
 def named(name: str) -> PromptSet:
-    """The prompt set `name` of this file, or that of a TOML file: `templates = [...]` and a table `[classes]`."""
-    if name in PROMPT_SETS:
-        return PROMPT_SETS[name]
+    """The prompts of the package's task `name`, or of a TOML file: `templates = [...]` and a table `[classes]`."""
+    known = sorted(path.stem for path in _TASKS.glob("*.toml") if "prompts" in _read(path))
+    if name in known:
+        return read_prompts(_read(_TASKS / f"{name}.toml")["prompts"], name)
     if not name.endswith(".toml"):
-        raise UserError(f"unknown prompt set {name!r}: use one of {', '.join(PROMPT_SETS)} or the path of a TOML file")
+        raise UserError(f"unknown prompt set {name!r}: use one of {', '.join(known)} or the path of a TOML file")
+    table = _read(Path(name))
+    return read_prompts(table.get("prompts", table), f"prompt file {name}", Path(name).name)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"prompt file {name} cannot be read: {error.strerror}") from error
+        raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {name} is not valid TOML: {error}") from error
-    classes = table.get("classes")
-    if not isinstance(classes, dict) or not classes or set(table) - {"classes", "templates"}:
-        raise UserError(
-            f"prompt file {name} must hold a table [classes] and optionally a list `templates`, no other key"
-        )
+        raise UserError(f"prompt file {path} is not valid TOML: {error}") from error
+
+
+def read_prompts(table: Any, where: str, source: str = "") -> PromptSet:
+    """A `PromptSet` from a table of TOML: `classes`, and optionally `templates` and `source`."""
+    classes = table.get("classes") if isinstance(table, dict) else None
+    if not isinstance(classes, dict) or not classes or set(table) - {"classes", "templates", "source"}:
+        raise UserError(f"{where} must hold a table [classes] and optionally a list `templates`, no other key")
     return PromptSet(
-        {key: _strings(value, f"{name}: class {key!r}") for key, value in classes.items()},
-        _strings(table.get("templates", list(GENERIC_TEMPLATES)), f"{name}: templates"),
-        Path(name).name,
+        {key: _strings(value, f"{where}: class {key!r}") for key, value in classes.items()},
+        _strings(table.get("templates", list(GENERIC_TEMPLATES)), f"{where}: templates"),
+        str(table.get("source", source)),
     )
 
 
@@ -135,5 +90,5 @@ def from_values(values: Sequence[str], source: str = "the label's own values, ge
 def _strings(value: object, where: str) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
-        raise UserError(f"prompt file {where} must be a string or a list of strings, not {value!r}")
+        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
     return tuple(strings)

@@ -11,10 +11,8 @@ import io
 import json
 import logging
 import math
-import os
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,43 +26,122 @@ else:
 from ..errors import UserError
 from . import chart
 from .datasets import EvalDataset, open_image
+from .files import write_text
 
 log = logging.getLogger(__name__)
 
 THUMBNAIL_SIZE = 224
+_NUM_QUESTIONS = 8
 _CURVES = {"loss": "Training loss", "lr": "Learning rate", "logit_scale": "Logit scale"}
 _VALIDATION = "validation/"
 
 
 def write(
-    path: Path | str, results: dict[str, Any], data: EvalDataset | None = None, run_folder: Path | None = None
+    path: Path | str,
+    results: dict[str, Any],
+    data: Mapping[str, EvalDataset] | None = None,
+    run_folder: Path | None = None,
 ) -> None:
     """Writes the report of `results`, as `evaluate` returns them, to `path`.
 
     Args:
-        data: the data set evaluated on; the gallery's pictures and captions come from it, without it there is none.
+        data: the data set of each task; pictures and captions come from them, without them there are none.
         run_folder: a training run; its metrics.jsonl gives the curves, its config.toml the batch size.
 
     Raises:
         UserError: metrics.jsonl holds a line that is not JSON; a gallery picture that cannot be decoded.
     """
-    environment = jinja2.Environment(
+    data = data or {}
+    tasks = results["tasks"]
+    names = {name: result["prompts"]["classes"] for name, result in tasks.items() if "prompts" in result}
+    page = (
+        environment()
+        .get_template("report.html")
+        .render(
+            results=results,
+            datasets=list(
+                {row["fingerprint"]: row for row in (result["task"]["data"] for result in tasks.values())}.values()
+            ),
+            headline=_headline(results),
+            published=_published(results),
+            curves=_curves(run_folder) if run_folder else [],
+            roc={name: _roc(result, names.get(name, {})) for name, result in tasks.items()},
+            questions=[
+                _questions(result, data[name])
+                for name, result in tasks.items()
+                if "num_answers" in result and name in data
+            ],
+            gallery=next(
+                (_gallery(tasks[name], each) for name, each in data.items() if "gallery" in tasks[name]), None
+            ),
+        )
+    )
+    write_text(Path(path), page)
+
+
+def environment() -> jinja2.Environment:
+    """The templates and the filters they use; everything is escaped."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("bclip_fast.eval"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = format_figure
-    environment.filters["ratio"] = format_ratio
-    environment.filters["number"] = chart.number
-    page = environment.get_template("report.html").render(
-        results=results,
-        headline=_headline(results),
-        curves=_curves(run_folder) if run_folder else [],
-        gallery=_gallery(results, data) if data is not None else None,
-    )
-    write_text(Path(path), page)
+    made.filters |= {"figure": format_figure, "spread": format_spread, "ratio": format_ratio, "number": chart.number}
+    return made
+
+
+def _roc(result: dict[str, Any], nouns: Mapping[str, Any]) -> Any:
+    """The chart of a task's curves, classes called by their first noun; None where there are none."""
+    curves = [{**curve, "class": nouns.get(curve["class"], [curve["class"]])[0]} for curve in result.get("roc", [])]
+    return chart.roc_chart(curves, title=result["task"]["title"]) if curves else None
+
+
+def _published(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A block a task: ours first for every figure that someone published, then theirs."""
+    blocks = []
+    for result in results["tasks"].values():
+        task, rows = result["task"], []
+        for name in dict.fromkeys(row["figure"] for row in task["published"]):
+            own = next((figure for figure in result["figures"] if figure["name"] == name), None)
+            value = "not measured" if own is None else f"{100 * own['value']:.2f} %"
+            model = results["model"]["path"] or results["model"]["class"]
+            if own is not None:
+                rows.append({"figure": name, "model": model, "value": value, "measured": True})
+            rows += [
+                {
+                    "figure": name,
+                    "model": row["model"],
+                    "value": f"{row['value']:.2f} %",
+                    "measured": False,
+                    "source": row["source"],
+                }
+                for row in task["published"]
+                if row["figure"] == name
+            ]
+        if rows:
+            notes = [task["about"]] if task["about"] else []
+            wanted, num = task["num_samples_published"], result["num_samples"]
+            if wanted and wanted != num:
+                notes.append(f"Published on {wanted:,} samples, measured on {num:,}: the figures do not compare.")
+            blocks.append({"title": task["title"], "notes": " ".join(notes), "rows": rows})
+    return blocks
+
+
+def _questions(result: dict[str, Any], data: EvalDataset) -> dict[str, Any]:
+    """Some questions with their pictures and answers, at even steps through the data."""
+    samples = result["samples"]
+    num = len(samples["key"])
+    step = max(1, num // _NUM_QUESTIONS)
+    rows = [
+        {name: samples[name][i] for name in ("key", "question", "kind", "label", "prediction")}
+        | {"right": samples["accuracy"][i] == 1, "picture": thumbnail(data.image(i), lambda: data.key(i))}  # noqa: B023
+        for i in range(step // 2, num, step)[:_NUM_QUESTIONS]
+    ]
+    task = result["task"]
+    keys = ("num_answers", "answerable")
+    return {"title": task["title"], "about": task["about"], "rows": rows, **{key: result[key] for key in keys}}
 
 
 def format_figure(value: float | None, unit: str) -> str:
@@ -74,6 +151,16 @@ def format_figure(value: float | None, unit: str) -> str:
     if unit == "share":
         return f"{100 * value:.1f} %"
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+def format_spread(figure: dict[str, Any]) -> str:
+    """The 95 % interval as `27.3 to 30.1`, a deviation as `+-1.2`, a dash where there is neither."""
+    scale, digits = (100, 1) if figure["unit"] == "share" else (1, 1)
+    if figure.get("deviation") is not None:
+        return f"\u00b1{scale * figure['deviation']:.{digits}f}"
+    if figure["interval"] is None:
+        return "\u2013"
+    return " to ".join(f"{scale * end:,.{digits}f}" for end in figure["interval"])
 
 
 def format_ratio(figure: dict[str, Any]) -> str:
@@ -101,32 +188,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures shown large: recall at 5 both ways, and the accuracy of each label."""
+    """The figures shown large: recall at 5 both ways, accuracies, and what a task was published with."""
     tiles = []
     for result in results["tasks"].values():
         for figure in result["figures"]:
-            if figure["name"].endswith("R@5") or figure["name"] == "accuracy":
-                kind, name = "retrieval", figure["name"]
-                if "label" in result:
-                    kind, name = "zero-shot", f"{result['label'].replace('_', ' ')} accuracy"
-                tiles.append({**figure, "kind": kind, "name": name})
+            if figure["name"].endswith("R@5") or figure["name"] in ("accuracy", result["task"]["metric"]):
+                task, name = result["task"], figure["name"]
+                if task["title"] == "zero shot":
+                    name = f"{result['label'].replace('_', ' ')} accuracy"
+                tiles.append({**figure, "kind": task["title"].replace("zero shot", "zero-shot"), "name": name})
     return tiles
 
 
@@ -167,11 +238,11 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _gallery(results: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[str, Any]]] | None:
+def _gallery(result: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[str, Any]]] | None:
     """The retrieval gallery with captions and pictures put in for the sample numbers."""
-    gallery = results["tasks"].get("retrieval", {}).get("gallery")
+    gallery = result["gallery"]
     captions = data.captions()
-    if gallery is None or captions is None:
+    if captions is None:
         return None
     pictures: dict[int, str] = {}
 

@@ -130,8 +130,10 @@ class BertTower(nn.Module):
                 nn.init.normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, text: Packed | Tensor) -> Tensor:
+    def forward(self, text: Packed | Tensor, *, tokens: bool = False) -> Tensor:
         """n captions, packed or (n, L) int64 padded with pad_id -> (n, embed_dim), not normalised.
+
+        With `tokens`, the states of all T tokens, packed as they come, instead: (T, width).
 
         Padding inside a row keeps its position and is attended to by none; a row of padding alone keeps its first.
         """
@@ -152,12 +154,12 @@ class BertTower(nn.Module):
         sequences = Sequences(text.max_seqlen, text.cu_seqlens)
         first = text.cu_seqlens[:-1].long()
         for layer in self.layers:
-            rows = first if layer is self.layers[-1] else None
+            rows = first if layer is self.layers[-1] and not tokens else None
             if self.grad_checkpointing and self.training:
                 normed, stream = checkpoint(layer, normed, stream, sequences, rows, use_reentrant=False)
             else:
                 normed, stream = layer(normed, stream, sequences, rows)
-        return self.proj(normed)
+        return normed if tokens else self.proj(normed)
 
 
 class GptTower(nn.Module):

@@ -122,8 +122,10 @@ class VisionTower(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, *, tokens: bool = False) -> Tensor:
         """(B, 3, S, S), normalised, or uint8 (B, S, S, 3) or (B, 3, S, S), raw -> (B, embed_dim), not normalised.
+
+        With `tokens`, the states of all tokens after the final norm instead: (B, 1 + patches, width), CLS first.
 
         Raises:
             UserError: the image doesn't have the configured size.
@@ -143,12 +145,13 @@ class VisionTower(nn.Module):
         stream, branch = x.flatten(0, 1), None
         first = torch.arange(0, len(stream), x.shape[1], device=x.device)
         for layer in self.layers:
-            rows = first if layer is self.layers[-1] else None
+            rows = first if layer is self.layers[-1] and not tokens else None
             if self.grad_checkpointing and self.training:
                 stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
             else:
                 stream, branch = layer(stream, branch, sequences, rows)
-        return self.head(self.norm(stream, branch)[0])
+        states = self.norm(stream, branch)[0]
+        return states.unflatten(0, (-1, sequences.max_seqlen)) if tokens else self.head(states)
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:

@@ -160,7 +160,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 def _optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
     return AdamW(
-        parameter_groups(model.named_parameters(), optim),
+        parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None)),
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
@@ -170,7 +170,7 @@ def _optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
 
 def _set_learning_rate(optimizer: Any, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,6 +29,8 @@ class OptimConfig:
     eps: float = 1e-6
     weight_decay: float = 0.2
     """Of matrices and larger; biases, norms and the logit scale don't decay."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """From the peak to min_lr."""
     grad_clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
 
@@ -45,33 +47,35 @@ class OptimConfig:
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """The rate of step 0 <= step < num_steps: (step + 1) / warmup_steps * lr, then half a cosine from lr to min_lr."""
+    """The rate of step 0 <= step < num_steps: rising to lr, then half a cosine or a line from lr to min_lr."""
     warmup = min(config.warmup_steps, num_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * share
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Groups for torch.optim.AdamW: matrices decay, the rest doesn't; the logit scale has bounds of its own.
 
     open_clip's rule: no decay for parameters of fewer than 2 dimensions. "bounds" of a group are what `engine.AdamW`
-    clamps its parameters to after each step: the scale stays in [1, 100]. Empty groups are left out.
+    clamps its parameters to after each step: the scale stays in [1, 100]. "lr_scale" multiplies the learning rate of
+    parameters whose name begins with a key of `lr_scales`. Empty groups are left out.
     """
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    scale: list[nn.Parameter] = []
+    groups: dict[tuple[float, str], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
+        scale = next((value for prefix, value in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
         if name.rsplit(".", 1)[-1] == "logit_scale":
-            scale.append(parameter)
+            kind, rest = "scale", {"weight_decay": 0.0, "bounds": (0.0, MAX_LOG_LOGIT_SCALE)}
+        elif parameter.ndim >= 2 and not name.endswith("bias"):
+            kind, rest = "decay", {"weight_decay": config.weight_decay}
         else:
-            (decay if parameter.ndim >= 2 and not name.endswith("bias") else rest).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-        {"params": scale, "weight_decay": 0.0, "bounds": (0.0, MAX_LOG_LOGIT_SCALE)},
-    ]
-    return [group for group in groups if group["params"]]
+            kind, rest = "rest", {"weight_decay": 0.0}
+        groups.setdefault((scale, kind), {"params": [], "lr_scale": scale, **rest})["params"].append(parameter)
+    order = ("decay", "rest", "scale")
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], order.index(key[1])))]

@@ -433,19 +433,20 @@ def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
 
 def _retrieval(config: TrainConfig) -> Validate:
     def validate(model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> dict[str, float]:
-        from bclip_fast.eval import EvalConfig, evaluate
+        from bclip_fast.eval import evaluate
 
-        settings = EvalConfig(
+        results = evaluate(
+            (model, preprocess, tokenizer),
+            ["retrieval"],
             data=config.data.shards,
             split=config.validation.split,
-            task=("retrieval",),
             batch_size=config.validation.batch_size,
             device=str(next(model.parameters()).device),
             num_workers=config.data.num_threads,
             progress=False,
+            cache="none",
         )
-        figures = evaluate(model, preprocess, tokenizer, settings)["tasks"]["retrieval"]["figures"]
-        return {figure["name"]: figure["value"] for figure in figures}
+        return {figure["name"]: figure["value"] for figure in results["tasks"]["retrieval"]["figures"]}
 
     return validate
 

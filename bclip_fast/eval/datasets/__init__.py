@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGE_PIXELS = 200_000_000
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
@@ -46,13 +47,22 @@ class EvalDataset(Protocol):
         """All N labels of one kind; None for a sample without."""
 
 
-def open_dataset(path: str, split: str) -> EvalDataset:
-    """The data at `path`: shards (a folder with dataset.json, or its URL), a `.csv`, or a folder with one per class.
+def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = "", name: str = "") -> EvalDataset:
+    """The data at `path`: shards (a folder with dataset.json, or its URL), a .csv or .npz, a folder with one per class.
+
+    Args:
+        reader: one of `READERS`; auto tells by what lies there.
+        where: where the public data set can be had, for the error.
+        name: of the task, where one folder may hold the data of several.
 
     Raises:
-        UserError: nothing there, nothing in it, a split it doesn't have.
+        UserError: nothing there, nothing in it, a split it doesn't have; one line that says what was expected and where
+            to get it.
     """
-    from .folder import FolderDataset
+    from .arrays import open_medmnist, open_pcam
+    from .folder import FolderDataset, TilDataset
+    from .pairs import PairDataset
+    from .rsna import RsnaDataset
     from .shards import ShardEvalDataset
     from .table import CsvDataset
 
@@ -60,16 +70,34 @@ def open_dataset(path: str, split: str) -> EvalDataset:
         return ShardEvalDataset(path, split)
     place = Path(path)
     if not place.exists():
+        source = f"; get it from {where}" if where else ""
         raise UserError(
-            f"data {path} does not exist: give a folder of shards, a folder of images by class, or a .csv file"
+            f"data {path} does not exist: give a folder of shards, a folder of images by class, or a .csv file{source}"
         )
+    if reader == "pcam":
+        return open_pcam(place, split, where)
+    if reader == "medmnist":
+        return open_medmnist(place, split, where, name)
+    if reader == "rsna":
+        return RsnaDataset(place, split, where)
+    if reader == "tcga_til":
+        return TilDataset(place, split, where)
+    if reader != "auto":
+        raise UserError(f"unknown data set reader {reader!r}: use one of {', '.join(READERS)}")
     if place.is_file():
+        if place.suffix.lower() == ".npz":
+            return open_medmnist(place, split, where)
         if place.suffix.lower() != ".csv":
             raise UserError(f"data {path} is a file but not a .csv: give a folder or a CSV with columns path,label")
         return CsvDataset(place, split)
     if (place / "dataset.json").is_file():
         return ShardEvalDataset(place, split)
-    return FolderDataset(place, split)
+    if PairDataset.is_one(place):
+        return PairDataset(place)
+    try:
+        return FolderDataset(place, split)
+    except UserError as error:
+        raise UserError(f"{error}; get it from {where}" if where else str(error)) from None
 
 
 def open_image(data: bytes, name: Callable[[], str]) -> Image:

@@ -79,3 +79,23 @@ class FolderDataset:
                 f"label {kind!r} is unknown: {self.path} is a folder of images by class, its label is 'class'"
             )
         return [label for _, label in self._samples]
+
+
+class TilDataset(FolderDataset):
+    """TCGA-TIL as on zenodo: `[cancer/]split/til-{negative,positive}/`; all cancers below the folder together."""
+
+    def __init__(self, root: Path, split: str, where: str) -> None:
+        classes = ("til-negative", "til-positive")
+        folders = [path for path in sorted([root, *root.glob("*/")]) if (path / split / classes[1]).is_dir()]
+        self.path, self.split, self._root = str(root), split, root
+        self._samples = [
+            (path, name)
+            for folder in folders
+            for name in classes
+            for path in sorted((folder / split / name).glob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not self._samples:
+            raise UserError(
+                f"{root} holds no [CANCER/]{split}/{{{','.join(classes)}}}/ with images; TCGA-TIL: get it from {where}"
+            )

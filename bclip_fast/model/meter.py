@@ -1,0 +1,161 @@
+"""METER's co-attention head for visual question answering (arXiv 2111.02387) on the towers of a BiomedCLIP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .biomedclip import BiomedClip
+from .packed import Packed
+from .text import BertTower, pack
+from .transformer import check_range, check_sizes, mlp_width
+
+NORM_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class MeterConfig:
+    """Sizes of the head; the defaults are METER's."""
+
+    num_answers: int
+    width: int = 768
+    layers: int = 6
+    """Co-attention layers a stream."""
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("meter.num_answers", self.num_answers, 1, 1_000_000)
+        check_sizes("meter", self.width, self.layers, self.heads, self.mlp_ratio)
+        check_range("meter.dropout", self.dropout, 0.0, 0.9)
+
+
+class _Attention(nn.Module):
+    """x + attention(x over y), normed after: BERT's."""
+
+    def __init__(self, config: MeterConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query = nn.Linear(config.width, config.width)
+        self.key_value = nn.Linear(config.width, 2 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, y: Tensor, seen: Tensor | None) -> Tensor:
+        """(B, N, D) over (B, M, D); seen: (B, 1, 1, M) bool, the tokens of y that are not padding."""
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.norm(x + F.dropout(mixed, self.dropout, self.training))
+
+
+class CrossLayer(nn.Module):
+    """Self-attention, cross-attention, MLP, each with its residual and norm: METER's BertCrossLayer."""
+
+    def __init__(self, config: MeterConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.own, self.cross = _Attention(config), _Attention(config)
+        self.fc1 = nn.Linear(config.width, mlp_width(config.width, config.mlp_ratio))
+        self.fc2 = nn.Linear(mlp_width(config.width, config.mlp_ratio), config.width)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, y: Tensor, x_seen: Tensor | None, y_seen: Tensor | None) -> Tensor:
+        x = self.cross(self.own(x, x, x_seen), y, y_seen)
+        return self.norm(x + F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training))
+
+
+class Fusion(nn.Module):
+    """Two streams of co-attention layers, each layer from the states that the one before gave both."""
+
+    def __init__(self, config: MeterConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.image_in, self.text_in = nn.Linear(image_width, config.width), nn.Linear(text_width, config.width)
+        self.kinds = nn.Embedding(2, config.width)
+        self.image_layers = nn.ModuleList(CrossLayer(config) for _ in range(config.layers))
+        self.text_layers = nn.ModuleList(CrossLayer(config) for _ in range(config.layers))
+        self.image_pool, self.text_pool = (nn.Linear(config.width, config.width) for _ in range(2))
+
+    def forward(self, images: Tensor, texts: Tensor, seen: Tensor) -> Tensor:
+        """(B, N, Di), (B, L, Dt), seen (B, L) bool -> (B, 2 width), the pooled first tokens side by side."""
+        kinds = self.kinds(torch.arange(2, device=images.device))
+        text, image = self.text_in(texts) + kinds[0], self.image_in(images) + kinds[1]
+        mask = seen[:, None, None]
+        for text_layer, image_layer in zip(self.text_layers, self.image_layers, strict=True):
+            text, image = text_layer(text, image, mask, None), image_layer(image, text, None, mask)
+        return torch.cat([self.text_pool(text[:, 0]).tanh(), self.image_pool(image[:, 0]).tanh()], dim=1)
+
+
+class VqaModel(nn.Module):
+    """Towers, fusion and a classifier over the answers of the training set.
+
+    lr_scales: METER's learning rates relative to the towers', by prefix of a parameter's name.
+    """
+
+    lr_scales = {"classifier.": 50.0, "fusion.": 5.0}
+
+    def __init__(
+        self, clip: BiomedClip, config: MeterConfig, answers: tuple[str, ...], *, freeze: bool = False
+    ) -> None:
+        """freeze: the towers keep their weights. Raises ValueError unless there are num_answers answers."""
+        super().__init__()
+        if len(answers) != config.num_answers:
+            raise ValueError(f"{len(answers)} answers for a head of {config.num_answers}")
+        if not isinstance(clip.text, BertTower):
+            raise ValueError("METER's head reads the tokens of a BERT text tower; this model has another")
+        self.meter_config, self.answers = config, answers
+        self.fusion = Fusion(config, clip.config.vision.width, clip.config.text.width)
+        inner = 2 * config.width
+        self.classifier = nn.Sequential(
+            nn.Linear(inner, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_answers)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        self.clip = clip
+        # What only the contrastive embedding reads gets no gradient here.
+        for name, parameter in clip.named_parameters():
+            unread = name.startswith(("logit_", "visual.head.", "text.proj."))
+            parameter.requires_grad_(not (freeze or unread))
+
+    def forward(self, image: Tensor, text: Packed | Tensor) -> dict[str, Tensor]:
+        """Images as `BiomedClip` takes them and their questions -> logits (B, num_answers)."""
+        tower: Any = self.clip.text
+        if isinstance(text, Tensor):
+            text = pack(text, text != tower.config.pad_id)[0]
+        states = self.clip.visual(image, tokens=True)
+        words = tower(text, tokens=True)
+        lengths = text.lengths
+        seen = torch.arange(text.max_seqlen, device=words.device) < lengths[:, None]
+        padded = words.new_zeros(len(lengths), text.max_seqlen, words.shape[1])
+        padded = padded.index_put((text.owners, text.positions), words)
+        return {"logits": self.classifier(self.fusion(states, padded, seen))}
+
+    def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
+        return self.clip.encode_image(image, normalize)
+
+    def encode_text(self, text: Packed | Tensor, normalize: bool = True) -> Tensor:
+        return self.clip.encode_text(text, normalize)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.clip.set_grad_checkpointing(enable)
+
+    def compile_layers(self, **options: Any) -> None:
+        self.clip.compile_layers(**options)
+
+
+def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """METER's: binary cross-entropy over all answers, summed over answers and averaged over questions.
+
+    logits, targets: (B, A); targets in [0, 1], soft where a question has several answers.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float()) * logits.shape[1]
