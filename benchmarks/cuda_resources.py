@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -49,19 +50,24 @@ def kernels() -> list[Kernel]:
     """All kernels of the built module but its probe."""
     from bclip_fast import _cuda  # type: ignore[attr-defined]
 
+    # Disassembling takes most of a minute, in a process of its own each.
+    with ThreadPoolExecutor() as pool:
+        return sorted(sum(pool.map(_kernels_for, _cuda.architectures.split(";")), []))
+
+
+def _kernels_for(architecture: str) -> list[Kernel]:
+    from bclip_fast import _cuda  # type: ignore[attr-defined]
+
+    usage = _dump("--dump-resource-usage", "-arch", f"sm_{architecture}")
+    code = _matrix_instructions(_dump("-sass", "-arch", f"sm_{architecture}"))
     found = []
-    for architecture in _cuda.architectures.split(";"):
-        usage = _dump("--dump-resource-usage", "-arch", f"sm_{architecture}")
-        code = _matrix_instructions(_dump("-sass", "-arch", f"sm_{architecture}"))
-        pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)"
-        for mangled, registers, stack, local in re.findall(pattern, usage):
-            name = _name_of(mangled)
-            if name == "probe":
-                continue
+    for mangled, registers, stack, local in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage):
+        name = _name_of(mangled)
+        if name != "probe":
             shared, threads = _launch_of(name, _cuda)
             spilled = int(stack) + int(local)
             found.append(Kernel(name, architecture, int(registers), spilled, shared, threads, code[mangled]))
-    return sorted(found)
+    return found
 
 
 def _dump(*options: str) -> str:
