@@ -101,7 +101,7 @@ def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
     if ON_GPU and mode != "CMYK" and "progressive" not in options:
         pytest.skip("nvJPEG's pixels are its own")
     files = [jpeg(mode, size, **options) for size in SIZES]
-    for size in (1, 19, 32):
+    for size in (1, 27):
         for crop in ("center", "squash", boxes_in(files, size)):
             ours, errors = squares(files, size, crop=crop, interpolation=interpolation)
             expected, _ = ops.image.decode_resize(

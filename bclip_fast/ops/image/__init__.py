@@ -45,12 +45,9 @@ def _cuda(given: bytes | Tensor) -> str | None:
         if CUDA_HOST is None and not torch.cuda.is_available():
             return "there is no CUDA device"
         given = torch.empty(0, device="cuda" if CUDA_HOST is None else "cpu")
-    reason = cuda_refusal(given, torch.float16)
-    if reason is None:
-        from .cuda import library_refusal
-
-        reason = library_refusal(given.device)
-    return reason
+    # The CPU decodes what nvJPEG refuses.
+    reason = cuda_refusal(given, torch.float16) or _cpu(given)
+    return reason or kernels("image", "cuda").library_refusal(given.device)
 
 
 def _cpu(given: bytes | Tensor) -> str | None:

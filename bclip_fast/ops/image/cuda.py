@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import address, cuda_address, cuda_module, cuda_stream
-from . import cpu
+from . import decode
 
 # Decoded pixels that are held at a time, unless one picture has more.
 BATCH_BYTES = 2**30
@@ -170,13 +170,13 @@ def _decode_on_cpu(
     sources: dict[int, tuple[int, int] | Tensor],
     errors: dict[int, str],
 ) -> None:
-    def decode(index: int) -> Tensor | str:
+    def decoded(index: int) -> Tensor | str:
         try:
-            return cpu.decode(files[index], max_pixels)
+            return decode(files[index], max_pixels=max_pixels, backend="cpu")
         except (ValueError, MemoryError) as error:
             return str(error)
 
-    for index, result in zip(indices, pool.map(decode, indices), strict=True):
+    for index, result in zip(indices, pool.map(decoded, indices), strict=True):
         if isinstance(result, str):
             errors[index] = result
         else:
