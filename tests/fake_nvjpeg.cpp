@@ -1,5 +1,5 @@
-// What bclip_fast calls of nvJPEG, on libjpeg and the host's memory, for tests. A file with the comment "refuse" fails, and
-// with it its batch; what a batch had decoded is spoilt, as nvJPEG promises nothing of it.
+// What bclip_fast calls of nvJPEG, on libjpeg and the host's memory, for tests. A file with the comment "refuse" fails,
+// and with it its batch; what a batch had decoded is spoilt, as nvJPEG promises nothing of it.
 #include <csetjmp>
 #include <cstdio>
 #include <cstring>
@@ -55,7 +55,7 @@ EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length
   jpeg_mem_src(&jpeg, file, length);
   jpeg_save_markers(&jpeg, JPEG_COM, 100);
   jpeg_read_header(&jpeg, TRUE);
-  if (jpeg.marker_list && !std::memcmp(jpeg.marker_list->data, "refuse", 6)) failure.manager.error_exit(reinterpret_cast<j_common_ptr>(&jpeg));
+  if (jpeg.marker_list && !std::memcmp(jpeg.marker_list->data, "refuse", 6)) std::longjmp(failure.back, 1);
   jpeg.out_color_space = JCS_RGB;
   jpeg.dct_method = JDCT_ISLOW;
   jpeg_start_decompress(&jpeg);
@@ -66,6 +66,20 @@ EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length
   jpeg_finish_decompress(&jpeg);
   jpeg_destroy_decompress(&jpeg);
   return 0;
+}
+
+// Of a file with the comment "grow" it tells more than its header.
+EXPORTED int nvjpegGetImageInfo(void*, const unsigned char* file, size_t length, int* components, int* subsampling,
+                                int* widths, int* heights) {
+  *components = *subsampling = 0;
+  for (size_t at = 2; at + 9 < length; at += 2 + (file[at + 2] << 8 | file[at + 3])) {
+    if (file[at + 1] == 0xfe && !std::memcmp(file + at + 4, "grow", 4)) ++*heights;
+    if (file[at + 1] != 0xc0) continue;
+    *heights += file[at + 5] << 8 | file[at + 6];
+    *widths = file[at + 7] << 8 | file[at + 8];
+    return 0;
+  }
+  return 3;
 }
 
 EXPORTED int nvjpegDecodeBatchedInitialize(void*, void*, int batch, int threads, int format) {

@@ -137,7 +137,6 @@ const ResampleKernels& kernels() {
   return kPlainResample;
 }
 
-// The part of an edge of the picture, in pixels, of which `resized` are made, of which `size` are wanted from `offset` on.
 double cubic(double x) {
   constexpr double a = -0.5;
   if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;

@@ -1,6 +1,6 @@
-// The resize of csrc/image.h, in Pillow's arithmetic: a pass sums products of bytes with coefficients of 22 binary places
-// and rounds to a byte. A small kernel writes the coefficients; then a block makes a tile of one square, a thread a pixel:
-// the first pass goes into shared memory, a chunk of lines at a time, so that no scale needs more than 2 KiB of it.
+// The resize of csrc/image.h, in Pillow's arithmetic: a pass sums products of bytes with coefficients of 22 binary
+// places and rounds to a byte. A small kernel writes the coefficients; then a block makes a tile of one square, a
+// thread a pixel: the first pass goes to shared memory, a chunk of lines at a time, so that no scale needs over 2 KiB.
 #include "image.h"
 
 #include <algorithm>
@@ -22,8 +22,8 @@ __device__ inline double filter(double x, bool bicubic) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-// A thread per output of an axis. Sums and roundings are in Pillow's order; a compiler that fuses a product with a sum may
-// move a coefficient by one in 2^22.
+// A thread per output of an axis. Sums and roundings are in Pillow's order; a compiler that fuses a product with a sum
+// may move a coefficient by one in 2^22.
 __global__ void __launch_bounds__(THREADS) weigh(ImageResize call) {
   const int64_t index = block_index() * THREADS + thread_index();
   if (index >= call.count * 2 * call.size) return;

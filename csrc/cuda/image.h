@@ -1,4 +1,4 @@
-// Pictures in device memory to squares, the maths of csrc/image.h: Pillow's fixed-point resize, then perhaps normalised.
+// Pictures in device memory to squares, as csrc/image.h says: Pillow's fixed-point resize, then perhaps normalised.
 #pragma once
 
 #include <cstdint>

@@ -77,6 +77,8 @@ struct NvJpeg::Functions {
   int (*destroy)(void* handle);
   int (*create_state)(void* handle, void** state);
   int (*destroy_state)(void* state);
+  int (*size)(void* handle, const unsigned char* file, size_t length, int* components, int* subsampling, int* widths,
+              int* heights);
   int (*initialize)(void* handle, void* state, int batch, int threads, int format);
   int (*decode_batch)(void* handle, void* state, const unsigned char* const* files, const size_t* lengths, Image* to,
                       void* stream);
@@ -99,6 +101,7 @@ NvJpeg::NvJpeg(const std::string& path) {
       function<int(void*)>(library, "nvjpegDestroy"),
       function<int(void*, void**)>(library, "nvjpegJpegStateCreate"),
       function<int(void*)>(library, "nvjpegJpegStateDestroy"),
+      function<int(void*, const unsigned char*, size_t, int*, int*, int*, int*)>(library, "nvjpegGetImageInfo"),
       function<int(void*, void*, int, int, int)>(library, "nvjpegDecodeBatchedInitialize"),
       function<int(void*, void*, const unsigned char* const*, const size_t*, Image*, void*)>(library,
                                                                                             "nvjpegDecodeBatched"),
@@ -131,12 +134,24 @@ std::vector<int64_t> NvJpeg::decode(const std::vector<std::string_view>& files, 
   std::vector<const unsigned char*> data;
   std::vector<size_t> lengths;
   std::vector<Image> images;
+  std::vector<int64_t> indices;
   for (size_t i = 0; i < files.size(); ++i) {
-    data.push_back(reinterpret_cast<const unsigned char*>(files[i].data()));
+    const auto* const file = reinterpret_cast<const unsigned char*>(files[i].data());
+    int components = 0, subsampling = 0, own_widths[4] = {}, own_heights[4] = {};
+    const int status =
+        functions_->size(handle_, file, files[i].size(), &components, &subsampling, own_widths, own_heights);
+    // It writes as much as it reads from the header: that must be what memory was taken for.
+    if (status || std::pair{own_heights[0], own_widths[0]} != plain_size(files[i]) || own_widths[0] != widths[i]) {
+      refused.push_back(i);
+      continue;
+    }
+    data.push_back(file);
     lengths.push_back(files[i].size());
     images.push_back({{pixels[i]}, {size_t(3) * widths[i]}});
+    indices.push_back(i);
   }
-  const int count = static_cast<int>(files.size());
+  const int count = static_cast<int>(data.size());
+  if (!count) return refused;
   if (!functions_->initialize(handle_, states_[0], count, threads, RGB_INTERLEAVED) &&
       !functions_->decode_batch(handle_, states_[0], data.data(), lengths.data(), images.data(), stream)) {
     return refused;
@@ -144,7 +159,7 @@ std::vector<int64_t> NvJpeg::decode(const std::vector<std::string_view>& files, 
   // Which one it was isn't said.
   for (int i = 0; i < count; ++i) {
     if (functions_->decode(handle_, states_[1], data[i], lengths[i], RGB_INTERLEAVED, &images[i], stream)) {
-      refused.push_back(i);
+      refused.push_back(indices[i]);
     }
   }
   return refused;

@@ -10,8 +10,8 @@
 
 namespace bclip::cuda {
 
-// (height, width) of each file that nvJPEG may be given; (0, 0) of any that its backends don't all decode, or decode
-// otherwise than libjpeg: not baseline of 8 bits in one scan, not grey or YCbCr with luma of full size, without its end.
+// (height, width) of each file that nvJPEG may be given; (0, 0) of any that some backend of it can't decode, or decodes
+// otherwise than libjpeg: not baseline of 8 bits in one scan, not grey or YCbCr with luma of full size, or truncated.
 std::vector<std::pair<int, int>> plain_jpegs(const std::vector<std::string_view>& files);
 
 // On the device that is current; a call waits for one before it on another thread.
@@ -22,8 +22,8 @@ class NvJpeg {
   NvJpeg(const NvJpeg&) = delete;
   ~NvJpeg();
 
-  // Writes rows of 3 * width bytes from pixels[i] on, of the device's memory, in the order of `stream`: the files must stay
-  // until that is through. Returns the indices that it refused, whose pixels may be anything.
+  // Writes rows of 3 * width bytes from pixels[i] on, of the device's memory, in the order of `stream`: the files must
+  // stay until that is through. Returns the indices that it refused, whose pixels may be anything.
   std::vector<int64_t> decode(const std::vector<std::string_view>& files, const std::vector<uint8_t*>& pixels,
                               const std::vector<int>& widths, int threads, void* stream);
 

@@ -157,7 +157,14 @@ def test_broken_and_refused_files(monkeypatch):
     damaged = bytearray(refused)
     damaged[-200:-100] = b"\xff\xc4" * 50
     files = [good, b"", good[:-200], refused, bomb, b"<html>", good, bytes(damaged), jpeg("CMYK"), twin, b""]
-    boxes = [(0, 0, 60, 80)] * 6 + [(1, 0, 60, 80), (0, 0, 60, 80)] + [(0, 0, 37, 53)] * 2 + [(5, 5, 5, 5)]
+    files += [jpeg(size=(80, 60), comment=b"grow")]
+    boxes = (
+        [(0, 0, 60, 80)] * 6
+        + [(1, 0, 60, 80), (0, 0, 60, 80)]
+        + [(0, 0, 37, 53)] * 2
+        + [(5, 5, 5, 5)]
+        + [(1, 2, 50, 70)]
+    )
     expected, reasons = ops.image.decode_resize(files, 16, crop=boxes, max_pixels=100_000, backend="reference")
     assert list(reasons) == [1, 2, 4, 5, 6, 7, 10]
     for held in (cuda.BATCH_BYTES, 20_000):

@@ -62,7 +62,13 @@ def decode_resize(
         for own in _batches(len(files), sources):
             part = slice(own.start, own.stop)
             square = _Squares(size, crop, None if boxes is None else boxes[part], interpolation, out[part], mean, std)
-            square.write(files[part], {i - own.start: sources.pop(i) for i in own if i in sources}, pool, max_pixels)
+            held = {i - own.start: sources.pop(i) for i in own if i in sources}
+            try:
+                square.write(files[part], held, pool, max_pixels, threads)
+            finally:
+                # nvJPEG may still read the files, which are the caller's.
+                if out.is_cuda:
+                    torch.cuda.current_stream(out.device).synchronize()
             errors |= {own.start + index: reason for index, reason in square.errors.items()}
     return dict(sorted(errors.items()))
 
@@ -93,6 +99,7 @@ class _Squares:
         sources: dict[int, tuple[int, int] | Tensor],
         pool: ThreadPoolExecutor,
         max_pixels: int,
+        threads: int,
     ) -> None:
         module, device, stream = cuda_module(), self.out.device, cuda_stream(self.out)
         places, total = [(-1, 0, 0)] * len(files), 0
@@ -111,7 +118,7 @@ class _Squares:
             [files[index] for index in given],
             [pixels.data_ptr() + places[index][0] for index in given],
             [places[index][2] for index in given],
-            pool._max_workers,
+            threads,
             stream,
         )
         again = [given[position] for position in refused]
@@ -140,9 +147,6 @@ class _Squares:
             str(self.out.dtype).removeprefix("torch."),
             stream,
         )
-        if device.type == "cuda":
-            # nvJPEG may still read the files, which are the caller's.
-            torch.cuda.current_stream(device).synchronize()
 
     def _plan(self, places: list[tuple[int, int, int]]) -> Any:
         boxes = 0 if self.boxes is None else address(self.boxes, torch.int64, len(places), 4)
