@@ -1,4 +1,5 @@
 # make quickstart: sets everything up and runs the main job.   make test: sets everything up and passes the tests.
+# make gpu: builds, tests and measures the kernels on a machine with a GPU, in what Python is there; under 9 minutes.
 # Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart, or to pytest).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench gpu clean
 
 quickstart: $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
@@ -23,6 +24,9 @@ lint: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(BIN)/bclip bench all
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build bclip_fast.egg-info bclip_fast/*.so

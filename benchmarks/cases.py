@@ -475,7 +475,7 @@ def image_case(num_images: int) -> Case:
         truth=lambda *files: [ops.image.decode(data, backend="reference") for data in files],
         contenders={
             **ours(
-                image.LIMITS,
+                image.FILE_LIMITS,
                 lambda backend: lambda *files: [ops.image.decode(data, backend=backend) for data in files],
                 b"",
             ),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import platform
+import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +102,36 @@ def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
         multiply(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """The rows of the cases and contenders that pytest's -k `words` names, and pytest's exit status."""
+    import pytest
+
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.json"
+        args = [str(here / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+        args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={here}", "-c", "/dev/null"]
+        status = pytest.main([*args, "-k", words] + ["--large"] * large)
+        data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
+    common = environment()
+    rows = []
+    for entry in data["benchmarks"]:
+        stats = entry["stats"]
+        rows.append(
+            {**common, **entry["extra_info"], "seconds": stats["median"], "min": stats["min"], "max": stats["max"]}
+        )
+    return rows, int(status)
+
+
+def record(rows: list[dict[str, Any]]) -> Path:
+    """Appends the rows, of one device, to results/<device>.jsonl of the source tree."""
+    device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
+    path = Path(__file__).parent / "results" / f"{device}.jsonl"
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
 
 
 def environment() -> dict[str, str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from bclip_fast.errors import UserError
 from .cases import Unavailable
 from .images import ImagesConfig, measure_images, show_images
 from .loader import LoaderConfig, measure_loader, show_loader
-from .measure import environment
+from .measure import environment, record, suite
 from .step import StepConfig, measure_step, show_step
 
 HERE = Path(__file__).parent
@@ -55,9 +53,7 @@ def run(config: BenchConfig) -> int:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (config.output / "bench.jsonl").write_text(lines)
     if config.record:
-        device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
-        with open(HERE / "results" / f"{device}.jsonl", "a") as file:
-            file.write(lines)
+        record(rows)
     if special:
         special[1](rows)
         print(config.output / "bench.jsonl")
@@ -91,24 +87,8 @@ def _measured(config: BenchConfig, run: Callable[[BenchConfig], list[dict[str, A
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
     """The suite's rows, one a contender and case, and pytest's exit status."""
-    import pytest
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench.json"
-        args = [str(HERE / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-        args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={HERE}", "-c", "/dev/null"]
-        words = [f"({word})" for word in (config.operator.replace("all", ""), config.only) if word]
-        args += ["-k", " and ".join(words)] + ["--large"] * config.large
-        status = pytest.main(args)
-        data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
-    common = environment()
-    rows = []
-    for entry in data["benchmarks"]:
-        stats = entry["stats"]
-        rows.append(
-            {**common, **entry["extra_info"], "seconds": stats["median"], "min": stats["min"], "max": stats["max"]}
-        )
-    return rows, int(status)
+    words = [f"({word})" for word in (config.operator.replace("all", ""), config.only) if word]
+    return suite(" and ".join(words), config.large)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

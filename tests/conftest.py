@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Where tests that say nothing of a device make their tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
+if "BCLIP_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["BCLIP_TEST_DEVICE"])
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

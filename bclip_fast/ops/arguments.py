@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+# The file of a module in which the CUDA kernels run on the host, for tests (csrc/cuda/device.cuh).
+CUDA_HOST = os.environ.get("BCLIP_CUDA_HOST")
 
 
 def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
@@ -35,3 +42,52 @@ def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | No
     if not interpreted and torch.cuda.get_device_capability(tensor.device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
+
+
+@cache
+def cuda_module() -> ModuleType:
+    """The CUDA kernels: `bclip_fast._cuda`, or what BCLIP_CUDA_HOST names."""
+    if CUDA_HOST is None:
+        return importlib.import_module("bclip_fast._cuda")
+    spec = importlib.util.spec_from_file_location("_cuda_host", CUDA_HOST)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def _cuda_device_refusal(index: int) -> str | None:
+    return cuda_module().devices()[index]["refusal"] or None
+
+
+def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why no CUDA kernel of ours can take this tensor, in its own dtype unless given, or None."""
+    dtype = dtype or tensor.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    if tensor.device.type != ("cuda" if CUDA_HOST is None else "cpu"):
+        return f"device is {tensor.device.type}, not cuda"
+    return None if CUDA_HOST else _cuda_device_refusal(tensor.device.index)
+
+
+def cuda_address(tensor: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> int:
+    """The address of a contiguous tensor on `device`, of just this dtype and shape; ValueError as in `address`."""
+    if tensor.device != device or tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"compiled code expects a contiguous {dtype} tensor on {device} of shape {shape}, got {tensor.dtype}, "
+            f"{tensor.device}, shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        )
+    return tensor.data_ptr()
+
+
+def cuda_stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """With the last dimension's elements side by side, and address and other strides multiples of 16 bytes."""
+    size = tensor.element_size()
+    if tensor.stride(-1) != 1 or any(stride * size % 16 for stride in tensor.stride()[:-1]):
+        tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.contiguous_format)

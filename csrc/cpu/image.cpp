@@ -12,6 +12,7 @@
 #include <jerror.h>
 
 #include "../contrastive.h"
+#include "../image_edges.h"
 #include "image_kernels.h"
 #include "parallel.h"
 
@@ -136,14 +137,6 @@ const ResampleKernels& kernels() {
   return kPlainResample;
 }
 
-// The part of an edge of the picture, in pixels, of which `resized` are made, of which `size` are wanted from `offset` on.
-struct Edge {
-  int64_t start;
-  int64_t length;
-  int64_t resized;
-  int64_t offset;
-};
-
 double cubic(double x) {
   constexpr double a = -0.5;
   if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
@@ -218,42 +211,10 @@ class Axis {
   std::vector<Quad> quads_;
 };
 
-std::pair<Edge, Edge> edges(const DecodeResize& wanted, int64_t index, int64_t height, int64_t width) {
-  const int64_t size = wanted.size;
-  if (wanted.crop == Crop::kBoxes) {
-    const int64_t* const box = wanted.boxes + 4 * index;
-    const auto is_inside = [](int64_t start, int64_t length, int64_t whole) {
-      return start >= 0 && length > 0 && start < whole && length <= whole - start;
-    };
-    if (!is_inside(box[0], box[2], height) || !is_inside(box[1], box[3], width)) {
-      throw std::invalid_argument("box (top " + std::to_string(box[0]) + ", left " + std::to_string(box[1]) +
-                                  ", height " + std::to_string(box[2]) + ", width " + std::to_string(box[3]) +
-                                  ") is not inside the picture of " + std::to_string(width) + "x" +
-                                  std::to_string(height) + " pixels");
-    }
-    return {{box[0], box[2], size, 0}, {box[1], box[3], size, 0}};
-  }
-  if (wanted.crop == Crop::kSquash) return {{0, height, size, 0}, {0, width, size, 0}};
-  const auto edge = [&](int64_t length, int64_t other) {
-    const int64_t resized =
-        length <= other ? size : static_cast<int64_t>(static_cast<double>(size * length) / static_cast<double>(other));
-    // Half to even, as Python rounds.
-    return Edge{0, length, resized, std::llrint(static_cast<double>(resized - size) / 2)};
-  };
-  return {edge(height, width), edge(width, height)};
-}
-
 // Whether an approximation may decode at 1 / `reduced`: with 1.25 pixels to each of the result it is half a level off in
 // the mean on figures at 224, with 1.5 a quarter, with 1 nearly a whole one, and the fewer the faster.
 bool has_spare_pixels(const Edge& edge, int reduced) {
   return static_cast<double>(edge.length) >= 1.25 * static_cast<double>(reduced * edge.resized);
-}
-
-// Pillow 13's rule, older ones always begin along rows; on pictures where it matters results differ by a few levels at
-// overshoots.
-bool is_down_first(const Edge& vertical, const Edge& horizontal) {
-  const int64_t down = vertical.length - vertical.resized, along = horizontal.length - horizontal.resized;
-  return down > std::max<int64_t>(0, 2 * along);
 }
 
 // Decodes four rows at a time and resamples them while they are in the first-level cache.
@@ -330,7 +291,8 @@ void decode_resize_one(std::string_view data, const DecodeResize& wanted, int64_
     throw std::invalid_argument("JPEG of " + std::to_string(width) + "x" + std::to_string(height) +
                                 " pixels exceeds the limit of " + std::to_string(wanted.max_pixels) + " pixels");
   }
-  const auto [vertical, horizontal] = edges(wanted, index, height, width);
+  const auto [vertical, horizontal] =
+      edges(wanted.size, wanted.crop, wanted.boxes ? wanted.boxes + 4 * index : nullptr, height, width);
   const auto may_reduce = [&, v = vertical, h = horizontal](int by) {
     return !wanted.exact && has_spare_pixels(v, by) && has_spare_pixels(h, by);
   };

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "device.h"
+#include "operators.h"
 
 namespace py = pybind11;
 
@@ -22,4 +23,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels on raw pointers; the wrappers in bclip_fast.ops make every check.";
   module.attr("architectures") = BCLIP_CUDA_ARCHS;
   module.def("devices", &devices, "A dict per CUDA device; RuntimeError with the driver's reason where there is none.");
+  bclip::cuda::define_operators(module);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import triton_refusal
+from ..arguments import cuda_refusal, triton_refusal
 from ..dispatch import Limits, choose, kernels
 from .checks import checked_dropout
 from .pooled import pooled_attention
@@ -19,6 +19,12 @@ def _triton_limits(qkv: Tensor) -> str | None:
     return triton_refusal(qkv)
 
 
+def _cuda_limits(qkv: Tensor) -> str | None:
+    if qkv.shape[-1] not in (32, 64, 96, 128):
+        return f"d is {qkv.shape[-1]}, not among 32, 64, 96 and 128"
+    return cuda_refusal(qkv)
+
+
 def _cpu_limits(qkv: Tensor) -> str | None:
     if qkv.device.type != "cpu":
         return f"qkv is on {qkv.device}"
@@ -29,7 +35,12 @@ def _cpu_limits(qkv: Tensor) -> str | None:
     return None
 
 
-LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda qkv: None}
+LIMITS: Limits = {
+    "triton": _triton_limits,
+    "cuda": _cuda_limits,
+    "cpu": _cpu_limits,
+    "reference": lambda qkv: None,
+}
 
 
 def fused_attention(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arguments import triton_refusal
+from ..arguments import cuda_refusal, triton_refusal
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
@@ -41,6 +41,12 @@ def _triton_limits(
     return _library_limits(image, text, dtype, deterministic)
 
 
+def _cuda_limits(
+    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
+    return cuda_refusal(image, dtype) or _library_limits(image, text, dtype, deterministic)
+
+
 def _cpu_limits(
     image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
 ) -> str | None:
@@ -60,7 +66,12 @@ def _reference_limits(
 
 _FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": _reference_limits}
+LIMITS: Limits = {
+    "triton": _triton_limits,
+    "cuda": _cuda_limits,
+    "cpu": _cpu_limits,
+    "reference": _reference_limits,
+}
 
 
 def clip_loss(

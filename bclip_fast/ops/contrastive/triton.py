@@ -22,22 +22,16 @@ on the device, so nothing waits for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .terms import Groups, log_sum_exp
-
-# G / w is at most 2 in size, float16 ends at 65504.
-GRADIENT_SCALE = 2.0**14
-
-# Products of two float16 matrices in float32; torch has them from 2.8 on, for CUDA.
-_HAS_WIDE_MATMUL = "dtype" in torch.ops.aten.mm.overloads()
+from .terms import Groups
+from .tiles import gradients, log_sum_exps, num_tiles, padded
 
 
 @triton.jit
@@ -302,41 +296,29 @@ def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict
     }
 
 
-def _padded(features: Tensor) -> Tensor:
-    """Contiguous, with zeros up to a width that is a multiple of 16: full, aligned loads for every D."""
-    missing = -features.shape[1] % 16
-    return F.pad(features, (0, missing)) if missing else features.contiguous()
+def _tile(config: dict[str, Any]) -> tuple[int, int]:
+    return config["BLOCK_ROWS"], config["BLOCK_COLUMNS"]
 
 
 def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int) -> tuple[Tensor, Tensor]:
-    image, text = _padded(image), _padded(text)
+    image, text = padded(image, 16), padded(text, 16)
     config = configuration(image.dtype, image.shape[1])
-    rows_lse = torch.empty(len(image), dtype=torch.float64, device=image.device)
-    columns_lse = torch.full((len(text),), float("-inf"), dtype=torch.float64, device=image.device)
-    num_column_blocks = triton.cdiv(len(text), config["BLOCK_COLUMNS"])
-    # The partial results of so many rows take the memory of chunk_size rows of S.
-    num_rows_at_once = chunk_size * config["BLOCK_ROWS"] // 2
-    for start in range(0, len(image), num_rows_at_once):
-        rows = image[start : start + num_rows_at_once]
-        num_row_blocks = triton.cdiv(len(rows), config["BLOCK_ROWS"])
-        row_partials = torch.empty(num_column_blocks, len(rows), dtype=torch.float32, device=image.device)
-        column_partials = torch.empty(num_row_blocks, len(text), dtype=torch.float32, device=image.device)
-        with torch.cuda.device_of(image):
-            _forward_kernel[(num_row_blocks * num_column_blocks,)](
-                rows,
-                text,
-                scale,
-                row_partials,
-                column_partials,
-                len(rows),
-                len(text),
-                0 if first is None else first + start,
-                HAS_POSITIVES=first is not None,
-                **config,
-            )
-        rows_lse[start : start + len(rows)] = log_sum_exp(row_partials, 0)
-        columns_lse = torch.logaddexp(columns_lse, log_sum_exp(column_partials, 0))
-    return rows_lse, columns_lse
+
+    def launch(start: int, rows: Tensor, row_partials: Tensor, column_partials: Tensor) -> None:
+        _forward_kernel[(len(row_partials) * len(column_partials),)](
+            rows,
+            text,
+            scale,
+            row_partials,
+            column_partials,
+            len(rows),
+            len(text),
+            0 if first is None else first + start,
+            HAS_POSITIVES=first is not None,
+            **config,
+        )
+
+    return log_sum_exps(image, text, chunk_size, _tile(config), launch)
 
 
 def backward(
@@ -360,7 +342,10 @@ def backward(
     # In the exponent logits are rounded like these.
     rows_lse, columns_lse = rows_lse.float().contiguous(), columns_lse.float().contiguous()
 
-    def launch(start: int, rows: Tensor, text: Tensor, grad: Tensor, partials: Tensor, options: dict[str, Any]) -> None:
+    width, (image, text) = image.shape[1], (padded(part, 16) for part in (image, text))
+    config = configuration(image.dtype, image.shape[1], groups is not None)
+
+    def launch(start: int, rows: Tensor, grad: Tensor, partials: Tensor, unit: float) -> None:
         _backward_kernel[(len(partials),)](
             rows,
             text,
@@ -379,11 +364,13 @@ def backward(
             grad.stride(0),
             0 if first is None else first + start,
             HAS_POSITIVES=first is not None,
-            **options,
+            GRADIENT_SCALE=unit,
+            **config,
         )
 
-    factor, grouped = scale * weight, groups is not None
-    image_grad, text_grad, sums = _gradients(image, text, factor, chunk_size, dtype, 1, launch, grouped)
+    image_grad, text_grad, sums = gradients(
+        image, text, width, scale * weight, chunk_size, dtype, _tile(config), 1, launch
+    )
     return image_grad, text_grad, weight * sums[0]
 
 
@@ -400,9 +387,10 @@ def siglip(
     *,
     groups: Groups | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def launch(
-        start: int, rows: Tensor, text: Tensor, grad: Tensor | None, partials: Tensor, options: dict[str, Any]
-    ) -> None:
+    width, (image, text) = image.shape[1], (padded(part, 16) for part in (image, text))
+    config = configuration(image.dtype, image.shape[1])
+
+    def launch(start: int, rows: Tensor, grad: Tensor | None, partials: Tensor, unit: float) -> None:
         _siglip_kernel[(len(partials),)](
             rows,
             text,
@@ -418,84 +406,20 @@ def siglip(
             0 if first is None else first + start,
             HAS_POSITIVES=first is not None,
             WITH_GRADIENTS=with_gradients,
-            **options,
+            GRADIENT_SCALE=unit,
+            **config,
         )
 
     if with_gradients:
-        image_grad, text_grad, sums = _gradients(image, text, scale * weight, chunk_size, dtype, 3, launch)
+        image_grad, text_grad, sums = gradients(
+            image, text, width, scale * weight, chunk_size, dtype, _tile(config), 3, launch
+        )
         scale_grad, bias_grad, loss = (weight * total for total in sums)
         return loss, image_grad, text_grad, scale_grad, bias_grad
-    image, text = _padded(image), _padded(text)
-    config = configuration(image.dtype, image.shape[1])
-    partials = torch.empty(_num_programs(image, text, config), 3, dtype=torch.float32, device=image.device)
+    partials = torch.empty(
+        math.prod(num_tiles(image, text, _tile(config))), 3, dtype=torch.float32, device=image.device
+    )
     with torch.cuda.device_of(image):
-        launch(0, image, text, None, partials, {**config, "GRADIENT_SCALE": 1.0})
+        launch(0, image, None, partials, 1.0)
     loss = weight * partials[:, 2].sum(dtype=torch.float64).float()
     return loss, image.new_empty(0), text.new_empty(0), torch.zeros_like(loss), torch.zeros_like(loss)
-
-
-def _gradients(
-    image: Tensor,
-    text: Tensor,
-    factor: Tensor,
-    chunk_size: int,
-    dtype: torch.dtype,
-    num_partials: int,
-    launch: Callable[..., None],
-    grouped: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dI, dT in `dtype`, sums of the partial results (num_partials,)), chunk_size rows of G at a time.
-
-    `launch` writes rows of G / w, times a power of two, and the partial results; dI = factor * G / w @ T, dT likewise.
-    """
-    width = image.shape[1]
-    image, text = _padded(image), _padded(text)
-    config = configuration(image.dtype, image.shape[1], grouped)
-    in_float32 = image.dtype == torch.float32
-    gradient_scale = 1.0 if in_float32 else GRADIENT_SCALE
-    (image_operand, image_unit), (text_operand, text_unit) = _operand(image), _operand(text)
-    image_factor = factor * text_unit / gradient_scale
-    text_factor = factor * image_unit / gradient_scale
-
-    # Library matmuls want rows that start at multiples of 16 bytes.
-    grads = torch.empty(
-        min(chunk_size, len(image)),
-        triton.cdiv(len(text), 16) * 16,
-        dtype=torch.float32 if in_float32 else torch.float16,
-        device=image.device,
-    )
-    image_grad = torch.empty(len(image), width, dtype=dtype, device=image.device)
-    text_grad = torch.zeros(text.shape, dtype=torch.float32, device=text.device)
-    sums = []
-    for start in range(0, len(image), chunk_size):
-        rows = image[start : start + chunk_size]
-        grad = grads[: len(rows), : len(text)]
-        num_programs = _num_programs(rows, text, config)
-        partials = torch.empty(num_programs, num_partials, dtype=torch.float32, device=image.device)
-        with torch.cuda.device_of(image):
-            launch(start, rows, text, grad, partials, {**config, "GRADIENT_SCALE": gradient_scale})
-        sums.append(partials.sum(0, dtype=torch.float64))
-        image_grad[start : start + chunk_size] = _product(grad, text_operand)[:, :width].mul_(image_factor)
-        text_grad += _product(grad.T, image_operand[start : start + chunk_size])
-    text_grad = text_grad[:, :width].mul_(text_factor).to(dtype).contiguous()
-    return image_grad, text_grad, torch.stack(sums).sum(0).float()
-
-
-def _num_programs(image: Tensor, text: Tensor, config: dict[str, Any]) -> int:
-    return triton.cdiv(len(image), config["BLOCK_ROWS"]) * triton.cdiv(len(text), config["BLOCK_COLUMNS"])
-
-
-def _operand(features: Tensor) -> tuple[Tensor, Tensor | float]:
-    """(operand of the library matmuls, unit) with features = operand * unit."""
-    if features.dtype != torch.bfloat16:
-        return features, 1.0
-    largest = torch.linalg.vector_norm(features, float("inf"), dtype=torch.float32)
-    exponent = torch.frexp(largest).exponent
-    return torch.ldexp(features, -exponent).half(), torch.ldexp(torch.ones_like(largest), exponent)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, accumulated and returned in float32."""
-    if left.is_cuda and left.dtype == torch.float16 and _HAS_WIDE_MATMUL:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()

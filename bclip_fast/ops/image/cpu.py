@@ -16,7 +16,7 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
     height, width = _cpu.jpeg_size(data)
     if width * height > max_pixels:
         raise ValueError(f"JPEG of {width}x{height} pixels exceeds the limit of {max_pixels} pixels")
-    pixels = torch.empty((height, width, 3), dtype=torch.uint8)
+    pixels = torch.empty((height, width, 3), dtype=torch.uint8, device="cpu")
     _cpu.decode_jpeg(data, pixels.data_ptr(), height, width)
     return pixels
 
@@ -31,10 +31,10 @@ def decode_resize(
     crop: str,
     boxes: Tensor | None,
     interpolation: str,
+    threads: int,
     exact: bool,
     out: Tensor,
     max_pixels: int,
-    threads: int,
 ) -> dict[int, str]:
     """Writes `out`; see image.h."""
     return dict(

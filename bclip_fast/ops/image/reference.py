@@ -28,10 +28,10 @@ def decode_resize(
     crop: str,
     boxes: Tensor | None,
     interpolation: str,
+    threads: int,
     exact: bool,
     out: Tensor,
     max_pixels: int,
-    threads: int,
 ) -> dict[int, str]:
     """Writes `out`; `exact` and `threads` don't matter."""
     errors = {}

@@ -1,0 +1,87 @@
+"""The CUDA kernels as a module that runs on the host (csrc/cuda/device.cuh), built when a test first wants it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+from ninja import BIN_DIR, ninja_syntax
+
+from bclip_fast.ops.arguments import CUDA_HOST
+
+ROOT = Path(__file__).parents[1]
+ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"
+# Tests of kernels run where these do: on a GPU, or in a process that BCLIP_CUDA_HOST tells of the host's module.
+hosted = pytest.mark.skipif(CUDA_HOST is None and not ON_GPU, reason="runs inside test_on_the_host, or on a GPU")
+outside = pytest.mark.skipif(CUDA_HOST is not None or ON_GPU, reason="starts the tests that run on the host")
+DEVICE_ALONE = ("bindings.cpp", "device.cu")
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+
+
+@cache
+def path(sanitized: bool = False) -> Path:
+    """The module's file, compiled anew where a source is newer; `sanitized` for addresses and undefined behaviour."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the host meaning of the CUDA kernels switches stacks on x86-64 alone")
+    folder = ROOT / "build" / ("cuda_host_sanitized" if sanitized else "cuda_host")
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    options = f"-std=c++17 -fPIC -fvisibility=hidden -DBCLIP_ON_HOST -Wall -Wno-unknown-pragmas {includes} "
+    kernels = f"-O1 -g1 {SANITIZERS}" if sanitized else "-O2"
+    # One build at a time, whichever of xdist's workers comes first.
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(folder / "build.ninja", "w") as file:
+            ninja = ninja_syntax.Writer(file)
+            compiler = os.environ.get("CXX", "g++")
+            # pybind11's templates take longer than all kernels, if they are optimised.
+            for rule, optimised in (("kernels", kernels), ("bindings", "-O0")):
+                command = f"{compiler} {options} {optimised} -MMD -MF $out.d -x c++ -c $in -o $out"
+                ninja.rule(rule, command, depfile="$out.d", deps="gcc")
+            ninja.rule("link", f"{compiler} -shared {SANITIZERS if sanitized else ''} $in -o $out")
+            objects = []
+            for source in sorted((ROOT / "csrc/cuda").rglob("*.c[pu]*")):
+                if source.suffix == ".cuh" or source.relative_to(ROOT / "csrc/cuda").as_posix() in DEVICE_ALONE:
+                    continue
+                rule = "bindings" if source.name in ("bindings.cpp", "operators.cpp") else "kernels"
+                objects += ninja.build(f"{source.name}.o", rule, str(source))
+            ninja.build(str(output), "link", objects)
+        program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
+        done = subprocess.run([program or "ninja", "-j", "2"], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+@cache
+def module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_cuda_host", path())
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def run_sanitized(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python *command` with the runtime that a sanitized module needs, and BCLIP_CUDA_HOST naming it."""
+    libraries = [
+        subprocess.check_output([os.environ.get("CXX", "g++"), f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment |= {"LD_PRELOAD": " ".join(libraries), "BCLIP_CUDA_HOST": str(path(sanitized=True))}
+    # Python and torch keep what they allocated.
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run(
+        [sys.executable, *command], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+    )

@@ -1,0 +1,164 @@
+"""Attention in CUDA C++ without a GPU: the kernels' meaning on the host (csrc/cuda/device.cuh), plain and sanitized."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+from cuda_host import ON_GPU, hosted, outside
+from oracle import assert_as_accurate_as_eager
+
+from bclip_fast import ops
+from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
+from bclip_fast.ops.attention import LIMITS, cuda, reference
+
+HERE = Path(__file__)
+SEED = torch.tensor(-(2**40) + 12345)
+
+
+@outside
+def test_on_the_host():
+    """What this file marks as hosted, and every test of the operator that takes a backend."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
+        + [str(HERE.with_name("test_attention.py")), str(HERE)],
+        env={**os.environ, "BCLIP_CUDA_HOST": str(cuda_host.path())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 60, done.stdout
+
+
+@outside
+def test_on_the_host_under_the_sanitizers():
+    done = cuda_host.run_sanitized(
+        *["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "hosted_ragged or hosted_dense", str(HERE)]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 12, done.stdout
+
+
+def bounds_of(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def check(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
+    options = cu_seqlens, key_mask, max_seqlen, causal, dropout_p, SEED if dropout_p else None, scale
+    assert_as_accurate_as_eager(
+        lambda qkv: torch.ops.bclip.attention(qkv, *options, "cuda")[0],
+        lambda qkv: reference.attention(qkv, *options),
+        [qkv],
+    )
+    lse = torch.ops.bclip.attention(qkv, *options, "cuda")[1]
+    torch.testing.assert_close(lse.double(), reference.forward(qkv.double(), *options)[1], rtol=1e-5, atol=1e-5)
+
+
+@hosted
+@pytest.mark.parametrize(
+    ("shape", "masked", "causal", "dropout_p"),
+    [  # (B, N, H, d)
+        ((1, 197, 1, 64), False, False, 0.3),
+        ((2, 71, 1, 64), True, False, 0.3),
+        ((2, 13, 2, 32), True, True, 0.3),
+        ((1, 67, 1, 96), False, False, 0.0),
+        ((1, 41, 1, 128), True, True, 0.3),
+        ((1, 67, 2, 64), False, True, 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cuda_hosted_dense(shape, masked, causal, dropout_p, dtype, nan_filled):
+    batch, tokens, heads, dim = shape
+    qkv = torch.randn(batch * tokens, 3, heads, dim).to(dtype)
+    mask = torch.rand(batch * tokens) < 0.7 if masked else None
+    if masked and batch > 1:
+        mask[:tokens] &= torch.arange(tokens) >= 5
+        mask[-tokens:] = False
+    check(qkv, None, mask, tokens, causal, dropout_p)
+
+
+@hosted
+@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.3), (True, 0.0)])
+@pytest.mark.parametrize(("dim", "longest"), [(64, 131), (64, 120), (32, 131), (128, 131)])
+def test_cuda_hosted_ragged(causal, dropout_p, dim, longest, nan_filled):
+    """Lengths on both sides of 16, 64 and 128, where tiles, strips and chunks of keys part."""
+    lengths = [67, 0, longest, 1, 64, 2, 17, 0]
+    check(torch.randn(sum(lengths), 3, 1, dim).half(), bounds_of(lengths), None, longest + 3, causal, dropout_p)
+
+
+@hosted
+@pytest.mark.parametrize(("tokens", "dim"), [(307, 64), (523, 32), (260, 96), (257, 128)])
+@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.0), (True, 0.3)])
+def test_cuda_rows_longer_than_registers_hold(tokens, dim, causal, dropout_p, nan_filled):
+    mask = torch.rand(tokens) < 0.8
+    check(torch.randn(tokens, 3, 1, dim).half(), None, mask if causal else None, tokens, causal, dropout_p)
+
+
+@hosted
+def test_cuda_enough_heads_for_one_block_each(nan_filled, monkeypatch):
+    monkeypatch.setattr(cuda, "FEW_BLOCKS", 3)
+    check(torch.randn(3 * 131, 3, 1, 64).half(), None, None, 131, False, 0.0)
+
+
+@hosted
+@pytest.mark.skipif(ON_GPU, reason="a GPU's order can't be chosen")
+def test_cuda_hosted_order_of_threads_does_not_matter():
+    qkv, bounds = torch.randn(210, 3, 2, 64).half(), bounds_of([150, 60])
+    results = []
+    for seed in range(3):
+        cuda_module().set_seed(seed)
+        out, lse = cuda.forward(qkv, bounds, None, 150, True, 0.2, SEED, 0.1)
+        results.append(
+            [out, lse, cuda.backward(torch.ones_like(out), qkv, out, lse, bounds, None, 150, True, 0.2, SEED, 0.1)]
+        )
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+@hosted
+@pytest.mark.parametrize(("tokens", "first"), [(50, 0), (201, 160), (300, 256)])
+def test_cuda_drops_what_the_reference_drops(tokens, first):
+    """With keys of zero and values of the unit matrix the output is the weights themselves."""
+    qkv = torch.zeros(2 * tokens, 3, 2, 32, dtype=torch.float16)
+    columns = slice(first, first + 32)
+    qkv[:, 2] = torch.eye(tokens, dtype=torch.float16)[:, columns].repeat(2, 1)[:, None]
+    inputs = None, None, tokens, False, 0.25, SEED, 1.0
+    out, lse = cuda.forward(qkv, *inputs)
+    kept = reference.dropout_mask(slice(0, 2 * tokens), (2, tokens), qkv, 0.25, SEED)[..., columns] > 0
+    assert torch.equal(out.unflatten(0, (2, tokens)).transpose(1, 2) > 0, kept)
+    # Back from ones, dV of a key is its column's sum in each of its elements.
+    grad = cuda.backward(torch.ones_like(out), qkv, out, lse, *inputs)[:, 2].unflatten(0, (2, tokens))[:, columns]
+    sums = kept.sum(2) / tokens / 0.75
+    torch.testing.assert_close(grad.double(), sums.mT[..., None].expand(grad.shape).double(), rtol=2e-3, atol=2e-3)
+
+
+@hosted
+def test_cuda_hosted_strided_and_unaligned_inputs():
+    wide = torch.randn(2, 30, 3, 2, 96).half()
+    slices = [wide[..., :64], wide[..., 8:72], wide[..., 3:67], wide[:, 5:24, :, 1:, :64]]
+    for qkv in slices:
+        leaves = [qkv.requires_grad_(), qkv.detach().clone().requires_grad_()]
+        grads = [torch.autograd.grad(ops.fused_attention(leaf, backend="cuda").sum(), leaf)[0] for leaf in leaves]
+        assert torch.equal(*grads)
+
+
+def test_cuda_limits_say_why():
+    limits = LIMITS["cuda"]
+    qkv = torch.ones(3, 3, 1, 32).half()
+    assert "d is 80" in limits(torch.ones(3, 3, 1, 80).half()) and "float32" in limits(qkv.float())
+    assert limits(qkv) is None if CUDA_HOST or ON_GPU else "not cuda" in limits(qkv)
+
+
+@hosted
+def test_cuda_hosted_what_the_module_refuses():
+    qkv = torch.ones(3, 3, 1, 48).half()
+    with pytest.raises(ValueError, match="isn't among 32, 64, 96 and 128"):
+        cuda.forward(qkv, None, None, 3, False, 0.0, None, 1.0)

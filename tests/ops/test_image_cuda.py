@@ -1,0 +1,194 @@
+"""Squares of pixels by nvJPEG and our kernel, without a GPU: the kernel's meaning on the host, and in the library's
+place one of ours that has its functions and libjpeg's pixels (fake_nvjpeg.cpp)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+from cuda_host import hosted, outside
+from test_image import MODES, OPTIONS, SIZES, boxes_in, jpeg
+
+from bclip_fast import ops
+from bclip_fast.ops.arguments import cuda_module
+from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, LIMITS, cuda
+
+HERE = Path(__file__)
+ON_GPU = cuda_host.ON_GPU
+DEVICE = "cuda" if ON_GPU else "cpu"
+# nvJPEG's pixels are its own: what follows compares with libjpeg's, which the library of the tests gives.
+faked = pytest.mark.skipif("BCLIP_NVJPEG" not in os.environ, reason="runs inside test_on_the_host")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nvjpeg") / "libnvjpeg.so.13"
+    source = HERE.parents[1] / "fake_nvjpeg.cpp"
+    compiler = os.environ.get("CXX", "g++")
+    done = subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(source), "-o", str(path), "-ljpeg"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return str(path)
+
+
+TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
+
+
+@outside
+def test_on_the_host(library):
+    environment = {"BCLIP_CUDA_HOST": str(cuda_host.path()), "BCLIP_NVJPEG": library}
+    done = subprocess.run([sys.executable, *TESTS], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 36, done.stdout
+
+
+@outside
+def test_on_the_host_under_the_sanitizers(library):
+    done = cuda_host.run_sanitized(*TESTS, "-k", "broken or normalized or extreme", BCLIP_NVJPEG=library)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 5, done.stdout
+
+
+@outside
+def test_without_a_gpu_the_reason_is_said(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(ops.BackendError, match="cuda: "):
+            ops.image.decode_resize([jpeg()], 8, backend="cuda")
+        assert "CUDA device" in LIMITS["cuda"](b"")
+    # The CPU's backends normalise just the same.
+    ours, errors = ops.image.decode_resize_normalize([jpeg(), b"?"], 8, device="cpu", dtype=torch.bfloat16)
+    assert ours.shape == (2, 3, 8, 8) and ours.dtype == torch.bfloat16 and list(errors) == [1]
+
+
+@hosted
+def test_without_a_library_the_reason_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("BCLIP_NVJPEG", str(tmp_path / "libnvjpeg.so.13"))
+    cuda._library.cache_clear()
+    try:
+        out = torch.empty(1, 8, 8, 3, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(ops.BackendError, match=r"nvJPEG cannot be used.*libnvjpeg.so.13: cannot open"):
+            ops.image.decode_resize([jpeg()], 8, out=out, backend="cuda")
+        other = Path(tmp_path / "libother.so")
+        subprocess.run(["g++", "-shared", "-xc++", "-", "-o", str(other)], input="", text=True, check=True)
+        monkeypatch.setenv("BCLIP_NVJPEG", str(other))
+        cuda._library.cache_clear()
+        with pytest.raises(ops.BackendError, match="it has no nvjpegCreateEx"):
+            ops.image.decode_resize([jpeg()], 8, out=out, backend="cuda")
+    finally:
+        cuda._library.cache_clear()
+
+
+def squares(files, size, **options):
+    out = torch.full((len(files), size, size, 3), 7, dtype=torch.uint8, device=DEVICE)
+    ours, errors = ops.image.decode_resize(files, size, out=out, backend="cuda", **options)
+    assert ours is out
+    return ours.cpu(), errors
+
+
+@hosted
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
+    if ON_GPU and mode != "CMYK" and "progressive" not in options:
+        pytest.skip("nvJPEG's pixels are its own")
+    files = [jpeg(mode, size, **options) for size in SIZES]
+    for size in (1, 27):
+        for crop in ("center", "squash", boxes_in(files, size)):
+            ours, errors = squares(files, size, crop=crop, interpolation=interpolation)
+            expected, _ = ops.image.decode_resize(
+                files, size, crop=crop, interpolation=interpolation, backend="reference"
+            )
+            assert not errors and torch.equal(ours, expected), (ours.int() - expected.int()).abs().flatten(1).amax(1)
+
+
+@hosted
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_decoded_pixels_are_nearly_libjpegs(mode, options):
+    files = [jpeg(mode, size, quality=95, **options) for size in SIZES]
+    ours, errors = squares(files, 24)
+    expected, _ = ops.image.decode_resize(files, 24, backend="reference")
+    distances = (ours.float() - expected.float()).abs().flatten(1)
+    assert not errors and distances.mean(1).max() < 2, distances.mean(1)
+
+
+@faked
+@pytest.mark.parametrize("crop", ["center", "squash"])
+def test_extreme_shapes(crop, nan_filled):
+    files = [jpeg(size=size) for size in [(2000, 3), (3, 2000), (900, 1100), (1, 1)]]
+    ours, errors = squares(files, 5, crop=crop)
+    expected, _ = ops.image.decode_resize(files, 5, crop=crop, backend="reference")
+    assert not errors and torch.equal(ours, expected)
+
+
+@faked
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_normalized_levels(dtype, nan_filled):
+    files = [jpeg(size=size) for size in SIZES[:4]] + [b"?"]
+    ours, errors = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device=DEVICE, backend="cuda")
+    levels, _ = ops.image.decode_resize(files, 21, backend="reference")
+    assert list(errors) == [4] and ours.shape == (5, 3, 21, 21) and ours.dtype == dtype
+
+    def normalized(kind):
+        mean, std = (torch.tensor(values, dtype=kind).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (levels.permute(0, 3, 1, 2).to(kind) / 255 - mean) / std
+
+    truth = normalized(torch.float64)
+    allowed = 2 * (normalized(dtype).double() - truth).abs().max() + 1e-6
+    assert (ours.cpu().double() - truth).abs().max() <= allowed
+    # The other backends' result is the same but for the last digit.
+    theirs, _ = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device="cpu", backend="reference")
+    assert (theirs.double() - truth).abs().max() <= allowed
+
+
+@faked
+def test_broken_and_refused_files(monkeypatch):
+    good, bomb = jpeg(size=(80, 60)), jpeg(size=(400, 300))
+    refused, twin = jpeg(size=(80, 60), comment=b"refuse"), jpeg("L", (53, 37))
+    damaged = bytearray(refused)
+    damaged[-200:-100] = b"\xff\xc4" * 50
+    files = [good, b"", good[:-200], refused, bomb, b"<html>", good, bytes(damaged), jpeg("CMYK"), twin, b""]
+    files += [jpeg(size=(80, 60), comment=b"grow")]
+    boxes = (
+        [(0, 0, 60, 80)] * 6
+        + [(1, 0, 60, 80), (0, 0, 60, 80)]
+        + [(0, 0, 37, 53)] * 2
+        + [(5, 5, 5, 5)]
+        + [(1, 2, 50, 70)]
+    )
+    expected, reasons = ops.image.decode_resize(files, 16, crop=boxes, max_pixels=100_000, backend="reference")
+    assert list(reasons) == [1, 2, 4, 5, 6, 7, 10]
+    for held in (cuda.BATCH_BYTES, 20_000):
+        monkeypatch.setattr(cuda, "BATCH_BYTES", held)
+        ours, errors = squares(files, 16, crop=boxes, max_pixels=100_000)
+        assert list(errors) == list(reasons) and torch.equal(ours, expected)
+        for index in (4, 6):
+            assert errors[index] == reasons[index]
+    assert squares([], 16)[0].shape == (0, 16, 16, 3)
+    assert squares([b""], 16)[1].keys() == {0}
+
+
+@hosted
+def test_only_plain_files_go_to_the_library():
+    # Component ids R, G, B: no conversion of colours.
+    rgb = bytearray(jpeg(subsampling=0))
+    frame = rgb.index(b"\xff\xc0") + 10
+    for component, letter in enumerate(b"RGB"):
+        rgb[frame + 3 * component] = letter
+    adobe = b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00" + jpeg()[2:]
+    plain = [jpeg(), jpeg("L"), jpeg(subsampling=0), jpeg(subsampling=1, restart_marker_blocks=5), jpeg(comment=b"?")]
+    others = [b"", b"\xff\xd8\xff\xd9", jpeg("CMYK"), jpeg(progressive=True), jpeg()[:-1], bytes(rgb), adobe]
+    found = cuda_module().plain_jpegs(plain + others)
+    assert found == [(37, 53)] * len(plain) + [(0, 0)] * len(others)
+    whole = jpeg()
+    for end in range(0, 700, 7):
+        assert cuda_module().plain_jpegs([whole[:end]]) == [(0, 0)]

@@ -1,0 +1,34 @@
+"""`make gpu` without a GPU: its steps fit into its time, and what they name is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from bclip_fast.benchmarks import gpu
+
+ROOT = Path(gpu.__file__).resolve().parents[1]
+
+
+def test_the_steps_take_less_than_9_minutes():
+    assert sum(step.seconds for step in gpu.steps()) < 9 * 60
+
+
+def test_what_the_steps_run_is_there():
+    """Every pytest command collects tests, as does the suite that is measured."""
+    commands = [step.command for step in gpu.steps() if "pytest" in step.command]
+    assert len(commands) == 5
+    for command in [*commands, [*gpu.PYTEST, "benchmarks/bench_operators.py", "-k", gpu.MEASURED]]:
+        command = [sys.executable, *command[command.index("-m") :], "--collect-only"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_failing_step_is_told_and_does_not_stop_the_rest(monkeypatch, capsys):
+    steps = [("first", "pass", 9), ("second", "import sys; sys.exit(3)", 9), ("third", "import time; time.sleep(9)", 1)]
+    plan = [gpu.Step(name, [sys.executable, "-c", code], seconds) for name, code, seconds in steps]
+    monkeypatch.setattr(gpu, "steps", lambda: plan)
+    assert gpu.main() == 2
+    told = capsys.readouterr().out
+    assert "first: ok" in told and "second: FAILED (3)" in told and "failed: second, third" in told
