@@ -133,9 +133,10 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     }
     num, dim = rows.shape
     columns: dict[str, Any] = {"key": pa.array([data.key(i) for i in range(num)])}
-    columns["caption"] = pa.array(data.captions() or [None] * num, pa.string())
+    unknown: list[str | None] = [None] * num
+    columns["caption"] = pa.array(data.captions() or unknown, pa.string())
     for field in FIELDS:
-        columns[field] = pa.array(data.labels(field) if field in data.label_kinds else [None] * num, pa.string())
+        columns[field] = pa.array(data.labels(field) if field in data.label_kinds else unknown, pa.string())
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), dim)
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about)})
     partial = out / f".{ROWS}.{os.getpid()}"
