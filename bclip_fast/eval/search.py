@@ -123,7 +123,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{out} takes no index: {str(error).splitlines()[0]}") from error
     about = {
-        "model": config.model,
+        "model": str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
         "data": config.data if "://" in config.data else str(Path(config.data).resolve()),
         "split": config.split,
         "index": config.index,
