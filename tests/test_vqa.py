@@ -276,13 +276,14 @@ def test_the_head_overfits_200_questions_of_vqa_rad(shared_data: Path, tmp_path:
                 picture.convert("RGB").resize((48, 48)).save(tmp_path / f"{q.image.stem}.png")
             rows.writerow([f"{q.image.stem}.png", q.text, q.answer, q.kind])
     vision = VisionConfig(image_size=48, patch_size=12, width=64, layers=2, heads=4)
-    text = TextConfig(context_length=40, vocab_size=1000, width=64, layers=2, heads=4, max_positions=48)
+    sizes = dict(context_length=40, vocab_size=1000, width=64, layers=2, heads=4, max_positions=48)
+    text = TextConfig(**sizes, dropout=0.0, attention_dropout=0.0)  # type: ignore[arg-type]
     torch.manual_seed(0)
     clip = BiomedClip(BiomedClipConfig(embed_dim=64, vision=vision, text=text))
     words = Tokenizer.train([q.text for q in questions], 1000, context_length=40)
     pretrained.save(tmp_path / "start", clip, Preprocess(PreprocessConfig(size=48)), words)
     optim = OptimConfig(lr=1e-4, warmup_steps=50, weight_decay=0.01, decay="linear", eps=1e-8)
-    changes = dict(epochs=80, batch_size=40, head_layers=6, crop_scale=(1.0, 1.0), optim=optim, freeze_towers=True)
+    changes = dict(epochs=110, batch_size=40, head_layers=6, crop_scale=(1.0, 1.0), optim=optim, freeze_towers=True)
     run = finetune(settings(tmp_path / "start", tmp_path / "q.csv", tmp_path / "run", **changes, checkpoint_every=0))
     result = evaluate(str(run), ["vqa"], data=str(tmp_path / "q.csv"), progress=False)["tasks"]["vqa"]
     figures = {figure["name"]: figure for figure in result["figures"]}

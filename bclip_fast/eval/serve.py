@@ -130,7 +130,7 @@ def run(config: ServeConfig) -> None:
     """The command: serves until it is interrupted."""
     server = make(config, Searcher(config))
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"http://{host}:{server.port}/  (Ctrl+C ends it)", flush=True)
+    log.info("http://%s:%d/ (Ctrl+C ends it)", host, server.port)
     try:
         server.serve_forever()
     finally:
