@@ -76,6 +76,24 @@ COMMANDS = {
         "bclip_fast.eval:run",
         "eval",
     ),
+    "embed": Command(
+        "pictures of a folder or of shards to an index: Parquet and faiss",
+        "bclip_fast.eval.search:EmbedConfig",
+        "bclip_fast.eval.search:run_embed",
+        "search",
+    ),
+    "search": Command(
+        "the pictures of an index nearest to a text or a picture",
+        "bclip_fast.eval.search:SearchConfig",
+        "bclip_fast.eval.search:run",
+        "search",
+    ),
+    "serve": Command(
+        "a local web page to search an index",
+        "bclip_fast.eval.serve:ServeConfig",
+        "bclip_fast.eval.serve:run",
+        "search",
+    ),
     "bench": Command(
         "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|all",
         "bclip_fast.benchmarks.report:BenchConfig",

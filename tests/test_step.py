@@ -86,7 +86,7 @@ def test_bfloat16_errs_at_most_twice_what_open_clip_does(
     min_rows: int, histogram: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With linear layers of ours, as where there are many tokens, and with the library's. In the mean over four models,
-    as the gradient of a single number, the logit scale's, errs by chance: from a tenth to twice the usual, in either."""
+    as the gradient of a single number, the logit scale's, errs by chance, from a tenth to twice the usual."""
     monkeypatch.setattr(affine, "_MIN_ROWS", min_rows)
     inputs = make_inputs(StepConfig(lengths=histogram, batch_size=8), BERT)
     own, usual = defaultdict(list), defaultdict(list)

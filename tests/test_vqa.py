@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from test_eval import COLOURS, jpeg
 from test_pretrained import SMALL, shaken
 
@@ -17,9 +19,11 @@ from bclip_fast import pretrained
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.eval import evaluate, tasks, vqa
-from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.meter import CrossLayer, MeterConfig, VqaModel, vqa_loss
+from bclip_fast.model.text import TextConfig
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.vision import VisionConfig
 from bclip_fast.train import checkpoint
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig, finetune
@@ -255,6 +259,36 @@ def test_questions_are_learnt_saved_and_evaluated(start: Path, table: Path, tmp_
     (run / "vqa" / "head.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match="vqa is broken"):
         vqa.load(run)
+
+
+@pytest.mark.slow
+def test_the_head_overfits_200_questions_of_vqa_rad(shared_data: Path, tmp_path: Path) -> None:
+    """Six layers a stream at METER's rates (5 and 50 times `lr`) and dropout, on small random towers that stay frozen.
+
+    The first 150 steps only learn how often an answer is given: attention takes hold after them, all at once.
+    """
+    questions = vqa.rad(shared_data / "vqa" / "vqa_rad", "train").questions[:200]
+    with (tmp_path / "q.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "question", "answer", "answer_type"])
+        for q in questions:
+            with Image.open(q.image) as picture:
+                picture.convert("RGB").resize((48, 48)).save(tmp_path / f"{q.image.stem}.png")
+            rows.writerow([f"{q.image.stem}.png", q.text, q.answer, q.kind])
+    vision = VisionConfig(image_size=48, patch_size=12, width=64, layers=2, heads=4)
+    sizes = dict(context_length=40, vocab_size=1000, width=64, layers=2, heads=4, max_positions=48)
+    text = TextConfig(**sizes, dropout=0.0, attention_dropout=0.0)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    clip = BiomedClip(BiomedClipConfig(embed_dim=64, vision=vision, text=text))
+    words = Tokenizer.train([q.text for q in questions], 1000, context_length=40)
+    pretrained.save(tmp_path / "start", clip, Preprocess(PreprocessConfig(size=48)), words)
+    optim = OptimConfig(lr=1e-4, warmup_steps=50, weight_decay=0.01, decay="linear", eps=1e-8)
+    changes = dict(epochs=110, batch_size=40, head_layers=6, crop_scale=(1.0, 1.0), optim=optim, freeze_towers=True)
+    run = finetune(settings(tmp_path / "start", tmp_path / "q.csv", tmp_path / "run", **changes, checkpoint_every=0))
+    result = evaluate(str(run), ["vqa"], data=str(tmp_path / "q.csv"), progress=False)["tasks"]["vqa"]
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    assert result["num_samples"] == 200
+    assert figures["accuracy"]["value"] >= 0.95 and figures["accuracy"]["chance"] < 0.6
 
 
 def test_frozen_towers_stay_as_they_were(start: Path, table: Path, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         config = self.config
-        device = _device(config.device)
+        device = pick_device(config.device)
         model, preprocess, tokenizer = load_model(self.model, device) if isinstance(self.model, str) else self.model
         model = model.to(device)
         folder = None if config.cache == "none" else Path(config.cache) if config.cache != "auto" else default_folder()
@@ -241,7 +241,7 @@ def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
     return names
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -101,14 +101,19 @@ class Embedder:
         def load(i: int) -> Tensor:
             return self.preprocess(open_image(data.image(i), lambda: data.key(i)))
 
-        def encode(batch: list[Tensor]) -> Tensor:
-            return self.model.encode_image(torch.stack(batch).to(self.device), normalize=True)
-
         with ThreadPoolExecutor(self.num_workers) as pool:
             starts = range(0, len(data), self.batch_size)
             spans = (range(start, min(start + self.batch_size, len(data))) for start in starts)
             batches = _ahead(pool, load, spans)
-            return self._run(batches, encode, len(data), "images", data.key)
+            return self._run(batches, self._encode_images, len(data), "images", data.key)
+
+    def picture(self, content: bytes, name: str) -> Tensor:
+        """(1, D) float32 on the device, unit norm, of one encoded picture; raises as `images` does, saying `name`."""
+        image = self.preprocess(open_image(content, lambda: name))
+        return self._run(iter([[image]]), self._encode_images, 1, "images", lambda i: name)
+
+    def _encode_images(self, batch: list[Tensor]) -> Tensor:
+        return self.model.encode_image(torch.stack(batch).to(self.device), normalize=True)
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
         def encode(batch: list[str]) -> Tensor:

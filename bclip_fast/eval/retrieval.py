@@ -231,8 +231,8 @@ def _parts(total: int, size: int = 65536) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, size))
 
 
-def search(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: int = 64) -> Tensor:
-    """(N, k) int64: the k nearest candidates as an index of faiss finds them, approximately unless `faiss_flat`.
+def build(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:
+    """faiss's index of (N, D) candidates by inner product, approximate unless `faiss_flat`.
 
     effort: efSearch of HNSW, the lists probed by IVF; more finds more and takes longer.
     """
@@ -253,7 +253,14 @@ def search(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: 
     else:
         raise UserError(f"index {kind!r} is unknown: use exact, faiss_flat, hnsw or ivf")
     index.add(rows)
-    return torch.from_numpy(index.search(np.ascontiguousarray(queries.cpu().float().numpy()), min(k, len(rows)))[1])
+    return index
+
+
+def search(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: int = 64) -> Tensor:
+    """(N, k) int64: the k nearest candidates as an index of faiss finds them; `kind` and `effort` as of `build`."""
+    index = build(candidates, kind, effort=effort)
+    vectors = np.ascontiguousarray(queries.cpu().float().numpy())
+    return torch.from_numpy(index.search(vectors, min(k, len(candidates)))[1])
 
 
 def approximate(queries: Tensor, candidates: Tensor, groups: Sequence[Tensor], kind: Index) -> Ranks:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGE_PIXELS = 200_000_000
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til")
+READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til", "pictures")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
@@ -51,7 +51,7 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = ""
     """The data at `path`: shards (a folder with dataset.json, or its URL), a .csv or .npz, a folder with one per class.
 
     Args:
-        reader: one of `READERS`; auto tells by what lies there.
+        reader: one of `READERS`; auto tells by what lies there, `pictures` takes all below a folder, without labels.
         where: where the public data set can be had, for the error.
         name: of the task, where one folder may hold the data of several.
 
@@ -60,7 +60,7 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = ""
             to get it.
     """
     from .arrays import open_medmnist, open_pcam
-    from .folder import FolderDataset, TilDataset
+    from .folder import FolderDataset, PictureDataset, TilDataset
     from .pairs import PairDataset
     from .rsna import RsnaDataset
     from .shards import ShardEvalDataset
@@ -82,6 +82,8 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = ""
         return RsnaDataset(place, split, where)
     if reader == "tcga_til":
         return TilDataset(place, split, where)
+    if reader == "pictures":
+        return PictureDataset(place)
     if reader != "auto":
         raise UserError(f"unknown data set reader {reader!r}: use one of {', '.join(READERS)}")
     if place.is_file():

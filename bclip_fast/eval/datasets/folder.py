@@ -99,3 +99,19 @@ class TilDataset(FolderDataset):
             raise UserError(
                 f"{root} holds no [CANCER/]{split}/{{{','.join(classes)}}}/ with images; TCGA-TIL: get it from {where}"
             )
+
+
+class PictureDataset(FolderDataset):
+    """All images below a folder, wherever they lie, in the order of their paths, without labels."""
+
+    label_kinds: tuple[str, ...] = ()
+
+    def __init__(self, root: Path) -> None:
+        self.path, self.split, self._root = str(root), "all", root
+        found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        self._samples = [(path, "") for path in found]
+        if not self._samples:
+            raise UserError(f"data folder {root} holds no image ({' '.join(IMAGE_SUFFIXES)})")
+
+    def labels(self, kind: str) -> list[str | None]:
+        raise UserError(f"label {kind!r} is unknown: {self.path} is a folder of images without labels")
