@@ -53,5 +53,5 @@ def test_doctor_tells_each_backend_and_why_not():
     out = bclip("doctor").stdout
     for name in ("cuda", "triton", "cpu", "reference"):
         assert f"\n  {name}" in out
-    assert "attention   cuda (not implemented)" in out
+    assert "\n  affine      triton (not implemented), cuda (not implemented), " in out
     assert "no device: " in out or "device 0: " in out or "_cuda: not built" in out
