@@ -14,7 +14,7 @@ quickstart: $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
 
 test: $(VENV)/dev.done lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not long" $(ARGS)
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -261,7 +261,7 @@ def test_questions_are_learnt_saved_and_evaluated(start: Path, table: Path, tmp_
         vqa.load(run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_head_overfits_200_questions_of_vqa_rad(shared_data: Path, tmp_path: Path) -> None:
     """Six layers a stream at METER's rates (5 and 50 times `lr`) and dropout, on small random towers that stay frozen.
 
