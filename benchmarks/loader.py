@@ -83,7 +83,7 @@ def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
         from bclip_fast.data.ingest import IngestConfig, build
 
         options: dict[str, Any] = dict(val_fraction=0.0, test_fraction=0.0, workers=1, max_shard_megabytes=16)
-        build(IngestConfig(articles, folder, max_short_side=config.max_short_side, **options))
+        build(IngestConfig(str(articles), folder, max_short_side=config.max_short_side, **options))
         return folder
     from PIL import Image
 
