@@ -85,7 +85,7 @@ std::vector<int64_t> decode_images(NvJpeg& library, const std::vector<py::bytes>
 }  // namespace
 
 void define_operators(py::module_& module) {
-  py::class_<Attention>(module, "Attention", "As in csrc/cuda/attention.h; pointers are addresses, 0 is null.")
+  py::class_<Attention>(module, "Attention", py::module_local(), "As in csrc/cuda/attention.h; pointers are addresses, 0 is null.")
       .def(py::init(&attention));
   module.def("attention_forward", [](const Attention& call, uintptr_t out, uintptr_t lse, int splits) {
     attention_forward(call, at<void>(out), at<float>(lse), splits);
@@ -101,11 +101,11 @@ void define_operators(py::module_& module) {
   module.def("attention_backward_shared_bytes", &attention_backward_shared_bytes);
   module.attr("CONTRASTIVE_SHARED_BYTES") = CONTRASTIVE_SHARED_BYTES;
   module.attr("CONTRASTIVE_TILE") = CONTRASTIVE_TILE;
-  py::class_<Features>(module, "Features", "As in csrc/cuda/contrastive.h, like the following.")
+  py::class_<Features>(module, "Features", py::module_local(), "As in csrc/cuda/contrastive.h, like the following.")
       .def(py::init(&features));
-  py::class_<Groups>(module, "Groups").def(py::init(&groups));
-  py::class_<GradientTile>(module, "GradientTile").def(py::init(&tile));
-  py::class_<Normalizers>(module, "Normalizers").def(py::init(&normalizers));
+  py::class_<Groups>(module, "Groups", py::module_local()).def(py::init(&groups));
+  py::class_<GradientTile>(module, "GradientTile", py::module_local()).def(py::init(&tile));
+  py::class_<Normalizers>(module, "Normalizers", py::module_local()).def(py::init(&normalizers));
   module.def("contrastive_forward", [](const Features& call, uintptr_t rows, uintptr_t columns) {
     contrastive_forward(call, {at<float>(rows), at<float>(columns)});
   });
@@ -119,7 +119,7 @@ void define_operators(py::module_& module) {
   module.def("plain_jpegs", [](const std::vector<py::bytes>& files) { return plain_jpegs(views(files)); });
   module.def("plan_images", &plan_images, "As image_plan in csrc/cuda/image.h.");
   module.def("resize_images", &resize_images, "As image_resize there.");
-  py::class_<NvJpeg>(module, "NvJpeg", "As in csrc/cuda/nvjpeg.h.")
+  py::class_<NvJpeg>(module, "NvJpeg", py::module_local(), "As in csrc/cuda/nvjpeg.h.")
       .def(py::init<const std::string&>())
       .def("decode", &decode_images);
 }
