@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
-        "bclip_fast.train.trainer:TrainConfig",
+        "bclip_fast.train.config:TrainConfig",
         "bclip_fast.train.trainer:train",
         "train",
     ),

@@ -21,7 +21,8 @@ from . import config as config_files
 from . import eval as evaluation
 from .data import ingest, samples
 from .errors import UserError
-from .train.trainer import TrainConfig, train
+from .train.config import TrainConfig
+from .train.trainer import train
 
 log = logging.getLogger(__name__)
 

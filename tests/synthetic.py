@@ -15,8 +15,9 @@ from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.vision import VisionConfig
 from bclip_fast.train.checkpoint import load_latest
+from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
-from bclip_fast.train.trainer import CheckpointConfig, DataConfig, EngineConfig, TrainConfig
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240),

@@ -25,8 +25,9 @@ from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import NUM_RESERVES, SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
+from bclip_fast.train.config import DataConfig
 from bclip_fast.train.engine import EngineConfig
-from bclip_fast.train.trainer import DataConfig, train
+from bclip_fast.train.trainer import train
 
 QUICK = ReadConfig(attempts=2)
 
@@ -287,15 +288,15 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
 
     refusal("limited", root / "shards", max_bad_samples=2)
     if rank == 1:
-        shutil.copytree(root / "sound", root / "cut")
+        shutil.copytree(root / "sound", root / "short")
         real = ShardDataset.fetch
 
         def cutting(self: ShardDataset, indices: Any) -> Any:
-            os.truncate(root / "cut" / "train-000002.tar", 1024)
+            os.truncate(root / "short" / "train-000002.tar", 1024)
             return real(self, indices)
 
         ShardDataset.fetch = cutting  # type: ignore[method-assign]
-    refusal("cut", root / ("cut" if rank == 1 else "sound"))
+    refusal("cut", root / ("short" if rank == 1 else "sound"))
     if rank == 1:
         ShardDataset.fetch = lambda self, indices: lambda: time.sleep(5)  # type: ignore
     refusal("stuck", root / "sound", timeout_s=1.0)
@@ -314,6 +315,6 @@ def test_two_ranks_stay_in_step(trained: Path):
     for part in found:
         assert "3 samples are damaged, data.max_bad_samples is 2: sample sample" in part["limited"]
         assert str(trained / "limited" / "bad_samples.jsonl") in part["limited"]
-        assert f"rank 1: {trained / 'cut' / 'train-000002.tar'}: ends before byte" in part["cut"]
+        assert f"rank 1: {trained / 'short' / 'train-000002.tar'}: ends before byte" in part["cut"]
         assert "rank 1: no batch within timeout_s=1" in part["stuck"] and part["stuck seconds"] < 10
     assert len(curve(trained / "limited")) < 6

@@ -84,7 +84,7 @@ def test_an_unknown_flag_is_named():
 
 def test_the_published_configuration_is_the_papers():
     """Table S9 of arXiv 2303.00915."""
-    from bclip_fast.train.trainer import TrainConfig
+    from bclip_fast.train.config import TrainConfig
 
     config = parse(TrainConfig, ["biomedclip_b16.toml", "--data.shards", "x"], prog="bclip train").resolved()
     optim = config.optim
@@ -97,6 +97,6 @@ def test_the_published_configuration_is_the_papers():
     "path", sorted(Path(__file__).parents[1].glob("bclip_fast/configs/*.toml")), ids=lambda p: p.name
 )
 def test_every_configuration_of_the_package_is_valid(path):
-    from bclip_fast.train.trainer import TrainConfig
+    from bclip_fast.train.config import TrainConfig
 
     parse(TrainConfig, [path.name], prog="bclip train").resolved()

@@ -20,7 +20,8 @@ from bclip_fast.data.native import Batch, NativeLoader
 from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
-from bclip_fast.train.trainer import DataConfig, train
+from bclip_fast.train.config import DataConfig
+from bclip_fast.train.trainer import train
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'bclip_fast[dali]'")
 from bclip_fast.data.dali import DaliLoader  # noqa: E402

@@ -19,8 +19,9 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
+from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import DeepSpeedEngine, EngineConfig
-from bclip_fast.train.trainer import TrainConfig, train
+from bclip_fast.train.trainer import train
 
 ENGINES = {
     "ddp": EngineConfig(name="ddp", precision="fp32"),

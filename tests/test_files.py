@@ -24,7 +24,8 @@ from bclip_fast.data.files import ReadConfig, ReadError
 from bclip_fast.data.shards import BadSample, Sample, ShardDataset, merge_ranges
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import open_dataset
-from bclip_fast.train.trainer import DataConfig, train
+from bclip_fast.train.config import DataConfig
+from bclip_fast.train.trainer import train
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -17,9 +17,10 @@ from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
 from bclip_fast.model.biomedclip import PRESETS, BiomedClip, BiomedClipConfig
 from bclip_fast.train import checkpoint, engine
+from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig, learning_rate, parameter_groups
-from bclip_fast.train.trainer import CheckpointConfig, DataConfig, TrainConfig, ValidationConfig, train
+from bclip_fast.train.trainer import train
 
 
 @pytest.fixture(scope="module")
