@@ -41,6 +41,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .bad_samples import BadSamples
+from .cached import CachedBatch, MicroBatch
 from .config import DataConfig, TrainConfig
 from .metrics import MetricsLog, Progress
 from .schedule import learning_rate
@@ -76,6 +77,8 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
         dataset.shard_sizes,
         dataset.fingerprint,
         batch_size=config.batch_size,
+        schedule=config.batch_schedule,
+        micro_batch_size=config.micro_batch_size,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -113,7 +116,7 @@ class _Run:
         self.tokenizer = tokenizer
         self.validate = validate
         self.on_step = on_step
-        self.num_steps = config.max_steps or config.epochs * stream.num_batches
+        self.num_steps = config.max_steps or stream.num_batches_of(config.epochs)
         self.step = 0
         self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
         torch.manual_seed(config.seed)
@@ -123,7 +126,7 @@ class _Run:
             self.preprocess.config.std,
         )
         saved = self._load(model) if config.resume else None
-        self.engine = engines.make(model.train(), config.engine, config.optim, config.batch_size)
+        self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
@@ -173,7 +176,7 @@ class _Run:
             "training on %d samples, %d steps of %d pairs, %d rank(s), %s",
             self.stream.num_samples,
             self.num_steps,
-            config.batch_size,
+            config.first_batch_size,
             distributed.world_size(),
             f"{config.engine.name} ZeRO {config.engine.zero_stage}"
             if config.engine.name == "deepspeed"
@@ -195,24 +198,30 @@ class _Run:
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        batch = self._batch()
-        data_wait = time.perf_counter() - start
-        # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
-        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
-        self.model.visual.patch_dropout = patch_dropout(self.step, self.num_steps, self.config)
-        loss = self._forward(batch)
-        value = float(loss.detach())
+        config, number, data_wait = self.config, self.step, 0.0
+        self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
+        num_parts = self.stream.num_micro_batches(number)
+        cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
+        for part in range(num_parts):
+            asked = time.perf_counter()
+            batch = self._batch()
+            data_wait += time.perf_counter() - asked
+            # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
+            # draws what it would have drawn, and so do two ranks of half as many micro-batches.
+            seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
+            cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+        value = float(cached.loss())
         if not math.isfinite(value):
             raise UserError(
-                f"the loss is {value} at step {self.step + 1}; lower optim.lr, set optim.grad_clip_norm or "
+                f"the loss is {value} at step {number + 1}; lower optim.lr, set optim.grad_clip_norm or "
                 f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
             )
-        self.engine.backward(loss)
-        lr = learning_rate(self.step, self.num_steps, self.config.optim)
-        scale = self.logit_scale
+        cached.backward()
+        batch_size = self.stream.batch_size_of(batch.epoch)
+        lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr)
         if result.skipped:
-            log.warning("step %d: the fp16 gradient overflowed; no update", self.step + 1)
+            log.warning("step %d: the fp16 gradient overflowed; no update", number + 1)
         self.step += 1
         return {
             "step": self.step,
@@ -220,15 +229,20 @@ class _Run:
             "samples": self.stream.num_consumed,
             "loss": value,
             "lr": lr,
-            "logit_scale": scale,
+            "logit_scale": cached.logit_scale,
             "grad_norm": result.grad_norm,
-            "samples_per_second": self.config.batch_size / (time.perf_counter() - start),
+            "samples_per_second": batch_size / (time.perf_counter() - start),
             "data_wait_seconds": data_wait,
             "bad_samples": self.bad.num_bad,
         }
 
+    def _progress(self) -> tuple[float, float]:
+        """Where the run stands and how long it is, in steps of the first batch size: a larger step counts for more."""
+        done, whole = self.stream.samples_before(self.step), self.stream.samples_before(self.num_steps)
+        return done / self.config.first_batch_size, whole / self.config.first_batch_size
+
     def _batch(self) -> Batch:
-        """The next batch. A rank that has none tells the others, which would wait for it in the loss."""
+        """The next micro-batch. A rank that has none tells the others, which would wait for it in a collective."""
         batch, problem = None, None
         try:
             batch = next(self.loader)
@@ -237,15 +251,6 @@ class _Run:
         self.bad.agree(self.step + 1, batch.bad if batch else [], problem)
         assert batch is not None
         return batch
-
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        device = self.engine.device
-        images, text = batch.images.to(device, non_blocking=True), Packed.of(batch.ids, batch.lengths)
-        output = self.engine(images, text.to(device, non_blocking=True))
-        self.logit_scale = float(output["logit_scale"].detach())
-        return self.loss(
-            output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
-        )
 
     def _save(self) -> None:
         model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
@@ -362,13 +367,13 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def patch_dropout(step: int, num_steps: int, config: TrainConfig) -> float:
+def patch_dropout(step: float, num_steps: float, config: TrainConfig) -> float:
     """The share of patches dropped in step 0 <= step < num_steps."""
     return config.model.vision.patch_dropout if step < config.patch_dropout_until * num_steps else 0.0
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+def _step_seed(seed: int, step: int, micro_batch: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
