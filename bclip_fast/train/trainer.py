@@ -125,6 +125,12 @@ class _Run:
             self.preprocess.config.mean,
             self.preprocess.config.std,
         )
+        for tower, locked, unlocked in (
+            (model.visual, config.lock_image, config.lock_image_unlocked_groups),
+            (model.text, config.lock_text, config.lock_text_unlocked_layers),
+        ):
+            if locked:
+                tower.lock(unlocked)
         saved = self._load(model) if config.resume else None
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
