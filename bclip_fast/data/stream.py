@@ -138,6 +138,10 @@ class SampleStream:
         free = [index for index in draws if index not in taken or self.num_samples < 2 * self.batch_size]
         return iter(list(dict.fromkeys(free))[:NUM_RESERVES])
 
+    def epoch(self, number: int) -> int:
+        """The epoch of global batch `number`, counted over all epochs."""
+        return number // self.num_batches
+
     def batch(self, number: int) -> tuple[int, list[int]]:
         """(epoch, positions in it) of this rank's slice of global batch `number`, counted over all epochs."""
         epoch, number = divmod(number, self.num_batches)

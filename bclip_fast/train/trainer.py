@@ -40,7 +40,9 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
 from . import engine as engines
+from . import flops, validation
 from .bad_samples import BadSamples
+from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .metrics import MetricsLog, Progress
 from .schedule import learning_rate
@@ -50,18 +52,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
 OnStep = Callable[[dict[str, Any]], None]
 
 
-def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnStep | None = None) -> Path:
+def train(config: TrainConfig, *, validate: validation.Validate | None = None, on_step: OnStep | None = None) -> Path:
     """Trains to the end and returns the run folder.
 
     Args:
-        validate: figures of the model, computed on rank 0 every `validation.every_steps`; retrieval unless given.
+        validate: figures of the model, computed on rank 0 when validation is due, in place of `validation.standard`.
         on_step: called on rank 0 with each line of metrics.jsonl: step, epoch, samples, loss, lr, logit_scale,
-            grad_norm (before clipping), samples_per_second (over all ranks), data_wait_seconds, bad_samples (different
-            ones so far, over all ranks).
+            grad_norm (before clipping), samples_per_second and tokens_per_second (over all ranks, the tokens as many as
+            rank 0's on each), mfu (rank 0's, where the device's peak is known), step_seconds and of it, on rank 0,
+            data_wait_seconds and those of `StepClock`: forward, loss, backward, optimizer; communication_seconds where
+            the engine knows what the backward pass waited for gradients; bad_samples (different ones so far, over all
+            ranks).
 
     Raises:
         UserError: a configuration, dataset or checkpoint that doesn't fit, a loss that isn't finite; on every rank, too
@@ -83,13 +87,14 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
         # The text tower's work follows the tokens, of which English has one in 4 to 5 bytes.
         cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
     )
-    if config.validation.every_steps and validate is None:
-        _open(config.data, config.validation.split)
+    found = [validate] if validate else []
+    if not found and (config.validation.every_steps or config.validation.every_epochs):
+        _on_main(lambda: found.append(validation.standard(config)))
     run = Path(config.run)
     _on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
-    with _Run(config, run, dataset, stream, tokenizer, validate or _retrieval(config), on_step) as state:
+    with _Run(config, run, dataset, stream, tokenizer, found[0] if found else None, on_step) as state:
         state.loop()
     return run
 
@@ -104,7 +109,7 @@ class _Run:
         dataset: ShardDataset,
         stream: SampleStream,
         tokenizer: Tokenizer,
-        validate: Validate,
+        validate: validation.Validate | None,
         on_step: OnStep | None,
     ) -> None:
         self.config = config
@@ -129,10 +134,17 @@ class _Run:
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
-        main = distributed.is_main()
-        self.metrics = MetricsLog(run, self.step) if main else None
-        self.progress = Progress(self.step, self.num_steps) if main else None
+        self.metrics: MetricsLog | None = None
+        _on_main(self._open_log)
+        self.progress = Progress(self.step, self.num_steps) if distributed.is_main() else None
+        self.validation = validation.Validation(config, run, self.num_steps)
+        self.clock = StepClock(self.engine.device)
+        self.peak = flops.device_peak(self.engine.device, config.engine.precision)
         self.saved_step = self.step if saved is not None else -1
+
+    def _open_log(self) -> None:
+        self.metrics = MetricsLog(self.run, self.step, self.config.log, _as_json(self.config))
+        self.metrics.event(self.step, "resume" if self.step else "start", ranks=distributed.world_size())
 
     def _make_loader(self, dataset: ShardDataset) -> NativeLoader:
         data, device = self.config.data, self.engine.device
@@ -186,9 +198,9 @@ class _Run:
                 self.progress.update(record)
                 if self.on_step is not None:
                     self.on_step(record)
-            if _is_due(self.step, config.validation.every_steps):
+            if self.validation.is_due(self.step, self.stream.epoch(self.step), self.stream.epoch(self.step - 1)):
                 self._validate()
-            if _is_due(self.step, config.checkpoint.every_steps):
+            if _is_due(self.step, config.checkpoint.every_steps) and self.saved_step != self.step:
                 self._save()
         if self.saved_step != self.step or not (self.run / "model").is_dir():
             self._save()
@@ -197,10 +209,12 @@ class _Run:
         start = time.perf_counter()
         batch = self._batch()
         data_wait = time.perf_counter() - start
+        self.clock.start()
         # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
         torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
         self.model.visual.patch_dropout = patch_dropout(self.step, self.num_steps, self.config)
         loss = self._forward(batch)
+        self.clock.mark("loss")
         value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
@@ -208,12 +222,15 @@ class _Run:
                 f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
             )
         self.engine.backward(loss)
+        self.clock.mark("backward")
         lr = learning_rate(self.step, self.num_steps, self.config.optim)
         scale = self.logit_scale
         result = self.engine.step(lr)
         if result.skipped:
             log.warning("step %d: the fp16 gradient overflowed; no update", self.step + 1)
+        self.clock.mark("optimizer")
         self.step += 1
+        seconds = time.perf_counter() - start
         return {
             "step": self.step,
             "epoch": batch.epoch,
@@ -222,10 +239,21 @@ class _Run:
             "lr": lr,
             "logit_scale": scale,
             "grad_norm": result.grad_norm,
-            "samples_per_second": self.config.batch_size / (time.perf_counter() - start),
+            "samples_per_second": self.config.batch_size / seconds,
+            "tokens_per_second": sum(batch.lengths) * distributed.world_size() / seconds,
+            **self._mfu(batch, seconds),
+            "step_seconds": seconds,
             "data_wait_seconds": data_wait,
+            **self.clock.seconds(),
+            **self.engine.communication(),
             "bad_samples": self.bad.num_bad,
         }
+
+    def _mfu(self, batch: Batch, seconds: float) -> dict[str, float]:
+        if self.peak is None:
+            return {}
+        count = flops.step_flops(self.config.model, batch.lengths, self.model.visual.patch_dropout)
+        return {"mfu": count / seconds / self.peak}
 
     def _batch(self) -> Batch:
         """The next batch. A rank that has none tells the others, which would wait for it in the loss."""
@@ -242,6 +270,7 @@ class _Run:
         device = self.engine.device
         images, text = batch.images.to(device, non_blocking=True), Packed.of(batch.ids, batch.lengths)
         output = self.engine(images, text.to(device, non_blocking=True))
+        self.clock.mark("forward")
         self.logit_scale = float(output["logit_scale"].detach())
         return self.loss(
             output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
@@ -260,20 +289,28 @@ class _Run:
             model = BiomedClip(config.model)
         pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=state)
         log.info("saved %s", path)
+        if self.metrics is not None:
+            self.metrics.event(self.step, "checkpoint")
 
     def _validate(self) -> None:
+        """Validates; the best step so far is saved, whenever the next checkpoint is due, and named in best.json."""
         state = self.engine.model_state()
-        _on_main(lambda: self._write_validation(state))
+        figures = _on_main(lambda: self._write_validation(state))
+        if self.validation.note(self.step, figures):
+            self._save()
+            _on_main(lambda: self.validation.write_best(self.run))
 
-    def _write_validation(self, state: dict[str, torch.Tensor]) -> None:
+    def _write_validation(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+        start = time.perf_counter()
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
         model.load_state_dict(state, assign=True)
+        assert self.metrics is not None and self.validate is not None
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
-        record = {"step": self.step, **{f"validation/{name}": value for name, value in figures.items()}}
-        assert self.metrics is not None
-        self.metrics.write(record)
+        record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
+        self.metrics.write(record | {f"{validation.PREFIX}{name}": value for name, value in figures.items()})
         log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        return figures
 
     def __enter__(self) -> _Run:
         return self
@@ -322,26 +359,6 @@ def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
     end = int(tokenizer("", 2)[0, -1])
     if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
         raise UserError(f"the tokenizer ends captions with token {end}: set model.text.end_id={end}")
-
-
-def _retrieval(config: TrainConfig) -> Validate:
-    def validate(model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> dict[str, float]:
-        from bclip_fast.eval import evaluate
-
-        results = evaluate(
-            (model, preprocess, tokenizer),
-            ["retrieval"],
-            data=config.data.shards,
-            split=config.validation.split,
-            batch_size=config.validation.batch_size,
-            device=str(next(model.parameters()).device),
-            num_workers=config.data.num_threads,
-            progress=False,
-            cache="none",
-        )
-        return {figure["name"]: figure["value"] for figure in results["tasks"]["retrieval"]["figures"]}
-
-    return validate
 
 
 def _on_main(function: Callable[[], T]) -> T:
