@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 import types
@@ -19,7 +18,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
 from bclip_fast.train import flops, metrics, trainer
 from bclip_fast.train.clock import StepClock
-from bclip_fast.train.config import CheckpointConfig, LogConfig, TrainConfig, ValidationConfig
+from bclip_fast.train.config import LogConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.trainer import train
 from bclip_fast.train.validation import Validation
 
@@ -162,10 +161,6 @@ def test_wandb_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pyte
         train(tiny_run(tmp_path / "run", shards, log=LogConfig(wandb=True)))
 
 
-def validated(run: Path) -> list[int]:
-    return [line["step"] for line in lines(run) if "validation_seconds" in line]
-
-
 @pytest.mark.parametrize(
     "settings, steps",
     [
@@ -178,42 +173,22 @@ def validated(run: Path) -> list[int]:
 )
 def test_when_validation_is_due(tmp_path: Path, settings: ValidationConfig, steps: list[int]):
     stream = SampleStream([50, 46], "", batch_size=16)
-    validation = Validation(TrainConfig(validation=settings), tmp_path, 14)
+    validation = Validation(settings, tmp_path, 14)
     found = []
     for step in range(1, 15):
         if validation.is_due(step, stream.epoch(step), stream.epoch(step - 1)):
-            validation.note(step, {})
+            validation.last_step = step
             found.append(step)
     assert found == steps
     assert not validation.is_due(14, 2, 2)
 
 
-@pytest.mark.parametrize("best_is, expected", [("highest", (4, 0.7)), ("lowest", (2, 0.1))])
-def test_the_best_step_is_marked_and_kept_track_of(shards: Path, tmp_path: Path, best_is: Any, expected: Any):
-    values = {2: 0.1, 4: 0.7, 6: 0.7, 8: 0.4}
-
-    def run_to(step: int, resume: bool) -> Path:
-        config = tiny_run(
-            tmp_path / "run", shards, max_steps=step, resume=resume,
-            validation=ValidationConfig(every_steps=2, best="recall", best_is=best_is),
-            checkpoint=CheckpointConfig(every_steps=0, keep=0),
-        )  # fmt: skip
-        steps = iter(range(2 if not resume else 6, 10, 2))
-        return train(config, validate=lambda *_: {"recall": values[next(steps)], "other": 1.0})
-
-    run_to(4, False)
-    run = run_to(8, True)
-    assert validated(run) == [2, 4, 6, 8]
-    run_to(8, True)
-    assert validated(run) == [2, 4, 6, 8], "a finished run has nothing left to validate"
-    best = json.loads((run / "best.json").read_text())
-    assert (best["step"], best["value"], best["figure"], best["best_is"]) == (*expected, "recall", best_is)
-    assert (run / "checkpoints" / f"step-{expected[0]:08d}").is_dir()
-    with pytest.raises(UserError, match=r"validation\.best='gone': not among the figures of validation: recall, other"):
-        config = tiny_run(
-            tmp_path / "other", shards, max_steps=2, validation=ValidationConfig(every_steps=2, best="gone")
-        )
-        train(config, validate=lambda *_: {"recall": 0.0, "other": 1.0})
+def test_a_finished_run_has_nothing_left_to_validate(shards: Path, tmp_path: Path):
+    config = tiny_run(tmp_path / "run", shards, max_steps=3, validation=ValidationConfig(every_steps=2))
+    run = train(config, validate=lambda *_: {"recall": 0.5})
+    train(dataclasses.replace(config, resume=True), validate=lambda *_: {"recall": 0.5})
+    found = [line for line in lines(run) if "validation_seconds" in line]
+    assert [line["step"] for line in found] == [2, 3] and found[0]["validation/recall"] == 0.5
 
 
 def test_zero_shot_stands_beside_retrieval(shards: Path, tmp_path: Path):
@@ -256,7 +231,7 @@ def test_events_tell_of_starts_and_checkpoints(shards: Path, tmp_path: Path):
 
 
 def test_settings_that_make_no_sense():
-    for changes in ({"every_epochs": -1}, {"best": "recall"}, {"zero_shot": ("pcam",)}):
+    for changes in ({"every_epochs": -1}, {"zero_shot": ("pcam",)}):
         with pytest.raises(UserError, match="validation"):
             ValidationConfig(**changes)
     assert TrainConfig(model=tiny_model(), preset="").log == LogConfig()

@@ -63,10 +63,6 @@ class ValidationConfig:
     """Zero-shot tasks as of `bclip eval --task`: of the package (pcam, lc25000_lung, ...), or TOML files."""
     zero_shot_data: str = ""
     """Folder of the tasks' data, as of `bclip eval --data`; empty: the shards of the run."""
-    best: str = ""
-    """A figure of validation, such as "text to image R@1": where it is best, a checkpoint is written and named in
-    RUN/best.json. Empty: none is."""
-    best_is: Literal["highest", "lowest"] = "highest"
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.every_epochs < 0:
@@ -74,8 +70,8 @@ class ValidationConfig:
                 f"validation.every_steps={self.every_steps}, validation.every_epochs={self.every_epochs}: "
                 "must not be negative"
             )
-        if (self.best or self.zero_shot) and not self.every_steps and not self.every_epochs:
-            raise UserError("validation.best and validation.zero_shot need validation.every_steps or every_epochs")
+        if self.zero_shot and not self.every_steps and not self.every_epochs:
+            raise UserError("validation.zero_shot needs validation.every_steps or validation.every_epochs")
 
 
 @dataclass(frozen=True)

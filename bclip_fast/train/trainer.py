@@ -137,7 +137,7 @@ class _Run:
         self.metrics: MetricsLog | None = None
         _on_main(self._open_log)
         self.progress = Progress(self.step, self.num_steps) if distributed.is_main() else None
-        self.validation = validation.Validation(config, run, self.num_steps)
+        self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
         self.peak = flops.device_peak(self.engine.device, config.engine.precision)
         self.saved_step = self.step if saved is not None else -1
@@ -200,7 +200,7 @@ class _Run:
                     self.on_step(record)
             if self.validation.is_due(self.step, self.stream.epoch(self.step), self.stream.epoch(self.step - 1)):
                 self._validate()
-            if _is_due(self.step, config.checkpoint.every_steps) and self.saved_step != self.step:
+            if _is_due(self.step, config.checkpoint.every_steps):
                 self._save()
         if self.saved_step != self.step or not (self.run / "model").is_dir():
             self._save()
@@ -293,14 +293,11 @@ class _Run:
             self.metrics.event(self.step, "checkpoint")
 
     def _validate(self) -> None:
-        """Validates; the best step so far is saved, whenever the next checkpoint is due, and named in best.json."""
         state = self.engine.model_state()
-        figures = _on_main(lambda: self._write_validation(state))
-        if self.validation.note(self.step, figures):
-            self._save()
-            _on_main(lambda: self.validation.write_best(self.run))
+        _on_main(lambda: self._write_validation(state))
+        self.validation.last_step = self.step
 
-    def _write_validation(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _write_validation(self, state: dict[str, torch.Tensor]) -> None:
         start = time.perf_counter()
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
@@ -310,7 +307,6 @@ class _Run:
         record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
         self.metrics.write(record | {f"{validation.PREFIX}{name}": value for name, value in figures.items()})
         log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        return figures
 
     def __enter__(self) -> _Run:
         return self

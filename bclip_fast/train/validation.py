@@ -1,4 +1,4 @@
-"""Validation while training: when it is due, retrieval and zero-shot by `bclip_fast.eval`, and which step was best."""
+"""Validation while training: when it is due, and what it is: retrieval and zero-shot tasks by `bclip_fast.eval`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 
-from .config import TrainConfig
+from .config import TrainConfig, ValidationConfig
 
 PREFIX = "validation/"
 
@@ -21,67 +21,29 @@ Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
 
 
 class Validation:
-    """When the model is validated and how it did; made on every rank at once, after metrics.jsonl was cut.
+    """When the model is validated; made on every rank at once, after metrics.jsonl was cut.
 
-    Attributes:
-        last_step: the latest step that was validated; -1: none yet.
-        best: (step, value) of the best figure named by `validation.best`, of the first one where several are equal.
+    last_step: the latest step that was validated, -1 before.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, num_steps: int) -> None:
-        self.config = config.validation
-        self.last_step = -1
-        self.best: tuple[int, float] | None = None
-        self._num_steps = num_steps
-        for step, figures in distributed.broadcast_object(_lines(run) if distributed.is_main() else []):
-            self.note(step, figures)
+    def __init__(self, config: ValidationConfig, run: Path, num_steps: int) -> None:
+        self._config, self._num_steps = config, num_steps
+        self.last_step = distributed.broadcast_object(_last_step(run) if distributed.is_main() else -1)
 
     def is_due(self, step: int, epoch: int, epoch_before: int) -> bool:
-        """After `step` steps, the next one being in `epoch` and the one before in `epoch_before`."""
-        config = self.config
+        """After `step` steps, the next one being in `epoch` and the last one in `epoch_before`."""
+        config = self._config
         if not config.every_steps and not config.every_epochs or step == self.last_step:
             return False
         by_steps = config.every_steps > 0 and step % config.every_steps == 0
         by_epochs = config.every_epochs > 0 and epoch > epoch_before and epoch % config.every_epochs == 0
         return by_steps or by_epochs or step == self._num_steps
 
-    def note(self, step: int, figures: dict[str, float]) -> bool:
-        """Whether this is the best step so far.
 
-        Raises:
-            UserError: `validation.best` names none of the figures.
-        """
-        self.last_step = step
-        config = self.config
-        if not config.best:
-            return False
-        if config.best not in figures:
-            known = ", ".join(figures)
-            raise UserError(f"validation.best={config.best!r}: not among the figures of validation: {known}")
-        value = figures[config.best]
-        sign = 1 if config.best_is == "highest" else -1
-        if self.best is not None and not sign * value > sign * self.best[1]:
-            return False
-        self.best = step, value
-        return True
-
-    def write_best(self, run: Path) -> None:
-        assert self.best is not None
-        step, value = self.best
-        record = {"step": step, "figure": self.config.best, "value": value, "best_is": self.config.best_is}
-        (run / "best.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-
-
-def _lines(run: Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, figures) of each validation in metrics.jsonl."""
+def _last_step(run: Path) -> int:
     path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if PREFIX in line]
-    return [
-        (record["step"], {key.removeprefix(PREFIX): record[key] for key in record if key.startswith(PREFIX)})
-        for record in records
-    ]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return max((json.loads(line)["step"] for line in lines if PREFIX in line), default=-1)
 
 
 def standard(config: TrainConfig) -> Validate:
