@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import torch
 from synthetic import tiny_model, tiny_run, write_shards
 
+from bclip_fast import distributed
+from bclip_fast.config import CONFIGS, to_toml
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
@@ -235,3 +239,90 @@ def test_settings_that_make_no_sense():
         with pytest.raises(UserError, match="validation"):
             ValidationConfig(**changes)
     assert TrainConfig(model=tiny_model(), preset="").log == LogConfig()
+
+
+def test_slurms_variables(monkeypatch: pytest.MonkeyPatch):
+    task = {
+        "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
+        "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_NODELIST": "login1,gpu[03-04]", "SLURM_STEP_NODELIST": "gpu[03-04]",
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = distributed.slurm_variables(task)
+    assert found == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": str(12000 + (4711 * 31 + 2) % 20000),
+    }  # fmt: skip
+    chosen = distributed.slurm_variables(task | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("10.0.0.1", "1234")
+    # A task that is shown one GPU calls it 0.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert distributed.slurm_variables(task)["LOCAL_RANK"] == "0"
+    # torchrun under srun, a lone task, and the batch script itself are left as they are.
+    assert distributed.slurm_variables(task | {"RANK": "0"}) == {}
+    assert distributed.slurm_variables(task | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+    assert distributed.slurm_variables({key: task[key] for key in task if "STEP" not in key}) == {}
+
+
+@pytest.mark.parametrize(
+    "nodes, host",
+    [
+        ("node7", "node7"), ("gpu[03-07,9]-ib,login1", "gpu03-ib"), ("a[12],b", "a12"), ("x1,x2", "x1"),
+        ("rack[2-3]node[08,10]", "rack2node08"),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_slurms_list(nodes: str, host: str):
+    assert distributed.first_host(nodes) == host
+
+
+SRUN = """#!{python}
+import os, subprocess, sys
+command = sys.argv[[arg.startswith("-") for arg in sys.argv[1:]].index(False) + 1:]
+tasks = [
+    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}}) for i in range(2)
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """The package's script with stand-ins for Slurm's programs; what scontrol was asked."""
+    folder.mkdir()
+    scripts = {
+        "srun": SRUN.format(python=sys.executable),
+        "scontrol": f'#!/bin/sh\necho "$@" > {folder}/asked\n',
+        "bclip": f"#!/bin/sh\n{bclip}\n",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    job = str(os.getpid())
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK"))}
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": job, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", str(CONFIGS / "slurm.sbatch"), *args],
+        env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    asked = folder / "asked"
+    return done, asked.read_text().split()[0] if asked.is_file() else ""
+
+
+def test_the_slurm_script_trains_on_two_tasks(shards: Path, tmp_path: Path):
+    config = tiny_run(tmp_path / "run", shards, max_steps=2)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    bclip = f'exec {sys.executable} -m bclip_fast.cli "$@"'
+    done, asked = _sbatch(tmp_path / "bin", bclip, str(tmp_path / "config.toml"))
+    assert done.returncode == 0 and not asked, done.stderr
+    events = lines(tmp_path / "run", "events.jsonl")
+    assert events[0]["event"] == "start" and events[0]["ranks"] == 2
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert lines(tmp_path / "run")[1]["communication_seconds"] >= 0
+    # One rank says what happens.
+    assert done.stderr.count("training on 96 samples") == 1
+
+
+@pytest.mark.parametrize("status, asked", [(75, "requeue"), (2, ""), (0, "")])
+def test_the_slurm_script_requeues_what_was_stopped(tmp_path: Path, status: int, asked: str):
+    done, found = _sbatch(tmp_path / "bin", f'echo "$@" > {tmp_path}/args; exit {status}', "my.toml", "--seed", "3")
+    assert (done.returncode, found) == (status, asked), done.stderr
+    assert (tmp_path / "args").read_text().split() == ["train", "my.toml", "--seed", "3", "--resume"]
