@@ -51,16 +51,36 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Retrieval on held-out pairs while training."""
+    """Retrieval on held-out pairs, and zero-shot tasks, while training and after the last step."""
 
     every_steps: int = 0
     """0: never."""
+    every_epochs: int = 0
+    """Besides `every_steps`; 0: never."""
     split: str = "val"
     batch_size: int = 64
+    zero_shot: tuple[str, ...] = ()
+    """Zero-shot tasks as of `bclip eval --task`: of the package (pcam, lc25000_lung, ...), or TOML files."""
+    zero_shot_data: str = ""
+    """Folder of the tasks' data, as of `bclip eval --data`; empty: the shards of the run."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise UserError(f"validation.every_steps={self.every_steps}: must not be negative")
+        if self.every_steps < 0 or self.every_epochs < 0:
+            raise UserError(
+                f"validation.every_steps={self.every_steps}, validation.every_epochs={self.every_epochs}: "
+                "must not be negative"
+            )
+        if self.zero_shot and not self.every_steps and not self.every_epochs:
+            raise UserError("validation.zero_shot needs validation.every_steps or validation.every_epochs")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where figures go besides the terminal, metrics.jsonl and TensorBoard, which is used where it is installed."""
+
+    wandb: bool = False
+    """Weights & Biases (pip install wandb); WANDB_MODE=offline keeps its files in the run folder."""
+    wandb_project: str = "bclip_fast"
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0:

@@ -40,8 +40,10 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
 from . import engine as engines
+from . import flops, validation
 from .bad_samples import BadSamples
 from .cached import CachedBatch, MicroBatch
+from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .metrics import MetricsLog, Progress
 from .schedule import learning_rate
@@ -51,18 +53,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
 OnStep = Callable[[dict[str, Any]], None]
 
 
-def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnStep | None = None) -> Path:
+def train(config: TrainConfig, *, validate: validation.Validate | None = None, on_step: OnStep | None = None) -> Path:
     """Trains to the end and returns the run folder.
 
     Args:
-        validate: figures of the model, computed on rank 0 every `validation.every_steps`; retrieval unless given.
+        validate: figures of the model, computed on rank 0 when validation is due, in place of `validation.standard`.
         on_step: called on rank 0 with each line of metrics.jsonl: step, epoch, samples, loss, lr, logit_scale,
-            grad_norm (before clipping), samples_per_second (over all ranks), data_wait_seconds, bad_samples (different
-            ones so far, over all ranks).
+            grad_norm (before clipping), samples_per_second and tokens_per_second (over all ranks, the tokens as many as
+            rank 0's on each), mfu (rank 0's, where the device's peak is known), step_seconds and of it, on rank 0,
+            data_wait_seconds and those of `StepClock`: forward, loss, backward, optimizer; communication_seconds where
+            the engine knows what the backward pass waited for gradients; bad_samples (different ones so far, over all
+            ranks).
 
     Raises:
         UserError: a configuration, dataset or checkpoint that doesn't fit, a loss that isn't finite; on every rank, too
@@ -86,13 +90,14 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
         # The text tower's work follows the tokens, of which English has one in 4 to 5 bytes.
         cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
     )
-    if config.validation.every_steps and validate is None:
-        _open(config.data, config.validation.split)
+    found = [validate] if validate else []
+    if not found and (config.validation.every_steps or config.validation.every_epochs):
+        _on_main(lambda: found.append(validation.standard(config)))
     run = Path(config.run)
     _on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
-    with _Run(config, run, dataset, stream, tokenizer, validate or _retrieval(config), on_step) as state:
+    with _Run(config, run, dataset, stream, tokenizer, found[0] if found else None, on_step) as state:
         state.loop()
     return run
 
@@ -107,7 +112,7 @@ class _Run:
         dataset: ShardDataset,
         stream: SampleStream,
         tokenizer: Tokenizer,
-        validate: Validate,
+        validate: validation.Validate | None,
         on_step: OnStep | None,
     ) -> None:
         self.config = config
@@ -138,10 +143,17 @@ class _Run:
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
-        main = distributed.is_main()
-        self.metrics = MetricsLog(run, self.step) if main else None
-        self.progress = Progress(self.step, self.num_steps) if main else None
+        self.metrics: MetricsLog | None = None
+        _on_main(self._open_log)
+        self.progress = Progress(self.step, self.num_steps) if distributed.is_main() else None
+        self.validation = validation.Validation(config.validation, run, self.num_steps)
+        self.clock = StepClock(self.engine.device)
+        self.peak = flops.device_peak(self.engine.device, config.engine.precision)
         self.saved_step = self.step if saved is not None else -1
+
+    def _open_log(self) -> None:
+        self.metrics = MetricsLog(self.run, self.step, self.config.log, _as_json(self.config))
+        self.metrics.event(self.step, "resume" if self.step else "start", ranks=distributed.world_size())
 
     def _make_loader(self, dataset: ShardDataset) -> NativeLoader:
         data, device = self.config.data, self.engine.device
@@ -195,7 +207,9 @@ class _Run:
                 self.progress.update(record)
                 if self.on_step is not None:
                     self.on_step(record)
-            if _is_due(self.step, config.validation.every_steps):
+            if self.validation.is_due(
+                self.step, self.stream.locate(self.step)[0], self.stream.locate(self.step - 1)[0]
+            ):
                 self._validate()
             if _is_due(self.step, config.checkpoint.every_steps):
                 self._save()
@@ -204,31 +218,41 @@ class _Run:
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        config, number, data_wait = self.config, self.step, 0.0
+        config, number, clock = self.config, self.step, self.clock
+        data_wait, lengths = 0.0, []
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
         num_parts = self.stream.num_micro_batches(number)
         cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
+        clock.start()
         for part in range(num_parts):
             asked = time.perf_counter()
             batch = self._batch()
             data_wait += time.perf_counter() - asked
+            clock.leave_out()
             # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
             # draws what it would have drawn, and so do two ranks of half as many micro-batches.
             seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
             cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
-        value = float(cached.loss())
+            lengths += batch.lengths
+            clock.mark("forward")
+        loss = cached.loss()
+        clock.mark("loss")
+        value = float(loss)
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {number + 1}; lower optim.lr, set optim.grad_clip_norm or "
                 f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
             )
         cached.backward()
+        clock.mark("backward")
         batch_size = self.stream.batch_size_of(batch.epoch)
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr)
         if result.skipped:
             log.warning("step %d: the fp16 gradient overflowed; no update", number + 1)
+        clock.mark("optimizer")
         self.step += 1
+        seconds = time.perf_counter() - start
         return {
             "step": self.step,
             "epoch": batch.epoch,
@@ -237,8 +261,13 @@ class _Run:
             "lr": lr,
             "logit_scale": cached.logit_scale,
             "grad_norm": result.grad_norm,
-            "samples_per_second": batch_size / (time.perf_counter() - start),
+            "samples_per_second": batch_size / seconds,
+            "tokens_per_second": sum(lengths) * distributed.world_size() / seconds,
+            **self._mfu(lengths, seconds),
+            "step_seconds": seconds,
             "data_wait_seconds": data_wait,
+            **clock.seconds(),
+            **self.engine.communication(),
             "bad_samples": self.bad.num_bad,
         }
 
@@ -246,6 +275,12 @@ class _Run:
         """Where the run stands and how long it is, in steps of the first batch size: a larger step counts for more."""
         done, whole = self.stream.samples_before(self.step), self.stream.samples_before(self.num_steps)
         return done / self.config.first_batch_size, whole / self.config.first_batch_size
+
+    def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
+        if self.peak is None:
+            return {}
+        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout)
+        return {"mfu": count / seconds / self.peak}
 
     def _batch(self) -> Batch:
         """The next micro-batch. A rank that has none tells the others, which would wait for it in a collective."""
@@ -271,19 +306,23 @@ class _Run:
             model = BiomedClip(config.model)
         pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=state)
         log.info("saved %s", path)
+        if self.metrics is not None:
+            self.metrics.event(self.step, "checkpoint")
 
     def _validate(self) -> None:
         state = self.engine.model_state()
         _on_main(lambda: self._write_validation(state))
+        self.validation.last_step = self.step
 
     def _write_validation(self, state: dict[str, torch.Tensor]) -> None:
+        start = time.perf_counter()
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
         model.load_state_dict(state, assign=True)
+        assert self.metrics is not None and self.validate is not None
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
-        record = {"step": self.step, **{f"validation/{name}": value for name, value in figures.items()}}
-        assert self.metrics is not None
-        self.metrics.write(record)
+        record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
+        self.metrics.write(record | {f"{validation.PREFIX}{name}": value for name, value in figures.items()})
         log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def __enter__(self) -> _Run:
@@ -333,26 +372,6 @@ def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
     end = int(tokenizer("", 2)[0, -1])
     if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
         raise UserError(f"the tokenizer ends captions with token {end}: set model.text.end_id={end}")
-
-
-def _retrieval(config: TrainConfig) -> Validate:
-    def validate(model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> dict[str, float]:
-        from bclip_fast.eval import evaluate
-
-        results = evaluate(
-            (model, preprocess, tokenizer),
-            ["retrieval"],
-            data=config.data.shards,
-            split=config.validation.split,
-            batch_size=config.validation.batch_size,
-            device=str(next(model.parameters()).device),
-            num_workers=config.data.num_threads,
-            progress=False,
-            cache="none",
-        )
-        return {figure["name"]: figure["value"] for figure in results["tasks"]["retrieval"]["figures"]}
-
-    return validate
 
 
 def _on_main(function: Callable[[], T]) -> T:
