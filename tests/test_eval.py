@@ -511,12 +511,50 @@ def test_a_run_is_evaluated_on_its_own_shards_unless_told(tmp_path: Path) -> Non
         run(EvalCommand(model=str(tmp_path)))
 
 
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32},
+    "text_cfg": {"layers": 1, "width": 32, "heads": 2, "context_length": 77, "vocab_size": 49408},
+}
+
+
+def test_open_clips_models_are_loaded_by_name(folder: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    """By a file of weights and by a tag, whose download is a copy: the figures are those of the model itself."""
+    open_clip = import_open_clip()
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY)
+    torch.manual_seed(3)
+    model, _, transform = open_clip.create_model_and_transforms("tiny")
+    torch.save(model.state_dict(), tmp_path / "tiny.pt")
+    tag = {"url": "https://example.org/tiny.pt", "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"published": tag})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **options: str(tmp_path / "tiny.pt"))
+    config = EvalConfig(data=str(folder), split="test", progress=False)
+    expected = run_on(config, model.eval(), transform, open_clip.get_tokenizer("tiny"))["tasks"]
+    by_file = evaluate(f"open_clip:tiny/{tmp_path / 'tiny.pt'}", data=str(folder), split="test", progress=False)
+    assert by_file["tasks"] == expected and by_file["model"]["num_parameters"] == sum(
+        p.numel() for p in model.parameters()
+    )
+    other = open_clip.image_transform(32, is_train=False, mean=tag["mean"], std=tag["std"])
+    by_tag = evaluate("open_clip:tiny/published", data=str(folder), split="test", progress=False)["tasks"]
+    assert by_tag == run_on(config, model, other, open_clip.get_tokenizer("tiny"))["tasks"] != expected
+    (tmp_path / "broken.pt").write_bytes(b"broken")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    for name, words in (
+        ("tiny/none", "cannot load none: Pretrained value 'none' is not a known tag"),
+        (f"tiny/{tmp_path / 'broken.pt'}", "cannot load .*broken.pt"),
+        (f"tiny/{tmp_path / 'other.pt'}", "cannot load .*other.pt: Error.s. in loading state_dict"),
+        ("nothing/none", "an architecture that open_clip lists"),
+        ("tiny", "use open_clip:ARCHITECTURE/PRETRAINED"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            evaluate(f"open_clip:{name}", data=str(folder), split="test", progress=False)
+        assert "\n" not in str(caught.value)
+
+
 def test_any_open_clip_model_can_be_evaluated(folder: Path) -> None:
     open_clip = import_open_clip()
-    tower = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
-    text = {"layers": 1, "width": 32, "heads": 2, "context_length": 77, "vocab_size": 49408}
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=tower, text_cfg=text)
+    model = open_clip.CLIP(**TINY)
     transform = open_clip.image_transform(32, is_train=False)
     config = EvalConfig(data=str(folder), split="test", progress=False)
     result = run_on(config, model, transform, open_clip.SimpleTokenizer())["tasks"]["zero_shot/class"]

@@ -140,7 +140,13 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
         architecture, _, weights = name.removeprefix("open_clip:").partition("/")
         if architecture not in open_clip.list_models() or not weights:
             raise UserError(f"{name}: use open_clip:ARCHITECTURE/PRETRAINED with an architecture that open_clip lists")
-        model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=weights, device=device)
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=weights, device=device
+            )
+        except Exception as error:  # a broken file leads torch's unpickler to any of them
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"{name}: open_clip cannot load {weights}: {reason}") from error
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa.is_run(Path(name)):
         return vqa.load(Path(name), device)
