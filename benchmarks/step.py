@@ -59,6 +59,9 @@ class StepConfig:
     """Time ours with each improvement turned on in turn as well."""
     compile: bool = False
     """Time ours with its layers under torch.compile as well."""
+    mixtures: bool = False
+    """Instead of all that, time ours on captions that are all of the mean length, on those of the histogram, and on
+    half of one token and half of as many as there may be."""
     open_clip: bool = True
 
     def __post_init__(self) -> None:
@@ -121,12 +124,13 @@ class Inputs:
     flops: float
 
 
-def make_inputs(config: StepConfig, model: BiomedClipConfig) -> Inputs:
+def make_inputs(config: StepConfig, model: BiomedClipConfig, lengths: Sequence[int] = ()) -> Inputs:
+    """On captions of these lengths, one each; those of the histogram unless given."""
     text = model.text
     generator = torch.Generator().manual_seed(0)
     side, size = model.vision.image_size, config.batch_size
     images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
-    lengths = _spread(caption_lengths(config, text.context_length), size)
+    lengths = lengths or _spread(caption_lengths(config, text.context_length), size)
     ids = torch.full((size, text.context_length), text.pad_id)
     for row, length in zip(ids, lengths, strict=True):
         row[:length] = torch.randint(5, text.vocab_size - 1, (length,), generator=generator)
@@ -144,6 +148,19 @@ def caption_lengths(config: StepConfig, context_length: int) -> list[int]:
     tokenizer = Tokenizer.from_file(folder / "vocab" / "pubmedbert" / "vocab.txt", context_length)
     with open(folder / "pmc_articles" / "pairs.jsonl", encoding="utf-8") as lines:
         return tokenizer.packed([json.loads(line)["caption"] for line in lines]).lengths.tolist()
+
+
+def mixtures(config: StepConfig, model: BiomedClipConfig) -> dict[str, Inputs]:
+    """The same images with captions that need not be of one length."""
+    size, most = config.batch_size, model.text.context_length
+    real = make_inputs(config, model)
+    mean = round(sum(real.text.lengths.tolist()) / size)
+    halves = [1, most] * (size // 2) + [most] * (size % 2)
+    return {
+        f"ours, all of {mean} tokens": make_inputs(config, model, [mean] * size),
+        "ours, lengths of the histogram": real,
+        f"ours, half of 1, half of {most}": make_inputs(config, model, halves),
+    }
 
 
 def _spread(lengths: Sequence[int], count: int) -> list[int]:
@@ -301,13 +318,19 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     if sizes.text.kind == "bert":
         dropped = replace(sizes.text, dropout=config.dropout, attention_dropout=config.dropout)
         sizes = replace(sizes, text=dropped)
-    inputs = make_inputs(config, sizes)
-    inputs = replace(inputs, images=inputs.images.to(DEVICE), ids=inputs.ids.to(DEVICE), text=inputs.text.to(DEVICE))
+    contenders: dict[str, Features | None]
+    if config.mixtures:
+        all_inputs = mixtures(config, sizes)
+        config, contenders = replace(config, open_clip=False), dict.fromkeys(all_inputs, Features())
+    else:
+        contenders = variants(config)
+        all_inputs = dict.fromkeys(contenders, make_inputs(config, sizes))
+    for name, one in all_inputs.items():
+        all_inputs[name] = replace(one, images=one.images.to(DEVICE), ids=one.ids.to(DEVICE), text=one.text.to(DEVICE))
     torch.manual_seed(0)
     ours = BiomedClip(sizes).to(DEVICE)
     theirs = open_clip_twin(ours).to(DEVICE) if config.open_clip else None
-    error = 0.0 if theirs is None else difference(ours, theirs, inputs)
-    contenders = variants(config)
+    error = 0.0 if theirs is None else difference(ours, theirs, next(iter(all_inputs.values())))
     models: dict[str, Any] = {}
     for name, features in contenders.items():
         models[name] = theirs if features is None else ours
@@ -318,12 +341,12 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     steps: dict[str, Step] = {}
     for name, features in contenders.items():
         model = models[name]
-        extra[name], _ = peak_extra_bytes(Step(config, model, inputs, features))
+        extra[name], _ = peak_extra_bytes(Step(config, model, all_inputs[name], features))
         model.zero_grad(set_to_none=True)
     for name, features in contenders.items():
         model = models[name]
         shared = next((step.optimizer for step in steps.values() if step.model is model), None)
-        steps[name] = Step(config, model, inputs, features, shared)
+        steps[name] = Step(config, model, all_inputs[name], features, shared)
     times: dict[str, list[list[float]]] = {name: [] for name in steps}
     for number in range(1 + config.rounds):
         for name, step in steps.items():
@@ -343,16 +366,16 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
                 case=f"{config.preset}-{config.batch_size}-{config.precision}-dropout-{config.dropout}",
                 contender=name,
                 error=error if contenders[name] is None else 0.0,
-                flops=inputs.flops,
+                flops=all_inputs[name].flops,
                 batch=config.batch_size,
                 dtype=config.precision,
-                tokens=len(inputs.text.ids),
+                tokens=len(all_inputs[name].text.ids),
                 seconds=seconds,
                 forward_seconds=forward,
                 backward_seconds=backward,
                 optimizer_seconds=optimizer,
                 samples_per_second=config.batch_size / seconds,
-                tokens_per_second=len(inputs.text.ids) / seconds,
+                tokens_per_second=len(all_inputs[name].text.ids) / seconds,
                 speedup=statistics.median(ratios),
                 rounds=config.rounds,
                 matmul_flops_per_second=matmul_flops_per_second(_DTYPES[config.precision]),
@@ -382,17 +405,28 @@ def show_step(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     first = rows[0]
-    per_sample = first["tokens"] / first["batch"]
-    table = Table(
-        title=f"{first['case']}, {per_sample:.0f} tokens a caption, {first['flops'] / 1e12:.2f} TFLOP a step",
-        title_justify="left",
-    )
-    for heading in ("contender", "samples/s", "tokens/s", "s", "fwd", "bwd", "opt", "MFU", "extra GB", "x first"):
+    table = Table(title=first["case"], title_justify="left")
+    for heading in (
+        "contender",
+        "tokens",
+        "TFLOP",
+        "samples/s",
+        "tokens/s",
+        "s",
+        "fwd",
+        "bwd",
+        "opt",
+        "MFU",
+        "extra GB",
+        "x first",
+    ):
         table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
     for row in rows:
         parts = (row[f"{name}_seconds"] for name in ("forward", "backward", "optimizer"))
         table.add_row(
             row["contender"],
+            f"{row['tokens'] / row['batch']:.0f} each",
+            f"{row['flops'] / 1e12:.2f}",
             f"{row['samples_per_second']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['seconds']:.2f}",

@@ -148,6 +148,20 @@ def test_the_benchmark_gives_a_row_for_each_variant(dropout: float, histogram: s
         assert row["tokens"] == sum([2, 30, 48, 48]) or row["tokens"] > 100
 
 
+def test_mixtures_of_lengths_are_measured_beside_one_length(histogram: str) -> None:
+    config = StepConfig(preset="quickstart", batch_size=5, lengths=histogram, rounds=1, mixtures=True)
+    rows, most = measure_step(config), QUICKSTART.text.context_length
+    real = sum(make_inputs(config, QUICKSTART).text.lengths.tolist())
+    assert [row["tokens"] for row in rows] == [5 * round(real / 5), real, 2 + 3 * most]
+    assert [row["contender"] for row in rows] == [
+        f"ours, all of {round(real / 5)} tokens", "ours, lengths of the histogram", f"ours, half of 1, half of {most}",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+    # Attention's squares: at equal tokens, captions that are not alike are more work.
+    assert rows[0]["flops"] < rows[1]["flops"] < rows[2]["flops"]
+
+
 def test_lengths_come_from_real_captions(shared_data: Path) -> None:
     lengths = caption_lengths(StepConfig(), 256)
     assert len(lengths) > 500 and 60 < sum(lengths) / len(lengths) < 100 and max(lengths) == 256
