@@ -63,6 +63,13 @@ def test_schedule_is_open_clips():
     assert learning_rate(2, 3, OptimConfig(lr=2.0, warmup_steps=2000)) == 2.0
 
 
+def test_learning_rate_of_a_growing_batch():
+    """A step of four times the batch counts four on the one cosine over samples; its peak follows by the rule."""
+    for rule, factor in (("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)):
+        config = OptimConfig(lr=1.0, warmup_steps=4, batch_lr=rule)
+        assert learning_rate(8.0, 20.0, config, 4.0) == pytest.approx(factor * learning_rate(8, 20, config))
+
+
 @pytest.mark.parametrize("preset", ["quickstart", "biomedclip_s16_gpt77"])
 def test_parameter_groups_are_open_clips(preset: str):
     with torch.device("meta"):

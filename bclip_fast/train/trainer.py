@@ -3,7 +3,7 @@
 One process, or one a device under a launcher:
 
     bclip train CONFIG.toml
-    torchrun --nproc-per-node 2 -m bclip_fast.cli train CONFIG.toml
+    torchrun --nproc-per-node 2 -m -- bclip_fast.cli train CONFIG.toml
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, tb/,
