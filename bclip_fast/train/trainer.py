@@ -7,8 +7,11 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, tb/,
-checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), and bad_samples.jsonl where
-samples turned out damaged and were replaced.
+checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), bad_samples.jsonl where
+samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too many steps were skipped (dump.py).
+
+SIGTERM, SIGUSR1 and the first SIGINT have all ranks write a checkpoint before the next step and exit with 75; the same
+command with --resume goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +41,14 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
+from . import dump as dumps
 from . import engine as engines
 from .bad_samples import BadSamples
 from .config import DataConfig, TrainConfig
 from .metrics import MetricsLog, Progress
 from .schedule import learning_rate
+from .signals import EXIT_STOPPED, Signals
+from .spikes import Spikes
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +69,13 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
             ones so far, over all ranks).
 
     Raises:
-        UserError: a configuration, dataset or checkpoint that doesn't fit, a loss that isn't finite; on every rank, too
-            many damaged samples, or a rank whose shards can't be read in time.
+        UserError: a configuration, dataset or checkpoint that doesn't fit, or the last checkpoint can't be written; on
+            every rank, too many skipped steps or damaged samples, or a rank whose shards can't be read in time; on
+            those that are left, a rank that is lost.
+        SystemExit: with EXIT_STOPPED, where a signal stopped the run.
     """
     config = config.resolved()
-    distributed.init()
+    distributed.init(timeout_seconds=config.timeout_s)
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
     dataset = _open(config.data, config.data.split)
@@ -89,8 +96,14 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
     _on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
-    with _Run(config, run, dataset, stream, tokenizer, validate or _retrieval(config), on_step) as state:
-        state.loop()
+    # A launcher that has lost a rank sends SIGTERM to the others, which are still to say so.
+    with Signals() as signals, distributed.explain_lost_ranks():
+        with _Run(config, run, dataset, stream, tokenizer, validate or _retrieval(config), on_step, signals) as state:
+            state.loop()
+    if state.stopped:
+        if distributed.is_main():
+            log.warning("stopped after step %d of %d; the command with --resume goes on", state.step, state.num_steps)
+        raise SystemExit(EXIT_STOPPED)
     return run
 
 
@@ -106,6 +119,7 @@ class _Run:
         tokenizer: Tokenizer,
         validate: Validate,
         on_step: OnStep | None,
+        signals: Signals,
     ) -> None:
         self.config = config
         self.run = run
@@ -122,6 +136,8 @@ class _Run:
             self.preprocess.config.mean,
             self.preprocess.config.std,
         )
+        self.spikes = Spikes(config.spikes)
+        self.best: dict[str, Any] = {}
         saved = self._load(model) if config.resume else None
         self.engine = engines.make(model.train(), config.engine, config.optim, config.batch_size)
         if saved is not None:
@@ -132,7 +148,12 @@ class _Run:
         main = distributed.is_main()
         self.metrics = MetricsLog(run, self.step) if main else None
         self.progress = Progress(self.step, self.num_steps) if main else None
-        self.saved_step = self.step if saved is not None else -1
+        self.saved_step = self.step if _on_main(lambda: (run / "model").is_dir()) else -1
+        self.position = self.loader.state_dict()
+        self.writer = checkpoints.Writer(config.checkpoint.background) if main else None
+        self.signals = signals
+        self.stopped = False
+        self.given_up = ""
 
     def _make_loader(self, dataset: ShardDataset) -> NativeLoader:
         data, device = self.config.data, self.engine.device
@@ -151,10 +172,12 @@ class _Run:
 
         return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)
 
-    def _load(self, model: BiomedClip) -> checkpoints.Checkpoint:
+    def _load(self, model: BiomedClip) -> checkpoints.Checkpoint | None:
         folder = self.run / "checkpoints"
         # Rank 0 hashes and decides, so that all ranks read the same one.
-        step = _on_main(lambda: checkpoints.load_latest(folder).step)
+        step = _on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
+        if step is None:
+            return None
         saved = checkpoints.read(folder / f"step-{step:08d}")
         if difference := checkpoints.first_difference(saved.model_config, _as_json(self.config.model)):
             raise UserError(f"cannot resume from {folder}: another model, {difference}")
@@ -164,6 +187,9 @@ class _Run:
             raise UserError(f"{folder}: {error}") from None
         model.load_state_dict(saved.model)
         self.step = saved.step
+        if "spikes" in saved.rest:
+            self.spikes.load_state_dict(saved.rest["spikes"])
+        self.best = saved.rest.get("best", {})
         log.info("resuming after step %d", self.step)
         return saved
 
@@ -181,39 +207,48 @@ class _Run:
         )
         while self.step < self.num_steps:
             record = self._train_step()
+            if record is None:
+                break
             if self.metrics is not None and self.progress is not None:
                 self.metrics.write(record)
                 self.progress.update(record)
                 if self.on_step is not None:
                     self.on_step(record)
-            if _is_due(self.step, config.validation.every_steps):
-                self._validate()
-            if _is_due(self.step, config.checkpoint.every_steps):
+            if self.given_up:
+                raise UserError(self.given_up)
+            improved = _is_due(self.step, config.validation.every_steps) and self._validate()
+            if improved or _is_due(self.step, config.checkpoint.every_steps):
                 self._save()
-        if self.saved_step != self.step or not (self.run / "model").is_dir():
+        if self.step and self.saved_step != self.step:
             self._save()
+        _on_main(lambda: self.writer.finish() if self.writer else None)
 
-    def _train_step(self) -> dict[str, Any]:
+    def _train_step(self) -> dict[str, Any] | None:
+        """A step and its line of metrics; None where a signal stops the run before it."""
         start = time.perf_counter()
         batch = self._batch()
+        if batch is None:
+            self.stopped = True
+            return None
         data_wait = time.perf_counter() - start
         # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
-        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
+        seed = _step_seed(self.config.seed, self.step, distributed.rank())
+        torch.manual_seed(seed)
         self.model.visual.patch_dropout = patch_dropout(self.step, self.num_steps, self.config)
         loss = self._forward(batch)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.step + 1}; lower optim.lr, set optim.grad_clip_norm or "
-                f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
-            )
         self.engine.backward(loss)
         lr = learning_rate(self.step, self.num_steps, self.config.optim)
         scale = self.logit_scale
-        result = self.engine.step(lr)
-        if result.skipped:
-            log.warning("step %d: the fp16 gradient overflowed; no update", self.step + 1)
+        size = len(batch.keys) * distributed.world_size()
+        result = self.engine.step(lr, self.spikes.limit(value, size))
         self.step += 1
+        self.position = self.loader.state_dict()
+        reason = self.spikes.observe(self.step, value, result)
+        if result.skipped and distributed.is_main():
+            log.warning("step %d is skipped: %s", self.step, reason or "the fp16 gradient overflowed")
+        if self.spikes.too_many:
+            self._give_up([(batch, seed)], value, result.grad_norm, reason)
         return {
             "step": self.step,
             "epoch": batch.epoch,
@@ -225,18 +260,19 @@ class _Run:
             "samples_per_second": self.config.batch_size / (time.perf_counter() - start),
             "data_wait_seconds": data_wait,
             "bad_samples": self.bad.num_bad,
+            "skipped": self.spikes.num_skipped,
         }
 
-    def _batch(self) -> Batch:
-        """The next batch. A rank that has none tells the others, which would wait for it in the loss."""
+    def _batch(self) -> Batch | None:
+        """The next batch, None where a rank was told to stop. A rank that has none tells the others, which would wait
+        for it in the loss."""
         batch, problem = None, None
         try:
             batch = next(self.loader)
         except UserError as error:
             problem = str(error)
-        self.bad.agree(self.step + 1, batch.bad if batch else [], problem)
-        assert batch is not None
-        return batch
+        stop = self.bad.agree(self.step + 1, batch.bad if batch else [], problem, bool(self.signals.received))
+        return None if stop else batch
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         device = self.engine.device
@@ -247,25 +283,55 @@ class _Run:
             output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
         )
 
-    def _save(self) -> None:
-        model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
-        _on_main(lambda: self._write(model, optimizer))
-        self.saved_step = self.step
+    def _give_up(self, batches: list[tuple[Batch, int]], loss: float, grad_norm: float, reason: str | None) -> None:
+        """Leaves a dump of the step just made; the weights are those before it, since it made no update."""
+        dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
+        dump = dumps.Dump(self.config, self.step, loss, grad_norm, dropped, batches, state)
+        self.given_up = (
+            f"{self.spikes} at step {self.step}: {reason}; lower optim.lr, set optim.grad_clip_norm, take "
+            f"engine.precision=fp32 or raise the limits of the section spikes, then resume from "
+            f"{self.run / 'checkpoints'}. `bclip train replay {dumps.write(self.run, dump)}` computes the step again"
+        )
 
-    def _write(self, state: dict[str, torch.Tensor], optimizer: engines.OptimizerState) -> None:
-        config = self.config
-        saved = checkpoints.Checkpoint(self.step, state, optimizer, self.loader.state_dict(), _as_json(config.model))
-        path = checkpoints.save(self.run / "checkpoints", saved, keep=config.checkpoint.keep)
-        with torch.device("meta"):
-            model = BiomedClip(config.model)
-        pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=state)
+    def _save(self) -> None:
+        """Begins to write a checkpoint. The copies on rank 0 are made once those of the one before are written."""
+        if self.writer is not None:
+            self.writer.wait()
+        state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        self.saved_step = self.step
+        if self.writer is not None:
+            rest = {"spikes": self.spikes.state_dict(), "best": self.best}
+            identity = _as_json(self.config.model)
+            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, identity, rest)
+            # Here, not in the thread: random numbers are a state of the process.
+            with torch.device("meta"):
+                model = BiomedClip(self.config.model)
+            self.writer.submit(lambda: self._write(saved, model))
+
+    def _write(self, saved: checkpoints.Checkpoint, model: BiomedClip) -> None:
+        config = self.config.checkpoint
+        options = {"keep": config.keep, "keep_every_steps": config.keep_every_steps}
+        path = checkpoints.save(self.run / "checkpoints", saved, best=saved.rest["best"].get("step"), **options)
+        with checkpoints.written(self.run / "model"):
+            pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=saved.model)
         log.info("saved %s", path)
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        _on_main(lambda: self._write_validation(state))
+        figures = _on_main(lambda: self._write_validation(state))
+        name = self.config.checkpoint.best.removeprefix("-")
+        if not name:
+            return False
+        if name not in figures:
+            raise UserError(f"checkpoint.best={name}: the validation has no such figure, but {', '.join(figures)}")
+        sign = -1 if self.config.checkpoint.best.startswith("-") else 1
+        if self.best and sign * figures[name] <= sign * self.best["value"]:
+            return False
+        self.best = {"step": self.step, "figure": name, "value": figures[name]}
+        return True
 
-    def _write_validation(self, state: dict[str, torch.Tensor]) -> None:
+    def _write_validation(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
         model.load_state_dict(state, assign=True)
@@ -274,11 +340,14 @@ class _Run:
         assert self.metrics is not None
         self.metrics.write(record)
         log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        return figures
 
     def __enter__(self) -> _Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.writer is not None and kind is not KeyboardInterrupt:
+            self.writer.wait()
         self.loader.close()
         if self.metrics is not None and self.progress is not None:
             self.metrics.close()
@@ -295,13 +364,12 @@ def _open(data: DataConfig, split: str) -> ShardDataset:
 def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     """The run folder with config.toml and the tokenizer; an earlier run is only continued, never mixed with another."""
     # A run that was stopped before its first checkpoint holds nothing to lose, and is begun again.
-    if not config.resume and any((run / "checkpoints").glob("step-*")):
-        raise UserError(f"{run}: holds a run already; set resume=True to continue it, or another run folder")
-    if config.resume and not (run / "tokenizer").is_dir():
-        raise UserError(f"{run}: no run to resume; start without resume")
+    begun = bool(checkpoints.steps(run / "checkpoints"))
+    if begun and not config.resume:
+        raise UserError(f"{run}: holds a run already; --resume continues it, or give another run folder")
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
-    if config.resume:
+    if begun:
         return
     source, text = config.data.tokenizer, config.model.text
     if source == "train":
