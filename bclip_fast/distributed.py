@@ -8,7 +8,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ _KEY = "bclip/{}/{}"
 
 
 def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
-    """Joins the group that torchrun, deepspeed or Slurm's environment describes; does nothing for a single process.
+    """Joins the group that torchrun, deepspeed or srun's environment describes; does nothing for a single process.
 
     `backend` is nccl where CUDA is available and gloo elsewhere. `timeout_seconds` bounds every collective and this
     call, so a lost rank ends the others: gloo's in `explain_lost_ranks`; NCCL's watchdog ends the process by itself,
@@ -33,7 +33,10 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
     Raises:
         UserError: the environment lacks a variable, or the ranks don't come together in time.
     """
-    if dist.is_initialized() or "RANK" not in os.environ:
+    if dist.is_initialized():
+        return
+    os.environ.update(slurm_variables(os.environ))
+    if "RANK" not in os.environ:
         return
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -50,6 +53,33 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
             f"at {where} within {timeout_seconds:g} s: {_first_line(error)}"
         ) from error
     _store().set(_KEY.format("host", rank()), f"{socket.gethostname()}, process {os.getpid()}")
+
+
+def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a task of srun, from Slurm's; none where RANK is set or srun started one task alone.
+
+    Only srun sets SLURM_STEP_NUM_TASKS: the batch script itself, which has SLURM_PROCID=0 too, is not a rank. Rank 0's
+    host is the step's first; MASTER_ADDR and MASTER_PORT may say otherwise. A task to which srun shows one GPU alone
+    (--gpus-per-task=1) calls it 0, whatever its number on the node.
+    """
+    number = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environment or number == 1:
+        return {}
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    # Steps of one job may run at the same time; ports below 32768 are not given out by Linux itself.
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(number),
+        "LOCAL_RANK": "0" if torch.cuda.device_count() == 1 else environment["SLURM_LOCALID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(12000 + (job * 31 + step) % 20000),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's compressed list: "gpu[03-07,9]-ib,login1" gives "gpu03-ib"."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
 def rank() -> int:

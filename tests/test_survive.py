@@ -22,6 +22,7 @@ import pytest
 import torch
 from synthetic import tiny_model, tiny_run, weights, write_shards
 
+from bclip_fast.cli import main
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip
@@ -148,6 +149,47 @@ def test_a_broken_step_is_skipped(shards: Path, tmp_path: Path, broken_at_step: 
     assert column(part, "skipped") == [0, 0, 0, 0, 1, 1, 1, 1]
     assert str(column(part, "loss")) == str(expected[0])
     assert all(torch.equal(tensor, expected[1][name]) for name, tensor in weights(part).items())
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 4])
+def test_a_run_that_skips_too_often_leaves_a_dump_that_computes_it_again(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], micro_batch_size: int
+):
+    """A limit at the middle of what norms are: one step may be skipped, at the second in a row the run gives up."""
+    config = tiny_run(
+        tmp_path / "run",
+        shards,
+        model=DROPOUT,
+        micro_batch_size=micro_batch_size,
+        spikes=SpikeConfig(window=2, grad_norm=1e-9, max_skipped=1),
+        max_steps=60,
+    )
+    words = r"2 of the last 2 steps were skipped, the last one at step \d+: the gradient's norm is"
+    with pytest.raises(UserError, match=words) as e:
+        train(config)
+    (dump,) = (tmp_path / "run" / "dumps").iterdir()
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["skipped"] >= 2 and dump.name == f"step-{last['step']:08d}" and str(dump) in str(e.value)
+    assert {path.suffix for path in dump.iterdir()} == {".safetensors", ".json", ".toml"}
+    assert main(["train", "replay", str(dump)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split()[1:] == [repr(last["loss"])] * 2 and said[2].split()[1:] == [repr(last["grad_norm"])] * 2
+    # A single bit of the batch shows.
+    file = dump / "batch-0000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 255
+    file.write_bytes(data)
+    assert main(["train", "replay", str(dump)]) == 1
+    state = json.loads((dump / "state.json").read_text())
+    assert len(state["ranks"][0]) == (4 if micro_batch_size else 1)
+    state["ranks"].append([])
+    (dump / "state.json").write_text(json.dumps(state))
+    assert main(["train", "replay", str(dump)]) == 2
+    file.write_bytes(data[:1000])
+    assert "was made by 2 rank(s), here are 1: torchrun --nproc-per-node 2" in capsys.readouterr().err
+    state["ranks"].pop()
+    (dump / "state.json").write_text(json.dumps(state))
+    assert main(["train", "replay", str(dump)]) == 2 and "is no whole dump" in capsys.readouterr().err
 
 
 # Checkpoints.

@@ -52,16 +52,36 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Retrieval on held-out pairs while training."""
+    """Retrieval on held-out pairs, and zero-shot tasks, while training and after the last step."""
 
     every_steps: int = 0
     """0: never."""
+    every_epochs: int = 0
+    """Besides `every_steps`; 0: never."""
     split: str = "val"
     batch_size: int = 64
+    zero_shot: tuple[str, ...] = ()
+    """Zero-shot tasks as of `bclip eval --task`: of the package (pcam, lc25000_lung, ...), or TOML files."""
+    zero_shot_data: str = ""
+    """Folder of the tasks' data, as of `bclip eval --data`; empty: the shards of the run."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise UserError(f"validation.every_steps={self.every_steps}: must not be negative")
+        if self.every_steps < 0 or self.every_epochs < 0:
+            raise UserError(
+                f"validation.every_steps={self.every_steps}, validation.every_epochs={self.every_epochs}: "
+                "must not be negative"
+            )
+        if self.zero_shot and not self.every_steps and not self.every_epochs:
+            raise UserError("validation.zero_shot needs validation.every_steps or validation.every_epochs")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where figures go besides the terminal, metrics.jsonl and TensorBoard, which is used where it is installed."""
+
+    wandb: bool = False
+    """Weights & Biases (pip install wandb); WANDB_MODE=offline keeps its files in the run folder."""
+    wandb_project: str = "bclip_fast"
 
 
 @dataclass(frozen=True)
@@ -99,11 +119,23 @@ class TrainConfig:
     """Length in steps; 0: what `epochs` gives."""
     batch_size: int = 4096
     """Pairs in the contrastive batch, over all ranks."""
+    batch_schedule: tuple[tuple[int, int], ...] = ()
+    """(epoch, pairs): the contrastive batch from that epoch on, such as [[0, 4096], [8, 65536]]."""
+    micro_batch_size: int = 0
+    """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
+    micro-batch; where there is more than one, the towers run forward twice."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
     timeout_s: float = 1800.0
     """A collective that takes longer ends the run: a rank is lost. Above data.timeout_s and what a validation takes,
     during which the other ranks wait."""
+    lock_image: bool = False
+    """LiT (arXiv 2111.07991): the image tower keeps its weights, but for its projection and the groups named next."""
+    lock_image_unlocked_groups: int = 0
+    """How many groups at the end are trained all the same: the layers, the last with the norm behind it."""
+    lock_text: bool = False
+    """The same of the text tower."""
+    lock_text_unlocked_layers: int = 0
     preset: str = "biomedclip_b16"
     """Name of a model; empty: the model section says it all."""
     model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
@@ -113,6 +145,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0:
@@ -121,8 +154,20 @@ class TrainConfig:
             raise UserError(f"batch_size={self.batch_size}: must be at least 1")
         if self.timeout_s <= 0:
             raise UserError(f"timeout_s={self.timeout_s}: must be above 0")
+        if self.micro_batch_size < 0:
+            raise UserError(f"micro_batch_size={self.micro_batch_size}: must not be negative")
+        if any(epoch < 0 for epoch, _ in self.batch_schedule):
+            raise UserError(f"batch_schedule={self.batch_schedule}: epochs must not be negative")
         if not 0 <= self.patch_dropout_until <= 1:
             raise UserError(f"patch_dropout_until={self.patch_dropout_until}: must lie in [0, 1]")
+        for lock, rest in (("lock_image", "lock_image_unlocked_groups"), ("lock_text", "lock_text_unlocked_layers")):
+            if getattr(self, rest) < 0 or (getattr(self, rest) and not getattr(self, lock)):
+                raise UserError(f"{rest}={getattr(self, rest)}: must not be negative, and needs {lock}")
+
+    @property
+    def first_batch_size(self) -> int:
+        """The global batch in epoch 0."""
+        return dict(self.batch_schedule).get(0, self.batch_size)
 
     def resolved(self) -> TrainConfig:
         """The same with the preset spelled out in the model section."""

@@ -16,7 +16,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,11 +105,12 @@ class AdamW(torch.optim.AdamW):
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)`, `step(lr, limit)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr, limit)`."""
 
     device: torch.device
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
+    _model: nn.Module
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
@@ -119,9 +120,26 @@ class Engine(ABC):
         """Gradients of the loss, averaged over ranks."""
 
     @abstractmethod
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Gradients of the sum of the losses, averaged over ranks.
+
+        Each function runs forward and gives its loss () when the one before it has gone backward. Gradients are
+        communicated once, at the end, and lie whole on each rank until then, under ZeRO 2 and 3 too.
+        """
+
+    def trained(self, prefix: str) -> bool:
+        """Whether a parameter of the model whose name begins so takes gradients."""
+        return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
+
+    @abstractmethod
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
         """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
         above `limit`, which is the same on all ranks."""
+
+    def communication(self) -> dict[str, float]:
+        """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
+        work, where that is known without making anything wait; DeepSpeed doesn't tell."""
+        return {}
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
@@ -211,6 +229,17 @@ class PlainEngine(Engine):
                 bucket_cap_mb=config.bucket_mib,
                 gradient_as_bucket_view=True,
             )
+            if device.type == "cpu":
+                # On a GPU its timers wait for events, so there it stays with every hundredth step.
+                self.module._set_ddp_runtime_logging_sample_rate(1)
+
+    def communication(self) -> dict[str, float]:
+        wrapped: Any = self.module
+        found = wrapped._get_ddp_logging_data() if wrapped is not self._model else {}
+        if "backward_comm_time" not in found:
+            return {}
+        waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
+        return {"communication_seconds": max(0, waited) / 1e9}
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -218,6 +247,12 @@ class PlainEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
+
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+        for number, loss in enumerate(losses, start=1):
+            with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
 
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
@@ -322,6 +357,16 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                for loss in losses:
+                    self.backward(loss())
+            return
+        for number, loss in enumerate(losses, start=1):
+            with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
+
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
@@ -348,12 +393,20 @@ class DeepSpeedEngine(Engine):
         state = {}
         for name, tensor in self._model.state_dict().items():
             if self._stage == 3 and name in parameters:
-                from deepspeed.utils import safe_get_full_fp32_param
-
-                tensor = safe_get_full_fp32_param(parameters[name])
+                tensor = self._gather(parameters[name])
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
         return state
+
+    def _gather(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of ZeRO 3, whole; for one that isn't trained DeepSpeed has no fp32 copy beside its own shards."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter)
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def optimizer_state(self) -> OptimizerState:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -292,6 +292,8 @@ class _Loop:
         self.engine.backward(loss)
         lr = learning_rate(self.step, self.num_steps, config.optim)
         result = self.engine.step(lr)
+        if result.skipped:
+            log.warning("step %d: the gradient isn't finite; no update", self.step + 1)
         self.step += 1
         return {
             "step": self.step,
