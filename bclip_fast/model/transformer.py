@@ -109,7 +109,7 @@ class Tower(nn.Module):
 
 
 def place_of(name: str, num_layers: int) -> int:
-    """Where in a tower a parameter of that name is read: 0 before the layers, i + 1 in layer i, num_layers + 1 behind."""
+    """Where in a tower a parameter is read: 0 before the layers, i + 1 in layer i, num_layers + 1 behind them."""
     first, _, rest = name.partition(".")
     if first == "layers":
         return int(rest.partition(".")[0]) + 1

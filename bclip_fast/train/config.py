@@ -21,8 +21,9 @@ class DataConfig:
     shards: str = ""
     """Folder written by `bclip ingest build`, or the URL of a copy of it (s3://, https://, whatever fsspec reads)."""
     split: str = "train"
-    tokenizer: str = "train"
-    """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split."""
+    tokenizer: str = ""
+    """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split. Empty:
+    that of init.model or init.text, and without them `train`."""
     shuffle_block: int = 8192
     """Samples shuffled together; larger mixes better and reads less sequentially."""
     augment: bool = True
@@ -47,6 +48,22 @@ class DataConfig:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples}: must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What the weights are at the start of a run; what isn't named here is drawn at random."""
+
+    model: str = ""
+    """A whole model to continue from: a run folder, a folder in open_clip's layout, or hf-hub:ORG/NAME."""
+    vision: str = ""
+    """An ImageNet ViT in timm's or transformers' layout: hf-hub:ORG/NAME, a folder or a file of weights."""
+    text: str = ""
+    """A BERT in transformers' layout, likewise, with its vocabulary beside it."""
+
+    def __post_init__(self) -> None:
+        if self.model and (self.vision or self.text):
+            raise UserError("init.model is a whole model, and init.vision and init.text are parts of one: give either")
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class TrainConfig:
     preset: str = "biomedclip_b16"
     """Name of a model; empty: the model section says it all."""
     model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -42,6 +42,7 @@ from . import checkpoint as checkpoints
 from . import engine as engines
 from .bad_samples import BadSamples
 from .config import DataConfig, TrainConfig
+from .initial import initial_tokenizer, initialise
 from .metrics import MetricsLog, Progress
 from .schedule import learning_rate
 
@@ -129,6 +130,11 @@ class _Run:
             if locked:
                 tower.lock(unlocked)
         saved = self._load(model) if config.resume else None
+        if saved is None:
+            # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
+            _on_main(lambda: initialise(model, config.init))
+            if not distributed.is_main():
+                initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
@@ -310,7 +316,9 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     if config.resume:
         return
     source, text = config.data.tokenizer, config.model.text
-    if source == "train":
+    if not source and (given := initial_tokenizer(config)) is not None:
+        tokenizer = given
+    elif source in ("", "train"):
         tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
