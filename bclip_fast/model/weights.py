@@ -287,8 +287,10 @@ def _with_text_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name if name.startswith(ours) else f"text.{name}": tensor for name, tensor in state.items()}
 
 
-def _without(state: Mapping[str, Tensor], where: str, prefixes: tuple[str, ...], why: str) -> State:
-    unused = sorted(name for name in state if name.startswith(prefixes))
+def _without(state: Mapping[str, Tensor], where: str, names: tuple[str, ...], why: str) -> State:
+    """Drops the `names`, and what begins with those of them that end in a dot."""
+    prefixes = tuple(name for name in names if name.endswith("."))
+    unused = sorted(name for name in state if name in names or name.startswith(prefixes))
     if unused:
         log.info("%s: dropped %s, which %s", where, ", ".join(unused), why)
     return {name: tensor for name, tensor in state.items() if name not in unused}
