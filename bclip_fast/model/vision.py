@@ -154,15 +154,20 @@ class VisionTower(Tower):
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:
-    """Keeps the CLS token and a random int(num_patches * (1 - share)), at least one, of the patches of each image.
+    """Keeps the CLS token and a random `num_kept_patches` of the patches of each image.
 
     (B, 1 + num_patches, D) -> (B, 1 + kept, D).
     """
     batch, tokens, width = x.shape
-    kept = max(1, int((tokens - 1) * (1.0 - share)))
+    kept = num_kept_patches(tokens - 1, share)
     chosen = torch.rand(batch, tokens - 1, device=x.device).topk(kept, dim=1).indices + 1
     patches = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width))
     return torch.cat([x[:, :1], patches], dim=1)
+
+
+def num_kept_patches(num_patches: int, share: float) -> int:
+    """How many patches of an image are left when a share of them is dropped: at least one."""
+    return max(1, int(num_patches * (1.0 - share)))
 
 
 def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:

@@ -108,6 +108,14 @@ class TrainConfig:
     """Length in steps; 0: what `epochs` gives."""
     batch_size: int = 4096
     """Pairs in the contrastive batch, over all ranks."""
+    batch_schedule: tuple[tuple[int, int], ...] = ()
+    """(epoch, pairs): the contrastive batch from that epoch on, such as [[0, 4096], [8, 65536]]."""
+    micro_batch_size: int = 0
+    """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
+    micro-batch; where there is more than one, the towers run forward twice."""
+    ema_decay: float = 0.0
+    """Of the moving average of the weights, such as 0.9999; 0: none. It is validated as they are and saved beside them, in
+    the run's model_ema/. 4 bytes a weight, on rank 0, or over all ranks under ZeRO 3."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
     lock_image: bool = False
@@ -132,12 +140,22 @@ class TrainConfig:
             raise UserError(f"epochs={self.epochs}, max_steps={self.max_steps}: need at least 1 and 0")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: must be at least 1")
+        if self.micro_batch_size < 0:
+            raise UserError(f"micro_batch_size={self.micro_batch_size}: must not be negative")
+        if any(epoch < 0 for epoch, _ in self.batch_schedule):
+            raise UserError(f"batch_schedule={self.batch_schedule}: epochs must not be negative")
         if not 0 <= self.patch_dropout_until <= 1:
             raise UserError(f"patch_dropout_until={self.patch_dropout_until}: must lie in [0, 1]")
-
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
         for lock, rest in (("lock_image", "lock_image_unlocked_groups"), ("lock_text", "lock_text_unlocked_layers")):
             if getattr(self, rest) < 0 or (getattr(self, rest) and not getattr(self, lock)):
                 raise UserError(f"{rest}={getattr(self, rest)}: must not be negative, and needs {lock}")
+
+    @property
+    def first_batch_size(self) -> int:
+        """The global batch in epoch 0."""
+        return dict(self.batch_schedule).get(0, self.batch_size)
 
     def resolved(self) -> TrainConfig:
         """The same with the preset spelled out in the model section."""

@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,11 +97,12 @@ class AdamW(torch.optim.AdamW):
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)`, `step(lr)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr)`."""
 
     device: torch.device
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
+    _model: nn.Module
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
@@ -111,12 +112,39 @@ class Engine(ABC):
         """Gradients of the loss, averaged over ranks."""
 
     @abstractmethod
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Gradients of the sum of the losses, averaged over ranks.
+
+        Each function runs forward and gives its loss () when the one before it has gone backward. Gradients are
+        communicated once, at the end, and lie whole on each rank until then, under ZeRO 2 and 3 too.
+        """
+
+    def trained(self, prefix: str) -> bool:
+        """Whether a parameter of the model whose name begins so takes gradients."""
+        return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
+
+    @abstractmethod
     def step(self, lr: float) -> StepResult:
         """Clip, update with learning rate `lr`, clear the gradients."""
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
         """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Of the trained weights, in fp32, those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        if not distributed.is_main():
+            return {}
+        return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """What `own_weights` has of a whole tensor like the weight of that name."""
+        parameter = self._model.get_parameter(name)
+        return whole.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like `own_weights()` put together, on the CPU; empty except on rank 0. Collective."""
+        return {name: _to_cpu(tensor) for name, tensor in own.items()}
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
@@ -205,6 +233,12 @@ class PlainEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
+
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+        for number, loss in enumerate(losses, start=1):
+            with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
 
     def step(self, lr: float) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
@@ -306,6 +340,16 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                for loss in losses:
+                    self.backward(loss())
+            return
+        for number, loss in enumerate(losses, start=1):
+            with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
+
     def step(self, lr: float) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
@@ -329,6 +373,29 @@ class DeepSpeedEngine(Engine):
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
         return state
+
+    def own_weights(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().own_weights()
+        return {name: part.ds_tensor.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        if self._stage < 3:
+            return super().own_part(name, whole)
+        parameter: Any = self._model.get_parameter(name)
+        return _own_shard(whole.to(parameter.ds_tensor.device, torch.float32), parameter).clone()
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in own.items():
+            shape = self._shapes[name]
+            if self._stage == 3:
+                parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
+                dist.all_gather(parts, tensor.to(self.device))
+                tensor = torch.cat(parts)[: shape.numel()]
+            if distributed.is_main():
+                whole[name] = _to_cpu(tensor).view(shape)
+        return whole
 
     def _gather(self, parameter: nn.Parameter) -> Tensor:
         """A parameter of ZeRO 3, whole; for one that isn't trained DeepSpeed has no fp32 copy beside its own shards."""

@@ -7,8 +7,8 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, tb/,
-checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), and bad_samples.jsonl where
-samples turned out damaged and were replaced.
+checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
+`ema_decay`, and bad_samples.jsonl where samples turned out damaged and were replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
 from . import engine as engines
+from .average import Average
 from .bad_samples import BadSamples
+from .cached import CachedBatch, MicroBatch
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise
 from .metrics import MetricsLog, Progress
@@ -77,6 +79,8 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
         dataset.shard_sizes,
         dataset.fingerprint,
         batch_size=config.batch_size,
+        schedule=config.batch_schedule,
+        micro_batch_size=config.micro_batch_size,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -114,7 +118,7 @@ class _Run:
         self.tokenizer = tokenizer
         self.validate = validate
         self.on_step = on_step
-        self.num_steps = config.max_steps or config.epochs * stream.num_batches
+        self.num_steps = config.max_steps or stream.num_batches_of(config.epochs)
         self.step = 0
         self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
         torch.manual_seed(config.seed)
@@ -135,9 +139,10 @@ class _Run:
             _on_main(lambda: initialise(model, config.init))
             if not distributed.is_main():
                 initialise(model, config.init)
-        self.engine = engines.make(model.train(), config.engine, config.optim, config.batch_size)
+        self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
+        self.average = Average(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
@@ -185,7 +190,7 @@ class _Run:
             "training on %d samples, %d steps of %d pairs, %d rank(s), %s",
             self.stream.num_samples,
             self.num_steps,
-            config.batch_size,
+            config.first_batch_size,
             distributed.world_size(),
             f"{config.engine.name} ZeRO {config.engine.zero_stage}"
             if config.engine.name == "deepspeed"
@@ -207,24 +212,32 @@ class _Run:
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        batch = self._batch()
-        data_wait = time.perf_counter() - start
-        # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
-        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
-        self.model.visual.patch_dropout = patch_dropout(self.step, self.num_steps, self.config)
-        loss = self._forward(batch)
-        value = float(loss.detach())
+        config, number, data_wait = self.config, self.step, 0.0
+        self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
+        num_parts = self.stream.num_micro_batches(number)
+        cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
+        for part in range(num_parts):
+            asked = time.perf_counter()
+            batch = self._batch()
+            data_wait += time.perf_counter() - asked
+            # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
+            # draws what it would have drawn, and so do two ranks of half as many micro-batches.
+            seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
+            cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+        value = float(cached.loss())
         if not math.isfinite(value):
             raise UserError(
-                f"the loss is {value} at step {self.step + 1}; lower optim.lr, set optim.grad_clip_norm or "
+                f"the loss is {value} at step {number + 1}; lower optim.lr, set optim.grad_clip_norm or "
                 f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
             )
-        self.engine.backward(loss)
-        lr = learning_rate(self.step, self.num_steps, self.config.optim)
-        scale = self.logit_scale
+        cached.backward()
+        batch_size = self.stream.batch_size_of(batch.epoch)
+        lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr)
+        if self.average is not None and not result.skipped:
+            self.average.update()
         if result.skipped:
-            log.warning("step %d: the fp16 gradient overflowed; no update", self.step + 1)
+            log.warning("step %d: the fp16 gradient overflowed; no update", number + 1)
         self.step += 1
         return {
             "step": self.step,
@@ -232,15 +245,20 @@ class _Run:
             "samples": self.stream.num_consumed,
             "loss": value,
             "lr": lr,
-            "logit_scale": scale,
+            "logit_scale": cached.logit_scale,
             "grad_norm": result.grad_norm,
-            "samples_per_second": self.config.batch_size / (time.perf_counter() - start),
+            "samples_per_second": batch_size / (time.perf_counter() - start),
             "data_wait_seconds": data_wait,
             "bad_samples": self.bad.num_bad,
         }
 
+    def _progress(self) -> tuple[float, float]:
+        """Where the run stands and how long it is, in steps of the first batch size: a larger step counts for more."""
+        done, whole = self.stream.samples_before(self.step), self.stream.samples_before(self.num_steps)
+        return done / self.config.first_batch_size, whole / self.config.first_batch_size
+
     def _batch(self) -> Batch:
-        """The next batch. A rank that has none tells the others, which would wait for it in the loss."""
+        """The next micro-batch. A rank that has none tells the others, which would wait for it in a collective."""
         batch, problem = None, None
         try:
             batch = next(self.loader)
@@ -250,39 +268,40 @@ class _Run:
         assert batch is not None
         return batch
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        device = self.engine.device
-        images, text = batch.images.to(device, non_blocking=True), Packed.of(batch.ids, batch.lengths)
-        output = self.engine(images, text.to(device, non_blocking=True))
-        self.logit_scale = float(output["logit_scale"].detach())
-        return self.loss(
-            output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
-        )
-
     def _save(self) -> None:
         model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
-        _on_main(lambda: self._write(model, optimizer))
+        average = self.average.state() if self.average is not None else {}
+        _on_main(lambda: self._write(model, optimizer, average))
         self.saved_step = self.step
 
-    def _write(self, state: dict[str, torch.Tensor], optimizer: engines.OptimizerState) -> None:
+    def _write(
+        self, state: dict[str, torch.Tensor], optimizer: engines.OptimizerState, average: dict[str, torch.Tensor]
+    ) -> None:
         config = self.config
-        saved = checkpoints.Checkpoint(self.step, state, optimizer, self.loader.state_dict(), _as_json(config.model))
+        saved = checkpoints.Checkpoint(
+            self.step, state, optimizer, self.loader.state_dict(), _as_json(config.model), average
+        )
         path = checkpoints.save(self.run / "checkpoints", saved, keep=config.checkpoint.keep)
         with torch.device("meta"):
             model = BiomedClip(config.model)
-        pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=state)
+        for name, part in {"model": {}, "model_ema": average}.items():
+            if part or name == "model":
+                pretrained.save(self.run / name, model, self.preprocess, self.tokenizer, state_dict={**state, **part})
         log.info("saved %s", path)
 
     def _validate(self) -> None:
         state = self.engine.model_state()
-        _on_main(lambda: self._write_validation(state))
+        _on_main(lambda: self._write_validation(state, "validation"))
+        if self.average is not None:
+            average = {**state, **self.average.state()}
+            _on_main(lambda: self._write_validation(average, "validation_ema"))
 
-    def _write_validation(self, state: dict[str, torch.Tensor]) -> None:
+    def _write_validation(self, state: dict[str, torch.Tensor], prefix: str) -> None:
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
         model.load_state_dict(state, assign=True)
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
-        record = {"step": self.step, **{f"validation/{name}": value for name, value in figures.items()}}
+        record = {"step": self.step, **{f"{prefix}/{name}": value for name, value in figures.items()}}
         assert self.metrics is not None
         self.metrics.write(record)
         log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -376,13 +395,13 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def patch_dropout(step: int, num_steps: int, config: TrainConfig) -> float:
+def patch_dropout(step: float, num_steps: float, config: TrainConfig) -> float:
     """The share of patches dropped in step 0 <= step < num_steps."""
     return config.model.vision.patch_dropout if step < config.patch_dropout_until * num_steps else 0.0
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+def _step_seed(seed: int, step: int, micro_batch: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
