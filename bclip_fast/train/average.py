@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Average:
     """average <- decay * average + (1 - decay) * weight after each update, beginning at the weights as they are.
 
-    Rank 0 keeps it whole, which costs it 4 bytes a weight and no communication; under ZeRO 3 each rank keeps that of its
-    own shard. Locked weights have none, being their own average.
+    Rank 0 keeps it whole, which costs it 4 bytes a weight and no communication; under ZeRO 3 each rank keeps that of
+    its own shard. Locked weights have none, being their own average.
 
     Args:
         decay: in (0, 1).
@@ -30,9 +30,7 @@ class Average:
             name: engine.own_part(name, saved[name]) if name in saved else weight.clone()
             for name, weight in engine.own_weights().items()
         }
-        log.info(
-            "average of weights, decay %g: %s", decay, "continued" if saved else "begins at the weights as they are"
-        )
+        log.info("average of weights, decay %g, %s", decay, "continued" if saved else "from the weights as they are")
 
     @torch.no_grad()
     def update(self) -> None:

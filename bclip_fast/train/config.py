@@ -114,8 +114,8 @@ class TrainConfig:
     """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
     micro-batch; where there is more than one, the towers run forward twice."""
     ema_decay: float = 0.0
-    """Of the moving average of the weights, such as 0.9999; 0: none. It is validated as they are and saved beside them, in
-    the run's model_ema/. 4 bytes a weight, on rank 0, or over all ranks under ZeRO 3."""
+    """Of the moving average of the weights, such as 0.9999; 0: none. It is validated as they are and saved beside them,
+    in the run's model_ema/. 4 bytes a weight, on rank 0, or over all ranks under ZeRO 3."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
     lock_image: bool = False

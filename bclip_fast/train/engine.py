@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,7 +132,7 @@ class Engine(ABC):
         """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Of the trained weights, in fp32, those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
         if not distributed.is_main():
             return {}
         return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
@@ -377,7 +377,8 @@ class DeepSpeedEngine(Engine):
     def own_weights(self) -> dict[str, Tensor]:
         if self._stage < 3:
             return super().own_weights()
-        return {name: part.ds_tensor.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+        parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
+        return {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         if self._stage < 3:
