@@ -7,8 +7,9 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
-tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), bad_samples.jsonl where
-samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too many steps were skipped (dump.py).
+tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
+`ema_decay`, bad_samples.jsonl where samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too
+many steps were skipped (dump.py).
 
 SIGTERM, SIGUSR1 and the first SIGINT have all ranks write a checkpoint before the next step and exit with 75; the same
 command with --resume goes on.
@@ -44,10 +45,12 @@ from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines
 from . import flops, validation
+from .average import Average
 from .bad_samples import BadSamples
 from .cached import CachedBatch, MicroBatch
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
+from .initial import initial_tokenizer, initialise
 from .metrics import MetricsLog, Progress
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
@@ -144,9 +147,15 @@ class _Run:
         self.spikes = Spikes(config.spikes)
         self.best: dict[str, Any] = {}
         saved = self._load(model) if config.resume else None
+        if saved is None:
+            # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
+            _on_main(lambda: initialise(model, config.init))
+            if not distributed.is_main():
+                initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
+        self.average = Average(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
@@ -272,6 +281,8 @@ class _Run:
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr, self.spikes.limit(value, batch_size))
         clock.mark("optimizer")
+        if self.average is not None and not result.skipped:
+            self.average.update()
         self.step += 1
         self.position = self.loader.state_dict()
         self._judge(batches, value, result)
@@ -342,11 +353,12 @@ class _Run:
         if self.writer is not None:
             self.writer.wait()
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        average = self.average.state() if self.average is not None else {}
         self.saved_step = self.step
         if self.writer is not None:
             rest = {"spikes": self.spikes.state_dict(), "best": self.best}
             identity = _as_json(self.config.model)
-            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, identity, rest)
+            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, identity, rest, average)
             # Here, not in the thread: random numbers are a state of the process.
             with torch.device("meta"):
                 model = BiomedClip(self.config.model)
@@ -356,8 +368,11 @@ class _Run:
         config = self.config.checkpoint
         options = {"keep": config.keep, "keep_every_steps": config.keep_every_steps}
         path = checkpoints.save(self.run / "checkpoints", saved, best=saved.rest["best"].get("step"), **options)
-        with checkpoints.written(self.run / "model"):
-            pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=saved.model)
+        for name, part in {"model": {}, "model_ema": saved.ema}.items():
+            if part or name == "model":
+                state = {**saved.model, **part}
+                with checkpoints.written(self.run / name):
+                    pretrained.save(self.run / name, model, self.preprocess, self.tokenizer, state_dict=state)
         log.info("saved %s", path)
         if self.metrics is not None:
             self.metrics.event(saved.step, "checkpoint")
@@ -365,7 +380,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = _on_main(lambda: self._write_validation(state))
+        figures = _on_main(lambda: self._write_validation(state, validation.PREFIX))
+        if self.average is not None:
+            average = {**state, **self.average.state()}
+            _on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:
@@ -378,7 +396,7 @@ class _Run:
         self.best = {"step": self.step, "figure": name, "value": figures[name]}
         return True
 
-    def _write_validation(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _write_validation(self, state: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
         start = time.perf_counter()
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
@@ -386,7 +404,7 @@ class _Run:
         assert self.metrics is not None and self.validate is not None
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
         record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
-        self.metrics.write(record | {f"{validation.PREFIX}{name}": value for name, value in figures.items()})
+        self.metrics.write(record | {f"{prefix}{name}": value for name, value in figures.items()})
         log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         return figures
 
@@ -463,7 +481,9 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     if begun:
         return
     source, text = config.data.tokenizer, config.model.text
-    if source == "train":
+    if not source and (given := initial_tokenizer(config)) is not None:
+        tokenizer = given
+    elif source in ("", "train"):
         tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
