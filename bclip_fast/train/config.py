@@ -111,6 +111,11 @@ class TrainConfig:
     """Length in steps; 0: what `epochs` gives."""
     batch_size: int = 4096
     """Pairs in the contrastive batch, over all ranks."""
+    batch_schedule: tuple[tuple[int, int], ...] = ()
+    """(epoch, pairs): the contrastive batch from that epoch on, such as [[0, 4096], [8, 65536]]."""
+    micro_batch_size: int = 0
+    """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
+    micro-batch; where there is more than one, the towers run forward twice."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
     preset: str = "biomedclip_b16"
@@ -128,8 +133,17 @@ class TrainConfig:
             raise UserError(f"epochs={self.epochs}, max_steps={self.max_steps}: need at least 1 and 0")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: must be at least 1")
+        if self.micro_batch_size < 0:
+            raise UserError(f"micro_batch_size={self.micro_batch_size}: must not be negative")
+        if any(epoch < 0 for epoch, _ in self.batch_schedule):
+            raise UserError(f"batch_schedule={self.batch_schedule}: epochs must not be negative")
         if not 0 <= self.patch_dropout_until <= 1:
             raise UserError(f"patch_dropout_until={self.patch_dropout_until}: must lie in [0, 1]")
+
+    @property
+    def first_batch_size(self) -> int:
+        """The global batch in epoch 0."""
+        return dict(self.batch_schedule).get(0, self.batch_size)
 
     def resolved(self) -> TrainConfig:
         """The same with the preset spelled out in the model section."""

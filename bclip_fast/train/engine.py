@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,11 +97,12 @@ class AdamW(torch.optim.AdamW):
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)`, `step(lr)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr)`."""
 
     device: torch.device
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
+    _model: nn.Module
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
@@ -109,6 +110,18 @@ class Engine(ABC):
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, averaged over ranks."""
+
+    @abstractmethod
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Gradients of the sum of the losses, averaged over ranks.
+
+        Each function runs forward and gives its loss () when the one before it has gone backward. Gradients are
+        communicated once, at the end, and lie whole on each rank until then, under ZeRO 2 and 3 too.
+        """
+
+    def trained(self, prefix: str) -> bool:
+        """Whether a parameter of the model whose name begins so takes gradients."""
+        return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
     @abstractmethod
     def step(self, lr: float) -> StepResult:
@@ -222,6 +235,12 @@ class PlainEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
 
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+        for number, loss in enumerate(losses, start=1):
+            with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
+
     def step(self, lr: float) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
@@ -321,6 +340,16 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
+
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                for loss in losses:
+                    self.backward(loss())
+            return
+        for number, loss in enumerate(losses, start=1):
+            with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
 
     def step(self, lr: float) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)

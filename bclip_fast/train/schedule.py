@@ -31,6 +31,8 @@ class OptimConfig:
     """Of matrices and larger; biases, norms and the logit scale don't decay."""
     decay: Literal["cosine", "linear"] = "cosine"
     """From the peak to min_lr."""
+    batch_lr: Literal["none", "sqrt", "linear"] = "none"
+    """How the rate follows batch_schedule: by the batch over the first one, or by its root. The paper names none."""
     grad_clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 leaves it as it is."""
 
@@ -46,14 +48,20 @@ class OptimConfig:
             )
 
 
-def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """The rate of step 0 <= step < num_steps: rising to lr, then half a cosine or a line from lr to min_lr."""
+def learning_rate(step: float, num_steps: float, config: OptimConfig, batch_ratio: float = 1.0) -> float:
+    """The rate of step 0 <= step < num_steps: rising to lr, then half a cosine or a line from lr to min_lr.
+
+    Where the batch changes during a run, steps are counted in the first batch size, so that the curve is one over
+    samples, and `batch_ratio` is the batch over the first one.
+    """
     warmup = min(config.warmup_steps, num_steps)
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[config.batch_lr]
+    peak = config.lr * batch_ratio**power
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return peak * min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)
     share = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * share
+    return config.min_lr + (peak - config.min_lr) * share
 
 
 def parameter_groups(

@@ -42,6 +42,7 @@ from . import checkpoint as checkpoints
 from . import engine as engines
 from . import flops, validation
 from .bad_samples import BadSamples
+from .cached import CachedBatch, MicroBatch
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .metrics import MetricsLog, Progress
@@ -63,9 +64,9 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         on_step: called on rank 0 with each line of metrics.jsonl: step, epoch, samples, loss, lr, logit_scale,
             grad_norm (before clipping), samples_per_second and tokens_per_second (over all ranks, the tokens as many as
             rank 0's on each), mfu (rank 0's, where the device's peak is known), step_seconds and of it, on rank 0,
-            data_wait_seconds and those of `StepClock`: forward, loss, backward, optimizer; communication_seconds where
-            the engine knows what the backward pass waited for gradients; bad_samples (different ones so far, over all
-            ranks).
+            data_wait_seconds and those of `StepClock`: forward, loss, backward (with the towers' second forward pass
+            where there are micro-batches), optimizer; communication_seconds where the engine knows what the backward
+            pass waited for gradients; bad_samples (different ones so far, over all ranks).
 
     Raises:
         UserError: a configuration, dataset or checkpoint that doesn't fit, a loss that isn't finite; on every rank, too
@@ -80,6 +81,8 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         dataset.shard_sizes,
         dataset.fingerprint,
         batch_size=config.batch_size,
+        schedule=config.batch_schedule,
+        micro_batch_size=config.micro_batch_size,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -118,7 +121,7 @@ class _Run:
         self.tokenizer = tokenizer
         self.validate = validate
         self.on_step = on_step
-        self.num_steps = config.max_steps or config.epochs * stream.num_batches
+        self.num_steps = config.max_steps or stream.num_batches_of(config.epochs)
         self.step = 0
         self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
         torch.manual_seed(config.seed)
@@ -128,7 +131,7 @@ class _Run:
             self.preprocess.config.std,
         )
         saved = self._load(model) if config.resume else None
-        self.engine = engines.make(model.train(), config.engine, config.optim, config.batch_size)
+        self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
@@ -136,7 +139,8 @@ class _Run:
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
         _on_main(self._open_log)
-        self.progress = Progress(self.step, self.num_steps) if distributed.is_main() else None
+        samples = (self.stream.samples_before(step) for step in (self.step, self.num_steps))
+        self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
         self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
         self.peak = flops.device_peak(self.engine.device, config.engine.precision)
@@ -185,7 +189,7 @@ class _Run:
             "training on %d samples, %d steps of %d pairs, %d rank(s), %s",
             self.stream.num_samples,
             self.num_steps,
-            config.batch_size,
+            config.first_batch_size,
             distributed.world_size(),
             f"{config.engine.name} ZeRO {config.engine.zero_stage}"
             if config.engine.name == "deepspeed"
@@ -198,7 +202,7 @@ class _Run:
                 self.progress.update(record)
                 if self.on_step is not None:
                     self.on_step(record)
-            if self.validation.is_due(self.step, self.stream.epoch(self.step), self.stream.epoch(self.step - 1)):
+            if self.validation.is_due(self.step, *(self.stream.locate(self.step - i)[0] for i in (0, 1))):
                 self._validate()
             if _is_due(self.step, config.checkpoint.every_steps):
                 self._save()
@@ -207,27 +211,36 @@ class _Run:
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        batch = self._batch()
-        data_wait = time.perf_counter() - start
-        self.clock.start()
-        # Dropout's random numbers are a function of (seed, step, rank): a resumed run draws what it would have drawn.
-        torch.manual_seed(_step_seed(self.config.seed, self.step, distributed.rank()))
-        self.model.visual.patch_dropout = patch_dropout(self.step, self.num_steps, self.config)
-        loss = self._forward(batch)
+        config, number, data_wait = self.config, self.step, 0.0
+        self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
+        num_parts = self.stream.num_micro_batches(number)
+        cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
+        lengths: list[int] = []
+        for part in range(num_parts):
+            asked = time.perf_counter()
+            batch = self._batch()
+            data_wait += time.perf_counter() - asked
+            self.clock.start()
+            # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
+            # draws what it would have drawn, and so do two ranks of half as many micro-batches.
+            seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
+            cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+            self.clock.mark("forward")
+            lengths += batch.lengths
+        value = float(cached.loss())
         self.clock.mark("loss")
-        value = float(loss.detach())
         if not math.isfinite(value):
             raise UserError(
-                f"the loss is {value} at step {self.step + 1}; lower optim.lr, set optim.grad_clip_norm or "
+                f"the loss is {value} at step {number + 1}; lower optim.lr, set optim.grad_clip_norm or "
                 f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
             )
-        self.engine.backward(loss)
+        cached.backward()
         self.clock.mark("backward")
-        lr = learning_rate(self.step, self.num_steps, self.config.optim)
-        scale = self.logit_scale
+        batch_size = self.stream.batch_size_of(batch.epoch)
+        lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr)
         if result.skipped:
-            log.warning("step %d: the fp16 gradient overflowed; no update", self.step + 1)
+            log.warning("step %d: the fp16 gradient overflowed; no update", number + 1)
         self.clock.mark("optimizer")
         self.step += 1
         seconds = time.perf_counter() - start
@@ -237,11 +250,11 @@ class _Run:
             "samples": self.stream.num_consumed,
             "loss": value,
             "lr": lr,
-            "logit_scale": scale,
+            "logit_scale": cached.logit_scale,
             "grad_norm": result.grad_norm,
-            "samples_per_second": self.config.batch_size / seconds,
-            "tokens_per_second": sum(batch.lengths) * distributed.world_size() / seconds,
-            **self._mfu(batch, seconds),
+            "samples_per_second": batch_size / seconds,
+            "tokens_per_second": sum(lengths) * distributed.world_size() / seconds,
+            **self._mfu(lengths, seconds),
             "step_seconds": seconds,
             "data_wait_seconds": data_wait,
             **self.clock.seconds(),
@@ -249,14 +262,19 @@ class _Run:
             "bad_samples": self.bad.num_bad,
         }
 
-    def _mfu(self, batch: Batch, seconds: float) -> dict[str, float]:
+    def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
         if self.peak is None:
             return {}
-        count = flops.step_flops(self.config.model, batch.lengths, self.model.visual.patch_dropout)
+        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout)
         return {"mfu": count / seconds / self.peak}
 
+    def _progress(self) -> tuple[float, float]:
+        """Where the run stands and how long it is, in steps of the first batch size: a larger step counts for more."""
+        done, whole = self.stream.samples_before(self.step), self.stream.samples_before(self.num_steps)
+        return done / self.config.first_batch_size, whole / self.config.first_batch_size
+
     def _batch(self) -> Batch:
-        """The next batch. A rank that has none tells the others, which would wait for it in the loss."""
+        """The next micro-batch. A rank that has none tells the others, which would wait for it in a collective."""
         batch, problem = None, None
         try:
             batch = next(self.loader)
@@ -265,16 +283,6 @@ class _Run:
         self.bad.agree(self.step + 1, batch.bad if batch else [], problem)
         assert batch is not None
         return batch
-
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        device = self.engine.device
-        images, text = batch.images.to(device, non_blocking=True), Packed.of(batch.ids, batch.lengths)
-        output = self.engine(images, text.to(device, non_blocking=True))
-        self.clock.mark("forward")
-        self.logit_scale = float(output["logit_scale"].detach())
-        return self.loss(
-            output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
-        )
 
     def _save(self) -> None:
         model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
@@ -375,13 +383,13 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def patch_dropout(step: int, num_steps: int, config: TrainConfig) -> float:
+def patch_dropout(step: float, num_steps: float, config: TrainConfig) -> float:
     """The share of patches dropped in step 0 <= step < num_steps."""
     return config.model.vision.patch_dropout if step < config.patch_dropout_until * num_steps else 0.0
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+def _step_seed(seed: int, step: int, micro_batch: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
