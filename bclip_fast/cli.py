@@ -52,6 +52,12 @@ COMMANDS = {
         "bclip_fast.data.ingest_report:run",
         "ingest",
     ),
+    "train report": Command(
+        "an HTML page about runs: curves, where the time went, validation, settings, events",
+        "bclip_fast.train.report:TrainReportConfig",
+        "bclip_fast.train.report:run",
+        "eval",
+    ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",
