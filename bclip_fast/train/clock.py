@@ -10,11 +10,11 @@ import torch
 
 
 class StepClock:
-    """`start()`, then `mark(part)` where a part ends, and so on; then `seconds()`: {"forward_seconds": 0.31, ...}.
+    """`start()`, then `mark(part)` where a part ends, then `seconds()`: {"forward_seconds": 0.31, ...}.
 
     On a GPU the marks are events of its stream, which nothing waits for: `seconds()` are those of the step before,
     whose events have passed by the time that the host has read this step's loss; the first step has none. A part that
-    is marked more than once is added up; what lies between a mark and another `start()` counts for none.
+    is marked more than once is added up; `leave_out()` ends what belongs to none.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,13 +23,16 @@ class StepClock:
         self._before: list[tuple[str, Any]] = []
 
     def start(self) -> None:
-        self._marks.append(("", self._now()))
+        self._marks = [("", self._now())]
 
     def mark(self, part: str) -> None:
         self._marks.append((part, self._now()))
 
+    def leave_out(self) -> None:
+        self.mark("")
+
     def seconds(self) -> dict[str, float]:
-        marks, self._marks = self._marks, []
+        marks = self._marks
         if self._on_gpu:
             marks, self._before = self._before, marks
         found: dict[str, float] = {}

@@ -118,6 +118,13 @@ class TrainConfig:
     micro-batch; where there is more than one, the towers run forward twice."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
+    lock_image: bool = False
+    """LiT (arXiv 2111.07991): the image tower keeps its weights, but for its projection and the groups named next."""
+    lock_image_unlocked_groups: int = 0
+    """How many groups at the end are trained all the same: the layers, the last with the norm behind it."""
+    lock_text: bool = False
+    """The same of the text tower."""
+    lock_text_unlocked_layers: int = 0
     preset: str = "biomedclip_b16"
     """Name of a model; empty: the model section says it all."""
     model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
@@ -139,6 +146,9 @@ class TrainConfig:
             raise UserError(f"batch_schedule={self.batch_schedule}: epochs must not be negative")
         if not 0 <= self.patch_dropout_until <= 1:
             raise UserError(f"patch_dropout_until={self.patch_dropout_until}: must lie in [0, 1]")
+        for lock, rest in (("lock_image", "lock_image_unlocked_groups"), ("lock_text", "lock_text_unlocked_layers")):
+            if getattr(self, rest) < 0 or (getattr(self, rest) and not getattr(self, lock)):
+                raise UserError(f"{rest}={getattr(self, rest)}: must not be negative, and needs {lock}")
 
     @property
     def first_batch_size(self) -> int:

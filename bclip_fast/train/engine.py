@@ -370,12 +370,20 @@ class DeepSpeedEngine(Engine):
         state = {}
         for name, tensor in self._model.state_dict().items():
             if self._stage == 3 and name in parameters:
-                from deepspeed.utils import safe_get_full_fp32_param
-
-                tensor = safe_get_full_fp32_param(parameters[name])
+                tensor = self._gather(parameters[name])
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
         return state
+
+    def _gather(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of ZeRO 3, whole; for one that isn't trained DeepSpeed has no fp32 copy beside its own shards."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter)
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def optimizer_state(self) -> OptimizerState:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -269,14 +269,13 @@ def _settings(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any
     # As a run writes them: the model spelled out.
     defaults = {key: _text(value) for key, value in _flat(dataclasses.asdict(TrainConfig(preset="")))}
     columns = [{key: _text(value) for key, value in run.settings.items()} for run in runs]
-    names = list(dict.fromkeys(key for column in columns for key in column))
-    rows = [{"name": name, "values": [column.get(name, "") for column in columns]} for name in names]
-    if len(runs) == 1:
-        differ = [row["values"][0] != defaults.get(row["name"], "") for row in rows]
-    else:
-        differ = [len(set(row["values"])) > 1 and row["name"] != "run" for row in rows]
-    chosen = [[row for row, other in zip(rows, differ, strict=True) if other is wanted] for wanted in (True, False)]
-    return chosen[0], chosen[1]
+    differing: list[dict[str, Any]] = []
+    same: list[dict[str, Any]] = []
+    for name in dict.fromkeys(key for column in columns for key in column):
+        values = [column.get(name, "") for column in columns]
+        differs = values[0] != defaults.get(name, "") if len(runs) == 1 else len(set(values)) > 1 and name != "run"
+        (differing if differs else same).append({"name": name, "values": values})
+    return differing, same
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

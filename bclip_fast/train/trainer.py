@@ -130,6 +130,12 @@ class _Run:
             self.preprocess.config.mean,
             self.preprocess.config.std,
         )
+        for tower, locked, unlocked in (
+            (model.visual, config.lock_image, config.lock_image_unlocked_groups),
+            (model.text, config.lock_text, config.lock_text_unlocked_layers),
+        ):
+            if locked:
+                tower.lock(unlocked)
         saved = self._load(model) if config.resume else None
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
@@ -202,7 +208,9 @@ class _Run:
                 self.progress.update(record)
                 if self.on_step is not None:
                     self.on_step(record)
-            if self.validation.is_due(self.step, *(self.stream.locate(self.step - i)[0] for i in (0, 1))):
+            if self.validation.is_due(
+                self.step, self.stream.locate(self.step)[0], self.stream.locate(self.step - 1)[0]
+            ):
                 self._validate()
             if _is_due(self.step, config.checkpoint.every_steps):
                 self._save()
@@ -211,37 +219,39 @@ class _Run:
 
     def _train_step(self) -> dict[str, Any]:
         start = time.perf_counter()
-        config, number, data_wait = self.config, self.step, 0.0
+        config, number, clock = self.config, self.step, self.clock
+        data_wait, lengths = 0.0, []
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
         num_parts = self.stream.num_micro_batches(number)
         cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
-        lengths: list[int] = []
+        clock.start()
         for part in range(num_parts):
             asked = time.perf_counter()
             batch = self._batch()
             data_wait += time.perf_counter() - asked
-            self.clock.start()
+            clock.leave_out()
             # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
             # draws what it would have drawn, and so do two ranks of half as many micro-batches.
             seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
             cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
-            self.clock.mark("forward")
             lengths += batch.lengths
-        value = float(cached.loss())
-        self.clock.mark("loss")
+            clock.mark("forward")
+        loss = cached.loss()
+        clock.mark("loss")
+        value = float(loss)
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {number + 1}; lower optim.lr, set optim.grad_clip_norm or "
                 f"engine.precision=fp32, then resume from {self.run / 'checkpoints'}"
             )
         cached.backward()
-        self.clock.mark("backward")
+        clock.mark("backward")
         batch_size = self.stream.batch_size_of(batch.epoch)
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr)
         if result.skipped:
             log.warning("step %d: the fp16 gradient overflowed; no update", number + 1)
-        self.clock.mark("optimizer")
+        clock.mark("optimizer")
         self.step += 1
         seconds = time.perf_counter() - start
         return {
@@ -257,21 +267,21 @@ class _Run:
             **self._mfu(lengths, seconds),
             "step_seconds": seconds,
             "data_wait_seconds": data_wait,
-            **self.clock.seconds(),
+            **clock.seconds(),
             **self.engine.communication(),
             "bad_samples": self.bad.num_bad,
         }
+
+    def _progress(self) -> tuple[float, float]:
+        """Where the run stands and how long it is, in steps of the first batch size: a larger step counts for more."""
+        done, whole = self.stream.samples_before(self.step), self.stream.samples_before(self.num_steps)
+        return done / self.config.first_batch_size, whole / self.config.first_batch_size
 
     def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
         if self.peak is None:
             return {}
         count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout)
         return {"mfu": count / seconds / self.peak}
-
-    def _progress(self) -> tuple[float, float]:
-        """Where the run stands and how long it is, in steps of the first batch size: a larger step counts for more."""
-        done, whole = self.stream.samples_before(self.step), self.stream.samples_before(self.num_steps)
-        return done / self.config.first_batch_size, whole / self.config.first_batch_size
 
     def _batch(self) -> Batch:
         """The next micro-batch. A rank that has none tells the others, which would wait for it in a collective."""
