@@ -48,6 +48,8 @@ _CURVES = {
 _NOISY = ("loss", "grad_norm", "samples_per_second", "tokens_per_second", "mfu")
 # Parts of a step, in the order of the step; the last is inside the backward pass.
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
+# What a figure of validation is called behind its direction or task.
+_SHARE = re.compile(r" (R@\d+|(balanced )?accuracy|AUROC(, macro)?)$")
 _LAST = 100
 _MAX_EVENTS = 60
 
@@ -101,8 +103,9 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def late(self, key: str) -> float | None:
-        """The median of a figure over the last steps, which a slow or lucky one does not move."""
-        values = self.series(key)[1][-_LAST:]
+        """The median of a figure over the last tenth of the run, at most `_LAST` steps."""
+        values = self.series(key)[1]
+        values = values[-max(1, min(_LAST, len(values) // 10)) :]
         return statistics.median(values) if values else None
 
 
@@ -155,7 +158,7 @@ def _facts(run: Run) -> dict[str, str]:
 def _figures(runs: list[Run]) -> list[dict[str, Any]]:
     """Rows of final figures: name, and a text a run."""
     rows: list[tuple[str, Callable[[Run], str | None]]] = [
-        (f"Loss, median of the last {_LAST} steps", lambda run: _number(run.late("loss"))),
+        ("Loss", lambda run: _number(run.late("loss"))),
         ("Logit scale", lambda run: _number(run.late("logit_scale"))),
         ("Samples a second", lambda run: _number(run.late("samples_per_second"))),
         ("Tokens a second", lambda run: _number(run.late("tokens_per_second"))),
@@ -194,20 +197,22 @@ def _validation_keys(runs: list[Run]) -> list[str]:
 
 
 def _validation_curves(runs: list[Run]) -> list[dict[str, Any]]:
-    """A chart a figure; of a lone run, the recalls at several depths together."""
+    """A chart a figure; of a lone run, the shares of one task or direction together."""
     keys = _validation_keys(runs)
     if len(runs) > 1:
         return [curve for key in keys if (curve := _curve(runs, key, _title(key)))]
     groups: dict[str, list[str]] = {}
     for key in keys:
-        groups.setdefault(re.sub(r" R@\d+$", " recall", key), []).append(key)
+        groups.setdefault(_SHARE.sub("", key), []).append(key)
     curves = []
-    for title, members in groups.items():
-        series = {_title(key) if len(members) > 1 else "": runs[0].series(key) for key in members}
-        series = {name.rpartition(" ")[2]: each for name, each in series.items() if each[0]}
+    for stem, members in groups.items():
+        series = {key.removeprefix(stem).strip(): runs[0].series(key) for key in members}
+        series = {name: each for name, each in series.items() if each[0]}
         if series:
-            curves.append({"title": _title(title), "svg": chart.line_chart(series, title=_title(title)), "num_bad": 0,
-                           "last": ", ".join(chart.number(values[-1]) for _, values in series.values())})  # fmt: skip
+            last = chart.number(series[""][1][-1]) if list(series) == [""] else ""
+            title = _title(stem)
+            drawing = chart.line_chart(series, title=title)
+            curves.append({"title": title, "svg": drawing, "num_bad": 0, "last": last})
     return curves
 
 

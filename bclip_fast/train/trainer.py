@@ -324,7 +324,8 @@ class _Run:
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
         record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
         self.metrics.write(record | {f"{validation.PREFIX}{name}": value for name, value in figures.items()})
-        log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        shown = [f"{name} {value:.4g}" for name, value in figures.items()][:8]
+        log.info("step %d  %s%s", self.step, "  ".join(shown), "  ..." if len(figures) > len(shown) else "")
 
     def __enter__(self) -> _Run:
         return self
