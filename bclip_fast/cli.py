@@ -58,6 +58,12 @@ COMMANDS = {
         "bclip_fast.train.trainer:replay",
         "train",
     ),
+    "train report": Command(
+        "an HTML page about runs: curves, where the time went, validation, settings, events",
+        "bclip_fast.train.report:TrainReportConfig",
+        "bclip_fast.train.report:run",
+        "eval",
+    ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",

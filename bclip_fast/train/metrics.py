@@ -122,10 +122,14 @@ def _wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
 
 
 class Progress:
-    """A bar where stderr is a terminal, a line now and then elsewhere."""
+    """A bar where stderr is a terminal, a line now and then elsewhere.
 
-    def __init__(self, first_step: int, num_steps: int) -> None:
-        self._first_step, self._num_steps = first_step, num_steps
+    Args:
+        first_sample, num_samples: where the run begins and ends; time goes by samples, since batches may grow.
+    """
+
+    def __init__(self, num_steps: int, first_sample: int, num_samples: int) -> None:
+        self._num_steps, self._first_sample, self._num_samples = num_steps, first_sample, num_samples
         self._start = time.monotonic()
         self._last_line = -_SECONDS_BETWEEN_LINES
         self._bar: Any = None
@@ -136,25 +140,23 @@ class Progress:
             self._bar = progress.Progress(
                 progress.TextColumn("training"),
                 progress.BarColumn(bar_width=None),
-                progress.MofNCompleteColumn(),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[figures]}"),
                 console=Console(stderr=True),
                 expand=True,
             )
-            self._task = self._bar.add_task("training", total=num_steps, completed=first_step, figures="")
+            self._task = self._bar.add_task("training", total=num_samples, completed=first_sample, figures="")
             self._bar.start()
 
     def update(self, record: dict[str, Any]) -> None:
         step, figures = record["step"], describe(record)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures)
+            self._bar.update(self._task, completed=record["samples"], figures=f"{step}/{self._num_steps}  {figures}")
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
             self._last_line = time.monotonic()
-            left = (self._last_line - self._start) / (step - self._first_step) * (self._num_steps - step)
-            log.info(
-                "step %d of %d  %s  %s left", step, self._num_steps, figures, timedelta(seconds=max(0, round(left)))
-            )
+            rate = (record["samples"] - self._first_sample) / (self._last_line - self._start)
+            left = timedelta(seconds=round((self._num_samples - record["samples"]) / rate))
+            log.info("step %d of %d  %s  %s left", step, self._num_steps, figures, left)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -72,9 +72,10 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         on_step: called on rank 0 with each line of metrics.jsonl: step, epoch, samples, loss, lr, logit_scale,
             grad_norm (before clipping), samples_per_second and tokens_per_second (over all ranks, the tokens as many as
             rank 0's on each), mfu (rank 0's, where the device's peak is known), step_seconds and of it, on rank 0,
-            data_wait_seconds and those of `StepClock`: forward, loss, backward, optimizer; communication_seconds where
-            the engine knows what the backward pass waited for gradients; bad_samples (different ones so far, over all
-            ranks); skipped (steps so far that the section `spikes` forbade).
+            data_wait_seconds and those of `StepClock`: forward, loss, backward (with the towers' second forward pass
+            where there are micro-batches), optimizer; communication_seconds where the engine knows what the backward
+            pass waited for gradients; bad_samples (different ones so far, over all ranks); skipped (steps so far that
+            the section `spikes` forbade).
 
     Raises:
         UserError: a configuration, dataset or checkpoint that doesn't fit, or the last checkpoint can't be written; on
@@ -161,7 +162,8 @@ class _Run:
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
         _on_main(self._open_log)
-        self.progress = Progress(self.step, self.num_steps) if distributed.is_main() else None
+        samples = (self.stream.samples_before(step) for step in (self.step, self.num_steps))
+        self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
         self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
         self.peak = flops.device_peak(self.engine.device, config.engine.precision)
@@ -405,7 +407,8 @@ class _Run:
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
         record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
         self.metrics.write(record | {f"{prefix}{name}": value for name, value in figures.items()})
-        log.info("step %d  %s", self.step, "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        shown = [f"{name} {value:.4g}" for name, value in figures.items()][:8]
+        log.info("step %d  %s%s", self.step, "  ".join(shown), "  ..." if len(figures) > len(shown) else "")
         return figures
 
     def __enter__(self) -> _Run:
