@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -20,8 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import fork_server
 from synthetic import tiny_model, tiny_run, weights, write_shards
 
+from bclip_fast import distributed
 from bclip_fast.cli import main
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
@@ -290,15 +291,12 @@ def test_which_checkpoints_are_kept(shards: Path, tmp_path: Path):
         train(wrong, validate=validate)
 
 
-# Processes. A server forks them from what it has imported, so that one starts in milliseconds.
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-# torch loads its compiler with the first optimiser.
-_CONTEXT.set_forkserver_preload(["bclip_fast.train.trainer", "synthetic", "torch._dynamo", "torch.utils.tensorboard"])
+# Processes.
 
 
 def _train(config: TrainConfig, rank: int, num_ranks: int, port: int, pause: float) -> None:
     torch.set_num_threads(1)
+    distributed._GRACE_S = 1.0
     logging.basicConfig(level=logging.WARNING, filename=f"{config.run}.{rank}.log")
     if num_ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank))
@@ -317,7 +315,9 @@ def running(config: TrainConfig, num_ranks: int = 1, pause: float = 0.0) -> Iter
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     Path(config.run).parent.mkdir(parents=True, exist_ok=True)
-    ranks = [_CONTEXT.Process(target=_train, args=(config, rank, num_ranks, port, pause)) for rank in range(num_ranks)]
+    ranks = [
+        fork_server().Process(target=_train, args=(config, rank, num_ranks, port, pause)) for rank in range(num_ranks)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -465,7 +465,7 @@ def test_a_stuck_rank_is_lost_after_the_timeout(shards: Path, tmp_path: Path):
 
 def test_a_rank_that_never_comes_is_said_so(shards: Path, tmp_path: Path):
     config = tiny_run(tmp_path / "run", shards, timeout_s=1.0)
-    process = _CONTEXT.Process(target=_train, args=(config, 1, 2, 1, 0.0))
+    process = fork_server().Process(target=_train, args=(config, 1, 2, 1, 0.0))
     process.start()
     process.join(60)
     assert process.exitcode == 2
