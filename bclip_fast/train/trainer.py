@@ -38,7 +38,6 @@ from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
-from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
@@ -47,7 +46,7 @@ from . import engine as engines
 from . import flops, validation
 from .average import Average
 from .bad_samples import BadSamples
-from .cached import CachedBatch, MicroBatch
+from .cached import CachedBatch, Spool
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise
@@ -159,6 +158,7 @@ class _Run:
         self.average = Average(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
+        self.spool = Spool(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
         _on_main(self._open_log)
@@ -254,10 +254,10 @@ class _Run:
         start = time.perf_counter()
         config, number, clock = self.config, self.step, self.clock
         data_wait, lengths = 0.0, []
-        batches: list[tuple[Batch, int]] = []
+        epoch, _ = self.stream.locate(number)
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
         num_parts = self.stream.num_micro_batches(number)
-        cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
+        cached = CachedBatch(self.engine, self.loss, self.spool if num_parts > 1 else None)
         clock.start()
         for part in range(num_parts):
             asked = time.perf_counter()
@@ -270,16 +270,15 @@ class _Run:
             # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
             # draws what it would have drawn, and so do two ranks of half as many micro-batches.
             seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
-            cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+            cached.add(batch, seed)
             lengths += batch.lengths
-            batches.append((batch, seed))
             clock.mark("forward")
         loss = cached.loss()
         clock.mark("loss")
         value = float(loss)
         cached.backward()
         clock.mark("backward")
-        batch_size = self.stream.batch_size_of(batches[0][0].epoch)
+        batch_size = self.stream.batch_size_of(epoch)
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr, self.spikes.limit(value, batch_size))
         clock.mark("optimizer")
@@ -287,11 +286,11 @@ class _Run:
             self.average.update()
         self.step += 1
         self.position = self.loader.state_dict()
-        self._judge(batches, value, result)
+        self._judge(cached, value, result)
         seconds = time.perf_counter() - start
         return {
             "step": self.step,
-            "epoch": batches[0][0].epoch,
+            "epoch": epoch,
             "samples": self.stream.num_consumed,
             "loss": value,
             "lr": lr,
@@ -331,7 +330,7 @@ class _Run:
         stop = self.bad.agree(self.step + 1, batch.bad if batch else [], problem, bool(self.signals.received))
         return None if stop else batch
 
-    def _judge(self, batches: list[tuple[Batch, int]], loss: float, result: engines.StepResult) -> None:
+    def _judge(self, cached: CachedBatch, loss: float, result: engines.StepResult) -> None:
         """Notes whether the step just made was skipped; too often, and the run gives up and leaves a dump of it."""
         reason = self.spikes.observe(self.step, loss, result)
         if not result.skipped:
@@ -343,7 +342,7 @@ class _Run:
         if self.spikes.too_many:
             # The weights are those before the step, since it made no update.
             dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
-            dump = dumps.Dump(self.config, self.step, loss, result.grad_norm, dropped, batches, state)
+            dump = dumps.Dump(self.config, self.step, loss, result.grad_norm, dropped, list(cached.batches()), state)
             folder = dumps.write(self.run, dump)
             self.given_up = (
                 f"{self.spikes} at step {self.step}: {reason}; lower optim.lr, set optim.grad_clip_norm, take "
@@ -440,9 +439,11 @@ def replay(config: dumps.ReplayConfig) -> int:
     model.visual.patch_dropout = dump.patch_dropout
     engine = engines.make(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
     loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
-    cached = CachedBatch(engine, loss, whole=len(dump.batches) == 1)
+    data = dump.config.data
+    spool = Spool(data.spool_above_mib << 20, data.spool_dir)
+    cached = CachedBatch(engine, loss, spool if len(dump.batches) > 1 else None)
     for batch, seed in dump.batches:
-        cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+        cached.add(batch, seed)
     value = float(cached.loss())
     cached.backward()
     norm = engine.step(0.0, -1.0).grad_norm
