@@ -418,6 +418,7 @@ class _Run:
         if self.writer is not None and kind is not KeyboardInterrupt:
             self.writer.wait()
         self.loader.close()
+        self.bad.close()
         if self.metrics is not None and self.progress is not None:
             self.metrics.close()
             self.progress.close()
