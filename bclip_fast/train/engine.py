@@ -56,16 +56,12 @@ class EngineConfig:
             raise UserError(f"engine.bucket_mib={self.bucket_mib}: must be at least 1")
         if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
             raise UserError("engine.compile with engine.zero_stage 3: its parameters come and go; use a lower stage")
-        if self.name == "deepspeed" and self.zero_stage > 0 and self.precision == "fp16":
-            raise UserError(
-                "engine.precision=fp16 with engine.zero_stage above 0: its loss scaling is not exact there; "
-                "use bf16, zero_stage 0 or engine.name ddp"
-            )
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16 overflow, nothing was updated."""
+    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16's gradient overflowed, or under ZeRO
+    that of any precision, and nothing was updated."""
 
     grad_norm: float
     skipped: bool
@@ -94,6 +90,30 @@ class AdamW(torch.optim.AdamW):
                     for parameter in group["params"]:
                         parameter.clamp_(*group["bounds"])
         return result
+
+
+class LossScale:
+    """The dynamic scale of fp16's loss: torch.amp.GradScaler's rule and state, for an overflow known on every rank."""
+
+    def __init__(self) -> None:
+        self._state = torch.amp.GradScaler("cpu").state_dict()
+
+    @property
+    def value(self) -> float:
+        return self._state["scale"]
+
+    def update(self, overflow: bool) -> None:
+        state = self._state
+        good = 0 if overflow else state["_growth_tracker"] + 1
+        grown = good == state["growth_interval"]
+        state["scale"] *= state["backoff_factor"] if overflow else state["growth_factor"] if grown else 1.0
+        state["_growth_tracker"] = 0 if grown else good
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = dict(state)
 
 
 class Engine(ABC):
@@ -312,8 +332,16 @@ class DeepSpeedEngine(Engine):
                 dist_init_required=False,
             )[0]
         self.module = self._engine
+        self._scale = self._engine.torch_autocast_z0_gradscaler
         if self._stage > 0:
             self._create_states(0)
+        if self._stage > 0 and config.precision == "fp16":
+            # Under ZeRO DeepSpeed's autocast takes a GradScaler that clips the gradient before it unscales it, and that
+            # each rank steps by what overflowed in its own shard of a group. A scale from outside is divided out of the
+            # norm and of the gradient before clipping, and a norm that isn't finite skips the step on every rank.
+            self._scale = LossScale()
+            self._engine.optimizer.torch_autocast_gradscaler = None
+            self._engine.optimizer.override_loss_scale(self._scale.value)
 
     @property
     def _flat_groups(self) -> list[Tensor]:
@@ -354,9 +382,13 @@ class DeepSpeedEngine(Engine):
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
             self._engine.step()
-            return StepResult(float(self._engine.get_global_grad_norm()), False)
+            zero, norm = self._engine.optimizer, float(self._engine.get_global_grad_norm())
+            if self._scale is not None:
+                self._scale.update(zero.overflow)
+                zero.override_loss_scale(self._scale.value)
+            return StepResult(norm, zero.overflow)
         # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
-        scaler = self._engine.torch_autocast_z0_gradscaler
+        scaler = self._scale
         scale = scaler.get_scale() if scaler else 1.0
         if scaler:
             scaler.unscale_(self._engine.optimizer)
@@ -427,8 +459,7 @@ class DeepSpeedEngine(Engine):
                 continue
             if distributed.is_main():
                 moments[name] = {key: _to_cpu(tensor).view(self._shapes[name]) for key, tensor in whole.items()}
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        return OptimizerState(num_steps, moments, scaler.state_dict() if scaler else {})
+        return OptimizerState(num_steps, moments, self._scale.state_dict() if self._scale else {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -453,9 +484,10 @@ class DeepSpeedEngine(Engine):
                 step = torch.tensor(float(state.num_steps), device=parameter.device)
                 moments = {key: tensor.view_as(parameter) for key, tensor in moments.items()}
                 optimizer.state[parameter] = {"step": step, **moments}
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        if scaler and state.loss_scale:
-            scaler.load_state_dict(state.loss_scale)
+        if self._scale and state.loss_scale:
+            self._scale.load_state_dict(state.loss_scale)
+            if self._stage > 0:
+                self._engine.optimizer.override_loss_scale(self._scale.value)
 
     def close(self) -> None:
         self._engine.destroy()
