@@ -18,6 +18,7 @@ from test_model import GPT, SMALL, padded_ids
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
+from bclip_fast.model import transformer
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train import engine as engines
 from bclip_fast.train.average import Average
@@ -230,6 +231,75 @@ def test_locked_towers_resume_bit_for_bit(locked: Path, tmp_path: Path, name: st
 def test_unlocked_groups_without_a_lock_are_refused() -> None:
     with pytest.raises(UserError, match="lock_image_unlocked_groups=1: .* needs lock_image"):
         TrainConfig(lock_image_unlocked_groups=1)
+
+
+# What waits on the host
+
+
+def test_activations_on_the_host_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input of every trained layer, and nothing else, is handed to the host; gradients are the same to the bit."""
+    held: list[torch.Tensor] = []
+
+    class Recording(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(lambda tensor: held.append(tensor) or tensor.cpu(), lambda tensor: tensor)
+
+    monkeypatch.setattr(transformer, "save_on_cpu", Recording)
+    gradients = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = BiomedClip(SMALL).train()
+        model.text.lock(1)
+        model.set_grad_checkpointing(True, offload)
+        output = model(torch.rand(2, 3, 32, 32), padded_ids([20, 7]))
+        (output["image_features"] * output["text_features"]).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        assert bool(held) == offload
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    # Three layers of images, two tensors each but for the first, and the only text layer that is trained.
+    assert [tuple(tensor.shape) for tensor in held if tensor.dim() == 2] == 5 * [(34, 48)] + 2 * [(27, 32)]
+
+
+@pytest.mark.parametrize("stage, parameters", [(1, False), (2, False), (3, True)])
+def test_an_optimiser_on_the_host_takes_the_same_steps(stage: int, parameters: bool) -> None:
+    """DeepSpeed's way through host memory, on a machine that has no other, against the step without it."""
+    after = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        settings = EngineConfig(
+            zero_stage=stage, precision="fp32", offload_optimizer=offload, offload_parameters=offload and parameters
+        )
+        optim = OptimConfig(grad_clip_norm=1.0, eps=1e-3)
+        wrapped = engines.DeepSpeedEngine(BiomedClip(tiny_model()), settings, optim, 2, torch.device("cpu"))
+        image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
+        for step in range(3):
+            if step == 2:
+                wrapped.load_optimizer_state(wrapped.optimizer_state())
+            output = wrapped(image, ids)
+            wrapped.backward((output["image_features"] * output["text_features"]).sum() * output["logit_scale"])
+            norm = wrapped.step(1e-3).grad_norm
+        after.append((norm, wrapped.optimizer_state(), wrapped.model_state()))
+        wrapped.close()
+    (norm, state, model), (other_norm, other_state, other_model) = after
+    assert other_norm == pytest.approx(norm, rel=1e-6) and other_state.num_steps == state.num_steps == 3
+    for name, tensor in model.items():
+        torch.testing.assert_close(other_model[name], tensor, rtol=0, atol=1e-6)
+        for key, moment in state.moments[name].items():
+            torch.testing.assert_close(other_state.moments[name][key], moment, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(name="ddp", offload_optimizer=True), "offload_optimizer: only with engine.name deepspeed"),
+        (dict(zero_stage=2, offload_parameters=True), "offload_parameters: .* zero_stage 3"),
+        (dict(offload_activations=True), "offload_activations: only with engine.grad_checkpointing"),
+        (dict(offload_optimizer=True), "offload_optimizer: there is no GPU here"),
+    ],
+)
+def test_offloading_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        engines.make(BiomedClip(tiny_model()), EngineConfig(**settings), OptimConfig(), 2)
 
 
 # The average of the weights

@@ -78,10 +78,13 @@ class BiomedClip(nn.Module):
             output["logit_bias"] = self.logit_bias
         return output
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each layer in the backward pass of training instead of keeping its activations."""
-        self.visual.grad_checkpointing = enable
-        self.text.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
+        """Recomputes each layer in the backward pass of training instead of keeping its activations.
+
+        offload: what it is recomputed from waits on the host.
+        """
+        for tower in (self.visual, self.text):
+            tower.grad_checkpointing, tower.offload_activations = enable, offload
 
     def compile_layers(self, **options: Any) -> None:
         """Has torch.compile make one graph of each layer, for batches and captions of any length.

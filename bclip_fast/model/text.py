@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .packed import Packed
@@ -155,10 +154,7 @@ class BertTower(Tower):
         first = text.cu_seqlens[:-1].long()
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and layer.training:
-                normed, stream = checkpoint(layer, normed, stream, sequences, rows, use_reentrant=False)
-            else:
-                normed, stream = layer(normed, stream, sequences, rows)
+            normed, stream = self.run(layer, normed, stream, sequences, rows)
         return normed if tokens else self.proj(normed)
 
 
@@ -205,10 +201,7 @@ class GptTower(Tower):
         sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
         for layer in self.layers:
             rows = self._ends(text) if layer is self.layers[-1] else None
-            if self.grad_checkpointing and layer.training:
-                stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
-            else:
-                stream, branch = layer(stream, branch, sequences, rows)
+            stream, branch = self.run(layer, stream, branch, sequences, rows)
         return self.norm(stream, branch)[0] @ self.projection
 
     def _key(self, ids: Tensor) -> Tensor:

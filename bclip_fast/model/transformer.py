@@ -7,11 +7,14 @@ gives what the next matmul takes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops import add_norm, fused_attention, gelu, linear, pooled_attention, varlen_attention
@@ -84,6 +87,8 @@ class Tower(nn.Module):
 
     layers: nn.ModuleList
     grad_checkpointing = False
+    offload_activations = False
+    """What a layer is recomputed from waits on the host for its backward pass."""
     num_locked = 0
     """Groups that are not trained: what precedes the layers, then the layers one by one, the norm behind the last."""
 
@@ -100,6 +105,13 @@ class Tower(nn.Module):
             last = place - 1 if name.startswith("norm.") else place
             parameter.requires_grad_(last >= self.num_locked)
         self.train(self.training)
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Any:
+        """layer(*inputs), in training recomputed in the backward pass where that is set."""
+        if not (self.grad_checkpointing and layer.training):
+            return layer(*inputs)
+        with save_on_cpu(inputs[0].is_cuda) if self.offload_activations else contextlib.nullcontext():
+            return checkpoint(layer, *inputs, use_reentrant=False)
 
     def train(self, mode: bool = True) -> Tower:
         super().train(mode and not self.num_locked)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops.image import CLIP_MEAN, CLIP_STD
@@ -145,10 +144,7 @@ class VisionTower(Tower):
         first = torch.arange(0, len(stream), x.shape[1], device=x.device)
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and layer.training:
-                stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
-            else:
-                stream, branch = layer(stream, branch, sequences, rows)
+            stream, branch = self.run(layer, stream, branch, sequences, rows)
         states = self.norm(stream, branch)[0]
         return states.unflatten(0, (-1, sequences.max_seqlen)) if tokens else self.head(states)
 

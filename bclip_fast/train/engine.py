@@ -46,6 +46,12 @@ class EngineConfig:
     """Of the computation; parameters, gradients and optimiser states are fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    offload_activations: bool = False
+    """What grad_checkpointing keeps of a layer, its input, waits on the host until the layer's backward pass."""
+    offload_optimizer: bool = False
+    """ZeRO 1 to 3 on a GPU: AdamW with its states and the fp32 shards it updates are on the host: 12 bytes a weight."""
+    offload_parameters: bool = False
+    """ZeRO 3 on a GPU: the shards of the parameters wait on the host as well."""
     compile: bool = False
     """Have torch.compile make a graph of each transformer layer: minutes at the start, a C++ compiler on a CPU."""
     bucket_mib: int = 64
@@ -54,6 +60,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
             raise UserError(f"engine.bucket_mib={self.bucket_mib}: must be at least 1")
+        stage = self.zero_stage if self.name == "deepspeed" else 0
+        for option, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
+            if getattr(self, option) and stage < lowest:
+                raise UserError(f"engine.{option}: only with engine.name deepspeed, zero_stage {lowest} or higher")
+        if self.offload_activations and not self.grad_checkpointing:
+            raise UserError("engine.offload_activations: only with engine.grad_checkpointing")
         if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
             raise UserError("engine.compile with engine.zero_stage 3: its parameters come and go; use a lower stage")
 
@@ -182,10 +194,13 @@ class Engine(ABC):
 def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int) -> Engine:
     """Wraps `model`, whose parameters are the same on all ranks, for a global batch of `batch_size`."""
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    for option in ("offload_optimizer", "offload_parameters"):
+        if device.type == "cpu" and getattr(config, option):
+            raise UserError(f"engine.{option}: there is no GPU here, everything is on the host already; leave it out")
     if device.type == "cpu":
         keep_freed_memory()
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.set_grad_checkpointing(True, config.offload_activations)  # type: ignore[operator]
     if config.compile:
         model.compile_layers()  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
@@ -508,6 +523,10 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
         zero.update(reduce_bucket_size=bucket, allgather_bucket_size=bucket)
     if config.zero_stage == 3:
         zero.update(stage3_prefetch_bucket_size=bucket, sub_group_size=1 << 30)
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // distributed.world_size(),
@@ -516,6 +535,7 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
         "steps_per_print": None,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         # Autocast as in plain PyTorch; the empty list keeps gradients fp32 on the wire.
         "torch_autocast": {
             "enabled": config.precision != "fp32",
