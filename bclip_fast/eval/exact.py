@@ -79,9 +79,7 @@ def _largest_norm(rows: Tensor) -> float:
 def error_bound(left: Low, right: Low) -> float:
     """On |a.b - fl(a'.b')| for every row of the one and of the other."""
     num_terms = left.numbers.shape[1]
-    return (
-        _NORM * (left.rest + right.rest) + left.small * right.small + num_terms * 2.0**-23 * 1.05 * _NORM**2 + _SLACK
-    )
+    return _NORM * (left.rest + right.rest) + left.small * right.small + num_terms * 2.0**-23 * 1.05 * _NORM**2 + _SLACK
 
 
 def steps(device: torch.device) -> tuple[str, ...]:

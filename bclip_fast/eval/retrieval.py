@@ -168,9 +168,7 @@ def rank(
 def _scores(queries: Tensor, candidates: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """(P,) float64: the similarities of rows i and j."""
     parts = zip(i.split(_PAIRS_AT_ONCE), j.split(_PAIRS_AT_ONCE), strict=True)
-    return torch.cat(
-        [(queries[one].float().double() * candidates[two].float().double()).sum(1) for one, two in parts]
-    )
+    return torch.cat([(queries[one].float().double() * candidates[two].float().double()).sum(1) for one, two in parts])
 
 
 def _other_correct(groups: Sequence[Tensor], num: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

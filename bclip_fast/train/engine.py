@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import io
 import logging
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
 
+from .optimizer import AdamW, LossScale, OptimizerState
 from .schedule import OptimConfig, parameter_groups
 
 log = logging.getLogger(__name__)
@@ -72,64 +74,16 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16's gradient overflowed, or under ZeRO
-    that of any precision, and nothing was updated."""
+    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: nothing was updated, for the norm is
+    above the limit or not finite; `overflow`: because fp16's loss scale was too large, and is smaller now."""
 
     grad_norm: float
     skipped: bool
-
-
-@dataclass
-class OptimizerState:
-    """AdamW's state by parameter name, whole and fp32, on the CPU; `num_steps` updates were made."""
-
-    num_steps: int
-    moments: dict[str, dict[str, Tensor]]
-    loss_scale: dict[str, Any]
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which then clamps the parameters of a group that has "bounds" = (low, high) to them.
-
-    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        with torch.no_grad():
-            for group in self.param_groups:
-                if "bounds" in group:
-                    for parameter in group["params"]:
-                        parameter.clamp_(*group["bounds"])
-        return result
-
-
-class LossScale:
-    """The dynamic scale of fp16's loss: torch.amp.GradScaler's rule and state, for an overflow known on every rank."""
-
-    def __init__(self) -> None:
-        self._state = torch.amp.GradScaler("cpu").state_dict()
-
-    @property
-    def value(self) -> float:
-        return self._state["scale"]
-
-    def update(self, overflow: bool) -> None:
-        state = self._state
-        good = 0 if overflow else state["_growth_tracker"] + 1
-        grown = good == state["growth_interval"]
-        state["scale"] *= state["backoff_factor"] if overflow else state["growth_factor"] if grown else 1.0
-        state["_growth_tracker"] = 0 if grown else good
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._state)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = dict(state)
+    overflow: bool = False
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr, limit)`."""
 
     device: torch.device
     module: nn.Module
@@ -156,8 +110,14 @@ class Engine(ABC):
         return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
     @abstractmethod
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear the gradients."""
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+        """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
+        above `limit`, which is the same on all ranks."""
+
+    def communication(self) -> dict[str, float]:
+        """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
+        work, where that is known without making anything wait; DeepSpeed doesn't tell."""
+        return {}
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
@@ -236,6 +196,10 @@ def _set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def _is_within(norm: float, limit: float) -> bool:
+    return math.isfinite(norm) and norm <= limit
+
+
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
@@ -261,6 +225,17 @@ class PlainEngine(Engine):
                 bucket_cap_mb=config.bucket_mib,
                 gradient_as_bucket_view=True,
             )
+            if device.type == "cpu":
+                # On a GPU its timers wait for events, so there it stays with every hundredth step.
+                self.module._set_ddp_runtime_logging_sample_rate(1)
+
+    def communication(self) -> dict[str, float]:
+        wrapped: Any = self.module
+        found = wrapped._get_ddp_logging_data() if wrapped is not self._model else {}
+        if "backward_comm_time" not in found:
+            return {}
+        waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
+        return {"communication_seconds": max(0, waited) / 1e9}
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -275,17 +250,20 @@ class PlainEngine(Engine):
             with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._optimizer.allowed = lambda: allowed
         scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        skipped = self._scaler.get_scale() < scale
+        overflow = self._scaler.get_scale() < scale
+        skipped = overflow or not allowed
         self._num_steps += not skipped
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         if not distributed.is_main():
@@ -393,23 +371,29 @@ class DeepSpeedEngine(Engine):
             with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
+            zero = self._engine.optimizer
+            # The norm is taken inside, before the wrapped optimiser steps, group after group.
+            zero.optimizer.allowed = lambda: _is_within(float(zero._global_grad_norm), limit)
             self._engine.step()
-            zero, norm = self._engine.optimizer, float(self._engine.get_global_grad_norm())
+            norm, overflow = float(self._engine.get_global_grad_norm()), self._scale is not None and zero.overflow
             if self._scale is not None:
-                self._scale.update(zero.overflow)
+                self._scale.update(overflow)
                 zero.override_loss_scale(self._scale.value)
-            return StepResult(norm, zero.overflow)
+            return StepResult(norm, not _is_within(norm, limit), overflow)
         # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
         scaler = self._scale
         scale = scaler.get_scale() if scaler else 1.0
         if scaler:
             scaler.unscale_(self._engine.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._engine.optimizer.allowed = lambda: allowed
         self._engine.step()
-        return StepResult(norm, bool(scaler) and scaler.get_scale() < scale)
+        overflow = bool(scaler) and scaler.get_scale() < scale
+        return StepResult(norm, overflow or not allowed, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         parameters = dict(self._model.named_parameters())
