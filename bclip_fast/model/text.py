@@ -159,16 +159,16 @@ class BertTower(Tower):
 
 
 class GptTower(Tower):
-    """CLIP's text transformer: causal, exact GELU, final norm, the end token's output, a projection matrix."""
+    """CLIP's text transformer: causal, GELU, final norm, the end token's output, a projection matrix."""
 
-    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.config = config
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
         self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS) for _ in range(config.layers)
+            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, quick_gelu) for _ in range(config.layers)
         )
         self.norm = Norm(width, GPT_NORM_EPS)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
@@ -225,5 +225,5 @@ def check_text(text: Packed | Tensor, longest: int) -> None:
         raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {longest})")
 
 
-def text_tower(config: TextConfig, embed_dim: int) -> BertTower | GptTower:
-    return (BertTower if config.kind == "bert" else GptTower)(config, embed_dim)
+def text_tower(config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> BertTower | GptTower:
+    return BertTower(config, embed_dim) if config.kind == "bert" else GptTower(config, embed_dim, quick_gelu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..ops.image import CLIP_MEAN, CLIP_STD
 from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
+CLIP_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,12 @@ class VisionConfig:
     patch_dropout: float = 0.0
     """Share of the patches dropped in training (FLIP, arXiv 2212.00794), in [0, 1); `patch_dropout_until` of
     training ends it."""
+    kind: Literal["vit", "clip"] = "vit"
+    """vit: timm's plain ViT. clip: OpenAI's, with a norm before the layers and patches without a bias."""
 
     def __post_init__(self) -> None:
+        if self.kind not in ("vit", "clip"):
+            raise UserError(f"vision.kind is {self.kind!r}; choose vit or clip")
         check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
         check_range("vision.patch_size", self.patch_size, 1, 1024)
         check_range("vision.image_size", self.image_size, self.patch_size, 16384)
@@ -55,15 +61,16 @@ class PatchEmbed(nn.Module):
     bfloat16 holds exactly and whose mean nearly cancels: without it, the sum over a bright patch would be rounded.
     """
 
-    def __init__(self, width: int, patch_size: int) -> None:
+    def __init__(self, width: int, patch_size: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.mean, self.std = CLIP_MEAN, CLIP_STD
         # PyTorch's for a convolution.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = (3 * patch_size**2) ** -0.5
-        nn.init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) normalised, or uint8 (B, 3, S, S) or (B, S, S, 3) -> (B, patches, width), rows of patches first.
@@ -71,7 +78,7 @@ class PatchEmbed(nn.Module):
         The sum is in the wider dtype of matmul and bias.
         """
         weight: Tensor = self.weight
-        bias: Tensor = self.bias
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
         side = weight.shape[-1]
         if image.dtype == torch.uint8:
             std = torch.tensor(self.std, device=weight.device).view(3, 1, 1)
@@ -94,20 +101,26 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTower(Tower):
-    """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias."""
+    """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias.
 
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+    quick_gelu: the layers of kind clip have OpenAI's approximate GELU.
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.config = config
         self.patch_dropout = config.patch_dropout
         width = config.width
-        self.patch_embed = PatchEmbed(width, config.patch_size)
+        clip = config.kind == "clip"
+        eps = CLIP_NORM_EPS if clip else NORM_EPS
+        self.patch_embed = PatchEmbed(width, config.patch_size, bias=not clip)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, width))
         self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, NORM_EPS) for _ in range(config.layers)
+            PreNormLayer(width, config.heads, config.mlp_ratio, eps, quick_gelu and clip) for _ in range(config.layers)
         )
-        self.norm = Norm(width, NORM_EPS)
+        self.pre_norm = Norm(width, eps) if clip else None
+        self.norm = Norm(width, eps)
         self.head = nn.Linear(width, embed_dim, bias=False)
         self._initialise()
 
@@ -141,6 +154,8 @@ class VisionTower(Tower):
             x = drop_patches(x, self.patch_dropout)
         sequences = Sequences(x.shape[1])
         stream, branch = x.flatten(0, 1), None
+        if self.pre_norm is not None:
+            stream = self.pre_norm(stream, post=True)[1]
         first = torch.arange(0, len(stream), x.shape[1], device=x.device)
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
