@@ -251,6 +251,8 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
     custom.load_state_dict(load_file(tmp_path / "again" / WEIGHTS))
     check(ours, custom.eval())
     assert pretrained.load(tmp_path / "again")[0].config == ours.config
+    with pytest.raises(UserError, match="ViTModel has no norm before its layers"):
+        pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
     with pytest.raises(UserError, match="quick_gelu is True, but the exact GELU"):
         dataclasses.replace(SMALL, quick_gelu=True)
     with pytest.raises(UserError, match="a plain ViT, but model.vision.kind is not vit"):

@@ -288,6 +288,22 @@ def test_an_optimiser_on_the_host_takes_the_same_steps(stage: int, parameters: b
             torch.testing.assert_close(other_state.moments[name][key], moment, rtol=1e-4, atol=1e-8)
 
 
+def test_graphs_of_the_image_tower_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of torch.compile: nothing here can run a CUDA graph."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    marks: list[int] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    model = BiomedClip(SMALL)
+    model.compile_layers(True)
+    static, any_length = {"dynamic": False, "mode": "reduce-overhead"}, {"dynamic": True}
+    assert asked == [{"fullgraph": True, **options} for options in 3 * [static] + 3 * [any_length]]
+    model(torch.rand(1, 3, 32, 32), padded_ids([3]))
+    assert len(marks) == 1
+    model.compile_layers()
+    assert asked[6:] == 6 * [{"fullgraph": True, "dynamic": True}]
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -295,6 +311,8 @@ def test_an_optimiser_on_the_host_takes_the_same_steps(stage: int, parameters: b
         (dict(zero_stage=2, offload_parameters=True), "offload_parameters: .* zero_stage 3"),
         (dict(offload_activations=True), "offload_activations: only with engine.grad_checkpointing"),
         (dict(offload_optimizer=True), "offload_optimizer: there is no GPU here"),
+        (dict(cuda_graphs=True), "cuda_graphs: only with engine.compile"),
+        (dict(cuda_graphs=True, compile=True), "cuda_graphs: there is no GPU here"),
     ],
 )
 def test_offloading_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:

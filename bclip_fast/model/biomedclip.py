@@ -92,12 +92,17 @@ class BiomedClip(nn.Module):
         for tower in (self.visual, self.text):
             tower.grad_checkpointing, tower.offload_activations = enable, offload
 
-    def compile_layers(self, **options: Any) -> None:
+    def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
         """Has torch.compile make one graph of each layer, for batches and captions of any length.
 
+        cuda_graphs: those of the image tower, for each batch size that comes, replayed as CUDA graphs.
         options: torch.compile's.
         """
-        for layer in (*self.visual.layers, *self.text.layers):
+        self.visual.cuda_graphs = cuda_graphs
+        for layer in self.visual.layers:
+            static: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead"} if cuda_graphs else {"dynamic": True}
+            layer.compile(fullgraph=True, **static, **options)
+        for layer in self.text.layers:
             layer.compile(dynamic=True, fullgraph=True, **options)
 
 

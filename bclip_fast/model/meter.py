@@ -149,8 +149,8 @@ class VqaModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
         self.clip.set_grad_checkpointing(enable, offload)
 
-    def compile_layers(self, **options: Any) -> None:
-        self.clip.compile_layers(**options)
+    def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
+        self.clip.compile_layers(cuda_graphs, **options)
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ class VisionTower(Tower):
         super().__init__()
         self.config = config
         self.patch_dropout = config.patch_dropout
+        self.cuda_graphs = False
         width = config.width
         clip = config.kind == "clip"
         eps = CLIP_NORM_EPS if clip else NORM_EPS
@@ -148,6 +149,9 @@ class VisionTower(Tower):
                 f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size}), or uint8 "
                 f"(batch, {size}, {size}, 3)"
             )
+        if self.cuda_graphs:
+            # What the graphs gave last time is read no more, but for what the head made of it.
+            torch.compiler.cudagraph_mark_step_begin()
         x = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         if self.training and self.patch_dropout:

@@ -56,6 +56,8 @@ class EngineConfig:
     """ZeRO 3 on a GPU: the shards of the parameters wait on the host as well."""
     compile: bool = False
     """Have torch.compile make a graph of each transformer layer: minutes at the start, a C++ compiler on a CPU."""
+    cuda_graphs: bool = False
+    """With compile on a GPU: the layers of the image tower, whose shapes stay, are replayed as CUDA graphs."""
     bucket_mib: int = 64
     """Gradients are communicated in pieces of this size."""
 
@@ -66,6 +68,8 @@ class EngineConfig:
         for option, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
             if getattr(self, option) and stage < lowest:
                 raise UserError(f"engine.{option}: only with engine.name deepspeed, zero_stage {lowest} or higher")
+        if self.cuda_graphs and (not self.compile or self.grad_checkpointing):
+            raise UserError("engine.cuda_graphs: only with engine.compile, and without engine.grad_checkpointing")
         if self.offload_activations and not self.grad_checkpointing:
             raise UserError("engine.offload_activations: only with engine.grad_checkpointing")
         if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
@@ -154,15 +158,15 @@ class Engine(ABC):
 def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int) -> Engine:
     """Wraps `model`, whose parameters are the same on all ranks, for a global batch of `batch_size`."""
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    for option in ("offload_optimizer", "offload_parameters"):
+    for option in ("offload_optimizer", "offload_parameters", "cuda_graphs"):
         if device.type == "cpu" and getattr(config, option):
-            raise UserError(f"engine.{option}: there is no GPU here, everything is on the host already; leave it out")
+            raise UserError(f"engine.{option}: there is no GPU here; leave it out")
     if device.type == "cpu":
         keep_freed_memory()
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True, config.offload_activations)  # type: ignore[operator]
     if config.compile:
-        model.compile_layers()  # type: ignore[operator]
+        model.compile_layers(config.cuda_graphs)  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
     return engine(model.to(device), config, optim, batch_size, device)
 
