@@ -58,6 +58,12 @@ COMMANDS = {
         "bclip_fast.train.report:run",
         "eval",
     ),
+    "train replay": Command(
+        "compute again the step at which a run gave up",
+        "bclip_fast.train.dump:ReplayConfig",
+        "bclip_fast.train.trainer:replay",
+        "train",
+    ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",

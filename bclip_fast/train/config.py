@@ -12,6 +12,7 @@ from bclip_fast.model.biomedclip import BiomedClipConfig, preset
 
 from .engine import EngineConfig
 from .schedule import OptimConfig
+from .spikes import SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,18 @@ class CheckpointConfig:
     """Besides the one at the end; 0: only that."""
     keep: int = 2
     """How many of the newest are kept; 0: all."""
+    keep_every_steps: int = 0
+    """Those of multiples of this many steps are kept for ever; 0: none."""
+    best: str = ""
+    """A figure of the validation, such as `image to text R@5`: the checkpoint of its highest value, or with a minus in
+    front of its lowest, is kept, and one written whenever it improves. Empty: none."""
+    background: bool = True
+    """Write while training goes on: rank 0 holds a copy of weights and optimiser states in host memory till then."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0 or self.keep < 0:
-            raise UserError(
-                f"checkpoint.every_steps={self.every_steps}, checkpoint.keep={self.keep}: must not be negative"
-            )
+        for name in ("every_steps", "keep", "keep_every_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"checkpoint.{name}={getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class TrainConfig:
     run: str = "runs/train"
     """Folder of the run."""
     resume: bool = False
-    """Continue from the newest whole checkpoint of the run folder."""
+    """Continue from the newest whole checkpoint of the run folder, and begin where there is none, so that a launcher
+    restarts a run by the command that began it. Without it a folder with checkpoints is refused."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0
@@ -118,6 +126,9 @@ class TrainConfig:
     micro-batch; where there is more than one, the towers run forward twice."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
+    timeout_s: float = 1800.0
+    """A collective that takes longer ends the run: a rank is lost. Above data.timeout_s and what a validation takes,
+    during which the other ranks wait."""
     lock_image: bool = False
     """LiT (arXiv 2111.07991): the image tower keeps its weights, but for its projection and the groups named next."""
     lock_image_unlocked_groups: int = 0
@@ -133,6 +144,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -140,6 +152,8 @@ class TrainConfig:
             raise UserError(f"epochs={self.epochs}, max_steps={self.max_steps}: need at least 1 and 0")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: must be at least 1")
+        if self.timeout_s <= 0:
+            raise UserError(f"timeout_s={self.timeout_s}: must be above 0")
         if self.micro_batch_size < 0:
             raise UserError(f"micro_batch_size={self.micro_batch_size}: must not be negative")
         if any(epoch < 0 for epoch, _ in self.batch_schedule):

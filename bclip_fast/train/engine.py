@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import io
 import logging
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -65,10 +66,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16 overflow, nothing was updated."""
+    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: nothing was updated, for the norm is
+    above the limit or not finite; `overflow`: because fp16's loss scale was too large, and is smaller now."""
 
     grad_norm: float
     skipped: bool
+    overflow: bool = False
 
 
 @dataclass
@@ -83,10 +86,15 @@ class OptimizerState:
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, which then clamps the parameters of a group that has "bounds" = (low, high) to them.
 
-    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards.
+    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards. Where
+    `allowed()` is false a step does nothing.
     """
 
+    allowed: Callable[[], bool] = staticmethod(lambda: True)
+
     def step(self, closure: Any = None) -> Any:
+        if not self.allowed():
+            return None
         result = super().step(closure)
         with torch.no_grad():
             for group in self.param_groups:
@@ -97,7 +105,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr, limit)`."""
 
     device: torch.device
     module: nn.Module
@@ -124,8 +132,9 @@ class Engine(ABC):
         return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
     @abstractmethod
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear the gradients."""
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+        """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
+        above `limit`, which is the same on all ranks."""
 
     def communication(self) -> dict[str, float]:
         """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
@@ -191,6 +200,10 @@ def _set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def _is_within(norm: float, limit: float) -> bool:
+    return math.isfinite(norm) and norm <= limit
+
+
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
@@ -241,17 +254,20 @@ class PlainEngine(Engine):
             with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._optimizer.allowed = lambda: allowed
         scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        skipped = self._scaler.get_scale() < scale
+        overflow = self._scaler.get_scale() < scale
+        skipped = overflow or not allowed
         self._num_steps += not skipped
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         if not distributed.is_main():
@@ -351,19 +367,26 @@ class DeepSpeedEngine(Engine):
             with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
+            zero = self._engine.optimizer
+            # The norm is taken inside, before the wrapped optimiser steps, group after group.
+            zero.optimizer.allowed = lambda: _is_within(float(zero._global_grad_norm), limit)
             self._engine.step()
-            return StepResult(float(self._engine.get_global_grad_norm()), False)
+            norm = float(self._engine.get_global_grad_norm())
+            return StepResult(norm, not _is_within(norm, limit))
         # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
         scaler = self._engine.torch_autocast_z0_gradscaler
         scale = scaler.get_scale() if scaler else 1.0
         if scaler:
             scaler.unscale_(self._engine.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._engine.optimizer.allowed = lambda: allowed
         self._engine.step()
-        return StepResult(norm, bool(scaler) and scaler.get_scale() < scale)
+        overflow = bool(scaler) and scaler.get_scale() < scale
+        return StepResult(norm, overflow or not allowed, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         parameters = dict(self._model.named_parameters())

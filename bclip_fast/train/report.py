@@ -50,6 +50,7 @@ _NOISY = ("loss", "grad_norm", "samples_per_second", "tokens_per_second", "mfu")
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 # What a figure of validation is called behind its direction or task.
 _SHARE = re.compile(r" (R@\d+|(balanced )?accuracy|AUROC(, macro)?)$")
+_EVENTS = {"start": "started", "resume": "resumed", "skip": "skipped", "stop": "stopped by a signal", "error": "ended"}
 _LAST = 100
 _MAX_EVENTS = 60
 
@@ -244,12 +245,6 @@ def _events(runs: list[Run]) -> list[dict[str, Any]]:
     blocks = []
     for run in runs:
         rows = [_event(event) for event in run.events if event["event"] != "checkpoint"]
-        before = 0
-        for line in run.steps:
-            skipped = line.get("skipped", 0)
-            if skipped > before:
-                rows.append({"step": line["step"], "time": "", "what": f"update skipped, loss {line['loss']:.6g}"})
-            before = skipped
         rows += [
             {"step": line["step"], "time": "", "what": f"sample {line['key']} replaced: {line['reason']}"}
             for line in run.replaced
@@ -264,9 +259,10 @@ def _events(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _event(event: Mapping[str, Any]) -> dict[str, Any]:
-    rest = [f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time")]
-    what = {"start": "started", "resume": "resumed"}.get(event["event"], event["event"])
-    return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *rest])}
+    facts = [f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time", "reason")]
+    what = _EVENTS.get(event["event"], event["event"])
+    reason = f": {event['reason']}" if "reason" in event else ""
+    return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *facts]) + reason}
 
 
 def _settings(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
