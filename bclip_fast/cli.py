@@ -52,17 +52,17 @@ COMMANDS = {
         "bclip_fast.data.ingest_report:run",
         "ingest",
     ),
-    "train report": Command(
-        "an HTML page about runs: curves, where the time went, validation, settings, events",
-        "bclip_fast.train.report:TrainReportConfig",
-        "bclip_fast.train.report:run",
-        "eval",
-    ),
     "train replay": Command(
         "compute again the step at which a run gave up",
         "bclip_fast.train.dump:ReplayConfig",
         "bclip_fast.train.trainer:replay",
         "train",
+    ),
+    "train report": Command(
+        "an HTML page about runs: curves, where the time went, validation, settings, events",
+        "bclip_fast.train.report:TrainReportConfig",
+        "bclip_fast.train.report:run",
+        "eval",
     ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",

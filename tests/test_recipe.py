@@ -14,10 +14,14 @@ from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, weights, write_shards
 from test_model import GPT, SMALL, padded_ids
 
+from bclip_fast import pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train.config import CheckpointConfig, TrainConfig
+from bclip_fast.train import engine as engines
+from bclip_fast.train.average import Average
+from bclip_fast.train.checkpoint import load_latest, read, verify
+from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups
 from bclip_fast.train.trainer import train
@@ -130,6 +134,7 @@ def test_a_locked_tower_keeps_no_activations_and_drops_nothing(text: Any) -> Non
 
 def locked_run(run: Path, shards: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = dict(lock_image=True, lock_text=True, lock_text_unlocked_layers=1, max_steps=4)
+    settings["ema_decay"] = 0.75
     return tiny_run(run, shards, **{**settings, "checkpoint": CheckpointConfig(every_steps=2, keep=0), **changes})
 
 
@@ -158,22 +163,97 @@ def test_locked_towers_on_two_ranks(locked: Path, name: str) -> None:
     after = weights(locked / name)
     moved = {key for key, tensor in start.state_dict().items() if not torch.equal(tensor, after[key])}
     assert moved == trained(start)
+    # The average is kept of what is trained, and whole, wherever its parts lie.
+    state = load_latest(locked / name / "checkpoints")
+    assert set(state.ema) == moved and state.ema["logit_scale"].shape == ()
+    expected = load_latest(locked / "one" / "checkpoints").ema
+    for key, tensor in state.ema.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_locked_towers_resume_bit_for_bit(locked: Path, tmp_path: Path, name: str) -> None:
     config = locked_run(tmp_path / "run", locked / "shards", engine=ENGINES[name])
     whole = train(config)
+    before = load_latest(whole / "checkpoints").ema
     (whole / "checkpoints" / "step-00000004" / "manifest.json").unlink()
     expected = curve(whole)
     train(dataclasses.replace(config, resume=True))
     assert curve(whole) == expected
+    again = load_latest(whole / "checkpoints")
+    assert again.step == 4 and all(torch.equal(tensor, before[key]) for key, tensor in again.ema.items())
     torch.testing.assert_close(curve(whole), curve(locked / "one"), rtol=0, atol=2e-5)
 
 
 def test_unlocked_groups_without_a_lock_are_refused() -> None:
     with pytest.raises(UserError, match="lock_image_unlocked_groups=1: .* needs lock_image"):
         TrainConfig(lock_image_unlocked_groups=1)
+
+
+# The average of the weights
+
+
+def test_the_average_is_the_formula_and_is_validated_and_exported(shards: Path, tmp_path: Path) -> None:
+    every = CheckpointConfig(every_steps=1, keep=0)
+    seen = []
+
+    def validate(model: BiomedClip, *_: Any) -> dict[str, float]:
+        seen.append(model.state_dict())
+        return {"scale": float(model.logit_scale.detach())}
+
+    config = tiny_run(
+        tmp_path / "run",
+        shards,
+        ema_decay=0.5,
+        checkpoint=every,
+        max_steps=3,
+        validation=ValidationConfig(every_steps=3),
+    )
+    torch.manual_seed(0)
+    expected = BiomedClip(tiny_model()).double().state_dict()
+    run = train(config, validate=validate)
+    for step in (1, 2, 3):
+        state = read(run / "checkpoints" / f"step-{step:08d}")
+        for name, tensor in state.model.items():
+            expected[name] = 0.5 * expected[name] + 0.5 * tensor.double()
+            torch.testing.assert_close(state.ema[name].double(), expected[name], rtol=1e-6, atol=1e-7)
+    (plain, averaged) = seen
+    for name in averaged:
+        assert torch.equal(plain[name], state.model[name]) and torch.equal(averaged[name], state.ema[name])
+    last = [record for record in read_metrics(run / "metrics.jsonl") if "validation_ema/scale" in record]
+    assert [record["step"] for record in last] == [3]
+    for folder, source in (("model", state.model), ("model_ema", state.ema)):
+        model = pretrained.load(run / folder)[0]
+        assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+    (run / "checkpoints" / "step-00000003" / "ema.safetensors").write_bytes(b"")
+    assert "ema.safetensors has 0 bytes" in str(verify(run / "checkpoints" / "step-00000003"))
+    with pytest.raises(UserError, match="ema_decay=1"):
+        TrainConfig(ema_decay=1.0)
+
+
+def test_an_average_begins_where_a_run_goes_on_with_one(shards: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", shards, max_steps=1)
+    run = train(config)
+    assert not load_latest(run / "checkpoints").ema and not (run / "model_ema").exists()
+    start = weights(run)
+    train(dataclasses.replace(config, resume=True, ema_decay=0.5, max_steps=2))
+    state = load_latest(run / "checkpoints")
+    for name, tensor in state.ema.items():
+        torch.testing.assert_close(tensor, (start[name] + state.model[name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_an_update_that_was_skipped_leaves_the_average(shards: Path, tmp_path: Path) -> None:
+    """fp16's first loss scale overflows: the weights stay, and so does an average that was elsewhere."""
+    settings = EngineConfig(name="ddp", precision="fp16")
+    wrapped = engines.make(BiomedClip(tiny_model()), settings, OptimConfig(), 2)
+    away = {name: tensor + 1 for name, tensor in wrapped.model_state().items()}
+    average = Average(wrapped, 0.5, away)
+    average.update()
+    for name, tensor in average.state().items():
+        torch.testing.assert_close(tensor, away[name] - 0.5)
+    run = train(tiny_run(tmp_path / "run", shards, engine=settings, ema_decay=0.5, max_steps=1))
+    state = load_latest(run / "checkpoints")
+    assert state.optimizer.num_steps == 0 and all(torch.equal(state.ema[n], t) for n, t in state.model.items())
 
 
 # Learning rates by layer

@@ -3,6 +3,7 @@
     checkpoints/step-00001000/
       model.safetensors       the fp32 parameters and buffers, under the model's names
       optimizer.safetensors   AdamW's moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
+      ema.safetensors         the average of the trained parameters, where the run keeps one
       state.json              step, position in the data, updates made, loss scale, model configuration, what else the
                               trainer's rules remember (the last losses, the best validation)
       manifest.json           size and SHA-256 of the others; written last
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-\d{8,}")
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_AVERAGE = "ema.safetensors"
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Checkpoint:
     data: dict[str, Any]
     model_config: dict[str, Any]
     rest: dict[str, Any] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(
@@ -86,8 +89,10 @@ def save(
         partial.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, partial / _FILES[0])
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, partial / _FILES[1])
+        if checkpoint.ema:
+            save_file({name: tensor.contiguous() for name, tensor in checkpoint.ema.items()}, partial / _AVERAGE)
         _write_json(partial / _FILES[2], state)
-        _write_json(partial / "manifest.json", {name: _describe(partial / name) for name in _FILES})
+        _write_json(partial / "manifest.json", {path.name: _describe(path) for path in partial.iterdir()})
         for path in partial.iterdir():
             _sync(path)
         if target.exists():
@@ -181,7 +186,7 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file has the size and the hash of the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        for name in _FILES:
+        for name in {*_FILES, *manifest}:
             file = path / name
             size = file.stat().st_size
             if size != manifest[name]["size"]:
@@ -208,7 +213,9 @@ def read(path: Path) -> Checkpoint:
         moments.setdefault(name, {})[moment] = tensor
     optimizer = OptimizerState(state["optimizer"]["num_steps"], moments, state["optimizer"]["loss_scale"])
     model = load_file(path / "model.safetensors")
-    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], state.get("rest", {}))
+    ema = load_file(path / _AVERAGE) if (path / _AVERAGE).is_file() else {}
+    rest = state.get("rest", {})
+    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], rest, ema)
 
 
 def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "model") -> str | None:

@@ -22,8 +22,9 @@ class DataConfig:
     shards: str = ""
     """Folder written by `bclip ingest build`, or the URL of a copy of it (s3://, https://, whatever fsspec reads)."""
     split: str = "train"
-    tokenizer: str = "train"
-    """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split."""
+    tokenizer: str = ""
+    """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split. Empty:
+    that of init.model or init.text, and without them `train`."""
     shuffle_block: int = 8192
     """Samples shuffled together; larger mixes better and reads less sequentially."""
     augment: bool = True
@@ -48,6 +49,22 @@ class DataConfig:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples}: must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What the weights are at the start of a run; what isn't named here is drawn at random."""
+
+    model: str = ""
+    """A whole model to continue from: a run folder, a folder in open_clip's layout, or hf-hub:ORG/NAME."""
+    vision: str = ""
+    """An ImageNet ViT in timm's or transformers' layout: hf-hub:ORG/NAME, a folder or a file of weights."""
+    text: str = ""
+    """A BERT in transformers' layout, likewise, with its vocabulary beside it."""
+
+    def __post_init__(self) -> None:
+        if self.model and (self.vision or self.text):
+            raise UserError("init.model is a whole model, and init.vision and init.text are parts of one: give either")
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,9 @@ class TrainConfig:
     micro_batch_size: int = 0
     """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
     micro-batch; where there is more than one, the towers run forward twice."""
+    ema_decay: float = 0.0
+    """Of the moving average of the weights, such as 0.9999; 0: none. It is validated as they are and saved beside them,
+    in the run's model_ema/. 4 bytes a weight, on rank 0, or over all ranks under ZeRO 3."""
     patch_dropout_until: float = 1.0
     """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
     timeout_s: float = 1800.0
@@ -139,6 +159,7 @@ class TrainConfig:
     preset: str = "biomedclip_b16"
     """Name of a model; empty: the model section says it all."""
     model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -160,6 +181,8 @@ class TrainConfig:
             raise UserError(f"batch_schedule={self.batch_schedule}: epochs must not be negative")
         if not 0 <= self.patch_dropout_until <= 1:
             raise UserError(f"patch_dropout_until={self.patch_dropout_until}: must lie in [0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
         for lock, rest in (("lock_image", "lock_image_unlocked_groups"), ("lock_text", "lock_text_unlocked_layers")):
             if getattr(self, rest) < 0 or (getattr(self, rest) and not getattr(self, lock)):
                 raise UserError(f"{rest}={getattr(self, rest)}: must not be negative, and needs {lock}")

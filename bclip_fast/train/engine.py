@@ -16,7 +16,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,6 +144,21 @@ class Engine(ABC):
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
         """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        if not distributed.is_main():
+            return {}
+        return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """What `own_weights` has of a whole tensor like the weight of that name."""
+        parameter = self._model.get_parameter(name)
+        return whole.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like `own_weights()` put together, on the CPU; empty except on rank 0. Collective."""
+        return {name: _to_cpu(tensor) for name, tensor in own.items()}
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
@@ -397,6 +412,30 @@ class DeepSpeedEngine(Engine):
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
         return state
+
+    def own_weights(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().own_weights()
+        parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
+        return {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        if self._stage < 3:
+            return super().own_part(name, whole)
+        parameter: Any = self._model.get_parameter(name)
+        return _own_shard(whole.to(parameter.ds_tensor.device, torch.float32), parameter).clone()
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in own.items():
+            shape = self._shapes[name]
+            if self._stage == 3:
+                parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
+                dist.all_gather(parts, tensor.to(self.device))
+                tensor = torch.cat(parts)[: shape.numel()]
+            if distributed.is_main():
+                whole[name] = _to_cpu(tensor).view(shape)
+        return whole
 
     def _gather(self, parameter: nn.Parameter) -> Tensor:
         """A parameter of ZeRO 3, whole; for one that isn't trained DeepSpeed has no fp32 copy beside its own shards."""

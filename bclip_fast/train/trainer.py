@@ -7,8 +7,9 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
-tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), bad_samples.jsonl where
-samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too many steps were skipped (dump.py).
+tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
+`ema_decay`, bad_samples.jsonl where samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too
+many steps were skipped (dump.py).
 
 SIGTERM, SIGUSR1 and the first SIGINT have all ranks write a checkpoint before the next step and exit with 75; the same
 command with --resume goes on.
@@ -44,11 +45,13 @@ from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines
 from . import flops, validation
+from .average import Average
 from .bad_samples import BadSamples
 from .cached import CachedBatch, MicroBatch
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
-from .metrics import MetricsLog, Progress
+from .initial import initial_tokenizer, initialise
+from .metrics import MetricsLog, Progress, peak_memory
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
 from .spikes import Spikes
@@ -71,8 +74,8 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
             rank 0's on each), mfu (rank 0's, where the device's peak is known), step_seconds and of it, on rank 0,
             data_wait_seconds and those of `StepClock`: forward, loss, backward (with the towers' second forward pass
             where there are micro-batches), optimizer; communication_seconds where the engine knows what the backward
-            pass waited for gradients; bad_samples (different ones so far, over all ranks); skipped (steps so far that
-            the section `spikes` forbade).
+            pass waited for gradients; peak_memory_bytes (rank 0's so far, on its GPU if it has one); bad_samples
+            (different ones so far, over all ranks); skipped (steps so far that the section `spikes` forbade).
 
     Raises:
         UserError: a configuration, dataset or checkpoint that doesn't fit, or the last checkpoint can't be written; on
@@ -145,9 +148,15 @@ class _Run:
         self.spikes = Spikes(config.spikes)
         self.best: dict[str, Any] = {}
         saved = self._load(model) if config.resume else None
+        if saved is None:
+            # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
+            _on_main(lambda: initialise(model, config.init))
+            if not distributed.is_main():
+                initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
+        self.average = Average(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
@@ -274,6 +283,8 @@ class _Run:
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr, self.spikes.limit(value, batch_size))
         clock.mark("optimizer")
+        if self.average is not None and not result.skipped:
+            self.average.update()
         self.step += 1
         self.position = self.loader.state_dict()
         self._judge(batches, value, result)
@@ -293,6 +304,7 @@ class _Run:
             "data_wait_seconds": data_wait,
             **clock.seconds(),
             **self.engine.communication(),
+            "peak_memory_bytes": peak_memory(self.engine.device),
             "bad_samples": self.bad.num_bad,
             "skipped": self.spikes.num_skipped,
         }
@@ -305,7 +317,8 @@ class _Run:
     def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
         if self.peak is None:
             return {}
-        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout)
+        locked = self.model.visual.num_locked, self.model.text.num_locked
+        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout, locked)
         return {"mfu": count / seconds / self.peak}
 
     def _batch(self) -> Batch | None:
@@ -344,11 +357,12 @@ class _Run:
         if self.writer is not None:
             self.writer.wait()
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        average = self.average.state() if self.average is not None else {}
         self.saved_step = self.step
         if self.writer is not None:
             rest = {"spikes": self.spikes.state_dict(), "best": self.best}
             identity = _as_json(self.config.model)
-            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, identity, rest)
+            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, identity, rest, average)
             # Here, not in the thread: random numbers are a state of the process.
             with torch.device("meta"):
                 model = BiomedClip(self.config.model)
@@ -358,8 +372,11 @@ class _Run:
         config = self.config.checkpoint
         options = {"keep": config.keep, "keep_every_steps": config.keep_every_steps}
         path = checkpoints.save(self.run / "checkpoints", saved, best=saved.rest["best"].get("step"), **options)
-        with checkpoints.written(self.run / "model"):
-            pretrained.save(self.run / "model", model, self.preprocess, self.tokenizer, state_dict=saved.model)
+        for name, part in {"model": {}, "model_ema": saved.ema}.items():
+            if part or name == "model":
+                state = {**saved.model, **part}
+                with checkpoints.written(self.run / name):
+                    pretrained.save(self.run / name, model, self.preprocess, self.tokenizer, state_dict=state)
         log.info("saved %s", path)
         if self.metrics is not None:
             self.metrics.event(saved.step, "checkpoint")
@@ -367,7 +384,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = _on_main(lambda: self._write_validation(state))
+        figures = _on_main(lambda: self._write_validation(state, validation.PREFIX))
+        if self.average is not None:
+            average = {**state, **self.average.state()}
+            _on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:
@@ -380,7 +400,7 @@ class _Run:
         self.best = {"step": self.step, "figure": name, "value": figures[name]}
         return True
 
-    def _write_validation(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _write_validation(self, state: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
         start = time.perf_counter()
         with torch.device("meta"):
             model = BiomedClip(self.config.model)
@@ -388,7 +408,7 @@ class _Run:
         assert self.metrics is not None and self.validate is not None
         figures = self.validate(model.to(self.engine.device).eval(), self.preprocess, self.tokenizer)
         record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
-        self.metrics.write(record | {f"{validation.PREFIX}{name}": value for name, value in figures.items()})
+        self.metrics.write(record | {f"{prefix}{name}": value for name, value in figures.items()})
         shown = [f"{name} {value:.4g}" for name, value in figures.items()][:8]
         log.info("step %d  %s%s", self.step, "  ".join(shown), "  ..." if len(figures) > len(shown) else "")
         return figures
@@ -468,7 +488,9 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     if begun:
         return
     source, text = config.data.tokenizer, config.model.text
-    if source == "train":
+    if not source and (given := initial_tokenizer(config)) is not None:
+        tokenizer = given
+    elif source in ("", "train"):
         tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
