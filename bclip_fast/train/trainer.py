@@ -5,6 +5,7 @@ One process, or one a device under a launcher:
     bclip train CONFIG.toml
     torchrun --nproc-per-node 2 -m -- bclip_fast.cli train CONFIG.toml
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
+    srun bclip train CONFIG.toml        in a job of Slurm; configs/slurm.sbatch requeues it
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
 tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
