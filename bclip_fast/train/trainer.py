@@ -5,6 +5,7 @@ One process, or one a device under a launcher:
     bclip train CONFIG.toml
     torchrun --nproc-per-node 2 -m -- bclip_fast.cli train CONFIG.toml
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
+    srun bclip train CONFIG.toml        in a job of Slurm; configs/slurm.sbatch requeues it
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
 tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
@@ -316,7 +317,8 @@ class _Run:
     def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
         if self.peak is None:
             return {}
-        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout)
+        locked = self.model.visual.num_locked, self.model.text.num_locked
+        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout, locked)
         return {"mfu": count / seconds / self.peak}
 
     def _batch(self) -> Batch | None:
@@ -414,12 +416,14 @@ class _Run:
     def __enter__(self) -> _Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self.writer is not None and kind is not KeyboardInterrupt:
             self.writer.wait()
         self.loader.close()
         self.bad.close()
         if self.metrics is not None and self.progress is not None:
+            if error is not None:
+                self.metrics.event(self.step, "error", reason=f"{type(error).__name__}: {error}")
             self.metrics.close()
             self.progress.close()
         self.engine.close()
