@@ -16,7 +16,8 @@ from torch.multiprocessing import start_processes
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """For processes that find torch imported: once for all of a process of tests, in the environment it had then."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    # DistributedDataParallel imports dynamo, which takes as long as torch itself.
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     return context
 
 
