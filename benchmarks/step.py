@@ -29,6 +29,7 @@ from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.engine import AdamW, keep_freed_memory
+from bclip_fast.train.flops import step_flops
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 from .cases import peer, shared_data
@@ -131,10 +132,7 @@ def make_inputs(config: StepConfig, model: BiomedClipConfig) -> Inputs:
         row[:length] = torch.randint(5, text.vocab_size - 1, (length,), generator=generator)
         row[length - 1] = text.vocab_size - 1 if text.end_id is None else text.end_id
     packed = Packed.of(torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)]), lengths)
-    vision = model.vision
-    image = tower_flops([1 + vision.num_patches] * size, vision.width, vision.layers, vision.mlp_ratio)
-    image += 2 * size * vision.num_patches * vision.width * 3 * vision.patch_size**2
-    return Inputs(images, ids, packed, 3 * (image + tower_flops(lengths, text.width, text.layers, text.mlp_ratio)))
+    return Inputs(images, ids, packed, step_flops(model, lengths))
 
 
 def caption_lengths(config: StepConfig, context_length: int) -> list[int]:
@@ -153,14 +151,6 @@ def _spread(lengths: Sequence[int], count: int) -> list[int]:
     ordered = sorted(lengths)
     chosen = [ordered[int((i + 0.5) / count * len(ordered))] for i in range(count)]
     return [chosen[i] for i in torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()]
-
-
-def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float) -> float:
-    """Forward, with the last layer's queries, projection and MLP for one token of each sequence."""
-    tokens, squares, rest = sum(lengths), sum(n * n for n in lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
-    whole = (4 * width**2 + rest) * tokens + 4 * width * squares
-    last = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens
-    return (layers - 1) * whole + last
 
 
 class Step:

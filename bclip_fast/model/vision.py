@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops.image import CLIP_MEAN, CLIP_STD
-from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, check_range, check_sizes, linear_std
+from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
 
@@ -94,13 +94,12 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight.flatten(1)) + bias
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False
         self.patch_dropout = config.patch_dropout
         width = config.width
         self.patch_embed = PatchEmbed(width, config.patch_size)
@@ -146,7 +145,7 @@ class VisionTower(nn.Module):
         first = torch.arange(0, len(stream), x.shape[1], device=x.device)
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and layer.training:
                 stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
             else:
                 stream, branch = layer(stream, branch, sequences, rows)
@@ -155,15 +154,20 @@ class VisionTower(nn.Module):
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:
-    """Keeps the CLS token and a random int(num_patches * (1 - share)), at least one, of the patches of each image.
+    """Keeps the CLS token and a random `num_kept_patches` of the patches of each image.
 
     (B, 1 + num_patches, D) -> (B, 1 + kept, D).
     """
     batch, tokens, width = x.shape
-    kept = max(1, int((tokens - 1) * (1.0 - share)))
+    kept = num_kept_patches(tokens - 1, share)
     chosen = torch.rand(batch, tokens - 1, device=x.device).topk(kept, dim=1).indices + 1
     patches = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width))
     return torch.cat([x[:, :1], patches], dim=1)
+
+
+def num_kept_patches(num_patches: int, share: float) -> int:
+    """How many patches of an image are left when a share of them is dropped: at least one."""
+    return max(1, int(num_patches * (1.0 - share)))
 
 
 def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:

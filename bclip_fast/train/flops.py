@@ -1,0 +1,61 @@
+"""The floating-point operations of a training step, counted once: for metrics, the plan of a run and benchmarks.
+
+Counted is what the mathematics asks of matmuls, two for a multiplication with its addition: on the tokens that there
+are, the last layers for the token that is read. Recomputation, padding, norms and the loss (4 * 2 * b * B * D, under a
+hundredth of the towers' share up to B = 65536) are not, so that MFU is comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bclip_fast.model.biomedclip import BiomedClipConfig
+from bclip_fast.model.vision import num_kept_patches
+
+_TERA = 1e12
+# Largest rates of dense matmuls, by the start of what torch.cuda.get_device_name says; the first that fits counts.
+# bf16 and fp16 on the tensor cores, then fp32 outside them: what torch does with float32 unless told.
+# From NVIDIA's data sheets: A100 (June 2021), H100 (whitepaper v1.04, table 2, and data sheet 2024 for the NVL, half of
+# its figures "with sparsity"), H200 (data sheet 2024).
+_PEAKS = {
+    "NVIDIA A100": (312 * _TERA, 19.5 * _TERA),
+    "NVIDIA H100 PCIe": (756 * _TERA, 51.2 * _TERA),
+    "NVIDIA H100 NVL": (835.5 * _TERA, 60 * _TERA),
+    "NVIDIA H100": (989.4 * _TERA, 66.9 * _TERA),
+    "NVIDIA H200 NVL": (835.5 * _TERA, 60 * _TERA),
+    "NVIDIA H200": (989.4 * _TERA, 66.9 * _TERA),
+}
+
+
+def peak_flops_per_second(device_name: str, precision: str) -> float | None:
+    """Of one device in "fp32", "bf16" or "fp16"; None where no data sheet told, a CPU among them."""
+    rates = next((rates for name, rates in _PEAKS.items() if device_name.startswith(name)), None)
+    return None if rates is None else rates[precision == "fp32"]
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    return peak_flops_per_second(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def step_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0) -> float:
+    """Forward and backward, twice forward, of len(lengths) pairs whose captions have so many tokens."""
+    return 3 * sum(forward_flops(config, lengths, patch_dropout))
+
+
+def forward_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0) -> tuple[float, float]:
+    """Of the image and the text tower."""
+    vision, text = config.vision, config.text
+    tokens = 1 + num_kept_patches(vision.num_patches, patch_dropout)
+    image = tower_flops([tokens], vision.width, vision.layers, vision.mlp_ratio)
+    image += 2 * vision.num_patches * vision.width * 3 * vision.patch_size**2
+    return len(lengths) * image, tower_flops(lengths, text.width, text.layers, text.mlp_ratio)
+
+
+def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float) -> float:
+    """Forward, with the last layer's queries, projection and MLP for one token of each sequence."""
+    tokens, squares, rest = sum(lengths), sum(n * n for n in lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
+    whole = (4 * width**2 + rest) * tokens + 4 * width * squares
+    last = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens
+    return (layers - 1) * whole + last
