@@ -113,7 +113,7 @@ COMMANDS = {
         "search",
     ),
     "bench": Command(
-        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|trainer",
+        "ours against the rivals: affine|attention|contrastive|image|images|loader|pointwise|retrieval|step|trainer|all",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",
