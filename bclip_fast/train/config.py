@@ -10,6 +10,7 @@ from bclip_fast.data.files import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClipConfig, preset
 
+from .cluster import ClusterConfig
 from .engine import EngineConfig
 from .schedule import OptimConfig
 
@@ -85,6 +86,8 @@ class TrainConfig:
     """Folder of the run."""
     resume: bool = False
     """Continue from the newest whole checkpoint of the run folder."""
+    dry_run: bool = False
+    """Print what the run would take on the ranks of the cluster section, and refuse what can't fit; train nothing."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0
@@ -101,6 +104,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0:

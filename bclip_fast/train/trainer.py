@@ -40,6 +40,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
 from . import engine as engines
+from . import plan
 from .bad_samples import BadSamples
 from .config import DataConfig, TrainConfig
 from .metrics import MetricsLog, Progress
@@ -55,7 +56,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnStep | None = None) -> Path:
-    """Trains to the end and returns the run folder.
+    """Trains to the end and returns the run folder; with dry_run, prints the plan alone.
 
     Args:
         validate: figures of the model, computed on rank 0 every `validation.every_steps`; retrieval unless given.
@@ -68,6 +69,9 @@ def train(config: TrainConfig, *, validate: Validate | None = None, on_step: OnS
             many damaged samples, or a rank whose shards can't be read in time.
     """
     config = config.resolved()
+    if config.dry_run:
+        plan.run(config)
+        return Path(config.run)
     distributed.init()
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
