@@ -52,6 +52,18 @@ COMMANDS = {
         "bclip_fast.data.ingest_report:run",
         "ingest",
     ),
+    "train replay": Command(
+        "compute again the step at which a run gave up",
+        "bclip_fast.train.dump:ReplayConfig",
+        "bclip_fast.train.trainer:replay",
+        "train",
+    ),
+    "train report": Command(
+        "an HTML page about runs: curves, where the time went, validation, settings, events",
+        "bclip_fast.train.report:TrainReportConfig",
+        "bclip_fast.train.report:run",
+        "eval",
+    ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",
@@ -122,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bclip: unknown command {' '.join(args[:2])!r}\n{_usage()}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
-    log.configure(os.environ.get("BCLIP_LOG"), main_rank=os.environ.get("RANK", "0") == "0")
+    log.configure(os.environ.get("BCLIP_LOG"), main_rank=log.rank() == "0")
     try:
         return _run(name, command, args[len(name.split()) :])
     except (UserError, _backend_error()) as error:

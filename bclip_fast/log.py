@@ -11,8 +11,13 @@ def configure(level: str | None = None, *, main_rank: bool = True) -> None:
     """Sends the package's log to stderr: INFO on the main rank, WARNING on the others, unless `level` says more."""
     logger = logging.getLogger("bclip_fast")
     handler = logging.StreamHandler(sys.stderr)
-    rank = "" if main_rank else f" [rank {os.environ.get('RANK', '?')}]"
-    handler.setFormatter(logging.Formatter(f"%(asctime)s{rank} %(levelname).1s %(message)s", "%H:%M:%S"))
+    where = "" if main_rank else f" [rank {rank()}]"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname).1s %(message)s", "%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.setLevel(level or ("INFO" if main_rank else "WARNING"))
     logger.propagate = False
+
+
+def rank() -> str:
+    """What the launcher says, before there is a group: torchrun, deepspeed or srun."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")

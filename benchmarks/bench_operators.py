@@ -6,10 +6,12 @@ Cases that take minutes a call run with `--large`.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from bclip_fast.benchmarks.cases import CASES, DEVICE, Case, Unavailable
+from bclip_fast.benchmarks.cases import CASES, DEVICE, Case, Inputs, Unavailable
 from bclip_fast.benchmarks.measure import (
     error_of,
     matmul_flops_per_second,
@@ -22,13 +24,13 @@ PAIRS = [pytest.param(case, name, id=f"{case.id}-{name}") for case in CASES for 
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(case: Case) -> tuple:
+def prepared(case: Case) -> tuple[Inputs, list[Tensor]]:
     inputs = case.make_inputs()
     return inputs, truth_of(case, inputs)
 
 
 @pytest.mark.parametrize(("case", "contender"), PAIRS)
-def test_operator(case, contender, benchmark, request):
+def test_operator(case: Case, contender: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     if case.large and not request.config.getoption("--large"):
         pytest.skip("takes minutes a call: --large")
     try:

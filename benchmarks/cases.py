@@ -173,7 +173,7 @@ def varlen_case(
         return with_gradients(lambda qkv: varlen(*qkv.unbind(1), bounds, bounds, longest, longest))
 
     def packed(backend: str) -> Contender:
-        options = {"dropout_p": dropout_p, "seed": seed, "backend": backend}
+        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "backend": backend}
         return with_gradients(lambda qkv: ops.varlen_attention(qkv, bounds, longest, **options))
 
     return Case(
@@ -487,13 +487,15 @@ def image_case(num_images: int) -> Case:
     )
 
 
-def figures(num_images: int) -> list[bytes]:
-    """Real figures of PMC articles, spread over the articles."""
+def figures(num_images: int, least: int | None = None) -> list[bytes]:
+    """Real figures of PMC articles, spread over the articles: `num_images`, or all where `least` are there."""
     folder = shared_data() / "pmc_articles"
     paths = sorted(folder.rglob("*.jpg"))
-    if len(paths) < num_images:
-        raise Unavailable(f"{folder} holds {len(paths)} JPEGs, {num_images} are needed: set BCLIP_SHARED_DATA")
-    return [path.read_bytes() for path in paths[:: len(paths) // num_images][:num_images]]
+    least = num_images if least is None else least
+    if len(paths) < least:
+        raise Unavailable(f"{folder} holds {len(paths)} JPEGs, {least} are needed: set BCLIP_SHARED_DATA")
+    number = min(num_images, len(paths))
+    return [paths[i * len(paths) // number].read_bytes() for i in range(number)]
 
 
 def shared_data() -> Path:

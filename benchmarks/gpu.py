@@ -61,11 +61,12 @@ def main() -> int:
     failed = []
     for step in steps():
         start = time.monotonic()
+        status: int | str
         try:
             status = subprocess.run(step.command, cwd=ROOT, env=environment, timeout=step.seconds).returncode
         except (subprocess.TimeoutExpired, FileNotFoundError) as error:
             status = str(error)
-        passed = status in (0, "0")
+        passed = status == 0
         failed += [] if passed else [step.name]
         took = time.monotonic() - start
         print(f"== {step.name}: {'ok' if passed else f'FAILED ({status})'}, {took:.0f} s of {step.seconds}", flush=True)

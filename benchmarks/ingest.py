@@ -34,9 +34,9 @@ def parse(folder: Path) -> None:
     expected = {}
     for pair in truth:
         place = (folder / pair["image"]).parent
-        mine = ours[place][pair["figure_id"]].caption
+        own = ours[place][pair["figure_id"]].caption
         by_eye = f"{pair['pmcid']}/{pair['figure_id']}" in _checked_by_eye()
-        expected[place, pair["figure_id"]] = squeeze(mine if by_eye else pair["caption"]), pair["graphic"]
+        expected[place, pair["figure_id"]] = squeeze(own if by_eye else pair["caption"]), pair["graphic"]
 
     def right(found: dict[tuple[Path, str], tuple[str, str]]) -> int:
         return sum(

@@ -109,7 +109,7 @@ def webdataset_pass(source: Source) -> Pass:
     library, config = open_clip(), source.config
     transform = library.image_transform(config.size, is_train=True, mean=None, std=None)
 
-    def samples() -> Iterator[tuple[Tensor, str]]:
+    def samples() -> Any:
         data = webdataset.WebDataset(source.tars, shardshuffle=False, empty_check=False)
         return data.decode("pilrgb").to_tuple("jpg", "txt").map_tuple(transform, lambda text: text)
 

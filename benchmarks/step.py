@@ -138,8 +138,8 @@ def make_inputs(config: StepConfig, model: BiomedClipConfig) -> Inputs:
 def caption_lengths(config: StepConfig, context_length: int) -> list[int]:
     """Tokens of each caption, cut to the context length."""
     if config.lengths:
-        lines = [line.split() for line in Path(config.lengths).read_text().splitlines() if line.strip()]
-        return [min(int(tokens), context_length) for tokens, count in lines for _ in range(int(count))]
+        rows = [line.split() for line in Path(config.lengths).read_text().splitlines() if line.strip()]
+        return [min(int(tokens), context_length) for tokens, count in rows for _ in range(int(count))]
     folder = shared_data()
     tokenizer = Tokenizer.from_file(folder / "vocab" / "pubmedbert" / "vocab.txt", context_length)
     with open(folder / "pmc_articles" / "pairs.jsonl", encoding="utf-8") as lines:

@@ -49,9 +49,20 @@ def test_rows_of_whoever_is_there_and_reasons_of_the_rest(figures_on_disk, tmp_p
     assert "missing: OpenCV area: the peer is not installed" in text and "of the CPU time of ours exact" in text
 
 
+def test_fewer_figures_than_asked_for_are_all_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "pmc_articles"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.jpg").write_bytes(name.encode())
+    monkeypatch.setenv("BCLIP_SHARED_DATA", str(tmp_path))
+    assert figures(400, least=1) == [b"a", b"b", b"c"] and figures(2) == [b"a", b"b"]
+    with pytest.raises(Unavailable, match="3 JPEGs, 4 are needed"):
+        figures(4)
+
+
 def test_too_few_figures_or_numbers_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("BCLIP_SHARED_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="0 JPEGs, 200 are needed: set BCLIP_SHARED_DATA"):
+    with pytest.raises(UserError, match="0 JPEGs, 1 are needed: set BCLIP_SHARED_DATA"):
         run(BenchConfig(operator="images", output=tmp_path))
     with pytest.raises(UserError, match="at least 1"):
         images.ImagesConfig(threads=(0,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -180,7 +181,7 @@ def command(tmp_path: Path, source: Path, out: Path, workers: int = 2, engine: s
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
-    """kill -9 of the parent at 20 random moments of one run; its workers end by themselves."""
+    """kill -9 of the parent at 20 random moments of one run; its workers and their fork server end by themselves."""
     source = articles_in(tmp_path / "in", 60)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -209,6 +210,19 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
     subprocess.run(command(tmp_path, source, out), env=environment, check=True, capture_output=True)
     assert tree(out) == tree(whole) and verify(out) == []
     assert not list(tmp_path.glob(".*"))
+    deadline = time.monotonic() + 10
+    while orphans := processes_of(tmp_path):
+        assert time.monotonic() < deadline, orphans
+        time.sleep(0.1)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines that name the folder, as a fork server's and its workers' do of what started them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found.append(path.read_text(errors="replace").replace("\0", " "))
+    return [line for line in found if str(folder) in line]
 
 
 @pytest.mark.parametrize("suffix", [".rows", ".images"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import email.utils
 import gzip
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -59,7 +61,10 @@ class Bucket:
                 if not key:
                     self.answer(200, bucket.listing(urllib.parse.parse_qs(parts.query)))
                 elif isinstance(fault, tuple):
-                    self.answer(fault[0], b"<html>busy</html>", fault[1])
+                    # A date has whole seconds: this one is 1 to 2 s away.
+                    date = email.utils.formatdate(math.floor(time.time()) + 2, usegmt=True)
+                    headers = {name: value.replace("<date>", date) for name, value in fault[1].items()}
+                    self.answer(fault[0], b"<html>busy</html>", headers)
                 elif isinstance(fault, int):
                     self.answer(fault, b"<html>sorry</html>")
                 elif key not in bucket.objects:
@@ -140,7 +145,7 @@ class Bucket:
 def bucket(monkeypatch) -> Iterator[Bucket]:
     # The waits are those of use, shortened a hundredfold; Retry-After is kept.
     real = time.sleep
-    monkeypatch.setattr(objects.time, "sleep", lambda seconds: real(seconds if seconds >= 1 else seconds / 100))
+    monkeypatch.setattr(objects.time, "sleep", lambda seconds: real(seconds if seconds > 0.9 else seconds / 100))
     monkeypatch.setattr(objects, "_MAX_WAIT_SECONDS", 0.9)
     found = Bucket()
     yield found
@@ -173,6 +178,7 @@ def rejects_of(folder: Path) -> list[tuple[str, str, str, str]]:
         ["wrong"],
         ["trickle"],
         [(503, {"Retry-After": "1"})],
+        [(429, {"Retry-After": "<date>"})],
         [500, "truncated", "wrong", "dropped", 502],
     ],
     ids=str,
@@ -186,8 +192,18 @@ def test_an_object_arrives_right_in_spite_of_faults(bucket, faults):
     assert store.read("PMC1.1/x.jpg", hashlib.md5(data).hexdigest()) == data
     assert bucket.requests["PMC1.1/x.jpg"] == len(faults) + 1
     if isinstance(faults[0], tuple):
-        assert time.monotonic() - start >= 1  # as Retry-After asks
+        assert time.monotonic() - start >= 0.9  # as Retry-After asks
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "asked, seconds",
+    [("7", 7), (" 7 ", 7), ("9999", 600), ("9" * 5000, 0), ("soon", 0), ("-1", 0),
+     ("Fri, 31 Dec 9999 23:59:59 GMT", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("1 Jan 99999999999999 0:0 GMT", 0)],
+)  # fmt: skip
+def test_retry_after_is_read_as_a_number_or_a_date(asked, seconds):
+    assert objects._asked_seconds({"Retry-After": asked}) == seconds
+    assert objects._asked_seconds({}) == 0
 
 
 def test_faults_that_last_are_reported_and_told_apart(bucket):

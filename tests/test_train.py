@@ -63,6 +63,13 @@ def test_schedule_is_open_clips():
     assert learning_rate(2, 3, OptimConfig(lr=2.0, warmup_steps=2000)) == 2.0
 
 
+def test_learning_rate_of_a_growing_batch():
+    """A step of four times the batch counts four on the one cosine over samples; its peak follows by the rule."""
+    for rule, factor in (("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)):
+        config = OptimConfig(lr=1.0, warmup_steps=4, batch_lr=rule)
+        assert learning_rate(8.0, 20.0, config, 4.0) == pytest.approx(factor * learning_rate(8, 20, config))
+
+
 @pytest.mark.parametrize("preset", ["quickstart", "biomedclip_s16_gpt77"])
 def test_parameter_groups_are_open_clips(preset: str):
     with torch.device("meta"):
@@ -193,9 +200,10 @@ def test_no_whole_checkpoint(finished: Path, shards: Path, tmp_path: Path):
     config = tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True)
     with pytest.raises(UserError, match="no checkpoint to resume from, none of its 2 is whole"):
         train(config)
+    # Where nothing is to be lost, the command that resumes begins.
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no checkpoint to resume from, it holds none"):
-        train(config)
+    train(config)
+    assert curve(run) == curve(finished) and equal(weights(run), weights(finished))
 
 
 def test_what_does_not_belong_to_the_run_is_refused(finished: Path, shards: Path, tmp_path: Path):
@@ -207,8 +215,7 @@ def test_what_does_not_belong_to_the_run_is_refused(finished: Path, shards: Path
         ({"data": DataConfig(shards=str(other), shuffle_block=32)}, r"another dataset: the checkpoint has fingerprint"),
         ({"seed": 7}, "another seed: the checkpoint has seed 0, this run has 7"),
         ({"batch_size": 32}, "another batch_size"),
-        ({"resume": False}, "holds a run already; set resume=True"),
-        ({"run": str(tmp_path / "none")}, "no run to resume"),
+        ({"resume": False}, "holds a run already; --resume continues it"),
     ]:
         with pytest.raises(UserError, match=words):
             train(dataclasses.replace(config, **changes))
@@ -248,12 +255,6 @@ def test_layers_compiled_where_parameters_stay(monkeypatch: pytest.MonkeyPatch):
     assert len(compiled) == 1
     with pytest.raises(UserError, match=r"engine\.compile with engine\.zero_stage 3"):
         EngineConfig(zero_stage=3, compile=True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(shards: Path, tmp_path: Path):
-    config = tiny_run(tmp_path / "run", shards, optim=OptimConfig(lr=1e30, warmup_steps=0))
-    with pytest.raises(UserError, match=r"the loss is nan at step \d; lower optim\.lr"):
-        train(config)
 
 
 def test_half_precision(shards: Path, tmp_path: Path):
@@ -317,19 +318,3 @@ def test_old_checkpoints_are_removed_and_hold_no_pickle(shards: Path, tmp_path: 
     assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     state = json.loads((run / "checkpoints" / names[0] / "state.json").read_text())
     assert state["data"]["samples"] == 80 and state["optimizer"]["num_steps"] == 5
-
-
-def test_a_checkpoint_that_cannot_be_written(
-    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A full disk: one line, no half checkpoint, the older one whole."""
-    run = stopped_after(finished, tmp_path / "run", 3)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_write_json", full)
-    with pytest.raises(UserError, match="step-00000006: cannot be written: .*No space left on device"):
-        train(tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True))
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
-    assert checkpoint.verify(run / "checkpoints" / "step-00000003") is None

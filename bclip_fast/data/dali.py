@@ -156,7 +156,7 @@ class DaliLoader(NativeLoader):
             side = [config.size, config.size]
             return fn.slice(images, start=place[2:4], shape=side, axes=[0, 1], device=device)
 
-        options: dict[str, Any] = dict(batch_size=self.stream.rank_batch_size, num_threads=self._dali_threads)
+        options: dict[str, Any] = dict(batch_size=self.stream.max_batch_size, num_threads=self._dali_threads)
         options |= dict(device_id=self._device_id, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
         pipeline = pipeline_def(**options)(graph)()
         pipeline.build()

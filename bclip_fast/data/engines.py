@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -93,12 +92,12 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _end_with_the_parent() -> None:
-    """A worker whose run was killed must not live on: its fork server ends with the run, and it with the server."""
-    parent = os.getppid()
+    """A worker whose run was killed must not live on. Nor may it wait for its fork server's end, which waits for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -49,11 +49,12 @@ class BadRecord:
 
 @dataclass
 class Batch:
-    """One rank's slice of a global batch.
+    """One rank's slice of a global batch, or a micro-batch of it.
 
     images: (b, size, size, 3) uint8 RGB. ids: (T,) int64, the tokens of all captions, one after another.
     lengths: how many each of the b captions has. keys: b names. epoch: which pass over the data.
     bad: the samples that reserves stand in for, in the order of their rows; a reserve may itself be among them.
+    last: whether the rank's slice ends here.
     """
 
     images: Tensor
@@ -62,13 +63,16 @@ class Batch:
     keys: list[str]
     epoch: int
     bad: list[BadRecord] = field(default_factory=list)
+    last: bool = True
 
 
 class NativeLoader:
     """Iterates `Batch`, endlessly, from the stream's position on; a context manager, or call `close()`.
 
+    Where the stream divides a rank's share of a global batch into micro-batches, these are what comes, one by one.
+
     The batches depend on the stream and the dataset's bytes alone, not on `num_threads` or `prefetch_batches`.
-    `state_dict()` counts the batches that were handed out, so what was merely prefetched comes again after a resume.
+    `state_dict()` counts the batches that were handed out whole: what was merely prefetched comes again after a resume.
 
     A sample that is damaged, so that it can't be parsed or decoded, is replaced by SampleStream.reserves of its
     position and listed in `Batch.bad`. Storage that fails is no reason to train on something else: a shard that cannot
@@ -126,7 +130,7 @@ class NativeLoader:
         # What comes when is found out in a thread too: it reads the shards' index files.
         self._planner = Workers(1, "bclip-planner")
         self._pending: deque[Future[_Pending]] = deque()
-        self._next = stream.num_consumed // stream.batch_size
+        self._next = (stream.next_batch, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -135,8 +139,11 @@ class NativeLoader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._planner.submit(self._start, self._next))
-            self._next += 1
+            self._pending.append(self._planner.submit(self._start, *self._next))
+            number, micro_batch = self._next[0], self._next[1] + 1
+            self._next = (
+                (number, micro_batch) if micro_batch < self.stream.num_micro_batches(number) else (number + 1, 0)
+            )
         deadline = time.monotonic() + self._timeout_s
         pending = self._pending[0]
         try:
@@ -158,10 +165,12 @@ class NativeLoader:
             [key for part in parts for key in part.keys],
             plan.epoch,
             [bad for part in parts for bad in part.bad],
+            plan.last,
         )
         if self._pin:
             batch.ids = batch.ids.pin_memory()
-        self.stream.num_consumed += self.stream.batch_size
+        if batch.last:
+            self.stream.num_consumed += self.stream.batch_size_of(batch.epoch)
         return batch
 
     def _activity(self) -> str:
@@ -173,8 +182,8 @@ class NativeLoader:
             else "decoding or tokenising takes longer, no read is under way"
         )
 
-    def _start(self, number: int) -> _Pending:
-        epoch, positions = self.stream.batch(number)
+    def _start(self, number: int, micro_batch: int) -> _Pending:
+        epoch, positions = self.stream.batch(number, micro_batch)
         indices = [self.stream.sample(epoch, position) for position in positions]
         images = self._allocate(len(indices))
         step = -(-len(indices) // self._num_parts)
@@ -183,7 +192,7 @@ class NativeLoader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch)
+        return _Pending(images, parts, epoch, micro_batch + 1 == self.stream.num_micro_batches(number))
 
     def _allocate(self, count: int) -> Tensor:
         size = self._preprocess.config.size
@@ -276,7 +285,7 @@ class NativeLoader:
         """Continue from `state`; batches prefetched so far are dropped. Raises as SampleStream.load_state_dict."""
         self.stream.load_state_dict(state)
         self._drop()
-        self._next = self.stream.num_consumed // self.stream.batch_size
+        self._next = (self.stream.next_batch, 0)
 
     def _drop(self) -> None:
         while self._pending:
@@ -317,6 +326,7 @@ class _Pending:
     images: Tensor
     parts: list[Future[_Part]]
     epoch: int
+    last: bool
 
 
 def _cancel_parts(plan: Future[_Pending]) -> None:

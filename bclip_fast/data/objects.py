@@ -23,7 +23,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,9 +162,7 @@ class HttpStore:
             if response.status in (403, 404, 410):
                 raise SourceError("not found")
             if response.status != 200:
-                seconds = response.headers.get("Retry-After", "")
-                asked = float(min(int(seconds), 600)) if seconds.isdecimal() else 0.0
-                raise _AskAgainError(f"status {response.status}", asked)
+                raise _AskAgainError(f"status {response.status}", _asked_seconds(response.headers))
             data = self._body(response, limit)
         except BaseException:
             response.close()  # what is left of the body must not be taken for the next one's
@@ -188,6 +186,16 @@ class HttpStore:
         if length is not None and len(content) != int(length):
             raise _AskAgainError(f"{len(content)} bytes of {length}")
         return bytes(content)
+
+
+def _asked_seconds(headers: Mapping[str, str]) -> float:
+    """The wait that Retry-After asks for, in seconds or until a date, at most 10 minutes; 0 where it says neither."""
+    import urllib3
+
+    try:
+        return min(float(urllib3.Retry().parse_retry_after(headers.get("Retry-After", "0"))), 600.0)
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+        return 0.0
 
 
 class _AskAgainError(Exception):

@@ -1,5 +1,5 @@
 """Evaluation of CLIP-like models: retrieval and zero-shot classification, each figure beside its chance level."""
 
-from .command import EvalCommand, EvalConfig, evaluate, run
+from .command import EvalCommand, EvalConfig, Evaluation, evaluate, run
 
-__all__ = ["EvalCommand", "EvalConfig", "evaluate", "run"]
+__all__ = ["EvalCommand", "EvalConfig", "Evaluation", "evaluate", "run"]

@@ -124,7 +124,7 @@ def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[s
     Raises:
         UserError: data, split, label or prompt set that isn't there; a broken image; an embedding with NaN.
     """
-    return _Evaluation(EvalConfig(task=tuple(tasks), **settings), model).run()
+    return Evaluation(EvalConfig(task=tuple(tasks), **settings)).run(model)
 
 
 def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, Any]:
@@ -151,8 +151,8 @@ def run(command: EvalCommand) -> None:
     """Loads the model, evaluates it, writes results.json, figures.csv, samples/ and report.html, prints the figures."""
     command = dataclasses.replace(command, data=command.data or _data_of_run(command.model))
     # The data are opened before the model is loaded: a wrong path should cost no time.
-    evaluation = _Evaluation(command, command.model)
-    results = evaluation.run()
+    evaluation = Evaluation(command)
+    results = evaluation.run(command.model)
     if not distributed.is_main():
         return
     run_folder = Path(command.model) if (Path(command.model) / "metrics.jsonl").is_file() else None
@@ -172,14 +172,14 @@ def _data_of_run(model: str) -> str:
         raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
 
 
-class _Evaluation:
-    """The data sets of all tasks, opened at once and once each, then the model on them.
+class Evaluation:
+    """The data sets of all tasks, opened at once and once each, then any number of models on them.
 
     data: the data set of each result, filled by `run`.
     """
 
-    def __init__(self, config: EvalConfig, model: Model) -> None:
-        self.config, self.model = config, model
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
         self.data: dict[str, EvalDataset] = {}
         self._open: dict[tuple[str, str, str, str], EvalDataset] = {}
         if config.task:
@@ -200,10 +200,11 @@ class _Evaluation:
                 self._open[key] = open_dataset(path, split, task.dataset, where=task.where, name=name)
         return self._open[key]
 
-    def run(self) -> dict[str, Any]:
+    def run(self, given: Model) -> dict[str, Any]:
+        """What `evaluate` returns."""
         config = self.config
         device = pick_device(config.device)
-        model, preprocess, tokenizer = load_model(self.model, device) if isinstance(self.model, str) else self.model
+        model, preprocess, tokenizer = load_model(given, device) if isinstance(given, str) else given
         model = model.to(device)
         folder = None if config.cache == "none" else Path(config.cache) if config.cache != "auto" else default_folder()
         embedder = Embedder(
@@ -226,7 +227,7 @@ class _Evaluation:
                 results[name] = result | {"task": describe(task, data)}
                 self.data[name] = data
         return {
-            "model": described | {"path": self.model if isinstance(self.model, str) else None},
+            "model": described | {"path": given if isinstance(given, str) else None},
             "tasks": results,
             "config": dataclasses.asdict(config),
             "environment": _environment(device),

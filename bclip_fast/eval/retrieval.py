@@ -2,8 +2,8 @@
 
 Image i and caption i are a pair. A query's rank is decided by its best-scoring correct candidate. Ties are counted as
 what a random order among equal scores gives on average, so a model that maps everything to one point scores exactly
-chance, neither 0 nor 100 %. Similarities that differ by less than `TIE_TOLERANCE` are equal: float32 cannot tell
-them apart, and the same two vectors may give either of them at different places in a matrix product.
+chance, neither 0 nor 100 %. Similarities that differ by at most `TIE_TOLERANCE` are equal: the float32 embeddings do not
+tell them apart.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import metrics
+from . import exact, metrics
 
 TIE_TOLERANCE = 1e-6
 RECALL_AT = (1, 5, 10)
+_PAIRS_AT_ONCE = 1 << 16
 
 Duplicates = Literal["strict", "captions", "images", "any"]
 Index = Literal["exact", "faiss_flat", "hnsw", "ivf"]
@@ -109,34 +110,6 @@ def _full_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(previous)
 
 
-def _count(mask: Tensor, dim: int) -> Tensor:
-    """True values of (q, c) bool along `dim`, int64 on the CPU."""
-    if mask.device.type != "cpu":
-        return mask.sum(dim).cpu()
-    # Bytes are summed as bytes, up to 128 at a time, where numpy vectorises: 50 times as fast as torch's sum of bool.
-    values = mask.numpy().view(np.uint8)
-    num = values.shape[dim]
-    whole = num - num % 128
-    if dim == 0:
-        parts = np.add.reduce(values[:whole].reshape(-1, 128, values.shape[1]), axis=1, dtype=np.uint8)
-    else:
-        parts = np.add.reduce(values[:, :whole].reshape(len(values), 128, -1), axis=1, dtype=np.uint8)
-        if whole > 255 * 128:
-            raise ValueError(f"{num} columns are too many for counts in bytes")
-    rest = values[whole:] if dim == 0 else values[:, whole:]
-    return torch.from_numpy(parts.sum(dim, dtype=np.int64) + rest.sum(dim, dtype=np.int64))
-
-
-def _compare(scores: Tensor, threshold: Tensor, strictly: bool, out: Tensor | None) -> Tensor:
-    if scores.device.type != "cpu":
-        return scores > threshold if strictly else scores >= threshold
-    # Into memory that is there already: fresh pages would cost more than the comparison.
-    assert out is not None
-    function = np.greater if strictly else np.greater_equal
-    function(scores.numpy(), threshold.numpy(), out=out.numpy())
-    return out
-
-
 @torch.inference_mode()
 def rank(
     queries: Tensor,
@@ -144,19 +117,18 @@ def rank(
     groups: Sequence[Tensor] = (),
     *,
     num_queries: int | None = None,
-    query_chunk: int = 1024,
-    candidate_chunk: int = 8192,
-    tie_tolerance: float = TIE_TOLERANCE,
+    **chunks: Any,
 ) -> tuple[Ranks, Ranks]:
     """Exact ranks by cosine similarity, of the candidates for each query and of the queries for each candidate.
 
-    One pass over the similarities serves both, in tiles of `query_chunk` x `candidate_chunk`: memory is a tile and
-    O(N), never N x N. With groups there is a second pass, since the best correct candidate must be found first.
+    One pass over the similarities serves both, in tiles (see `exact.count`, which takes `chunks`): memory is a tile and
+    O(N), never N x N. Correct pairs are looked at by themselves, in time and O(N) memory by their number.
 
     Args:
-        queries, candidates: (N, D) float32, unit norm; candidate i belongs to query i.
+        queries, candidates: (N, D), unit norm; candidate i belongs to query i.
         groups: (N,) int64 each; what shares a number with the query in any of them is correct too.
-        num_queries: only the first so many rows are taken as queries; the second result then counts those alone.
+        num_queries: only the first so many rows are taken as queries, among all candidates; the second result is then
+            that of the first so many candidates, among those queries.
 
     Raises:
         UserError: shapes that differ, NaN or infinity, rows without unit norm.
@@ -169,66 +141,59 @@ def rank(
         )
     total, device = len(queries), queries.device
     num = total if num_queries is None else min(num_queries, total)
-    candidate_chunk = min(candidate_chunk, 255 * 128, total)
-    query_chunk = min(query_chunk, num)
-    used = [group.to(device) for group in groups if group.unique().numel() < total]
-    tiles = [
-        (slice(top, min(top + query_chunk, num)), slice(left, min(left + candidate_chunk, total)))
-        for top in range(0, num, query_chunk)
-        for left in range(0, total, candidate_chunk)
-    ]
-    scores_out = torch.empty(query_chunk * candidate_chunk, device=device)
-    masks_out = torch.empty(query_chunk * candidate_chunk, dtype=torch.bool, device=device)
-
-    def tile(rows: slice, columns: slice) -> tuple[Tensor, Tensor | None, Tensor]:
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        scores = scores_out[: shape[0] * shape[1]].view(shape)
-        torch.mm(queries[rows].float(), candidates[columns].float().T, out=scores)
-        same: Tensor | None = None
-        for group in used:
-            equal = group[rows, None] == group[columns]
-            same = equal if same is None else same.logical_or_(equal)
-        return scores, same, masks_out[: shape[0] * shape[1]].view(shape)
-
+    queries, numbers = queries[:num], [group.cpu() for group in groups if group.unique().numel() < total]
+    own = _scores(queries, candidates, torch.arange(num, device=device), torch.arange(num, device=device))
+    best = own.clone(), torch.cat([own, own.new_full((total - num,), torch.inf)])
+    for i, j in _other_correct(numbers, num, device):
+        scores = _scores(queries, candidates, i, j)
+        for bound, index in zip(best, (i, j), strict=True):
+            bound.scatter_reduce_(0, index, scores, "amax")
+    level = [(own >= bound[:num] - TIE_TOLERANCE).long() for bound in best]
+    correct = [torch.ones_like(part) for part in level]
+    for i, j in _other_correct(numbers, num, device):
+        scores = _scores(queries, candidates, i, j)
+        for index, bound, tied, all_correct in zip((i, j), best, level, correct, strict=True):
+            inside = index < num
+            all_correct += index[inside].bincount(minlength=num)
+            tied += index[inside & (scores >= bound[index] - TIE_TOLERANCE)].bincount(minlength=num)
     with _full_float32():
-        if used:
-            best = [torch.full((size,), -torch.inf, device=device) for size in (num, total)]
-            for rows, columns in tiles:
-                scores, same, _ = tile(rows, columns)
-                assert same is not None
-                scores.masked_fill_(~same, -torch.inf)
-                for row, part, dim in ((best[0], rows, 1), (best[1], columns, 0)):
-                    row[part] = torch.maximum(row[part], scores.amax(dim))
-        else:
-            both = torch.cat([(queries[part].float() * candidates[part].float()).sum(1) for part in _parts(total)])
-            best = [both[:num], both]
-        counts = [torch.zeros(4, size, dtype=torch.int64) for size in (num, total)]
-        for rows, columns in tiles:
-            scores, same, mask = tile(rows, columns)
-            for result, right, part, dim in ((counts[0], best[0], rows, 1), (counts[1], best[1], columns, 0)):
-                bound = right[part].unsqueeze(dim)
-                level = _compare(scores, bound - tie_tolerance, False, mask)
-                num_level = _count(level, dim)
-                if same is not None:
-                    result[2, part] += _count(level & same, dim)
-                    result[3, part] += _count(same, dim)
-                higher = _compare(scores, bound + tie_tolerance, True, mask)
-                num_higher = _count(higher, dim)
-                result[1, part] += num_level - num_higher
-                result[0, part] += num_higher if same is None else _count(higher & ~same, dim)
-    for result in counts:
-        if not used:
-            result[2:] = 1
-    return _ranks(counts[0], total), _ranks(counts[1], num)
+        counts = exact.count(queries, candidates, best[0], best[1], TIE_TOLERANCE, **chunks)
+    # No correct candidate exceeds the best correct one: what does so is wrong.
+    return tuple(  # type: ignore[return-value]
+        Ranks(above[:num], (reaching - above)[:num], tied.cpu(), all_correct.cpu(), size)
+        for (above, reaching), tied, all_correct, size in zip(counts, level, correct, (total, num), strict=True)
+    )
 
 
-def _ranks(counts: Tensor, num_candidates: int) -> Ranks:
-    better, tied, tied_correct, correct = counts
-    return Ranks(better, tied, tied_correct, correct, num_candidates)
+def _scores(queries: Tensor, candidates: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """(P,) float64: the similarities of rows i and j."""
+    parts = zip(i.split(_PAIRS_AT_ONCE), j.split(_PAIRS_AT_ONCE), strict=True)
+    return torch.cat([(queries[one].float().double() * candidates[two].float().double()).sum(1) for one, two in parts])
 
 
-def _parts(total: int, size: int = 65536) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, total, size))
+def _other_correct(groups: Sequence[Tensor], num: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """All (i, j), i < num and j != i, that share a number in any of the groups, each once; int64, in parts."""
+    for place, group in enumerate(groups):
+        order = group.argsort(stable=True)
+        sizes = group.unique(return_counts=True)[1]
+        # For each of the members in order: where its group starts, and how large it is.
+        starts, sizes = (sizes.cumsum(0) - sizes).repeat_interleave(sizes), sizes.repeat_interleave(sizes)
+        members = ((order < num) & (sizes > 1)).nonzero()[:, 0]
+        ends = sizes[members].cumsum(0)
+        begin = 0
+        while begin < len(members):
+            done = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(torch.searchsorted(ends, done + _PAIRS_AT_ONCE, right=True)))
+            part = members[begin:end]
+            i = order[part].repeat_interleave(sizes[part])
+            steps = torch.arange(len(i)) - (ends[begin:end] - sizes[part] - done).repeat_interleave(sizes[part])
+            j = order[starts[part].repeat_interleave(sizes[part]) + steps]
+            new = i != j
+            for earlier in groups[:place]:
+                new &= earlier[i] != earlier[j]
+            if bool(new.any()):
+                yield i[new].to(device), j[new].to(device)
+            begin = end
 
 
 def build(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:

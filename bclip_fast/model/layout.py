@@ -284,14 +284,31 @@ def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Ca
     if name in _PUBMEDBERT_NAMES:
         text = TextConfig()
     elif _HUB_ID.fullmatch(name):
-        text = _bert_config(hub_json(name), name)
+        text = bert_config(hub_json(name), name)
     else:
         path = f"{_relative(name)}/config.json"
-        text = _bert_config(read_json(path), path)
+        text = bert_config(read_json(path), path)
     return dataclasses.replace(text, context_length=context_length, projection=projection)
 
 
-def _bert_config(content: Json, where: str) -> TextConfig:
+def vit_heads(content: Json, where: str) -> int:
+    """Attention heads of the ViT that timm's or transformers' config.json describes: weights don't tell them.
+
+    Raises:
+        UserError: it describes another architecture.
+    """
+    if content.get("model_type") == "vit":
+        if content.get("hidden_act", "gelu") != "gelu":
+            raise UserError(f"{where}: hidden_act is {content['hidden_act']!r}; supported is 'gelu'")
+        return content.get("num_attention_heads", 12)
+    name = content.get("architecture")
+    if name not in TIMM_MODELS:
+        raise UserError(f"{where}: it describes {content.get('model_type', name)!r}; supported is a plain ViT")
+    return (content.get("model_args") or {}).get("num_heads", TIMM_MODELS[name].heads)
+
+
+def bert_config(content: Json, where: str) -> TextConfig:
+    """The text tower that transformers' config.json describes. Raises UserError where ours is another."""
     for key, value in {**_BERT_FIXED, **_BERT_ASSUMED}.items():
         if content.get(key, value) != value or (key == "model_type" and key not in content):
             raise UserError(f"{where}: {key} is {content.get(key)!r}; supported is {value!r}")

@@ -20,6 +20,7 @@ from .transformer import (
     PostNormLayer,
     PreNormLayer,
     Sequences,
+    Tower,
     check_range,
     check_sizes,
     linear_std,
@@ -85,13 +86,12 @@ def pack(ids: Tensor, wanted: Tensor) -> tuple[Packed, Tensor]:
     return Packed(ids[wanted], bounds, ids.shape[1]), columns[wanted]
 
 
-class BertTower(nn.Module):
+class BertTower(Tower):
     """Hugging Face's BertModel without pooler, the first token's last hidden state, and the projection."""
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False
         width = config.width
         self.word_embeddings = nn.Embedding(config.vocab_size, width)
         self.position_embeddings = nn.Embedding(config.max_positions, width)
@@ -155,20 +155,19 @@ class BertTower(nn.Module):
         first = text.cu_seqlens[:-1].long()
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and layer.training:
                 normed, stream = checkpoint(layer, normed, stream, sequences, rows, use_reentrant=False)
             else:
                 normed, stream = layer(normed, stream, sequences, rows)
         return normed if tokens else self.proj(normed)
 
 
-class GptTower(nn.Module):
+class GptTower(Tower):
     """CLIP's text transformer: causal, exact GELU, final norm, the end token's output, a projection matrix."""
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
@@ -206,7 +205,7 @@ class GptTower(nn.Module):
         sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
         for layer in self.layers:
             rows = self._ends(text) if layer is self.layers[-1] else None
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and layer.training:
                 stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
             else:
                 stream, branch = layer(stream, branch, sequences, rows)

@@ -79,6 +79,43 @@ class Sequences(NamedTuple):
         return pooled_attention(query, key_value, rows, bounds, causal=self.causal, dropout_p=dropout_p).flatten(1)
 
 
+class Tower(nn.Module):
+    """What the towers have in common: a row of layers between what precedes and what follows them."""
+
+    layers: nn.ModuleList
+    grad_checkpointing = False
+    num_locked = 0
+    """Groups that are not trained: what precedes the layers, then the layers one by one, the norm behind the last."""
+
+    def lock(self, unlocked: int = 0) -> None:
+        """Takes all groups but the last `unlocked` out of training (LiT, arXiv 2111.07991); the projection stays in.
+
+        open_clip's groups. Locked parameters get no gradient, and nothing is kept for a backward pass that ends behind
+        them; locked layers stay in evaluation mode, and so do the dropout of the embeddings and that of patches.
+        """
+        check_range("unlocked groups", unlocked, 0, len(self.layers))
+        self.num_locked = 1 + len(self.layers) - unlocked
+        for name, parameter in self.named_parameters():
+            place = place_of(name, len(self.layers))
+            last = place - 1 if name.startswith("norm.") else place
+            parameter.requires_grad_(last >= self.num_locked)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Tower:
+        super().train(mode and not self.num_locked)
+        for layer in self.layers[max(0, self.num_locked - 1) :]:
+            layer.train(mode)
+        return self
+
+
+def place_of(name: str, num_layers: int) -> int:
+    """Where in a tower a parameter is read: 0 before the layers, i + 1 in layer i, num_layers + 1 behind them."""
+    first, _, rest = name.partition(".")
+    if first == "layers":
+        return int(rest.partition(".")[0]) + 1
+    return num_layers + 1 if first in ("norm", "head", "proj", "projection") else 0
+
+
 class Norm(nn.LayerNorm):
     """LayerNorm of a sum that may be wider than what it is multiplied with next: `ops.add_norm` with its parameters."""
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops.image import CLIP_MEAN, CLIP_STD
-from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, check_range, check_sizes, linear_std
+from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
 
@@ -94,13 +94,12 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight.flatten(1)) + bias
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing = False
         self.patch_dropout = config.patch_dropout
         width = config.width
         self.patch_embed = PatchEmbed(width, config.patch_size)
@@ -146,7 +145,7 @@ class VisionTower(nn.Module):
         first = torch.arange(0, len(stream), x.shape[1], device=x.device)
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and layer.training:
                 stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
             else:
                 stream, branch = layer(stream, branch, sequences, rows)

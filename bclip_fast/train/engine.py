@@ -12,10 +12,11 @@ import ctypes
 import importlib
 import io
 import logging
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,10 +66,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16 overflow, nothing was updated."""
+    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: nothing was updated, for the norm is
+    above the limit or not finite; `overflow`: because fp16's loss scale was too large, and is smaller now."""
 
     grad_norm: float
     skipped: bool
+    overflow: bool = False
 
 
 @dataclass
@@ -83,10 +86,15 @@ class OptimizerState:
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, which then clamps the parameters of a group that has "bounds" = (low, high) to them.
 
-    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards.
+    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards. Where
+    `allowed()` is false a step does nothing.
     """
 
+    allowed: Callable[[], bool] = staticmethod(lambda: True)
+
     def step(self, closure: Any = None) -> Any:
+        if not self.allowed():
+            return None
         result = super().step(closure)
         with torch.no_grad():
             for group in self.param_groups:
@@ -97,11 +105,12 @@ class AdamW(torch.optim.AdamW):
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)`, `step(lr)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr, limit)`."""
 
     device: torch.device
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
+    _model: nn.Module
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
@@ -111,12 +120,45 @@ class Engine(ABC):
         """Gradients of the loss, averaged over ranks."""
 
     @abstractmethod
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear the gradients."""
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Gradients of the sum of the losses, averaged over ranks.
+
+        Each function runs forward and gives its loss () when the one before it has gone backward. Gradients are
+        communicated once, at the end, and lie whole on each rank until then, under ZeRO 2 and 3 too.
+        """
+
+    def trained(self, prefix: str) -> bool:
+        """Whether a parameter of the model whose name begins so takes gradients."""
+        return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
+
+    @abstractmethod
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+        """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
+        above `limit`, which is the same on all ranks."""
+
+    def communication(self) -> dict[str, float]:
+        """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
+        work, where that is known without making anything wait; DeepSpeed doesn't tell."""
+        return {}
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
         """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        if not distributed.is_main():
+            return {}
+        return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """What `own_weights` has of a whole tensor like the weight of that name."""
+        parameter = self._model.get_parameter(name)
+        return whole.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like `own_weights()` put together, on the CPU; empty except on rank 0. Collective."""
+        return {name: _to_cpu(tensor) for name, tensor in own.items()}
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
@@ -173,6 +215,10 @@ def _set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def _is_within(norm: float, limit: float) -> bool:
+    return math.isfinite(norm) and norm <= limit
+
+
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
@@ -198,6 +244,17 @@ class PlainEngine(Engine):
                 bucket_cap_mb=config.bucket_mib,
                 gradient_as_bucket_view=True,
             )
+            if device.type == "cpu":
+                # On a GPU its timers wait for events, so there it stays with every hundredth step.
+                self.module._set_ddp_runtime_logging_sample_rate(1)
+
+    def communication(self) -> dict[str, float]:
+        wrapped: Any = self.module
+        found = wrapped._get_ddp_logging_data() if wrapped is not self._model else {}
+        if "backward_comm_time" not in found:
+            return {}
+        waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
+        return {"communication_seconds": max(0, waited) / 1e9}
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -206,17 +263,26 @@ class PlainEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
 
-    def step(self, lr: float) -> StepResult:
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+        for number, loss in enumerate(losses, start=1):
+            with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
+
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._optimizer.allowed = lambda: allowed
         scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        skipped = self._scaler.get_scale() < scale
+        overflow = self._scaler.get_scale() < scale
+        skipped = overflow or not allowed
         self._num_steps += not skipped
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         if not distributed.is_main():
@@ -306,31 +372,80 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> StepResult:
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                for loss in losses:
+                    self.backward(loss())
+            return
+        for number, loss in enumerate(losses, start=1):
+            with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
+                self.backward(loss())
+
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
+            zero = self._engine.optimizer
+            # The norm is taken inside, before the wrapped optimiser steps, group after group.
+            zero.optimizer.allowed = lambda: _is_within(float(zero._global_grad_norm), limit)
             self._engine.step()
-            return StepResult(float(self._engine.get_global_grad_norm()), False)
+            norm = float(self._engine.get_global_grad_norm())
+            return StepResult(norm, not _is_within(norm, limit))
         # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
         scaler = self._engine.torch_autocast_z0_gradscaler
         scale = scaler.get_scale() if scaler else 1.0
         if scaler:
             scaler.unscale_(self._engine.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._engine.optimizer.allowed = lambda: allowed
         self._engine.step()
-        return StepResult(norm, bool(scaler) and scaler.get_scale() < scale)
+        overflow = bool(scaler) and scaler.get_scale() < scale
+        return StepResult(norm, overflow or not allowed, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         parameters = dict(self._model.named_parameters())
         state = {}
         for name, tensor in self._model.state_dict().items():
             if self._stage == 3 and name in parameters:
-                from deepspeed.utils import safe_get_full_fp32_param
-
-                tensor = safe_get_full_fp32_param(parameters[name])
+                tensor = self._gather(parameters[name])
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
         return state
+
+    def own_weights(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().own_weights()
+        parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
+        return {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        if self._stage < 3:
+            return super().own_part(name, whole)
+        parameter: Any = self._model.get_parameter(name)
+        return _own_shard(whole.to(parameter.ds_tensor.device, torch.float32), parameter).clone()
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in own.items():
+            shape = self._shapes[name]
+            if self._stage == 3:
+                parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
+                dist.all_gather(parts, tensor.to(self.device))
+                tensor = torch.cat(parts)[: shape.numel()]
+            if distributed.is_main():
+                whole[name] = _to_cpu(tensor).view(shape)
+        return whole
+
+    def _gather(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of ZeRO 3, whole; for one that isn't trained DeepSpeed has no fp32 copy beside its own shards."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter)
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def optimizer_state(self) -> OptimizerState:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -19,6 +19,7 @@ import torch
 
 import bclip_fast
 from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.ops.contrastive import default_chunk_size
@@ -26,6 +27,7 @@ from bclip_fast.ops.contrastive import default_chunk_size
 from .cluster import GIB, World, results_name, world
 from .config import TrainConfig
 from .flops import forward_flops, peak_flops_per_second
+from .initial import new_model
 from .memory import Gradients, activations, kept
 
 Bytes = Mapping[str, float]
@@ -57,14 +59,15 @@ class Samples:
     def lengths(self, context_length: int) -> list[int]:
         return [min(tokens, context_length) for tokens in self.tokens]
 
-    def longest(self, context_length: int, size: int, draws: float) -> list[int]:
-        """Caption lengths of the micro-batch of `size` that has the most tokens among `draws` of them.
+    def longest(self, context_length: int, size: int, batch_size: int, num_batches: int) -> list[int]:
+        """Lengths of the `size` captions of a micro-batch in that of `num_batches` batches which has the most tokens.
 
-        The largest of n normal sums lies sqrt(2 ln n) standard deviations above the mean.
+        The stream deals those of a batch evenly, so a micro-batch differs as the mean of its batch does, and the
+        largest of n normal numbers lies sqrt(2 ln n) standard deviations above their mean.
         """
         cut = self.lengths(context_length)
-        spread = statistics.pstdev(cut) * math.sqrt(size * 2 * math.log(max(draws, 1.0)))
-        total = min(size * context_length, round(size * statistics.fmean(cut) + spread))
+        above = statistics.pstdev(cut) * math.sqrt(2 * math.log(max(num_batches, 1)) / batch_size)
+        total = min(size * context_length, round(size * (statistics.fmean(cut) + above)))
         return [total // size + (i < total % size) for i in range(size)]
 
 
@@ -143,15 +146,13 @@ def make(config: TrainConfig, samples: Samples, world: World) -> Plan:
     """The plan of a run, a function of its arguments and of the rates in benchmarks/results.
 
     Raises:
-        UserError: a batch that doesn't divide among the ranks, or larger than the samples.
+        UserError: a batch that doesn't divide among ranks and micro-batches, or larger than the samples.
     """
     config = config.resolved()
     model = _model(config)
-    stages, rates = [], _Rates(world, config.engine.precision)
-    for first, epochs, batch_size, num_steps in _stages(config, samples):
-        stages.append(_stage(config, samples, world, rates, first, epochs, batch_size, num_steps))
-    largest = max(stages, key=lambda stage: stage.rank_batch)
-    memory, host = _memory(config, model, samples, world, largest)
+    stages, rates = _stages(config, model, samples, world), _Rates(world, config.engine.precision)
+    stages = [replace(stage, seconds=rates.seconds(stage, config, model, world)) for stage in stages]
+    memory, host = _memory(config, model, samples, world, _largest(stages))
     towers = {"image tower": model.visual, "text tower": model.text}
     parameters = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
     parameters["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -169,7 +170,7 @@ def refuse(config: TrainConfig, plan: Plan) -> None:
         phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
         part = max(parts, key=lambda name: parts[name])
         helps = []
-        for knob, changed in _knobs(config):
+        for knob, changed in _knobs(config, plan.world):
             other = make(changed, plan.samples, plan.world)
             lower = other.peak if phases is plan.memory else other.host_peak
             if lower < 0.98 * peak:
@@ -185,17 +186,28 @@ def refuse(config: TrainConfig, plan: Plan) -> None:
         )
 
 
-def _knobs(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
+def _knobs(config: TrainConfig, world: World) -> list[tuple[str, TrainConfig]]:
     """Changes that keep what is learned, each alone."""
     engine, data = config.engine, config.data
     knobs: list[tuple[str, TrainConfig]] = []
+    sizes = [config.first_batch_size, *(size for _, size in config.batch_schedule)]
+    rank = min(size // world.ranks for size in sizes)
+    micro = config.micro_batch_size or rank
+    smaller = [size for size in (micro // 2, micro // 4, micro // 8) if size and not micro % size and not rank % size]
+    knobs += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
     if not engine.grad_checkpointing:
         knobs.append(("engine.grad_checkpointing=true", _with(config, grad_checkpointing=True)))
-    if engine.name != "deepspeed" or engine.zero_stage < 2:
+    if world.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 1):
+        knobs.append(("engine.zero_stage=1", _with(config, name="deepspeed", zero_stage=1)))
+    if world.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 2):
         knobs.append(("engine.zero_stage=2", _with(config, name="deepspeed", zero_stage=2)))
+    if world.ranks == 1 and engine.name == "deepspeed" and engine.zero_stage:
+        knobs.append(("engine.zero_stage=0", _with(config, zero_stage=0)))
+    if config.checkpoint.background:
+        changed = replace(config, checkpoint=replace(config.checkpoint, background=False))
+        knobs.append(("checkpoint.background=false", changed))
     if data.prefetch_batches > 0:
-        changed = replace(config, data=replace(data, prefetch_batches=0))
-        knobs.append(("data.prefetch_batches=0", changed))
+        knobs.append(("data.prefetch_batches=0", replace(config, data=replace(data, prefetch_batches=0))))
     return knobs
 
 
@@ -206,7 +218,7 @@ def _with(config: TrainConfig, **changes: Any) -> TrainConfig:
 def _model(config: TrainConfig) -> BiomedClip:
     """Of a resolved configuration, without storage, as the trainer would have it."""
     with torch.device("meta"):
-        model = BiomedClip(config.model)
+        model = new_model(config)
     model.set_grad_checkpointing(config.engine.grad_checkpointing)
     if config.patch_dropout_until < 1:
         # The last steps, which see whole images, take the most.
@@ -214,54 +226,60 @@ def _model(config: TrainConfig) -> BiomedClip:
     return model
 
 
-def _stages(config: TrainConfig, samples: Samples) -> list[tuple[int, int, int, int]]:
-    """(first epoch, epochs, batch size, steps) of each batch size."""
-    if config.batch_size > samples.count:
-        raise UserError(f"batch_size={config.batch_size} is larger than the {samples.count} samples")
-    num_steps = config.max_steps or config.epochs * (samples.count // config.batch_size)
-    return [(0, config.epochs, config.batch_size, num_steps)]
+def _stages(config: TrainConfig, model: BiomedClip, samples: Samples, world: World) -> list[Stage]:
+    stream = SampleStream(
+        [samples.count],
+        "",
+        batch_size=config.batch_size,
+        schedule=config.batch_schedule,
+        micro_batch_size=config.micro_batch_size,
+        world_size=world.ranks,
+    )
+    num_steps = config.max_steps or stream.num_batches_of(config.epochs)
+    last = stream.locate(num_steps - 1)[0]
+    firsts = sorted({0, *(epoch for epoch, _ in config.batch_schedule)})
+    stages = []
+    for first, following in zip(firsts, [*firsts[1:], last + 1], strict=True):
+        end = min(following, last + 1)
+        count = min(num_steps, stream.num_batches_of(end)) - stream.num_batches_of(first) if end > first else 0
+        if count > 0:
+            batch_size = stream.batch_size_of(first)
+            share = batch_size // world.ranks
+            micro = config.micro_batch_size or share
+            flops = _flops(config, samples, batch_size, micro < share)
+            stages.append(Stage(first, end - first, batch_size, share, micro, count, flops, None))
+    return stages
 
 
-def _stage(
-    config: TrainConfig,
-    samples: Samples,
-    world: World,
-    rates: _Rates,
-    first_epoch: int,
-    epochs: int,
-    batch_size: int,
-    num_steps: int,
-) -> Stage:
-    if batch_size % world.ranks:
-        raise UserError(f"batch_size={batch_size} is not a multiple of {world.ranks} ranks; it is the global batch")
-    rank_batch = batch_size // world.ranks
-    micro = rank_batch
+def _largest(stages: Sequence[Stage]) -> Stage:
+    return max(stages, key=lambda stage: stage.rank_batch)
+
+
+def _flops(config: TrainConfig, samples: Samples, batch_size: int, replay: bool) -> dict[str, float]:
+    """Of a step over all ranks, by part."""
     lengths = samples.lengths(config.model.text.context_length)
-    pairs = batch_size / len(lengths)
-    forward = pairs * sum(forward_flops(config.model, lengths, config.model.vision.patch_dropout))
+    forward = batch_size / len(lengths) * sum(forward_flops(config.model, lengths, config.model.vision.patch_dropout))
+    # A locked tower goes forward alone, which is left to the reader.
     flops = {"forward": forward, "backward": 2 * forward}
-    if micro < rank_batch:
-        flops["replay of the micro-batches"] = forward
+    if replay:
+        flops["replay"] = forward
     if config.engine.grad_checkpointing:
         flops["recomputation"] = forward
     # S, S again, and the two products with its gradient: as benchmarks/cases.py counts.
     flops["loss"] = 4 * 2.0 * batch_size**2 * config.model.embed_dim
-    seconds = rates.seconds(flops, world)
-    if seconds is not None:
-        seconds["communication"] = _traffic(config, world, batch_size, micro) / world.link
-    return Stage(first_epoch, epochs, batch_size, rank_batch, micro, num_steps, flops, seconds)
+    return flops
 
 
-def _traffic(config: TrainConfig, world: World, batch_size: int, micro: int) -> float:
+def _traffic(config: TrainConfig, model: BiomedClip, world: World, stage: Stage) -> float:
     """Bytes a step that a ring moves through each rank: gradients and weights in fp32, texts and their gradients."""
-    model = _model(config.resolved())
     weights = 4.0 * sum(p.numel() for p in model.parameters())
-    share = (world.ranks - 1) / world.ranks
-    # An all-reduce, or a reduction and a gathering of the updated weights; stage 3 gathers for each pass instead.
-    passes = 2 * (batch_size // world.ranks // micro)
+    # An all-reduce, or a reduction and a gathering of what was updated; under ZeRO 3 each pass gathers instead.
+    passes = stage.rank_batch // stage.micro_batch
+    passes = 2 if passes == 1 else 3 * passes
     times = 1 + passes if config.engine.name == "deepspeed" and config.engine.zero_stage == 3 else 2
     operands = 4 if config.engine.precision == "fp32" else 2
-    return share * (times * weights + batch_size * config.model.embed_dim * (operands + 4))
+    texts = stage.batch_size * config.model.embed_dim * (operands + 4)
+    return (world.ranks - 1) / world.ranks * (times * weights + texts)
 
 
 class _Rates:
@@ -293,11 +311,13 @@ class _Rates:
             self.loss = statistics.median(row["flops"] / row["seconds"] for row in losses) / shares
             self.source += f"; {self.loss:.3g} in the loss, measured (median of {len(losses)})"
 
-    def seconds(self, flops: Bytes, world: World) -> dict[str, float] | None:
+    def seconds(self, stage: Stage, config: TrainConfig, model: BiomedClip, world: World) -> dict[str, float] | None:
+        """Of a step, by part; None where no rate is known."""
         if self.tower is None or self.loss is None:
             return None
         rates = {"loss": self.loss}
-        return {name: count / world.ranks / rates.get(name, self.tower) for name, count in flops.items()}
+        seconds = {name: flops / world.ranks / rates.get(name, self.tower) for name, flops in stage.flops.items()}
+        return {**seconds, "communication": _traffic(config, model, world, stage) / world.link}
 
 
 def measured(device: str) -> list[dict[str, Any]]:
@@ -312,50 +332,45 @@ def _memory(
     config: TrainConfig, model: BiomedClip, samples: Samples, world: World, stage: Stage
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Bytes by phase and part, on the device and, where that is another memory, on the host."""
-    engine = _EngineState.of(config, model, world)
-    lengths = _longest(config, samples, world, stage)
+    micro, share = stage.micro_batch, stage.rank_batch
+    engine = _EngineState.of(config, model, world, micro < share)
     options: dict[str, Any] = dict(precision=config.engine.precision, accelerator=not world.cpu)
-    found = activations(model, lengths, gradients=engine.gradients, **options)
-    images = 3 * config.model.vision.image_size**2
-    loss = _loss(config, world, stage.rank_batch, stage.batch_size)
-    towers = {"activations of the image tower": found.image, "activations of the text tower": found.text}
-    always = dict(engine.always)
+    found = activations(model, _longest(config, samples, stage), gradients=engine.gradients, **options)
+    pixels = 3 * config.model.vision.image_size**2
+    # Micro-batches of the step wait on the host for their replay; those prepared ahead come besides, one as it is read.
+    prefetched = config.data.prefetch_batches * micro if config.data.prefetch_batches else 0
+    loader = {"loader": (share + prefetched) * pixels + micro * samples.image_bytes}
+    copies = {"checkpoint": engine.checkpoint}
+    # A run's last checkpoint comes when no step follows; those before are written while training goes on.
+    overlap = copies if config.checkpoint.background and config.checkpoint.every_steps else {}
+    towers = {"image tower's activations": found.image, "text tower's activations": found.text}
+    features, similarities = _loss(config, world, share, stage.batch_size)
+    always: dict[str, float] = {**engine.always, "features": features}
     always["process"] = _PROCESS if world.cpu else _CUDA_DEVICE
-    loader = {
-        # The batch that is trained on, or asked for, and those prepared ahead; one of them as it was read.
-        "loader": stage.rank_batch * ((config.data.prefetch_batches + 1) * images + samples.image_bytes)
-    }
-    copies = {"copy of weights and optimiser": engine.checkpoint}
-    phases = {
-        "loss": {**always, **towers, "loss": loss},
-        "backward": {
-            **always,
-            **engine.backward,
-            **towers,
-            "gradients and passing": found.step - found.image - found.text,
-        },
-        "update": {**always, **engine.update},
-    }
+    if micro < share:
+        phases = {"embedding": {**always, "passing": found.embed}, "loss": {**always, "similarities": similarities}}
+    else:
+        phases = {"loss": {**always, **towers, "similarities": similarities}}
+    passing = found.step - found.image - found.text
+    phases["backward"] = {**always, **engine.backward, **towers, "passing": passing}
+    phases["update"] = {**always, **engine.update}
     if world.cpu:
-        phases["checkpoint"] = {**always, **copies}
-        return {name: {**parts, **loader} for name, parts in phases.items()}, {}
-    always_host = {"process": float(_CUDA_HOST), **loader}
+        steps = {name: {**parts, **loader, **overlap} for name, parts in phases.items()}
+        return {**steps, "checkpoint": {**always, **loader, **copies}}, {}
     for parts in phases.values():
-        parts["batch"] = stage.rank_batch * images
-    return phases, {"step": always_host, "checkpoint": {**always_host, **copies}}
+        parts["batch"] = micro * pixels
+    host = {"process": float(_CUDA_HOST), **loader}
+    return phases, {"step": {**host, **overlap}, "checkpoint": {**host, **copies}}
 
 
-def _longest(config: TrainConfig, samples: Samples, world: World, stage: Stage) -> list[int]:
-    draws = stage.num_steps * world.ranks * stage.rank_batch / stage.micro_batch
-    return samples.longest(config.model.text.context_length, stage.micro_batch, draws)
+def _longest(config: TrainConfig, samples: Samples, stage: Stage) -> list[int]:
+    return samples.longest(config.model.text.context_length, stage.micro_batch, stage.batch_size, stage.num_steps)
 
 
-def _kept(
-    config: TrainConfig, model: BiomedClip, samples: Samples, world: World, stage: Stage
-) -> dict[str, tuple[int, int]]:
+def _kept(config: TrainConfig, samples: Samples, world: World, stage: Stage) -> dict[str, tuple[int, int]]:
     """What a micro-batch keeps for its backward pass with and without what spares memory: (image tower, text tower)."""
-    rows, context_length = {}, config.model.text.context_length
-    packed, padded = _longest(config, samples, world, stage), [context_length] * stage.micro_batch
+    rows, context_length, model = {}, config.model.text.context_length, _model(config)
+    packed, padded = _longest(config, samples, stage), [context_length] * stage.micro_batch
     for checkpointing in (False, True):
         for name, lengths in (("packed", packed), (f"padded to {context_length}", padded)):
             model.set_grad_checkpointing(checkpointing)
@@ -376,43 +391,50 @@ class _EngineState:
     gradients: Gradients
 
     @classmethod
-    def of(cls, config: TrainConfig, model: BiomedClip, world: World) -> _EngineState:
+    def of(cls, config: TrainConfig, model: BiomedClip, world: World, replays: bool) -> _EngineState:
         weights = 4.0 * sum(p.numel() for p in model.parameters())
         trained = 4.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         engine, ranks = config.engine, world.ranks
-        bucket = min(float(engine.bucket_mib << 20), trained)
-        checkpoint, share = weights + 2 * trained, trained / ranks
-        whole = {"weights": weights, "optimiser": 2 * trained}
-        if engine.name == "ddp" and ranks == 1:
-            return cls(whole, {}, {"gradients": trained}, checkpoint, "grow")
+        stage = engine.zero_stage if engine.name == "deepspeed" else 0
+        bucket, share = {"communication": float(min(engine.bucket_mib << 20, trained))}, trained / ranks
+        average = trained if config.ema_decay else 0.0
+        whole: dict[str, float] = {"weights": weights, "optimiser": 2 * trained}
+        # With micro-batches they lie whole from the first to the last, whatever the engine does with them then.
+        grows: Gradients = "there" if replays else "grow"
+        backward = {"whole gradients": trained} if replays else {}
         if engine.name == "ddp":
-            # Gradients are views of the buckets, which DDP keeps.
-            return cls({**whole, "gradients": trained}, {}, {}, checkpoint, "taken")
-        if engine.zero_stage == 0:
+            if ranks > 1:
+                # Gradients are copied to buckets that DDP keeps, and become views of them.
+                whole["gradients"], grows = trained, "there" if replays else "taken"
+            update: dict[str, float] = {"gradients": trained}
+        elif stage == 0:
             # They are reduced in a flat copy of up to 500 million numbers (deepspeed.runtime.engine).
-            flat = min(trained, 4 * 500e6) if ranks > 1 else 0.0
-            return cls(whole, {}, {"gradients": trained, "communication": flat}, checkpoint, "grow")
-        if engine.zero_stage < 3:
-            # fp32 weights, too, have a copy of the shard that this rank updates; whose gradients are collected, and
-            # copied once more for the update (deepspeed.runtime.zero.stage_1_and_2).
-            always = {"weights": weights, "optimiser": 3 * share}
-            if engine.zero_stage == 1:
-                update = {"gradients": max(trained + share, 2 * share), "communication": bucket}
-                return cls(always, {}, update, checkpoint, "grow")
-            backward = {"gradients": share, "communication": bucket}
-            return cls(always, backward, {"gradients": 2 * share, "communication": bucket}, checkpoint, "taken")
-        # Gathered weights stay until the backward pass is through (stage3_max_reuse_distance of 1e9 numbers).
-        always = {"weights": share, "optimiser": 2 * share, "gradients": share, "communication": bucket}
-        return cls(always, {"gathered weights": weights}, {}, checkpoint, "taken")
+            update = {"gradients": trained, "communication": min(trained, 4 * 500e6) if ranks > 1 else 0.0}
+        elif stage < 3:
+            # Of fp32 weights, too, there is a copy of the shard that this rank updates; its gradients are collected,
+            # and copied once more for the update (deepspeed.runtime.zero.stage_1_and_2).
+            whole["optimiser"] = 3 * share
+            update = {"gradients": max(trained + share, 2 * share) if stage == 1 else 2 * share, **bucket}
+            if stage == 2 and not replays:
+                backward, grows = {"gradients": share, **bucket}, "taken"
+        else:
+            # Gathered weights stay until the backward pass is through (stage3_max_reuse_distance of 1e9 numbers).
+            whole = {"weights": share, "optimiser": 2 * share, "gradients": share, **bucket}
+            backward, grows = {"gathered weights": weights, **backward}, "there" if replays else "taken"
+            update = {}
+        if average:
+            whole["average of weights"] = average / ranks if stage == 3 else average
+        checkpoint = weights + 2 * trained + average
+        return cls(whole, backward, update, checkpoint, grows)
 
 
-def _loss(config: TrainConfig, world: World, local: int, total: int) -> float:
-    """Bytes of features, their gradients and a chunk of similarities with its gradient."""
+def _loss(config: TrainConfig, world: World, local: int, total: int) -> tuple[float, float]:
+    """Bytes of features with their gradients, and of a chunk of similarities with its gradient."""
     width, operands = config.model.embed_dim, 4 if config.engine.precision == "fp32" else 2
     rows = default_chunk_size(local, total, torch.device("cpu" if world.cpu else "cuda"))
-    # Two towers' local features and gradients; all ranks' texts as operands, and their gradient.
+    # Both towers' local features and gradients in fp32; all ranks' texts as operands, and their gradient.
     features = 4 * local * width * 4 + (total * width * (operands + 4) if world.ranks > 1 else 0)
-    return features + 2 * 4 * rows * total
+    return features, 2 * 4 * rows * total
 
 
 def _size(count: float) -> str:
@@ -447,7 +469,7 @@ def _heading(plan: Plan) -> str:
 
 
 def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
-    largest = max(plan.stages, key=lambda stage: stage.rank_batch)
+    largest = _largest(plan.stages)
     head = ["from epoch", "steps", "batch", "of a rank", "micro-batch"]
     flops = _union(stage.flops for stage in plan.stages)
     yield _table(
@@ -487,7 +509,7 @@ def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
             total = ["sum", *(f"{sum(phase.values()) / GIB:.2f}" for phase in phases.values())]
             bound = f"; there are {limit / GIB:.2f}" if limit else ""
             yield _table(title + bound, ["part", *phases], [*rows, total])
-    towers = _kept(config, _model(config), plan.samples, plan.world, largest)
+    towers = _kept(config, plan.samples, plan.world, largest)
     yield _table(
         f"Kept for the backward pass of {largest.micro_batch} pairs, GiB",
         ["text", "image tower", "text tower"],

@@ -223,7 +223,7 @@ QKV = torch.zeros(4, 3, 1, 4)
     ("call", "words"),
     [
         (lambda: ops.fused_attention(torch.zeros(2, 3, 4)), "qkv must be"),
-        (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4, dtype=torch.long)), "floating point"),
+        (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4, dtype=torch.long)), "qkv must be floating point"),
         (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), torch.ones(2, 4, dtype=torch.bool)), "key_mask"),
         (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), torch.ones(2, 3)), "bool"),
         (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 4), dropout_p=1.0), "dropout_p"),

@@ -120,6 +120,7 @@ def test_registration_and_compilation():
     [
         (lambda q, kv, r, b: (q, kv[:, :1], r, b), "key_value"),
         (lambda q, kv, r, b: (q, kv.double(), r, b), "must be the same"),
+        (lambda q, kv, r, b: (q.long(), kv.long(), r, b), "query must be floating point, got torch.int64"),
         (lambda q, kv, r, b: (q, kv, r.int(), b), r"rows must be \(2,\), torch.int64"),
         (lambda q, kv, r, b: (q, kv, r, b[:-1]), r"cu_seqlens must be \(3,\)"),
         (lambda q, kv, r, b: (q, kv, r, b + 1), "from 0 to T = 11"),

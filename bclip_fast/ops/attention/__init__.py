@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import cuda_refusal, triton_refusal
 from ..dispatch import Limits, choose, kernels
-from .checks import checked_dropout
+from .checks import checked_dropout, cpu_limits
 from .pooled import pooled_attention
 
 __all__ = ["LIMITS", "fused_attention", "pooled_attention", "varlen_attention"]
@@ -25,20 +25,10 @@ def _cuda_limits(qkv: Tensor) -> str | None:
     return cuda_refusal(qkv)
 
 
-def _cpu_limits(qkv: Tensor) -> str | None:
-    if qkv.device.type != "cpu":
-        return f"qkv is on {qkv.device}"
-    if qkv.dtype not in (torch.float32, torch.bfloat16):
-        return f"{qkv.dtype} is neither float32 nor bfloat16"
-    if qkv.shape[-1] % 16:
-        return f"the head dimension {qkv.shape[-1]} isn't a multiple of 16"
-    return None
-
-
 LIMITS: Limits = {
     "triton": _triton_limits,
     "cuda": _cuda_limits,
-    "cpu": _cpu_limits,
+    "cpu": cpu_limits,
     "reference": lambda qkv: None,
 }
 
@@ -82,7 +72,7 @@ def fused_attention(
             raise ValueError(f"key_mask must be bool on {qkv.device}, got {key_mask.dtype} on {key_mask.device}")
         key_mask = key_mask.flatten()
     rows = qkv.flatten(0, 1)
-    seed, scale = checked_dropout(rows, dropout_p, seed, scale)
+    seed, scale = checked_dropout("qkv", rows, dropout_p, seed, scale)
     backend = choose("fused_attention", LIMITS, backend, rows)
     out, _ = _attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
     return out.unflatten(0, (batch, tokens))
@@ -121,7 +111,7 @@ def varlen_attention(
         raise ValueError(f"cu_seqlens must be (n + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
         raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
-    seed, scale = checked_dropout(qkv, dropout_p, seed, scale)
+    seed, scale = checked_dropout("qkv", qkv, dropout_p, seed, scale)
     backend = choose("varlen_attention", LIMITS, backend, qkv)
     return _attention(qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale, backend)[0]
 

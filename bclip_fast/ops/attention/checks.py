@@ -6,12 +6,23 @@ import torch
 from torch import Tensor
 
 
+def cpu_limits(operand: Tensor) -> str | None:
+    """The reason against the C++ kernels, for an operand (..., d)."""
+    if operand.device.type != "cpu":
+        return f"the input is on {operand.device}"
+    if operand.dtype not in (torch.float32, torch.bfloat16):
+        return f"{operand.dtype} is neither float32 nor bfloat16"
+    if operand.shape[-1] % 16:
+        return f"the head dimension {operand.shape[-1]} isn't a multiple of 16"
+    return None
+
+
 def checked_dropout(
-    operand: Tensor, dropout_p: float, seed: Tensor | int | None, scale: float | None
+    name: str, operand: Tensor, dropout_p: float, seed: Tensor | int | None, scale: float | None
 ) -> tuple[Tensor | None, float]:
-    """Seed (None without dropout) and scale as the backends take them, for an operand (..., d)."""
+    """Seed (None without dropout) and scale as the backends take them, for the operand `name`, (..., d)."""
     if not operand.is_floating_point():
-        raise ValueError(f"qkv must be floating point, got {operand.dtype}")
+        raise ValueError(f"{name} must be floating point, got {operand.dtype}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):

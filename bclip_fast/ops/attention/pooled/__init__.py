@@ -7,22 +7,12 @@ from torch import Tensor
 
 from ...arguments import triton_refusal
 from ...dispatch import Limits, choose, kernels
-from ..checks import checked_dropout
+from ..checks import checked_dropout, cpu_limits
 
 __all__ = ["LIMITS", "pooled_attention"]
 
 
-def _cpu_limits(query: Tensor) -> str | None:
-    if query.device.type != "cpu":
-        return f"query is on {query.device}"
-    if query.dtype not in (torch.float32, torch.bfloat16):
-        return f"{query.dtype} is neither float32 nor bfloat16"
-    if query.shape[-1] % 16:
-        return f"the head dimension {query.shape[-1]} isn't a multiple of 16"
-    return None
-
-
-LIMITS: Limits = {"triton": triton_refusal, "cpu": _cpu_limits, "reference": lambda query: None}
+LIMITS: Limits = {"triton": triton_refusal, "cpu": cpu_limits, "reference": lambda query: None}
 
 
 def pooled_attention(
@@ -70,7 +60,7 @@ def pooled_attention(
                 f"{name} must be ({length},), {dtype} on {query.device}, got {tuple(index.shape)}, {index.dtype} on "
                 f"{index.device}"
             )
-    seed, scale = checked_dropout(query, dropout_p, seed, scale)
+    seed, scale = checked_dropout("query", query, dropout_p, seed, scale)
     backend = choose("pooled_attention", LIMITS, backend, query)
     return _pooled(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale, backend)[0]
 

@@ -1,0 +1,296 @@
+"""What a recipe chooses beside the optimiser: locked towers, rates by layer, averaged weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peers import import_open_clip
+from ranks import on_ranks
+from synthetic import tiny_model, tiny_run, weights, write_shards
+from test_model import GPT, SMALL, padded_ids
+
+from bclip_fast import pretrained
+from bclip_fast.errors import UserError
+from bclip_fast.eval.report import read_metrics
+from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.train import engine as engines
+from bclip_fast.train.average import Average
+from bclip_fast.train.checkpoint import load_latest, read, verify
+from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
+from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups
+from bclip_fast.train.trainer import train
+
+ENGINES = {
+    "ddp": EngineConfig(name="ddp", precision="fp32"),
+    **{f"zero{stage}": EngineConfig(zero_stage=stage, precision="fp32") for stage in (0, 2, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def curve(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+
+
+def trained(model: BiomedClip) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# Locked towers
+
+
+@pytest.mark.parametrize("unlocked", [0, 1, 2, 3])
+def test_locks_what_open_clip_locks(unlocked: int) -> None:
+    from bclip_fast.model import weights as weight_files
+
+    open_clip = import_open_clip()
+    import timm
+    from transformers import BertConfig, BertModel
+
+    vision, text = SMALL.vision, SMALL.text
+    image_tower = open_clip.timm_model.TimmModel("vit_tiny_patch16_224", embed_dim=24, image_size=32)
+    image_tower.trunk = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=vision.width, depth=3, num_heads=4, num_classes=0
+    )
+    bert = BertConfig(
+        hidden_size=text.width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, vocab_size=100
+    )
+    text_tower = open_clip.hf_model.HFTextEncoder.__new__(open_clip.hf_model.HFTextEncoder)
+    torch.nn.Module.__init__(text_tower)
+    text_tower.transformer, text_tower.config = BertModel(bert, add_pooling_layer=False), bert
+    image_tower.lock(unlocked)
+    if unlocked:
+        # What open_clip means to do: 3.3.0 doesn't know the name of BERT's layers, and stops with a KeyError.
+        for module in [text_tower.transformer.embeddings, *text_tower.transformer.encoder.layer][:-unlocked]:
+            module.requires_grad_(False)
+    else:
+        text_tower.lock()
+    theirs = {f"visual.{name}": parameter.requires_grad for name, parameter in image_tower.named_parameters()}
+    theirs |= {f"text.{name}": parameter.requires_grad for name, parameter in text_tower.named_parameters()}
+    model = BiomedClip(SMALL)
+    model.visual.lock(unlocked)
+    model.text.lock(unlocked)
+    ours = trained(model)
+    assert {"logit_scale", "visual.head.weight", "text.proj.0.weight", "text.proj.2.weight"} <= ours
+    checked = 0
+    for name, names in weight_files.key_map(SMALL).items():
+        for other in names:
+            if other in theirs:
+                assert (name in ours) == theirs[other], other
+                checked += 1
+    assert checked > 80
+    with pytest.raises(UserError, match="unlocked groups is 4"):
+        model.visual.lock(4)
+
+
+def saved_bytes(model: BiomedClip) -> int:
+    """Of what autograd keeps for the backward pass of a batch, without the parameters."""
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += 0 if tensor.data_ptr() in own else tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.rand(8, 3, 32, 32), padded_ids([20] * 8))
+        (output["image_features"] * output["text_features"]).sum().backward()
+    return kept
+
+
+@pytest.mark.parametrize("text", [SMALL.text, GPT], ids=["bert", "gpt"])
+def test_a_locked_tower_keeps_no_activations_and_drops_nothing(text: Any) -> None:
+    model = BiomedClip(replace(SMALL, text=text, vision=replace(SMALL.vision, patch_dropout=0.5))).train()
+    full = saved_bytes(model)
+    model.visual.lock()
+    image_locked = saved_bytes(model)
+    model.text.lock(1)
+    one_layer = saved_bytes(model)
+    model.text.lock()
+    both = saved_bytes(model)
+    assert full > image_locked > one_layer > both and both < full / 50
+    model.train()
+    assert torch.equal(
+        model(torch.ones(2, 3, 32, 32))["image_features"], model(torch.ones(2, 3, 32, 32))["image_features"]
+    )
+    ids = padded_ids([20, 11])
+    assert torch.equal(model(text=ids)["text_features"], model(text=ids)["text_features"])
+    model.text.lock(2)
+    model.train()
+    assert [layer.training for layer in model.text.layers] == [False, True, True] and not model.text.training
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def locked_run(run: Path, shards: Path, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = dict(lock_image=True, lock_text=True, lock_text_unlocked_layers=1, max_steps=4)
+    settings["ema_decay"] = 0.75
+    return tiny_run(run, shards, **{**settings, "checkpoint": CheckpointConfig(every_steps=2, keep=0), **changes})
+
+
+def _train_locked(rank: int, folder: str) -> int:
+    for name, engine in ENGINES.items():
+        train(locked_run(Path(folder) / name, Path(folder) / "shards", engine=engine))
+    return rank
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with locked towers: one rank in `one`, two ranks under the name of each engine."""
+    root = tmp_path_factory.mktemp("locked")
+    train(locked_run(root / "one", write_shards(root / "shards"), engine=ENGINES["ddp"]))
+    on_ranks(2, _train_locked, str(root))
+    return root
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_locked_towers_on_two_ranks(locked: Path, name: str) -> None:
+    torch.testing.assert_close(curve(locked / name), curve(locked / "one"), rtol=0, atol=2e-5)
+    torch.manual_seed(0)
+    start = BiomedClip(tiny_model())
+    start.visual.lock()
+    start.text.lock(1)
+    after = weights(locked / name)
+    moved = {key for key, tensor in start.state_dict().items() if not torch.equal(tensor, after[key])}
+    assert moved == trained(start)
+    # The average is kept of what is trained, and whole, wherever its parts lie.
+    state = load_latest(locked / name / "checkpoints")
+    assert set(state.ema) == moved and state.ema["logit_scale"].shape == ()
+    expected = load_latest(locked / "one" / "checkpoints").ema
+    for key, tensor in state.ema.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_locked_towers_resume_bit_for_bit(locked: Path, tmp_path: Path, name: str) -> None:
+    config = locked_run(tmp_path / "run", locked / "shards", engine=ENGINES[name])
+    whole = train(config)
+    before = load_latest(whole / "checkpoints").ema
+    (whole / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    expected = curve(whole)
+    train(dataclasses.replace(config, resume=True))
+    assert curve(whole) == expected
+    again = load_latest(whole / "checkpoints")
+    assert again.step == 4 and all(torch.equal(tensor, before[key]) for key, tensor in again.ema.items())
+    torch.testing.assert_close(curve(whole), curve(locked / "one"), rtol=0, atol=2e-5)
+
+
+def test_unlocked_groups_without_a_lock_are_refused() -> None:
+    with pytest.raises(UserError, match="lock_image_unlocked_groups=1: .* needs lock_image"):
+        TrainConfig(lock_image_unlocked_groups=1)
+
+
+# The average of the weights
+
+
+def test_the_average_is_the_formula_and_is_validated_and_exported(shards: Path, tmp_path: Path) -> None:
+    every = CheckpointConfig(every_steps=1, keep=0)
+    seen = []
+
+    def validate(model: BiomedClip, *_: Any) -> dict[str, float]:
+        seen.append(model.state_dict())
+        return {"scale": float(model.logit_scale.detach())}
+
+    config = tiny_run(
+        tmp_path / "run",
+        shards,
+        ema_decay=0.5,
+        checkpoint=every,
+        max_steps=3,
+        validation=ValidationConfig(every_steps=3),
+    )
+    torch.manual_seed(0)
+    expected = BiomedClip(tiny_model()).double().state_dict()
+    run = train(config, validate=validate)
+    for step in (1, 2, 3):
+        state = read(run / "checkpoints" / f"step-{step:08d}")
+        for name, tensor in state.model.items():
+            expected[name] = 0.5 * expected[name] + 0.5 * tensor.double()
+            torch.testing.assert_close(state.ema[name].double(), expected[name], rtol=1e-6, atol=1e-7)
+    (plain, averaged) = seen
+    for name in averaged:
+        assert torch.equal(plain[name], state.model[name]) and torch.equal(averaged[name], state.ema[name])
+    last = [record for record in read_metrics(run / "metrics.jsonl") if "validation_ema/scale" in record]
+    assert [record["step"] for record in last] == [3]
+    for folder, source in (("model", state.model), ("model_ema", state.ema)):
+        model = pretrained.load(run / folder)[0]
+        assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+    (run / "checkpoints" / "step-00000003" / "ema.safetensors").write_bytes(b"")
+    assert "ema.safetensors has 0 bytes" in str(verify(run / "checkpoints" / "step-00000003"))
+    with pytest.raises(UserError, match="ema_decay=1"):
+        TrainConfig(ema_decay=1.0)
+
+
+def test_an_average_begins_where_a_run_goes_on_with_one(shards: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "run", shards, max_steps=1)
+    run = train(config)
+    assert not load_latest(run / "checkpoints").ema and not (run / "model_ema").exists()
+    start = weights(run)
+    train(dataclasses.replace(config, resume=True, ema_decay=0.5, max_steps=2))
+    state = load_latest(run / "checkpoints")
+    for name, tensor in state.ema.items():
+        torch.testing.assert_close(tensor, (start[name] + state.model[name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_an_update_that_was_skipped_leaves_the_average(shards: Path, tmp_path: Path) -> None:
+    """fp16's first loss scale overflows: the weights stay, and so does an average that was elsewhere."""
+    settings = EngineConfig(name="ddp", precision="fp16")
+    wrapped = engines.make(BiomedClip(tiny_model()), settings, OptimConfig(), 2)
+    away = {name: tensor + 1 for name, tensor in wrapped.model_state().items()}
+    average = Average(wrapped, 0.5, away)
+    average.update()
+    for name, tensor in average.state().items():
+        torch.testing.assert_close(tensor, away[name] - 0.5)
+    run = train(tiny_run(tmp_path / "run", shards, engine=settings, ema_decay=0.5, max_steps=1))
+    state = load_latest(run / "checkpoints")
+    assert state.optimizer.num_steps == 0 and all(torch.equal(state.ema[n], t) for n, t in state.model.items())
+
+
+# Learning rates by layer
+
+
+def test_layer_scales_are_beits() -> None:
+    names = [name for name, _ in BiomedClip(SMALL).named_parameters()]
+    scales = layer_scales(names, 0.5)
+    for tower, stem in (("visual", "pos_embed"), ("text", "word_embeddings.weight")):
+        assert scales[f"{tower}.{stem}"] == 0.5**4
+        assert [scales[f"{tower}.layers.{i}.qkv.weight"] for i in range(3)] == [0.5**3, 0.5**2, 0.5]
+    assert scales["visual.norm.bias"] == scales["visual.head.weight"] == scales["text.proj.2.weight"] == 1
+    assert scales["text.embedding_norm.weight"] == 0.5**4 and "logit_scale" not in scales
+    # As timm gives them, whose groups of its own trunk differ in the norm alone.
+    assert set(layer_scales([f"clip.{name}" for name in names], 0.5).values()) == set(scales.values())
+    groups = parameter_groups(BiomedClip(SMALL).named_parameters(), OptimConfig(layer_decay=0.5))
+    assert sorted({group["lr_scale"] for group in groups}) == [0.5**4, 0.5**3, 0.5**2, 0.5, 1]
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    with pytest.raises(UserError, match=r"optim\.layer_decay=0"):
+        OptimConfig(layer_decay=0.0)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_layer_decay_slows_the_lower_layers_alike_in_every_engine(shards: Path, tmp_path: Path, name: str) -> None:
+    optim = OptimConfig(lr=1e-3, warmup_steps=0, layer_decay=0.3, weight_decay=0.0)
+    checkpoint = CheckpointConfig(every_steps=0)
+    settings: dict[str, Any] = dict(optim=optim, checkpoint=checkpoint, max_steps=1)
+    torch.manual_seed(0)
+    start = BiomedClip(tiny_model()).state_dict()
+    after = weights(train(tiny_run(tmp_path / name, shards, engine=ENGINES[name], **settings)))
+    plain = weights(train(tiny_run(tmp_path / "ddp", shards, engine=ENGINES["ddp"], **settings)))
+    # AdamW's first update is the rate, whatever the gradient.
+    for key, scale in {
+        "visual.layers.0.fc1.weight": 0.09,
+        "text.layers.1.fc1.weight": 0.3,
+        "visual.head.weight": 1,
+    }.items():
+        assert float((after[key] - start[key]).abs().median()) == pytest.approx(1e-3 * scale, rel=0.02)
+    for key in after:
+        torch.testing.assert_close(after[key], plain[key], rtol=0, atol=1e-6)
