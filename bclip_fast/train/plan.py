@@ -32,8 +32,8 @@ from .memory import Gradients, activations, kept
 
 Bytes = Mapping[str, float]
 
-# A process that imported torch 2.13, DeepSpeed 0.19 and TensorBoard and joined a group, resident on x86-64.
-_PROCESS = 264 << 20
+# What a process has resident that trained a model of no size on a CPU, by engine (torch 2.13, DeepSpeed 0.19, x86-64).
+_PROCESS = {"ddp": 417 << 20, "deepspeed": 525 << 20}
 # With CUDA beside it: its libraries on the host; its context, NCCL's and cuBLAS's buffers on the device. Not measured.
 _CUDA_HOST, _CUDA_DEVICE = 3 * GIB, 1.5 * GIB
 # Of the peak rate, where no measurement of this device is at hand. Not measured.
@@ -346,7 +346,7 @@ def _memory(
     towers = {"image tower's activations": found.image, "text tower's activations": found.text}
     features, similarities = _loss(config, world, share, stage.batch_size)
     always: dict[str, float] = {**engine.always, "features": features}
-    always["process"] = _PROCESS if world.cpu else _CUDA_DEVICE
+    always["process"] = _PROCESS[config.engine.name] if world.cpu else _CUDA_DEVICE
     if micro < share:
         phases = {"embedding": {**always, "passing": found.embed}, "loss": {**always, "similarities": similarities}}
     else:
@@ -460,8 +460,8 @@ def _heading(plan: Plan) -> str:
             f"World       {world.ranks} rank(s) on {world.nodes} node(s), {world.device.name}, "
             f"{_size(world.device.memory)} a rank, links of {world.link / 1e9:.3g} GB/s",
             f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
-            f"Parameters  {sum(counts.values()) - counts['trained']:,}: image tower {counts['image tower']:,}, text tower "
-            f"{counts['text tower']:,}; trained {counts['trained']:,}",
+            f"Parameters  image tower {counts['image tower']:,}, text tower {counts['text tower']:,}; "
+            f"trained {counts['trained']:,}",
             f"Length      {steps:,} steps, {seen:,} pairs seen",
             f"Time        {end}; {plan.rates}; links by data sheet, waits none",
         ]
