@@ -111,13 +111,14 @@ def test_the_longest_run_of_the_paper_fits_each_machine(name: str):
 
 
 def test_what_cannot_fit_is_refused_with_what_helps():
-    config = load("gpu1")
-    whole = dataclasses.replace(config, micro_batch_size=0)
-    made = plan.make(whole, plan.PMC_15M, gpus(1))
+    # Two layers, as many as show it.
+    shallow = {name: dataclasses.replace(getattr(load().model, name), layers=2) for name in ("vision", "text")}
+    whole = dataclasses.replace(load("gpu1"), model=BiomedClipConfig(**shallow), micro_batch_size=0)
+    made = plan.make(whole, plan.PMC_15M, gpus(1, gib=30))
     with pytest.raises(UserError) as error:
         plan.refuse(whole, made)
     assert "goes to: image tower's activations" in str(error.value)
-    for knob in ("micro_batch_size=512", "engine.grad_checkpointing=true"):
+    for knob in ("micro_batch_size=2048", "engine.grad_checkpointing=true"):
         assert knob in str(error.value)
 
 
@@ -136,9 +137,10 @@ def test_shares_that_do_not_divide_are_refused(changes: dict[str, Any], words: s
 
 def test_zero_shards_what_the_plan_says():
     """8 bytes a parameter of moments and 4 of master weights, over the ranks; stage 3 the weights, too."""
-    number = 4 * 195_902_721
+    model = tiny_model()
+    number = 4 * sum(parameter.numel() for parameter in BiomedClip(model).parameters())
     for stage, optimiser in ((0, 2 * number), (1, 3 * number / 8), (2, 3 * number / 8), (3, 2 * number / 8)):
-        config = dataclasses.replace(load(), engine=EngineConfig(zero_stage=stage), micro_batch_size=64)
+        config = dataclasses.replace(load(), model=model, engine=EngineConfig(zero_stage=stage), micro_batch_size=64)
         parts = plan.make(config, plan.PMC_15M, gpus()).memory["update"]
         assert parts["optimiser"] == pytest.approx(optimiser)
         assert parts["weights"] == pytest.approx(number / (8 if stage == 3 else 1))
@@ -170,7 +172,7 @@ def test_activations_without_storage_are_those_of_a_real_step(checkpointing: boo
     taken = memory.activations(model, lengths, precision="fp32", gradients="taken")
     there = memory.activations(model, lengths, precision="fp32", gradients="there")
     assert max(taken.step, there.step) <= found.step <= taken.step + gradients
-    assert found.embed < found.image + found.text or checkpointing
+    assert 0 < there.embed < there.image + there.text or checkpointing
 
 
 def test_a_locked_tower_keeps_nothing():

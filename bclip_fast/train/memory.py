@@ -34,8 +34,8 @@ Gradients = Literal["grow", "there", "taken"]
 class Activations:
     """Bytes of a micro-batch beyond weights, inputs and what else lives from step to step.
 
-    image, text: kept for the backward pass, by tower. embed: at the peak of a pass without one. step: at the peak of
-    forward and backward, with the gradients that appear meanwhile.
+    image, text: kept for the backward pass, by tower. embed: at the peak of a pass without one, where gradients are
+    "there" from others. step: at the peak of forward and backward, with the gradients that appear meanwhile.
     """
 
     image: int
@@ -61,8 +61,9 @@ def activations(
             on a CPU with AMX our operator spares them.
     """
     with _without_storage(model, lengths, precision, accelerator, gradients) as (network, held, encode):
-        with torch.no_grad():
-            _ = encode[0](), encode[1]()
+        if gradients == "there":
+            with torch.no_grad():
+                _ = encode[0](), encode[1]()
         embed, held.peak = held.peak, held.now
         image, text, outputs = _forward(held, encode)
         outputs = [tensor for tensor in outputs if tensor.requires_grad]
