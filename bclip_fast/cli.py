@@ -52,6 +52,12 @@ COMMANDS = {
         "bclip_fast.data.ingest_report:run",
         "ingest",
     ),
+    "train export": Command(
+        "a trained model in the layout of open_clip or transformers",
+        "bclip_fast.train.export:ExportConfig",
+        "bclip_fast.train.export:run",
+        "train",
+    ),
     "train replay": Command(
         "compute again the step at which a run gave up",
         "bclip_fast.train.dump:ReplayConfig",

@@ -128,6 +128,39 @@ def save(
     os.replace(partial, folder / WEIGHT_FILES[0])
 
 
+def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+    """Writes the towers as transformers loads them, since no single class of its has both as BiomedCLIP has.
+
+        vision/   ViTModel, whose pooler_output is the image's embedding; preprocessor_config.json
+        text/     BertModel and the tokenizer, or of a gpt tower CLIPTextModelWithProjection, whose text_embeds it is
+        projections.safetensors   text_projection. of BERT, which its first token's last hidden state goes through:
+                                  `0.weight`, GELU, `2.weight`, or `weight` alone; logit_scale, the logarithm
+
+    Embeddings aren't normalised. Raises OSError or SafetensorError where nothing can be written.
+    """
+    from safetensors.torch import save_file
+
+    folder, config, pixels = Path(folder), model.config, preprocess.config
+    states = weights.to_transformers(model.state_dict(), config)
+    for name, content, state in zip(("vision", "text"), layout.transformers_configs(config), states, strict=False):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
+    save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder / "text")
+    square, whole = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
+    content = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": square if whole else {"shortest_edge": pixels.size},
+        "do_center_crop": not whole,
+        "crop_size": square,
+        "resample": {"bicubic": 3, "bilinear": 2}[pixels.interpolation],
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 class Source(Protocol):
     """Where the files of one checkpoint are."""
 

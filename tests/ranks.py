@@ -14,9 +14,10 @@ from torch.multiprocessing import start_processes
 
 
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """For processes that find torch imported: once for all of a process of tests, in the environment it had then."""
+    """For processes that find torch imported, and its compiler, which comes with the first optimiser: once for all of a
+    process of tests, in the environment it had then."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     return context
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -20,8 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import fork_server
 from synthetic import tiny_model, tiny_run, weights, write_shards
 
+from bclip_fast import distributed
 from bclip_fast.cli import main
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
@@ -290,34 +291,41 @@ def test_which_checkpoints_are_kept(shards: Path, tmp_path: Path):
         train(wrong, validate=validate)
 
 
-# Processes. A server forks them from what it has imported, so that one starts in milliseconds.
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-# torch loads its compiler with the first optimiser.
-_CONTEXT.set_forkserver_preload(["bclip_fast.train.trainer", "synthetic", "torch._dynamo", "torch.utils.tensorboard"])
+# Processes.
 
 
-def _train(config: TrainConfig, rank: int, num_ranks: int, port: int, pause: float) -> None:
+def _train(config: TrainConfig, rank: int, num_ranks: int, port: int, pause: float, stop_at: int) -> None:
     torch.set_num_threads(1)
+    distributed._GRACE_S = 1.0
     logging.basicConfig(level=logging.WARNING, filename=f"{config.run}.{rank}.log")
     if num_ranks > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def on_step(record: dict[str, Any]) -> None:
+        time.sleep(pause)
+        if record["step"] == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     try:
-        train(config, on_step=lambda _: time.sleep(pause))
+        train(config, on_step=on_step)
     except UserError as error:
         logging.getLogger().error("%s", error)
         raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
-def running(config: TrainConfig, num_ranks: int = 1, pause: float = 0.0) -> Iterator[list[Any]]:
-    """The ranks of a run, ended for certain; `pause` seconds are slept by rank 0 after each step."""
+def running(config: TrainConfig, num_ranks: int = 1, pause: float = 0.0, stop_at: int = 0) -> Iterator[list[Any]]:
+    """The ranks of a run, ended for certain; rank 0 sleeps `pause` seconds after each step, and is told to stop after
+    step `stop_at`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     Path(config.run).parent.mkdir(parents=True, exist_ok=True)
-    ranks = [_CONTEXT.Process(target=_train, args=(config, rank, num_ranks, port, pause)) for rank in range(num_ranks)]
+    ranks = [
+        fork_server().Process(target=_train, args=(config, rank, num_ranks, port, pause, stop_at))
+        for rank in range(num_ranks)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -429,6 +437,28 @@ def test_two_ranks_stop_by_a_signal_to_one(shards: Path, tmp_path: Path):
     assert steps(run) == [num_lines(run)]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EngineConfig("ddp", precision="fp32"),
+        pytest.param(EngineConfig(zero_stage=3, precision="fp32"), marks=pytest.mark.long),
+    ],
+    ids=["ddp", "zero3"],
+)
+def test_one_rank_then_two_then_four(shards: Path, tmp_path: Path, settings: EngineConfig):
+    config = tiny_run(
+        tmp_path / "run", shards, engine=settings, checkpoint=CheckpointConfig(every_steps=0), resume=True
+    )
+    for num_ranks, stop_at in ((1, 2), (2, 4), (4, 0)):
+        with running(config, num_ranks, stop_at=stop_at) as ranks:
+            pass
+        assert [process.exitcode for process in ranks] == [EXIT_STOPPED if stop_at else 0] * num_ranks
+        assert num_lines(tmp_path / "run") == (stop_at or 6)
+    # The tolerance of test_engine_ranks.
+    whole = train(tiny_run(tmp_path / "whole", shards))
+    torch.testing.assert_close(column(tmp_path / "run", "loss"), column(whole, "loss"), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_rank_ends_the_others_with_its_name(shards: Path, tmp_path: Path, lost: int):
     run = tmp_path / "run"
@@ -465,7 +495,7 @@ def test_a_stuck_rank_is_lost_after_the_timeout(shards: Path, tmp_path: Path):
 
 def test_a_rank_that_never_comes_is_said_so(shards: Path, tmp_path: Path):
     config = tiny_run(tmp_path / "run", shards, timeout_s=1.0)
-    process = _CONTEXT.Process(target=_train, args=(config, 1, 2, 1, 0.0))
+    process = fork_server().Process(target=_train, args=(config, 1, 2, 1, 0.0, 0))
     process.start()
     process.join(60)
     assert process.exitcode == 2

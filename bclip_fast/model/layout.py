@@ -15,8 +15,9 @@ from typing import Any
 
 from ..errors import UserError
 from .biomedclip import BiomedClipConfig
-from .text import BERT_NORM_EPS, TextConfig
+from .text import BERT_NORM_EPS, GPT_NORM_EPS, TextConfig
 from .transformer import check_range, mlp_width
+from .vision import NORM_EPS as VIT_NORM_EPS
 from .vision import VisionConfig
 
 Json = dict[str, Any]
@@ -107,6 +108,49 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
         if getattr(config, name) != getattr(defaults, name):
             model[name] = getattr(config, name)
     return {CONFIG_FILE: {"model_cfg": model}, **files}
+
+
+def transformers_configs(config: BiomedClipConfig) -> tuple[Json, Json]:
+    """config.json of the towers as `weights.to_transformers` names their parameters."""
+    vision, text = config.vision, config.text
+    image: Json = {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": mlp_width(vision.width, vision.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": VIT_NORM_EPS,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "pooler_output_size": config.embed_dim,
+        "pooler_act": "linear",
+    }
+    if text.kind == "bert":
+        return image, _bert_json(text)
+    return image, {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": mlp_width(text.width, text.mlp_ratio),
+        "projection_dim": config.embed_dim,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": text.context_length,
+        "hidden_act": "gelu",
+        "layer_norm_eps": GPT_NORM_EPS,
+        "attention_dropout": 0.0,
+        "pad_token_id": text.pad_id,
+        "bos_token_id": None,
+        # By 2, whatever the vocabulary, transformers reads at the highest id.
+        "eos_token_id": 2 if text.end_id is None else text.end_id,
+    }
 
 
 def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> BiomedClipConfig:
@@ -259,13 +303,17 @@ def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
     sizes, published = dataclasses.asdict(text), dataclasses.asdict(TextConfig())
     if all(sizes[name] == published[name] for name in (*_BERT_SIZES.values(), "mlp_ratio")):
         return PUBMEDBERT
-    files["text/config.json"] = {
+    files["text/config.json"] = _bert_json(text)
+    return "./text"
+
+
+def _bert_json(text: TextConfig) -> Json:
+    return {
         "architectures": ["BertModel"],
         **_BERT_FIXED,
         **{theirs: getattr(text, ours) for theirs, ours in _BERT_SIZES.items()},
         "intermediate_size": mlp_width(text.width, text.mlp_ratio),
     }
-    return "./text"
 
 
 def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:

@@ -215,6 +215,51 @@ def to_open_clip(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State
     keys = key_map(config)
     if state.keys() != keys.keys():
         raise UserError(f"state dict does not fit its configuration: {_some(state.keys() ^ keys.keys())}")
+    return _divide(state, keys)
+
+
+def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tuple[State, State, State]:
+    """The parameters of transformers' ViTModel, of its BertModel or CLIPTextModelWithProjection, and what neither has.
+
+    The ViT's pooler, without activation, is the image projection. Neither has BERT's projection, `text_projection.`
+    and open_clip's names, and the logit scale and bias. Copies as of `to_open_clip`.
+    """
+    vision = {f"visual.{ours}": theirs for ours, theirs in _transformers_vit_keys(config.vision.layers).items()}
+    image = _divide(state, vision | {"visual.head.weight": ("pooler.dense.weight",)})
+    image["pooler.dense.bias"] = torch.zeros(config.embed_dim, dtype=image["pooler.dense.weight"].dtype)
+    rest: Keys = {name: (name,) for name in ("logit_scale", "logit_bias") if name in state}
+    if config.text.kind == "gpt":
+        text = _divide(state, _transformers_clip_text_keys(config.text.layers))
+        text["text_projection.weight"] = text["text_projection.weight"].T.contiguous()
+        return image, text, _divide(state, rest)
+    keys = _bert_keys(config.text)
+    bert = {
+        ours: tuple(name.removeprefix("text.transformer.") for name in theirs)
+        for ours, theirs in keys.items()
+        if theirs[0].startswith("text.transformer.")
+    }
+    rest |= {ours: (f"text_projection{ours.removeprefix('text.proj')}",) for ours in keys if ours not in bert}
+    return image, _divide(state, bert), _divide(state, rest)
+
+
+def _transformers_clip_text_keys(layers: int) -> Keys:
+    model = "text_model."
+    keys: Keys = {
+        "text.token_embedding.weight": (f"{model}embeddings.token_embedding.weight",),
+        "text.pos_embed": (f"{model}embeddings.position_embedding.weight",),
+        "text.projection": ("text_projection.weight",),
+    }
+    keys |= _pairs("text.norm", model + "final_layer_norm")
+    modules = dict(norm1="layer_norm1", proj="self_attn.out_proj", norm2="layer_norm2", fc1="mlp.fc1", fc2="mlp.fc2")
+    for i in range(layers):
+        layer = f"{model}encoder.layers.{i}."
+        keys |= _pairs(f"text.layers.{i}.qkv", *(f"{layer}self_attn.{name}_proj" for name in "qkv"))
+        for ours, theirs in modules.items():
+            keys |= _pairs(f"text.layers.{i}.{ours}", layer + theirs)
+    return keys
+
+
+def _divide(state: Mapping[str, Tensor], keys: Keys) -> State:
     result = {}
     for ours, theirs in keys.items():
         parts = state[ours].detach().cpu().chunk(len(theirs)) if len(theirs) > 1 else [state[ours].detach().cpu()]

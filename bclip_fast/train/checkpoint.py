@@ -117,7 +117,8 @@ def written(target: Path, partial: Path | None = None) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written: {error}; older checkpoints are untouched") from error
+        rest = "" if partial is None else "; older checkpoints are untouched"
+        raise UserError(f"{target}: cannot be written: {error}{rest}") from error
 
 
 class Writer:

@@ -51,7 +51,7 @@ from .cached import CachedBatch, MicroBatch
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise, new_model
-from .metrics import MetricsLog, Progress
+from .metrics import MetricsLog, Progress, peak_memory
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
 from .spikes import Spikes
@@ -74,8 +74,8 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
             rank 0's on each), mfu (rank 0's, where the device's peak is known), step_seconds and of it, on rank 0,
             data_wait_seconds and those of `StepClock`: forward, loss, backward (with the towers' second forward pass
             where there are micro-batches), optimizer; communication_seconds where the engine knows what the backward
-            pass waited for gradients; bad_samples (different ones so far, over all ranks); skipped (steps so far that
-            the section `spikes` forbade).
+            pass waited for gradients; peak_memory_bytes (rank 0's so far, on its GPU if it has one); bad_samples
+            (different ones so far, over all ranks); skipped (steps so far that the section `spikes` forbade).
 
     Raises:
         UserError: a configuration, dataset or checkpoint that doesn't fit, or the last checkpoint can't be written; on
@@ -307,6 +307,7 @@ class _Run:
             "data_wait_seconds": data_wait,
             **clock.seconds(),
             **self.engine.communication(),
+            "peak_memory_bytes": peak_memory(self.engine.device),
             "bad_samples": self.bad.num_bad,
             "skipped": self.spikes.num_skipped,
         }
