@@ -19,8 +19,6 @@ from bclip_fast.config import CONFIGS, parse
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
 from bclip_fast.model.packed import Packed
-from bclip_fast.model.text import TextConfig
-from bclip_fast.model.vision import VisionConfig
 from bclip_fast.train import memory, plan
 from bclip_fast.train.cluster import GIB, ClusterConfig, World, world
 from bclip_fast.train.config import TrainConfig
@@ -217,30 +215,30 @@ def measured_peak(config: TrainConfig, folder: Path, ranks: int) -> int:
     return max(peaks)
 
 
-def medium() -> BiomedClipConfig:
-    """Large enough that the process itself is the smaller part of what a step takes."""
-    text = TextConfig(context_length=64, vocab_size=2048, width=384, layers=6, heads=6, max_positions=64)
-    return BiomedClipConfig(embed_dim=256, vision=VisionConfig(image_size=160, width=384, layers=6, heads=6), text=text)
+def shallow() -> BiomedClipConfig:
+    """Two layers of each tower of the published model."""
+    vision, text = (dataclasses.replace(getattr(BiomedClipConfig(), name), layers=2) for name in ("vision", "text"))
+    return BiomedClipConfig(vision=vision, text=text)
 
 
-CASES: dict[str, tuple[dict[str, Any], int]] = {
-    "micro-batches": (dict(model=medium(), batch_size=192, micro_batch_size=48), 1),
-    "checkpointed": (dict(model=preset("biomedclip_b16"), batch_size=8), 1),
-    "zero1 on two ranks": (dict(model=medium(), batch_size=128), 2),
-}
-ENGINES = {
-    "micro-batches": EngineConfig(name="ddp", precision="fp32"),
-    "checkpointed": EngineConfig(name="ddp", precision="bf16", grad_checkpointing=True),
-    "zero1 on two ranks": EngineConfig(zero_stage=1, precision="fp32"),
-}
+PUBLISHED = preset("biomedclip_b16")
+CASES: dict[str, tuple[dict[str, Any], EngineConfig, int]] = {
+    "two layers": (dict(model=shallow(), batch_size=8), EngineConfig(name="ddp", precision="fp32"), 1),
+    "micro-batches": (
+        dict(model=PUBLISHED, batch_size=16, micro_batch_size=4), EngineConfig(name="ddp", precision="bf16"), 1,
+    ),
+    "checkpointed": (
+        dict(model=PUBLISHED, batch_size=8),
+        EngineConfig(zero_stage=0, precision="bf16", grad_checkpointing=True), 1,
+    ),
+    "zero 1 on two ranks": (dict(model=PUBLISHED, batch_size=8), EngineConfig(zero_stage=1, precision="bf16"), 2),
+}  # fmt: skip
 
 
 def compare(name: str, folder: Path) -> None:
-    settings, ranks = CASES[name]
+    settings, engine, ranks = CASES[name]
     shards = write_shards(folder / "shards", num_samples=256)
-    config = tiny_run(
-        folder / "run", shards, engine=ENGINES[name], max_steps=2, cluster=ClusterConfig(1, ranks), **settings
-    )
+    config = tiny_run(folder / "run", shards, engine=engine, max_steps=2, cluster=ClusterConfig(1, ranks), **settings)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
     made = plan.make(config, plan.samples_of(config), world(config.cluster))
     peak = measured_peak(config, folder, ranks)
@@ -248,9 +246,11 @@ def compare(name: str, folder: Path) -> None:
     assert abs(made.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in made.memory.items()}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["two layers", *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])]
+)
 def test_planned_memory_is_within_15_percent_of_the_measured_peak(name: str, tmp_path: Path):
+    """Where weights are the most of it; where activations are, holes of the C library's heap come on top (plan.py)."""
     compare(name, tmp_path)
 
 
