@@ -30,7 +30,16 @@ class BenchConfig:
 
     operator: tyro.conf.Positional[
         Literal[
-            "affine", "attention", "contrastive", "image", "images", "loader", "pointwise", "retrieval", "step", "trainer",
+            "affine",
+            "attention",
+            "contrastive",
+            "image",
+            "images",
+            "loader",
+            "pointwise",
+            "retrieval",
+            "step",
+            "trainer",
             "all",
         ]
     ] = "all"

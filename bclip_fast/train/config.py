@@ -10,6 +10,7 @@ from bclip_fast.data.files import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClipConfig, preset
 
+from .cluster import ClusterConfig
 from .engine import EngineConfig
 from .schedule import OptimConfig
 from .spikes import SpikeConfig
@@ -136,6 +137,8 @@ class TrainConfig:
     resume: bool = False
     """Continue from the newest whole checkpoint of the run folder, and begin where there is none, so that a launcher
     restarts a run by the command that began it. Without it a folder with checkpoints is refused."""
+    dry_run: bool = False
+    """Print what the run would take on the ranks of the cluster section, and refuse what can't fit; train nothing."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0
@@ -173,6 +176,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0:

@@ -44,13 +44,13 @@ from bclip_fast.model.tokenizer import Tokenizer
 from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines
-from . import flops, validation
+from . import flops, plan, validation
 from .average import Average
 from .bad_samples import BadSamples
 from .cached import CachedBatch, Spool
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
-from .initial import initial_tokenizer, initialise
+from .initial import initial_tokenizer, initialise, new_model
 from .metrics import MetricsLog, Progress, peak_memory
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
@@ -65,7 +65,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 def train(config: TrainConfig, *, validate: validation.Validate | None = None, on_step: OnStep | None = None) -> Path:
-    """Trains to the end and returns the run folder.
+    """Trains to the end and returns the run folder; with dry_run, prints the plan alone.
 
     Args:
         validate: figures of the model, computed on rank 0 when validation is due, in place of `validation.standard`.
@@ -84,6 +84,9 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         SystemExit: with EXIT_STOPPED, where a signal stopped the run.
     """
     config = config.resolved()
+    if config.dry_run:
+        plan.run(config)
+        return Path(config.run)
     distributed.init(timeout_seconds=config.timeout_s)
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
@@ -144,7 +147,7 @@ class _Run:
         self.step = 0
         self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
         torch.manual_seed(config.seed)
-        self.model = model = _new_model(config)
+        self.model = model = new_model(config)
         self.spikes = Spikes(config.spikes)
         self.best: dict[str, Any] = {}
         saved = self._load(model) if config.resume else None
@@ -439,7 +442,7 @@ def replay(config: dumps.ReplayConfig) -> int:
     distributed.init()
     atexit.register(distributed.shutdown)
     dump = dumps.read(config.dump)
-    model = _new_model(dump.config)
+    model = new_model(dump.config)
     model.load_state_dict(dump.model)
     model.visual.patch_dropout = dump.patch_dropout
     engine = engines.make(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
@@ -465,19 +468,6 @@ def _open(data: DataConfig, split: str) -> ShardDataset:
     if not data.shards:
         raise UserError("data.shards is not set; give the folder that `bclip ingest build` wrote")
     return ShardDataset(data.shards, split, data.read)
-
-
-def _new_model(config: TrainConfig) -> BiomedClip:
-    model = BiomedClip(config.model)
-    pixels = PreprocessConfig()
-    model.visual.patch_embed.mean, model.visual.patch_embed.std = pixels.mean, pixels.std
-    for tower, locked, unlocked in (
-        (model.visual, config.lock_image, config.lock_image_unlocked_groups),
-        (model.text, config.lock_text, config.lock_text_unlocked_layers),
-    ):
-        if locked:
-            tower.lock(unlocked)
-    return model
 
 
 def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
