@@ -10,6 +10,7 @@ from bclip_fast.data.files import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClipConfig, preset
 
+from .cluster import ClusterConfig
 from .engine import EngineConfig
 from .schedule import OptimConfig
 from .spikes import SpikeConfig
@@ -37,6 +38,10 @@ class DataConfig:
     """Threads a rank that decode images."""
     prefetch_batches: int = 2
     """Batches prepared ahead; from a URL, read ahead."""
+    spool_above_mib: int = 256
+    """With micro-batches, a rank's images wait in memory, and what is more in a file, to be embedded a second time."""
+    spool_dir: str = ""
+    """Folder of that file, which no other process sees; empty: the system's for temporary files."""
     max_bad_samples: int = 100
     """Different samples, over all ranks, that may turn out damaged and are replaced (bad_samples.jsonl of the run lists
     them); one more stops the run. 0: the first stops it. A shard that can't be read always does."""
@@ -47,6 +52,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples}: must not be negative")
+        if self.spool_above_mib < 0:
+            raise UserError(f"data.spool_above_mib={self.spool_above_mib}: must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
 
@@ -130,6 +137,8 @@ class TrainConfig:
     resume: bool = False
     """Continue from the newest whole checkpoint of the run folder, and begin where there is none, so that a launcher
     restarts a run by the command that began it. Without it a folder with checkpoints is refused."""
+    dry_run: bool = False
+    """Print what the run would take on the ranks of the cluster section, and refuse what can't fit; train nothing."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0
@@ -167,6 +176,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0:

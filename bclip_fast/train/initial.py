@@ -23,6 +23,20 @@ log = logging.getLogger(__name__)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
+def new_model(config: TrainConfig) -> BiomedClip:
+    """The model of a run with resolved configuration, at random, with its locked weights locked."""
+    model = BiomedClip(config.model)
+    pixels = PreprocessConfig()
+    model.visual.patch_embed.mean, model.visual.patch_embed.std = pixels.mean, pixels.std
+    for tower, locked, unlocked in (
+        (model.visual, config.lock_image, config.lock_image_unlocked_groups),
+        (model.text, config.lock_text, config.lock_text_unlocked_layers),
+    ):
+        if locked:
+            tower.lock(unlocked)
+    return model
+
+
 def initialise(model: BiomedClip, init: InitConfig) -> None:
     """Fills `model`, on the CPU, with what `init` names; the rest stays as it is.
 
@@ -33,6 +47,8 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
     if init.model:
         _continue(model, init.model)
     if init.vision:
+        if model.config.vision.kind != "vit":
+            raise UserError(f"init.vision={init.vision}: a plain ViT, but model.vision.kind is not vit")
         state, content, where = _read(init.vision)
         if content is not None:
             _check_heads(where, layout.vit_heads(content, where), model.config.vision.heads, "vision")
