@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Computes the step of a dump again, on as many ranks as made it, and prints its loss and gradient norm."""
+    """Computes the step of a dump again, on as many ranks as made it, and logs its loss and gradient norm."""
 
     dump: tyro.conf.Positional[Path]
     """RUN/dumps/step-XXXXXXXX."""

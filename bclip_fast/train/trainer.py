@@ -433,7 +433,7 @@ class _Run:
 
 
 def replay(config: dumps.ReplayConfig) -> int:
-    """`bclip train replay`: computes a dumped step again and prints its loss and gradient norm; 1 where they differ.
+    """`bclip train replay`: computes a dumped step again and logs its loss and gradient norm; 1 where they differ.
 
     They are those of the run bit for bit on a CPU like the run's with as many threads, on one rank or two: of more, the
     first step's gradients are sent in other pieces than the later ones', and sums run in another order. fp16 starts
@@ -456,14 +456,11 @@ def replay(config: dumps.ReplayConfig) -> int:
     cached.backward()
     norm = engine.step(0.0, -1.0).grad_norm
     engine.close()
-    differ = [repr(a) != repr(b) for a, b in ((dump.loss, value), (dump.grad_norm, norm))]
-    if distributed.is_main():
-        from rich.console import Console
-
-        lines = [f"step {dump.step}   of the run            computed again"]
-        lines += [f"loss        {dump.loss!r:<22} {value!r}", f"grad_norm   {dump.grad_norm!r:<22} {norm!r}"]
-        Console(highlight=False).print("\n".join(lines), soft_wrap=True)
-    return int(any(differ))
+    pairs = {"loss": (dump.loss, value), "grad_norm": (dump.grad_norm, norm)}
+    for name, (found, again) in pairs.items():
+        log.info("step %d  %s %r in the run, %r computed again", dump.step, name, found, again)
+    # As text, for NaN isn't equal to itself.
+    return int(any(repr(found) != repr(again) for found, again in pairs.values()))
 
 
 def _open(data: DataConfig, split: str) -> ShardDataset:
