@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser, check_drawn, check_keyboard
 from PIL import Image
 from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 
@@ -236,3 +237,24 @@ def test_the_command_writes_both_files_into_the_run(
     assert "zero_shot/colour" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not exist"):
         run(EvalCommand(model=str(run_folder), data=str(shards / "none")))
+
+
+def test_the_page_without_a_mouse(page: Page, tmp_path: Path) -> None:
+    """Tab meets all that scrolls or opens, in the order of the page; arrows scroll a table, Enter opens the prompts."""
+    address = (tmp_path / "report.html").as_uri()
+    with Browser() as browser:
+        check_drawn(browser, address, tmp_path)
+        for width in (400, 1400):
+            browser.open(address, width=width)
+            names = [one["name"] for one in check_keyboard(browser)]
+            assert names[0] == "All figures" and "Prompts" in names and names[-2:] == ["Environment", "Settings"]
+        browser.open(address, width=400)
+        browser.press("Tab")
+        for _ in range(3):
+            browser.press("ArrowRight")
+        browser.ask("new Promise(done => setTimeout(done, 400))", wait=True)
+        assert browser.ask("document.activeElement.scrollLeft") > 0
+        while browser.ask("document.activeElement.tagName") != "SUMMARY":
+            browser.press("Tab")
+        browser.press("Enter")
+        assert browser.ask("document.activeElement.parentElement.open")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from browser import Browser, check_drawn, check_keyboard
 from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 from test_pretrained import SMALL, shaken
 
@@ -251,42 +251,53 @@ def test_the_server_listens_on_the_loopback_alone(address: str, searcher: Search
 
 def test_the_page_in_a_browser(address: str, tmp_path: Path) -> None:
     """Chromium draws the hits out, in light and dark, and its policy stops nothing that the page needs."""
-    from PIL import Image
-
-    browser = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    base = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--window-size=1000,1100",
-    ]
-    shots = []
-    for scheme in (0, 1):
-        shot = tmp_path / f"{scheme}.png"
-        flags = [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}", address + "?q=a+red+square"]
-        done = subprocess.run([*base, *flags], capture_output=True, text=True, timeout=120)
-        assert "CONSOLE" not in done.stderr, done.stderr
-        with Image.open(shot) as picture:
-            shots.append(np.asarray(picture.convert("RGB"), dtype=float))
-    dark, light = (shot[5:20, 5:20].mean() for shot in shots)
-    assert dark < 60 and light > 200
-    red = [((shot[..., 0] > 170) & (shot[..., 1] < 80) & (shot[..., 2] < 80)).mean() for shot in shots]
-    assert min(red) > 0.05, "the red squares are drawn"
-    dom = subprocess.run(
-        [*base, "--dump-dom", address + "?q=a+red+square"], capture_output=True, text=True, timeout=120
-    )
+    with Browser() as browser:
+        for shot in check_drawn(browser, address + "?q=a+red+square", tmp_path):
+            red = (shot[..., 0] > 170) & (shot[..., 1] < 80) & (shot[..., 2] < 80)
+            assert red.mean() > 0.05, "the red squares are drawn"
+        check_drawn(browser, address, tmp_path)
+        browser.open(address + "?q=a+red+square")
+        dom = browser.ask("document.documentElement.outerHTML")
     # Every field has a label, every picture a text, the page a language, a title and one main heading.
     from lxml import html
 
-    tree = html.fromstring(dom.stdout)
+    tree = html.fromstring(dom)
     labels = set(tree.xpath("//label/@for"))
     assert {e.get("id") for e in tree.xpath("//input[@type!='hidden']")} == labels == {"q", "k", "image"}
     assert len(tree.xpath("//img")) == 8 and all(tree.xpath("//img/@alt"))
     assert tree.get("lang") == "en" and len(tree.xpath("//h1")) == 1 and tree.xpath("//title/text()")
+
+
+def test_the_page_without_a_mouse(address: str) -> None:
+    """Tab meets every control as the eye does; words and a picture are asked for, and a link is followed, by key."""
+    with Browser() as browser:
+        for width in (400, 1400):
+            browser.open(address + "?q=a+red+square", width=width)
+            names = [one["name"] for one in check_keyboard(browser)]
+            assert names[:5] == ["q", "k", "Search", "image", "Find similar"]
+            assert "article" in names[5:] and "CC BY" in names[5:]
+        browser.open(address)
+        assert len(check_keyboard(browser)) == 5
+        browser.open(address)
+        browser.press("Tab")
+        browser("Input.insertText", text="a blue square")
+        browser.events.clear()
+        browser.press("Enter")
+        browser.wait_for("Page.loadEventFired")
+        assert browser.ask("[document.title, document.querySelectorAll('img').length]") == [
+            "a blue square · bclip_fast search", 8,
+        ]  # fmt: skip
+        browser("Page.setInterceptFileChooserDialog", enabled=True)
+        for _ in range(4):
+            browser.press("Tab")
+        browser.press(" ")
+        assert browser.wait_for("Page.fileChooserOpened")["mode"] == "selectSingle"
+        # The first link of a hit, by Enter: that it leads out is seen by where it would go.
+        browser.ask("addEventListener('click', e => { window.followed = e.target.href; e.preventDefault() })")
+        for _ in range(2):
+            browser.press("Tab")
+        browser.press("Enter")
+        assert browser.ask("window.followed == document.querySelector('.found a').href")
 
 
 def test_the_colours_of_the_pages_have_contrast() -> None:

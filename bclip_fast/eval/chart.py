@@ -117,9 +117,9 @@ def roc_chart(curves: Sequence[dict[str, Any]], *, title: str) -> Markup:
         corners = " ".join(place(x, y) for x, y in curve["points"])
         y = top + side + 58 + row * i
         parts.append(f'<polyline class="s{i}" points="{corners}"/>')
-        parts.append(f'<polyline class="s{i}" points="{left},{y - 4} {left + 28},{y - 4}"/>')
+        parts.append(f'<polyline class="s{i}" points="6,{y - 4} 34,{y - 4}"/>')
         name = curve["class"] if len(curve["class"]) <= 44 else curve["class"][:43] + "\u2026"
-        parts.append(f'<text x="{left + 36}" y="{y}">{escape(name)}, {100 * curve["auroc"]:.1f} %</text>')
+        parts.append(f'<text x="42" y="{y}">{escape(name)}, {100 * curve["auroc"]:.1f} %</text>')
     label = escape(f"{title}: area {100 * shown[0]['auroc']:.1f} % for {shown[0]['class']}")
     width = left + side + 14 + (60 if shown else 0)
     head = f'<svg class="chart roc" viewBox="0 0 {width} {height + 12}" role="img" aria-label="{label}">'

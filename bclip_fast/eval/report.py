@@ -65,6 +65,7 @@ def write(
             headline=_headline(results),
             published=_published(results),
             curves=_curves(run_folder) if run_folder else [],
+            most_curves=chart.MAX_CURVES,
             roc={name: _roc(result, names.get(name, {})) for name, result in tasks.items()},
             questions=[
                 _questions(result, data[name])
