@@ -28,6 +28,7 @@ from bclip_fast.train.initial import initialise
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 
+WEIGHTS = "open_clip_model.safetensors"
 VISION, TEXT = SMALL.vision, SMALL.text
 BERT: dict[str, Any] = dict(
     hidden_size=TEXT.width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, vocab_size=100,
@@ -207,6 +208,55 @@ def test_whole_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "start" / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"takes pixels of mean \(0.5, 0.5, 0.5\)"):
         initialise(BiomedClip(SMALL), InitConfig(model=str(tmp_path / "start")))
+
+
+def test_openai_clips_own_towers(tmp_path: Path) -> None:
+    """open_clip's CLIP with its own ViT and QuickGELU: read, computed, continued from, written back."""
+    open_clip = import_open_clip()
+    vision = dict(image_size=32, patch_size=8, width=48, layers=2, head_width=12)
+    text = dict(context_length=20, vocab_size=100, width=32, heads=2, layers=2)
+    model_cfg = dict(embed_dim=24, quick_gelu=True, vision_cfg=vision, text_cfg=text)
+    theirs = shaken(open_clip.model.CLIP(**model_cfg)).eval()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / WEIGHTS)
+    Tokenizer.train(["axial brain MRI", "chest radiograph"] * 3, 100, context_length=20).save(tmp_path)
+    ours, preprocess, tokenizer = pretrained.load(tmp_path)
+    image, ids = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), padded_ids([20, 7])
+    ids[0, -1] = ids[1, 6] = 99
+    mean, std = torch.tensor(preprocess.config.mean), torch.tensor(preprocess.config.std)
+    pixels = ((image / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def check(ours: BiomedClip, theirs: Any) -> None:
+        with torch.no_grad():
+            for given in (pixels, image):
+                torch.testing.assert_close(
+                    ours.encode_image(given), theirs.encode_image(pixels, normalize=True), rtol=1e-5, atol=1e-5
+                )
+            torch.testing.assert_close(
+                ours.encode_text(ids), theirs.encode_text(ids, normalize=True), rtol=1e-5, atol=1e-5
+            )
+
+    check(ours, theirs)
+    exact = dataclasses.replace(ours.config, quick_gelu=False)
+    with pytest.raises(UserError, match="model.quick_gelu is True there and False here"):
+        initialise(BiomedClip(exact), InitConfig(model=str(tmp_path)))
+    # Another image size, and back to open_clip.
+    larger = dataclasses.replace(ours.config, vision=dataclasses.replace(ours.config.vision, image_size=48))
+    model = BiomedClip(larger)
+    initialise(model, InitConfig(model=str(tmp_path)))
+    assert model.visual.pos_embed.shape == (1, 37, 48)
+    pretrained.save(tmp_path / "again", ours, preprocess, tokenizer)
+    written = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["model_cfg"]
+    custom = open_clip.model.CustomTextCLIP(**{key: value for key, value in written.items() if key != "custom_text"})
+    custom.load_state_dict(load_file(tmp_path / "again" / WEIGHTS))
+    check(ours, custom.eval())
+    assert pretrained.load(tmp_path / "again")[0].config == ours.config
+    with pytest.raises(UserError, match="ViTModel has no norm before its layers"):
+        pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
+    with pytest.raises(UserError, match="quick_gelu is True, but the exact GELU"):
+        dataclasses.replace(SMALL, quick_gelu=True)
+    with pytest.raises(UserError, match="a plain ViT, but model.vision.kind is not vit"):
+        initialise(BiomedClip(ours.config), InitConfig(vision="anything"))
 
 
 def test_from_the_hub(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ _TIMM_ARGUMENTS = {
     "num_heads": "heads",
     "mlp_ratio": "mlp_ratio",
 }
+_CLIP_SIZES = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
 # BertConfig's key -> ours
 _BERT_SIZES = {
     "vocab_size": "vocab_size",
@@ -80,13 +81,17 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
         published_tokenizer: the vocabulary is PubMedBERT's, so that its public name may stand for it.
     """
     files: dict[str, Json] = {}
-    vision: Json = {
-        "timm_model_name": _timm_name(config.vision, files),
-        "timm_model_pretrained": False,
-        "timm_pool": "",
-        "timm_proj": "linear",
-        "image_size": config.vision.image_size,
-    }
+    if config.vision.kind == "clip":
+        vision: Json = {name: getattr(config.vision, name) for name in _CLIP_SIZES}
+        vision["head_width"] = config.vision.width // config.vision.heads
+    else:
+        vision = {
+            "timm_model_name": _timm_name(config.vision, files),
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": config.vision.image_size,
+        }
     if config.vision.patch_dropout:
         vision["patch_dropout"] = config.vision.patch_dropout
     tokenizer_name = PUBMEDBERT if published_tokenizer else "."
@@ -103,6 +108,8 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if config.text.kind == "gpt":
         model["custom_text"] = True
+    if config.quick_gelu:
+        model["quick_gelu"] = True
     defaults = BiomedClipConfig()
     for name in ("init_logit_scale", "init_logit_bias"):
         if getattr(config, name) != getattr(defaults, name):
@@ -143,7 +150,7 @@ def transformers_configs(config: BiomedClipConfig) -> tuple[Json, Json]:
         "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads,
         "max_position_embeddings": text.context_length,
-        "hidden_act": "gelu",
+        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
         "layer_norm_eps": GPT_NORM_EPS,
         "attention_dropout": 0.0,
         "pad_token_id": text.pad_id,
@@ -165,19 +172,24 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
         UserError: a key or value that this package's towers cannot express; the message names it.
     """
     model = _Section("model_cfg", _table(config, "model_cfg"))
-    vision = _read_vision(_Section("vision_cfg", model.take_table("vision_cfg")), read_json)
+    vision_section = _Section("vision_cfg", model.take_table("vision_cfg"))
+    timm = "timm_model_name" in vision_section.left
+    vision = _read_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
     text_section = _Section("text_cfg", model.take_table("text_cfg"))
     if "hf_model_name" in text_section.left:
         text = _read_bert(text_section, read_json, hub_json)
     else:
         text = _read_gpt(text_section)
-    model.expect("quick_gelu", False)
+    quick_gelu = model.take("quick_gelu", False)
+    if not isinstance(quick_gelu, bool):
+        raise UserError(f"{CONFIG_FILE}: model_cfg.quick_gelu is {quick_gelu!r}; supported is True or False")
     model.take("custom_text", None)
     defaults = BiomedClipConfig()
     result = BiomedClipConfig(
         embed_dim=model.take("embed_dim"),
         vision=vision,
         text=text,
+        quick_gelu=quick_gelu,
         init_logit_scale=model.take("init_logit_scale", defaults.init_logit_scale),
         init_logit_bias=model.take("init_logit_bias", None),
     )
@@ -281,6 +293,18 @@ def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionC
     if image_size not in (None, vision.image_size):
         raise UserError(f"{CONFIG_FILE}: image_size {image_size!r} is not that of {name}, {vision.image_size}")
     return dataclasses.replace(vision, patch_dropout=patch_dropout)
+
+
+def _read_clip_vision(section: _Section) -> VisionConfig:
+    """open_clip's own VisionTransformer, as OpenAI's models have it; what it can do beyond them isn't supported."""
+    defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
+    sizes = {name: section.take(name, default) for name, default in defaults.items()}
+    head_width = section.take("head_width", 64)
+    section.expect("pool_type", "tok")
+    section.finish()
+    check_range(f"{CONFIG_FILE}: vision_cfg.width", sizes["width"], 1, 16384)
+    check_range(f"{CONFIG_FILE}: vision_cfg.head_width", head_width, 1, sizes["width"])
+    return VisionConfig(kind="clip", heads=sizes["width"] // head_width, **sizes)
 
 
 def _timm_config(content: Json) -> VisionConfig:

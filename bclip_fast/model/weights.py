@@ -36,7 +36,7 @@ def key_map(config: BiomedClipConfig) -> Keys:
     keys: Keys = {"logit_scale": ("logit_scale",)}
     if config.init_logit_bias is not None:
         keys["logit_bias"] = ("logit_bias",)
-    keys |= _vision_keys(config.vision.layers)
+    keys |= (_clip_vision_keys if config.vision.kind == "clip" else _vision_keys)(config.vision.layers)
     keys |= _bert_keys(config.text) if config.text.kind == "bert" else _gpt_keys(config.text.layers)
     return keys
 
@@ -52,6 +52,41 @@ def _vision_keys(layers: int) -> Keys:
         for ours, theirs in modules.items():
             keys |= _pairs(f"visual.layers.{i}.{ours}", f"{trunk}blocks.{i}.{theirs}")
     return keys
+
+
+def _clip_vision_keys(layers: int) -> Keys:
+    keys: Keys = {
+        "visual.cls_token": ("visual.class_embedding",),
+        "visual.pos_embed": ("visual.positional_embedding",),
+        "visual.patch_embed.weight": ("visual.conv1.weight",),
+        "visual.head.weight": ("visual.proj",),
+    }
+    keys |= _pairs("visual.pre_norm", "visual.ln_pre") | _pairs("visual.norm", "visual.ln_post")
+    return keys | _resblocks("visual.layers.", "visual.transformer.resblocks.", layers)
+
+
+def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
+    """The layers of open_clip's own transformer."""
+    keys: Keys = {}
+    modules = dict(norm1="ln_1", proj="attn.out_proj", norm2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj")
+    for i in range(layers):
+        for kind in ("weight", "bias"):
+            keys[f"{ours}{i}.qkv.{kind}"] = (f"{theirs}{i}.attn.in_proj_{kind}",)
+        for name, other in modules.items():
+            keys |= _pairs(f"{ours}{i}.{name}", f"{theirs}{i}.{other}")
+    return keys
+
+
+def _clip_shapes(state: Mapping[str, Tensor], *, back: bool = False) -> State:
+    """open_clip's own image tower keeps these without the leading axes of ours, and the projection transposed."""
+    state = dict(state)
+    for name, num_axes in (("visual.class_embedding", 2), ("visual.positional_embedding", 1)):
+        if name in state:
+            tensor = state[name]
+            state[name] = tensor.reshape(tensor.shape[num_axes:] if back else (1,) * num_axes + tensor.shape)
+    if "visual.proj" in state and state["visual.proj"].dim() == 2:
+        state["visual.proj"] = state["visual.proj"].T.contiguous()
+    return state
 
 
 def _bert_keys(config: TextConfig) -> Keys:
@@ -85,14 +120,7 @@ def _gpt_keys(layers: int) -> Keys:
         "text.projection": ("text.text_projection",),
     }
     keys |= _pairs("text.norm", "text.ln_final")
-    modules = dict(norm1="ln_1", proj="attn.out_proj", norm2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj")
-    for i in range(layers):
-        block = f"text.transformer.resblocks.{i}."
-        for kind in ("weight", "bias"):
-            keys[f"text.layers.{i}.qkv.{kind}"] = (f"{block}attn.in_proj_{kind}",)
-        for ours, theirs in modules.items():
-            keys |= _pairs(f"text.layers.{i}.{ours}", block + theirs)
-    return keys
+    return keys | _resblocks("text.layers.", "text.transformer.resblocks.", layers)
 
 
 def _pairs(ours: str, *theirs: str) -> Keys:
@@ -111,6 +139,8 @@ def from_open_clip(state: Mapping[str, Tensor], model: BiomedClip, *, where: str
     """
     keys = key_map(model.config)
     state = _without(_with_text_prefix(state), where, (_POSITION_IDS, _UNUSED_POOLER), "no computation reads")
+    if model.config.vision.kind == "clip":
+        state = _clip_shapes(state)
     return _assemble(state, keys, model.state_dict(keep_vars=True), where)
 
 
@@ -215,7 +245,8 @@ def to_open_clip(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State
     keys = key_map(config)
     if state.keys() != keys.keys():
         raise UserError(f"state dict does not fit its configuration: {_some(state.keys() ^ keys.keys())}")
-    return _divide(state, keys)
+    result = _divide(state, keys)
+    return _clip_shapes(result, back=True) if config.vision.kind == "clip" else result
 
 
 def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tuple[State, State, State]:
@@ -223,7 +254,14 @@ def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tu
 
     The ViT's pooler, without activation, is the image projection. Neither has BERT's projection, `text_projection.`
     and open_clip's names, and the logit scale and bias. Copies as of `to_open_clip`.
+
+    Raises:
+        UserError: the image tower is OpenAI's.
     """
+    if config.vision.kind == "clip":
+        raise UserError(
+            "transformers' ViTModel has no norm before its layers, as vision.kind clip has: use open_clip's"
+        )
     vision = {f"visual.{ours}": theirs for ours, theirs in _transformers_vit_keys(config.vision.layers).items()}
     image = _divide(state, vision | {"visual.head.weight": ("pooler.dense.weight",)})
     image["pooler.dense.bias"] = torch.zeros(config.embed_dim, dtype=image["pooler.dense.weight"].dtype)

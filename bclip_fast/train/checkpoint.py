@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bclip_fast.errors import UserError
 
-from .engine import OptimizerState
+from .optimizer import OptimizerState
 
 log = logging.getLogger(__name__)
 

@@ -47,6 +47,8 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
     if init.model:
         _continue(model, init.model)
     if init.vision:
+        if model.config.vision.kind != "vit":
+            raise UserError(f"init.vision={init.vision}: a plain ViT, but model.vision.kind is not vit")
         state, content, where = _read(init.vision)
         if content is not None:
             _check_heads(where, layout.vit_heads(content, where), model.config.vision.heads, "vision")
