@@ -113,7 +113,7 @@ COMMANDS = {
         "search",
     ),
     "bench": Command(
-        "ours against the rivals: bclip bench affine|attention|contrastive|image|images|loader|pointwise|step|all",
+        "ours against the rivals: operators, images, loader, retrieval, a step, a trainer; bclip bench --help",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -78,15 +77,13 @@ def module() -> ModuleType:
     return loaded
 
 
-def run_sanitized(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python *command` with the runtime that a sanitized module needs, and BCLIP_CUDA_HOST naming it."""
-    libraries = [
-        subprocess.check_output([os.environ.get("CXX", "g++"), f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment |= {"LD_PRELOAD": " ".join(libraries), "BCLIP_CUDA_HOST": str(path(sanitized=True))}
-    # Python and torch keep what they allocated.
-    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
-    )
+def environment(sanitized: bool = False) -> dict[str, str]:
+    """What a process needs so that its CUDA backend is the host's module, `sanitized` with the sanitizers' runtime."""
+    found = {"BCLIP_CUDA_HOST": str(path(sanitized))}
+    if sanitized:
+        compiler, names = os.environ.get("CXX", "g++"), ("libasan.so", "libstdc++.so")
+        libraries = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True) for name in names]
+        # Python and torch keep what they allocated.
+        found |= {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
+        found |= {"UBSAN_OPTIONS": "print_stacktrace=1"}
+    return found

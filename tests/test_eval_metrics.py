@@ -83,6 +83,21 @@ def test_auroc_intervals_cover_the_true_value() -> None:
     assert covered >= 52
 
 
+def test_macro_auroc_intervals_are_those_of_a_plain_bootstrap() -> None:
+    labels, scores = zip(*(draw(150, seed, False) for seed in range(3)), strict=True)
+    table = np.stack([*labels, *scores], axis=1)
+
+    def mean_area(rows: np.ndarray) -> float:
+        return float(np.mean([metrics.auroc(rows[:, i] > 0, rows[:, 3 + i]) for i in range(3)]))
+
+    found = metrics.macro_auroc_interval(table[:, :3] > 0, table[:, 3:])
+    np.testing.assert_allclose(found, plain_bootstrap(table, mean_area, 1500), atol=0.012)
+    # A class that all have says nothing, and none that does is left without it.
+    assert metrics.macro_auroc_interval(np.ones((9, 2), bool), np.zeros((9, 2))) is None
+    with_all = np.concatenate([table[:, :3] > 0, np.ones((150, 1), bool)], axis=1)
+    assert metrics.macro_auroc_interval(with_all, table[:, [3, 4, 5, 3]]) == found
+
+
 def test_balanced_interval_holds_its_value_and_is_exact_where_nothing_varies() -> None:
     assert metrics.balanced_interval(np.array([[5, 0], [0, 3]])) == (1.0, 1.0)
     low, high = metrics.balanced_interval(np.array([[50, 50, 0], [10, 90, 0], [0, 0, 0]]))

@@ -15,7 +15,7 @@ from PIL import Image
 from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer, unit
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import cache, evaluate, metrics, prompts, retrieval, tasks, zero_shot
+from bclip_fast.eval import cache, evaluate, metrics, prompts, report, retrieval, tasks, zero_shot
 from bclip_fast.eval.datasets import open_dataset, open_image, rsna
 
 WORDS = {"0": "red", "1": "blue"}
@@ -159,6 +159,32 @@ def test_several_labels_a_sample_give_a_macro_auroc(tmp_path: Path) -> None:
     # The third is blue and labelled nothing: half a pair of class 1 is lost to the tie with the second.
     assert [row["auroc"] for row in result["per_class"]] == [1, 0.75]
     assert result["figures"][0]["name"] == "AUROC, macro" and result["figures"][0]["value"] == 0.875
+
+
+def test_the_probe_of_chestmnist(tmp_path: Path) -> None:
+    """The task of the package on a set of its shape: 14 findings, three splits; findings 0 and 1 are colours."""
+    generator, arrays = np.random.default_rng(0), {}
+    for split, num in (("train", 60), ("val", 40), ("test", 30)):
+        labels = (generator.random((num, 14)) < 0.4).astype(np.uint8)
+        names = [list(COLOURS)[row[0] + 2 * row[1]] for row in labels]
+        arrays |= {f"{split}_images": pixels(names, 28), f"{split}_labels": labels}
+    write_medmnist(tmp_path / "chestmnist.npz", **arrays)
+    triple, names = (ColourModel(), preprocess, tokenizer), ["chestmnist_probe", "chestmnist"]
+    results = evaluate(triple, names, data=str(tmp_path), progress=False, share=(1.0,), num_seeds=1)
+    result, other = (results["tasks"][name] for name in names)
+    assert [figure["name"] for figure in result["figures"]] == [
+        "AUROC, macro, 100 % of train",
+        "accuracy, 100 % of train",
+    ]
+    areas = [row["auroc"] for row in result["per_class"]]
+    assert min(areas[:2]) > 0.95 and 0.3 < sum(areas[2:]) / 12 < 0.7
+    assert result["validation"] == "val" and result["samples"]["key"][0] == "test/0"
+    assert [figure["name"] for figure in other["figures"]] == ["AUROC, macro"] == [tasks.load("chestmnist").metric]
+    low, high = other["figures"][0]["interval"]
+    assert low < other["figures"][0]["value"] < high
+    report.write(tmp_path / "report.html", results)
+    text = (tmp_path / "report.html").read_text()
+    assert "Probe: chestmnist, linear probe" in text and "atelectasis" in text and "Runs of the probe" in text
 
 
 def test_pneumoniamnist_as_it_is(shared_data: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_search_finds_what_a_full_search_finds() -> None:
     grid = [(lr, decay) for lr in probe.LEARNING_RATES for decay in probe.WEIGHT_DECAYS[::4]]
     heads = probe._Heads(grid, torch.zeros(3, 12), False)
     heads.train(train, 10, 0, lambda _: None)
-    assert choice.val_accuracy >= float(heads.accuracy(val).max()) - 0.02
+    assert choice.val_score >= float(heads.score(val).max()) - 0.02
     assert choice.lr in probe.LEARNING_RATES and choice.weight_decay in probe.WEIGHT_DECAYS
     assert 1 <= choice.num_epochs <= 50
 
@@ -81,7 +81,7 @@ def run(test: probe.Labelled, protocol: probe.Protocol = "held_out") -> list[dic
         num_seeds=2,
         protocol=protocol,
     )
-    keep = ("lr", "weight_decay", "epoch", "val_accuracy")
+    keep = ("lr", "weight_decay", "epoch", "val_score")
     return [{key: run[key] for key in keep} for run in result["settings"][0]["runs"]]
 
 
@@ -130,7 +130,7 @@ def test_elevaters_figure_is_never_below_ours_at_its_last_epoch() -> None:
     logits, epoch = probe.final(train, val, probe.Sealed(test), torch.zeros(3, 12), choice, protocol="elevater", seed=0)
     heads = probe._Heads([(choice.lr, choice.weight_decay)], torch.zeros(3, 12), True)
     found: list[float] = []
-    heads.train(train.with_(val), 50, 0, lambda _: found.append(float(heads.accuracy(test))))
+    heads.train(train.with_(val), 50, 0, lambda _: found.append(float(heads.score(test))))
     assert float((logits.argmax(1) == test.labels).double().mean()) == max(found) and found[epoch - 1] == max(found)
 
 
@@ -158,6 +158,75 @@ def test_measure_reports_mean_and_deviation_of_its_runs() -> None:
         assert figure["deviation"] == pytest.approx(float(values.std()), abs=1e-12)
     by_name = {figure["name"]: figure["value"] for figure in result["figures"]}
     assert by_name["accuracy, 100 % of train"] > by_name["accuracy, 2 shots"] > 1 / 3
+
+
+def findings(num: int, seed: int, dim: int = 12) -> probe.Labelled:
+    """Samples with any number of four findings, the last of which only one in thirty has."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(4, dim, generator=torch.Generator().manual_seed(98))
+    labels = torch.rand(num, 4, generator=generator) < torch.tensor([0.5, 0.3, 0.2, 0.03])
+    return probe.Labelled(labels.float() @ directions + torch.randn(num, dim, generator=generator), labels)
+
+
+def test_each_finding_is_a_logistic_regression_of_its_own() -> None:
+    train, pairs = findings(150, 0), [(1e-2, 1e-3), (1e-1, 0.0)]
+    init = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    heads = probe._Heads(pairs, init, False)
+    heads.train(train, 3, 5, lambda _: None)
+    mean, std = train.features.mean(0), train.features.std(0, correction=0)
+    for i, (lr, decay) in enumerate(pairs):
+        for kind in range(4):
+            weight, bias = init[kind].clone().requires_grad_(), torch.zeros((), requires_grad=True)
+            optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=0.9, weight_decay=decay)
+            generator = torch.Generator().manual_seed(5)
+            for _ in range(3):
+                for rows in torch.randperm(150, generator=generator).split(64):
+                    optimizer.zero_grad()
+                    logits = ((train.features[rows] - mean) / std) @ weight + bias
+                    F.binary_cross_entropy_with_logits(logits, train.labels[rows, kind].float()).backward()
+                    optimizer.step()
+            expected = ((train.features - mean) / std) @ weight.detach() + bias.detach()
+            torch.testing.assert_close(heads.logits(train.features)[i, :, kind], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_findings_are_judged_as_medmnist_judges_them() -> None:
+    from sklearn.metrics import accuracy_score, roc_auc_score
+
+    names = tuple("wxyz")
+    parts = findings(200, 2), findings(100, 3), findings(300, 4)
+    result = probe.measure(*parts, names, torch.zeros(4, 12), shares=(0.5,), num_seeds=2)
+    figures = {figure["name"]: figure for figure in result["figures"]}
+    assert list(figures) == ["AUROC, macro, 50 % of train", "accuracy, 50 % of train"]
+    # The samples are those of the last setting's first seed.
+    truth = findings(300, 4).labels.numpy()
+    scores = torch.tensor([result["samples"][f"score of {name}"] for name in names]).T.numpy()
+    run = result["settings"][0]["runs"][0]
+    assert run["AUROC, macro"] == pytest.approx(roc_auc_score(truth, scores, average="macro"), abs=1e-6)
+    of_each = [accuracy_score(truth[:, i], scores[:, i] > 0.5) for i in range(4)]
+    assert run["accuracy"] == pytest.approx(sum(of_each) / 4, abs=1e-6)
+    assert run["AUROC, macro"] > 0.85 and run["accuracy"] > figures["accuracy, 50 % of train"]["chance"]
+    assert [run["num_train"] for run in result["settings"][0]["runs"]] == [100, 100]
+    majority = sum(max(column.mean(), 1 - column.mean()) for column in truth.T) / 4
+    assert figures["accuracy, 50 % of train"]["chance"] == pytest.approx(majority)
+    with pytest.raises(UserError, match="cannot be drawn by shots"):
+        probe.subset(torch.from_numpy(truth), 4, shots=5)
+    with pytest.raises(UserError, match="no class of the probe's data has both"):
+        probe.choose(findings(9, 5), probe.Labelled(torch.randn(3, 12), torch.ones(3, 4).bool()), torch.zeros(4, 12))
+
+
+def test_findings_are_not_chosen_by_the_test_set() -> None:
+    def chosen(shift: int) -> list[dict]:
+        test = findings(60, 7)
+        test = probe.Labelled(test.features, test.labels.roll(shift, 0))
+        result = probe.measure(
+            findings(90, 5), findings(90, 6), test, tuple("wxyz"), torch.zeros(4, 12), shares=(1.0,), num_seeds=1
+        )
+        return [
+            {key: run[key] for key in ("lr", "weight_decay", "epoch", "val_score")}
+            for run in result["settings"][0]["runs"]
+        ]
+
+    assert chosen(0) == chosen(7) == chosen(20)
 
 
 def test_subsets_are_drawn_class_by_class() -> None:

@@ -278,13 +278,19 @@ def test_the_first_host_of_slurms_list(nodes: str, host: str):
     assert distributed.first_host(nodes) == host
 
 
+# Two tasks; once there is a line in the file that SIGNAL_AFTER names, they get what sbatch --signal=USR1 sends.
 SRUN = """#!{python}
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 command = sys.argv[[arg.startswith("-") for arg in sys.argv[1:]].index(False) + 1:]
 tasks = [
     subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}}) for i in range(2)
 ]
+path = os.environ.get("SIGNAL_AFTER")
+while path and tasks[0].poll() is None and not (os.path.exists(path) and os.path.getsize(path)):
+    time.sleep(0.05)
+for task in tasks if path else []:
+    task.send_signal(signal.SIGUSR1)
 sys.exit(max(task.wait() for task in tasks))
 """
 
@@ -311,16 +317,20 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
     return done, asked.read_text().split()[0] if asked.is_file() else ""
 
 
-def test_the_slurm_script_trains_on_two_tasks(shards: Path, tmp_path: Path):
-    config = tiny_run(tmp_path / "run", shards, max_steps=2)
+def test_the_slurm_script_trains_on_two_tasks(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Until the signal before the time limit: a checkpoint is written and the job requeued."""
+    run = tmp_path / "run"
+    config = tiny_run(run, shards, max_steps=100_000)
     (tmp_path / "config.toml").write_text(to_toml(config))
+    monkeypatch.setenv("SIGNAL_AFTER", str(run / "metrics.jsonl"))
     bclip = f'exec {sys.executable} -m bclip_fast.cli "$@"'
     done, asked = _sbatch(tmp_path / "bin", bclip, str(tmp_path / "config.toml"))
-    assert done.returncode == 0 and not asked, done.stderr
-    events = lines(tmp_path / "run", "events.jsonl")
-    assert events[0]["event"] == "start" and events[0]["ranks"] == 2
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
-    assert lines(tmp_path / "run")[1]["communication_seconds"] >= 0
+    assert (done.returncode, asked) == (75, "requeue"), done.stderr
+    events, steps = lines(run, "events.jsonl"), lines(run)
+    assert (events[0]["event"], events[0]["ranks"]) == ("start", 2) and events[-1]["event"] == "checkpoint"
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert (run / "checkpoints" / f"step-{len(steps):08d}").is_dir()
+    assert all(line["communication_seconds"] >= 0 for line in steps[1:])
     # One rank says what happens.
     assert done.stderr.count("training on 96 samples") == 1
 

@@ -196,12 +196,13 @@ def test_a_run_that_skips_too_often_leaves_a_dump_that_computes_it_again(
 # Checkpoints.
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_a_full_disk_does_not_end_the_run(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Files are limited to 100 kB from step 3 to 5, so the checkpoint of step 4 fails; that of 6 is written."""
+    """Files are limited to 1 kB from step 3 to 5, so the checkpoint of step 4 fails, and lines wait."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_step(record: dict[str, Any]) -> None:
-        limit = 100_000 if record["step"] in (3, 4) else soft
+        limit = 1000 if record["step"] in (3, 4) else soft
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         if record["step"] == 5:
             kept.extend(steps(tmp_path / "run"))
@@ -211,6 +212,8 @@ def test_a_full_disk_does_not_end_the_run(shards: Path, tmp_path: Path, caplog: 
     try:
         train(config, on_step=on_step)
         assert kept == [2] and steps(tmp_path / "run") == [2, 6]
+        assert column(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
+        assert caplog.text.count("metrics.jsonl cannot be written") == 1
         assert "step-00000004: cannot be written: " in caplog.text and "File too large" in caplog.text
         assert "training goes on" in caplog.text
         # The last one is what the run was for.

@@ -7,8 +7,8 @@ computed in float64, one by one. With a = a' + x and b = b' + y, where a', b' ar
     |a.b - fl(a'.b')| <= |x| |b| + |a'| |y| + n 2^-23 sum_k |a'_k b'_k|,
 
 by Cauchy and Schwarz, and for n terms summed in float32 in any order (Higham, Accuracy and Stability of Numerical
-Algorithms, section 3.1, with twice the unit round-off, so that truncating hardware is covered). |x| and |y| are measured,
-the sum is at most |a'| |b'|. In rising order of cost:
+Algorithms, section 3.1, with twice the unit round-off, so that truncating hardware is covered). |x| and |y| are
+measured, the sum is at most |a'| |b'|. In rising order of cost:
 
     bfloat16     a' = h, rounded; n = D, error about 0.0033
     bfloat16x3   a' = h + l, twice rounded; h.h' + l.h' + h.l', n = 3 D; l.l' adds |l| |l'| to the error of about 2e-4
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..ops import ranking
 
+STEPS = ("bfloat16", "bfloat16x3", "float32", "float64")
 # Beyond it a query's or candidate's norm isn't 1: `check_embeddings`, and what rounding adds.
 _NORM = 1.01
 # What rounding the bounds to float32, and measuring |x| in it, may add to an error.
@@ -83,6 +84,7 @@ def error_bound(left: Low, right: Low) -> float:
 
 
 def steps(device: torch.device) -> tuple[str, ...]:
+    """Those of `STEPS` that are worth trying there."""
     if device.type == "cpu" and ranking.has_matrix_unit():
         return "bfloat16", "bfloat16x3", "float64"
     return "float32", "float64"

@@ -86,6 +86,27 @@ def auroc_interval(labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> tup
     return _percentiles(np.array(values))
 
 
+def macro_auroc_interval(truth: np.ndarray, scores: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile bootstrap of the mean AUROC over classes, samples drawn whole.
+
+    truth: (N, C) bool; scores: (N, C). Of a resample, as of the data, the mean is over the classes that some samples
+    have and some don't. None where there is no such class.
+    """
+    classes = [i for i in range(truth.shape[1]) if truth[:, i].any() and not truth[:, i].all()]
+    if not classes:
+        return None
+    ranked = [(truth[:, i], *_ranked(_finite(scores[:, i], "scores"))) for i in classes]
+    generator, num = np.random.default_rng(seed), len(truth)
+    means = []
+    for _ in range(_num_resamples(num * len(classes))):
+        weights = np.bincount(generator.integers(0, num, num), minlength=num).astype(np.float64)
+        areas = [_weighted_auroc(own[order], weights[order], starts) for own, order, starts in ranked]
+        known = [area for area in areas if area is not None]
+        if known:
+            means.append(sum(known) / len(known))
+    return _percentiles(np.array(means))
+
+
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap of a mean.
 

@@ -66,11 +66,10 @@ def run_zero_shot(inputs: Inputs) -> dict[str, dict[str, Any]]:
         images = images[torch.tensor(rows, device=images.device)]
         scores = zero_shot.similarities(images, zero_shot.class_embeddings(inputs.embedder.texts, prompt_set))
         if inputs.task.multi_label:
-            truth = torch.tensor([[name in labels[i].split("|") for name in names] for i in rows])  # type: ignore[union-attr]
+            truth = _truth(labels, names, True)
             result = zero_shot.measure_multi_label(truth, scores.cpu(), names)
         else:
-            number = {name: i for i, name in enumerate(names)}
-            known = torch.tensor([number[label] for label in labels if label is not None])
+            known = _truth(labels, names, False)
             predictions, num_ties = zero_shot.predict(scores)
             if num_ties:
                 log.warning(
@@ -110,10 +109,10 @@ def run_probe(inputs: Inputs) -> dict[str, dict[str, Any]]:
     def features(data: EvalDataset) -> probe.Labelled:
         images = inputs.embedder.images(data)
         own = data.labels(kind)
-        if unknown := sorted({label for label in own if label is not None and label not in names}):
+        if unknown := sorted(_values(own, inputs.task.multi_label) - set(names)):
             raise UserError(f"split {data.split!r} of {data.path} has the class {unknown[0]!r}; the test split has not")
         rows = [i for i, label in enumerate(own) if label is not None]
-        truth = torch.tensor([names.index(label) for label in own if label is not None], device=images.device)
+        truth = _truth(own, names, inputs.task.multi_label).to(images.device)
         return probe.Labelled(images[torch.tensor(rows, device=images.device)], truth)
 
     train, test = features(train_data), features(inputs.data)
@@ -189,10 +188,7 @@ def _kinds(inputs: Inputs) -> tuple[str, ...]:
 
 def _labelled(inputs: Inputs, data: EvalDataset, kind: str) -> tuple[list[str | None], prompts.PromptSet]:
     labels = data.labels(kind)
-    present = [label for label in labels if label is not None]
-    values = sorted(
-        {value for label in present for value in (label.split("|") if inputs.task.multi_label else [label])} - {""}
-    )
+    values = sorted(_values(labels, inputs.task.multi_label))
     where = f"label {kind!r} of {data.path}, split {data.split!r}"
     if not values:
         raise UserError(f"{where}: no sample has it")
@@ -210,6 +206,20 @@ def _labelled(inputs: Inputs, data: EvalDataset, kind: str) -> tuple[list[str | 
     if len(prompt_set.classes) < 2:
         raise UserError(f"{where}: the only value is {values[0]!r}, so there is nothing to tell apart")
     return labels, prompt_set
+
+
+def _values(labels: Sequence[str | None], several: bool) -> set[str]:
+    """The classes that occur; where a sample may have several, they are joined by `|`."""
+    present = [label for label in labels if label is not None]
+    return {value for label in present for value in (label.split("|") if several else [label])} - {""}
+
+
+def _truth(labels: Sequence[str | None], names: Sequence[str], several: bool) -> Tensor:
+    """Of the samples that have a label: the class's number (N,) int64, or where there are several (N, C) bool."""
+    present = [label for label in labels if label is not None]
+    if several:
+        return torch.tensor([[name in own for name in names] for own in (set(label.split("|")) for label in present)])
+    return torch.tensor([names.index(label) for label in present])
 
 
 def _known_prompts(kind: str, values: Sequence[str]) -> prompts.PromptSet:

@@ -2,8 +2,8 @@
 
 Image i and caption i are a pair. A query's rank is decided by its best-scoring correct candidate. Ties are counted as
 what a random order among equal scores gives on average, so a model that maps everything to one point scores exactly
-chance, neither 0 nor 100 %. Similarities that differ by at most `TIE_TOLERANCE` are equal: the float32 embeddings do not
-tell them apart.
+chance, neither 0 nor 100 %. Similarities that differ by at most `TIE_TOLERANCE` are equal: float32 embeddings do
+not tell them apart.
 """
 
 from __future__ import annotations

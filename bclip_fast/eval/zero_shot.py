@@ -130,9 +130,32 @@ def measure(
     }
 
 
-def measure_multi_label(truth: Tensor, scores: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """Macro AUROC of samples that have any number of classes. truth: (N, C) bool; scores: (N, C)."""
+def measure_multi_label(
+    truth: Tensor, scores: Tensor, class_names: Sequence[str], threshold: float | None = None
+) -> dict[str, Any]:
+    """Macro AUROC of samples that have any number of classes, and at `threshold` the mean accuracy of the classes.
+
+    Source: MedMNIST's evaluator, getAUC and getACC. Classes that all samples have, or none, are left out of the AUROC,
+    which is not defined for them. truth: (N, C) bool; scores: (N, C).
+    """
+    if not len(truth) or truth.shape != scores.shape or truth.shape[1] != len(class_names):
+        raise UserError(f"labels {tuple(truth.shape)} and scores {tuple(scores.shape)} must be (N, {len(class_names)})")
     areas, roc, figures = _areas(truth, scores, class_names)
+    samples: dict[str, Any] = {}
+    if threshold is not None:
+        right = ((scores > threshold) == truth).double().mean(1).numpy()
+        majority = float(torch.maximum(truth.double().mean(0), 1 - truth.double().mean(0)).mean())
+        figures.append(
+            metrics.figure(
+                "accuracy",
+                float(right.mean()),
+                majority,
+                "each class as it is for most, mean of classes",
+                len(truth),
+                interval=metrics.mean_interval(right),
+            )
+        )
+        samples["accuracy"] = [round(value, 6) for value in right.tolist()]
     return {
         "num_samples": len(truth),
         "classes": list(class_names),
@@ -146,6 +169,7 @@ def measure_multi_label(truth: Tensor, scores: Tensor, class_names: Sequence[str
             "label": [
                 "|".join(name for name, has in zip(class_names, row, strict=True) if has) for row in truth.tolist()
             ],
+            **samples,
             **_columns(scores, class_names),
         },
     }
@@ -168,22 +192,25 @@ def _areas(
     values = scores.double().numpy()
     columns = {1: values[:, 1] - values[:, 0]} if binary else dict(enumerate(values.T))
     areas: list[float | None] = [None] * len(class_names)
-    roc, intervals = [], []
+    roc = []
     for i, column in columns.items():
         own = truth[:, i].numpy()
         areas[i] = metrics.auroc(own, column)
         if areas[i] is not None:
             roc.append({"class": class_names[i], "auroc": areas[i], "points": metrics.roc_points(own, column)})
-            intervals.append(metrics.auroc_interval(own, column) if len(columns) == 1 else None)
     known = [area for area in areas if area is not None]
     if not known:
         return areas, roc, []
     name = "AUROC" if binary else "AUROC, macro"
+    if binary:
+        interval = metrics.auroc_interval(truth[:, 1].numpy(), columns[1])
+    else:
+        interval = metrics.macro_auroc_interval(truth.numpy(), values)
     mean = sum(known) / len(known)
     return (
         areas,
         roc,
-        [metrics.figure(name, mean, 0.5, "random order", len(truth), interval=intervals[0] if binary else None)],
+        [metrics.figure(name, mean, 0.5, "random order", len(truth), interval=interval)],
     )
 
 

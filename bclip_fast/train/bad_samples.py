@@ -12,7 +12,7 @@ from bclip_fast import distributed
 from bclip_fast.data.native import BadRecord
 from bclip_fast.errors import UserError
 
-from .metrics import cut_lines
+from .metrics import Lines, cut_lines
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, first_step: int, limit: int) -> None:
         self._path = folder / NAME
+        self._lines = Lines(self._path)
         self._limit = limit
         records: list[dict[str, Any]] = []
         if distributed.is_main():
@@ -48,6 +49,9 @@ class BadSamples:
     def num_bad(self) -> int:
         """Different samples, over all ranks."""
         return len(self._bad)
+
+    def close(self) -> None:
+        self._lines.close()
 
     def agree(self, step: int, found: list[BadRecord], problem: str | None, stop: bool = False) -> bool:
         """Tells all ranks what this one met in the batch of a step, and whether it was told to stop.
@@ -68,9 +72,8 @@ class BadSamples:
         gathered = distributed.all_gather_object((problem, own))
         records = sorted((line for _, lines in gathered for line in lines), key=lambda line: line["position"])
         if distributed.is_main() and records:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
             for record in records:
+                self._lines.write(record)
                 log.warning("step %d: replaced %s", step, _describe(record))
         self._bad.update((record["index"], _describe(record)) for record in records)
         problems = [f"rank {number}: {text}" for number, (text, _) in enumerate(gathered) if text is not None]

@@ -38,6 +38,10 @@ class DataConfig:
     """Threads a rank that decode images."""
     prefetch_batches: int = 2
     """Batches prepared ahead; from a URL, read ahead."""
+    spool_above_mib: int = 256
+    """With micro-batches, a rank's images wait in memory, and what is more in a file, to be embedded a second time."""
+    spool_dir: str = ""
+    """Folder of that file, which no other process sees; empty: the system's for temporary files."""
     max_bad_samples: int = 100
     """Different samples, over all ranks, that may turn out damaged and are replaced (bad_samples.jsonl of the run lists
     them); one more stops the run. 0: the first stops it. A shard that can't be read always does."""
@@ -48,6 +52,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples}: must not be negative")
+        if self.spool_above_mib < 0:
+            raise UserError(f"data.spool_above_mib={self.spool_above_mib}: must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -44,32 +45,66 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         cut_lines(path, first_step)
         self._wandb = _wandb(folder, config, settings or {}) if config is not None and config.wandb else None
-        self._file = path.open("a", encoding="utf-8")
-        self._events = folder / EVENTS
+        self._lines = Lines(path)
+        self._events = Lines(folder / EVENTS)
         self._board = _tensorboard(folder / "tb", first_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._lines.write(record)
         scalars = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, record["step"])
+            try:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, record["step"])
+            except OSError as error:
+                log.warning("TensorBoard's file cannot be written: %s; it ends here, metrics.jsonl doesn't", error)
+                self._board = None
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
     def event(self, step: int, kind: str, **facts: Any) -> None:
         """A line of events.jsonl: step, event, time (UTC) and what there is to say about it."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        with self._events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "event": kind, "time": now, **facts}) + "\n")
+        self._events.write({"step": step, "event": kind, "time": now, **facts})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
+        self._events.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Lines:
+    """Appends JSON objects, a line each, to a file that is there from the first on. Threads may share it.
+
+    What a full disk doesn't take waits in memory for the next line, with a warning the first time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._waiting = b""
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self._lock:
+            quiet = bool(self._waiting)
+            self._waiting += json.dumps(record).encode() + b"\n"
+            try:
+                if self._descriptor < 0:
+                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            except OSError as error:
+                if not quiet:
+                    log.warning("%s cannot be written: %s; its lines wait in memory", self._path, error)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def cut_lines(path: Path, first_step: int) -> None:

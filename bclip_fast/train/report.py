@@ -50,6 +50,8 @@ _NOISY = ("loss", "grad_norm", "samples_per_second", "tokens_per_second", "mfu")
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 # What a figure of validation is called behind its direction or task.
 _SHARE = re.compile(r" (R@\d+|(balanced )?accuracy|AUROC(, macro)?)$")
+_EVENTS = {"start": "started", "resume": "resumed", "skip": "skipped", "stop": "stopped by a signal", "error": "ended"}
+_PREFIXES = (validation.PREFIX, validation.PREFIX_EMA)
 _LAST = 100
 _MAX_EVENTS = 60
 
@@ -98,7 +100,7 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of a figure."""
-        lines = self.validations if key.startswith(validation.PREFIX) else self.steps
+        lines = self.validations if key.startswith(_PREFIXES) else self.steps
         points = [(line["step"], line[key]) for line in lines if eval_report.is_finite(line.get(key))]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -193,7 +195,7 @@ def _curve(runs: list[Run], key: str, title: str) -> dict[str, Any] | None:
 
 def _validation_keys(runs: list[Run]) -> list[str]:
     found = dict.fromkeys(key for run in runs for line in run.validations for key in line)
-    return [key for key in found if key.startswith(validation.PREFIX)]
+    return [key for key in found if key.startswith(_PREFIXES)]
 
 
 def _validation_curves(runs: list[Run]) -> list[dict[str, Any]]:
@@ -244,12 +246,6 @@ def _events(runs: list[Run]) -> list[dict[str, Any]]:
     blocks = []
     for run in runs:
         rows = [_event(event) for event in run.events if event["event"] != "checkpoint"]
-        before = 0
-        for line in run.steps:
-            skipped = line.get("skipped", 0)
-            if skipped > before:
-                rows.append({"step": line["step"], "time": "", "what": f"update skipped, loss {line['loss']:.6g}"})
-            before = skipped
         rows += [
             {"step": line["step"], "time": "", "what": f"sample {line['key']} replaced: {line['reason']}"}
             for line in run.replaced
@@ -264,9 +260,10 @@ def _events(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _event(event: Mapping[str, Any]) -> dict[str, Any]:
-    rest = [f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time")]
-    what = {"start": "started", "resume": "resumed"}.get(event["event"], event["event"])
-    return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *rest])}
+    facts = [f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time", "reason")]
+    what = _EVENTS.get(event["event"], event["event"])
+    reason = f": {event['reason']}" if "reason" in event else ""
+    return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *facts]) + reason}
 
 
 def _settings(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -298,7 +295,8 @@ def _text(value: Any) -> str:
 
 
 def _title(key: str) -> str:
-    return key.removeprefix(validation.PREFIX).replace("_", " ")
+    of_average = " (average)" if key.startswith(validation.PREFIX_EMA) else ""
+    return key.removeprefix(validation.PREFIX).removeprefix(validation.PREFIX_EMA).replace("_", " ") + of_average
 
 
 def _number(value: float | None) -> str | None:

@@ -5,6 +5,7 @@ One process, or one a device under a launcher:
     bclip train CONFIG.toml
     torchrun --nproc-per-node 2 -m -- bclip_fast.cli train CONFIG.toml
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
+    srun bclip train CONFIG.toml        in a job of Slurm; configs/slurm.sbatch requeues it
 
 The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
 tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
@@ -38,7 +39,6 @@ from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
-from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import checkpoint as checkpoints
@@ -47,7 +47,7 @@ from . import engine as engines
 from . import flops, plan, validation
 from .average import Average
 from .bad_samples import BadSamples
-from .cached import CachedBatch, MicroBatch
+from .cached import CachedBatch, Spool
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise, new_model
@@ -162,6 +162,7 @@ class _Run:
         self.average = Average(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
         self.loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         self.loader = self._make_loader(dataset)
+        self.spool = Spool(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
         _on_main(self._open_log)
@@ -257,10 +258,10 @@ class _Run:
         start = time.perf_counter()
         config, number, clock = self.config, self.step, self.clock
         data_wait, lengths = 0.0, []
-        batches: list[tuple[Batch, int]] = []
+        epoch, _ = self.stream.locate(number)
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
         num_parts = self.stream.num_micro_batches(number)
-        cached = CachedBatch(self.engine, self.loss, whole=num_parts == 1)
+        cached = CachedBatch(self.engine, self.loss, self.spool if num_parts > 1 else None)
         clock.start()
         for part in range(num_parts):
             asked = time.perf_counter()
@@ -273,16 +274,15 @@ class _Run:
             # Random numbers are a function of (seed, step, micro-batch), whichever rank computes it: a resumed run
             # draws what it would have drawn, and so do two ranks of half as many micro-batches.
             seed = _step_seed(config.seed, number, distributed.rank() * num_parts + part)
-            cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+            cached.add(batch, seed)
             lengths += batch.lengths
-            batches.append((batch, seed))
             clock.mark("forward")
         loss = cached.loss()
         clock.mark("loss")
         value = float(loss)
         cached.backward()
         clock.mark("backward")
-        batch_size = self.stream.batch_size_of(batches[0][0].epoch)
+        batch_size = self.stream.batch_size_of(epoch)
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
         result = self.engine.step(lr, self.spikes.limit(value, batch_size))
         clock.mark("optimizer")
@@ -290,11 +290,11 @@ class _Run:
             self.average.update()
         self.step += 1
         self.position = self.loader.state_dict()
-        self._judge(batches, value, result)
+        self._judge(cached, value, result)
         seconds = time.perf_counter() - start
         return {
             "step": self.step,
-            "epoch": batches[0][0].epoch,
+            "epoch": epoch,
             "samples": self.stream.num_consumed,
             "loss": value,
             "lr": lr,
@@ -320,7 +320,8 @@ class _Run:
     def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
         if self.peak is None:
             return {}
-        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout)
+        locked = self.model.visual.num_locked, self.model.text.num_locked
+        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout, locked)
         return {"mfu": count / seconds / self.peak}
 
     def _batch(self) -> Batch | None:
@@ -334,7 +335,7 @@ class _Run:
         stop = self.bad.agree(self.step + 1, batch.bad if batch else [], problem, bool(self.signals.received))
         return None if stop else batch
 
-    def _judge(self, batches: list[tuple[Batch, int]], loss: float, result: engines.StepResult) -> None:
+    def _judge(self, cached: CachedBatch, loss: float, result: engines.StepResult) -> None:
         """Notes whether the step just made was skipped; too often, and the run gives up and leaves a dump of it."""
         reason = self.spikes.observe(self.step, loss, result)
         if not result.skipped:
@@ -346,7 +347,7 @@ class _Run:
         if self.spikes.too_many:
             # The weights are those before the step, since it made no update.
             dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
-            dump = dumps.Dump(self.config, self.step, loss, result.grad_norm, dropped, batches, state)
+            dump = dumps.Dump(self.config, self.step, loss, result.grad_norm, dropped, list(cached.batches()), state)
             folder = dumps.write(self.run, dump)
             self.given_up = (
                 f"{self.spikes} at step {self.step}: {reason}; lower optim.lr, set optim.grad_clip_norm, take "
@@ -418,11 +419,14 @@ class _Run:
     def __enter__(self) -> _Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self.writer is not None and kind is not KeyboardInterrupt:
             self.writer.wait()
         self.loader.close()
+        self.bad.close()
         if self.metrics is not None and self.progress is not None:
+            if error is not None:
+                self.metrics.event(self.step, "error", reason=f"{type(error).__name__}: {error}")
             self.metrics.close()
             self.progress.close()
         self.engine.close()
@@ -443,9 +447,11 @@ def replay(config: dumps.ReplayConfig) -> int:
     model.visual.patch_dropout = dump.patch_dropout
     engine = engines.make(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
     loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
-    cached = CachedBatch(engine, loss, whole=len(dump.batches) == 1)
+    data = dump.config.data
+    spool = Spool(data.spool_above_mib << 20, data.spool_dir)
+    cached = CachedBatch(engine, loss, spool if len(dump.batches) > 1 else None)
     for batch, seed in dump.batches:
-        cached.add(MicroBatch(batch.images, Packed.of(batch.ids, batch.lengths), seed))
+        cached.add(batch, seed)
     value = float(cached.loss())
     cached.backward()
     norm = engine.step(0.0, -1.0).grad_norm

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from inside import num_passed
 
 from bclip_fast import _cpu, doctor
 
@@ -39,10 +40,7 @@ def test_right_on(name, file):
     if file == "test_image.py" and not hasattr(_cpu, "decode_resize"):
         pytest.skip("built without libjpeg-turbo (BCLIP_JPEG=0)")
     checks, least = CHECKS[file]
-    path = str(Path(__file__).with_name(file))
-    done = run(name, "-m", "pytest", path, "-q", "-k", checks, "-p", "no:cacheprovider", "-p", "no:xdist")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) >= least
+    assert num_passed([file], checks, BCLIP_CPU_ISA=name, OMP_NUM_THREADS="1") >= least
 
 
 def test_the_best_is_chosen_and_the_doctor_names_it():

@@ -110,12 +110,12 @@ def open_medmnist(place: Path, split: str, where: str, name: str = "") -> ArrayD
     Several labels, as ChestMNIST's, are joined by `|`. Raises UserError as `open_pcam` does.
     """
     if place.is_dir():
-        names = [name] if name else list(_MEDMNIST)
+        # A task is called after its set, as pathmnist and chestmnist_probe are, or in its user's way.
+        names = [each for each in _MEDMNIST if name.startswith(each)] or list(_MEDMNIST)
         found = [path for each in names for path in sorted(place.glob(f"{each}*.npz"))]
         if len(found) != 1:
-            raise UserError(
-                f"{place} holds {len(found) or 'no'} {name or 'MedMNIST'}*.npz: give the folder of one: {where}"
-            )
+            wanted = f"{names[0] if len(names) == 1 else 'MedMNIST'}*.npz"
+            raise UserError(f"{place} holds {len(found) or 'no'} {wanted}: give the folder of one: {where}")
         place = found[0]
     key = {"valid": "val"}.get(_SPLITS.get(split, split), split)
     wanted = f"MedMNIST needs {key}_images (N, S, S[, 3]) uint8 and {key}_labels (N, L); get it from {where}"
