@@ -47,4 +47,4 @@ def run(config: ExportConfig) -> None:
     with checkpoints.written(config.out):
         save = pretrained.save if config.format == "open_clip" else pretrained.save_transformers
         save(config.out, model, preprocess, tokenizer)
-    print(config.out)
+    log.info("wrote %s", config.out)

@@ -458,9 +458,11 @@ def replay(config: dumps.ReplayConfig) -> int:
     engine.close()
     differ = [repr(a) != repr(b) for a, b in ((dump.loss, value), (dump.grad_norm, norm))]
     if distributed.is_main():
-        print(f"step {dump.step}   of the run            computed again")
-        print(f"loss        {dump.loss!r:<22} {value!r}")
-        print(f"grad_norm   {dump.grad_norm!r:<22} {norm!r}")
+        from rich.console import Console
+
+        lines = [f"step {dump.step}   of the run            computed again"]
+        lines += [f"loss        {dump.loss!r:<22} {value!r}", f"grad_norm   {dump.grad_norm!r:<22} {norm!r}"]
+        Console(highlight=False).print("\n".join(lines), soft_wrap=True)
     return int(any(differ))
 
 
