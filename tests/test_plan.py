@@ -44,7 +44,7 @@ TABLES = {
     "s6_batch_4k": (768, 224, "bert", 256, 32, [(0, 4096)], "vision text"),
     "s7_4k_4k": (768, 224, "bert", 256, 40, [(0, 4096)], "vision text"),
     "s7_4k_64k": (768, 224, "bert", 256, 40, [(0, 4096), (8, 65536)], "vision text"),
-    "s8_clip_continual": (768, 224, "gpt", 77, 32, [(0, 4096)], ""),
+    "s8_clip_continual": (768, 224, "gpt", 77, 32, [(0, 4096)], "model"),
     "s8_own_init": (768, 224, "bert", 256, 32, [(0, 4096)], "vision text"),
 }
 MACHINES = ("gpu1", "a100_80g_x8", "h100_x8", "nodes4")
@@ -64,7 +64,7 @@ def test_an_overlay_is_its_row_of_the_paper(name: str):
     assert (vision.width, vision.image_size, vision.patch_size) == (width, pixels, 16)
     assert (text.kind, text.context_length, config.epochs) == (kind, context, epochs)
     assert (list(config.batch_schedule) or [(0, config.batch_size)]) == batches
-    assert " ".join(part for part in ("vision", "text") if getattr(config.init, part)) == starts
+    assert " ".join(part for part in ("model", "vision", "text") if getattr(config.init, part)) == starts
     # All else is table S9's.
     assert dataclasses.replace(load(), optim=config.optim).optim == load().optim
 
@@ -142,6 +142,17 @@ def test_zero_shards_what_the_plan_says():
         parts = plan.make(config, plan.PMC_15M, gpus()).memory["update"]
         assert parts["optimiser"] == pytest.approx(optimiser)
         assert parts["weights"] == pytest.approx(number / (8 if stage == 3 else 1))
+
+
+def test_what_is_offloaded_waits_on_the_host():
+    number = 4 * sum(parameter.numel() for parameter in BiomedClip(tiny_model()).parameters())
+    engine = EngineConfig(zero_stage=2, grad_checkpointing=True, offload_optimizer=True, offload_activations=True)
+    config = dataclasses.replace(load(), model=tiny_model(), engine=engine)
+    made = plan.make(config, plan.PMC_15M, gpus())
+    assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8) and made.host["step"]["activations"] > 0
+    assert "optimiser" not in made.memory["update"]
+    with pytest.raises(UserError, match="from a GPU"):
+        plan.make(config, plan.PMC_15M, world(ClusterConfig(1, 1, "cpu")))
 
 
 def counted(model: BiomedClip, lengths: list[int]) -> tuple[int, int, int]:

@@ -152,6 +152,8 @@ def make(config: TrainConfig, samples: Samples, world: World) -> Plan:
         UserError: a batch that doesn't divide among ranks and micro-batches, or larger than the samples.
     """
     config = config.resolved()
+    if world.cpu and (config.engine.offload_optimizer or config.engine.offload_parameters):
+        raise UserError("engine.offload_optimizer and offload_parameters: from a GPU, which the planned ranks have not")
     model = _model(config)
     stages, rates = _stages(config, model, samples, world), _Rates(world, config.engine.precision)
     stages = [replace(stage, seconds=rates.seconds(stage, config, model, world)) for stage in stages]
@@ -198,6 +200,10 @@ def _knobs(config: TrainConfig, world: World) -> list[tuple[str, TrainConfig]]:
     micro = config.micro_batch_size or rank
     smaller = [size for size in (micro // 2, micro // 4, micro // 8) if size and not micro % size and not rank % size]
     knobs += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
+    if not world.cpu and engine.grad_checkpointing and not engine.offload_activations:
+        knobs.append(("engine.offload_activations=true", _with(config, offload_activations=True)))
+    if not world.cpu and engine.name == "deepspeed" and engine.zero_stage and not engine.offload_optimizer:
+        knobs.append(("engine.offload_optimizer=true", _with(config, offload_optimizer=True)))
     if not engine.grad_checkpointing:
         knobs.append(("engine.grad_checkpointing=true", _with(config, grad_checkpointing=True)))
     if world.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 1):
@@ -222,6 +228,7 @@ def _model(config: TrainConfig) -> BiomedClip:
     """Of a resolved configuration, without storage, as the trainer would have it."""
     with torch.device("meta"):
         model = new_model(config)
+    # Without offloading: there is no host beside tensors that have no storage.
     model.set_grad_checkpointing(config.engine.grad_checkpointing)
     if config.patch_dropout_until < 1:
         # The last steps, which see whole images, take the most.
@@ -341,20 +348,25 @@ def _memory(
     found = activations(model, _longest(config, samples, stage), gradients=engine.gradients, **options)
     pixels = 3 * config.model.vision.image_size**2
     # Micro-batches of the step wait on the host for their replay; those prepared ahead come besides, one as it is read.
-    prefetched = config.data.prefetch_batches * micro if config.data.prefetch_batches else 0
-    loader = {"loader": (share + prefetched) * pixels + micro * samples.image_bytes}
+    loader = {"loader": (share + config.data.prefetch_batches * micro) * pixels + micro * samples.image_bytes}
     copies = {"checkpoint": engine.checkpoint}
     # A run's last checkpoint comes when no step follows; those before are written while training goes on.
     overlap = copies if config.checkpoint.background and config.checkpoint.every_steps else {}
     towers = {"image tower's activations": found.image, "text tower's activations": found.text}
     features, similarities = _loss(config, world, share, stage.batch_size)
+    passing = found.step - found.image - found.text
+    waiting: dict[str, float] = {}
+    if config.engine.offload_activations and not world.cpu:
+        # But for the weights that autocast made of the layers', which stay.
+        kept_here = min(found.image + found.text, sum(p.numel() for p in model.parameters()) * 2)
+        waiting = {"activations": found.image + found.text - kept_here}
+        towers = {"towers' activations": kept_here}
     always: dict[str, float] = {**engine.always, "features": features}
     always["process"] = _PROCESS[config.engine.name] if world.cpu else _CUDA_DEVICE
     if micro < share:
         phases = {"embedding": {**always, "passing": found.embed}, "loss": {**always, "similarities": similarities}}
     else:
         phases = {"loss": {**always, **towers, "similarities": similarities}}
-    passing = found.step - found.image - found.text
     phases["backward"] = {**always, **engine.backward, **towers, "passing": passing}
     phases["update"] = {**always, **engine.update}
     if world.cpu:
@@ -362,7 +374,7 @@ def _memory(
         return {**steps, "checkpoint": {**always, **loader, **copies}}, {}
     for parts in phases.values():
         parts["batch"] = micro * pixels
-    host = {"process": float(_CUDA_HOST), **loader}
+    host = {"process": float(_CUDA_HOST), **loader, **engine.offloaded, **waiting}
     return phases, {"step": {**host, **overlap}, "checkpoint": {**host, **copies}}
 
 
@@ -384,14 +396,15 @@ def _kept(config: TrainConfig, samples: Samples, world: World, stage: Stage) -> 
 
 @dataclass(frozen=True)
 class _EngineState:
-    """Bytes that an engine holds of weights, gradients and optimiser: always, in a phase beyond it, and what rank 0
-    copies to write a checkpoint. `gradients` as in `activations`."""
+    """Bytes that an engine holds of weights, gradients and optimiser: always, in a phase beyond it, what rank 0 copies
+    to write a checkpoint, and what is offloaded to the host. `gradients` as in `activations`."""
 
     always: dict[str, float]
     backward: dict[str, float]
     update: dict[str, float]
     checkpoint: float
     gradients: Gradients
+    offloaded: dict[str, float]
 
     @classmethod
     def of(cls, config: TrainConfig, model: BiomedClip, world: World, replays: bool) -> _EngineState:
@@ -427,8 +440,18 @@ class _EngineState:
             update = {}
         if average:
             whole["average of weights"] = average / ranks if stage == 3 else average
-        checkpoint = weights + 2 * trained + average
-        return cls(whole, backward, update, checkpoint, grows)
+        # Weights, moments and average, and once more the weights as the exported model has them.
+        checkpoint = weights + 2 * trained + average + weights
+        offloaded: dict[str, float] = {}
+        if engine.offload_optimizer:
+            # With the gradients of the shard and, below stage 3, what is sent back of its weights, pinned.
+            offloaded["optimiser"] = (4 if stage == 3 else 5) * share
+            whole.pop("optimiser")
+            if stage == 3:
+                whole.pop("gradients")
+        if engine.offload_parameters:
+            offloaded["weights"] = whole.pop("weights")
+        return cls(whole, backward, update, checkpoint, grows, offloaded)
 
 
 def _loss(config: TrainConfig, world: World, local: int, total: int) -> tuple[float, float]:
