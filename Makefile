@@ -7,16 +7,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What is compiled and what is downloaded, what is checked and what is tested, at the same time.
+MAKEFLAGS += -j2
 
-.PHONY: quickstart test lint bench gpu clean
+.PHONY: quickstart test lint pytest bench gpu clean
 
-quickstart: $(VENV)/quickstart.done
+quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
 
-test: $(VENV)/dev.done lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not long" $(ARGS)
+test: lint pytest
 
-lint: $(VENV)/dev.done
+pytest: $(VENV)/objects.done $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not long" $(ARGS)
+
+lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -31,11 +35,19 @@ gpu:
 clean:
 	rm -rf $(VENV) build bclip_fast.egg-info bclip_fast/*.so
 
-# Torch first, by itself: another package's range could pull a different build of it.
-$(VENV)/torch.done:
+$(VENV)/venv.done:
 	@$(SYSTEM_PACKAGES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	@touch $@
+
+# Into build/, where pip's own build of the package finds the objects, or waits for them.
+$(VENV)/objects.done: $(VENV)/venv.done $(SOURCES)
+	$(BIN)/python setup.py -q build_ext
+	@touch $@
+
+# Torch first, by itself: another package's range could pull a different build of it.
+$(VENV)/torch.done: $(VENV)/venv.done
 	$(BIN)/pip install -q "$(TORCH)" numpy
 	@touch $@
 
@@ -44,10 +56,9 @@ $(VENV)/quickstart.done: $(VENV)/torch.done $(SOURCES)
 	@touch $@
 
 # open_clip is a peer that tests compare with: it asks for torchvision, whose wheel wants another torch build and which
-# neither we nor the comparison need more of than its Python files.
+# neither we nor the comparison need more of than its Python files. What else it imports is there for transformers.
 $(VENV)/dev.done: $(VENV)/torch.done $(SOURCES)
 	$(BIN)/pip install -q -e ".[dev]"
-	$(BIN)/pip install -q regex
 	$(BIN)/pip install -q --no-deps open_clip_torch timm torchvision==0.28.0
 	@touch $@
 

@@ -1,5 +1,6 @@
 """The two pybind11 modules, compiled by ninja: `_cpu` always, `_cuda` where nvcc is (BCLIP_CUDA=0|1 overrides)."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -35,39 +36,53 @@ def has_jpeg_headers() -> bool:
 
 
 class BuildWithNinja(build_ext):
-    def build_extension(self, extension: Extension) -> None:
-        cuda = extension.name.endswith("_cuda")
-        objects = Path(self.build_temp).resolve() / extension.name
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        for folder in (objects, output.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        with open(objects / "build.ninja", "w") as file:
-            ninja = ninja_syntax.Writer(file)
-            self._rules(ninja, cuda)
-            built = []
-            for source in map(Path, extension.sources):
-                rule = "nvcc" if source.suffix == ".cu" else "cxx"
-                built += ninja.build(str(objects / f"{source.name}.o"), rule, str(source.resolve()))
-            ninja.build(str(output), "link", built)
-        # BIN_DIR is empty under pip's build isolation, where the program is on the PATH instead.
-        program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
-        subprocess.run([program or "ninja", "-C", str(objects)], check=True)
+    """All modules in one run of ninja; objects stay in build/, as the folders that pip names are new each time."""
 
-    def _rules(self, ninja: ninja_syntax.Writer, cuda: bool) -> None:
-        includes = " ".join(f"-I{path}" for path in [pybind11.get_include(), *self.include_dirs])
+    def build_extensions(self) -> None:
+        objects = Path("build", sys.implementation.cache_tag).resolve()
+        objects.mkdir(parents=True, exist_ok=True)
+        # The files that take longest first, so that no core waits for them at the end.
+        extensions = sorted(self.extensions, key=lambda extension: extension.name, reverse=True)
+        with open(objects / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Under build isolation the headers lie elsewhere each time too. As system headers nothing depends on their
+            # age, and the link's name tells their version.
+            headers = objects / f"pybind11-{pybind11.__version__}"
+            headers.unlink(missing_ok=True)
+            headers.symlink_to(pybind11.get_include())
+            with open(objects / "build.ninja", "w") as file:
+                ninja = ninja_syntax.Writer(file)
+                for extension in extensions:
+                    self._write(ninja, extension, f"-isystem {headers}")
+            # BIN_DIR is empty under pip's build isolation, where the program is on the PATH instead.
+            program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
+            subprocess.run([program or "ninja", "-C", str(objects)], check=True)
+            for extension in extensions:
+                output = Path(self.get_ext_fullpath(extension.name))
+                output.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(objects / f"{extension.name}.so", output)
+
+    def _write(self, ninja: ninja_syntax.Writer, extension: Extension, includes: str) -> None:
+        kind = extension.name.rpartition(".")[2]
         depends = "-MMD -MF $out.d -c $in -o $out"
+        includes += "".join(f" -I{path}" for path in self.include_dirs)
         options = f"-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wno-psabi {includes}"
-        if cuda:
+        if kind == "_cuda":
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
             options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
             device = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
             ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc")
-            ninja.rule("link", f"{nvcc()} -shared -cudart static $in -o $out")
+            ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out")
         else:
             options += " -DBCLIP_JPEG" * JPEG
-            ninja.rule("link", f"{CXX} -shared -pthread $in {'-ljpeg' * JPEG} -o $out")
-        ninja.rule("cxx", f"{CXX} {options} {depends}", depfile="$out.d", deps="gcc")
+            ninja.rule(f"link{kind}", f"{CXX} -shared -pthread $in {'-ljpeg' * JPEG} -o $out")
+        ninja.rule(f"cxx{kind}", f"{CXX} {options} {depends}", depfile="$out.d", deps="gcc")
+        built = []
+        for source in sorted(map(Path, extension.sources), key=lambda path: path.suffix != ".cu"):
+            rule = "nvcc" if source.suffix == ".cu" else f"cxx{kind}"
+            built += ninja.build(f"{kind}/{source.name}.o", rule, str(source.resolve()))
+        ninja.build(f"{extension.name}.so", f"link{kind}", built)
 
 
 if JPEG and not has_jpeg_headers():

@@ -52,6 +52,24 @@ COMMANDS = {
         "bclip_fast.data.ingest_report:run",
         "ingest",
     ),
+    "train export": Command(
+        "a trained model in the layout of open_clip or transformers",
+        "bclip_fast.train.export:ExportConfig",
+        "bclip_fast.train.export:run",
+        "train",
+    ),
+    "train replay": Command(
+        "compute again the step at which a run gave up",
+        "bclip_fast.train.dump:ReplayConfig",
+        "bclip_fast.train.trainer:replay",
+        "train",
+    ),
+    "train report": Command(
+        "an HTML page about runs: curves, where the time went, validation, settings, events",
+        "bclip_fast.train.report:TrainReportConfig",
+        "bclip_fast.train.report:run",
+        "eval",
+    ),
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",
@@ -95,7 +113,7 @@ COMMANDS = {
         "search",
     ),
     "bench": Command(
-        "ours against the rivals: affine|attention|contrastive|image|images|loader|pointwise|retrieval|step|all",
+        "ours against the rivals: operators, images, loader, retrieval, a step, a trainer; bclip bench --help",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",

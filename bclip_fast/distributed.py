@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,12 +17,21 @@ import torch.distributed as dist
 
 from .errors import UserError
 
+# How long a rank that met a failed collective waits to hear from the others; rank 0, where the store may live, longer.
+_GRACE_S = 5.0
+_COLLECTIVE = re.compile(r"gloo|NCCL|Connection (closed|reset)|CollectiveError")
+_KEY = "bclip/{}/{}"
+
 
 def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
     """Joins the group that torchrun, deepspeed or srun's environment describes; does nothing for a single process.
 
-    `backend` is nccl where CUDA is available and gloo elsewhere. `timeout_seconds` bounds every collective, so a lost
-    rank ends the others with an error that names the collective.
+    `backend` is nccl where CUDA is available and gloo elsewhere. `timeout_seconds` bounds every collective and this
+    call, so a lost rank ends the others: gloo's in `explain_lost_ranks`; NCCL's watchdog ends the process by itself,
+    with a log that names the collective.
+
+    Raises:
+        UserError: the environment lacks a variable, or the ranks don't come together in time.
     """
     if dist.is_initialized():
         return
@@ -31,7 +44,15 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}: the ranks didn't meet "
+            f"at {where} within {timeout_seconds:g} s: {_first_line(error)}"
+        ) from error
+    _store().set(_KEY.format("host", rank()), f"{socket.gethostname()}, process {os.getpid()}")
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -113,3 +134,74 @@ def broadcast_object(value: Any) -> Any:
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Around what all ranks run: where a collective fails because a rank is gone or silent, the error says which one.
+
+    A rank that ends by an error of its own tells it to the others here. Those that meet a failed collective wait a few
+    seconds to hear who else does; a rank that isn't heard of is the likely cause.
+
+    Raises:
+        UserError: in place of a collective's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        failed = isinstance(error, RuntimeError) and _COLLECTIVE.search(f"{type(error).__name__} {error}") is not None
+        with contextlib.suppress(RuntimeError):
+            _store().set(
+                _KEY.format("ended", rank()), "" if failed else f"{type(error).__name__}: {_first_line(error)}"
+            )
+        if not failed:
+            raise
+        raise UserError(
+            f"rank {rank()}: {_collective_of(error)} failed: {_first_line(error)}. {_likely_cause()}. "
+            "The same command with --resume goes on from the newest checkpoint"
+        ) from error
+
+
+def _likely_cause() -> str:
+    """What the other ranks say, or which of them are silent."""
+    others = [number for number in range(world_size()) if number != rank()]
+    deadline = time.monotonic() + _GRACE_S
+    try:
+        while silent := [number for number in others if not _store().check([_KEY.format("ended", number)])]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        causes = [f"rank {n} ({_told('host', n)}) is lost or stuck" for n in silent]
+        causes += [f"rank {n} ended by {told}" for n in others if n not in silent and (told := _told("ended", n))]
+    except RuntimeError:
+        return "The ranks' store is gone, so the machine or process of rank 0 is lost"
+    if is_main():
+        # The others may still be reading.
+        time.sleep(1.0)
+    return "; ".join(causes) or "All ranks met it: the network between them"
+
+
+def _told(kind: str, number: int) -> str:
+    key = _KEY.format(kind, number)
+    return _store().get(key).decode() if _store().check([key]) else "unknown host"
+
+
+def _collective_of(error: BaseException) -> str:
+    """The torch.distributed function that raised, and ours that called it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    names = [frame.name for frame in frames if frame.filename.endswith("distributed_c10d.py")]
+    ours = [frame.name for frame in frames if f"{os.sep}bclip_fast{os.sep}" in frame.filename]
+    what = next((name for name in names if name != "wrapper"), frames[-1].name)
+    return f"{what} in {ours[-1]}" if ours else what
+
+
+def _first_line(error: BaseException) -> str:
+    """gloo's messages begin with a line of its source and end with advice."""
+    text = str(error).strip().partition("\n")[0].partition(" This is typically")[0]
+    return re.sub(r"^\[[^\]]*\] ", "", text).rstrip(".")
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

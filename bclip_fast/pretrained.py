@@ -56,8 +56,8 @@ def load(
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     source = _source(name_or_path)
-    content = _json(source.get([layout.CONFIG_FILE]))
-    config = layout.read(content, lambda path: _json(source.get([path])), lambda name: _hub_json(name))
+    content = read_json(source.get([layout.CONFIG_FILE]))
+    config = layout.read(content, lambda path: read_json(source.get([path])), _hub_json)
     preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
     tokenizer = _tokenizer(source, content, config)
     # The shapes are checked on the meta device before any memory is spent on what a configuration asks for.
@@ -79,6 +79,13 @@ def load(
     model.visual.patch_embed.mean, model.visual.patch_embed.std = preprocess_config.mean, preprocess_config.std
     log.info("loaded %s (%s)", name_or_path, path.name)
     return model.eval(), Preprocess(preprocess_config), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint that `load` takes."""
+    source = _source(name_or_path)
+    content = read_json(source.get([layout.CONFIG_FILE]))
+    return _tokenizer(source, content, layout.read(content, lambda path: read_json(source.get([path])), _hub_json))
 
 
 def save(
@@ -121,7 +128,40 @@ def save(
     os.replace(partial, folder / WEIGHT_FILES[0])
 
 
-class _Source(Protocol):
+def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+    """Writes the towers as transformers loads them, since no single class of its has both as BiomedCLIP has.
+
+        vision/   ViTModel, whose pooler_output is the image's embedding; preprocessor_config.json
+        text/     BertModel and the tokenizer, or of a gpt tower CLIPTextModelWithProjection, whose text_embeds it is
+        projections.safetensors   text_projection. of BERT, which its first token's last hidden state goes through:
+                                  `0.weight`, GELU, `2.weight`, or `weight` alone; logit_scale, the logarithm
+
+    Embeddings aren't normalised. Raises OSError or SafetensorError where nothing can be written.
+    """
+    from safetensors.torch import save_file
+
+    folder, config, pixels = Path(folder), model.config, preprocess.config
+    states = weights.to_transformers(model.state_dict(), config)
+    for name, content, state in zip(("vision", "text"), layout.transformers_configs(config), states, strict=False):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
+    save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder / "text")
+    square, whole = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
+    content = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": square if whole else {"shortest_edge": pixels.size},
+        "do_center_crop": not whole,
+        "crop_size": square,
+        "resample": {"bicubic": 3, "bilinear": 2}[pixels.interpolation],
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class Source(Protocol):
     """Where the files of one checkpoint are."""
 
     def get(self, names: Sequence[str]) -> Path:
@@ -129,7 +169,7 @@ class _Source(Protocol):
         ...
 
 
-class _Folder:
+class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -140,7 +180,7 @@ class _Folder:
         raise UserError(f"{self.path} holds no {' or '.join(names)}")
 
 
-class _Hub:
+class Hub:
     def __init__(self, name: str) -> None:
         self.repository, _, revision = name.partition("@")
         self.revision = revision or None
@@ -162,24 +202,24 @@ class _Hub:
         raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {_first_line(absent)}") from absent
 
 
-def _source(name_or_path: str | Path) -> _Source:
+def _source(name_or_path: str | Path) -> Source:
     name = str(name_or_path)
     if name.startswith(HUB_PREFIX):
-        return _Hub(name.removeprefix(HUB_PREFIX))
+        return Hub(name.removeprefix(HUB_PREFIX))
     folder = Path(name_or_path)
     for path in (folder, folder / "model"):
         if (path / layout.CONFIG_FILE).is_file():
-            return _Folder(path)
+            return Folder(path)
     if not folder.is_dir():
         raise UserError(f"{name} is not a folder; a model of the hub is named hf-hub:ORG/NAME")
     raise UserError(f"{name} holds no {layout.CONFIG_FILE}, neither does {folder / 'model'}")
 
 
 def _hub_json(name: str) -> dict[str, Any]:
-    return _json(_Hub(name).get(["config.json"]))
+    return read_json(Hub(name).get(["config.json"]))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; that is no configuration")
@@ -222,7 +262,7 @@ def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
     return content
 
 
-def _tokenizer(source: _Source, content: dict[str, Any], config: BiomedClipConfig) -> Tokenizer:
+def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig) -> Tokenizer:
     try:
         path = source.get(TOKENIZER_FILES)
     except UserError as error:
@@ -230,7 +270,7 @@ def _tokenizer(source: _Source, content: dict[str, Any], config: BiomedClipConfi
         if name is None:
             raise UserError(f"{error}; save the tokenizer beside the weights") from error
         log.info("the checkpoint has no tokenizer file of its own; fetching that of %s", name)
-        path = _Hub(name).get(TOKENIZER_FILES)
+        path = Hub(name).get(TOKENIZER_FILES)
     tokenizer = Tokenizer.from_file(path, context_length=config.text.context_length)
     _check_vocabulary(tokenizer, config)
     return tokenizer

@@ -69,7 +69,7 @@ def _training(config: QuickstartConfig, out: Path, data: Path, num_pairs: int) -
         seed=config.seed,
         epochs=config.epochs or settings.epochs,
         batch_size=batch_size,
-        resume=(out / "run" / "checkpoints").is_dir(),
+        resume=True,
         data=dataclasses.replace(settings.data, shards=str(data)),
     )
 

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import json
 import platform
-import re
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bclip_fast.train.cluster import device_name, results_name
 
 from .cases import DEVICE, Case, Inputs
 
@@ -127,8 +128,7 @@ def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:
 
 def record(rows: list[dict[str, Any]]) -> Path:
     """Appends the rows, of one device, to results/<device>.jsonl of the source tree."""
-    device = re.sub(r"\W+", "-", rows[0]["device"]).strip("-")
-    path = Path(__file__).parent / "results" / f"{device}.jsonl"
+    path = Path(__file__).parent / "results" / results_name(rows[0]["device"])
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
@@ -140,19 +140,10 @@ def environment() -> dict[str, str]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
     return {
-        "device": device_name(),
+        "device": device_name(DEVICE),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def device_name() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name(DEVICE)
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

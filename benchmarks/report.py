@@ -19,6 +19,7 @@ from .loader import LoaderConfig, measure_loader, show_loader
 from .measure import environment, record, suite
 from .retrieval import RetrievalConfig, measure_retrieval, show_retrieval
 from .step import StepConfig, measure_step, show_step
+from .trainer import TrainerConfig, measure_trainer, show_trainer
 
 HERE = Path(__file__).parent
 
@@ -29,17 +30,28 @@ class BenchConfig:
 
     operator: tyro.conf.Positional[
         Literal[
-            "affine", "attention", "contrastive", "image", "images", "loader", "pointwise", "retrieval", "step", "all"
+            "affine",
+            "attention",
+            "contrastive",
+            "image",
+            "images",
+            "loader",
+            "pointwise",
+            "retrieval",
+            "step",
+            "trainer",
+            "all",
         ]
     ] = "all"
     """The operator to measure; `images`: files to resized pixels; `loader`: shards to batches; `retrieval`: exact
-    ranks; `step`: a whole training step; `all` are the operators."""
+    ranks; `step`: a whole training step; `trainer`: steps of a run, from shards, on ranks; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     only: str = ""
     """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
@@ -78,6 +90,7 @@ SPECIAL: dict[str, tuple[Callable[[BenchConfig], list[dict[str, Any]]], Callable
     "loader": (lambda config: measure_loader(config.loader), show_loader),
     "retrieval": (lambda config: measure_retrieval(config.retrieval), show_retrieval),
     "step": (lambda config: measure_step(config.step), show_step),
+    "trainer": (lambda config: measure_trainer(config.trainer), show_trainer),
 }
 
 

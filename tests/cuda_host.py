@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,8 @@ hosted = pytest.mark.skipif(CUDA_HOST is None and not ON_GPU, reason="runs insid
 outside = pytest.mark.skipif(CUDA_HOST is not None or ON_GPU, reason="starts the tests that run on the host")
 DEVICE_ALONE = ("bindings.cpp", "device.cu")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+# Optimising what is sanitized takes longer than the tests gain by it.
+VARIANTS = {"plain": ("-O2", ""), "sanitized": (f"-O0 -g1 {SANITIZERS}", SANITIZERS)}
 
 
 @cache
@@ -34,33 +35,36 @@ def path(sanitized: bool = False) -> Path:
     """The module's file, compiled anew where a source is newer; `sanitized` for addresses and undefined behaviour."""
     if platform.machine() != "x86_64":
         pytest.skip("the host meaning of the CUDA kernels switches stacks on x86-64 alone")
-    folder = ROOT / "build" / ("cuda_host_sanitized" if sanitized else "cuda_host")
+    folder = ROOT / "build/cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
-    output = folder / f"_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = f"{'sanitized' if sanitized else 'plain'}/_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     options = f"-std=c++17 -fPIC -fvisibility=hidden -DBCLIP_ON_HOST -Wall -Wno-unknown-pragmas {includes} "
-    kernels = f"-O1 -g1 {SANITIZERS}" if sanitized else "-O2"
+    compiler = os.environ.get("CXX", "g++")
     # One build at a time, whichever of xdist's workers comes first.
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja", "w") as file:
             ninja = ninja_syntax.Writer(file)
-            compiler = os.environ.get("CXX", "g++")
-            # pybind11's templates take longer than all kernels, if they are optimised.
-            for rule, optimised in (("kernels", kernels), ("bindings", "-O0")):
+
+            def compiled(rule: str, optimised: str, place: str, sources: list[Path]) -> list[str]:
                 command = f"{compiler} {options} {optimised} -MMD -MF $out.d -x c++ -c $in -o $out"
                 ninja.rule(rule, command, depfile="$out.d", deps="gcc")
-            ninja.rule("link", f"{compiler} -shared {SANITIZERS if sanitized else ''} $in -o $out")
-            objects = []
-            for source in sorted((ROOT / "csrc/cuda").rglob("*.c[pu]*")):
-                if source.suffix == ".cuh" or source.relative_to(ROOT / "csrc/cuda").as_posix() in DEVICE_ALONE:
-                    continue
-                rule = "bindings" if source.name in ("bindings.cpp", "operators.cpp") else "kernels"
-                objects += ninja.build(f"{source.name}.o", rule, str(source))
-            ninja.build(str(output), "link", objects)
+                return sum((ninja.build(f"{place}/{one.name}.o", rule, str(one)) for one in sources), [])
+
+            sources = [path for path in sorted((ROOT / "csrc/cuda").rglob("*.c[pu]*")) if path.suffix != ".cuh"]
+            sources = [one for one in sources if one.relative_to(ROOT / "csrc/cuda").as_posix() not in DEVICE_ALONE]
+            kernels = [one for one in sources if one.name not in ("bindings.cpp", "operators.cpp")]
+            # pybind11's templates take longer than all kernels, if they are optimised.
+            bindings = compiled("bindings", "-O0", "bindings", [one for one in sources if one not in kernels])
+            for name, (optimised, linked) in VARIANTS.items():
+                ninja.rule(f"link_{name}", f"{compiler} -shared {linked} $in -o $out")
+                objects = bindings + compiled(f"kernels_{name}", optimised, name, kernels)
+                ninja.build(f"{name}/{Path(target).name}", f"link_{name}", objects)
         program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
-        done = subprocess.run([program or "ninja", "-j", "2"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run([program or "ninja", "-j", "2", target], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    output = folder / target
     return output
 
 
@@ -73,15 +77,13 @@ def module() -> ModuleType:
     return loaded
 
 
-def run_sanitized(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python *command` with the runtime that a sanitized module needs, and BCLIP_CUDA_HOST naming it."""
-    libraries = [
-        subprocess.check_output([os.environ.get("CXX", "g++"), f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment |= {"LD_PRELOAD": " ".join(libraries), "BCLIP_CUDA_HOST": str(path(sanitized=True))}
-    # Python and torch keep what they allocated.
-    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run(
-        [sys.executable, *command], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
-    )
+def environment(sanitized: bool = False) -> dict[str, str]:
+    """What a process needs so that its CUDA backend is the host's module, `sanitized` with the sanitizers' runtime."""
+    found = {"BCLIP_CUDA_HOST": str(path(sanitized))}
+    if sanitized:
+        compiler, names = os.environ.get("CXX", "g++"), ("libasan.so", "libstdc++.so")
+        libraries = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True) for name in names]
+        # Python and torch keep what they allocated.
+        found |= {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
+        found |= {"UBSAN_OPTIONS": "print_stacktrace=1"}
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing import start_processes
+
+
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """For processes that find torch imported, and its compiler, which comes with the first optimiser: once for all of a
+    process of tests, in the environment it had then."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
+    return context
 
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(rank, *args)` must be importable (a module's function); its results must be what torch.save takes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (num_ranks, folder, function, args), nprocs=num_ranks)
+        method = fork_server().get_start_method()
+        start_processes(_run, (num_ranks, folder, function, args), nprocs=num_ranks, start_method=method)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from peers import import_open_clip
 from synthetic import write_shards
 
+from bclip_fast import ops
 from bclip_fast.benchmarks import loader
 from bclip_fast.benchmarks.loader import LoaderConfig, Source, measure_loader
 from bclip_fast.benchmarks.report import BenchConfig, run
@@ -41,6 +43,23 @@ def test_every_loader_gives_the_samples_of_a_pass(shards: Path, tmp_path: Path, 
         assert row["samples"] == 24 and row["samples_per_second"] == pytest.approx(24 / row["seconds"])
         assert row["speedup"] == pytest.approx(rows[0]["seconds"] / row["seconds"])
     assert "samples/s" in capsys.readouterr().out
+
+
+def test_real_articles_become_shards(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Some of them: a folder where what is read as the shared data has two of its articles."""
+    rows = [json.loads(line) for line in (shared_data / "pmc_articles/pairs.jsonl").read_text().splitlines()]
+    pairs = [row for row in rows if "/rendered/" in f"/{row['image']}"]
+    articles = sorted({row["pmcid"] for row in pairs})[:2]
+    for name in articles:
+        shutil.copytree(shared_data / "pmc_articles/rendered" / name, tmp_path / "data/pmc_articles/rendered" / name)
+    monkeypatch.setenv("BCLIP_SHARED_DATA", str(tmp_path / "data"))
+    folder = loader.figures_to_shards(LoaderConfig(max_short_side=100), tmp_path / "shards")
+    dataset = ShardDataset(folder)
+    expected = [row for row in pairs if row["pmcid"] in articles]
+    found = {dataset.caption(index) for index in range(len(dataset))}
+    assert len(dataset) == len(expected) > 2 and len({row["pmcid"] for row in expected}) == 2
+    assert {"".join(row["caption"].split()) for row in expected} == {"".join(text.split()) for text in found}
+    assert all(min(ops.image.peek_size(sample.image)) <= 100 for sample in dataset)
 
 
 def test_pixels_that_are_others_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch):

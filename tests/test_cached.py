@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from ranks import on_ranks
 from synthetic import tiny_model
 
+from bclip_fast.data.native import Batch
+from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.model.packed import Packed
 from bclip_fast.train import engine as engines
-from bclip_fast.train.cached import CachedBatch, MicroBatch, embed
+from bclip_fast.train.cached import CachedBatch, Spool, embed
 from bclip_fast.train.engine import Engine, EngineConfig
 from bclip_fast.train.schedule import OptimConfig
 
@@ -27,15 +29,21 @@ ENGINES = {"ddp": EngineConfig(name="ddp", precision="fp32")} | {
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip_norm=1.0, eps=1e-3)
 
 
-def micro_batches() -> list[MicroBatch]:
+def micro_batches() -> list[tuple[Batch, int]]:
+    """Each with the seed of its random numbers."""
     generator = torch.Generator().manual_seed(0)
     parts = []
     for number in range(NUM_PARTS):
         images = torch.randint(0, 256, (ROWS, 32, 32, 3), dtype=torch.uint8, generator=generator)
         lengths = torch.randint(1, 12, (ROWS,), generator=generator).tolist()
         ids = torch.randint(5, 90, (sum(lengths),), generator=generator)
-        parts.append(MicroBatch(images, Packed.of(ids, lengths), 100 + number))
+        parts.append((Batch(images, ids, lengths, [""] * ROWS, 0), 100 + number))
     return parts
+
+
+def spool() -> Spool:
+    """Of which a part of the images goes to a file."""
+    return Spool(3 * ROWS * 32 * 32 * 3)
 
 
 def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
@@ -49,7 +57,7 @@ def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
 def whole_batch() -> dict[str, Any]:
     """The step with all activations kept: what the towers give for each part, concatenated, in one graph."""
     engine = make(ENGINES["ddp"])
-    parts = [embed(engine, part) for part in micro_batches()]
+    parts = [embed(engine, *part) for part in micro_batches()]
     image, text = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     loss = ClipLoss()(image, text, parts[0].logit_scale)
     engine.backward(loss)
@@ -64,9 +72,9 @@ def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: 
     parts = micro_batches()[rank * share : (rank + 1) * share]
     found: dict[str, Any] = {}
     for own, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
-        cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), whole=False)
+        cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), spool())
         for part in own:
-            cached.add(part)
+            cached.add(*part)
         loss = float(cached.loss())
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             cached.backward()
@@ -107,11 +115,11 @@ def test_the_step_of_the_whole_batch(num_ranks: int, expected: dict[str, Any]):
 def test_a_step_without_the_replay_of_random_numbers_is_another(expected: dict[str, Any]):
     """What the test above compares would tell masks that differ between the two passes."""
     engine = make(ENGINES["ddp"])
-    cached = CachedBatch(engine, ClipLoss(), whole=False)
+    cached = CachedBatch(engine, ClipLoss(), spool())
     for part in micro_batches():
-        cached.add(part)
+        cached.add(*part)
     cached.loss()
-    cached._batches = [part._replace(seed=part.seed + 1) for part in cached._batches]
+    cached._batches = [(batch, seed + 1, images) for batch, seed, images in cached._batches]
     cached.backward()
     assert engine.step(OPTIM.lr).grad_norm != pytest.approx(expected["grad_norm"], rel=1e-3)
 
@@ -123,8 +131,21 @@ def test_one_micro_batch_is_embedded_once():
     engine.module.register_forward_hook(lambda *_: calls.append(1))
     for whole, expected_calls in ((True, 1), (False, 2)):
         calls.clear()
-        cached = CachedBatch(engine, ClipLoss(), whole=whole)
-        cached.add(part)
+        cached = CachedBatch(engine, ClipLoss(), None if whole else spool())
+        cached.add(*part)
         cached.loss()
         cached.backward()
         assert len(calls) == expected_calls
+
+
+def test_a_spool_gives_back_what_it_kept(tmp_path: Path):
+    images = [part.images for part, _ in micro_batches()]
+    for limit in (0, 2 * images[0].numel(), 1 << 30):
+        place = Spool(limit, str(tmp_path))
+        for turn in (images, images[::-1]):
+            place.clear()
+            kept = [place.add(part) for part in turn]
+            assert all(torch.equal(back(), part) for back, part in zip(kept, turn, strict=True))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no room for the images of a batch in /nowhere.*data.spool_dir"):
+        Spool(0, "/nowhere").add(images[0])

@@ -2,18 +2,34 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from ranks import fork_server
 
 from bclip_fast import __version__, cli
 
 
-def bclip(*args, **options):
-    return subprocess.run([sys.executable, "-m", "bclip_fast.cli", *args], capture_output=True, text=True, **options)
+def bclip(*args, missing=()):
+    """The command in a process of its own that has imported torch, which takes longer than the rest."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = fork_server().Process(target=_main, args=(args, folder, missing))
+        process.start()
+        process.join()
+        texts = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(args, process.exitcode, *texts)
+
+
+def _main(args, folder, missing):
+    sys.modules.update(dict.fromkeys(missing))
+    sys.stdout, sys.stderr = (open(Path(folder) / name, "w") for name in ("stdout", "stderr"))
+    sys.exit(cli.main(args))
 
 
 def test_version_and_usage():
-    assert bclip("--version").stdout.strip() == f"bclip_fast {__version__}"
+    done = subprocess.run([sys.executable, "-m", "bclip_fast.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == f"bclip_fast {__version__}"
     assert all(name in bclip().stdout for name in cli.COMMANDS)
 
 
@@ -43,8 +59,7 @@ def test_a_mistake_gives_one_line_and_exit_code_2(args, words):
 
 
 def test_a_missing_package_is_named_with_its_extra():
-    code = "import sys; sys.modules['tyro'] = None; from bclip_fast import cli; sys.exit(cli.main(['doctor']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = bclip("doctor", missing=["tyro"])
     assert done.returncode == 2
     assert done.stderr.strip() == "bclip doctor needs the package tyro: pip install 'bclip_fast[model]'"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import cuda_host
 import pytest
 import torch
@@ -100,7 +104,8 @@ def test_under_the_sanitizers(fault, words):
         f"host.planted({FAULTS.index(fault)}, a.data_ptr(), b.data_ptr(), c.data_ptr())\n"
         "assert (c == 16).all()\n"
     )
-    done = cuda_host.run_sanitized("-c", code)
+    environment = {**os.environ, **cuda_host.environment(sanitized=True)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if words is None:
         assert done.returncode == 0, done.stderr
     else:

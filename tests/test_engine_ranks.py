@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from synthetic import tiny_run, weights, write_shards
+from synthetic import tiny_model, tiny_run, weights, write_shards
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
@@ -82,12 +82,20 @@ def _train_on_ranks(rank: int, folder: str) -> dict[str, Any]:
             stop_after_3(run, root / f"{name}-resumed")
         distributed.barrier()
         train(dataclasses.replace(config, run=str(root / f"{name}-resumed"), resume=True))
+    train(_in_micro_batches(root / "micro", root / "shards", ENGINES["zero2"]))
     # The other way round: what one rank began, two ranks continue.
     config = tiny_run(root / "one-to-two", root / "shards", engine=ENGINES["zero2"], resume=True)
     train(config)
     held["refused"] = _refusal(tiny_run(root / "uneven", root / "shards", batch_size=15))
     held["refused on rank 0"] = _refusal(tiny_run(root / "ddp", root / "shards"))
     return held
+
+
+def _in_micro_batches(run: Path, shards: Path, engine: EngineConfig) -> TrainConfig:
+    """Dropout, dropped patches, and a batch that grows: 4 micro-batches of 4 over all ranks, 8 from epoch 1 on."""
+    model = tiny_model(dropout=0.1)
+    model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, patch_dropout=0.25))
+    return tiny_run(run, shards, engine=engine, model=model, max_steps=8, micro_batch_size=4, batch_schedule=((1, 32),))
 
 
 def _refusal(config: TrainConfig) -> str:
@@ -125,6 +133,22 @@ def test_two_ranks_resume_bit_for_bit(root: Path, held: list[dict[str, Any]], na
     assert curves(resumed) == curves(whole)
     expected, found = weights(whole), weights(resumed)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_micro_batches_on_two_ranks_are_those_of_one(root: Path, held: list[dict[str, Any]], tmp_path: Path):
+    """The same random numbers, the same loss: the curve is that of one rank with twice as many, also after a resume."""
+    one = train(_in_micro_batches(tmp_path / "one", root / "shards", ENGINES["ddp"]))
+    ours, theirs = curves(root / "micro"), curves(one)
+    assert len(ours["loss"]) == 8 and ours["lr"] == theirs["lr"]
+    assert max(abs(a - b) for a, b in zip(ours["loss"], theirs["loss"], strict=True)) <= CURVE_TOLERANCE
+    assert [record["samples"] for record in read_metrics(one / "metrics.jsonl")] == [16, 32, 48, 64, 80, 96, 128, 160]
+    resumed = shutil.copytree(one, tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "step-00000008")
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    config = _in_micro_batches(resumed, root / "shards", ENGINES["ddp"])
+    train(dataclasses.replace(config, resume=True))
+    expected, found = weights(one), weights(resumed)
+    assert curves(resumed) == curves(one) and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_zero_shards_what_it_says(reference: Path, held: list[dict[str, Any]]):

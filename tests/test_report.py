@@ -187,7 +187,7 @@ def test_metrics_that_are_not_json_name_the_line(run_folder: Path, results: dict
 )
 def test_charts_stay_inside_their_frame(values: list[float]) -> None:
     steps = list(range(1, len(values) + 1))
-    drawing = str(chart.line_chart(steps, values, title="t", smooth=True, reference=(values[0], "level")))
+    drawing = str(chart.line_chart({"": (steps, values)}, title="t", smooth=True, reference=(values[0], "level")))
     assert "nan" not in drawing and "inf" not in drawing
     points = [
         tuple(map(float, point.split(",")))

@@ -42,13 +42,17 @@ def test_a_line_splits_its_step(shards: Path, tmp_path: Path, monkeypatch: pytes
     """The parts add up to the step, and tokens and MFU follow from what was in the batch."""
     monkeypatch.setattr(flops, "device_peak", lambda device, precision: 1e12)
     lengths: list[list[int]] = []
-    forward = trainer._Run._forward
-    monkeypatch.setattr(
-        trainer._Run, "_forward", lambda self, batch: lengths.append(batch.lengths) or forward(self, batch)
-    )
-    config = tiny_run(tmp_path / "run", shards, max_steps=3)
+    take = trainer._Run._batch
+
+    def noted(self: Any) -> Any:
+        batch = take(self)
+        lengths.append(batch.lengths)
+        return batch
+
+    monkeypatch.setattr(trainer._Run, "_batch", noted)
+    config = tiny_run(tmp_path / "run", shards, max_steps=3, micro_batch_size=8)
     run = train(config)
-    for line, own in zip(lines(run), lengths, strict=True):
+    for line, own in zip(lines(run), [a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)], strict=True):
         parts = [line[f"{part}_seconds"] for part in PARTS]
         assert all(part >= 0 for part in parts) and line["forward_seconds"] > 0 and line["backward_seconds"] > 0
         assert 0.7 * line["step_seconds"] < sum(parts) <= line["step_seconds"]
@@ -73,10 +77,10 @@ def test_on_a_gpu_a_line_has_the_split_of_the_step_before(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = StepClock(torch.device("cuda"))
     found = []
-    for parts in (["forward", "backward"], ["forward", "backward", "forward"], []):
+    for parts in (["forward", "backward"], ["forward", "", "forward", "backward"], []):
         clock.start()
         for part in parts:
-            clock.mark(part)
+            clock.mark(part) if part else clock.leave_out()
         found.append(clock.seconds())
     assert found == [
         {},
@@ -86,7 +90,7 @@ def test_on_a_gpu_a_line_has_the_split_of_the_step_before(monkeypatch: pytest.Mo
 
 
 RECORD = {
-    "step": 3, "loss": 1.25, "logit_scale": 14.3, "grad_norm": 0.5, "samples_per_second": 1234.4,
+    "step": 3, "samples": 48, "loss": 1.25, "logit_scale": 14.3, "grad_norm": 0.5, "samples_per_second": 1234.4,
     "tokens_per_second": 98765.4, "step_seconds": 2.0, "data_wait_seconds": 0.1,
 }  # fmt: skip
 
@@ -97,11 +101,11 @@ def test_the_live_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mon
     assert "MFU" not in metrics.describe(RECORD)
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(2, 10)
+    progress = metrics.Progress(10, 32, 160)
     with caplog.at_level(logging.INFO, "bclip_fast"):
         for step in range(3, 11):
             now[0] += 10
-            progress.update(RECORD | {"step": step})
+            progress.update(RECORD | {"step": step, "samples": 16 * step})
     progress.close()
     said = [record.getMessage() for record in caplog.records]
     # Every 15 s and at the end; a step takes 10 s here.
@@ -120,7 +124,7 @@ def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
-    progress = metrics.Progress(0, 10)
+    progress = metrics.Progress(10, 0, 160)
     progress.update(RECORD)
     progress.close()
     assert "3/10" in screen.getvalue() and "98,765 tokens/s" in screen.getvalue()
@@ -180,7 +184,7 @@ def test_when_validation_is_due(tmp_path: Path, settings: ValidationConfig, step
     validation = Validation(settings, tmp_path, 14)
     found = []
     for step in range(1, 15):
-        if validation.is_due(step, stream.epoch(step), stream.epoch(step - 1)):
+        if validation.is_due(step, stream.locate(step)[0], stream.locate(step - 1)[0]):
             validation.last_step = step
             found.append(step)
     assert found == steps
@@ -274,13 +278,19 @@ def test_the_first_host_of_slurms_list(nodes: str, host: str):
     assert distributed.first_host(nodes) == host
 
 
+# Two tasks; once there is a line in the file that SIGNAL_AFTER names, they get what sbatch --signal=USR1 sends.
 SRUN = """#!{python}
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 command = sys.argv[[arg.startswith("-") for arg in sys.argv[1:]].index(False) + 1:]
 tasks = [
     subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}}) for i in range(2)
 ]
+path = os.environ.get("SIGNAL_AFTER")
+while path and tasks[0].poll() is None and not (os.path.exists(path) and os.path.getsize(path)):
+    time.sleep(0.05)
+for task in tasks if path else []:
+    task.send_signal(signal.SIGUSR1)
 sys.exit(max(task.wait() for task in tasks))
 """
 
@@ -307,16 +317,20 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
     return done, asked.read_text().split()[0] if asked.is_file() else ""
 
 
-def test_the_slurm_script_trains_on_two_tasks(shards: Path, tmp_path: Path):
-    config = tiny_run(tmp_path / "run", shards, max_steps=2)
+def test_the_slurm_script_trains_on_two_tasks(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Until the signal before the time limit: a checkpoint is written and the job requeued."""
+    run = tmp_path / "run"
+    config = tiny_run(run, shards, max_steps=100_000)
     (tmp_path / "config.toml").write_text(to_toml(config))
+    monkeypatch.setenv("SIGNAL_AFTER", str(run / "metrics.jsonl"))
     bclip = f'exec {sys.executable} -m bclip_fast.cli "$@"'
     done, asked = _sbatch(tmp_path / "bin", bclip, str(tmp_path / "config.toml"))
-    assert done.returncode == 0 and not asked, done.stderr
-    events = lines(tmp_path / "run", "events.jsonl")
-    assert events[0]["event"] == "start" and events[0]["ranks"] == 2
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
-    assert lines(tmp_path / "run")[1]["communication_seconds"] >= 0
+    assert (done.returncode, asked) == (75, "requeue"), done.stderr
+    events, steps = lines(run, "events.jsonl"), lines(run)
+    assert (events[0]["event"], events[0]["ranks"]) == ("start", 2) and events[-1]["event"] == "checkpoint"
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert (run / "checkpoints" / f"step-{len(steps):08d}").is_dir()
+    assert all(line["communication_seconds"] >= 0 for line in steps[1:])
     # One rank says what happens.
     assert done.stderr.count("training on 96 samples") == 1
 

@@ -135,10 +135,9 @@ def test_compiled_layers_compute_the_same_whatever_the_lengths() -> None:
     assert counts[0] > 0 and counts == counts[:1] * 4
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_benchmark_gives_a_row_for_each_variant(dropout: float, histogram: str) -> None:
+def test_the_benchmark_gives_a_row_for_each_variant(histogram: str) -> None:
     import_open_clip()
-    config = StepConfig(preset="quickstart", batch_size=4, lengths=histogram, rounds=1, dropout=dropout)
+    config = StepConfig(preset="quickstart", batch_size=4, lengths=histogram, rounds=1, dropout=0.1)
     rows = measure_step(config)
     names = [row["contender"] for row in rows]
     assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"] and len(names) == len(set(names)) == 11

@@ -93,6 +93,51 @@ def test_costs_are_shared_out_evenly(world_size: int):
     assert worst < sliced if world_size < 8 else worst == sliced
 
 
+def test_micro_batches_depend_on_their_number_alone():
+    """Four on one rank, two on each of two, one on each of four: the same samples meet, in the same order of parts."""
+    costs = permutation(300, 5).tolist()
+    for cost in (None, costs.__getitem__):
+        parts = []
+        for world_size in (1, 2, 4):
+            ranks = [make(rank, world_size, cost=cost, micro_batch_size=2) for rank in range(world_size)]
+            assert {stream.num_micro_batches(0) for stream in ranks} == {4 // world_size}
+            assert {stream.max_batch_size for stream in ranks} == {2}
+            parts.append([stream.batch(20, part)[1] for stream in ranks for part in range(4 // world_size)])
+            whole = [stream.batch(20)[1] for stream in ranks]
+            assert sum(whole, []) == sum(parts[-1], [])
+        assert parts[0] == parts[1] == parts[2]
+        assert sorted(sum(parts[0], [])) == make().batch(20)[1]
+    with pytest.raises(UserError, match="micro_batch_size=3 does not divide the 4 pairs of a rank"):
+        make(0, 2, micro_batch_size=3)
+
+
+def test_the_batch_follows_its_schedule():
+    """Of 116 samples: two epochs of 14 batches of 8, three of 4 of 24, then 1 of 60."""
+    stream = make(schedule=[(2, 24), (5, 60)])
+    sizes = [8] * 28 + [24] * 12 + [60] * 3
+    expected = [(0, 8 * n) for n in range(14)] + [(1, 8 * n) for n in range(14)]
+    expected += [(epoch, 24 * n) for epoch in (2, 3, 4) for n in range(4)] + [(5, 0), (6, 0), (7, 0)]
+    assert [stream.num_batches_of(epochs) for epochs in range(9)] == [0, 14, 28, 32, 36, 40, 41, 42, 43]
+    seen = 0
+    for number, (size, place) in enumerate(zip(sizes, expected, strict=True)):
+        assert stream.locate(number) == place and stream.samples_before(number) == seen
+        epoch, positions = stream.batch(number)
+        assert (epoch, positions) == (place[0], list(range(place[1], place[1] + size)))
+        stream.num_consumed = seen
+        assert stream.next_batch == number
+        seen += size
+    assert make(batch_size=7, schedule=[(0, 8), (2, 24), (5, 60)]).state_dict() == {**stream.state_dict(), "samples": 0}
+    assert make(schedule=[(0, 24)]).state_dict() == make(batch_size=24).state_dict()
+    before_schedules = {key: value for key, value in make().state_dict().items() if key != "batch_schedule"}
+    make().load_state_dict(before_schedules)
+    with pytest.raises(UserError, match=r"another batch_schedule: the checkpoint has batch_schedule \[\[2, 24\]"):
+        make().load_state_dict(stream.state_dict())
+    with pytest.raises(UserError, match="epoch 2 comes after epoch 2"):
+        make(schedule=[(2, 24), (2, 60)])
+    with pytest.raises(UserError, match="batch_size=200 is larger than the dataset's 116 samples"):
+        make(schedule=[(2, 200)])
+
+
 def test_state_is_refused_by_name():
     state = make().state_dict()
     for name, value, words in [

@@ -16,7 +16,7 @@ from bclip_fast import pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.eval.report import read_metrics
 from bclip_fast.model.biomedclip import PRESETS, BiomedClip, BiomedClipConfig
-from bclip_fast.train import checkpoint, engine
+from bclip_fast.train import checkpoint, engine, optimizer
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig, learning_rate, parameter_groups
@@ -61,6 +61,13 @@ def test_schedule_is_open_clips():
     ends = OptimConfig(lr=2.0, min_lr=0.5, warmup_steps=0)
     assert learning_rate(0, 10, ends) == 2.0 and learning_rate(9, 10, ends) > 0.5
     assert learning_rate(2, 3, OptimConfig(lr=2.0, warmup_steps=2000)) == 2.0
+
+
+def test_learning_rate_of_a_growing_batch():
+    """A step of four times the batch counts four on the one cosine over samples; its peak follows by the rule."""
+    for rule, factor in (("none", 1.0), ("sqrt", 2.0), ("linear", 4.0)):
+        config = OptimConfig(lr=1.0, warmup_steps=4, batch_lr=rule)
+        assert learning_rate(8.0, 20.0, config, 4.0) == pytest.approx(factor * learning_rate(8, 20, config))
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "biomedclip_s16_gpt77"])
@@ -193,9 +200,10 @@ def test_no_whole_checkpoint(finished: Path, shards: Path, tmp_path: Path):
     config = tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True)
     with pytest.raises(UserError, match="no checkpoint to resume from, none of its 2 is whole"):
         train(config)
+    # Where nothing is to be lost, the command that resumes begins.
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no checkpoint to resume from, it holds none"):
-        train(config)
+    train(config)
+    assert curve(run) == curve(finished) and equal(weights(run), weights(finished))
 
 
 def test_what_does_not_belong_to_the_run_is_refused(finished: Path, shards: Path, tmp_path: Path):
@@ -207,8 +215,7 @@ def test_what_does_not_belong_to_the_run_is_refused(finished: Path, shards: Path
         ({"data": DataConfig(shards=str(other), shuffle_block=32)}, r"another dataset: the checkpoint has fingerprint"),
         ({"seed": 7}, "another seed: the checkpoint has seed 0, this run has 7"),
         ({"batch_size": 32}, "another batch_size"),
-        ({"resume": False}, "holds a run already; set resume=True"),
-        ({"run": str(tmp_path / "none")}, "no run to resume"),
+        ({"resume": False}, "holds a run already; --resume continues it"),
     ]:
         with pytest.raises(UserError, match=words):
             train(dataclasses.replace(config, **changes))
@@ -234,7 +241,7 @@ def test_bad_settings(shards: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"bad\.toml.*learning_rate"):
         config_files.parse(TrainConfig, [str(file)], prog="bclip train")
     for name, value in [
-        ("optim.lr", "-1"), ("engine.precision", "fp16"), ("epochs", "0"), ("checkpoint.keep", "-1"),
+        ("optim.lr", "-1"), ("engine.bucket_mib", "0"), ("epochs", "0"), ("checkpoint.keep", "-1"),
         ("data.crop_scale", "0.5 2"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
@@ -243,17 +250,11 @@ def test_bad_settings(shards: Path, tmp_path: Path):
 
 def test_layers_compiled_where_parameters_stay(monkeypatch: pytest.MonkeyPatch):
     compiled = []
-    monkeypatch.setattr(BiomedClip, "compile_layers", lambda self: compiled.append(self))
+    monkeypatch.setattr(BiomedClip, "compile_layers", lambda self, graphs: compiled.append(self))
     engine.make(BiomedClip(tiny_model()), EngineConfig(name="ddp", compile=True), OptimConfig(), 2).close()
     assert len(compiled) == 1
     with pytest.raises(UserError, match=r"engine\.compile with engine\.zero_stage 3"):
         EngineConfig(zero_stage=3, compile=True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(shards: Path, tmp_path: Path):
-    config = tiny_run(tmp_path / "run", shards, optim=OptimConfig(lr=1e30, warmup_steps=0))
-    with pytest.raises(UserError, match=r"the loss is nan at step \d; lower optim\.lr"):
-        train(config)
 
 
 def test_half_precision(shards: Path, tmp_path: Path):
@@ -280,15 +281,16 @@ def test_half_precision(shards: Path, tmp_path: Path):
 
 def test_fp16_overflow_skips_the_update():
     """The loss scale of 2^16 overflows fp16 gradients at first: no update, a smaller scale, then training goes on."""
-    for name in ("ddp", "deepspeed"):
+    states = []
+    for name, stage in (("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)):
         torch.manual_seed(0)
         model = BiomedClip(tiny_model())
-        settings = EngineConfig(name=name, zero_stage=0, precision="fp16")
-        wrapped = engine.make(model, settings, OptimConfig(), 2)
+        settings = EngineConfig(name=name, zero_stage=stage, precision="fp16")
+        wrapped = engine.make(model, settings, OptimConfig(grad_clip_norm=1.0, eps=1e-3), 2)
         before = wrapped.model_state()
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         skipped = []
-        for _ in range(30):
+        while skipped.count(False) < 3 and len(skipped) < 30:
             output = wrapped(image, ids)
             wrapped.backward(100 * (output["image_features"] * output["text_features"]).sum())
             skipped.append(wrapped.step(1e-3).skipped)
@@ -297,7 +299,28 @@ def test_fp16_overflow_skips_the_update():
         assert not skipped[-1] and not equal(wrapped.model_state(), before)
         state = wrapped.optimizer_state()
         assert state.num_steps == skipped.count(False) and state.loss_scale["scale"] == 2.0 ** (16 - sum(skipped))
+        states.append((skipped, state.loss_scale, wrapped.model_state()))
         wrapped.close()
+    # And every engine skips the same steps, leaves the same scale, and gets to the same weights.
+    for skipped, scale, weights_there in states[1:]:
+        assert (skipped, scale) == states[0][:2]
+        for key, tensor in weights_there.items():
+            torch.testing.assert_close(tensor, states[0][2][key], rtol=0, atol=1e-5)
+
+
+def test_the_loss_scale_is_torchs():
+    """By the update of GradScaler, over overflows and a growth."""
+    ours, theirs = optimizer.LossScale(), torch.amp.GradScaler("cpu", growth_interval=3)
+    ours.load_state_dict(theirs.state_dict())
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    sgd = torch.optim.SGD([parameter], lr=0.0)
+    for overflow in [True, False, False, True, False, False, False, False, True]:
+        theirs.scale(parameter.sum() * (float("inf") if overflow else 1.0)).backward()
+        theirs.step(sgd)
+        theirs.update()
+        sgd.zero_grad()
+        ours.update(overflow)
+        assert ours.state_dict() == theirs.state_dict() and ours.value == theirs.get_scale()
 
 
 def test_gradient_checkpointing_changes_nothing(shards: Path, tmp_path: Path):
@@ -317,19 +340,3 @@ def test_old_checkpoints_are_removed_and_hold_no_pickle(shards: Path, tmp_path: 
     assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     state = json.loads((run / "checkpoints" / names[0] / "state.json").read_text())
     assert state["data"]["samples"] == 80 and state["optimizer"]["num_steps"] == 5
-
-
-def test_a_checkpoint_that_cannot_be_written(
-    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A full disk: one line, no half checkpoint, the older one whole."""
-    run = stopped_after(finished, tmp_path / "run", 3)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_write_json", full)
-    with pytest.raises(UserError, match="step-00000006: cannot be written: .*No space left on device"):
-        train(tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True))
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
-    assert checkpoint.verify(run / "checkpoints" / "step-00000003") is None

@@ -68,6 +68,7 @@ class ShardDataset:
         self.fingerprint: str = splits[split]["fingerprint"]
         self._shards: list[dict[str, Any]] = splits[split]["files"]
         self.shard_sizes: list[int] = [shard["samples"] for shard in self._shards]
+        self.num_bytes = sum(shard["num_bytes"] for shard in self._shards)
         if isinstance(self.files, RemoteFiles) and self.files.config.cache_dir:
             sizes = {f"{shard['name']}.tar": (shard["num_bytes"], shard["sha256"]) for shard in self._shards}
             self.files = CachedFiles(self.files, sizes, self.files.config)

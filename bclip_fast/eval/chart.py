@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -15,22 +15,27 @@ MAX_CURVES = 8
 
 
 def line_chart(
-    steps: Sequence[float],
-    values: Sequence[float],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     title: str,
     smooth: bool = False,
     reference: tuple[float, str] | None = None,
 ) -> Markup:
-    """One series over the step number, with axes from 0 or from the data as fits; finite values only.
+    """Values over the step number, with axes from 0 or from the data as fits; finite values only.
 
     Args:
-        smooth: draw a moving average over the faint raw line.
+        series: name -> (steps, values); where there are several, at most `MAX_CURVES` are drawn and named below.
+        smooth: draw a moving average, of a lone series over the faint raw line.
         reference: a dashed horizontal line and its name, for example the chance level.
     """
-    points = _thin(list(zip(steps, values, strict=True)))
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    spread = [*ys, reference[0]] if reference else ys
+    shown = {name: _thin(list(zip(*each, strict=True))) for name, each in list(series.items())[:MAX_CURVES]}
+    lone = len(shown) == 1
+    every = [point for points in shown.values() for point in points]
+    xs = [x for x, _ in every]
+    # An average that is drawn alone sets the frame alone: single steps may lie far outside.
+    drawn = {name: _averaged(points) if smooth else points for name, points in shown.items()}
+    spread = [y for points in (shown if lone else drawn).values() for _, y in points]
+    spread += [reference[0]] if reference else []
     x_ticks, y_ticks = _ticks(min(xs), max(xs), 6), _ticks(min(spread), max(spread), 5)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     y_low, y_high = min(y_ticks[0], *spread), max(y_ticks[-1], *spread)
@@ -40,8 +45,8 @@ def line_chart(
         up = (y - y_low) / (y_high - y_low)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    def path(series: Sequence[float], style: str) -> str:
-        corners = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in zip(xs, series, strict=True)))
+    def path(points: Sequence[tuple[float, float]], style: str) -> str:
+        corners = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in points))
         return f'<polyline class="{style}" points="{corners}"/>'
 
     parts = []
@@ -53,22 +58,34 @@ def line_chart(
         if x_low <= tick <= x_high:
             x, _ = place(tick, y_low)
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step</text>')
     if reference:
         _, y = place(x_low, reference[0])
         label_y = y - 6 if y > TOP + 18 else y + 16
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{label_y:.1f}" text-anchor="end">{escape(reference[1])}</text>')
-    window = len(ys) // 25
-    if smooth and window > 1:
-        parts += [path(ys, "raw"), path(_moving_average(ys, window), "line")]
-    elif len(points) > 1:
-        parts.append(path(ys, "line"))
-    else:
-        parts.append('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="4"/>'.format(*place(*points[0])))
-    first, last = (f"{number(values[i])} at step {number(steps[i])}" for i in (0, -1))
-    label = escape(f"{title}: from {first} to {last}")
-    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+    height = HEIGHT
+    for i, (name, points) in enumerate(shown.items()):
+        if lone and drawn[name] is not points:
+            parts.append(path(points, "raw"))
+        if len(points) > 1:
+            parts.append(path(drawn[name], f"s{i}"))
+        else:
+            parts.append('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="4"/>'.format(*place(*points[0])))
+        if not lone:
+            # Two names to a row where all are short.
+            columns = 2 if all(len(name) <= 20 for name in shown) else 1
+            left, y = LEFT + i % columns * (WIDTH - LEFT) // 2, HEIGHT + 14 + i // columns * 20
+            parts.append(f'<polyline class="s{i}" points="{left},{y - 4} {left + 24},{y - 4}"/>')
+            label = name if len(name) <= 44 else f"{name[:43]}\u2026"
+            parts.append(f'<text x="{left + 32}" y="{y}">{escape(label)}</text>')
+            height = y + 10
+    ends = []
+    for name, (steps, values) in list(series.items())[:MAX_CURVES]:
+        first, last = (f"{number(values[i])} at step {number(steps[i])}" for i in (0, -1))
+        ends.append(f"{name + ' ' if name else ''}from {first} to {last}")
+    label = escape(f"{title}: {'; '.join(ends)}")
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'
     return Markup("{}{}</svg>").format(Markup(head), Markup("".join(parts)))
 
 
@@ -134,14 +151,18 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Centred; near the ends the window shrinks to what is there."""
+def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A centred moving average over a 25th of the points, which near the ends shrinks to what is there; the points
+    themselves where they are too few."""
+    half = len(points) // 25 // 2
+    if len(points) // 25 <= 1:
+        return points
     sums = [0.0]
-    for value in values:
+    for _, value in points:
         sums.append(sums[-1] + value)
-    half = window // 2
-    spans = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
-    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+    spans = [(max(0, i - half), min(len(points), i + half + 1)) for i in range(len(points))]
+    means = [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+    return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

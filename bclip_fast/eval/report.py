@@ -207,24 +207,24 @@ def _curves(run_folder: Path) -> list[dict[str, Any]]:
     path = run_folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    records = [record for record in read_metrics(path) if _is_finite(record.get("step"))]
+    records = [record for record in read_metrics(path) if is_finite(record.get("step"))]
     titles = dict(_CURVES)
     for key in sorted({key for record in records for key in record if key.startswith(_VALIDATION)}):
         titles[key] = "Validation: " + key.removeprefix(_VALIDATION).replace("_", " ")
     curves = []
     for key, title in titles.items():
-        points = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))]
+        points = [(record["step"], record[key]) for record in records if is_finite(record.get(key))]
         if not points:
             continue
         num_bad = sum(isinstance(record.get(key), float) and not math.isfinite(record[key]) for record in records)
         steps, values = zip(*points, strict=True)
-        reference = _chance_loss(run_folder) if key == "loss" else None
-        drawing = chart.line_chart(steps, values, title=title, smooth=key == "loss", reference=reference)
+        reference = chance_loss(run_folder) if key == "loss" else None
+        drawing = chart.line_chart({"": (steps, values)}, title=title, smooth=key == "loss", reference=reference)
         curves.append({"title": title, "svg": drawing, "last": values[-1], "num_bad": num_bad})
     return curves
 
 
-def _chance_loss(run_folder: Path) -> tuple[float, str] | None:
+def chance_loss(run_folder: Path) -> tuple[float, str] | None:
     """ln B, the contrastive loss of a model that maps everything to one point, where config.toml tells the batch B."""
     try:
         batch_size = tomllib.loads((run_folder / "config.toml").read_text(encoding="utf-8")).get("batch_size")
@@ -235,7 +235,7 @@ def _chance_loss(run_folder: Path) -> tuple[float, str] | None:
     return math.log(batch_size), f"chance, ln {batch_size:,}"
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

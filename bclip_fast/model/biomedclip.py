@@ -25,6 +25,8 @@ class BiomedClipConfig:
     """Width of the shared embedding."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    quick_gelu: bool = False
+    """OpenAI's approximate GELU in the towers of kind clip and gpt, as its checkpoints want it."""
     init_logit_scale: float = math.log(1 / 0.07)
     """Initial learned logarithm of the logit scale."""
     init_logit_bias: float | None = None
@@ -32,6 +34,10 @@ class BiomedClipConfig:
 
     def __post_init__(self) -> None:
         check_range("embed_dim", self.embed_dim, 1, 16384)
+        if self.quick_gelu and self.vision.kind != "clip" and self.text.kind != "gpt":
+            raise UserError(
+                "quick_gelu is True, but the exact GELU is all that vision.kind vit and text.kind bert have"
+            )
 
 
 class BiomedClip(nn.Module):
@@ -43,8 +49,8 @@ class BiomedClip(nn.Module):
     def __init__(self, config: BiomedClipConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision, config.embed_dim)
-        self.text = text_tower(config.text, config.embed_dim)
+        self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu)
+        self.text = text_tower(config.text, config.embed_dim, config.quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
@@ -78,17 +84,25 @@ class BiomedClip(nn.Module):
             output["logit_bias"] = self.logit_bias
         return output
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each layer in the backward pass of training instead of keeping its activations."""
-        self.visual.grad_checkpointing = enable
-        self.text.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
+        """Recomputes each layer in the backward pass of training instead of keeping its activations.
 
-    def compile_layers(self, **options: Any) -> None:
+        offload: what it is recomputed from waits on the host.
+        """
+        for tower in (self.visual, self.text):
+            tower.grad_checkpointing, tower.offload_activations = enable, offload
+
+    def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
         """Has torch.compile make one graph of each layer, for batches and captions of any length.
 
+        cuda_graphs: those of the image tower, for each batch size that comes, replayed as CUDA graphs.
         options: torch.compile's.
         """
-        for layer in (*self.visual.layers, *self.text.layers):
+        self.visual.cuda_graphs = cuda_graphs
+        for layer in self.visual.layers:
+            static: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead"} if cuda_graphs else {"dynamic": True}
+            layer.compile(fullgraph=True, **static, **options)
+        for layer in self.text.layers:
             layer.compile(dynamic=True, fullgraph=True, **options)
 
 
@@ -107,7 +121,7 @@ _GPT = TextConfig(
 
 
 def _presets() -> dict[str, BiomedClipConfig]:
-    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], and quickstart."""
+    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, and quickstart."""
     bert = TextConfig()
     texts = {"": bert, "_ctx77": replace(bert, context_length=77), "_gpt77": _GPT}
     presets = {}
@@ -118,6 +132,8 @@ def _presets() -> dict[str, BiomedClipConfig]:
             size = "" if image_size == 224 else f"_{image_size}"
             for suffix, text in texts.items():
                 presets[f"biomedclip_{letter}16{size}{suffix}"] = BiomedClipConfig(vision=vision, text=text)
+    # OpenAI's CLIP ViT-B/16, from which table S8 of the paper continues.
+    presets["clip_b16"] = BiomedClipConfig(vision=VisionConfig(kind="clip"), text=_GPT, quick_gelu=True)
     presets["quickstart"] = BiomedClipConfig(
         embed_dim=128,
         vision=VisionConfig(image_size=80, patch_size=16, width=160, layers=4, heads=5),

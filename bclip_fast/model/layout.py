@@ -15,8 +15,9 @@ from typing import Any
 
 from ..errors import UserError
 from .biomedclip import BiomedClipConfig
-from .text import BERT_NORM_EPS, TextConfig
+from .text import BERT_NORM_EPS, GPT_NORM_EPS, TextConfig
 from .transformer import check_range, mlp_width
+from .vision import NORM_EPS as VIT_NORM_EPS
 from .vision import VisionConfig
 
 Json = dict[str, Any]
@@ -51,6 +52,7 @@ _TIMM_ARGUMENTS = {
     "num_heads": "heads",
     "mlp_ratio": "mlp_ratio",
 }
+_CLIP_SIZES = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
 # BertConfig's key -> ours
 _BERT_SIZES = {
     "vocab_size": "vocab_size",
@@ -79,13 +81,17 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
         published_tokenizer: the vocabulary is PubMedBERT's, so that its public name may stand for it.
     """
     files: dict[str, Json] = {}
-    vision: Json = {
-        "timm_model_name": _timm_name(config.vision, files),
-        "timm_model_pretrained": False,
-        "timm_pool": "",
-        "timm_proj": "linear",
-        "image_size": config.vision.image_size,
-    }
+    if config.vision.kind == "clip":
+        vision: Json = {name: getattr(config.vision, name) for name in _CLIP_SIZES}
+        vision["head_width"] = config.vision.width // config.vision.heads
+    else:
+        vision = {
+            "timm_model_name": _timm_name(config.vision, files),
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": config.vision.image_size,
+        }
     if config.vision.patch_dropout:
         vision["patch_dropout"] = config.vision.patch_dropout
     tokenizer_name = PUBMEDBERT if published_tokenizer else "."
@@ -102,11 +108,56 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if config.text.kind == "gpt":
         model["custom_text"] = True
+    if config.quick_gelu:
+        model["quick_gelu"] = True
     defaults = BiomedClipConfig()
     for name in ("init_logit_scale", "init_logit_bias"):
         if getattr(config, name) != getattr(defaults, name):
             model[name] = getattr(config, name)
     return {CONFIG_FILE: {"model_cfg": model}, **files}
+
+
+def transformers_configs(config: BiomedClipConfig) -> tuple[Json, Json]:
+    """config.json of the towers as `weights.to_transformers` names their parameters."""
+    vision, text = config.vision, config.text
+    image: Json = {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": mlp_width(vision.width, vision.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": VIT_NORM_EPS,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "pooler_output_size": config.embed_dim,
+        "pooler_act": "linear",
+    }
+    if text.kind == "bert":
+        return image, _bert_json(text)
+    return image, {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.width,
+        "intermediate_size": mlp_width(text.width, text.mlp_ratio),
+        "projection_dim": config.embed_dim,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": text.context_length,
+        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        "layer_norm_eps": GPT_NORM_EPS,
+        "attention_dropout": 0.0,
+        "pad_token_id": text.pad_id,
+        "bos_token_id": None,
+        # By 2, whatever the vocabulary, transformers reads at the highest id.
+        "eos_token_id": 2 if text.end_id is None else text.end_id,
+    }
 
 
 def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> BiomedClipConfig:
@@ -121,19 +172,24 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
         UserError: a key or value that this package's towers cannot express; the message names it.
     """
     model = _Section("model_cfg", _table(config, "model_cfg"))
-    vision = _read_vision(_Section("vision_cfg", model.take_table("vision_cfg")), read_json)
+    vision_section = _Section("vision_cfg", model.take_table("vision_cfg"))
+    timm = "timm_model_name" in vision_section.left
+    vision = _read_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
     text_section = _Section("text_cfg", model.take_table("text_cfg"))
     if "hf_model_name" in text_section.left:
         text = _read_bert(text_section, read_json, hub_json)
     else:
         text = _read_gpt(text_section)
-    model.expect("quick_gelu", False)
+    quick_gelu = model.take("quick_gelu", False)
+    if not isinstance(quick_gelu, bool):
+        raise UserError(f"{CONFIG_FILE}: model_cfg.quick_gelu is {quick_gelu!r}; supported is True or False")
     model.take("custom_text", None)
     defaults = BiomedClipConfig()
     result = BiomedClipConfig(
         embed_dim=model.take("embed_dim"),
         vision=vision,
         text=text,
+        quick_gelu=quick_gelu,
         init_logit_scale=model.take("init_logit_scale", defaults.init_logit_scale),
         init_logit_bias=model.take("init_logit_bias", None),
     )
@@ -239,6 +295,18 @@ def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionC
     return dataclasses.replace(vision, patch_dropout=patch_dropout)
 
 
+def _read_clip_vision(section: _Section) -> VisionConfig:
+    """open_clip's own VisionTransformer, as OpenAI's models have it; what it can do beyond them isn't supported."""
+    defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
+    sizes = {name: section.take(name, default) for name, default in defaults.items()}
+    head_width = section.take("head_width", 64)
+    section.expect("pool_type", "tok")
+    section.finish()
+    check_range(f"{CONFIG_FILE}: vision_cfg.width", sizes["width"], 1, 16384)
+    check_range(f"{CONFIG_FILE}: vision_cfg.head_width", head_width, 1, sizes["width"])
+    return VisionConfig(kind="clip", heads=sizes["width"] // head_width, **sizes)
+
+
 def _timm_config(content: Json) -> VisionConfig:
     architecture = content.get("architecture")
     if architecture not in TIMM_MODELS:
@@ -259,13 +327,17 @@ def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
     sizes, published = dataclasses.asdict(text), dataclasses.asdict(TextConfig())
     if all(sizes[name] == published[name] for name in (*_BERT_SIZES.values(), "mlp_ratio")):
         return PUBMEDBERT
-    files["text/config.json"] = {
+    files["text/config.json"] = _bert_json(text)
+    return "./text"
+
+
+def _bert_json(text: TextConfig) -> Json:
+    return {
         "architectures": ["BertModel"],
         **_BERT_FIXED,
         **{theirs: getattr(text, ours) for theirs, ours in _BERT_SIZES.items()},
         "intermediate_size": mlp_width(text.width, text.mlp_ratio),
     }
-    return "./text"
 
 
 def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
@@ -284,14 +356,31 @@ def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Ca
     if name in _PUBMEDBERT_NAMES:
         text = TextConfig()
     elif _HUB_ID.fullmatch(name):
-        text = _bert_config(hub_json(name), name)
+        text = bert_config(hub_json(name), name)
     else:
         path = f"{_relative(name)}/config.json"
-        text = _bert_config(read_json(path), path)
+        text = bert_config(read_json(path), path)
     return dataclasses.replace(text, context_length=context_length, projection=projection)
 
 
-def _bert_config(content: Json, where: str) -> TextConfig:
+def vit_heads(content: Json, where: str) -> int:
+    """Attention heads of the ViT that timm's or transformers' config.json describes: weights don't tell them.
+
+    Raises:
+        UserError: it describes another architecture.
+    """
+    if content.get("model_type") == "vit":
+        if content.get("hidden_act", "gelu") != "gelu":
+            raise UserError(f"{where}: hidden_act is {content['hidden_act']!r}; supported is 'gelu'")
+        return content.get("num_attention_heads", 12)
+    name = content.get("architecture")
+    if name not in TIMM_MODELS:
+        raise UserError(f"{where}: it describes {content.get('model_type', name)!r}; supported is a plain ViT")
+    return (content.get("model_args") or {}).get("num_heads", TIMM_MODELS[name].heads)
+
+
+def bert_config(content: Json, where: str) -> TextConfig:
+    """The text tower that transformers' config.json describes. Raises UserError where ours is another."""
     for key, value in {**_BERT_FIXED, **_BERT_ASSUMED}.items():
         if content.get(key, value) != value or (key == "model_type" and key not in content):
             raise UserError(f"{where}: {key} is {content.get(key)!r}; supported is {value!r}")

@@ -146,11 +146,11 @@ class VqaModel(nn.Module):
     def encode_text(self, text: Packed | Tensor, normalize: bool = True) -> Tensor:
         return self.clip.encode_text(text, normalize)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.clip.set_grad_checkpointing(enable)
+    def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
+        self.clip.set_grad_checkpointing(enable, offload)
 
-    def compile_layers(self, **options: Any) -> None:
-        self.clip.compile_layers(**options)
+    def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
+        self.clip.compile_layers(cuda_graphs, **options)
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:

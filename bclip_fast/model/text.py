@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .packed import Packed
@@ -155,24 +154,21 @@ class BertTower(Tower):
         first = text.cu_seqlens[:-1].long()
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and layer.training:
-                normed, stream = checkpoint(layer, normed, stream, sequences, rows, use_reentrant=False)
-            else:
-                normed, stream = layer(normed, stream, sequences, rows)
+            normed, stream = self.run(layer, normed, stream, sequences, rows)
         return normed if tokens else self.proj(normed)
 
 
 class GptTower(Tower):
-    """CLIP's text transformer: causal, exact GELU, final norm, the end token's output, a projection matrix."""
+    """CLIP's text transformer: causal, GELU, final norm, the end token's output, a projection matrix."""
 
-    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.config = config
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
         self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS) for _ in range(config.layers)
+            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, quick_gelu) for _ in range(config.layers)
         )
         self.norm = Norm(width, GPT_NORM_EPS)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
@@ -205,10 +201,7 @@ class GptTower(Tower):
         sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
         for layer in self.layers:
             rows = self._ends(text) if layer is self.layers[-1] else None
-            if self.grad_checkpointing and layer.training:
-                stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
-            else:
-                stream, branch = layer(stream, branch, sequences, rows)
+            stream, branch = self.run(layer, stream, branch, sequences, rows)
         return self.norm(stream, branch)[0] @ self.projection
 
     def _key(self, ids: Tensor) -> Tensor:
@@ -232,5 +225,5 @@ def check_text(text: Packed | Tensor, longest: int) -> None:
         raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {longest})")
 
 
-def text_tower(config: TextConfig, embed_dim: int) -> BertTower | GptTower:
-    return (BertTower if config.kind == "bert" else GptTower)(config, embed_dim)
+def text_tower(config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> BertTower | GptTower:
+    return BertTower(config, embed_dim) if config.kind == "bert" else GptTower(config, embed_dim, quick_gelu)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops.image import CLIP_MEAN, CLIP_STD
 from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
+CLIP_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ class VisionConfig:
     patch_dropout: float = 0.0
     """Share of the patches dropped in training (FLIP, arXiv 2212.00794), in [0, 1); `patch_dropout_until` of
     training ends it."""
+    kind: Literal["vit", "clip"] = "vit"
+    """vit: timm's plain ViT. clip: OpenAI's, with a norm before the layers and patches without a bias."""
 
     def __post_init__(self) -> None:
+        if self.kind not in ("vit", "clip"):
+            raise UserError(f"vision.kind is {self.kind!r}; choose vit or clip")
         check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
         check_range("vision.patch_size", self.patch_size, 1, 1024)
         check_range("vision.image_size", self.image_size, self.patch_size, 16384)
@@ -56,15 +61,16 @@ class PatchEmbed(nn.Module):
     bfloat16 holds exactly and whose mean nearly cancels: without it, the sum over a bright patch would be rounded.
     """
 
-    def __init__(self, width: int, patch_size: int) -> None:
+    def __init__(self, width: int, patch_size: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.mean, self.std = CLIP_MEAN, CLIP_STD
         # PyTorch's for a convolution.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = (3 * patch_size**2) ** -0.5
-        nn.init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) normalised, or uint8 (B, 3, S, S) or (B, S, S, 3) -> (B, patches, width), rows of patches first.
@@ -72,7 +78,7 @@ class PatchEmbed(nn.Module):
         The sum is in the wider dtype of matmul and bias.
         """
         weight: Tensor = self.weight
-        bias: Tensor = self.bias
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
         side = weight.shape[-1]
         if image.dtype == torch.uint8:
             std = torch.tensor(self.std, device=weight.device).view(3, 1, 1)
@@ -95,20 +101,27 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTower(Tower):
-    """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias."""
+    """Patches, CLS token, learned positions, pre-norm layers, final norm, CLS, projection without bias.
 
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+    quick_gelu: the layers of kind clip have OpenAI's approximate GELU.
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.config = config
         self.patch_dropout = config.patch_dropout
+        self.cuda_graphs = False
         width = config.width
-        self.patch_embed = PatchEmbed(width, config.patch_size)
+        clip = config.kind == "clip"
+        eps = CLIP_NORM_EPS if clip else NORM_EPS
+        self.patch_embed = PatchEmbed(width, config.patch_size, bias=not clip)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, width))
         self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, NORM_EPS) for _ in range(config.layers)
+            PreNormLayer(width, config.heads, config.mlp_ratio, eps, quick_gelu and clip) for _ in range(config.layers)
         )
-        self.norm = Norm(width, NORM_EPS)
+        self.pre_norm = Norm(width, eps) if clip else None
+        self.norm = Norm(width, eps)
         self.head = nn.Linear(width, embed_dim, bias=False)
         self._initialise()
 
@@ -136,19 +149,21 @@ class VisionTower(Tower):
                 f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size}), or uint8 "
                 f"(batch, {size}, {size}, 3)"
             )
+        if self.cuda_graphs:
+            # What the graphs gave last time is read no more, but for what the head made of it.
+            torch.compiler.cudagraph_mark_step_begin()
         x = self.patch_embed(image)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         if self.training and self.patch_dropout:
             x = drop_patches(x, self.patch_dropout)
         sequences = Sequences(x.shape[1])
         stream, branch = x.flatten(0, 1), None
+        if self.pre_norm is not None:
+            stream = self.pre_norm(stream, post=True)[1]
         first = torch.arange(0, len(stream), x.shape[1], device=x.device)
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
-            if self.grad_checkpointing and layer.training:
-                stream, branch = checkpoint(layer, stream, branch, sequences, rows, use_reentrant=False)
-            else:
-                stream, branch = layer(stream, branch, sequences, rows)
+            stream, branch = self.run(layer, stream, branch, sequences, rows)
         states = self.norm(stream, branch)[0]
         return states.unflatten(0, (-1, sequences.max_seqlen)) if tokens else self.head(states)
 

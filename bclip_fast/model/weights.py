@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .biomedclip import BiomedClip, BiomedClipConfig
+from .text import BertTower, TextConfig
+from .vision import VisionTower, resize_positions
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,8 @@ Keys = dict[str, tuple[str, ...]]
 _POSITION_IDS = "text.transformer.embeddings.position_ids"
 # The first upload of BiomedCLIP carries BERT's pooler, which its own pooling never runs.
 _UNUSED_POOLER = "text.transformer.pooler."
+# A pickled number, with which torch.save's files began before they were archives.
+_LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 def key_map(config: BiomedClipConfig) -> Keys:
@@ -30,8 +36,8 @@ def key_map(config: BiomedClipConfig) -> Keys:
     keys: Keys = {"logit_scale": ("logit_scale",)}
     if config.init_logit_bias is not None:
         keys["logit_bias"] = ("logit_bias",)
-    keys |= _vision_keys(config.vision.layers)
-    keys |= _bert_keys(config) if config.text.kind == "bert" else _gpt_keys(config.text.layers)
+    keys |= (_clip_vision_keys if config.vision.kind == "clip" else _vision_keys)(config.vision.layers)
+    keys |= _bert_keys(config.text) if config.text.kind == "bert" else _gpt_keys(config.text.layers)
     return keys
 
 
@@ -48,7 +54,42 @@ def _vision_keys(layers: int) -> Keys:
     return keys
 
 
-def _bert_keys(config: BiomedClipConfig) -> Keys:
+def _clip_vision_keys(layers: int) -> Keys:
+    keys: Keys = {
+        "visual.cls_token": ("visual.class_embedding",),
+        "visual.pos_embed": ("visual.positional_embedding",),
+        "visual.patch_embed.weight": ("visual.conv1.weight",),
+        "visual.head.weight": ("visual.proj",),
+    }
+    keys |= _pairs("visual.pre_norm", "visual.ln_pre") | _pairs("visual.norm", "visual.ln_post")
+    return keys | _resblocks("visual.layers.", "visual.transformer.resblocks.", layers)
+
+
+def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
+    """The layers of open_clip's own transformer."""
+    keys: Keys = {}
+    modules = dict(norm1="ln_1", proj="attn.out_proj", norm2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj")
+    for i in range(layers):
+        for kind in ("weight", "bias"):
+            keys[f"{ours}{i}.qkv.{kind}"] = (f"{theirs}{i}.attn.in_proj_{kind}",)
+        for name, other in modules.items():
+            keys |= _pairs(f"{ours}{i}.{name}", f"{theirs}{i}.{other}")
+    return keys
+
+
+def _clip_shapes(state: Mapping[str, Tensor], *, back: bool = False) -> State:
+    """open_clip's own image tower keeps these without the leading axes of ours, and the projection transposed."""
+    state = dict(state)
+    for name, num_axes in (("visual.class_embedding", 2), ("visual.positional_embedding", 1)):
+        if name in state:
+            tensor = state[name]
+            state[name] = tensor.reshape(tensor.shape[num_axes:] if back else (1,) * num_axes + tensor.shape)
+    if "visual.proj" in state and state["visual.proj"].dim() == 2:
+        state["visual.proj"] = state["visual.proj"].T.contiguous()
+    return state
+
+
+def _bert_keys(config: TextConfig) -> Keys:
     bert = "text.transformer."
     keys: Keys = {
         f"text.{name}.weight": (f"{bert}embeddings.{name}.weight",)
@@ -62,13 +103,13 @@ def _bert_keys(config: BiomedClipConfig) -> Keys:
         fc2="output.dense",
         norm2="output.LayerNorm",
     )
-    for i in range(config.text.layers):
+    for i in range(config.layers):
         layer = f"{bert}encoder.layer.{i}."
         attention = [f"{layer}attention.self.{name}" for name in ("query", "key", "value")]
         keys |= _pairs(f"text.layers.{i}.qkv", *attention)
         for ours, theirs in modules.items():
             keys |= _pairs(f"text.layers.{i}.{ours}", layer + theirs)
-    projection = ["proj.0", "proj.2"] if config.text.projection == "mlp" else ["proj"]
+    projection = ["proj.0", "proj.2"] if config.projection == "mlp" else ["proj"]
     return keys | {f"text.{name}.weight": (f"text.{name}.weight",) for name in projection}
 
 
@@ -79,14 +120,7 @@ def _gpt_keys(layers: int) -> Keys:
         "text.projection": ("text.text_projection",),
     }
     keys |= _pairs("text.norm", "text.ln_final")
-    modules = dict(norm1="ln_1", proj="attn.out_proj", norm2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj")
-    for i in range(layers):
-        block = f"text.transformer.resblocks.{i}."
-        for kind in ("weight", "bias"):
-            keys[f"text.layers.{i}.qkv.{kind}"] = (f"{block}attn.in_proj_{kind}",)
-        for ours, theirs in modules.items():
-            keys |= _pairs(f"text.layers.{i}.{ours}", block + theirs)
-    return keys
+    return keys | _resblocks("text.layers.", "text.transformer.resblocks.", layers)
 
 
 def _pairs(ours: str, *theirs: str) -> Keys:
@@ -104,7 +138,82 @@ def from_open_clip(state: Mapping[str, Tensor], model: BiomedClip, *, where: str
         UserError: keys are missing or left over, or a tensor has another shape or no floating dtype.
     """
     keys = key_map(model.config)
-    state = _without_unused(_with_text_prefix(state), where)
+    state = _without(_with_text_prefix(state), where, (_POSITION_IDS, _UNUSED_POOLER), "no computation reads")
+    if model.config.vision.kind == "clip":
+        state = _clip_shapes(state)
+    return _assemble(state, keys, model.state_dict(keep_vars=True), where)
+
+
+def from_vit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> State:
+    """A plain ViT in timm's layout or transformers' as parameters of `tower`, its projection left out.
+
+    The classification head is dropped, position embeddings are resized to the tower's patches, the class token stays.
+    Norms take the tower's epsilon, 1e-6 as in timm; google's ViTs were trained with that too, whatever their
+    transformers configuration says. Raises UserError as `from_open_clip` does.
+    """
+    keys = {ours.removeprefix("visual."): theirs for ours, theirs in _vision_keys(len(tower.layers)).items()}
+    del keys["head.weight"]
+    if any(".patch_embeddings." in name for name in state):
+        state = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
+        keys = _transformers_vit_keys(len(tower.layers))
+        heads: tuple[str, ...] = ("classifier.", "pooler.")
+    else:
+        keys = {ours: tuple(name.removeprefix("visual.trunk.") for name in theirs) for ours, theirs in keys.items()}
+        heads = ("head.",)
+    state = _without(state, where, heads, "is the head of another task")
+    name = keys["pos_embed"][0]
+    positions = state.get(name)
+    rows = positions.shape[1] - 1 if positions is not None and positions.dim() == 3 else -1
+    if positions is not None and rows > 0 and math.isqrt(rows) ** 2 == rows:
+        state[name] = resize_positions(positions, tower.config.num_patches)
+        if rows != tower.config.num_patches:
+            log.info("%s: %s resized from %d patches to %d", where, name, rows, tower.config.num_patches)
+    own = {name: tensor for name, tensor in tower.state_dict(keep_vars=True).items() if name != "head.weight"}
+    return _assemble(state, keys, own, where)
+
+
+def from_bert(state: Mapping[str, Tensor], tower: BertTower, *, where: str) -> State:
+    """A BERT in transformers' layout as parameters of `tower`, its projection left out.
+
+    The heads of pretraining (`cls.`) and the pooler are dropped; norms may have TensorFlow's names, gamma and beta.
+    Raises UserError as `from_open_clip` does.
+    """
+    keys = {
+        ours.removeprefix("text."): tuple(name.removeprefix("text.transformer.") for name in theirs)
+        for ours, theirs in _bert_keys(tower.config).items()
+        if theirs[0].startswith("text.transformer.")
+    }
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("bert.")
+        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        renamed[name] = tensor
+    unread = ("cls.", "classifier.", "pooler.", "embeddings.position_ids")
+    own = {name: tensor for name, tensor in tower.state_dict(keep_vars=True).items() if not name.startswith("proj.")}
+    return _assemble(_without(renamed, where, unread, "the text tower doesn't read"), keys, own, where)
+
+
+def _transformers_vit_keys(layers: int) -> Keys:
+    keys: Keys = {"cls_token": ("embeddings.cls_token",), "pos_embed": ("embeddings.position_embeddings",)}
+    keys |= _pairs("patch_embed", "embeddings.patch_embeddings.projection") | _pairs("norm", "layernorm")
+    modules = dict(
+        norm1="layernorm_before",
+        proj="attention.output.dense",
+        norm2="layernorm_after",
+        fc1="intermediate.dense",
+        fc2="output.dense",
+    )
+    for i in range(layers):
+        layer = f"encoder.layer.{i}."
+        keys |= _pairs(f"layers.{i}.qkv", *(f"{layer}attention.attention.{name}" for name in ("query", "key", "value")))
+        for ours, theirs in modules.items():
+            keys |= _pairs(f"layers.{i}.{ours}", layer + theirs)
+    return keys
+
+
+def _assemble(state: Mapping[str, Tensor], keys: Keys, parameters: Mapping[str, Tensor], where: str) -> State:
+    """The tensors of `state` under our names, in the shapes of `parameters`, all of which it must hold, and no more."""
     wanted = {name for theirs in keys.values() for name in theirs}
     problems = []
     if missing := wanted - state.keys():
@@ -114,7 +223,7 @@ def from_open_clip(state: Mapping[str, Tensor], model: BiomedClip, *, where: str
     if problems:
         raise UserError(f"{where} does not fit its configuration: it {' and it '.join(problems)}")
     result = {}
-    for ours, parameter in model.state_dict(keep_vars=True).items():
+    for ours, parameter in parameters.items():
         names = keys[ours]
         shape = parameter.shape if len(names) == 1 else (len(parameter) // len(names), *parameter.shape[1:])
         for name in names:
@@ -136,6 +245,59 @@ def to_open_clip(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State
     keys = key_map(config)
     if state.keys() != keys.keys():
         raise UserError(f"state dict does not fit its configuration: {_some(state.keys() ^ keys.keys())}")
+    result = _divide(state, keys)
+    return _clip_shapes(result, back=True) if config.vision.kind == "clip" else result
+
+
+def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tuple[State, State, State]:
+    """The parameters of transformers' ViTModel, of its BertModel or CLIPTextModelWithProjection, and what neither has.
+
+    The ViT's pooler, without activation, is the image projection. Neither has BERT's projection, `text_projection.`
+    and open_clip's names, and the logit scale and bias. Copies as of `to_open_clip`.
+
+    Raises:
+        UserError: the image tower is OpenAI's.
+    """
+    if config.vision.kind == "clip":
+        raise UserError(
+            "transformers' ViTModel has no norm before its layers, as vision.kind clip has: use open_clip's"
+        )
+    vision = {f"visual.{ours}": theirs for ours, theirs in _transformers_vit_keys(config.vision.layers).items()}
+    image = _divide(state, vision | {"visual.head.weight": ("pooler.dense.weight",)})
+    image["pooler.dense.bias"] = torch.zeros(config.embed_dim, dtype=image["pooler.dense.weight"].dtype)
+    rest: Keys = {name: (name,) for name in ("logit_scale", "logit_bias") if name in state}
+    if config.text.kind == "gpt":
+        text = _divide(state, _transformers_clip_text_keys(config.text.layers))
+        text["text_projection.weight"] = text["text_projection.weight"].T.contiguous()
+        return image, text, _divide(state, rest)
+    keys = _bert_keys(config.text)
+    bert = {
+        ours: tuple(name.removeprefix("text.transformer.") for name in theirs)
+        for ours, theirs in keys.items()
+        if theirs[0].startswith("text.transformer.")
+    }
+    rest |= {ours: (f"text_projection{ours.removeprefix('text.proj')}",) for ours in keys if ours not in bert}
+    return image, _divide(state, bert), _divide(state, rest)
+
+
+def _transformers_clip_text_keys(layers: int) -> Keys:
+    model = "text_model."
+    keys: Keys = {
+        "text.token_embedding.weight": (f"{model}embeddings.token_embedding.weight",),
+        "text.pos_embed": (f"{model}embeddings.position_embedding.weight",),
+        "text.projection": ("text_projection.weight",),
+    }
+    keys |= _pairs("text.norm", model + "final_layer_norm")
+    modules = dict(norm1="layer_norm1", proj="self_attn.out_proj", norm2="layer_norm2", fc1="mlp.fc1", fc2="mlp.fc2")
+    for i in range(layers):
+        layer = f"{model}encoder.layers.{i}."
+        keys |= _pairs(f"text.layers.{i}.qkv", *(f"{layer}self_attn.{name}_proj" for name in "qkv"))
+        for ours, theirs in modules.items():
+            keys |= _pairs(f"text.layers.{i}.{ours}", layer + theirs)
+    return keys
+
+
+def _divide(state: Mapping[str, Tensor], keys: Keys) -> State:
     result = {}
     for ours, theirs in keys.items():
         parts = state[ours].detach().cpu().chunk(len(theirs)) if len(theirs) > 1 else [state[ours].detach().cpu()]
@@ -144,18 +306,19 @@ def to_open_clip(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State
     return result
 
 
-def read_checkpoint(path: Path) -> State:
+def read_checkpoint(path: Path, *, legacy: bool = False) -> State:
     """The tensors of a `.safetensors` file or of a PyTorch checkpoint, on the CPU. No code of the file is run.
 
     A PyTorch checkpoint may be the state dict or hold it under "state_dict" (open_clip's training checkpoints), with or
-    without the "module." prefix of DistributedDataParallel.
+    without the "module." prefix of DistributedDataParallel. `legacy` also takes what PyTorch wrote before 1.6, as some
+    of the first checkpoints on the hub are.
 
     Raises:
         UserError: the file is missing, broken, of an old or compressed format, or holds anything but plain weights.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, legacy)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not state:
@@ -179,10 +342,12 @@ def _read_safetensors(path: Path) -> State:
         raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, legacy: bool) -> Any:
+    packed: list[str] = []
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if not (legacy and path.open("rb").read(len(_LEGACY_START)) == _LEGACY_START):
+            with zipfile.ZipFile(path) as archive:
+                packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(
             f"checkpoint {path} is broken, or older than PyTorch 1.6 and to be saved again: {error}"
@@ -205,10 +370,12 @@ def _with_text_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name if name.startswith(ours) else f"text.{name}": tensor for name, tensor in state.items()}
 
 
-def _without_unused(state: Mapping[str, Tensor], where: str) -> State:
-    unused = [name for name in state if name == _POSITION_IDS or name.startswith(_UNUSED_POOLER)]
+def _without(state: Mapping[str, Tensor], where: str, names: tuple[str, ...], why: str) -> State:
+    """Drops the `names`, and what begins with those of them that end in a dot."""
+    prefixes = tuple(name for name in names if name.endswith("."))
+    unused = sorted(name for name in state if name in names or name.startswith(prefixes))
     if unused:
-        log.info("%s: dropped %s, which no computation reads", where, ", ".join(unused))
+        log.info("%s: dropped %s, which %s", where, ", ".join(unused), why)
     return {name: tensor for name, tensor in state.items() if name not in unused}
 
 

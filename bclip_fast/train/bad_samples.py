@@ -12,12 +12,14 @@ from bclip_fast import distributed
 from bclip_fast.data.native import BadRecord
 from bclip_fast.errors import UserError
 
-from .metrics import cut_lines
+from .metrics import Lines, cut_lines
 
 log = logging.getLogger(__name__)
 
 NAME = "bad_samples.jsonl"
 _NUM_SHOWN = 20
+# More than the damaged samples that all ranks can meet in a step.
+_STOP = 1 << 40
 
 
 class BadSamples:
@@ -34,6 +36,7 @@ class BadSamples:
 
     def __init__(self, folder: Path, first_step: int, limit: int) -> None:
         self._path = folder / NAME
+        self._lines = Lines(self._path)
         self._limit = limit
         records: list[dict[str, Any]] = []
         if distributed.is_main():
@@ -47,22 +50,30 @@ class BadSamples:
         """Different samples, over all ranks."""
         return len(self._bad)
 
-    def agree(self, step: int, found: list[BadRecord], problem: str | None) -> None:
-        """Tells all ranks what this one met in the batch of a step. Collective: one number travels if that is nothing.
+    def close(self) -> None:
+        self._lines.close()
+
+    def agree(self, step: int, found: list[BadRecord], problem: str | None, stop: bool = False) -> bool:
+        """Tells all ranks what this one met in the batch of a step, and whether it was told to stop.
+
+        Collective: one number travels if there is nothing to tell.
+
+        Returns:
+            Whether a rank was told to stop; the step is then not to be made, and nothing of it is noted.
 
         Raises:
             UserError: on every rank, where a rank has a `problem` instead of a batch, or too many samples are damaged.
         """
-        if not distributed.total(len(found) + (problem is not None)):
-            return
+        num_stops, num_found = divmod(distributed.total(stop * _STOP + len(found) + (problem is not None)), _STOP)
+        if num_stops or not num_found:
+            return num_stops > 0
         rank = distributed.rank()
         own = [{"step": step, "rank": rank, **dataclasses.asdict(record)} for record in found]
         gathered = distributed.all_gather_object((problem, own))
         records = sorted((line for _, lines in gathered for line in lines), key=lambda line: line["position"])
         if distributed.is_main() and records:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
             for record in records:
+                self._lines.write(record)
                 log.warning("step %d: replaced %s", step, _describe(record))
         self._bad.update((record["index"], _describe(record)) for record in records)
         problems = [f"rank {number}: {text}" for number, (text, _) in enumerate(gathered) if text is not None]
@@ -74,6 +85,7 @@ class BadSamples:
                 f"{len(self._bad)} samples are damaged, data.max_bad_samples is {self._limit}: {shown} "
                 f"({self._path} lists all)"
             )
+        return False
 
 
 def _describe(record: dict[str, Any]) -> str:

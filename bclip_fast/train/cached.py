@@ -11,31 +11,21 @@ So the towers run forward twice. A single micro-batch is embedded once, with its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bclip_fast.data.native import Batch
+from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.packed import Packed
 
 from .engine import Engine
-
-
-class MicroBatch(NamedTuple):
-    """Images (b, S, S, 3) uint8, their captions, and the seed of the random numbers that embed them (dropout, patches).
-
-    What lies on the host goes to the device when its turn comes.
-    """
-
-    images: Tensor
-    text: Packed
-    seed: int
-
-    def to(self, device: torch.device) -> tuple[Tensor, Packed]:
-        return self.images.to(device, non_blocking=True), self.text.to(device, non_blocking=True)
 
 
 class Embedded(NamedTuple):
@@ -47,28 +37,87 @@ class Embedded(NamedTuple):
     logit_bias: Tensor | None
 
 
-def embed(engine: Engine, batch: MicroBatch) -> Embedded:
-    torch.manual_seed(batch.seed)
-    output = engine(*batch.to(engine.device))
+def embed(engine: Engine, batch: Batch, seed: int) -> Embedded:
+    """`seed` gives the random numbers: dropout, dropped patches."""
+    torch.manual_seed(seed)
+    images = batch.images.to(engine.device, non_blocking=True)
+    text = Packed.of(batch.ids, batch.lengths).to(engine.device, non_blocking=True)
+    output = engine(images, text)
     return Embedded(output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias"))
+
+
+class Spool:
+    """The images of a batch until they are embedded again: in memory up to a limit, beyond it in a file without a name.
+
+    Args:
+        limit: bytes in memory.
+        folder: where the file is; empty: the system's folder for temporary files.
+    """
+
+    def __init__(self, limit: int, folder: str = "") -> None:
+        self._limit, self._folder = limit, folder
+        self._file: Any = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all images; the file's room is used again."""
+        self._in_memory = self._in_file = 0
+
+    def add(self, images: Tensor) -> Callable[[], Tensor]:
+        """Keeps images (b, S, S, 3) uint8 and returns what gives them back."""
+        if self._in_memory + images.numel() <= self._limit:
+            self._in_memory += images.numel()
+            return lambda: images
+        start, shape = self._in_file, images.shape
+        self._in_file += images.numel()
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="bclip-", dir=self._folder or None)
+            self._file.seek(start)
+            self._file.write(images.numpy().data)
+        except OSError as error:
+            raise UserError(
+                f"no room for the images of a batch in {self._folder or tempfile.gettempdir()}: {error}; give another "
+                f"data.spool_dir, or keep more in memory by data.spool_above_mib"
+            ) from error
+        return partial(self._read, start, shape)
+
+    def _read(self, start: int, shape: torch.Size) -> Tensor:
+        images = torch.empty(shape, dtype=torch.uint8)
+        self._file.seek(start)
+        if self._file.readinto(images.numpy().data.cast("B")) != images.numel():
+            raise UserError("the file of a batch's images was cut short by another program")
+        return images
 
 
 class CachedBatch:
     """The micro-batches of one rank, embedded one after the other, as they come.
 
     Args:
-        whole: there is one micro-batch only.
+        spool: of the images where there are several; None: there is one micro-batch only.
     """
 
-    def __init__(self, engine: Engine, loss: ClipLoss, whole: bool) -> None:
-        self._engine, self._loss, self._whole = engine, loss, whole
-        self._batches: list[MicroBatch] = []
+    def __init__(self, engine: Engine, loss: ClipLoss, spool: Spool | None) -> None:
+        self._engine, self._loss, self._spool = engine, loss, spool
+        self._batches: list[tuple[Batch, int, Callable[[], Tensor]]] = []
         self._parts: list[Embedded] = []
+        if spool is not None:
+            spool.clear()
 
-    def add(self, batch: MicroBatch) -> None:
-        with torch.set_grad_enabled(self._whole):
-            self._parts.append(embed(self._engine, batch))
-        self._batches.append(batch)
+    def add(self, batch: Batch, seed: int) -> None:
+        """Embeds the next micro-batch with the random numbers of `seed`."""
+        with torch.set_grad_enabled(self._spool is None):
+            self._parts.append(embed(self._engine, batch, seed))
+        if self._spool is None:
+            self._batches.append((batch, seed, lambda: batch.images))
+        else:
+            images = self._spool.add(batch.images)
+            self._batches.append((replace(batch, images=batch.images[:0].clone()), seed, images))
+
+    def batches(self) -> Iterator[tuple[Batch, int]]:
+        """What was added."""
+        for batch, seed, images in self._batches:
+            yield replace(batch, images=images()), seed
 
     @property
     def logit_scale(self) -> float:
@@ -77,14 +126,14 @@ class CachedBatch:
     def loss(self) -> Tensor:
         """() the loss of the global batch. A collective of all ranks, as `backward` is."""
         self._leaves = self._parts[0]
-        if not self._whole:
+        if self._spool is not None:
             self._leaves = self._as_leaves()
         self._value = self._loss(*self._leaves)
         return self._value.detach()
 
     def backward(self) -> None:
         """Gradients of the parameters, averaged over ranks."""
-        if self._whole:
+        if self._spool is None:
             self._engine.backward(self._value)
             return
         self._value.backward()
@@ -92,10 +141,7 @@ class CachedBatch:
         text_grads = _split(self._leaves.text.grad, self._parts)
         last = len(self._batches) - 1
         self._engine.accumulate(
-            [
-                partial(self._replay, batch, image_grads[i], text_grads[i], i == last)
-                for i, batch in enumerate(self._batches)
-            ]
+            [partial(self._replay, i, image_grads[i], text_grads[i], i == last) for i in range(last + 1)]
         )
 
     def _as_leaves(self) -> Embedded:
@@ -117,9 +163,10 @@ class CachedBatch:
             None if bias is None else bias.detach().clone().requires_grad_(trained("logit_bias")),
         )
 
-    def _replay(self, batch: MicroBatch, image_grad: Tensor | None, text_grad: Tensor | None, last: bool) -> Tensor:
+    def _replay(self, number: int, image_grad: Tensor | None, text_grad: Tensor | None, last: bool) -> Tensor:
         """() of which the gradients are those of the loss."""
-        again = embed(self._engine, batch)
+        batch, seed, images = self._batches[number]
+        again = embed(self._engine, replace(batch, images=images()), seed)
         pairs = [(again.image, image_grad), (again.text, text_grad)]
         if last:
             pairs.append((again.logit_scale, self._leaves.logit_scale.grad))

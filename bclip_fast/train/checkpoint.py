@@ -3,23 +3,29 @@
     checkpoints/step-00001000/
       model.safetensors       the fp32 parameters and buffers, under the model's names
       optimizer.safetensors   AdamW's moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
-      state.json              step, position in the data, updates made, loss scale, model configuration
+      ema.safetensors         the average of the trained parameters, where the run keeps one
+      state.json              step, position in the data, updates made, loss scale, model configuration, what else the
+                              trainer's rules remember (the last losses, the best validation)
       manifest.json           size and SHA-256 of the others; written last
 
-They hold no pickle, so reading one runs no code, and nothing of the engine or the number of ranks. Random states need
-no place here: the trainer seeds each step from (seed, step, rank).
+They hold no pickle, so reading one runs no code, and nothing of the engine or the number of ranks: what DeepSpeed's
+universal checkpoints are made for, by a conversion after the run, is so from the start; those hold pickles, and the
+trainer's state of DeepSpeed instead of ours, so they are neither read nor written. Random states need no place here:
+the trainer seeds each step from (seed, step, rank).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +33,14 @@ from torch import Tensor
 
 from bclip_fast.errors import UserError
 
-from .engine import OptimizerState
+from .optimizer import OptimizerState
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-\d{8,}")
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_AVERAGE = "ema.safetensors"
 
 
 @dataclass
@@ -45,14 +52,18 @@ class Checkpoint:
     optimizer: OptimizerState
     data: dict[str, Any]
     model_config: dict[str, Any]
+    rest: dict[str, Any] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
-    """Writes `folder`/step-XXXXXXXX, then removes all but the `keep` newest (0: none are removed).
+def save(
+    folder: Path, checkpoint: Checkpoint, *, keep: int = 0, keep_every_steps: int = 0, best: int | None = None
+) -> Path:
+    """Writes `folder`/step-XXXXXXXX, then removes all but the `keep` newest (0: none are removed), those of every
+    `keep_every_steps` steps, and that of step `best`.
 
     Called by one process. Raises UserError where it cannot be written; older checkpoints are then untouched.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = folder / f"step-{checkpoint.step:08d}"
@@ -68,15 +79,20 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
         "data": checkpoint.data,
         "optimizer": {"num_steps": checkpoint.optimizer.num_steps, "loss_scale": checkpoint.optimizer.loss_scale},
         "model_config": checkpoint.model_config,
+        "rest": checkpoint.rest,
     }
-    try:
+    with written(target, partial):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        # What processes that were killed left behind.
+        for stale in folder.glob(".step-*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, partial / _FILES[0])
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, partial / _FILES[1])
+        if checkpoint.ema:
+            save_file({name: tensor.contiguous() for name, tensor in checkpoint.ema.items()}, partial / _AVERAGE)
         _write_json(partial / _FILES[2], state)
-        _write_json(partial / "manifest.json", {name: _describe(partial / name) for name in _FILES})
+        _write_json(partial / "manifest.json", {path.name: _describe(path) for path in partial.iterdir()})
         for path in partial.iterdir():
             _sync(path)
         if target.exists():
@@ -84,12 +100,71 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
             shutil.rmtree(target)
         os.replace(partial, target)
         _sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written: {error}; older checkpoints are untouched") from error
-    for old in _steps(folder)[keep:] if keep else []:
-        shutil.rmtree(old)
+    for old in steps(folder)[keep:] if keep else []:
+        step = int(old.name[5:])
+        if step != best and not (keep_every_steps and step % keep_every_steps == 0):
+            shutil.rmtree(old)
     return target
+
+
+@contextlib.contextmanager
+def written(target: Path, partial: Path | None = None) -> Iterator[None]:
+    """Makes a UserError of what goes wrong while `target` is written, and removes the folder `partial`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        rest = "" if partial is None else "; older checkpoints are untouched"
+        raise UserError(f"{target}: cannot be written: {error}{rest}") from error
+
+
+class Writer:
+    """Has checkpoints written one at a time, by a thread where `background` is true, by the caller elsewhere.
+
+    A write that fails with UserError is logged as a warning and forgotten when the next succeeds: a disk that is full
+    for a while doesn't end a run.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._background = background
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def submit(self, write: Callable[[], object]) -> None:
+        """Starts `write()`, once the one before has ended."""
+        self.wait()
+        # A daemon: what is killed while it writes leaves no whole checkpoint, and need not be waited for.
+        self._thread = threading.Thread(target=self._run, args=(write,), name="bclip-checkpoint", daemon=True)
+        self._thread.start()
+        if not self._background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises what is no UserError."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None and not isinstance(self._error, UserError):
+            raise self._error
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint. Raises the UserError with which it failed."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+            self._error = None
+        except UserError as error:
+            log.warning("%s; training goes on, the next checkpoint is tried when it is due", error)
+            self._error = error
+        except Exception as error:
+            self._error = error
 
 
 def load_latest(folder: Path) -> Checkpoint:
@@ -98,21 +173,21 @@ def load_latest(folder: Path) -> Checkpoint:
     Raises:
         UserError: there is none.
     """
-    names = _steps(folder)
+    names = steps(folder)
     for path in names:
         if problem := verify(path):
             log.warning("%s is not used: %s", path, problem)
             continue
         return read(path)
     found = f"none of its {len(names)} is whole" if names else "it holds none"
-    raise UserError(f"{folder}: no checkpoint to resume from, {found}; start without resume")
+    raise UserError(f"{folder}: no checkpoint to resume from, {found}; begin in another folder")
 
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file has the size and the hash of the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        for name in _FILES:
+        for name in {*_FILES, *manifest}:
             file = path / name
             size = file.stat().st_size
             if size != manifest[name]["size"]:
@@ -139,7 +214,9 @@ def read(path: Path) -> Checkpoint:
         moments.setdefault(name, {})[moment] = tensor
     optimizer = OptimizerState(state["optimizer"]["num_steps"], moments, state["optimizer"]["loss_scale"])
     model = load_file(path / "model.safetensors")
-    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"])
+    ema = load_file(path / _AVERAGE) if (path / _AVERAGE).is_file() else {}
+    rest = state.get("rest", {})
+    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], rest, ema)
 
 
 def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "model") -> str | None:
@@ -154,7 +231,7 @@ def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: s
     return None
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[Path]:
     """The checkpoints, newest first."""
     if not folder.is_dir():
         return []

@@ -12,10 +12,11 @@ import ctypes
 import importlib
 import io
 import logging
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
 
+from .optimizer import AdamW, LossScale, OptimizerState
 from .schedule import OptimConfig, parameter_groups
 
 log = logging.getLogger(__name__)
@@ -46,58 +48,46 @@ class EngineConfig:
     """Of the computation; parameters, gradients and optimiser states are fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    offload_activations: bool = False
+    """What grad_checkpointing keeps of a layer, its input, waits on the host until the layer's backward pass."""
+    offload_optimizer: bool = False
+    """ZeRO 1 to 3 on a GPU: AdamW with its states and the fp32 shards it updates are on the host: 12 bytes a weight."""
+    offload_parameters: bool = False
+    """ZeRO 3 on a GPU: the shards of the parameters wait on the host as well."""
     compile: bool = False
     """Have torch.compile make a graph of each transformer layer: minutes at the start, a C++ compiler on a CPU."""
+    cuda_graphs: bool = False
+    """With compile on a GPU: the layers of the image tower, whose shapes stay, are replayed as CUDA graphs."""
     bucket_mib: int = 64
     """Gradients are communicated in pieces of this size."""
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
             raise UserError(f"engine.bucket_mib={self.bucket_mib}: must be at least 1")
+        stage = self.zero_stage if self.name == "deepspeed" else 0
+        for option, lowest in (("offload_optimizer", 1), ("offload_parameters", 3)):
+            if getattr(self, option) and stage < lowest:
+                raise UserError(f"engine.{option}: only with engine.name deepspeed, zero_stage {lowest} or higher")
+        if self.cuda_graphs and (not self.compile or self.grad_checkpointing):
+            raise UserError("engine.cuda_graphs: only with engine.compile, and without engine.grad_checkpointing")
+        if self.offload_activations and not self.grad_checkpointing:
+            raise UserError("engine.offload_activations: only with engine.grad_checkpointing")
         if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:
             raise UserError("engine.compile with engine.zero_stage 3: its parameters come and go; use a lower stage")
-        if self.name == "deepspeed" and self.zero_stage > 0 and self.precision == "fp16":
-            raise UserError(
-                "engine.precision=fp16 with engine.zero_stage above 0: its loss scaling is not exact there; "
-                "use bf16, zero_stage 0 or engine.name ddp"
-            )
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: fp16 overflow, nothing was updated."""
+    """`grad_norm`: of the whole averaged gradient before clipping. `skipped`: nothing was updated, for the norm is
+    above the limit or not finite; `overflow`: because fp16's loss scale was too large, and is smaller now."""
 
     grad_norm: float
     skipped: bool
-
-
-@dataclass
-class OptimizerState:
-    """AdamW's state by parameter name, whole and fp32, on the CPU; `num_steps` updates were made."""
-
-    num_steps: int
-    moments: dict[str, dict[str, Tensor]]
-    loss_scale: dict[str, Any]
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which then clamps the parameters of a group that has "bounds" = (low, high) to them.
-
-    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards.
-    """
-
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        with torch.no_grad():
-            for group in self.param_groups:
-                if "bounds" in group:
-                    for parameter in group["params"]:
-                        parameter.clamp_(*group["bounds"])
-        return result
+    overflow: bool = False
 
 
 class Engine(ABC):
-    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr)`."""
+    """One training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr, limit)`."""
 
     device: torch.device
     module: nn.Module
@@ -124,8 +114,9 @@ class Engine(ABC):
         return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
     @abstractmethod
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear the gradients."""
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+        """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
+        above `limit`, which is the same on all ranks."""
 
     def communication(self) -> dict[str, float]:
         """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
@@ -135,6 +126,21 @@ class Engine(ABC):
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
         """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        if not distributed.is_main():
+            return {}
+        return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """What `own_weights` has of a whole tensor like the weight of that name."""
+        parameter = self._model.get_parameter(name)
+        return whole.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like `own_weights()` put together, on the CPU; empty except on rank 0. Collective."""
+        return {name: _to_cpu(tensor) for name, tensor in own.items()}
 
     @abstractmethod
     def optimizer_state(self) -> OptimizerState:
@@ -152,12 +158,15 @@ class Engine(ABC):
 def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int) -> Engine:
     """Wraps `model`, whose parameters are the same on all ranks, for a global batch of `batch_size`."""
     device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    for option in ("offload_optimizer", "offload_parameters", "cuda_graphs"):
+        if device.type == "cpu" and getattr(config, option):
+            raise UserError(f"engine.{option}: there is no GPU here; leave it out")
     if device.type == "cpu":
         keep_freed_memory()
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.set_grad_checkpointing(True, config.offload_activations)  # type: ignore[operator]
     if config.compile:
-        model.compile_layers()  # type: ignore[operator]
+        model.compile_layers(config.cuda_graphs)  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
     return engine(model.to(device), config, optim, batch_size, device)
 
@@ -189,6 +198,10 @@ def _optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
 def _set_learning_rate(optimizer: Any, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def _is_within(norm: float, limit: float) -> bool:
+    return math.isfinite(norm) and norm <= limit
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
@@ -241,17 +254,20 @@ class PlainEngine(Engine):
             with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._optimizer.allowed = lambda: allowed
         scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        skipped = self._scaler.get_scale() < scale
+        overflow = self._scaler.get_scale() < scale
+        skipped = overflow or not allowed
         self._num_steps += not skipped
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         if not distributed.is_main():
@@ -313,8 +329,16 @@ class DeepSpeedEngine(Engine):
                 dist_init_required=False,
             )[0]
         self.module = self._engine
+        self._scale = self._engine.torch_autocast_z0_gradscaler
         if self._stage > 0:
             self._create_states(0)
+        if self._stage > 0 and config.precision == "fp16":
+            # Under ZeRO DeepSpeed's autocast takes a GradScaler that clips the gradient before it unscales it, and that
+            # each rank steps by what overflowed in its own shard of a group. A scale from outside is divided out of the
+            # norm and of the gradient before clipping, and a norm that isn't finite skips the step on every rank.
+            self._scale = LossScale()
+            self._engine.optimizer.torch_autocast_gradscaler = None
+            self._engine.optimizer.override_loss_scale(self._scale.value)
 
     @property
     def _flat_groups(self) -> list[Tensor]:
@@ -351,19 +375,29 @@ class DeepSpeedEngine(Engine):
             with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
+            zero = self._engine.optimizer
+            # The norm is taken inside, before the wrapped optimiser steps, group after group.
+            zero.optimizer.allowed = lambda: _is_within(float(zero._global_grad_norm), limit)
             self._engine.step()
-            return StepResult(float(self._engine.get_global_grad_norm()), False)
+            norm, overflow = float(self._engine.get_global_grad_norm()), self._scale is not None and zero.overflow
+            if self._scale is not None:
+                self._scale.update(overflow)
+                zero.override_loss_scale(self._scale.value)
+            return StepResult(norm, not _is_within(norm, limit), overflow)
         # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
-        scaler = self._engine.torch_autocast_z0_gradscaler
+        scaler = self._scale
         scale = scaler.get_scale() if scaler else 1.0
         if scaler:
             scaler.unscale_(self._engine.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
+        allowed = _is_within(norm, limit)
+        self._engine.optimizer.allowed = lambda: allowed
         self._engine.step()
-        return StepResult(norm, bool(scaler) and scaler.get_scale() < scale)
+        overflow = bool(scaler) and scaler.get_scale() < scale
+        return StepResult(norm, overflow or not allowed, overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         parameters = dict(self._model.named_parameters())
@@ -374,6 +408,30 @@ class DeepSpeedEngine(Engine):
             if distributed.is_main():
                 state[name] = tensor.detach().to("cpu", copy=True).view(self._shapes.get(name, tensor.shape))
         return state
+
+    def own_weights(self) -> dict[str, Tensor]:
+        if self._stage < 3:
+            return super().own_weights()
+        parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
+        return {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        if self._stage < 3:
+            return super().own_part(name, whole)
+        parameter: Any = self._model.get_parameter(name)
+        return _own_shard(whole.to(parameter.ds_tensor.device, torch.float32), parameter).clone()
+
+    def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = {}
+        for name, tensor in own.items():
+            shape = self._shapes[name]
+            if self._stage == 3:
+                parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
+                dist.all_gather(parts, tensor.to(self.device))
+                tensor = torch.cat(parts)[: shape.numel()]
+            if distributed.is_main():
+                whole[name] = _to_cpu(tensor).view(shape)
+        return whole
 
     def _gather(self, parameter: nn.Parameter) -> Tensor:
         """A parameter of ZeRO 3, whole; for one that isn't trained DeepSpeed has no fp32 copy beside its own shards."""
@@ -404,8 +462,7 @@ class DeepSpeedEngine(Engine):
                 continue
             if distributed.is_main():
                 moments[name] = {key: _to_cpu(tensor).view(self._shapes[name]) for key, tensor in whole.items()}
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        return OptimizerState(num_steps, moments, scaler.state_dict() if scaler else {})
+        return OptimizerState(num_steps, moments, self._scale.state_dict() if self._scale else {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -430,9 +487,10 @@ class DeepSpeedEngine(Engine):
                 step = torch.tensor(float(state.num_steps), device=parameter.device)
                 moments = {key: tensor.view_as(parameter) for key, tensor in moments.items()}
                 optimizer.state[parameter] = {"step": step, **moments}
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        if scaler and state.loss_scale:
-            scaler.load_state_dict(state.loss_scale)
+        if self._scale and state.loss_scale:
+            self._scale.load_state_dict(state.loss_scale)
+            if self._stage > 0:
+                self._engine.optimizer.override_loss_scale(self._scale.value)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -453,6 +511,10 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
         zero.update(reduce_bucket_size=bucket, allgather_bucket_size=bucket)
     if config.zero_stage == 3:
         zero.update(stage3_prefetch_bucket_size=bucket, sub_group_size=1 << 30)
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // distributed.world_size(),
@@ -461,6 +523,7 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
         "steps_per_print": None,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         # Autocast as in plain PyTorch; the empty list keeps gradients fp32 on the wire.
         "torch_autocast": {
             "enabled": config.precision != "fp32",

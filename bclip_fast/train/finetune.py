@@ -67,6 +67,7 @@ class FinetuneConfig:
     run: str = "runs/finetune"
     """Folder of the run."""
     resume: bool = False
+    """Continue from the newest whole checkpoint of the run folder, and begin where there is none."""
     epochs: int = 10
     batch_size: int = 32
     seed: int = 0
@@ -113,7 +114,7 @@ def finetune(config: FinetuneConfig) -> Path:
     run = Path(config.run)
     if run.resolve() == Path(config.model).resolve():
         raise UserError(f"--run is the model's own folder, {run}: give another")
-    if (run / "checkpoints").is_dir() and not config.resume:
+    if checkpoints.steps(run / "checkpoints") and not config.resume:
         raise UserError(f"{run} holds a run already: --resume continues it, --run names another")
     torch.manual_seed(config.seed)
     clip.requires_grad_(True)
@@ -217,7 +218,7 @@ class _Loop:
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in skipped}
         self.identity = json.loads(json.dumps(same | settings, default=list))
         saved = None
-        if config.resume:
+        if config.resume and checkpoints.steps(run / "checkpoints"):
             saved = checkpoints.load_latest(run / "checkpoints")
             if difference := checkpoints.first_difference(saved.data, self.identity, "the run"):
                 raise UserError(f"cannot resume from {run / 'checkpoints'}: {difference}")
@@ -291,6 +292,8 @@ class _Loop:
         self.engine.backward(loss)
         lr = learning_rate(self.step, self.num_steps, config.optim)
         result = self.engine.step(lr)
+        if result.skipped:
+            log.warning("step %d: the gradient isn't finite; no update", self.step + 1)
         self.step += 1
         return {
             "step": self.step,

@@ -39,9 +39,22 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     return peak_flops_per_second(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
-def step_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0) -> float:
-    """Forward and backward, twice forward, of len(lengths) pairs whose captions have so many tokens."""
-    return 3 * sum(forward_flops(config, lengths, patch_dropout))
+def step_flops(
+    config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0, locked: tuple[int, int] = (0, 0)
+) -> float:
+    """Forward and backward, twice forward, of len(lengths) pairs whose captions have so many tokens.
+
+    locked: `Tower.num_locked` of the image and the text tower: no backward pass goes through those groups.
+    """
+    vision, text = config.vision, config.text
+    forward = forward_flops(config, lengths, patch_dropout)
+    patches = [1 + num_kept_patches(vision.num_patches, patch_dropout)] * len(lengths)
+    back = list(forward)
+    if locked[0]:
+        back[0] = tower_flops(patches, vision.width, 1 + vision.layers - locked[0], vision.mlp_ratio)
+    if locked[1]:
+        back[1] = tower_flops(lengths, text.width, 1 + text.layers - locked[1], text.mlp_ratio)
+    return sum(forward) + 2 * sum(back)
 
 
 def forward_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0) -> tuple[float, float]:
@@ -54,7 +67,9 @@ def forward_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropou
 
 
 def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float) -> float:
-    """Forward, with the last layer's queries, projection and MLP for one token of each sequence."""
+    """Forward, with the last layer's queries, projection and MLP for one token of each sequence; 0 of no layers."""
+    if layers == 0:
+        return 0.0
     tokens, squares, rest = sum(lengths), sum(n * n for n in lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
     whole = (4 * width**2 + rest) * tokens + 4 * width * squares
     last = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bclip_fast.errors import UserError
 
@@ -42,32 +45,66 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         cut_lines(path, first_step)
         self._wandb = _wandb(folder, config, settings or {}) if config is not None and config.wandb else None
-        self._file = path.open("a", encoding="utf-8")
-        self._events = folder / EVENTS
+        self._lines = Lines(path)
+        self._events = Lines(folder / EVENTS)
         self._board = _tensorboard(folder / "tb", first_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._lines.write(record)
         scalars = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, record["step"])
+            try:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, record["step"])
+            except OSError as error:
+                log.warning("TensorBoard's file cannot be written: %s; it ends here, metrics.jsonl doesn't", error)
+                self._board = None
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
     def event(self, step: int, kind: str, **facts: Any) -> None:
         """A line of events.jsonl: step, event, time (UTC) and what there is to say about it."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        with self._events.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "event": kind, "time": now, **facts}) + "\n")
+        self._events.write({"step": step, "event": kind, "time": now, **facts})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
+        self._events.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Lines:
+    """Appends JSON objects, a line each, to a file that is there from the first on. Threads may share it.
+
+    What a full disk doesn't take waits in memory for the next line, with a warning the first time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._waiting = b""
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self._lock:
+            quiet = bool(self._waiting)
+            self._waiting += json.dumps(record).encode() + b"\n"
+            try:
+                if self._descriptor < 0:
+                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            except OSError as error:
+                if not quiet:
+                    log.warning("%s cannot be written: %s; its lines wait in memory", self._path, error)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def cut_lines(path: Path, first_step: int) -> None:
@@ -121,11 +158,23 @@ def _wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
     return run
 
 
-class Progress:
-    """A bar where stderr is a terminal, a line now and then elsewhere."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at most so far: by torch on a GPU, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
-    def __init__(self, first_step: int, num_steps: int) -> None:
-        self._first_step, self._num_steps = first_step, num_steps
+
+class Progress:
+    """A bar where stderr is a terminal, a line now and then elsewhere.
+
+    Args:
+        first_sample, num_samples: where the run begins and ends; time goes by samples, since batches may grow.
+    """
+
+    def __init__(self, num_steps: int, first_sample: int, num_samples: int) -> None:
+        self._num_steps, self._first_sample, self._num_samples = num_steps, first_sample, num_samples
         self._start = time.monotonic()
         self._last_line = -_SECONDS_BETWEEN_LINES
         self._bar: Any = None
@@ -136,25 +185,23 @@ class Progress:
             self._bar = progress.Progress(
                 progress.TextColumn("training"),
                 progress.BarColumn(bar_width=None),
-                progress.MofNCompleteColumn(),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[figures]}"),
                 console=Console(stderr=True),
                 expand=True,
             )
-            self._task = self._bar.add_task("training", total=num_steps, completed=first_step, figures="")
+            self._task = self._bar.add_task("training", total=num_samples, completed=first_sample, figures="")
             self._bar.start()
 
     def update(self, record: dict[str, Any]) -> None:
         step, figures = record["step"], describe(record)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures)
+            self._bar.update(self._task, completed=record["samples"], figures=f"{step}/{self._num_steps}  {figures}")
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
             self._last_line = time.monotonic()
-            left = (self._last_line - self._start) / (step - self._first_step) * (self._num_steps - step)
-            log.info(
-                "step %d of %d  %s  %s left", step, self._num_steps, figures, timedelta(seconds=max(0, round(left)))
-            )
+            rate = (record["samples"] - self._first_sample) / (self._last_line - self._start)
+            left = timedelta(seconds=round((self._num_samples - record["samples"]) / rate))
+            log.info("step %d of %d  %s  %s left", step, self._num_steps, figures, left)
 
     def close(self) -> None:
         if self._bar is not None:

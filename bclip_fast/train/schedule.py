@@ -92,7 +92,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for torch.optim.AdamW: matrices decay, the rest doesn't; the logit scale has bounds of its own.
 
-    open_clip's rule: no decay for parameters of fewer than 2 dimensions. "bounds" of a group are what `engine.AdamW`
+    open_clip's rule: no decay for parameters of fewer than 2 dimensions. "bounds" of a group are what `optimizer.AdamW`
     clamps its parameters to after each step: the scale stays in [1, 100]. "lr_scale" multiplies the learning rate of
     parameters whose name begins with a key of `lr_scales`, and by config.layer_decay. Empty groups are left out.
     """

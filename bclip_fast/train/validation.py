@@ -16,6 +16,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 from .config import TrainConfig, ValidationConfig
 
 PREFIX = "validation/"
+PREFIX_EMA = "validation_ema/"
 
 Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
 

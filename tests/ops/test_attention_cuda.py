@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cuda_host
 import pytest
 import torch
 from cuda_host import ON_GPU, hosted, outside
+from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import ops
 from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
 from bclip_fast.ops.attention import LIMITS, cuda, reference
 
-HERE = Path(__file__)
 SEED = torch.tensor(-(2**40) + 12345)
 
 
 @outside
 def test_on_the_host():
     """What this file marks as hosted, and every test of the operator that takes a backend."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
-        + [str(HERE.with_name("test_attention.py")), str(HERE)],
-        env={**os.environ, "BCLIP_CUDA_HOST": str(cuda_host.path())},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 60, done.stdout
+    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_host.environment()) >= 60
 
 
 @outside
 def test_on_the_host_under_the_sanitizers():
-    done = cuda_host.run_sanitized(
-        *["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "hosted_ragged or hosted_dense", str(HERE)]
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 12, done.stdout
+    sanitized = cuda_host.environment(sanitized=True)
+    assert num_passed([Path(__file__).name], "hosted_ragged or hosted_dense", **sanitized) >= 12
 
 
 def bounds_of(lengths):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 from resources import TYPES, compiled_resources
 
@@ -32,20 +30,8 @@ SEED = torch.tensor(-(2**40) + 12345)
 @compiled
 def test_under_the_interpreter():
     """What this file marks as interpreted, and those tests of the operator that don't take it minutes."""
-    here = Path(__file__).parent
-    files = [str(here / name) for name in ("test_attention.py", "test_pooled_attention.py", Path(__file__).name)]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-        + ["-k", "triton and not 197 and not 256 and not 700", *files],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    num_passed = int(re.search(r"(\d+) passed", result.stdout).group(1))
-    assert num_passed >= 60, result.stdout
+    files = "test_attention.py", "test_pooled_attention.py", Path(__file__).name
+    assert num_passed(files, "triton and not 197 and not 256 and not 700", TRITON_INTERPRET="1") >= 60
 
 
 def bounds_of(lengths):

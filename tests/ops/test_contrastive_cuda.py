@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cuda_host
@@ -13,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_host import ON_GPU, hosted, outside
+from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import ops
@@ -20,32 +17,20 @@ from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
 from bclip_fast.ops.contrastive import LIMITS, cuda, reference
 from bclip_fast.ops.contrastive.terms import Groups
 
-HERE = Path(__file__)
 DTYPES = [torch.float16, torch.bfloat16]
 
 
 @outside
 def test_on_the_host():
     """What this file marks as hosted, and every test of the operators that takes a backend."""
-    files = ("test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", HERE.name)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
-        + [str(HERE.with_name(name)) for name in files],
-        env={**os.environ, "BCLIP_CUDA_HOST": str(cuda_host.path())},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 55, done.stdout
+    files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name
+    assert num_passed(files, "cuda", **cuda_host.environment()) >= 55
 
 
 @outside
 def test_on_the_host_under_the_sanitizers():
-    done = cuda_host.run_sanitized(
-        *["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "rectangle or far_below", str(HERE)]
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 5, done.stdout
+    sanitized = cuda_host.environment(sanitized=True)
+    assert num_passed([Path(__file__).name], "rectangle or far_below", **sanitized) >= 5
 
 
 def features(num_rows, width, dtype=torch.float16, aligned=None):

@@ -4,22 +4,20 @@ place one of ours that has its functions and libjpeg's pixels (fake_nvjpeg.cpp).
 from __future__ import annotations
 
 import os
-import re
 import subprocess
-import sys
 from pathlib import Path
 
 import cuda_host
 import pytest
 import torch
 from cuda_host import hosted, outside
+from inside import num_passed
 from test_image import MODES, OPTIONS, SIZES, boxes_in, jpeg
 
 from bclip_fast import ops
 from bclip_fast.ops.arguments import cuda_module
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, LIMITS, cuda
 
-HERE = Path(__file__)
 ON_GPU = cuda_host.ON_GPU
 DEVICE = "cuda" if ON_GPU else "cpu"
 # nvJPEG's pixels are its own: what follows compares with libjpeg's, which the library of the tests gives.
@@ -29,7 +27,7 @@ faked = pytest.mark.skipif("BCLIP_NVJPEG" not in os.environ, reason="runs inside
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("nvjpeg") / "libnvjpeg.so.13"
-    source = HERE.parents[1] / "fake_nvjpeg.cpp"
+    source = Path(__file__).parents[1] / "fake_nvjpeg.cpp"
     compiler = os.environ.get("CXX", "g++")
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(source), "-o", str(path), "-ljpeg"],
@@ -39,22 +37,15 @@ def library(tmp_path_factory):
     return str(path)
 
 
-TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
-
-
 @outside
 def test_on_the_host(library):
-    environment = {"BCLIP_CUDA_HOST": str(cuda_host.path()), "BCLIP_NVJPEG": library}
-    done = subprocess.run([sys.executable, *TESTS], env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 36, done.stdout
+    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 36
 
 
 @outside
 def test_on_the_host_under_the_sanitizers(library):
-    done = cuda_host.run_sanitized(*TESTS, "-k", "broken or normalized or extreme", BCLIP_NVJPEG=library)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 5, done.stdout
+    sanitized = cuda_host.environment(sanitized=True)
+    assert num_passed([Path(__file__).name], "broken or normalized or extreme", BCLIP_NVJPEG=library, **sanitized) >= 5
 
 
 @outside

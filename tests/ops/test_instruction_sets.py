@@ -1,4 +1,4 @@
-"""The C++ losses on every instruction set that this processor has, not its best alone. Each needs its own process."""
+"""The C++ kernels on every instruction set that this processor has, not its best alone. Each needs its own process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from inside import num_passed
 
 from bclip_fast import _cpu, doctor
 
-NAMES = ["avx512", "avx2", "plain"]
-# Tiles' edges, both losses, offsets of positives, one and two exponentials.
-CHECKS = "(divide_nothing and 1031) or rectangular or without_positives or offset or too_far_apart or asked_for"
+# Of each file the tests by which a vector's length or a missing instruction shows, and the least number that must pass:
+# of the losses tiles' edges, both losses, offsets of positives, one and two exponentials.
+CHECKS = {
+    "test_contrastive_cpu.py": (
+        "(divide_nothing and 1031) or rectangular or without_positives or offset or too_far_apart or asked_for",
+        20,  # more where AMX is
+    ),
+    "test_pointwise.py": ("matches and cpu", 90),
+    "test_image.py": ("pillows", 24),
+}
 
 
 def run(name, *command):
@@ -21,19 +29,18 @@ def run(name, *command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
 
 
-def skip_if_missing(name):
-    done = run(name, "-c", "from bclip_fast import _cpu; _cpu.instruction_set()")
-    if done.returncode:
-        pytest.skip(done.stderr.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_losses_are_right_on(name):
-    skip_if_missing(name)
-    path = Path(__file__).with_name("test_contrastive_cpu.py")
-    done = run(name, "-m", "pytest", str(path), "-q", "-k", CHECKS, "-p", "no:cacheprovider", "-p", "no:xdist")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 20  # more where AMX is
+@pytest.mark.parametrize("file", CHECKS)
+@pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
+def test_right_on(name, file):
+    if name == _cpu.instruction_set():
+        pytest.skip("it is what the file's tests run on by themselves")
+    missing = run(name, "-c", "from bclip_fast import _cpu; _cpu.instruction_set()")
+    if missing.returncode:
+        pytest.skip(missing.stderr.splitlines()[-1])
+    if file == "test_image.py" and not hasattr(_cpu, "decode_resize"):
+        pytest.skip("built without libjpeg-turbo (BCLIP_JPEG=0)")
+    checks, least = CHECKS[file]
+    assert num_passed([file], checks, BCLIP_CPU_ISA=name, OMP_NUM_THREADS="1") >= least
 
 
 def test_the_best_is_chosen_and_the_doctor_names_it():
@@ -51,25 +58,3 @@ def test_an_unknown_name_is_refused_and_what_there_is_listed():
     reason = "BCLIP_CPU_ISA is 'sse9'; this processor and build have"
     assert done.stderr.splitlines()[-1].startswith(f"ValueError: {reason}") and "plain" in done.stderr
     assert f"installed, but {reason}" in done.stdout
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_norms_and_gelu_are_right_on(name):
-    skip_if_missing(name)
-    path = Path(__file__).with_name("test_pointwise.py")
-    done = run(
-        name, "-m", "pytest", str(path), "-q", "-k", "matches and cpu", "-p", "no:cacheprovider", "-p", "no:xdist"
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 90
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_resized_to_the_bit_on(name):
-    skip_if_missing(name)
-    if not hasattr(_cpu, "decode_resize"):
-        pytest.skip("built without libjpeg-turbo (BCLIP_JPEG=0)")
-    path = Path(__file__).with_name("test_image.py")
-    done = run(name, "-m", "pytest", str(path), "-q", "-k", "pillows", "-p", "no:cacheprovider", "-p", "no:xdist")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 24

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 from resources import TYPES, compiled_resources
 
@@ -29,19 +27,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 @compiled
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend and few rows."""
-    here = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-        + ["-k", "triton and not 197", str(here / "test_pointwise.py"), str(here / Path(__file__).name)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    num_passed = int(re.search(r"(\d+) passed", result.stdout).group(1))
-    assert num_passed >= 45, result.stdout
+    assert num_passed(["test_pointwise.py", Path(__file__).name], "triton and not 197", TRITON_INTERPRET="1") >= 45
 
 
 @interpreted

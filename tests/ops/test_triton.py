@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 from resources import TYPES, compiled_resources
 
@@ -36,20 +34,8 @@ def features(num_rows, width, dtype=torch.float32, aligned=None):
 @compiled
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend."""
-    here = Path(__file__).parent
-    files = ("test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", "test_triton.py")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", "triton"]
-        + [str(here / name) for name in files],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=here.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    num_passed = int(re.search(r"(\d+) passed", result.stdout).group(1))
-    assert num_passed >= 25, result.stdout
+    files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name
+    assert num_passed(files, "triton", TRITON_INTERPRET="1") >= 25
 
 
 @interpreted

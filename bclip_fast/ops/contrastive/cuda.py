@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import aligned, cuda_address, cuda_module, cuda_stream
 from .terms import Groups
-from .tiles import gradients, log_sum_exps, num_tiles, padded
+from .tiles import gradients, log_sum_exps, padded, siglip_results
 
 # Past every row of text.
 NO_POSITIVES = 2**40
@@ -95,17 +95,7 @@ def siglip(
         call = _features(rows, text, scale, first, start)
         module.contrastive_sigmoid(call, added, ids.of(start, rows, text), _gradient(grad, partials, unit))
 
-    if with_gradients:
-        image_grad, text_grad, sums = gradients(
-            image, text, width, scale * weight, chunk_size, dtype, _tile(), 3, launch
-        )
-        scale_grad, bias_grad, loss = (weight * total for total in sums)
-        return loss, image_grad, text_grad, scale_grad, bias_grad
-    partials = torch.empty(math.prod(num_tiles(image, text, _tile())), 3, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(image):
-        launch(0, image, None, partials, 1.0)
-    loss = weight * partials[:, 2].sum(dtype=torch.float64).float()
-    return loss, image.new_empty(0), text.new_empty(0), torch.zeros_like(loss), torch.zeros_like(loss)
+    return siglip_results(image, text, width, scale, weight, chunk_size, dtype, _tile(), with_gradients, launch)
 
 
 def _tile() -> tuple[int, int]:

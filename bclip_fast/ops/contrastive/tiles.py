@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -95,6 +96,31 @@ def gradients(
         text_grad += product(grad.T, image_operand[start : start + chunk_size])
     text_grad = text_grad[:, :width].mul_(text_factor).to(dtype).contiguous()
     return image_grad, text_grad, torch.stack(sums).sum(0).float()
+
+
+def siglip_results(
+    image: Tensor,
+    text: Tensor,
+    width: int,
+    scale: Tensor,
+    weight: float,
+    chunk_size: int,
+    dtype: torch.dtype,
+    tile: Shape,
+    with_gradients: bool,
+    launch: Callable[[int, Tensor, Tensor | None, Tensor, float], None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `reference.siglip` returns. `launch` as in `gradients`, whose partial results are those of the gradients of
+    scale and bias and of the loss, each over the weight; without gradients it is called once, with no G to write."""
+    if with_gradients:
+        image_grad, text_grad, sums = gradients(image, text, width, scale * weight, chunk_size, dtype, tile, 3, launch)
+        scale_grad, bias_grad, loss = (weight * total for total in sums)
+        return loss, image_grad, text_grad, scale_grad, bias_grad
+    partials = torch.empty(math.prod(num_tiles(image, text, tile)), 3, dtype=torch.float32, device=image.device)
+    with torch.cuda.device_of(image):
+        launch(0, image, None, partials, 1.0)
+    loss = weight * partials[:, 2].sum(dtype=torch.float64).float()
+    return loss, image.new_empty(0), text.new_empty(0), torch.zeros_like(loss), torch.zeros_like(loss)
 
 
 def operand(features: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -22,7 +22,6 @@ on the device, so nothing waits for the GPU.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .terms import Groups
-from .tiles import gradients, log_sum_exps, num_tiles, padded
+from .tiles import gradients, log_sum_exps, padded, siglip_results
 
 
 @triton.jit
@@ -410,16 +409,4 @@ def siglip(
             **config,
         )
 
-    if with_gradients:
-        image_grad, text_grad, sums = gradients(
-            image, text, width, scale * weight, chunk_size, dtype, _tile(config), 3, launch
-        )
-        scale_grad, bias_grad, loss = (weight * total for total in sums)
-        return loss, image_grad, text_grad, scale_grad, bias_grad
-    partials = torch.empty(
-        math.prod(num_tiles(image, text, _tile(config))), 3, dtype=torch.float32, device=image.device
-    )
-    with torch.cuda.device_of(image):
-        launch(0, image, None, partials, 1.0)
-    loss = weight * partials[:, 2].sum(dtype=torch.float64).float()
-    return loss, image.new_empty(0), text.new_empty(0), torch.zeros_like(loss), torch.zeros_like(loss)
+    return siglip_results(image, text, width, scale, weight, chunk_size, dtype, _tile(config), with_gradients, launch)

@@ -1,0 +1,117 @@
+"""The machines that a plan is made for: how many, with what devices, memory and links."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bclip_fast.errors import UserError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """name: what torch calls it, also that of its file in benchmarks/results. memory: bytes that a process can have.
+    link, network: bytes a second of one direction, of a device to the others in its node, and to other nodes."""
+
+    name: str
+    memory: float
+    link: float
+    network: float
+
+
+# Memory as the driver counts it. NVLink: half of the 600 and 900 GB/s that the data sheets give for both directions;
+# network: the usual node of 8 with a card of 200 Gbit/s (A100) or 400 Gbit/s (H100 and H200) for each.
+DEVICES = {
+    "a100-40": Device("NVIDIA A100-SXM4-40GB", 39.4 * GIB, 300e9, 25e9),
+    "a100-80": Device("NVIDIA A100-SXM4-80GB", 79.2 * GIB, 300e9, 25e9),
+    "h100": Device("NVIDIA H100 80GB HBM3", 79.1 * GIB, 450e9, 50e9),
+    "h200": Device("NVIDIA H200", 139.8 * GIB, 450e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What `--dry_run` plans for; training itself takes the ranks that the launcher gives it."""
+
+    nodes: int = 1
+    devices_per_node: int = 0
+    """Ranks on a node; 0: this machine's GPUs, or one rank."""
+    device: str = ""
+    """a100-40, a100-80, h100, h200 or cpu; empty: what this machine has."""
+    memory_gib: float = 0.0
+    """Of a device, or of a node's ranks together where they compute on its CPU; 0: what the device has."""
+    host_memory_gib: float = 0.0
+    """Of a node; 0: not checked, but this machine's where the device is this machine's."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or min(self.devices_per_node, self.memory_gib, self.host_memory_gib) < 0:
+            raise UserError(
+                f"cluster.nodes={self.nodes}, devices_per_node={self.devices_per_node}, memory_gib={self.memory_gib}, "
+                f"host_memory_gib={self.host_memory_gib}: need at least 1, and nothing negative"
+            )
+        if self.device not in ("", "cpu", *DEVICES):
+            raise UserError(f"cluster.device={self.device}: choose one of cpu, {', '.join(DEVICES)}, or none")
+
+
+@dataclass(frozen=True)
+class World:
+    """ranks over nodes; cpu: they compute there, and device memory is the host's. Bytes of one rank; 0: not known."""
+
+    nodes: int
+    ranks_per_node: int
+    device: Device
+    cpu: bool
+    host_memory: float
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def link(self) -> float:
+        """Bytes a second that a ring of all ranks moves through each."""
+        return min(self.device.link, self.device.network) if self.nodes > 1 else self.device.link
+
+
+def world(config: ClusterConfig) -> World:
+    """Of the configuration, with this machine's figures where it says nothing."""
+    own = not config.device
+    cpu = config.device == "cpu" or (own and not torch.cuda.is_available())
+    ranks = config.devices_per_node or (torch.cuda.device_count() if own and not cpu else 1)
+    host = config.host_memory_gib * GIB or (_host_memory() if own or cpu else 0.0)
+    if cpu:
+        # What gloo moves between processes of one machine, and over a network of 10 Gbit/s: orders of magnitude.
+        device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
+        return World(config.nodes, ranks, device, True, device.memory)
+    if own:
+        name = device_name(torch.device("cuda", 0))
+        memory = torch.cuda.get_device_properties(0).total_memory
+        known = next((device for device in DEVICES.values() if device.name == name), DEVICES["a100-80"])
+        device = Device(name, memory, known.link, known.network)
+    else:
+        device = DEVICES[config.device]
+    if config.memory_gib:
+        device = Device(device.name, config.memory_gib * GIB, device.link, device.network)
+    return World(config.nodes, ranks, device, False, host / ranks)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
+
+
+def results_name(device: str) -> str:
+    """Of the file in benchmarks/results."""
+    return re.sub(r"\W+", "-", device).strip("-") + ".jsonl"
+
+
+def _host_memory() -> float:
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

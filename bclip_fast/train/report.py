@@ -1,0 +1,315 @@
+"""`bclip train report RUN [RUN ...]`: curves, figures, settings and events of runs on one page.
+
+One HTML file without script or network, made of `bclip_fast.eval`'s charts and style, from what the run folders hold:
+metrics.jsonl, events.jsonl, bad_samples.jsonl and config.toml. It can be written while a run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bclip_fast.errors import UserError
+from bclip_fast.eval import chart
+from bclip_fast.eval import report as eval_report
+from bclip_fast.eval.files import write_text
+
+from . import bad_samples, validation
+from .config import TrainConfig
+from .metrics import EVENTS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+log = logging.getLogger(__name__)
+
+# Key of metrics.jsonl -> title of its chart.
+_CURVES = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "logit_scale": "Logit scale",
+    "grad_norm": "Norm of the gradient",
+    "samples_per_second": "Samples a second",
+    "tokens_per_second": "Tokens a second",
+    "mfu": "MFU",
+}
+_NOISY = ("loss", "grad_norm", "samples_per_second", "tokens_per_second", "mfu")
+# Parts of a step, in the order of the step; the last is inside the backward pass.
+_PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
+# What a figure of validation is called behind its direction or task.
+_SHARE = re.compile(r" (R@\d+|(balanced )?accuracy|AUROC(, macro)?)$")
+_EVENTS = {"start": "started", "resume": "resumed", "skip": "skipped", "stop": "stopped by a signal", "error": "ended"}
+_PREFIXES = (validation.PREFIX, validation.PREFIX_EMA)
+_LAST = 100
+_MAX_EVENTS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReportConfig:
+    """Writes a page about runs of `bclip train`."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders; several are drawn together, and of their settings the differences are shown."""
+    out: str = ""
+    """File to write; default: report.html in the run, for several runs/train-report.html."""
+
+
+@dataclass
+class Run:
+    """What a run folder holds; steps: the lines of steps; validations: those of validation."""
+
+    name: str
+    folder: Path
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    replaced: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> Run:
+        """Raises UserError for a folder without metrics.jsonl, or lines that aren't JSON."""
+        if not (folder / "metrics.jsonl").is_file():
+            raise UserError(f"{folder}: no run of bclip train, metrics.jsonl is missing")
+        lines = {}
+        for file in ("metrics.jsonl", EVENTS, bad_samples.NAME):
+            found = eval_report.read_metrics(folder / file) if (folder / file).is_file() else []
+            lines[file] = [line for line in found if eval_report.is_finite(line.get("step"))]
+        metrics = lines["metrics.jsonl"]
+        steps = [line for line in metrics if "loss" in line]
+        if not steps:
+            raise UserError(f"{folder}: metrics.jsonl holds no step yet")
+        validations = [line for line in metrics if "loss" not in line]
+        try:
+            settings = dict(_flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / 'config.toml'} cannot be read: {error}") from error
+        return cls(name, folder, steps, validations, lines[EVENTS], lines[bad_samples.NAME], settings)
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of a figure."""
+        lines = self.validations if key.startswith(_PREFIXES) else self.steps
+        points = [(line["step"], line[key]) for line in lines if eval_report.is_finite(line.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def late(self, key: str) -> float | None:
+        """The median of a figure over the last tenth of the run, at most `_LAST` steps."""
+        values = self.series(key)[1]
+        values = values[-max(1, min(_LAST, len(values) // 10)) :]
+        return statistics.median(values) if values else None
+
+
+def run(config: TrainReportConfig) -> None:
+    folders = [Path(name) for name in config.runs]
+    if not folders:
+        raise UserError("give the folder of a run: bclip train report RUN")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    out = Path(config.out or (folders[0] / "report.html" if len(folders) == 1 else "runs/train-report.html"))
+    write_text(out, render([Run.read(folder, name) for folder, name in zip(folders, names, strict=True)]))
+    log.info("report in %s", out)
+
+
+def render(runs: list[Run]) -> str:
+    """The page."""
+    environment = eval_report.environment()
+    environment.filters["seconds"] = _seconds
+    differing, same = _settings(runs)
+    return environment.get_template("train.html").render(
+        runs=runs,
+        facts=[_facts(run) for run in runs],
+        figures=_figures(runs),
+        curves=_curves(runs),
+        validation_curves=_validation_curves(runs),
+        split=_split(runs),
+        parts=_PARTS,
+        split_curve=_split_curve(runs[0]) if len(runs) == 1 else None,
+        events=_events(runs),
+        differing=differing,
+        same=same,
+    )
+
+
+def _facts(run: Run) -> dict[str, str]:
+    last = run.steps[-1]
+    starts = [event for event in run.events if event["event"] in ("start", "resume")]
+    ranks = dict.fromkeys(str(event.get("ranks", "?")) for event in starts)
+    spent = sum(line.get("step_seconds", 0.0) for line in run.steps)
+    facts = {
+        "Steps": f"{last['step']:,}",
+        "Samples": f"{last['samples']:,}",
+        "Epoch": str(last["epoch"]),
+        "Time in steps": str(timedelta(seconds=round(spent))),
+    }
+    return facts | ({"Ranks": ", then ".join(ranks)} if ranks else {})
+
+
+def _figures(runs: list[Run]) -> list[dict[str, Any]]:
+    """Rows of final figures: name, and a text a run."""
+    rows: list[tuple[str, Callable[[Run], str | None]]] = [
+        ("Loss", lambda run: _number(run.late("loss"))),
+        ("Logit scale", lambda run: _number(run.late("logit_scale"))),
+        ("Samples a second", lambda run: _number(run.late("samples_per_second"))),
+        ("Tokens a second", lambda run: _number(run.late("tokens_per_second"))),
+        ("MFU", lambda run: _share(run.late("mfu"))),
+        ("Steps skipped", lambda run: _count(run.steps[-1].get("skipped"))),
+        ("Damaged samples", lambda run: _count(run.steps[-1].get("bad_samples"))),
+    ]
+    for key in _validation_keys(runs):
+        rows.append((_title(key), lambda run, key=key: _number((run.series(key)[1] or [None])[-1])))  # type: ignore[misc]
+    found = [{"name": name, "values": [value(run) for run in runs]} for name, value in rows]
+    return [row for row in found if any(value is not None for value in row["values"])]
+
+
+def _curves(runs: list[Run]) -> list[dict[str, Any]]:
+    found = [_curve(runs, key, title) for key, title in _CURVES.items()]
+    return [curve for curve in found if curve]
+
+
+def _curve(runs: list[Run], key: str, title: str) -> dict[str, Any] | None:
+    series = {run.name if len(runs) > 1 else "": run.series(key) for run in runs}
+    series = {name: each for name, each in series.items() if each[0]}
+    if not series:
+        return None
+    chances = {eval_report.chance_loss(run.folder) for run in runs} if key == "loss" else {None}
+    reference = chances.pop() if len(chances) == 1 else None
+    drawing = chart.line_chart(series, title=title, smooth=key in _NOISY, reference=reference)
+    lines = [line for run in runs for line in run.steps if key in line]
+    num_bad = sum(not eval_report.is_finite(line[key]) for line in lines)
+    last = chart.number(next(iter(series.values()))[1][-1]) if len(runs) == 1 else ""
+    return {"title": title, "svg": drawing, "last": last, "num_bad": num_bad}
+
+
+def _validation_keys(runs: list[Run]) -> list[str]:
+    found = dict.fromkeys(key for run in runs for line in run.validations for key in line)
+    return [key for key in found if key.startswith(_PREFIXES)]
+
+
+def _validation_curves(runs: list[Run]) -> list[dict[str, Any]]:
+    """A chart a figure; of a lone run, the shares of one task or direction together."""
+    keys = _validation_keys(runs)
+    if len(runs) > 1:
+        return [curve for key in keys if (curve := _curve(runs, key, _title(key)))]
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(_SHARE.sub("", key), []).append(key)
+    curves = []
+    for stem, members in groups.items():
+        series = {key.removeprefix(stem).strip(): runs[0].series(key) for key in members}
+        series = {name: each for name, each in series.items() if each[0]}
+        if series:
+            last = chart.number(series[""][1][-1]) if list(series) == [""] else ""
+            title = _title(stem)
+            drawing = chart.line_chart(series, title=title)
+            curves.append({"title": title, "svg": drawing, "num_bad": 0, "last": last})
+    return curves
+
+
+def _split(runs: list[Run]) -> list[dict[str, Any]]:
+    """The median seconds of each part of a run's last steps, and their shares of the step."""
+    rows = []
+    for run in runs:
+        whole = run.late("step_seconds")
+        parts = [run.late(f"{part}_seconds") for part in _PARTS]
+        if whole is None or None in parts:
+            continue
+        known = [part for part in parts if part is not None]
+        scale = max(whole, sum(known))
+        rows.append({
+            "name": run.name, "seconds": [*known, max(0.0, whole - sum(known)), whole],
+            "shares": [part / scale for part in known], "communication": run.late("communication_seconds"),
+        })  # fmt: skip
+    return rows
+
+
+def _split_curve(run: Run) -> Any:
+    series = {part.replace("_", " "): run.series(f"{part}_seconds") for part in (*_PARTS, "communication")}
+    series = {name: each for name, each in series.items() if each[0]}
+    return chart.line_chart(series, title="Seconds of a step", smooth=True) if series else None
+
+
+def _events(runs: list[Run]) -> list[dict[str, Any]]:
+    """A block a run: rows of step, time, what; of what happens often a summary."""
+    blocks = []
+    for run in runs:
+        rows = [_event(event) for event in run.events if event["event"] != "checkpoint"]
+        rows += [
+            {"step": line["step"], "time": "", "what": f"sample {line['key']} replaced: {line['reason']}"}
+            for line in run.replaced
+        ]
+        rows.sort(key=lambda row: row["step"])
+        saved = [event["step"] for event in run.events if event["event"] == "checkpoint"]
+        notes = [f"{len(saved)} checkpoints were written, the last after step {saved[-1]:,}."] if saved else []
+        if len(rows) > _MAX_EVENTS:
+            notes.append(f"The first {_MAX_EVENTS} of {len(rows):,} events are shown.")
+        blocks.append({"name": run.name, "rows": rows[:_MAX_EVENTS], "notes": " ".join(notes)})
+    return blocks
+
+
+def _event(event: Mapping[str, Any]) -> dict[str, Any]:
+    facts = [f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time", "reason")]
+    what = _EVENTS.get(event["event"], event["event"])
+    reason = f": {event['reason']}" if "reason" in event else ""
+    return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *facts]) + reason}
+
+
+def _settings(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of settings that differ, between runs or, of a lone run, from the defaults; and the others."""
+    # As a run writes them: the model spelled out.
+    defaults = {key: _text(value) for key, value in _flat(dataclasses.asdict(TrainConfig(preset="")))}
+    columns = [{key: _text(value) for key, value in run.settings.items()} for run in runs]
+    differing: list[dict[str, Any]] = []
+    same: list[dict[str, Any]] = []
+    for name in dict.fromkeys(key for column in columns for key in column):
+        values = [column.get(name, "") for column in columns]
+        differs = values[0] != defaults.get(name, "") if len(runs) == 1 else len(set(values)) > 1 and name != "run"
+        (differing if differs else same).append({"name": name, "values": values})
+    return differing, same
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)
+
+
+def _title(key: str) -> str:
+    of_average = " (average)" if key.startswith(validation.PREFIX_EMA) else ""
+    return key.removeprefix(validation.PREFIX).removeprefix(validation.PREFIX_EMA).replace("_", " ") + of_average
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else chart.number(value)
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _count(value: int | None) -> str | None:
+    return f"{value:,}" if value else None
+
+
+def _seconds(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:.3g}"

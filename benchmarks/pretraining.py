@@ -1,0 +1,41 @@
+"""The pairs of a pretraining that two cores can run: python -m bclip_fast.benchmarks.pretraining DATA SHARDS
+
+Articles of DATA/pmc_articles with the panels of their figures, a fifth of the articles held out, and the chest X-rays
+of DATA/pairs with their notes, all for training. Then, with configs/pmc_small.toml:
+
+    torchrun --nproc-per-node 2 -m -- bclip_fast.cli train pmc_small.toml --data.shards SHARDS
+    bclip train report runs/pmc_small
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from bclip_fast.data.ingest import IngestConfig, build
+from bclip_fast.data.sanitize import sanitize
+from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
+
+
+def main(data: Path, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, ShardWriter(out) as writer:
+        articles = Path(folder) / "articles"
+        config = IngestConfig(source=str(data / "pmc_articles"), out=articles, panels=True, val_fraction=0.2,
+                              test_fraction=0.0)  # fmt: skip
+        build(config)
+        for split in ("train", "val"):
+            for sample in ShardDataset(articles, split):
+                writer.write(sample, split)
+        folder_of_pairs = data / "pairs"
+        for number, pair in enumerate(json.loads((folder_of_pairs / "covid_cxr_ccby" / "pairs.json").read_text())):
+            picture = sanitize((folder_of_pairs / pair["image"]).read_bytes())
+            meta = {"licence": pair["licence"], "doi": pair["doi"]}
+            writer.write(Sample(f"cxr-{number:03d}", picture.data, pair["text"], meta), "train")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,22 @@
+"""Tests of some files in a process of their own, whose environment says what they run on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def num_passed(files: Iterable[str], selected: str, **environment: str) -> int:
+    """How many of tests/ops' `files` pass among those that `selected` (pytest's -k) names; all of them must."""
+    folder = Path(__file__).parent / "ops"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    # Triton's interpreter is numpy, which warns of what overflows.
+    command += ["-W", "ignore::RuntimeWarning", "-k", selected, *(str(folder / name) for name in files)]
+    options = dict(cwd=folder.parents[1], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env={**os.environ, **environment}, **options)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-20_000:]
+    return int(re.search(r"(\d+) passed", done.stdout).group(1))
