@@ -32,7 +32,8 @@ class RetrievalConfig:
     """Length of the noise, the signal's being 1: at 4 about 70 % of the default N are found first, as the paper has it;
     the more, the more similarities lie near the right one's, and 1000 leaves no signal."""
     queries: int = 0
-    """Images ranked, and texts ranked among these images; 0: all. A part's time is in proportion."""
+    """Images ranked, and texts ranked among these images; 0: all. A part takes more than its share, as all candidates
+    are checked and rounded for it."""
     rival_queries: int = 1024
     """The same for float32 throughout and for faiss; 0: they are left out."""
     checked: int = 8

@@ -56,7 +56,7 @@ DATA = {
 
 @pytest.mark.parametrize("allowed", STEPS)
 @pytest.mark.parametrize("name", DATA)
-@pytest.mark.parametrize("chunks", [(8192, 32768), (97, 130)])
+@pytest.mark.parametrize("chunks", [(8192, 131072), (97, 130)])
 def test_every_step_counts_what_float64_counts(name: str, allowed: tuple[str, ...], chunks: tuple[int, int]) -> None:
     queries, candidates = DATA[name]
     own = (queries.double() * candidates.double()).sum(1)

@@ -65,12 +65,12 @@ class Chunk:
         if step == "float32":
             return Low(self.rows)
         high = self.rows.bfloat16()
-        rest = self.rows - high.float()
+        rest = self.rows - high
         if step == "bfloat16":
             return Low(high, _largest_norm(rest))
         low = rest.bfloat16()
         parts = (high, low, high) if self.is_left else (high, high, low)
-        return Low(torch.cat(parts, dim=1), _largest_norm(rest - low.float()), _largest_norm(low.float()), 3)
+        return Low(torch.cat(parts, dim=1), _largest_norm(rest - low), _largest_norm(low.float()), 3)
 
 
 def _largest_norm(rows: Tensor) -> float:
@@ -99,7 +99,7 @@ def count(
     tolerance: float,
     *,
     query_chunk: int = 8192,
-    candidate_chunk: int = 32768,
+    candidate_chunk: int = 131072,
     allowed: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of each row and of each column of the similarities, how many exceed its bound, and how many reach it.
@@ -111,7 +111,8 @@ def count(
         allowed: steps to take, `float64` last; those of the device unless given.
 
     Returns:
-        int64 (2, n) and (2, m) on the CPU: exceeding, reaching. Memory is that of a tile, and what is returned.
+        int64 (2, n) and (2, m) on the CPU: exceeding, reaching. Memory is a few times
+            that of a chunk of candidates, and what is returned.
     """
     allowed = steps(queries.device) if allowed is None else tuple(allowed)
     results = [torch.zeros(2, size, dtype=torch.int64) for size in (len(queries), len(candidates))]
