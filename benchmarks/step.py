@@ -158,9 +158,9 @@ def mixtures(config: StepConfig, model: BiomedClipConfig) -> dict[str, Inputs]:
     mean = round(sum(real.text.lengths.tolist()) / size)
     halves = [1, most] * (size // 2) + [most] * (size % 2)
     return {
-        f"ours, all of {mean} tokens": make_inputs(config, model, [mean] * size),
-        "ours, lengths of the histogram": real,
-        f"ours, half of 1, half of {most}": make_inputs(config, model, halves),
+        f"ours, {mean} tokens each": make_inputs(config, model, [mean] * size),
+        "ours, real lengths": real,
+        f"ours, 1 or {most} tokens": make_inputs(config, model, halves),
     }
 
 
@@ -406,28 +406,16 @@ def show_step(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     first = rows[0]
-    table = Table(title=first["case"], title_justify="left")
-    for heading in (
-        "contender",
-        "tokens",
-        "TFLOP",
-        "samples/s",
-        "tokens/s",
-        "s",
-        "fwd",
-        "bwd",
-        "opt",
-        "MFU",
-        "extra GB",
-        "x first",
-    ):
+    sizes = " to ".join(f"{flops / 1e12:.2f}" for flops in sorted({row["flops"] for row in rows}))
+    table = Table(title=f"{first['case']}, tokens a caption, {sizes} TFLOP a step", title_justify="left")
+    headings = ("contender", "tokens", "samples/s", "tokens/s", "s", "fwd", "bwd", "opt", "MFU", "extra GB", "x first")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
     for row in rows:
         parts = (row[f"{name}_seconds"] for name in ("forward", "backward", "optimizer"))
         table.add_row(
             row["contender"],
-            f"{row['tokens'] / row['batch']:.0f} each",
-            f"{row['flops'] / 1e12:.2f}",
+            f"{row['tokens'] / row['batch']:.0f}",
             f"{row['samples_per_second']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['seconds']:.2f}",
