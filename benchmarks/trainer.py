@@ -237,9 +237,11 @@ class _Meter:
                 raise _Enough
 
     def _communication(self) -> dict[str, float]:
-        if not isinstance(self._module, nn.parallel.DistributedDataParallel):
+        """As `PlainEngine.communication` has it: of a step before, as soon as DDP tells."""
+        module = self._module
+        found = module._get_ddp_logging_data() if isinstance(module, nn.parallel.DistributedDataParallel) else {}
+        if "backward_comm_time" not in found:
             return {}
-        found = self._module._get_ddp_logging_data()
         waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
         return {"communication_seconds": max(0, waited) / 1e9}
 

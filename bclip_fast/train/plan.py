@@ -347,8 +347,12 @@ def _memory(
     options: dict[str, Any] = dict(precision=config.engine.precision, accelerator=not world.cpu)
     found = activations(model, _longest(config, samples, stage), gradients=engine.gradients, **options)
     pixels = 3 * config.model.vision.image_size**2
-    # Micro-batches of the step wait on the host for their replay; those prepared ahead come besides, one as it is read.
-    loader = {"loader": (share + config.data.prefetch_batches * micro) * pixels + micro * samples.image_bytes}
+    # Micro-batches of the step wait on the host for their replay, what is above a limit in a file; those prepared ahead
+    # come besides, one as it is read.
+    waits = (
+        share * pixels if micro == share else min(share * pixels, (config.data.spool_above_mib << 20) + micro * pixels)
+    )
+    loader = {"loader": waits + config.data.prefetch_batches * micro * pixels + micro * samples.image_bytes}
     copies = {"checkpoint": engine.checkpoint}
     # A run's last checkpoint comes when no step follows; those before are written while training goes on.
     overlap = copies if config.checkpoint.background and config.checkpoint.every_steps else {}
