@@ -38,7 +38,7 @@ class DataConfig:
     """Threads a rank that decode images."""
     prefetch_batches: int = 2
     """Batches prepared ahead; from a URL, read ahead."""
-    spool_above_mib: int = 64
+    spool_above_mib: int = 16
     """With micro-batches, a rank's images wait in memory, and what is more in a file, to be embedded a second time."""
     spool_dir: str = ""
     """Folder of that file, which no other process sees; empty: the system's for temporary files."""
