@@ -75,6 +75,8 @@ class Spool:
                 self._file = tempfile.TemporaryFile(prefix="bclip-", dir=self._folder or None)
             self._file.seek(start)
             self._file.write(images.numpy().data)
+            # Here, where a full disk is named, rather than at a later seek.
+            self._file.flush()
         except OSError as error:
             raise UserError(
                 f"no room for the images of a batch in {self._folder or tempfile.gettempdir()}: {error}; give another "
