@@ -27,6 +27,9 @@ from bclip_fast.model.packed import Packed
 
 from .engine import Engine
 
+# In place of what is in a file.
+_NOTHING = torch.empty(0)
+
 
 class Embedded(NamedTuple):
     """The features (b, D) of a rank's batch and the factor of the logits, with a graph or ready to take gradients."""
@@ -47,7 +50,8 @@ def embed(engine: Engine, batch: Batch, seed: int) -> Embedded:
 
 
 class Spool:
-    """The images of a batch until they are embedded again: in memory up to a limit, beyond it in a file without a name.
+    """The micro-batches of a batch until they are embedded again: in memory up to a limit, beyond it in a file without
+    a name.
 
     Args:
         limit: bytes in memory.
@@ -60,21 +64,23 @@ class Spool:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all images; the file's room is used again."""
+        """Forgets what it has; the file's room is used again."""
         self._in_memory = self._in_file = 0
 
-    def add(self, images: Tensor) -> Callable[[], Tensor]:
-        """Keeps images (b, S, S, 3) uint8 and returns what gives them back."""
-        if self._in_memory + images.numel() <= self._limit:
-            self._in_memory += images.numel()
-            return lambda: images
-        start, shape = self._in_file, images.shape
-        self._in_file += images.numel()
+    def add(self, batch: Batch) -> Callable[[], Batch]:
+        """Keeps a micro-batch and returns what gives it back."""
+        tensors = batch.images, batch.ids
+        size, start = sum(tensor.nbytes for tensor in tensors), self._in_file
+        if self._in_memory + size <= self._limit:
+            self._in_memory += size
+            return lambda: batch
+        self._in_file += size
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="bclip-", dir=self._folder or None)
             self._file.seek(start)
-            self._file.write(images.numpy().data)
+            for tensor in tensors:
+                self._file.write(tensor.numpy().data)
             # Here, where a full disk is named, rather than at a later seek.
             self._file.flush()
         except OSError as error:
@@ -82,100 +88,100 @@ class Spool:
                 f"no room for the images of a batch in {self._folder or tempfile.gettempdir()}: {error}; give another "
                 f"data.spool_dir, or keep more in memory by data.spool_above_mib"
             ) from error
-        return partial(self._read, start, shape)
+        images, ids = (tensor.shape for tensor in tensors)
+        return partial(self._read, start, images, ids, replace(batch, images=_NOTHING, ids=_NOTHING))
 
-    def _read(self, start: int, shape: torch.Size) -> Tensor:
-        images = torch.empty(shape, dtype=torch.uint8)
+    def _read(self, start: int, images: torch.Size, ids: torch.Size, rest: Batch) -> Batch:
+        batch = replace(rest, images=torch.empty(images, dtype=torch.uint8), ids=torch.empty(ids, dtype=torch.int64))
         self._file.seek(start)
-        if self._file.readinto(images.numpy().data.cast("B")) != images.numel():
-            raise UserError("the file of a batch's images was cut short by another program")
-        return images
+        for tensor in (batch.images, batch.ids):
+            if self._file.readinto(tensor.numpy().data.cast("B")) != tensor.nbytes:
+                raise UserError("the file of a batch's images was cut short by another program")
+        return batch
 
 
 class CachedBatch:
     """The micro-batches of one rank, embedded one after the other, as they come.
 
     Args:
-        spool: of the images where there are several; None: there is one micro-batch only.
+        num_parts: how many there are.
+        spool: of the images where there are several.
     """
 
-    def __init__(self, engine: Engine, loss: ClipLoss, spool: Spool | None) -> None:
+    def __init__(self, engine: Engine, loss: ClipLoss, num_parts: int, spool: Spool) -> None:
         self._engine, self._loss, self._spool = engine, loss, spool
-        self._batches: list[tuple[Batch, int, Callable[[], Tensor]]] = []
-        self._parts: list[Embedded] = []
-        if spool is not None:
-            spool.clear()
+        self._num_parts = num_parts
+        self._batches: list[tuple[Callable[[], Batch], int]] = []
+        self._features: Embedded | None = None
+        spool.clear()
 
     def add(self, batch: Batch, seed: int) -> None:
         """Embeds the next micro-batch with the random numbers of `seed`."""
-        with torch.set_grad_enabled(self._spool is None):
-            self._parts.append(embed(self._engine, batch, seed))
-        if self._spool is None:
-            self._batches.append((batch, seed, lambda: batch.images))
-        else:
-            images = self._spool.add(batch.images)
-            self._batches.append((replace(batch, images=batch.images[:0].clone()), seed, images))
+        if self._num_parts == 1:
+            self._features = embed(self._engine, batch, seed)
+            self._batches.append((lambda: batch, seed))
+            return
+        with torch.no_grad():
+            self._keep(embed(self._engine, batch, seed))
+        self._batches.append((self._spool.add(batch), seed))
 
     def batches(self) -> Iterator[tuple[Batch, int]]:
         """What was added."""
-        for batch, seed, images in self._batches:
-            yield replace(batch, images=images()), seed
-
-    @property
-    def logit_scale(self) -> float:
-        return float(self._parts[0].logit_scale.detach())
+        for batch, seed in self._batches:
+            yield batch(), seed
 
     def loss(self) -> Tensor:
         """() the loss of the global batch. A collective of all ranks, as `backward` is."""
-        self._leaves = self._parts[0]
-        if self._spool is not None:
-            self._leaves = self._as_leaves()
-        self._value = self._loss(*self._leaves)
+        assert self._features is not None
+        self.logit_scale = float(self._features.logit_scale.detach())
+        if self._num_parts > 1:
+            for name, part in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
+                if part is not None:
+                    part.requires_grad_(self._engine.trained(name))
+        self._value = self._loss(*self._features)
         return self._value.detach()
 
     def backward(self) -> None:
         """Gradients of the parameters, averaged over ranks."""
-        if self._spool is None:
-            self._engine.backward(self._value)
+        value, features = self._value, self._features
+        # Both are large, and neither is needed beyond its gradient.
+        del self._value, self._features
+        if self._num_parts == 1:
+            self._engine.backward(value)
             return
-        self._value.backward()
-        image_grads = _split(self._leaves.image.grad, self._parts)
-        text_grads = _split(self._leaves.text.grad, self._parts)
-        last = len(self._batches) - 1
-        self._engine.accumulate(
-            [partial(self._replay, i, image_grads[i], text_grads[i], i == last) for i in range(last + 1)]
-        )
+        assert features is not None
+        value.backward()
+        grads = [None if part is None else part.grad for part in features]
+        del value, features
+        last = self._num_parts - 1
+        self._engine.accumulate([partial(self._replay, i, grads, i == last) for i in range(last + 1)])
 
-    def _as_leaves(self) -> Embedded:
-        """All embeddings, in float32 at least: what the loss gives back for them is not rounded to half precision.
+    def _keep(self, part: Embedded) -> None:
+        """Puts features among the others, in float32 at least: what the loss gives back for them is not rounded to half
+        precision. The operands of its products keep the dtype that the towers gave.
 
-        The operands of its products keep the dtype that the towers gave.
+        They all have their place from the first on: kept one by one, between activations that come and go, they would
+        leave the heap in pieces too small for the next ones.
         """
-        dtype = torch.promote_types(self._parts[0].image.dtype, self._parts[0].text.dtype)
-        self._loss.operand_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
-        wide = torch.promote_types(dtype, torch.float32)
-        image = torch.cat([part.image for part in self._parts])
-        text = torch.cat([part.text for part in self._parts])
-        trained = self._engine.trained
-        scale, bias = self._parts[-1].logit_scale.detach().clone(), self._parts[-1].logit_bias
-        return Embedded(
-            image.to(wide).requires_grad_(trained("visual.")),
-            text.to(wide).requires_grad_(trained("text.")),
-            scale.requires_grad_(trained("logit_scale")),
-            None if bias is None else bias.detach().clone().requires_grad_(trained("logit_bias")),
-        )
+        size, done = len(part.image), len(self._batches)
+        if self._features is None:
+            dtype = torch.promote_types(part.image.dtype, part.text.dtype)
+            self._loss.operand_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
+            wide = torch.promote_types(dtype, torch.float32)
+            features = (own.new_empty((self._num_parts * size, own.shape[1]), dtype=wide) for own in part[:2])
+            self._features = Embedded(*features, *(None if own is None else own.clone() for own in part[2:]))
+        for whole, own in zip(self._features[:2], part[:2], strict=True):
+            whole[done * size : (done + 1) * size] = own
 
-    def _replay(self, number: int, image_grad: Tensor | None, text_grad: Tensor | None, last: bool) -> Tensor:
+    def _replay(self, number: int, grads: Sequence[Tensor | None], last: bool) -> Tensor:
         """() of which the gradients are those of the loss."""
-        batch, seed, images = self._batches[number]
-        again = embed(self._engine, replace(batch, images=images()), seed)
-        pairs = [(again.image, image_grad), (again.text, text_grad)]
-        if last:
-            pairs.append((again.logit_scale, self._leaves.logit_scale.grad))
-            if again.logit_bias is not None and self._leaves.logit_bias is not None:
-                pairs.append((again.logit_bias, self._leaves.logit_bias.grad))
-        return torch.stack([(part.to(grad.dtype) * grad).sum() for part, grad in pairs if grad is not None]).sum()
-
-
-def _split(grad: Tensor | None, parts: Sequence[Embedded]) -> Sequence[Tensor | None]:
-    return [None] * len(parts) if grad is None else grad.split([len(part.image) for part in parts])
+        batch, seed = self._batches[number]
+        again = embed(self._engine, batch(), seed)
+        own = slice(number * len(again.image), (number + 1) * len(again.image))
+        of_part = [grad if grad is None else grad[own] for grad in grads[:2]]
+        sums = [
+            (part.to(grad.dtype) * grad).sum()
+            for part, grad in zip(again, [*of_part, *(grads[2:] if last else (None, None))], strict=True)
+            if part is not None and grad is not None
+        ]
+        return torch.stack(sums).sum()

@@ -250,6 +250,12 @@ class PlainEngine(Engine):
 
     def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
         over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+        if over_ranks is None:
+            # Side by side, as DDP has them: those that the first backward pass makes lie among its activations, and leave
+            # the heap in pieces into which the next ones don't fit.
+            for parameter in self._model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         for number, loss in enumerate(losses, start=1):
             with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())

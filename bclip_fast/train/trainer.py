@@ -261,7 +261,7 @@ class _Run:
         epoch, _ = self.stream.locate(number)
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), config)
         num_parts = self.stream.num_micro_batches(number)
-        cached = CachedBatch(self.engine, self.loss, self.spool if num_parts > 1 else None)
+        cached = CachedBatch(self.engine, self.loss, num_parts, self.spool)
         clock.start()
         for part in range(num_parts):
             asked = time.perf_counter()
@@ -449,7 +449,7 @@ def replay(config: dumps.ReplayConfig) -> int:
     loss = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
     data = dump.config.data
     spool = Spool(data.spool_above_mib << 20, data.spool_dir)
-    cached = CachedBatch(engine, loss, spool if len(dump.batches) > 1 else None)
+    cached = CachedBatch(engine, loss, len(dump.batches), spool)
     for batch, seed in dump.batches:
         cached.add(batch, seed)
     value = float(cached.loss())
