@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from bclip_fast.train.average import Average
 from bclip_fast.train.checkpoint import load_latest, read, verify
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.engine import EngineConfig
-from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups
+from bclip_fast.train.schedule import MAX_LOG_LOGIT_SCALE, OptimConfig, layer_scales, parameter_groups
 from bclip_fast.train.trainer import train
 
 ENGINES = {
@@ -288,6 +290,68 @@ def test_an_optimiser_on_the_host_takes_the_same_steps(stage: int, parameters: b
             torch.testing.assert_close(other_state.moments[name][key], moment, rtol=1e-4, atol=1e-8)
 
 
+def host_steps(settings: EngineConfig, limits: list[float], begin: Any = None) -> list[Any]:
+    """After each step its norm, AdamW's state and the weights; `begin` is one of these."""
+    torch.manual_seed(0)
+    # Near the bound, to which the loss drives it.
+    model = BiomedClip(replace(tiny_model(), init_logit_scale=MAX_LOG_LOGIT_SCALE - 1.5e-3))
+    image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
+    if begin is not None:
+        model.load_state_dict(begin[2])
+    wrapped = engines.DeepSpeedEngine(model, settings, OptimConfig(grad_clip_norm=1.0), 2, torch.device("cpu"))
+    if begin is not None:
+        # An engine works on the tensors it is given.
+        wrapped.load_optimizer_state(copy.deepcopy(begin[1]))
+    after = []
+    for limit in limits:
+        output = wrapped(image, ids)
+        wrapped.backward((output["image_features"] * output["text_features"]).sum() - output["logit_scale"])
+        norm = wrapped.step(1e-3, limit).grad_norm
+        after.append((norm, wrapped.optimizer_state(), wrapped.model_state()))
+    wrapped.close()
+    return after
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage, offload", [(0, False), (1, False), (1, True), (2, True), (3, True)])
+def test_deepspeeds_adam_takes_torchs_steps(stage: int, offload: bool) -> None:
+    """To 1e-6, a refused step and the bound of the logit scale included; resumed, bit for bit its own."""
+    settings = EngineConfig(zero_stage=stage, precision="fp32", offload_optimizer=offload)
+    limits = [math.inf, math.inf, -1.0, math.inf, math.inf]
+    expected = host_steps(settings, limits)
+    found = host_steps(replace(settings, cpu_adam="deepspeed"), limits)
+    assert found[-1][1].num_steps == 4 and found[-1][2]["logit_scale"] == torch.tensor(MAX_LOG_LOGIT_SCALE)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and ours[1].num_steps == theirs[1].num_steps
+        for name, tensor in theirs[2].items():
+            torch.testing.assert_close(ours[2][name], tensor, rtol=0, atol=1e-6)
+    assert all(torch.equal(tensor, found[1][2][name]) for name, tensor in found[2][2].items())
+    resumed = host_steps(replace(settings, cpu_adam="deepspeed"), limits[3:], found[2])
+    assert_equal(resumed[-1], found[-1])
+    # What one wrote the other reads.
+    mixed = host_steps(settings, limits[3:], found[2])
+    for name, tensor in found[-1][2].items():
+        torch.testing.assert_close(mixed[-1][2][name], tensor, rtol=0, atol=1e-6)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    assert one[0] == other[0] and one[1].num_steps == other[1].num_steps
+    assert all(torch.equal(tensor, other[2][name]) for name, tensor in one[2].items())
+    for name, moments in one[1].moments.items():
+        assert all(torch.equal(moment, other[1].moments[name][key]) for key, moment in moments.items())
+
+
+def test_deepspeeds_adam_that_cannot_be_made_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    def load(self: Any) -> None:
+        raise RuntimeError("ninja is not installed")
+
+    monkeypatch.setattr(CPUAdamBuilder, "load", load)
+    with pytest.raises(UserError, match=r"ninja is not installed; it takes a C\+\+ compiler.*engine.cpu_adam=torch"):
+        engines.make(BiomedClip(tiny_model()), EngineConfig(precision="fp32", cpu_adam="deepspeed"), OptimConfig(), 2)
+
+
 def test_graphs_of_the_image_tower_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of torch.compile: nothing here can run a CUDA graph."""
     asked: list[dict[str, Any]] = []
@@ -308,6 +372,7 @@ def test_graphs_of_the_image_tower_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     "settings, words",
     [
         (dict(name="ddp", offload_optimizer=True), "offload_optimizer: only with engine.name deepspeed"),
+        (dict(name="ddp", cpu_adam="deepspeed"), "cpu_adam deepspeed: only with engine.name deepspeed"),
         (dict(zero_stage=2, offload_parameters=True), "offload_parameters: .* zero_stage 3"),
         (dict(offload_activations=True), "offload_activations: only with engine.grad_checkpointing"),
         (dict(offload_optimizer=True), "offload_optimizer: there is no GPU here"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ class OptimizerState:
     loss_scale: dict[str, Any]
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which then clamps the parameters of a group that has "bounds" = (low, high) to them.
+class Guarded(torch.optim.Optimizer):
+    """An AdamW, named beside it as a base, which then clamps the parameters of a group that has "bounds" = (low, high)
+    to them.
 
     Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards. Where
     `allowed()` is false a step does nothing.
@@ -38,6 +39,20 @@ class AdamW(torch.optim.AdamW):
                     for parameter in group["params"]:
                         parameter.clamp_(*group["bounds"])
         return result
+
+    def set_state(self, parameter: Tensor, num_steps: int, moments: Mapping[str, Tensor]) -> None:
+        """Of a parameter that `num_steps` updates were made of."""
+        self.state[parameter] = {"step": self._count(num_steps, parameter), **moments}
+
+    def _count(self, num_steps: int, parameter: Tensor) -> Any:
+        return num_steps
+
+
+class AdamW(Guarded, torch.optim.AdamW):
+    """torch's."""
+
+    def _count(self, num_steps: int, parameter: Tensor) -> Any:
+        return torch.tensor(float(num_steps), device=parameter.device)
 
 
 class LossScale:
