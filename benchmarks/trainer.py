@@ -11,7 +11,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class TrainerConfig:
     """Steps of both trainers from the same shards, on the same ranks, with the same model: DDP, bf16, AdamW."""
 
     preset: str = "biomedclip_b16"
+    shards: str = ""
+    """A folder that `bclip ingest build` wrote, with a shard a rank at least; empty: articles of the shared data."""
     batch_size: int = 16
     """Over all ranks."""
     ranks: int = 2
@@ -70,15 +72,11 @@ def measure_trainer(config: TrainerConfig) -> list[dict[str, Any]]:
         raise Unavailable(f"the peer open_clip with its trainer needs {error.name}") from None
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        figures = ShardDataset(figures_to_shards(LoaderConfig(), root / "figures"))
-        # open_clip deals shards to ranks, so each needs some.
-        with ShardWriter(root / "shards", max_shard_bytes=2 << 20) as writer:
-            for sample in figures:
-                writer.write(sample, "train")
+        shards = config.shards or str(_many_shards(root))
         sizes = preset(config.preset).text
-        tokenizer = Tokenizer.train(figures.captions(), sizes.vocab_size, sizes.context_length)
+        tokenizer = Tokenizer.train(ShardDataset(shards).captions(), sizes.vocab_size, sizes.context_length)
         tokenizer.save(root / "tokenizer")
-        mp.spawn(_on_rank, (config, folder), nprocs=config.ranks)
+        mp.spawn(_on_rank, (replace(config, shards=shards), folder), nprocs=config.ranks)
         steps = json.loads((root / "steps.json").read_text())
     rows = []
     for name, records in steps.items():
@@ -97,6 +95,14 @@ def measure_trainer(config: TrainerConfig) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _many_shards(root: Path) -> Path:
+    """Of articles: open_clip deals shards to ranks, so each needs some."""
+    with ShardWriter(root / "shards", max_shard_bytes=2 << 20) as writer:
+        for sample in ShardDataset(figures_to_shards(LoaderConfig(), root / "figures")):
+            writer.write(sample, "train")
+    return writer.out
 
 
 def _on_rank(rank: int, config: TrainerConfig, folder: str) -> None:
@@ -127,9 +133,7 @@ def _ours(config: TrainerConfig, root: Path, number: int) -> list[dict[str, floa
             preset=config.preset,
             batch_size=config.batch_size,
             max_steps=config.steps + 1,
-            data=DataConfig(
-                shards=str(root / "shards"), tokenizer=str(root / "tokenizer" / "tokenizer.json"), num_threads=1
-            ),
+            data=DataConfig(shards=config.shards, tokenizer=str(root / "tokenizer" / "tokenizer.json"), num_threads=1),
             optim=_OPTIM,
             engine=EngineConfig(name="ddp", precision="bf16"),
             checkpoint=CheckpointConfig(every_steps=0),
@@ -160,9 +164,9 @@ def _theirs(config: TrainerConfig, root: Path, number: int) -> list[dict[str, fl
         ],
         lr=_OPTIM.lr, betas=(_OPTIM.beta1, _OPTIM.beta2), eps=_OPTIM.eps,
     )  # fmt: skip
-    shards = sorted((root / "shards").glob("train-*.tar"))
+    shards = sorted(Path(config.shards).glob("train-*.tar"))
     args = Namespace(
-        train_data="::".join(map(str, shards)), train_num_samples=len(ShardDataset(root / "shards")),
+        train_data="::".join(map(str, shards)), train_num_samples=len(ShardDataset(config.shards)),
         train_data_upsampling_factors=None, dataset_resampled=False, seed=number, workers=1, device="cpu",
         batch_size=config.batch_size // config.ranks, world_size=config.ranks, rank=dist.get_rank(),
         local_rank=dist.get_rank(), distributed=config.ranks > 1, precision="amp_bf16", distill=False, accum_freq=1,

@@ -1,0 +1,49 @@
+"""`bclip bench trainer`: both trainers make their steps, and the parts of a step are those of the whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from peers import import_open_clip
+from synthetic import write_shards
+
+from bclip_fast.benchmarks.report import BenchConfig, run
+from bclip_fast.benchmarks.trainer import PARTS, TrainerConfig
+from bclip_fast.errors import UserError
+
+
+@pytest.mark.slow
+def test_where_the_time_of_both_trainers_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for module in ("webdataset", "open_clip_train"):
+        pytest.importorskip(module)
+    import_open_clip()
+    shards = write_shards(tmp_path / "shards", num_val=0)
+    config = TrainerConfig(preset="quickstart", shards=str(shards), batch_size=8, steps=3, rounds=1)
+    assert run(BenchConfig("trainer", tmp_path, trainer=config)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert [row["contender"] for row in rows] == ["open_clip", "ours"]
+    for row in rows:
+        assert row["case"] == "quickstart-2x4" and row["num_steps"] == 3
+        assert row["samples_per_second"] == pytest.approx(8 / row["step_seconds"])
+        seconds = {part: row[f"{part}_seconds"] for part in PARTS}
+        assert all(seconds[part] > 0 for part in ("forward", "loss", "backward", "optimizer")), seconds
+        # Of the backward pass; ours tells it of the first pass but one, theirs as soon.
+        assert 0 <= seconds.pop("communication") <= seconds["backward"]
+        # Medians over different steps; what belongs to no part, such as the log's lines, is left.
+        assert 0.5 * row["step_seconds"] < sum(seconds.values()) < 1.5 * row["step_seconds"], row
+    assert "open_clip / ours" in capsys.readouterr().out
+
+
+def test_a_trainer_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "open_clip_train", None)
+    with pytest.raises(UserError, match="open_clip with its trainer needs"):
+        run(BenchConfig("trainer", tmp_path))
+
+
+@pytest.mark.parametrize("settings", [dict(ranks=0), dict(steps=0), dict(batch_size=3), dict(rounds=0)])
+def test_bad_settings(settings: dict[str, int]):
+    with pytest.raises(UserError, match="need at least 1 each, and a batch that the ranks divide"):
+        TrainerConfig(**settings)
