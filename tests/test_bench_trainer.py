@@ -17,23 +17,24 @@ from bclip_fast.errors import UserError
 
 @pytest.mark.slow
 def test_where_the_time_of_both_trainers_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # Two processes that import open_clip, timm and transformers.
     for module in ("webdataset", "open_clip_train"):
         pytest.importorskip(module)
     import_open_clip()
     shards = write_shards(tmp_path / "shards", num_val=0)
-    config = TrainerConfig(preset="quickstart", shards=str(shards), batch_size=8, steps=3, rounds=1)
+    config = TrainerConfig(preset="quickstart", shards=str(shards), batch_size=8, steps=1, rounds=1)
     assert run(BenchConfig("trainer", tmp_path, trainer=config)) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert [row["contender"] for row in rows] == ["open_clip", "ours"]
     for row in rows:
-        assert row["case"] == "quickstart-2x4" and row["num_steps"] == 3
+        assert row["case"] == "quickstart-2x4" and row["num_steps"] == 1
         assert row["samples_per_second"] == pytest.approx(8 / row["step_seconds"])
         seconds = {part: row[f"{part}_seconds"] for part in PARTS}
         assert all(seconds[part] > 0 for part in ("forward", "loss", "backward", "optimizer")), seconds
-        # Of the backward pass; ours tells it of the first pass but one, theirs as soon.
-        assert 0 <= seconds.pop("communication") <= seconds["backward"]
-        # Medians over different steps; what belongs to no part, such as the log's lines, is left.
-        assert 0.5 * row["step_seconds"] < sum(seconds.values()) < 1.5 * row["step_seconds"], row
+        # Of a backward pass before this one, and no part of it.
+        assert seconds.pop("communication") >= 0
+        # Of one step; what belongs to no part is little.
+        assert 0.3 * row["step_seconds"] < sum(seconds.values()) <= row["step_seconds"], row
     assert "open_clip / ours" in capsys.readouterr().out
 
 

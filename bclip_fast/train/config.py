@@ -39,8 +39,8 @@ class DataConfig:
     prefetch_batches: int = 2
     """Batches prepared ahead; from a URL, read ahead."""
     spool_above_mib: int = 0
-    """With micro-batches, a rank's images and captions wait in so much memory, and what is more in a file, to be embedded
-    a second time: 150 kB a pair at 224 pixels, in 0.08 ms."""
+    """With micro-batches, a rank's pairs wait in so much memory, and what is more in a file, to be embedded a second
+    time: 150 kB a pair at 224 pixels, in 0.08 ms."""
     spool_dir: str = ""
     """Folder of that file, which no other process sees; empty: the system's for temporary files."""
     max_bad_samples: int = 100

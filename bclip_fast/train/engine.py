@@ -284,8 +284,8 @@ class PlainEngine(Engine):
     def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
         over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
         if over_ranks is None:
-            # Side by side, as DDP has them: made by the first backward pass they lie among its activations and leave the
-            # heap in pieces into which the next ones don't fit.
+            # Side by side, as DDP has them: made by the first backward pass they lie among its activations, and leave
+            # the heap in pieces into which the next ones don't fit.
             for parameter in self._model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
