@@ -290,6 +290,32 @@ def test_an_optimiser_on_the_host_takes_the_same_steps(stage: int, parameters: b
             torch.testing.assert_close(other_state.moments[name][key], moment, rtol=1e-4, atol=1e-8)
 
 
+def test_zero_3_gathers_weights_layer_by_layer() -> None:
+    """At most a bucket fetched ahead and the layer at work, forward and backward, once DeepSpeed knows their order."""
+    sizes = tiny_model(width=192)
+    model = BiomedClip(replace(sizes, vision=replace(sizes.vision, layers=6)))
+    wrapped = engines.make(model, EngineConfig(zero_stage=3, precision="fp32", bucket_mib=1), OptimConfig(), 2)
+    # Below a size they are never taken apart.
+    parts: Any = [part for part in model.parameters() if not part.ds_persist]  # type: ignore[attr-defined]
+    gathered = []
+
+    def count(*_: Any) -> None:
+        gathered.append(sum(part.ds_numel for part in parts if part.ds_status.name == "AVAILABLE"))
+
+    for module in model.visual.layers.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+            module.register_full_backward_hook(count)
+    image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
+    for _ in range(3):
+        output = wrapped(image, ids)
+        wrapped.backward((output["image_features"] * output["text_features"]).sum())
+        wrapped.step(1e-3)
+    wrapped.close()
+    total, largest = sum(part.ds_numel for part in parts), max(part.ds_numel for part in parts)
+    assert total > 2_000_000 and 0 < max(gathered) <= (1 << 18) + largest, (max(gathered), largest, total)
+
+
 def host_steps(settings: EngineConfig, limits: list[float], begin: Any = None) -> list[Any]:
     """After each step its norm, AdamW's state and the weights; `begin` is one of these."""
     torch.manual_seed(0)

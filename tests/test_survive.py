@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import fork_server
+from ranks import fork_server, on_ranks
 from synthetic import tiny_model, tiny_run, weights, write_shards
 
 from bclip_fast import distributed
@@ -193,6 +193,37 @@ def test_a_run_that_skips_too_often_leaves_a_dump_that_computes_it_again(
     state["ranks"].pop()
     (dump / "state.json").write_text(json.dumps(state))
     assert main(["train", "replay", str(dump)]) == 2 and "is no whole dump" in capsys.readouterr().err
+
+
+def _give_up_and_replay(rank: int, folder: str) -> dict[str, int]:
+    """Exit status of `bclip train replay` by engine."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    found = {}
+    for name, settings, micro in (
+        ("ddp", EngineConfig("ddp", precision="fp32"), 0),
+        ("zero2", EngineConfig(zero_stage=2, precision="fp32"), 4),
+    ):
+        run = Path(folder) / name
+        options: dict[str, Any] = dict(model=DROPOUT, engine=settings, micro_batch_size=micro, max_steps=60)
+        rule = SpikeConfig(window=2, grad_norm=1e-9, max_skipped=1)
+        with pytest.raises(UserError, match="steps were skipped"):
+            train(tiny_run(run, Path(folder) / "shards", spikes=rule, **options))
+        distributed.barrier()
+        (dump,) = (run / "dumps").iterdir()
+        found[name] = main(["train", "replay", str(dump)])
+        # Of one rank alone, whose gradient is part of both ranks': every one of them sees the difference.
+        if rank == 1:
+            batch = dump / "batch-0001.safetensors"
+            batch.write_bytes(batch.read_bytes()[:-1] + b"\xa5")
+        distributed.barrier()
+        found[f"{name} of another batch"] = main(["train", "replay", str(dump)])
+    return found
+
+
+def test_two_ranks_compute_a_dumped_step_again(tmp_path: Path):
+    write_shards(tmp_path / "shards")
+    names = {"ddp": 0, "ddp of another batch": 1, "zero2": 0, "zero2 of another batch": 1}
+    assert on_ranks(2, _give_up_and_replay, str(tmp_path)) == [names, names]
 
 
 # Checkpoints.

@@ -64,7 +64,7 @@ class EngineConfig:
     cuda_graphs: bool = False
     """With compile on a GPU: the layers of the image tower, whose shapes stay, are replayed as CUDA graphs."""
     bucket_mib: int = 64
-    """Gradients are communicated in pieces of this size."""
+    """Gradients are communicated in pieces of this size; under ZeRO 3 that much of the weights is fetched ahead."""
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
@@ -546,6 +546,8 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
         zero.update(reduce_bucket_size=bucket, allgather_bucket_size=bucket)
     if config.zero_stage == 3:
         zero.update(stage3_prefetch_bucket_size=bucket, sub_group_size=1 << 30)
+        # By default weights stay gathered until the backward pass, and what it needs is fetched ahead without end.
+        zero.update(stage3_max_reuse_distance=0, stage3_max_live_parameters=bucket)
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload_parameters:

@@ -438,9 +438,10 @@ class _EngineState:
             if stage == 2 and not replays:
                 backward, grows = {"gradients": share, **bucket}, "taken"
         else:
-            # Gathered weights stay until the backward pass is through (stage3_max_reuse_distance of 1e9 numbers).
+            # What is fetched ahead, and the weights of the layer that needs more: an embedding at most.
+            gathered = min(weights, float(engine.bucket_mib << 20) + 4.0 * max(p.numel() for p in model.parameters()))
             whole = {"weights": share, "optimiser": 2 * share, "gradients": share, **bucket}
-            backward, grows = {"gathered weights": weights, **backward}, "there" if replays else "taken"
+            backward, grows = {"gathered weights": gathered, **backward}, "there" if replays else "taken"
             update = {}
         if average:
             whole["average of weights"] = average / ranks if stage == 3 else average
