@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,20 @@ def spool() -> Spool:
     return Spool(3 * ROWS * 32 * 32 * 3)
 
 
-def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
+def make(config: EngineConfig, checkpointing: bool = False, locked: Sequence[str] = (), kind: str = "bert") -> Engine:
     torch.manual_seed(0)
-    model = BiomedClip(tiny_model(dropout=0.1)).train()
+    sizes = tiny_model(dropout=0.1)
+    model = BiomedClip(replace(sizes, text=replace(sizes.text, kind=kind))).train()
     model.visual.patch_dropout = 0.25
+    for tower in locked:
+        model.get_submodule(tower).lock()  # type: ignore[operator]
     model.set_grad_checkpointing(checkpointing)
     return engines.make(model, config, OPTIM, NUM_PARTS * ROWS)
 
 
-def whole_batch() -> dict[str, Any]:
+def whole_batch(**options: Any) -> dict[str, Any]:
     """The step with all activations kept: what the towers give for each part, concatenated, in one graph."""
-    engine = make(ENGINES["ddp"])
+    engine = make(ENGINES["ddp"], **options)
     parts = [embed(engine, *part) for part in micro_batches()]
     image, text = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     loss = ClipLoss()(image, text, parts[0].logit_scale)
@@ -139,6 +143,40 @@ def test_one_micro_batch_is_embedded_once():
         cached.loss()
         cached.backward()
         assert len(calls) == expected_calls
+
+
+@pytest.mark.parametrize(
+    "name, locked, kind",
+    [
+        ("ddp", ["visual"], "bert"),
+        ("ddp", ["text"], "bert"),
+        ("ddp", ["visual", "text"], "bert"),
+        ("zero1", ["visual"], "bert"),
+        ("zero3", ["visual"], "bert"),
+        ("zero3", ["text"], "gpt"),
+    ],
+)
+def test_a_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str):
+    """Up to its projection, which is trained: the same step, the random numbers of the other tower included."""
+    expected = whole_batch(locked=locked, kind=kind)
+    engine = make(ENGINES[name], locked=locked, kind=kind)
+    calls = dict.fromkeys(("visual", "text"), 0)
+    for tower in calls:
+
+        def count(*_: Any, tower: str = tower) -> None:
+            calls[tower] += 1
+
+        engine._model.get_submodule(f"{tower}.layers.0").register_forward_hook(count)
+    cached = CachedBatch(engine, ClipLoss(), NUM_PARTS, spool())
+    for part in micro_batches():
+        cached.add(*part)
+    assert float(cached.loss()) == pytest.approx(expected["loss"], rel=1e-6)
+    cached.backward()
+    assert engine.step(OPTIM.lr).grad_norm == pytest.approx(expected["grad_norm"], rel=1e-6)
+    assert calls == {tower: (1 if tower in locked else 2) * NUM_PARTS for tower in calls}
+    for key, tensor in engine.model_state().items():
+        torch.testing.assert_close(tensor, expected["weights"][key], rtol=0, atol=1e-6)
+    engine.close()
 
 
 def peaks(rank: int, folder: str) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .packed import Packed
 from .text import TextConfig, text_tower
-from .transformer import check_range
+from .transformer import Pooled, check_range
 from .vision import VisionConfig, VisionTower
 
 
@@ -56,19 +56,21 @@ class BiomedClip(nn.Module):
         if config.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
-    def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
+    def encode_image(self, image: Tensor | Pooled, normalize: bool = True) -> Tensor:
         """(B, 3, S, S) as `Preprocess` gives it, or raw uint8 (B, S, S, 3) or (B, 3, S, S) -> (B, embed_dim), of unit
         length if normalize."""
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Packed | Tensor, normalize: bool = True) -> Tensor:
+    def encode_text(self, text: Packed | Tensor | Pooled, normalize: bool = True) -> Tensor:
         """What `Tokenizer.packed` gives, or (B, L) int64 as `Tokenizer` gives it -> (B, embed_dim), of unit length if
         normalize. Padded ids are packed first, for which an accelerator has to wait."""
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, image: Tensor | None = None, text: Packed | Tensor | None = None) -> dict[str, Tensor | None]:
+    def forward(
+        self, image: Tensor | Pooled | None = None, text: Packed | Tensor | Pooled | None = None
+    ) -> dict[str, Tensor | None]:
         """What open_clip's CustomTextCLIP returns with `output_dict`: features of unit length and exp(logit_scale).
 
         Returns:

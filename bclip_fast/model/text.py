@@ -16,6 +16,7 @@ from .packed import Packed
 from .transformer import (
     MAX_TOKENS,
     Norm,
+    Pooled,
     PostNormLayer,
     PreNormLayer,
     Sequences,
@@ -129,13 +130,15 @@ class BertTower(Tower):
                 nn.init.normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, text: Packed | Tensor, *, tokens: bool = False) -> Tensor:
+    def forward(self, text: Packed | Tensor | Pooled, *, tokens: bool = False) -> Tensor:
         """n captions, packed or (n, L) int64 padded with pad_id -> (n, embed_dim), not normalised.
 
         With `tokens`, the states of all T tokens, packed as they come, instead: (T, width).
 
         Padding inside a row keeps its position and is attended to by none; a row of padding alone keeps its first.
         """
+        if isinstance(text, Pooled):
+            return self.proj(text.states)
         check_text(text, self.config.max_positions)
         if isinstance(text, Packed):
             positions = text.positions
@@ -155,7 +158,7 @@ class BertTower(Tower):
         for layer in self.layers:
             rows = first if layer is self.layers[-1] and not tokens else None
             normed, stream = self.run(layer, normed, stream, sequences, rows)
-        return normed if tokens else self.proj(normed)
+        return normed if tokens else self.proj(self.keep(normed))
 
 
 class GptTower(Tower):
@@ -189,8 +192,10 @@ class GptTower(Tower):
             for linear in (layer.qkv, layer.proj):
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, text: Packed | Tensor) -> Tensor:
+    def forward(self, text: Packed | Tensor | Pooled) -> Tensor:
         """n captions, packed or (n, L) int64, L up to context_length -> (n, embed_dim), not normalised."""
+        if isinstance(text, Pooled):
+            return text.states @ self.projection
         check_text(text, self.config.context_length)
         if isinstance(text, Tensor):
             # Nothing attends to what comes after it.
@@ -202,7 +207,7 @@ class GptTower(Tower):
         for layer in self.layers:
             rows = self._ends(text) if layer is self.layers[-1] else None
             stream, branch = self.run(layer, stream, branch, sequences, rows)
-        return self.norm(stream, branch)[0] @ self.projection
+        return self.keep(self.norm(stream, branch)[0]) @ self.projection
 
     def _key(self, ids: Tensor) -> Tensor:
         """What is highest where the end token is."""

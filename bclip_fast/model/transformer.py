@@ -82,6 +82,12 @@ class Sequences(NamedTuple):
         return pooled_attention(query, key_value, rows, bounds, causal=self.causal, dropout_p=dropout_p).flatten(1)
 
 
+class Pooled(NamedTuple):
+    """states (n, width): what a tower projected of n inputs, given in their place to be projected again."""
+
+    states: Tensor
+
+
 class Tower(nn.Module):
     """What the towers have in common: a row of layers between what precedes and what follows them."""
 
@@ -91,6 +97,9 @@ class Tower(nn.Module):
     """What a layer is recomputed from waits on the host for its backward pass."""
     num_locked = 0
     """Groups that are not trained: what precedes the layers, then the layers one by one, the norm behind the last."""
+
+    pooled: Tensor | None = None
+    """(n, width): what was projected last, if all before the projection is locked and so gives the same again."""
 
     def lock(self, unlocked: int = 0) -> None:
         """Takes all groups but the last `unlocked` out of training (LiT, arXiv 2111.07991); the projection stays in.
@@ -105,6 +114,12 @@ class Tower(nn.Module):
             last = place - 1 if name.startswith("norm.") else place
             parameter.requires_grad_(last >= self.num_locked)
         self.train(self.training)
+
+    def keep(self, states: Tensor) -> Tensor:
+        """What is about to be projected, which is kept where that is worth it."""
+        if self.num_locked > len(self.layers):
+            self.pooled = states.detach()
+        return states
 
     def run(self, layer: nn.Module, *inputs: Any) -> Any:
         """layer(*inputs), in training recomputed in the backward pass where that is set."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.image import CLIP_MEAN, CLIP_STD
-from .transformer import MAX_TOKENS, Norm, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
+from .transformer import MAX_TOKENS, Norm, Pooled, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
 
 NORM_EPS = 1e-6
 CLIP_NORM_EPS = 1e-5
@@ -134,7 +134,7 @@ class VisionTower(Tower):
                 nn.init.trunc_normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, image: Tensor, *, tokens: bool = False) -> Tensor:
+    def forward(self, image: Tensor | Pooled, *, tokens: bool = False) -> Tensor:
         """(B, 3, S, S), normalised, or uint8 (B, S, S, 3) or (B, 3, S, S), raw -> (B, embed_dim), not normalised.
 
         With `tokens`, the states of all tokens after the final norm instead: (B, 1 + patches, width), CLS first.
@@ -142,6 +142,8 @@ class VisionTower(Tower):
         Raises:
             UserError: the image doesn't have the configured size.
         """
+        if isinstance(image, Pooled):
+            return self.head(image.states)
         size = self.config.image_size
         bytes_last = image.dtype == torch.uint8 and image.shape[1:] == (size, size, 3)
         if image.dim() != 4 or not (image.shape[1:] == (3, size, size) or bytes_last):
@@ -165,7 +167,7 @@ class VisionTower(Tower):
             rows = first if layer is self.layers[-1] and not tokens else None
             stream, branch = self.run(layer, stream, branch, sequences, rows)
         states = self.norm(stream, branch)[0]
-        return states.unflatten(0, (-1, sequences.max_seqlen)) if tokens else self.head(states)
+        return states.unflatten(0, (-1, sequences.max_seqlen)) if tokens else self.head(self.keep(states))
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:

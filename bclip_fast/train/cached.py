@@ -6,7 +6,8 @@ Its gradient is that of the whole batch, exactly, in the memory of one micro-bat
 2. the loss of all embeddings, of all ranks, gives the gradient of each embedding;
 3. every micro-batch is embedded again, with the same random numbers, and its part of that gradient goes back.
 
-So the towers run forward twice. A single micro-batch is embedded once, with its graph, and nothing is cached.
+So the towers run forward twice, but for one that is locked up to its projection, which alone is computed again. A
+single micro-batch is embedded once, with its graph, and nothing is cached.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bclip_fast.data.native import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.transformer import Pooled
 
 from .engine import Engine
 
@@ -40,12 +42,15 @@ class Embedded(NamedTuple):
     logit_bias: Tensor | None
 
 
-def embed(engine: Engine, batch: Batch, seed: int) -> Embedded:
-    """`seed` gives the random numbers: dropout, dropped patches."""
+def embed(engine: Engine, batch: Batch, seed: int, pooled: Sequence[Tensor | None] = (None, None)) -> Embedded:
+    """`seed` gives the random numbers: dropout, dropped patches. pooled: as `Engine.pooled` had it of these pairs; a
+    tower that is locked so far draws none."""
     torch.manual_seed(seed)
-    images = batch.images.to(engine.device, non_blocking=True)
-    text = Packed.of(batch.ids, batch.lengths).to(engine.device, non_blocking=True)
-    output = engine(images, text)
+    image, text = (None if states is None else Pooled(states) for states in pooled)
+    output = engine(
+        image or batch.images.to(engine.device, non_blocking=True),
+        text or Packed.of(batch.ids, batch.lengths).to(engine.device, non_blocking=True),
+    )
     return Embedded(output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias"))
 
 
@@ -113,6 +118,7 @@ class CachedBatch:
         self._num_parts = num_parts
         self._batches: list[tuple[Callable[[], Batch], int]] = []
         self._features: Embedded | None = None
+        self._pooled: list[Tensor | None] = []
         spool.clear()
 
     def add(self, batch: Batch, seed: int) -> None:
@@ -164,24 +170,29 @@ class CachedBatch:
         leave the heap in pieces too small for the next ones.
         """
         size, done = len(part.image), len(self._batches)
+        rows, pooled = self._num_parts * size, self._engine.pooled()
         if self._features is None:
             dtype = torch.promote_types(part.image.dtype, part.text.dtype)
             self._loss.operand_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
             wide = torch.promote_types(dtype, torch.float32)
-            features = (own.new_empty((self._num_parts * size, own.shape[1]), dtype=wide) for own in part[:2])
+            features = (own.new_empty((rows, own.shape[1]), dtype=wide) for own in part[:2])
             self._features = Embedded(*features, *(None if own is None else own.clone() for own in part[2:]))
-        for whole, own in zip(self._features[:2], part[:2], strict=True):
-            whole[done * size : (done + 1) * size] = own
+            self._pooled = [None if own is None else own.new_empty((rows, own.shape[1])) for own in pooled]
+        for whole, own in zip((*self._features[:2], *self._pooled), (*part[:2], *pooled), strict=True):
+            if whole is not None and own is not None:
+                whole[done * size : (done + 1) * size] = own
 
     def _replay(self, number: int, grads: Sequence[Tensor | None], last: bool) -> Tensor:
         """() of which the gradients are those of the loss."""
-        batch, seed = self._batches[number]
-        again = embed(self._engine, batch(), seed)
-        own = slice(number * len(again.image), (number + 1) * len(again.image))
+        again, seed = self._batches[number]
+        batch = again()
+        own = slice(number * len(batch.lengths), (number + 1) * len(batch.lengths))
+        pooled = [states if states is None else states[own] for states in self._pooled]
+        found = embed(self._engine, batch, seed, pooled)
         of_part = [grad if grad is None else grad[own] for grad in grads[:2]]
         sums = [
             (part.to(grad.dtype) * grad).sum()
-            for part, grad in zip(again, [*of_part, *(grads[2:] if last else (None, None))], strict=True)
+            for part, grad in zip(found, [*of_part, *(grads[2:] if last else (None, None))], strict=True)
             if part is not None and grad is not None
         ]
         return torch.stack(sums).sum()

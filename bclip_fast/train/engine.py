@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.transformer import Pooled
 
 from .optimizer import AdamW, Guarded, LossScale, OptimizerState
 from .schedule import OptimConfig, parameter_groups
@@ -101,8 +102,13 @@ class Engine(ABC):
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
     _model: nn.Module
 
-    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
         return self.module(image, text)
+
+    def pooled(self) -> tuple[Tensor | None, Tensor | None]:
+        """(b, width) each: what image and text tower projected last, where all before the projection is locked."""
+        model: Any = self._model
+        return model.visual.pooled, model.text.pooled
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -274,7 +280,7 @@ class PlainEngine(Engine):
         waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
         return {"communication_seconds": max(0, waited) / 1e9}
 
-    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             return self.module(image, text)
 
@@ -394,7 +400,7 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
         output = self._engine(image, text)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
