@@ -18,7 +18,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,8 +29,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import Pooled
 
-from .optimizer import AdamW, Guarded, LossScale, OptimizerState
-from .schedule import OptimConfig, parameter_groups
+from .optimizer import AdamW, Guarded, LossScale, OptimizerState, is_within, make_optimizer, set_learning_rate
+from .schedule import OptimConfig
 
 log = logging.getLogger(__name__)
 
@@ -202,14 +201,6 @@ def keep_freed_memory(keep: bool = True) -> None:
         _ = keep and mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
 
 
-def _optimizer(model: nn.Module, optim: OptimConfig, kind: Callable[..., Guarded]) -> Guarded:
-    groups = parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None))
-    return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-
-
-_adam = partial(AdamW, fused=True)
-
-
 def _cpu_adam() -> Callable[..., Guarded]:
     """DeepSpeed's AdamW for weights on the host."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -234,15 +225,6 @@ def _cpu_adam() -> Callable[..., Guarded]:
     return CpuAdamW
 
 
-def _set_learning_rate(optimizer: Any, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-def _is_within(norm: float, limit: float) -> bool:
-    return math.isfinite(norm) and norm <= limit
-
-
 def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
@@ -255,7 +237,7 @@ class PlainEngine(Engine):
     ) -> None:
         self.device = device
         self._model = model
-        self._optimizer = _optimizer(model, optim, _adam)
+        self._optimizer = make_optimizer(model, optim)
         self._clip = optim.grad_clip_norm
         self._dtype = _DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -300,10 +282,10 @@ class PlainEngine(Engine):
                 self.backward(loss())
 
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
-        _set_learning_rate(self._optimizer, lr)
+        set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
-        allowed = _is_within(norm, limit)
+        allowed = is_within(norm, limit)
         self._optimizer.allowed = lambda: allowed
         scale = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
@@ -364,7 +346,7 @@ class DeepSpeedEngine(Engine):
         # Globals of the process: an engine in half precision would leave the next fp32 one with its loss scaler.
         autocast: Any = importlib.import_module("deepspeed.runtime.torch_autocast")
         autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
-        optimizer = _optimizer(model, optim, _cpu_adam() if config.cpu_adam == "deepspeed" else _adam)
+        optimizer = make_optimizer(model, optim, _cpu_adam() if config.cpu_adam == "deepspeed" else AdamW)
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
             self._engine = deepspeed.initialize(
@@ -419,24 +401,24 @@ class DeepSpeedEngine(Engine):
                 self.backward(loss())
 
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
-        _set_learning_rate(self._engine.optimizer, lr)
+        set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
             zero = self._engine.optimizer
             # The norm is taken inside, before the wrapped optimiser steps, group after group.
-            zero.optimizer.allowed = lambda: _is_within(float(zero._global_grad_norm), limit)
+            zero.optimizer.allowed = lambda: is_within(float(zero._global_grad_norm), limit)
             self._engine.step()
             norm, overflow = float(self._engine.get_global_grad_norm()), self._scale is not None and zero.overflow
             if self._scale is not None:
                 self._scale.update(overflow)
                 zero.override_loss_scale(self._scale.value)
-            return StepResult(norm, not _is_within(norm, limit), overflow)
+            return StepResult(norm, not is_within(norm, limit), overflow)
         # Stage 0 is plain data parallelism: the gradients lie whole in the parameters, and DeepSpeed takes no norm.
         scaler = self._scale
         scale = scaler.get_scale() if scaler else 1.0
         if scaler:
             scaler.unscale_(self._engine.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
-        allowed = _is_within(norm, limit)
+        allowed = is_within(norm, limit)
         self._engine.optimizer.allowed = lambda: allowed
         self._engine.step()
         overflow = bool(scaler) and scaler.get_scale() < scale

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .schedule import OptimConfig, parameter_groups
 
 
 @dataclass
@@ -49,10 +52,27 @@ class Guarded(torch.optim.Optimizer):
 
 
 class AdamW(Guarded, torch.optim.AdamW):
-    """torch's."""
+    """torch's fused one."""
+
+    def __init__(self, groups: Any, **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
 
     def _count(self, num_steps: int, parameter: Tensor) -> Any:
         return torch.tensor(float(num_steps), device=parameter.device)
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, kind: Callable[..., Guarded] = AdamW) -> Guarded:
+    groups = parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None))
+    return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def is_within(norm: float, limit: float) -> bool:
+    return math.isfinite(norm) and norm <= limit
 
 
 class LossScale:
