@@ -302,9 +302,9 @@ def rn_run(run: Path, shards: Path, **changes: Any) -> Any:
 
 def _train_on_ranks(rank: int, folder: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    for name, engine in (("ddp2", ENGINES["ddp"]), ("zero3", ENGINES["zero3"])):
-        config = rn_run(Path(folder) / name, Path(folder) / "shards", engine=engine)
-        train(dataclasses.replace(config, max_steps=2))
+    for name, engine, first in (("ddp2", ENGINES["ddp"], 3), ("zero3", ENGINES["zero3"], 2)):
+        config = rn_run(Path(folder) / name, Path(folder) / "shards", engine=engine, max_steps=3)
+        train(dataclasses.replace(config, max_steps=first))
         train(dataclasses.replace(config, resume=True))
 
 
@@ -457,21 +457,21 @@ def test_weights_in_half_precision_take_raw_and_float_images() -> None:
 
 
 def test_compiled_blocks_compute_the_same_and_move_statistics_once() -> None:
-    """Traced, without a compiler of C++: with and without a graph, recomputed, for two sizes of batches."""
-    model, plain = BiomedClip(CONFIG), BiomedClip(CONFIG)
+    """Traced, without a compiler of C++: with and without a graph, recomputed."""
+    config = dataclasses.replace(CONFIG, vision=dataclasses.replace(RESNET, blocks=(1, 1, 1, 1), layers=4))
+    model, plain = BiomedClip(config), BiomedClip(config)
     plain.load_state_dict(model.state_dict())
-    model.compile_layers(backend="aot_eager")
+    model.compile_layers(backend="eager")
     for network in (model, plain):
         network.train().set_grad_checkpointing()
-    for image in (torch.randn(4, 3, 64, 64), torch.randn(6, 3, 64, 64)):
-        with torch.no_grad():
-            torch.testing.assert_close(model.visual(image), plain.visual(image))
-        found, expected = (
-            gradients(network, lambda tower=network.visual, image=image: tower(image).square().sum())
-            for network in (model, plain)
-        )
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    image = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.visual(image), plain.visual(image))
+    found, expected = (
+        gradients(network, lambda tower=network.visual: tower(image).square().sum()) for network in (model, plain)
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     for one, other in zip(statistics(model), statistics(plain), strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(UserError, match="engine.cuda_graphs: not with vision.kind resnet"):
