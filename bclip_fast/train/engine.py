@@ -243,9 +243,12 @@ class PlainEngine(Engine):
                 device_ids=[device.index] if device.type == "cuda" else None,
                 bucket_cap_mb=config.bucket_mib,
                 gradient_as_bucket_view=True,
-                # Rank 0's are the model's, whether it sends them to the others before each pass or not.
-                broadcast_buffers=False,
             )
+            # Rank 0's are the model's, whether it sends them to the others before each pass or not. The argument of
+            # that name is deprecated.
+            self.module.broadcast_buffers = False
+            # Said of convolutions of side 1, whose two layouts are the same bytes.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             if device.type == "cpu":
                 # On a GPU its timers wait for events, so there it stays with every hundredth step.
                 self.module._set_ddp_runtime_logging_sample_rate(1)
