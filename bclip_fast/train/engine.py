@@ -18,6 +18,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -93,6 +94,8 @@ class Engine(ABC):
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
     _model: nn.Module
+    _before: list[Tensor]
+    """The model's buffers after the last update. Each rank's are its own: training reads them nowhere."""
 
     def __call__(self, image: Tensor, text: Packed) -> dict[str, Tensor]:
         return self.module(image, text)
@@ -113,10 +116,17 @@ class Engine(ABC):
         """Whether a parameter of the model whose name begins so takes gradients."""
         return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
-    @abstractmethod
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
         """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
-        above `limit`, which is the same on all ranks."""
+        above `limit`, which is the same on all ranks. Then batch norms' statistics are those before the step, too."""
+        result = self._step(lr, limit)
+        if buffers := list(self._model.buffers()):
+            torch._foreach_copy_(*((buffers, self._before) if result.skipped else (self._before, buffers)))
+        return result
+
+    @abstractmethod
+    def _step(self, lr: float, limit: float) -> StepResult:
+        """`step` of the weights."""
 
     def communication(self) -> dict[str, float]:
         """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
@@ -125,18 +135,22 @@ class Engine(ABC):
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
-        """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+        """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective.
+
+        Its buffers, statistics of batch norms, are those of rank 0."""
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3. And
+        the buffers, of which it is kept likewise."""
         if not distributed.is_main():
             return {}
-        return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+        weights = {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+        return weights | dict(self._model.named_buffers())
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """What `own_weights` has of a whole tensor like the weight of that name."""
-        parameter = self._model.get_parameter(name)
-        return whole.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+        weight = attrgetter(name)(self._model)
+        return whole.to(weight.device, torch.float32, copy=True).view_as(weight)
 
     def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors like `own_weights()` put together, on the CPU; empty except on rank 0. Collective."""
@@ -221,6 +235,7 @@ class PlainEngine(Engine):
         self._dtype = _DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._num_steps = 0
+        self._before = [buffer.clone() for buffer in model.buffers()]
         self.module = model
         if distributed.world_size() > 1:
             self.module = nn.parallel.DistributedDataParallel(
@@ -229,6 +244,11 @@ class PlainEngine(Engine):
                 bucket_cap_mb=config.bucket_mib,
                 gradient_as_bucket_view=True,
             )
+            # Rank 0's are the model's, whether it sends them to the others before each pass or not. The argument of
+            # that name is deprecated.
+            self.module.broadcast_buffers = False
+            # Said of convolutions of side 1, whose two layouts are the same bytes.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             if device.type == "cpu":
                 # On a GPU its timers wait for events, so there it stays with every hundredth step.
                 self.module._set_ddp_runtime_logging_sample_rate(1)
@@ -254,7 +274,7 @@ class PlainEngine(Engine):
             with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+    def _step(self, lr: float, limit: float) -> StepResult:
         _set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
@@ -309,6 +329,7 @@ class DeepSpeedEngine(Engine):
         self.device = device
         self._model = model
         self._stage = config.zero_stage
+        self._before = [buffer.clone() for buffer in model.buffers()]
         self._clip = optim.grad_clip_norm
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
@@ -375,7 +396,7 @@ class DeepSpeedEngine(Engine):
             with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+    def _step(self, lr: float, limit: float) -> StepResult:
         _set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
             zero = self._engine.optimizer
@@ -413,10 +434,11 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             return super().own_weights()
         parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
-        return {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+        weights = {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+        return weights | dict(self._model.named_buffers())
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
-        if self._stage < 3:
+        if self._stage < 3 or name not in self._shapes:
             return super().own_part(name, whole)
         parameter: Any = self._model.get_parameter(name)
         return _own_shard(whole.to(parameter.ds_tensor.device, torch.float32), parameter).clone()
@@ -424,8 +446,8 @@ class DeepSpeedEngine(Engine):
     def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
         for name, tensor in own.items():
-            shape = self._shapes[name]
-            if self._stage == 3:
+            shape = self._shapes.get(name, tensor.shape)
+            if self._stage == 3 and name in self._shapes:
                 parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
                 dist.all_gather(parts, tensor.to(self.device))
                 tensor = torch.cat(parts)[: shape.numel()]
