@@ -76,7 +76,7 @@ class BuildWithNinja(build_ext):
             ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out")
         else:
             options += " -DBCLIP_JPEG" * JPEG
-            ninja.rule(f"link{kind}", f"{CXX} -shared -pthread $in {'-ljpeg' * JPEG} -o $out")
+            ninja.rule(f"link{kind}", f"{CXX} -shared -pthread $in {'-ljpeg' * JPEG} -ldl -o $out")
         ninja.rule(f"cxx{kind}", f"{CXX} {options} {depends}", depfile="$out.d", deps="gcc")
         built = []
         for source in sorted(map(Path, extension.sources), key=lambda path: path.suffix != ".cu"):

@@ -68,7 +68,8 @@ def load(
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
         preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
-        state["visual.pos_embed"] = resize_positions(state["visual.pos_embed"], config.vision.num_patches)
+        positions = "visual.pool.pos_embed" if config.vision.kind == "resnet" else "visual.pos_embed"
+        state[positions] = resize_positions(state[positions], config.vision.num_patches)
         with torch.device("meta"):
             model = BiomedClip(config)
     model.load_state_dict(state, assign=True)
@@ -76,7 +77,7 @@ def load(
     model.to(device=device, dtype=PRECISIONS[precision])
     for name, value in scalars.items():
         getattr(model, name).data = value.to(device)
-    model.visual.patch_embed.mean, model.visual.patch_embed.std = preprocess_config.mean, preprocess_config.std
+    model.visual.set_pixels(preprocess_config.mean, preprocess_config.std)
     log.info("loaded %s (%s)", name_or_path, path.name)
     return model.eval(), Preprocess(preprocess_config), tokenizer
 

@@ -28,8 +28,8 @@ from bclip_fast.model import layout, transformer, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.train.engine import keep_freed_memory
 from bclip_fast.train.flops import step_flops
+from bclip_fast.train.heap import keep_freed_memory
 from bclip_fast.train.optimizer import AdamW
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 

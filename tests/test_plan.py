@@ -45,6 +45,7 @@ TABLES = {
     "s7_4k_4k": (768, 224, "bert", 256, 40, [(0, 4096)], "vision text"),
     "s7_4k_64k": (768, 224, "bert", 256, 40, [(0, 4096), (8, 65536)], "vision text"),
     "s8_clip_continual": (768, 224, "gpt", 77, 32, [(0, 4096)], "model"),
+    "s8_rn50_continual": (64, 224, "gpt", 77, 32, [(0, 4096)], "model"),
     "s8_own_init": (768, 224, "bert", 256, 32, [(0, 4096)], "vision text"),
 }
 MACHINES = ("gpu1", "a100_80g_x8", "h100_x8", "nodes4")
@@ -61,7 +62,9 @@ def test_an_overlay_is_its_row_of_the_paper(name: str):
     width, pixels, kind, context, epochs, batches, starts = TABLES[name]
     config = load(name)
     vision, text = config.model.vision, config.model.text
-    assert (vision.width, vision.image_size, vision.patch_size) == (width, pixels, 16)
+    side = 32 if vision.kind == "resnet" else 16
+    assert (vision.width, vision.image_size, vision.patch_size) == (width, pixels, side)
+    assert (vision.kind == "resnet") == ("rn50" in name)
     assert (text.kind, text.context_length, config.epochs) == (kind, context, epochs)
     assert (list(config.batch_schedule) or [(0, config.batch_size)]) == batches
     assert " ".join(part for part in ("model", "vision", "text") if getattr(config.init, part)) == starts

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .packed import Packed
+from .resnet import ResNetTower
 from .text import TextConfig, text_tower
 from .transformer import Pooled, check_range
 from .vision import VisionConfig, VisionTower
@@ -49,7 +50,11 @@ class BiomedClip(nn.Module):
     def __init__(self, config: BiomedClipConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu)
+        self.visual: VisionTower | ResNetTower
+        if config.vision.kind == "resnet":
+            self.visual = ResNetTower(config.vision, config.embed_dim)
+        else:
+            self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu)
         self.text = text_tower(config.text, config.embed_dim, config.quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
@@ -99,8 +104,18 @@ class BiomedClip(nn.Module):
 
         cuda_graphs: those of the image tower, for each batch size that comes, replayed as CUDA graphs.
         options: torch.compile's.
+
+        Raises:
+            UserError: CUDA graphs of a ResNet, whose statistics move; that was never tried.
         """
-        self.visual.cuda_graphs = cuda_graphs
+        if isinstance(self.visual, VisionTower):
+            self.visual.cuda_graphs = cuda_graphs
+        elif cuda_graphs:
+            raise UserError("engine.cuda_graphs: not with vision.kind resnet, whose batch norms keep statistics")
+        else:
+            # Its blocks differ in their shapes, and are of one function, of which torch compiles 8 variants by itself.
+            limits: Any = torch._dynamo.config
+            limits.cache_size_limit = max(limits.cache_size_limit, 8 * len(self.visual.layers))
         for layer in self.visual.layers:
             static: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead"} if cuda_graphs else {"dynamic": True}
             layer.compile(fullgraph=True, **static, **options)
@@ -123,7 +138,7 @@ _GPT = TextConfig(
 
 
 def _presets() -> dict[str, BiomedClipConfig]:
-    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, and quickstart."""
+    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, clip_rn50, and quickstart."""
     bert = TextConfig()
     texts = {"": bert, "_ctx77": replace(bert, context_length=77), "_gpt77": _GPT}
     presets = {}
@@ -134,8 +149,10 @@ def _presets() -> dict[str, BiomedClipConfig]:
             size = "" if image_size == 224 else f"_{image_size}"
             for suffix, text in texts.items():
                 presets[f"biomedclip_{letter}16{size}{suffix}"] = BiomedClipConfig(vision=vision, text=text)
-    # OpenAI's CLIP ViT-B/16, from which table S8 of the paper continues.
+    # OpenAI's CLIP ViT-B/16 and RN50, from which table S8 of the paper continues.
     presets["clip_b16"] = BiomedClipConfig(vision=VisionConfig(kind="clip"), text=_GPT, quick_gelu=True)
+    rn50 = VisionConfig(kind="resnet", patch_size=32, width=64, layers=16, heads=32, blocks=(3, 4, 6, 3))
+    presets["clip_rn50"] = BiomedClipConfig(embed_dim=1024, vision=rn50, text=_GPT, quick_gelu=True)
     presets["quickstart"] = BiomedClipConfig(
         embed_dim=128,
         vision=VisionConfig(image_size=80, patch_size=16, width=160, layers=4, heads=5),

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError
 from .biomedclip import BiomedClipConfig
 from .text import BERT_NORM_EPS, GPT_NORM_EPS, TextConfig
-from .transformer import check_range, mlp_width
+from .transformer import MAX_LAYERS, check_range, mlp_width
 from .vision import NORM_EPS as VIT_NORM_EPS
 from .vision import VisionConfig
 
@@ -81,8 +81,12 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
         published_tokenizer: the vocabulary is PubMedBERT's, so that its public name may stand for it.
     """
     files: dict[str, Json] = {}
-    if config.vision.kind == "clip":
-        vision: Json = {name: getattr(config.vision, name) for name in _CLIP_SIZES}
+    if config.vision.kind == "resnet":
+        vision: Json = {"image_size": config.vision.image_size, "layers": list(config.vision.blocks or ())}
+        vision |= {"width": config.vision.width, "patch_size": None}
+        vision["head_width"] = 32 * config.vision.width // config.vision.heads
+    elif config.vision.kind == "clip":
+        vision = {name: getattr(config.vision, name) for name in _CLIP_SIZES}
         vision["head_width"] = config.vision.width // config.vision.heads
     else:
         vision = {
@@ -296,15 +300,23 @@ def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionC
 
 
 def _read_clip_vision(section: _Section) -> VisionConfig:
-    """open_clip's own VisionTransformer, as OpenAI's models have it; what it can do beyond them isn't supported."""
+    """open_clip's own towers, as OpenAI's models have them; what its ViT can do beyond isn't supported."""
     defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
     sizes = {name: section.take(name, default) for name, default in defaults.items()}
     head_width = section.take("head_width", 64)
     section.expect("pool_type", "tok")
     section.finish()
     check_range(f"{CONFIG_FILE}: vision_cfg.width", sizes["width"], 1, 16384)
-    check_range(f"{CONFIG_FILE}: vision_cfg.head_width", head_width, 1, sizes["width"])
-    return VisionConfig(kind="clip", heads=sizes["width"] // head_width, **sizes)
+    # A number of layers makes it a ViT, a list, by stage, a ResNet.
+    resnet = isinstance(sizes["layers"], list)
+    width = sizes["width"] * 32 if resnet else sizes["width"]
+    check_range(f"{CONFIG_FILE}: vision_cfg.head_width", head_width, 1, width)
+    if not resnet:
+        return VisionConfig(kind="clip", heads=width // head_width, **sizes)
+    for count in sizes["layers"]:
+        check_range(f"{CONFIG_FILE}: vision_cfg.layers", count, 1, MAX_LAYERS)
+    sizes |= {"blocks": tuple(sizes["layers"]), "layers": sum(sizes["layers"]), "patch_size": 32}
+    return VisionConfig(kind="resnet", heads=width // head_width, **sizes)
 
 
 def _timm_config(content: Json) -> VisionConfig:

@@ -13,6 +13,7 @@ from .biomedclip import BiomedClip
 from .packed import Packed
 from .text import BertTower, pack
 from .transformer import check_range, check_sizes, mlp_width
+from .vision import VisionTower
 
 NORM_EPS = 1e-12
 
@@ -110,6 +111,8 @@ class VqaModel(nn.Module):
             raise ValueError(f"{len(answers)} answers for a head of {config.num_answers}")
         if not isinstance(clip.text, BertTower):
             raise ValueError("METER's head reads the tokens of a BERT text tower; this model has another")
+        if not isinstance(clip.visual, VisionTower):
+            raise ValueError("METER's head reads the tokens of a ViT; this model has a ResNet")
         self.meter_config, self.answers = config, answers
         self.fusion = Fusion(config, clip.config.vision.width, clip.config.text.width)
         inner = 2 * config.width

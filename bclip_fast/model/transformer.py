@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +98,8 @@ class Tower(nn.Module):
     offload_activations = False
     """What a layer is recomputed from waits on the host for its backward pass."""
     num_locked = 0
-    """Groups that are not trained: what precedes the layers, then the layers one by one, the norm behind the last."""
+    """Groups that are not trained: what precedes the layers, then the layers one by one, the norm or the attention pool
+    behind the last with it."""
 
     pooled: Tensor | None = None
     """(n, width): what was projected last, if all before the projection is locked and so gives the same again."""
@@ -111,7 +114,7 @@ class Tower(nn.Module):
         self.num_locked = 1 + len(self.layers) - unlocked
         for name, parameter in self.named_parameters():
             place = place_of(name, len(self.layers))
-            last = place - 1 if name.startswith("norm.") else place
+            last = place - 1 if name.startswith(("norm.", "pool.")) else place
             parameter.requires_grad_(last >= self.num_locked)
         self.train(self.training)
 
@@ -126,7 +129,11 @@ class Tower(nn.Module):
         if not (self.grad_checkpointing and layer.training):
             return layer(*inputs)
         with save_on_cpu(inputs[0].is_cuda) if self.offload_activations else contextlib.nullcontext():
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=partial(self.contexts, layer))
+
+    def contexts(self, layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around a layer that will be recomputed, and around its recomputation."""
+        return contextlib.nullcontext(), contextlib.nullcontext()
 
     def train(self, mode: bool = True) -> Tower:
         super().train(mode and not self.num_locked)
@@ -140,7 +147,7 @@ def place_of(name: str, num_layers: int) -> int:
     first, _, rest = name.partition(".")
     if first == "layers":
         return int(rest.partition(".")[0]) + 1
-    return num_layers + 1 if first in ("norm", "head", "proj", "projection") else 0
+    return num_layers + 1 if first in ("norm", "pool", "head", "proj", "projection") else 0
 
 
 class Norm(nn.LayerNorm):

@@ -1,4 +1,5 @@
-"""The image tower: a Vision Transformer whose arithmetic is that of timm's `vit_*_patch*`, with a linear projection."""
+"""Sizes of the image towers, and the usual one: a Vision Transformer whose arithmetic is that of timm's `vit_*_patch*`,
+with a linear projection. The other one is in resnet.py."""
 
 from __future__ import annotations
 
@@ -11,7 +12,19 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.image import CLIP_MEAN, CLIP_STD
-from .transformer import MAX_TOKENS, Norm, Pooled, PreNormLayer, Sequences, Tower, check_range, check_sizes, linear_std
+from .transformer import (
+    MAX_LAYERS,
+    MAX_TOKENS,
+    MAX_WIDTH,
+    Norm,
+    Pooled,
+    PreNormLayer,
+    Sequences,
+    Tower,
+    check_range,
+    check_sizes,
+    linear_std,
+)
 
 NORM_EPS = 1e-6
 CLIP_NORM_EPS = 1e-5
@@ -19,7 +32,11 @@ CLIP_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the image tower; the defaults are ViT-B/16 at 224 pixels."""
+    """Sizes of the image tower; the defaults are ViT-B/16 at 224 pixels.
+
+    Of kind resnet, width is that of the stem, a 32nd of the features' (RN50: 64), which the heads of the attention pool
+    share; layers is the number of blocks, patch_size 32, by which all strides make the picture smaller.
+    """
 
     image_size: int = 224
     """Side of the square input in pixels."""
@@ -32,13 +49,21 @@ class VisionConfig:
     patch_dropout: float = 0.0
     """Share of the patches dropped in training (FLIP, arXiv 2212.00794), in [0, 1); `patch_dropout_until` of
     training ends it."""
-    kind: Literal["vit", "clip"] = "vit"
-    """vit: timm's plain ViT. clip: OpenAI's, with a norm before the layers and patches without a bias."""
+    kind: Literal["vit", "clip", "resnet"] = "vit"
+    """vit: timm's plain ViT. clip: OpenAI's, with a norm before the layers and patches without a bias. resnet: OpenAI's
+    ResNet."""
+    blocks: tuple[int, int, int, int] | None = None
+    """Of kind resnet: bottleneck blocks by stage, `layers` together."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("vit", "clip"):
-            raise UserError(f"vision.kind is {self.kind!r}; choose vit or clip")
-        check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
+        if self.kind not in ("vit", "clip", "resnet"):
+            raise UserError(f"vision.kind is {self.kind!r}; choose vit, clip or resnet")
+        if self.kind == "resnet":
+            self._check_resnet()
+        elif self.blocks is not None:
+            raise UserError(f"vision.blocks is {self.blocks}, but vision.kind {self.kind} has none")
+        else:
+            check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
         check_range("vision.patch_size", self.patch_size, 1, 1024)
         check_range("vision.image_size", self.image_size, self.patch_size, 16384)
         if self.image_size % self.patch_size:
@@ -47,6 +72,24 @@ class VisionConfig:
             )
         check_range("number of patches", self.num_patches, 1, MAX_TOKENS)
         check_range("vision.patch_dropout", self.patch_dropout, 0.0, 0.99)
+
+    def _check_resnet(self) -> None:
+        if self.blocks is None or len(self.blocks) != 4:
+            raise UserError(f"vision.blocks is {self.blocks}; vision.kind resnet needs 4 numbers")
+        for count in self.blocks:
+            check_range("vision.blocks", count, 1, MAX_LAYERS)
+        check_range("vision.width", self.width, 2, MAX_WIDTH // 32)
+        check_range("vision.heads", self.heads, 1, 32 * self.width)
+        if self.width % 2 or 32 * self.width % self.heads:
+            raise UserError(
+                f"vision.width {self.width} is odd, or 32 times it no multiple of vision.heads {self.heads}"
+            )
+        wanted = {"layers": sum(self.blocks), "patch_size": 32, "mlp_ratio": 4.0, "patch_dropout": 0.0}
+        for name, value in wanted.items():
+            if (found := getattr(self, name)) != value:
+                raise UserError(
+                    f"vision.{name} is {found}; of vision.kind resnet with blocks {self.blocks} it is {value:g}"
+                )
 
     @property
     def num_patches(self) -> int:
@@ -125,6 +168,10 @@ class VisionTower(Tower):
         self.head = nn.Linear(width, embed_dim, bias=False)
         self._initialise()
 
+    def set_pixels(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        """By which raw pixels are normalised."""
+        self.patch_embed.mean, self.patch_embed.std = mean, std
+
     def _initialise(self) -> None:
         """timm's: truncated normal, zero biases; 0.02 for positions, and for linear layers at width 768."""
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -144,13 +191,7 @@ class VisionTower(Tower):
         """
         if isinstance(image, Pooled):
             return self.head(image.states)
-        size = self.config.image_size
-        bytes_last = image.dtype == torch.uint8 and image.shape[1:] == (size, size, 3)
-        if image.dim() != 4 or not (image.shape[1:] == (3, size, size) or bytes_last):
-            raise UserError(
-                f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size}), or uint8 "
-                f"(batch, {size}, {size}, 3)"
-            )
+        check_images(image, self.config.image_size)
         if self.cuda_graphs:
             # What the graphs gave last time is read no more, but for what the head made of it.
             torch.compiler.cudagraph_mark_step_begin()
@@ -168,6 +209,15 @@ class VisionTower(Tower):
             stream, branch = self.run(layer, stream, branch, sequences, rows)
         states = self.norm(stream, branch)[0]
         return states.unflatten(0, (-1, sequences.max_seqlen)) if tokens else self.head(self.keep(states))
+
+
+def check_images(image: Tensor, size: int) -> None:
+    bytes_last = image.dtype == torch.uint8 and image.shape[1:] == (size, size, 3)
+    if image.dim() != 4 or not (image.shape[1:] == (3, size, size) or bytes_last):
+        raise UserError(
+            f"images have shape {tuple(image.shape)}; this model takes (batch, 3, {size}, {size}), or uint8 "
+            f"(batch, {size}, {size}, 3)"
+        )
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from .biomedclip import BiomedClip, BiomedClipConfig
+from .resnet import blocks
 from .text import BertTower, TextConfig
-from .vision import VisionTower, resize_positions
+from .vision import VisionConfig, VisionTower, resize_positions
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ Keys = dict[str, tuple[str, ...]]
 _POSITION_IDS = "text.transformer.embeddings.position_ids"
 # The first upload of BiomedCLIP carries BERT's pooler, which its own pooling never runs.
 _UNUSED_POOLER = "text.transformer.pooler."
+# Sizes that OpenAI's archives hold as numbers.
+_SIZES = tuple(f"text.{name}" for name in ("input_resolution", "context_length", "vocab_size"))
 # A pickled number, with which torch.save's files began before they were archives.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
@@ -36,7 +39,10 @@ def key_map(config: BiomedClipConfig) -> Keys:
     keys: Keys = {"logit_scale": ("logit_scale",)}
     if config.init_logit_bias is not None:
         keys["logit_bias"] = ("logit_bias",)
-    keys |= (_clip_vision_keys if config.vision.kind == "clip" else _vision_keys)(config.vision.layers)
+    if config.vision.kind == "resnet":
+        keys |= _resnet_keys(config.vision)
+    else:
+        keys |= (_clip_vision_keys if config.vision.kind == "clip" else _vision_keys)(config.vision.layers)
     keys |= _bert_keys(config.text) if config.text.kind == "bert" else _gpt_keys(config.text.layers)
     return keys
 
@@ -65,6 +71,28 @@ def _clip_vision_keys(layers: int) -> Keys:
     return keys | _resblocks("visual.layers.", "visual.transformer.resblocks.", layers)
 
 
+def _resnet_keys(config: VisionConfig) -> Keys:
+    keys: Keys = {"visual.pool.pos_embed": ("visual.attnpool.positional_embedding",)}
+    keys |= _pairs("visual.pool.qkv", *(f"visual.attnpool.{name}_proj" for name in "qkv"))
+    keys |= _pairs("visual.head", "visual.attnpool.c_proj")
+    norms = [("visual.stem.", "visual.")]
+    for number, block in enumerate(blocks(config)):
+        ours, theirs = f"visual.layers.{number}.", f"visual.layer{block.stage + 1}.{block.place}."
+        norms.append((ours, theirs))
+        if block.place == 0:
+            keys |= _conv_norm(f"{ours}short.", f"{theirs}downsample.0.", f"{theirs}downsample.1.")
+    for ours, theirs in norms:
+        for i in (1, 2, 3):
+            keys |= _conv_norm(f"{ours}conv{i}.", f"{theirs}conv{i}.", f"{theirs}bn{i}.")
+    return keys
+
+
+def _conv_norm(ours: str, conv: str, norm: str) -> Keys:
+    kinds = ("weight", "bias", "running_mean", "running_var")
+    keys: Keys = {f"{ours}conv.weight": (f"{conv}weight",)}
+    return keys | {f"{ours}norm.{kind}": (f"{norm}{kind}",) for kind in kinds}
+
+
 def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
     """The layers of open_clip's own transformer."""
     keys: Keys = {}
@@ -78,9 +106,13 @@ def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
 
 
 def _clip_shapes(state: Mapping[str, Tensor], *, back: bool = False) -> State:
-    """open_clip's own image tower keeps these without the leading axes of ours, and the projection transposed."""
-    state = dict(state)
-    for name, num_axes in (("visual.class_embedding", 2), ("visual.positional_embedding", 1)):
+    """open_clip's own image towers keep these without the leading axes of ours, and the ViT's projection transposed.
+
+    Its batch norms count batches, which no computation reads and torch fills in where it is missing.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".num_batches_tracked")}
+    leading = {"visual.class_embedding": 2, "visual.positional_embedding": 1, "visual.attnpool.positional_embedding": 1}
+    for name, num_axes in leading.items():
         if name in state:
             tensor = state[name]
             state[name] = tensor.reshape(tensor.shape[num_axes:] if back else (1,) * num_axes + tensor.shape)
@@ -132,14 +164,14 @@ def from_open_clip(state: Mapping[str, Tensor], model: BiomedClip, *, where: str
 
     Nothing is copied but the concatenated projections. `where` names the checkpoint in messages; `model` gives the
     shapes and may lie on the meta device. open_clip's `CLIP` layout of a GPT text tower (no `text.` prefix) is taken
-    too; position ids and an unused BERT pooler are dropped.
+    too, OpenAI's among them; position ids and an unused BERT pooler are dropped.
 
     Raises:
         UserError: keys are missing or left over, or a tensor has another shape or no floating dtype.
     """
     keys = key_map(model.config)
-    state = _without(_with_text_prefix(state), where, (_POSITION_IDS, _UNUSED_POOLER), "no computation reads")
-    if model.config.vision.kind == "clip":
+    state = _without(_with_text_prefix(state), where, (_POSITION_IDS, _UNUSED_POOLER, *_SIZES), "no computation reads")
+    if model.config.vision.kind != "vit":
         state = _clip_shapes(state)
     return _assemble(state, keys, model.state_dict(keep_vars=True), where)
 
@@ -246,7 +278,7 @@ def to_open_clip(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State
     if state.keys() != keys.keys():
         raise UserError(f"state dict does not fit its configuration: {_some(state.keys() ^ keys.keys())}")
     result = _divide(state, keys)
-    return _clip_shapes(result, back=True) if config.vision.kind == "clip" else result
+    return _clip_shapes(result, back=True) if config.vision.kind != "vit" else result
 
 
 def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tuple[State, State, State]:
@@ -258,9 +290,10 @@ def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tu
     Raises:
         UserError: the image tower is OpenAI's.
     """
-    if config.vision.kind == "clip":
+    if config.vision.kind != "vit":
+        lack = "norm before its layers" if config.vision.kind == "clip" else "convolutions"
         raise UserError(
-            "transformers' ViTModel has no norm before its layers, as vision.kind clip has: use open_clip's"
+            f"transformers' ViTModel has no {lack}, as vision.kind {config.vision.kind} has: use open_clip's"
         )
     vision = {f"visual.{ours}": theirs for ours, theirs in _transformers_vit_keys(config.vision.layers).items()}
     image = _divide(state, vision | {"visual.head.weight": ("pooler.dense.weight",)})

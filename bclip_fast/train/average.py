@@ -17,7 +17,7 @@ class Average:
     """average <- decay * average + (1 - decay) * weight after each update, beginning at the weights as they are.
 
     Rank 0 keeps it whole, which costs it 4 bytes a weight and no communication; under ZeRO 3 each rank keeps that of
-    its own shard. Locked weights have none, being their own average.
+    its own shard. Locked weights have none, being their own average; the statistics of batch norms have one.
 
     Args:
         decay: in (0, 1).

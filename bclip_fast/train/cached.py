@@ -6,8 +6,9 @@ Its gradient is that of the whole batch, exactly, in the memory of one micro-bat
 2. the loss of all embeddings, of all ranks, gives the gradient of each embedding;
 3. every micro-batch is embedded again, with the same random numbers, and its part of that gradient goes back.
 
-So the towers run forward twice, but for one that is locked up to its projection, which alone is computed again. A
-single micro-batch is embedded once, with its graph, and nothing is cached.
+So the towers run forward twice, but for one that is locked up to its projection, which alone is computed again. Batch
+norms, which only a ResNet has, normalise by a micro-batch, as with open_clip's `--accum-freq`, and their running
+statistics move in the third part alone. A single micro-batch is embedded once, with its graph, and nothing is cached.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class TrainConfig:
     """(epoch, pairs): the contrastive batch from that epoch on, such as [[0, 4096], [8, 65536]]."""
     micro_batch_size: int = 0
     """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
-    micro-batch; where there is more than one, the towers run forward twice."""
+    micro-batch; where there is more than one, the towers run forward twice. Batch norms (RN50) are of these pairs."""
     ema_decay: float = 0.0
     """Of the moving average of the weights, such as 0.9999; 0: none. It is validated as they are and saved beside them,
     in the run's model_ema/. 4 bytes a weight, on rank 0, or over all ranks under ZeRO 3."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import importlib
 import io
 import logging
@@ -18,6 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import Pooled
 
+from .heap import keep_freed_memory
 from .optimizer import AdamW, Guarded, LossScale, OptimizerState, is_within, make_optimizer, set_learning_rate
 from .schedule import OptimConfig
 
@@ -54,9 +55,8 @@ class EngineConfig:
     offload_optimizer: bool = False
     """ZeRO 1 to 3 on a GPU: AdamW with its states and the fp32 shards it updates are on the host: 12 bytes a weight."""
     cpu_adam: Literal["torch", "deepspeed"] = "torch"
-    """Whose AdamW updates weights that are on the host: torch's fused one or, with name deepspeed, DeepSpeed's, which a
-    C++ compiler and ninja make for this processor at its first use; TORCH_EXTENSIONS_DIR keeps it. They are equally
-    fast, 0.18 s for 100 million weights on one core, and torch's is there at once."""
+    """Whose AdamW updates weights on the host: torch's fused one or, with name deepspeed, DeepSpeed's, measured equally
+    fast, which a C++ compiler and ninja make at its first use; TORCH_EXTENSIONS_DIR keeps it."""
     offload_parameters: bool = False
     """ZeRO 3 on a GPU: the shards of the parameters wait on the host as well."""
     compile: bool = False
@@ -100,6 +100,8 @@ class Engine(ABC):
     module: nn.Module
     """What runs forward; parameters may be sharded or renamed by a prefix inside."""
     _model: nn.Module
+    _before: list[Tensor]
+    """The model's buffers after the last update. Each rank's are its own: training reads them nowhere."""
 
     def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
         return self.module(image, text)
@@ -125,10 +127,17 @@ class Engine(ABC):
         """Whether a parameter of the model whose name begins so takes gradients."""
         return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
-    @abstractmethod
     def step(self, lr: float, limit: float = math.inf) -> StepResult:
         """Clip, update with learning rate `lr`, clear the gradients; no update where their norm isn't finite, or is
-        above `limit`, which is the same on all ranks."""
+        above `limit`, which is the same on all ranks. Then batch norms' statistics are those before the step, too."""
+        result = self._step(lr, limit)
+        if buffers := list(self._model.buffers()):
+            torch._foreach_copy_(*((buffers, self._before) if result.skipped else (self._before, buffers)))
+        return result
+
+    @abstractmethod
+    def _step(self, lr: float, limit: float) -> StepResult:
+        """`step` of the weights."""
 
     def communication(self) -> dict[str, float]:
         """communication_seconds: what the last backward pass but one waited for gradients of other ranks beyond its own
@@ -137,18 +146,22 @@ class Engine(ABC):
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
-        """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective."""
+        """The whole fp32 model on the CPU, under the model's own names; empty except on rank 0. Collective.
+
+        Its buffers, statistics of batch norms, are those of rank 0."""
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3."""
+        """Of the trained fp32 weights those of which this rank keeps the average: all on rank 0, but for ZeRO 3. And
+        the buffers, of which it is kept likewise."""
         if not distributed.is_main():
             return {}
-        return {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+        weights = {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+        return weights | dict(self._model.named_buffers())
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """What `own_weights` has of a whole tensor like the weight of that name."""
-        parameter = self._model.get_parameter(name)
-        return whole.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+        weight = attrgetter(name)(self._model)
+        return whole.to(weight.device, torch.float32, copy=True).view_as(weight)
 
     def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors like `own_weights()` put together, on the CPU; empty except on rank 0. Collective."""
@@ -174,9 +187,7 @@ def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size:
         if device.type == "cpu" and getattr(config, option):
             raise UserError(f"engine.{option}: there is no GPU here; leave it out")
     if device.type == "cuda" and config.cpu_adam == "deepspeed" and not config.offload_optimizer:
-        raise UserError(
-            "engine.cpu_adam deepspeed: the weights are updated on the GPU without engine.offload_optimizer"
-        )
+        raise UserError("engine.cpu_adam deepspeed: without engine.offload_optimizer weights are updated on the GPU")
     if device.type == "cpu":
         keep_freed_memory()
     if config.grad_checkpointing:
@@ -185,20 +196,6 @@ def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size:
         model.compile_layers(config.cuda_graphs)  # type: ignore[operator]
     engine = DeepSpeedEngine if config.name == "deepspeed" else PlainEngine
     return engine(model.to(device), config, optim, batch_size, device)
-
-
-def keep_freed_memory(keep: bool = True) -> None:
-    """Has glibc keep, for the whole process, what is freed; `keep=False` sets the limits that it reaches by itself.
-
-    It gives large blocks back at once, and a step, which allocates the same ones as the step before, pays for each of
-    their pages again: 200,000 faults in a step of ViT-B/16 and BERT-base at batch 16, half a second of the processor.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, (1 << 31) - 1 if keep else 64 << 20)
-        # Releases before 2.34 take no more than 32 MiB.
-        _ = keep and mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
 
 
 def _cpu_adam() -> Callable[..., Guarded]:
@@ -217,8 +214,7 @@ def _cpu_adam() -> Callable[..., Guarded]:
 
     class CpuAdamW(Guarded, DeepSpeedCPUAdam):
         def step(self, closure: Any = None) -> Any:
-            # It carries the powers of the betas on from step to step, but computes them anew after a resume, which
-            # rounds otherwise. Begun again each time they are a function of the step; it is given lr, eps, decay later.
+            # It carries powers of the betas on, but a resume computes them, which rounds otherwise: begin each time anew.
             self.ds_opt_adam.create_adam(self.opt_id, 0.0, *self.defaults["betas"], 0.0, 0.0, True, False)
             return super().step(closure)
 
@@ -242,6 +238,7 @@ class PlainEngine(Engine):
         self._dtype = _DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._num_steps = 0
+        self._before = [buffer.clone() for buffer in model.buffers()]
         self.module = model
         if distributed.world_size() > 1:
             self.module = nn.parallel.DistributedDataParallel(
@@ -250,6 +247,11 @@ class PlainEngine(Engine):
                 bucket_cap_mb=config.bucket_mib,
                 gradient_as_bucket_view=True,
             )
+            # Rank 0's are the model's, whether it sends them to the others before each pass or not. The argument of
+            # that name is deprecated.
+            self.module.broadcast_buffers = False
+            # Said of convolutions of side 1, whose two layouts are the same bytes.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             if device.type == "cpu":
                 # On a GPU its timers wait for events, so there it stays with every hundredth step.
                 self.module._set_ddp_runtime_logging_sample_rate(1)
@@ -272,8 +274,7 @@ class PlainEngine(Engine):
     def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
         over_ranks = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
         if over_ranks is None:
-            # Side by side, as DDP has them: made by the first backward pass they lie among its activations, and leave
-            # the heap in pieces into which the next ones don't fit.
+            # Side by side: made by the first backward pass they leave holes among the activations that come and go.
             for parameter in self._model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -281,7 +282,7 @@ class PlainEngine(Engine):
             with over_ranks.no_sync() if over_ranks and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+    def _step(self, lr: float, limit: float) -> StepResult:
         set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
@@ -335,6 +336,7 @@ class DeepSpeedEngine(Engine):
         self.device = device
         self._model = model
         self._stage = config.zero_stage
+        self._before = [buffer.clone() for buffer in model.buffers()]
         self._clip = optim.grad_clip_norm
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
@@ -400,7 +402,7 @@ class DeepSpeedEngine(Engine):
             with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+    def _step(self, lr: float, limit: float) -> StepResult:
         set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
             zero = self._engine.optimizer
@@ -438,10 +440,11 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             return super().own_weights()
         parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
-        return {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+        weights = {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
+        return weights | dict(self._model.named_buffers())
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
-        if self._stage < 3:
+        if self._stage < 3 or name not in self._shapes:
             return super().own_part(name, whole)
         parameter: Any = self._model.get_parameter(name)
         return _own_shard(whole.to(parameter.ds_tensor.device, torch.float32), parameter).clone()
@@ -449,8 +452,8 @@ class DeepSpeedEngine(Engine):
     def whole_weights(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
         for name, tensor in own.items():
-            shape = self._shapes[name]
-            if self._stage == 3:
+            shape = self._shapes.get(name, tensor.shape)
+            if self._stage == 3 and name in self._shapes:
                 parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
                 dist.all_gather(parts, tensor.to(self.device))
                 tensor = torch.cat(parts)[: shape.numel()]

@@ -325,6 +325,8 @@ class _Loop:
 
 def _add_lora(clip: BiomedClip, config: FinetuneConfig) -> Any:
     """peft's LoRA in the towers' blocks, everything else frozen; what is returned merges it."""
+    if clip.config.vision.kind == "resnet":
+        raise UserError(f"lora_rank={config.lora_rank}: LoRA is for transformers, vision.kind is resnet; give 0")
     import peft
 
     lora = peft.LoraConfig(

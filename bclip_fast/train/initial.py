@@ -14,6 +14,7 @@ from bclip_fast.model import layout, weights
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.text import BertTower
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.vision import VisionTower
 
 from .checkpoint import first_difference
 from .config import InitConfig, TrainConfig
@@ -27,7 +28,7 @@ def new_model(config: TrainConfig) -> BiomedClip:
     """The model of a run with resolved configuration, at random, with its locked weights locked."""
     model = BiomedClip(config.model)
     pixels = PreprocessConfig()
-    model.visual.patch_embed.mean, model.visual.patch_embed.std = pixels.mean, pixels.std
+    model.visual.set_pixels(pixels.mean, pixels.std)
     for tower, locked, unlocked in (
         (model.visual, config.lock_image, config.lock_image_unlocked_groups),
         (model.text, config.lock_text, config.lock_text_unlocked_layers),
@@ -47,7 +48,7 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
     if init.model:
         _continue(model, init.model)
     if init.vision:
-        if model.config.vision.kind != "vit":
+        if not isinstance(model.visual, VisionTower) or model.config.vision.kind != "vit":
             raise UserError(f"init.vision={init.vision}: a plain ViT, but model.vision.kind is not vit")
         state, content, where = _read(init.vision)
         if content is not None:
@@ -99,8 +100,8 @@ def _continue(model: BiomedClip, name: str) -> None:
             f"init.model={name} takes pixels of mean {preprocess.config.mean} and deviation {preprocess.config.std}; "
             f"training gives {defaults.mean} and {defaults.std}"
         )
-    state = loaded.state_dict()
-    dropped = [key for key in state if key not in dict(model.named_parameters())]
+    state, wanted = loaded.state_dict(), model.state_dict()
+    dropped = [key for key in state if key not in wanted]
     for key in dropped:
         del state[key]
     kept = _fill(model, state)

@@ -106,6 +106,8 @@ def _without_storage(
                 if parameter is not None:
                     # Not by to_empty: the mode takes no tensor on "meta" from outside.
                     module._parameters[name] = _fake(parameter, gradients)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(buffer.shape)
         side = model.config.vision.image_size
         images = torch.empty((len(lengths), side, side, 3), dtype=torch.uint8)
         text = Packed.of(torch.empty(sum(lengths), dtype=torch.int64), lengths)
@@ -134,7 +136,8 @@ class _Held(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-        for tensor in (*known, *network.parameters(), *(p.grad for p in network.parameters() if p.grad is not None)):
+        gradients = (p.grad for p in network.parameters() if p.grad is not None)
+        for tensor in (*known, *network.parameters(), *network.buffers(), *gradients):
             self._seen.add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,7 +4,8 @@ What is held from step to step follows from the engine's rules, activations from
 operations from `flops.py`, time from rates that `bclip bench` measured on such a device. What was not measured is said.
 
 On a CPU the resident memory also has the holes that glibc's heap leaves between blocks. They aren't counted: a quarter
-of the activations was seen where all were kept, and more than they are where they were recomputed.
+of the activations was seen where all were kept, and more than they are where they were recomputed; of RN50's, whose
+convolutions also take room inside the library, 43 %.
 """
 
 from __future__ import annotations
