@@ -214,7 +214,7 @@ def _cpu_adam() -> Callable[..., Guarded]:
 
     class CpuAdamW(Guarded, DeepSpeedCPUAdam):
         def step(self, closure: Any = None) -> Any:
-            # It carries powers of the betas on, but a resume computes them, which rounds otherwise: begin each time anew.
+            # It carries powers of the betas on; a resume computes them, which rounds otherwise: begin each time anew.
             self.ds_opt_adam.create_adam(self.opt_id, 0.0, *self.defaults["betas"], 0.0, 0.0, True, False)
             return super().step(closure)
 
