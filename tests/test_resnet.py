@@ -235,7 +235,7 @@ def make(config: EngineConfig, checkpointing: bool = False) -> engines.Engine:
 def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
-    cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), spool())
+    cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spool())
     for part in micro_batches()[rank * share : (rank + 1) * share]:
         cached.add(*part)
     loss = float(cached.loss())
