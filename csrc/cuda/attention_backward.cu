@@ -262,14 +262,16 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
   }
 }
 
-// What act returns of the layout for these sizes.
+// What act returns of the layout for these sizes. Where a block may have less than the 129.5 KiB that 256 keys of 64
+// elements take (sm_86, sm_89 and sm_120 give it 99), they go through in chunks of 128.
 template <class T, class Act>
-auto with_layout(int dim, int max_length, Act&& act) {
+auto with_layout(int dim, int max_length, int block_bytes, Act&& act) {
   switch (dim) {
     case 32:
       return act(Layout<T, 32, 8>());
     case 64:
-      return max_length <= 128 ? act(Layout<T, 64, 4>()) : act(Layout<T, 64, 8>());
+      return max_length <= 128 || block_bytes < Layout<T, 64, 8>::BYTES ? act(Layout<T, 64, 4>())
+                                                                         : act(Layout<T, 64, 8>());
     case 96:
       return act(Layout<T, 96, 8>());
     case 128:
@@ -282,7 +284,7 @@ auto with_layout(int dim, int max_length, Act&& act) {
 template <class T>
 void run(const Arguments& arguments) {
   const Attention& attention = arguments.attention;
-  with_layout<T>(attention.dim, attention.max_length, [&](auto layout) {
+  with_layout<T>(attention.dim, attention.max_length, attention.block_bytes, [&](auto layout) {
     using Chosen = decltype(layout);
     constexpr int WARPS = Chosen::KEYS / Chosen::KEYS_OF_WARP;
     launch(attention.seed ? backward<T, Chosen::COLUMNS, WARPS, true> : backward<T, Chosen::COLUMNS, WARPS, false>,
@@ -293,19 +295,20 @@ void run(const Arguments& arguments) {
 }  // namespace
 
 void attention_backward(const Attention& attention, const AttentionGradient& gradient) {
-  if (attention.max_length > attention_backward_keys(attention.dim, attention.max_length) && !gradient.workspace) {
+  const int keys = attention_backward_keys(attention.dim, attention.max_length, attention.block_bytes);
+  if (attention.max_length > keys && !gradient.workspace) {
     throw std::invalid_argument("rows this long need a workspace");
   }
   const Arguments arguments{attention, gradient};
   attention.bfloat16 ? run<Bfloat16>(arguments) : run<Half>(arguments);
 }
 
-int attention_backward_keys(int dim, int max_length) {
-  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::KEYS; });
+int attention_backward_keys(int dim, int max_length, int block_bytes) {
+  return with_layout<Half>(dim, max_length, block_bytes, [](auto layout) { return decltype(layout)::KEYS; });
 }
 
-int attention_backward_shared_bytes(int dim, int max_length) {
-  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::BYTES; });
+int attention_backward_shared_bytes(int dim, int max_length, int block_bytes) {
+  return with_layout<Half>(dim, max_length, block_bytes, [](auto layout) { return decltype(layout)::BYTES; });
 }
 
 }  // namespace bclip::cuda

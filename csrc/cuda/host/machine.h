@@ -17,6 +17,8 @@
 
 namespace bclip::cuda::host {
 
+constexpr int MOST_SHARED_BYTES = 227 * 1024;  // of a block of sm_90
+
 struct Site {
   const char* file;
   int line;
