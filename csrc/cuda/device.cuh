@@ -161,7 +161,7 @@ __device__ __forceinline__ uint32_t pack<Bfloat16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-struct Pair {
+struct alignas(8) Pair {
   float low, high;
 };
 template <class T>

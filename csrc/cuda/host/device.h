@@ -136,7 +136,7 @@ uint32_t pack(float low, float high) {
   return pair[0].bits | uint32_t(pair[1].bits) << 16;
 }
 
-struct Pair {
+struct alignas(8) Pair {
   float low, high;
 };
 template <class T>
