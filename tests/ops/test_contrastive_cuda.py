@@ -151,6 +151,45 @@ def test_cuda_keeps_small_probabilities(dtype):
 
 
 @hosted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_gradients_of_a_saturated_batch(dtype):
+    """At a loss of 1e-9 all of G is as small, and keeps its digits as float16 times 2^14."""
+    image = features(139, 64, torch.float64)
+    inputs = [image.to(dtype), F.normalize(image + 0.115 * torch.randn(139, 64)).to(dtype), torch.tensor(100.0)]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    loss = ops.clip_loss(*leaves, backend="cuda")
+    wide = [tensor.double().requires_grad_() for tensor in inputs]
+    truth = reference.dense(*wide)
+    assert 1e-11 < truth < 1e-7
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
+    ours, exact = (torch.autograd.grad(value, by) for value, by in ((1e8 * loss, leaves), (1e8 * truth, wide)))
+    for own, true in zip(ours, exact, strict=True):
+        assert (own.double() - true).norm() <= (1e-3 if dtype == torch.float16 else 4e-3) * true.norm()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a graph is captured on a GPU")
+def test_cuda_calls_can_be_captured():
+    """Nothing waits for the device, and a replay reads what the inputs then hold."""
+    leaves = [features(300, 64).requires_grad_() for _ in range(2)]
+
+    def step():
+        return torch.autograd.grad(ops.clip_loss(*leaves, 20.0, backend="cuda"), leaves)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].copy_(features(300, 64))
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@hosted
 @pytest.mark.skipif(ON_GPU, reason="takes memory that is only reserved where nothing touches it")
 def test_cuda_gradient_beyond_2_to_the_31(nan_filled):
     """131 rows of G that lie 2^24 elements apart, as at a batch of 16 million: an index of 32 bits would wrap."""
