@@ -72,6 +72,17 @@ def test_it_stands_alone():
     assert [path.name for path in sources if re.search(r"#include\s*[<\"](torch|ATen|c10)", path.read_text())] == []
 
 
+def test_a_pictures_weights_are_rounded_as_pillow_rounds_them():
+    """No product of its doubles is fused with a sum; the quotients are whole instructions here."""
+    from bclip_fast import _cuda
+
+    done = subprocess.run(
+        [cuda_resources.cuobjdump(), "--dump-ptx", _cuda.__file__], capture_output=True, text=True, check=True
+    )
+    [weigh] = re.findall(r"\.entry \w+5weigh\w+\(.*?\n\}", done.stdout, re.S)
+    assert weigh.count("mul.rn.f64") > 10 and "div.rn.f64" in weigh and "fma.rn.f64" not in weigh
+
+
 def test_there_is_ptx_for_devices_to_come():
     from bclip_fast import _cuda
 

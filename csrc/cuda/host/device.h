@@ -254,6 +254,7 @@ inline float log2_fast(float x) {
   return x >= 0.5f && x <= 2.0f ? y + host::error_of(x, 1) * 0x1p-22f : host::last_places(y, x);
 }
 inline uint32_t high_product(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline double product(double a, double b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
