@@ -101,6 +101,8 @@ BCLIP_INLINE void multiply(const uint16_t* left, const uint16_t* right, int64_t 
   _tile_stored(3, result + kHalf * stride + kHalf, bytes);
 }
 
+BCLIP_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+
 // Features (count, width), contiguous.
 struct Features {
   const uint16_t* data;
@@ -112,6 +114,11 @@ struct Features {
   // The 32 numbers of a row from column k on; zeros outside.
   __m512i load(int64_t row, int64_t k) const {
     return row < count ? _mm512_maskz_loadu_epi16(columns(k), data + row * width + k) : _mm512_setzero_si512();
+  }
+
+  // Brings the 32 numbers of 32 rows near, where there are such.
+  BCLIP_MEMBER_INLINE void fetch(int64_t row, int64_t k) const {
+    for (int64_t i = 0; i < kPanel; ++i) bclip::cpu::fetch(data + (row + i) * width + k);
   }
 };
 
@@ -126,6 +133,11 @@ struct SingleFeatures {
     const float* from = data + row * width + k;
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> kHalf), from + kHalf),
                                         _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), from));
+  }
+
+  BCLIP_MEMBER_INLINE void fetch(int64_t row, int64_t k) const {
+    for (int64_t i = 0; i < kPanel; ++i)
+      for (int64_t half : {int64_t{0}, kHalf}) bclip::cpu::fetch(data + (row + i) * width + k + half);
   }
 };
 

@@ -1,8 +1,9 @@
 // The products of linear layers on the matrix unit of x86 (AMX).
 //
-// The right operand is packed once, whole. A task then owns kTaskPanels x kBlockPanels panels of the result, whose sums
-// stay in L2 beside a block of the right operand, while the depth passes by in blocks: so much of 32 rows of
-// the left operand is packed at a time and stays in L1.
+// The right operand is packed once, whole. A task then owns a block of the result, whose sums stay in L2 beside a block
+// of the right operand, while the depth passes by in blocks: so much of 32 rows of the left operand is packed at a time
+// and stays in L1. While the matrix unit multiplies 32 x 32 numbers, the vector units pack what it needs next and round
+// what it had before, and what they will touch is fetched.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -19,7 +20,7 @@
 
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
+#pragma GCC target("prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
 
 #define BCLIP_AVX512 1
 #include "amx.h"
@@ -30,8 +31,13 @@ namespace {
 
 constexpr int64_t kWholeSteps = 24;   // a depth taken as one block: its sums never wait in memory
 constexpr int64_t kBlockSteps = 16;   // of a longer one: 32 KiB of a panel of the left operand
-constexpr int64_t kBlockPanels = 24;  // 768 KiB of the right operand
-constexpr int64_t kTaskPanels = 8;    // 768 KiB of sums
+
+// Panels of a task at most. Each row of tasks reads the whole right operand from L3, so tasks are tall; but each column
+// of tasks packs the whole left operand, which is dear where that is transposed.
+struct Shape {
+  int64_t tall, wide;
+};
+constexpr Shape kShape = {24, 16}, kTransposedShape = {8, 24};
 
 // The smallest even share of `size` that is at most `most`.
 int64_t even_share(int64_t size, int64_t most) {
@@ -39,18 +45,22 @@ int64_t even_share(int64_t size, int64_t most) {
   return std::max<int64_t>((size + parts - 1) / parts, 1);
 }
 
+constexpr int64_t kAhead = 2;  // blocks that are fetched before they are packed
+
 // [columns / 32][depth / 32] blocks.
 template <typename AnyFeatures>
 void pack_right(const AnyFeatures& right, const Product& product, int threads) {
   const int64_t steps = panels(product.depth), column_panels = panels(product.columns);
   // By rows of the source, which lie together.
   parallel(product.right_transposed ? column_panels : steps, threads, [&](int64_t task) {
-    if (product.right_transposed)
-      for (int64_t step = 0; step < steps; ++step)
-        pack_across_step(right, task * kPanel, step * kPanel, product.workspace + (task * steps + step) * kStep);
-    else
-      for (int64_t panel = 0; panel < column_panels; ++panel)
-        pack_pairs_step(right, task * kPanel, panel * kPanel, product.workspace + (panel * steps + task) * kStep);
+    const int64_t row = task * kPanel, count = product.right_transposed ? steps : column_panels;
+    for (int64_t other = 0; other < count; ++other) {
+      right.fetch(row, (other + kAhead) * kPanel);
+      if (product.right_transposed)
+        pack_across_step(right, row, other * kPanel, product.workspace + (task * steps + other) * kStep);
+      else
+        pack_pairs_step(right, row, other * kPanel, product.workspace + (other * steps + task) * kStep);
+    }
   });
 }
 
@@ -78,73 +88,145 @@ BCLIP_INLINE void pack_transposed_step(const Features& left, int64_t k, int64_t 
   }
 }
 
-// Steps [from, to) of 32 rows of the left operand; `sums` (32) are added to, or null.
-void pack_left(const Product& product, int64_t row, int64_t from, int64_t to, uint16_t* packed, float* sums) {
-  if (product.left_transposed) {
-    const Features left = {product.left, product.depth, product.rows};
-    __m512 low = _mm512_setzero_ps(), high = low;
-    for (int64_t step = from; step < to; ++step, packed += kStep)
+// Packs steps [step, end) of 32 rows of the left operand, one at a call; `sums` (32) are added to, or null.
+struct Packer {
+  const Product& product;
+  int64_t row, step, end;
+  uint16_t* packed;
+  float* sums;
+
+  bool done() const { return step == end; }
+
+  BCLIP_MEMBER_INLINE void operator()() {
+    if (product.left_transposed) {
+      const Features left = {product.left, product.depth, product.rows};
+      __m512 low = _mm512_setzero_ps(), high = low;
       pack_transposed_step(left, step * kPanel, row, packed, sums != nullptr, low, high);
-    if (sums) {
-      _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), low));
-      _mm512_storeu_ps(sums + kHalf, _mm512_add_ps(_mm512_loadu_ps(sums + kHalf), high));
+      left.fetch((step + 1) * kPanel, row);
+      if (sums) {
+        _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), low));
+        _mm512_storeu_ps(sums + kHalf, _mm512_add_ps(_mm512_loadu_ps(sums + kHalf), high));
+      }
+    } else {
+      const Features left = {product.left, product.rows, product.depth};
+      for (int64_t i = 0; i < kPanel; ++i)
+        _mm512_store_si512(packed + i * kPanel, left.load(row + i, step * kPanel));
+      left.fetch(row, (step + 1) * kPanel);
     }
-  } else {
-    const Features left = {product.left, product.rows, product.depth};
-    for (int64_t step = from; step < to; ++step)
-      for (int64_t i = 0; i < kPanel; ++i, packed += kPanel)
-        _mm512_store_si512(packed, left.load(row + i, step * kPanel));
+    packed += kStep;
+    ++step;
   }
-}
-
-// Writes a row panel's sums, with the bias, row by row as they lie in memory.
-void finish(const Product& product, int64_t panel, int64_t from, int64_t to, const float* sums) {
-  const int64_t begin = panel * kPanel, end = std::min(begin + kPanel, product.rows);
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t other = from; other < to; ++other) {
-      const int64_t column = other * kPanel, place = row * product.columns + column;
-      const __mmask32 present = Features{nullptr, 0, product.columns}.columns(column);
-      const __mmask16 low = static_cast<__mmask16>(present), high = static_cast<__mmask16>(present >> kHalf);
-      const float* own = sums + (other - from) * kStep + (row - begin) * kPanel;
-      __m512 first = _mm512_load_ps(own), second = _mm512_load_ps(own + kHalf);
-      if (product.bias) {
-        first = _mm512_add_ps(first, _mm512_maskz_loadu_ps(low, product.bias + column));
-        second = _mm512_add_ps(second, _mm512_maskz_loadu_ps(high, product.bias + column + kHalf));
-      }
-      if (product.result_in_single) {
-        _mm512_mask_storeu_ps(static_cast<float*>(product.result) + place, low, first);
-        _mm512_mask_storeu_ps(static_cast<float*>(product.result) + place + kHalf, high, second);
-      } else {
-        _mm512_mask_storeu_epi16(static_cast<uint16_t*>(product.result) + place, present,
-                                 (__m512i)_mm512_cvtne2ps_pbh(second, first));
-      }
-    }
-}
-
-struct Memory {
-  const Scratch<uint16_t> left{kWholeSteps * kStep};
-  const Scratch<float> sums{kTaskPanels * kBlockPanels * kStep};
 };
+
+// Writes 32 x 32 sums, with the bias, as rows of the result, one at a call.
+struct Finisher {
+  const Product& product;
+  const float* sums = nullptr;
+  int64_t row = 0, end = 0, column = 0;
+  __mmask32 present = 0;
+  __m512 bias[2] = {};
+
+  void start(const float* from, int64_t panel, int64_t column_panel) {
+    sums = from, row = panel * kPanel, end = std::min(row + kPanel, product.rows), column = column_panel * kPanel;
+    present = Features{nullptr, 0, product.columns}.columns(column);
+    if (!product.bias) return;
+    bias[0] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), product.bias + column);
+    bias[1] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> kHalf), product.bias + column + kHalf);
+  }
+
+  bool done() const { return row == end; }
+
+  BCLIP_MEMBER_INLINE void operator()() {
+    const int64_t place = row++ * product.columns + column;
+    const __m512 first = _mm512_add_ps(_mm512_load_ps(sums), bias[0]);
+    const __m512 second = _mm512_add_ps(_mm512_load_ps(sums + kHalf), bias[1]);
+    sums += kPanel;
+    if (product.result_in_single) {
+      float* const to = static_cast<float*>(product.result) + place;
+      _mm512_mask_storeu_ps(to, static_cast<__mmask16>(present), first);
+      _mm512_mask_storeu_ps(to + kHalf, static_cast<__mmask16>(present >> kHalf), second);
+    } else {
+      _mm512_mask_storeu_epi16(static_cast<uint16_t*>(product.result) + place, present,
+                               (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
+  }
+
+  // Asks for the line of the result that this row of these panels will be written to.
+  void fetch_result(int64_t at_row, int64_t at_column) const {
+    const int64_t size = product.result_in_single ? 4 : 2;
+    __builtin_prefetch(static_cast<char*>(product.result) + (at_row * product.columns + at_column) * size, 1);
+  }
+};
+
+template <typename Job>
+void complete(Job& job) {
+  while (!job.done()) job();
+}
+
+// Of a thread: two packed panels of the left operand, and sums.
+struct Memory {
+  explicit Memory(int64_t num_sums) : left(2 * kWholeSteps * kStep), sums(num_sums * kStep) {}
+
+  const Scratch<uint16_t> left;
+  const Scratch<float> sums;
+};
+
+// The steps of a block of the depth.
+int64_t block_steps(int64_t depth) {
+  return even_share(panels(depth), panels(depth) <= kWholeSteps ? kWholeSteps : kBlockSteps);
+}
 
 // Row panels [begin, end) x column panels [from, to).
 void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t from, int64_t to,
                     const Memory& memory) {
-  const int64_t steps = panels(product.depth);
-  const int64_t share = even_share(steps, steps <= kWholeSteps ? kWholeSteps : kBlockSteps);
-  float left_sums[kTaskPanels][kPanel] = {};
+  const int64_t steps = panels(product.depth), share = block_steps(product.depth);
+  float left_sums[kTransposedShape.tall][kPanel] = {};
   const bool sums_left = product.left_sums && from == 0;
+  int64_t place = 0;  // of a panel of the left operand in memory
+  const auto left_at = [&](int64_t at) { return memory.left.data + at % 2 * kWholeSteps * kStep; };
+  const auto packer = [&](int64_t panel, int64_t block, int64_t at) {
+    return Packer{product,     panel * kPanel, block, std::min(block + share, steps),
+                  left_at(at), sums_left ? left_sums[panel - begin] : nullptr};
+  };
+  Finisher finisher{product};
+  Packer first = packer(begin, 0, 0);
+  complete(first);
+  int64_t unit = 0;
   for (int64_t block = 0; block < std::max<int64_t>(steps, 1); block += share) {
-    const int64_t block_end = std::min(block + share, steps);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      pack_left(product, panel * kPanel, block, block_end, memory.left.data,
-                sums_left ? left_sums[panel - begin] : nullptr);
-      float* const sums = memory.sums.data + (share < steps ? (panel - begin) * (to - from) * kStep : 0);
-      for (int64_t other = from; other < to; ++other)
-        multiply(memory.left.data, product.workspace + (other * steps + block) * kStep, block_end - block,
-                 sums + (other - from) * kStep, block > 0, [](int64_t) {});
-      if (block_end == steps) finish(product, panel, from, to, sums);
+    const int64_t block_end = std::min(block + share, steps), count = block_end - block;
+    const bool last = block_end == steps;
+    const int64_t rows = count ? (kPanel + count - 1) / count : 0;  // to write in a step
+    for (int64_t panel = begin; panel < end; ++panel, ++place) {
+      Packer next = panel + 1 < end ? packer(panel + 1, block, place + 1)
+                    : last          ? Packer{product, 0, 0, 0, nullptr, nullptr}
+                                    : packer(begin, block_end, place + 1);
+      const int64_t to_pack = next.end - next.step, moments = (to - from) * count;
+      int64_t due = 0;
+      for (int64_t other = from; other < to; ++other, ++unit) {
+        float* const sums =
+            memory.sums.data + (share < steps ? (panel - begin) * (to - from) + other - from : unit % 2) * kStep;
+        const uint16_t* const right = product.workspace + (other * steps + block) * kStep;
+        multiply(left_at(place), right, count, sums, block > 0, [&](int64_t step) {
+          if (panel == begin) {  // later ones find it in L2
+            const char* const ahead = reinterpret_cast<const char*>(right + (steps + step) * kStep);
+            for (int64_t i = 0; i < kPanel; ++i) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+          }
+          if (last)
+            for (int64_t i = step * rows; i < std::min((step + 1) * rows, kPanel); ++i)
+              finisher.fetch_result(panel * kPanel + i, other * kPanel);
+          for (int64_t i = 0; i < rows && !finisher.done(); ++i) finisher();
+          if ((due += to_pack) >= moments) {
+            due -= moments;
+            next();
+          }
+        });
+        complete(finisher);
+        if (last) finisher.start(sums, panel, other);
+      }
+      complete(next);
     }
   }
+  complete(finisher);
   if (sums_left)
     for (int64_t panel = begin; panel < end; ++panel)
       std::copy_n(left_sums[panel - begin], std::min(kPanel, product.rows - panel * kPanel),
@@ -168,12 +250,16 @@ void amx_product(const Product& product, int threads) {
   else
     pack_right(Features{static_cast<const uint16_t*>(product.right), count, width}, product, threads);
   const int64_t row_panels = panels(product.rows), column_panels = panels(product.columns);
-  const int64_t tall = even_share(row_panels, kTaskPanels), wide = even_share(column_panels, kBlockPanels);
-  const int64_t num_rows = (row_panels + tall - 1) / tall, num_columns = (column_panels + wide - 1) / wide;
+  const Shape most = product.left_transposed ? kTransposedShape : kShape;
+  const int64_t wide = even_share(column_panels, most.wide), num_columns = (column_panels + wide - 1) / wide;
+  // Two tasks for each thread at least, where there are so many rows.
+  const int64_t fair = row_panels * num_columns / (2 * std::max(threads, 1));
+  const int64_t tall = even_share(row_panels, std::clamp<int64_t>(fair, 1, most.tall));
+  const int64_t num_rows = (row_panels + tall - 1) / tall;
   std::atomic<int64_t> next{0};
   parallel(std::min<int64_t>(num_rows * num_columns, threads), threads, [&](int64_t) {
     const Unit unit;
-    const Memory memory;
+    const Memory memory(block_steps(product.depth) < panels(product.depth) ? tall * wide : 2);
     for (int64_t task; (task = next.fetch_add(1)) < num_rows * num_columns;) {
       const int64_t row = task % num_rows * tall, column = task / num_rows * wide;
       multiply_block(product, row, std::min(row + tall, row_panels), column, std::min(column + wide, column_panels),

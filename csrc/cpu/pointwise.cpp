@@ -30,7 +30,9 @@ int64_t num_tasks(int64_t count, int64_t each) {
   return (count + each - 1) / each;
 }
 
-std::vector<float> scratch(int64_t columns) { return std::vector<float>((columns + 63) / 64 * 64); }
+int64_t row_width(int64_t columns) { return (columns + 31) / 32 * 32; }
+
+std::vector<float> scratch(int64_t columns) { return std::vector<float>(kScratchRows * row_width(columns)); }
 
 }  // namespace
 
@@ -44,18 +46,19 @@ void add_norm(const AddNorm& norm, int threads) {
 
 void add_norm_backward(const AddNormGradient& gradient, int threads) {
   const int64_t columns = gradient.columns, tasks = num_tasks(columns ? gradient.rows : columns, kRows);
-  std::vector<float> sums(tasks * 2 * columns);
+  const int64_t width = row_width(columns);
+  std::vector<float> sums(tasks * 2 * width);
   parallel(tasks, threads, [&](int64_t task) {
     auto keep = scratch(columns);
     kernels().add_norm_backward(gradient, task * kRows, std::min(gradient.rows, (task + 1) * kRows), keep.data(),
-                                sums.data() + task * 2 * columns);
+                                sums.data() + task * 2 * width);
   });
-  std::vector<double> totals(2 * columns);
+  std::vector<double> totals(2 * width);
   for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t j = 0; j < 2 * columns; ++j) totals[j] += sums[task * 2 * columns + j];
+    for (int64_t j = 0; j < 2 * width; ++j) totals[j] += sums[task * 2 * width + j];
   for (int64_t j = 0; j < columns; ++j) {
     gradient.weight_grad[j] = static_cast<float>(totals[j]);
-    gradient.bias_grad[j] = static_cast<float>(totals[columns + j]);
+    gradient.bias_grad[j] = static_cast<float>(totals[width + j]);
   }
 }
 

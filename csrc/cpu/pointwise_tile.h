@@ -24,35 +24,70 @@ BCLIP_INLINE Values row_of(const Values& values, int64_t index) {
   return {values.at ? static_cast<char*>(values.at) + index * (values.half ? 2 : 4) : nullptr, values.half};
 }
 
-BCLIP_INLINE Lanes load(const Values& from, int64_t at) {
-  if (!from.half) return load(static_cast<const float*>(from.at) + at);
+BCLIP_INLINE Lanes load_half(const uint16_t* from) {
+#ifdef BCLIP_AVX512
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
   Halves halves;
-  std::memcpy(&halves, static_cast<const uint16_t*>(from.at) + at, sizeof halves);
+  std::memcpy(&halves, from, sizeof halves);
   return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
+#endif
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
-BCLIP_INLINE void store(const Values& to, int64_t at, Lanes lanes) {
-  if (!to.half) return store(static_cast<float*>(to.at) + at, lanes);
+BCLIP_INLINE void store_half(uint16_t* to, Lanes lanes) {
   const Bits bits = (Bits)lanes;
   Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+#ifdef BCLIP_AVX512
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)lanes, (__m512)lanes, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32((__m512i)rounded, is_nan, _mm512_set1_epi32(0x7FC0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(kept));
+#else
   rounded = lanes != lanes ? Bits{} + 0x7FC0u : rounded;
   const Halves halves = __builtin_convertvector(rounded, Halves);
-  std::memcpy(static_cast<uint16_t*>(to.at) + at, &halves, sizeof halves);
+  std::memcpy(to, &halves, sizeof halves);
+#endif
 }
 
-BCLIP_INLINE Lanes load_first(const Values& from, int64_t at, int64_t count) {
-  if (count >= kLanes) return load(from, at);
-  float padded[kLanes] = {};
-  std::memcpy(padded, row_of(from, at).at, count * (from.half ? 2 : 4));
-  return load(Values{padded, from.half}, 0);
+BCLIP_INLINE int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// `count` values as floats, zeros after them up to whole lanes: in `buffer`, unless they lie so already.
+BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffer) {
+  const int64_t whole = count / kLanes * kLanes;
+  if (!from.half && whole == count) return static_cast<const float*>(from.at);
+  if (whole < count) store(buffer + whole, Lanes{});
+  if (!from.half) {
+    std::memcpy(buffer, from.at, count * sizeof(float));
+    return buffer;
+  }
+  const uint16_t* const halves = static_cast<const uint16_t*>(from.at);
+  for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, load_half(halves + j));
+  for (int64_t j = whole; j < count; ++j) {
+    const uint32_t bits = static_cast<uint32_t>(halves[j]) << 16;
+    std::memcpy(buffer + j, &bits, sizeof bits);
+  }
+  return buffer;
 }
 
-BCLIP_INLINE void store_first(const Values& to, int64_t at, Lanes lanes, int64_t count) {
-  if (count >= kLanes) return store(to, at, lanes);
-  float padded[kLanes];
-  store(Values{padded, to.half}, 0, lanes);
-  std::memcpy(row_of(to, at).at, padded, count * (to.half ? 2 : 4));
+// Where to put `count` floats, in whole lanes, for settle() to bring to `to`.
+BCLIP_INLINE float* place(const Values& to, int64_t count, float* buffer) {
+  return to.half || count % kLanes ? buffer : static_cast<float*>(to.at);
+}
+
+BCLIP_INLINE void settle(const Values& to, int64_t count, const float* from) {
+  if (from == to.at) return;
+  if (!to.half) {
+    std::memcpy(to.at, from, count * sizeof(float));
+    return;
+  }
+  uint16_t* const halves = static_cast<uint16_t*>(to.at);
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t j = 0; j < whole; j += kLanes) store_half(halves + j, load(from + j));
+  if (whole == count) return;
+  uint16_t last[kLanes];
+  store_half(last, load(from + whole));
+  std::memcpy(halves + whole, last, (count - whole) * sizeof(uint16_t));
 }
 
 // Of a 64-bit lane the low half counts.
@@ -91,81 +126,117 @@ struct Moments {
   float mean, inverse;  // of the deviation
 };
 
+// sum over j of term(lanes at j, j), four sums at a time.
+template <typename Term>
+BCLIP_INLINE float sum_of(const float* row, int64_t columns, const Term& term) {
+  Lanes totals[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
+    for (int i = 0; i < 4; ++i) totals[i] += term(load(row + j + i * kLanes), j + i * kLanes);
+  for (; j < columns; j += kLanes) totals[0] += term(load(row + j), j);
+  return sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+}
+
 // Two passes over a row in L1: the one-pass form loses what the mean and the spread differ by.
-BCLIP_INLINE Moments moments(const Values& row, int64_t columns, double eps) {
-  Lanes total = {};
-  for (int64_t j = 0; j < columns; j += kLanes) total += load_first(row, j, columns - j);
-  const float mean = sum(total) / columns;
-  Lanes squares = {};
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const Lanes centred = zero_from(load_first(row, j, columns - j) - mean, columns - j);
-    squares += centred * centred;
+BCLIP_INLINE Moments moments(const float* row, int64_t columns, double eps) {
+  const float mean = sum_of(row, columns, [](Lanes lanes, int64_t) { return lanes; }) / columns;
+  const int64_t whole = columns / kLanes * kLanes;
+  float squares = sum_of(row, whole, [&](Lanes lanes, int64_t) { return (lanes - mean) * (lanes - mean); });
+  if (whole < columns) {
+    const Lanes centred = zero_from(load(row + whole) - mean, columns - whole);
+    squares += sum(centred * centred);
   }
-  return {mean, static_cast<float>(1 / std::sqrt(static_cast<double>(sum(squares)) / columns + eps))};
+  return {mean, static_cast<float>(1 / std::sqrt(static_cast<double>(squares) / columns + eps))};
 }
 
-void add_norm(const AddNorm& norm, int64_t first, int64_t last, float* keep) {
-  const int64_t columns = norm.columns;
+void add_norm(const AddNorm& norm, int64_t first, int64_t last, float* scratch) {
+  const int64_t columns = norm.columns, width = (columns + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  float *const keep = scratch, *const own = keep + width, *const other = own + width;
+  const float* const weight = floats(norm.weight, columns, other + width);
+  const float* const bias = floats(norm.bias, columns, other + 2 * width);
   for (int64_t row = first; row < last; ++row) {
     const int64_t start = row * columns;
-    const Values stream = row_of(norm.stream, start), branch = row_of(norm.branch, start);
-    const Values total = norm.branch.at ? row_of(norm.total, start) : stream;
+    const float* total = floats(row_of(norm.stream, start), columns, own);
     if (norm.branch.at) {
-      if (norm.dropout.drop_below) fill_keep(norm.dropout, row, columns, keep);
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        Lanes added = load_first(branch, j, columns - j);
-        if (norm.dropout.drop_below) added *= load(keep + j);
-        store_first(total, j, load_first(stream, j, columns - j) + added, columns - j);
+      const float* const branch = floats(row_of(norm.branch, start), columns, other);
+      const Values to = row_of(norm.total, start);
+      float* const sums = place(to, columns, own);
+      if (norm.dropout.drop_below) {
+        fill_keep(norm.dropout, row, columns, keep);
+        for (int64_t j = 0; j < columns; j += kLanes)
+          store(sums + j, load(total + j) + load(branch + j) * load(keep + j));
+      } else {
+        for (int64_t j = 0; j < columns; j += kLanes) store(sums + j, load(total + j) + load(branch + j));
       }
+      settle(to, columns, sums);
+      total = to.half ? floats(to, columns, own) : sums;  // the rounded sum is what goes on
     }
     const Moments moment = moments(total, columns, norm.eps);
-    const Values normed = row_of(norm.normed, start), wide = row_of(norm.wide, start);
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const int64_t left = columns - j;
-      const Lanes centred = (load_first(total, j, left) - moment.mean) * moment.inverse;
-      const Lanes result = centred * load_first(norm.weight, j, left) + load_first(norm.bias, j, left);
-      store_first(normed, j, result, left);
-      if (wide.at) store_first(wide, j, result, left);
-    }
+    const Lanes mean = splat(moment.mean), inverse = splat(moment.inverse);
+    for (int64_t j = 0; j < columns; j += kLanes)
+      store(other + j, (load(total + j) - mean) * inverse * load(weight + j) + load(bias + j));
+    settle(row_of(norm.normed, start), columns, other);
+    if (norm.wide.at) settle(row_of(norm.wide, start), columns, other);
   }
 }
 
-void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last, float* keep, float* sums) {
-  const int64_t columns = norm.columns;
-  const Values weight_sums = {sums, false}, bias_sums = {sums + columns, false};
+void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last, float* scratch, float* sums) {
+  const int64_t columns = norm.columns, width = (columns + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  float *const keep = scratch, *const own = keep + width, *const other = own + width, *const third = other + width;
+  const float* const weight = floats(norm.weight, columns, third + width);
+  float *const weight_sums = sums, *const bias_sums = sums + width;
+  const Values some = norm.grad.at ? norm.grad : norm.wide_grad;
+  if (!some.at) std::fill_n(other, width, 0.f);
   for (int64_t row = first; row < last; ++row) {
     const int64_t start = row * columns;
-    const Values grad = row_of(norm.grad, start), wide = row_of(norm.wide_grad, start);
-    const Values total = row_of(norm.total, start), total_grad = row_of(norm.total_grad, start);
+    const float* const total = floats(row_of(norm.total, start), columns, own);
     const Moments moment = moments(total, columns, norm.eps);
-    const auto upstream = [&](int64_t j, int64_t left) {
-      Lanes g = grad.at ? load_first(grad, j, left) : Lanes{};
-      return wide.at ? g + load_first(wide, j, left) : g;
-    };
-    Lanes mean = {}, along = {};
+    const Lanes mean = splat(moment.mean), inverse = splat(moment.inverse);
+    const float* upstream = some.at ? floats(row_of(some, start), columns, other) : other;
+    if (norm.grad.at && norm.wide_grad.at) {
+      const float* const wide = floats(row_of(norm.wide_grad, start), columns, third);
+      for (int64_t j = 0; j < columns; j += kLanes) store(other + j, load(upstream + j) + load(wide + j));
+      upstream = other;
+    }
+    Lanes all = {}, along = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const int64_t left = columns - j;
-      const Lanes g = upstream(j, left), x = (load_first(total, j, left) - moment.mean) * moment.inverse;
-      const Lanes h = g * load_first(norm.weight, j, left);
-      mean += h;
+      const Lanes g = load(upstream + j), x = (load(total + j) - mean) * inverse, h = g * load(weight + j);
+      all += h;
       along += h * x;
-      store_first(weight_sums, j, load_first(weight_sums, j, left) + g * x, left);
-      store_first(bias_sums, j, load_first(bias_sums, j, left) + g, left);
+      store(weight_sums + j, load(weight_sums + j) + g * x);
+      store(bias_sums + j, load(bias_sums + j) + g);
     }
-    const float mean_of_h = sum(mean) / columns, mean_of_hx = sum(along) / columns;
-    const Values stream_grad = row_of(norm.stream_grad, start), branch_grad = row_of(norm.branch_grad, start);
-    if (branch_grad.at && norm.dropout.drop_below) fill_keep(norm.dropout, row, columns, keep);
+    const Lanes mean_of_h = splat(sum(all) / columns), mean_of_hx = splat(sum(along) / columns);
+    const Values to = row_of(norm.stream_grad, start);
+    float* const result = place(to, columns, own);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const int64_t left = columns - j;
-      const Lanes x = (load_first(total, j, left) - moment.mean) * moment.inverse;
-      const Lanes h = upstream(j, left) * load_first(norm.weight, j, left);
-      Lanes result = (h - mean_of_h - x * mean_of_hx) * moment.inverse;
-      if (total_grad.at) result += load_first(total_grad, j, left);
-      store_first(stream_grad, j, result, left);
-      if (!branch_grad.at) continue;
-      store_first(branch_grad, j, norm.dropout.drop_below ? result * load(keep + j) : result, left);
+      const Lanes x = (load(total + j) - mean) * inverse, h = load(upstream + j) * load(weight + j);
+      store(result + j, (h - mean_of_h - x * mean_of_hx) * inverse);
     }
+    if (norm.total_grad.at) {
+      const float* const more = floats(row_of(norm.total_grad, start), columns, third);
+      for (int64_t j = 0; j < columns; j += kLanes) store(result + j, load(result + j) + load(more + j));
+    }
+    settle(to, columns, result);
+    if (!norm.branch_grad.at) continue;
+    const Values branch = row_of(norm.branch_grad, start);
+    if (!norm.dropout.drop_below) {
+      settle(branch, columns, result);
+      continue;
+    }
+    fill_keep(norm.dropout, row, columns, keep);
+    for (int64_t j = 0; j < columns; j += kLanes) store(keep + j, load(result + j) * load(keep + j));
+    settle(branch, columns, keep);
   }
+}
+
+BCLIP_INLINE Lanes reciprocal(Lanes x) {
+#ifdef BCLIP_AVX512
+  const Lanes near = (Lanes)_mm512_rcp14_ps((__m512)x);
+  return near * (2.f - x * near);
+#else
+  return 1.f / x;
+#endif
 }
 
 struct Normal {
@@ -173,10 +244,9 @@ struct Normal {
 };
 
 // Abramowitz and Stegun 7.1.26 for erfc(|x| / sqrt 2), 1.5e-7 absolute; torch's vectors use the same.
-BCLIP_INLINE Normal normal(Lanes x) {
-  static const Factor factor(-0.72134752044448170);  // log2(e) / -2
+BCLIP_INLINE Normal normal(Lanes x, const Factor& factor) {
   const Lanes density = exp2_affine(x * x, factor, Lanes{});
-  const Lanes t = 1.f / (0.23164189f * abs(x) + 1.f);  // 0.3275911 / sqrt 2
+  const Lanes t = reciprocal(0.23164189f * abs(x) + 1.f);  // 0.3275911 / sqrt 2
   Lanes tail = splat(1.061405429f);
   tail = tail * t - 1.453152027f;
   tail = tail * t + 1.421413741f;
@@ -186,20 +256,38 @@ BCLIP_INLINE Normal normal(Lanes x) {
   return {x < 0.f ? tail : 1.f - tail, density};
 }
 
-void gelu(Values x, Values out, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; i += kLanes) {
-    const Lanes value = load_first(x, i, last - i);
-    store_first(out, i, value * normal(value).below, last - i);
+// out = of(lanes of x, lanes of y) for values [first, last), all of one dtype.
+template <typename Of>
+BCLIP_INLINE void each(const Values& x, const Values& y, const Values& out, int64_t first, int64_t last, const Of& of) {
+  const int64_t whole = first + (last - first) / kLanes * kLanes;
+  if (x.half) {
+    const uint16_t *const a = static_cast<const uint16_t*>(x.at), *const b = static_cast<const uint16_t*>(y.at);
+    uint16_t* const to = static_cast<uint16_t*>(out.at);
+    for (int64_t i = first; i < whole; i += kLanes) store_half(to + i, of(load_half(a + i), load_half(b + i)));
+  } else {
+    const float *const a = static_cast<const float*>(x.at), *const b = static_cast<const float*>(y.at);
+    float* const to = static_cast<float*>(out.at);
+    for (int64_t i = first; i < whole; i += kLanes) store(to + i, of(load(a + i), load(b + i)));
   }
+  if (whole == last) return;
+  float one[kLanes], two[kLanes];
+  const int64_t left = last - whole;
+  const Lanes a = load(floats(row_of(x, whole), left, one)), b = load(floats(row_of(y, whole), left, two));
+  store(one, of(a, b));
+  settle(row_of(out, whole), left, one);
+}
+
+void gelu(Values x, Values out, int64_t first, int64_t last) {
+  const Factor factor(-0.72134752044448170);  // log2(e) / -2
+  each(x, x, out, first, last, [&](Lanes value, Lanes) { return value * normal(value, factor).below; });
 }
 
 void gelu_backward(Values grad, Values x, Values out, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; i += kLanes) {
-    const Lanes value = load_first(x, i, last - i);
-    const Normal at = normal(value);
-    const Lanes slope = at.below + value * at.density * 0.3989422804f;
-    store_first(out, i, load_first(grad, i, last - i) * slope, last - i);
-  }
+  const Factor factor(-0.72134752044448170);
+  each(x, grad, out, first, last, [&](Lanes value, Lanes upstream) {
+    const Normal at = normal(value, factor);
+    return upstream * (at.below + value * at.density * 0.3989422804f);
+  });
 }
 
 }  // namespace
