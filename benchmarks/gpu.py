@@ -1,8 +1,8 @@
 """`make gpu`: builds on a machine with a GPU, tests there, looks for races, measures, and records what was measured.
 
 For a machine with nvcc, PyTorch, Triton, pytest and pytest-benchmark, what builds (setuptools, pybind11, ninja) and no
-network. Every step has its time, all
-together less than 9 minutes; a step that fails or runs out of it doesn't stop the next ones, but the exit status tells.
+network. Every step has its time, all together less than 9 minutes; a step that fails or runs out of it doesn't stop the
+next ones, but the exit status tells.
 """
 
 from __future__ import annotations
