@@ -12,7 +12,9 @@ from ninja import BIN_DIR, ninja_syntax
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")  # and PTX of the first for whatever comes later
+ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")
+# Later devices compile it themselves. Not that of an architecture with a letter, whose PTX runs on no other.
+PTX = next((arch for arch in ARCHS if arch.isdigit()), ARCHS[0])
 CXX = os.environ.get("CXX", "g++")
 JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
 JPEG_HELP = """The jpeglib.h of libjpeg-turbo was not found: bclip_fast decodes images with it.
@@ -69,7 +71,7 @@ class BuildWithNinja(build_ext):
         options = f"-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wno-psabi {includes}"
         if kind == "_cuda":
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-            codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
+            codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
             device = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
             ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc")

@@ -104,7 +104,7 @@ def _cuda() -> list[str]:
 
     out.append(f"_cuda: built for sm_{_cuda.architectures.replace(';', ', sm_')}")
     try:
-        devices = _cuda.devices()
+        devices = [_cuda.device(index) for index in range(_cuda.count_devices())]
     except RuntimeError as error:
         return [*out, f"no device: {error}"]
     for index, device in enumerate(devices):

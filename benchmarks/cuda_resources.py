@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPORT = Path(__file__).parent / "results" / "cuda_resources.md"
-# Registers of a multiprocessor, its shared memory, of which each block takes 1 KiB for itself, and how many threads it
+# Registers of a multiprocessor; its shared memory in KiB, of which each block takes one for itself, and the threads it
 # holds (CUDA C++ programming guide, technical specifications per compute capability).
-REGISTERS, THREADS = 65536, 2048
-SHARED = {"80": 164 * 1024, "90": 228 * 1024, "90a": 228 * 1024}
+REGISTERS = 65536
+MULTIPROCESSORS = {"80": (164, 2048), "86": (100, 1536), "87": (164, 1536), "89": (100, 1536), "90": (228, 2048)}
+MULTIPROCESSORS |= {"100": (228, 2048), "103": (228, 2048), "120": (100, 1536), "121": (100, 1536)}
 
 
 class Kernel(NamedTuple):
@@ -33,8 +34,8 @@ class Kernel(NamedTuple):
     def blocks(self) -> int:
         """How many fit on a multiprocessor; registers come to a warp in units of 256."""
         registers = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
-        shared = SHARED[self.architecture] // (self.shared + 1024)
-        return min(REGISTERS // registers, shared, THREADS // self.threads)
+        kibibytes, threads = MULTIPROCESSORS[self.architecture.rstrip("af")]
+        return min(REGISTERS // registers, kibibytes * 1024 // (self.shared + 1024), threads // self.threads)
 
 
 def cuobjdump() -> str | None:
@@ -112,7 +113,7 @@ def _launch_of(name: str, module: object) -> tuple[int, int]:
         return module.attention_forward_shared_bytes(dim, size), 128  # type: ignore[attr-defined]
     # By its warps: 4 for rows of up to 128.
     longest = 128 if size == 4 else 256
-    return module.attention_backward_shared_bytes(dim, longest), 32 * size  # type: ignore[attr-defined]
+    return module.attention_backward_shared_bytes(dim, longest, 2**20), 32 * size  # type: ignore[attr-defined]
 
 
 def report(found: list[Kernel]) -> str:

@@ -63,6 +63,19 @@ def test_without_a_fault_it_multiplies(host, seed):
     torch.testing.assert_close(c.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("exponent", "true", "cut"), [(-24, 1 + 3.5 * 2**-23, 1 + 3 * 2**-23), (-25, 1 + 1.75 * 2**-23, 1)]
+)
+def test_sums_are_cut_off_as_tensor_cores_do(host, exponent, true, cut):
+    """1 and seven small numbers; the next group of eight, which comes after, adds a 1 of its own."""
+    a, b, c = operands()
+    a[0] = torch.tensor([1.0] + [2.0**-12] * 7 + [0.0] * 7 + [1.0])
+    b[0] = torch.tensor([1.0] + [2.0 ** (exponent + 12)] * 7 + [0.0] * 7 + [-1.0])
+    assert (a[0].double() @ b[0].double()).item() == true - 1
+    run(host, "NONE", a, b, c)
+    assert c[0, 0].item() == cut - 1
+
+
 def test_a_wrong_fragment_layout_shows(host):
     a, b, c = operands()
     run(host, "LAYOUT", a, b, c)

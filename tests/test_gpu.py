@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from bclip_fast.benchmarks import gpu
@@ -35,3 +37,24 @@ def test_a_failing_step_is_told_and_does_not_stop_the_rest(monkeypatch, capsys):
     assert gpu.main() == 2
     told = capsys.readouterr().out
     assert "first: ok" in told and "second: FAILED (3)" in told and "failed: second, third" in told
+
+
+def alive(pid):
+    """A zombie isn't: a container's first process may not reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_nothing_outlives_its_step(tmp_path):
+    """As under a sanitizer, whose program is a process of its own."""
+    told = tmp_path / "pid"
+    child = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert "timed out" in gpu.run(gpu.Step("slow", [sys.executable, "-c", code], 3), os.environ)
+    left = time.monotonic() + 20
+    while alive(told.read_text()):
+        assert time.monotonic() < left
+        time.sleep(0.1)
+    assert "No such file" in gpu.run(gpu.Step("none", ["compute-sanitizer-that-isn't-there"], 3), os.environ)

@@ -57,18 +57,44 @@ def cuda_module() -> ModuleType:
 
 
 @cache
-def _cuda_device_refusal(index: int) -> str | None:
-    return cuda_module().devices()[index]["refusal"] or None
+def _cuda_device(index: int) -> tuple[int, str]:
+    """What a block of threads may have of the device's shared memory, in bytes, and what speaks against the device."""
+    try:
+        # By torch's own guard, that makes no context on another device when it goes back.
+        with torch.cuda.device(index if CUDA_HOST is None else -1):
+            device = cuda_module().device(index)
+    except RuntimeError as error:
+        # A driver older than the toolkit that built us, say: other backends may do without it.
+        return 0, str(error)
+    return device["block_bytes"], device["refusal"]
 
 
-def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """The reason why no CUDA kernel of ours can take this tensor, in its own dtype unless given, or None."""
+def cuda_block_bytes(tensor: Tensor) -> int:
+    """What a block of threads may have of the shared memory of the tensor's device."""
+    return _cuda_device(tensor.device.index or 0)[0]
+
+
+@torch.compiler.assume_constant_result
+def _cuda_limits(index: int) -> tuple[int, str]:
+    """`_cuda_device`, into which torch.compile would otherwise look, past the cache: its module is none of torch's."""
+    return _cuda_device(index)
+
+
+def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None, block_bytes: int = 0) -> str | None:
+    """The reason why no CUDA kernel of ours can take this tensor, in its own dtype unless given, or None.
+
+    `block_bytes` is what a block of the kernel's threads needs of shared memory: sm_90 has 227 KiB for it, sm_80 163,
+    sm_86, sm_89 and sm_120 have 99 (CUDA C++ programming guide, technical specifications per compute capability).
+    """
     dtype = dtype or tensor.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {dtype}"
     if tensor.device.type != ("cuda" if CUDA_HOST is None else "cpu"):
         return f"device is {tensor.device.type}, not cuda"
-    return None if CUDA_HOST else _cuda_device_refusal(tensor.device.index)
+    available, refusal = _cuda_limits(tensor.device.index or 0)
+    if not refusal and available < block_bytes:
+        return f"a block of threads needs {block_bytes} bytes of shared memory, this device gives it {available}"
+    return refusal or None
 
 
 def cuda_address(tensor: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> int:

@@ -21,6 +21,7 @@ struct Attention {
   const int64_t* seed;  // (); null without dropout
   uint32_t threshold;   // floor(p 2^32)
   float keep_scale;     // 1 / (1 - p)
+  int block_bytes;      // of shared memory that the device gives a block of threads
   void* stream;
 };
 
@@ -39,10 +40,10 @@ struct AttentionGradient {
 void attention_backward(const Attention& attention, const AttentionGradient& gradient);
 
 // How many keys a block of threads holds at once: longer rows add up their dQ in the workspace.
-int attention_backward_keys(int dim, int max_length);
+int attention_backward_keys(int dim, int max_length, int block_bytes);
 
 // What a block takes of a multiprocessor's shared memory.
 int attention_forward_shared_bytes(int dim, int max_length);
-int attention_backward_shared_bytes(int dim, int max_length);
+int attention_backward_shared_bytes(int dim, int max_length, int block_bytes);
 
 }  // namespace bclip::cuda

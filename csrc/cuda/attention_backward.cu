@@ -51,10 +51,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
   const T* const grad_rows =
       static_cast<const T*>(gradient.out_grad) + sequence.start * grad_stride + head * gradient.out_grad_head_stride;
   const T* const out_rows = static_cast<const T*>(gradient.out) + sequence.start * out_stride + head * DIM;
-  T* const query_grad = static_cast<T*>(gradient.qkv_grad) + sequence.start * 3 * out_stride + head * DIM;
-  const float* const lse = gradient.lse + head * attention.rows + sequence.start;
+  // Of what the loops within need no more than once an address, nothing is kept in registers: there is none to spare.
+  const auto qkv_grad = [&](int row) {
+    return static_cast<T*>(gradient.qkv_grad) + (sequence.start + row) * 3 * out_stride + head * DIM;
+  };
+  const auto lse = [&](int row) { return gradient.lse[head * attention.rows + sequence.start + row]; };
   const float factor = attention.scale * LOG2_E, keep_scale = DROPOUT ? attention.keep_scale : 1.0f;
-  const uint64_t seed = DROPOUT ? *attention.seed : 0;
 
   const auto copy_strip = [&](int first, int stage) {
     if (first < length) {
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
         delta += shuffle_xor(delta, 1);
         delta += shuffle_xor(delta, 2);
         if (index % 4 == 0) {
-          const float value = first + row < length ? lse[first + row] * LOG2_E : 0.0f;
+          const float value = first + row < length ? lse(first + row) * LOG2_E : 0.0f;
           deltas.store(row, delta);
           // Of a row with nothing to attend to, whose weights are zero anyway, anything finite.
           row_lse.store(row, value == -infinity() ? 0.0f : value);
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
               // Lane 8 q + i draws for quad q of the 16 keys and query i of the 8.
               const uint32_t query = static_cast<uint32_t>(sequence.start) + first + strip + half * 8 + lane % 8;
               const uint32_t drawn =
-                  kept_of_quad(seed, attention.threshold, (chunk + row) / 4 + lane / 8, query, head);
+                  kept_of_quad(*attention.seed, attention.threshold, (chunk + row) / 4 + lane / 8, query, head);
               const int source = group / 4 * 8 + place * 2;
               kept = 0;
 #pragma unroll
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
       for (int i = 0; i < 4; i += 2) {
         const int row = first + strip + group + i / 2 * 8;
         if (row >= length) continue;
-        T* const to = query_grad + row * 3 * out_stride + part + place * 2;
+        T* const to = qkv_grad(row) + part + place * 2;
         float* const added = begins && ends ? nullptr
                                             : gradient.workspace + (sequence.start + row) * out_stride + head * DIM +
                                                   part + place * 2;
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
       }
     }
     warp_barrier();
-    T* const to = query_grad + (chunk + row) * 3 * out_stride + out_stride;
+    T* const to = qkv_grad(chunk + row) + out_stride;
     const Tile<T, DIM> own_keys{{Places::KEY + Tile<T, DIM>::bytes(row)}};
     const Tile<T, DIM> own_values{{Places::VALUE + Tile<T, DIM>::bytes(row)}};
     own_keys.store_rows(to, 3 * out_stride, count, lane, 32);
@@ -262,14 +264,16 @@ __global__ void __launch_bounds__(WARPS * 32, 1) backward(Arguments arguments) {
   }
 }
 
-// What act returns of the layout for these sizes.
+// What act returns of the layout for these sizes. Where a block may have less than the 129.5 KiB that 256 keys of 64
+// elements take (sm_86, sm_89 and sm_120 give it 99), they go through in chunks of 128.
 template <class T, class Act>
-auto with_layout(int dim, int max_length, Act&& act) {
+auto with_layout(int dim, int max_length, int block_bytes, Act&& act) {
   switch (dim) {
     case 32:
       return act(Layout<T, 32, 8>());
     case 64:
-      return max_length <= 128 ? act(Layout<T, 64, 4>()) : act(Layout<T, 64, 8>());
+      return max_length <= 128 || block_bytes < Layout<T, 64, 8>::BYTES ? act(Layout<T, 64, 4>())
+                                                                         : act(Layout<T, 64, 8>());
     case 96:
       return act(Layout<T, 96, 8>());
     case 128:
@@ -282,7 +286,7 @@ auto with_layout(int dim, int max_length, Act&& act) {
 template <class T>
 void run(const Arguments& arguments) {
   const Attention& attention = arguments.attention;
-  with_layout<T>(attention.dim, attention.max_length, [&](auto layout) {
+  with_layout<T>(attention.dim, attention.max_length, attention.block_bytes, [&](auto layout) {
     using Chosen = decltype(layout);
     constexpr int WARPS = Chosen::KEYS / Chosen::KEYS_OF_WARP;
     launch(attention.seed ? backward<T, Chosen::COLUMNS, WARPS, true> : backward<T, Chosen::COLUMNS, WARPS, false>,
@@ -293,19 +297,20 @@ void run(const Arguments& arguments) {
 }  // namespace
 
 void attention_backward(const Attention& attention, const AttentionGradient& gradient) {
-  if (attention.max_length > attention_backward_keys(attention.dim, attention.max_length) && !gradient.workspace) {
+  const int keys = attention_backward_keys(attention.dim, attention.max_length, attention.block_bytes);
+  if (attention.max_length > keys && !gradient.workspace) {
     throw std::invalid_argument("rows this long need a workspace");
   }
   const Arguments arguments{attention, gradient};
   attention.bfloat16 ? run<Bfloat16>(arguments) : run<Half>(arguments);
 }
 
-int attention_backward_keys(int dim, int max_length) {
-  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::KEYS; });
+int attention_backward_keys(int dim, int max_length, int block_bytes) {
+  return with_layout<Half>(dim, max_length, block_bytes, [](auto layout) { return decltype(layout)::KEYS; });
 }
 
-int attention_backward_shared_bytes(int dim, int max_length) {
-  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::BYTES; });
+int attention_backward_shared_bytes(int dim, int max_length, int block_bytes) {
+  return with_layout<Half>(dim, max_length, block_bytes, [](auto layout) { return decltype(layout)::BYTES; });
 }
 
 }  // namespace bclip::cuda

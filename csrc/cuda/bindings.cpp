@@ -7,14 +7,11 @@ namespace py = pybind11;
 
 namespace {
 
-py::list devices() {
-  py::list result;
-  for (const auto& device : bclip::cuda::devices()) {
-    result.append(py::dict(py::arg("name") = device.name,
-                           py::arg("capability") = py::make_tuple(device.major, device.minor),
-                           py::arg("memory_bytes") = device.memory_bytes, py::arg("refusal") = device.refusal));
-  }
-  return result;
+py::dict device(int index) {
+  const auto found = bclip::cuda::device(index);
+  return py::dict(py::arg("name") = found.name, py::arg("capability") = py::make_tuple(found.major, found.minor),
+                  py::arg("memory_bytes") = found.memory_bytes, py::arg("block_bytes") = found.block_bytes,
+                  py::arg("refusal") = found.refusal);
 }
 
 }  // namespace
@@ -22,6 +19,7 @@ py::list devices() {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels on raw pointers; the wrappers in bclip_fast.ops make every check.";
   module.attr("architectures") = BCLIP_CUDA_ARCHS;
-  module.def("devices", &devices, "A dict per CUDA device; RuntimeError with the driver's reason where there is none.");
+  module.def("device", &device, "As in csrc/cuda/device.h; RuntimeError with the driver's reason where there is none.");
+  module.def("count_devices", &bclip::cuda::count_devices);
   bclip::cuda::define_operators(module);
 }

@@ -16,24 +16,29 @@ void check(cudaError_t error) {
 
 }  // namespace
 
-std::vector<Device> devices() {
-  int count = 0;
-  check(cudaGetDeviceCount(&count));
+Device device(int index) {
   int before = 0;
   check(cudaGetDevice(&before));
-  std::vector<Device> found;
-  for (int index = 0; index < count; ++index) {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, index));
-    check(cudaSetDevice(index));
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
-    if (error != cudaSuccess) cudaGetLastError();
-    found.push_back({properties.name, properties.major, properties.minor, properties.totalGlobalMem,
-                     error == cudaSuccess ? "" : cudaGetErrorString(error)});
-  }
-  check(cudaSetDevice(before));
-  return found;
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index));
+  // Where it is the current one already, as in a process that works on one, nothing is set: setting makes a context.
+  if (index != before) check(cudaSetDevice(index));
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  if (error != cudaSuccess) cudaGetLastError();
+  if (index != before) check(cudaSetDevice(before));
+  return {properties.name,
+          properties.major,
+          properties.minor,
+          properties.totalGlobalMem,
+          static_cast<int>(properties.sharedMemPerBlockOptin),
+          error == cudaSuccess ? "" : cudaGetErrorString(error)};
+}
+
+int count_devices() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count));
+  return count;
 }
 
 }  // namespace bclip::cuda

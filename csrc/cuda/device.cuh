@@ -145,6 +145,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
 __device__ __forceinline__ uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+// Rounded by itself: a compiler fuses other products with the sums they go into.
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // Two numbers in a register, the first in the lower half; rounded to nearest even.
@@ -161,7 +163,7 @@ __device__ __forceinline__ uint32_t pack<Bfloat16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-struct Pair {
+struct alignas(8) Pair {
   float low, high;
 };
 template <class T>

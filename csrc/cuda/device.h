@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
 namespace bclip::cuda {
 
@@ -11,10 +10,13 @@ struct Device {
   int major;             // compute capability
   int minor;
   size_t memory_bytes;
+  int block_bytes;       // of shared memory that a block of threads may ask for
   std::string refusal;   // why this build's kernels cannot run on it; empty when they can
 };
 
-// Throws std::runtime_error with the driver's reason when there is no usable driver or device.
-std::vector<Device> devices();
+// Both throw std::runtime_error with the driver's reason when there is no usable driver or device. To know the refusal
+// takes a context, some hundred MiB of the device's memory: a process that works on one device asks for that one.
+Device device(int index);
+int count_devices();
 
 }  // namespace bclip::cuda

@@ -18,12 +18,12 @@ __device__ inline double filter(double x, bool bicubic) {
   x = x < 0 ? -x : x;
   if (!bicubic) return x < 1 ? 1 - x : 0;
   constexpr double a = -0.5;
-  if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
-  return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
+  if (x < 1) return product(product(product(a + 2, x) - (a + 3), x), x) + 1;
+  return x < 2 ? product(product(product(x - 5, x) + 8, x) - 4, a) : 0;
 }
 
-// A thread per output of an axis. Sums and roundings are in Pillow's order; a compiler that fuses a product with a sum
-// may move a coefficient by one in 2^22.
+// A thread per output of an axis. Sums and roundings are in Pillow's order; what isn't said as `product` is a product by
+// a power of two, which rounds nothing.
 __global__ void __launch_bounds__(THREADS) weigh(ImageResize call) {
   const int64_t index = block_index() * THREADS + thread_index();
   if (index >= call.count * 2 * call.size) return;
@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(THREADS) weigh(ImageResize call) {
   const Axis& axis = index / call.size % 2 ? picture.second : picture.first;
   const int64_t output = index % call.size;
   const double scale = double(axis.length) / double(axis.resized), stretch = scale > 1 ? scale : 1;
-  const double reach = (call.bicubic ? 2 : 1) * stretch, center = (double(axis.offset + output) + 0.5) * scale;
+  const double reach = (call.bicubic ? 2 : 1) * stretch, center = product(double(axis.offset + output) + 0.5, scale);
   const int begin = int(center - reach + 0.5), end = int(center + reach + 0.5);
   const int low = begin < 0 ? 0 : begin, high = end > axis.length ? int(axis.length) : end;
-  const auto weight = [&](int x) { return filter((x - center + 0.5) * (1 / stretch), call.bicubic); };
+  const auto weight = [&](int x) { return filter(product(x - center + 0.5, 1 / stretch), call.bicubic); };
   double sum = 0;
   for (int x = low; x < high; ++x) sum += weight(x);
   int32_t* const words = call.weights + axis.words + output * (2 + axis.taps);

@@ -20,10 +20,11 @@ T* at(uintptr_t address) {
 Attention attention(uintptr_t qkv, bool bfloat16, int64_t token_stride, int64_t part_stride, int64_t head_stride,
                     int64_t rows, int64_t sequences, int heads, int dim, uintptr_t bounds, int max_length,
                     uintptr_t key_mask, bool causal, float scale, uintptr_t seed, uint32_t threshold, float keep_scale,
-                    uintptr_t stream) {
+                    int block_bytes, uintptr_t stream) {
   return {at<void>(qkv),   bfloat16,  token_stride, part_stride,        head_stride, rows,
           sequences,       heads,     dim,          at<int32_t>(bounds), max_length,  at<uint8_t>(key_mask),
-          causal,          scale,     at<int64_t>(seed), threshold,     keep_scale,  at<void>(stream)};
+          causal,          scale,     at<int64_t>(seed), threshold,     keep_scale,  block_bytes,
+          at<void>(stream)};
 }
 
 Features features(uintptr_t image, uintptr_t text, bool bfloat16, int rows, int columns, int width, int64_t first,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 from pathlib import Path
 
 import cuda_host
@@ -13,8 +14,9 @@ from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import ops
+from bclip_fast.ops import arguments
 from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
-from bclip_fast.ops.attention import LIMITS, cuda, reference
+from bclip_fast.ops.attention import CUDA_BLOCK_BYTES, LIMITS, cuda, reference
 
 SEED = torch.tensor(-(2**40) + 12345)
 
@@ -56,6 +58,8 @@ def check(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
         ((1, 67, 1, 96), False, False, 0.0),
         ((1, 41, 1, 128), True, True, 0.3),
         ((1, 67, 2, 64), False, True, 0.0),
+        ((3, 1, 2, 64), False, False, 0.0),
+        ((1, 256, 1, 64), False, True, 0.0),
     ],
     ids=str,
 )
@@ -140,6 +144,64 @@ def test_cuda_limits_say_why():
     qkv = torch.ones(3, 3, 1, 32).half()
     assert "d is 80" in limits(torch.ones(3, 3, 1, 80).half()) and "float32" in limits(qkv.float())
     assert limits(qkv) is None if CUDA_HOST or ON_GPU else "not cuda" in limits(qkv)
+
+
+@hosted
+def test_cuda_blocks_of_little_memory(nan_filled, monkeypatch):
+    """sm_86, sm_89 and sm_120 give a block 99 KiB: long rows of 64 elements go through in more chunks, 96 and 128 are
+    refused. What is asked of them is what the kernels take."""
+    module = cuda_module()
+    for dim, needed in CUDA_BLOCK_BYTES.items():
+        backward = module.attention_backward_shared_bytes(dim, 257, needed)
+        assert module.attention_forward_shared_bytes(dim, 257) <= backward == needed
+    monkeypatch.setattr(cuda, "cuda_block_bytes", lambda tensor: 99 * 1024)
+    assert module.attention_backward_keys(64, 257, 99 * 1024) == 128 < module.attention_backward_keys(64, 257, 2**18)
+    check(torch.randn(197, 3, 2, 64).half(), None, None, 197, False, 0.3)
+    monkeypatch.setattr(arguments, "_cuda_device", lambda index: (99 * 1024, ""))
+    refusals = [LIMITS["cuda"](torch.ones(3, 3, 1, dim).half()) for dim in CUDA_BLOCK_BYTES]
+    assert refusals[:2] == [None, None] and all("this device gives it 101376" in reason for reason in refusals[2:])
+
+
+@hosted
+def test_cuda_a_device_that_fails_is_a_refusal(monkeypatch):
+    """As with a driver too old for the toolkit that built the module: `auto` must then go on to the next backend."""
+
+    def fails(index):
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(arguments, "cuda_module", lambda: types.SimpleNamespace(device=fails))
+    arguments._cuda_device.cache_clear()
+    try:
+        assert "driver version is insufficient" in LIMITS["cuda"](torch.ones(3, 3, 1, 64).half())
+        assert ops.fused_attention(torch.randn(1, 3, 3, 1, 64).half()).isfinite().all()
+    finally:
+        arguments._cuda_device.cache_clear()
+
+
+@hosted
+def test_cuda_compiles_without_a_graph_break():
+    """As every operator's test of that name, which has float32 alone. What the device allows is asked while tracing."""
+    arguments._cuda_device.cache_clear()
+    compiled = torch.compile(lambda qkv: ops.fused_attention(qkv, backend="cuda"), fullgraph=True, backend="aot_eager")
+    qkv = torch.randn(2, 7, 3, 2, 32).half().requires_grad_()
+    results = [function(qkv) for function in (compiled, lambda qkv: ops.fused_attention(qkv, backend="cuda"))]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(result.sum(), qkv)[0] for result in results))
+
+
+@hosted
+@pytest.mark.skipif(ON_GPU, reason="takes memory that is only reserved where nothing touches it")
+@pytest.mark.parametrize("dim", [32, 64])
+def test_cuda_places_beyond_2_to_the_31(dim):
+    """Rows that lie 2^30 elements apart, of Q, K, V and dO: an index of 32 bits would wrap."""
+    far, near = torch.empty(2**31 + 4096, dtype=torch.float16), torch.randn(3, 4, 2, dim).half()
+    far = far.as_strided(near.shape, (2**30, 2 * dim, dim, 1)).copy_(near)
+    results = []
+    for qkv, grad in ((far[:, :3], far[:, 3]), (near[:, :3], near[:, 3])):
+        inputs = None, None, 3, False, 0.0, None, 0.2
+        out, lse = cuda.forward(qkv, *inputs)
+        results.append((out, lse, cuda.backward(grad, qkv, out, lse, *inputs)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @hosted

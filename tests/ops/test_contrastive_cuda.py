@@ -13,6 +13,7 @@ from inside import num_passed
 from oracle import assert_as_accurate_as_eager
 
 from bclip_fast import ops
+from bclip_fast.ops import arguments
 from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
 from bclip_fast.ops.contrastive import LIMITS, cuda, reference
 from bclip_fast.ops.contrastive.terms import Groups
@@ -41,9 +42,10 @@ def features(num_rows, width, dtype=torch.float16, aligned=None):
 @hosted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "scale"), [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3), ((128, 40), 50.0), ((258, 8), 20.0)],
+    ("shape", "scale"),
+    [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3), ((128, 40), 50.0), ((258, 8), 20.0), ((33, 520), 90.0)],
     ids=str,
-)  # fmt: skip
+)
 def test_cuda_clip_on_odd_shapes(dtype, shape, scale, nan_filled):
     inputs = [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)]
     assert_as_accurate_as_eager(lambda *a: ops.clip_loss(*a, chunk_size=67, backend="cuda"), reference.dense, inputs)
@@ -146,6 +148,71 @@ def test_cuda_keeps_small_probabilities(dtype):
     wide = [tensor.double().requires_grad_() for tensor in inputs]
     truth = torch.autograd.grad(reference.dense(*wide), wide)
     close(ours, [tensor.detach() for tensor in truth], 1e-3 if dtype == torch.float16 else 4e-3)
+
+
+@hosted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_gradients_of_a_saturated_batch(dtype):
+    """At a loss of 1e-9 all of G is as small, and keeps its digits as float16 times 2^14."""
+    image = features(139, 64, torch.float64)
+    inputs = [image.to(dtype), F.normalize(image + 0.115 * torch.randn(139, 64)).to(dtype), torch.tensor(100.0)]
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    loss = ops.clip_loss(*leaves, backend="cuda")
+    wide = [tensor.double().requires_grad_() for tensor in inputs]
+    truth = reference.dense(*wide)
+    assert 1e-11 < truth < 1e-7
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
+    ours, exact = (torch.autograd.grad(value, by) for value, by in ((1e8 * loss, leaves), (1e8 * truth, wide)))
+    for own, true in zip(ours, exact, strict=True):
+        assert (own.double() - true).norm() <= (1e-3 if dtype == torch.float16 else 4e-3) * true.norm()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a graph is captured on a GPU")
+def test_cuda_calls_can_be_captured():
+    """Nothing waits for the device, and a replay reads what the inputs then hold."""
+    leaves = [features(300, 64).requires_grad_() for _ in range(2)]
+
+    def step():
+        return torch.autograd.grad(ops.clip_loss(*leaves, 20.0, backend="cuda"), leaves)
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].copy_(features(300, 64))
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@hosted
+@pytest.mark.skipif(ON_GPU, reason="takes memory that is only reserved where nothing touches it")
+def test_cuda_gradient_beyond_2_to_the_31(nan_filled):
+    """131 rows of G that lie 2^24 elements apart, as at a batch of 16 million: an index of 32 bits would wrap."""
+    image, text, scale, stride = features(131, 8), features(3, 8), torch.tensor(9.0), 2**24
+    torch.use_deterministic_algorithms(False)
+    grads = [torch.empty(131 * one, dtype=torch.float16).as_strided((131, 3), (one, 1)) for one in (stride, 16)]
+    for grad in grads:
+        call, partials = cuda._features(image, text, scale, 0, 0), torch.empty(2, 3)
+        target = cuda._gradient(grad, partials, 2.0**14)
+        cuda_module().contrastive_sigmoid(call, 0, cuda._Ids(None).of(0, image, text), target)
+    assert torch.equal(*grads) and grads[0].count_nonzero() > 200
+
+
+@hosted
+@pytest.mark.parametrize("operator", [ops.clip_loss, ops.siglip_loss], ids=["clip", "siglip"])
+def test_cuda_compiles_without_a_graph_break(operator):
+    arguments._cuda_device.cache_clear()
+    inputs = [features(9, 8).requires_grad_(), features(9, 8).requires_grad_(), torch.tensor(9.0)]
+    compiled = torch.compile(lambda *a: operator(*a, backend="cuda"), fullgraph=True, backend="aot_eager")
+    results = [function(*inputs) for function in (compiled, lambda *a: operator(*a, backend="cuda"))]
+    assert torch.equal(*results)
+    for ours, theirs in zip(*(torch.autograd.grad(result, inputs[:2]) for result in results), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @hosted

@@ -61,6 +61,9 @@ def test_required_backends_are_there():
     required = [name for name in os.environ.get("BCLIP_REQUIRE_BACKENDS", "cpu").split(",") if name]
     missing = {name: dispatch.MISSING[name] for name in required if name in dispatch.MISSING}
     assert not missing
+    # A device that a backend refuses as such, an old one say, would skip its tests one by one.
+    qkv = torch.zeros(1, 3, 1, 64, dtype=torch.bfloat16)
+    assert [reason for name in required if (reason := attention.LIMITS[name](qkv))] == []
 
 
 @pytest.mark.parametrize(

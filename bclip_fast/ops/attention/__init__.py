@@ -19,10 +19,14 @@ def _triton_limits(qkv: Tensor) -> str | None:
     return triton_refusal(qkv)
 
 
+# Per head dimension the shared memory that a block of the greediest kernel takes at least, in bytes: the backward's.
+CUDA_BLOCK_BYTES = {32: 83456, 64: 82944, 96: 123904, 128: 148480}
+
+
 def _cuda_limits(qkv: Tensor) -> str | None:
-    if qkv.shape[-1] not in (32, 64, 96, 128):
+    if qkv.shape[-1] not in CUDA_BLOCK_BYTES:
         return f"d is {qkv.shape[-1]}, not among 32, 64, 96 and 128"
-    return cuda_refusal(qkv)
+    return cuda_refusal(qkv, block_bytes=CUDA_BLOCK_BYTES[qkv.shape[-1]])
 
 
 LIMITS: Limits = {

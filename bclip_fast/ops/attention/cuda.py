@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import aligned, cuda_address, cuda_module, cuda_stream
+from ..arguments import aligned, cuda_address, cuda_block_bytes, cuda_module, cuda_stream
 
 # Two for a multiprocessor of an H100, nearly: fewer leave a GPU idle.
 FEW_BLOCKS = 256
@@ -64,7 +64,7 @@ def backward(
     call, held = _call(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
     grad_out, module = aligned(grad_out), cuda_module()
     workspace = None
-    if max_seqlen > module.attention_backward_keys(dim, max_seqlen):
+    if max_seqlen > module.attention_backward_keys(dim, max_seqlen, cuda_block_bytes(qkv)):
         workspace = torch.empty(rows, heads, dim, dtype=torch.float32, device=qkv.device)
     with torch.cuda.device_of(qkv):
         module.attention_backward(
@@ -113,6 +113,7 @@ def _call(
         0 if seed is None else cuda_address(seed, torch.int64, qkv.device),
         0 if seed is None else int(dropout_p * 2**32),
         1.0 if seed is None else 1 / (1 - dropout_p),
+        cuda_block_bytes(qkv),
         cuda_stream(qkv),
     )
     return call, {"sequences": sequences, "tensors": (qkv, bounds, mask, seed)}

@@ -316,7 +316,8 @@ def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
     """A 0-dimensional tensor on the features' device, in the accumulation dtype; keeps the gradient's path."""
     dtype = accumulation_dtype(like)
     if not isinstance(value, Tensor):
-        return torch.tensor(value, dtype=dtype, device=like.device)
+        # Written there by a kernel: a copy would wait for the device, which a CUDA graph forbids.
+        return torch.full((), value, dtype=dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"logit_scale and logit_bias must hold one number, got shape {tuple(value.shape)}")
     return value.reshape(()).to(like.device, dtype)

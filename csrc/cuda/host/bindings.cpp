@@ -11,6 +11,9 @@ namespace host = bclip::cuda::host;
 PYBIND11_MODULE(_cuda_host, module) {
   module.doc() = "The CUDA kernels on the host, for tests (csrc/cuda/device.cuh).";
   bclip::cuda::define_operators(module);
+  module.def("device", [](int) {
+    return py::dict(py::arg("block_bytes") = host::MOST_SHARED_BYTES, py::arg("refusal") = "");
+  });
   module.def("set_seed", &host::set_seed, "Of the order in which threads and blocks run.");
   module.def("place", [](const std::string& fragment, int lane, int i) {
     const auto place = fragment == "a"   ? host::place_in_a(lane, i)

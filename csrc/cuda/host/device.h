@@ -136,13 +136,63 @@ uint32_t pack(float low, float high) {
   return pair[0].bits | uint32_t(pair[1].bits) << 16;
 }
 
-struct Pair {
+struct alignas(8) Pair {
   float low, high;
 };
 template <class T>
 Pair unpack(uint32_t pair) {
   return {number(T{uint16_t(pair)}), number(T{uint16_t(pair >> 16)})};
 }
+
+namespace host {
+
+using Columns = float __attribute__((vector_size(32)));
+using Words = int32_t __attribute__((vector_size(32)));
+
+// sums += a b over 8 elements, for 8 columns, as tensor cores add: all terms cut off, at one bit more than a float's last
+// one of the largest among them, and the sum towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior
+// of NVIDIA tensor cores": of an A100; later ones keep more bits). Products of two halves are exact in a float.
+inline void add_products(Columns& sums, const float* a, const Columns* b) {
+  Columns largest{}, total{};
+  Columns terms[9] = {sums};
+  for (int k = 0; k < 8; ++k) terms[k + 1] = a[k] * b[k];
+  for (const Columns& term : terms) {
+    const Columns size = term < 0 ? -term : term;
+    largest = size > largest ? size : largest;
+    total += term;
+  }
+  // The exponent 24 below the largest term's, by the layout of a float; what is below 2^-100 isn't worth its range.
+  Words exponent = (Words)largest >> 23;
+  exponent = exponent < 27 ? Words{} + 27 : exponent;
+  const Words unit = (exponent - 24) << 23, per_unit = (254 + 24 - exponent) << 23;
+  Words units{};
+  for (const Columns& term : terms) {
+    units += __builtin_convertvector(term * (Columns)per_unit, Words);
+  }
+  Columns cut = __builtin_convertvector(units, Columns);
+  const Words rounded = __builtin_convertvector(cut, Words);
+  const Words away = (rounded < 0 ? -rounded : rounded) > (units < 0 ? -units : units);
+  // -1, a last place towards zero, where rounding went away from it.
+  cut = (Columns)((Words)cut + away) * (Columns)unit;
+  sums = total - total == 0 ? cut : total;
+}
+
+// From -most to most, drawn from the bits of x.
+inline int error_of(float x, int most) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<int>((bits * 0x9e3779b9u >> 16) % (2 * most + 1)) - most;
+}
+// y, up to 2 of its last places away.
+inline float last_places(float y, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &y, 4);
+  bits += error_of(x, 2);
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+}  // namespace host
 
 template <class T>
 void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BCLIP_SITE) {
@@ -152,7 +202,8 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     uint32_t b[2];
   } lane{sum, a, {b0, b1}};
   host::meet_warp(site, "multiply", &lane, [](void* const(&all)[32]) {
-    float left[16][16], right[16][8];
+    float left[16][16];
+    host::Columns right[16], sums[16];
     for (int index = 0; index < 32; ++index) {
       const Lane& own = *static_cast<Lane*>(all[index]);
       const auto half = [](const uint32_t* words, int i) { return number(T{uint16_t(words[i / 2] >> i % 2 * 16)}); };
@@ -161,20 +212,18 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
         left[place.row][place.column] = half(own.a, i);
       }
       for (int i = 0; i < 4; ++i) {
-        const host::Place place = host::place_in_b(index, i);
+        const host::Place place = host::place_in_b(index, i), to = host::place_in_c(index, i);
         right[place.row][place.column] = half(own.b, i);
+        sums[to.row][to.column] = own.sum[i];
       }
     }
-    float product[16][8] = {};
     for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        for (int column = 0; column < 8; ++column) product[row][column] += left[row][k] * right[k][column];
-      }
+      for (int k = 0; k < 16; k += 8) host::add_products(sums[row], &left[row][k], &right[k]);
     }
     for (int index = 0; index < 32; ++index) {
       for (int i = 0; i < 4; ++i) {
         const host::Place place = host::place_in_c(index, i);
-        static_cast<Lane*>(all[index])->sum[i] += product[place.row][place.column];
+        static_cast<Lane*>(all[index])->sum[i] = sums[place.row][place.column];
       }
     }
   });
@@ -193,13 +242,19 @@ void wait_for_copies() {
   host::finish_copies(N);
 }
 
-// ex2.approx.ftz: subnormal results are zero.
+// ex2.approx.ftz and lg2.approx err, up to what the CUDA C++ programming guide says ("Mathematical functions", intrinsic
+// ones): 2 units in the last place, the logarithm between 0.5 and 2 by 2^-22. Subnormal results are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
-  return y < std::numeric_limits<float>::min() ? 0.0f : y;
+  return y < std::numeric_limits<float>::min() ? 0.0f : x == 0.0f || !std::isfinite(y) ? y : host::last_places(y, x);
 }
-inline float log2_fast(float x) { return std::log2(x); }
+inline float log2_fast(float x) {
+  const float y = std::log2(x);
+  if (!std::isfinite(y)) return y;
+  return x >= 0.5f && x <= 2.0f ? y + host::error_of(x, 1) * 0x1p-22f : host::last_places(y, x);
+}
 inline uint32_t high_product(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline double product(double a, double b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }

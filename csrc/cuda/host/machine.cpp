@@ -337,7 +337,7 @@ void finish_copies(size_t groups_left) {
 
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
   if (threads % 32 || threads < 32 || threads > 1024) throw std::invalid_argument("threads come in warps of 32");
-  if (shared_bytes > 227 * 1024) throw std::invalid_argument("more shared memory than a block of sm_90 has");
+  if (shared_bytes > MOST_SHARED_BYTES) throw std::invalid_argument("more shared memory than a block of sm_90 has");
   machine.threads = threads;
   if (machine.fibers.size() < size_t(threads)) machine.fibers.resize(threads);
   machine.shared.resize(shared_bytes);

@@ -8,7 +8,8 @@
 //  - any access to what a copy_async is still to write, and a thread that ends without waiting for its copies;
 //  - lanes of a warp that meet at different places of the source, threads that end while others wait.
 // Which ready thread runs next, and which block, is drawn from the seed. Blocks run one after another, so a race in
-// global memory between blocks isn't seen, nor what the GPU's caches or its exponentials' rounding would do.
+// global memory between blocks isn't seen, nor what the GPU's caches would do. Numbers err as a GPU's do, or by as much:
+// matrices are multiplied with a tensor core's cut-off sums, exponentials and logarithms are off by their last places.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +17,8 @@
 #include <functional>
 
 namespace bclip::cuda::host {
+
+constexpr int MOST_SHARED_BYTES = 227 * 1024;  // of a block of sm_90
 
 struct Site {
   const char* file;
