@@ -74,10 +74,13 @@ def cuda_block_bytes(tensor: Tensor) -> int:
     return _cuda_device(tensor.device.index or 0)[0]
 
 
-@torch.compiler.assume_constant_result
 def _cuda_limits(index: int) -> tuple[int, str]:
     """`_cuda_device`, into which torch.compile would otherwise look, past the cache: its module is none of torch's."""
     return _cuda_device(index)
+
+
+# All that torch.compiler.assume_constant_result does, but for importing Dynamo: two seconds, and Triton.
+_cuda_limits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None, block_bytes: int = 0) -> str | None:
