@@ -153,8 +153,8 @@ using Words = int32_t __attribute__((vector_size(32)));
 // last one of the largest among them, and the sum towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior
 // of NVIDIA tensor cores": of an A100; later ones keep more bits). Products of two halves are exact in a float.
 // It touches nothing of a kernel's: what watches those would make it the most of a test's time.
-[[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined")]] inline void add_products(Columns& sums, const float* a,
-                                                                                           const Columns* b) {
+[[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"), gnu::target_clones("avx2", "default")]] static void
+add_products(Columns& sums, const float* a, const Columns* b) {
   Columns largest{}, total{};
   Columns terms[9] = {sums};
   for (int k = 0; k < 8; ++k) terms[k + 1] = a[k] * b[k];
