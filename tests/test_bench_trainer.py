@@ -15,7 +15,7 @@ from bclip_fast.benchmarks.trainer import PARTS, TrainerConfig
 from bclip_fast.errors import UserError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_where_the_time_of_both_trainers_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     # Two processes that import open_clip, timm and transformers.
     for module in ("webdataset", "open_clip_train"):

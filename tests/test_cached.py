@@ -106,7 +106,7 @@ def expected() -> dict[str, Any]:
     return whole_batch()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_step_of_the_whole_batch(num_ranks: int, expected: dict[str, Any]):
     for name, found in on_ranks(num_ranks, steps, num_ranks)[0].items():
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6), name

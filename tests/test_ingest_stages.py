@@ -180,8 +180,9 @@ def command(tmp_path: Path, source: Path, out: Path, workers: int = 2, engine: s
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
-    """kill -9 of the parent at 20 random moments of one run; its workers and their fork server end by themselves."""
+@pytest.mark.parametrize("num_kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, num_kills):
+    """kill -9 of the parent at random moments of one run; its workers and their fork server end by themselves."""
     source = articles_in(tmp_path / "in", 60)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -190,7 +191,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path):
     seconds = time.monotonic() - start
     moments = random.Random(0)
     kills = 0
-    while kills < 20:
+    while kills < num_kills:
         process = subprocess.Popen(
             command(tmp_path, source, out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -266,7 +266,7 @@ def whole_batch(num_ranks: int) -> dict[str, Any]:
     return {"loss": float(loss.detach()), "grad_norm": norm, "weights": engine.model_state() | kept}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_micro_batches_are_one_graph_and_move_statistics_once(num_ranks: int) -> None:
     expected = whole_batch(num_ranks)
     for name, found in on_ranks(num_ranks, steps, num_ranks)[0].items():
@@ -456,6 +456,7 @@ def test_weights_in_half_precision_take_raw_and_float_images() -> None:
         assert float(((found - exact).norm() / exact.norm()).detach()) < 0.05
 
 
+@pytest.mark.long
 def test_compiled_blocks_compute_the_same_and_move_statistics_once() -> None:
     """Traced, without a compiler of C++: with and without a graph, recomputed."""
     config = dataclasses.replace(CONFIG, vision=dataclasses.replace(RESNET, blocks=(1, 1, 1, 1), layers=4))
