@@ -50,8 +50,6 @@ BCLIP_INLINE void store_half(uint16_t* to, Lanes lanes) {
 #endif
 }
 
-BCLIP_INLINE int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // `count` values as floats, zeros after them up to whole lanes: in `buffer`, unless they lie so already.
 BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffer) {
   const int64_t whole = count / kLanes * kLanes;
@@ -230,10 +228,12 @@ void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last,
   }
 }
 
+// Of x from 1 to infinity.
 BCLIP_INLINE Lanes reciprocal(Lanes x) {
 #ifdef BCLIP_AVX512
   const Lanes near = (Lanes)_mm512_rcp14_ps((__m512)x);
-  return near * (2.f - x * near);
+  // Infinity's is 0, which the refinement would multiply with it.
+  return near > 0.f ? near * (2.f - x * near) : near;
 #else
   return 1.f / x;
 #endif

@@ -150,8 +150,8 @@ using Columns = float __attribute__((vector_size(32)));
 using Words = int32_t __attribute__((vector_size(32)));
 
 // sums += a b over 8 elements, for 8 columns, as tensor cores add: all terms cut off, at one bit more than a float's
-// last one of the largest among them, and the sum towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior
-// of NVIDIA tensor cores": of an A100; later ones keep more bits). Products of two halves are exact in a float.
+// last one of the largest among them, and the sum towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical
+// behavior of NVIDIA tensor cores": of an A100; later ones keep more bits). Products of two halves are exact in a float.
 // It touches nothing of a kernel's: what watches those would make it the most of a test's time.
 [[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"), gnu::target_clones("avx2", "default")]] static void
 add_products(Columns& sums, const float* a, const Columns* b) {
@@ -244,7 +244,7 @@ void wait_for_copies() {
   host::finish_copies(N);
 }
 
-// ex2.approx.ftz and lg2.approx err, up to what the CUDA C++ programming guide says ("Mathematical functions", intrinsic
+// ex2.approx.ftz and lg2.approx err, up to what the CUDA C++ programming guide says ("Mathematical functions"; intrinsic
 // ones): 2 units in the last place, the logarithm between 0.5 and 2 by 2^-22. Subnormal results are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
