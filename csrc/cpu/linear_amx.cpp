@@ -1,9 +1,9 @@
 // The products of linear layers on the matrix unit of x86 (AMX).
 //
 // The right operand is packed once, whole. A task then owns a block of the result, whose sums stay in L2 beside a block
-// of the right operand, while the depth passes by in blocks: so much of 32 rows of the left operand is packed at a time
-// and stays in L1. While the matrix unit multiplies 32 x 32 numbers, the vector units pack what it needs next and round
-// what it had before, and what they will touch is fetched.
+// of the right operand, while the depth passes by in blocks. Rows of the left operand are read where they lie; where it
+// is transposed, a task packs its rows of a block of the depth first. While the matrix unit multiplies 32 x 32 numbers,
+// the vector units round those that it had before, and what will be touched is fetched.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -30,14 +30,14 @@ namespace bclip::cpu {
 namespace {
 
 constexpr int64_t kWholeSteps = 24;   // a depth taken as one block: its sums never wait in memory
-constexpr int64_t kBlockSteps = 16;   // of a longer one: 32 KiB of a panel of the left operand
+constexpr int64_t kBlockSteps = 16;   // of a longer one: 32 KiB of 32 rows of the left operand, which stay in L1
 
 // Panels of a task at most. Each row of tasks reads the whole right operand from L3, so tasks are tall; but each column
 // of tasks packs the whole left operand, which is dear where that is transposed.
 struct Shape {
   int64_t tall, wide;
 };
-constexpr Shape kShape = {24, 16}, kTransposedShape = {8, 24};
+constexpr Shape kShape = {12, 16}, kTransposedShape = {8, 24};
 
 // The smallest even share of `size` that is at most `most`.
 int64_t even_share(int64_t size, int64_t most) {
@@ -88,35 +88,24 @@ BCLIP_INLINE void pack_transposed_step(const Features& left, int64_t k, int64_t 
   }
 }
 
-// Packs steps [step, end) of 32 rows of the left operand, one at a call; `sums` (32) are added to, or null.
-struct Packer {
-  const Product& product;
-  int64_t row, step, end;
-  uint16_t* packed;
-  float* sums;
-
-  bool done() const { return step == end; }
-
-  BCLIP_MEMBER_INLINE void operator()() {
+// Packs `count` steps of 32 rows of the left operand from `step` on; `sums` (32) are added to, or null.
+void pack_left(const Product& product, int64_t row, int64_t step, int64_t count, uint16_t* packed, float* sums) {
+  __m512 low = _mm512_setzero_ps(), high = low;
+  for (const int64_t end = step + count; step < end; ++step, packed += kStep) {
     if (product.left_transposed) {
       const Features left = {product.left, product.depth, product.rows};
-      __m512 low = _mm512_setzero_ps(), high = low;
+      left.fetch((step + kAhead) * kPanel, row);
       pack_transposed_step(left, step * kPanel, row, packed, sums != nullptr, low, high);
-      left.fetch((step + 1) * kPanel, row);
-      if (sums) {
-        _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), low));
-        _mm512_storeu_ps(sums + kHalf, _mm512_add_ps(_mm512_loadu_ps(sums + kHalf), high));
-      }
     } else {
       const Features left = {product.left, product.rows, product.depth};
       for (int64_t i = 0; i < kPanel; ++i)
         _mm512_store_si512(packed + i * kPanel, left.load(row + i, step * kPanel));
-      left.fetch(row, (step + 1) * kPanel);
     }
-    packed += kStep;
-    ++step;
   }
-};
+  if (!sums) return;
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), low));
+  _mm512_storeu_ps(sums + kHalf, _mm512_add_ps(_mm512_loadu_ps(sums + kHalf), high));
+}
 
 // Writes 32 x 32 sums, with the bias, as rows of the result, one at a call.
 struct Finisher {
@@ -163,13 +152,14 @@ void complete(Job& job) {
   while (!job.done()) job();
 }
 
-// Of a thread: two packed panels of the left operand, and sums.
+// Of a thread: packed steps of the left operand, and 32 x 32 sums, as many as any product needs. It is kept, as the
+// kernel takes longer to give a thread the pages than a small product takes.
 struct Memory {
-  explicit Memory(int64_t num_sums) : left(2 * kWholeSteps * kStep), sums(num_sums * kStep) {}
-
-  const Scratch<uint16_t> left;
-  const Scratch<float> sums;
+  const Scratch<uint16_t> left{kShape.tall * kWholeSteps * kStep};
+  const Scratch<float> sums{kShape.tall * kShape.wide * kStep};
 };
+static_assert(kTransposedShape.tall <= kShape.tall && kBlockSteps <= kWholeSteps &&
+              kTransposedShape.tall * kTransposedShape.wide <= kShape.tall * kShape.wide);
 
 // The steps of a block of the depth.
 int64_t block_steps(int64_t depth) {
@@ -179,51 +169,50 @@ int64_t block_steps(int64_t depth) {
 // Row panels [begin, end) x column panels [from, to).
 void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t from, int64_t to,
                     const Memory& memory) {
-  const int64_t steps = panels(product.depth), share = block_steps(product.depth);
+  const int64_t steps = panels(product.depth), share = block_steps(product.depth), wide = to - from;
   float left_sums[kTransposedShape.tall][kPanel] = {};
   const bool sums_left = product.left_sums && from == 0;
-  int64_t place = 0;  // of a panel of the left operand in memory
-  const auto left_at = [&](int64_t at) { return memory.left.data + at % 2 * kWholeSteps * kStep; };
-  const auto packer = [&](int64_t panel, int64_t block, int64_t at) {
-    return Packer{product,     panel * kPanel, block, std::min(block + share, steps),
-                  left_at(at), sums_left ? left_sums[panel - begin] : nullptr};
+  const auto packed = [&](int64_t panel) { return memory.left.data + (panel - begin) * share * kStep; };
+  const auto lies_in_rows = [&](int64_t panel) {
+    return !product.left_transposed && product.depth % kPanel == 0 && (panel + 1) * kPanel <= product.rows;
   };
   Finisher finisher{product};
-  Packer first = packer(begin, 0, 0);
-  complete(first);
   int64_t unit = 0;
   for (int64_t block = 0; block < std::max<int64_t>(steps, 1); block += share) {
     const int64_t block_end = std::min(block + share, steps), count = block_end - block;
     const bool last = block_end == steps;
     const int64_t rows = count ? (kPanel + count - 1) / count : 0;  // to write in a step
-    for (int64_t panel = begin; panel < end; ++panel, ++place) {
-      Packer next = panel + 1 < end ? packer(panel + 1, block, place + 1)
-                    : last          ? Packer{product, 0, 0, 0, nullptr, nullptr}
-                                    : packer(begin, block_end, place + 1);
-      const int64_t to_pack = next.end - next.step, moments = (to - from) * count;
-      int64_t due = 0;
+    for (int64_t panel = begin; panel < end; ++panel)
+      if (!lies_in_rows(panel))
+        pack_left(product, panel * kPanel, block, count, packed(panel), sums_left ? left_sums[panel - begin] : nullptr);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const auto source = [&](int64_t row, int64_t step) {
+        return product.left + (panel * kPanel + row) * product.depth + (block + step) * kPanel;
+      };
+      const Rows left = lies_in_rows(panel) ? Rows(source(0, 0), product.depth) : Rows(packed(panel));
+      const bool fetches = panel + 1 < end && lies_in_rows(panel + 1);
       for (int64_t other = from; other < to; ++other, ++unit) {
         float* const sums =
-            memory.sums.data + (share < steps ? (panel - begin) * (to - from) + other - from : unit % 2) * kStep;
+            memory.sums.data + (share < steps ? (panel - begin) * wide + other - from : unit % 2) * kStep;
         const uint16_t* const right = product.workspace + (other * steps + block) * kStep;
-        multiply(left_at(place), right, count, sums, block > 0, [&](int64_t step) {
+        multiply(left, right, count, sums, block > 0, [&](int64_t step) {
           if (panel == begin) {  // later ones find it in L2
             const char* const ahead = reinterpret_cast<const char*>(right + (steps + step) * kStep);
             for (int64_t i = 0; i < kPanel; ++i) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+          }
+          if (fetches) {
+            const int64_t moment = (other - from) * count + step;  // of wide * count, for count times 32 rows
+            for (int64_t i = moment * kPanel / wide; i < (moment + 1) * kPanel / wide; ++i)
+              _mm_prefetch(reinterpret_cast<const char*>(source(kPanel + i % kPanel, i / kPanel)), _MM_HINT_T1);
           }
           if (last)
             for (int64_t i = step * rows; i < std::min((step + 1) * rows, kPanel); ++i)
               finisher.fetch_result(panel * kPanel + i, other * kPanel);
           for (int64_t i = 0; i < rows && !finisher.done(); ++i) finisher();
-          if ((due += to_pack) >= moments) {
-            due -= moments;
-            next();
-          }
         });
         complete(finisher);
         if (last) finisher.start(sums, panel, other);
       }
-      complete(next);
     }
   }
   complete(finisher);
@@ -259,7 +248,7 @@ void amx_product(const Product& product, int threads) {
   std::atomic<int64_t> next{0};
   parallel(std::min<int64_t>(num_rows * num_columns, threads), threads, [&](int64_t) {
     const Unit unit;
-    const Memory memory(block_steps(product.depth) < panels(product.depth) ? tall * wide : 2);
+    thread_local const Memory memory;
     for (int64_t task; (task = next.fetch_add(1)) < num_rows * num_columns;) {
       const int64_t row = task % num_rows * tall, column = task / num_rows * wide;
       multiply_block(product, row, std::min(row + tall, row_panels), column, std::min(column + wide, column_panels),
