@@ -109,7 +109,13 @@ void pack_left(const Product& product, int64_t row, int64_t step, int64_t count,
 
 // Writes 32 x 32 sums, with the bias, as rows of the result, one at a call.
 struct Finisher {
+  explicit Finisher(const Product& of) : product(of) {
+    const auto place = reinterpret_cast<uintptr_t>(of.result);
+    whole_lines = of.columns % kPanel == 0 && place % 64 == 0;
+  }
+
   const Product& product;
+  bool whole_lines;  // which are written past the caches, and so needn't be read before
   const float* sums = nullptr;
   int64_t row = 0, end = 0, column = 0;
   __mmask32 present = 0;
@@ -132,18 +138,21 @@ struct Finisher {
     sums += kPanel;
     if (product.result_in_single) {
       float* const to = static_cast<float*>(product.result) + place;
-      _mm512_mask_storeu_ps(to, static_cast<__mmask16>(present), first);
-      _mm512_mask_storeu_ps(to + kHalf, static_cast<__mmask16>(present >> kHalf), second);
+      if (whole_lines) {
+        _mm512_stream_ps(to, first);
+        _mm512_stream_ps(to + kHalf, second);
+      } else {
+        _mm512_mask_storeu_ps(to, static_cast<__mmask16>(present), first);
+        _mm512_mask_storeu_ps(to + kHalf, static_cast<__mmask16>(present >> kHalf), second);
+      }
     } else {
-      _mm512_mask_storeu_epi16(static_cast<uint16_t*>(product.result) + place, present,
-                               (__m512i)_mm512_cvtne2ps_pbh(second, first));
+      uint16_t* const to = static_cast<uint16_t*>(product.result) + place;
+      const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+      if (whole_lines)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), rounded);
+      else
+        _mm512_mask_storeu_epi16(to, present, rounded);
     }
-  }
-
-  // Asks for the line of the result that this row of these panels will be written to.
-  void fetch_result(int64_t at_row, int64_t at_column) const {
-    const int64_t size = product.result_in_single ? 4 : 2;
-    __builtin_prefetch(static_cast<char*>(product.result) + (at_row * product.columns + at_column) * size, 1);
   }
 };
 
@@ -205,9 +214,6 @@ void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t 
             for (int64_t i = moment * kPanel / wide; i < (moment + 1) * kPanel / wide; ++i)
               _mm_prefetch(reinterpret_cast<const char*>(source(kPanel + i % kPanel, i / kPanel)), _MM_HINT_T1);
           }
-          if (last)
-            for (int64_t i = step * rows; i < std::min((step + 1) * rows, kPanel); ++i)
-              finisher.fetch_result(panel * kPanel + i, other * kPanel);
           for (int64_t i = 0; i < rows && !finisher.done(); ++i) finisher();
         });
         complete(finisher);
@@ -254,6 +260,7 @@ void amx_product(const Product& product, int threads) {
       multiply_block(product, row, std::min(row + tall, row_panels), column, std::min(column + wide, column_panels),
                      memory);
     }
+    _mm_sfence();  // other threads are to see what was written past the caches
   });
 }
 
