@@ -89,9 +89,16 @@ class Features:
     compile: bool = False
 
 
-def variants(config: StepConfig) -> dict[str, Features | None]:
-    """Name -> what is on; None is open_clip."""
-    found: dict[str, Features | None] = {"open_clip": None} if config.open_clip else {}
+@dataclass(frozen=True)
+class OpenClip:
+    """open_clip's own towers, loss and AdamW, and with `checkpointing` its own of that."""
+
+    checkpointing: bool = False
+
+
+def variants(config: StepConfig) -> dict[str, Features | OpenClip]:
+    """Name -> what is on."""
+    found: dict[str, Features | OpenClip] = {"open_clip": OpenClip()} if config.open_clip else {}
     if config.ablation:
         on = Features(**dict.fromkeys(asdict(Features()), False))
         found["ours, padded, plain PyTorch"] = on
@@ -111,7 +118,8 @@ def variants(config: StepConfig) -> dict[str, Features | None]:
     else:
         found["ours"] = Features()
     compiled = {"ours, compiled": Features(compile=True)} if config.compile else {}
-    return {**found, **compiled, "ours, checkpointed": Features(checkpointing=True)}
+    theirs = {"open_clip, checkpointed": OpenClip(checkpointing=True)} if config.open_clip else {}
+    return {**found, **compiled, **theirs, "ours, checkpointed": Features(checkpointing=True)}
 
 
 @dataclass
@@ -182,14 +190,14 @@ class Step:
         config: StepConfig,
         model: nn.Module,
         inputs: Inputs,
-        features: Features | None,
+        features: Features | OpenClip,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.config, self.model, self.features = config, model.train(), features
         self.loss: Callable[..., Tensor] = ops.clip_loss
         self.image: Tensor = inputs.images
         self.text: Packed | Tensor = inputs.text
-        if features is None:
+        if isinstance(features, OpenClip):
             self.loss = import_open_clip().ClipLoss()
             self.text = inputs.ids
             # Its loader normalises, in processes of its own.
@@ -198,21 +206,21 @@ class Step:
             # The time of padding without its numbers: every caption has as many tokens as the longest may have.
             padded = Packed.of(inputs.ids.flatten(), [inputs.ids.shape[1]] * len(inputs.ids))
             self.text = padded.to(inputs.ids.device)
-        kind = torch.optim.AdamW if features is None else AdamW
+        kind = torch.optim.AdamW if isinstance(features, OpenClip) else AdamW
         self.optimizer = optimizer or kind(parameter_groups(model.named_parameters(), OptimConfig()), lr=1e-5)
 
     def __call__(self) -> list[float]:
         dtype = _DTYPES[self.config.precision]
-        keep_freed_memory(self.features is not None and self.features.keeps_memory)
+        features, image = self.features, self.image
+        keep_freed_memory(isinstance(features, Features) and features.keeps_memory)
         with contextlib.ExitStack() as stack:
-            if self.features is not None:
-                stack.enter_context(_without(self.features, self.model))
-                self.model.set_grad_checkpointing(self.features.checkpointing)  # type: ignore[operator]
+            _set_checkpointing(self.model, features.checkpointing)
+            if isinstance(features, Features):
+                stack.enter_context(_without(features, self.model))
                 for group in self.optimizer.param_groups:
-                    group["fused"] = self.features.fused_adamw
+                    group["fused"] = features.fused_adamw
             times = [_now()]
-            image = self.image
-            if self.features is not None and not self.features.raw_pixels:
+            if isinstance(features, Features) and not features.raw_pixels:
                 image = normalize(image)
             with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
                 output = self.model(image, self.text)
@@ -228,6 +236,14 @@ class Step:
         if not loss.isfinite():
             raise AssertionError(f"the loss is {float(loss)}")
         return [stop - start for start, stop in zip(times, times[1:], strict=False)]
+
+
+def _set_checkpointing(model: nn.Module, on: bool) -> None:
+    model.set_grad_checkpointing(on)  # type: ignore[operator]
+    # Of a text tower of transformers, open_clip (3.3) turns it on whatever it was asked.
+    disable = getattr(getattr(model.text, "transformer", None), "gradient_checkpointing_disable", None)
+    if disable is not None and not on:
+        disable()
 
 
 def _now() -> float:
@@ -319,7 +335,7 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     if sizes.text.kind == "bert":
         dropped = replace(sizes.text, dropout=config.dropout, attention_dropout=config.dropout)
         sizes = replace(sizes, text=dropped)
-    contenders: dict[str, Features | None]
+    contenders: dict[str, Features | OpenClip]
     if config.mixtures:
         all_inputs = mixtures(config, sizes)
         config, contenders = replace(config, open_clip=False), dict.fromkeys(all_inputs, Features())
@@ -334,8 +350,8 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
     error = 0.0 if theirs is None else difference(ours, theirs, next(iter(all_inputs.values())))
     models: dict[str, Any] = {}
     for name, features in contenders.items():
-        models[name] = theirs if features is None else ours
-        if features is not None and features.compile:
+        models[name] = theirs if isinstance(features, OpenClip) else ours
+        if isinstance(features, Features) and features.compile:
             models[name] = copy.deepcopy(ours)
             models[name].compile_layers()
     extra: dict[str, int | None] = {}
@@ -366,7 +382,7 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
                 operator="step",
                 case=f"{config.preset}-{config.batch_size}-{config.precision}-dropout-{config.dropout}",
                 contender=name,
-                error=error if contenders[name] is None else 0.0,
+                error=error if isinstance(contenders[name], OpenClip) else 0.0,
                 flops=all_inputs[name].flops,
                 batch=config.batch_size,
                 dtype=config.precision,

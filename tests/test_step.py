@@ -140,7 +140,8 @@ def test_the_benchmark_gives_a_row_for_each_variant(histogram: str) -> None:
     config = StepConfig(preset="quickstart", batch_size=4, lengths=histogram, rounds=1, dropout=0.1)
     rows = measure_step(config)
     names = [row["contender"] for row in rows]
-    assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"] and len(names) == len(set(names)) == 11
+    assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"] and len(names) == len(set(names)) == 12
+    assert names[-2:] == ["open_clip, checkpointed", "ours, checkpointed"]
     for row in rows:
         parts = row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"]
         assert row["seconds"] == pytest.approx(parts) and row["samples_per_second"] == pytest.approx(4 / parts)
