@@ -17,8 +17,9 @@ quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 
 test: lint pytest
 
+# One process more than cores: many a test waits for others.
 pytest: $(VENV)/objects.done $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not long" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not long" $(ARGS)
 
 lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/ruff check .
