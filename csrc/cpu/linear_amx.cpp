@@ -32,8 +32,8 @@ namespace {
 constexpr int64_t kWholeSteps = 24;   // a depth taken as one block: its sums never wait in memory
 constexpr int64_t kBlockSteps = 16;   // of a longer one: 32 KiB of 32 rows of the left operand, which stay in L1
 
-// Panels of a task at most. Each row of tasks reads the whole right operand from L3, so tasks are tall; but each column
-// of tasks packs the whole left operand, which is dear where that is transposed.
+// Panels of a task at most. Each row of tasks reads the whole right operand from L3, so tasks are tall; but where the
+// left operand is transposed, each column of tasks packs it anew.
 struct Shape {
   int64_t tall, wide;
 };
@@ -131,6 +131,10 @@ struct Finisher {
 
   bool done() const { return row == end; }
 
+  void complete() {
+    while (!done()) (*this)();
+  }
+
   BCLIP_MEMBER_INLINE void operator()() {
     const int64_t place = row++ * product.columns + column;
     const __m512 first = _mm512_add_ps(_mm512_load_ps(sums), bias[0]);
@@ -155,11 +159,6 @@ struct Finisher {
     }
   }
 };
-
-template <typename Job>
-void complete(Job& job) {
-  while (!job.done()) job();
-}
 
 // Of a thread: packed steps of the left operand, and 32 x 32 sums, as many as any product needs. It is kept, as the
 // kernel takes longer to give a thread the pages than a small product takes.
@@ -216,12 +215,12 @@ void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t 
           }
           for (int64_t i = 0; i < rows && !finisher.done(); ++i) finisher();
         });
-        complete(finisher);
+        finisher.complete();
         if (last) finisher.start(sums, panel, other);
       }
     }
   }
-  complete(finisher);
+  finisher.complete();
   if (sums_left)
     for (int64_t panel = begin; panel < end; ++panel)
       std::copy_n(left_sums[panel - begin], std::min(kPanel, product.rows - panel * kPanel),
@@ -236,6 +235,8 @@ void amx_product(const Product& product, int threads) {
   if (!has_amx()) throw std::invalid_argument("linear: this machine has no AMX, or Linux denies it");
   if (product.rows < 0 || product.columns < 0 || product.depth < 0)
     throw std::invalid_argument("linear: a product has negative sizes");
+  if (product.left_sums && !product.left_transposed)
+    throw std::invalid_argument("linear: sums are of a transposed left operand alone");
   if (reinterpret_cast<uintptr_t>(product.workspace) % 64)
     throw std::invalid_argument("linear: the workspace isn't aligned to 64 bytes");
   const int64_t count = product.right_transposed ? product.columns : product.depth;

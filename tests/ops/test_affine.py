@@ -138,3 +138,12 @@ def test_bad_arguments_are_named(call, words):
 def test_a_named_backend_is_never_replaced():
     with pytest.raises(ops.BackendError, match="float32"):
         ops.linear(torch.zeros(2, 4), torch.zeros(3, 4), backend="cpu")
+
+
+def test_the_kernel_sums_a_transposed_left_operand_alone():
+    _cpu = pytest.importorskip("bclip_fast._cpu")
+    skip_if_refused(LIMITS, "cpu", torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(3, 4))
+    one = torch.zeros(32, 32)
+    place = one.data_ptr()
+    with pytest.raises(ValueError, match="transposed left operand"):
+        _cpu.amx_product(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)
