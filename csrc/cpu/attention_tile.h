@@ -255,10 +255,8 @@ struct FloatEngine {
     constexpr int kRows = 2;  // half as many registers of half the width
 #endif
     for (int64_t row = 0; row < kPanel; row += kRows) {
-      Lanes sums[kRows][2];
+      Lanes sums[kRows][2] = {};
       float* to = result + row * stride;
-      for (int i = 0; i < kRows; ++i)
-        for (int j = 0; j < 2; ++j) sums[i][j] = add ? load(to + i * stride + j * kLanes) : Lanes{};
       for (int64_t step = 0; step < steps; ++step) {
         const float* from_left = left + step * kBlock + row * kPanel;
         const float* from_right = right + step * kBlock;
@@ -271,8 +269,12 @@ struct FloatEngine {
           }
         }
       }
+      // A sum that began with what is there would round each of its terms at the size of the whole.
       for (int i = 0; i < kRows; ++i)
-        for (int j = 0; j < 2; ++j) store(to + i * stride + j * kLanes, sums[i][j]);
+        for (int j = 0; j < 2; ++j) {
+          float* const place = to + i * stride + j * kLanes;
+          store(place, add ? load(place) + sums[i][j] : sums[i][j]);
+        }
     }
   }
 

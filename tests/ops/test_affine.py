@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from oracle import assert_as_accurate_as_eager, collected_if, every_backend
+from pairwise import pairwise
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops.affine import LIMITS, _linear, reference
+from bclip_fast.ops.affine import _linear, reference
 
 # (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
@@ -19,17 +21,21 @@ def inputs(shape: tuple[int, int, int], weight: torch.dtype = torch.bfloat16, bi
     return [x, w, b.to(weight)] if bias else [x, w]
 
 
-def skip_without_amx() -> None:
-    skip_if_refused(LIMITS, "cpu", *inputs((1, 1, 1)))
+# The cpu backend is the matrix unit's.
+with_amx = collected_if("cpu" in every_backend("linear", torch.bfloat16))
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+@pairwise(
+    backend=every_backend("linear", torch.bfloat16),
+    shape=SHAPES,
+    bias=[True, False],
+    weight=[torch.bfloat16, torch.float32],
+)
 def test_matches_reference(backend, shape, bias, weight, nan_filled):
-    tensors = inputs(shape, weight, bias)
-    skip_if_refused(LIMITS, backend, *tensors)
+    def draw():
+        # The truth has the weight that is multiplied, which is the rounded one.
+        x, w, *b = inputs(shape, weight, bias)
+        return [x, w.bfloat16().to(weight), *b]
 
     def definition(x, w, b=None):
         return reference.linear(x, w, b)
@@ -37,13 +43,11 @@ def test_matches_reference(backend, shape, bias, weight, nan_filled):
     def kernel(x, w, b=None):
         return ops.linear(x, w, b, backend=backend)
 
-    # The truth has the weight that is multiplied, which is the rounded one.
-    tensors[1] = tensors[1].bfloat16().to(weight)
-    assert_as_accurate_as_eager(kernel, definition, tensors)
+    assert_as_accurate_as_eager(kernel, definition, draw, None if backend == "reference" else formulas.linear)
 
 
+@with_amx
 def test_a_masters_gradient_is_not_rounded():
-    skip_without_amx()
     x, weight, bias = inputs((500, 64, 96), torch.float32)
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     upstream = torch.randn(500, 96).bfloat16()
@@ -61,8 +65,8 @@ def test_autocast_keeps_the_results_and_casts_what_it_casts():
     assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
 
 
+@with_amx
 def test_strided_inputs_gradients_and_more_dimensions():
-    skip_without_amx()
     x, weight, bias = inputs((60, 40, 48))
     plain = ops.linear(x, weight, bias, backend="cpu")
     tensors = [x.T.contiguous().T.unflatten(0, (5, 3, 4)), weight.T.contiguous().T, bias.repeat(2)[48:]]
@@ -75,9 +79,9 @@ def test_strided_inputs_gradients_and_more_dimensions():
     assert torch.equal(strided[2].grad, torch.full((48,), 60.0).bfloat16())
 
 
+@with_amx
 @pytest.mark.parametrize("wanted", range(3))
 def test_gradients_of_some_inputs_alone(wanted):
-    skip_without_amx()
     tensors = inputs((50, 40, 48))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
@@ -86,16 +90,16 @@ def test_gradients_of_some_inputs_alone(wanted):
     torch.testing.assert_close(own, every[wanted], rtol=2**-7, atol=0)
 
 
+@with_amx
 def test_no_rows():
-    skip_without_amx()
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((0, 40, 48)))
     out = ops.linear(x, weight, bias, backend="cpu")
     out.sum().backward()
     assert out.shape == (0, 48) and not weight.grad.any() and not bias.grad.any()
 
 
+@with_amx
 def test_results_do_not_depend_on_threads():
-    skip_without_amx()
     tensors = [tensor.requires_grad_() for tensor in inputs((700, 900, 840), torch.float32)]
     results, before = [], torch.get_num_threads()
     try:
@@ -108,8 +112,8 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
+@with_amx
 def test_registration():
-    skip_without_amx()
     for weight in (torch.bfloat16, torch.float32):
         x, w, b = (tensor.requires_grad_() for tensor in inputs((6, 40, 24), weight))
         torch.library.opcheck(_linear, (x, w, b, "cpu"))
@@ -140,9 +144,9 @@ def test_a_named_backend_is_never_replaced():
         ops.linear(torch.zeros(2, 4), torch.zeros(3, 4), backend="cpu")
 
 
+@with_amx
 def test_the_kernel_sums_a_transposed_left_operand_alone():
     _cpu = pytest.importorskip("bclip_fast._cpu")
-    skip_if_refused(LIMITS, "cpu", torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(3, 4))
     one = torch.zeros(32, 32)
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):
