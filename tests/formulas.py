@@ -38,8 +38,9 @@ def _attention(
     sums = arithmetic.total(exponentials, -1) + (~seen).to(mask.dtype)
     out = arithmetic.dot(arithmetic.stored(exponentials / sums * mask, dtype), value)
     out = arithmetic.stored(out, dtype)
-    # The backward pass has the log-sum-exps, and the output as it was stored.
-    weights = arithmetic.exp(scores, arithmetic.log(sums) + highest) * visible
+    # The backward pass has the log-sum-exps in float32, and the output as it was stored.
+    lse = arithmetic.stored(arithmetic.log(sums) + highest, torch.float32)
+    weights = arithmetic.exp(scores, lse) * visible
     delta = arithmetic.total(grad * out, -1)
     scores_grad = weights * (arithmetic.dot(grad, value.mT) * mask - delta)
     scores_grad = arithmetic.stored(scores_grad, dtype)
@@ -195,6 +196,9 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
         first, second = (arithmetic.load(part) for part in upstream.chunk(2))
         second = second * 0.5
         own = first + second if post else first
+        if post and low == stream:
+            # Both outputs are one tensor, and its gradients are added in its dtype.
+            own = arithmetic.stored(own, low)
         scaled = own * weight
         means = arithmetic.total(scaled, 1) / width, arithmetic.total(scaled * normed, 1) / width
         total_grad = (scaled - means[0] - normed * means[1]) * inverse

@@ -28,7 +28,7 @@ interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 @compiled
 def test_under_the_interpreter():
     """What this file marks as interpreted, and every test of the operators that takes a backend and few rows."""
-    assert num_passed(["test_pointwise.py", Path(__file__).name], "triton and not 197", TRITON_INTERPRET="1") >= 45
+    assert num_passed(["test_pointwise.py", Path(__file__).name], "triton and not 197", TRITON_INTERPRET="1") >= 15
 
 
 @interpreted

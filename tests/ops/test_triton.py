@@ -237,6 +237,8 @@ def spilled(name, dtype, width, with_bias, capability, folder):
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else tiles.GRADIENT_SCALE
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(GROUPS[:2], "*i32")
     types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}"}
+    types |= dict.fromkeys(["row_partials", "column_partials"], "*fp64")
+    types |= dict.fromkeys(["rows_lse", "columns_lse"], "*fp64" if dtype == torch.float32 else "*fp32")
     types |= {"grad": "*fp32" if dtype == torch.float32 else "*fp16"}
     types |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
     return compiled_resources(kernel, types, constants, capability, folder).spilled

@@ -28,7 +28,7 @@ def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk
         call = _features(rows, text, scale, first, start)
         module.contrastive_forward(call, row_partials.data_ptr(), column_partials.data_ptr())
 
-    return log_sum_exps(image, text, chunk_size, _tile(), launch)
+    return log_sum_exps(image, text, chunk_size, _tile(), torch.float32, launch)
 
 
 def backward(

@@ -31,10 +31,15 @@ def num_tiles(rows: Tensor, columns: Tensor, tile: Shape) -> tuple[int, int]:
 
 
 def log_sum_exps(
-    image: Tensor, text: Tensor, chunk_size: int, tile: Shape, launch: Callable[[int, Tensor, Tensor, Tensor], None]
+    image: Tensor,
+    text: Tensor,
+    chunk_size: int,
+    tile: Shape,
+    dtype: torch.dtype,
+    launch: Callable[[int, Tensor, Tensor, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
     """(r (b,), q (B,)) in float64 as `reference.forward`, of what `launch(start, rows, row_partials, column_partials)`
-    writes for the rows from `start` on: (column tiles, rows) and (row tiles, B) float32.
+    writes for the rows from `start` on: (column tiles, rows) and (row tiles, B) in `dtype`.
     """
     rows_lse = torch.empty(len(image), dtype=torch.float64, device=image.device)
     columns_lse = torch.full((len(text),), float("-inf"), dtype=torch.float64, device=image.device)
@@ -43,8 +48,8 @@ def log_sum_exps(
     for start in range(0, len(image), num_rows_at_once):
         rows = image[start : start + num_rows_at_once]
         row_tiles, column_tiles = num_tiles(rows, text, tile)
-        row_partials = torch.empty(column_tiles, len(rows), dtype=torch.float32, device=image.device)
-        column_partials = torch.empty(row_tiles, len(text), dtype=torch.float32, device=image.device)
+        row_partials = torch.empty(column_tiles, len(rows), dtype=dtype, device=image.device)
+        column_partials = torch.empty(row_tiles, len(text), dtype=dtype, device=image.device)
         with torch.cuda.device_of(image):
             launch(start, rows, row_partials, column_partials)
         rows_lse[start : start + len(rows)] = log_sum_exp(row_partials, 0)

@@ -90,7 +90,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns)."""
+    """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns), both float64."""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -123,8 +123,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         column_sums = tl.sum(tl.exp(logits - column_offsets[None, :]), 0)
     row_place = row_partials + column_block.to(tl.int64) * num_rows + rows
     column_place = column_partials + row_block.to(tl.int64) * num_columns + columns
-    tl.store(row_place, row_offsets + tl.log(row_sums), mask=rows < num_rows)
-    tl.store(column_place, column_offsets + tl.log(column_sums), mask=columns < num_columns)
+    tl.store(row_place, row_offsets.to(tl.float64) + tl.log(row_sums), mask=rows < num_rows)
+    tl.store(column_place, column_offsets.to(tl.float64) + tl.log(column_sums), mask=columns < num_columns)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first"])
@@ -163,15 +163,24 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
     row_lse = tl.load(rows_lse + tl.minimum(rows, num_rows - 1))
     column_lse = tl.load(columns_lse + tl.minimum(columns, num_columns - 1))
-    lowest = tl.minimum(tl.min(row_lse, 0), tl.min(column_lse, 0))
-    highest = tl.maximum(tl.max(row_lse, 0), tl.max(column_lse, 0))
-    if highest - lowest < 60.0:
-        # Within exp(30) of both ends: nothing overflows, and probabilities are kept down to exp(-57).
-        middle = (lowest + highest) * 0.5
-        factors = tl.exp(middle - row_lse)[:, None] + tl.exp(middle - column_lse)[None, :]
-        gradient = tl.exp(logits - middle) * factors
+    if rows_lse.dtype.element_ty == tl.float64:
+        # The rounding of a log-sum-exp, 4e-6 at 100, would be that of every gradient in its row. It is taken back by a
+        # factor, which is 1 where there is no loss and the log-sum-exp is infinite.
+        row_near, column_near = row_lse.to(tl.float32), column_lse.to(tl.float32)
+        row_rest = tl.where(row_near < float("inf"), tl.exp((row_near - row_lse).to(tl.float32)), 1.0)
+        column_rest = tl.where(column_near < float("inf"), tl.exp((column_near - column_lse).to(tl.float32)), 1.0)
+        gradient = tl.exp(logits - row_near[:, None]) * row_rest[:, None]
+        gradient += tl.exp(logits - column_near[None, :]) * column_rest[None, :]
     else:
-        gradient = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
+        lowest = tl.minimum(tl.min(row_lse, 0), tl.min(column_lse, 0))
+        highest = tl.maximum(tl.max(row_lse, 0), tl.max(column_lse, 0))
+        if highest - lowest < 60.0:
+            # Within exp(30) of both ends: nothing overflows, and probabilities are kept down to exp(-57).
+            middle = (lowest + highest) * 0.5
+            factors = tl.exp(middle - row_lse)[:, None] + tl.exp(middle - column_lse)[None, :]
+            gradient = tl.exp(logits - middle) * factors
+        else:
+            gradient = tl.exp(logits - row_lse[:, None]) + tl.exp(logits - column_lse[None, :])
     if HAS_POSITIVES:
         own = tl.load(positive_grad + tl.minimum(rows, num_rows - 1))
         gradient = tl.where(columns[None, :] == (rows + first)[:, None], own[:, None], gradient)
@@ -317,7 +326,7 @@ def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk
             **config,
         )
 
-    return log_sum_exps(image, text, chunk_size, _tile(config), launch)
+    return log_sum_exps(image, text, chunk_size, _tile(config), torch.float64, launch)
 
 
 def backward(
@@ -338,8 +347,9 @@ def backward(
     # The kernel works on G / w, whose range is known. All is zero with the weight; 0 / 0 must not make NaN of it.
     positive_grad = torch.where(weight == 0, 0.0, positive_grad / weight)
     sharpness = scale + hardness if hardness else scale
-    # In the exponent logits are rounded like these.
-    rows_lse, columns_lse = rows_lse.float().contiguous(), columns_lse.float().contiguous()
+    # In half precision features err more than a log-sum-exp that is rounded to float32.
+    exact = torch.float64 if image.dtype == torch.float32 else torch.float32
+    rows_lse, columns_lse = rows_lse.to(exact).contiguous(), columns_lse.to(exact).contiguous()
 
     width, (image, text) = image.shape[1], (padded(part, 16) for part in (image, text))
     config = configuration(image.dtype, image.shape[1], groups is not None)
