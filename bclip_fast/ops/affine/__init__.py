@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import MISSING, Limits, choose, kernels
+from ..dispatch import BACKENDS, MISSING, Limits, choose, kernels
 from . import reference
 
 __all__ = ["LIMITS", "linear"]
@@ -45,8 +45,9 @@ def _cpu_limits(x: Tensor, *parameters: Tensor) -> str | None:
 LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda *inputs: None}
 
 
-# With fewer rows most of the time is spent on reading the weights, and the library is the faster one.
-_MIN_ROWS = 512
+# With fewer rows most of the time is spent on reading the weights. Where nothing is measured the library is then taken.
+_MANY_ROWS = 512
+_FOR_FEW_ROWS = ("reference", "cpu")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -57,8 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         weight: (N, K), in x's dtype or wider; its gradient comes in its own dtype, never rounded to x's by the cpu
             backend. What is multiplied is the weight rounded to x's dtype.
         bias: (N,) or None. The cpu backend adds it to the sum before rounding.
-        backend: "auto", "cpu" or "reference". Unless named here, cpu is for 512 rows and more, and what it doesn't take
-            is torch's, whatever backend is named for all operators.
+        backend: "auto", "cpu" or "reference". Unless it is named here, what cpu doesn't take is torch's, whatever
+            backend is named for all operators.
 
     Returns:
         (..., N) in x's dtype, or in autocast's, where that casts x. Differentiable once.
@@ -71,9 +72,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         raise ValueError(f"x must be (..., K) and weight (N, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if backend == "auto" and x.numel() < _MIN_ROWS * x.shape[-1]:
-        backend = "reference"
-    backend = choose("linear", LIMITS, backend, x, weight, *(() if bias is None else (bias,)), library=True)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    few = x.numel() < _MANY_ROWS * x.shape[-1]
+    shapes, otherwise = ("few rows", _FOR_FEW_ROWS) if few else ("many rows", BACKENDS)
+    backend = choose("linear", LIMITS, backend, *inputs, library=True, shapes=shapes, otherwise=otherwise)
     return reference.linear(x, weight, bias) if backend == "reference" else _linear(x, weight, bias, backend)
 
 
