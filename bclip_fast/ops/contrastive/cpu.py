@@ -24,11 +24,11 @@ from bclip_fast import _cpu
 from ..arguments import address
 from .terms import Groups, log_sum_exp
 
-# A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
+# The dot products of a chunk of rows and a block of columns stay in the last-level cache between matmul and kernel.
+# 1024 x 2048 is the fastest shape of that size: matmuls of few rows and many columns spend their time on packing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
 _LIBRARY_MIN_ROWS = 128
-# Of so many columns, texts and their gradient stay in that cache while all rows pass; time is then that of B^2.
-_LIBRARY_COLUMNS = 8192
+_LIBRARY_COLUMNS = 2048
 # A positive that stands beyond every column is none.
 _NO_POSITIVES = 1 << 40
 
@@ -41,6 +41,7 @@ def forward(
         torch.mm(image.float(), text.float().T, out=products)
     first = _NO_POSITIVES if first is None else first
     rows, columns = _full((len(image),), -math.inf, torch.float64), []
+    chunk_size = _chunk_rows(chunk_size, text)
     for block in _column_blocks(image, text):
         own = None if products is None else products[:, block]
         problem = image, text[block], float(scale), first - block.start, chunk_size, own
@@ -85,6 +86,7 @@ def backward(
         )
         return problem.image_grad, problem.text_grad, _number(scale_grad)
     gradients = _Gradients(image, text, float(scale), dtype)
+    chunk_size = _chunk_rows(chunk_size, text)
     for block in _column_blocks(image, text):
         own = None if products is None else products[:, block]
         of_block = _LibraryProducts(image, text[block], chunk_size, with_gradients=True, products=own)
@@ -133,6 +135,7 @@ def siglip(
         return loss, problem.image_grad, problem.text_grad, scale_grad, bias_grad
     gradients = _Gradients(image, text, float(scale), dtype) if with_gradients else None
     loss_sum = bias_sum = 0.0
+    chunk_size = _chunk_rows(chunk_size, text)
     for block in _column_blocks(image, text):
         products = _LibraryProducts(image, text[block], chunk_size, with_gradients)
         for chunk in products.chunks(first - block.start):
@@ -147,6 +150,11 @@ def siglip(
     if gradients:
         return loss, *gradients.results(), _number(bias_sum)
     return loss, image.new_empty(0), text.new_empty(0), _number(0.0), _number(0.0)
+
+
+def _chunk_rows(chunk_size: int, text: Tensor) -> int:
+    """Rows that a chunk has in a block of columns, where it holds as many products as `chunk_size` rows of all columns."""
+    return chunk_size * max(1, len(text) // _LIBRARY_COLUMNS)
 
 
 def _column_blocks(image: Tensor, text: Tensor) -> list[slice]:
