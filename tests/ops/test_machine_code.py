@@ -48,7 +48,14 @@ def functions_by_source():
 
 
 def instructions(start, end):
-    command = ["objdump", "-d", "--no-show-raw-insn", f"--start-address={start}", f"--stop-address={end}", _cpu.__file__]
+    command = [
+        "objdump",
+        "-d",
+        "--no-show-raw-insn",
+        f"--start-address={start}",
+        f"--stop-address={end}",
+        _cpu.__file__,
+    ]
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         match = _LINE.match(line)
         if match:
