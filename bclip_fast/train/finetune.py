@@ -40,6 +40,7 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.transformer import Linear
 
 from . import checkpoint as checkpoints
 from . import engine as engines
@@ -332,4 +333,9 @@ def _add_lora(clip: BiomedClip, config: FinetuneConfig) -> Any:
     lora = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=rf".*layers\.\d+\.({'|'.join(_LORA_TARGETS)})"
     )
-    return peft.LoraModel(clip, lora, "default")
+    adapted = peft.LoraModel(clip, lora, "default")
+    for module in adapted.modules():
+        # peft's own two factors, whose bfloat16 products would be the library's on every CPU.
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return adapted
