@@ -1,4 +1,4 @@
-"""bfloat16 on a processor that has no instructions for it: nothing multiplies bfloat16, and the numbers are bfloat16's."""
+"""bfloat16 on a processor without instructions for it: nothing multiplies bfloat16, and the numbers are bfloat16's."""
 
 from __future__ import annotations
 

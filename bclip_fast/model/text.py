@@ -191,8 +191,8 @@ class GptTower(Tower):
             nn.init.normal_(layer.proj.weight, std=(width * 2 * depth) ** -0.5)
             nn.init.normal_(layer.fc1.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(layer.fc2.weight, std=(width * 2 * depth) ** -0.5)
-            for linear in (layer.qkv, layer.proj):
-                nn.init.zeros_(linear.bias)
+            for projection in (layer.qkv, layer.proj):
+                nn.init.zeros_(projection.bias)
 
     def forward(self, text: Packed | Tensor | Pooled) -> Tensor:
         """n captions, packed or (n, L) int64, L up to context_length -> (n, embed_dim), not normalised."""
