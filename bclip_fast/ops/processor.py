@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -59,7 +60,7 @@ def lacks_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and not BFLOAT16_INSTRUCTIONS
 
 
-def native_precision(device: torch.device) -> tuple[str, str]:
+def native_precision(device: torch.device) -> tuple[Literal["bf16", "fp32"], str]:
     """What precision `auto` stands for on this device: "bf16" where it multiplies bfloat16 in hardware, else "fp32".
 
     Returns:

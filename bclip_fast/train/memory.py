@@ -101,8 +101,8 @@ def _without_storage(
     plain = functools.partial(ops.linear, backend="reference")
     with contextlib.ExitStack() as stack:
         if accelerator:
-            for module in (transformer, vision, text_towers):
-                stack.enter_context(mock.patch.object(module, "linear", plain))
+            for user in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(user, "linear", plain))
             stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
         for module in network.modules():
