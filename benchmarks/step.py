@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from bclip_fast import ops
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
-from bclip_fast.model import layout, transformer, weights
+from bclip_fast.model import layout, transformer, vision, weights
+from bclip_fast.model import text as text_towers
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
@@ -265,7 +266,8 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend_from", _sdpa_from))
         if not features.linear:
             plain = functools.partial(ops.linear, backend="reference")
-            stack.enter_context(mock.patch.object(transformer, "linear", plain))
+            for module in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(module, "linear", plain))
         if not features.first_only:
             for tower in (model.visual, model.text):
                 last: Any = tower.layers[-1]  # type: ignore[index,union-attr]
