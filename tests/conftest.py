@@ -11,6 +11,10 @@ if "BCLIP_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["BCLIP_TEST_DEVICE"])
 
 
+# No test depends on what somebody measured on this machine; processes that tests start inherit it.
+os.environ.setdefault("BCLIP_TUNE", "off")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data; the test is skipped, with the reason, where there is none."""

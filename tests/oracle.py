@@ -18,7 +18,8 @@ Function = Callable[..., Tensor]
 
 
 def every_backend(limits: Limits) -> list[str]:
-    return [name for name in BACKENDS if name in limits]
+    """All but torch's own kernels, whose rounding is torch's affair: test_sdpa.py has what we ask of them."""
+    return [name for name in BACKENDS if name in limits and name != "torch"]
 
 
 def skip_if_refused(limits: Limits, backend: str, *inputs: object) -> None:

@@ -18,6 +18,7 @@ from ..ops.contrastive import (
     check_options,
     check_pairs,
     checked_groups,
+    class_of,
     clip_loss,
     default_chunk_size,
     operands_of,
@@ -169,7 +170,8 @@ class ClipLoss(RankedLoss):
                 if groups is None:
                     check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
-                backend = choose("clip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
+                inputs = image, text, dtype, self.deterministic
+                backend = choose("clip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
                 loss = self._over_ranks(image, text, scale, *ids, self.hardness, ranks, self.chunk_size, dtype, backend)
                 if logit_bias is not None:
                     loss = loss + 0.0 * as_scalar(logit_bias, image)

@@ -17,6 +17,7 @@ from ..ops.contrastive import (
     check_features,
     check_pairs,
     checked_groups,
+    class_of,
     default_chunk_size,
     operands_of,
     siglip_loss,
@@ -131,7 +132,8 @@ class SigLipLoss(RankedLoss):
                     check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
                 bias = None if logit_bias is None else as_scalar(logit_bias, image)
-                backend = choose("siglip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
+                inputs = image, text, dtype, self.deterministic
+                backend = choose("siglip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
                 wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
                 with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
                 loss = self._over_ranks(

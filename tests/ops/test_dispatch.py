@@ -44,7 +44,7 @@ def test_a_name_for_all_operators_leaves_the_librarys_calls_to_it():
 
 
 def test_every_refusal_is_told():
-    with pytest.raises(ops.BackendError, match="triton: .*cuda: .*cpu: too small; reference: not implemented"):
+    with pytest.raises(ops.BackendError, match="triton: .*cuda: .*cpu: too small; torch: .*reference: not implemented"):
         dispatch.choose("op", {"cpu": lambda x: "too small"}, "auto", QKV)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import processor
-from ..dispatch import MISSING, Limits, choose, kernels
+from ..dispatch import BACKENDS, MISSING, Limits, choose, kernels
 from . import reference
 
 __all__ = ["LIMITS", "linear"]
@@ -48,18 +48,19 @@ LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda *inputs: None}
 
 
 # With fewer rows most of the time is spent on reading the weights, and the library is faster than the matrix unit.
-_MIN_ROWS = 512
+_MANY_ROWS = 512
+_LIBRARY_FIRST = ("reference", "cpu")
 
 
-def _library_is_faster(x: Tensor) -> bool:
-    """Whether torch's bfloat16 product beats the cpu backend's, unless the call names one.
+def _library_is_faster(x: Tensor, few_rows: bool) -> bool:
+    """Whether torch's bfloat16 product is tried before the cpu backend where nothing has been measured.
 
     The cpu backend wins where AMX multiplies many rows, and where the library has no instructions for bfloat16. With
     AVX512-BF16 alone the library is 2.5 times as fast as products in float32, from 4 rows to thousands.
     """
     if processor.lacks_bfloat16(x.device):
         return False
-    return not _HAS_AMX or x.numel() < _MIN_ROWS * x.shape[-1]
+    return not _HAS_AMX or few_rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -71,9 +72,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
             x's. AMX and the library multiply the weight rounded to x's dtype. A CPU without bfloat16 instructions
             multiplies in float32, by a float32 weight as it is.
         bias: (N,) or None. The cpu backend adds it to the sum before rounding.
-        backend: "auto", "cpu" or "reference". Unless the call names one, cpu runs where it is the faster one: with AMX
-            from 512 rows on, and on a CPU without bfloat16 instructions always. The library runs whatever the cpu
-            backend doesn't take, also where another backend is named for all operators.
+        backend: "auto", "cpu" or "reference". What the cpu backend doesn't take the library runs, also where another
+            backend is named for all operators.
 
     Returns:
         (..., N) in x's dtype, or in autocast's, where that casts x. Differentiable once.
@@ -88,9 +88,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if backend == "auto" and _library_is_faster(x):
-        backend = "reference"
-    backend = choose("linear", LIMITS, backend, x, weight, *(() if bias is None else (bias,)), library=True)
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    few = x.numel() < _MANY_ROWS * x.shape[-1]
+    shapes, otherwise = "few rows" if few else "many rows", _LIBRARY_FIRST if _library_is_faster(x, few) else BACKENDS
+    backend = choose("linear", LIMITS, backend, *inputs, library=True, shapes=shapes, otherwise=otherwise)
     return reference.linear(x, weight, bias) if backend == "reference" else _linear(x, weight, bias, backend)
 
 

@@ -15,7 +15,7 @@ from ..arguments import cuda_refusal, triton_refusal
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
-__all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
+__all__ = ["LIMITS", "class_of", "clip_loss", "default_chunk_size", "siglip_loss"]
 
 
 # A limit's inputs: the features, what they are multiplied in (their own dtype unless given), and whether results must
@@ -78,6 +78,13 @@ LIMITS: Limits = {
 }
 
 
+def class_of(text: Tensor) -> str:
+    """The class of shapes under which times are recorded."""
+    if text.shape[0] <= 256:
+        return "B <= 256"
+    return "B <= 1024" if text.shape[0] <= 1024 else "B > 1024"
+
+
 def clip_loss(
     image: Tensor,
     text: Tensor,
@@ -131,7 +138,8 @@ def clip_loss(
     keep = chunk_size is None
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     dtype = operands_of(image, operand_dtype)
-    backend = choose("clip_loss", LIMITS, backend, image, text, dtype, deterministic)
+    shapes = class_of(text)
+    backend = choose("clip_loss", LIMITS, backend, image, text, dtype, deterministic, dtype=dtype, shapes=shapes)
     check_options(positive, groups, hardness)
     ids = checked_groups(image, text, groups)
     num_pairs = len(image)
@@ -167,7 +175,8 @@ def siglip_loss(
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     dtype = operands_of(image, operand_dtype)
-    backend = choose("siglip_loss", LIMITS, backend, image, text, dtype, deterministic)
+    shapes = class_of(text)
+    backend = choose("siglip_loss", LIMITS, backend, image, text, dtype, deterministic, dtype=dtype, shapes=shapes)
     check_options(positive, groups)
     ids = checked_groups(image, text, groups)
     if positive is not None:
