@@ -131,7 +131,7 @@ def measure(
                 key = (*decision.key[:2], name)
                 if key not in record.checks:
                     record.checks[key], _ = trials.check(trial.operator, name, trial.device, decision.dtype)
-            right = [name for name in found if not record.checks[*decision.key[:2], name]]
+            right = [name for name in found if not record.checks[(*decision.key[:2], name)]]
             if found and "reference" not in decision.refusals:
                 ms = time_of(trial, [*right, "reference"], seconds)
                 record.entries[decision.key] = Entry(ranked(ms), {name: round(t, 4) for name, t in ms.items()})

@@ -1,4 +1,4 @@
-"""A call of each operator in each class of shapes: what `bclip tune` times, and small ones on which kernels are checked.
+"""A call of each operator in each class of shapes: what `bclip tune` times, and small ones for checks.
 
 The truth of a check is the operator's definition in float64, on inputs that every dtype holds exactly; the yardstick is
 what the definition errs in the kernel's own dtype on the same device.

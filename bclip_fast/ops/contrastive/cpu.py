@@ -153,7 +153,7 @@ def siglip(
 
 
 def _chunk_rows(chunk_size: int, text: Tensor) -> int:
-    """Rows that a chunk has in a block of columns, where it holds as many products as `chunk_size` rows of all columns."""
+    """Rows of a block of columns that hold as many products as `chunk_size` rows of all columns."""
     return chunk_size * max(1, len(text) // _LIBRARY_COLUMNS)
 
 
@@ -297,7 +297,7 @@ class _LibraryChunk:
 
 
 class _LibraryProducts:
-    """The dot products of images and texts, chunk by chunk: multiplied by the library, or those of `products` (b, B)."""
+    """Dot products of images and texts, chunk by chunk: multiplied by the library, or read from `products` (b, B)."""
 
     def __init__(
         self,
