@@ -27,7 +27,7 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "scaled_do
 def _without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bclip_fast._cpu")
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
-    monkeypatch.setattr(affine, "_HAS_AMX", False)
+    monkeypatch.setattr(processor, "HAS_AMX", False)
     monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
 

@@ -38,7 +38,7 @@ def imitate(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     monkeypatch.setattr(processor, "BFLOAT16_REASON", f"it has {instructions or 'none'}")
     if not instructions:
-        monkeypatch.setattr(affine, "_HAS_AMX", False)
+        monkeypatch.setattr(processor, "HAS_AMX", False)
         monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
 

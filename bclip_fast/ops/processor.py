@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,21 @@ def _flags() -> set[str]:
     found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
     return set(found.split(":", 1)[1].split())
 
+
+def _ask_for_amx() -> tuple[bool, str | None]:
+    if find_spec("bclip_fast._cpu") is None:
+        return False, None
+    from bclip_fast import _cpu
+
+    try:
+        return _cpu.has_amx(), None
+    except ValueError as error:
+        return False, str(error)
+
+
+# Whether our kernels use the matrix unit of x86, and what is wrong with BCLIP_CPU_ISA, if anything. Asked once, because
+# traced code can't ask C++.
+HAS_AMX, ISA_ERROR = _ask_for_amx()
 
 # Found once: libraries read these variables only at their start, and traced code can't ask.
 BFLOAT16_INSTRUCTIONS, BFLOAT16_REASON = bfloat16_instructions(_flags(), os.environ)

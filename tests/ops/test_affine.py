@@ -28,7 +28,7 @@ def skip_without_cpu() -> None:
 
 def skip_without_amx() -> None:
     skip_without_cpu()
-    if not affine._HAS_AMX:
+    if not processor.HAS_AMX:
         pytest.skip("the processor has no AMX: float32 products are the library's")
 
 
@@ -36,7 +36,7 @@ def skip_without_amx() -> None:
 def without_bfloat16(monkeypatch) -> None:
     """The choices of a processor that has no bfloat16 instructions."""
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
-    monkeypatch.setattr(affine, "_HAS_AMX", False)
+    monkeypatch.setattr(processor, "HAS_AMX", False)
     if "cpu" not in MISSING:
         monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
@@ -92,7 +92,7 @@ def test_autocast_keeps_the_results_and_casts_what_it_casts():
 )
 def test_auto_takes_the_faster_backend_of_the_processor(amx, instructions, rows, expected, monkeypatch):
     skip_without_cpu()
-    monkeypatch.setattr(affine, "_HAS_AMX", amx)
+    monkeypatch.setattr(processor, "HAS_AMX", amx)
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     taken = []
     monkeypatch.setattr(affine, "_linear", lambda x, weight, bias, backend: taken.append(backend))

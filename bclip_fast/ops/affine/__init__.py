@@ -12,22 +12,6 @@ from . import reference
 __all__ = ["LIMITS", "linear"]
 
 
-def _ask_for_amx() -> tuple[bool, str | None]:
-    """Whether the matrix unit multiplies, and the reason against our module."""
-    if "cpu" in MISSING:
-        return False, MISSING["cpu"]
-    from bclip_fast import _cpu
-
-    try:
-        return _cpu.has_amx(), None
-    except ValueError as error:
-        return False, str(error)
-
-
-# Asked once, as traced code can't ask C++.
-_HAS_AMX, _REFUSAL = _ask_for_amx()
-
-
 def _cpu_limits(x: Tensor, *parameters: Tensor) -> str | None:
     for tensor in (x, *parameters):
         if tensor.device.type != "cpu":
@@ -41,7 +25,7 @@ def _cpu_limits(x: Tensor, *parameters: Tensor) -> str | None:
             return "a parameter is empty"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return f"autocast asks for {torch.get_autocast_dtype('cpu')}"
-    return _REFUSAL
+    return MISSING.get("cpu") or processor.ISA_ERROR
 
 
 LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda *inputs: None}
@@ -60,7 +44,7 @@ def _library_is_faster(x: Tensor, few_rows: bool) -> bool:
     """
     if processor.lacks_bfloat16(x.device):
         return False
-    return not _HAS_AMX or few_rows
+    return not processor.HAS_AMX or few_rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

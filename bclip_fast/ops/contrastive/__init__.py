@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import processor
 from ..arguments import cuda_refusal, triton_refusal
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
@@ -147,7 +148,9 @@ def clip_loss(
         image, text, num_pairs = _with_positives_first(image, text, positive)
     elif groups is None:
         check_pairs(image, text)
-    keep = keep and backend == "cpu" and dtype == torch.float32 and groups is None and num_pairs == len(image)
+    keep = keep and backend == "cpu" and groups is None and num_pairs == len(image)
+    # The matrix unit's tiles of S never leave the caches.
+    keep = keep and not (processor.HAS_AMX and dtype == torch.bfloat16)
     keep = keep and len(image) * len(text) <= _MAX_KEPT and torch.is_grad_enabled()
     keep = keep and (image.requires_grad or text.requires_grad or scale.requires_grad)
     arguments = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, keep, backend
