@@ -97,11 +97,11 @@ def _choices(device: torch.device) -> list[str]:
         return ["no memory is free on it"]
     for (operator, dtype), group in itertools.groupby(found, key=lambda decision: decision.key[:2]):
         decisions, name = list(group), f"{operator:<31}{dtype:<10}"
-        for (chosen, times), alike in itertools.groupby(
-            decisions, key=lambda each: (each.chosen, _times(each, record))
-        ):
-            shapes = "; ".join(decision.shapes for decision in alike)
-            out.append(f"{name}{chosen or 'nothing':<11}{shapes:<19}{times}".rstrip())
+        pairs = [(decision.chosen or "nothing", _times(decision, record)) for decision in decisions]
+        for chosen, times in dict.fromkeys(pairs):
+            alike = [each.shapes for each, pair in zip(decisions, pairs, strict=True) if pair == (chosen, times)]
+            shapes = "; ".join(alike)
+            out.append(f"{name}{chosen:<11}{shapes:<19}{times}".rstrip())
             name = " " * len(name)
         out += [f"{name}not {', '.join(names)}: {reason}" for reason, names in _refusals(decisions).items()]
     return out

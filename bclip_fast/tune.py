@@ -86,9 +86,7 @@ def run(config: TuneConfig) -> None:
     todo = list(_wanted(device, config.operators))
     busy = os.getloadavg()[0]
     if device.type == "cpu" and busy > 0.5 * (os.cpu_count() or 1):
-        log.warning(
-            "the load is %.1f on %d cores: times taken beside other work are poor evidence", busy, os.cpu_count()
-        )
+        log.warning("the load is %.1f: times taken beside other work are poor evidence", busy)
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -102,8 +100,8 @@ def run(config: TuneConfig) -> None:
         record = _merged(path, record, config.operators)
     try:
         tuning.save(record, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; --out names another file") from error
+    except OSError as problem:
+        raise UserError(f"{path} cannot be written: {problem.strerror}; --out names another file") from problem
     terminal = Console()
     # A file or pipe has no width of its own.
     (terminal if terminal.is_terminal else Console(width=120)).print(_table(record))

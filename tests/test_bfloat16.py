@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bclip_fast.loss import ClipLoss, SigLipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
-from bclip_fast.ops import affine, processor
+from bclip_fast.ops import processor
 from bclip_fast.train.finetune import FinetuneConfig, _add_lora
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "scaled_dot_product", "matmul", "mv", "dot")

@@ -103,7 +103,7 @@ class ClipLoss(RankedLoss):
 
         For inspection: `forward` never builds them. Differentiable into the features of every rank.
         """
-        ranks = self._ranks()
+        ranks = self._ranks(image_features)
         images, texts = image_features, text_features
         if ranks.size > 1:
             sizes = ranks.batch_sizes(image_features, text_features)
@@ -146,7 +146,7 @@ class ClipLoss(RankedLoss):
     ) -> Tensor:
         if groups is not None and self.label_smoothing:
             raise ValueError("label_smoothing with groups isn't implemented: their targets are soft already")
-        ranks = self._ranks()
+        ranks = self._ranks(image)
         image, text = one_dtype(image, text)
         dtype = operands_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):

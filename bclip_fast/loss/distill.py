@@ -55,7 +55,7 @@ class DistillClipLoss(ClipLoss):
         """
         if self.hardness:
             raise ValueError("DistillClipLoss has no hardness: its targets are the teacher's")
-        ranks = self._ranks()
+        ranks = self._ranks(image_features)
         image, text = one_dtype(image_features, text_features)
         teacher_image, teacher_text = one_dtype(dist_image_features, dist_text_features)
         check_features(image, text)

@@ -109,7 +109,7 @@ class SigLipLoss(RankedLoss):
         """
         if groups is not None and self.label_smoothing:
             raise ValueError("label_smoothing with groups isn't defined here: pass one of them")
-        ranks = self._ranks()
+        ranks = self._ranks(image_features)
         image, text = one_dtype(image_features, text_features)
         dtype = operands_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):

@@ -125,7 +125,7 @@ def choose(
     if isinstance(first, Tensor):
         kind, index, dtype = first.device.type, first.device.index or 0, dtype or first.dtype
     if asked == "auto":
-        names = _order(operator, kind, index, dtype, shapes, otherwise)
+        names = tuning.order(operator, kind, index, dtype, shapes, otherwise)
     else:
         names = (asked, "reference") if library and backend == "auto" else (asked,)
     if _explaining:
@@ -219,13 +219,5 @@ def _fault(operator: str, backend: str, kind: str, index: int, dtype: torch.dtyp
     return f"fails its check on this device: {verdict}" if verdict else None
 
 
-def _order(
-    operator: str, kind: str, index: int, dtype: torch.dtype | None, shapes: str, otherwise: tuple[str, ...]
-) -> tuple[str, ...]:
-    return tuning.order(operator, kind, index, dtype, shapes, otherwise)
-
-
-# All that torch.compiler.assume_constant_result does, but for importing Dynamo: two seconds, and Triton. A graph keeps
-# the choice that was in force when it was traced.
-_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As `tuning.order`.
 _fault._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A call of each operator in each class of shapes: what `bclip tune` times, and small ones for checks.
+"""A call of each operator in each class of shapes, which `bclip tune` times, and small ones that check kernels.
 
 The truth of a check is the operator's definition in float64, on inputs that every dtype holds exactly; the yardstick is
 what the definition errs in the kernel's own dtype on the same device.
@@ -145,9 +145,9 @@ def fault_of(trial: Trial, backend: str) -> str:
             own = trial.run(backend, tensors)
             if trial.device.type == "cuda":
                 torch.cuda.synchronize(trial.device)
-        except Exception as error:  # whatever a compiler, driver or kernel raises
-            lines = str(error).strip().splitlines() or [""]
-            return f"{type(error).__name__}: {lines[0]}"
+        except Exception as raised:  # whatever a compiler, driver or kernel raises
+            lines = str(raised).strip().splitlines() or [""]
+            return f"{type(raised).__name__}: {lines[0]}"
         if trial.definition is None:
             return _image_fault(own, trial.run("reference", tensors))
         exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]
@@ -369,12 +369,15 @@ def _images(device: torch.device, files: list[bytes], size: int) -> Iterator[Tri
         # In levels, roughly, as the others.
         return found * 64
 
-    calls = {"image.decode_resize": resized, "image.decode_resize_normalize": normalised}
+    calls: dict[str, Callable[[str], Tensor | Tensors]] = {
+        "image.decode_resize": resized,
+        "image.decode_resize_normalize": normalised,
+    }
     if device.type == "cpu":
         calls = {"image.decode": decoded, **calls}
     for operator, call in calls.items():
         what = f"{len(files)} files" + ("" if operator == "image.decode" else f" to {size} x {size}")
-        yield Trial(operator, what, device, torch.float32, list, call, None)  # type: ignore[arg-type]
+        yield Trial(operator, what, device, torch.float32, list, call, None)
 
 
 def _image_fault(own: Tensors, true: Tensors) -> str:

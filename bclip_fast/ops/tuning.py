@@ -261,9 +261,7 @@ def _driver() -> str:
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
     """For people: what differs between two fingerprints, "" for none."""
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-    return ", ".join(
-        f"{name} {one.get(name, 'none') or 'none'} / {other.get(name, 'none') or 'none'}" for name in names
-    )
+    return ", ".join(f"{name} {one.get(name) or 'none'} / {other.get(name) or 'none'}" for name in names)
 
 
 # What is in force in this process.
@@ -286,12 +284,14 @@ def order(
         record = of_device(kind, index)
         entry = record.entries.get((operator, short(dtype), shapes))
         found = otherwise if entry is None else entry.order + tuple(x for x in otherwise if x not in entry.order)
-        wrong = {
-            name for (op, of, name), error in record.checks.items() if (op, of) == (operator, short(dtype)) and error
-        }
-        found = tuple(name for name in found if name not in wrong)
+        found = tuple(name for name in found if not record.checks.get((operator, short(dtype), name)))
         _orders[kind, index, operator, dtype, shapes] = found
     return found
+
+
+# All that torch.compiler.assume_constant_result does, but for importing Dynamo: two seconds, and Triton. A graph keeps
+# the order that was in force when it was traced.
+order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def of_device(kind: str, index: int = 0) -> Record:

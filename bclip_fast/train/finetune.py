@@ -42,6 +42,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.transformer import Linear
 
+from . import backends
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .engine import EngineConfig
@@ -119,7 +120,8 @@ def finetune(config: FinetuneConfig) -> Path:
     clip, preprocess, tokenizer = pretrained.load(config.model)
     if run.resolve() == Path(config.model).resolve():
         raise UserError(f"--run is the model's own folder, {run}: give another")
-    if checkpoints.steps(run / "checkpoints") and not config.resume:
+    begun = bool(checkpoints.steps(run / "checkpoints"))
+    if begun and not config.resume:
         raise UserError(f"{run} holds a run already: --resume continues it, --run names another")
     torch.manual_seed(config.seed)
     clip.requires_grad_(True)
@@ -130,8 +132,8 @@ def finetune(config: FinetuneConfig) -> Path:
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
-    distributed.barrier()
-    _Loop(config, run, objective, model, preprocess, tokenizer, adapter).train()
+    with backends.of_run(run, resumed=begun):
+        _Loop(config, run, objective, model, preprocess, tokenizer, adapter).train()
     return run
 
 

@@ -7,10 +7,10 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
     srun bclip train CONFIG.toml        in a job of Slurm; configs/slurm.sbatch requeues it
 
-The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
-tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
-`ema_decay`, bad_samples.jsonl where samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too
-many steps were skipped (dump.py).
+The run folder holds config.toml (resolved; feeds back into `bclip train`), backends.json (which backends the operators
+take, kept by --resume), tokenizer/, metrics.jsonl, events.jsonl, tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's
+layout, written with each checkpoint), model_ema/ likewise with `ema_decay`, bad_samples.jsonl where samples turned out
+damaged and were replaced, and dumps/step-XXXXXXXX/ where too many steps were skipped (dump.py).
 
 SIGTERM, SIGUSR1 and the first SIGINT have all ranks write a checkpoint before the next step and exit with 75; the same
 command with --resume goes on.
@@ -26,7 +26,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -36,15 +36,16 @@ from bclip_fast.data.native import Batch, NativeLoader
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.distributed import on_main
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
+from . import backends, flops, plan, validation
 from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines
-from . import flops, plan, validation
 from .average import Average
 from .bad_samples import BadSamples
 from .cached import CachedBatch, Spool
@@ -58,9 +59,6 @@ from .signals import EXIT_STOPPED, Signals
 from .spikes import Spikes
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -110,13 +108,13 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     )
     found = [validate] if validate else []
     if not found and (config.validation.every_steps or config.validation.every_epochs):
-        _on_main(lambda: found.append(validation.standard(config)))
-    _on_main(lambda: _prepare(run, config, dataset))
+        on_main(lambda: found.append(validation.standard(config)))
+    on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
     # A launcher that has lost a rank sends SIGTERM to the others, which are still to say so.
-    with Signals() as signals, distributed.explain_lost_ranks():
-        chosen = found[0] if found else None
+    chosen = found[0] if found else None
+    with Signals() as signals, distributed.explain_lost_ranks(), backends.of_run(run, resumed=continued is not None):
         with _Run(config, run, dataset, stream, tokenizer, chosen, on_step, signals) as state:
             state.loop()
     if state.stopped:
@@ -156,7 +154,7 @@ class _Run:
         saved = self._load(model) if config.resume else None
         if saved is None:
             # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
-            _on_main(lambda: initialise(model, config.init))
+            on_main(lambda: initialise(model, config.init))
             if not distributed.is_main():
                 initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
@@ -168,13 +166,13 @@ class _Run:
         self.spool = Spool(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
-        _on_main(self._open_log)
+        on_main(self._open_log)
         samples = (self.stream.samples_before(step) for step in (self.step, self.num_steps))
         self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
         self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
         self.peak = flops.device_peak(self.engine.device, config.engine.precision)
-        self.saved_step = self.step if _on_main(lambda: (run / "model").is_dir()) else -1
+        self.saved_step = self.step if on_main(lambda: (run / "model").is_dir()) else -1
         self.position = self.loader.state_dict()
         self.writer = checkpoints.Writer(config.checkpoint.background) if distributed.is_main() else None
         self.signals = signals
@@ -205,7 +203,7 @@ class _Run:
     def _load(self, model: BiomedClip) -> checkpoints.Checkpoint | None:
         folder = self.run / "checkpoints"
         # Rank 0 hashes and decides, so that all ranks read the same one.
-        step = _on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
+        step = on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
         if step is None:
             return None
         saved = checkpoints.read(folder / f"step-{step:08d}")
@@ -255,7 +253,7 @@ class _Run:
                 self._save()
         if self.step and self.saved_step != self.step:
             self._save()
-        _on_main(lambda: self.writer.finish() if self.writer else None)
+        on_main(lambda: self.writer.finish() if self.writer else None)
 
     def _train_step(self) -> dict[str, Any] | None:
         """A step and its line of metrics; None where a signal stops the run before it."""
@@ -391,10 +389,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = _on_main(lambda: self._write_validation(state, validation.PREFIX))
+        figures = on_main(lambda: self._write_validation(state, validation.PREFIX))
         if self.average is not None:
             average = {**state, **self.average.state()}
-            _on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
+            on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:
@@ -445,6 +443,11 @@ def replay(config: dumps.ReplayConfig) -> int:
     """
     distributed.init()
     atexit.register(distributed.shutdown)
+    with backends.of_run(config.dump, resumed=True, keep=False):
+        return _replay(config)
+
+
+def _replay(config: dumps.ReplayConfig) -> int:
     dump = dumps.read(config.dump)
     model = new_model(dump.config)
     model.load_state_dict(dump.model)
@@ -504,20 +507,6 @@ def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
     end = int(tokenizer("", 2)[0, -1])
     if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
         raise UserError(f"the tokenizer ends captions with token {end}: set model.text.end_id={end}")
-
-
-def _on_main(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every rank; its UserError is raised on every rank too."""
-    result: tuple[Any, str | None] = (None, None)
-    if distributed.is_main():
-        try:
-            result = function(), None
-        except UserError as error:
-            result = None, str(error)
-    value, problem = distributed.broadcast_object(result)
-    if problem is not None:
-        raise UserError(problem)
-    return value
 
 
 def _is_due(step: int, every: int) -> bool:

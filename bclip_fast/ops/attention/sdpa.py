@@ -77,7 +77,7 @@ def pooled_one_by_one(query: Tensor, key_value: Tensor, starts: Tensor, stops: T
 
 
 def pooled_masked(query: Tensor, key_value: Tensor, starts: Tensor, stops: Tensor, scale: float) -> Tensor:
-    # Asking for the longest sequence would wait for the device, so each query meets all rows, most of them masked.
+    # The longest sequence isn't known without waiting for the device: a query meets all rows, most of them masked.
     row = torch.arange(len(key_value), device=query.device)
     visible = (row >= starts[:, None]) & (row < stops[:, None])
     key, value = key_value[None].permute(2, 0, 3, 1, 4).unbind(0)
