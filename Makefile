@@ -1,4 +1,6 @@
-# make quickstart: sets everything up and runs the main job.   make test: sets everything up and passes the tests.
+# make quickstart: sets everything up and runs the main job.
+# make test: sets everything up, lints and runs the tests, in at most 6 minutes of test time on 2 cores.
+# make test-all: the same in random order and with the tests marked long: full products of options, many kills.
 # make gpu: builds, tests and measures the kernels on a machine with a GPU, in what Python is there; under 9 minutes.
 # Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart, or to pytest).
 PYTHON ?= python3
@@ -10,16 +12,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is compiled and what is downloaded, what is checked and what is tested, at the same time.
 MAKEFLAGS += -j2
 
-.PHONY: quickstart test lint pytest bench gpu clean
+.PHONY: quickstart test test-all lint pytest pytest-all bench gpu clean
 
 quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
 
 test: lint pytest
+test-all: lint pytest-all
 
-# One process more than cores: many a test waits for others.
+# One process more than cores, since many tests wait for others. A file runs in one process, which makes its fixtures
+# once; files with slow tests go first (tests/conftest.py).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
+
 pytest: $(VENV)/objects.done $(VENV)/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not long" $(ARGS)
+	$(PYTEST) -p no:randomly -m "not long" $(ARGS)
+
+# pytest-randomly shuffles the order and prints the seed; ARGS="-p randomly -p no:xdist --randomly-seed=N" repeats it.
+pytest-all: $(VENV)/objects.done $(VENV)/dev.done
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/ruff check .

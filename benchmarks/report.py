@@ -16,7 +16,7 @@ from bclip_fast.errors import UserError
 from .cases import Unavailable
 from .images import ImagesConfig, measure_images, show_images
 from .loader import LoaderConfig, measure_loader, show_loader
-from .measure import environment, record, suite
+from .measure import environment, matmul_note, record, suite
 from .retrieval import RetrievalConfig, measure_retrieval, show_retrieval
 from .step import StepConfig, measure_step, show_step
 from .trainer import TrainerConfig, measure_trainer, show_trainer
@@ -117,7 +117,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
         group = [row for row in rows if (row["operator"], row["case"]) == case]
-        table = Table(title=f"{'-'.join(case)}{floor(group[0])}", title_justify="left")
+        table = Table(title=f"{'-'.join(case)}{floor(group[0])}{matmul_note(group)}", title_justify="left")
         best = min((row for row in group if row["contender"].startswith("ours:")), key=_seconds, default=None)
         rival = next((row for row in group if row["contender"] == "open_clip"), best)
         times = "x open_clip" if rival is not best else "x ours"
