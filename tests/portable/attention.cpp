@@ -103,7 +103,8 @@ void check_nan() {
   Random random(5);
   Buffer<float> qkv(35 * 3 * 16, random, -1, 1), out(35 * 16), lse(35);
   qkv[34 * 3 * 16 + 5] = std::nanf("");  // a query
-  const Attention attention = {instruction_set, qkv.data(), false, 35, 1, 16, bounds.data(), 1, nullptr, false, 0.25, 0, 0};
+  const Attention attention = {instruction_set, qkv.data(), false, 35,    1,    16, bounds.data(),
+                               1,               nullptr,    false, 0.25, 0,    0};
   attention_forward(attention, out.data(), lse.data(), 1);
   bool others = true;
   for (int64_t i = 0; i < 34 * 16; ++i) others = others && std::isfinite(out[i]);

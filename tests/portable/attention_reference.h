@@ -58,8 +58,8 @@ inline Forward forward(const Query& query) {
     }
   }
   result.lse = highest + std::log(total);
-  result.lse_bound =
-      2 * score_error(query, size) + kExp + (3 * size + count + 4 + 4 * std::log(total) + 2 * std::abs(result.lse)) * kUnit;
+  result.lse_bound = 2 * score_error(query, size) + kExp +
+                     (3 * size + count + 4 + 4 * std::log(total) + 2 * std::abs(result.lse)) * kUnit;
   return result;
 }
 

@@ -138,7 +138,7 @@ Pixels decode(const std::string& file, int height, int width) {
   jpeg_finish_decompress(&jpeg);
   jpeg_destroy_decompress(&jpeg);
   if (fault == Fault::kEntries)
-    for (size_t i = pixels.size() / 2; i < pixels.size() / 2 + 30; ++i) pixels[i] = static_cast<uint8_t>(pixels[i] ^ 128);
+    for (size_t i = pixels.size() / 2; i < pixels.size() / 2 + 30; ++i) pixels[i] ^= 128;
   return pixels;
 }
 

@@ -27,7 +27,8 @@ const std::vector<Case> kCases = {
 template <typename Stored>
 void check(const Case& of) {
   const std::string name = "pooled attention " + name_of<Stored>() + " " + of.name;
-  const int64_t sequences = static_cast<int64_t>(of.lengths.size()), heads = of.heads, dim = of.dim, width = heads * dim;
+  const auto sequences = static_cast<int64_t>(of.lengths.size());
+  const int64_t heads = of.heads, dim = of.dim, width = heads * dim;
   std::vector<int32_t> bounds = {0};
   std::vector<int64_t> rows;
   for (int64_t i = 0; i < sequences; ++i) {
@@ -40,8 +41,9 @@ void check(const Case& of) {
   const Buffer<Stored> out_grad(sequences * width, random, -1.7, 1.7);
   const double scale = 0.2;
   const uint64_t seed = 0x123456789ABCDEF0;
-  const PooledAttention attention = {instruction_set, query.data(), pairs.data(), sizeof(Stored) == 2, tokens, sequences,
-                                     heads, dim, bounds.data(), rows.data(), of.causal, scale, of.dropout_p, seed};
+  const PooledAttention attention = {instruction_set, query.data(), pairs.data(), sizeof(Stored) == 2, tokens,
+                                     sequences, heads, dim, bounds.data(), rows.data(), of.causal, scale,
+                                     of.dropout_p, seed};
 
   Buffer<Stored> out(sequences * width), out_again(sequences * width);
   Buffer<float> lse(sequences * heads), lse_again(sequences * heads);
@@ -52,7 +54,8 @@ void check(const Case& of) {
   Buffer<Stored> query_grad(sequences * width), pairs_grad(tokens * 2 * width);
   Buffer<Stored> query_again(sequences * width), pairs_again(tokens * 2 * width);
   const auto run = [&](Buffer<Stored>& to_query, Buffer<Stored>& to_pairs, int threads) {
-    const PooledAttentionGradient gradient = {out_grad.data(), out.data(), lse.data(), to_query.data(), to_pairs.data()};
+    const PooledAttentionGradient gradient = {out_grad.data(), out.data(), lse.data(), to_query.data(),
+                                              to_pairs.data()};
     pooled_attention_backward(attention, gradient, threads);
   };
   run(query_grad, pairs_grad, 1);
