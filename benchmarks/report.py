@@ -13,6 +13,7 @@ import tyro
 
 from bclip_fast.errors import UserError
 
+from .busy import BusyConfig, measure_busy, show_busy
 from .cases import Unavailable
 from .images import ImagesConfig, measure_images, show_images
 from .loader import LoaderConfig, measure_loader, show_loader
@@ -32,6 +33,7 @@ class BenchConfig:
         Literal[
             "affine",
             "attention",
+            "busy",
             "contrastive",
             "image",
             "images",
@@ -43,13 +45,15 @@ class BenchConfig:
             "all",
         ]
     ] = "all"
-    """The operator to measure; `images`: files to resized pixels; `loader`: shards to batches; `retrieval`: exact
-    ranks; `step`: a whole training step; `trainer`: steps of a run, from shards, on ranks; `all` are the operators."""
+    """The operator to measure; `busy`: speed beside other processes; `images`: files to resized pixels; `loader`:
+    shards to batches; `retrieval`: exact ranks; `step`: a whole training step; `trainer`: steps of a run, from shards,
+    on ranks; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    busy: BusyConfig = field(default_factory=BusyConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     only: str = ""
@@ -86,6 +90,7 @@ def run(config: BenchConfig) -> int:
 
 # Measured in another way than the operators, and shown so.
 SPECIAL: dict[str, tuple[Callable[[BenchConfig], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]]] = {
+    "busy": (lambda config: measure_busy(config.busy), show_busy),
     "images": (lambda config: measure_images(config.images), show_images),
     "loader": (lambda config: measure_loader(config.loader), show_loader),
     "retrieval": (lambda config: measure_retrieval(config.retrieval), show_retrieval),
