@@ -24,16 +24,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_runtestloop(session: pytest.Session) -> None:
-    """Starts the fork server of the tests that use one before any test has changed the environment.
-
-    It imports its modules while the first tests run.
-    """
-    ranks = sys.modules.get("ranks")
-    if ranks is not None and not session.config.option.collectonly:
-        ranks.fork_server()
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says why tests were skipped: a line for each reason, with the number of tests."""
     reasons: collections.Counter[str] = collections.Counter()
@@ -54,6 +44,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found: BCLIP_SHARED_DATA is {folder}, which is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    """Starts the fork server of the tests that use one before any test has changed the environment.
+
+    It imports its modules while the first tests run.
+    """
+    ranks = sys.modules.get("ranks")
+    if ranks is not None:
+        ranks.fork_server()
 
 
 @pytest.fixture(autouse=True)
