@@ -260,7 +260,7 @@ struct FloatEngine {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sums[i][j] = add ? load(result + i * stride + j * kLanes) : Lanes{};
+      for (int j = 0; j < kColumns; ++j) sums[i][j] = Lanes{};
     for (; depth > 0; depth -= kPanel, left += kBlock, right += kBlock) {
       const int64_t count = std::min(depth, kPanel);
       for (int64_t k = 0; k < count; ++k) {
@@ -273,10 +273,14 @@ struct FloatEngine {
           for (int j = 0; j < kColumns; ++j) sums[i][j] += columns[j] * left[i * kPanel + k];
       }
     }
+    // Added last: a sum that began with what is there would round each of its terms at the size of the whole.
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) store(result + i * stride + j * kLanes, sums[i][j]);
+      for (int j = 0; j < kColumns; ++j) {
+        float* const place = result + i * stride + j * kLanes;
+        store(place, add ? load(place) + sums[i][j] : sums[i][j]);
+      }
   }
 
   template <class Stored>
