@@ -46,6 +46,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 samples to train on and 32 for validation (synthetic.py). A test that changes files works on a copy."""
+    from synthetic import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server() -> None:
     """Starts the fork server of the tests that use one before any test has changed the environment.

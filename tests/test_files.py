@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import tiny_run, write_shards
+from synthetic import tiny_run
 from test_bad_samples import by_key, curve
 from test_stream import loader, take
 
@@ -28,11 +28,6 @@ from bclip_fast.train.config import DataConfig
 from bclip_fast.train.trainer import train
 
 fsspec = pytest.importorskip("fsspec")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards", num_samples=96)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import tiny_model, tiny_run, write_shards
+from synthetic import tiny_model, tiny_run
 
 from bclip_fast import distributed
 from bclip_fast.config import CONFIGS, to_toml
@@ -28,11 +28,6 @@ from bclip_fast.train.trainer import train
 from bclip_fast.train.validation import Validation
 
 PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
 def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

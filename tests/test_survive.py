@@ -39,11 +39,6 @@ from bclip_fast.train.trainer import train
 DROPOUT = tiny_model(dropout=0.1)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
 def column(run: Path, name: str) -> list[Any]:
     return [record[name] for record in read_metrics(run / "metrics.jsonl") if name in record]
 
