@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.processor import lacks_bfloat16
 from bclip_fast.train.cluster import device_name, results_name
 
 from .cases import DEVICE, Case, Inputs
@@ -92,7 +93,9 @@ def _resident(name: str) -> int:
 
 def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
     """The best rate of torch's own square matmul, the yardstick beside every FLOP figure: taken anew for each, since a
-    machine's speed drifts."""
+    machine's speed drifts. In float32 for bfloat16 on a CPU that multiplies bfloat16 so."""
+    if dtype == torch.bfloat16 and lacks_bfloat16(DEVICE):
+        dtype = torch.float32
     size = 8192 if DEVICE.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     multiply = synchronised(torch.mm)
