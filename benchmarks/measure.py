@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.processor import lacks_bfloat16
 from bclip_fast.train.cluster import device_name, results_name
 
 from .cases import DEVICE, Case, Inputs
@@ -90,11 +91,6 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def multiplies_bf16() -> bool:
-    """Whether torch's matmul of this device has bf16 instructions; oneDNN, which it calls on a CPU, knows."""
-    return DEVICE.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 # Rows of the square matmul whose rate every FLOP figure is compared with.
 MATMUL_SIZE = 8192 if DEVICE.type == "cuda" else 2048
 
@@ -105,7 +101,7 @@ def matmul_rate(dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
     Every row measures it again, since a machine's speed drifts. A CPU without bf16 instructions is measured in
     float32: torch emulates bf16 there at about a hundredth of that rate, which no kernel should be compared with.
     """
-    if dtype == torch.bfloat16 and not multiplies_bf16():
+    if dtype == torch.bfloat16 and lacks_bfloat16(DEVICE):
         dtype = torch.float32
     size = MATMUL_SIZE
     a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)

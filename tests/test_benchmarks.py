@@ -109,7 +109,7 @@ def test_the_table_holds_ratios_to_open_clip_and_says_what_was_compared(capsys):
 def test_matmul_rate_without_bf16_instructions_is_of_float32_and_the_table_says_so(monkeypatch, capsys):
     monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
     for has_bf16, expected in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(measure, "multiplies_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(measure, "lacks_bfloat16", lambda device, lacks=not has_bf16: lacks)
         assert measure.matmul_rate(torch.float32)["matmul_dtype"] == "float32"
         found = measure.matmul_rate(torch.bfloat16)
         assert found["matmul_dtype"] == expected and found["matmul_flops_per_second"] > 0
