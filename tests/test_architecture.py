@@ -45,7 +45,14 @@ def test_an_import_adds_only_modules_of_the_package_the_standard_library_and_tor
     others = sorted(name for name in imports[statement] if name.partition(".")[0] not in allowed)
     assert not others
     # Of the package, what the operators and the losses are made of; nothing slow of torch.
-    wanted = ("bclip_fast.loss", "bclip_fast.ops", "bclip_fast._", "bclip_fast.errors", "bclip_fast.log")
+    wanted = (
+        "bclip_fast.loss",
+        "bclip_fast.ops",
+        "bclip_fast._",
+        "bclip_fast.errors",
+        "bclip_fast.log",
+        "bclip_fast.threads",
+    )
     own = [name for name in imports[statement] if name.startswith("bclip_fast.")]
     assert [name for name in own if not name.startswith(wanted)] == []
     assert statement == "loss" or not [name for name in own if name.startswith(wanted[:3])]
