@@ -73,7 +73,7 @@ def test_no_torch_header_in_csrc():
 
 def test_the_package_does_not_print():
     """Only what stands at the terminal's end prints: the command line, the doctor, the verifier."""
-    allowed = {"cli.py", "doctor.py", "quickstart.py", "verify.py"}
+    allowed = {"cli.py", "doctor.py", "quickstart.py", "tune.py", "verify.py"}
     pattern = re.compile(r"^\s*print\(", re.MULTILINE)
     package = [path for path in SOURCES if path.is_relative_to(ROOT / "bclip_fast") and path.name not in allowed]
     assert not [path.name for path in package if pattern.search(path.read_text())]
