@@ -92,6 +92,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def device() -> torch.device:
+    """Where this rank computes: its own GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-from . import __version__
+from . import __version__, threads
 from .errors import UserError
 from .ops import BACKENDS, trials, tuning
 from .ops.dispatch import MISSING, Decision
@@ -34,6 +34,7 @@ def lines() -> list[str]:
     out = [
         f"bclip_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"Waiting threads: {threads.describe()}",
         "",
         "Backends" + (f" (BCLIP_BACKEND={os.environ['BCLIP_BACKEND']})" if "BCLIP_BACKEND" in os.environ else ""),
     ]

@@ -24,11 +24,6 @@ from bclip_fast.train.trainer import train
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps with dropout, checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("runs") / "finished"

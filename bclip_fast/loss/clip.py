@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..ops import linear
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -109,7 +110,7 @@ class ClipLoss(RankedLoss):
             images = GatherRows.apply(image_features, ranks, sizes[0], "image features")
             texts = GatherRows.apply(text_features, ranks, sizes[1], "text features")
         own = (image_features, text_features) if self.local_loss else (images, texts)
-        per_image, per_text = logit_scale * own[0] @ texts.T, logit_scale * own[1] @ images.T
+        per_image, per_text = linear(logit_scale * own[0], texts), linear(logit_scale * own[1], images)
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
 
     def forward(

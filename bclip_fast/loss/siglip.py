@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops import linear
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -85,7 +86,7 @@ class SigLipLoss(RankedLoss):
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
         """The dense logits of these images and texts; `forward` never builds them."""
-        logits = logit_scale * image_features @ text_features.T
+        logits = linear(logit_scale * image_features, text_features)
         return logits if logit_bias is None else logits + logit_bias
 
     def forward(

@@ -30,6 +30,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from . import processor
 from .arguments import CUDA_HOST
 
 log = logging.getLogger(__name__)
@@ -228,20 +229,7 @@ def cpu_architecture() -> str:
         name = module.instruction_set()
     except ValueError:
         return "unknown"  # BCLIP_CPU_ISA names nothing; the kernels say so when they run
-    return "avx512_bf16" if name == "avx512" and _library_has_bf16() else name
-
-
-def _library_has_bf16() -> bool:
-    """Whether torch's own products in bfloat16 run on AVX512-BF16."""
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("SSE41", "AVX", "AVX2", "AVX2_VNNI") + _BEFORE_BF16:
-        return False
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-
-
-_BEFORE_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+    return "avx512_bf16" if name == "avx512" and processor.BFLOAT16_INSTRUCTIONS else name
 
 
 @functools.cache

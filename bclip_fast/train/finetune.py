@@ -40,12 +40,14 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.transformer import Linear
 
 from . import backends
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .engine import EngineConfig
 from .metrics import MetricsLog
+from .precision import resolve
 from .schedule import OptimConfig, learning_rate
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ class FinetuneConfig:
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.01, eps=1e-8, decay="linear")
     )
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(name="ddp", precision="bf16"))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(name="ddp"))
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:
@@ -110,9 +112,12 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     distributed.init()
     atexit.register(distributed.shutdown)
+    run = Path(config.run)
+    continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
+    precision = resolve(config.engine.precision, continued)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
     objective: _Pairs | _Questions = _Questions(config) if config.task else _Pairs(config)
     clip, preprocess, tokenizer = pretrained.load(config.model)
-    run = Path(config.run)
     if run.resolve() == Path(config.model).resolve():
         raise UserError(f"--run is the model's own folder, {run}: give another")
     begun = bool(checkpoints.steps(run / "checkpoints"))
@@ -334,4 +339,9 @@ def _add_lora(clip: BiomedClip, config: FinetuneConfig) -> Any:
     lora = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=rf".*layers\.\d+\.({'|'.join(_LORA_TARGETS)})"
     )
-    return peft.LoraModel(clip, lora, "default")
+    adapted = peft.LoraModel(clip, lora, "default")
+    for module in adapted.modules():
+        # peft's own two factors, whose bfloat16 products would be the library's on every CPU.
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return adapted

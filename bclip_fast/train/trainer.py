@@ -53,6 +53,7 @@ from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise, new_model
 from .metrics import MetricsLog, Progress, peak_memory
+from .precision import resolve
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
 from .spikes import Spikes
@@ -88,6 +89,9 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     distributed.init(timeout_seconds=config.timeout_s)
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
+    run = Path(config.run)
+    continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
+    config = config.with_precision(resolve(config.engine.precision, continued))
     dataset = _open(config.data, config.data.split)
     stream = SampleStream(
         dataset.shard_sizes,
@@ -105,14 +109,12 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     found = [validate] if validate else []
     if not found and (config.validation.every_steps or config.validation.every_epochs):
         on_main(lambda: found.append(validation.standard(config)))
-    run = Path(config.run)
     on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
     # A launcher that has lost a rank sends SIGTERM to the others, which are still to say so.
-    resumed = config.resume and bool(checkpoints.steps(run / "checkpoints"))
     chosen = found[0] if found else None
-    with Signals() as signals, distributed.explain_lost_ranks(), backends.of_run(run, resumed=resumed):
+    with Signals() as signals, distributed.explain_lost_ranks(), backends.of_run(run, resumed=continued is not None):
         with _Run(config, run, dataset, stream, tokenizer, chosen, on_step, signals) as state:
             state.loop()
     if state.stopped:
@@ -222,11 +224,12 @@ class _Run:
     def loop(self) -> None:
         config = self.config
         log.info(
-            "training on %d samples, %d steps of %d pairs, %d rank(s), %s",
+            "training on %d samples, %d steps of %d pairs, %d rank(s), %s, %s",
             self.stream.num_samples,
             self.num_steps,
             config.first_batch_size,
             distributed.world_size(),
+            config.engine.precision,
             f"{config.engine.name} ZeRO {config.engine.zero_stage}"
             if config.engine.name == "deepspeed"
             else config.engine.name,

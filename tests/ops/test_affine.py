@@ -7,7 +7,10 @@ from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
 from torch import Tensor
 
 from bclip_fast import ops
+from bclip_fast.ops import affine, processor
 from bclip_fast.ops.affine import LIMITS, _linear, reference
+from bclip_fast.ops.convolution import conv2d
+from bclip_fast.ops.dispatch import MISSING
 
 # (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
@@ -19,8 +22,23 @@ def inputs(shape: tuple[int, int, int], weight: torch.dtype = torch.bfloat16, bi
     return [x, w, b.to(weight)] if bias else [x, w]
 
 
-def skip_without_amx() -> None:
+def skip_without_cpu() -> None:
     skip_if_refused(LIMITS, "cpu", *inputs((1, 1, 1)))
+
+
+def skip_without_amx() -> None:
+    skip_without_cpu()
+    if not processor.HAS_AMX:
+        pytest.skip("the processor has no AMX: float32 products are the library's")
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch) -> None:
+    """The choices of a processor that has no bfloat16 instructions."""
+    monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
+    monkeypatch.setattr(processor, "HAS_AMX", False)
+    if "cpu" not in MISSING:
+        monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
 
 @pytest.mark.parametrize("backend", every_backend(LIMITS))
@@ -43,7 +61,7 @@ def test_matches_reference(backend, shape, bias, weight, nan_filled):
 
 
 def test_a_masters_gradient_is_not_rounded():
-    skip_without_amx()
+    skip_without_cpu()
     x, weight, bias = inputs((500, 64, 96), torch.float32)
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     upstream = torch.randn(500, 96).bfloat16()
@@ -57,12 +75,82 @@ def test_autocast_keeps_the_results_and_casts_what_it_casts():
     x, weight, bias = inputs((40, 64, 96), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=2**-7, atol=2**-7)
-        assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
+        assert torch.equal(ops.linear(x.float(), weight, bias), ops.linear(x, weight, bias))
+        assert ops.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
     assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
 
 
+@pytest.mark.parametrize(
+    ("amx", "instructions", "rows", "expected"),
+    [
+        (True, "AMX", 512, "cpu"),
+        (True, "AMX", 511, "reference"),
+        (False, "AVX512-BF16", 4096, "reference"),
+        (False, "", 4096, "cpu"),
+        (False, "", 1, "cpu"),
+    ],
+)
+def test_auto_takes_the_faster_backend_of_the_processor(amx, instructions, rows, expected, monkeypatch):
+    skip_without_cpu()
+    monkeypatch.setattr(processor, "HAS_AMX", amx)
+    monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
+    taken = []
+    monkeypatch.setattr(affine, "_linear", lambda x, weight, bias, backend: taken.append(backend))
+    monkeypatch.setattr(reference, "linear", lambda x, weight, bias: taken.append("reference"))
+    x, weight = torch.zeros(rows, 2).bfloat16(), torch.zeros(3, 2)
+    ops.linear(x, weight)
+    with ops.use_backend("cpu"):
+        ops.linear(x, weight)
+    ops.linear(x, weight, backend="cpu")
+    assert taken == [expected, expected, "cpu"]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+def test_float32_products_err_at_most_twice_eager_and_keep_dtypes(weight, autocast, without_bfloat16, nan_filled):
+    skip_without_cpu()
+    # More rows than a block of one thread has.
+    tensors = inputs((1100, 40, 70), weight)
+    tensors[1] = tensors[1].bfloat16().to(weight)
+
+    def kernel(*tensors):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return ops.linear(*tensors)
+
+    assert_as_accurate_as_eager(kernel, reference.linear, tensors)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    out = kernel(*leaves)
+    assert [out.dtype, *(g.dtype for g in torch.autograd.grad(out.sum(), leaves))] == [
+        torch.bfloat16, torch.bfloat16, weight, weight
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(autocast, without_bfloat16):
+    x, weight = torch.randn(3, 8, 9, 7).bfloat16(), torch.randn(6, 8, 3, 3).bfloat16()
+    if autocast:
+        weight = weight.float()
+
+    def definition(x, weight):
+        return F.conv2d(x, weight.to(x.dtype), None, (2, 2), (1, 1))
+
+    def kernel(x, weight):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return conv2d(x, weight, (2, 2), (1, 1))
+
+    assert_as_accurate_as_eager(kernel, definition, [x, weight])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        out = kernel(x.requires_grad_(), weight.requires_grad_())
+    assert out.dtype == torch.bfloat16 and {t.dtype for t in saved} == {x.dtype, weight.dtype}
+    assert [g.dtype for g in torch.autograd.grad(out.sum(), [x, weight])] == [x.dtype, weight.dtype]
+    # One gradient alone.
+    x = x.detach()
+    assert torch.autograd.grad(kernel(x, weight).sum(), [weight])[0].shape == weight.shape
+
+
 def test_strided_inputs_gradients_and_more_dimensions():
-    skip_without_amx()
+    skip_without_cpu()
     x, weight, bias = inputs((60, 40, 48))
     plain = ops.linear(x, weight, bias, backend="cpu")
     tensors = [x.T.contiguous().T.unflatten(0, (5, 3, 4)), weight.T.contiguous().T, bias.repeat(2)[48:]]
@@ -77,7 +165,7 @@ def test_strided_inputs_gradients_and_more_dimensions():
 
 @pytest.mark.parametrize("wanted", range(3))
 def test_gradients_of_some_inputs_alone(wanted):
-    skip_without_amx()
+    skip_without_cpu()
     tensors = inputs((50, 40, 48))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
@@ -87,7 +175,7 @@ def test_gradients_of_some_inputs_alone(wanted):
 
 
 def test_no_rows():
-    skip_without_amx()
+    skip_without_cpu()
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((0, 40, 48)))
     out = ops.linear(x, weight, bias, backend="cpu")
     out.sum().backward()
@@ -109,7 +197,7 @@ def test_results_do_not_depend_on_threads():
 
 
 def test_registration():
-    skip_without_amx()
+    skip_without_cpu()
     for weight in (torch.bfloat16, torch.float32):
         x, w, b = (tensor.requires_grad_() for tensor in inputs((6, 40, 24), weight))
         torch.library.opcheck(_linear, (x, w, b, "cpu"))
@@ -142,7 +230,7 @@ def test_a_named_backend_is_never_replaced():
 
 def test_the_kernel_sums_a_transposed_left_operand_alone():
     _cpu = pytest.importorskip("bclip_fast._cpu")
-    skip_if_refused(LIMITS, "cpu", torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(3, 4))
+    skip_without_amx()
     one = torch.zeros(32, 32)
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):
