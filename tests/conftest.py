@@ -105,3 +105,9 @@ def nan_filled():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def pytest_report_header() -> str:
+    from oracle import absent_backends
+
+    return f"kernels without tests in this process: {absent_backends() or 'none'}"

@@ -16,14 +16,15 @@ from types import ModuleType
 import pybind11
 import pytest
 from ninja import BIN_DIR, ninja_syntax
+from oracle import collected_if
 
 from bclip_fast.ops.arguments import CUDA_HOST
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"
 # Tests of kernels run where these do: on a GPU, or in a process that BCLIP_CUDA_HOST tells of the host's module.
-hosted = pytest.mark.skipif(CUDA_HOST is None and not ON_GPU, reason="runs inside test_on_the_host, or on a GPU")
-outside = pytest.mark.skipif(CUDA_HOST is not None or ON_GPU, reason="starts the tests that run on the host")
+hosted = collected_if(CUDA_HOST is not None or ON_GPU)
+outside = collected_if(CUDA_HOST is None and not ON_GPU)
 DEVICE_ALONE = ("bindings.cpp", "device.cu")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Optimising what is sanitized takes longer than the tests gain by it.

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from oracle import assert_as_accurate_as_eager, collected_if, every_backend
+from pairwise import pairwise
 from torch import Tensor
 
 from bclip_fast import ops
 from bclip_fast.ops import affine, processor
-from bclip_fast.ops.affine import LIMITS, _linear, reference
+from bclip_fast.ops.affine import _linear, reference
 from bclip_fast.ops.convolution import conv2d
-from bclip_fast.ops.dispatch import MISSING
 
 # (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
@@ -22,14 +23,8 @@ def inputs(shape: tuple[int, int, int], weight: torch.dtype = torch.bfloat16, bi
     return [x, w, b.to(weight)] if bias else [x, w]
 
 
-def skip_without_cpu() -> None:
-    skip_if_refused(LIMITS, "cpu", *inputs((1, 1, 1)))
-
-
-def skip_without_amx() -> None:
-    skip_without_cpu()
-    if not processor.HAS_AMX:
-        pytest.skip("the processor has no AMX: float32 products are the library's")
+with_cpu = collected_if("cpu" in every_backend("linear", torch.bfloat16))
+with_amx = collected_if(processor.HAS_AMX)
 
 
 @pytest.fixture
@@ -37,17 +32,20 @@ def without_bfloat16(monkeypatch) -> None:
     """The choices of a processor that has no bfloat16 instructions."""
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
     monkeypatch.setattr(processor, "HAS_AMX", False)
-    if "cpu" not in MISSING:
-        monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
+    monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+@pairwise(
+    backend=every_backend("linear", torch.bfloat16),
+    shape=SHAPES,
+    bias=[True, False],
+    weight=[torch.bfloat16, torch.float32],
+)
 def test_matches_reference(backend, shape, bias, weight, nan_filled):
-    tensors = inputs(shape, weight, bias)
-    skip_if_refused(LIMITS, backend, *tensors)
+    def draw():
+        # The truth has the weight that is multiplied, which is the rounded one.
+        x, w, *b = inputs(shape, weight, bias)
+        return [x, w.bfloat16().to(weight), *b]
 
     def definition(x, w, b=None):
         return reference.linear(x, w, b)
@@ -55,13 +53,11 @@ def test_matches_reference(backend, shape, bias, weight, nan_filled):
     def kernel(x, w, b=None):
         return ops.linear(x, w, b, backend=backend)
 
-    # The truth has the weight that is multiplied, which is the rounded one.
-    tensors[1] = tensors[1].bfloat16().to(weight)
-    assert_as_accurate_as_eager(kernel, definition, tensors)
+    assert_as_accurate_as_eager(kernel, definition, draw, None if backend == "reference" else formulas.linear)
 
 
+@with_cpu
 def test_a_masters_gradient_is_not_rounded():
-    skip_without_cpu()
     x, weight, bias = inputs((500, 64, 96), torch.float32)
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     upstream = torch.randn(500, 96).bfloat16()
@@ -82,6 +78,7 @@ def test_autocast_keeps_the_results_and_casts_what_it_casts():
     assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
 
 
+@with_cpu
 @pytest.mark.parametrize(
     ("amx", "instructions", "rows", "expected"),
     [
@@ -93,7 +90,6 @@ def test_autocast_keeps_the_results_and_casts_what_it_casts():
     ],
 )
 def test_auto_takes_the_faster_backend_of_the_processor(amx, instructions, rows, expected, monkeypatch):
-    skip_without_cpu()
     monkeypatch.setattr(processor, "HAS_AMX", amx)
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     taken = []
@@ -107,26 +103,28 @@ def test_auto_takes_the_faster_backend_of_the_processor(amx, instructions, rows,
     assert taken == [expected, expected, "cpu"]
 
 
+@with_cpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
 def test_float32_products_err_at_most_twice_eager_and_keep_dtypes(weight, autocast, without_bfloat16, nan_filled):
-    skip_without_cpu()
-    # More rows than a block of one thread has.
-    tensors = inputs((1100, 40, 70), weight)
-    tensors[1] = tensors[1].bfloat16().to(weight)
+    def draw():
+        # More rows than a block of one thread has; weights that bfloat16 holds, since eager rounds them.
+        x, w, *b = inputs((1100, 40, 70), weight)
+        return [x, w.bfloat16().to(weight), *b]
 
     def kernel(*tensors):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return ops.linear(*tensors)
 
-    assert_as_accurate_as_eager(kernel, reference.linear, tensors)
-    leaves = [tensor.requires_grad_() for tensor in tensors]
+    assert_as_accurate_as_eager(kernel, reference.linear, draw, formulas.linear)
+    leaves = [tensor.requires_grad_() for tensor in draw()]
     out = kernel(*leaves)
     assert [out.dtype, *(g.dtype for g in torch.autograd.grad(out.sum(), leaves))] == [
         torch.bfloat16, torch.bfloat16, weight, weight
     ]  # fmt: skip
 
 
+@with_cpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(autocast, without_bfloat16):
     x, weight = torch.randn(3, 8, 9, 7).bfloat16(), torch.randn(6, 8, 3, 3).bfloat16()
@@ -140,7 +138,7 @@ def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(auto
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return conv2d(x, weight, (2, 2), (1, 1))
 
-    assert_as_accurate_as_eager(kernel, definition, [x, weight])
+    assert_as_accurate_as_eager(kernel, definition, lambda: [torch.randn_like(x), weight], None)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         out = kernel(x.requires_grad_(), weight.requires_grad_())
@@ -151,8 +149,8 @@ def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(auto
     assert torch.autograd.grad(kernel(x, weight).sum(), [weight])[0].shape == weight.shape
 
 
+@with_cpu
 def test_strided_inputs_gradients_and_more_dimensions():
-    skip_without_cpu()
     x, weight, bias = inputs((60, 40, 48))
     plain = ops.linear(x, weight, bias, backend="cpu")
     tensors = [x.T.contiguous().T.unflatten(0, (5, 3, 4)), weight.T.contiguous().T, bias.repeat(2)[48:]]
@@ -165,9 +163,9 @@ def test_strided_inputs_gradients_and_more_dimensions():
     assert torch.equal(strided[2].grad, torch.full((48,), 60.0).bfloat16())
 
 
+@with_cpu
 @pytest.mark.parametrize("wanted", range(3))
 def test_gradients_of_some_inputs_alone(wanted):
-    skip_without_cpu()
     tensors = inputs((50, 40, 48))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
@@ -176,16 +174,16 @@ def test_gradients_of_some_inputs_alone(wanted):
     torch.testing.assert_close(own, every[wanted], rtol=2**-7, atol=0)
 
 
+@with_cpu
 def test_no_rows():
-    skip_without_cpu()
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((0, 40, 48)))
     out = ops.linear(x, weight, bias, backend="cpu")
     out.sum().backward()
     assert out.shape == (0, 48) and not weight.grad.any() and not bias.grad.any()
 
 
+@with_amx
 def test_results_do_not_depend_on_threads():
-    skip_without_amx()
     tensors = [tensor.requires_grad_() for tensor in inputs((700, 900, 840), torch.float32)]
     results, before = [], torch.get_num_threads()
     try:
@@ -198,8 +196,8 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
+@with_cpu
 def test_registration():
-    skip_without_cpu()
     for weight in (torch.bfloat16, torch.float32):
         x, w, b = (tensor.requires_grad_() for tensor in inputs((6, 40, 24), weight))
         torch.library.opcheck(_linear, (x, w, b, "cpu"))
@@ -230,9 +228,9 @@ def test_a_named_backend_is_never_replaced():
         ops.linear(torch.zeros(2, 4), torch.zeros(3, 4), backend="cpu")
 
 
+@with_amx
 def test_the_kernel_sums_a_transposed_left_operand_alone():
     _cpu = pytest.importorskip("bclip_fast._cpu")
-    skip_without_amx()
     one = torch.zeros(32, 32)
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):

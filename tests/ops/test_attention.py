@@ -5,12 +5,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from judged import judge_attention
+from oracle import every_backend, every_backend_and
+from pairwise import pairwise
 
 from bclip_fast import ops
-from bclip_fast.ops.attention import LIMITS, reference
+from bclip_fast.ops.attention import reference
 
 SHAPES = [(2, 197, 3, 64), (1, 1, 1, 32), (3, 13, 2, 64)]  # (B, N, H, d): BiomedCLIP's, one token, primes
+BACKENDS = every_backend_and("attention", torch.float32, torch.bfloat16)
 LENGTHS = [[5, 1, 0, 17], [0, 0], [256, 1, 33, 78, 64], []]
 
 
@@ -24,51 +27,47 @@ def bounds_of(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def dense(qkv, key_mask, *options):
-    rows, mask = qkv.flatten(0, 1), None if key_mask is None else key_mask.flatten()
-    return reference.attention(rows, None, mask, qkv.shape[1], *options).unflatten(0, qkv.shape[:2])
-
-
 def seed_of(dropout_p):
     return torch.tensor(-(2**40) + 12345) if dropout_p else None
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_matches_reference(backend, shape, dtype, masked, causal, dropout_p, nan_filled):
+@pairwise(
+    backend_and_dtype=BACKENDS,
+    shape=SHAPES,
+    masked=[False, True],
+    causal=[False, True],
+    dropout_p=[0.0, 0.3],
+)
+def test_matches_reference(backend, dtype, shape, masked, causal, dropout_p, nan_filled):
     batch, tokens, heads, dim = shape
-    qkv = torch.randn(batch, tokens, 3, heads, dim).to(dtype)
-    skip_if_refused(LIMITS, backend, qkv)
     mask = torch.rand(batch, tokens) < 0.7 if masked else None
-    seed = seed_of(dropout_p)
-    assert_as_accurate_as_eager(
-        lambda qkv: ops.fused_attention(qkv, mask, causal=causal, dropout_p=dropout_p, seed=seed, backend=backend),
-        lambda qkv: dense(qkv, mask, causal, dropout_p, seed, dim**-0.5),
-        [qkv],
-    )
+    options = dict(causal=causal, dropout_p=dropout_p, seed=seed_of(dropout_p))
+
+    def kernel(qkv):
+        return ops.fused_attention(qkv.unflatten(0, (batch, tokens)), mask, **options, backend=backend).flatten(0, 1)
+
+    definition = None, mask if mask is None else mask.flatten(), tokens, *options.values(), dim**-0.5
+    judge_attention(kernel, definition, (batch * tokens, heads, dim), dtype)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_varlen_matches_reference(backend, lengths, dtype, causal, dropout_p, nan_filled):
-    qkv = torch.randn(sum(lengths), 3, 2, 64).to(dtype)
-    skip_if_refused(LIMITS, backend, qkv)
+@pairwise(
+    backend_and_dtype=BACKENDS,
+    lengths=LENGTHS,
+    causal=[False, True],
+    dropout_p=[0.0, 0.3],
+)
+def test_varlen_matches_reference(backend, dtype, lengths, causal, dropout_p, nan_filled):
     seed, bounds = seed_of(dropout_p), bounds_of(lengths)
     options = {"causal": causal, "dropout_p": dropout_p, "seed": seed, "scale": 0.3, "backend": backend}
-    if not len(qkv):
+    if not sum(lengths):
+        qkv = torch.zeros(0, 3, 2, 64, dtype=dtype)
         assert ops.varlen_attention(qkv, bounds, 9, **options).shape == (0, 2, 64)
         return
-    assert_as_accurate_as_eager(
+    judge_attention(
         lambda qkv: ops.varlen_attention(qkv, bounds, 300, **options),
-        lambda qkv: reference.attention(qkv, bounds, None, 300, causal, dropout_p, seed, 0.3),
-        [qkv],
+        (bounds, None, 300, causal, dropout_p, seed, 0.3),
+        (sum(lengths), 2, 64),
+        dtype,
     )
 
 
@@ -96,11 +95,9 @@ def test_reference_is_scaled_dot_product_attention(causal):
         torch.testing.assert_close(ops.fused_attention(qkv, mask), sdpa(qkv, mask))
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairwise(backend_and_dtype=BACKENDS)
 def test_a_row_without_keys_is_zero_and_has_no_gradient(backend, dtype, nan_filled):
     qkv = torch.randn(2, 5, 3, 2, 32).to(dtype).requires_grad_()
-    skip_if_refused(LIMITS, backend, qkv)
     mask = torch.tensor([[True] * 5, [False] * 5])
     out = ops.fused_attention(qkv, mask, backend=backend)
     out.sum().backward()
@@ -124,12 +121,11 @@ def test_philox_has_the_published_answers(counter, key, words):
     assert [int(word) for word in reference.philox(tuple(map(torch.tensor, counter)), tuple(key))] == words
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("attention"))
 def test_the_same_weights_are_dropped_in_every_backend(backend):
     # With keys of zero and values of the unit matrix the output is the weights themselves, here 1/N or 0.
     lengths, heads, seed = [32, 5, 17], 3, torch.tensor(2**33 + 7)
     qkv = torch.zeros(sum(lengths), 3, heads, 32)
-    skip_if_refused(LIMITS, backend, qkv)
     bounds = bounds_of(lengths)
     for start, length in zip(bounds, lengths, strict=False):
         qkv[start : start + length, 2] = torch.eye(length, 32)[:, None]
@@ -165,11 +161,10 @@ def test_checkpointing_drops_the_same_weights_again():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("attention"))
 @pytest.mark.parametrize("varlen", [False, True])
 def test_registration(backend, varlen):
     qkv = torch.randn(12, 3, 2, 32, requires_grad=True)
-    skip_if_refused(LIMITS, backend, qkv)
     mask = None if varlen else torch.arange(12) % 5 > 0
     inputs = bounds_of([7, 5]) if varlen else None, mask, 7 if varlen else 6, True, 0.2, torch.tensor(3), 0.5, backend
     torch.library.opcheck(torch.ops.bclip.attention.default, (qkv, *inputs))
@@ -177,9 +172,8 @@ def test_registration(backend, varlen):
     torch.library.opcheck(torch.ops.bclip.attention_backward.default, (*saved, *inputs))
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("attention"))
 def test_compiles_without_a_graph_break(backend):
-    skip_if_refused(LIMITS, backend, torch.zeros(1, 3, 1, 32))
 
     def attend(qkv):
         return ops.fused_attention(qkv, dropout_p=0.1, seed=4, backend=backend)

@@ -6,27 +6,23 @@ import itertools
 
 import pytest
 import torch
-from oracle import assert_as_accurate_as_eager
+from judged import judge_attention, judge_pooled_attention
+from pairwise import pairwise
 
 from bclip_fast import _cpu, ops
 from bclip_fast.ops.attention import LIMITS, cpu, reference
-from bclip_fast.ops.attention.pooled import reference as pooled
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "plain"])
+# Those that this machine has; only bfloat16 has a matrix unit.
+SETS = [(name, dtype) for dtype in DTYPES for name in _cpu.attention_instruction_sets(dtype == torch.bfloat16)]
+
+
+@pytest.fixture
 def instruction_set(request, monkeypatch):
-    """Every one that this machine has; the matrix unit takes bfloat16 alone."""
-    for dtype in DTYPES:
-        has = _cpu.attention_instruction_sets(dtype == torch.bfloat16)
-        if request.param in has:
-            monkeypatch.setitem(cpu.INSTRUCTION_SETS, dtype, request.param)
-        elif request.param != "amx":
-            pytest.skip(f"this machine has no {request.param}")
-        elif dtype == torch.bfloat16:
-            pytest.skip("this machine has no AMX, or Linux denies it")
-    return request.param
+    name, dtype = request.getfixturevalue("name"), request.getfixturevalue("dtype")
+    monkeypatch.setitem(cpu.INSTRUCTION_SETS, dtype, name)
 
 
 def bounds_of(lengths):
@@ -34,53 +30,47 @@ def bounds_of(lengths):
 
 
 # Panels have 32 rows, vectors 16, strips of the backward 256 queries.
-@pytest.mark.parametrize(("lengths", "dim"), [([1, 15, 16, 17, 31, 32, 33, 0], 32), ([63, 65, 97], 80), ([257], 64)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.2), (True, 0.2), (True, 0.0)])
-def test_edges_of_tiles(lengths, dim, dtype, causal, dropout_p, instruction_set, nan_filled):
-    if instruction_set == "amx" and dtype == torch.float32:
-        pytest.skip("the matrix unit takes bfloat16 alone")
-    qkv, bounds = torch.randn(sum(lengths), 3, 2, dim).to(dtype), bounds_of(lengths)
+@pairwise(
+    name_and_dtype=SETS,
+    lengths_and_dim=[([1, 15, 16, 17, 31, 32, 33, 0], 32), ([63, 65, 97], 80), ([257], 64)],
+    causal_and_dropout_p=[(False, 0.2), (True, 0.2), (True, 0.0)],
+)
+def test_edges_of_tiles(name, dtype, lengths, dim, causal, dropout_p, instruction_set, nan_filled):
+    bounds = bounds_of(lengths)
     inputs = bounds, None, max(lengths), causal, dropout_p, torch.tensor(2**62 + 3) if dropout_p else None, 0.2
-    assert_as_accurate_as_eager(
-        lambda qkv: torch.ops.bclip.attention(qkv, *inputs, "cpu")[0],
-        lambda qkv: reference.attention(qkv, *inputs),
-        [qkv],
+    judge_attention(
+        lambda qkv: torch.ops.bclip.attention(qkv, *inputs, "cpu")[0], inputs, (sum(lengths), 2, dim), dtype
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.2), (True, 0.0)])
-def test_one_query_of_each_sequence(dtype, causal, dropout_p, instruction_set, nan_filled):
+@pairwise(name_and_dtype=SETS, causal_and_dropout_p=[(False, 0.2), (True, 0.0)])
+def test_one_query_of_each_sequence(name, dtype, causal, dropout_p, instruction_set, nan_filled):
     lengths = [2, 15, 16, 17, 33, 300]
-    bounds, query = bounds_of(lengths), torch.randn(len(lengths), 2, 80).to(dtype)
+    bounds = bounds_of(lengths)
     seed, rows = torch.tensor(2**62 + 3) if dropout_p else None, bounds[1:].long() - 1
     inputs = rows, bounds, causal, dropout_p, seed, 0.2
-    assert_as_accurate_as_eager(
+    judge_pooled_attention(
         lambda *tensors: torch.ops.bclip.pooled_attention(*tensors, *inputs, "cpu")[0],
-        lambda *tensors: pooled.attention(*tensors, *inputs),
-        [query, torch.randn(sum(lengths), 2, 2, 80).to(dtype)],
+        inputs,
+        sum(lengths),
+        (len(lengths), 2, 80),
+        dtype,
     )
 
 
-@pytest.mark.parametrize(("tokens", "dim"), [(1024, 32), (300, 96), (70, 128), (600, 48)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
+@pairwise(tokens_and_dim=[(1024, 32), (300, 96), (70, 128), (600, 48)], dtype=DTYPES, causal=[False, True])
 def test_long_sequences_and_wide_heads(tokens, dim, dtype, causal, nan_filled):
-    qkv = torch.randn(1, tokens, 3, 1, dim).to(dtype)
-    mask = torch.arange(tokens)[None] % 7 != 3
-    assert_as_accurate_as_eager(
-        lambda qkv: ops.fused_attention(qkv, mask, causal=causal, backend="cpu"),
-        lambda qkv: reference.attention(qkv[0], None, mask[0], tokens, causal, 0.0, None, dim**-0.5)[None],
-        [qkv],
+    mask = torch.arange(tokens) % 7 != 3
+    judge_attention(
+        lambda qkv: ops.fused_attention(qkv[None], mask[None], causal=causal, backend="cpu")[0],
+        (None, mask, tokens, causal, 0.0, None, dim**-0.5),
+        (tokens, 1, dim),
+        dtype,
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [30.0, -3.0, 0.0])
-def test_scores_of_any_size_and_sign(dtype, scale, instruction_set):
-    if instruction_set == "amx" and dtype == torch.float32:
-        pytest.skip("the matrix unit takes bfloat16 alone")
+@pairwise(name_and_dtype=SETS, scale=[30.0, -3.0, 0.0])
+def test_scores_of_any_size_and_sign(name, dtype, scale, instruction_set):
     qkv = torch.randn(2, 50, 3, 2, 32).to(dtype)
     # Eager rounds scale * q to bfloat16 first, and a softmax of scores in the hundreds hangs on that: both start from
     # what the definition gives in single precision.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_host import ON_GPU, hosted, outside
 from inside import num_passed
-from oracle import assert_as_accurate_as_eager
+from judged import judge_attention
 
 from bclip_fast import ops
 from bclip_fast.ops import arguments
@@ -37,13 +37,10 @@ def bounds_of(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def check(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
+def check(shape, dtype, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
     options = cu_seqlens, key_mask, max_seqlen, causal, dropout_p, SEED if dropout_p else None, scale
-    assert_as_accurate_as_eager(
-        lambda qkv: torch.ops.bclip.attention(qkv, *options, "cuda")[0],
-        lambda qkv: reference.attention(qkv, *options),
-        [qkv],
-    )
+    judge_attention(lambda qkv: torch.ops.bclip.attention(qkv, *options, "cuda")[0], options, shape, dtype)
+    qkv = torch.randn(shape[0], 3, *shape[1:]).to(dtype)
     lse = torch.ops.bclip.attention(qkv, *options, "cuda")[1]
     torch.testing.assert_close(lse.double(), reference.forward(qkv.double(), *options)[1], rtol=1e-5, atol=1e-5)
 
@@ -66,12 +63,11 @@ def check(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_cuda_hosted_dense(shape, masked, causal, dropout_p, dtype, nan_filled):
     batch, tokens, heads, dim = shape
-    qkv = torch.randn(batch * tokens, 3, heads, dim).to(dtype)
     mask = torch.rand(batch * tokens) < 0.7 if masked else None
     if masked and batch > 1:
         mask[:tokens] &= torch.arange(tokens) >= 5
         mask[-tokens:] = False
-    check(qkv, None, mask, tokens, causal, dropout_p)
+    check((batch * tokens, heads, dim), dtype, None, mask, tokens, causal, dropout_p)
 
 
 @hosted
@@ -80,7 +76,7 @@ def test_cuda_hosted_dense(shape, masked, causal, dropout_p, dtype, nan_filled):
 def test_cuda_hosted_ragged(causal, dropout_p, dim, longest, nan_filled):
     """Lengths on both sides of 16, 64 and 128, where tiles, strips and chunks of keys part."""
     lengths = [67, 0, longest, 1, 64, 2, 17, 0]
-    check(torch.randn(sum(lengths), 3, 1, dim).half(), bounds_of(lengths), None, longest + 3, causal, dropout_p)
+    check((sum(lengths), 1, dim), torch.float16, bounds_of(lengths), None, longest + 3, causal, dropout_p)
 
 
 @hosted
@@ -88,13 +84,13 @@ def test_cuda_hosted_ragged(causal, dropout_p, dim, longest, nan_filled):
 @pytest.mark.parametrize(("causal", "dropout_p"), [(False, 0.0), (True, 0.3)])
 def test_cuda_rows_longer_than_registers_hold(tokens, dim, causal, dropout_p, nan_filled):
     mask = torch.rand(tokens) < 0.8
-    check(torch.randn(tokens, 3, 1, dim).half(), None, mask if causal else None, tokens, causal, dropout_p)
+    check((tokens, 1, dim), torch.float16, None, mask if causal else None, tokens, causal, dropout_p)
 
 
 @hosted
 def test_cuda_enough_heads_for_one_block_each(nan_filled, monkeypatch):
     monkeypatch.setattr(cuda, "FEW_BLOCKS", 3)
-    check(torch.randn(3 * 131, 3, 1, 64).half(), None, None, 131, False, 0.0)
+    check((3 * 131, 1, 64), torch.float16, None, None, 131, False, 0.0)
 
 
 @hosted
@@ -156,7 +152,7 @@ def test_cuda_blocks_of_little_memory(nan_filled, monkeypatch):
         assert module.attention_forward_shared_bytes(dim, 257) <= backward == needed
     monkeypatch.setattr(cuda, "cuda_block_bytes", lambda tensor: 99 * 1024)
     assert module.attention_backward_keys(64, 257, 99 * 1024) == 128 < module.attention_backward_keys(64, 257, 2**18)
-    check(torch.randn(197, 3, 2, 64).half(), None, None, 197, False, 0.3)
+    check((197, 2, 64), torch.float16, None, None, 197, False, 0.3)
     monkeypatch.setattr(arguments, "_cuda_device", lambda index: (99 * 1024, ""))
     refusals = [LIMITS["cuda"](torch.ones(3, 3, 1, dim).half()) for dim in CUDA_BLOCK_BYTES]
     assert refusals[:2] == [None, None] and all("this device gives it 101376" in reason for reason in refusals[2:])

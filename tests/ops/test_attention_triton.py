@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from inside import num_passed
-from oracle import assert_as_accurate_as_eager
-from resources import TYPES, compiled_resources
+from judged import judge_attention
+from oracle import collected_if
+from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.attention import LIMITS, reference
@@ -21,8 +22,7 @@ ours = pytest.importorskip("bclip_fast.ops.attention.triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 SEED = torch.tensor(-(2**40) + 12345)
 
@@ -38,13 +38,10 @@ def bounds_of(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def check(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
+def check(shape, dtype, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
     options = cu_seqlens, key_mask, max_seqlen, causal, dropout_p, SEED if dropout_p else None, scale
-    assert_as_accurate_as_eager(
-        lambda qkv: torch.ops.bclip.attention(qkv, *options, "triton")[0],
-        lambda qkv: reference.attention(qkv, *options),
-        [qkv],
-    )
+    judge_attention(lambda qkv: torch.ops.bclip.attention(qkv, *options, "triton")[0], options, shape, dtype)
+    qkv = torch.randn(shape[0], 3, *shape[1:]).to(dtype)
     lse = torch.ops.bclip.attention(qkv, *options, "triton")[1]
     torch.testing.assert_close(lse.double(), reference.forward(qkv.double(), *options)[1], rtol=1e-5, atol=1e-5)
 
@@ -66,12 +63,11 @@ def check(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, scale=0.2):
 )
 def test_triton_float16_dense(shape, masked, causal, dropout_p, nan_filled):
     batch, tokens, heads, dim = shape
-    qkv = torch.randn(batch * tokens, 3, heads, dim).half()
     mask = torch.rand(batch * tokens) < 0.7 if masked else None
     if masked:
         mask[:tokens] &= torch.arange(tokens) >= 5
         mask[-tokens:] &= batch == 1
-    check(qkv, None, mask, tokens, causal, dropout_p)
+    check((batch * tokens, heads, dim), torch.float16, None, mask, tokens, causal, dropout_p)
 
 
 @interpreted
@@ -79,14 +75,14 @@ def test_triton_float16_dense(shape, masked, causal, dropout_p, nan_filled):
 def test_triton_float16_ragged(causal, dropout_p, nan_filled):
     """Lengths on both sides of 64 and 128, where a row kernel's programs part."""
     lengths = [67, 0, 131, 1, 64, 2, 0]
-    check(torch.randn(sum(lengths), 3, 2, 64).half(), bounds_of(lengths), None, 199, causal, dropout_p)
+    check((sum(lengths), 2, 64), torch.float16, bounds_of(lengths), None, 199, causal, dropout_p)
 
 
 @interpreted
 def test_triton_enough_heads_for_one_program_each(nan_filled, monkeypatch):
     monkeypatch.setattr(ours, "FEW_PROGRAMS", 6)
     lengths = [67, 1, 13]
-    check(torch.randn(sum(lengths), 3, 2, 32).half(), bounds_of(lengths), None, 71, False, 0.2)
+    check((sum(lengths), 2, 32), torch.float16, bounds_of(lengths), None, 71, False, 0.2)
 
 
 @interpreted
@@ -168,7 +164,7 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024}
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
     ("name", "variant"),
     [(name, variant) for name in KERNELS[:2] for variant in ("images", "captions")]
@@ -193,8 +189,8 @@ SLOW = [
 
 
 @compiled
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.long
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("name", "sizes", "variant"), SLOW, ids=str)
 def test_the_rest_compiles_without_spills(name, sizes, variant, capability, tmp_path):
     needs = resources(name, *sizes, variant, capability, tmp_path)

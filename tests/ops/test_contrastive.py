@@ -3,11 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from judged import judge_clip_loss, judge_siglip_loss
+from oracle import every_backend, every_backend_and
+from pairwise import pairwise
 
 from bclip_fast import ops
-from bclip_fast.ops.contrastive import LIMITS, _clip_loss, _siglip_loss, reference
+from bclip_fast.ops.contrastive import _clip_loss, _siglip_loss, reference
 
+BACKENDS = every_backend_and("contrastive", torch.float32, torch.bfloat16)
 SHAPES = [(64, 512), (1, 8), (37, 13)]  # (B, D)
 
 
@@ -15,18 +18,20 @@ def features(rows, width, dtype=torch.float32):
     return [F.normalize(torch.randn(rows, width, dtype=torch.float64)).to(dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scale", [14.3, 100.0])
-def test_matches_reference(backend, shape, dtype, scale, nan_filled):
-    image, text = features(*shape, dtype)
-    skip_if_refused(LIMITS, backend, image, text)
-    assert_as_accurate_as_eager(
+@pairwise(backend_and_dtype=BACKENDS, shape=SHAPES, scale=[14.3, 100.0])
+def test_matches_reference(backend, dtype, shape, scale, nan_filled):
+    judge_clip_loss(
         lambda *inputs: ops.clip_loss(*inputs, chunk_size=10, backend=backend),
-        reference.dense,
-        [image, text, torch.tensor(scale), torch.tensor(-3.0)],
+        lambda: [*features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
     )
+
+
+@pytest.mark.parametrize("backend", every_backend("contrastive"))
+def test_losses_of_many_draws_are_as_accurate_as_eagers(backend):
+    """A loss and the gradient of its scale are single numbers, whose errors have a size in many draws only."""
+    scalars = [torch.tensor(50.0), torch.tensor(-10.0)]
+    for judge, loss in ((judge_clip_loss, ops.clip_loss), (judge_siglip_loss, ops.siglip_loss)):
+        judge(lambda *inputs, loss=loss: loss(*inputs, backend=backend), lambda: features(7, 5) + scalars, draws=100)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 37, 1000])
@@ -78,16 +83,11 @@ def test_bad_arguments_are_named(image, text, words):
         ops.clip_loss(image, text, 1.0)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_siglip_matches_reference(backend, shape, dtype, nan_filled):
-    image, text = features(*shape, dtype)
-    skip_if_refused(LIMITS, backend, image, text)
-    assert_as_accurate_as_eager(
+@pairwise(backend_and_dtype=BACKENDS, shape=SHAPES)
+def test_siglip_matches_reference(backend, dtype, shape, nan_filled):
+    judge_siglip_loss(
         lambda *inputs: ops.siglip_loss(*inputs, chunk_size=10, backend=backend),
-        reference.dense_siglip,
-        [image, text, torch.tensor(10.0), torch.tensor(-10.0)],
+        lambda: [*features(*shape, dtype), torch.tensor(10.0), torch.tensor(-10.0)],
     )
 
 
@@ -149,13 +149,12 @@ def errors(ours, truth):
     return [((own.double() - true).norm() / true.norm()).item() for own, true in zip(ours, truth, strict=True)]
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("contrastive"))
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 @pytest.mark.parametrize("cosine", [0.0, 0.3, 0.55, 0.95])
 def test_float32_gradients_to_five_digits(backend, scale, cosine):
     """Random, aligned and, at scale 100, saturated pairs: 1 - p is 1e-7 at 0.55, and 1e-24 at 0.95."""
     inputs = [*pairs(cosine), torch.tensor(scale)]
-    skip_if_refused(LIMITS, backend, *inputs[:2])
     wide = [tensor.double() for tensor in inputs]
     truth = gradients_of(exact, wide)
     if scale == 100 and cosine >= 0.55:
@@ -165,11 +164,10 @@ def test_float32_gradients_to_five_digits(backend, scale, cosine):
     assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= 1e-5
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("contrastive"))
 def test_negatives_below_the_smallest_float_leave_exact_zeros(backend):
     """Antipodal pairs at scale 100: a negative is exp(-200) of its positive."""
     image = F.normalize(torch.ones(1, 8)) * torch.tensor([[1.0], [-1.0]])
-    skip_if_refused(LIMITS, backend, image, image)
     inputs = [image, image, torch.tensor(100.0)]
     assert ops.clip_loss(*inputs, backend=backend) == 0
     for gradient in gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs):
@@ -182,14 +180,13 @@ def test_negatives_below_the_smallest_float_leave_exact_zeros(backend):
     assert ((own[2].double() - truth[2]) / truth[2]).abs() <= 1e-5
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("contrastive"))
 def test_a_cone_of_low_cosines(backend):
     """All cosines near -0.8 at scale 100: every exponential with an offset from the scale alone is zero."""
     axis = F.normalize(torch.randn(1, 96))
     across = torch.randn(150, 96)
     across = F.normalize(across - (across @ axis.T) * axis)
     inputs = [-0.8 * axis + 0.6 * across, F.normalize(axis + 0.01 * torch.randn(150, 96)), torch.tensor(100.0)]
-    skip_if_refused(LIMITS, backend, *inputs[:2])
     assert (inputs[0] @ inputs[1].T).max() < -0.6
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
     # Triton's log-sum-exps are float32 inside the kernels, where a step at 80 is 8e-6, and here all err alike.
@@ -197,13 +194,12 @@ def test_a_cone_of_low_cosines(backend):
     assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= allowed
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("contrastive", torch.bfloat16))
 @pytest.mark.parametrize("cosine", [0.0, 0.3])
 def test_bfloat16_features_at_scale_100_beat_logits_in_bfloat16(backend, cosine):
     """open_clip's step under autocast rounds its logits to bfloat16, a quarter apart at 64."""
     image, text = (part.bfloat16() for part in pairs(cosine))
     inputs = [image, text, torch.tensor(100.0)]
-    skip_if_refused(LIMITS, backend, image, text)
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
 
     def autocast_step(image, text, scale):
@@ -215,12 +211,10 @@ def test_bfloat16_features_at_scale_100_beat_logits_in_bfloat16(backend, cosine)
     assert all(own <= 0.4 * other for own, other in zip(ours[:2], theirs[:2], strict=True)), (ours, theirs)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pairwise(backend_and_dtype=every_backend_and("contrastive", torch.float16, torch.bfloat16))
 def test_siglip_gradients_survive_until_the_gradient_scaler(backend, dtype):
     """Gradients of 1e-8 are lost in float16, were they rounded before the scaler's factor is known."""
     image, text = features(64, 32, dtype)
-    skip_if_refused(LIMITS, backend, image, text)
     inputs = [image, text, torch.tensor(1e-5), torch.tensor(-7.0)]
     upstream = torch.tensor(65536.0)
     truth = gradients_of(lambda *a: upstream * reference.dense_siglip(*a), [tensor.double() for tensor in inputs])

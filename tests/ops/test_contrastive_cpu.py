@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager
+from judged import judge_clip_loss, judge_siglip_loss
+from pairwise import pairwise
 
 from bclip_fast import _cpu, ops
 from bclip_fast.ops import arguments
@@ -22,22 +23,23 @@ def features(rows, width, dtype=torch.float32):
     return F.normalize(torch.randn(rows, width, dtype=torch.float64)).to(dtype)
 
 
-@pytest.fixture(params=["matrix unit", "library", "library in blocks"])
+WAYS = ["matrix unit"] * _cpu.has_amx() + ["library", "library in blocks"]
+
+
+@pytest.fixture(params=WAYS)
 def products(request, monkeypatch):
     """bfloat16 features are multiplied in both ways, whatever the machine has; many columns are taken in blocks."""
     if request.param.startswith("library"):
         monkeypatch.setattr(_cpu, "has_amx", lambda: False)
         if request.param == "library in blocks":
             monkeypatch.setattr(cpu, "_LIBRARY_COLUMNS", 150)
-    elif not _cpu.has_amx():
-        pytest.skip("this machine has no AMX")
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(request.getfixturevalue("num_threads"))
+    yield
     torch.set_num_threads(before)
 
 
@@ -51,14 +53,20 @@ def siglip(*inputs, chunk_size=1000):
 
 # Tiles have 512 columns, vectors 16; on the matrix unit panels have 32 rows of 32, blocks 512 of them, or less where D
 # is above 512, and tasks 1024 rows.
-@pytest.mark.parametrize("shape", [(1, 1), (2, 31), (33, 33), (523, 67), (1031, 40), (300, 1030)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk_size", [101, 1000])
-def test_shapes_that_divide_nothing(shape, dtype, chunk_size, products, threads, nan_filled):
-    inputs = [features(*shape, dtype), features(*shape, dtype)]
-    scalars = [torch.tensor(30.0), torch.tensor(-2.0)]
-    for loss, definition in ((clip, reference.dense), (siglip, reference.dense_siglip)):
-        assert_as_accurate_as_eager(partial(loss, chunk_size=chunk_size), definition, inputs + scalars)
+@pairwise(
+    shape=[(1, 1), (2, 31), (33, 33), (523, 67), (1031, 40), (300, 1030)],
+    dtype=DTYPES,
+    chunk_size=[101, 1000],
+    num_threads=[1, 3],
+    products=WAYS,
+)
+def test_shapes_that_divide_nothing(shape, dtype, chunk_size, num_threads, products, threads, nan_filled):
+
+    def draw():
+        return [features(*shape, dtype), features(*shape, dtype), torch.tensor(30.0), torch.tensor(-2.0)]
+
+    for judge, loss in ((judge_clip_loss, clip), (judge_siglip_loss, siglip)):
+        judge(partial(loss, chunk_size=chunk_size), draw)
 
 
 def test_strided_features(products):
@@ -69,8 +77,11 @@ def test_strided_features(products):
     assert torch.equal(clip(image, text, scale), clip(image.contiguous(), text.contiguous(), scale))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("first", "columns"), [(0, 777), (5, 777), (700, 777), (None, 777), (700, 2100)])
+@pairwise(
+    dtype=DTYPES[:2],
+    first_and_columns=[(0, 777), (5, 777), (700, 777), (None, 777), (700, 2100)],
+    products=WAYS,
+)
 def test_a_rectangular_tile_as_ranks_use_it(dtype, first, columns, products, nan_filled):
     image, text = features(70, 48, dtype), features(columns, 48, dtype)
     scale, weight = torch.tensor(40.0), torch.tensor(0.01)
@@ -140,21 +151,23 @@ def test_the_offset_is_left_where_it_underflows(scale, monkeypatch):
     for own, exact in zip(cpu.forward(image, text, torch.tensor(scale), 0, 64), truth, strict=True):
         torch.testing.assert_close(own.double(), exact, rtol=1e-6, atol=2e-5)
     assert bool(calls) == (scale > 0)
-    inputs = [image, text, torch.tensor(scale)]
-    assert_as_accurate_as_eager(clip, reference.dense, inputs)
+    judge_clip_loss(clip, lambda: [*cone(60, -0.8), torch.tensor(scale)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_of_any_norm(dtype):
-    inputs = [torch.randn(40, 32).to(dtype) * torch.logspace(-3, 0, 40)[:, None].to(dtype) for _ in range(2)]
-    assert_as_accurate_as_eager(clip, reference.dense, [*inputs, torch.tensor(8.0), torch.tensor(500.0)])
+    norms = torch.logspace(-3, 0, 40)[:, None].to(dtype)
+
+    def draw():
+        rows = [torch.randn(40, 32).to(dtype) * norms for _ in range(2)]
+        return [*rows, torch.tensor(8.0), torch.tensor(500.0)]
+
+    judge_clip_loss(clip, draw)
 
 
 def test_logsumexps_too_far_apart_for_one_exponential():
-    image, text = features(50, 32), features(50, 32)
-    # Without fused multiply-add the portable kernels round logits of hundreds, as eager does, but in other places.
-    image[:25] *= 15 if _cpu.instruction_set() == "plain" else 30
-    assert_as_accurate_as_eager(clip, reference.dense, [image, text, torch.tensor(10.0)])
+    norms = torch.tensor([30.0, 1.0]).repeat_interleave(25)[:, None]
+    judge_clip_loss(clip, lambda: [features(50, 32) * norms, features(50, 32), torch.tensor(10.0)])
 
 
 def test_infinite_and_undefined_features_show():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import every_backend, skip_if_refused
+from oracle import every_backend, every_backend_and
+from pairwise import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bclip_fast import ops
@@ -32,12 +33,9 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pairwise(backend_and_dtype=every_backend_and("contrastive", *DTYPES), name=list(LOSSES))
 def test_the_same_bits_each_time(backend, dtype, name):
     image, text = features(140 if backend in ("triton", "cuda") else 530, 48, dtype)
-    skip_if_refused(LIMITS, backend, image, text, None, True)
     scale = torch.tensor(30.0)
 
     def run(image, text, scale):
@@ -90,12 +88,11 @@ def test_operands_that_are_refused(asked):
         ops.clip_loss(torch.eye(2), torch.eye(2), 1.0, operand_dtype=asked)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("contrastive", torch.float16))
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_rounded_operands_are_not_rounded(backend, name):
     """float32 features times 2**-12, whose gradients in float16 would be zero; the rounded features are the truth."""
     image, text = (part * 2.0**-12 for part in features(40, 24))
-    skip_if_refused(LIMITS, backend, image, text, torch.float16)
     scale = torch.tensor(20.0 * 2**-12)
     own = results_of(lambda *a: LOSSES[name](*a, operand_dtype=torch.float16, backend=backend), image, text, scale)
     truth = results_of(LOSSES[name], image.half().double(), text.half().double(), scale.double())
@@ -110,7 +107,6 @@ def test_gradients_of_rounded_operands_are_not_rounded(backend, name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_the_dispatcher_the_same_bits(backend, dtype, name, monkeypatch):
     image, text = features(33, 20, dtype)
-    skip_if_refused(LIMITS, backend, image, text)
     run = lambda *a: LOSSES[name](*a, backend=backend)  # noqa: E731
     direct = results_of(run, image, text, torch.tensor(20.0))
     monkeypatch.setattr(contrastive, "_in_plain_eager", lambda *tensors: False)

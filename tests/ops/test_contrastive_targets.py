@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from judged import judge_clip_loss, judge_siglip_loss
+from oracle import every_backend_and
+from pairwise import pairwise
 from targets import dense, dense_siglip
 
 from bclip_fast import ops
-from bclip_fast.ops.contrastive import LIMITS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -91,53 +92,46 @@ def test_siglip_with_given_positives():
 
 
 # More than a tile of 512 columns, and a tile of 128 rows.
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(131, 531), (70, 67)], ids=str)
+@pairwise(backend_and_dtype=every_backend_and("contrastive", *DTYPES), shape=[(131, 531), (70, 67)])
 def test_groups_on_every_backend(backend, dtype, shape, nan_filled):
-    image, text = features(*shape, 24, dtype)
-    skip_if_refused(LIMITS, backend, image, text)
     ids = given(*shape)
     same = ids[0][:, None] == ids[1]
     options = {"groups": ids, "backend": backend, "chunk_size": 50}
-    inputs = [image, text, torch.tensor(20.0)]
-    assert_as_accurate_as_eager(lambda *a: ops.clip_loss(*a, **options), lambda *a: dense(*a, same), inputs)
-    inputs = [image, text, torch.tensor(10.0), torch.tensor(-5.0)]
-    assert_as_accurate_as_eager(lambda *a: ops.siglip_loss(*a, **options), lambda *a: dense_siglip(*a, same), inputs)
+    scalars = [torch.tensor(10.0), torch.tensor(-5.0)]
+    judge_clip_loss(
+        lambda *a: ops.clip_loss(*a, **options), lambda: [*features(*shape, 24, dtype), torch.tensor(20.0)], same
+    )
+    judge_siglip_loss(lambda *a: ops.siglip_loss(*a, **options), lambda: features(*shape, 24, dtype) + scalars, same)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(backend_and_dtype=every_backend_and("contrastive", *DTYPES))
 def test_rectangles_and_hardness_on_every_backend(backend, dtype, nan_filled):
-    image, text = features(140, 531, 24, dtype)
-    skip_if_refused(LIMITS, backend, image, text)
     positive = torch.randperm(531)[:140]
     positive[::7] = -1
     options = {"positive": positive, "hardness": 9.0, "backend": backend, "chunk_size": 50}
     same = same_of(positive, 531)
-    assert_as_accurate_as_eager(
-        lambda *a: ops.clip_loss(*a, **options), lambda *a: dense(*a, same, 9.0), [image, text, torch.tensor(20.0)]
-    )
+
+    def draw(scale):
+        return [*features(140, 531, 24, dtype), torch.tensor(scale)]
+
+    judge_clip_loss(lambda *a: ops.clip_loss(*a, **options), lambda: draw(20.0), same, 9.0)
     same = torch.eye(140, 531, dtype=torch.bool)
-    assert_as_accurate_as_eager(
-        lambda *a: ops.clip_loss(*a, backend=backend), lambda *a: dense(*a, same), [image, text, torch.tensor(50.0)]
-    )
+    judge_clip_loss(lambda *a: ops.clip_loss(*a, backend=backend), lambda: draw(50.0), same)
 
 
 def test_images_and_texts_without_a_loss_may_be_alike():
     """Their logit is beyond every log-sum-exp; its exponential must not become inf * 0."""
-    image, text = (0.01 * part.float() for part in features(20, 30, 8))
-    image[-1] = text[-1] = F.normalize(torch.ones(8), dim=0)
+
+    def draw():
+        image, text = (0.01 * part.float() for part in features(20, 30, 8))
+        image[-1] = text[-1] = F.normalize(torch.ones(8), dim=0)
+        return [image, text, torch.tensor(300.0)]
+
     ids = torch.arange(20), torch.arange(30)
     ids[0][-1], ids[1][-11:] = 100, 200
     same = ids[0][:, None] == ids[1]
     for backend in ("cpu", "reference"):
-        skip_if_refused(LIMITS, backend, image, text)
-        assert_as_accurate_as_eager(
-            lambda *a, backend=backend: ops.clip_loss(*a, groups=ids, backend=backend),
-            lambda *a: dense(*a, same),
-            [image, text, torch.tensor(300.0)],
-        )
+        judge_clip_loss(lambda *a, backend=backend: ops.clip_loss(*a, groups=ids, backend=backend), draw, same)
 
 
 IDS = torch.arange(4)

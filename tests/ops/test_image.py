@@ -9,13 +9,15 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from oracle import every_backend, skip_if_refused
+from oracle import collected_if, every_backend
+from pairwise import pairwise
 from PIL import Image
 
 from bclip_fast import ops
-from bclip_fast.ops.image import FILE_LIMITS
 
 MODES = ["RGB", "L", "CMYK"]
+# Built with libjpeg-turbo.
+decodes = collected_if("cpu" in every_backend("image"))
 
 
 def jpeg(mode="RGB", size=(53, 37), **options) -> bytes:
@@ -30,13 +32,12 @@ def jpeg(mode="RGB", size=(53, 37), **options) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("backend", every_backend(FILE_LIMITS))
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"quality": 20}], ids=str
+@pairwise(
+    backend=every_backend("image"),
+    mode=MODES,
+    options=[{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"quality": 20}],
 )
 def test_matches_reference(backend, mode, options, nan_filled):
-    skip_if_refused(FILE_LIMITS, backend, b"")
     data = jpeg(mode, **options)
     pixels = ops.image.decode(data, backend=backend)
     assert pixels.shape == (37, 53, 3) and pixels.dtype == torch.uint8
@@ -51,7 +52,7 @@ def test_exif_orientation_is_not_applied():
     assert ops.image.decode(jpeg(exif=exif)).shape == (37, 53, 3)
 
 
-@pytest.mark.parametrize("backend", every_backend(FILE_LIMITS))
+@pytest.mark.parametrize("backend", every_backend("image"))
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -65,14 +66,12 @@ def test_exif_orientation_is_not_applied():
     ids=["empty", "html", "header", "half", "tail", "png"],
 )
 def test_broken_files_are_refused(backend, data, words):
-    skip_if_refused(FILE_LIMITS, backend, b"")
     with pytest.raises(ValueError, match=words):
         ops.image.decode(data, backend=backend)
 
 
-@pytest.mark.parametrize("backend", every_backend(FILE_LIMITS))
+@pytest.mark.parametrize("backend", every_backend("image"))
 def test_a_bomb_is_refused_from_its_header(backend):
-    skip_if_refused(FILE_LIMITS, backend, b"")
     data = bytearray(jpeg())
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
@@ -153,11 +152,9 @@ def assert_equal(files, size, **options):
     assert torch.equal(ours, expected), (ours.int() - expected.int()).abs().flatten(1).amax(1)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@decodes
+@pairwise(mode=MODES, options=OPTIONS, interpolation=["bicubic", "bilinear"])
 def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
-    skip_if_refused(FILE_LIMITS, "cpu", b"")
     files = [jpeg(mode, size, **options) for size in SIZES]
     for size in (1, 2, 31, 64, 97, 224):
         for crop in ("center", "squash", boxes_in(files, size)):
@@ -174,9 +171,9 @@ def test_the_reference_is_one_call_of_pillow():
             assert np.array_equal(pixels.numpy(), np.array(image))
 
 
+@decodes
 def test_every_crop_of_a_file_is_a_crop_of_the_whole():
     """No row or column is another one for not being decoded beside its neighbours."""
-    skip_if_refused(FILE_LIMITS, "cpu", b"")
     for options in OPTIONS:
         data = jpeg(size=(75, 61), quality=60, **options)
         whole = ops.image.decode(data)
@@ -187,9 +184,8 @@ def test_every_crop_of_a_file_is_a_crop_of_the_whole():
             assert torch.equal(pixels, whole[top : top + height, left : left + width]), (options, top, left)
 
 
-@pytest.mark.parametrize("backend", every_backend(FILE_LIMITS))
+@pytest.mark.parametrize("backend", every_backend("image"))
 def test_a_broken_file_is_an_error_of_its_own(backend):
-    skip_if_refused(FILE_LIMITS, backend, b"")
     good, bomb = jpeg(size=(80, 60)), jpeg(size=(400, 300))
     files = [good, b"", good[:-200], good, bomb, b"<html>", good]
     boxes = [(0, 0, 60, 80)] * 6 + [(1, 0, 60, 80)]
@@ -204,8 +200,8 @@ def test_a_broken_file_is_an_error_of_its_own(backend):
     assert torch.equal(images[0], expected[0]) and torch.equal(images[3], expected[0])
 
 
+@decodes
 def test_what_is_below_the_crop_is_not_read():
-    skip_if_refused(FILE_LIMITS, "cpu", b"")
     data = jpeg(size=(200, 400))
     cut = data[: len(data) // 2]
     images, errors = ops.image.decode_resize([data, cut], 64, crop=[(0, 0, 64, 64)] * 2, backend="cpu")
@@ -242,8 +238,8 @@ def test_threads_share_a_batch():
     assert ops.image.decode_resize([], 48)[0].shape == (0, 48, 48, 3)
 
 
+@decodes
 def test_real_figures_are_resized_as_pillow_resizes_them(shared_data):
-    skip_if_refused(FILE_LIMITS, "cpu", b"")
     paths = sorted((shared_data / "pmc_articles").rglob("*.jpg"))
     files = [path.read_bytes() for path in paths[:: max(1, len(paths) // 300)][:300]]
     assert len(files) == 300

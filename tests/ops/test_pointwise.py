@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from functools import partial
+
+import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
+from oracle import assert_as_accurate_as_eager, every_backend, every_backend_and
+from pairwise import pairwise
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops.pointwise import LIMITS, _add_norm, _gelu, reference
+from bclip_fast.ops.pointwise import _add_norm, _gelu, reference
 
 SHAPES = [(5, 768), (197, 64), (33, 50), (9, 3), (70, 17), (0, 32)]  # (T, D): multiples of no vector and no block too
 EPS = 1e-6
@@ -23,24 +27,24 @@ def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("stream", "branch"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float32, None),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_matches_reference(backend, shape, stream, branch, post, dropout_p, nan_filled):
-    tensors = inputs(shape, stream, branch)
-    skip_if_refused(LIMITS, backend, *tensors)
+# The dtypes of stream and branch.
+STREAMS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, None),
+]
+KERNELS = [
+    (backend, *dtypes)
+    for dtypes in STREAMS
+    for backend in every_backend("pointwise", torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32)
+]
+
+
+@pairwise(backend_and_stream_and_branch=KERNELS, shape=SHAPES, post=[False, True], dropout_p=[0.0, 0.3])
+def test_matches_reference(backend, stream, branch, shape, post, dropout_p, nan_filled):
     if 0 in shape:
+        tensors = inputs(shape, stream, branch)
         with torch.no_grad():
             assert ops.add_norm(tensors[0], None, *tensors[-2:], EPS, backend=backend)[0].shape == shape
         return
@@ -64,16 +68,20 @@ def test_matches_reference(backend, shape, stream, branch, post, dropout_p, nan_
         options = dict(dropout_p=dropout_p, seed=seed, post=post, dtype=low, backend=backend)
         return ops.add_norm(x, y, weight, bias, EPS, **options)
 
-    assert_as_accurate_as_eager(run(kernel), run(definition), tensors)
+    formula = formulas.add_norm(EPS, dropout_p, seed, post, low)
+    draw = partial(inputs, shape, stream, branch)
+    assert_as_accurate_as_eager(run(kernel), run(definition), draw, None if backend == "reference" else formula)
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pairwise(backend_and_dtype=every_backend_and("pointwise", torch.float32, torch.bfloat16))
 def test_gelu_matches_torchs(backend, dtype, nan_filled):
-    x = torch.cat([torch.linspace(-20, 20, 70001), torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])]).to(dtype)
-    skip_if_refused(LIMITS, backend, x)
-    assert_as_accurate_as_eager(lambda x: ops.gelu(x, backend=backend), F.gelu, [x])
-    assert_as_accurate_as_eager(lambda x: ops.gelu(x, backend=backend), F.gelu, [x[:3, None]])
+    every = torch.linspace(-20, 20, 70001)
+    special = torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])
+    formula = None if backend == "reference" else formulas.gelu
+    for x in (every, every[30_000:40_000], special, every[:3, None]):
+        assert_as_accurate_as_eager(
+            lambda x: ops.gelu(x, backend=backend), F.gelu, lambda x=x: [x.to(dtype)], formula, draws=1
+        )
     assert ops.gelu(torch.tensor([float("nan")], dtype=dtype), backend=backend).isnan()
     infinite = torch.full((40,), float("inf"), dtype=dtype)  # whole vectors, and some left over
     # torch's own vectors make it NaN, its single numbers don't.
@@ -81,14 +89,14 @@ def test_gelu_matches_torchs(backend, dtype, nan_filled):
     assert torch.equal(found, infinite) if backend == "cpu" else not found.isfinite().any()
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("pointwise"))
 def test_a_row_far_from_zero_keeps_its_digits(backend):
     weight, bias = torch.ones(768), torch.zeros(768)
-    skip_if_refused(LIMITS, backend, weight)
     assert_as_accurate_as_eager(
         lambda x: ops.add_norm(x, None, weight, bias, 1e-12, backend=backend)[0],
         lambda x: F.layer_norm(x, (768,), weight.to(x), bias.to(x), 1e-12),
-        [300 + torch.randn(4, 768)],
+        lambda: [300 + torch.randn(4, 768)],
+        None,
     )
 
 
@@ -104,10 +112,9 @@ def test_dropout_is_philox_and_keeps_its_share():
     assert not torch.equal(kept, reference.dropout_mask(500, 768, 0.1, torch.tensor(8)))
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("pointwise"))
 def test_dropout_follows_the_generator(backend):
     tensors = [*inputs((40, 96), torch.float32, torch.float32), EPS]
-    skip_if_refused(LIMITS, backend, tensors[0])
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import formulas
 import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
-from oracle import assert_as_accurate_as_eager
-from resources import TYPES, compiled_resources
+from oracle import assert_as_accurate_as_eager, collected_if
+from resources import CAPABILITIES, TYPES, compiled_resources
+from test_pointwise import joined
 
 from bclip_fast import ops
 from bclip_fast.ops.pointwise import LIMITS, reference
@@ -20,8 +22,7 @@ ours = pytest.importorskip("bclip_fast.ops.pointwise.triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
 @compiled
@@ -34,19 +35,22 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("stream_dtype", [torch.float32, torch.float16], ids=str)
 def test_triton_float16_branch(stream_dtype, nan_filled):
     """A half-precision branch beside a stream of either precision, with both of the norm's results in use."""
-    stream, branch = torch.randn(37, 50).to(stream_dtype), torch.randn(37, 50).half()
     seed = torch.tensor(-(2**40) + 5)
     options = {"dropout_p": 0.3, "seed": seed, "post": True, "dtype": torch.float16}
 
     def kernel(*tensors):
-        return torch.cat([part.float() for part in ops.add_norm(*tensors, 1e-6, **options, backend="triton")])
+        return joined([part.float() for part in ops.add_norm(*tensors, 1e-6, **options, backend="triton")])
 
     def definition(*tensors):
         normed, _ = reference.add_norm(*tensors, 1e-6, 0.3, seed)
         rounded = normed.half() if tensors[0].dtype == stream_dtype else normed
-        return torch.cat([rounded, normed]).to(torch.float64 if normed.dtype == torch.float64 else torch.float32)
+        return joined([rounded, normed]).to(torch.float64 if normed.dtype == torch.float64 else torch.float32)
 
-    assert_as_accurate_as_eager(kernel, definition, [stream, branch, torch.rand(50) + 0.5, torch.randn(50)])
+    def draw():
+        tensors = torch.randn(37, 50).to(stream_dtype), torch.randn(37, 50).half()
+        return [*tensors, torch.rand(50) + 0.5, torch.randn(50)]
+
+    assert_as_accurate_as_eager(kernel, definition, draw, formulas.add_norm(1e-6, 0.3, seed, True, torch.float16))
 
 
 @interpreted
@@ -61,11 +65,11 @@ def test_triton_drops_the_same_elements_bit_for_bit():
 def test_triton_sums_over_more_rows_than_programs(monkeypatch):
     """The gradients of weight and bias where each program takes several rows, and not all as many."""
     monkeypatch.setattr(ours, "MAX_PROGRAMS", 3)
-    tensors = [torch.randn(41, 12), torch.rand(12) + 0.5, torch.randn(12)]
     assert_as_accurate_as_eager(
         lambda x, w, b: ops.add_norm(x, None, w, b, 1e-6, backend="triton")[0],
         lambda x, w, b: F.layer_norm(x, (12,), w, b, 1e-6),
-        tensors,
+        lambda: [torch.randn(41, 12), torch.rand(12) + 0.5, torch.randn(12)],
+        None,
     )
 
 
@@ -77,7 +81,7 @@ def test_limits_say_why():
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dim", [768, 1024, 8192])
 @pytest.mark.parametrize("name", ["_add_norm_kernel", "_add_norm_backward_kernel"])
 def test_norms_compile_without_spills(name, dim, capability, tmp_path):
@@ -91,7 +95,7 @@ def test_norms_compile_without_spills(name, dim, capability, tmp_path):
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["_gelu_kernel", "_gelu_backward_kernel"])
 def test_gelu_compiles_without_spills(name, capability, tmp_path):
     kernel = getattr(ours, name)

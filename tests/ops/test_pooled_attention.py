@@ -7,11 +7,12 @@ import os
 
 import pytest
 import torch
-from oracle import assert_as_accurate_as_eager, every_backend, skip_if_refused
-from resources import compiled_resources
+from judged import judge_pooled_attention
+from oracle import collected_if, every_backend, every_backend_and
+from pairwise import pairwise
+from resources import CAPABILITIES, compiled_resources
 
 from bclip_fast import ops
-from bclip_fast.ops.attention.pooled import LIMITS, reference
 
 CASES = [[5, 1, 17], [256, 1, 33, 78, 64], [197, 197], [700]]
 SEED = -(2**40) + 12345
@@ -26,32 +27,35 @@ def inputs(lengths, dtype=torch.float32, heads=2, dim=64):
     return query.to(dtype), pairs.to(dtype), rows, bounds
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
-@pytest.mark.parametrize("lengths", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_matches_reference(backend, lengths, dtype, causal, dropout_p, nan_filled):
-    query, pairs, rows, bounds = inputs(lengths, dtype)
-    skip_if_refused(LIMITS, backend, query)
+@pairwise(
+    backend_and_dtype=every_backend_and("pooled attention", torch.float32, torch.bfloat16),
+    lengths=CASES,
+    causal=[False, True],
+    dropout_p=[0.0, 0.3],
+)
+def test_matches_reference(backend, dtype, lengths, causal, dropout_p, nan_filled):
+    _, _, rows, bounds = inputs(lengths, dtype)
     seed = torch.tensor(SEED) if dropout_p else None
     options = dict(causal=causal, dropout_p=dropout_p, seed=seed, scale=0.2, backend=backend)
-    assert_as_accurate_as_eager(
+    judge_pooled_attention(
         lambda query, pairs: ops.pooled_attention(query, pairs, rows, bounds, **options),
-        lambda query, pairs: reference.attention(query, pairs, rows, bounds, causal, dropout_p, seed, 0.2),
-        [query, pairs],
+        (rows, bounds, causal, dropout_p, seed, 0.2),
+        sum(lengths),
+        (len(lengths), 2, 64),
+        dtype,
     )
 
 
 @pytest.mark.parametrize("dim", [32, 80, 96, 128])
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("pooled attention"))
 def test_head_dimensions(backend, dim, nan_filled):
-    query, pairs, rows, bounds = inputs([3, 70], dim=dim)
-    skip_if_refused(LIMITS, backend, query)
-    assert_as_accurate_as_eager(
+    _, _, rows, bounds = inputs([3, 70], dim=dim)
+    judge_pooled_attention(
         lambda query, pairs: ops.pooled_attention(query, pairs, rows, bounds, backend=backend),
-        lambda query, pairs: reference.attention(query, pairs, rows, bounds, False, 0.0, None, dim**-0.5),
-        [query, pairs],
+        (rows, bounds, False, 0.0, None, dim**-0.5),
+        73,
+        (2, 2, dim),
+        torch.float32,
     )
 
 
@@ -65,10 +69,9 @@ def test_rows_of_the_whole_operator_with_the_same_weights_dropped(causal):
     torch.testing.assert_close(ops.pooled_attention(query, pairs, rows, bounds, **options), whole[rows])
 
 
-@pytest.mark.parametrize("backend", every_backend(LIMITS))
+@pytest.mark.parametrize("backend", every_backend("pooled attention"))
 def test_strided_inputs(backend):
     query, pairs, rows, bounds = inputs([6, 9])
-    skip_if_refused(LIMITS, backend, query)
     loose = torch.cat([pairs, pairs], 3)[..., :64].requires_grad_(), query.transpose(1, 2).contiguous().transpose(1, 2)
     out = ops.pooled_attention(loose[1], loose[0], rows, bounds, backend=backend)
     torch.testing.assert_close(out, ops.pooled_attention(query, pairs, rows, bounds, backend="reference"))
@@ -91,9 +94,9 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@collected_if(os.environ.get("TRITON_INTERPRET") != "1")
 @pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(name, capability, tmp_path):
     pytest.importorskip("triton")
     from bclip_fast.ops.attention.pooled import triton as ours

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
-from oracle import assert_as_accurate_as_eager
-from resources import TYPES, compiled_resources
+from judged import judge_clip_loss, judge_siglip_loss
+from oracle import collected_if
+from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.contrastive import LIMITS, reference, tiles
@@ -22,8 +23,7 @@ ours = pytest.importorskip("bclip_fast.ops.contrastive.triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
 def features(num_rows, width, dtype=torch.float32, aligned=None):
@@ -42,17 +42,21 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "scale"), [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3)], ids=str)
 def test_clip_on_prime_shapes(dtype, shape, scale, nan_filled):
-    inputs = [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)]
-    assert_as_accurate_as_eager(lambda *a: ops.clip_loss(*a, chunk_size=67, backend="triton"), reference.dense, inputs)
+    judge_clip_loss(
+        lambda *a: ops.clip_loss(*a, chunk_size=67, backend="triton"),
+        lambda: [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
 def test_siglip_on_prime_shapes(dtype, shape, nan_filled):
-    inputs = [features(*shape, dtype), features(*shape, dtype), torch.tensor(10.0), torch.tensor(-10.0)]
-    assert_as_accurate_as_eager(
-        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend="triton"), reference.dense_siglip, inputs
+    scalars = [torch.tensor(10.0), torch.tensor(-10.0)]
+    inputs = [features(*shape, dtype), features(*shape, dtype), *scalars]
+    judge_siglip_loss(
+        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend="triton"),
+        lambda: [features(*shape, dtype), features(*shape, dtype), *scalars],
     )
     with torch.no_grad():
         loss = ops.siglip_loss(*inputs, backend="triton")
@@ -115,9 +119,7 @@ def test_triton_rows_far_below_the_rest_of_their_tile():
     assert truth[0].max() - truth[0].min() > 150
     close(ours.forward(image, text, scale, 0, 64), truth, 1e-6)
     # All cosines near -0.8: every exponential with an offset from the scale alone would be zero.
-    assert_as_accurate_as_eager(
-        lambda *a: ops.clip_loss(*a, backend="triton"), reference.dense, [image, text, scale, torch.tensor(0.0)]
-    )
+    judge_clip_loss(lambda *a: ops.clip_loss(*a, backend="triton"), lambda: [image, text, scale, torch.tensor(0.0)])
 
 
 @interpreted
@@ -210,7 +212,7 @@ GROUPS = ["row_ids", "column_ids", "row_shares", "column_shares"]
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compile_without_spills(name, dtype, capability, tmp_path):
@@ -218,8 +220,8 @@ def test_compile_without_spills(name, dtype, capability, tmp_path):
 
 
 @compiled
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.long
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 512), (torch.float16, 96), (torch.float16, 80)], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp_path):
