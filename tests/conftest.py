@@ -97,6 +97,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def unmeasured():
+    """No record says which backend is the fastest on the CPU, nor do the defaults of the package."""
+    from bclip_fast.ops import tuning
+
+    with tuning.in_force({"cpu": tuning.unmeasured("cpu")}):
+        yield
+
+
+@pytest.fixture
 def nan_filled():
     """Memory from torch.empty comes filled with NaN, so that an output which a kernel leaves unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

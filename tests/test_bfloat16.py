@@ -24,7 +24,7 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "scaled_do
 
 
 @pytest.fixture(autouse=True)
-def _without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_bfloat16(monkeypatch: pytest.MonkeyPatch, unmeasured: None) -> None:
     pytest.importorskip("bclip_fast._cpu")
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
     monkeypatch.setattr(processor, "HAS_AMX", False)

@@ -445,9 +445,7 @@ def test_all_ranks_take_rank_0s_choice_in_a_run_and_in_a_loss(tmp_path):
 
 
 def test_importing_the_operators_reads_no_record(tmp_path):
-    code = (
-        "from bclip_fast import ops; from bclip_fast.ops import tuning; assert not tuning._records; print('read none')"
-    )
+    code = "from bclip_fast import ops; from bclip_fast.ops import tuning; print('read', *tuning._records)"
     environment = {**os.environ, "BCLIP_TUNE": str(tmp_path / "none.json")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "read"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
+from ..ops.arguments import without_autocast
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -306,6 +307,7 @@ class _GlobalClipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         image, texts, scale, rows_lse, columns_lse, positive_grad = ctx.saved_tensors
         at, wide = ctx.at, accumulation_dtype(image)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
+from ..ops.arguments import without_autocast
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -221,6 +222,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         factor = grad * ctx.num_ranks  # for the averaging, as in _GlobalClipLoss
         image_grad, text_grad, scale_grad, bias_grad = (

@@ -66,6 +66,11 @@ class Record:
     origin: str = ""  # for people: where the order of backends comes from
 
 
+def unmeasured(kind: str) -> Record:
+    """A record of which nothing is known, under which `auto` goes by the package's order."""
+    return Record({"device": kind, "name": kind, "architecture": "none"}, origin="the package's order")
+
+
 def mode() -> str:
     """ "" (the cache), "off", or the path that BCLIP_TUNE names."""
     return os.environ.get("BCLIP_TUNE", "")
@@ -268,7 +273,7 @@ def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 _records: dict[tuple[str, int], Record] = {}
 _run: dict[str, Record] = {}
-_orders: dict[tuple[str, int, str, torch.dtype | None, str], tuple[str, ...]] = {}
+_orders: dict[tuple[str, int, str, torch.dtype | None, str, tuple[str, ...]], tuple[str, ...]] = {}
 
 
 def order(
@@ -279,13 +284,13 @@ def order(
     Raises:
         UserError: BCLIP_TUNE names a file that is no record.
     """
-    found = _orders.get((kind, index, operator, dtype, shapes))
+    found = _orders.get((kind, index, operator, dtype, shapes, otherwise))
     if found is None:
         record = of_device(kind, index)
         entry = record.entries.get((operator, short(dtype), shapes))
         found = otherwise if entry is None else entry.order + tuple(x for x in otherwise if x not in entry.order)
         found = tuple(name for name in found if not record.checks.get((operator, short(dtype), name)))
-        _orders[kind, index, operator, dtype, shapes] = found
+        _orders[kind, index, operator, dtype, shapes, otherwise] = found
     return found
 
 
@@ -310,7 +315,7 @@ def of_device(kind: str, index: int = 0) -> Record:
 
 def _find(kind: str, index: int) -> Record:
     if kind not in ("cpu", "cuda"):
-        return Record({"device": kind, "name": kind, "architecture": "none"}, origin="no record: the package's order")
+        return unmeasured(kind)
     own = fingerprint(kind, index)
     if emulated():
         return Record(own, origin="kernels are emulated: the package's order")
@@ -390,10 +395,6 @@ def install(records: Mapping[str, Record]) -> None:
     _run.clear()
     _run.update(records)
     _orders.clear()
-
-
-def installed() -> bool:
-    return bool(_run)
 
 
 def reset() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import cuda_refusal, triton_refusal
+from ..arguments import cuda_refusal, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
 from . import sdpa
 from .checks import checked_dropout, cpu_limits
@@ -150,6 +150,7 @@ def _check_bounds(cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:
 
 
 @torch.library.custom_op("bclip::attention", mutates_args=())
+@without_autocast
 def _attention(
     qkv: Tensor,
     cu_seqlens: Tensor | None,
@@ -185,6 +186,7 @@ def _(
 
 
 @torch.library.custom_op("bclip::attention_backward", mutates_args=())
+@without_autocast
 def _attention_backward(
     grad_out: Tensor,
     qkv: Tensor,

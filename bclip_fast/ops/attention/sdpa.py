@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import without_autocast
+
 
 def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     """The reason against it, for an operand (..., d)."""
@@ -20,6 +22,7 @@ def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> st
     return None
 
 
+@without_autocast
 def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """(B, N, H, d) of qkv (B, N, 3, H, d); key_mask (B, N) bool or None. A row without keys gives zeros."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -31,6 +34,7 @@ def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> T
     return _masked(query, key, value, visible, scale).transpose(1, 2)
 
 
+@without_autocast
 def packed(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
     """(T, H, d) of qkv (T, 3, H, d): sequence by sequence on the CPU, elsewhere padded, which waits for no device."""
     if qkv.device.type == "cpu":
@@ -60,6 +64,7 @@ def packed_padded(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
     return out[sequence, tokens - cu_seqlens[sequence]]
 
 
+@without_autocast
 def pooled(query: Tensor, key_value: Tensor, rows: Tensor, cu_seqlens: Tensor, causal: bool, scale: float) -> Tensor:
     """(n, H, d) of query (n, H, d) and key_value (T, 2, H, d); sequence by sequence on the CPU alone, as `packed`."""
     stops = rows + 1 if causal else cu_seqlens[1:].long()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import processor
-from ..arguments import cuda_refusal, triton_refusal
+from ..arguments import cuda_refusal, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
@@ -353,6 +353,7 @@ def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) ->
     return min(num_rows, max(least, budget // (4 * num_columns)))
 
 
+@without_autocast
 def _clip_forward(
     image: Tensor,
     text: Tensor,
@@ -416,6 +417,7 @@ def _(
     return scale.new_empty(()), *sums, products
 
 
+@without_autocast
 def _clip_gradients(
     grad: Tensor,
     image: Tensor,
@@ -517,6 +519,7 @@ class _DirectClipLoss(torch.autograd.Function):
         return *_clip_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
+@without_autocast
 def _siglip_forward(
     image: Tensor,
     text: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arguments import triton_refusal
+from ...arguments import triton_refusal, without_autocast
 from ...dispatch import Limits, choose, kernels
 from .. import sdpa
 from ..checks import checked_dropout, cpu_limits
@@ -86,6 +86,7 @@ def _check_rows(rows: Tensor, cu_seqlens: Tensor, tokens: int) -> None:
 
 
 @torch.library.custom_op("bclip::pooled_attention", mutates_args=())
+@without_autocast
 def _pooled(
     query: Tensor,
     key_value: Tensor,
@@ -121,6 +122,7 @@ def _(
 
 
 @torch.library.custom_op("bclip::pooled_attention_backward", mutates_args=())
+@without_autocast
 def _pooled_backward(
     grad_out: Tensor,
     query: Tensor,
