@@ -91,7 +91,9 @@ def _restored_state():
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(
+    _restored_state: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No test reads or writes the embeddings of the person who runs it."""
     monkeypatch.setenv("BCLIP_CACHE", str(tmp_path_factory.mktemp("embeddings")))
 

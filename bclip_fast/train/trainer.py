@@ -180,6 +180,7 @@ class _Run:
         self.given_up = ""
 
     def _open_log(self) -> None:
+        _write_config(self.run, self.config)
         self.metrics = MetricsLog(self.run, self.step, self.config.log, _as_json(self.config))
         self.metrics.event(self.step, "resume" if self.step else "start", ranks=distributed.world_size())
 
@@ -483,9 +484,10 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     if begun and not config.resume:
         raise UserError(f"{run}: holds a run already; --resume continues it, or give another run folder")
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
     if begun:
+        # The settings may still be refused, and a refusal must leave the run as it is: _open_log writes them.
         return
+    _write_config(run, config)
     source, text = config.data.tokenizer, config.model.text
     if not source and (given := initial_tokenizer(config)) is not None:
         tokenizer = given
@@ -494,6 +496,10 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
     tokenizer.save(run / "tokenizer")
+
+
+def _write_config(run: Path, config: TrainConfig) -> None:
+    (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
 
 
 def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
