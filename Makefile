@@ -96,7 +96,7 @@ endef
 # Left out are tests that no processor changes: GPU kernels under an emulator or interpreter, registration, compilation.
 OPERATOR_TESTS = $(filter-out %_cuda.py %triton.py,$(wildcard tests/ops/test_*.py))
 TEST_OPERATORS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --dist worksteal \
-	-m "not long" -k "not compil and not registration" $(OPERATOR_TESTS) $(ARGS)
+	-p no:randomly -m "not long" -k "not compil and not registration" $(OPERATOR_TESTS) $(ARGS)
 
 .PHONY: test-avx2 test-portable test-arm64 arm64-packages
 
