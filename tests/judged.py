@@ -47,14 +47,20 @@ def judge_pooled_attention(
 
 
 def judge_clip_loss(
-    kernel: Callable[..., Tensor], draw: Draw, same: Tensor | None = None, hardness: float = 0.0, draws: int = 3
+    kernel: Callable[..., Tensor],
+    draw: Draw,
+    same: Tensor | None = None,
+    hardness: float = 0.0,
+    draws: int | None = None,
 ) -> None:
     """`kernel` of image, text, scale and perhaps a bias; `same` (b, B) marks the positives, unless they pair up."""
     definition = contrastive.dense if same is None else lambda *inputs: dense(*inputs, same, hardness)
     assert_as_accurate_as_eager(kernel, definition, draw, formulas.clip_loss(same, hardness), draws)
 
 
-def judge_siglip_loss(kernel: Callable[..., Tensor], draw: Draw, same: Tensor | None = None, draws: int = 3) -> None:
+def judge_siglip_loss(
+    kernel: Callable[..., Tensor], draw: Draw, same: Tensor | None = None, draws: int | None = None
+) -> None:
     """`kernel` of image, text, scale and bias."""
     definition = contrastive.dense_siglip if same is None else lambda *inputs: dense_siglip(*inputs, same)
     assert_as_accurate_as_eager(kernel, definition, draw, formulas.siglip_loss(same), draws)

@@ -8,9 +8,10 @@ Truth is the operator's definition in float64. A kernel passes if, in its output
 - no element is further from the truth than the formula allows, a bound that is derived and not
   measured: unit roundoff, times the growth that each operation has, times the size of what it adds.
 
-The norm finds a kernel that is systematically worse. Where it is of few numbers, such as the losses of three draws, the
-factor is larger: one in a million is the chance that two equal kernels differ as much. The bound finds what goes wrong
-in one place.
+The norm finds a kernel that is systematically worse. Numbers of one row share the errors of its softmax or mean, so
+that there are only as many errors as rows. Where these are few, as with the losses of some draws, the factor is larger:
+one in a million is the chance that two equal kernels differ as much. The bound finds what goes wrong in one place. It is
+also what judges a result that is zero because its terms cancel.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ OPERATORS: dict[str, tuple[Limits, Callable[[torch.dtype], list[Any]]]] = {
 }
 FACTOR = 2.0
 FEW, CHANCE = 100, 1e-6
+# Small inputs are drawn more often than DRAWS[0] times, until their rows are enough for the factor.
+DRAWS = 3, 30
+# A truth as far below its bound as float64's rounding is below float32's has cancelled.
+CANCELLED = 2.0**-24
 # Below float32's normal numbers a kernel may take zero.
 TINY = torch.finfo(torch.float32).tiny
 
@@ -59,12 +64,13 @@ class Expected:
 
 
 def expected(
-    definition: Function, draw: Callable[[], Sequence[Tensor]], formula: Formula | None, draws: int = 3
+    definition: Function, draw: Callable[[], Sequence[Tensor]], formula: Formula | None, draws: int | None = None
 ) -> list[Expected]:
-    found = []
-    for seed in range(draws):
-        torch.manual_seed(seed)
+    found: list[Expected] = []
+    while len(found) < (draws or DRAWS[0]):
+        torch.manual_seed(len(found))
         inputs = list(draw())
+        draws = draws or min(max(DRAWS[0], -(-FEW // max(1, _rows(inputs[0])))), DRAWS[1])
         with torch.no_grad():
             usual = definition(*inputs)
         # A single number's gradient is not 1, so that a kernel which forgets it shows.
@@ -97,14 +103,19 @@ def faults(cases: Sequence[Expected], found: Sequence[Sequence[Tensor]]) -> list
         bounds = None if cases[0].bounds is None else [case.bounds[place] for case in cases]
         own, truth = [results[place] for results in found], [case.truth[place] for case in cases]
         name = f"gradient {place - 1}" if place else "output"
-        lines += [f"{name}: {line}" for line in compared(own, usual, truth, bounds)]
+        rows = sum(min(_rows(case.inputs[0]), _rows(case.truth[place])) for case in cases)
+        lines += [f"{name}: {line}" for line in compared(own, usual, truth, bounds, rows)]
     return lines
 
 
 def compared(
-    own: Sequence[Tensor], usual: Sequence[Sequence[Tensor]], truth: Sequence[Tensor], bounds: Sequence[Tensor] | None
+    own: Sequence[Tensor],
+    usual: Sequence[Sequence[Tensor]],
+    truth: Sequence[Tensor],
+    bounds: Sequence[Tensor] | None,
+    rows: int,
 ) -> Iterable[str]:
-    """Of one result in several draws, what is wrong with it."""
+    """Of one result in several draws, with `rows` in all, what is wrong with it."""
     for mine, true in zip(own, truth, strict=True):
         if mine.shape != true.shape:
             yield f"shape {tuple(mine.shape)}, should be {tuple(true.shape)}"
@@ -113,14 +124,14 @@ def compared(
             yield "NaN in the result: unwritten memory or an invalid operation"
             return
     errors = [mine.double() - true for mine, true in zip(own, truth, strict=True)]
-    if count := sum(true.numel() for true in truth):
+    size = _norm(truth)
+    if size > (0.0 if bounds is None else CANCELLED * _norm(bounds)):
         roundings = _norm([true.to(mine.dtype).double() - true for mine, true in zip(own, truth, strict=True)])
         others = [
             _norm([one.double() - true for one, true in zip(way, truth, strict=True)])
             for way in zip(*usual, strict=True)
         ]
-        size = _norm(truth) or 1.0
-        error, allowed = _norm(errors) / size, factor_of(count) * max(min(others), roundings) / size
+        error, allowed = _norm(errors) / size, factor_of(rows) * max(min(others), roundings) / size
         if not error <= allowed:
             yield f"relative error {error:.3g}, allowed {allowed:.3g}"
     for error, bound in zip(errors, bounds or (), strict=bounds is not None):
@@ -142,6 +153,10 @@ def factor_of(count: int) -> float:
     return FACTOR * math.exp((math.log(2 / count / CHANCE) - log_beta) / count)
 
 
+def _rows(tensor: Tensor) -> int:
+    return tensor.numel() // tensor.shape[-1] if tensor.dim() > 1 and tensor.numel() else tensor.numel()
+
+
 def _norm(tensors: Sequence[Tensor]) -> float:
     return float(sum(tensor.square().sum() for tensor in tensors)) ** 0.5
 
@@ -151,7 +166,7 @@ def assert_as_accurate_as_eager(
     definition: Function,
     draw: Callable[[], Sequence[Tensor]],
     formula: Formula | None,
-    draws: int = 3,
+    draws: int | None = None,
 ) -> None:
     """Judges `kernel`, a function of the inputs that `draw` makes, as the module says.
 
