@@ -10,8 +10,8 @@ Truth is the operator's definition in float64. A kernel passes if, in its output
 
 The norm finds a kernel that is systematically worse. Numbers of one row share the errors of its softmax or mean, so
 that there are only as many errors as rows. Where these are few, as with the losses of some draws, the factor is larger:
-one in a million is the chance that two equal kernels differ as much. The bound finds what goes wrong in one place. It is
-also what judges a result that is zero because its terms cancel.
+one in a million is the chance that two equal kernels differ as much. The bound finds what goes wrong in one place. It
+also judges a result that is zero because its terms cancel.
 """
 
 from __future__ import annotations
