@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import threads as _threads
+
 __version__ = "0.1.0"
+
+_threads.start_watch()
 
 # Resolved on first use, so that `import bclip_fast` costs nothing beyond torch and loads no optional package.
 _PUBLIC = {

@@ -118,8 +118,14 @@ COMMANDS = {
         "bclip_fast.benchmarks.report:run",
         "bench",
     ),
+    "tune": Command(
+        "measure the backends on this machine, so that `auto` takes the fastest",
+        "bclip_fast.tune:TuneConfig",
+        "bclip_fast.tune:run",
+        "model",
+    ),
     "doctor": Command(
-        "backends, versions and devices, and why each missing part is missing",
+        "backends, versions and devices, what each operator takes here, and why",
         "bclip_fast.doctor:DoctorConfig",
         "bclip_fast.doctor:run",
         "model",

@@ -40,7 +40,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
     config: T | None = None
     while args and args[0].endswith(".toml"):
         path = find(args.pop(0))
-        config = _parse(cls, list(_as_flags(_read(path))), config, prog, where=str(path), file=True)
+        config = _parse(cls, list(_as_flags(read_toml(path))), config, prog, where=str(path), file=True)
     if config is not None and not args:
         return config
     return _parse(cls, args, config, prog, where="the command line")
@@ -48,7 +48,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
 
 def from_toml(cls: type[T], path: Path | str) -> T:
     """The dataclass that `to_toml` wrote. Raises UserError as `parse` does."""
-    return _parse(cls, list(_as_flags(_read(Path(path)))), None, str(path), where=str(path), file=True)
+    return _parse(cls, list(_as_flags(read_toml(Path(path)))), None, str(path), where=str(path), file=True)
 
 
 def to_toml(config: Any) -> str:
@@ -67,7 +67,8 @@ def find(name: str) -> Path:
     raise UserError(f"configuration file {name} does not exist; those of the package: {known}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file. Raises UserError where it can't be read or isn't TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

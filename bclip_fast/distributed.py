@@ -8,14 +8,16 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .errors import UserError
+
+T = TypeVar("T")
 
 # How long a rank that met a failed collective waits to hear from the others; rank 0, where the store may live, longer.
 _GRACE_S = 5.0
@@ -90,6 +92,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def device() -> torch.device:
+    """Where this rank computes: its own GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -129,6 +136,20 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every rank; its UserError is raised on every rank too."""
+    result: tuple[Any, str | None] = (None, None)
+    if is_main():
+        try:
+            result = function(), None
+        except UserError as error:
+            result = None, str(error)
+    value, problem = broadcast_object(result)
+    if problem is not None:
+        raise UserError(problem)
+    return value
 
 
 def shutdown() -> None:

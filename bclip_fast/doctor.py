@@ -1,8 +1,10 @@
-"""What is installed, what each operator can run on, and why not."""
+"""What is installed, what each operator takes here, and why."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -12,22 +14,15 @@ from importlib.util import find_spec
 
 import torch
 
-from . import __version__
-from .ops import BACKENDS, affine, attention, contrastive, image, pointwise
-from .ops.dispatch import MISSING
-
-OPERATORS = {
-    "affine": affine.LIMITS,
-    "attention": attention.LIMITS,
-    "contrastive": contrastive.LIMITS,
-    "image": image.LIMITS,
-    "pointwise": pointwise.LIMITS,
-}
+from . import __version__, threads
+from .errors import UserError
+from .ops import BACKENDS, trials, tuning
+from .ops.dispatch import MISSING, Decision
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Prints backends, versions and devices, and why each missing part is missing."""
+    """Prints backends, versions and devices, what each operator takes here, and why."""
 
 
 def run(config: DoctorConfig) -> None:
@@ -39,14 +34,13 @@ def lines() -> list[str]:
     out = [
         f"bclip_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"Waiting threads: {threads.describe()}",
         "",
         "Backends" + (f" (BCLIP_BACKEND={os.environ['BCLIP_BACKEND']})" if "BCLIP_BACKEND" in os.environ else ""),
     ]
     out += [f"  {name:<12}{_backend(name)}" for name in BACKENDS]
-    out += ["", "Operators"]
-    for operator, limits in OPERATORS.items():
-        states = [f"{name} ({_state(limits, name)})" for name in BACKENDS]
-        out.append(f"  {operator:<12}{', '.join(states)}")
+    for device in _devices():
+        out += ["", f"What the next call takes on {device}", *(f"  {line}" for line in _choices(device))]
     out += ["", "CUDA"]
     out += [f"  {line}" for line in _cuda()]
     out += ["", "Packages, by extra"]
@@ -67,6 +61,8 @@ def _backend(name: str) -> str:
         return f"installed, {_version('triton')}{interpreted}"
     if name == "cuda":
         return "installed" if torch.cuda.is_available() else "installed, but there is no device that torch can use"
+    if name == "torch":
+        return "always there: torch's own attention"
     return _instruction_set() if name == "cpu" else "always there: plain PyTorch"
 
 
@@ -86,14 +82,86 @@ def _why_no_cuda_module() -> str:
     return "it was built without nvcc: install the CUDA toolkit and reinstall"
 
 
-def _state(limits: object, name: str) -> str:
-    if name not in limits:  # type: ignore[operator]
-        return "not implemented"
-    if name in MISSING:
-        return "missing"
-    if limits is image.LIMITS:
-        return limits[name](b"") or "ready"
-    return "ready"
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def _choices(device: torch.device) -> list[str]:
+    """The record in force, and for each operator and dtype the backends by class of shapes."""
+    try:
+        record = tuning.of_device(device.type, device.index or 0)
+        out = _record(record)
+        found = sorted(trials.decisions(device), key=lambda decision: decision.key[:2])
+    except UserError as error:
+        return [str(error)]
+    except torch.OutOfMemoryError:
+        return ["no memory is free on it"]
+    for (operator, dtype), group in itertools.groupby(found, key=lambda decision: decision.key[:2]):
+        decisions, name = list(group), f"{operator:<31}{dtype:<10}"
+        pairs = [(decision.chosen or "nothing", _times(decision, record)) for decision in decisions]
+        for chosen, times in dict.fromkeys(pairs):
+            alike = [each.shapes for each, pair in zip(decisions, pairs, strict=True) if pair == (chosen, times)]
+            shapes = "; ".join(alike)
+            out.append(f"{name}{chosen:<11}{shapes:<19}{times}".rstrip())
+            name = " " * len(name)
+        out += [f"{name}not {', '.join(names)}: {reason}" for reason, names in _refusals(decisions).items()]
+    return out
+
+
+def _times(decision: Decision, record: tuning.Record) -> str:
+    entry = record.entries.get(decision.key)
+    if entry is None or not record.made:
+        return ""
+    return ", ".join(f"{name} {entry.ms[name]:.3g} ms" for name in entry.order if name in entry.ms)
+
+
+def _refusals(decisions: list[Decision]) -> dict[str, list[str]]:
+    """Backends by the reason against them, those that the operator doesn't have left out."""
+    found: dict[str, list[str]] = {}
+    for decision in decisions:
+        for name, reason in decision.refusals.items():
+            names = found.setdefault(reason, [])
+            if reason != "not implemented" and name not in names:
+                names.append(name)
+    return {reason: names for reason, names in found.items() if names}
+
+
+def _record(record: tuning.Record) -> list[str]:
+    own = record.fingerprint
+    facts = ", ".join(value for key, value in own.items() if key not in ("device", "kernels") and value)
+    out = [f"by {record.origin}{_age(record.made)}"]
+    if record.path is not None:
+        out.append(str(record.path))
+    elif tuning.mode() == "":
+        out.append("`bclip tune` measures this machine" + _outdated(own))
+    return [*out, f"fingerprint: {facts}, kernels {own.get('kernels', 'none')}", ""]
+
+
+def _age(made: str) -> str:
+    if not made:
+        return ""
+    try:
+        age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(made)
+    except (ValueError, TypeError):
+        return f", made {made}"
+    days = age.days
+    return f", made {made}, {days} day{'' if days == 1 else 's'} ago" if days > 0 else f", made {made}, today"
+
+
+def _outdated(own: dict[str, str]) -> str:
+    """Whether there is a record of this very device, from before something changed."""
+    try:
+        paths = sorted(tuning.folder().glob("*.json"), key=lambda path: path.stat().st_mtime)
+    except (OSError, RuntimeError):
+        return ""
+    for path in reversed(paths):
+        try:
+            other = tuning.load(path)
+        except UserError:
+            continue
+        if other.made and other.fingerprint["name"] == own["name"] and other.fingerprint["device"] == own["device"]:
+            return f"; its record {path.name} doesn't apply (there / now): {tuning.differences(other.fingerprint, own)}"
+    return ""
 
 
 def _cuda() -> list[str]:

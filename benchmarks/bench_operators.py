@@ -14,7 +14,7 @@ from torch import Tensor
 from bclip_fast.benchmarks.cases import CASES, DEVICE, Case, Inputs, Unavailable
 from bclip_fast.benchmarks.measure import (
     error_of,
-    matmul_flops_per_second,
+    matmul_rate,
     peak_extra_bytes,
     synchronised,
     truth_of,
@@ -63,5 +63,5 @@ def test_operator(case: Case, contender: str, benchmark: Any, request: pytest.Fi
         curve=case.curve,
         batch=case.batch,
         dtype=str(case.dtype).removeprefix("torch."),
-        matmul_flops_per_second=matmul_flops_per_second(case.dtype) if case.flops else 0.0,
+        **(matmul_rate(case.dtype) if case.flops else {}),
     )

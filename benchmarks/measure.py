@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.processor import lacks_bfloat16
 from bclip_fast.train.cluster import device_name, results_name
 
 from .cases import DEVICE, Case, Inputs
@@ -90,10 +91,19 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
-    """The best rate of torch's own square matmul, the yardstick beside every FLOP figure: taken anew for each, since a
-    machine's speed drifts."""
-    size = 8192 if DEVICE.type == "cuda" else 2048
+# Rows of the square matmul whose rate every FLOP figure is compared with.
+MATMUL_SIZE = 8192 if DEVICE.type == "cuda" else 2048
+
+
+def matmul_rate(dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
+    """The best rate of torch's own square matmul, as the columns `matmul_flops_per_second` and `matmul_dtype` of a row.
+
+    Every row measures it again, since a machine's speed drifts. A CPU without bf16 instructions is measured in
+    float32: torch emulates bf16 there at about a hundredth of that rate, which no kernel should be compared with.
+    """
+    if dtype == torch.bfloat16 and lacks_bfloat16(DEVICE):
+        dtype = torch.float32
+    size = MATMUL_SIZE
     a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     multiply = synchronised(torch.mm)
     multiply(a, b)
@@ -102,7 +112,14 @@ def matmul_flops_per_second(dtype: torch.dtype, repeats: int = 3) -> float:
         start = time.perf_counter()
         multiply(a, b)
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    name = str(dtype).removeprefix("torch.")
+    return {"matmul_flops_per_second": 2 * size**3 / best, "matmul_dtype": name}
+
+
+def matmul_note(rows: list[dict[str, Any]]) -> str:
+    """For a table's title: the dtype of the reference matmul, where it isn't the dtype of the rows."""
+    emulated = any(row["dtype"] in ("bf16", "bfloat16") and row.get("matmul_dtype") == "float32" for row in rows)
+    return "; compared with torch's float32 matmul, as this CPU has no bf16 instructions" if emulated else ""
 
 
 def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:

@@ -13,10 +13,11 @@ import tyro
 
 from bclip_fast.errors import UserError
 
+from .busy import BusyConfig, measure_busy, show_busy
 from .cases import Unavailable
 from .images import ImagesConfig, measure_images, show_images
 from .loader import LoaderConfig, measure_loader, show_loader
-from .measure import environment, record, suite
+from .measure import environment, matmul_note, record, suite
 from .retrieval import RetrievalConfig, measure_retrieval, show_retrieval
 from .step import StepConfig, measure_step, show_step
 from .trainer import TrainerConfig, measure_trainer, show_trainer
@@ -32,6 +33,7 @@ class BenchConfig:
         Literal[
             "affine",
             "attention",
+            "busy",
             "contrastive",
             "image",
             "images",
@@ -43,13 +45,15 @@ class BenchConfig:
             "all",
         ]
     ] = "all"
-    """The operator to measure; `images`: files to resized pixels; `loader`: shards to batches; `retrieval`: exact
-    ranks; `step`: a whole training step; `trainer`: steps of a run, from shards, on ranks; `all` are the operators."""
+    """The operator to measure; `busy`: speed beside other processes; `images`: files to resized pixels; `loader`:
+    shards to batches; `retrieval`: exact ranks; `step`: a whole training step; `trainer`: steps of a run, from shards,
+    on ranks; `all` are the operators."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    busy: BusyConfig = field(default_factory=BusyConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     only: str = ""
@@ -86,6 +90,7 @@ def run(config: BenchConfig) -> int:
 
 # Measured in another way than the operators, and shown so.
 SPECIAL: dict[str, tuple[Callable[[BenchConfig], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]]] = {
+    "busy": (lambda config: measure_busy(config.busy), show_busy),
     "images": (lambda config: measure_images(config.images), show_images),
     "loader": (lambda config: measure_loader(config.loader), show_loader),
     "retrieval": (lambda config: measure_retrieval(config.retrieval), show_retrieval),
@@ -117,7 +122,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
         group = [row for row in rows if (row["operator"], row["case"]) == case]
-        table = Table(title=f"{'-'.join(case)}{floor(group[0])}", title_justify="left")
+        table = Table(title=f"{'-'.join(case)}{floor(group[0])}{matmul_note(group)}", title_justify="left")
         best = min((row for row in group if row["contender"].startswith("ours:")), key=_seconds, default=None)
         rival = next((row for row in group if row["contender"] == "open_clip"), best)
         times = "x open_clip" if rival is not best else "x ours"

@@ -16,7 +16,7 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.eval import exact, retrieval
 
-from .measure import DEVICE, matmul_flops_per_second, peak_extra_bytes
+from .measure import DEVICE, matmul_rate, peak_extra_bytes
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def measure_retrieval(config: RetrievalConfig) -> list[dict[str, Any]]:
                 held_bytes=2 * images.numel() * images.element_size(),
                 recall_at_1=[ranks.recall(1) for ranks in found],
                 median_rank=[float(ranks.expected().median()) for ranks in found] if len(found) == 2 else None,
-                matmul_flops_per_second=matmul_flops_per_second(torch.float32),
+                **matmul_rate(torch.float32),
             )
         )
     return rows

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from bclip_fast import ops
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
-from bclip_fast.model import layout, transformer, weights
+from bclip_fast.model import layout, transformer, vision, weights
+from bclip_fast.model import text as text_towers
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ from bclip_fast.train.optimizer import AdamW
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 from .cases import peer, shared_data
-from .measure import DEVICE, matmul_flops_per_second, peak_extra_bytes
+from .measure import DEVICE, matmul_note, matmul_rate, peak_extra_bytes
 from .peers import import_open_clip
 
 log = logging.getLogger(__name__)
@@ -265,7 +266,8 @@ def _without(features: Features, model: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(transformer.Sequences, "attend_from", _sdpa_from))
         if not features.linear:
             plain = functools.partial(ops.linear, backend="reference")
-            stack.enter_context(mock.patch.object(transformer, "linear", plain))
+            for module in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(module, "linear", plain))
         if not features.first_only:
             for tower in (model.visual, model.text):
                 last: Any = tower.layers[-1]  # type: ignore[index,union-attr]
@@ -395,7 +397,7 @@ def measure_step(config: StepConfig) -> list[dict[str, Any]]:
                 tokens_per_second=len(all_inputs[name].text.ids) / seconds,
                 speedup=statistics.median(ratios),
                 rounds=config.rounds,
-                matmul_flops_per_second=matmul_flops_per_second(_DTYPES[config.precision]),
+                **matmul_rate(_DTYPES[config.precision]),
                 extra_bytes=extra[name],
             )
         )
@@ -423,7 +425,9 @@ def show_step(rows: list[dict[str, Any]]) -> None:
 
     first = rows[0]
     sizes = " to ".join(f"{flops / 1e12:.2f}" for flops in sorted({row["flops"] for row in rows}))
-    table = Table(title=f"{first['case']}, tokens a caption, {sizes} TFLOP a step", title_justify="left")
+    table = Table(
+        title=f"{first['case']}, tokens a caption, {sizes} TFLOP a step{matmul_note(rows)}", title_justify="left"
+    )
     headings = ("contender", "tokens", "samples/s", "tokens/s", "s", "fwd", "bwd", "opt", "MFU", "extra GB", "x first")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)

@@ -1,8 +1,9 @@
-"""Runs a function on n gloo ranks of this machine and brings back each rank's result."""
+"""Runs a function on n gloo ranks of this machine and returns each rank's result."""
 
 from __future__ import annotations
 
 import multiprocessing.context
+import multiprocessing.forkserver
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,28 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
+# DeepSpeed's ZeRO loads torch's compiler (2 CPU seconds), and training loads DeepSpeed and TensorBoard.
+PRELOADED = [
+    "torch", "torch._inductor.compile_fx", "deepspeed", "torch.utils.tensorboard", "bclip_fast.train.trainer",
+]  # fmt: skip
+
 
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """For processes that find torch imported, and its compiler, which comes with the first optimiser: once for all of a
-    process of tests, in the environment it had then."""
+    """Starts processes that have imported PRELOADED; a test process imports them once, in its server.
+
+    conftest.py starts the server ahead of the tests: its children have the environment that it started with.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo"])
+    context.set_forkserver_preload(PRELOADED)
+    multiprocessing.forkserver.ensure_running()
     return context
 
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(rank, *args)` must be importable (a module's function); its results must be what torch.save takes."""
+    """Returns `function(rank, *args)` of each rank.
+
+    function: importable (defined at the top level of a module); its result must be what torch.save takes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         method = fork_server().get_start_method()
         start_processes(_run, (num_ranks, folder, function, args), nprocs=num_ranks, start_method=method)

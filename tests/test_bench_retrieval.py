@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from bclip_fast.benchmarks import measure
 from bclip_fast.benchmarks import retrieval as bench
 from bclip_fast.benchmarks.report import BenchConfig, run
 from bclip_fast.benchmarks.retrieval import RetrievalConfig
 from bclip_fast.errors import UserError
 from bclip_fast.eval import retrieval
+
+
+@pytest.fixture(autouse=True)
+def _small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
 
 
 def test_contenders_agree_with_brute_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,8 @@ def test_a_result_that_a_rival_does_not_compute_is_left_out_and_a_wrong_one_is_a
 
 def row(contender, batch, seconds, extra_bytes, **others):
     common = dict(device="d", threads="1", torch="t", operator="contrastive", flops=1e9, bytes=1e6, error=1e-6)
-    common |= dict(matmul_flops_per_second=1e10, curve="clip, float32", num_results=4, num_compared=4)
+    common |= dict(matmul_flops_per_second=1e10, matmul_dtype="float32", dtype="float32")
+    common |= dict(curve="clip, float32", num_results=4, num_compared=4)
     return {
         **common, "case": f"clip-{batch}", "contender": contender, "batch": batch, "seconds": seconds,
         "extra_bytes": extra_bytes, **others,
@@ -105,6 +106,17 @@ def test_the_table_holds_ratios_to_open_clip_and_says_what_was_compared(capsys):
     assert ("torch dense", "1200.00", "1.50", "1 GFLOP/s", "8%", "4", "2.00", "1.0e-06") in cells
 
 
+def test_matmul_rate_without_bf16_instructions_is_of_float32_and_the_table_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
+    for has_bf16, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(measure, "lacks_bfloat16", lambda device, lacks=not has_bf16: lacks)
+        assert measure.matmul_rate(torch.float32)["matmul_dtype"] == "float32"
+        found = measure.matmul_rate(torch.bfloat16)
+        assert found["matmul_dtype"] == expected and found["matmul_flops_per_second"] > 0
+        report.show([row("ours:cpu", 64, 0.2, 1e6, **found | {"dtype": "bfloat16"})])
+        assert ("no bf16 instructions" in capsys.readouterr().out) == (not has_bf16)
+
+
 def test_time_and_memory_are_drawn_against_the_batch(tmp_path):
     rows = [row(name, batch, batch / 1e3, 1e6) for name in ("ours:cpu", "open_clip") for batch in (64, 128)]
     report.plot_scaling([*rows, row("memeff", 64, 1.0, None, curve="clip, bfloat16")], tmp_path / "scaling.svg")
@@ -115,8 +127,9 @@ def test_time_and_memory_are_drawn_against_the_batch(tmp_path):
 
 TINY = """
 import pathlib, sys, torch
-from bclip_fast.benchmarks import cases, report
+from bclip_fast.benchmarks import cases, measure, report
 cases.LARGEST_DENSE = 32
+measure.MATMUL_SIZE = 64
 cases.CASES[:] = [cases.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]
 only, large = sys.argv[2:]
 sys.exit(report.run(report.BenchConfig("contrastive", pathlib.Path(sys.argv[1]), only=only, large=large == "large")))

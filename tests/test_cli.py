@@ -9,6 +9,7 @@ import pytest
 from ranks import fork_server
 
 from bclip_fast import __version__, cli
+from bclip_fast.ops.dispatch import MISSING
 
 
 def bclip(*args, missing=()):
@@ -66,7 +67,11 @@ def test_a_missing_package_is_named_with_its_extra():
 
 def test_doctor_tells_each_backend_and_why_not():
     out = bclip("doctor").stdout
-    for name in ("cuda", "triton", "cpu", "reference"):
+    for name in ("cuda", "triton", "cpu", "torch", "reference"):
         assert f"\n  {name}" in out
-    assert "\n  affine      triton (not implemented), cuda (not implemented), " in out
+    assert "What the next call takes on cpu\n  by the package's " in out
+    linear = out.partition("\n  linear ")[2].partition("\n  pooled_attention")[0]
+    assert ("not cpu: " in linear) == ("cpu" in MISSING)
+    # Why a kernel for a GPU doesn't take tensors of the CPU.
+    assert "not triton: " in out.partition("\n  gelu ")[2].partition("\n  image")[0]
     assert "no device: " in out or "device 0: " in out or "_cuda: not built" in out

@@ -429,7 +429,10 @@ def test_sensitivity_is_each_template_alone() -> None:
 
 @pytest.mark.slow
 def test_lc25000_equals_open_clip_and_an_independent_elevater(shared_data: Path, tmp_path: Path, monkeypatch) -> None:
-    """Random weights of BiomedCLIP's shapes: features, class embeddings and predictions, on real images."""
+    """Random weights of BiomedCLIP's shapes: features, class embeddings and predictions, on real images.
+
+    Takes 20 seconds or more: two models of the published size embed 12 images, and one of them twice.
+    """
     from peers import import_open_clip
     from test_pretrained import BERT_BASE, PUBMEDBERT, shaken
 

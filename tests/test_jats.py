@@ -190,12 +190,12 @@ def test_what_one_article_can_cost_is_bounded():
     assert (figure.caption, figure.excluded) == ("", "caption longer than 32768 characters")
     with pytest.raises(JatsError, match="more than 2000 figures"):
         article("<fig/>" * 2001)
-    start = time.perf_counter()
+    start = time.process_time()
     groups = "<fig-group><caption><p>" + long + "</p></caption>"
     article(groups * 100 + "<fig/>" * 2000 + "</fig-group>" * 100)
     article(f"<fig><caption><p><alternatives>{'<a>x</a>' * 100_000}</alternatives></p></caption></fig>")
     article(f"<fig><caption>{'<p>doi:10.1234/x</p>' * 20_000}</caption></fig>")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     named = article(
         "", f"<article-meta><title-group><article-title>{long}</article-title></title-group></article-meta>"
     )
@@ -280,11 +280,11 @@ BOMB = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
     ],
 )  # fmt: skip
 def test_hostile_and_broken_xml_is_refused_soon(text, reason):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(JatsError, match=reason) as caught:
         jats.parse(text.encode())
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_an_external_dtd_is_not_fetched(tmp_path):

@@ -209,7 +209,7 @@ def test_two_ranks_give_the_global_gradient_where_open_clips_modes_miss_it():
         for own, true in [(images, image), (texts, text)]:
             assert (torch.cat(own).double() / 2 - true).norm() <= 2**-8 * true.norm()
     message = results[0]["lost"]
-    assert "ClipLoss, rank 0 of 2: all-gather of batch sizes failed" in message, message
+    assert "ClipLoss, rank 0 of 2: broadcast of backends failed" in message, message
     if not results[0]["theirs"]:
         pytest.skip("ours is right; the peer open_clip is not installed to compare with")
     truth = single_process(sizes)
@@ -361,17 +361,25 @@ def test_autocast_multiplies_in_half_precision_and_sums_in_float32(loss):
         assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
 
 
-def test_a_step_under_autocast_errs_less_than_open_clips(theirs):
-    """open_clip's normalised features are float32 under autocast; its logits are bfloat16."""
-    image, other = F.normalize(torch.randn(2, 256, 64), dim=-1)
-    inputs = [image, F.normalize(image + 2 * other, dim=-1), torch.tensor(100.0)]
-    truth = gradients_at(ClipLoss(), [part.double() for part in inputs])
-    errors = []
-    with torch.autocast("cpu", torch.bfloat16):
-        for loss in (ClipLoss(), theirs.ClipLoss()):
-            grads = gradients_at(loss, inputs)
-            errors.append([(own - true).norm() / true.norm() for own, true in zip(grads[:2], truth[:2], strict=True)])
-    assert all(own <= 0.5 * other for own, other in zip(*errors, strict=True)), errors
+def test_gradients_under_autocast_err_at_most_half_of_open_clips(theirs):
+    """open_clip's normalised features are float32 under autocast; its logits are bfloat16.
+
+    Relative errors, root mean square over seeds: the ratio of a single draw lies anywhere between 0.38 and 0.57.
+    """
+    squares = torch.zeros(2, 2, dtype=torch.float64)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        image, other = F.normalize(torch.randn(2, 256, 64, generator=generator), dim=-1)
+        inputs = [image, F.normalize(image + 2 * other, dim=-1), torch.tensor(100.0)]
+        truth = gradients_at(ClipLoss(), [part.double() for part in inputs])
+        with torch.autocast("cpu", torch.bfloat16):
+            for row, loss in zip(squares, (ClipLoss(), theirs.ClipLoss()), strict=True):
+                grads = gradients_at(loss, inputs)
+                row += torch.stack(
+                    [(own - true).norm() / true.norm() for own, true in zip(grads[:2], truth[:2], strict=True)]
+                ).square()
+    own, other = squares.sqrt()
+    assert (own <= 0.5 * other).all(), (own / other).tolist()
 
 
 def gradients_at(loss, inputs):

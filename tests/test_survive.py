@@ -12,6 +12,7 @@ import random
 import resource
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,11 +37,6 @@ from bclip_fast.train.spikes import SpikeConfig, Spikes
 from bclip_fast.train.trainer import train
 
 DROPOUT = tiny_model(dropout=0.1)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
 
 
 def column(run: Path, name: str) -> list[Any]:
@@ -268,23 +264,28 @@ def test_checkpoints_are_written_while_training_goes_on(shards: Path, tmp_path: 
     """A slow disk: the step after a checkpoint doesn't wait for it; the next checkpoint does, and so does the end."""
     events: list[str] = []
     real = checkpoint.save
+    last_step_is_done = threading.Event()
 
     def slow(folder: Path, saved: checkpoint.Checkpoint, **options: Any) -> Path:
-        time.sleep(0.5)
+        assert last_step_is_done.wait(120), "training waits for the checkpoint of step 2"
         path = real(folder, saved, **options)
         events.append(f"saved {saved.step}")
         return path
 
     monkeypatch.setattr(checkpoint, "save", slow)
     found = {}
+
+    def on_step(record: dict[str, Any]) -> None:
+        events.append(f"step {record['step']}")
+        if record["step"] == 4:
+            last_step_is_done.set()
+
+    # In the second run, whose steps do wait, the disk is fast: the event stays set.
     for background in (True, False):
         events.clear()
         settings = CheckpointConfig(every_steps=2, keep=0, background=background)
         run = tmp_path / str(background)
-        train(
-            tiny_run(run, shards, checkpoint=settings, max_steps=4),
-            on_step=lambda record: events.append(f"step {record['step']}"),
-        )
+        train(tiny_run(run, shards, checkpoint=settings, max_steps=4), on_step=on_step)
         found[background] = list(events)
     assert found[False] == ["step 1", "step 2", "saved 2", "step 3", "step 4", "saved 4"]
     assert found[True] == ["step 1", "step 2", "step 3", "step 4", "saved 2", "saved 4"]
@@ -452,14 +453,14 @@ def test_a_signal_stops_with_a_checkpoint(shards: Path, tmp_path: Path, number: 
 
 def test_a_second_interrupt_stops_at_once(shards: Path, tmp_path: Path):
     run = tmp_path / "run"
-    with running(tiny_run(run, shards, checkpoint=CheckpointConfig(every_steps=0)), pause=5.0) as (process,):
+    with running(tiny_run(run, shards, checkpoint=CheckpointConfig(every_steps=0)), pause=1000.0) as (process,):
         wait_for(lambda: num_lines(run) >= 1)
-        for _ in range(2):
+        # The run is in a pause that outlasts the test, so it ends only if it doesn't wait for the step.
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline:
             os.kill(process.pid, signal.SIGINT)
-            time.sleep(0.2)
-        start = time.monotonic()
-        process.join(10)
-    assert process.exitcode not in (0, EXIT_STOPPED, None) and time.monotonic() - start < 4
+            process.join(0.2)
+    assert process.exitcode not in (0, EXIT_STOPPED, None, -signal.SIGKILL)
     assert not steps(run)
 
 
@@ -498,14 +499,13 @@ def test_one_rank_then_two_then_four(shards: Path, tmp_path: Path, settings: Eng
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_rank_ends_the_others_with_its_name(shards: Path, tmp_path: Path, lost: int):
     run = tmp_path / "run"
-    config = tiny_run(run, shards, max_steps=200, timeout_s=20.0, checkpoint=CheckpointConfig(every_steps=2))
+    config = tiny_run(run, shards, max_steps=200, timeout_s=1000.0, checkpoint=CheckpointConfig(every_steps=2))
     with running(config, num_ranks=2, pause=0.02) as ranks:
         wait_for(lambda: num_lines(run) >= 4)
         ranks[lost].kill()
-        start = time.monotonic()
-        ranks[1 - lost].join(20)
-        seconds = time.monotonic() - start
-    assert ranks[1 - lost].exitcode == 2 and seconds < 10
+        ranks[1 - lost].join(60)
+    # It didn't wait for the timeout, which outlasts the test.
+    assert ranks[1 - lost].exitcode == 2
     said = log_of(run, 1 - lost)
     assert (
         f"rank {1 - lost}: " in said and " failed: " in said and "--resume goes on from the newest checkpoint" in said
@@ -521,11 +521,9 @@ def test_a_stuck_rank_is_lost_after_the_timeout(shards: Path, tmp_path: Path):
     with running(config, num_ranks=2, pause=0.02) as ranks:
         wait_for(lambda: num_lines(run) >= 2)
         os.kill(ranks[1].pid, signal.SIGSTOP)
-        start = time.monotonic()
-        ranks[0].join(20)
-        seconds = time.monotonic() - start
+        ranks[0].join(60)
         ranks[1].kill()
-    assert ranks[0].exitcode == 2 and 1.5 < seconds < 12
+    assert ranks[0].exitcode == 2
     assert f"process {ranks[1].pid}) is lost or stuck" in log_of(run)
 
 

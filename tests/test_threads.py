@@ -1,12 +1,15 @@
-"""csrc/cpu/parallel.cpp: the C++ kernels run on the threads of torch's own operators."""
+"""The C++ kernels run on the threads of torch's operators, and these sleep early while others want the cores."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 
 import pytest
+
+from bclip_fast import threads
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernels start threads of their own")
 
@@ -36,3 +39,151 @@ def test_torch_has_loaded_the_runtime_for_all():
 def test_a_forked_child_has_threads_too():
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "0\n"
+
+
+def samples(seconds: float, own: float, idle: float, num_cpus: int = 2) -> list[threads.Sample]:
+    """Two, between which this process and the processors' idling took so long."""
+    return [threads.Sample(10.0, 5.0, 7.0, num_cpus), threads.Sample(10.0 + seconds, 5.0 + own, 7.0 + idle, num_cpus)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "own", "idle", "expected"),
+    [(1.0, 2.0, 0.0, 0.0), (1.0, 0.5, 1.5, 0.0), (0.5, 0.5, 0.0, 1.0), (2.0, 1.0, 1.0, 1.0)],
+)
+def test_cores_of_others_are_neither_ours_nor_idle(seconds, own, idle, expected):
+    assert threads.cores_of_others(*samples(seconds, own, idle)) == pytest.approx(expected)
+
+
+def test_sample_counts_idle_and_iowait_of_our_cpus_only(tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text(
+        "cpu  9 9 9 999 9 9 9 9 0 0\ncpu0 1 1 1 300 20 1 1 1 0 0\ncpu1 1 1 1 500 0 1 1 1 0 0\n"
+        "cpu10 1 1 1 70 10 1 1 1 0 0\nintr 5 0\nctxt 7\n"
+    )
+    found = threads.sample(frozenset({0, 10}), stat)
+    assert found.counted == 2 and found.idle * os.sysconf("SC_CLK_TCK") == pytest.approx(400)
+
+
+def test_cpus_that_a_sandbox_reports_as_zero_give_no_others(tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\n")
+    before = threads.sample(frozenset({0, 1}), stat)
+    assert before.counted == 0
+    now = threads.Sample(before.clock + 1, before.own + 1, before.idle, before.counted)
+    assert threads.cores_of_others(before, now) <= 0
+
+
+@pytest.fixture
+def asked_for(monkeypatch) -> list[int]:
+    """How many idle threads the watch has asked for, each time, and 0 for an end."""
+    asked: list[int] = []
+
+    class Recorded:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def start(self) -> None:
+            asked.append(self.count)
+
+        def stop(self) -> None:
+            asked.append(0)
+
+    monkeypatch.setattr(threads, "IdleThreads", Recorded)
+    return asked
+
+
+def looks(watch: threads.Watch, others: list[float], num_threads: int, num_cpus: int) -> None:
+    """A look a second, between which others used so many cores."""
+    clock = idle = 0.0
+    watch.look(threads.Sample(clock, 0.0, idle, num_cpus), num_threads, num_cpus)
+    for cores in others:
+        clock, idle = clock + 1, idle + num_cpus - cores
+        watch.look(threads.Sample(clock, 0.0, idle, num_cpus), num_threads, num_cpus)
+
+
+def test_watch_yields_while_others_use_a_core_and_stops_after_calm(asked_for):
+    watch = threads.Watch()
+    looks(watch, [0.0, 0.1, 1.0, 1.0, 0.0, 1.0, 0.0], 2, 2)
+    assert asked_for == [1] and watch.yielding
+    looks(watch, [0.0, 0.0], 2, 2)
+    assert asked_for == [1, 0] and not watch.yielding
+
+
+@pytest.mark.parametrize(
+    ("others", "num_threads", "num_cpus", "expected"),
+    [
+        (1.0, 1, 2, []),  # a single thread waits for none
+        (4.0, 4, 8, []),  # they use the cores that we leave
+        (5.0, 4, 8, [5]),  # 4 + 5 threads are more than 8 processors
+        (95.9, 2, 96, []),  # it would take 95 idle threads
+        (1.5, 4, 2, [1]),  # more threads than processors
+    ],
+)
+def test_watch_adds_as_many_threads_as_exceed_the_processors(asked_for, others, num_threads, num_cpus, expected):
+    looks(threads.Watch(), [others, others], num_threads, num_cpus)
+    assert asked_for == expected
+
+
+SWITCHES = """
+import os, resource, time
+import torch
+from bclip_fast import threads
+
+x = torch.randn(300_000)
+expected = x.exp()
+idle = threads.IdleThreads(max(1, len(os.sched_getaffinity(0)) - 1))
+before = len(os.listdir("/proc/self/task"))
+idle.start()
+assert len(os.listdir("/proc/self/task")) >= before + 2
+start = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+for _ in range(400):
+    assert torch.equal(x.exp(), expected)
+    sum(range(2000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - start)
+idle.stop()
+assert torch.equal(x.exp(), expected)
+while len(os.listdir("/proc/self/task")) > before:
+    time.sleep(0.01)
+"""
+
+
+@linux_only
+def test_openmp_threads_sleep_at_each_barrier_while_there_are_idle_threads():
+    # The runtime's own number of turns; with it the watch, which a busy machine would wake, isn't started.
+    variables = {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "300000"}
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHES],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=without_choice() | variables,
+    )
+    assert int(done.stdout) >= 400
+
+
+def without_choice() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in threads.VARIABLES}
+
+
+@linux_only
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "5"}], ids=str)
+def test_import_starts_the_watch_unless_the_user_has_chosen(chosen):
+    code = "import bclip_fast, threading; print('bclip-watch' in [thread.name for thread in threading.enumerate()])"
+    output = subprocess.check_output([sys.executable, "-c", code], env=without_choice() | chosen, text=True)
+    assert output == f"{not chosen}\n"
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("runtime", "chosen", "expected"),
+    [
+        ("gcc", {}, "sleeps early while other processes want the cores"),
+        ("gcc", {"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY=active; without it"),
+        ("llvm", {"OMP_WAIT_POLICY": "active"}, "give their cores away"),
+        ("none", {}, "no OpenMP runtime"),
+    ],
+)
+def test_description_names_the_runtime_and_what_the_user_has_chosen(runtime, chosen, expected, monkeypatch):
+    monkeypatch.setattr(threads, "_runtime", lambda: runtime)
+    assert expected in threads.describe(chosen)

@@ -24,11 +24,6 @@ from bclip_fast.train.trainer import train
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps with dropout, checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
@@ -209,7 +204,7 @@ def test_no_whole_checkpoint(finished: Path, shards: Path, tmp_path: Path):
 def test_what_does_not_belong_to_the_run_is_refused(finished: Path, shards: Path, tmp_path: Path):
     config = tiny_run(finished, shards, model=tiny_model(dropout=0.1), resume=True)
     other = write_shards(tmp_path / "other", seed=1)
-    before = sorted(path.name for path in finished.rglob("*"))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for changes, words in [
         ({"model": tiny_model(dropout=0.1, width=64)}, r"another model, model\.vision\.width is 32 there and 64 here"),
         ({"data": DataConfig(shards=str(other), shuffle_block=32)}, r"another dataset: the checkpoint has fingerprint"),
@@ -219,7 +214,7 @@ def test_what_does_not_belong_to_the_run_is_refused(finished: Path, shards: Path
     ]:
         with pytest.raises(UserError, match=words):
             train(dataclasses.replace(config, **changes))
-    assert sorted(path.name for path in finished.rglob("*")) == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_bad_settings(shards: Path, tmp_path: Path):

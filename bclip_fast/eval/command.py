@@ -24,7 +24,7 @@ from ..errors import UserError
 from . import files, probe, report, tasks
 from .cache import Cache, default_folder
 from .datasets import EvalDataset, open_dataset
-from .embed import Embedder, Precision
+from .embed import Embedder, Format, Precision
 from .protocols import PROTOCOLS, Inputs, default_kinds, describe
 from .retrieval import Duplicates, Index
 
@@ -70,12 +70,13 @@ class EvalConfig:
     seed: int = 0
     cache: str = "auto"
     """Folder for embeddings; auto: BCLIP_CACHE or ~/.cache/bclip_fast/embeddings; none: they are not kept."""
-    keep: Precision = "fp32"
+    keep: Format = "fp32"
     """Format in which embeddings are kept."""
     device: str = "auto"
     """auto takes CUDA where it is."""
     precision: Precision = "fp32"
-    """Number format of the towers; embeddings are compared in float32."""
+    """Number format of the towers; embeddings are compared in float32. auto: bf16 where the device multiplies it in
+    hardware, else fp32."""
     batch_size: int = 64
     num_workers: int = 2
     """Threads that decode and resize images."""

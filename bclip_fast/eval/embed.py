@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -13,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.processor import native_precision
 from . import cache
 from .cache import Cache
 from .datasets import EvalDataset, open_image
 
-Precision = Literal["fp32", "bf16", "fp16"]
+log = logging.getLogger(__name__)
+
+Format = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,7 +33,8 @@ class Embedder:
         model: has `encode_image(x, normalize=True)` and `encode_text(ids, normalize=True)`: ours or open_clip's.
         preprocess: PIL image to float32 (3, H, W).
         tokenizer: list of n texts to int64 (n, L).
-        precision: bf16 and fp16 run the towers under autocast; embeddings come back as float32 in any case.
+        precision: bf16 and fp16 run the towers under autocast; embeddings come back as float32 in any case. auto: bf16
+            where the device multiplies it in hardware, else fp32; the attribute `precision` is the one taken.
         num_workers: threads that decode and preprocess images.
         progress: show a bar on stderr for what takes more than one batch.
         cache: where embeddings are kept from one evaluation to the next; None: in memory alone.
@@ -47,13 +53,16 @@ class Embedder:
         num_workers: int = 2,
         progress: bool = False,
         cache: Cache | None = None,
-        keep: Precision = "fp32",
+        keep: Format = "fp32",
     ) -> None:
         self.model: Any = model  # nn.Module's attributes are not typed as callable
         self.preprocess, self.tokenizer = preprocess, tokenizer
         self.device = torch.device(device)
-        if precision not in ("fp32", *_DTYPES):
-            raise UserError(f"precision {precision!r} is unknown: use fp32, bf16 or fp16")
+        if precision not in ("auto", "fp32", *_DTYPES):
+            raise UserError(f"precision {precision!r} is unknown: use auto, fp32, bf16 or fp16")
+        if precision == "auto":
+            precision, reason = native_precision(self.device)
+            log.info("precision auto: %s, because %s", precision, reason)
         if precision == "fp16" and self.device.type == "cpu":
             raise UserError("precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
         if batch_size < 1 or num_workers < 1:

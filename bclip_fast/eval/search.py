@@ -52,7 +52,7 @@ class _Run:
     device: str = "auto"
     """auto takes CUDA where it is."""
     precision: Precision = "fp32"
-    """Number format of the towers."""
+    """Number format of the towers. auto: bf16 where the device multiplies it in hardware, else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         "data": config.data if "://" in config.data else str(Path(config.data).resolve()),
         "split": config.split,
         "index": config.index,
-        "precision": config.precision,
+        "precision": embedder.precision,
         "sha256": _sha256(out / INDEX),
         "probe": _probe(embedder).tolist(),
     }
@@ -214,7 +214,7 @@ class Searcher:
         self._lock = threading.Lock()
         self.embedder = _embedder(model or config.model or self.about["model"], config, 1)
         found = _probe(self.embedder)
-        tolerance = max(_TOLERANCE[config.precision], _TOLERANCE.get(self.about["precision"], 0))
+        tolerance = max(_TOLERANCE[self.embedder.precision], _TOLERANCE.get(self.about["precision"], 0))
         if found.shape != probe.shape or float((found * probe).sum(1).min()) < 1 - tolerance:
             raise UserError(
                 f"{self.folder} was made with another model than this: give the same --model or embed again"

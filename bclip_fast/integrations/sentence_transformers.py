@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops import linear
 from ..ops.contrastive import accumulation_dtype, check_features, clip_loss, default_chunk_size
 
 DIRECTIONS = ("query_to_doc", "doc_to_query")
@@ -167,11 +168,11 @@ def _chunk_loss(
     num_queries: int,
     hardness: tuple[bool, bool, float] | None,
 ) -> Tensor:
-    scores = scale * rows @ columns.T
+    scores = linear(scale * rows, columns)
     if hardness is not None:
         of_others, of_own, strength = hardness
         documents = torch.arange(len(columns), device=rows.device)
         own = documents % num_queries == labels[:, None]
         weighed = (~own & of_others) | (own & of_own & (documents >= num_queries))
-        scores = scores + strength * weighed * (rows @ columns.T).detach()
+        scores = scores + strength * weighed * linear(rows, columns).detach()
     return F.cross_entropy(scores, labels, reduction="sum")

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..ops import linear
+from ..ops.arguments import without_autocast
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -17,6 +19,7 @@ from ..ops.contrastive import (
     check_options,
     check_pairs,
     checked_groups,
+    class_of,
     clip_loss,
     default_chunk_size,
     operands_of,
@@ -101,14 +104,14 @@ class ClipLoss(RankedLoss):
 
         For inspection: `forward` never builds them. Differentiable into the features of every rank.
         """
-        ranks = self._ranks()
+        ranks = self._ranks(image_features)
         images, texts = image_features, text_features
         if ranks.size > 1:
             sizes = ranks.batch_sizes(image_features, text_features)
             images = GatherRows.apply(image_features, ranks, sizes[0], "image features")
             texts = GatherRows.apply(text_features, ranks, sizes[1], "text features")
         own = (image_features, text_features) if self.local_loss else (images, texts)
-        per_image, per_text = logit_scale * own[0] @ texts.T, logit_scale * own[1] @ images.T
+        per_image, per_text = linear(logit_scale * own[0], texts), linear(logit_scale * own[1], images)
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
 
     def forward(
@@ -144,7 +147,7 @@ class ClipLoss(RankedLoss):
     ) -> Tensor:
         if groups is not None and self.label_smoothing:
             raise ValueError("label_smoothing with groups isn't implemented: their targets are soft already")
-        ranks = self._ranks()
+        ranks = self._ranks(image)
         image, text = one_dtype(image, text)
         dtype = operands_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):
@@ -168,7 +171,8 @@ class ClipLoss(RankedLoss):
                 if groups is None:
                     check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
-                backend = choose("clip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
+                inputs = image, text, dtype, self.deterministic
+                backend = choose("clip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
                 loss = self._over_ranks(image, text, scale, *ids, self.hardness, ranks, self.chunk_size, dtype, backend)
                 if logit_bias is not None:
                     loss = loss + 0.0 * as_scalar(logit_bias, image)
@@ -303,6 +307,7 @@ class _GlobalClipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         image, texts, scale, rows_lse, columns_lse, positive_grad = ctx.saved_tensors
         at, wide = ctx.at, accumulation_dtype(image)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.arguments import without_autocast
 from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
 from ..ops.contrastive.terms import pair_losses, positive_gradient
 from ..ops.dispatch import Limits, choose
@@ -55,7 +56,7 @@ class DistillClipLoss(ClipLoss):
         """
         if self.hardness:
             raise ValueError("DistillClipLoss has no hardness: its targets are the teacher's")
-        ranks = self._ranks()
+        ranks = self._ranks(image_features)
         image, text = one_dtype(image_features, text_features)
         teacher_image, teacher_text = one_dtype(dist_image_features, dist_text_features)
         check_features(image, text)
@@ -144,6 +145,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
          teacher_columns, positive_grad) = ctx.saved_tensors  # fmt: skip

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..ops import tuning
 from ..ops.contrastive.terms import Groups
 
 # torch 2.13 renamed them.
@@ -42,6 +43,8 @@ class RankedLoss(nn.Module):
         if world_size > 1:
             # Compiled, collectives that overwrite their argument inside an autograd function would be lost.
             self._over_ranks = torch.compiler.disable(self._over_ranks)  # type: ignore[method-assign]
+            self._share_backends = torch.compiler.disable(self._share_backends)  # type: ignore[method-assign]
+        self._backends_shared = world_size == 1
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -59,7 +62,7 @@ class RankedLoss(nn.Module):
         """The loss of several ranks, by the autograd function of the class."""
         raise NotImplementedError
 
-    def _ranks(self) -> Ranks:
+    def _ranks(self, features: Tensor) -> Ranks:
         """The group, once it is known to be the one that the constructor was told of."""
         name = type(self).__name__
         if self.world_size == 1 and self.process_group is None:
@@ -70,7 +73,23 @@ class RankedLoss(nn.Module):
         group_rank = dist.get_rank(self.process_group)
         if group_rank != self.rank:
             raise ValueError(f"{name} has rank={self.rank}, but this process is rank {group_rank} of the process group")
-        return Ranks(name, self.process_group, self.rank, self.world_size)
+        ranks = Ranks(name, self.process_group, self.rank, self.world_size)
+        if not self._backends_shared:
+            self._share_backends(ranks, features.device)
+            self._backends_shared = True
+        return ranks
+
+    def _share_backends(self, ranks: Ranks, device: torch.device) -> None:
+        """Before the first batch: all ranks choose backends by rank 0's records, whatever their machines' own say."""
+        records = {}
+        if self.rank == 0:
+            places = {"cpu": 0, device.type: device.index or 0}
+            records = {kind: tuning.to_json(tuning.of_device(kind, index)) for kind, index in places.items()}
+        records = ranks.broadcast_object(records, device, "broadcast of backends")
+        found = {kind: tuning.from_json(record) for kind, record in records.items()}
+        for record in found.values():
+            record.origin = "the record of rank 0"
+        tuning.install(found)
 
 
 class Ranks:
@@ -102,6 +121,14 @@ class Ranks:
                     f"{mine[2]} numbers of {mine[3]} bytes, {other[2]} numbers of {other[3]} bytes"
                 )
         return [images for images, *_ in of_ranks], [texts for _, texts, *_ in of_ranks]
+
+    def broadcast_object(self, value: Any, device: torch.device, what: str) -> Any:
+        """Rank 0's value on every rank. It is pickled."""
+        values = [value]
+        with self._named(what):
+            source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+            dist.broadcast_object_list(values, src=source, group=self.group, device=device)
+        return values[0]
 
     def gather(self, rows: Tensor, sizes: list[int], what: str) -> Tensor:
         """All ranks' rows (b, n), one under the other: (B, n)."""

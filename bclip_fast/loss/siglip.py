@@ -10,12 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops import linear
+from ..ops.arguments import without_autocast
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
     check_features,
     check_pairs,
     checked_groups,
+    class_of,
     default_chunk_size,
     operands_of,
     siglip_loss,
@@ -84,7 +87,7 @@ class SigLipLoss(RankedLoss):
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
         """The dense logits of these images and texts; `forward` never builds them."""
-        logits = logit_scale * image_features @ text_features.T
+        logits = linear(logit_scale * image_features, text_features)
         return logits if logit_bias is None else logits + logit_bias
 
     def forward(
@@ -107,7 +110,7 @@ class SigLipLoss(RankedLoss):
         """
         if groups is not None and self.label_smoothing:
             raise ValueError("label_smoothing with groups isn't defined here: pass one of them")
-        ranks = self._ranks()
+        ranks = self._ranks(image_features)
         image, text = one_dtype(image_features, text_features)
         dtype = operands_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):
@@ -130,7 +133,8 @@ class SigLipLoss(RankedLoss):
                     check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
                 bias = None if logit_bias is None else as_scalar(logit_bias, image)
-                backend = choose("siglip_loss", LIMITS, self.backend, image, text, dtype, self.deterministic)
+                inputs = image, text, dtype, self.deterministic
+                backend = choose("siglip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
                 wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
                 with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
                 loss = self._over_ranks(
@@ -218,6 +222,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         factor = grad * ctx.num_ranks  # for the averaging, as in _GlobalClipLoss
         image_grad, text_grad, scale_grad, bias_grad = (

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.processor import lacks_bfloat16
 from .biomedclip import BiomedClip
 from .packed import Packed
 from .text import BertTower, pack
-from .transformer import check_range, check_sizes, mlp_width
+from .transformer import Linear, check_range, check_sizes, mlp_width
 from .vision import VisionTower
 
 NORM_EPS = 1e-12
@@ -36,15 +37,25 @@ class MeterConfig:
         check_range("meter.dropout", self.dropout, 0.0, 0.9)
 
 
+def _mix(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
+    """torch's attention, (B, H, N, d) over (B, H, M, d); in float32 on a CPU that has no bfloat16 instructions."""
+    dtype, options = query.dtype, dict(attn_mask=seen, dropout_p=dropout)
+    if dtype != torch.bfloat16 or not lacks_bfloat16(query.device):
+        return F.scaled_dot_product_attention(query, key, value, **options)  # type: ignore[arg-type]
+    with torch.autocast("cpu", enabled=False):
+        mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)  # type: ignore[arg-type]
+        return mixed.to(dtype)
+
+
 class _Attention(nn.Module):
     """x + attention(x over y), normed after: BERT's."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
-        self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(config.width, 2 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.query = Linear(config.width, config.width)
+        self.key_value = Linear(config.width, 2 * config.width)
+        self.proj = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
     def forward(self, x: Tensor, y: Tensor, seen: Tensor | None) -> Tensor:
@@ -52,7 +63,7 @@ class _Attention(nn.Module):
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
+        mixed = _mix(query, key, value, seen, dropout)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2))
         return self.norm(x + F.dropout(mixed, self.dropout, self.training))
 
@@ -64,8 +75,8 @@ class CrossLayer(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.own, self.cross = _Attention(config), _Attention(config)
-        self.fc1 = nn.Linear(config.width, mlp_width(config.width, config.mlp_ratio))
-        self.fc2 = nn.Linear(mlp_width(config.width, config.mlp_ratio), config.width)
+        self.fc1 = Linear(config.width, mlp_width(config.width, config.mlp_ratio))
+        self.fc2 = Linear(mlp_width(config.width, config.mlp_ratio), config.width)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
     def forward(self, x: Tensor, y: Tensor, x_seen: Tensor | None, y_seen: Tensor | None) -> Tensor:
@@ -78,11 +89,11 @@ class Fusion(nn.Module):
 
     def __init__(self, config: MeterConfig, image_width: int, text_width: int) -> None:
         super().__init__()
-        self.image_in, self.text_in = nn.Linear(image_width, config.width), nn.Linear(text_width, config.width)
+        self.image_in, self.text_in = Linear(image_width, config.width), Linear(text_width, config.width)
         self.kinds = nn.Embedding(2, config.width)
         self.image_layers = nn.ModuleList(CrossLayer(config) for _ in range(config.layers))
         self.text_layers = nn.ModuleList(CrossLayer(config) for _ in range(config.layers))
-        self.image_pool, self.text_pool = (nn.Linear(config.width, config.width) for _ in range(2))
+        self.image_pool, self.text_pool = (Linear(config.width, config.width) for _ in range(2))
 
     def forward(self, images: Tensor, texts: Tensor, seen: Tensor) -> Tensor:
         """(B, N, Di), (B, L, Dt), seen (B, L) bool -> (B, 2 width), the pooled first tokens side by side."""
@@ -117,7 +128,7 @@ class VqaModel(nn.Module):
         self.fusion = Fusion(config, clip.config.vision.width, clip.config.text.width)
         inner = 2 * config.width
         self.classifier = nn.Sequential(
-            nn.Linear(inner, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, config.num_answers)
+            Linear(inner, inner), nn.LayerNorm(inner), nn.GELU(), Linear(inner, config.num_answers)
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):

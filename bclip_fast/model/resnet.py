@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.convolution import conv2d
 from ..ops.image import CLIP_MEAN, CLIP_STD
-from .transformer import QueryKeyValue, Sequences, Tower, attend
+from .transformer import Linear, QueryKeyValue, Sequences, Tower, attend
 from .vision import VisionConfig, check_images
 
 
@@ -86,10 +87,17 @@ def standing(layer: nn.Module) -> Iterator[None]:
             norm.moving = True
 
 
+class Convolution(nn.Conv2d):
+    """`ops.convolution.conv2d` with its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.stride, self.padding)  # type: ignore[arg-type]
+
+
 class ConvNorm(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: int = 1, stride: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
+        self.conv = Convolution(inputs, outputs, side, stride, side // 2, bias=False)
         self.norm = BatchNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +170,7 @@ class ResNetTower(Tower):
         self.stem = Stem(config.width)
         self.layers = nn.ModuleList(map(Bottleneck, blocks(config)))
         self.pool = AttentionPool(width, config.heads, config.num_patches)
-        self.head = nn.Linear(width, embed_dim)
+        self.head = Linear(width, embed_dim)
         # CLIP's; what isn't named here keeps PyTorch's.
         for weight in (self.pool.pos_embed, self.pool.qkv.weight, self.head.weight):
             nn.init.normal_(weight, std=width**-0.5)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops import linear
 from .packed import Packed
 from .transformer import (
     MAX_TOKENS,
+    Linear,
     Norm,
     Pooled,
     PostNormLayer,
@@ -113,10 +115,10 @@ class BertTower(Tower):
         if config.projection == "mlp":
             hidden = (width + embed_dim) // 2
             self.proj = nn.Sequential(
-                nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False)
+                Linear(width, hidden, bias=False), nn.GELU(), Linear(hidden, embed_dim, bias=False)
             )
         else:
-            self.proj = nn.Linear(width, embed_dim, bias=False)
+            self.proj = Linear(width, embed_dim, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -189,13 +191,13 @@ class GptTower(Tower):
             nn.init.normal_(layer.proj.weight, std=(width * 2 * depth) ** -0.5)
             nn.init.normal_(layer.fc1.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(layer.fc2.weight, std=(width * 2 * depth) ** -0.5)
-            for linear in (layer.qkv, layer.proj):
-                nn.init.zeros_(linear.bias)
+            for projection in (layer.qkv, layer.proj):
+                nn.init.zeros_(projection.bias)
 
     def forward(self, text: Packed | Tensor | Pooled) -> Tensor:
         """n captions, packed or (n, L) int64, L up to context_length -> (n, embed_dim), not normalised."""
         if isinstance(text, Pooled):
-            return text.states @ self.projection
+            return linear(text.states, self.projection.T)
         check_text(text, self.config.context_length)
         if isinstance(text, Tensor):
             # Nothing attends to what comes after it.
@@ -207,7 +209,7 @@ class GptTower(Tower):
         for layer in self.layers:
             rows = self._ends(text) if layer is self.layers[-1] else None
             stream, branch = self.run(layer, stream, branch, sequences, rows)
-        return self.keep(self.norm(stream, branch)[0]) @ self.projection
+        return linear(self.keep(self.norm(stream, branch)[0]), self.projection.T)
 
     def _key(self, ids: Tensor) -> Tensor:
         """What is highest where the end token is."""

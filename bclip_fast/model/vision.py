@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops import linear
 from ..ops.image import CLIP_MEAN, CLIP_STD
 from .transformer import (
     MAX_LAYERS,
     MAX_TOKENS,
     MAX_WIDTH,
+    Linear,
     Norm,
     Pooled,
     PreNormLayer,
@@ -140,7 +142,7 @@ class PatchEmbed(nn.Module):
         patches = patches.flatten(3).flatten(1, 2).to(dtype)
         if image.dtype == torch.uint8:
             patches = patches - 128
-        return F.linear(patches, weight.flatten(1)) + bias
+        return linear(patches, weight.flatten(1)) + bias
 
 
 class VisionTower(Tower):
@@ -165,7 +167,7 @@ class VisionTower(Tower):
         )
         self.pre_norm = Norm(width, eps) if clip else None
         self.norm = Norm(width, eps)
-        self.head = nn.Linear(width, embed_dim, bias=False)
+        self.head = Linear(width, embed_dim, bias=False)
         self._initialise()
 
     def set_pixels(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:

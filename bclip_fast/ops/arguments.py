@@ -5,14 +5,37 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # The file of a module in which the CUDA kernels run on the host, for tests (csrc/cuda/device.cuh).
 CUDA_HOST = os.environ.get("BCLIP_CUDA_HOST")
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, inside which autocast is off on the device of its first tensor.
+
+    For what computes in a precision of its own: autocast would round the operands of torch's products in there. A
+    backward pass may be called under autocast, too.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(value for value in args if isinstance(value, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:

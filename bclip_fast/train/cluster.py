@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 
 from bclip_fast.errors import UserError
+from bclip_fast.ops.processor import native_precision
+
+from .precision import Precision
 
 GIB = 1 << 30
 
@@ -61,13 +64,16 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class World:
-    """ranks over nodes; cpu: they compute there, and device memory is the host's. Bytes of one rank; 0: not known."""
+    """ranks over nodes; cpu: they compute there, and device memory is the host's. Bytes of one rank; 0: not known.
+    precision: what engine.precision auto stands for there, and the reason."""
 
     nodes: int
     ranks_per_node: int
     device: Device
     cpu: bool
     host_memory: float
+    precision: Precision
+    precision_reason: str
 
     @property
     def ranks(self) -> int:
@@ -88,17 +94,19 @@ def world(config: ClusterConfig) -> World:
     if cpu:
         # What gloo moves between processes of one machine, and over a network of 10 Gbit/s: orders of magnitude.
         device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
-        return World(config.nodes, ranks, device, True, device.memory)
+        return World(config.nodes, ranks, device, True, device.memory, *native_precision(torch.device("cpu")))
     if own:
         name = device_name(torch.device("cuda", 0))
         memory = torch.cuda.get_device_properties(0).total_memory
         known = next((device for device in DEVICES.values() if device.name == name), DEVICES["a100-80"])
         device = Device(name, memory, known.link, known.network)
+        precision = native_precision(torch.device("cuda", 0))
     else:
         device = DEVICES[config.device]
+        precision = "bf16", f"{device.name} multiplies bfloat16 in hardware"
     if config.memory_gib:
         device = Device(device.name, config.memory_gib * GIB, device.link, device.network)
-    return World(config.nodes, ranks, device, False, host / ranks)
+    return World(config.nodes, ranks, device, False, host / ranks, *precision)
 
 
 def device_name(device: torch.device) -> str:

@@ -12,6 +12,7 @@ from bclip_fast.model.biomedclip import BiomedClipConfig, preset
 
 from .cluster import ClusterConfig
 from .engine import EngineConfig
+from .precision import Precision
 from .schedule import OptimConfig
 from .spikes import SpikeConfig
 
@@ -210,3 +211,7 @@ class TrainConfig:
         if self.model != BiomedClipConfig():
             raise UserError(f'preset={self.preset} and a model section are both given; preset = "" takes the section')
         return dataclasses.replace(self, preset="", model=preset(self.preset))
+
+    def with_precision(self, precision: Precision) -> TrainConfig:
+        """The same with "auto" resolved."""
+        return dataclasses.replace(self, engine=dataclasses.replace(self.engine, precision=precision))

@@ -2,6 +2,7 @@
 
     dumps/step-00001000/
       config.toml               of the run, resolved
+      backends.json             the run's choice of backends
       model.safetensors         the weights before the step, which made no update
       batch-0000.safetensors    what rank 0 was given: N.images (b, S, S, 3) uint8, N.ids (T,) and N.lengths (b,) int64
                                 of its micro-batch N; a file a rank
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from bclip_fast import distributed
 from bclip_fast.data.native import Batch
 from bclip_fast.errors import UserError
 
+from . import backends
 from .config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,8 @@ def write(run: Path, dump: Dump) -> Path:
         save_file(tensors, folder / f"batch-{rank:04d}.safetensors")
         if distributed.is_main():
             (folder / "config.toml").write_text(config_files.to_toml(dump.config), encoding="utf-8")
+            if (chosen := run / backends.FILE).exists():
+                shutil.copyfile(chosen, folder / backends.FILE)
             save_file({name: tensor.contiguous() for name, tensor in dump.model.items()}, folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         problem = f"rank {rank}: {error}"

@@ -16,7 +16,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from bclip_fast.model.transformer import Pooled
 
 from .heap import keep_freed_memory
 from .optimizer import AdamW, Guarded, LossScale, OptimizerState, is_within, make_optimizer, set_learning_rate
+from .precision import resolve
 from .schedule import OptimConfig
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ class EngineConfig:
     name: Literal["deepspeed", "ddp"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: 1 optimiser states, 2 also gradients, 3 also parameters; 0 nothing."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the computation; parameters, gradients and optimiser states are fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the computation; parameters, gradients and optimiser states are fp32. auto: bf16 if the devices of all ranks
+    multiply it in hardware, else fp32. config.toml of the run records the choice, and --resume keeps it."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     offload_activations: bool = False
@@ -182,7 +184,7 @@ class Engine(ABC):
 
 def make(model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int) -> Engine:
     """Wraps `model`, whose parameters are the same on all ranks, for a global batch of `batch_size`."""
-    device = torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device, config = distributed.device(), replace(config, precision=resolve(config.precision))
     for option in ("offload_optimizer", "offload_parameters", "cuda_graphs"):
         if device.type == "cpu" and getattr(config, option):
             raise UserError(f"engine.{option}: there is no GPU here; leave it out")
@@ -231,8 +233,7 @@ class PlainEngine(Engine):
     def __init__(
         self, model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int, device: torch.device
     ) -> None:
-        self.device = device
-        self._model = model
+        self.device, self._model = device, model
         self._optimizer = make_optimizer(model, optim)
         self._clip = optim.grad_clip_norm
         self._dtype = _DTYPES[config.precision]
@@ -333,8 +334,7 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, model: nn.Module, config: EngineConfig, optim: OptimConfig, batch_size: int, device: torch.device
     ) -> None:
-        self.device = device
-        self._model = model
+        self.device, self._model = device, model
         self._stage = config.zero_stage
         self._before = [buffer.clone() for buffer in model.buffers()]
         self._clip = optim.grad_clip_norm

@@ -40,11 +40,14 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.transformer import Linear
 
+from . import backends
 from . import checkpoint as checkpoints
 from . import engine as engines
 from .engine import EngineConfig
 from .metrics import MetricsLog
+from .precision import resolve
 from .schedule import OptimConfig, learning_rate
 
 log = logging.getLogger(__name__)
@@ -86,7 +89,7 @@ class FinetuneConfig:
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.01, eps=1e-8, decay="linear")
     )
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(name="ddp", precision="bf16"))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(name="ddp"))
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:
@@ -109,12 +112,16 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     distributed.init()
     atexit.register(distributed.shutdown)
+    run = Path(config.run)
+    continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
+    precision = resolve(config.engine.precision, continued)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
     objective: _Pairs | _Questions = _Questions(config) if config.task else _Pairs(config)
     clip, preprocess, tokenizer = pretrained.load(config.model)
-    run = Path(config.run)
     if run.resolve() == Path(config.model).resolve():
         raise UserError(f"--run is the model's own folder, {run}: give another")
-    if checkpoints.steps(run / "checkpoints") and not config.resume:
+    begun = bool(checkpoints.steps(run / "checkpoints"))
+    if begun and not config.resume:
         raise UserError(f"{run} holds a run already: --resume continues it, --run names another")
     torch.manual_seed(config.seed)
     clip.requires_grad_(True)
@@ -125,8 +132,8 @@ def finetune(config: FinetuneConfig) -> Path:
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
-    distributed.barrier()
-    _Loop(config, run, objective, model, preprocess, tokenizer, adapter).train()
+    with backends.of_run(run, resumed=begun):
+        _Loop(config, run, objective, model, preprocess, tokenizer, adapter).train()
     return run
 
 
@@ -332,4 +339,9 @@ def _add_lora(clip: BiomedClip, config: FinetuneConfig) -> Any:
     lora = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=rf".*layers\.\d+\.({'|'.join(_LORA_TARGETS)})"
     )
-    return peft.LoraModel(clip, lora, "default")
+    adapted = peft.LoraModel(clip, lora, "default")
+    for module in adapted.modules():
+        # peft's own two factors, whose bfloat16 products would be the library's on every CPU.
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return adapted

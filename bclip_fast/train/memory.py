@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bclip_fast import ops
-from bclip_fast.model import transformer
+from bclip_fast.model import text as text_towers
+from bclip_fast.model import transformer, vision
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
+from bclip_fast.ops import processor
 
 Gradients = Literal["grow", "there", "taken"]
 
@@ -58,7 +60,7 @@ def activations(
         gradients: "grow" as each is computed, are "there" from a micro-batch before, or are "taken" away at once, as
             by an engine that collects them in buffers of its own.
         accelerator: torch casts the weights of linear layers and keeps the copies until the backward pass is through;
-            on a CPU with AMX our operator spares them.
+            on a CPU with AMX, or without bfloat16 instructions, our operator spares them.
     """
     with _without_storage(model, lengths, precision, accelerator, gradients) as (network, held, encode):
         if gradients == "there":
@@ -95,11 +97,13 @@ def _without_storage(
 ) -> Iterator[tuple[BiomedClip, _Held, Encode]]:
     """A copy of the model in training, what counts its bytes, and how it embeds images and captions."""
     network = copy.deepcopy(model).train()
-    # A CPU with AMX would take our operator, which an accelerator has not.
+    # An accelerator takes the library's products, whatever this machine's CPU would take.
     plain = functools.partial(ops.linear, backend="reference")
     with contextlib.ExitStack() as stack:
         if accelerator:
-            stack.enter_context(mock.patch.object(transformer, "linear", plain))
+            for user in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(user, "linear", plain))
+            stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
         for module in network.modules():
             for name, parameter in module._parameters.items():

@@ -152,7 +152,7 @@ def make(config: TrainConfig, samples: Samples, world: World) -> Plan:
     Raises:
         UserError: a batch that doesn't divide among ranks and micro-batches, or larger than the samples.
     """
-    config = config.resolved()
+    config = _resolved(config, world)
     if world.cpu and (config.engine.offload_optimizer or config.engine.offload_parameters):
         raise UserError("engine.offload_optimizer and offload_parameters: from a GPU, which the planned ranks have not")
     model = _model(config)
@@ -477,13 +477,21 @@ def show(config: TrainConfig, plan: Plan) -> None:
     from rich.console import Console
 
     console = Console() if os.isatty(1) else Console(width=120)
-    for part in (_heading(plan), *_tables(config.resolved(), plan)):
+    for part in (_heading(config, plan), *_tables(_resolved(config, plan.world), plan)):
         console.print(part)
         console.print()
 
 
-def _heading(plan: Plan) -> str:
+def _resolved(config: TrainConfig, world: World) -> TrainConfig:
+    """With the preset spelled out, and precision "auto" as the cluster's devices have it."""
+    config = config.resolved()
+    return config.with_precision(world.precision) if config.engine.precision == "auto" else config
+
+
+def _heading(config: TrainConfig, plan: Plan) -> str:
     world, counts = plan.world, plan.parameters
+    auto = config.engine.precision == "auto"
+    precision = f"{world.precision} (auto): {world.precision_reason}" if auto else config.engine.precision
     steps = sum(stage.num_steps for stage in plan.stages)
     seen = sum(stage.num_steps * stage.batch_size for stage in plan.stages)
     end = "unknown" if plan.hours is None else f"{plan.hours:,.1f} h, {plan.hours * world.ranks:,.0f} device-hours"
@@ -492,6 +500,7 @@ def _heading(plan: Plan) -> str:
         [
             f"World       {world.ranks} rank(s) on {world.nodes} node(s), {world.device.name}, "
             f"{_size(world.device.memory)} a rank{holes}, links of {world.link / 1e9:.3g} GB/s",
+            f"Precision   {precision}",
             f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
             f"Parameters  image tower {counts['image tower']:,}, text tower {counts['text tower']:,}; "
             f"trained {counts['trained']:,}",

@@ -7,10 +7,10 @@ One process, or one a device under a launcher:
     deepspeed --no_local_rank --module bclip_fast.cli train CONFIG.toml
     srun bclip train CONFIG.toml        in a job of Slurm; configs/slurm.sbatch requeues it
 
-The run folder holds config.toml (resolved; feeds back into `bclip train`), tokenizer/, metrics.jsonl, events.jsonl,
-tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's layout, written with each checkpoint), model_ema/ likewise with
-`ema_decay`, bad_samples.jsonl where samples turned out damaged and were replaced, and dumps/step-XXXXXXXX/ where too
-many steps were skipped (dump.py).
+The run folder holds config.toml (resolved; feeds back into `bclip train`), backends.json (which backends the operators
+take, kept by --resume), tokenizer/, metrics.jsonl, events.jsonl, tb/, checkpoints/step-XXXXXXXX/, model/ (open_clip's
+layout, written with each checkpoint), model_ema/ likewise with `ema_decay`, bad_samples.jsonl where samples turned out
+damaged and were replaced, and dumps/step-XXXXXXXX/ where too many steps were skipped (dump.py).
 
 SIGTERM, SIGUSR1 and the first SIGINT have all ranks write a checkpoint before the next step and exit with 75; the same
 command with --resume goes on.
@@ -26,7 +26,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -36,15 +36,16 @@ from bclip_fast.data.native import Batch, NativeLoader
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.distributed import on_main
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
+from . import backends, flops, plan, validation
 from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines
-from . import flops, plan, validation
 from .average import Average
 from .bad_samples import BadSamples
 from .cached import CachedBatch, Spool
@@ -52,14 +53,12 @@ from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise, new_model
 from .metrics import MetricsLog, Progress, peak_memory
+from .precision import resolve
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
 from .spikes import Spikes
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -90,6 +89,9 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     distributed.init(timeout_seconds=config.timeout_s)
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
+    run = Path(config.run)
+    continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
+    config = config.with_precision(resolve(config.engine.precision, continued))
     dataset = _open(config.data, config.data.split)
     stream = SampleStream(
         dataset.shard_sizes,
@@ -106,14 +108,13 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     )
     found = [validate] if validate else []
     if not found and (config.validation.every_steps or config.validation.every_epochs):
-        _on_main(lambda: found.append(validation.standard(config)))
-    run = Path(config.run)
-    _on_main(lambda: _prepare(run, config, dataset))
+        on_main(lambda: found.append(validation.standard(config)))
+    on_main(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
     # A launcher that has lost a rank sends SIGTERM to the others, which are still to say so.
-    with Signals() as signals, distributed.explain_lost_ranks():
-        chosen = found[0] if found else None
+    chosen = found[0] if found else None
+    with Signals() as signals, distributed.explain_lost_ranks(), backends.of_run(run, resumed=continued is not None):
         with _Run(config, run, dataset, stream, tokenizer, chosen, on_step, signals) as state:
             state.loop()
     if state.stopped:
@@ -153,7 +154,7 @@ class _Run:
         saved = self._load(model) if config.resume else None
         if saved is None:
             # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
-            _on_main(lambda: initialise(model, config.init))
+            on_main(lambda: initialise(model, config.init))
             if not distributed.is_main():
                 initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
@@ -165,13 +166,13 @@ class _Run:
         self.spool = Spool(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
-        _on_main(self._open_log)
+        on_main(self._open_log)
         samples = (self.stream.samples_before(step) for step in (self.step, self.num_steps))
         self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
         self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
         self.peak = flops.device_peak(self.engine.device, config.engine.precision)
-        self.saved_step = self.step if _on_main(lambda: (run / "model").is_dir()) else -1
+        self.saved_step = self.step if on_main(lambda: (run / "model").is_dir()) else -1
         self.position = self.loader.state_dict()
         self.writer = checkpoints.Writer(config.checkpoint.background) if distributed.is_main() else None
         self.signals = signals
@@ -179,6 +180,7 @@ class _Run:
         self.given_up = ""
 
     def _open_log(self) -> None:
+        _write_config(self.run, self.config)
         self.metrics = MetricsLog(self.run, self.step, self.config.log, _as_json(self.config))
         self.metrics.event(self.step, "resume" if self.step else "start", ranks=distributed.world_size())
 
@@ -202,7 +204,7 @@ class _Run:
     def _load(self, model: BiomedClip) -> checkpoints.Checkpoint | None:
         folder = self.run / "checkpoints"
         # Rank 0 hashes and decides, so that all ranks read the same one.
-        step = _on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
+        step = on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
         if step is None:
             return None
         saved = checkpoints.read(folder / f"step-{step:08d}")
@@ -223,11 +225,12 @@ class _Run:
     def loop(self) -> None:
         config = self.config
         log.info(
-            "training on %d samples, %d steps of %d pairs, %d rank(s), %s",
+            "training on %d samples, %d steps of %d pairs, %d rank(s), %s, %s",
             self.stream.num_samples,
             self.num_steps,
             config.first_batch_size,
             distributed.world_size(),
+            config.engine.precision,
             f"{config.engine.name} ZeRO {config.engine.zero_stage}"
             if config.engine.name == "deepspeed"
             else config.engine.name,
@@ -251,7 +254,7 @@ class _Run:
                 self._save()
         if self.step and self.saved_step != self.step:
             self._save()
-        _on_main(lambda: self.writer.finish() if self.writer else None)
+        on_main(lambda: self.writer.finish() if self.writer else None)
 
     def _train_step(self) -> dict[str, Any] | None:
         """A step and its line of metrics; None where a signal stops the run before it."""
@@ -387,10 +390,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = _on_main(lambda: self._write_validation(state, validation.PREFIX))
+        figures = on_main(lambda: self._write_validation(state, validation.PREFIX))
         if self.average is not None:
             average = {**state, **self.average.state()}
-            _on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
+            on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:
@@ -441,6 +444,11 @@ def replay(config: dumps.ReplayConfig) -> int:
     """
     distributed.init()
     atexit.register(distributed.shutdown)
+    with backends.of_run(config.dump, resumed=True, keep=False):
+        return _replay(config)
+
+
+def _replay(config: dumps.ReplayConfig) -> int:
     dump = dumps.read(config.dump)
     model = new_model(dump.config)
     model.load_state_dict(dump.model)
@@ -476,9 +484,10 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     if begun and not config.resume:
         raise UserError(f"{run}: holds a run already; --resume continues it, or give another run folder")
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
     if begun:
+        # The settings may still be refused, and a refusal must leave the run as it is: _open_log writes them.
         return
+    _write_config(run, config)
     source, text = config.data.tokenizer, config.model.text
     if not source and (given := initial_tokenizer(config)) is not None:
         tokenizer = given
@@ -487,6 +496,10 @@ def _prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
     tokenizer.save(run / "tokenizer")
+
+
+def _write_config(run: Path, config: TrainConfig) -> None:
+    (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
 
 
 def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
@@ -500,20 +513,6 @@ def _check_tokenizer(tokenizer: Tokenizer, model: BiomedClipConfig) -> None:
     end = int(tokenizer("", 2)[0, -1])
     if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
         raise UserError(f"the tokenizer ends captions with token {end}: set model.text.end_id={end}")
-
-
-def _on_main(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every rank; its UserError is raised on every rank too."""
-    result: tuple[Any, str | None] = (None, None)
-    if distributed.is_main():
-        try:
-            result = function(), None
-        except UserError as error:
-            result = None, str(error)
-    value, problem = distributed.broadcast_object(result)
-    if problem is not None:
-        raise UserError(problem)
-    return value
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -19,11 +19,15 @@
 
 namespace {
 
+typedef uint16_t AmxHalves __attribute__((vector_size(64)));
+
 // A left block is [2][16 rows][32 k], a right one [2][16 pairs of k][16 columns][2 k].
 struct AmxEngine {
   using Element = uint16_t;
 
   using Use = bclip::cpu::Unit;
+
+  static constexpr bool kTrims = false;
 
   static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* block) {
     const __mmask32 inside = columns >= kPanel ? 0xFFFFFFFF : 0xFFFF;
@@ -67,22 +71,22 @@ struct AmxEngine {
     }
   }
 
-  static void multiply(const uint16_t* left, const uint16_t* right, int64_t steps, float* result, int64_t stride,
+  static void multiply(const uint16_t* left, const uint16_t* right, const Extent& extent, float* result, int64_t stride,
                        bool add) {
-    bclip::cpu::multiply(left, right, steps, result, add, [](int64_t) {}, stride);
+    bclip::cpu::multiply(left, right, panels_of(extent.depth), result, add, [](int64_t) {}, stride);
   }
 
  private:
   // Indices that interleave sixteen of the first 32 numbers, from `start` on, with the same of the second 32.
   BCLIP_INLINE __m512i pairs(int start) {
-    Halves2 index;
+    AmxHalves index;
     for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(start + i / 2 + (i & 1) * 32);
     return (__m512i)index;
   }
 
   // Indices that interleave sixteen numbers with the sixteen that follow.
   BCLIP_INLINE __m512i interleaved() {
-    Halves2 index;
+    AmxHalves index;
     for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i & 1) * 16);
     return (__m512i)index;
   }

@@ -23,9 +23,6 @@ using bclip::cpu::Head;
 using bclip::cpu::HeadGradient;
 using bclip::cpu::HeadOutput;
 
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint64_t WideWords __attribute__((vector_size(64)));
-
 constexpr int64_t kPanel = 32;
 constexpr int64_t kBlock = kPanel * kPanel;
 constexpr int64_t kStripPanels = 8;  // of queries, whose P and dS (2 * 256 keys * 256) stay in L2
@@ -33,44 +30,8 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 BCLIP_INLINE int64_t panels_of(int64_t size) { return (size + kPanel - 1) / kPanel; }
 
-// Sixteen numbers between memory and lanes.
-BCLIP_INLINE Lanes read(const float* from) { return load(from); }
-BCLIP_INLINE void write(float* to, Lanes lanes) { store(to, lanes); }
-
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint16_t Halves2 __attribute__((vector_size(64)));
-
-BCLIP_INLINE Lanes read(const uint16_t* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return (Lanes)(__builtin_convertvector(halves, Words) << 16);
-}
-
-BCLIP_INLINE void write(uint16_t* to, Lanes lanes) {
-  const Words bits = (Words)lanes;
-  Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-  rounded = (Words)(lanes == lanes) ? rounded : (bits >> 16 | 0x40);
-  const Halves halves = __builtin_convertvector(rounded, Halves);
-  std::memcpy(to, &halves, sizeof halves);
-}
-
-// `a` unless it is larger: NaN in `b` stays.
-BCLIP_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
-
-// 2^x for x <= 64, relative error 1e-7; 2^-126 below.
-BCLIP_INLINE Lanes exp2_of(Lanes x) {
-  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-  x = larger(splat(-126.f), x);
-  const Lanes shifted = x + round;
-  const Lanes f = x - (shifted - round);
-  Lanes power = splat(0.0013276472454890609f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
-  power = power * f + 0.009675540961325169f;
-  power = power * f + 0.05550713092088699f;
-  power = power * f + 0.24022120237350464f;
-  power = power * f + 0.6931469440460205f;
-  power = power * f + 1.0000001192092896f;
-  return (Lanes)((IntLanes)power + ((IntLanes)shifted << 23));
-}
+// What of `size` falls into panel `index`.
+BCLIP_INLINE int64_t within(int64_t size, int64_t index) { return std::min(kPanel, size - index * kPanel); }
 
 }  // namespace
 
@@ -78,77 +39,82 @@ BCLIP_INLINE Lanes exp2_of(Lanes x) {
 
 namespace {
 
-// Element i is that of index[i] among those of `a` followed by those of `b`.
-template <class Vector>
-BCLIP_INLINE Vector pick(Vector a, Vector b, Vector index) {
-#ifdef __clang__
-  constexpr int count = sizeof(Vector) / sizeof(a[0]);
-  Vector picked;
-  for (int i = 0; i < count; ++i) picked[i] = index[i] < count ? a[index[i]] : b[index[i] - count];
-  return picked;
-#else
-  return __builtin_shuffle(a, b, index);
-#endif
-}
-
-// A 16 x 16 matrix in registers, transposed by exchanging ever larger squares.
+// A square matrix, a register a row, transposed by exchanging ever larger squares.
 template <int kSquare>
-BCLIP_INLINE void exchange(Words* rows) {
-  Words first, second;  // indices into the pair of rows
-  for (uint32_t i = 0; i < kLanes; ++i) {
-    first[i] = i & kSquare ? i - kSquare + kLanes : i;
-    second[i] = i & kSquare ? i + kLanes : i + kSquare;
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & kSquare) continue;
-    const Words above = rows[i], below = rows[i + kSquare];
-    rows[i] = pick(above, below, first);
-    rows[i + kSquare] = pick(above, below, second);
+BCLIP_INLINE void exchange(WordRegister* rows) {
+  if constexpr (kSquare < kRegisterLanes) {
+    WordRegister first = {}, second = {};  // indices into the pair of rows
+    for (uint32_t i = 0; i < kRegisterLanes; ++i) {
+      first[i] = i & kSquare ? i - kSquare + kRegisterLanes : i;
+      second[i] = i & kSquare ? i + kRegisterLanes : i + kSquare;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRegisterLanes; ++i) {
+      if (i & kSquare) continue;
+      const WordRegister above = rows[i], below = rows[i + kSquare];
+      rows[i] = pick(above, below, first);
+      rows[i + kSquare] = pick(above, below, second);
+    }
   }
 }
 
-BCLIP_INLINE void transpose(Words* rows) {
+BCLIP_INLINE void transpose(WordRegister* rows) {
   exchange<1>(rows);
   exchange<2>(rows);
   exchange<4>(rows);
   exchange<8>(rows);
 }
 
-// Of 32-bit numbers, whatever they hold; strides count them.
+// A 16 x 16 matrix of 32-bit numbers, whatever they hold; strides count them.
 BCLIP_INLINE void transpose(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  Words rows[kLanes];
-  for (int i = 0; i < kLanes; ++i)
-    std::memcpy(&rows[i], static_cast<const char*>(from) + 4 * i * from_stride, sizeof rows[i]);
-  transpose(rows);
-  for (int i = 0; i < kLanes; ++i) std::memcpy(static_cast<char*>(to) + 4 * i * to_stride, &rows[i], sizeof rows[i]);
+  const auto* const source = static_cast<const uint32_t*>(from);
+  auto* const target = static_cast<uint32_t*>(to);
+  for (int64_t i = 0; i < kLanes; i += kRegisterLanes)
+    for (int64_t j = 0; j < kLanes; j += kRegisterLanes) {
+      WordRegister rows[kRegisterLanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < kRegisterLanes; ++k) rows[k] = load_as<WordRegister>(source + (i + k) * from_stride + j);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int k = 0; k < kRegisterLanes; ++k) store_as(target + (j + k) * to_stride + i, rows[k]);
+    }
 }
 
-// Lane i of the result is what row i holds altogether; one row by itself would wait for each of its steps.
+// Joins the elements of each of 16 rows: lane i of the result is row i's. `join` takes vectors of any width. One row by
+// itself would wait for each of its steps.
+template <class V, class Join>
+BCLIP_INLINE FloatRegister join_halves(V vector, const Join& join) {
+  if constexpr (kIsPair<V>)
+    return join_halves(join(vector.low, vector.high), join);
+  else
+    return vector;
+}
+
 template <class Join>
 BCLIP_INLINE Lanes reduce(const Lanes* rows, const Join& join) {
-  Words parts[kLanes];
-  std::memcpy(parts, rows, sizeof parts);
-  transpose(parts);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) parts[i] = (Words)join((Lanes)parts[i], (Lanes)parts[i + width]);
-  return (Lanes)parts[0];
-}
-
-BCLIP_INLINE WideWords times(WideWords a, uint32_t factor) {
-#ifdef BCLIP_AVX512
-  return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
-#else
-  return (a & 0xFFFFFFFF) * factor;
-#endif
+  float joined[kLanes];
+  for (int first = 0; first < kLanes; first += kRegisterLanes) {
+    WordRegister parts[kRegisterLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRegisterLanes; ++i) parts[i] = (WordRegister)join_halves(rows[first + i], join);
+    transpose(parts);
+#pragma GCC unroll 4
+    for (int width = kRegisterLanes / 2; width; width /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i)
+        parts[i] = (WordRegister)join((FloatRegister)parts[i], (FloatRegister)parts[i + width]);
+    store_as(joined + first, parts[0]);
+  }
+  return load(joined);
 }
 
 // Which weights of a head are kept: Philox4x32-10, whose first two rounds and half of the third depend on the key or on
 // the query alone, and are done once. Eight counters, 32 keys, go at a time; of a 64-bit lane the low half counts.
 class Dropout {
  public:
-  static int64_t bytes(const Head& head) { return head.dropout ? panels_of(head.rows) * 4 * sizeof(WideWords) : 0; }
+  static int64_t bytes(const Head& head) { return head.dropout ? panels_of(head.rows) * kTableWords * sizeof(uint64_t) : 0; }
 
-  Dropout(const Head& head, char* tables) : head_(head), tables_(tables) {
+  Dropout(const Head& head, char* tables) : head_(head), tables_(reinterpret_cast<uint64_t*>(tables)) {
     for (int round = 0; round < 10; ++round) {
       keys_[round][0] = head.seed[0] + round * 0x9E3779B9u;
       keys_[round][1] = head.seed[1] + round * 0xBB67AE85u;
@@ -158,22 +124,26 @@ class Dropout {
     if (!head.dropout) return;
     for (int64_t panel = 0; panel < panels_of(head.rows); ++panel) {
       // In this order two interleavings bring the words into that of the keys.
-      const WideWords counter = WideWords{0, 4, 1, 5, 2, 6, 3, 7} + static_cast<uint64_t>(8 * panel);
+      constexpr uint64_t order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+      const WideWords counter = load_as<WideWords>(order) + static_cast<uint64_t>(8 * panel);
       const WideWords by_first = times(counter, kFirst);
       const WideWords by_second = times((by_first >> 32) ^ keys_[0][1], kSecond);
       const WideWords next = times((by_second >> 32) ^ (static_cast<uint32_t>(product) ^ keys_[1][0]), kFirst);
-      const WideWords table[4] = {by_first, by_second ^ keys_[2][0], (next >> 32) ^ keys_[2][1], next};
-      std::memcpy(tables + panel * sizeof table, table, sizeof table);
+      uint64_t* const table = tables_ + panel * kTableWords;
+      store_as(table, by_first);
+      store_as(table + 8, by_second ^ keys_[2][0]);
+      store_as(table + 16, (next >> 32) ^ keys_[2][1]);
+      store_as(table + 24, next);
     }
   }
 
   // -1 in the lanes of the keys that query `row` of the sequence keeps, of the 32 keys of a panel.
   BCLIP_MEMBER_INLINE void keep(int64_t row, int64_t panel, IntLanes kept[2]) const {
     const uint64_t product = uint64_t{kFirst} * (first_row_ ^ (head_.first_row + static_cast<uint32_t>(row)));
-    WideWords table[4];
-    std::memcpy(table, tables_ + panel * sizeof table, sizeof table);
-    const WideWords mixed = times(table[0] ^ (product >> 32 ^ keys_[1][1]), kSecond);
-    WideWords a = (mixed >> 32) ^ table[1], b = mixed, c = table[2] ^ (product & 0xFFFFFFFF), d = table[3];
+    const uint64_t* const table = tables_ + panel * kTableWords;
+    const WideWords mixed = times(load_as<WideWords>(table) ^ (product >> 32 ^ keys_[1][1]), kSecond);
+    WideWords a = (mixed >> 32) ^ load_as<WideWords>(table + 8), b = mixed;
+    WideWords c = load_as<WideWords>(table + 16) ^ (product & 0xFFFFFFFF), d = load_as<WideWords>(table + 24);
     for (int round = 3; round < 10; ++round) {
       const WideWords by_first = times(a, kFirst), by_second = times(c, kSecond);
       a = (by_second >> 32) ^ b ^ keys_[round][0];
@@ -182,15 +152,16 @@ class Dropout {
       d = by_first;
     }
     const WideWords low = (a & 0xFFFFFFFF) | b << 32, high = (c & 0xFFFFFFFF) | d << 32;
-    kept[0] = (IntLanes)((Words)pick(low, high, WideWords{0, 8, 2, 10, 4, 12, 6, 14}) >= head_.threshold);
-    kept[1] = (IntLanes)((Words)pick(low, high, WideWords{1, 9, 3, 11, 5, 13, 7, 15}) >= head_.threshold);
+    kept[0] = as<Words>(interleave<false>(low, high)) >= head_.threshold;
+    kept[1] = as<Words>(interleave<true>(low, high)) >= head_.threshold;
   }
 
  private:
   static constexpr uint32_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
+  static constexpr int64_t kTableWords = 32;  // of a panel: four vectors
 
   const Head& head_;
-  const char* tables_;
+  uint64_t* const tables_;
   uint64_t keys_[10][2];
   uint32_t first_row_;
 };
@@ -214,79 +185,11 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Float operands: a block is its rows, 32 floats each.
-struct FloatEngine {
-  using Element = float;
+}  // namespace
 
-  struct Use {};
+#include "attention_float.h"
 
-  static void load_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
-    load_rows_as(from, stride, rows, columns, block);
-  }
-  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
-    load_rows_as(from, stride, rows, columns, block);
-  }
-
-  static void right(const float* block, float* to) { std::memcpy(to, block, kBlock * sizeof *to); }
-
-  static void left_of_transpose(const float* block, float* to) {
-    for (int64_t i = 0; i < kPanel; i += kLanes)
-      for (int64_t j = 0; j < kPanel; j += kLanes)
-        transpose(block + i * kPanel + j, kPanel, to + j * kPanel + i, kPanel);
-  }
-
-  static void right_of_transpose(const float* block, float* to) { left_of_transpose(block, to); }
-
-  // One row of a left block; two rows of a right one.
-  BCLIP_INLINE void left_row(float* block, int64_t row, const Lanes numbers[2]) {
-    store(block + row * kPanel, numbers[0]);
-    store(block + row * kPanel + kLanes, numbers[1]);
-  }
-  BCLIP_INLINE void right_rows(float* block, int64_t row, const Lanes numbers[2][2]) {
-    left_row(block, row, numbers[0]);
-    left_row(block, row + 1, numbers[1]);
-  }
-
-  // result (32, 32), rows `stride` floats apart, = or += left (32, 32 steps) right (32 steps, 32).
-  static void multiply(const float* left, const float* right, int64_t steps, float* result, int64_t stride, bool add) {
-#ifdef BCLIP_AVX512
-    constexpr int kRows = 8;
-#else
-    constexpr int kRows = 2;  // half as many registers of half the width
-#endif
-    for (int64_t row = 0; row < kPanel; row += kRows) {
-      Lanes sums[kRows][2] = {};
-      float* to = result + row * stride;
-      for (int64_t step = 0; step < steps; ++step) {
-        const float* from_left = left + step * kBlock + row * kPanel;
-        const float* from_right = right + step * kBlock;
-        for (int64_t k = 0; k < kPanel; ++k) {
-          const Lanes first = load(from_right + k * kPanel), second = load(from_right + k * kPanel + kLanes);
-          for (int i = 0; i < kRows; ++i) {
-            const Lanes factor = splat(from_left[i * kPanel + k]);
-            sums[i][0] += factor * first;
-            sums[i][1] += factor * second;
-          }
-        }
-      }
-      // A sum that began with what is there would round each of its terms at the size of the whole.
-      for (int i = 0; i < kRows; ++i)
-        for (int j = 0; j < 2; ++j) {
-          float* const place = to + i * stride + j * kLanes;
-          store(place, add ? load(place) + sums[i][j] : sums[i][j]);
-        }
-    }
-  }
-
- private:
-  template <class Stored>
-  static void load_rows_as(const Stored* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
-    for (int64_t row = 0; row < kPanel; ++row)
-      for (int64_t column = 0; column < kPanel; column += kLanes)
-        store(block + row * kPanel + column,
-              row < rows && column < columns ? read(from + row * stride + column) : Lanes{});
-  }
-};
+namespace {
 
 template <class Engine, class Stored>
 struct HeadKernels {
@@ -320,7 +223,7 @@ struct HeadKernels {
 
   // Rows of numbers, times `factor`, as they go into memory.
   static void write_row(const float* from, int64_t dim, float factor, Stored* to) {
-    for (int64_t i = 0; i < dim; i += kLanes) write(to + i, load(from + i) * factor);
+    for (int64_t i = 0; i < dim; i += kLanes) store(to + i, load(from + i) * factor);
   }
 
   // Which keys a query sees.
@@ -342,10 +245,8 @@ struct HeadKernels {
     int64_t whole(int64_t query_panel) const { return masked ? 0 : causal ? query_panel : rows / kPanel; }
 
     BCLIP_MEMBER_INLINE IntLanes at(int64_t row, int64_t key) const {
-      constexpr IntLanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      IntLanes seen;
-      std::memcpy(&seen, visible + key, sizeof seen);
-      return causal ? seen & (IntLanes)(index <= static_cast<int32_t>(row - key)) : seen;
+      const IntLanes seen = load_as<IntLanes>(visible + key);
+      return causal ? seen & (iota() <= static_cast<int32_t>(row - key)) : seen;
     }
   };
 
@@ -371,46 +272,50 @@ struct HeadKernels {
   // The weights of 16 queries before they are divided by their sum, into left blocks: 2^(score - highest of the query).
   template <bool kDropout>
   static void softmax_rows(const Head& head, const Dropout& dropout, const Forward& work, int64_t query_panel,
-                           int64_t first, Lanes& highest, Lanes& total) {
+                           int64_t first, float* highest, float* total) {
     const Lanes nothing = splat(-__builtin_inff());
     const Sight& sight = work.sight;
     const int64_t width = panels_of(head.rows) * kPanel, query = query_panel * kPanel + first;
     const int64_t panels = sight.panels(query_panel), whole = sight.whole(query_panel);
+    const int64_t count = std::min<int64_t>(kLanes, head.rows - query);
     const float* scores = work.scores + first * width;
     const Lanes factor = splat(head.scale * kLog2E);
-    Lanes rows[kLanes];
-    for (int64_t row = 0; row < kLanes; ++row) {
+    Lanes rows[kLanes] = {};
+    for (int64_t row = 0; row < count; ++row) {
       const float* from = scores + row * width;
-      Lanes top = nothing;
-      for (int64_t key = 0; key < whole * kPanel; key += kLanes) top = larger(load(from + key) * factor, top);
+      Lanes tops[2] = {nothing, nothing};
+      for (int64_t key = 0; key < whole * kPanel; key += kPanel)
+        for (int half = 0; half < 2; ++half)
+          tops[half] = larger(load(from + key + half * kLanes) * factor, tops[half]);
       for (int64_t key = whole * kPanel; key < panels * kPanel; key += kLanes)
-        top = larger(sight.at(query + row, key) ? load(from + key) * factor : nothing, top);
-      rows[row] = top;
+        tops[0] = larger(select(sight.at(query + row, key), load(from + key) * factor, nothing), tops[0]);
+      rows[row] = larger(tops[0], tops[1]);
     }
-    highest = reduce(rows, [](Lanes a, Lanes b) { return larger(a, b); });
+    const Lanes top = reduce(rows, [](auto a, auto b) __attribute__((always_inline)) { return select(a > b, a, b); });
+    store(highest, top);
     float offsets[kLanes];
-    store(offsets, highest == nothing ? Lanes{} : highest);  // where nothing is seen, the sum stays 0
-    for (int64_t row = 0; row < kLanes; ++row) {
+    store(offsets, select(top == nothing, Lanes{}, top));  // where nothing is seen, the sum stays 0
+    for (int64_t row = 0; row < count; ++row) {
       const float* from = scores + row * width;
-      Lanes sums = {};
+      Lanes sums[2] = {};
       for (int64_t panel = 0; panel < panels; ++panel) {
         Lanes numbers[2];
         for (int half = 0; half < 2; ++half) {
           const int64_t key = panel * kPanel + half * kLanes;
           numbers[half] = exp2_of(load(from + key) * factor - offsets[row]);
-          if (panel >= whole) numbers[half] = sight.at(query + row, key) ? numbers[half] : Lanes{};
-          sums += numbers[half];
+          if (panel >= whole) numbers[half] = select(sight.at(query + row, key), numbers[half], Lanes{});
+          sums[half] += numbers[half];
         }
         if (kDropout) {
           IntLanes kept[2];
           dropout.keep(query + row, panel, kept);
-          for (int half = 0; half < 2; ++half) numbers[half] = kept[half] ? numbers[half] : Lanes{};
+          for (int half = 0; half < 2; ++half) numbers[half] = select(kept[half], numbers[half], Lanes{});
         }
         Engine::left_row(work.weights + panel * kBlock, first + row, numbers);
       }
-      rows[row] = sums;
+      rows[row] = sums[0] + sums[1];
     }
-    total = reduce(rows, [](Lanes a, Lanes b) { return a + b; });
+    store(total, reduce(rows, [](auto a, auto b) __attribute__((always_inline)) { return a + b; }));
   }
 
   static int64_t forward_bytes(const Head& head) {
@@ -430,23 +335,24 @@ struct HeadKernels {
     pack(head.key, head.stride, head, {{&Engine::right_of_transpose, work.key, false}});
     pack(head.value, head.stride, head, {{&Engine::right, work.value, true}});
     for (int64_t i = 0; i < panels; ++i) {
-      const int64_t seen = work.sight.panels(i), rows = std::min(kPanel, head.rows - i * kPanel);
+      const int64_t seen = work.sight.panels(i), rows = within(head.rows, i);
       for (int64_t j = 0; j < seen; ++j)
-        Engine::multiply(work.query + i * depth * kBlock, work.key + j * depth * kBlock, depth,
-                         work.scores + j * kPanel, panels * kPanel, false);
-      Lanes highest[2], total[2];
-      for (int64_t half = 0; half * kLanes < rows; ++half)
-        (head.dropout ? softmax_rows<true> : softmax_rows<false>)(head, dropout, work, i, half * kLanes, highest[half],
-                                                                  total[half]);
+        Engine::multiply(work.query + i * depth * kBlock, work.key + j * depth * kBlock,
+                         {rows, within(head.rows, j), head.dim}, work.scores + j * kPanel, panels * kPanel, false);
+      float highest[kPanel], total[kPanel];
+      for (int64_t first = 0; first < rows; first += kLanes)
+        (head.dropout ? softmax_rows<true> : softmax_rows<false>)(head, dropout, work, i, first, highest + first,
+                                                                  total + first);
       for (int64_t j = 0; j < depth; ++j)
-        Engine::multiply(work.weights, work.value + j * panels * kBlock, seen, work.out + j * kPanel, depth * kPanel,
-                         false);
+        Engine::multiply(work.weights, work.value + j * panels * kBlock,
+                         {rows, within(head.dim, j), std::min(head.rows, seen * kPanel)}, work.out + j * kPanel,
+                         depth * kPanel, false);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t query = i * kPanel + row;
-        const float sum = total[row / kLanes][row % kLanes], top = highest[row / kLanes][row % kLanes];
+        const float sum = total[row];
         write_row(work.out + row * depth * kPanel, head.dim, sum == 0 ? 0.f : head.kept / sum,
                   static_cast<Stored*>(output.out) + query * output.stride);
-        output.lse[query] = sum == 0 ? -__builtin_inff() : top * kLn2 + __builtin_logf(sum);
+        output.lse[query] = sum == 0 ? -__builtin_inff() : highest[row] * kLn2 + __builtin_logf(sum);
       }
     }
   }
@@ -492,11 +398,11 @@ struct HeadKernels {
         for (int half = 0; half < 2; ++half) {
           const int64_t key = panel * kPanel + half * kLanes;
           Lanes weight = exp2_of(load(scores + k * width + key) * factor - work.lse[query + k]);
-          if (panel >= whole) weight = sight.at(query + k, key) ? weight : Lanes{};
+          if (panel >= whole) weight = select(sight.at(query + k, key), weight, Lanes{});
           Lanes grad = load(weights_grad + k * width + key);
-          if (kDropout) grad = kept[half] ? grad * head.kept : Lanes{};
+          if (kDropout) grad = select(kept[half], grad * head.kept, Lanes{});
           grads[k][half] = weight * (grad - work.delta[query + k]);
-          kept_weights[k][half] = kDropout ? (kept[half] ? weight : Lanes{}) : weight;
+          kept_weights[k][half] = kDropout ? select(kept[half], weight, Lanes{}) : weight;
         }
         Engine::left_row(work.scores_grad + panel * kBlock, row + k, grads[k]);
       }
@@ -530,29 +436,31 @@ struct HeadKernels {
       const int64_t at = row * gradient.out_stride;
       Lanes products = {};
       for (int64_t i = 0; i < (row < head.rows ? head.dim : 0); i += kLanes)
-        products += read(static_cast<const Stored*>(gradient.out_grad) + at + i) *
-                    read(static_cast<const Stored*>(gradient.out) + at + i);
+        products += load(static_cast<const Stored*>(gradient.out_grad) + at + i) *
+                    load(static_cast<const Stored*>(gradient.out) + at + i);
       work.delta[row] = sum(products);
       work.lse[row] = row < head.rows ? gradient.lse[row] * kLog2E : 0.f;
     }
     for (int64_t first = 0; first < panels; first += kStripPanels) {
       const int64_t strip = std::min(kStripPanels, panels - first);
       for (int64_t i = first; i < first + strip; ++i) {
-        const int64_t seen = work.sight.panels(i);
+        const int64_t seen = work.sight.panels(i), rows = within(head.rows, i);
         for (int64_t j = 0; j < seen; ++j) {
-          Engine::multiply(work.query + i * depth * kBlock, work.key_across + j * depth * kBlock, depth,
+          const Extent extent{rows, within(head.rows, j), head.dim};
+          Engine::multiply(work.query + i * depth * kBlock, work.key_across + j * depth * kBlock, extent,
                            work.scores + j * kPanel, width, false);
-          Engine::multiply(work.out_grad + i * depth * kBlock, work.value_across + j * depth * kBlock, depth,
+          Engine::multiply(work.out_grad + i * depth * kBlock, work.value_across + j * depth * kBlock, extent,
                            work.weights_grad + j * kPanel, width, false);
         }
-        for (int64_t row = 0; row < kPanel; row += 2)
+        for (int64_t row = 0; row < (Engine::kTrims ? rows : kPanel); row += 2)
           (head.dropout ? gradient_rows<true> : gradient_rows<false>)(
               head, dropout, work, i, row, work.strip_weights + (i - first) * kBlock,
               work.strip_scores_grad + (i - first) * kBlock, strip * kBlock);
         for (int64_t j = 0; j < depth; ++j)
-          Engine::multiply(work.scores_grad, work.key + j * panels * kBlock, seen, work.query_grad + j * kPanel,
-                           depth * kPanel, false);
-        for (int64_t row = 0; row < std::min(kPanel, head.rows - i * kPanel); ++row)
+          Engine::multiply(work.scores_grad, work.key + j * panels * kBlock,
+                           {rows, within(head.dim, j), std::min(head.rows, seen * kPanel)},
+                           work.query_grad + j * kPanel, depth * kPanel, false);
+        for (int64_t row = 0; row < rows; ++row)
           write_row(work.query_grad + row * depth * kPanel, head.dim, head.scale,
                     static_cast<Stored*>(gradient.query) + (i * kPanel + row) * gradient.stride);
       }
@@ -563,10 +471,12 @@ struct HeadKernels {
         for (int64_t i = 0; i < depth; ++i) {
           const int64_t left = (i * panels + first + skipped) * kBlock, right = (j * strip + skipped) * kBlock;
           const int64_t to = i * kPanel * width + j * kPanel;
-          Engine::multiply(work.out_grad_across + left, work.strip_weights + right, strip - skipped,
-                           work.value_grad + to, width, add);
-          Engine::multiply(work.query_across + left, work.strip_scores_grad + right, strip - skipped,
-                           work.key_grad + to, width, add);
+          const int64_t queries = std::min(head.rows, (first + strip) * kPanel) - (first + skipped) * kPanel;
+          const Extent extent{within(head.dim, i), within(head.rows, j), queries};
+          Engine::multiply(work.out_grad_across + left, work.strip_weights + right, extent, work.value_grad + to, width,
+                           add);
+          Engine::multiply(work.query_across + left, work.strip_scores_grad + right, extent, work.key_grad + to, width,
+                           add);
         }
       }
     }

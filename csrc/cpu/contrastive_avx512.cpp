@@ -7,6 +7,7 @@
 #ifdef BCLIP_X86_TARGETS
 #include <immintrin.h>
 
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #define BCLIP_AVX512 1

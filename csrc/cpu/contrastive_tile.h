@@ -60,9 +60,10 @@ void exponential_sums(const Tile& tile, double factor, float offset, float* rows
 
 // For 16 columns, -1 where their group is that of the row, else 0.
 BCLIP_INLINE IntLanes same_group(int32_t row, const int32_t* columns, int64_t count) {
-  IntLanes ids = {};
-  std::memcpy(&ids, columns, std::min<int64_t>(count, kLanes) * sizeof(int32_t));
-  return ids == row;
+  if (count >= kLanes) return load_as<IntLanes>(columns) == row;
+  int32_t ids[kLanes] = {};
+  std::memcpy(ids, columns, count * sizeof(int32_t));
+  return load_as<IntLanes>(ids) == row;
 }
 
 template <bool kGroups>
@@ -85,7 +86,7 @@ void softmax_gradient_of(const Tile& tile, const GradientTile& gradient) {
       int64_t lane;
       if constexpr (kGroups) {
         const Lanes share = load_first(gradient.groups.column_shares + column, count) + gradient.groups.row_shares[row];
-        g -= same_group(gradient.groups.rows[row], gradient.groups.columns + column, count) ? share : Lanes{};
+        g -= select(same_group(gradient.groups.rows[row], gradient.groups.columns + column, count), share, Lanes{});
       } else if (holds_positive(tile, row, column, lane)) {
         g = with_lane(g, lane, gradient.positive_grad[row]);
       }
@@ -114,21 +115,21 @@ SigmoidTileSums sigmoid_gradient_of(const Tile& tile, const SigmoidTile& sigmoid
       IntLanes same = {};
       if constexpr (kGroups) {
         same = same_group(sigmoid.groups.rows[row], sigmoid.groups.columns + column, count);
-        z = same ? -z : z;
+        z = select(same, -z, z);
       } else {
         positive = holds_positive(tile, row, column, lane);
-        if (positive) z = with_lane(z, lane, -z[lane]);
+        if (positive) z = negate_lane(z, lane);
       }
       const Lanes u = exp2_affine(abs(z), minus_log2_e, Lanes{});
-      Lanes loss = (z > 0.f ? z : Lanes{}) + log1p_unit(u);
+      Lanes loss = select(z > 0.f, z, Lanes{}) + log1p_unit(u);
       // NaN must not pass for 0 in the comparison above.
-      loss = z == z ? loss : z;
+      loss = select(z == z, loss, z);
       if (count < kLanes) loss = zero_from(loss, count);
       losses += loss;
       if (!sigmoid.with_gradients) continue;
-      Lanes g = (z > 0.f ? splat(1.f) : u) * (sigmoid.weight / (u + 1.f));
-      if constexpr (kGroups) g = same ? -g : g;
-      if (positive) g = with_lane(g, lane, -g[lane]);
+      Lanes g = select(z > 0.f, splat(1.f), u) * (sigmoid.weight / (u + 1.f));
+      if constexpr (kGroups) g = select(same, -g, g);
+      if (positive) g = negate_lane(g, lane);
       if (count < kLanes) g = zero_from(g, count);
       gradients += g;
       store_first(dots, g, count);

@@ -33,22 +33,40 @@ Team team() {
 Team team() { return nullptr; }
 #endif
 
+// Consecutive tasks. Each thread begins with a range of its own, so that neighbours in memory are written by one thread
+// (two that write to new memory side by side wait for one another in the kernel, which maps it page by page), and then
+// takes what is left of the others', so that none waits for a thread that shares its core with another process.
+struct alignas(64) Range {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 }  // namespace
 
 void parallel(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  std::atomic<int64_t> next{0};
+  const int64_t wanted = std::clamp<int64_t>(threads, 1, std::max<int64_t>(count, 1));
+  std::vector<Range> ranges(wanted);
+  for (int64_t i = 0; i < wanted; ++i) {
+    ranges[i].next = count * i / wanted;
+    ranges[i].end = count * (i + 1) / wanted;
+  }
+  std::atomic<int64_t> arrived{0};
+  std::atomic<bool> failed{false};
   std::exception_ptr error;
   std::mutex error_mutex;
   auto work = [&] {
+    const int64_t own = arrived.fetch_add(1);
     try {
-      for (int64_t index; (index = next.fetch_add(1)) < count;) task(index);
+      for (int64_t i = 0; i < wanted; ++i) {
+        Range& range = ranges[(own + i) % wanted];
+        for (int64_t index; !failed && (index = range.next.fetch_add(1)) < range.end;) task(index);
+      }
     } catch (...) {
-      next = count;
+      failed = true;
       const std::lock_guard<std::mutex> lock(error_mutex);
       if (!error) error = std::current_exception();
     }
   };
-  const int64_t wanted = std::min<int64_t>(threads, count);
   if (const Team run = wanted > 1 ? team() : nullptr) {
     run([](void* work_of_all) { (*static_cast<decltype(work)*>(work_of_all))(); }, &work,
         static_cast<unsigned>(wanted), 0);

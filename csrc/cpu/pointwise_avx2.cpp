@@ -10,7 +10,7 @@
 
 // After the standard headers, whose inline functions are shared with code that runs on every machine.
 #pragma GCC target("avx2,fma")
-#define BCLIP_FMA 1
+#define BCLIP_AVX2 1
 #include "pointwise_tile.h"
 
 namespace bclip::cpu {

@@ -16,38 +16,8 @@ using bclip::cpu::AddNormGradient;
 using bclip::cpu::Dropout;
 using bclip::cpu::Values;
 
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint64_t WideBits __attribute__((vector_size(64)));
-
 BCLIP_INLINE Values row_of(const Values& values, int64_t index) {
   return {values.at ? static_cast<char*>(values.at) + index * (values.half ? 2 : 4) : nullptr, values.half};
-}
-
-BCLIP_INLINE Lanes load_half(const uint16_t* from) {
-#ifdef BCLIP_AVX512
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-#else
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return (Lanes)(__builtin_convertvector(halves, Bits) << 16);
-#endif
-}
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-BCLIP_INLINE void store_half(uint16_t* to, Lanes lanes) {
-  const Bits bits = (Bits)lanes;
-  Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-#ifdef BCLIP_AVX512
-  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)lanes, (__m512)lanes, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_mov_epi32((__m512i)rounded, is_nan, _mm512_set1_epi32(0x7FC0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(kept));
-#else
-  rounded = lanes != lanes ? Bits{} + 0x7FC0u : rounded;
-  const Halves halves = __builtin_convertvector(rounded, Halves);
-  std::memcpy(to, &halves, sizeof halves);
-#endif
 }
 
 // `count` values as floats, zeros after them up to whole lanes: in `buffer`, unless they lie so already.
@@ -60,7 +30,7 @@ BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffe
     return buffer;
   }
   const uint16_t* const halves = static_cast<const uint16_t*>(from.at);
-  for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, load_half(halves + j));
+  for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, load(halves + j));
   for (int64_t j = whole; j < count; ++j) {
     const uint32_t bits = static_cast<uint32_t>(halves[j]) << 16;
     std::memcpy(buffer + j, &bits, sizeof bits);
@@ -81,20 +51,11 @@ BCLIP_INLINE void settle(const Values& to, int64_t count, const float* from) {
   }
   uint16_t* const halves = static_cast<uint16_t*>(to.at);
   const int64_t whole = count / kLanes * kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes) store_half(halves + j, load(from + j));
+  for (int64_t j = 0; j < whole; j += kLanes) store(halves + j, load(from + j));
   if (whole == count) return;
   uint16_t last[kLanes];
-  store_half(last, load(from + whole));
+  store(last, load(from + whole));
   std::memcpy(halves + whole, last, (count - whole) * sizeof(uint16_t));
-}
-
-// Of a 64-bit lane the low half counts.
-BCLIP_INLINE WideBits times(WideBits a, uint32_t factor) {
-#ifdef BCLIP_AVX512
-  return (WideBits)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
-#else
-  return (a & 0xFFFFFFFF) * factor;
-#endif
 }
 
 // keep of one row: 0 or `kept`, columns rounded up to 32. Eight counters go at a time, in an order from which two
@@ -102,21 +63,21 @@ BCLIP_INLINE WideBits times(WideBits a, uint32_t factor) {
 void fill_keep(const Dropout& dropout, int64_t row, int64_t columns, float* keep) {
   const Lanes kept = splat(dropout.kept);
   for (int64_t start = 0; start < columns; start += 2 * kLanes) {
-    WideBits a = WideBits{0, 4, 1, 5, 2, 6, 3, 7} + static_cast<uint64_t>(start / 4);
-    WideBits b = WideBits{} + static_cast<uint64_t>(row), c = {}, d = {};
+    constexpr uint64_t order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+    WideWords a = load_as<WideWords>(order) + static_cast<uint64_t>(start / 4);
+    WideWords b = WideWords{} + static_cast<uint64_t>(row), c = {}, d = {};
     uint32_t low = static_cast<uint32_t>(dropout.seed), high = static_cast<uint32_t>(dropout.seed >> 32);
     for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
-      const WideBits first = times(a, 0xD2511F53u), second = times(c, 0xCD9E8D57u);
+      const WideWords first = times(a, 0xD2511F53u), second = times(c, 0xCD9E8D57u);
       a = (second >> 32) ^ b ^ low;
       c = (first >> 32) ^ d ^ high;
       b = second;
       d = first;
     }
-    const WideBits ab = (a & 0xFFFFFFFF) | b << 32, cd = (c & 0xFFFFFFFF) | d << 32;
-    const Bits left = (Bits)__builtin_shuffle(ab, cd, WideBits{0, 8, 2, 10, 4, 12, 6, 14});
-    const Bits right = (Bits)__builtin_shuffle(ab, cd, WideBits{1, 9, 3, 11, 5, 13, 7, 15});
-    store(keep + start, left < dropout.drop_below ? Lanes{} : kept);
-    store(keep + start + kLanes, right < dropout.drop_below ? Lanes{} : kept);
+    const WideWords ab = (a & 0xFFFFFFFF) | b << 32, cd = (c & 0xFFFFFFFF) | d << 32;
+    const Words left = as<Words>(interleave<false>(ab, cd)), right = as<Words>(interleave<true>(ab, cd));
+    store(keep + start, select(left < dropout.drop_below, Lanes{}, kept));
+    store(keep + start + kLanes, select(right < dropout.drop_below, Lanes{}, kept));
   }
 }
 
@@ -233,7 +194,7 @@ BCLIP_INLINE Lanes reciprocal(Lanes x) {
 #ifdef BCLIP_AVX512
   const Lanes near = (Lanes)_mm512_rcp14_ps((__m512)x);
   // Infinity's is 0, which the refinement would multiply with it.
-  return near > 0.f ? near * (2.f - x * near) : near;
+  return select(near > 0.f, near * (2.f - x * near), near);
 #else
   return 1.f / x;
 #endif
@@ -253,7 +214,7 @@ BCLIP_INLINE Normal normal(Lanes x, const Factor& factor) {
   tail = tail * t - 0.284496736f;
   tail = tail * t + 0.254829592f;
   tail = tail * t * density * 0.5f;
-  return {x < 0.f ? tail : 1.f - tail, density};
+  return {select(x < 0.f, tail, 1.f - tail), density};
 }
 
 // out = of(lanes of x, lanes of y) for values [first, last), all of one dtype.
@@ -263,14 +224,14 @@ BCLIP_INLINE void each(const Values& x, const Values& y, const Values& out, int6
   if (x.half) {
     const uint16_t *const a = static_cast<const uint16_t*>(x.at), *const b = static_cast<const uint16_t*>(y.at);
     uint16_t* const to = static_cast<uint16_t*>(out.at);
-    for (int64_t i = first; i < whole; i += kLanes) store_half(to + i, of(load_half(a + i), load_half(b + i)));
+    for (int64_t i = first; i < whole; i += kLanes) store(to + i, of(load(a + i), load(b + i)));
   } else {
     const float *const a = static_cast<const float*>(x.at), *const b = static_cast<const float*>(y.at);
     float* const to = static_cast<float*>(out.at);
     for (int64_t i = first; i < whole; i += kLanes) store(to + i, of(load(a + i), load(b + i)));
   }
   if (whole == last) return;
-  float one[kLanes], two[kLanes];
+  float one[kLanes] = {}, two[kLanes] = {};
   const int64_t left = last - whole;
   const Lanes a = load(floats(row_of(x, whole), left, one)), b = load(floats(row_of(y, whole), left, two));
   store(one, of(a, b));

@@ -66,7 +66,7 @@ struct PooledSequence {
       for (int64_t head = 0; head < attention.heads; ++head) {
         const Stored *one = with + head * dim, *two = pairs + (2 * key + part) * width + head * dim;
         Lanes products = {};
-        for (int64_t i = 0; i < dim; i += kLanes) products += read(one + i) * read(two + i);
+        for (int64_t i = 0; i < dim; i += kLanes) products += load(one + i) * load(two + i);
         result[head * padded + key] = sum(products);
       }
   }
@@ -80,9 +80,9 @@ struct PooledSequence {
         const Lanes number = splat(numbers[head * padded + key]);
         const Stored* from = pairs + (2 * key + part) * width + head * dim;
         float* to = sums + head * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) store(to + i, load(to + i) + number * read(from + i));
+        for (int64_t i = 0; i < dim; i += kLanes) store(to + i, load(to + i) + number * load(from + i));
       }
-    for (int64_t i = 0; i < width; i += kLanes) write(out + i, load(sums + i) * factor);
+    for (int64_t i = 0; i < width; i += kLanes) store(out + i, load(sums + i) * factor);
   }
 
   void drop() const {
@@ -128,7 +128,7 @@ void pooled_backward(const PooledAttention& attention, const PooledAttentionGrad
   sequence.products(out_grad, 1, sequence.grads);
   for (int64_t head = 0; head < heads; ++head) {
     Lanes products = {};
-    for (int64_t i = head * dim; i < (head + 1) * dim; i += kLanes) products += read(out_grad + i) * read(out + i);
+    for (int64_t i = head * dim; i < (head + 1) * dim; i += kLanes) products += load(out_grad + i) * load(out + i);
     const float delta = sum(products), lse = gradient.lse[index * heads + head] * kLog2E;
     for (int64_t i = head * sequence.padded; i < head * sequence.padded + keys; i += kLanes) {
       const Lanes weight = exp2_of(load(sequence.weights + i) * (scale * kLog2E) - lse);
@@ -146,8 +146,8 @@ void pooled_backward(const PooledAttention& attention, const PooledAttentionGrad
       const Lanes weight = splat(sequence.weights[head * sequence.padded + key]);
       const Lanes grad = splat(sequence.grads[head * sequence.padded + key] * scale);
       for (int64_t i = head * dim; i < (head + 1) * dim; i += kLanes) {
-        write(to + i, grad * read(sequence.query + i));
-        write(to + width + i, weight * read(out_grad + i));
+        store(to + i, grad * load(sequence.query + i));
+        store(to + width + i, weight * load(out_grad + i));
       }
     }
   std::memset(to, 0, (sequence.end - sequence.start - keys) * 2 * width * sizeof(Stored));

@@ -9,7 +9,9 @@ from pairwise import pairwise
 from torch import Tensor
 
 from bclip_fast import ops
+from bclip_fast.ops import affine, processor
 from bclip_fast.ops.affine import _linear, reference
+from bclip_fast.ops.convolution import conv2d
 
 # (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
@@ -21,8 +23,16 @@ def inputs(shape: tuple[int, int, int], weight: torch.dtype = torch.bfloat16, bi
     return [x, w, b.to(weight)] if bias else [x, w]
 
 
-# The cpu backend is the matrix unit's.
-with_amx = collected_if("cpu" in every_backend("linear", torch.bfloat16))
+with_cpu = collected_if("cpu" in every_backend("linear", torch.bfloat16))
+with_amx = collected_if(processor.HAS_AMX)
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch, unmeasured) -> None:
+    """The choices of a processor that has no bfloat16 instructions, and that nobody measured."""
+    monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
+    monkeypatch.setattr(processor, "HAS_AMX", False)
+    monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
 
 @pairwise(
@@ -46,7 +56,7 @@ def test_matches_reference(backend, shape, bias, weight, nan_filled):
     assert_as_accurate_as_eager(kernel, definition, draw, None if backend == "reference" else formulas.linear)
 
 
-@with_amx
+@with_cpu
 def test_a_masters_gradient_is_not_rounded():
     x, weight, bias = inputs((500, 64, 96), torch.float32)
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
@@ -58,14 +68,90 @@ def test_a_masters_gradient_is_not_rounded():
 
 
 def test_autocast_keeps_the_results_and_casts_what_it_casts():
-    x, weight, bias = inputs((40, 64, 96), torch.float32)
+    # Parameters that bfloat16 holds: products in float32 don't round them.
+    x, weight, bias = inputs((40, 64, 96))
+    weight, bias = weight.float(), bias.float()
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias), rtol=2**-7, atol=2**-7)
-        assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
+        assert torch.equal(ops.linear(x.float(), weight, bias), ops.linear(x, weight, bias))
+        assert ops.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
     assert torch.equal(ops.linear(x.float(), weight, bias), F.linear(x.float(), weight, bias))
 
 
-@with_amx
+@with_cpu
+@pytest.mark.parametrize(
+    ("amx", "instructions", "rows", "expected"),
+    [
+        (True, "AMX", 512, "cpu"),
+        (True, "AMX", 511, "reference"),
+        (False, "AVX512-BF16", 4096, "reference"),
+        (False, "", 4096, "cpu"),
+        (False, "", 1, "cpu"),
+    ],
+)
+def test_auto_unmeasured_takes_the_faster_backend_of_the_processor(
+    amx, instructions, rows, expected, monkeypatch, unmeasured
+):
+    monkeypatch.setattr(processor, "HAS_AMX", amx)
+    monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
+    taken = []
+    monkeypatch.setattr(affine, "_linear", lambda x, weight, bias, backend: taken.append(backend))
+    monkeypatch.setattr(reference, "linear", lambda x, weight, bias: taken.append("reference"))
+    x, weight = torch.zeros(rows, 2).bfloat16(), torch.zeros(3, 2)
+    ops.linear(x, weight)
+    with ops.use_backend("cpu"):
+        ops.linear(x, weight)
+    ops.linear(x, weight, backend="cpu")
+    assert taken == [expected, "cpu", "cpu"]
+
+
+@with_cpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
+def test_float32_products_err_at_most_twice_eager_and_keep_dtypes(weight, autocast, without_bfloat16, nan_filled):
+    def draw():
+        # More rows than a block of one thread has; weights that bfloat16 holds, since eager rounds them.
+        x, w, *b = inputs((1100, 40, 70), weight)
+        return [x, w.bfloat16().to(weight), *b]
+
+    def kernel(*tensors):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return ops.linear(*tensors)
+
+    assert_as_accurate_as_eager(kernel, reference.linear, draw, formulas.linear)
+    leaves = [tensor.requires_grad_() for tensor in draw()]
+    out = kernel(*leaves)
+    assert [out.dtype, *(g.dtype for g in torch.autograd.grad(out.sum(), leaves))] == [
+        torch.bfloat16, torch.bfloat16, weight, weight
+    ]  # fmt: skip
+
+
+@with_cpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(autocast, without_bfloat16):
+    x, weight = torch.randn(3, 8, 9, 7).bfloat16(), torch.randn(6, 8, 3, 3).bfloat16()
+    if autocast:
+        weight = weight.float()
+
+    def definition(x, weight):
+        return F.conv2d(x, weight.to(x.dtype), None, (2, 2), (1, 1))
+
+    def kernel(x, weight):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return conv2d(x, weight, (2, 2), (1, 1))
+
+    assert_as_accurate_as_eager(kernel, definition, lambda: [torch.randn_like(x), weight], None)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        out = kernel(x.requires_grad_(), weight.requires_grad_())
+    assert out.dtype == torch.bfloat16 and {t.dtype for t in saved} == {x.dtype, weight.dtype}
+    assert [g.dtype for g in torch.autograd.grad(out.sum(), [x, weight])] == [x.dtype, weight.dtype]
+    # One gradient alone.
+    x = x.detach()
+    assert torch.autograd.grad(kernel(x, weight).sum(), [weight])[0].shape == weight.shape
+
+
+@with_cpu
 def test_strided_inputs_gradients_and_more_dimensions():
     x, weight, bias = inputs((60, 40, 48))
     plain = ops.linear(x, weight, bias, backend="cpu")
@@ -79,7 +165,7 @@ def test_strided_inputs_gradients_and_more_dimensions():
     assert torch.equal(strided[2].grad, torch.full((48,), 60.0).bfloat16())
 
 
-@with_amx
+@with_cpu
 @pytest.mark.parametrize("wanted", range(3))
 def test_gradients_of_some_inputs_alone(wanted):
     tensors = inputs((50, 40, 48))
@@ -90,7 +176,7 @@ def test_gradients_of_some_inputs_alone(wanted):
     torch.testing.assert_close(own, every[wanted], rtol=2**-7, atol=0)
 
 
-@with_amx
+@with_cpu
 def test_no_rows():
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((0, 40, 48)))
     out = ops.linear(x, weight, bias, backend="cpu")
@@ -112,7 +198,7 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
-@with_amx
+@with_cpu
 def test_registration():
     for weight in (torch.bfloat16, torch.float32):
         x, w, b = (tensor.requires_grad_() for tensor in inputs((6, 40, 24), weight))

@@ -52,10 +52,11 @@ def test_gradients_by_finite_differences():
 def test_registration():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, False, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, True, "cpu"))
     ids = torch.arange(9) // 2
-    torch.library.opcheck(_clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, torch.bfloat16, "reference"))
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 6, 3.0, 4, torch.float32, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, torch.bfloat16, False, "reference"))
+    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 6, 3.0, 4, torch.float32, False, "reference"))
 
 
 def test_compiles_without_a_graph_break():

@@ -232,3 +232,36 @@ def test_the_scales_gradient_is_summed_before_g_is_rounded(products):
     (own,) = torch.autograd.grad(clip(*inputs), inputs[2:])
     (true,) = torch.autograd.grad(reference.dense(image.double(), text.double(), exact), exact)
     assert (own.double() - true).abs() <= 1e-4 * true.abs()
+
+
+@pytest.mark.parametrize("texts", [37, 300])
+def test_kept_products_give_the_gradients_of_products_multiplied_again(texts, monkeypatch):
+    monkeypatch.setattr(cpu, "_LIBRARY_COLUMNS", 150)
+    image, text = torch.randn(37, 24).requires_grad_(), torch.randn(texts, 24).requires_grad_()
+    scale = torch.tensor(5.0, requires_grad=True)
+    kept = ops.clip_loss(image, text, scale, hardness=1.0, backend="cpu")
+    again = ops.clip_loss(image, text, scale, hardness=1.0, chunk_size=16, backend="cpu")
+    torch.testing.assert_close(kept, again)
+    first = torch.autograd.grad(kept, (image, text, scale), retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(again, (image, text, scale)))
+    # A second backward pass through the same graph still finds the products.
+    assert all(map(torch.equal, first, torch.autograd.grad(kept, (image, text, scale))))
+
+
+def test_products_are_kept_only_where_a_gradient_is_wanted_and_no_chunk_size_is_given(monkeypatch):
+    shapes = []
+
+    def forward(*inputs, products=None):
+        shapes.append(None if products is None else tuple(products.shape))
+        return original(*inputs, products=products)
+
+    original = cpu.forward
+    monkeypatch.setattr(cpu, "forward", forward)
+    image, text = torch.randn(5, 8), torch.randn(7, 8)
+    wanted = image.clone().requires_grad_()
+    ops.clip_loss(image, text, 2.0, backend="cpu")
+    ops.clip_loss(wanted, text, 2.0, backend="cpu")
+    ops.clip_loss(wanted, text, 2.0, chunk_size=5, backend="cpu")
+    with torch.no_grad():
+        ops.clip_loss(wanted, text, 2.0, backend="cpu")
+    assert shapes == [None, (5, 7), None, None]

@@ -44,8 +44,39 @@ def test_a_name_for_all_operators_leaves_the_librarys_calls_to_it():
 
 
 def test_every_refusal_is_told():
-    with pytest.raises(ops.BackendError, match="triton: .*cuda: .*cpu: too small; reference: not implemented"):
+    with pytest.raises(ops.BackendError, match="triton: .*cuda: .*cpu: too small; torch: .*reference: not implemented"):
         dispatch.choose("op", {"cpu": lambda x: "too small"}, "auto", QKV)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_autocast_changes_no_precision_inside_attention(backend):
+    qkv = torch.randn(2, 9, 3, 2, 16, requires_grad=True)
+    bounds, rows = torch.tensor([0, 9, 18], dtype=torch.int32), torch.tensor([0, 9])
+    calls = {
+        "dense": lambda: ops.fused_attention(qkv, backend=backend),
+        "packed": lambda: ops.varlen_attention(qkv.flatten(0, 1), bounds, 9, backend=backend),
+        "pooled": lambda: ops.pooled_attention(
+            qkv[:, 0, 0], qkv.flatten(0, 1)[:, 1:].contiguous(), rows, bounds, backend=backend
+        ),
+    }
+    for name, call in calls.items():
+        plain = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), plain), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("loss", [ops.clip_loss, ops.siglip_loss])
+def test_autocast_changes_no_precision_inside_a_loss_and_its_backward(backend, loss):
+    image, text = (torch.nn.functional.normalize(part, dim=1).requires_grad_() for part in torch.randn(2, 40, 16))
+
+    def results():
+        value = loss(image, text, 20.0, operand_dtype=torch.float32, backend=backend)
+        return [value, *torch.autograd.grad(value, (image, text))]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(*pair) for pair in zip(results(), plain, strict=True))
 
 
 def test_the_environment_names_a_backend():

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import cuda_refusal, triton_refusal
+from ..arguments import cuda_refusal, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
+from . import sdpa
 from .checks import checked_dropout, cpu_limits
 from .pooled import pooled_attention
 
 __all__ = ["LIMITS", "fused_attention", "pooled_attention", "varlen_attention"]
 
 
-def _triton_limits(qkv: Tensor) -> str | None:
+# What limits are asked about: qkv, the dropout, and whether sequences are packed; without the latter two, neither is.
+
+
+def _triton_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     if qkv.shape[-1] not in (32, 64, 80, 96, 128):
         return f"d is {qkv.shape[-1]}, not among 32, 64, 80, 96 and 128"
     return triton_refusal(qkv)
@@ -23,7 +27,7 @@ def _triton_limits(qkv: Tensor) -> str | None:
 CUDA_BLOCK_BYTES = {32: 83456, 64: 82944, 96: 123904, 128: 148480}
 
 
-def _cuda_limits(qkv: Tensor) -> str | None:
+def _cuda_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     if qkv.shape[-1] not in CUDA_BLOCK_BYTES:
         return f"d is {qkv.shape[-1]}, not among 32, 64, 96 and 128"
     return cuda_refusal(qkv, block_bytes=CUDA_BLOCK_BYTES[qkv.shape[-1]])
@@ -33,8 +37,16 @@ LIMITS: Limits = {
     "triton": _triton_limits,
     "cuda": _cuda_limits,
     "cpu": cpu_limits,
-    "reference": lambda qkv: None,
+    "torch": sdpa.refusal,
+    "reference": lambda qkv, dropout_p=0.0, packed=False: None,
 }
+
+
+def _class_of(dim: int, tokens: int) -> str:
+    """The class of shapes under which times are recorded."""
+    if dim <= 64:
+        return "d <= 64, N <= 512" if tokens <= 512 else "d <= 64, N > 512"
+    return "d > 64, N <= 512" if tokens <= 512 else "d > 64, N > 512"
 
 
 def fused_attention(
@@ -74,10 +86,13 @@ def fused_attention(
             raise ValueError(f"key_mask must be (B, N) = {(batch, tokens)}, got {tuple(key_mask.shape)}")
         if key_mask.dtype != torch.bool or key_mask.device != qkv.device:
             raise ValueError(f"key_mask must be bool on {qkv.device}, got {key_mask.dtype} on {key_mask.device}")
-        key_mask = key_mask.flatten()
     rows = qkv.flatten(0, 1)
     seed, scale = checked_dropout("qkv", rows, dropout_p, seed, scale)
-    backend = choose("fused_attention", LIMITS, backend, rows)
+    shapes = _class_of(qkv.shape[4], tokens)
+    backend = choose("fused_attention", LIMITS, backend, rows, dropout_p, False, shapes=shapes)
+    if backend == "torch":
+        return sdpa.dense(qkv, key_mask, causal, scale)
+    key_mask = None if key_mask is None else key_mask.flatten()
     out, _ = _attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
     return out.unflatten(0, (batch, tokens))
 
@@ -116,7 +131,12 @@ def varlen_attention(
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
         raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
     seed, scale = checked_dropout("qkv", qkv, dropout_p, seed, scale)
-    backend = choose("varlen_attention", LIMITS, backend, qkv)
+    shapes = _class_of(qkv.shape[3], max_seqlen)
+    backend = choose("varlen_attention", LIMITS, backend, qkv, dropout_p, True, shapes=shapes)
+    if backend == "torch":
+        if cu_seqlens.device.type == "cpu":
+            _check_bounds(cu_seqlens, qkv.shape[0], max_seqlen)
+        return sdpa.packed(qkv, cu_seqlens, max_seqlen, causal, scale)
     return _attention(qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale, backend)[0]
 
 
@@ -130,6 +150,7 @@ def _check_bounds(cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:
 
 
 @torch.library.custom_op("bclip::attention", mutates_args=())
+@without_autocast
 def _attention(
     qkv: Tensor,
     cu_seqlens: Tensor | None,
@@ -165,6 +186,7 @@ def _(
 
 
 @torch.library.custom_op("bclip::attention_backward", mutates_args=())
+@without_autocast
 def _attention_backward(
     grad_out: Tensor,
     qkv: Tensor,

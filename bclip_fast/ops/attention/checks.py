@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def cpu_limits(operand: Tensor) -> str | None:
+def cpu_limits(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     """The reason against the C++ kernels, for an operand (..., d)."""
     if operand.device.type != "cpu":
         return f"the input is on {operand.device}"

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arguments import cuda_refusal, triton_refusal
+from .. import processor
+from ..arguments import cuda_refusal, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
-__all__ = ["LIMITS", "clip_loss", "default_chunk_size", "siglip_loss"]
+__all__ = ["LIMITS", "class_of", "clip_loss", "default_chunk_size", "siglip_loss"]
 
 
 # A limit's inputs: the features, what they are multiplied in (their own dtype unless given), and whether results must
@@ -64,6 +65,10 @@ def _reference_limits(
     return _library_limits(image, text, dtype, deterministic)
 
 
+# Products image @ text.T that the C++ kernels keep for the backward: 64 MiB in float32. Multiplying them again takes a
+# quarter of the time.
+_MAX_KEPT = 4096 * 4096
+
 _FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LIMITS: Limits = {
@@ -72,6 +77,13 @@ LIMITS: Limits = {
     "cpu": _cpu_limits,
     "reference": _reference_limits,
 }
+
+
+def class_of(text: Tensor) -> str:
+    """The class of shapes under which times are recorded."""
+    if text.shape[0] <= 256:
+        return "B <= 256"
+    return "B <= 1024" if text.shape[0] <= 1024 else "B > 1024"
 
 
 def clip_loss(
@@ -93,6 +105,7 @@ def clip_loss(
     Row i of `image` belongs to row i of `text` (Radford et al. 2021, arXiv 2103.00020, figure 3); further rows of text
     are negatives of every image. The mean is over images that have a text and texts that have an image. S is computed
     chunk by chunk and again in the backward: memory is O(B * D + chunk_size * B) where the dense form takes O(B * B).
+    (On a CPU up to 64 MiB of float32 products are kept for the backward instead, unless `chunk_size` is given.)
     The positive logits stay out of the sums, so loss and gradient are exact also where the softmax rounds to 1; with
     `groups` they are in them, and exact to the rounding of 1.
 
@@ -123,9 +136,11 @@ def clip_loss(
         ValueError: shapes, dtypes, devices or options that don't fit; the message names them.
         BackendError: the named backend cannot run this call.
     """
+    keep = chunk_size is None
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     dtype = operands_of(image, operand_dtype)
-    backend = choose("clip_loss", LIMITS, backend, image, text, dtype, deterministic)
+    shapes = class_of(text)
+    backend = choose("clip_loss", LIMITS, backend, image, text, dtype, deterministic, dtype=dtype, shapes=shapes)
     check_options(positive, groups, hardness)
     ids = checked_groups(image, text, groups)
     num_pairs = len(image)
@@ -133,7 +148,12 @@ def clip_loss(
         image, text, num_pairs = _with_positives_first(image, text, positive)
     elif groups is None:
         check_pairs(image, text)
-    arguments = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, backend
+    keep = keep and backend == "cpu" and groups is None and num_pairs == len(image)
+    # The matrix unit's tiles of S never leave the caches.
+    keep = keep and not (processor.HAS_AMX and dtype == torch.bfloat16)
+    keep = keep and len(image) * len(text) <= _MAX_KEPT and torch.is_grad_enabled()
+    keep = keep and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    arguments = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, keep, backend
     loss = _DirectClipLoss.apply(*arguments) if _in_plain_eager(image, text, scale) else _clip_loss(*arguments)[0]
     return loss if bias is None else loss + 0.0 * bias
 
@@ -158,7 +178,8 @@ def siglip_loss(
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)
     dtype = operands_of(image, operand_dtype)
-    backend = choose("siglip_loss", LIMITS, backend, image, text, dtype, deterministic)
+    shapes = class_of(text)
+    backend = choose("siglip_loss", LIMITS, backend, image, text, dtype, deterministic, dtype=dtype, shapes=shapes)
     check_options(positive, groups)
     ids = checked_groups(image, text, groups)
     if positive is not None:
@@ -332,6 +353,7 @@ def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) ->
     return min(num_rows, max(least, budget // (4 * num_columns)))
 
 
+@without_autocast
 def _clip_forward(
     image: Tensor,
     text: Tensor,
@@ -342,29 +364,33 @@ def _clip_forward(
     hardness: float,
     chunk_size: int,
     dtype: torch.dtype,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-sum-exps by row (b,) and by column (B,), positive logits (num_pairs,)), all but the loss float64.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, log-sum-exps by row (b,) and by column (B,), positive logits (num_pairs,), products (b, B) or nothing).
 
-    The log-sum-exps are those of the negatives, or with ids of all pairs; then there are no positive logits.
+    The log-sum-exps are those of the negatives, or with ids of all pairs; then there are no positive logits. They and
+    the positive logits are float64. The products of all pairs of rows are there where `keep` asks for them.
     """
     image, text = image.to(dtype), text.to(dtype)
     forward = kernels("contrastive", backend).forward
+    products = image.new_empty((len(image), len(text)) if keep else (0,), dtype=torch.float32)
     if image_ids is not None and text_ids is not None:
         groups = Groups.of(image_ids, image_ids, text_ids)
         rows, columns = forward(image, text, scale, None, chunk_size)
         loss = (groups.row_weights * rows).sum() + (groups.column_weights * columns).sum()
         loss = loss - groups.positives(image, text, scale)
-        return loss.to(scale.dtype), rows, columns, rows.new_empty(0)
+        return loss.to(scale.dtype), rows, columns, rows.new_empty(0), products
     sharpness = scale + hardness if hardness else scale
-    rows, columns = forward(image[:num_pairs], text, sharpness, 0, chunk_size)
+    kept = {"products": products} if keep else {}
+    rows, columns = forward(image[:num_pairs], text, sharpness, 0, chunk_size, **kept)
     if num_pairs < len(image):
         own = columns[:num_pairs]
         others = forward(image[num_pairs:], text[:num_pairs], sharpness, None, chunk_size)[1]
         torch.logaddexp(own, others, out=own)
     positive = positive_logits(image[:num_pairs], text[:num_pairs], scale)
     loss = pair_losses(rows, columns[:num_pairs], positive).mean() / 2
-    return loss.to(scale.dtype), rows, columns, positive
+    return loss.to(scale.dtype), rows, columns, positive, products
 
 
 _clip_loss = torch.library.custom_op("bclip::clip_loss", _clip_forward, mutates_args=())
@@ -381,13 +407,17 @@ def _(
     hardness: float,
     chunk_size: int,
     dtype: torch.dtype,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
     paired = num_pairs if image_ids is None else 0
     sizes = num_pairs if image_ids is None else len(image), len(text), paired
-    return scale.new_empty(()), *(scale.new_empty(size, dtype=torch.float64) for size in sizes)
+    sums = (scale.new_empty(size, dtype=torch.float64) for size in sizes)
+    products = scale.new_empty((len(image), len(text)) if keep else (0,), dtype=torch.float32)
+    return scale.new_empty(()), *sums, products
 
 
+@without_autocast
 def _clip_gradients(
     grad: Tensor,
     image: Tensor,
@@ -398,10 +428,12 @@ def _clip_gradients(
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
+    products: Tensor,
     num_pairs: int,
     hardness: float,
     chunk_size: int,
     dtype: torch.dtype,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and scale."""
@@ -420,7 +452,8 @@ def _clip_gradients(
     positive_grad = (weight * positive_gradient(rows, own, positive)).to(scale.dtype)
     if num_pairs == len(image):
         saved = rows_lse, columns_lse, weight, positive_grad
-        return backward(image, text, scale, 0, *saved, chunk_size, result)
+        kept = {"products": products} if keep else {}
+        return backward(image, text, scale, 0, *saved, chunk_size, result, **kept)
     # Images without a text of their own are negatives of the texts that have an image.
     pairs, others = image.tensor_split([num_pairs])
     saved = rows_lse, columns_lse, weight, positive_grad
@@ -445,10 +478,12 @@ def _(
     rows: Tensor,
     columns: Tensor,
     positive: Tensor,
+    products: Tensor,
     num_pairs: int,
     hardness: float,
     chunk_size: int,
     dtype: torch.dtype,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Contiguous whatever the inputs' layout, as the kernels allocate them.
@@ -462,7 +497,7 @@ def _clip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _clip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    return *_clip_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return *_clip_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 _clip_loss.register_autograd(_clip_backward, setup_context=_clip_setup)
@@ -481,9 +516,10 @@ class _DirectClipLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *_clip_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 7
+        return *_clip_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
+@without_autocast
 def _siglip_forward(
     image: Tensor,
     text: Tensor,

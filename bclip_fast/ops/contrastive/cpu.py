@@ -24,21 +24,27 @@ from bclip_fast import _cpu
 from ..arguments import address
 from .terms import Groups, log_sum_exp
 
-# A chunk this small stays in the last-level cache between matmul and kernel; a larger one gains nothing.
+# The dot products of a chunk of rows and a block of columns stay in the last-level cache between matmul and kernel.
+# 1024 x 2048 is the fastest shape of that size: matmuls of few rows and many columns spend their time on packing.
 _LIBRARY_CHUNK_BYTES = 8 << 20
 _LIBRARY_MIN_ROWS = 128
-# Of so many columns, texts and their gradient stay in that cache while all rows pass; time is then that of B^2.
-_LIBRARY_COLUMNS = 8192
+_LIBRARY_COLUMNS = 2048
 # A positive that stands beyond every column is none.
 _NO_POSITIVES = 1 << 40
 
 
-def forward(image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+def forward(
+    image: Tensor, text: Tensor, scale: Tensor, first: int | None, chunk_size: int, *, products: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `reference.forward`; `products`, float32 (b, B), is filled with image @ text.T."""
+    if products is not None:
+        torch.mm(image.float(), text.float().T, out=products)
     first = _NO_POSITIVES if first is None else first
     rows, columns = _full((len(image),), -math.inf, torch.float64), []
+    chunk_size = _chunk_rows(chunk_size, text)
     for block in _column_blocks(image, text):
-        problem = image, text[block], float(scale), first - block.start, chunk_size
+        own = None if products is None else products[:, block]
+        problem = image, text[block], float(scale), first - block.start, chunk_size, own
         of_block = _with_fixed_offset(*problem) or _with_running_maximum(*problem)
         rows = torch.logaddexp(rows, of_block[0])
         columns.append(of_block[1])
@@ -59,8 +65,9 @@ def backward(
     *,
     hardness: float = 0.0,
     groups: Groups | None = None,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.backward`."""
+    """As `reference.backward`; with `products`, float32 (b, B), image @ text.T isn't multiplied again."""
     rows_lse, columns_lse, positive_grad = (part.contiguous() for part in (rows_lse, columns_lse, positive_grad))
     first = _NO_POSITIVES if first is None else first
     shares = [] if groups is None else [(weight * part).float() for part in (groups.row_shares, groups.column_shares)]
@@ -79,19 +86,21 @@ def backward(
         )
         return problem.image_grad, problem.text_grad, _number(scale_grad)
     gradients = _Gradients(image, text, float(scale), dtype)
+    chunk_size = _chunk_rows(chunk_size, text)
     for block in _column_blocks(image, text):
-        products = _LibraryProducts(image, text[block], chunk_size, with_gradients=True)
-        for chunk in products.chunks(first - block.start):
+        own = None if products is None else products[:, block]
+        of_block = _LibraryProducts(image, text[block], chunk_size, with_gradients=True, products=own)
+        for chunk in of_block.chunks(first - block.start):
             chunk.softmax_gradient(
                 float(scale) + hardness,
                 float(weight),
                 address(rows_lse[chunk.own], torch.float64, len(chunk.rows)),
-                address(columns_lse[block], torch.float64, len(products.text)),
+                address(columns_lse[block], torch.float64, len(of_block.text)),
                 0 if first == _NO_POSITIVES else address(positive_grad[chunk.own], torch.float32, len(chunk.rows)),
                 _addresses(groups, chunk.own, block, shares),
             )
             gradients.add_chunk(chunk)
-        gradients.add_block(block, products)
+        gradients.add_block(block, of_block)
     return gradients.results()
 
 
@@ -126,6 +135,7 @@ def siglip(
         return loss, problem.image_grad, problem.text_grad, scale_grad, bias_grad
     gradients = _Gradients(image, text, float(scale), dtype) if with_gradients else None
     loss_sum = bias_sum = 0.0
+    chunk_size = _chunk_rows(chunk_size, text)
     for block in _column_blocks(image, text):
         products = _LibraryProducts(image, text[block], chunk_size, with_gradients)
         for chunk in products.chunks(first - block.start):
@@ -140,6 +150,11 @@ def siglip(
     if gradients:
         return loss, *gradients.results(), _number(bias_sum)
     return loss, image.new_empty(0), text.new_empty(0), _number(0.0), _number(0.0)
+
+
+def _chunk_rows(chunk_size: int, text: Tensor) -> int:
+    """Rows of a block of columns that hold as many products as `chunk_size` rows of all columns."""
+    return chunk_size * max(1, len(text) // _LIBRARY_COLUMNS)
 
 
 def _column_blocks(image: Tensor, text: Tensor) -> list[slice]:
@@ -165,7 +180,7 @@ def _addresses(
 
 
 def _with_fixed_offset(
-    image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
+    image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int, products: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """(r, q), or None where the offset doesn't suit every row and column."""
     norms = [_largest_norm(image), _largest_norm(text)]
@@ -182,7 +197,7 @@ def _with_fixed_offset(
         outputs = row_sums.data_ptr(), column_sums.data_ptr()
         _cpu.amx_exponential_sums(problem.pointers, factor, offset, *outputs, torch.get_num_threads())
     else:
-        for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
+        for chunk in _LibraryProducts(image, text, chunk_size, products=products).chunks(first, read_only=True):
             chunk.exponential_sums(
                 factor,
                 offset,
@@ -203,12 +218,12 @@ def _largest_norm(features: Tensor) -> float:
 
 
 def _with_running_maximum(
-    image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int
+    image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int, products: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(r, q) whatever the logits; sums over nothing are -inf."""
     rows_lse = _full((len(image),), -math.inf, torch.float64)
     columns_lse = _full((len(text),), -math.inf, torch.float64)
-    for chunk in _LibraryProducts(image, text, chunk_size, with_gradients=False).chunks(first):
+    for chunk in _LibraryProducts(image, text, chunk_size, products=products).chunks(first, read_only=True):
         # Not rounded again: the backward's powers are of scale * dots in more than single precision, too.
         logits = chunk.dots.double().mul_(scale)
         logits.diagonal(chunk.first).fill_(-math.inf)
@@ -282,17 +297,33 @@ class _LibraryChunk:
 
 
 class _LibraryProducts:
-    def __init__(self, image: Tensor, text: Tensor, chunk_size: int, with_gradients: bool) -> None:
+    """Dot products of images and texts, chunk by chunk: multiplied by the library, or read from `products` (b, B)."""
+
+    def __init__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        chunk_size: int,
+        with_gradients: bool = False,
+        products: Tensor | None = None,
+    ) -> None:
         self.image, self.text, self.with_gradients = image, text.float(), with_gradients
+        self.products = products
         largest = max(_LIBRARY_MIN_ROWS, _LIBRARY_CHUNK_BYTES // (4 * len(text)))
         self.chunk_size = min(chunk_size, len(image), largest)
         self.text_grad = self.text.new_zeros(text.shape if with_gradients else (0,))
 
-    def chunks(self, first: int) -> Iterator[_LibraryChunk]:
-        buffer = self.text.new_empty(self.chunk_size, len(self.text))
+    def chunks(self, first: int, read_only: bool = False) -> Iterator[_LibraryChunk]:
+        """`read_only`: the chunks' products aren't overwritten, so that given ones need no copy."""
+        in_place = read_only and self.products is not None and self.products.is_contiguous()
+        buffer = self.text.new_empty(0 if in_place else self.chunk_size, len(self.text))
         for start in range(0, len(self.image), self.chunk_size):
-            rows = self.image[start : start + self.chunk_size].float()
-            dots = torch.mm(rows, self.text.T, out=buffer[: len(rows)])
+            own = slice(start, start + self.chunk_size)
+            rows = self.image[own].float()
+            if self.products is None:
+                dots = torch.mm(rows, self.text.T, out=buffer[: len(rows)])
+            else:
+                dots = self.products[own] if in_place else buffer[: len(rows)].copy_(self.products[own])
             yield _LibraryChunk(self, start, rows, first + start, dots)
 
 

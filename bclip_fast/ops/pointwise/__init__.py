@@ -33,6 +33,21 @@ def _triton_limits(*inputs: Tensor) -> str | None:
 
 LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda *inputs: None}
 
+# More numbers than this are a large tensor to the record of times; fewer, and a call costs more than its work.
+_LARGE = 1 << 17
+
+
+def _class_of(x: Tensor) -> str:
+    return "large" if x.numel() > _LARGE else "small"
+
+
+def _norm_class(stream: Tensor, dropout_p: float, seeded: bool) -> str:
+    if dropout_p == 0.0:
+        return _class_of(stream)
+    if seeded:
+        return "seeded dropout"  # never measured: the reference computes its random numbers one by one
+    return "dropout, large" if stream.numel() > _LARGE else "dropout, small"
+
 
 def add_norm(
     stream: Tensor,
@@ -78,10 +93,12 @@ def add_norm(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     dtype = dtype or stream.dtype
     inputs = [tensor for tensor in (stream, branch, weight, bias) if tensor is not None]
-    backend = choose("add_norm", LIMITS, backend, *inputs, stream.new_empty(0, dtype=dtype))
     if dropout_p == 0.0 or branch is None:
         seed, dropout_p = None, 0.0
-    elif seed is None and backend != "reference":
+    shapes = _norm_class(stream, dropout_p, seed is not None)
+    normed_like = stream.new_empty(0, dtype=dtype)
+    backend = choose("add_norm", LIMITS, backend, *inputs, normed_like, dtype=dtype, shapes=shapes)
+    if dropout_p > 0.0 and seed is None and backend != "reference":
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
     elif isinstance(seed, int):
         seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
@@ -105,7 +122,7 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
-    backend = choose("gelu", LIMITS, backend, x)
+    backend = choose("gelu", LIMITS, backend, x, shapes=_class_of(x))
     return F.gelu(x) if backend == "reference" else _gelu(x, backend)
 
 

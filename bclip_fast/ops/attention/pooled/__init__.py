@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arguments import triton_refusal
+from ...arguments import triton_refusal, without_autocast
 from ...dispatch import Limits, choose, kernels
+from .. import sdpa
 from ..checks import checked_dropout, cpu_limits
 
 __all__ = ["LIMITS", "pooled_attention"]
 
 
-LIMITS: Limits = {"triton": triton_refusal, "cpu": cpu_limits, "reference": lambda query: None}
+LIMITS: Limits = {
+    "triton": lambda query, dropout_p=0.0, packed=True: triton_refusal(query),
+    "cpu": cpu_limits,
+    "torch": sdpa.refusal,
+    "reference": lambda query, dropout_p=0.0, packed=True: None,
+}
 
 
 def pooled_attention(
@@ -61,7 +67,11 @@ def pooled_attention(
                 f"{index.device}"
             )
     seed, scale = checked_dropout("query", query, dropout_p, seed, scale)
-    backend = choose("pooled_attention", LIMITS, backend, query)
+    backend = choose("pooled_attention", LIMITS, backend, query, dropout_p, True)
+    if backend == "torch":
+        if rows.device.type == "cpu":
+            _check_rows(rows, cu_seqlens, len(key_value))
+        return sdpa.pooled(query, key_value, rows, cu_seqlens, causal, scale)
     return _pooled(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale, backend)[0]
 
 
@@ -76,6 +86,7 @@ def _check_rows(rows: Tensor, cu_seqlens: Tensor, tokens: int) -> None:
 
 
 @torch.library.custom_op("bclip::pooled_attention", mutates_args=())
+@without_autocast
 def _pooled(
     query: Tensor,
     key_value: Tensor,
@@ -111,6 +122,7 @@ def _(
 
 
 @torch.library.custom_op("bclip::pooled_attention_backward", mutates_args=())
+@without_autocast
 def _pooled_backward(
     grad_out: Tensor,
     query: Tensor,
