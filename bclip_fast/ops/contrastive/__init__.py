@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import processor
-from ..arguments import cuda_refusal, triton_refusal, without_autocast
+from ..arguments import cuda_refusal, differentiable_once, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
 from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
 
@@ -514,7 +513,7 @@ class _DirectClipLoss(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return *_clip_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
@@ -577,7 +576,7 @@ def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _siglip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
+    image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors[:4]
     bias = grad * bias_grad if ctx.has_bias else None
     features = [(grad * tensor).to(ctx.dtype) for tensor in (image_grad, text_grad)]
     return *features, grad * scale_grad, bias, *[None] * 6
@@ -593,10 +592,10 @@ class _DirectSigLipLoss(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
         output = _siglip_forward(*inputs)
         ctx.has_bias, ctx.dtype = inputs[3] is not None, inputs[0].dtype
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:4])
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _siglip_backward(ctx, grad)
