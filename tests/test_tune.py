@@ -493,3 +493,13 @@ def test_importing_the_operators_reads_no_record(tmp_path):
     environment = {**os.environ, "BCLIP_TUNE": str(tmp_path / "none.json")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "read"
+
+
+def test_a_resumed_run_without_its_file_of_backends_says_so_and_writes_one(tmp_path, caplog):
+    with backends.of_run(tmp_path, resumed=False):
+        pass
+    assert not caplog.records
+    (tmp_path / "backends.json").unlink()
+    with backends.of_run(tmp_path, resumed=True):
+        pass
+    assert "backends.json is missing" in caplog.text and (tmp_path / "backends.json").is_file()
