@@ -41,7 +41,7 @@ def library(tmp_path_factory):
 
 @outside
 def test_on_the_host(library):
-    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 36
+    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 25
 
 
 @outside
