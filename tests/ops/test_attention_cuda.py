@@ -24,7 +24,7 @@ SEED = torch.tensor(-(2**40) + 12345)
 @outside
 def test_on_the_host():
     """What this file marks as hosted, and every test of the operator that takes a backend."""
-    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_host.environment()) >= 60
+    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_host.environment()) >= 45
 
 
 @outside

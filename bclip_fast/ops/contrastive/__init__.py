@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import processor
 from ..arguments import cuda_refusal, differentiable_once, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
-from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
+from .terms import (
+    Groups,
+    accumulation_dtype,
+    keeps_products,
+    pair_losses,
+    positive_gradient,
+    positive_logits,
+    siglip_gradient_dtype,
+)
 
 __all__ = ["LIMITS", "class_of", "clip_loss", "default_chunk_size", "siglip_loss"]
 
@@ -63,10 +70,6 @@ def _reference_limits(
 ) -> str | None:
     return _library_limits(image, text, dtype, deterministic)
 
-
-# Products image @ text.T that the C++ kernels keep for the backward: 64 MiB in float32. Multiplying them again takes a
-# quarter of the time.
-_MAX_KEPT = 4096 * 4096
 
 _FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -148,10 +151,7 @@ def clip_loss(
     elif groups is None:
         check_pairs(image, text)
     keep = keep and backend == "cpu" and groups is None and num_pairs == len(image)
-    # The matrix unit's tiles of S never leave the caches.
-    keep = keep and not (processor.HAS_AMX and dtype == torch.bfloat16)
-    keep = keep and len(image) * len(text) <= _MAX_KEPT and torch.is_grad_enabled()
-    keep = keep and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    keep = keep and keeps_products(image, text, scale, dtype)
     arguments = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, keep, backend
     loss = _DirectClipLoss.apply(*arguments) if _in_plain_eager(image, text, scale) else _clip_loss(*arguments)[0]
     return loss if bias is None else loss + 0.0 * bias

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton import LN_2, LOG2_E, _dropout, _kept, _load, _store
+from ..triton import _dropout, _kept, _load, _store
 
 KEYS = 64
 
@@ -49,7 +49,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     head = (program % HEADS).to(tl.int32)
     sequence = program // HEADS
     start, row, _, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
-    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH) * (scale * LOG2_E)
+    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
     key_value += start * stride_token + head * stride_head
     result = tl.zeros((WIDTH,), tl.float32)
     highest = -1e30
@@ -57,10 +57,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, seen, KEYS):
         keys = first + tl.arange(0, KEYS)
         key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1), float("-inf"))
+        # The backward computes the same scores: what they are rounded by cancels there.
+        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
         higher = tl.maximum(tl.max(scores, 0), highest)
-        weights = tl.exp2(scores - higher)
-        fading = tl.exp2(highest - higher)
+        weights = tl.exp(scores - higher)
+        fading = tl.exp(highest - higher)
         highest = higher
         total = total * fading + tl.sum(weights, 0)
         if DROPOUT:
@@ -68,7 +69,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             weights = tl.where(tl.reshape(kept, (KEYS,)), weights, 0.0)
         value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         result = result * fading + tl.sum(value * weights[:, None], 0)
-    tl.store(lse + program, (highest + tl.log2(total)) * LN_2)
+    tl.store(lse + program, highest + tl.log(total))
     _put(out + program * DIM, result * (keep_scale / total), DIM, WIDTH)
 
 
@@ -85,7 +86,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
     out_grad = _vector(grad_out + program * DIM, DIM, WIDTH)
     delta = tl.sum(out_grad * _vector(out + program * DIM, DIM, WIDTH), 0)
-    row_lse = tl.load(lse + program) * LOG2_E
+    row_lse = tl.load(lse + program)
     key_value += start * stride_token + head * stride_head
     grad += start * (2 * HEADS * DIM) + head * DIM
     result = tl.zeros((WIDTH,), tl.float32)
@@ -93,8 +94,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         keys = first + tl.arange(0, KEYS)
         key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * (scale * LOG2_E), float("-inf"))
-        weights = tl.exp2(scores - row_lse)
+        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        weights = tl.exp(scores - row_lse)
         dropped = weights
         weights_grad = tl.sum(value * out_grad[None, :], 1)
         if DROPOUT:
