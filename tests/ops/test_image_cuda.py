@@ -41,11 +41,7 @@ def library(tmp_path_factory):
 
 @outside
 def test_on_the_host(library):
-<<<<<<< HEAD
-    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 28
-=======
     assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 25
->>>>>>> 9ca078127e698fd25dc703b01c1449513d210f01
 
 
 @outside

@@ -65,19 +65,13 @@ def _cpu_limits(
     return None
 
 
-def _reference_limits(
-    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
-) -> str | None:
-    return _library_limits(image, text, dtype, deterministic)
-
-
 _FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LIMITS: Limits = {
     "triton": _triton_limits,
     "cuda": _cuda_limits,
     "cpu": _cpu_limits,
-    "reference": _reference_limits,
+    "reference": _library_limits,
 }
 
 
