@@ -29,7 +29,9 @@ __all__ = ["LIMITS", "class_of", "clip_loss", "default_chunk_size", "siglip_loss
 # be the same bits from run to run. All kernels of ours sum in a fixed order and use no atomics.
 
 
-def _library_limits(image: Tensor, text: Tensor, dtype: torch.dtype | None, deterministic: bool) -> str | None:
+def _library_limits(
+    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
     """cuBLAS promises the same bits from run to run where its workspaces are given (NVIDIA, cuBLAS, 2.1.4)."""
     if deterministic and image.device.type == "cuda":
         if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
