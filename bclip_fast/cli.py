@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, log
-from .errors import UserError
+from .errors import BackendError, UserError
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.configure(os.environ.get("BCLIP_LOG"), main_rank=log.rank() == "0")
     try:
         return _run(name, command, args[len(name.split()) :])
-    except (UserError, _backend_error()) as error:
+    except (UserError, BackendError) as error:
         print(f"bclip {name}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -175,13 +175,6 @@ def _run(name: str, command: Command, args: list[str]) -> int:
 def _load(reference: str) -> Any:
     module, name = reference.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _backend_error() -> type[Exception]:
-    """BackendError, without paying for torch before something has failed."""
-    from .ops.dispatch import BackendError
-
-    return BackendError
 
 
 def _usage() -> str:

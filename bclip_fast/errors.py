@@ -1,5 +1,9 @@
-"""The exception whose message is written for the person at the keyboard."""
+"""Exceptions whose messages are written for the person at the keyboard."""
 
 
 class UserError(ValueError):
     """One line that names the thing, its value and what to do; the command line prints it and exits 2."""
+
+
+class BackendError(RuntimeError):
+    """No backend can run this call; the message holds each refusal's reason."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +65,8 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.operators if name not in OPERATORS]:
             raise UserError(f"operators: {', '.join(unknown)} unknown; there are {', '.join(OPERATORS)}")
-        if not self.seconds > 0:
-            raise UserError(f"seconds={self.seconds}: must be above 0")
+        if not 0 < self.seconds < math.inf:
+            raise UserError(f"seconds={self.seconds}: must be a finite number above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device=cuda: torch sees no GPU")
 
@@ -82,7 +84,8 @@ def run(config: TuneConfig) -> None:
         raise UserError("BCLIP_CUDA_HOST or TRITON_INTERPRET=1 is set: times of emulated kernels say nothing")
     device = _device(config)
     fingerprint = tuning.fingerprint(device.type, device.index or 0)
-    path = config.out or tuning.path_for(fingerprint)
+    path = config.out or _path_in_cache(fingerprint)
+    _check_destination(path, Record(fingerprint), config.operators)
     todo = list(_wanted(device, config.operators))
     busy = os.getloadavg()[0]
     if device.type == "cpu" and busy > 0.5 * (os.cpu_count() or 1):
@@ -167,6 +170,29 @@ def ranked(ms: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(sorted(ms, key=lambda name: (0.0 if ms[name] <= TIE * fastest else ms[name], BACKENDS.index(name))))
 
 
+def _path_in_cache(fingerprint: Mapping[str, str]) -> Path:
+    try:
+        return tuning.path_for(fingerprint)
+    except RuntimeError as problem:
+        raise UserError(
+            "the cache's folder is unknown, as this user has no home: set BCLIP_CACHE or --out"
+        ) from problem
+
+
+def _check_destination(path: Path, record: Record, operators: Sequence[str]) -> None:
+    """Raises, before minutes are spent on measurements, what would keep the result from being written."""
+    if operators and path.exists():
+        _merged(path, record, operators)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as problem:
+        raise UserError(f"{path} cannot be written: {problem.strerror}; --out names another file") from problem
+
+
 def _device(config: TuneConfig) -> torch.device:
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -182,7 +208,10 @@ def _wanted(device: torch.device, operators: Sequence[str]) -> Iterator[Trial]:
 
 def _merged(path: Path, record: Record, operators: Sequence[str]) -> Record:
     """`record` with what an older one of the same device holds of other operators."""
-    older = tuning.load(path)
+    try:
+        older = tuning.load(path)
+    except UserError as problem:
+        raise UserError(f"{problem}; measure all operators, or delete the file") from problem
     if older.fingerprint != record.fingerprint:
         differing = tuning.differences(older.fingerprint, record.fingerprint)
         raise UserError(f"{path} is of another device or version ({differing}): measure all operators, or give --out")

@@ -23,7 +23,7 @@ TESTS = [
     f"tests/ops/test_{name}.py" for name in ("attention", "contrastive", "contrastive_modes", "contrastive_targets")
 ]
 KERNELS = [f"tests/ops/test_{name}_cuda.py" for name in ("attention", "contrastive", "image")]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:randomly"]
 MEASURED = "(contrastive or siglip or attention) and (bfloat16 or float16) and not reference"
 
 

@@ -130,6 +130,7 @@ def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
         args = [str(here / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+        args += ["-p", "no:randomly"]  # rows come in the order of the cases
         args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={here}", "-c", "/dev/null"]
         status = pytest.main([*args, "-k", words] + ["--large"] * large)
         data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}

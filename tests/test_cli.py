@@ -59,6 +59,16 @@ def test_a_mistake_gives_one_line_and_exit_code_2(args, words):
     assert "Traceback" not in done.stderr
 
 
+def test_an_unknown_backend_in_the_environment_gives_one_line_and_exit_code_2(monkeypatch):
+    monkeypatch.setenv("BCLIP_BACKEND", "none_such")
+    done = subprocess.run(
+        [sys.executable, "-m", "bclip_fast.cli", "doctor"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("bclip doctor: BCLIP_BACKEND names the unknown backend 'none_such'")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_missing_package_is_named_with_its_extra():
     done = bclip("doctor", missing=["tyro"])
     assert done.returncode == 2

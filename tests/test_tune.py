@@ -370,11 +370,55 @@ def test_the_command_does_not_mix_devices(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"operators": ("gelo",)}, "gelo unknown; there are fused"), ({"seconds": 0.0}, "seconds=0.0: must be above 0")],
+    [
+        ({"operators": ("gelo",)}, "gelo unknown; there are fused"),
+        ({"seconds": 0.0}, "seconds=0.0: must be a finite number above 0"),
+        ({"seconds": float("inf")}, "seconds=inf: must be a finite number above 0"),
+    ],
 )
 def test_the_command_refuses_by_name(options, words):
     with pytest.raises(UserError, match=words):
         tune.TuneConfig(**options)
+
+
+def a_damaged_record(folder: Path) -> Path:
+    (folder / "damaged.json").write_text("{")
+    return folder / "damaged.json"
+
+
+def a_folder_below_a_file(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "record.json"
+
+
+@pytest.mark.parametrize(
+    ("destination", "words"),
+    [
+        (lambda folder: folder, "cannot be read: Is a directory"),
+        (a_folder_below_a_file, "cannot be written: .*; --out names another file"),
+        (a_damaged_record, "is damaged: .*; measure all operators, or delete the file"),
+    ],
+)
+def test_the_command_refuses_a_bad_destination_before_it_measures(destination, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "measure", lambda *args: pytest.fail("measured first"))
+    with pytest.raises(UserError, match=words):
+        tune.run(tune.TuneConfig(operators=("gelu",), out=destination(tmp_path)))
+
+
+def test_the_command_refuses_a_directory_as_destination_of_all_operators(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "measure", lambda *args: pytest.fail("measured first"))
+    with pytest.raises(UserError, match="cannot be written: it is a directory"):
+        tune.run(tune.TuneConfig(out=tmp_path))
+
+
+def test_the_command_without_a_home_names_the_variable_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BCLIP_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match="no home: set BCLIP_CACHE or --out"):
+        tune.run(tune.TuneConfig(operators=("gelu",)))
 
 
 def test_equally_fast_backends_keep_the_packages_order():
@@ -449,3 +493,13 @@ def test_importing_the_operators_reads_no_record(tmp_path):
     environment = {**os.environ, "BCLIP_TUNE": str(tmp_path / "none.json")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "read"
+
+
+def test_a_resumed_run_without_its_file_of_backends_says_so_and_writes_one(tmp_path, caplog):
+    with backends.of_run(tmp_path, resumed=False):
+        pass
+    assert not caplog.records
+    (tmp_path / "backends.json").unlink()
+    with backends.of_run(tmp_path, resumed=True):
+        pass
+    assert "backends.json is missing" in caplog.text and (tmp_path / "backends.json").is_file()

@@ -1,10 +1,11 @@
 """The operators, each with a reference that defines it and backends that are chosen in `dispatch`."""
 
+from ..errors import BackendError
 from . import image
 from .affine import linear
 from .attention import fused_attention, pooled_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
-from .dispatch import BACKENDS, BackendError, use_backend
+from .dispatch import BACKENDS, use_backend
 from .pointwise import add_norm, gelu
 
 __all__ = [

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from functools import cache, wraps
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,40 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
+
+    return run
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes gradients on and refuses to differentiate them."""
+
+    @staticmethod
+    def forward(ctx: Any, num_gradients: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if each is None else each.view_as(each) for each in tensors[:num_gradients])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            "operators of bclip_fast are differentiable once: for second derivatives (create_graph=True, Hessians, "
+            "gradient penalties) use plain torch operations"
+        )
+
+
+def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The backward of an autograd function whose gradients raise RuntimeError where they are differentiated.
+
+    torch's `once_differentiable` detaches them from the inputs wherever the incoming gradient needs none itself, as
+    that of a loss: second derivatives are then zero without a word. The inputs must be among the saved tensors.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        sources = [each for each in (*grads, *ctx.saved_tensors) if isinstance(each, Tensor) and each.requires_grad]
+        return _Refusal.apply(len(gradients), *gradients, *sources)
 
     return run
 

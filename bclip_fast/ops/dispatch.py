@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import BackendError
 from . import tuning
 from .arguments import CUDA_HOST
 
@@ -38,10 +39,6 @@ _NEEDS = {"cuda": "bclip_fast._cuda", "triton": "triton", "cpu": "bclip_fast._cp
 MISSING = {name: f"{module} is not installed" for name, module in _NEEDS.items() if find_spec(module) is None}
 if CUDA_HOST is not None:
     MISSING.pop("cuda", None)
-
-
-class BackendError(RuntimeError):
-    """No backend can run this call; the message holds each refusal's reason."""
 
 
 @dataclass(frozen=True)

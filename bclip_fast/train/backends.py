@@ -49,6 +49,12 @@ def _settle(folder: Path, resumed: bool, keep: bool) -> dict[str, Any]:
         _tell_differences(recorded)
         return to_json(recorded)
     data = to_json({device.type: current(device) for device in _devices()})
+    if resumed:
+        log.warning(
+            "%s is missing, so the run goes on with this machine's backends and may not be bit for bit what it would "
+            "have been",
+            path,
+        )
     if not keep:
         return data
     partial = path.with_name(f".{path.name}.{os.getpid()}")

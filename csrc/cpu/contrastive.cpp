@@ -32,7 +32,7 @@ std::vector<const ContrastiveKernels*> supported() {
 const ContrastiveKernels& chosen() {
   const auto found = supported();
   const char* asked = std::getenv("BCLIP_CPU_ISA");
-  if (!asked) return *found.front();
+  if (!asked || !*asked) return *found.front();
   std::string names;
   for (const auto* kernels : found) {
     if (asked == std::string(kernels->name)) return *kernels;

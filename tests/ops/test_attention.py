@@ -226,6 +226,8 @@ QKV = torch.zeros(4, 3, 1, 4)
         (lambda: ops.varlen_attention(QKV, torch.tensor([[0, 4]], dtype=torch.int32), 4), "cu_seqlens"),
         (lambda: ops.varlen_attention(QKV, bounds_of([3]), 4), "cu_seqlens"),
         (lambda: ops.varlen_attention(QKV, bounds_of([4]), 3), "max_seqlen"),
+        (lambda: ops.varlen_attention(QKV[:0], bounds_of([]), -1), "max_seqlen is -1"),
+        (lambda: ops.fused_attention(torch.zeros(2, 3, 3, 1, 0)), "head dimension of at least 1"),
         (lambda: ops.varlen_attention(QKV, bounds_of([6, -2]), 9), "cu_seqlens"),
     ],
 )

@@ -114,6 +114,16 @@ def test_without_the_dispatcher_the_same_bits(backend, dtype, name, monkeypatch)
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivatives_raise_an_error(name):
+    image, text = (each.requires_grad_() for each in features(5, 4))
+    (gradient,) = torch.autograd.grad(LOSSES[name](image, text, 3.0), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.functional.hessian(lambda scale: LOSSES[name](image, text, scale), torch.tensor(3.0))
+
+
 def test_whoever_watches_sees_the_operator():
     image, text = features(5, 4)
     seen = []

@@ -145,8 +145,9 @@ def _check_bounds(cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != rows or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must rise from 0 to T = {rows}, got {bounds[:4]} ... {bounds[-1]}")
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} tokens")
+    longest = max(lengths, default=0)
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {longest} tokens")
 
 
 @torch.library.custom_op("bclip::attention", mutates_args=())

@@ -23,6 +23,8 @@ def checked_dropout(
     """Seed (None without dropout) and scale as the backends take them, for the operand `name`, (..., d)."""
     if not operand.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {operand.dtype}")
+    if operand.shape[-1] == 0:
+        raise ValueError(f"{name} must have a head dimension of at least 1, got {tuple(operand.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):

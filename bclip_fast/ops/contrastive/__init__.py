@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import processor
-from ..arguments import cuda_refusal, triton_refusal, without_autocast
+from ..arguments import cuda_refusal, differentiable_once, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
-from .terms import Groups, accumulation_dtype, pair_losses, positive_gradient, positive_logits, siglip_gradient_dtype
+from .terms import (
+    Groups,
+    accumulation_dtype,
+    keeps_products,
+    pair_losses,
+    positive_gradient,
+    positive_logits,
+    siglip_gradient_dtype,
+)
 
 __all__ = ["LIMITS", "class_of", "clip_loss", "default_chunk_size", "siglip_loss"]
 
@@ -23,7 +29,9 @@ __all__ = ["LIMITS", "class_of", "clip_loss", "default_chunk_size", "siglip_loss
 # be the same bits from run to run. All kernels of ours sum in a fixed order and use no atomics.
 
 
-def _library_limits(image: Tensor, text: Tensor, dtype: torch.dtype | None, deterministic: bool) -> str | None:
+def _library_limits(
+    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
+) -> str | None:
     """cuBLAS promises the same bits from run to run where its workspaces are given (NVIDIA, cuBLAS, 2.1.4)."""
     if deterministic and image.device.type == "cuda":
         if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
@@ -59,23 +67,13 @@ def _cpu_limits(
     return None
 
 
-def _reference_limits(
-    image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
-) -> str | None:
-    return _library_limits(image, text, dtype, deterministic)
-
-
-# Products image @ text.T that the C++ kernels keep for the backward: 64 MiB in float32. Multiplying them again takes a
-# quarter of the time.
-_MAX_KEPT = 4096 * 4096
-
 _FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LIMITS: Limits = {
     "triton": _triton_limits,
     "cuda": _cuda_limits,
     "cpu": _cpu_limits,
-    "reference": _reference_limits,
+    "reference": _library_limits,
 }
 
 
@@ -149,10 +147,7 @@ def clip_loss(
     elif groups is None:
         check_pairs(image, text)
     keep = keep and backend == "cpu" and groups is None and num_pairs == len(image)
-    # The matrix unit's tiles of S never leave the caches.
-    keep = keep and not (processor.HAS_AMX and dtype == torch.bfloat16)
-    keep = keep and len(image) * len(text) <= _MAX_KEPT and torch.is_grad_enabled()
-    keep = keep and (image.requires_grad or text.requires_grad or scale.requires_grad)
+    keep = keep and keeps_products(image, text, scale, dtype)
     arguments = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, keep, backend
     loss = _DirectClipLoss.apply(*arguments) if _in_plain_eager(image, text, scale) else _clip_loss(*arguments)[0]
     return loss if bias is None else loss + 0.0 * bias
@@ -514,7 +509,7 @@ class _DirectClipLoss(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return *_clip_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
@@ -577,7 +572,7 @@ def _siglip_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _siglip_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors
+    image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors[:4]
     bias = grad * bias_grad if ctx.has_bias else None
     features = [(grad * tensor).to(ctx.dtype) for tensor in (image_grad, text_grad)]
     return *features, grad * scale_grad, bias, *[None] * 6
@@ -593,10 +588,10 @@ class _DirectSigLipLoss(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
         output = _siglip_forward(*inputs)
         ctx.has_bias, ctx.dtype = inputs[3] is not None, inputs[0].dtype
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:4])
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _siglip_backward(ctx, grad)
