@@ -43,6 +43,8 @@ def judge_pooled_attention(
         lambda query, *pairs: pooled.attention(query, torch.stack(pairs, 1), *options),
         lambda: [torch.randn(rows, *shape[1:]).to(dtype) for rows in (shape[0], num_rows, num_rows)],
         formulas.pooled_attention(*options),
+        # Sequences of hundreds of keys, with one query each, have too few rows for the smallest factor.
+        4 if num_rows > 300 else None,
     )
 
 

@@ -49,7 +49,7 @@ FEW, CHANCE = 100, 1e-6
 # Small inputs are drawn more often than DRAWS[0] times, until their rows are enough for the factor. An interpreter or
 # emulator adds up in one order on every machine, and is a thousand times slower.
 EMULATED = CUDA_HOST is not None or os.environ.get("TRITON_INTERPRET") == "1"
-DRAWS = 1 if EMULATED else 3, 30
+DRAWS = (1, 5) if EMULATED else (3, 30)
 # A truth as far below its bound as float64's rounding is below float32's has cancelled.
 CANCELLED = 2.0**-24
 # Below float32's normal numbers a kernel may take zero.
