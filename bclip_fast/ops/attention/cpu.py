@@ -1,6 +1,7 @@
 """The operator on the CPU: C++ for all of it (csrc/attention.h), one head of one sequence at a time on each thread.
 
-`bclip tune` compares it with torch's scaled_dot_product_attention on the machine at hand. Without AMX bfloat16 is multiplied in float32, without AVX-512 by narrower vectors of the same code.
+`bclip tune` compares it with torch's scaled_dot_product_attention on the machine at hand. Without AMX bfloat16 is
+multiplied in float32, without AVX-512 by narrower vectors of the same code.
 """
 
 from __future__ import annotations
