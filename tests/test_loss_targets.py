@@ -11,7 +11,7 @@ from test_loss import EXACT, Towers, gradients
 from torch import nn
 
 from bclip_fast import ClipLoss, SigLipLoss, ops
-from bclip_fast.loss import ranks as collectives
+from bclip_fast.loss import collectives
 from bclip_fast.ops.contrastive import reference
 
 

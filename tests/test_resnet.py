@@ -401,7 +401,7 @@ def test_the_published_layout_is_read(tmp_path: Path) -> None:
     import open_clip
 
     content = json.loads((Path(open_clip.__file__).parent / "model_configs" / "RN50-quickgelu.json").read_text())
-    assert pretrained.layout.read({"model_cfg": content}, dict, dict) == preset("clip_rn50")
+    assert pretrained.open_clip_config.read({"model_cfg": content}, dict, dict) == preset("clip_rn50")
 
 
 # What every tower does

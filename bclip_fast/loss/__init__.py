@@ -14,8 +14,8 @@ itself unless TORCH_NCCL_BLOCKING_WAIT=1 is set; its log then names the collecti
 from __future__ import annotations
 
 from .clip import ClipLoss, CoCaLoss
+from .collectives import CollectiveError
 from .distill import DistillClipLoss
-from .ranks import CollectiveError
 from .siglip import SigLipLoss
 
 __all__ = ["ClipLoss", "CoCaLoss", "CollectiveError", "DistillClipLoss", "SigLipLoss"]

@@ -26,7 +26,7 @@ from ..ops.contrastive import (
 )
 from ..ops.contrastive.terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
 from ..ops.dispatch import choose, kernels
-from .ranks import Columns, GatherRows, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
+from .collectives import Columns, GatherRows, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 
 class ClipLoss(RankedLoss):

@@ -13,7 +13,7 @@ from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_s
 from ..ops.contrastive.terms import pair_losses, positive_gradient
 from ..ops.dispatch import Limits, choose
 from .clip import ClipLoss
-from .ranks import Ranks, check_rows, one_dtype
+from .collectives import Ranks, check_rows, one_dtype
 
 _LIMITS: Limits = {"reference": LIMITS["reference"]}
 

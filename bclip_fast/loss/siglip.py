@@ -25,7 +25,7 @@ from ..ops.contrastive import (
 )
 from ..ops.contrastive.terms import accumulation_dtype, siglip_gradient_dtype
 from ..ops.dispatch import choose, kernels
-from .ranks import Columns, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
+from .collectives import Columns, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 
 class SigLipLoss(RankedLoss):

@@ -10,7 +10,7 @@ from typing import Any
 from bclip_fast import pretrained
 from bclip_fast.data.transform import PreprocessConfig
 from bclip_fast.errors import UserError
-from bclip_fast.model import layout, weights
+from bclip_fast.model import open_clip_config, weights
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.text import BertTower
 from bclip_fast.model.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
             raise UserError(f"init.vision={init.vision}: a plain ViT, but model.vision.kind is not vit")
         state, content, where = _read(init.vision)
         if content is not None:
-            _check_heads(where, layout.vit_heads(content, where), model.config.vision.heads, "vision")
+            _check_heads(where, open_clip_config.vit_heads(content, where), model.config.vision.heads, "vision")
         filled = weights.from_vit(state, model.visual, where=where)
         log.info("image tower from %s; at random: %s", where, _fill(model.visual, filled))
     if init.text:
@@ -60,7 +60,7 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
             raise UserError(f"init.text={init.text}: a BERT, but model.text.kind is {model.config.text.kind}")
         state, content, where = _read(init.text)
         if content is not None:
-            _check_heads(where, layout.bert_config(content, where).heads, model.config.text.heads, "text")
+            _check_heads(where, open_clip_config.bert_config(content, where).heads, model.config.text.heads, "text")
         filled = weights.from_bert(state, model.text, where=where)
         log.info("text tower from %s; at random: %s", where, _fill(model.text, filled))
 
