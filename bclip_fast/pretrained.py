@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .data.transform import Preprocess, PreprocessConfig
 from .errors import UserError
-from .model import open_clip_config, weights
+from .model import open_clip_config, tower_config, weights
 from .model.biomedclip import BiomedClip, BiomedClipConfig
 from .model.open_clip_config import CONFIG_FILE
+from .model.safe_load import read_checkpoint
 from .model.tokenizer import Tokenizer
 from .model.vision import resize_positions
 
@@ -65,7 +66,7 @@ def load(
     with torch.device("meta"):
         model = BiomedClip(config)
     path = source.get(WEIGHT_FILES)
-    state = weights.from_open_clip(weights.read_checkpoint(path), model, where=str(path))
+    state = weights.from_open_clip(read_checkpoint(path), model, where=str(path))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
         preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
@@ -147,7 +148,7 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
     folder, config, pixels = Path(folder), model.config, preprocess.config
     states = weights.to_transformers(model.state_dict(), config)
     for name, content, state in zip(
-        ("vision", "text"), open_clip_config.transformers_configs(config), states, strict=False
+        ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
     ):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

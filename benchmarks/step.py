@@ -26,9 +26,11 @@ from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model import open_clip_config, transformer, vision, weights
 from bclip_fast.model import text as text_towers
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.tower_config import PUBMEDBERT
 from bclip_fast.train.flops import step_flops
 from bclip_fast.train.heap import keep_freed_memory
 from bclip_fast.train.optimizer import AdamW
@@ -313,7 +315,7 @@ def open_clip_twin(model: BiomedClip) -> nn.Module:
     files = open_clip_config.write(config, published_tokenizer=False)
     name = files[open_clip_config.CONFIG_FILE]["model_cfg"]["text_cfg"].get("hf_model_name")
     with tempfile.TemporaryDirectory() as folder:
-        if name == open_clip_config.PUBMEDBERT:
+        if name == PUBMEDBERT:
             # Offline, transformers takes a hub's name for a folder where there is one.
             changed = replace(config, text=replace(config.text, max_positions=config.text.max_positions + 1))
             bert = open_clip_config.write(changed, published_tokenizer=False)["text/config.json"]

@@ -13,7 +13,8 @@ itself unless TORCH_NCCL_BLOCKING_WAIT=1 is set; its log then names the collecti
 
 from __future__ import annotations
 
-from .clip import ClipLoss, CoCaLoss
+from .clip import ClipLoss
+from .coca import CoCaLoss
 from .collectives import CollectiveError
 from .distill import DistillClipLoss
 from .siglip import SigLipLoss

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
@@ -193,59 +193,6 @@ class ClipLoss(RankedLoss):
         images, texts, owns = sums[0] / num_images, sums[1] / num_texts, sums[2] / num_images
         gap = (positives / num_images).squeeze(0) - images @ (texts + owns) / 2
         return loss + self.label_smoothing * as_scalar(logit_scale, image) * gap
-
-
-class CoCaLoss(ClipLoss):
-    """open_clip's CoCaLoss: the contrastive loss of the global batch and the captions' cross-entropy of this rank.
-
-    Args:
-        caption_loss_weight, clip_loss_weight: factors of the two.
-        pad_id: the label that counts for nothing.
-        others, extras: those of `ClipLoss`.
-    """
-
-    def __init__(
-        self,
-        caption_loss_weight: float,
-        clip_loss_weight: float,
-        pad_id: int = 0,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        **extras: Any,
-    ) -> None:
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, **extras)
-        self.clip_loss_weight = clip_loss_weight
-        self.caption_loss_weight = caption_loss_weight
-        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
-
-    def forward(  # type: ignore[override]
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        logit_scale: Tensor | float,
-        output_dict: bool = False,
-        *,
-        groups: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """(contrastive, caption) loss of (b, D) features, (b, L, V) logits and (b, L) labels; groups as in ClipLoss.
-
-        `{"contrastive_loss": ..., "caption_loss": ...}` with `output_dict`.
-        """
-        if self.clip_loss_weight:
-            features = image_features, text_features
-            contrastive = self.clip_loss_weight * self._clip_loss(*features, logit_scale, groups=groups)
-        else:
-            contrastive = torch.tensor(0, device=logits.device)
-        caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
-        if output_dict:
-            return {"contrastive_loss": contrastive, "caption_loss": caption}
-        return contrastive, caption
 
 
 class _GlobalClipLoss(torch.autograd.Function):
