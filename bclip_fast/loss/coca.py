@@ -1,4 +1,4 @@
-"""CoCaLoss: the contrastive loss and the captions' cross-entropy."""
+"""CoCaLoss: ClipLoss and the cross-entropy of generated captions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .clip import ClipLoss
+from .collectives import GroupIds
 
 
 class CoCaLoss(ClipLoss):
-    """open_clip's CoCaLoss: the contrastive loss of the global batch and the captions' cross-entropy of this rank.
+    """open_clip's CoCaLoss: the contrastive loss of the global batch, and the cross-entropy of this rank's captions.
 
     Args:
-        caption_loss_weight, clip_loss_weight: factors of the two.
-        pad_id: the label that counts for nothing.
-        others, extras: those of `ClipLoss`.
+        caption_loss_weight, clip_loss_weight: factors of the two losses.
+        pad_id: the label that the cross-entropy ignores.
+        extras: further keywords of `ClipLoss`. The arguments without a description here are its arguments too.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class CoCaLoss(ClipLoss):
         logit_scale: Tensor | float,
         output_dict: bool = False,
         *,
-        groups: Tensor | tuple[Tensor, Tensor] | None = None,
+        groups: GroupIds | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """(contrastive, caption) loss of (b, D) features, (b, L, V) logits and (b, L) labels; groups as in ClipLoss.
+        """Return the (contrastive, caption) losses of features (b, D), logits (b, L, V) and labels (b, L).
 
-        `{"contrastive_loss": ..., "caption_loss": ...}` with `output_dict`.
+        With `output_dict` they come as `{"contrastive_loss": ..., "caption_loss": ...}`. `groups` are as in
+        `ClipLoss.forward`.
         """
         if self.clip_loss_weight:
             features = image_features, text_features
