@@ -221,7 +221,7 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     if num_left < num_parts:
         log.info("going on: %s of %s packages are done", num_parts - num_left, num_parts)
     failures = []
-    results = engines.run(config.engine, write_part, tasks(), config.workers)
+    results = engines.run(config.engine, write_part, tasks(), config.workers, preload=[__name__])
     for task, answer in _shown("packages", results, num_left):
         if isinstance(answer, engines.Crash):
             files = task.package.items or (task.package.name,)
@@ -263,7 +263,8 @@ def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list
     """Stage 3; what dataset.json says of each shard."""
     (work / "shards").mkdir(exist_ok=True)
     left = [_ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
-    for task, answer in _shown("shards", engines.run(config.engine, write_shard, left, config.workers), len(left)):
+    results = engines.run(config.engine, write_shard, left, config.workers, preload=[__name__])
+    for task, answer in _shown("shards", results, len(left)):
         if isinstance(answer, engines.Crash):
             raise UserError(f"the process that wrote {task.shard.name} died (out of memory?); run it again")
     return [json.loads((work / f"shards/{shard.name}.json").read_bytes()) for shard in shards]
