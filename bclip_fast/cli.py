@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, log
+from . import log
 from .errors import BackendError, UserError
+from .version import __version__
 
 
 @dataclass(frozen=True)

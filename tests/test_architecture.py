@@ -53,12 +53,22 @@ def test_an_import_adds_only_modules_of_the_package_the_standard_library_and_tor
         "bclip_fast.errors",
         "bclip_fast.log",
         "bclip_fast.threads",
+        "bclip_fast.version",
     )
     own = [name for name in imports[statement] if name.startswith("bclip_fast.")]
     assert [name for name in own if not name.startswith(wanted)] == []
     assert statement == "loss" or not [name for name in own if name.startswith(wanted[:3])]
     slow = ("torch._dynamo", "torch._inductor", "torch.utils.tensorboard")
     assert [name for name in imports[statement] if name.startswith(slow)] == []
+
+
+def test_the_stub_gives_the_public_names():
+    """`__init__.py` imports nothing of the package's parts, so `__init__.pyi` must name them all."""
+    import bclip_fast
+
+    stub = ast.parse((ROOT / "bclip_fast" / "__init__.pyi").read_text())
+    names = [alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(filter(None, names)) == sorted(bclip_fast.__all__)
 
 
 def test_no_file_is_longer_than_600_lines():

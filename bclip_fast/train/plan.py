@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-import bclip_fast
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
@@ -333,7 +332,7 @@ class _Rates:
 
 def measured(device: str) -> list[dict[str, Any]]:
     """The rows of benchmarks/results for a device; the folder is beside the package in a source tree, else inside."""
-    package = Path(bclip_fast.__file__).parent
+    package = Path(__file__).parents[1]
     paths = [folder / "benchmarks" / "results" / results_name(device) for folder in (package.parent, package)]
     path = next((path for path in paths if path.is_file()), None)
     return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
