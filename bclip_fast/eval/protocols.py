@@ -7,19 +7,17 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from . import probe, prompts, retrieval, zero_shot
+from .config import EvalConfig
 from .datasets import EvalDataset
 from .embed import Embedder
 from .tasks import Task
-
-if TYPE_CHECKING:
-    from .command import EvalConfig
 
 log = logging.getLogger(__name__)
 
