@@ -74,7 +74,13 @@ COMMANDS = {
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",
-        "bclip_fast.train.trainer:train",
+        "bclip_fast.plan.command:train",
+        "train",
+    ),
+    "plan": Command(
+        "memory, operations and hours of a training run; refuses what cannot fit",
+        "bclip_fast.train.config:TrainConfig",
+        "bclip_fast.plan.command:run",
         "train",
     ),
     "finetune": Command(
