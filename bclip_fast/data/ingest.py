@@ -30,8 +30,9 @@ import tyro
 from ..errors import UserError
 from . import engines
 from .objects import Rules, discover_objects, is_address, is_mirror, open_store, select
-from .pairs import Options, PartTask, Reject, part_paths, write_part, write_rows
-from .plan import Shard, Splits, key_of, make_plan, part_rejects, read_image, read_pair
+from .pairs import Options, PartTask, write_part
+from .parts import Reject, part_paths, part_rejects, read_image, read_pair, write_rows
+from .plan import Shard, Splits, key_of, make_plan
 from .sanitize import JPEG_QUALITY
 from .shard_format import to_json
 from .shard_writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
