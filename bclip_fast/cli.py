@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, log
+from . import log
 from .errors import BackendError, UserError
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,13 @@ COMMANDS = {
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",
-        "bclip_fast.train.trainer:train",
+        "bclip_fast.plan.command:train",
+        "train",
+    ),
+    "plan": Command(
+        "memory, operations and hours of a training run; refuses what cannot fit",
+        "bclip_fast.train.config:TrainConfig",
+        "bclip_fast.plan.command:run",
         "train",
     ),
     "finetune": Command(

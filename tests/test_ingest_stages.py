@@ -21,8 +21,10 @@ import pytest
 from PIL import Image
 from test_ingest import article, noise, pack, put
 
+from bclip_fast.data.duplicates import NEAR_BITS, near_pairs
 from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.plan import NEAR_BITS, SPLITS, Splits, near_pairs
+from bclip_fast.data.parts import SPLITS
+from bclip_fast.data.plan import Splits
 from bclip_fast.data.sanitize import perceptual_hash
 from bclip_fast.data.shards import verify
 from bclip_fast.errors import UserError

@@ -14,6 +14,7 @@ import pytest
 import torch
 from synthetic import tiny_model, tiny_run, write_shards
 
+from bclip_fast import cli
 from bclip_fast import config as config_files
 from bclip_fast.config import CONFIGS, parse
 from bclip_fast.errors import UserError
@@ -23,6 +24,7 @@ from bclip_fast.train import memory, plan
 from bclip_fast.train.cluster import GIB, ClusterConfig, World, world
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.trainer import train
 
 VIT_B = "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k"
 PUBMEDBERT = "hf-hub:microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
@@ -269,10 +271,21 @@ def test_planned_memory_is_within_15_percent_of_the_measured_peak(name: str, tmp
 
 
 def test_a_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from bclip_fast.train.trainer import train
-
-    config = tiny_run(tmp_path / "run", write_shards(tmp_path / "shards"), dry_run=True)
-    assert train(config) == tmp_path / "run" and not (tmp_path / "run").exists()
-    shown = capsys.readouterr().out
+    config = tiny_run(tmp_path / "run", write_shards(tmp_path / "shards"))
+    (tmp_path / "config.toml").write_text(config_files.to_toml(config))
+    (tmp_path / "dry_run.toml").write_text("dry_run = true\n")
+    outputs = []
+    for command in ("plan", "train --dry_run", "train dry_run.toml"):
+        name, *changes = command.replace("dry_run.toml", str(tmp_path / "dry_run.toml")).split()
+        assert cli.main([name, str(tmp_path / "config.toml"), *changes]) == 0
+        assert not (tmp_path / "run").exists()
+        outputs.append(capsys.readouterr().out)
+    shown = outputs[0]
+    assert outputs == [shown] * 3
     for words in ("96 an epoch", "6 steps, 96 pairs seen", "image tower's activations", "padded to 12, checkpointed"):
         assert words in shown
+
+
+def test_the_trainer_refuses_a_dry_run(tmp_path: Path):
+    with pytest.raises(UserError, match="plan"):
+        train(TrainConfig(run=str(tmp_path / "run"), dry_run=True))

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,12 +25,15 @@ class Crash:
 
 
 def run(
-    engine: str, function: Callable[[Any], Any], tasks: Iterable[Any], workers: int
+    engine: str, function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, *, preload: Sequence[str] = ()
 ) -> Iterator[tuple[Any, Any | Crash]]:
     """(task, result) of every task, in the order in which they end; few tasks are held at a time.
 
-    `workers` is the number of processes; 0 means one a core (of the cluster, for ray), 1 with `local` is this process.
-    An exception in `function` ends the run; the end of its process costs its task alone.
+    If `function` raises, the run stops. If its process dies, only that task is lost and yields `Crash`.
+
+    Args:
+        workers: number of processes. 0: one for each core (of the cluster under ray). 1 under `local`: this process.
+        preload: modules that the fork server of `local` imports once for all worker processes.
     """
     if engine == "ray":
         yield from _ray(function, tasks, workers)
@@ -42,7 +45,7 @@ def run(
         return
     waiting = iter(tasks)
     running: dict[Future[Any], Any] = {}
-    pool = _pool(workers)
+    pool = _pool(workers, preload)
     try:
         while True:
             suspects = []
@@ -67,8 +70,8 @@ def run(
                 suspects += running.values()
                 running.clear()
                 for task in suspects:
-                    yield task, _alone(function, task)
-                pool = _pool(workers)
+                    yield task, _alone(function, task, preload)
+                pool = _pool(workers, preload)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -84,10 +87,10 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def _pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:
     # A fork server has no threads of ours, whose locks a plain fork would copy; it imports the work once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bclip_fast.data.ingest"])
+    context.set_forkserver_preload(list(preload))
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
 
 
@@ -103,8 +106,8 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _alone(function: Callable[[Any], Any], task: Any) -> Any | Crash:
-    with _pool(1) as pool:
+def _alone(function: Callable[[Any], Any], task: Any, preload: Sequence[str]) -> Any | Crash:
+    with _pool(1, preload) as pool:
         try:
             return pool.submit(function, task).result()
         except BrokenProcessPool:

@@ -30,8 +30,9 @@ import tyro
 from ..errors import UserError
 from . import engines
 from .objects import Rules, discover_objects, is_address, is_mirror, open_store, select
-from .pairs import Options, PartTask, Reject, part_paths, write_part, write_rows
-from .plan import Shard, Splits, key_of, make_plan, part_rejects, read_image, read_pair
+from .pairs import Options, PartTask, write_part
+from .parts import Reject, part_paths, part_rejects, read_image, read_pair, write_rows
+from .plan import Shard, Splits, key_of, make_plan
 from .sanitize import JPEG_QUALITY
 from .shard_format import to_json
 from .shard_writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
@@ -221,7 +222,7 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     if num_left < num_parts:
         log.info("going on: %s of %s packages are done", num_parts - num_left, num_parts)
     failures = []
-    results = engines.run(config.engine, write_part, tasks(), config.workers)
+    results = engines.run(config.engine, write_part, tasks(), config.workers, preload=[__name__])
     for task, answer in _shown("packages", results, num_left):
         if isinstance(answer, engines.Crash):
             files = task.package.items or (task.package.name,)
@@ -263,7 +264,8 @@ def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list
     """Stage 3; what dataset.json says of each shard."""
     (work / "shards").mkdir(exist_ok=True)
     left = [_ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
-    for task, answer in _shown("shards", engines.run(config.engine, write_shard, left, config.workers), len(left)):
+    results = engines.run(config.engine, write_shard, left, config.workers, preload=[__name__])
+    for task, answer in _shown("shards", results, len(left)):
         if isinstance(answer, engines.Crash):
             raise UserError(f"the process that wrote {task.shard.name} died (out of memory?); run it again")
     return [json.loads((work / f"shards/{shard.name}.json").read_bytes()) for shard in shards]

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .. import __version__
+from ..version import __version__
 from . import xml_safe
 from .source import (
     IMAGE_SUFFIXES,

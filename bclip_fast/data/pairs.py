@@ -1,16 +1,4 @@
-"""The work of an article: its figures, their images, their captions, as pairs and rejects; kept in a file a package.
-
-A part is two files: `<number>.images`, the JPEGs one after another, and `<number>.rows`, renamed into place last, whose
-lines are, by their first letter (fields are separated by tabs, JSON never holds one):
-
-    A  [identity, file]                                                 an article; the pairs that follow are its own
-    P  suffix, bytes of caption, bytes of metadata, place and bytes of the image, their CRC-32, SHA-256 of the source,
-       perceptual hash, and {"caption", "meta", "mentions"}
-    R  [article, figure, file, reason]                                  what is no pair
-    E  CRC-32 of all lines before                                       the end
-
-Nothing waits for the disk: what a power failure leaves half on it is found by these sums, and done again.
-"""
+"""The work of an article: its figures, their images, their captions, as pairs and rejects; a part for each package."""
 
 from __future__ import annotations
 
@@ -18,19 +6,16 @@ import dataclasses
 import functools
 import hashlib
 import html
-import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .jats import Article, Figure, JatsError, parse
 from .objects import Rules, open_objects
 from .panels import split_panels
-from .sanitize import JPEG_QUALITY, SanitizedImage, SanitizeError, sanitize
-from .shard_format import to_json
+from .parts import Begin, Pair, Reject, write_rows
+from .sanitize import JPEG_QUALITY, SanitizeError, sanitize
 from .source import ArticleFiles, FetchError, Files, ImageNames, Package, SourceError, open_package
 
 
@@ -44,35 +29,6 @@ class Options:
     panels: bool = False
     tokenizer: str = ""
     connections: int = 8
-
-
-@dataclass(frozen=True)
-class Reject:
-    """What did not become a pair. The part of `reason` before a colon is its kind."""
-
-    article: str
-    figure: str
-    file: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image with its caption; `suffix` distinguishes it within its article, `mentions` are paragraphs about it."""
-
-    suffix: str
-    image: SanitizedImage
-    caption: str
-    meta: dict[str, Any]
-    mentions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Begin:
-    """An article begins; it is known by `identity`: PMCID, else DOI, PMID, or its file."""
-
-    identity: str
-    file: str
 
 
 def process(package: Package, options: Options) -> Iterator[Begin | Pair | Reject]:
@@ -210,12 +166,6 @@ class PartTask:
     options: Options
 
 
-def part_paths(folder: str | Path, number: int) -> tuple[Path, Path]:
-    """`.images` and `.rows` of a part."""
-    stem = Path(folder) / f"{number // 1000:06d}" / f"{number:09d}"
-    return stem.with_suffix(".images"), stem.with_suffix(".rows")
-
-
 def write_part(task: PartTask) -> str:
     """Process a package into its part; the answer is empty, or why it couldn't be read this time."""
     try:
@@ -223,39 +173,3 @@ def write_part(task: PartTask) -> str:
     except FetchError as error:
         return str(error)
     return ""
-
-
-def write_rows(folder: str, number: int, events: Iterator[Begin | Pair | Reject]) -> None:
-    images_path, rows_path = part_paths(folder, number)
-    images_path.parent.mkdir(parents=True, exist_ok=True)
-    # Of this process alone: a run that was killed may have left one, and a worker of it may live for a moment.
-    scratch = f".{os.getpid()}"
-    images_scratch, rows_scratch = Path(f"{images_path}{scratch}"), Path(f"{rows_path}{scratch}")
-    try:
-        with images_scratch.open("wb") as images, rows_scratch.open("wb") as rows:
-            checksum = 0
-            for event in events:
-                line = _line(event, images.tell())
-                checksum = zlib.crc32(line, checksum)
-                rows.write(line)
-                if isinstance(event, Pair):
-                    images.write(event.image.data)
-            rows.write(b"E\t%d\n" % checksum)
-        images_scratch.replace(images_path)
-        rows_scratch.replace(rows_path)
-    finally:
-        images_scratch.unlink(missing_ok=True)
-        rows_scratch.unlink(missing_ok=True)
-
-
-def _line(event: Begin | Pair | Reject, place: int) -> bytes:
-    if isinstance(event, Begin):
-        text = "A\t" + to_json(dataclasses.astuple(event))
-    elif isinstance(event, Reject):
-        text = "R\t" + to_json(dataclasses.astuple(event))
-    else:
-        sizes = len(event.caption.encode()), len(to_json(event.meta).encode())
-        hashes = zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash
-        body = to_json({"caption": event.caption, "meta": event.meta, "mentions": event.mentions})
-        text = "\t".join(map(str, ("P", event.suffix, *sizes, place, len(event.image.data), *hashes, body)))
-    return text.encode() + b"\n"

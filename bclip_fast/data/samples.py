@@ -37,11 +37,11 @@ import numpy as np
 from PIL import Image
 
 from bclip_fast.data import samples_pictures, samples_volumes
-from bclip_fast.data.samples_captions import LABELS, TEMPLATES, Facts, compose
+from bclip_fast.data.samples_captions import LABELS, Facts, compose
 from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
 
-__all__ = ["LABELS", "TEMPLATES", "LabelSummary", "build", "summarize_labels"]
+__all__ = ["LABELS", "LabelSummary", "build", "summarize_labels"]
 
 log = logging.getLogger(__name__)
 

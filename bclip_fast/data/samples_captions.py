@@ -4,59 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-# Value -> noun phrases that fit "a photo of ..."; captions are made of the same phrases.
-LABELS: dict[str, dict[str, list[str]]] = {
-    "modality": {
-        "MR": ["magnetic resonance image", "MRI scan", "MR image"],
-        "CT": ["computed tomography image", "CT scan", "CT slice"],
-        "CR": ["computed radiography image", "X-ray radiograph", "plain radiograph"],
-        "US": ["ultrasound image", "sonogram", "ultrasonography image"],
-        "NM": ["nuclear medicine image", "gamma camera image", "scintigram"],
-        "fundus": ["retinal fundus photograph", "fundus camera image", "fundus photograph"],
-        "histology": ["histology image", "histopathology micrograph", "tissue section micrograph"],
-        "fluorescence": ["fluorescence microscopy image", "fluorescence micrograph"],
-        "phase": ["quantitative phase image", "digital holographic microscopy image"],
-    },
-    "sequence": {
-        "T1": ["T1-weighted MRI", "T1-weighted magnetic resonance image"],
-        "GM": ["grey-matter probability map from MRI", "MRI map of grey matter"],
-        "WM": ["white-matter probability map from MRI", "MRI map of white matter"],
-    },
-    "plane": {
-        "axial": ["axial slice", "transverse slice"],
-        "coronal": ["coronal slice", "frontal slice"],
-        "sagittal": ["sagittal slice", "lateral slice"],
-    },
-    "body_part": {
-        "head": ["head", "brain"],
-        "chest": ["chest", "thorax"],
-        "abdomen": ["abdomen", "abdominal region"],
-        "shoulder": ["shoulder", "shoulder joint"],
-        "lower leg": ["lower leg", "distal tibia"],
-        "whole body": ["whole body", "whole skeleton"],
-        "heart": ["heart", "heart and great vessels"],
-        "retina": ["retina", "eye fundus"],
-        "colon": ["colon", "colonic glands"],
-    },
-    "stain": {
-        "H&E": ["hematoxylin and eosin", "H&E"],
-        "DAB": ["DAB immunohistochemistry with hematoxylin", "DAB and hematoxylin counterstain"],
-        "DNA": ["a fluorescent DNA stain", "a fluorescent nuclear stain"],
-    },
-}
+from bclip_fast.config import read_toml
 
-# Prompts for kinds whose captions nearly always name the same company: a plane stands beside a brain's MRI. Kinds that
-# aren't here take the generic ones.
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "plane": tuple(
-        f"{start}{{}} of the {part}, {noun}."
-        for start in ("", "A ", "Figure showing a ")
-        for part in ("head", "brain")
-        for noun in ("T1-weighted MRI", "MRI map of grey matter", "MRI map of white matter")
-    ),
+_PROMPT_SETS = Path(__file__).parents[1] / "eval" / "prompt_sets"
+# Label kind -> label -> noun phrases that fit "a photo of ...". Captions and prompts use the same phrases.
+LABELS: dict[str, dict[str, list[str]]] = {
+    kind: table["classes"] for kind, table in read_toml(_PROMPT_SETS / "sample_images.toml").items()
 }
 
 _TERSE = 0.4  # share of captions; prompts of zero-shot classification are terse too

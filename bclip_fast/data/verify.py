@@ -12,7 +12,8 @@ import numpy as np
 import tyro
 
 from . import shards
-from .plan import SPLITS, near_pairs
+from .duplicates import near_pairs
+from .parts import SPLITS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..errors import UserError
+from ..version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ else:
 from ..errors import UserError
 
 _TASKS = Path(__file__).parent / "tasks"
+_SAMPLE_IMAGES = Path(__file__).parent / "prompt_sets" / "sample_images.toml"
 GENERIC_TEMPLATES = (
     "{}",
     "a photo of {}",
@@ -59,6 +61,15 @@ def named(name: str) -> PromptSet:
         raise UserError(f"unknown prompt set {name!r}: use one of {', '.join(known)} or the path of a TOML file")
     table = _read(Path(name))
     return read_prompts(table.get("prompts", table), f"prompt file {name}", Path(name).name)
+
+
+@functools.cache
+def sample_sets() -> Mapping[str, PromptSet]:
+    """The prompts for each label kind of the demonstration data."""
+    return {
+        kind: read_prompts(table, f"prompt file {_SAMPLE_IMAGES}, table [{kind}]")
+        for kind, table in _read(_SAMPLE_IMAGES).items()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

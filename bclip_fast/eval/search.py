@@ -113,7 +113,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     embedder = _embedder(
         model or config.model, config, config.batch_size, num_workers=config.num_workers, progress=config.progress
     )
-    rows = embedder._images(data).cpu()
+    rows = embedder.uncached_images(data).cpu()
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -298,7 +298,7 @@ def predict(embedder: Embedder, data: VqaDataset) -> list[str]:
                 part = data.questions[start : start + embedder.batch_size]
                 images = pool.map(lambda q: embedder.preprocess(open_image(_read(q.image), lambda: q.key)), part)
                 ids = embedder.tokenizer([q.text for q in part]).to(embedder.device)
-                with embedder._autocast():
+                with embedder.autocast():
                     logits = model(torch.stack(list(images)).to(embedder.device), ids)["logits"].float()
                 if not bool(torch.isfinite(logits).all()):
                     raise UserError("the model's logits hold NaN or infinity: the weights are broken")

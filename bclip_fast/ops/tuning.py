@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..errors import UserError
+from ..version import __version__
 from . import processor
 from .arguments import CUDA_HOST
 

@@ -40,7 +40,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What `--dry_run` plans for; training itself takes the ranks that the launcher gives it."""
+    """What `bclip plan` plans for; training itself takes the ranks that the launcher gives it."""
 
     nodes: int = 1
     devices_per_node: int = 0

@@ -140,7 +140,7 @@ class TrainConfig:
     """Continue from the newest whole checkpoint of the run folder, and begin where there is none, so that a launcher
     restarts a run by the command that began it. Without it a folder with checkpoints is refused."""
     dry_run: bool = False
-    """Print what the run would take on the ranks of the cluster section, and refuse what can't fit; train nothing."""
+    """As `bclip plan`: print what the run would take on the ranks of the cluster section, and refuse what can't fit."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0

@@ -99,19 +99,19 @@ class FinetuneConfig:
             )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
-        if self.batch_size % distributed.world_size():
-            raise UserError(f"batch_size={self.batch_size} is not a multiple of {distributed.world_size()} ranks")
 
 
 def finetune(config: FinetuneConfig) -> Path:
     """Trains to the end and returns the run folder.
 
     Raises:
-        UserError: data without captions or answers, fewer samples than a batch, a checkpoint of another run, a loss
-            that isn't finite.
+        UserError: data without captions or answers, fewer samples than a batch, a batch that the ranks cannot share, a
+            checkpoint of another run, a loss that isn't finite.
     """
     distributed.init()
     atexit.register(distributed.shutdown)
+    if config.batch_size % distributed.world_size():
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of {distributed.world_size()} ranks")
     run = Path(config.run)
     continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
     precision = resolve(config.engine.precision, continued)

@@ -1,4 +1,4 @@
-"""`bclip train ... --dry_run`: what a run would take, in memory, operations and hours, without ranks, GPUs or training.
+"""`bclip plan`: what a run would take, in memory, operations and hours, without ranks, GPUs or training.
 
 What is held from step to step follows from the engine's rules, activations from the model itself (`memory.py`),
 operations from `flops.py`, time from rates that `bclip bench` measured on such a device. What was not measured is said.
@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 
-import bclip_fast
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.ops.contrastive import default_chunk_size
 
-from .cluster import GIB, World, results_name, world
+from .cluster import GIB, World, results_name
 from .config import TrainConfig
 from .flops import forward_flops, peak_flops_per_second
 from .initial import new_model
@@ -123,14 +122,6 @@ class Plan:
     def hours(self) -> float | None:
         hours = [stage.hours for stage in self.stages]
         return None if None in hours else sum(hour for hour in hours if hour is not None)
-
-
-def run(config: TrainConfig) -> Plan:
-    """Prints the plan; the function behind --dry_run. Raises UserError as `checked`."""
-    plan = make(config, samples_of(config), world(config.cluster))
-    show(config, plan)
-    refuse(config, plan)
-    return plan
 
 
 def samples_of(config: TrainConfig) -> Samples:
@@ -333,7 +324,7 @@ class _Rates:
 
 def measured(device: str) -> list[dict[str, Any]]:
     """The rows of benchmarks/results for a device; the folder is beside the package in a source tree, else inside."""
-    package = Path(bclip_fast.__file__).parent
+    package = Path(__file__).parents[1]
     paths = [folder / "benchmarks" / "results" / results_name(device) for folder in (package.parent, package)]
     path = next((path for path in paths if path.is_file()), None)
     return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

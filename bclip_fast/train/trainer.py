@@ -42,7 +42,7 @@ from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
-from . import backends, flops, plan, validation
+from . import backends, flops, validation
 from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines
@@ -64,7 +64,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 def train(config: TrainConfig, *, validate: validation.Validate | None = None, on_step: OnStep | None = None) -> Path:
-    """Trains to the end and returns the run folder; with dry_run, prints the plan alone.
+    """Trains to the end and returns the run folder.
 
     Args:
         validate: figures of the model, computed on rank 0 when validation is due, in place of `validation.standard`.
@@ -82,10 +82,9 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
             those that are left, a rank that is lost.
         SystemExit: with EXIT_STOPPED, where a signal stopped the run.
     """
-    config = config.resolved()
     if config.dry_run:
-        plan.run(config)
-        return Path(config.run)
+        raise UserError("dry_run=true: this function trains; bclip_fast.plan.command plans a run")
+    config = config.resolved()
     distributed.init(timeout_seconds=config.timeout_s)
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)

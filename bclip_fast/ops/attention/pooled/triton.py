@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton import _dropout, _kept, _load, _store
+from ..triton import dropout_arguments, kept_weights, load_rows, store_rows
 
 KEYS = 64
 
@@ -56,7 +56,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     total = 0.0
     for first in range(0, seen, KEYS):
         keys = first + tl.arange(0, KEYS)
-        key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         # The backward computes the same scores: what they are rounded by cancels there.
         scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
         higher = tl.maximum(tl.max(scores, 0), highest)
@@ -65,9 +65,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         highest = higher
         total = total * fading + tl.sum(weights, 0)
         if DROPOUT:
-            kept = _kept(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
+            kept = kept_weights(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
             weights = tl.where(tl.reshape(kept, (KEYS,)), weights, 0.0)
-        value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         result = result * fading + tl.sum(value * weights[:, None], 0)
     tl.store(lse + program, highest + tl.log(total))
     _put(out + program * DIM, result * (keep_scale / total), DIM, WIDTH)
@@ -92,22 +92,22 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     result = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, length, KEYS):
         keys = first + tl.arange(0, KEYS)
-        key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
         weights = tl.exp(scores - row_lse)
         dropped = weights
         weights_grad = tl.sum(value * out_grad[None, :], 1)
         if DROPOUT:
-            kept = _kept(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
+            kept = kept_weights(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
             kept = tl.reshape(kept, (KEYS,))
             dropped = tl.where(kept, weights * keep_scale, 0.0)
             weights_grad = tl.where(kept, weights_grad * keep_scale, 0.0)
         scores_grad = weights * (weights_grad - delta) * scale
         result += tl.sum(key * scores_grad[:, None], 0)
         # Rows that aren't seen have weight 0, and so zeros are stored.
-        _store(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * own[None, :], DIM, WIDTH)
-        _store(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
+        store_rows(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * own[None, :], DIM, WIDTH)
+        store_rows(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
     _put(query_grad + program * DIM, result, DIM, WIDTH)
 # fmt: on
 
@@ -126,7 +126,7 @@ def forward(
     query, key_value = _operands(query, key_value)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    inputs = query, key_value, rows, cu_seqlens, out, lse, *_dropout(query, dropout_p, seed), scale
+    inputs = query, key_value, rows, cu_seqlens, out, lse, *dropout_arguments(query, dropout_p, seed), scale
     if len(query):
         with torch.cuda.device_of(query):
             _forward_kernel[(lse.numel(),)](*inputs, *_strides(query, key_value), **_options(query, causal, seed))
@@ -155,7 +155,7 @@ def backward(
     if len(query):
         with torch.cuda.device_of(query):
             _backward_kernel[(lse.numel(),)](
-                *inputs, *_dropout(query, dropout_p, seed), scale, *_strides(query, key_value), **options
+                *inputs, *dropout_arguments(query, dropout_p, seed), scale, *_strides(query, key_value), **options
             )
     return query_grad, grad
 
