@@ -37,6 +37,7 @@ lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/check_prose.py --summary
 
 bench: $(VENV)/dev.done
 	$(BIN)/bclip bench all
