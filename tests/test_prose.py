@@ -47,7 +47,8 @@ def test_problems_good_sentence_is_empty(text: str):
 
 SOURCES = {
     "a.py": (
-        '"""A module about the loss.\n\n    layout of its file\n\nIt stays on rank 0 alone."""\n\n# This comment goes on\n# over two lines.\n'
+        '"""A module about the loss.\n\n    layout of its file\n\nIt stays on rank 0 alone."""\n\n'
+        "# This comment goes on\n# over two lines.\n"
         'raise ValueError(f"{x} is no folder of ours; give another one")\nKEY = "alone"\n'
     ),
     "b.cu": '/* A block of the comment. */\nint x;  // The queries wait\n    // in registers alone.\n#include "a.h"\n',
