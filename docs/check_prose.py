@@ -34,6 +34,7 @@ _PARAGRAPH = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*+>] |\||#|\d+\. ))|\n(?=\s*\w[\w
 _CODE = re.compile(r"``[^`]+``|`[^`]+`|https?://\S+|\]\([^)]*\)|(?<![\w*])\*[^*\s][^*]*\*(?!\w)")
 _INDENTED = re.compile(r"(?:^|\n)\n( {4,}.*\n?)+")
 _FENCED = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$", re.DOTALL | re.MULTILINE)
+_HASH_COMMENTS = {".toml", ".sbatch", ".yml", ".yaml", ""}  # "": a Makefile
 _CPP = re.compile(r'//[^\n]*(?:\n[ \t]*//[^\n]*)*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"(?:\s*"(?:[^"\\\n]|\\.)*")*', re.DOTALL)
 
 
@@ -102,8 +103,9 @@ def texts(path: Path) -> Iterator[Text]:
         yield from python_texts(source, with_messages=path.parts[0] != "tests")
     elif path.suffix == ".md":
         yield Text(1, _hide(_FENCED, source))
-    elif path.suffix == ".toml":
-        yield from (Text(line, text[1:]) for line, text in enumerate(source.split("\n"), 1) if text.startswith("#"))
+    elif path.suffix in _HASH_COMMENTS:
+        for match in re.finditer(r"(?m)(?:^[ \t]*#.*\n?)+", source):
+            yield Text(source.count("\n", 0, match.start()) + 1, re.sub(r"(?m)^[ \t]*#+!? ?", "", match[0]))
     else:
         for match in _CPP.finditer(source):
             text = re.sub(r'"\s*"', "", match[0]).strip('"') if match[0][0] == '"' else match[0]
@@ -128,10 +130,11 @@ def _split(text: str) -> Iterable[str]:
 
 
 def files(paths: list[Path]) -> list[Path]:
-    suffixes = {".py", ".md", ".toml", ".h", ".cpp", ".cu", ".cuh"}
+    suffixes = {".py", ".md", ".h", ".cpp", ".cu", ".cuh", *_HASH_COMMENTS} - {""}
     candidates = [path for root in paths for path in ([root] if root.is_file() else sorted(root.rglob("*")))]
     hidden = re.compile(r"(?:^|/)(?:\.\w|build/)")
-    return [path for path in candidates if path.suffix in suffixes and not hidden.search(path.as_posix())]
+    candidates = [path for path in candidates if not hidden.search(path.as_posix())]
+    return [path for path in candidates if path.suffix in suffixes or path.name == "Makefile"]
 
 
 def package(path: Path) -> str:

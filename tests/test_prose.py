@@ -53,7 +53,7 @@ SOURCES = {
     ),
     "b.cu": '/* A block of the comment. */\nint x;  // The queries wait\n    // in registers alone.\n#include "a.h"\n',
     "c.md": "# The title of it\n\nA line that\nruns on alone. Another sentence here.\n\n    code alone in here\n",
-    "d.toml": '# A comment about this overlay.\nabout = "what is not read in here"\n',
+    "d.toml": '# A comment about this\n# overlay.\nabout = "what is not read in here"\n',
 }
 
 
