@@ -30,7 +30,7 @@ RULES = {
 }
 _RULES = {name: re.compile(rule) for name, rule in RULES.items()}
 _END = re.compile(r"(?<!\bal\.)(?<!e\.g\.)(?<!i\.e\.)(?<!\bcf\.)(?<=[.!?])\s+(?=[A-Z0-9`*\"'(])")
-_PARAGRAPH = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*+>] |\||#|\d+\. ))|\n(?=\s*\w[\w, *]{0,60}: )|\s\|\s")
+_PARAGRAPH = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*+>] |\||#|\d+\. ))|\n(?=\s*\w[\w, *-]{0,60}: )|\s\|\s")
 _CODE = re.compile(r"``[^`]+``|`[^`]+`|https?://\S+|\]\([^)]*\)|(?<![\w*])\*[^*\s][^*]*\*(?!\w)")
 _INDENTED = re.compile(r"(?:^|\n)\n( {4,}.*\n?)+")
 _FENCED = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$", re.DOTALL | re.MULTILINE)
