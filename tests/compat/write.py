@@ -240,7 +240,7 @@ def _write_tables() -> None:
     folder = Path("tables")
     folder.mkdir()
     questions, pairs = ["image,question,answer,answer_type,split"], ["path,caption,colour,split"]
-    for i, (name, colour) in enumerate(_COLOURS.items()):
+    for name, colour in _COLOURS.items():
         for shade in range(8):
             file = f"{name}{shade or ''}.jpg"
             (folder / file).write_bytes(_jpeg(np.full((8, 8, 3), colour) * (1 - 0.06 * shade), (40, 36)))
