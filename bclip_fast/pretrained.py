@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .data.transform import Preprocess, PreprocessConfig
 from .errors import UserError
+from .io.atomic import replacing
 from .model import layout, weights
 from .model.biomedclip import BiomedClip, BiomedClipConfig
 from .model.tokenizer import Tokenizer
@@ -124,9 +124,8 @@ def save(
 
     from safetensors.torch import save_file
 
-    partial = folder / f".{WEIGHT_FILES[0]}.partial"
-    save_file(state, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHT_FILES[0])
+    with replacing(folder / WEIGHT_FILES[0]) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import UserError
+from ..io.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +97,9 @@ class Cache:
             except (SafetensorError, OSError, KeyError) as error:
                 log.warning("%s is broken (%s) and is computed anew", path, error)
         result = compute().cpu().contiguous()
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"embeddings": result}, partial)
-            os.replace(partial, path)
+            with replacing(path, shared=True) as partial:
+                save_file({"embeddings": result}, partial)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"{self.folder} takes no embeddings: {error}") from error
         return result

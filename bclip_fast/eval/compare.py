@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 from ..errors import UserError
+from ..io.atomic import write_text
 from . import files, metrics, report
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,11 @@ class CompareCommand:
 def run(command: CompareCommand) -> None:
     found = compare([Path(path) for path in command.results])
     out = Path(command.out)
-    files.write_text(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = ("task", "figure", "model", "value", "difference", "low", "high", "p", "p_holm", "test")
-    files.write_text(
-        out / "compare.csv", files.as_csv(columns, ([row[key] for key in columns] for row in found["rows"]))
-    )
+    write_text(out / "compare.csv", files.as_csv(columns, ([row[key] for key in columns] for row in found["rows"])))
     page = report.environment().get_template("compare.html").render(found=found, alpha=ALPHA)
-    files.write_text(out / "compare.html", page)
+    write_text(out / "compare.html", page)
     _print(found)
     log.info("comparison in %s", out / "compare.html")
 

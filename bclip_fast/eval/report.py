@@ -24,9 +24,9 @@ else:
     import tomli as tomllib
 
 from ..errors import UserError
+from ..io.atomic import write_text
 from . import chart
 from .datasets import EvalDataset, open_image
-from .files import write_text
 
 log = logging.getLogger(__name__)
 

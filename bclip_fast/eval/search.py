@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import threading
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ import tyro
 from torch import Tensor
 
 from ..errors import UserError
-from . import files, report, retrieval
+from ..io.atomic import replacing, write_text
+from . import report, retrieval
 from .command import Model, load_model, pick_device
 from .datasets import IMAGE_SUFFIXES, EvalDataset, open_dataset
 from .datasets.pairs import PairDataset
@@ -116,10 +116,8 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     rows = embedder._images(data).cpu()
     out = Path(config.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".{INDEX}.{os.getpid()}"
-        faiss.write_index(retrieval.build(rows, config.index), str(partial))
-        os.replace(partial, out / INDEX)
+        with replacing(out / INDEX, shared=True) as partial:
+            faiss.write_index(retrieval.build(rows, config.index), str(partial))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{out} takes no index: {str(error).splitlines()[0]}") from error
     about = {
@@ -139,10 +137,9 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         columns[field] = pa.array(data.labels(field) if field in data.label_kinds else unknown, pa.string())
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), dim)
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about)})
-    partial = out / f".{ROWS}.{os.getpid()}"
     try:
-        pq.write_table(table, partial)
-        os.replace(partial, out / ROWS)
+        with replacing(out / ROWS, shared=True) as partial:
+            pq.write_table(table, partial)
     except OSError as error:
         raise UserError(f"{out} takes no embeddings: {error}") from error
     log.info("%d pictures in %s", num, out)
@@ -280,7 +277,7 @@ def run(config: SearchConfig) -> None:
     hits = searcher.picture(content, config.k, str(path)) if is_picture else searcher.text(config.query, config.k)
     _print(hits)
     if config.gallery:
-        files.write_text(Path(config.gallery), page(searcher, hits, query=config.query))
+        write_text(Path(config.gallery), page(searcher, hits, query=config.query))
         log.info("gallery in %s", config.gallery)
 
 

@@ -10,7 +10,6 @@ import csv
 import functools
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..io.atomic import replacing
 from ..model.meter import MeterConfig, VqaModel
 from . import metrics
 from .datasets import open_image
@@ -334,9 +334,8 @@ def save(folder: Path, model: VqaModel, state: dict[str, torch.Tensor]) -> None:
     out = folder / "vqa"
     out.mkdir(parents=True, exist_ok=True)
     head = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith("clip.")}
-    partial = out / ".head.safetensors.partial"
-    save_file(head, partial)
-    os.replace(partial, out / "head.safetensors")
+    with replacing(out / "head.safetensors") as partial:
+        save_file(head, partial)
     content = {
         "meter": asdict(model.meter_config),
         "answers": list(model.answers),

@@ -30,6 +30,7 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
+from ..io.atomic import write_text
 from . import processor
 from .arguments import CUDA_HOST
 
@@ -122,13 +123,7 @@ def save(record: Record, path: Path) -> None:
     Raises:
         OSError: the folder takes no file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(to_text(to_json(record)), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, to_text(to_json(record)))
 
 
 def to_json(record: Record) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 
 from .config import LogConfig
 
@@ -118,9 +119,7 @@ def cut_lines(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             log.warning("%s: a line that is cut or not ours is removed", path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(kept))
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

@@ -22,7 +22,7 @@ import tyro
 from bclip_fast.errors import UserError
 from bclip_fast.eval import chart
 from bclip_fast.eval import report as eval_report
-from bclip_fast.eval.files import write_text
+from bclip_fast.io.atomic import write_text
 
 from . import bad_samples, validation
 from .config import TrainConfig
