@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from .data.transform import Preprocess, PreprocessConfig
 from .errors import UserError
 from .io.atomic import replacing
+from .io.hashing import sha256
 from .model import layout, weights
 from .model.biomedclip import BiomedClip, BiomedClipConfig
 from .model.tokenizer import Tokenizer
@@ -286,7 +286,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
 def _vocabulary_hash(tokenizer: Tokenizer) -> str:
     vocabulary = tokenizer.fast.get_vocab()
     lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return sha256(lines)
 
 
 def _first_line(error: Exception | None) -> str:

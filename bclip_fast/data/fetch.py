@@ -7,7 +7,6 @@ stands with its reason in DIR/rejects.jsonl.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import tyro
 
 from ..errors import UserError
 from ..io.atomic import replacing, write_bytes
+from ..io.hashing import md5_of
 from .jats import JatsError, parse
 from .objects import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
 from .shard_format import to_json
@@ -171,7 +171,7 @@ def _fetch_version(
 def _fetched(out: Path, store: Store, key: str, md5: str) -> tuple[bytes, bool]:
     """The object, and whether it had to be fetched."""
     path = out / key
-    if path.is_file() and hashlib.md5(data := path.read_bytes()).hexdigest() == md5:
+    if path.is_file() and md5_of(data := path.read_bytes()) == md5:
         return data, False
     data = store.read(key, md5)
     write_bytes(path, data, sync=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError
 from ..io.atomic import replacing
+from ..io.hashing import sha256, sha256_of_parts
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,11 @@ def of_preprocess(preprocess: Callable[[Any], Tensor]) -> str:
     probes = [np.ascontiguousarray(probe) for probe in probes]
 
     def run() -> str:
-        digest = hashlib.sha256()
-        for probe in probes:
-            result = preprocess(Image.fromarray(probe)).contiguous()
-            digest.update(f"{tuple(result.shape)} {result.dtype}".encode() + result.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        results = [preprocess(Image.fromarray(probe)).contiguous() for probe in probes]
+        return sha256_of_parts(
+            f"{tuple(result.shape)} {result.dtype}".encode() + result.view(torch.uint8).numpy().tobytes()
+            for result in results
+        )
 
     first = run()
     if run() != first:
@@ -71,7 +72,7 @@ def of_texts(texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor]) -> 
     for text in texts:
         digest.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
     ids = tokenizer([*texts[:16], *texts[-16:], "Chest X-ray, \u03b1-SMA \u00d7400; p<0.05 (A\u2013C)."])
-    return digest.hexdigest() + hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+    return digest.hexdigest() + sha256(ids.contiguous().numpy().tobytes())
 
 
 class Cache:
@@ -87,7 +88,7 @@ class Cache:
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        key = sha256("\0".join(parts))
         path = self.folder / f"{key}.safetensors"
         if path.is_file():
             try:

@@ -13,7 +13,6 @@ faiss reads its files without suspicion: an index from a stranger deserves as mu
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import re
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..io.atomic import replacing, write_text
+from ..io.hashing import sha256_of_file
 from . import report, retrieval
 from .command import Model, load_model, pick_device
 from .datasets import IMAGE_SUFFIXES, EvalDataset, open_dataset
@@ -126,7 +126,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         "split": config.split,
         "index": config.index,
         "precision": embedder.precision,
-        "sha256": _sha256(out / INDEX),
+        "sha256": sha256_of_file(out / INDEX),
         "probe": _probe(embedder).tolist(),
     }
     num, dim = rows.shape
@@ -199,7 +199,7 @@ class Searcher:
             schema = pq.read_schema(self.folder / ROWS)
             self.about: dict[str, Any] = json.loads((schema.metadata or {})[_METADATA])
             self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS])
-            if _sha256(self.folder / INDEX) != self.about["sha256"]:
+            if sha256_of_file(self.folder / INDEX) != self.about["sha256"]:
                 raise UserError(f"{wrong}: {ROWS} was written with another {INDEX}; embed again")
             self._index = faiss.read_index(str(self.folder / INDEX))
             probe = torch.tensor(self.about["probe"])
@@ -331,11 +331,3 @@ def _probe(embedder: Embedder) -> Tensor:
     patches = np.random.default_rng(0).integers(0, 256, (6, 8, 3)) * (1.0, 0.7, 0.4)
     Image.fromarray(patches.astype(np.uint8).repeat(40, 0).repeat(40, 1)).save(buffer := io.BytesIO(), "PNG")
     return torch.cat([embedder.texts([_PROBE]), embedder.picture(buffer.getvalue(), "probe")]).cpu()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

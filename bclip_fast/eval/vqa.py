@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 
 from ..errors import UserError
 from ..io.atomic import replacing
+from ..io.hashing import sha256, sha256_of_parts
 from ..model.meter import MeterConfig, VqaModel
 from . import metrics
 from .datasets import open_image
@@ -59,13 +59,8 @@ class VqaDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        pictures = {q.image: "" for q in self.questions}
-        for path in pictures:
-            pictures[path] = hashlib.sha256(_read(path)).hexdigest()
-        digest = hashlib.sha256()
-        for q in self.questions:
-            digest.update("\0".join([pictures[q.image], q.text, q.answer, q.kind]).encode() + b"\n")
-        return digest.hexdigest()
+        pictures = {path: sha256(_read(path)) for path in dict.fromkeys(q.image for q in self.questions)}
+        return sha256_of_parts("\0".join([pictures[q.image], q.text, q.answer, q.kind]) + "\n" for q in self.questions)
 
     def key(self, i: int) -> str:
         return self.questions[i].key

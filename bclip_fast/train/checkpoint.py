@@ -17,7 +17,6 @@ the trainer seeds each step from (seed, step, rank).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing_folder
+from bclip_fast.io.hashing import sha256_of_file
 
 from .optimizer import OptimizerState
 
@@ -229,11 +229,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def _write_json(path: Path, content: Any) -> None:

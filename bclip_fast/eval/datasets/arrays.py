@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
+import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ...io.hashing import blocks, sha256_of_parts
 
 _SPLITS = {"val": "valid", "validation": "valid", "dev": "valid"}
 _MEDMNIST = (
@@ -38,12 +39,7 @@ class ArrayDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.split.encode())
-        for path in self._files:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        return sha256_of_parts(itertools.chain([self.split], *map(blocks, self._files)))
 
     def key(self, i: int) -> str:
         return f"{self.split}/{i}"
