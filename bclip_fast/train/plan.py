@@ -10,7 +10,6 @@ convolutions also take room inside the library, 43 %.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -25,6 +24,7 @@ import bclip_fast
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
+from bclip_fast.io.jsonl import read_lines
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.ops.contrastive import default_chunk_size
 
@@ -336,7 +336,7 @@ def measured(device: str) -> list[dict[str, Any]]:
     package = Path(bclip_fast.__file__).parent
     paths = [folder / "benchmarks" / "results" / results_name(device) for folder in (package.parent, package)]
     path = next((path for path in paths if path.is_file()), None)
-    return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [] if path is None else read_lines(path)
 
 
 def _memory(
