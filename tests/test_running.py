@@ -20,7 +20,7 @@ from bclip_fast import distributed
 from bclip_fast.config import CONFIGS, to_toml
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.train import flops, metrics, trainer
 from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import LogConfig, TrainConfig, ValidationConfig

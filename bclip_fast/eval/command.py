@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,18 +19,16 @@ import tyro
 from torch import Tensor, nn
 
 from .. import distributed
+from ..config import read_toml
 from ..errors import UserError
+from ..html.page import format_figure, format_spread
+from ..io.runs import METRICS
 from . import files, probe, report, tasks
 from .cache import Cache, default_folder
 from .datasets import EvalDataset, open_dataset
 from .embed import Embedder, Format, Precision
 from .protocols import PROTOCOLS, Inputs, default_kinds, describe
 from .retrieval import Duplicates, Index
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +159,7 @@ def run(command: EvalCommand) -> None:
     results = evaluation.run(command.model)
     if not distributed.is_main():
         return
-    run_folder = Path(command.model) if (Path(command.model) / "metrics.jsonl").is_file() else None
+    run_folder = Path(command.model) if (Path(command.model) / METRICS).is_file() else None
     out = Path(command.out) if command.out else _default_out(command, run_folder)
     files.write(out, results)
     report.write(out / "report.html", results, evaluation.data, run_folder=run_folder)
@@ -174,8 +171,8 @@ def run(command: EvalCommand) -> None:
 def _data_of_run(model: str) -> str:
     """The shards that the run folder `model` was trained on."""
     try:
-        return str(tomllib.loads((Path(model) / "config.toml").read_text(encoding="utf-8"))["data"]["shards"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        return str(read_toml(Path(model) / "config.toml")["data"]["shards"])
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
 
 
@@ -302,7 +299,7 @@ def _print(results: dict[str, Any]) -> None:
     table = Table(Column("task", no_wrap=True), "figure", "value", "95 %", "chance", "samples")
     for task, result in results["tasks"].items():
         for figure in result["figures"]:
-            value, chance = (report.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            spread = report.format_spread(figure)
+            value, chance = (format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
+            spread = format_spread(figure)
             table.add_row(escape(task), figure["name"], value, spread, chance, f"{figure['num_samples']:,}")
     Console().print(table)

@@ -27,12 +27,14 @@ import torch
 import tyro
 from torch import Tensor
 
+from ..data.images import IMAGE_SUFFIXES
 from ..errors import UserError
+from ..html import page as html_page
 from ..io.atomic import replacing, write_text
 from ..io.hashing import sha256_of_file
-from . import report, retrieval
+from . import retrieval
 from .command import Model, load_model, pick_device
-from .datasets import IMAGE_SUFFIXES, EvalDataset, open_dataset
+from .datasets import EvalDataset, open_dataset
 from .datasets.pairs import PairDataset
 from .embed import Embedder, Precision
 
@@ -262,7 +264,7 @@ class Searcher:
             data = self._data
         if data.key(hit.row) != hit.key:
             raise UserError(f"{self._data_path}: picture {hit.row} is {data.key(hit.row)}, not {hit.key}: embed again")
-        return report.thumbnail(data.image(hit.row), lambda: hit.key)
+        return html_page.thumbnail(data.image(hit.row), lambda: hit.key)
 
 
 def run(config: SearchConfig) -> None:
@@ -284,7 +286,7 @@ def run(config: SearchConfig) -> None:
 def page(searcher: Searcher, hits: list[Hit], *, query: str = "", error: str = "", form: int = 0) -> str:
     """HTML with the hits. `form`: with forms that ask for so many hits; 0: without, for a file."""
     shown = [{"hit": hit, **_picture(searcher, hit)} for hit in hits]
-    template = report.environment().get_template("search.html")
+    template = html_page.environment().get_template("search.html")
     return template.render(searcher=searcher, shown=shown, query=query, error=error, form=form, max_hits=MAX_HITS)
 
 

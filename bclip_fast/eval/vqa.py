@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..data.images import open_image
 from ..errors import UserError
 from ..io.atomic import replacing
 from ..io.hashing import sha256, sha256_of_parts
 from ..model.meter import MeterConfig, VqaModel
 from . import metrics
-from .datasets import open_image
 
 if TYPE_CHECKING:
     from .embed import Embedder

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.images import open_image
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks, vqa
-from bclip_fast.eval.datasets import EvalDataset, open_dataset, open_image
+from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip

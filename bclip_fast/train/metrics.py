@@ -13,12 +13,12 @@ import torch
 
 from bclip_fast.errors import UserError
 from bclip_fast.io.jsonl import JsonLinesWriter, truncate_after_step
+from bclip_fast.io.runs import EVENTS, METRICS
 
 from .config import LogConfig
 
 log = logging.getLogger(__name__)
 
-EVENTS = "events.jsonl"
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -40,7 +40,7 @@ class MetricsLog:
     def __init__(
         self, folder: Path, first_step: int, config: LogConfig | None = None, settings: dict[str, Any] | None = None
     ) -> None:
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         truncate_after_step(path, first_step)
         self._wandb = _wandb(folder, config, settings or {}) if config is not None and config.wandb else None
         self._lines = JsonLinesWriter(path)

@@ -38,6 +38,7 @@ from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import on_main
 from bclip_fast.errors import UserError
+from bclip_fast.io.runs import VALIDATION, VALIDATION_EMA
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
@@ -390,10 +391,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = on_main(lambda: self._write_validation(state, validation.PREFIX))
+        figures = on_main(lambda: self._write_validation(state, VALIDATION))
         if self.average is not None:
             average = {**state, **self.average.state()}
-            on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
+            on_main(lambda: self._write_validation(average, VALIDATION_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:

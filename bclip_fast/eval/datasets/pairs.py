@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from ...data.images import IMAGE_SUFFIXES
 from ...errors import UserError
 from ...io.hashing import sha256, sha256_of_parts
-from . import IMAGE_SUFFIXES
 
 
 class PairDataset:
