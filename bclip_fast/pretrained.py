@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .data.transform import Preprocess, PreprocessConfig
-from .errors import UserError
+from .errors import UserError, first_line
 from .io.atomic import replacing
 from .io.hashing import sha256
 from .model import layout, weights
@@ -198,8 +198,8 @@ class Hub:
             except HFValidationError as error:
                 raise UserError(f"{self.repository!r} is no repository id of the hub (org/name): {error}") from error
             except OSError as error:  # unknown repository, no permission, connection
-                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {_first_line(error)}") from error
-        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {_first_line(absent)}") from absent
+                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {first_line(error)}") from error
+        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(absent)}") from absent
 
 
 def _source(name_or_path: str | Path) -> Source:
@@ -287,7 +287,3 @@ def _vocabulary_hash(tokenizer: Tokenizer) -> str:
     vocabulary = tokenizer.fast.get_vocab()
     lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
     return sha256(lines)
-
-
-def _first_line(error: Exception | None) -> str:
-    return str(error).strip().partition("\n")[0]

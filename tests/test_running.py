@@ -36,7 +36,7 @@ def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def test_a_line_splits_its_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The parts add up to the step, and tokens and MFU follow from what was in the batch."""
-    monkeypatch.setattr(flops, "device_peak", lambda device, precision: 1e12)
+    monkeypatch.setattr(trainer, "device_peak", lambda device, precision: 1e12)
     # This thread's CPU time, of which other processes take nothing.
     monkeypatch.setattr(time, "perf_counter", time.thread_time)
     lengths: list[list[int]] = []

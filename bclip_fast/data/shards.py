@@ -31,7 +31,7 @@ from bclip_fast.data.shard_format import (
 )
 from bclip_fast.data.shard_writer import ShardWriter
 from bclip_fast.data.workers import Workers
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256_of_file
 
 __all__ = ["BadSample", "Sample", "ShardDataset", "ShardWriter", "verify"]
@@ -330,6 +330,6 @@ def _verify_manifest(path: Path, rows: list[tuple[str, str, str, int]]) -> list[
     try:
         table = pq.read_table(path, columns=["key", "split", "shard", "position"])
     except (OSError, pa.ArrowException) as error:
-        return [f"{path.name}: cannot be read: {str(error).splitlines()[0]}"]
+        return [f"{path.name}: cannot be read: {first_line(error)}"]
     found = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
     return [] if found == sorted(rows) else [f"{path.name}: its rows are not those of the shards"]

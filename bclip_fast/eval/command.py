@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import platform
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..config import read_toml
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..hardware import environment_report, pick_device
 from ..html.page import format_figure, format_spread
 from ..io.runs import METRICS
 from . import files, probe, report, tasks
@@ -31,8 +30,6 @@ from .protocols import PROTOCOLS, Inputs, default_kinds, describe
 from .retrieval import Duplicates, Index
 
 log = logging.getLogger(__name__)
-
-_VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +140,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
                 architecture, pretrained=weights, device=device
             )
         except Exception as error:  # a broken file leads torch's unpickler to any of them
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UserError(f"{name}: open_clip cannot load {weights}: {reason}") from error
+            raise UserError(f"{name}: open_clip cannot load {weights}: {first_line(error)}") from error
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa.is_run(Path(name)):
         return vqa.load(Path(name), device)
@@ -234,7 +230,7 @@ class Evaluation:
             "model": described | {"path": given if isinstance(given, str) else None},
             "tasks": results,
             "config": dataclasses.asdict(config),
-            "environment": _environment(device),
+            "environment": environment_report(device),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -244,15 +240,6 @@ def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
     if config.label or default_kinds(data) or not names:
         names.append("zero_shot")
     return names
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -267,19 +254,6 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "logit_scale": scale,
     }
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["device"] = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return found
 
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:

@@ -28,12 +28,13 @@ import tyro
 from torch import Tensor
 
 from ..data.images import IMAGE_SUFFIXES
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..hardware import pick_device
 from ..html import page as html_page
 from ..io.atomic import replacing, write_text
 from ..io.hashing import sha256_of_file
 from . import retrieval
-from .command import Model, load_model, pick_device
+from .command import Model, load_model
 from .datasets import EvalDataset, open_dataset
 from .datasets.pairs import PairDataset
 from .embed import Embedder, Precision
@@ -121,7 +122,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         with replacing(out / INDEX, shared=True) as partial:
             faiss.write_index(retrieval.build(rows, config.index), str(partial))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{out} takes no index: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{out} takes no index: {first_line(error)}") from error
     about = {
         "model": str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
         "data": config.data if "://" in config.data else str(Path(config.data).resolve()),

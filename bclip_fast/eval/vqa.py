@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..data.images import open_image
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..io.atomic import replacing
 from ..io.hashing import sha256, sha256_of_parts
 from ..model.meter import MeterConfig, VqaModel
@@ -185,9 +185,7 @@ def _json_rows(file: Path, keys: Sequence[str], where: str) -> list[dict[str, An
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
         missing = next((key for row in rows for key in keys if key not in row), None)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read as a JSON list of questions ({str(error).splitlines()[0]}); {source}"
-        ) from error
+        raise UserError(f"{file} cannot be read as a JSON list of questions ({first_line(error)}); {source}") from error
     if missing is not None or not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: a question lacks {missing!r}, which all must have; {source}")
     return rows
@@ -353,7 +351,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, An
         head = load_file(folder / "vqa" / "head.safetensors")
         missing, unexpected = model.load_state_dict(head, strict=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / 'vqa'} is broken: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder / 'vqa'} is broken: {first_line(error)}") from error
     if unexpected or any(not name.startswith("clip.") for name in missing):
         raise UserError(f"{folder / 'vqa' / 'head.safetensors'} does not fit vqa.json: {[*unexpected, *missing][:1]}")
     model.common_answers = tuple(content["common_answers"])  # type: ignore[assignment]

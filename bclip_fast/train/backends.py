@@ -39,7 +39,7 @@ def of_run(folder: Path, *, resumed: bool, keep: bool = True) -> AbstractContext
     Raises:
         UserError: on every rank, a file that is damaged, or a folder that takes none.
     """
-    return tuning.in_force(from_json(distributed.on_main(lambda: _settle(folder, resumed, keep))))
+    return tuning.in_force(from_json(distributed.run_on_rank0(lambda: _settle(folder, resumed, keep))))
 
 
 def _settle(folder: Path, resumed: bool, keep: bool) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bclip_fast.errors import UserError
 from bclip_fast.io.jsonl import JsonLinesWriter, truncate_after_step
 from bclip_fast.io.runs import EVENTS, METRICS
@@ -107,14 +105,6 @@ def _wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
         raise UserError(f"log.wandb: wandb can't be started ({error}); WANDB_MODE=offline needs no network") from error
     path.write_text(run.id + "\n", encoding="utf-8")
     return run
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes held at most so far: by torch on a GPU, elsewhere by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 class Progress:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ...io.hashing import blocks, sha256_of_parts
 
 _SPLITS = {"val": "valid", "validation": "valid", "dev": "valid"}
@@ -85,7 +85,7 @@ def open_pcam(place: Path, split: str, where: str) -> ArrayDataset:
             file = h5py.File(path, "r")
             array = file[key]
         except (OSError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); PatchCamelyon {wanted}") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}); PatchCamelyon {wanted}") from error
         if array.shape[1:] != shape or array.dtype != np.uint8 or not len(array):
             raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {wanted}")
         if key == "y":
@@ -119,7 +119,7 @@ def open_medmnist(place: Path, split: str, where: str, name: str = "") -> ArrayD
         with np.load(place, allow_pickle=False) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{place} cannot be read ({str(error).splitlines()[0]}); {wanted}") from error
+        raise UserError(f"{place} cannot be read ({first_line(error)}); {wanted}") from error
     shape = images.shape[1:]
     if (
         images.dtype != np.uint8 or len(shape) not in (2, 3) or shape[0] != shape[1] or shape[2:] not in ((), (3,))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, first_line
 from ...io.hashing import sha256, sha256_of_parts
 from .arrays import as_bmp
 
@@ -34,7 +34,7 @@ class RsnaDataset:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 rows = [(row["patientId"], row["Target"]) for row in csv.DictReader(lines, strict=True)]
         except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); {wanted}") from error
+            raise UserError(f"{file} cannot be read ({first_line(error)}); {wanted}") from error
         if bad := next((target for _, target in rows if target not in ("0", "1")), None):
             raise UserError(f"{file} has the Target {bad!r}, must be 0 or 1; {wanted}")
         if not self._images.is_dir():
