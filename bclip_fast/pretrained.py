@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .data.transform import Preprocess, PreprocessConfig
-from .errors import UserError
+from .errors import UserError, first_line
+from .io.atomic import replacing
+from .io.hashing import sha256
 from .model import layout, weights
 from .model.biomedclip import BiomedClip, BiomedClipConfig
 from .model.tokenizer import Tokenizer
@@ -124,9 +124,8 @@ def save(
 
     from safetensors.torch import save_file
 
-    partial = folder / f".{WEIGHT_FILES[0]}.partial"
-    save_file(state, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHT_FILES[0])
+    with replacing(folder / WEIGHT_FILES[0]) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
@@ -199,8 +198,8 @@ class Hub:
             except HFValidationError as error:
                 raise UserError(f"{self.repository!r} is no repository id of the hub (org/name): {error}") from error
             except OSError as error:  # unknown repository, no permission, connection
-                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {_first_line(error)}") from error
-        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {_first_line(absent)}") from absent
+                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {first_line(error)}") from error
+        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(absent)}") from absent
 
 
 def _source(name_or_path: str | Path) -> Source:
@@ -287,8 +286,4 @@ def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
 def _vocabulary_hash(tokenizer: Tokenizer) -> str:
     vocabulary = tokenizer.fast.get_vocab()
     lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _first_line(error: Exception | None) -> str:
-    return str(error).strip().partition("\n")[0]
+    return sha256(lines)

@@ -51,6 +51,7 @@ def test_an_import_adds_only_modules_of_the_package_the_standard_library_and_tor
         "bclip_fast.ops",
         "bclip_fast._",
         "bclip_fast.errors",
+        "bclip_fast.io",
         "bclip_fast.log",
         "bclip_fast.threads",
         "bclip_fast.version",

@@ -24,7 +24,7 @@ from bclip_fast.data.native import Batch
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import NUM_RESERVES, SampleStream
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import DataConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.trainer import train

@@ -18,7 +18,7 @@ from synthetic import tiny_model, tiny_run, weights, write_shards
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import DeepSpeedEngine, EngineConfig
 from bclip_fast.train.trainer import train

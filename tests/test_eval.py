@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bclip_fast import config as configuration
+from bclip_fast.data.images import open_image
 from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
 from bclip_fast.eval import EvalCommand, EvalConfig, evaluate, prompts, retrieval, run, zero_shot
-from bclip_fast.eval.datasets import open_dataset, open_image
+from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.embed import Embedder
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer, unit
 
+from bclip_fast.data.images import open_image
 from bclip_fast.errors import UserError
 from bclip_fast.eval import cache, evaluate, metrics, prompts, report, retrieval, tasks, zero_shot
-from bclip_fast.eval.datasets import open_dataset, open_image, rsna
+from bclip_fast.eval.datasets import open_dataset, rsna
 
 WORDS = {"0": "red", "1": "blue"}
 

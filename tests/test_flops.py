@@ -9,7 +9,7 @@ import torch
 from synthetic import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from bclip_fast import ops
+from bclip_fast import hardware, ops
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
 from bclip_fast.train import flops
@@ -68,9 +68,9 @@ def test_nothing_goes_back_through_locked_layers(image: int, text: int | None, m
 
 
 def test_peaks_are_known_by_name():
-    assert flops.peak_flops_per_second("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
-    assert flops.peak_flops_per_second("NVIDIA H100 80GB HBM3", "fp16") == 989.4e12
-    assert flops.peak_flops_per_second("NVIDIA H100 PCIe", "fp32") == 51.2e12
-    assert flops.peak_flops_per_second("NVIDIA H200 NVL", "bf16") == 835.5e12
-    assert flops.peak_flops_per_second("NVIDIA GeForce RTX 4090", "bf16") is None
-    assert flops.device_peak(torch.device("cpu"), "bf16") is None
+    assert hardware.peak_flops_per_second("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert hardware.peak_flops_per_second("NVIDIA H100 80GB HBM3", "fp16") == 989.4e12
+    assert hardware.peak_flops_per_second("NVIDIA H100 PCIe", "fp32") == 51.2e12
+    assert hardware.peak_flops_per_second("NVIDIA H200 NVL", "bf16") == 835.5e12
+    assert hardware.peak_flops_per_second("NVIDIA GeForce RTX 4090", "bf16") is None
+    assert hardware.device_peak(torch.device("cpu"), "bf16") is None

@@ -18,10 +18,10 @@ from bclip_fast import cli
 from bclip_fast import config as config_files
 from bclip_fast.config import CONFIGS, parse
 from bclip_fast.errors import UserError
+from bclip_fast.hardware import GIB, Cluster, ClusterConfig, cluster_of
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
 from bclip_fast.model.packed import Packed
 from bclip_fast.train import memory, plan
-from bclip_fast.train.cluster import GIB, ClusterConfig, World, world
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.trainer import train
@@ -97,14 +97,14 @@ def test_a_machine_changes_nothing_of_what_is_learned(name: str):
     assert config.engine.precision == base.engine.precision
 
 
-def gpus(ranks: int = 8, gib: float = 80, nodes: int = 1, host: float = 0) -> World:
-    return world(ClusterConfig(nodes, ranks, "a100-80", gib, host))
+def gpus(ranks: int = 8, gib: float = 80, nodes: int = 1, host: float = 0) -> Cluster:
+    return cluster_of(ClusterConfig(nodes, ranks, "a100-80", gib, host))
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_the_longest_run_of_the_paper_fits_each_machine(name: str):
     config = load("s7_4k_64k", name)
-    made = plan.make(config, plan.PMC_15M, world(config.cluster))
+    made = plan.make(config, plan.PMC_15M, cluster_of(config.cluster))
     plan.refuse(config, made)
     assert [stage.num_steps for stage in made.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
     assert sum(made.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
@@ -157,7 +157,7 @@ def test_what_is_offloaded_waits_on_the_host():
     assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8) and made.host["step"]["activations"] > 0
     assert "optimiser" not in made.memory["update"]
     with pytest.raises(UserError, match="from a GPU"):
-        plan.make(config, plan.PMC_15M, world(ClusterConfig(1, 1, "cpu")))
+        plan.make(config, plan.PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
 
 
 def counted(model: BiomedClip, lengths: list[int]) -> tuple[int, int, int]:
@@ -256,7 +256,7 @@ def compare(name: str, folder: Path) -> None:
     shards = write_shards(folder / "shards", num_samples=256)
     config = tiny_run(folder / "run", shards, engine=engine, max_steps=2, cluster=ClusterConfig(1, ranks), **settings)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
-    made = plan.make(config, plan.samples_of(config), world(config.cluster))
+    made = plan.make(config, plan.samples_of(config), cluster_of(config.cluster))
     peak = measured_peak(config, folder, ranks)
     print(f"{name}: {peak / GIB:.2f} GiB measured, {made.peak / GIB:.2f} planned, {made.peak / peak - 1:+.1%}")
     assert abs(made.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in made.memory.items()}

@@ -16,10 +16,10 @@ from torch import nn
 from bclip_fast import config as config_files
 from bclip_fast.errors import UserError
 from bclip_fast.eval.embed import Embedder
+from bclip_fast.hardware import ClusterConfig
 from bclip_fast.ops import processor
 from bclip_fast.plan import command
 from bclip_fast.train import plan
-from bclip_fast.train.cluster import ClusterConfig
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig

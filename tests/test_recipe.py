@@ -19,7 +19,7 @@ from test_model import GPT, SMALL, padded_ids
 
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.model import transformer
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train import engine as engines

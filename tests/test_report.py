@@ -19,8 +19,10 @@ from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 
 from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
-from bclip_fast.eval import EvalCommand, chart, evaluate, report, run
+from bclip_fast.eval import EvalCommand, evaluate, report, run
 from bclip_fast.eval.datasets import open_dataset
+from bclip_fast.html import chart
+from bclip_fast.html import page as html_page
 
 ATTACK = "\"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} ]]> <!-- 'x'"
 
@@ -127,9 +129,11 @@ def test_every_figure_stands_beside_its_chance(page: Page, results: dict[str, An
     words = " ".join(page.text.split())
     for result in results["tasks"].values():
         for figure in result["figures"]:
-            value, chance = (report.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            spread = report.format_spread(figure)
-            assert f"{figure['name']}{value}{spread}{chance}{report.format_ratio(figure)}{figure['chance_is']}" in words
+            value, chance = (html_page.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
+            spread = html_page.format_spread(figure)
+            assert (
+                f"{figure['name']}{value}{spread}{chance}{html_page.format_ratio(figure)}{figure['chance_is']}" in words
+            )
     assert results["tasks"]["retrieval"]["task"]["data"]["fingerprint"][:16] in page.text
 
 
@@ -144,7 +148,7 @@ def test_pictures_are_small_new_jpegs_with_alternative_texts(page: Page, results
         assert attributes["alt"]
         data = base64.b64decode(str(attributes["src"]).partition(",")[2])
         with Image.open(io.BytesIO(data)) as image:
-            assert image.format == "JPEG" and max(image.size) <= report.THUMBNAIL_SIZE
+            assert image.format == "JPEG" and max(image.size) <= html_page.THUMBNAIL_SIZE
     num_right = sum("the right image" in str(attributes["alt"]).lower() for attributes in pictures)
     assert num_right == 6, "each caption's own image is shown and marked, among the hits or after them"
 

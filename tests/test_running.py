@@ -20,7 +20,7 @@ from bclip_fast import distributed
 from bclip_fast.config import CONFIGS, to_toml
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.train import flops, metrics, trainer
 from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import LogConfig, TrainConfig, ValidationConfig
@@ -36,7 +36,7 @@ def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def test_a_line_splits_its_step(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The parts add up to the step, and tokens and MFU follow from what was in the batch."""
-    monkeypatch.setattr(flops, "device_peak", lambda device, precision: 1e12)
+    monkeypatch.setattr(trainer, "device_peak", lambda device, precision: 1e12)
     # This thread's CPU time, of which other processes take nothing.
     monkeypatch.setattr(time, "perf_counter", time.thread_time)
     lengths: list[list[int]] = []

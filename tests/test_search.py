@@ -305,7 +305,7 @@ def test_the_colours_of_the_pages_have_contrast() -> None:
     import re
     from importlib.resources import files
 
-    css = (files("bclip_fast.eval") / "templates" / "report.css").read_text()
+    css = (files("bclip_fast.html") / "templates" / "report.css").read_text()
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

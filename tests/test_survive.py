@@ -26,7 +26,7 @@ from synthetic import tiny_model, tiny_run, weights, write_shards
 from bclip_fast import distributed
 from bclip_fast.cli import main
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train import checkpoint, engine, trainer
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig

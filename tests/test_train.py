@@ -14,7 +14,7 @@ from synthetic import tiny_model, tiny_run, weights, write_shards
 from bclip_fast import config as config_files
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError
-from bclip_fast.eval.report import read_metrics
+from bclip_fast.io.runs import read_metrics
 from bclip_fast.model.biomedclip import PRESETS, BiomedClip, BiomedClipConfig
 from bclip_fast.train import checkpoint, engine, optimizer
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig, ValidationConfig

@@ -16,7 +16,7 @@ from test_report import Page
 from bclip_fast import cli
 from bclip_fast.config import to_toml
 from bclip_fast.errors import UserError
-from bclip_fast.eval import chart
+from bclip_fast.html import chart
 from bclip_fast.train import report
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.schedule import OptimConfig

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing
 
 from .files import MAX_OPEN_FILES, Descriptor, LocalFiles, ReadConfig, ReadError, RemoteFiles
 
@@ -70,17 +71,15 @@ class CachedFiles(LocalFiles):
 
     def _download(self, name: str, path: Path, size: int, digest: str) -> None:
         self._make_room(size)
-        partial = path.with_suffix(".partial")
-        found = hashlib.sha256()
-        with partial.open("wb") as file:
-            for start in range(0, size, _PIECE):
-                piece = self.source.read(name, start, min(start + _PIECE, size))
-                found.update(piece)
-                file.write(piece)
-        if found.hexdigest() != digest:
-            partial.unlink()
-            raise ReadError(f"{self.path(name)}: its SHA-256 is not that of dataset.json; copy it again")
-        partial.rename(path)
+        actual = hashlib.sha256()
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                for start in range(0, size, _PIECE):
+                    piece = self.source.read(name, start, min(start + _PIECE, size))
+                    actual.update(piece)
+                    file.write(piece)
+            if actual.hexdigest() != digest:
+                raise ReadError(f"{self.path(name)}: its SHA-256 is not that of dataset.json; copy it again")
 
     def _make_room(self, size: int) -> None:
         with (self.root / "room.lock").open("w") as lock:

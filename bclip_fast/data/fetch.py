@@ -7,9 +7,7 @@ stands with its reason in DIR/rejects.jsonl.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +18,8 @@ from typing import Annotated, Literal
 import tyro
 
 from ..errors import UserError
+from ..io.atomic import replacing, write_bytes
+from ..io.hashing import md5_of
 from .jats import JatsError, parse
 from .objects import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
 from .shard_format import to_json
@@ -76,11 +76,11 @@ def fetch(config: FetchConfig) -> int:
     (config.out / "metadata").mkdir(parents=True, exist_ok=True)
     kinds: Counter[str] = Counter()
     num_fetched = num_there = num_failed = 0
-    scratch = config.out / f"rejects.jsonl.{os.getpid()}"
     columns = TextColumn("{task.completed} articles"), TimeElapsedColumn()
     try:
         with (
-            scratch.open("w", encoding="utf-8") as rejects,
+            replacing(config.out / "rejects.jsonl", shared=True) as partial,
+            partial.open("w", encoding="utf-8") as rejects,
             Progress(*columns, transient=True, console=Console(stderr=True)) as progress,
         ):
             task = progress.add_task("", total=None)
@@ -94,13 +94,10 @@ def fetch(config: FetchConfig) -> int:
                 num_failed += len(outcome.failures or ())
                 num_there += not (outcome.fetched or outcome.rejects or outcome.failures)
                 progress.update(task, advance=1)
-        scratch.replace(config.out / "rejects.jsonl")
     except SourceError as error:
         raise UserError(str(error)) from None
     except FetchError as error:
         raise UserError(f"{error}; run it again") from None
-    finally:
-        scratch.unlink(missing_ok=True)
     told = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
     log.info("fetched %s articles, %s were there; rejects: %s", num_fetched, num_there, told)
     if num_failed:
@@ -166,7 +163,7 @@ def _fetch_version(
             rejects.append((article, key, str(error)))
     marker = out / f"metadata/{version.name}.json"
     if is_new or not marker.exists() or marker.read_bytes() != version.raw:
-        _write(marker, version.raw)
+        write_bytes(marker, version.raw, sync=True)
         return _Outcome(fetched=1, rejects=rejects)
     return _Outcome(rejects=rejects)
 
@@ -174,21 +171,8 @@ def _fetch_version(
 def _fetched(out: Path, store: Store, key: str, md5: str) -> tuple[bytes, bool]:
     """The object, and whether it had to be fetched."""
     path = out / key
-    if path.is_file() and hashlib.md5(data := path.read_bytes()).hexdigest() == md5:
+    if path.is_file() and md5_of(data := path.read_bytes()) == md5:
         return data, False
     data = store.read(key, md5)
-    _write(path, data)
+    write_bytes(path, data, sync=True)
     return data, True
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 from ..errors import UserError
+from ..io.atomic import replacing, write_text
 from . import engines
 from .objects import Rules, discover_objects, is_address, is_mirror, open_store, select
 from .pairs import Options, PartTask, write_part
@@ -170,13 +171,6 @@ def _resumes(config: IngestConfig, folder: Path) -> bool:
     return bool(found == json.loads(to_json(config.signature())))
 
 
-def _replaced(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file `path`, whole or not at all."""
-    scratch = path.with_name(f"{path.name}.partial")
-    write(scratch)
-    scratch.replace(path)
-
-
 def _packages(config: IngestConfig) -> Iterator[Package]:
     root = config.source if is_address(config.source) else str(Path(config.source).resolve())
     if not is_address(config.source) and not is_mirror(Path(root)):
@@ -198,12 +192,8 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     """Stage 1; the number of parts. The list of packages is made once, so that a second run does the same ones."""
     listed = work / "packages.jsonl"
     if not listed.exists():
-
-        def write(path: Path) -> None:
-            with path.open("w", encoding="utf-8") as file:
-                file.writelines(to_json(dataclasses.asdict(package)) + "\n" for package in _packages(config))
-
-        _replaced(listed, write)
+        with replacing(listed) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(to_json(dataclasses.asdict(package)) + "\n" for package in _packages(config))
     with listed.open(encoding="utf-8") as file:
         num_parts = sum(1 for _ in file)
     if not num_parts:
@@ -244,7 +234,7 @@ def _planned(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]
     if not path.exists():
         splits = Splits(config.seed, config.val_fraction, config.test_fraction)
         counts = make_plan(work, num_parts, splits, config.max_shard_megabytes << 20)
-        _replaced(path, lambda scratch: scratch.write_text(to_json(counts)))
+        write_text(path, to_json(counts))
     counts = json.loads(path.read_bytes())
     if not counts["pairs"]:
         told = _told(Counter(reject.reason.partition(":")[0] for reject in part_rejects(work, num_parts)))
@@ -292,9 +282,8 @@ def write_shard(task: _ShardTask) -> None:
         description, types = tar.finish(), rows.close()
         for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):
             (scratch / f"{shard.name}{suffix}").replace(folder / f"{shard.name}{suffix}")
-        done = scratch / "done"
-        done.write_text(to_json({"description": description, "types": types}))
-        done.replace(work / f"shards/{shard.name}.json")
+        done = to_json({"description": description, "types": types})
+        write_text(work / f"shards/{shard.name}.json", done)
 
 
 def _finish(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -31,6 +30,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..io.hashing import md5_of
 from ..version import __version__
 from . import xml_safe
 from .source import (
@@ -93,7 +93,7 @@ class Mirror:
         if not (self.root / key).exists():
             raise SourceError("not found")
         data = read_regular(self.root / key, self.root)
-        if md5 and hashlib.md5(data).hexdigest() != md5:
+        if md5 and md5_of(data) != md5:
             raise SourceError("wrong MD5")
         return data
 
@@ -170,7 +170,7 @@ class HttpStore:
         response.release_conn()
         etag = response.headers.get("ETag", "").strip('"')
         expected = md5 or (etag if _MD5.fullmatch(etag) else "")
-        if expected and hashlib.md5(data).hexdigest() != expected:
+        if expected and md5_of(data) != expected:
             raise _AskAgainError("wrong MD5")
         return data
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..io.atomic import replacing
 from .sanitize import SanitizedImage
 from .shard_format import to_json
 
@@ -75,24 +75,22 @@ def part_paths(folder: str | Path, number: int) -> tuple[Path, Path]:
 def write_rows(folder: str, number: int, events: Iterator[Begin | Pair | Reject]) -> None:
     images_path, rows_path = part_paths(folder, number)
     images_path.parent.mkdir(parents=True, exist_ok=True)
-    # Of this process alone: a run that was killed may have left one, and a worker of it may live for a moment.
-    scratch = f".{os.getpid()}"
-    images_scratch, rows_scratch = Path(f"{images_path}{scratch}"), Path(f"{rows_path}{scratch}")
-    try:
-        with images_scratch.open("wb") as images, rows_scratch.open("wb") as rows:
-            checksum = 0
-            for event in events:
-                line = _line(event, images.tell())
-                checksum = zlib.crc32(line, checksum)
-                rows.write(line)
-                if isinstance(event, Pair):
-                    images.write(event.image.data)
-            rows.write(END + b"%d\n" % checksum)
-        images_scratch.replace(images_path)
-        rows_scratch.replace(rows_path)
-    finally:
-        images_scratch.unlink(missing_ok=True)
-        rows_scratch.unlink(missing_ok=True)
+    # A worker of a killed run may live for a moment, so the names are this process's own. Images are renamed before
+    # rows: the rows file says that both are complete.
+    with (
+        replacing(rows_path, shared=True) as rows_partial,
+        replacing(images_path, shared=True) as images_partial,
+        images_partial.open("wb") as images,
+        rows_partial.open("wb") as rows,
+    ):
+        checksum = 0
+        for event in events:
+            line = _line(event, images.tell())
+            checksum = zlib.crc32(line, checksum)
+            rows.write(line)
+            if isinstance(event, Pair):
+                images.write(event.image.data)
+        rows.write(END + b"%d\n" % checksum)
 
 
 def _line(event: Begin | Pair | Reject, place: int) -> bytes:

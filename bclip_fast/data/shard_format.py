@@ -8,7 +8,6 @@ dataset.json                 splits, counts, hashes, fingerprint; written last
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from bclip_fast.data.files import Files, LocalFiles, ReadError
 from bclip_fast.errors import UserError
+from bclip_fast.io.hashing import sha256
 
 FORMAT_VERSION = 1
 MEMBERS = ("jpg", "txt", "json")
@@ -35,7 +35,7 @@ class Sample:
 
 def fingerprint_of(name: str, shards: list[dict[str, Any]]) -> str:
     lines = [name, *(f"{shard['name']} {shard['sha256']}" for shard in shards)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return sha256("\n".join(lines))
 
 
 def to_json(value: Any) -> str:

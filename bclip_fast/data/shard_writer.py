@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from bclip_fast.data.shard_format import BLOCK, FORMAT_VERSION, Sample, fingerprint_of, to_json
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 _SPLIT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -178,12 +179,8 @@ def write_description(folder: Path, splits: dict[str, list[dict[str, Any]]], inf
         "fingerprint": fingerprint_of("", everything),
         "splits": described,
     }
-    scratch = folder / "dataset.json.partial"
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(description, file, indent=1, sort_keys=True, allow_nan=False)
-        file.write("\n")
-        _sync(file)
-    scratch.replace(folder / "dataset.json")
+    text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_text(folder / "dataset.json", text, sync=True)
 
 
 class Staging:

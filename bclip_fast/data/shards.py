@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import os
@@ -32,7 +31,8 @@ from bclip_fast.data.shard_format import (
 )
 from bclip_fast.data.shard_writer import ShardWriter
 from bclip_fast.data.workers import Workers
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.io.hashing import sha256_of_file
 
 __all__ = ["BadSample", "Sample", "ShardDataset", "ShardWriter", "verify"]
 
@@ -279,12 +279,8 @@ def verify(root: Path | str) -> list[str]:
 def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Index) -> list[str]:
     if not path.is_file():
         return [f"{path.name}: missing"]
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     problems = []
-    if digest.hexdigest() != shard["sha256"]:
+    if sha256_of_file(path) != shard["sha256"]:
         problems.append(f"{path.name}: its SHA-256 is not that of dataset.json")
     wanted = [
         (f"{key}.{member}", int(offset), int(size))
@@ -334,6 +330,6 @@ def _verify_manifest(path: Path, rows: list[tuple[str, str, str, int]]) -> list[
     try:
         table = pq.read_table(path, columns=["key", "split", "shard", "position"])
     except (OSError, pa.ArrowException) as error:
-        return [f"{path.name}: cannot be read: {str(error).splitlines()[0]}"]
+        return [f"{path.name}: cannot be read: {first_line(error)}"]
     found = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
     return [] if found == sorted(rows) else [f"{path.name}: its rows are not those of the shards"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from ..errors import first_line
 from . import shards
 from .duplicates import near_pairs
 from .parts import SPLITS
@@ -49,7 +50,7 @@ def _verify_ingest(root: Path, told: dict[str, Any]) -> list[str]:
         table = pq.read_table(root / "manifest.parquet", columns=["article", "split", "phash", "source_sha256"])
         rejects = pq.read_table(root / "rejects.parquet", columns=["reason"])["reason"].to_pylist()
     except (OSError, pa.ArrowException) as error:
-        return [f"manifest.parquet or rejects.parquet: cannot be read: {str(error).splitlines()[0]}"]
+        return [f"manifest.parquet or rejects.parquet: cannot be read: {first_line(error)}"]
     articles, splits, phashes, sources = (column.to_pylist() for column in table.columns)
     problems = []
     home: dict[str, str] = {}

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..io.atomic import replacing
+from ..io.hashing import sha256, sha256_of_parts
 from ..version import __version__
 
 log = logging.getLogger(__name__)
@@ -52,11 +54,11 @@ def of_preprocess(preprocess: Callable[[Any], Tensor]) -> str:
     probes = [np.ascontiguousarray(probe) for probe in probes]
 
     def run() -> str:
-        digest = hashlib.sha256()
-        for probe in probes:
-            result = preprocess(Image.fromarray(probe)).contiguous()
-            digest.update(f"{tuple(result.shape)} {result.dtype}".encode() + result.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        results = [preprocess(Image.fromarray(probe)).contiguous() for probe in probes]
+        return sha256_of_parts(
+            f"{tuple(result.shape)} {result.dtype}".encode() + result.view(torch.uint8).numpy().tobytes()
+            for result in results
+        )
 
     first = run()
     if run() != first:
@@ -70,7 +72,7 @@ def of_texts(texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor]) -> 
     for text in texts:
         digest.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
     ids = tokenizer([*texts[:16], *texts[-16:], "Chest X-ray, \u03b1-SMA \u00d7400; p<0.05 (A\u2013C)."])
-    return digest.hexdigest() + hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+    return digest.hexdigest() + sha256(ids.contiguous().numpy().tobytes())
 
 
 class Cache:
@@ -86,7 +88,7 @@ class Cache:
         from safetensors import SafetensorError
         from safetensors.torch import load_file, save_file
 
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        key = sha256("\0".join(parts))
         path = self.folder / f"{key}.safetensors"
         if path.is_file():
             try:
@@ -96,12 +98,9 @@ class Cache:
             except (SafetensorError, OSError, KeyError) as error:
                 log.warning("%s is broken (%s) and is computed anew", path, error)
         result = compute().cpu().contiguous()
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"embeddings": result}, partial)
-            os.replace(partial, path)
+            with replacing(path, shared=True) as partial:
+                save_file({"embeddings": result}, partial)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"{self.folder} takes no embeddings: {error}") from error
         return result

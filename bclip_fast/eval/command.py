@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import platform
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,11 @@ import tyro
 from torch import Tensor, nn
 
 from .. import distributed
-from ..errors import UserError
+from ..config import read_toml
+from ..errors import UserError, first_line
+from ..hardware import environment_report, pick_device
+from ..html.page import format_figure, format_spread
+from ..io.runs import METRICS
 from . import files, report, tasks
 from .cache import Cache, default_folder
 from .config import EvalConfig
@@ -28,14 +29,7 @@ from .datasets import EvalDataset, open_dataset
 from .embed import Embedder
 from .protocols import PROTOCOLS, Inputs, default_kinds, describe
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 log = logging.getLogger(__name__)
-
-_VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +83,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
                 architecture, pretrained=weights, device=device
             )
         except Exception as error:  # a broken file leads torch's unpickler to any of them
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UserError(f"{name}: open_clip cannot load {weights}: {reason}") from error
+            raise UserError(f"{name}: open_clip cannot load {weights}: {first_line(error)}") from error
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa.is_run(Path(name)):
         return vqa.load(Path(name), device)
@@ -105,7 +98,7 @@ def run(command: EvalCommand) -> None:
     results = evaluation.run(command.model)
     if not distributed.is_main():
         return
-    run_folder = Path(command.model) if (Path(command.model) / "metrics.jsonl").is_file() else None
+    run_folder = Path(command.model) if (Path(command.model) / METRICS).is_file() else None
     out = Path(command.out) if command.out else _default_out(command, run_folder)
     files.write(out, results)
     report.write(out / "report.html", results, evaluation.data, run_folder=run_folder)
@@ -117,8 +110,8 @@ def run(command: EvalCommand) -> None:
 def _data_of_run(model: str) -> str:
     """The shards that the run folder `model` was trained on."""
     try:
-        return str(tomllib.loads((Path(model) / "config.toml").read_text(encoding="utf-8"))["data"]["shards"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        return str(read_toml(Path(model) / "config.toml")["data"]["shards"])
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
 
 
@@ -180,7 +173,7 @@ class Evaluation:
             "model": described | {"path": given if isinstance(given, str) else None},
             "tasks": results,
             "config": dataclasses.asdict(config),
-            "environment": _environment(device),
+            "environment": environment_report(device),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -190,15 +183,6 @@ def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
     if config.label or default_kinds(data) or not names:
         names.append("zero_shot")
     return names
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -213,19 +197,6 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "logit_scale": scale,
     }
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["device"] = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return found
 
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
@@ -245,7 +216,7 @@ def _print(results: dict[str, Any]) -> None:
     table = Table(Column("task", no_wrap=True), "figure", "value", "95 %", "chance", "samples")
     for task, result in results["tasks"].items():
         for figure in result["figures"]:
-            value, chance = (report.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            spread = report.format_spread(figure)
+            value, chance = (format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
+            spread = format_spread(figure)
             table.add_row(escape(task), figure["name"], value, spread, chance, f"{figure['num_samples']:,}")
     Console().print(table)

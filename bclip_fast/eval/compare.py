@@ -18,7 +18,9 @@ import numpy as np
 import tyro
 
 from ..errors import UserError
-from . import files, metrics, report
+from ..html.page import environment, format_figure
+from ..io.atomic import write_text
+from . import files, metrics
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +40,11 @@ class CompareCommand:
 def run(command: CompareCommand) -> None:
     found = compare([Path(path) for path in command.results])
     out = Path(command.out)
-    files.write_text(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = ("task", "figure", "model", "value", "difference", "low", "high", "p", "p_holm", "test")
-    files.write_text(
-        out / "compare.csv", files.as_csv(columns, ([row[key] for key in columns] for row in found["rows"]))
-    )
-    page = report.environment().get_template("compare.html").render(found=found, alpha=ALPHA)
-    files.write_text(out / "compare.html", page)
+    write_text(out / "compare.csv", files.as_csv(columns, ([row[key] for key in columns] for row in found["rows"])))
+    page = environment().get_template("compare.html").render(found=found, alpha=ALPHA)
+    write_text(out / "compare.html", page)
     _print(found)
     log.info("comparison in %s", out / "compare.html")
 
@@ -139,6 +139,6 @@ def _print(found: dict[str, Any]) -> None:
         spread = "" if row["low"] is None else f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
         difference = "" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
         p = "" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
-        value = report.format_figure(row["value"], row["unit"])
+        value = format_figure(row["value"], row["unit"])
         table.add_row(escape(row["task"]), row["figure"], escape(row["model"]), value, difference, spread, p)
     Console().print(table)

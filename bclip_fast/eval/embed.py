@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.images import open_image
 from ..errors import UserError
 from ..ops.processor import native_precision
 from . import cache
 from .cache import Cache
-from .datasets import EvalDataset, open_image
+from .datasets import EvalDataset
 
 log = logging.getLogger(__name__)
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from ..config import read_toml
 from ..errors import UserError
 
 _TASKS = Path(__file__).parent / "tasks"
@@ -73,12 +68,7 @@ def sample_sets() -> Mapping[str, PromptSet]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} is not valid TOML: {error}") from error
+    return read_toml(path, "prompt file")
 
 
 def read_prompts(table: Any, where: str, source: str = "") -> PromptSet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..io.hashing import sha256
 from . import probe, prompts, retrieval, zero_shot
 from .config import EvalConfig
 from .datasets import EvalDataset
@@ -43,7 +43,7 @@ def run_retrieval(inputs: Inputs) -> dict[str, dict[str, Any]]:
         )
     pictures = None
     if config.duplicates in ("images", "any"):
-        pictures = [hashlib.sha256(data.image(i)).hexdigest() for i in range(len(data))]
+        pictures = [sha256(data.image(i)) for i in range(len(data))]
     texts, images = inputs.embedder.texts(captions), inputs.embedder.images(data)
     result = retrieval.measure(
         images, texts, captions, duplicates=config.duplicates, pictures=pictures, index=config.index

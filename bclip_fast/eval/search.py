@@ -13,10 +13,8 @@ faiss reads its files without suspicion: an index from a stranger deserves as mu
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
-import os
 import re
 import threading
 from dataclasses import dataclass
@@ -29,10 +27,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..errors import UserError
-from . import files, report, retrieval
-from .command import Model, load_model, pick_device
-from .datasets import IMAGE_SUFFIXES, EvalDataset, open_dataset
+from ..data.images import IMAGE_SUFFIXES
+from ..errors import UserError, first_line
+from ..hardware import pick_device
+from ..html import page as html_page
+from ..io.atomic import replacing, write_text
+from ..io.hashing import sha256_of_file
+from . import retrieval
+from .command import Model, load_model
+from .datasets import EvalDataset, open_dataset
 from .datasets.pairs import PairDataset
 from .embed import Embedder, Precision
 
@@ -116,19 +119,17 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     rows = embedder.uncached_images(data).cpu()
     out = Path(config.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".{INDEX}.{os.getpid()}"
-        faiss.write_index(retrieval.build(rows, config.index), str(partial))
-        os.replace(partial, out / INDEX)
+        with replacing(out / INDEX, shared=True) as partial:
+            faiss.write_index(retrieval.build(rows, config.index), str(partial))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{out} takes no index: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{out} takes no index: {first_line(error)}") from error
     about = {
         "model": str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
         "data": config.data if "://" in config.data else str(Path(config.data).resolve()),
         "split": config.split,
         "index": config.index,
         "precision": embedder.precision,
-        "sha256": _sha256(out / INDEX),
+        "sha256": sha256_of_file(out / INDEX),
         "probe": _probe(embedder).tolist(),
     }
     num, dim = rows.shape
@@ -139,10 +140,9 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         columns[field] = pa.array(data.labels(field) if field in data.label_kinds else unknown, pa.string())
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), dim)
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about)})
-    partial = out / f".{ROWS}.{os.getpid()}"
     try:
-        pq.write_table(table, partial)
-        os.replace(partial, out / ROWS)
+        with replacing(out / ROWS, shared=True) as partial:
+            pq.write_table(table, partial)
     except OSError as error:
         raise UserError(f"{out} takes no embeddings: {error}") from error
     log.info("%d pictures in %s", num, out)
@@ -202,7 +202,7 @@ class Searcher:
             schema = pq.read_schema(self.folder / ROWS)
             self.about: dict[str, Any] = json.loads((schema.metadata or {})[_METADATA])
             self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS])
-            if _sha256(self.folder / INDEX) != self.about["sha256"]:
+            if sha256_of_file(self.folder / INDEX) != self.about["sha256"]:
                 raise UserError(f"{wrong}: {ROWS} was written with another {INDEX}; embed again")
             self._index = faiss.read_index(str(self.folder / INDEX))
             probe = torch.tensor(self.about["probe"])
@@ -265,7 +265,7 @@ class Searcher:
             data = self._data
         if data.key(hit.row) != hit.key:
             raise UserError(f"{self._data_path}: picture {hit.row} is {data.key(hit.row)}, not {hit.key}: embed again")
-        return report.thumbnail(data.image(hit.row), lambda: hit.key)
+        return html_page.thumbnail(data.image(hit.row), lambda: hit.key)
 
 
 def run(config: SearchConfig) -> None:
@@ -280,14 +280,14 @@ def run(config: SearchConfig) -> None:
     hits = searcher.picture(content, config.k, str(path)) if is_picture else searcher.text(config.query, config.k)
     _print(hits)
     if config.gallery:
-        files.write_text(Path(config.gallery), page(searcher, hits, query=config.query))
+        write_text(Path(config.gallery), page(searcher, hits, query=config.query))
         log.info("gallery in %s", config.gallery)
 
 
 def page(searcher: Searcher, hits: list[Hit], *, query: str = "", error: str = "", form: int = 0) -> str:
     """HTML with the hits. `form`: with forms that ask for so many hits; 0: without, for a file."""
     shown = [{"hit": hit, **_picture(searcher, hit)} for hit in hits]
-    template = report.environment().get_template("search.html")
+    template = html_page.environment().get_template("search.html")
     return template.render(searcher=searcher, shown=shown, query=query, error=error, form=form, max_hits=MAX_HITS)
 
 
@@ -334,11 +334,3 @@ def _probe(embedder: Embedder) -> Tensor:
     patches = np.random.default_rng(0).integers(0, 256, (6, 8, 3)) * (1.0, 0.7, 0.4)
     Image.fromarray(patches.astype(np.uint8).repeat(40, 0).repeat(40, 1)).save(buffer := io.BytesIO(), "PNG")
     return torch.cat([embedder.texts([_PROBE]), embedder.picture(buffer.getvalue(), "probe")]).cpu()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -24,8 +24,9 @@ from ..ops.contrastive import (
     default_chunk_size,
     operands_of,
 )
-from ..ops.contrastive.terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
+from ..ops.contrastive.terms import pair_losses, positive_gradient, positive_logits
 from ..ops.dispatch import choose, kernels
+from ..ops.dtypes import accumulation_dtype
 from .ranks import Columns, GatherRows, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 

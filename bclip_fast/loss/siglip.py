@@ -23,8 +23,9 @@ from ..ops.contrastive import (
     operands_of,
     siglip_loss,
 )
-from ..ops.contrastive.terms import accumulation_dtype, siglip_gradient_dtype
+from ..ops.contrastive.terms import siglip_gradient_dtype
 from ..ops.dispatch import choose, kernels
+from ..ops.dtypes import accumulation_dtype
 from .ranks import Columns, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bclip_fast.hardware import cluster_of
 from bclip_fast.train import plan as estimates
 from bclip_fast.train import trainer
-from bclip_fast.train.cluster import world
 from bclip_fast.train.config import TrainConfig
 
 
@@ -17,7 +17,7 @@ def run(config: TrainConfig) -> estimates.Plan:
         UserError: a batch that the ranks cannot share, or a run that does not fit into the memory of the cluster.
     """
     config = config.resolved()
-    plan = estimates.make(config, estimates.samples_of(config), world(config.cluster))
+    plan = estimates.make(config, estimates.samples_of(config), cluster_of(config.cluster))
     estimates.show(config, plan)
     estimates.refuse(config, plan)
     return plan

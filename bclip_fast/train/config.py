@@ -8,11 +8,10 @@ from typing import Literal
 
 from bclip_fast.data.files import ReadConfig
 from bclip_fast.errors import UserError
+from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig, preset
 
-from .cluster import ClusterConfig
 from .engine import EngineConfig
-from .precision import Precision
 from .schedule import OptimConfig
 from .spikes import SpikeConfig
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -31,10 +30,12 @@ from torch import Tensor, nn
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.images import open_image
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks, vqa
-from bclip_fast.eval.datasets import EvalDataset, open_dataset, open_image
+from bclip_fast.eval.datasets import EvalDataset, open_dataset
+from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
@@ -219,7 +220,7 @@ class _Loop:
         # Everything that makes another run of it: a checkpoint of anything else is refused.
         same = {
             "data": objective.data.fingerprint,
-            "texts": hashlib.sha256("\0".join(objective.texts).encode()).hexdigest(),
+            "texts": sha256("\0".join(objective.texts)),
         }
         skipped = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "epochs")
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in skipped}

@@ -9,35 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.resnet import blocks
 from bclip_fast.model.vision import VisionConfig, num_kept_patches
-
-_TERA = 1e12
-# Largest rates of dense matmuls, by the start of what torch.cuda.get_device_name says; the first that fits counts.
-# bf16 and fp16 on the tensor cores, then fp32 outside them: what torch does with float32 unless told.
-# From NVIDIA's data sheets: A100 (June 2021), H100 (whitepaper v1.04, table 2, and data sheet 2024 for the NVL, half of
-# its figures "with sparsity"), H200 (data sheet 2024).
-_PEAKS = {
-    "NVIDIA A100": (312 * _TERA, 19.5 * _TERA),
-    "NVIDIA H100 PCIe": (756 * _TERA, 51.2 * _TERA),
-    "NVIDIA H100 NVL": (835.5 * _TERA, 60 * _TERA),
-    "NVIDIA H100": (989.4 * _TERA, 66.9 * _TERA),
-    "NVIDIA H200 NVL": (835.5 * _TERA, 60 * _TERA),
-    "NVIDIA H200": (989.4 * _TERA, 66.9 * _TERA),
-}
-
-
-def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """Of one device in "fp32", "bf16" or "fp16"; None where no data sheet told, a CPU among them."""
-    rates = next((rates for name, rates in _PEAKS.items() if device_name.startswith(name)), None)
-    return None if rates is None else rates[precision == "fp32"]
-
-
-def device_peak(device: torch.device, precision: str) -> float | None:
-    return peak_flops_per_second(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def step_flops(

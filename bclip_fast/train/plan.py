@@ -10,7 +10,6 @@ convolutions also take room inside the library, 43 %.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -24,12 +23,13 @@ import torch
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
+from bclip_fast.hardware import GIB, Cluster, peak_flops_per_second, results_name
+from bclip_fast.io.jsonl import read_lines
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.ops.contrastive import default_chunk_size
 
-from .cluster import GIB, World, results_name
 from .config import TrainConfig
-from .flops import forward_flops, peak_flops_per_second
+from .flops import forward_flops
 from .initial import new_model
 from .memory import Gradients, activations, kept
 
@@ -104,7 +104,7 @@ class Plan:
 
     parameters: Mapping[str, int]
     samples: Samples
-    world: World
+    world: Cluster
     stages: Sequence[Stage]
     memory: Mapping[str, Bytes]
     host: Mapping[str, Bytes]
@@ -137,7 +137,7 @@ def samples_of(config: TrainConfig) -> Samples:
     return Samples(len(data), quantiles, data.num_bytes / len(data), config.data.shards)
 
 
-def make(config: TrainConfig, samples: Samples, world: World) -> Plan:
+def make(config: TrainConfig, samples: Samples, world: Cluster) -> Plan:
     """The plan of a run, a function of its arguments and of the rates in benchmarks/results.
 
     Raises:
@@ -183,7 +183,7 @@ def refuse(config: TrainConfig, plan: Plan) -> None:
         )
 
 
-def _knobs(config: TrainConfig, world: World) -> list[tuple[str, TrainConfig]]:
+def _knobs(config: TrainConfig, world: Cluster) -> list[tuple[str, TrainConfig]]:
     """Changes that keep what is learned, each alone."""
     engine, data = config.engine, config.data
     knobs: list[tuple[str, TrainConfig]] = []
@@ -228,7 +228,7 @@ def _model(config: TrainConfig) -> BiomedClip:
     return model
 
 
-def _stages(config: TrainConfig, model: BiomedClip, samples: Samples, world: World) -> list[Stage]:
+def _stages(config: TrainConfig, model: BiomedClip, samples: Samples, world: Cluster) -> list[Stage]:
     stream = SampleStream(
         [samples.count],
         "",
@@ -272,7 +272,7 @@ def _flops(config: TrainConfig, samples: Samples, batch_size: int, replay: bool)
     return flops
 
 
-def _traffic(config: TrainConfig, model: BiomedClip, world: World, stage: Stage) -> float:
+def _traffic(config: TrainConfig, model: BiomedClip, world: Cluster, stage: Stage) -> float:
     """Bytes a step that a ring moves through each rank: gradients and weights in fp32, texts and their gradients."""
     weights = 4.0 * sum(p.numel() for p in model.parameters())
     # An all-reduce, or a reduction and a gathering of what was updated; under ZeRO 3 each pass gathers instead.
@@ -287,7 +287,7 @@ def _traffic(config: TrainConfig, model: BiomedClip, world: World, stage: Stage)
 class _Rates:
     """Operations a second of a rank: measured by `bclip bench`, else a fraction of what matmuls reach, else unknown."""
 
-    def __init__(self, world: World, precision: str) -> None:
+    def __init__(self, world: Cluster, precision: str) -> None:
         device, rows = world.device.name, measured(world.device.name)
         # The ranks of a node share its processor, whose rows were measured with all of it.
         shares = world.ranks_per_node if world.cpu else 1
@@ -313,7 +313,7 @@ class _Rates:
             self.loss = statistics.median(row["flops"] / row["seconds"] for row in losses) / shares
             self.source += f"; {self.loss:.3g} in the loss, measured (median of {len(losses)})"
 
-    def seconds(self, stage: Stage, config: TrainConfig, model: BiomedClip, world: World) -> dict[str, float] | None:
+    def seconds(self, stage: Stage, config: TrainConfig, model: BiomedClip, world: Cluster) -> dict[str, float] | None:
         """Of a step, by part; None where no rate is known."""
         if self.tower is None or self.loss is None:
             return None
@@ -327,11 +327,11 @@ def measured(device: str) -> list[dict[str, Any]]:
     package = Path(__file__).parents[1]
     paths = [folder / "benchmarks" / "results" / results_name(device) for folder in (package.parent, package)]
     path = next((path for path in paths if path.is_file()), None)
-    return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [] if path is None else read_lines(path)
 
 
 def _memory(
-    config: TrainConfig, model: BiomedClip, samples: Samples, world: World, stage: Stage
+    config: TrainConfig, model: BiomedClip, samples: Samples, world: Cluster, stage: Stage
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Bytes by phase and part, on the device and, where that is another memory, on the host."""
     micro, share = stage.micro_batch, stage.rank_batch
@@ -378,7 +378,7 @@ def _longest(config: TrainConfig, samples: Samples, stage: Stage) -> list[int]:
     return samples.longest(config.model.text.context_length, stage.micro_batch, stage.batch_size, stage.num_steps)
 
 
-def _kept(config: TrainConfig, samples: Samples, world: World, stage: Stage) -> dict[str, tuple[int, int]]:
+def _kept(config: TrainConfig, samples: Samples, world: Cluster, stage: Stage) -> dict[str, tuple[int, int]]:
     """What a micro-batch keeps for its backward pass with and without what spares memory: (image tower, text tower)."""
     rows, context_length, model = {}, config.model.text.context_length, _model(config)
     packed, padded = _longest(config, samples, stage), [context_length] * stage.micro_batch
@@ -403,7 +403,7 @@ class _EngineState:
     offloaded: dict[str, float]
 
     @classmethod
-    def of(cls, config: TrainConfig, model: BiomedClip, world: World, replays: bool) -> _EngineState:
+    def of(cls, config: TrainConfig, model: BiomedClip, world: Cluster, replays: bool) -> _EngineState:
         weights = 4.0 * sum(p.numel() for p in model.parameters())
         trained = 4.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         engine, ranks = config.engine, world.ranks
@@ -451,7 +451,7 @@ class _EngineState:
         return cls(whole, backward, update, checkpoint, grows, offloaded)
 
 
-def _loss(config: TrainConfig, world: World, local: int, total: int) -> tuple[float, float]:
+def _loss(config: TrainConfig, world: Cluster, local: int, total: int) -> tuple[float, float]:
     """Bytes of features with their gradients, and of a chunk of similarities with its gradient."""
     width, operands = config.model.embed_dim, 4 if config.engine.precision == "fp32" else 2
     rows = default_chunk_size(local, total, torch.device("cpu" if world.cpu else "cuda"))
@@ -473,7 +473,7 @@ def show(config: TrainConfig, plan: Plan) -> None:
         console.print()
 
 
-def _resolved(config: TrainConfig, world: World) -> TrainConfig:
+def _resolved(config: TrainConfig, world: Cluster) -> TrainConfig:
     """With the preset spelled out, and precision "auto" as the cluster's devices have it."""
     config = config.resolved()
     return config.with_precision(world.precision) if config.engine.precision == "auto" else config

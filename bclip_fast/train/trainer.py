@@ -36,8 +36,10 @@ from bclip_fast.data.native import Batch, NativeLoader
 from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
-from bclip_fast.distributed import on_main
+from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
+from bclip_fast.hardware import device_peak, peak_memory
+from bclip_fast.io.runs import VALIDATION, VALIDATION_EMA
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
@@ -52,7 +54,7 @@ from .cached import CachedBatch, Spool
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
 from .initial import initial_tokenizer, initialise, new_model
-from .metrics import MetricsLog, Progress, peak_memory
+from .metrics import MetricsLog, Progress
 from .precision import resolve
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
@@ -107,8 +109,8 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     )
     found = [validate] if validate else []
     if not found and (config.validation.every_steps or config.validation.every_epochs):
-        on_main(lambda: found.append(validation.standard(config)))
-    on_main(lambda: _prepare(run, config, dataset))
+        run_on_rank0(lambda: found.append(validation.standard(config)))
+    run_on_rank0(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
     # A launcher that has lost a rank sends SIGTERM to the others, which are still to say so.
@@ -153,7 +155,7 @@ class _Run:
         saved = self._load(model) if config.resume else None
         if saved is None:
             # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
-            on_main(lambda: initialise(model, config.init))
+            run_on_rank0(lambda: initialise(model, config.init))
             if not distributed.is_main():
                 initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
@@ -165,13 +167,13 @@ class _Run:
         self.spool = Spool(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
-        on_main(self._open_log)
+        run_on_rank0(self._open_log)
         samples = (self.stream.samples_before(step) for step in (self.step, self.num_steps))
         self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
         self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
-        self.peak = flops.device_peak(self.engine.device, config.engine.precision)
-        self.saved_step = self.step if on_main(lambda: (run / "model").is_dir()) else -1
+        self.peak = device_peak(self.engine.device, config.engine.precision)
+        self.saved_step = self.step if run_on_rank0(lambda: (run / "model").is_dir()) else -1
         self.position = self.loader.state_dict()
         self.writer = checkpoints.Writer(config.checkpoint.background) if distributed.is_main() else None
         self.signals = signals
@@ -203,7 +205,7 @@ class _Run:
     def _load(self, model: BiomedClip) -> checkpoints.Checkpoint | None:
         folder = self.run / "checkpoints"
         # Rank 0 hashes and decides, so that all ranks read the same one.
-        step = on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
+        step = run_on_rank0(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
         if step is None:
             return None
         saved = checkpoints.read(folder / f"step-{step:08d}")
@@ -253,7 +255,7 @@ class _Run:
                 self._save()
         if self.step and self.saved_step != self.step:
             self._save()
-        on_main(lambda: self.writer.finish() if self.writer else None)
+        run_on_rank0(lambda: self.writer.finish() if self.writer else None)
 
     def _train_step(self) -> dict[str, Any] | None:
         """A step and its line of metrics; None where a signal stops the run before it."""
@@ -389,10 +391,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = on_main(lambda: self._write_validation(state, validation.PREFIX))
+        figures = run_on_rank0(lambda: self._write_validation(state, VALIDATION))
         if self.average is not None:
             average = {**state, **self.average.state()}
-            on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
+            run_on_rank0(lambda: self._write_validation(average, VALIDATION_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:

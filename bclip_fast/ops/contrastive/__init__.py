@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..arguments import cuda_refusal, differentiable_once, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
+from ..dtypes import accumulation_dtype
 from .terms import (
     Groups,
-    accumulation_dtype,
     keeps_products,
     pair_losses,
     positive_gradient,

@@ -9,14 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import processor
+from ..dtypes import accumulation_dtype
 
 # Products image @ text.T that the C++ kernels keep for the backward: 64 MiB in float32. Multiplying them again takes a
 # quarter of the time.
 _MAX_KEPT = 4096 * 4096
-
-
-def accumulation_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def siglip_gradient_dtype(features: Tensor) -> torch.dtype:

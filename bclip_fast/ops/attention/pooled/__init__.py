@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...arguments import triton_refusal, without_autocast
 from ...dispatch import Limits, choose, kernels
+from ...dtypes import accumulation_dtype
 from .. import sdpa
 from ..checks import checked_dropout, cpu_limits
 
@@ -117,7 +118,7 @@ def _(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    exact = accumulation_dtype(query)
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=exact)
 
 

@@ -1,20 +1,37 @@
-"""The machines that a plan is made for: how many, with what devices, memory and links."""
+"""Devices: names, memory, links, peak rates. Clusters of them, as a plan assumes. What runs here, for reports."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from bclip_fast.errors import UserError
-from bclip_fast.ops.processor import native_precision
+from .errors import UserError, first_line
+from .ops.processor import native_precision
 
-from .precision import Precision
+Precision = Literal["fp32", "bf16", "fp16"]
 
 GIB = 1 << 30
+_VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
+_TERA = 1e12
+# Largest rates of dense matmuls, by the start of what torch.cuda.get_device_name says; the first that fits counts.
+# bf16 and fp16 on the tensor cores, then fp32 outside them: what torch does with float32 unless told.
+# From NVIDIA's data sheets: A100 (June 2021), H100 (whitepaper v1.04, table 2, and data sheet 2024 for the NVL, half of
+# its figures "with sparsity"), H200 (data sheet 2024).
+_PEAKS = {
+    "NVIDIA A100": (312 * _TERA, 19.5 * _TERA),
+    "NVIDIA H100 PCIe": (756 * _TERA, 51.2 * _TERA),
+    "NVIDIA H100 NVL": (835.5 * _TERA, 60 * _TERA),
+    "NVIDIA H100": (989.4 * _TERA, 66.9 * _TERA),
+    "NVIDIA H200 NVL": (835.5 * _TERA, 60 * _TERA),
+    "NVIDIA H200": (989.4 * _TERA, 66.9 * _TERA),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,7 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class World:
+class Cluster:
     """ranks over nodes; cpu: they compute there, and device memory is the host's. Bytes of one rank; 0: not known.
     precision: what engine.precision auto stands for there, and the reason."""
 
@@ -85,8 +102,8 @@ class World:
         return min(self.device.link, self.device.network) if self.nodes > 1 else self.device.link
 
 
-def world(config: ClusterConfig) -> World:
-    """Of the configuration, with this machine's figures where it says nothing."""
+def cluster_of(config: ClusterConfig) -> Cluster:
+    """The cluster of a configuration. This machine's values stand for what the configuration leaves empty."""
     own = not config.device
     cpu = config.device == "cpu" or (own and not torch.cuda.is_available())
     ranks = config.devices_per_node or (torch.cuda.device_count() if own and not cpu else 1)
@@ -94,7 +111,7 @@ def world(config: ClusterConfig) -> World:
     if cpu:
         # What gloo moves between processes of one machine, and over a network of 10 Gbit/s: orders of magnitude.
         device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
-        return World(config.nodes, ranks, device, True, device.memory, *native_precision(torch.device("cpu")))
+        return Cluster(config.nodes, ranks, device, True, device.memory, *native_precision(torch.device("cpu")))
     if own:
         name = device_name(torch.device("cuda", 0))
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -106,7 +123,7 @@ def world(config: ClusterConfig) -> World:
         precision = "bf16", f"{device.name} multiplies bfloat16 in hardware"
     if config.memory_gib:
         device = Device(device.name, config.memory_gib * GIB, device.link, device.network)
-    return World(config.nodes, ranks, device, False, host / ranks, *precision)
+    return Cluster(config.nodes, ranks, device, False, host / ranks, *precision)
 
 
 def device_name(device: torch.device) -> str:
@@ -123,3 +140,46 @@ def results_name(device: str) -> str:
 
 def _host_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def peak_flops_per_second(device_name: str, precision: str) -> float | None:
+    """The rate of one device in "fp32", "bf16" or "fp16". None if no data sheet is known, as for a CPU."""
+    rates = next((rates for name, rates in _PEAKS.items() if device_name.startswith(name)), None)
+    return None if rates is None else rates[precision == "fp32"]
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """`peak_flops_per_second` of a GPU of this machine; None for a CPU."""
+    return peak_flops_per_second(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: by torch on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the GPU if there is one. Raises UserError if torch can't use it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from error
+
+
+def environment_report(device: torch.device) -> dict[str, str]:
+    """Python, system, package versions and device: what a result needs beside it to be understood later."""
+    report = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in _VERSIONS:
+        try:
+            report[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    report["device"] = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return report
