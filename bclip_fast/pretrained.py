@@ -16,8 +16,10 @@ from .data.transform import Preprocess, PreprocessConfig
 from .errors import UserError, first_line
 from .io.atomic import replacing
 from .io.hashing import sha256
-from .model import layout, weights
+from .model import open_clip_config, tower_config, weights
 from .model.biomedclip import BiomedClip, BiomedClipConfig
+from .model.open_clip_config import CONFIG_FILE
+from .model.safe_load import read_checkpoint
 from .model.tokenizer import Tokenizer
 from .model.vision import resize_positions
 
@@ -56,15 +58,15 @@ def load(
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     source = _source(name_or_path)
-    content = read_json(source.get([layout.CONFIG_FILE]))
-    config = layout.read(content, lambda path: read_json(source.get([path])), _hub_json)
+    content = read_json(source.get([CONFIG_FILE]))
+    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
     preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
     tokenizer = _tokenizer(source, content, config)
     # The shapes are checked on the meta device before any memory is spent on what a configuration asks for.
     with torch.device("meta"):
         model = BiomedClip(config)
     path = source.get(WEIGHT_FILES)
-    state = weights.from_open_clip(weights.read_checkpoint(path), model, where=str(path))
+    state = weights.from_open_clip(read_checkpoint(path), model, where=str(path))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
         preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
@@ -85,8 +87,10 @@ def load(
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint that `load` takes."""
     source = _source(name_or_path)
-    content = read_json(source.get([layout.CONFIG_FILE]))
-    return _tokenizer(source, content, layout.read(content, lambda path: read_json(source.get([path])), _hub_json))
+    content = read_json(source.get([CONFIG_FILE]))
+    return _tokenizer(
+        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+    )
 
 
 def save(
@@ -114,8 +118,8 @@ def save(
         raise UserError(f"preprocess gives {preprocess.config.size} px, the model takes {config.vision.image_size}")
     _check_vocabulary(tokenizer, config)
     folder = Path(folder)
-    files = layout.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
-    files[layout.CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
+    files = open_clip_config.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
+    files[CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
     state = weights.to_open_clip(model.state_dict() if state_dict is None else state_dict, config)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +146,9 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
 
     folder, config, pixels = Path(folder), model.config, preprocess.config
     states = weights.to_transformers(model.state_dict(), config)
-    for name, content, state in zip(("vision", "text"), layout.transformers_configs(config), states, strict=False):
+    for name, content, state in zip(
+        ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
+    ):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
@@ -208,11 +214,11 @@ def _source(name_or_path: str | Path) -> Source:
         return Hub(name.removeprefix(HUB_PREFIX))
     folder = Path(name_or_path)
     for path in (folder, folder / "model"):
-        if (path / layout.CONFIG_FILE).is_file():
+        if (path / CONFIG_FILE).is_file():
             return Folder(path)
     if not folder.is_dir():
         raise UserError(f"{name} is not a folder; a model of the hub is named hf-hub:ORG/NAME")
-    raise UserError(f"{name} holds no {layout.CONFIG_FILE}, neither does {folder / 'model'}")
+    raise UserError(f"{name} holds no {CONFIG_FILE}, neither does {folder / 'model'}")
 
 
 def _hub_json(name: str) -> dict[str, Any]:
@@ -236,17 +242,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
     """preprocess_cfg, where absent keys mean open_clip's defaults, which are BiomedCLIP's."""
     if not isinstance(content, dict):
-        raise UserError(f"{layout.CONFIG_FILE}: preprocess_cfg is {content!r}, no table")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg is {content!r}, no table")
     content = dict(content)
     size = content.pop("size", image_size)
     if size not in (image_size, [image_size, image_size]):
-        raise UserError(f"{layout.CONFIG_FILE}: preprocess_cfg size {size!r} is not the model's, {image_size}")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} is not the model's, {image_size}")
     if content.pop("mode", "RGB") != "RGB":
-        raise UserError(f"{layout.CONFIG_FILE}: preprocess_cfg mode must be RGB")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg mode must be RGB")
     content.pop("fill_color", None)  # read only by resize_mode longest
     unknown = content.keys() - {"mean", "std", "interpolation", "resize_mode"}
     if unknown:
-        raise UserError(f"{layout.CONFIG_FILE}: preprocess_cfg has unsupported keys: {', '.join(sorted(unknown))}")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg has unsupported keys: {', '.join(sorted(unknown))}")
     for name in ("mean", "std"):
         if isinstance(content.get(name), list):
             content[name] = tuple(content[name])
@@ -266,7 +272,7 @@ def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig
     try:
         path = source.get(TOKENIZER_FILES)
     except UserError as error:
-        name = layout.tokenizer_name(content)
+        name = open_clip_config.tokenizer_name(content)
         if name is None:
             raise UserError(f"{error}; save the tokenizer beside the weights") from error
         log.info("the checkpoint has no tokenizer file of its own; fetching that of %s", name)

@@ -22,7 +22,8 @@ from torch import nn
 
 from bclip_fast.data.shards import ShardDataset, ShardWriter
 from bclip_fast.errors import UserError
-from bclip_fast.model.biomedclip import BiomedClip, preset
+from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig

@@ -439,7 +439,8 @@ def test_lc25000_equals_open_clip_and_an_independent_elevater(shared_data: Path,
 
     from bclip_fast import pretrained
     from bclip_fast.data.transform import Preprocess
-    from bclip_fast.model.biomedclip import BiomedClip, preset
+    from bclip_fast.model.biomedclip import BiomedClip
+    from bclip_fast.model.presets import preset
     from bclip_fast.model.tokenizer import Tokenizer
 
     open_clip = import_open_clip()

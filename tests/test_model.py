@@ -16,8 +16,9 @@ from torch import nn
 from bclip_fast import config as toml
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
-from bclip_fast.model.biomedclip import PRESETS, BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.presets import PRESETS, preset
 from bclip_fast.model.text import GptTower, TextConfig
 from bclip_fast.model.tokenizer import Tokenizer, clean
 from bclip_fast.model.transformer import PostNormLayer, PreNormLayer, Sequences

@@ -19,8 +19,9 @@ from bclip_fast import config as config_files
 from bclip_fast.config import CONFIGS, parse
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster, ClusterConfig, cluster_of
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.presets import preset
 from bclip_fast.train import memory, plan
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import EngineConfig

@@ -24,7 +24,8 @@ from test_model import GPT, SMALL, padded_ids, shaken
 from bclip_fast import load, save
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig
 

@@ -26,9 +26,10 @@ from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model import weights
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.meter import MeterConfig, VqaModel
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.presets import preset
 from bclip_fast.model.resnet import BatchNorm, ResNetTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
@@ -401,7 +402,7 @@ def test_the_published_layout_is_read(tmp_path: Path) -> None:
     import open_clip
 
     content = json.loads((Path(open_clip.__file__).parent / "model_configs" / "RN50-quickgelu.json").read_text())
-    assert pretrained.layout.read({"model_cfg": content}, dict, dict) == preset("clip_rn50")
+    assert pretrained.open_clip_config.read({"model_cfg": content}, dict, dict) == preset("clip_rn50")
 
 
 # What every tower does

@@ -20,8 +20,9 @@ from bclip_fast.benchmarks import measure
 from bclip_fast.benchmarks.report import BenchConfig, run
 from bclip_fast.benchmarks.step import Inputs, StepConfig, caption_lengths, make_inputs, measure_step, open_clip_twin
 from bclip_fast.data.transform import normalize
-from bclip_fast.model.biomedclip import BiomedClip, preset
+from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.presets import preset
 from bclip_fast.model.weights import key_map
 from bclip_fast.ops import affine
 

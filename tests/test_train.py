@@ -15,7 +15,8 @@ from bclip_fast import config as config_files
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
-from bclip_fast.model.biomedclip import PRESETS, BiomedClip, BiomedClipConfig
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.presets import PRESETS
 from bclip_fast.train import checkpoint, engine, optimizer
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.engine import EngineConfig

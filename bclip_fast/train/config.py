@@ -9,7 +9,8 @@ from typing import Literal
 from bclip_fast.data.files import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import ClusterConfig, Precision
-from bclip_fast.model.biomedclip import BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClipConfig
+from bclip_fast.model.presets import preset
 
 from .engine import EngineConfig
 from .schedule import OptimConfig

@@ -10,8 +10,9 @@ from typing import Any
 from bclip_fast import pretrained
 from bclip_fast.data.transform import PreprocessConfig
 from bclip_fast.errors import UserError
-from bclip_fast.model import layout, weights
+from bclip_fast.model import tower_config, weights
 from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.safe_load import State, read_checkpoint
 from bclip_fast.model.text import BertTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionTower
@@ -52,7 +53,7 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
             raise UserError(f"init.vision={init.vision}: a plain ViT, but model.vision.kind is not vit")
         state, content, where = _read(init.vision)
         if content is not None:
-            _check_heads(where, layout.vit_heads(content, where), model.config.vision.heads, "vision")
+            _check_heads(where, tower_config.vit_heads(content, where), model.config.vision.heads, "vision")
         filled = weights.from_vit(state, model.visual, where=where)
         log.info("image tower from %s; at random: %s", where, _fill(model.visual, filled))
     if init.text:
@@ -60,7 +61,7 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
             raise UserError(f"init.text={init.text}: a BERT, but model.text.kind is {model.config.text.kind}")
         state, content, where = _read(init.text)
         if content is not None:
-            _check_heads(where, layout.bert_config(content, where).heads, model.config.text.heads, "text")
+            _check_heads(where, tower_config.bert_config(content, where).heads, model.config.text.heads, "text")
         filled = weights.from_bert(state, model.text, where=where)
         log.info("text tower from %s; at random: %s", where, _fill(model.text, filled))
 
@@ -108,21 +109,21 @@ def _continue(model: BiomedClip, name: str) -> None:
     log.info("continuing from %s; dropped: %s; as configured: %s", name, ", ".join(dropped) or "nothing", kept)
 
 
-def _fill(module: Any, state: weights.State) -> str:
+def _fill(module: Any, state: State) -> str:
     """Loads what is there; the names of what isn't."""
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected
     return ", ".join(missing) or "nothing"
 
 
-def _read(name: str) -> tuple[weights.State, dict[str, Any] | None, str]:
+def _read(name: str) -> tuple[State, dict[str, Any] | None, str]:
     """The tensors, config.json where a folder or repository was named, and the name of the file for messages."""
     if Path(name).is_file():
-        return weights.read_checkpoint(Path(name), legacy=True), None, name
+        return read_checkpoint(Path(name), legacy=True), None, name
     source = _source(name)
     content = pretrained.read_json(source.get(["config.json"]))
     path = source.get(WEIGHT_FILES)
-    return weights.read_checkpoint(path, legacy=True), content, str(path)
+    return read_checkpoint(path, legacy=True), content, str(path)
 
 
 def _source(name: str) -> pretrained.Source:

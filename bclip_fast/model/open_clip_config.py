@@ -15,15 +15,12 @@ from typing import Any
 
 from ..errors import UserError
 from .biomedclip import BiomedClipConfig
-from .text import BERT_NORM_EPS, GPT_NORM_EPS, TextConfig
-from .transformer import MAX_LAYERS, check_range, mlp_width
-from .vision import NORM_EPS as VIT_NORM_EPS
+from .text import TextConfig
+from .tower_config import PUBMEDBERT, TIMM_MODELS, Json, bert_config, bert_json, is_pubmedbert, timm_json, timm_vit
+from .transformer import MAX_LAYERS, check_range
 from .vision import VisionConfig
 
-Json = dict[str, Any]
-
 CONFIG_FILE = "open_clip_config.json"
-PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 _PUBMEDBERT_NAMES = {
     f"microsoft/BiomedNLP-{name}-base-uncased-{corpus}"
     for name in ("BiomedBERT", "PubMedBERT")
@@ -31,47 +28,7 @@ _PUBMEDBERT_NAMES = {
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w-][\w.-]*")
 
-_TIMM_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-_TIMM_GRIDS = {
-    "tiny": [(16, 224), (16, 384)],
-    "small": [(32, 224), (32, 384), (16, 224), (16, 384), (8, 224)],
-    "base": [(32, 224), (32, 384), (16, 224), (16, 384), (8, 224)],
-    "large": [(32, 224), (32, 384), (16, 224), (16, 384)],
-}
-TIMM_MODELS = {
-    f"vit_{name}_patch{patch}_{size}": VisionConfig(size, patch, *_TIMM_SIZES[name])
-    for name, grids in _TIMM_GRIDS.items()
-    for patch, size in grids
-}
-# timm's argument -> ours
-_TIMM_ARGUMENTS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "embed_dim": "width",
-    "depth": "layers",
-    "num_heads": "heads",
-    "mlp_ratio": "mlp_ratio",
-}
 _CLIP_SIZES = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
-# BertConfig's key -> ours
-_BERT_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "max_position_embeddings": "max_positions",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-    "pad_token_id": "pad_id",
-}
-# What our BERT is; a config.json that says otherwise describes another model.
-_BERT_FIXED: Json = {
-    "model_type": "bert",
-    "hidden_act": "gelu",
-    "type_vocab_size": 2,
-    "layer_norm_eps": BERT_NORM_EPS,
-}
-_BERT_ASSUMED: Json = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
 def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, Json]:
@@ -119,49 +76,6 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
         if getattr(config, name) != getattr(defaults, name):
             model[name] = getattr(config, name)
     return {CONFIG_FILE: {"model_cfg": model}, **files}
-
-
-def transformers_configs(config: BiomedClipConfig) -> tuple[Json, Json]:
-    """config.json of the towers as `weights.to_transformers` names their parameters."""
-    vision, text = config.vision, config.text
-    image: Json = {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "intermediate_size": mlp_width(vision.width, vision.mlp_ratio),
-        "hidden_act": "gelu",
-        "layer_norm_eps": VIT_NORM_EPS,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "pooler_output_size": config.embed_dim,
-        "pooler_act": "linear",
-    }
-    if text.kind == "bert":
-        return image, _bert_json(text)
-    return image, {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "model_type": "clip_text_model",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.width,
-        "intermediate_size": mlp_width(text.width, text.mlp_ratio),
-        "projection_dim": config.embed_dim,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "max_position_embeddings": text.context_length,
-        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        "layer_norm_eps": GPT_NORM_EPS,
-        "attention_dropout": 0.0,
-        "pad_token_id": text.pad_id,
-        "bos_token_id": None,
-        # By 2, whatever the vocabulary, transformers reads at the highest id.
-        "eos_token_id": 2 if text.end_id is None else text.end_id,
-    }
 
 
 def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> BiomedClipConfig:
@@ -261,17 +175,7 @@ def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
     for name, known in TIMM_MODELS.items():
         if known == sizes:
             return name
-    arguments = {theirs: getattr(vision, ours) for theirs, ours in _TIMM_ARGUMENTS.items()}
-    hidden = mlp_width(vision.width, vision.mlp_ratio)
-    if int(vision.width * vision.mlp_ratio) != hidden:
-        # timm cuts the product to a whole number.
-        arguments["mlp_ratio"] = (hidden + 0.25) / vision.width
-    files["vision/config.json"] = {
-        "architecture": "vit_base_patch16_224",
-        "model_args": arguments,
-        # timm takes a file without this table for one of an older kind, which has no arguments.
-        "pretrained_cfg": {"input_size": [3, vision.image_size, vision.image_size]},
-    }
+    files["vision/config.json"] = timm_json(vision)
     return "local-dir:./vision"
 
 
@@ -289,7 +193,7 @@ def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionC
     if not isinstance(name, str):
         raise UserError(f"{CONFIG_FILE}: timm_model_name is {name!r}")
     if name.startswith("local-dir:"):
-        vision = _timm_config(read_json(f"{_relative(name.removeprefix('local-dir:'))}/config.json"))
+        vision = timm_vit(read_json(f"{_relative(name.removeprefix('local-dir:'))}/config.json"))
     elif (plain := name.partition(".")[0]) in TIMM_MODELS:
         vision = TIMM_MODELS[plain]
     else:
@@ -319,37 +223,11 @@ def _read_clip_vision(section: _Section) -> VisionConfig:
     return VisionConfig(kind="resnet", heads=width // head_width, **sizes)
 
 
-def _timm_config(content: Json) -> VisionConfig:
-    architecture = content.get("architecture")
-    if architecture not in TIMM_MODELS:
-        raise UserError(f"vision/config.json: architecture {architecture!r} is not supported")
-    arguments = dict(_table(content, "model_args"))
-    unknown = arguments.keys() - _TIMM_ARGUMENTS.keys()
-    if unknown:
-        raise UserError(f"vision/config.json: model_args has unsupported keys: {', '.join(sorted(unknown))}")
-    ours = {_TIMM_ARGUMENTS[name]: value for name, value in arguments.items()}
-    vision = dataclasses.replace(TIMM_MODELS[architecture], **ours)
-    hidden = int(vision.width * vision.mlp_ratio)
-    if mlp_width(vision.width, vision.mlp_ratio) != hidden:
-        vision = dataclasses.replace(vision, mlp_ratio=hidden / vision.width)
-    return vision
-
-
 def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
-    sizes, published = dataclasses.asdict(text), dataclasses.asdict(TextConfig())
-    if all(sizes[name] == published[name] for name in (*_BERT_SIZES.values(), "mlp_ratio")):
+    if is_pubmedbert(text):
         return PUBMEDBERT
-    files["text/config.json"] = _bert_json(text)
+    files["text/config.json"] = bert_json(text)
     return "./text"
-
-
-def _bert_json(text: TextConfig) -> Json:
-    return {
-        "architectures": ["BertModel"],
-        **_BERT_FIXED,
-        **{theirs: getattr(text, ours) for theirs, ours in _BERT_SIZES.items()},
-        "intermediate_size": mlp_width(text.width, text.mlp_ratio),
-    }
 
 
 def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
@@ -373,36 +251,6 @@ def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Ca
         path = f"{_relative(name)}/config.json"
         text = bert_config(read_json(path), path)
     return dataclasses.replace(text, context_length=context_length, projection=projection)
-
-
-def vit_heads(content: Json, where: str) -> int:
-    """Attention heads of the ViT that timm's or transformers' config.json describes: weights don't tell them.
-
-    Raises:
-        UserError: it describes another architecture.
-    """
-    if content.get("model_type") == "vit":
-        if content.get("hidden_act", "gelu") != "gelu":
-            raise UserError(f"{where}: hidden_act is {content['hidden_act']!r}; supported is 'gelu'")
-        return content.get("num_attention_heads", 12)
-    name = content.get("architecture")
-    if name not in TIMM_MODELS:
-        raise UserError(f"{where}: it describes {content.get('model_type', name)!r}; supported is a plain ViT")
-    return (content.get("model_args") or {}).get("num_heads", TIMM_MODELS[name].heads)
-
-
-def bert_config(content: Json, where: str) -> TextConfig:
-    """The text tower that transformers' config.json describes. Raises UserError where ours is another."""
-    for key, value in {**_BERT_FIXED, **_BERT_ASSUMED}.items():
-        if content.get(key, value) != value or (key == "model_type" and key not in content):
-            raise UserError(f"{where}: {key} is {content.get(key)!r}; supported is {value!r}")
-    # An absent key means transformers' default, and those of BertConfig are ours.
-    sizes = {ours: content[theirs] for theirs, ours in _BERT_SIZES.items() if theirs in content}
-    width, hidden = sizes.get("width", TextConfig.width), content.get("intermediate_size", 3072)
-    check_range(f"{where}: hidden_size", width, 1, 16384)
-    check_range(f"{where}: intermediate_size", hidden, 1, 1 << 20)
-    # The context fits any table until the caller sets it.
-    return TextConfig(**sizes, mlp_ratio=hidden / width, context_length=2)
 
 
 def _gpt_json(text: TextConfig, tokenizer_name: str) -> Json:
