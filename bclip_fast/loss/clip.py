@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
-from ..ops.arguments import without_autocast
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -24,7 +23,8 @@ from ..ops.contrastive import (
     default_chunk_size,
     operands_of,
 )
-from ..ops.contrastive.terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
+from ..ops.contrastive.loss_terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
+from ..ops.cuda_device import without_autocast
 from ..ops.dispatch import choose, kernels
 from .ranks import Columns, GatherRows, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 

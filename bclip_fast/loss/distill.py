@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.arguments import without_autocast
 from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
-from ..ops.contrastive.terms import pair_losses, positive_gradient
+from ..ops.contrastive.loss_terms import pair_losses, positive_gradient
+from ..ops.cuda_device import without_autocast
 from ..ops.dispatch import Limits, choose
 from .clip import ClipLoss
 from .ranks import Ranks, check_rows, one_dtype

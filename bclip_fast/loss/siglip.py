@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
-from ..ops.arguments import without_autocast
 from ..ops.contrastive import (
     LIMITS,
     as_scalar,
@@ -23,7 +22,8 @@ from ..ops.contrastive import (
     operands_of,
     siglip_loss,
 )
-from ..ops.contrastive.terms import accumulation_dtype, siglip_gradient_dtype
+from ..ops.contrastive.loss_terms import accumulation_dtype, siglip_gradient_dtype
+from ..ops.cuda_device import without_autocast
 from ..ops.dispatch import choose, kernels
 from .ranks import Columns, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 

@@ -31,7 +31,7 @@ import torch
 from .. import __version__
 from ..errors import UserError
 from . import processor
-from .arguments import CUDA_HOST
+from .cuda_device import CUDA_HOST
 
 log = logging.getLogger(__name__)
 

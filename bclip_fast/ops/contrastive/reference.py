@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import Groups, accumulation_dtype, log_sum_exp
+from .loss_terms import Groups, accumulation_dtype, log_sum_exp
 
 
 def dense(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
