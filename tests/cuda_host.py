@@ -18,7 +18,7 @@ import pytest
 from ninja import BIN_DIR, ninja_syntax
 from oracle import collected_if
 
-from bclip_fast.ops.arguments import CUDA_HOST
+from bclip_fast.ops.cuda_device import CUDA_HOST
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"

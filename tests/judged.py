@@ -12,7 +12,7 @@ from targets import dense, dense_siglip
 from torch import Tensor
 
 from bclip_fast.ops.attention import reference
-from bclip_fast.ops.attention.pooled import reference as pooled
+from bclip_fast.ops.attention.single_query import reference as pooled
 from bclip_fast.ops.contrastive import reference as contrastive
 
 Draw = Callable[[], Sequence[Tensor]]

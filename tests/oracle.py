@@ -28,9 +28,9 @@ from arithmetic import Arithmetic, Bounds
 from formulas import Formula
 from torch import Tensor
 
-from bclip_fast.ops import affine, attention, contrastive, image, pointwise
-from bclip_fast.ops.arguments import CUDA_HOST
-from bclip_fast.ops.attention import pooled
+from bclip_fast.ops import attention, contrastive, image, matmul, pointwise
+from bclip_fast.ops.attention import single_query as pooled
+from bclip_fast.ops.cuda_device import CUDA_HOST
 from bclip_fast.ops.dispatch import BACKENDS, Limits, why_not
 
 Function = Callable[..., Tensor]
@@ -41,7 +41,7 @@ OPERATORS: dict[str, tuple[Limits, Callable[[torch.dtype], list[Any]]]] = {
     "pooled attention": (pooled.LIMITS, lambda dtype: [torch.zeros(1, 1, 64, dtype=dtype)]),
     "contrastive": (contrastive.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)] * 2),
     "pointwise": (pointwise.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)]),
-    "linear": (affine.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)] * 2),
+    "linear": (matmul.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)] * 2),
     "image": (image.FILE_LIMITS, lambda dtype: [b""]),
 }
 FACTOR = 2.0

@@ -155,7 +155,7 @@ def test_the_package_does_not_print():
 def test_each_operator_has_a_reference_a_test_and_a_benchmark():
     cases = (ROOT / "benchmarks/cases.py").read_text()
     operators = [path.name for path in (ROOT / "bclip_fast/ops").iterdir() if (path / "__init__.py").exists()]
-    assert sorted(operators) == ["affine", "attention", "contrastive", "image", "pointwise"]
+    assert sorted(operators) == ["attention", "contrastive", "image", "matmul", "pointwise"]
     for name in operators:
         assert (ROOT / f"bclip_fast/ops/{name}/reference.py").is_file()
         assert (ROOT / f"tests/ops/test_{name}.py").is_file()

@@ -24,7 +24,7 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
 from bclip_fast.model.weights import key_map
-from bclip_fast.ops import affine
+from bclip_fast.ops import matmul
 
 QUICKSTART = preset("quickstart")
 # Two layers have every case: the last layer computes its first token only, the one before it all tokens.
@@ -97,7 +97,7 @@ def test_bfloat16_errs_at_most_twice_what_open_clip_does(
 ) -> None:
     """With linear layers of ours, as where there are many tokens, and with the library's. In the mean over four models,
     as the gradient of a single number, the logit scale's, errs by chance, from a tenth to twice the usual."""
-    monkeypatch.setattr(affine, "_library_is_faster", lambda *_: library)
+    monkeypatch.setattr(matmul, "_library_is_faster", lambda *_: library)
     inputs = make_inputs(StepConfig(lengths=histogram, batch_size=8), BERT)
     own, usual = defaultdict(list), defaultdict(list)
     for seed in range(4):

@@ -32,7 +32,7 @@ from ..io.atomic import write_text
 from ..io.hashing import sha256, sha256_of_file, sha256_of_parts
 from ..version import __version__
 from . import processor
-from .arguments import CUDA_HOST
+from .cuda_device import CUDA_HOST
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pairwise import pairwise
 from test_image import MODES, OPTIONS, SIZES, boxes_in, jpeg
 
 from bclip_fast import ops
-from bclip_fast.ops.arguments import cuda_module
+from bclip_fast.ops.cuda_device import cuda_module
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, LIMITS, cuda
 
 ON_GPU = cuda_host.ON_GPU

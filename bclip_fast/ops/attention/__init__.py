@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import cuda_refusal, triton_refusal, without_autocast
+from ..cuda_device import cuda_refusal, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
 from ..dtypes import accumulation_dtype
 from . import sdpa
 from .checks import checked_dropout, cpu_limits
-from .pooled import pooled_attention
+from .single_query import pooled_attention
 
 __all__ = ["LIMITS", "fused_attention", "pooled_attention", "varlen_attention"]
 

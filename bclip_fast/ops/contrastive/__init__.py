@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import cuda_refusal, differentiable_once, triton_refusal, without_autocast
+from ..cuda_device import cuda_refusal, differentiable_once, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
 from ..dtypes import accumulation_dtype
-from .terms import (
+from .loss_terms import (
     Groups,
     keeps_products,
     pair_losses,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
-from .terms import Groups, log_sum_exp
+from .loss_terms import Groups, log_sum_exp
 
 
 def dense(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

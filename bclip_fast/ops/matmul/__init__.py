@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 @torch.library.custom_op("bclip::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return kernels("affine", backend).linear(x, weight, bias)
+    return kernels("matmul", backend).linear(x, weight, bias)
 
 
 @_linear.register_fake
@@ -100,7 +100,7 @@ def _linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its own dtype; nothing for those not wanted."""
-    return kernels("affine", backend).linear_backward(grad, x, weight, bias_dtype, x_wanted, weight_wanted)
+    return kernels("matmul", backend).linear_backward(grad, x, weight, bias_dtype, x_wanted, weight_wanted)
 
 
 @_linear_backward.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arguments import triton_refusal, without_autocast
+from ...cuda_device import triton_refusal, without_autocast
 from ...dispatch import Limits, choose, kernels
 from ...dtypes import accumulation_dtype
 from .. import sdpa
@@ -103,7 +103,7 @@ def _pooled(
     if rows.device.type == "cpu":
         _check_rows(rows, cu_seqlens, len(key_value))
     options = causal, dropout_p, seed, scale
-    return kernels("attention.pooled", backend).forward(query, key_value, rows, cu_seqlens, *options)
+    return kernels("attention.single_query", backend).forward(query, key_value, rows, cu_seqlens, *options)
 
 
 @_pooled.register_fake
@@ -140,7 +140,7 @@ def _pooled_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `query` and `key_value`."""
     options = causal, dropout_p, seed, scale
-    run = kernels("attention.pooled", backend).backward
+    run = kernels("attention.single_query", backend).backward
     return run(grad_out, query, key_value, out, lse, rows, cu_seqlens, *options)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bclip_fast import _cpu
 
-from ..arguments import address
+from ..cuda_device import address
 
 # Rows that a block of float32 products has a thread: fewer leave cores idle, more leave the cache.
 _ROWS_A_THREAD = 512

@@ -9,9 +9,9 @@ from pairwise import pairwise
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops import affine, processor
-from bclip_fast.ops.affine import _linear, reference
+from bclip_fast.ops import matmul, processor
 from bclip_fast.ops.convolution import conv2d
+from bclip_fast.ops.matmul import _linear, reference
 
 # (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
@@ -95,7 +95,7 @@ def test_auto_unmeasured_takes_the_faster_backend_of_the_processor(
     monkeypatch.setattr(processor, "HAS_AMX", amx)
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     taken = []
-    monkeypatch.setattr(affine, "_linear", lambda x, weight, bias, backend: taken.append(backend))
+    monkeypatch.setattr(matmul, "_linear", lambda x, weight, bias, backend: taken.append(backend))
     monkeypatch.setattr(reference, "linear", lambda x, weight, bias: taken.append("reference"))
     x, weight = torch.zeros(rows, 2).bfloat16(), torch.zeros(3, 2)
     ops.linear(x, weight)

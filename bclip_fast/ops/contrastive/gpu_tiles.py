@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import log_sum_exp
+from .loss_terms import log_sum_exp
 
 # G / w is at most 2 in size, float16 ends at 65504.
 GRADIENT_SCALE = 2.0**14

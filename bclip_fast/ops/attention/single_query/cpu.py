@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bclip_fast import _cpu
 
-from ...arguments import address
+from ...cuda_device import address
 from ..cpu import INSTRUCTION_SETS
 
 

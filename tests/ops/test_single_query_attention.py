@@ -99,7 +99,7 @@ def test_results_do_not_depend_on_threads():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(name, capability, tmp_path):
     pytest.importorskip("triton")
-    from bclip_fast.ops.attention.pooled import triton as ours
+    from bclip_fast.ops.attention.single_query import triton as ours
 
     constants = {"CAUSAL": True, "DROPOUT": True, "HEADS": 12, "DIM": 64, "WIDTH": 64, "KEYS": ours.KEYS}
     types = dict.fromkeys(["query", "key_value", "out", "grad_out", "query_grad", "grad"], "*bf16")
