@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bclip_fast.data.native import NativeLoader
+from bclip_fast.data.loader import NativeLoader
+from bclip_fast.data.sampler import SampleStream
 from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
-from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ def our_pass(source: Source, loader: type[NativeLoader]) -> Pass:
 
 def contenders(source: Source) -> dict[str, Callable[[], Pass]]:
     def ours_with_dali() -> Pass:
-        from bclip_fast.data.dali import DaliLoader
+        from bclip_fast.data.dali_loader import DaliLoader
 
         return our_pass(source, DaliLoader)
 

@@ -16,13 +16,13 @@ import torch
 from damage import KINDS, REASONS, spoil
 from ranks import on_ranks
 from synthetic import tiny_run, weights, write_shards
-from test_stream import loader, take
+from test_sampler import loader, take
 
 from bclip_fast import distributed
-from bclip_fast.data.files import ReadConfig, ReadError
-from bclip_fast.data.native import Batch
+from bclip_fast.data.loader import Batch
+from bclip_fast.data.sampler import NUM_RESERVES, SampleStream
 from bclip_fast.data.shards import ShardDataset
-from bclip_fast.data.stream import NUM_RESERVES, SampleStream
+from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import DataConfig

@@ -13,7 +13,7 @@ import torch
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
 
-from bclip_fast.data.native import Batch
+from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip

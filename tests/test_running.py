@@ -18,7 +18,7 @@ from synthetic import tiny_model, tiny_run
 
 from bclip_fast import distributed
 from bclip_fast.config import CONFIGS, to_toml
-from bclip_fast.data.stream import SampleStream
+from bclip_fast.data.sampler import SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.train import flops, metrics, trainer

@@ -18,8 +18,8 @@ import tyro
 from ..errors import UserError
 from ..html.page import environment, thumbnail
 from ..io.atomic import write_text
-from .files import LocalFiles, ReadConfig
 from .shard_format import read_description
+from .storage import LocalFiles, ReadConfig
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bclip_fast.data.cache import CachedFiles
-from bclip_fast.data.files import Files, LocalFiles, ReadConfig, RemoteFiles, open_files
 from bclip_fast.data.shard_format import (
     BLOCK,
     MEMBERS,
@@ -30,9 +28,12 @@ from bclip_fast.data.shard_format import (
     read_index,
 )
 from bclip_fast.data.shard_writer import ShardWriter
-from bclip_fast.data.workers import Workers
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256_of_file
+
+from .daemon_pool import Workers
+from .storage import Files, LocalFiles, ReadConfig, RemoteFiles, open_files
+from .storage_cache import CachedFiles
 
 __all__ = ["BadSample", "Sample", "ShardDataset", "ShardWriter", "verify"]
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bclip_fast.data.native import Batch
+from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.packed import Packed

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bclip_fast.data.files import ReadConfig
+from bclip_fast.data.storage import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig

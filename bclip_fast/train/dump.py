@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed
-from bclip_fast.data.native import Batch
+from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 
 from . import backends

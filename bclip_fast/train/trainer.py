@@ -32,9 +32,9 @@ import torch
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.native import Batch, NativeLoader
+from bclip_fast.data.loader import Batch, NativeLoader
+from bclip_fast.data.sampler import SampleStream
 from bclip_fast.data.shards import ShardDataset
-from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
@@ -198,7 +198,7 @@ class _Run:
         )
         if data.loader == "native":
             return NativeLoader(*arguments, **options)
-        from bclip_fast.data.dali import DaliLoader
+        from bclip_fast.data.dali_loader import DaliLoader
 
         return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)
 

@@ -16,15 +16,15 @@ from PIL import Image
 from synthetic import tiny_run, write_shards
 from test_bad_samples import curve, lines
 
-from bclip_fast.data.native import Batch, NativeLoader
+from bclip_fast.data.loader import Batch, NativeLoader
+from bclip_fast.data.sampler import SampleStream
 from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
-from bclip_fast.data.stream import SampleStream
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.train.config import DataConfig
 from bclip_fast.train.trainer import train
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'bclip_fast[dali]'")
-from bclip_fast.data.dali import DaliLoader  # noqa: E402
+from bclip_fast.data.dali_loader import DaliLoader  # noqa: E402
 
 # Between DALI's float resampling and Pillow's fixed point, in levels of 255: data-and-decoding.md measured mean 0.10 to
 # 0.31 and a 99th percentile of 1 to 4.

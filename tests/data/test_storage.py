@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from synthetic import tiny_run
 from test_bad_samples import by_key, curve
-from test_stream import loader, take
+from test_sampler import loader, take
 
-from bclip_fast.data import files
-from bclip_fast.data.files import ReadConfig, ReadError
+from bclip_fast.data import storage
 from bclip_fast.data.shards import BadSample, Sample, ShardDataset, merge_ranges
+from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.train.config import DataConfig
@@ -32,7 +32,7 @@ fsspec = pytest.importorskip("fsspec")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(files, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(storage, "_FIRST_DELAY_S", 0.01)
 
 
 class Server(ThreadingHTTPServer):

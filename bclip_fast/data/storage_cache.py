@@ -12,7 +12,7 @@ from pathlib import Path
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing
 
-from .files import MAX_OPEN_FILES, Descriptor, LocalFiles, ReadConfig, ReadError, RemoteFiles
+from .storage import MAX_OPEN_FILES, Descriptor, LocalFiles, ReadConfig, ReadError, RemoteFiles
 
 _PIECE = 8 << 20
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
+from .daemon_pool import Workers
+from .sampler import SampleStream
 from .shards import BadSample, Sample, ShardDataset
-from .stream import SampleStream
 from .transform import Preprocess, random_resized_crop_box
-from .workers import Workers
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
-from .native import Box, NativeLoader
+from .loader import Box, NativeLoader
+from .sampler import SampleStream
 from .shards import ShardDataset
-from .stream import SampleStream
 from .transform import Preprocess
 
 log = logging.getLogger(__name__)
