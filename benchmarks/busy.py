@@ -24,7 +24,7 @@ import torch
 from bclip_fast import ops
 from bclip_fast.data.loader import NativeLoader
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer

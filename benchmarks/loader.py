@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bclip_fast.data.loader import NativeLoader
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer

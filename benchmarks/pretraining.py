@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bclip_fast.data.ingest import IngestConfig, build
 from bclip_fast.data.sanitize import sanitize
-from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
 
 
 def main(data: Path, out: Path) -> None:

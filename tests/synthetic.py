@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bclip_fast.data.shards import Sample, ShardWriter
+from bclip_fast.data.shards.reader import Sample, ShardWriter
 from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.vision import VisionConfig

@@ -21,7 +21,7 @@ from test_sampler import loader, take
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
 from bclip_fast.data.sampler import NUM_RESERVES, SampleStream
-from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics

@@ -17,7 +17,7 @@ from bclip_fast import ops
 from bclip_fast.benchmarks import loader
 from bclip_fast.benchmarks.loader import LoaderConfig, Source, measure_loader
 from bclip_fast.benchmarks.report import BenchConfig, run
-from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.errors import UserError
 
 

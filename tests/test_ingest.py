@@ -22,7 +22,7 @@ from bclip_fast.config import parse, to_toml
 from bclip_fast.data import ingest, source
 from bclip_fast.data.ingest import IngestConfig, build
 from bclip_fast.data.plan import Splits
-from bclip_fast.data.shards import verify
+from bclip_fast.data.shards.reader import verify
 from bclip_fast.data.source import ImageNames, SourceError
 from bclip_fast.errors import UserError
 

@@ -26,7 +26,7 @@ from bclip_fast.data.ingest import IngestConfig, build
 from bclip_fast.data.parts import SPLITS
 from bclip_fast.data.plan import Splits
 from bclip_fast.data.sanitize import perceptual_hash
-from bclip_fast.data.shards import verify
+from bclip_fast.data.shards.reader import verify
 from bclip_fast.errors import UserError
 
 

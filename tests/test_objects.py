@@ -28,7 +28,7 @@ from bclip_fast.data import objects
 from bclip_fast.data.fetch import FetchConfig, fetch
 from bclip_fast.data.ingest import IngestConfig, build
 from bclip_fast.data.objects import HttpStore, Mirror, Rules, choose_version, select
-from bclip_fast.data.shards import verify
+from bclip_fast.data.shards.reader import verify
 from bclip_fast.data.source import FetchError, SourceError
 from bclip_fast.errors import UserError
 

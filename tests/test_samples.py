@@ -15,7 +15,7 @@ from PIL import Image
 
 from bclip_fast.data import samples, samples_dicom, samples_pictures, samples_volumes
 from bclip_fast.data.samples_captions import LABELS, Facts, compose
-from bclip_fast.data.shards import Sample, ShardDataset, verify
+from bclip_fast.data.shards.reader import Sample, ShardDataset, verify
 from bclip_fast.errors import UserError
 
 _MISSING = [name for name in samples._MODULES.values() if importlib.util.find_spec(name) is None]

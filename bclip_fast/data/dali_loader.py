@@ -22,7 +22,7 @@ from bclip_fast.ops import image as image_ops
 
 from .loader import Box, NativeLoader
 from .sampler import SampleStream
-from .shards import ShardDataset
+from .shards.reader import ShardDataset
 from .transform import Preprocess
 
 log = logging.getLogger(__name__)

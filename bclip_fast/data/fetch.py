@@ -22,7 +22,7 @@ from ..io.atomic import replacing, write_bytes
 from ..io.hashing import md5_of
 from .jats import JatsError, parse
 from .objects import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
-from .shard_format import to_json
+from .shards.format import to_json
 from .source import FetchError, SourceError
 
 log = logging.getLogger(__name__)

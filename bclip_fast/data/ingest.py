@@ -35,8 +35,8 @@ from .pairs import Options, PartTask, write_part
 from .parts import Reject, part_paths, part_rejects, read_image, read_pair, write_rows
 from .plan import Shard, Splits, key_of, make_plan
 from .sanitize import JPEG_QUALITY
-from .shard_format import to_json
-from .shard_writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
+from .shards.format import to_json
+from .shards.writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
 from .source import FetchError, Package, SourceError, discover
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import tyro
 from ..errors import UserError
 from ..html.page import environment, thumbnail
 from ..io.atomic import write_text
-from .shard_format import read_description
+from .shards.format import read_description
 from .storage import LocalFiles, ReadConfig
 
 log = logging.getLogger(__name__)

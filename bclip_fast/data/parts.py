@@ -29,7 +29,7 @@ import numpy as np
 from ..errors import UserError
 from ..io.atomic import replacing
 from .sanitize import SanitizedImage
-from .shard_format import to_json
+from .shards.format import to_json
 
 SPLITS = ("train", "val", "test")
 # How a line begins.

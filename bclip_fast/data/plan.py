@@ -29,8 +29,8 @@ from .parts import (
     read_line,
     read_pair,
 )
-from .shard_format import to_json
-from .shard_writer import tar_bytes
+from .shards.format import to_json
+from .shards.writer import tar_bytes
 
 _END_OF_TAR = 20480  # two empty blocks, filled up to a record
 _PAIR = np.dtype(

@@ -38,8 +38,9 @@ from PIL import Image
 
 from bclip_fast.data import samples_pictures, samples_volumes
 from bclip_fast.data.samples_captions import LABELS, Facts, compose
-from bclip_fast.data.shards import Sample, ShardWriter
 from bclip_fast.errors import UserError
+
+from .shards.reader import Sample, ShardWriter
 
 __all__ = ["LABELS", "LabelSummary", "build", "summarize_labels"]
 

@@ -12,9 +12,9 @@ import numpy as np
 import tyro
 
 from ..errors import first_line
-from . import shards
 from .duplicates import near_pairs
 from .parts import SPLITS
+from .shards import reader
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def run(config: VerifyConfig) -> int:
 def verify(root: Path) -> list[str]:
     """Of any dataset what `shards.verify` finds; of one that ingest built also: an article in two splits, images of val
     or test that resemble one of a split they are kept apart from, counts that differ from dataset.json."""
-    problems = shards.verify(root)
+    problems = reader.verify(root)
     told = json.loads((root / "dataset.json").read_bytes()).get("ingest")
     if told is None or any(problem.startswith("manifest.parquet") for problem in problems):
         return problems

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster, peak_flops_per_second, results_name
 from bclip_fast.io.jsonl import read_lines

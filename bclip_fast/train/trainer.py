@@ -34,7 +34,7 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
 from bclip_fast.data.loader import Batch, NativeLoader
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError

@@ -18,7 +18,7 @@ from test_bad_samples import curve, lines
 
 from bclip_fast.data.loader import Batch, NativeLoader
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.train.config import DataConfig
 from bclip_fast.train.trainer import train

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bclip_fast.data.loader import Batch, NativeLoader
 from bclip_fast.data.sampler import NUM_RESERVES, SampleStream, permutation
-from bclip_fast.data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, random_resized_crop_box
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops

@@ -20,7 +20,7 @@ from test_bad_samples import by_key, curve
 from test_sampler import loader, take
 
 from bclip_fast.data import storage
-from bclip_fast.data.shards import BadSample, Sample, ShardDataset, merge_ranges
+from bclip_fast.data.shards.reader import BadSample, Sample, ShardDataset, merge_ranges
 from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import open_dataset
@@ -119,7 +119,7 @@ def same_batches(shards: Path, dataset: ShardDataset, count: int = 6) -> None:
 
 
 def test_memory_and_file_urls(shards: Path, memory: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bclip_fast.data.shards._CHUNK", 40)
+    monkeypatch.setattr("bclip_fast.data.shards.reader._CHUNK", 40)
     for url in (memory, f"file://{shards}", f"file://{shards}/"):
         dataset = ShardDataset(url)
         assert dataset.fingerprint == ShardDataset(shards).fingerprint

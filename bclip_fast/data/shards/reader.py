@@ -18,22 +18,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bclip_fast.data.shard_format import (
-    BLOCK,
-    MEMBERS,
-    Index,
-    Sample,
-    fingerprint_of,
-    read_description,
-    read_index,
-)
-from bclip_fast.data.shard_writer import ShardWriter
+from bclip_fast.data.daemon_pool import Workers
+from bclip_fast.data.storage import Files, LocalFiles, ReadConfig, RemoteFiles, open_files
+from bclip_fast.data.storage_cache import CachedFiles
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256_of_file
 
-from .daemon_pool import Workers
-from .storage import Files, LocalFiles, ReadConfig, RemoteFiles, open_files
-from .storage_cache import CachedFiles
+from .format import BLOCK, MEMBERS, Index, Sample, fingerprint_of, read_description, read_index
+from .writer import ShardWriter
 
 __all__ = ["BadSample", "Sample", "ShardDataset", "ShardWriter", "verify"]
 

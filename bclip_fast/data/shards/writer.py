@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bclip_fast.data.shard_format import BLOCK, FORMAT_VERSION, Sample, fingerprint_of, to_json
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import write_text
+
+from .format import BLOCK, FORMAT_VERSION, Sample, fingerprint_of, to_json
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 _SPLIT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")

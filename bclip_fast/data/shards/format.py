@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from bclip_fast.data.storage import Files, LocalFiles, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
-
-from .storage import Files, LocalFiles, ReadError
 
 FORMAT_VERSION = 1
 MEMBERS = ("jpg", "txt", "json")

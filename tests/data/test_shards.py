@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter, verify
+from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter, verify
 from bclip_fast.errors import UserError
 
 
