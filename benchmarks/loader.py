@@ -80,7 +80,7 @@ def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
     """Shards of what ingest makes of real articles, or of smooth noise of a figure's size where there are none."""
     articles = shared_data() / "pmc_articles"
     if articles.is_dir():
-        from bclip_fast.data.ingest import IngestConfig, build
+        from bclip_fast.ingest.build import IngestConfig, build
 
         options: dict[str, Any] = dict(val_fraction=0.0, test_fraction=0.0, workers=1, max_shard_megabytes=16)
         build(IngestConfig(str(articles), folder, max_short_side=config.max_short_side, **options))

@@ -12,8 +12,8 @@ from collections import Counter
 
 import pytest
 
-from bclip_fast.data import jats, xml_safe
-from bclip_fast.data.jats import Article, JatsError
+from bclip_fast.ingest import jats, safe_xml
+from bclip_fast.ingest.jats import Article, JatsError
 
 HEAD = (
     '<article xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML" '
@@ -275,8 +275,8 @@ BOMB = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
         ('<?xml version="1.0" encoding="punycode"?><article/>', "unknown encoding"),
         ("<html><body/></html>", "root is <html>"),
         ("", "broken XML"),
-        ("<article>" + "<a/>" * (xml_safe.MAX_TAGS + 1) + "</article>", "more than"),
-        (" " * (xml_safe.MAX_XML_BYTES + 1), "larger than"),
+        ("<article>" + "<a/>" * (safe_xml.MAX_TAGS + 1) + "</article>", "more than"),
+        (" " * (safe_xml.MAX_XML_BYTES + 1), "larger than"),
     ],
 )  # fmt: skip
 def test_hostile_and_broken_xml_is_refused_soon(text, reason):

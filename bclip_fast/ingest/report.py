@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..errors import UserError
-from ..html.page import environment, thumbnail
-from ..io.atomic import write_text
-from .shards.format import read_description
-from .storage import LocalFiles, ReadConfig
+from bclip_fast.data.shards.format import read_description
+from bclip_fast.data.storage import LocalFiles, ReadConfig
+from bclip_fast.errors import UserError
+from bclip_fast.html.page import environment, thumbnail
+from bclip_fast.io.atomic import write_text
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ import pytest
 from PIL import Image
 
 from bclip_fast.config import parse, to_toml
-from bclip_fast.data import ingest, source
-from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.plan import Splits
 from bclip_fast.data.shards.reader import verify
-from bclip_fast.data.source import ImageNames, SourceError
 from bclip_fast.errors import UserError
+from bclip_fast.ingest import articles as source
+from bclip_fast.ingest import build as ingest
+from bclip_fast.ingest.articles import ImageNames, SourceError
+from bclip_fast.ingest.assign import Splits
+from bclip_fast.ingest.build import IngestConfig, build
 
 
 def image(colour: str = "red", kind: str = "JPEG", size: tuple[int, int] = (32, 24)) -> bytes:
@@ -364,7 +365,7 @@ def test_configuration_from_the_command_line_and_back(tmp_path):
 
 
 def test_tokens_are_counted_as_the_model_counts_them(shared_data):
-    from bclip_fast.data.pairs import _counter
+    from bclip_fast.ingest.extract import _counter
     from bclip_fast.model.tokenizer import Tokenizer
 
     rows = (shared_data / "pmc_articles/pairs.jsonl").read_text().splitlines()[::2]

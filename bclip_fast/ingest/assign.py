@@ -13,7 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import UserError
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.data.shards.writer import tar_bytes
+from bclip_fast.errors import UserError
+
 from .duplicates import mark_duplicates
 from .parts import (
     ARTICLE,
@@ -29,8 +32,6 @@ from .parts import (
     read_line,
     read_pair,
 )
-from .shards.format import to_json
-from .shards.writer import tar_bytes
 
 _END_OF_TAR = 20480  # two empty blocks, filled up to a record
 _PAIR = np.dtype(

@@ -12,8 +12,8 @@ import pytest
 from test_ingest import article, noise, put
 
 from bclip_fast.cli import main
-from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.verify import verify
+from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.verify import verify
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from test_ingest import article, put
 
-from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.panels import layout, split_caption, split_panels
+from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.panels import layout, split_caption, split_panels
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_precision_and_recall_on_labelled_composites(shared_data):
     folder = shared_data / "pmc_articles"
     captions = {row["image"]: row["caption"] for row in map(json.loads, (folder / "pairs.jsonl").open())}
     emitted = right = there = 0
-    for row in json.loads((Path(__file__).parent / "panels.json").read_text()):
+    for row in json.loads((Path(__file__).parent / "ingest/panels.json").read_text()):
         there += len(row["panels"])
         for panel in split_panels((folder / row["image"]).read_bytes(), captions[row["image"]]):
             emitted += 1

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from lxml import etree
 
-from . import xml_safe
+from . import safe_xml
 from .jats_text import fold, local_name, text_of
 
 # Far beyond what articles have; together they bound what one article can cost.
@@ -95,8 +95,8 @@ class Article:
 def parse(data: bytes) -> Article:
     """Read an article. Raises JatsError: broken or hostile XML, or a root that is not `article`."""
     try:
-        root = xml_safe.parse(data)
-    except xml_safe.XmlError as error:
+        root = safe_xml.parse(data)
+    except safe_xml.XmlError as error:
         raise JatsError(str(error)) from None
     if local_name(root) != "article":
         raise JatsError(f"not a JATS article: the root is <{local_name(root)[:40]}>")

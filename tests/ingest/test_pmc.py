@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_ingest import article, noise
 
-from bclip_fast.data import objects
-from bclip_fast.data.fetch import FetchConfig, fetch
-from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.objects import HttpStore, Mirror, Rules, choose_version, select
 from bclip_fast.data.shards.reader import verify
-from bclip_fast.data.source import FetchError, SourceError
 from bclip_fast.errors import UserError
+from bclip_fast.ingest import pmc
+from bclip_fast.ingest.articles import FetchError, SourceError
+from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.fetch import FetchConfig, fetch
+from bclip_fast.ingest.pmc import HttpStore, Mirror, Rules, choose_version, select
 
 
 class Bucket:
@@ -145,8 +145,8 @@ class Bucket:
 def bucket(monkeypatch) -> Iterator[Bucket]:
     # The waits are those of use, shortened a hundredfold; Retry-After is kept.
     real = time.sleep
-    monkeypatch.setattr(objects.time, "sleep", lambda seconds: real(seconds if seconds > 0.9 else seconds / 100))
-    monkeypatch.setattr(objects, "_MAX_WAIT_SECONDS", 0.9)
+    monkeypatch.setattr(pmc.time, "sleep", lambda seconds: real(seconds if seconds > 0.9 else seconds / 100))
+    monkeypatch.setattr(pmc, "_MAX_WAIT_SECONDS", 0.9)
     found = Bucket()
     yield found
     found.server.shutdown()
@@ -201,8 +201,8 @@ def test_an_object_arrives_right_in_spite_of_faults(bucket, faults):
      ("Fri, 31 Dec 9999 23:59:59 GMT", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("1 Jan 99999999999999 0:0 GMT", 0)],
 )  # fmt: skip
 def test_retry_after_is_read_as_a_number_or_a_date(asked, seconds):
-    assert objects._asked_seconds({"Retry-After": asked}) == seconds
-    assert objects._asked_seconds({}) == 0
+    assert pmc._asked_seconds({"Retry-After": asked}) == seconds
+    assert pmc._asked_seconds({}) == 0
 
 
 def test_faults_that_last_are_reported_and_told_apart(bucket):
@@ -412,7 +412,7 @@ def test_a_killed_fetch_leaves_nothing_half_written(bucket, tmp_path):
         bucket.put_article(number)
     out = tmp_path / "mirror"
     code = (
-        "import sys; from pathlib import Path; from bclip_fast.data.fetch import FetchConfig, fetch;"
+        "import sys; from pathlib import Path; from bclip_fast.ingest.fetch import FetchConfig, fetch;"
         "fetch(FetchConfig(Path(sys.argv[1]), source=sys.argv[2], prefix='PMC', connections=2))"
     )
     for attempt in range(4):

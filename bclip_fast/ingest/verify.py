@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from ..errors import first_line
+from bclip_fast.data.shards import reader
+from bclip_fast.errors import first_line
+
 from .duplicates import near_pairs
 from .parts import SPLITS
-from .shards import reader
 
 
 @dataclass(frozen=True)

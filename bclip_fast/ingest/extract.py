@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .articles import ArticleFiles, FetchError, Files, ImageNames, Package, SourceError, open_package
 from .jats import Article, Figure, JatsError, parse
-from .objects import Rules, open_objects
 from .panels import split_panels
 from .parts import Begin, Pair, Reject, write_rows
+from .pmc import Rules, open_objects
 from .sanitize import JPEG_QUALITY, SanitizeError, sanitize
-from .source import ArticleFiles, FetchError, Files, ImageNames, Package, SourceError, open_package
 
 
 @dataclass(frozen=True)

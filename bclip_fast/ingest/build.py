@@ -27,17 +27,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from ..errors import UserError
-from ..io.atomic import replacing, write_text
-from . import engines
-from .objects import Rules, discover_objects, is_address, is_mirror, open_store, select
-from .pairs import Options, PartTask, write_part
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.data.shards.writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
+from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing, write_text
+
+from . import executors
+from .articles import FetchError, Package, SourceError, discover
+from .assign import Shard, Splits, key_of, make_plan
+from .extract import Options, PartTask, write_part
 from .parts import Reject, part_paths, part_rejects, read_image, read_pair, write_rows
-from .plan import Shard, Splits, key_of, make_plan
+from .pmc import Rules, discover_objects, is_address, is_mirror, open_store, select
 from .sanitize import JPEG_QUALITY
-from .shards.format import to_json
-from .shards.writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
-from .source import FetchError, Package, SourceError, discover
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class IngestConfig:
                 raise UserError(f"{name}={getattr(self, name)}: out of range")
 
     def options(self) -> Options:
-        connections = max(1, self.connections // max(1, self.workers or engines.num_cores()))
+        connections = max(1, self.connections // max(1, self.workers or executors.num_cores()))
         rules = Rules(self.license, self.keep_retracted)
         tokenizer = str(self.tokenizer or "")
         return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, tokenizer, connections)
@@ -212,9 +213,9 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     if num_left < num_parts:
         log.info("going on: %s of %s packages are done", num_parts - num_left, num_parts)
     failures = []
-    results = engines.run(config.engine, write_part, tasks(), config.workers, preload=[__name__])
+    results = executors.run(config.engine, write_part, tasks(), config.workers, preload=[__name__])
     for task, answer in _shown("packages", results, num_left):
-        if isinstance(answer, engines.Crash):
+        if isinstance(answer, executors.Crash):
             files = task.package.items or (task.package.name,)
             lost = (Reject("", "", file, "crash while reading the package") for file in files)
             write_rows(parts, task.number, lost)
@@ -254,9 +255,9 @@ def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list
     """Stage 3; what dataset.json says of each shard."""
     (work / "shards").mkdir(exist_ok=True)
     left = [_ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
-    results = engines.run(config.engine, write_shard, left, config.workers, preload=[__name__])
+    results = executors.run(config.engine, write_shard, left, config.workers, preload=[__name__])
     for task, answer in _shown("shards", results, len(left)):
-        if isinstance(answer, engines.Crash):
+        if isinstance(answer, executors.Crash):
             raise UserError(f"the process that wrote {task.shard.name} died (out of memory?); run it again")
     return [json.loads((work / f"shards/{shard.name}.json").read_bytes()) for shard in shards]
 
@@ -266,7 +267,7 @@ def write_shard(task: _ShardTask) -> None:
     work, shard = Path(task.work), task.shard
     plan = np.load(work / "plan.npy", mmap_mode="r")
     # A folder of its own: another process, of a run that was killed, may live for a moment.
-    with engines.scratch_folder(work / "shards") as scratch:
+    with executors.scratch_folder(work / "shards") as scratch:
         rows = ManifestRows(scratch / f"{shard.name}.rows")
         tar = ShardFile(scratch, shard.split, shard.number)
         for record in plan[shard.start : shard.end]:

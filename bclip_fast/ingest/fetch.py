@@ -17,13 +17,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..errors import UserError
-from ..io.atomic import replacing, write_bytes
-from ..io.hashing import md5_of
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing, write_bytes
+from bclip_fast.io.hashing import md5_of
+
+from .articles import FetchError, SourceError
 from .jats import JatsError, parse
-from .objects import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
-from .shards.format import to_json
-from .source import FetchError, SourceError
+from .pmc import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
 
 log = logging.getLogger(__name__)
 

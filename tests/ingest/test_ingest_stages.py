@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 from test_ingest import article, noise, pack, put
 
-from bclip_fast.data.duplicates import NEAR_BITS, near_pairs
-from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.parts import SPLITS
-from bclip_fast.data.plan import Splits
-from bclip_fast.data.sanitize import perceptual_hash
 from bclip_fast.data.shards.reader import verify
 from bclip_fast.errors import UserError
+from bclip_fast.ingest.assign import Splits
+from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.duplicates import NEAR_BITS, near_pairs
+from bclip_fast.ingest.parts import SPLITS
+from bclip_fast.ingest.sanitize import perceptual_hash
 
 
 def again(data: bytes, quality: int = 60, scale: float = 0.8) -> bytes:
@@ -168,7 +168,7 @@ def test_the_manifest_has_what_is_known(tmp_path):
 BUILD = """
 import sys
 from pathlib import Path
-from bclip_fast.data.ingest import IngestConfig, build
+from bclip_fast.ingest.build import IngestConfig, build
 if __name__ == "__main__":
     build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3]), engine=sys.argv[4],
           test_fraction=0.2, max_shard_megabytes=1))
@@ -231,7 +231,7 @@ def processes_of(folder: Path) -> list[str]:
 @pytest.mark.parametrize("suffix", [".rows", ".images"])
 @pytest.mark.parametrize("damage", ["zeros", "cut", "empty"])
 def test_what_a_power_failure_spoils_is_done_again(tmp_path, monkeypatch, suffix, damage):
-    from bclip_fast.data import ingest
+    from bclip_fast.ingest import build as ingest
 
     source = articles_in(tmp_path / "in", 6)
     config = IngestConfig(str(source), tmp_path / "out", workers=1, test_fraction=0.2)
@@ -272,7 +272,7 @@ def test_ray_and_this_process_write_the_same_bytes(tmp_path):
 
 
 def test_one_plain_archive_is_many_units_of_work(tmp_path, monkeypatch):
-    from bclip_fast.data import source
+    from bclip_fast.ingest import articles as source
 
     monkeypatch.setattr(source, "_XMLS_PER_ARCHIVE_UNIT", 4)
     loose = articles_in(tmp_path / "loose", 10)
@@ -290,7 +290,7 @@ def test_one_plain_archive_is_many_units_of_work(tmp_path, monkeypatch):
 HOSTILE = """
 import resource, sys, time
 from pathlib import Path
-from bclip_fast.data.ingest import IngestConfig, build
+from bclip_fast.ingest.build import IngestConfig, build
 start = time.process_time()
 build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=1, val_fraction=0, test_fraction=0))
 print(time.process_time() - start)
@@ -344,7 +344,7 @@ def test_hostile_articles_are_rejected_in_bounded_memory_and_cpu_time(tmp_path):
 
 def test_an_interrupted_run_is_kept_and_an_impossible_one_is_not(tmp_path, monkeypatch):
     source = articles_in(tmp_path / "in", 3)
-    from bclip_fast.data import ingest
+    from bclip_fast.ingest import build as ingest
 
     config = IngestConfig(str(source), tmp_path / "out", workers=1, test_fraction=0.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bclip_fast.data import sanitize as module
-from bclip_fast.data.sanitize import SanitizeError, sanitize
+from bclip_fast.ingest import sanitize as module
+from bclip_fast.ingest.sanitize import SanitizeError, sanitize
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -175,7 +175,7 @@ def test_the_limit_on_bytes(monkeypatch):
 ODD = """
 import json, resource, sys
 from pathlib import Path
-from bclip_fast.data.sanitize import SanitizeError, sanitize
+from bclip_fast.ingest.sanitize import SanitizeError, sanitize
 from bclip_fast.ops.image import decode
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 folder, names = Path(sys.argv[1]), json.load(sys.stdin)

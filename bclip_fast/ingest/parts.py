@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
-from ..io.atomic import replacing
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing
+
 from .sanitize import SanitizedImage
-from .shards.format import to_json
 
 SPLITS = ("train", "val", "test")
 # How a line begins.

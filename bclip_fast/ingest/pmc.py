@@ -30,10 +30,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..io.hashing import md5_of
-from ..version import __version__
-from . import xml_safe
-from .source import (
+from bclip_fast.io.hashing import md5_of
+from bclip_fast.version import __version__
+
+from . import safe_xml
+from .articles import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
     ArticleFiles,
@@ -126,8 +127,8 @@ class HttpStore:
             query = {"list-type": "2", "prefix": prefix, **({"continuation-token": token} if token else {})}
             data = self._tried("?" + urllib.parse.urlencode(query), _MAX_LIST_BYTES, "")
             try:
-                root = xml_safe.parse(data)
-            except xml_safe.XmlError as error:
+                root = safe_xml.parse(data)
+            except safe_xml.XmlError as error:
                 raise FetchError(f"{self.address}: the list of {prefix!r} cannot be read: {error}") from None
             yield from (node.text or "" for node in root.iterfind("{*}Contents/{*}Key"))
             token = root.findtext("{*}NextContinuationToken") or ""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from .xml_safe import MAX_XML_BYTES
+from .safe_xml import MAX_XML_BYTES
 
 # In order of preference: PMC's JPEGs are full size and its GIFs thumbnails of them.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".gif", ".webp", ".bmp")
