@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bclip_fast.data import samples
+from bclip_fast.demo_data import build as samples
 from bclip_fast.ingest import build
 
 from . import config as config_files

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bclip_fast.data import samples_dicom
-from bclip_fast.data.samples_captions import Facts
+from . import dicom
+from .captions import Facts
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the picture
 _GAP = 0.03  # of the region's extent, on each side of which the two parts lie
@@ -139,7 +139,7 @@ SOURCES: tuple[Source, ...] = (
 def load(source: Source, path: Path) -> list[tuple[np.ndarray, Facts]]:
     """The pictures (H, W, 3) uint8 of a source; raises what the decoder raises."""
     if source.facts is None:
-        return samples_dicom.read(path, source.frames)
+        return dicom.read(path, source.frames)
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
     if source.stretch is not None:

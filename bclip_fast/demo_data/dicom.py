@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bclip_fast.data.samples_captions import Facts
+from .captions import Facts
 
 # BodyPartExamined and, where it is missing, US ImageType value 3 (C.8.5.6.1.1), to our labels.
 _BODY_PARTS = {

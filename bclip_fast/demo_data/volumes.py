@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bclip_fast.data.samples_captions import Facts
+from .captions import Facts
 
 MAPS = {
     "T1": "datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",

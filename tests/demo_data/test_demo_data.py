@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bclip_fast.data import samples, samples_dicom, samples_pictures, samples_volumes
-from bclip_fast.data.samples_captions import LABELS, Facts, compose
 from bclip_fast.data.shards.reader import Sample, ShardDataset, verify
+from bclip_fast.demo_data import build, dicom, photographs, volumes
+from bclip_fast.demo_data.captions import LABELS, Facts, compose
 from bclip_fast.errors import UserError
 
-_MISSING = [name for name in samples._MODULES.values() if importlib.util.find_spec(name) is None]
+_MISSING = [name for name in build._MODULES.values() if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
     bool(_MISSING), reason=f"needs the extra quickstart: {', '.join(_MISSING)} not installed"
 )
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("samples") / "dataset"
     calls: list[tuple[str, int, int]] = []
-    samples.build(out, seed=0, progress=lambda *call: calls.append(call))
+    build.build(out, seed=0, progress=lambda *call: calls.append(call))
     for stage in ("cutting images", "writing shards"):
         done = [(count, total) for name, count, total in calls if name == stage]
         assert done == sorted(done) and done[-1][0] == done[-1][1] > 2000
@@ -43,7 +43,7 @@ def splits(built: Path) -> dict[str, list[Sample]]:
 def test_is_a_dataset(built: Path, splits: dict[str, list[Sample]]) -> None:
     assert verify(built) == []
     assert 2000 <= len(splits["train"]) <= 4000 and 200 <= len(splits["val"]) <= 500
-    assert json.loads((built / samples.SKIPPED_FILE).read_text()) == []
+    assert json.loads((built / build.SKIPPED_FILE).read_text()) == []
 
 
 def test_images_are_small_baseline_jpegs_that_show_something(
@@ -57,8 +57,8 @@ def test_images_are_small_baseline_jpegs_that_show_something(
 
 
 def test_every_class_of_val_is_trained_and_counted(splits: dict[str, list[Sample]]) -> None:
-    train = samples.summarize_labels(sample.meta for sample in splits["train"])
-    val = samples.summarize_labels(sample.meta for sample in splits["val"])
+    train = build.summarize_labels(sample.meta for sample in splits["train"])
+    val = build.summarize_labels(sample.meta for sample in splits["val"])
     assert set(val) == set(LABELS)
     assert len(val["modality"].counts) >= 7 and set(val["plane"].counts) == set(LABELS["plane"])
     for kind, summary in val.items():
@@ -80,7 +80,7 @@ def test_held_out_slices_are_millimetres_from_training_slices(
                 positions[split][sample.meta["axis"]].add(sample.meta["slice_index"])
     for axis in range(3):
         train, val = positions["train"][axis], positions["val"][axis]
-        assert min(abs(a - b) for a in train for b in val) >= samples_volumes.GAP_MM
+        assert min(abs(a - b) for a in train for b in val) >= volumes.GAP_MM
         assert len(train) > 30 and len(val) >= 9
     # The template is left-right symmetric: one hemisphere only, or slices would come twice.
     assert min(min(positions[split][0]) for split in splits) >= 98
@@ -92,7 +92,7 @@ def test_held_out_crops_touch_no_training_crop(splits: dict[str, list[Sample]]) 
         for sample in members:
             if "picture" in sample.meta:
                 boxes[sample.meta["picture"]][split].append(sample.meta["box"])
-    assert len(boxes) == len(samples_pictures.SOURCES)
+    assert len(boxes) == len(photographs.SOURCES)
     for name, by_split in boxes.items():
         for top, left, height, width in by_split["val"]:
             for other in by_split["train"]:
@@ -108,7 +108,7 @@ def test_held_out_crops_touch_no_training_crop(splits: dict[str, list[Sample]]) 
 def test_no_two_sources_are_copies_of_one_picture(splits: dict[str, list[Sample]]) -> None:
     images = {split: {sample.image for sample in members} for split, members in splits.items()}
     assert not images["train"] & images["val"]
-    files = [(source.package, source.path) for source in samples_pictures.SOURCES]
+    files = [(source.package, source.path) for source in photographs.SOURCES]
     assert len(set(files)) == len(files)
 
 
@@ -151,8 +151,8 @@ def test_captions_state_the_position_of_the_slice(splits: dict[str, list[Sample]
             assert "xyz".index(letter) == sample.meta["axis"]
             stated += 1
     assert stated > 20
-    assert "32 mm below the anterior commissure" in (samples_volumes.slice_facts("T1", "axial", -32).details)
-    assert "70 mm posterior to the anterior commissure" in (samples_volumes.slice_facts("T1", "coronal", -70).details)
+    assert "32 mm below the anterior commissure" in (volumes.slice_facts("T1", "axial", -32).details)
+    assert "70 mm posterior to the anterior commissure" in (volumes.slice_facts("T1", "coronal", -70).details)
 
 
 def test_captions_vary() -> None:
@@ -163,7 +163,7 @@ def test_captions_vary() -> None:
 
 def test_slices_are_shown_upright_with_the_face_to_the_left() -> None:
     folder = Path(next(iter(importlib.util.find_spec("nilearn").submodule_search_locations)))
-    volume = samples_volumes.Volume(folder / samples_volumes.MAPS["WM"])
+    volume = volumes.Volume(folder / volumes.MAPS["WM"])
 
     def quarters(plane: str, mm: float) -> np.ndarray:
         pixels = np.asarray(volume.cut(plane, mm, 190.0, (0.0, 0.0)), dtype=float)
@@ -223,7 +223,7 @@ def test_dicom_window_rescale_and_bone_window(tmp_path: Path) -> None:
         SliceThickness=5,
         ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
     )
-    (soft, soft_facts), (bone, bone_facts) = samples_dicom.read(path)
+    (soft, soft_facts), (bone, bone_facts) = dicom.read(path)
     # By hand from C.11.2.1.2.1: black up to 40 - 0.5 - 199.5, white from 40 - 0.5 + 199.5.
     expected = np.clip((values.astype(float) + 160) / 399, 0, 1) * 255
     np.testing.assert_allclose(soft[:, :, 0], expected, atol=0.51)
@@ -236,12 +236,12 @@ def test_dicom_window_rescale_and_bone_window(tmp_path: Path) -> None:
 def test_dicom_monochrome1_is_inverted_and_ybr_becomes_rgb(tmp_path: Path) -> None:
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
     tags = {"Modality": "CR", "PhotometricInterpretation": "MONOCHROME1", "ViewPosition": "PA"}
-    [(picture, facts)] = samples_dicom.read(_write_dicom(tmp_path / "cr.dcm", ramp, **tags))
+    [(picture, facts)] = dicom.read(_write_dicom(tmp_path / "cr.dcm", ramp, **tags))
     assert picture[0, 0, 0] == 255 and picture[7, 7, 0] == 0
     assert facts.details == ("posteroanterior (PA) view",)
     red = np.zeros((4, 4, 3), dtype=np.uint8) + np.array([76, 85, 255], dtype=np.uint8)
     tags = {"Modality": "US", "PhotometricInterpretation": "YBR_FULL"}
-    [(picture, _)] = samples_dicom.read(_write_dicom(tmp_path / "us.dcm", red, **tags))
+    [(picture, _)] = dicom.read(_write_dicom(tmp_path / "us.dcm", red, **tags))
     np.testing.assert_allclose(picture[0, 0], [255, 0, 0], atol=3)
 
 
@@ -262,7 +262,7 @@ def test_dicom_orientation(
 ) -> None:
     pixels = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
     path = _write_dicom(tmp_path / "mr.dcm", pixels, Modality="MR", ImageOrientationPatient=cosines)
-    [(picture, facts)] = samples_dicom.read(path)
+    [(picture, facts)] = dicom.read(path)
     assert facts.plane == plane
     assert ("oblique plane" in facts.details) == (plane is None)
     corner = picture[-1 if flip_rows else 0, -1 if flip_columns else 0, 0]
@@ -270,36 +270,36 @@ def test_dicom_orientation(
 
 
 def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_volumes, "TRAIN_PER_MAP_AND_PLANE", 2)
-    monkeypatch.setattr(samples, "_PER_MODALITY", {"train": 2, "val": 1})
-    small = [source for source in samples_pictures.SOURCES if source.name in ("skull-base-ct", "microaneurysms", "ihc")]
-    monkeypatch.setattr(samples_pictures, "SOURCES", tuple(small))
+    monkeypatch.setattr(volumes, "TRAIN_PER_MAP_AND_PLANE", 2)
+    monkeypatch.setattr(build, "_PER_MODALITY", {"train": 2, "val": 1})
+    small = [source for source in photographs.SOURCES if source.name in ("skull-base-ct", "microaneurysms", "ihc")]
+    monkeypatch.setattr(photographs, "SOURCES", tuple(small))
 
 
 def test_the_seed_decides_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _shrink(monkeypatch)
     prints = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        samples.build(tmp_path / name, seed=seed)
+        build.build(tmp_path / name, seed=seed)
         prints.append(ShardDataset(tmp_path / name, "train").fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
 def test_files_that_cannot_be_read_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _shrink(monkeypatch)
-    truncated = samples_pictures.Source("broken", "pydicom", "data/test_files/MR_truncated.dcm", side=None)
-    missing = replace(samples_pictures.SOURCES[0], name="missing", path="data/missing.dcm")
-    sources = (*samples_pictures.SOURCES, truncated, missing)
-    monkeypatch.setattr(samples_pictures, "SOURCES", sources)
-    samples.build(tmp_path / "out")
-    skipped = json.loads((tmp_path / "out" / samples.SKIPPED_FILE).read_text())
+    truncated = photographs.Source("broken", "pydicom", "data/test_files/MR_truncated.dcm", side=None)
+    missing = replace(photographs.SOURCES[0], name="missing", path="data/missing.dcm")
+    sources = (*photographs.SOURCES, truncated, missing)
+    monkeypatch.setattr(photographs, "SOURCES", sources)
+    build.build(tmp_path / "out")
+    skipped = json.loads((tmp_path / "out" / build.SKIPPED_FILE).read_text())
     assert [entry["file"] for entry in skipped] == [truncated.path, missing.path]
     assert "pixel data" in skipped[0]["reason"] and "FileNotFound" in skipped[1]["reason"]
     assert "CT" in {sample.meta["modality"] for sample in ShardDataset(tmp_path / "out")}
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(samples._MODULES, "mahotas", "no_such_module_here")
+    monkeypatch.setitem(build._MODULES, "mahotas", "no_such_module_here")
     with pytest.raises(UserError, match=r"mahotas.*bclip_fast\[quickstart\]"):
-        samples.build(tmp_path / "out")
+        build.build(tmp_path / "out")
     assert not (tmp_path / "out").exists()

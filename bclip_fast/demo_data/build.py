@@ -36,11 +36,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bclip_fast.data import samples_pictures, samples_volumes
-from bclip_fast.data.samples_captions import LABELS, Facts, compose
+from bclip_fast.data.shards.reader import Sample, ShardWriter
 from bclip_fast.errors import UserError
 
-from .shards.reader import Sample, ShardWriter
+from . import photographs, volumes
+from .captions import LABELS, Facts, compose
 
 __all__ = ["LABELS", "LabelSummary", "build", "summarize_labels"]
 
@@ -130,10 +130,10 @@ def _origin(package: str, file: str) -> dict[str, str]:
 
 def _volume_samples(seed: int) -> Iterator[tuple[str, Sample]]:
     folder = _folder("nilearn")
-    for number, (name, file) in enumerate(samples_volumes.MAPS.items()):
+    for number, (name, file) in enumerate(volumes.MAPS.items()):
         random = np.random.default_rng([seed, 2000 + number])
         origin = _origin("nilearn", file)
-        cuts = samples_volumes.slices(name, folder / file, seed)
+        cuts = volumes.slices(name, folder / file, seed)
         for index, (split, image, facts, meta) in enumerate(cuts):
             key = f"mni-{name.lower()}-{facts.plane}-{index:04d}"
             yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
@@ -143,7 +143,7 @@ def _volume_samples(seed: int) -> Iterator[tuple[str, Sample]]:
 class _Plan:
     """So many crops of one picture for one split."""
 
-    source: samples_pictures.Source
+    source: photographs.Source
     pictures: list[tuple[np.ndarray, Facts]]
     split: str
     count: int
@@ -152,10 +152,10 @@ class _Plan:
 def _plan_pictures(skipped: list[dict[str, str]]) -> list[_Plan]:
     """Decode all pictures and share each modality's crops among them."""
     loaded = defaultdict(list)
-    for source in samples_pictures.SOURCES:
+    for source in photographs.SOURCES:
         path = _folder(source.package) / source.path
         try:
-            pictures = samples_pictures.load(source, path)
+            pictures = photographs.load(source, path)
         # A decoder that is missing, or a file that another version of the package lacks.
         except (OSError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -177,10 +177,10 @@ def _plan_pictures(skipped: list[dict[str, str]]) -> list[_Plan]:
 
 def _picture_samples(plan: _Plan, seed: int) -> Iterator[tuple[str, Sample]]:
     source, split = plan.source, plan.split
-    number = samples_pictures.SOURCES.index(source)
+    number = photographs.SOURCES.index(source)
     random = np.random.default_rng([seed, 3000 + number, split == "val"])
     origin = _origin(source.package, source.path)
-    cuts = samples_pictures.crops(source, plan.pictures, split, plan.count, seed)
+    cuts = photographs.crops(source, plan.pictures, split, plan.count, seed)
     for index, (image, facts, meta) in enumerate(cuts):
         key = f"{source.name}-{split}-{index:04d}"
         yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
@@ -200,7 +200,7 @@ def build(out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None]
     report = progress or (lambda stage, done, total: None)
     skipped: list[dict[str, str]] = []
     plans = _plan_pictures(skipped)
-    total = samples_volumes.count() + sum(plan.count for plan in plans)
+    total = volumes.count() + sum(plan.count for plan in plans)
     cuts = chain(_volume_samples(seed), *(_picture_samples(plan, seed) for plan in plans))
     samples: list[tuple[str, Sample]] = []
     for entry in cuts:
