@@ -22,11 +22,12 @@ from ..errors import UserError, first_line
 from ..hardware import environment_report, pick_device
 from ..html.page import format_figure, format_spread
 from ..io.runs import METRICS
-from . import files, report, tasks
-from .cache import Cache, default_folder
+from . import report, tasks
+from . import results as files
 from .config import EvalConfig
 from .datasets import EvalDataset, open_dataset
 from .embed import Embedder
+from .embedding_cache import Cache, default_folder
 from .protocols import PROTOCOLS, Inputs, default_kinds, describe
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ import tyro
 from ..errors import UserError
 from ..html.page import environment, format_figure
 from ..io.atomic import write_text
-from . import files, metrics
+from . import results as files
+from . import statistics
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def compare(folders: list[Path]) -> dict[str, Any]:
         for figure in tasks[0]["figures"]:
             rows += _rows(name, figure["name"], tasks, models)
     tested = [row for row in rows if row["p"] is not None]
-    for row, p in zip(tested, metrics.holm([row["p"] for row in tested]), strict=True):
+    for row, p in zip(tested, statistics.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     return {"models": models, "rows": rows, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -100,7 +101,7 @@ def _difference(name: str, first: dict[str, Any], second: dict[str, Any]) -> dic
         positive = first["classes"][1]
         labels = np.array([label == positive for label in first["samples"]["label"]])
         one, two = (np.array(each["samples"][f"score of {positive}"], dtype=np.float64) for each in (first, second))
-        found = metrics.auroc_difference(labels, one, two)
+        found = statistics.auroc_difference(labels, one, two)
         if found is None:
             return {}
         difference, (low, high), p = found
@@ -115,9 +116,9 @@ def _difference(name: str, first: dict[str, Any], second: dict[str, Any]) -> dic
     if name != kind:
         rows = np.array(first["samples"]["kind"]) == name.split()[0]
         one, two = one[rows], two[rows]
-    low, high = metrics.paired_interval(one, two)
+    low, high = statistics.paired_interval(one, two)
     whole = bool(np.isin(one, (0, 1)).all() and np.isin(two, (0, 1)).all())
-    p = metrics.mcnemar(one == 1, two == 1) if whole else metrics.sign_flip(two - one)
+    p = statistics.mcnemar(one == 1, two == 1) if whole else statistics.sign_flip(two - one)
     test = "McNemar, exact" if whole else "sign flips"
     return {"difference": float((two - one).mean()), "low": low, "high": high, "p": p, "test": test}
 

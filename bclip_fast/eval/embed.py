@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..data.images import open_image
 from ..errors import UserError
 from ..ops.processor import native_precision
-from . import cache
-from .cache import Cache
+from . import embedding_cache as cache
 from .datasets import EvalDataset
+from .embedding_cache import Cache
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ..errors import UserError, first_line
 from ..io.atomic import replacing
 from ..io.hashing import sha256, sha256_of_parts
 from ..model.meter import MeterConfig, VqaModel
-from . import metrics
+from . import statistics
 
 if TYPE_CHECKING:
     from .embed import Embedder
@@ -252,13 +252,13 @@ def measure(
     ):
         if rows.any():
             figures.append(
-                metrics.figure(
+                statistics.figure(
                     name,
                     float(values[rows].mean()),
                     float(chance[rows].mean()),
                     "the most frequent training answer of the question's type",
                     int(rows.sum()),
-                    interval=metrics.mean_interval(values[rows]),
+                    interval=statistics.mean_interval(values[rows]),
                 )
             )
     vocabulary = set(known)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..io.atomic import replacing
-from ..io.hashing import sha256, sha256_of_parts
-from ..version import __version__
+from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing
+from bclip_fast.io.hashing import sha256, sha256_of_parts
+from bclip_fast.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer,
 
 from bclip_fast.data.images import open_image
 from bclip_fast.errors import UserError
-from bclip_fast.eval import cache, evaluate, metrics, prompts, report, retrieval, tasks, zero_shot
+from bclip_fast.eval import embedding_cache, evaluate, prompts, report, retrieval, statistics, tasks, zero_shot
 from bclip_fast.eval.datasets import open_dataset, rsna
 
 WORDS = {"0": "red", "1": "blue"}
@@ -324,7 +324,7 @@ def test_kept_embeddings_are_used_and_follow_weights_data_and_preprocessing(tmp_
 
 def test_preprocessing_that_augments_is_refused() -> None:
     with pytest.raises(UserError, match="two results for one image"):
-        cache.of_preprocess(lambda image: torch.rand(3, 8, 8))
+        embedding_cache.of_preprocess(lambda image: torch.rand(3, 8, 8))
 
 
 # Retrieval: duplicates, indexes
@@ -488,7 +488,7 @@ def test_lc25000_equals_open_clip_and_an_independent_elevater(shared_data: Path,
     assert result["samples"]["prediction"] == predictions
     right = [path.parent.name == said for path, said in zip(files, predictions, strict=True)]
     assert result["figures"][0]["value"] == pytest.approx(np.mean(right))
-    area = metrics.auroc(np.array([path.parent.name == "lung_n" for path in files]),
+    area = statistics.auroc(np.array([path.parent.name == "lung_n" for path in files]),
                          (float(model.logit_scale.exp()) / 100 * logits).softmax(1)[:, 1].double().numpy())  # fmt: skip
     assert result["per_class"][1]["auroc"] == pytest.approx(area, abs=1 / 32)
 

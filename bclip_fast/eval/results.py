@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..io.atomic import write_text
+from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import ranking
+from bclip_fast.ops import ranking
 
 STEPS = ("bfloat16", "bfloat16x3", "float32", "float64")
 # Beyond it a query's or candidate's norm isn't 1: `check_embeddings`, and what rounding adds.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000

@@ -13,7 +13,8 @@ from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 from test_report import Page
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import compare, evaluate, files, metrics, report
+from bclip_fast.eval import compare, evaluate, report, statistics
+from bclip_fast.eval import results as files
 from bclip_fast.eval.datasets import open_dataset
 
 TASK = """title = "Red or blue"
@@ -91,7 +92,7 @@ def test_differences_are_paired(folders: list[Path]) -> None:
     accuracy = rows["accuracy"]
     assert 0 < right[0].mean() < 1 == right[1].mean()
     assert accuracy["difference"] == pytest.approx(1 - right[0].mean())
-    assert accuracy["p"] == metrics.mcnemar(right[0] == 1, right[1] == 1) and accuracy["p_holm"] >= accuracy["p"]
+    assert accuracy["p"] == statistics.mcnemar(right[0] == 1, right[1] == 1) and accuracy["p_holm"] >= accuracy["p"]
     assert accuracy["low"] < accuracy["difference"] < accuracy["high"]
     assert rows["AUROC"]["test"] == "bootstrap" and rows["AUROC"]["difference"] > 0
     assert all(row["difference"] is None for row in found["rows"] if row["model"] == "model 0")

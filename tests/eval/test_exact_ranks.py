@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_eval import unit
 from torch import Tensor
 
-from bclip_fast.eval import exact, retrieval
+from bclip_fast.eval import exact_ranks, retrieval
 from bclip_fast.ops import ranking
 
 TOLERANCE = retrieval.TIE_TOLERANCE
@@ -60,18 +60,18 @@ DATA = {
 def test_every_step_counts_what_float64_counts(name: str, allowed: tuple[str, ...], chunks: tuple[int, int]) -> None:
     queries, candidates = DATA[name]
     own = (queries.double() * candidates.double()).sum(1)
-    found = exact.count(
+    found = exact_ranks.count(
         queries, candidates, own, own, TOLERANCE, allowed=allowed, query_chunk=chunks[0], candidate_chunk=chunks[1]
     )
     for counted, true in zip(found, brute_force(queries, candidates, own, own), strict=True):
         assert torch.equal(counted, true)
 
 
-@pytest.mark.parametrize("step", [*(pytest.param(name, marks=needs_amx) for name in exact.STEPS[:2]), "float32"])
+@pytest.mark.parametrize("step", [*(pytest.param(name, marks=needs_amx) for name in exact_ranks.STEPS[:2]), "float32"])
 @pytest.mark.parametrize("name", ["related", "unrelated", "close", "few numbers"])
 def test_no_product_errs_more_than_its_bound(name: str, step: str) -> None:
-    left, right = exact.Chunk(DATA[name][0], True), exact.Chunk(DATA[name][1], False)
-    bound = exact.error_bound(left.low(step), right.low(step))
+    left, right = exact_ranks.Chunk(DATA[name][0], True), exact_ranks.Chunk(DATA[name][1], False)
+    bound = exact_ranks.error_bound(left.low(step), right.low(step))
     # What the hardware multiplies, here without its rounding of sums: the bound has room for both.
     computed = left.low(step).numbers.double() @ right.low(step).numbers.double().T
     error = float((computed - left.rows.double() @ right.rows.double().T).abs().max())
@@ -115,11 +115,11 @@ def test_dot_products_are_those_of_float64() -> None:
 
 def test_a_step_that_leaves_too_much_open_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    screen = exact._screen
-    monkeypatch.setattr(exact, "_screen", lambda *args: tried.append(1) or screen(*args))
+    screen = exact_ranks._screen
+    monkeypatch.setattr(exact_ranks, "_screen", lambda *args: tried.append(1) or screen(*args))
     queries, candidates = DATA["one point"]
     own = torch.ones(300, dtype=torch.float64)
-    found = exact.count(queries, candidates, own, own, TOLERANCE, allowed=("float32", "float64"), query_chunk=100)
+    found = exact_ranks.count(queries, candidates, own, own, TOLERANCE, allowed=("float32", "float64"), query_chunk=100)
     # Once, for the first of three tiles.
     assert len(tried) == 1 and found[0][1].tolist() == [300] * 300 and not found[0][0].any()
 
@@ -147,5 +147,7 @@ def test_groups_that_overlap_count_a_pair_once() -> None:
 def test_counts_of_a_tile(shape: tuple[int, int]) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.9
     for dim in (0, 1):
-        assert torch.equal(exact.count_true(mask, dim), mask.sum(dim))
-    assert torch.equal(exact.count_true(torch.ones(shape, dtype=torch.bool), 1), torch.full((shape[0],), shape[1]))
+        assert torch.equal(exact_ranks.count_true(mask, dim), mask.sum(dim))
+    assert torch.equal(
+        exact_ranks.count_true(torch.ones(shape, dtype=torch.bool), 1), torch.full((shape[0],), shape[1])
+    )
