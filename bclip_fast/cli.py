@@ -103,20 +103,20 @@ COMMANDS = {
     ),
     "embed": Command(
         "pictures of a folder or of shards to an index: Parquet and faiss",
-        "bclip_fast.eval.search:EmbedConfig",
-        "bclip_fast.eval.search:run_embed",
+        "bclip_fast.search.index:EmbedConfig",
+        "bclip_fast.search.index:run_embed",
         "search",
     ),
     "search": Command(
         "the pictures of an index nearest to a text or a picture",
-        "bclip_fast.eval.search:SearchConfig",
-        "bclip_fast.eval.search:run",
+        "bclip_fast.search.index:SearchConfig",
+        "bclip_fast.search.index:run",
         "search",
     ),
     "serve": Command(
         "a local web page to search an index",
-        "bclip_fast.eval.serve:ServeConfig",
-        "bclip_fast.eval.serve:run",
+        "bclip_fast.search.serve:ServeConfig",
+        "bclip_fast.search.serve:run",
         "search",
     ),
     "bench": Command(

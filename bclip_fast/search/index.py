@@ -27,17 +27,17 @@ import torch
 import tyro
 from torch import Tensor
 
-from ..data.images import IMAGE_SUFFIXES
-from ..errors import UserError, first_line
-from ..hardware import pick_device
-from ..html import page as html_page
-from ..io.atomic import replacing, write_text
-from ..io.hashing import sha256_of_file
-from . import retrieval
-from .command import Model, load_model
-from .datasets import EvalDataset, open_dataset
-from .datasets.pairs import PairDataset
-from .embed import Embedder, Precision
+from bclip_fast.data.images import IMAGE_SUFFIXES
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.eval import retrieval
+from bclip_fast.eval.command import Model, load_model
+from bclip_fast.eval.datasets import EvalDataset, open_dataset
+from bclip_fast.eval.datasets.pairs import PairDataset
+from bclip_fast.eval.embed import Embedder, Precision
+from bclip_fast.hardware import pick_device
+from bclip_fast.html import page as html_page
+from bclip_fast.io.atomic import replacing, write_text
+from bclip_fast.io.hashing import sha256_of_file
 
 log = logging.getLogger(__name__)
 

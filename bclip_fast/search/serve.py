@@ -18,8 +18,9 @@ from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, NotF
 from werkzeug.serving import BaseWSGIServer, make_server
 from werkzeug.wrappers import Request, Response
 
-from ..errors import UserError
-from .search import MAX_HITS, OpenConfig, Searcher, page
+from bclip_fast.errors import UserError
+
+from .index import MAX_HITS, OpenConfig, Searcher, page
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,13 @@ from bclip_fast import pretrained
 from bclip_fast.data.shards.reader import Sample, ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
-from bclip_fast.eval import search, serve
 from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.embed import Embedder
-from bclip_fast.eval.search import EmbedConfig, OpenConfig, Searcher, embed
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.search import index as search
+from bclip_fast.search import serve
+from bclip_fast.search.index import EmbedConfig, OpenConfig, Searcher, embed
 
 EVIL = "<script>alert(1)</script> a red square"
 
