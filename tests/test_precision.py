@@ -18,8 +18,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.eval.embed import Embedder
 from bclip_fast.hardware import ClusterConfig
 from bclip_fast.ops import processor
-from bclip_fast.plan import command
-from bclip_fast.train import plan
+from bclip_fast.plan import command, estimate
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig
@@ -101,7 +100,7 @@ def test_a_plan_has_the_precision_of_the_cluster(monkeypatch, capsys):
     for device, precision in (("h100", "bf16"), ("cpu", "fp32")):
         planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80))
         found = command.run(planned)
-        assert found.memory == plan.make(planned.with_precision(precision), plan.PMC_15M, found.world).memory
+        assert found.memory == estimate.make(planned.with_precision(precision), estimate.PMC_15M, found.world).memory
         assert f"Precision   {precision} (auto): " in capsys.readouterr().out
 
 

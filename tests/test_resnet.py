@@ -25,7 +25,7 @@ from bclip_fast import ops, pretrained
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
-from bclip_fast.model import weights
+from bclip_fast.model import flops, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.meter import MeterConfig, VqaModel
 from bclip_fast.model.packed import Packed
@@ -33,8 +33,8 @@ from bclip_fast.model.presets import preset
 from bclip_fast.model.resnet import BatchNorm, ResNetTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
+from bclip_fast.plan import activations
 from bclip_fast.train import engine as engines
-from bclip_fast.train import flops, memory
 from bclip_fast.train.cached import CachedBatch, embed
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
@@ -526,9 +526,9 @@ def test_planned_activations_are_those_of_a_real_step(checkpointing: bool) -> No
     images, lengths = torch.zeros((8, 64, 64, 3), dtype=torch.uint8), [3] * 8
     text = Packed.of(torch.ones(24, dtype=torch.int64), lengths)
     before = statistics(model)
-    found = memory.activations(model, lengths, precision="fp32")
+    found = activations.activations(model, lengths, precision="fp32")
     assert all(map(torch.equal, statistics(model), before))
-    with memory._Held(model, images, *text[:2]) as held:
+    with activations._Held(model, images, *text[:2]) as held:
         output = model(images, text)
         kept, held.peak = held.now, held.now
         (output["image_features"].sum() + output["text_features"].sum()).backward()

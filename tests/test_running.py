@@ -21,7 +21,8 @@ from bclip_fast.config import CONFIGS, to_toml
 from bclip_fast.data.sampler import SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
-from bclip_fast.train import flops, metrics, trainer
+from bclip_fast.model import flops
+from bclip_fast.train import metrics, trainer
 from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import LogConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.trainer import train

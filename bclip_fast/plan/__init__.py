@@ -1,1 +1,1 @@
-"""What a training run would take: memory, operations and hours."""
+"""What a run needs: memory, time and disk, estimated before it starts (`bclip plan`)."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bclip_fast.hardware import cluster_of
-from bclip_fast.train import plan as estimates
 from bclip_fast.train import trainer
 from bclip_fast.train.config import TrainConfig
+
+from . import estimate as estimates
 
 
 def run(config: TrainConfig) -> estimates.Plan:

@@ -41,10 +41,11 @@ from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
 from bclip_fast.io.runs import VALIDATION, VALIDATION_EMA
 from bclip_fast.loss import ClipLoss
+from bclip_fast.model import flops
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
-from . import backends, flops, validation
+from . import backends, validation
 from . import checkpoint as checkpoints
 from . import dump as dumps
 from . import engine as engines

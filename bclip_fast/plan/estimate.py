@@ -26,12 +26,12 @@ from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster, peak_flops_per_second, results_name
 from bclip_fast.io.jsonl import read_lines
 from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.flops import forward_flops
 from bclip_fast.ops.contrastive import default_chunk_size
+from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.initial import new_model
 
-from .config import TrainConfig
-from .flops import forward_flops
-from .initial import new_model
-from .memory import Gradients, activations, kept
+from .activations import Gradients, activations, kept
 
 Bytes = Mapping[str, float]
 

@@ -10,9 +10,9 @@ from synthetic import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bclip_fast import hardware, ops
+from bclip_fast.model import flops
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
-from bclip_fast.train import flops
 
 LENGTHS = [12, 3, 7]
 
