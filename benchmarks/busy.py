@@ -30,8 +30,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.threads import VARIABLES
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine import EngineConfig
-from bclip_fast.train.heap import keep_freed_memory
+from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine.malloc import keep_freed_memory
 from bclip_fast.train.trainer import train
 
 from .cases import with_gradients

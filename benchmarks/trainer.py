@@ -27,7 +27,7 @@ from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
 
 from .cases import Unavailable

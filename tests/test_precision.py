@@ -20,7 +20,7 @@ from bclip_fast.hardware import ClusterConfig
 from bclip_fast.ops import processor
 from bclip_fast.plan import command, estimate
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig
 from bclip_fast.train.precision import resolve
 from bclip_fast.train.trainer import train

@@ -34,11 +34,11 @@ from bclip_fast.model.resnet import BatchNorm, ResNetTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
 from bclip_fast.plan import activations
-from bclip_fast.train import engine as engines
 from bclip_fast.train.cached import CachedBatch, embed
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
-from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine import deepspeed as engines
+from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.export import ExportConfig
 from bclip_fast.train.export import run as export
 from bclip_fast.train.finetune import FinetuneConfig, _add_lora

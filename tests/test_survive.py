@@ -28,9 +28,10 @@ from bclip_fast.cli import main
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train import checkpoint, engine, trainer
+from bclip_fast.train import checkpoint, trainer
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
-from bclip_fast.train.engine import EngineConfig, StepResult
+from bclip_fast.train.engine import deepspeed
+from bclip_fast.train.engine.deepspeed import EngineConfig, StepResult
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.signals import EXIT_STOPPED
 from bclip_fast.train.spikes import SpikeConfig, Spikes
@@ -95,7 +96,7 @@ def test_an_engine_refuses_a_step_and_goes_on(name: str, stage: int):
         torch.manual_seed(0)
         model = BiomedClip(tiny_model())
         config = EngineConfig(name=name, zero_stage=stage, precision="fp32")
-        wrapped = engine.make(model, config, OptimConfig(grad_clip_norm=1.0), 2)
+        wrapped = deepspeed.make(model, config, OptimConfig(grad_clip_norm=1.0), 2)
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         for limit in limits:
             output = wrapped(image, ids)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .engine import Engine
+from .engine.deepspeed import Engine
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from bclip_fast.loss import ClipLoss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import Pooled
 
-from .engine import Engine
+from .engine.deepspeed import Engine
 
 # In place of what is in a file.
 _NOTHING = torch.empty(0)

@@ -33,7 +33,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing_folder
 from bclip_fast.io.hashing import sha256_of_file
 
-from .optimizer import OptimizerState
+from .engine.optimizer import OptimizerState
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.presets import preset
 
-from .engine import EngineConfig
+from .engine.deepspeed import EngineConfig
 from .schedule import OptimConfig
 from .spikes import SpikeConfig
 

@@ -45,8 +45,8 @@ from bclip_fast.model.transformer import Linear
 
 from . import backends
 from . import checkpoint as checkpoints
-from . import engine as engines
-from .engine import EngineConfig
+from .engine import deepspeed as engines
+from .engine.deepspeed import EngineConfig
 from .metrics import MetricsLog
 from .precision import resolve
 from .schedule import OptimConfig, learning_rate

@@ -10,7 +10,7 @@ from typing import Any
 
 from bclip_fast.errors import UserError
 
-from .engine import StepResult
+from .engine.deepspeed import StepResult
 
 # A curve that has flattened to its rounding errors must not make spikes of them.
 _LEAST_DEVIATION = 0.01

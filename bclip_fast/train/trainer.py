@@ -48,12 +48,12 @@ from bclip_fast.model.tokenizer import Tokenizer
 from . import backends, validation
 from . import checkpoint as checkpoints
 from . import dump as dumps
-from . import engine as engines
 from .average import Average
 from .bad_samples import BadSamples
 from .cached import CachedBatch, Spool
 from .clock import StepClock
 from .config import DataConfig, TrainConfig
+from .engine import deepspeed as engines
 from .initial import initial_tokenizer, initialise, new_model
 from .metrics import MetricsLog, Progress
 from .precision import resolve

@@ -24,7 +24,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
 from bclip_fast.plan import activations, estimate
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.trainer import train
 
 VIT_B = "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k"

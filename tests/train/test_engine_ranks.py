@@ -20,7 +20,7 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine import DeepSpeedEngine, EngineConfig
+from bclip_fast.train.engine.deepspeed import DeepSpeedEngine, EngineConfig
 from bclip_fast.train.trainer import train
 
 ENGINES = {

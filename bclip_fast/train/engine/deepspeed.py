@@ -28,11 +28,11 @@ from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import Pooled
+from bclip_fast.train.precision import resolve
+from bclip_fast.train.schedule import OptimConfig
 
-from .heap import keep_freed_memory
+from .malloc import keep_freed_memory
 from .optimizer import AdamW, Guarded, LossScale, OptimizerState, is_within, make_optimizer, set_learning_rate
-from .precision import resolve
-from .schedule import OptimConfig
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .schedule import OptimConfig, parameter_groups
+from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 
 @dataclass
