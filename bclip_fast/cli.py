@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     "train replay": Command(
         "compute again the step at which a run gave up",
-        "bclip_fast.train.dump:ReplayConfig",
+        "bclip_fast.train.replay:ReplayConfig",
         "bclip_fast.train.trainer:replay",
         "train",
     ),

@@ -16,7 +16,7 @@ from peers import import_open_clip
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from synthetic import tiny_model, tiny_run, write_shards
-from test_cached import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spool
+from test_grad_cache import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spool
 from test_model import GPT, SMALL, gradients, shaken
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,6 @@ from bclip_fast.model.resnet import BatchNorm, ResNetTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
 from bclip_fast.plan import activations
-from bclip_fast.train.cached import CachedBatch, embed
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
 from bclip_fast.train.engine import deepspeed as engines
@@ -42,7 +41,8 @@ from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.export import ExportConfig
 from bclip_fast.train.export import run as export
 from bclip_fast.train.finetune import FinetuneConfig, _add_lora
-from bclip_fast.train.initial import initialise
+from bclip_fast.train.grad_cache import CachedBatch, embed
+from bclip_fast.train.init_weights import initialise
 from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups
 from bclip_fast.train.trainer import train
 

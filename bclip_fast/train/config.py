@@ -13,8 +13,8 @@ from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.presets import preset
 
 from .engine.deepspeed import EngineConfig
+from .loss_spikes import SpikeConfig
 from .schedule import OptimConfig
-from .spikes import SpikeConfig
 
 
 @dataclass(frozen=True)

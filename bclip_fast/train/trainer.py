@@ -47,19 +47,19 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, validation
 from . import checkpoint as checkpoints
-from . import dump as dumps
-from .average import Average
+from . import replay as dumps
 from .bad_samples import BadSamples
-from .cached import CachedBatch, Spool
-from .clock import StepClock
 from .config import DataConfig, TrainConfig
+from .ema import Average
 from .engine import deepspeed as engines
-from .initial import initial_tokenizer, initialise, new_model
+from .grad_cache import CachedBatch, Spool
+from .init_weights import initial_tokenizer, initialise, new_model
+from .loss_spikes import Spikes
 from .metrics import MetricsLog, Progress
 from .precision import resolve
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
-from .spikes import Spikes
+from .step_timer import StepClock
 
 log = logging.getLogger(__name__)
 

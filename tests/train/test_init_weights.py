@@ -24,7 +24,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.config import InitConfig
-from bclip_fast.train.initial import initialise
+from bclip_fast.train.init_weights import initialise
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 

@@ -22,9 +22,9 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model import transformer
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train.average import Average
 from bclip_fast.train.checkpoint import load_latest, read, verify
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
+from bclip_fast.train.ema import Average
 from bclip_fast.train.engine import deepspeed as engines
 from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.schedule import MAX_LOG_LOGIT_SCALE, OptimConfig, layer_scales, parameter_groups

@@ -32,9 +32,9 @@ from bclip_fast.train import checkpoint, trainer
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
 from bclip_fast.train.engine import deepspeed
 from bclip_fast.train.engine.deepspeed import EngineConfig, StepResult
+from bclip_fast.train.loss_spikes import SpikeConfig, Spikes
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.signals import EXIT_STOPPED
-from bclip_fast.train.spikes import SpikeConfig, Spikes
 from bclip_fast.train.trainer import train
 
 DROPOUT = tiny_model(dropout=0.1)

@@ -17,9 +17,9 @@ from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train.cached import CachedBatch, Spool, embed
 from bclip_fast.train.engine import deepspeed as engines
 from bclip_fast.train.engine.deepspeed import Engine, EngineConfig
+from bclip_fast.train.grad_cache import CachedBatch, Spool, embed
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 

@@ -23,8 +23,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model import flops
 from bclip_fast.train import metrics, trainer
-from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import LogConfig, TrainConfig, ValidationConfig
+from bclip_fast.train.step_timer import StepClock
 from bclip_fast.train.trainer import train
 from bclip_fast.train.validation import Validation
 
