@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .data.transform import Preprocess, PreprocessConfig
-from .errors import UserError, first_line
-from .io.atomic import replacing
-from .io.hashing import sha256
-from .model import open_clip_config, tower_config, weights
-from .model.biomedclip import BiomedClip, BiomedClipConfig
-from .model.open_clip_config import CONFIG_FILE
-from .model.safe_load import read_checkpoint
-from .model.tokenizer import Tokenizer
-from .model.vision import resize_positions
+from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.io.atomic import replacing
+from bclip_fast.io.hashing import sha256
+from bclip_fast.model import open_clip_config, tower_config, weights
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.open_clip_config import CONFIG_FILE
+from bclip_fast.model.safe_load import read_checkpoint
+from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.vision import resize_positions
 
 log = logging.getLogger(__name__)
 
