@@ -13,7 +13,7 @@ from pathlib import Path
 def num_passed(files: Iterable[str], selected: str, **environment: str) -> int:
     """How many of tests/ops' `files` pass among those that `selected` (pytest's -k) names; all of them must.
 
-    Covering arrays only (pairwise.py): what is marked `long` is left out.
+    Covering arrays only (support/pairwise.py): what is marked `long` is left out.
     """
     folder = Path(__file__).parent / "ops"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]

@@ -1,4 +1,4 @@
-"""The operators' formulas, outputs and gradients, over an arithmetic (arithmetic.py).
+"""The operators' formulas, outputs and gradients, over an arithmetic (support/arithmetic.py).
 
 They say which numbers a kernel may round to the inputs' dtype: operands of a matrix product and results. All sums,
 exponentials and what lies between are float32. A formula takes (arithmetic, inputs, upstream gradient) and returns the
