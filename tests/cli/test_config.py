@@ -94,7 +94,7 @@ def test_the_published_configuration_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[1].glob("bclip_fast/configs/*.toml")), ids=lambda p: p.name
+    "path", sorted(Path(__file__).parents[2].glob("bclip_fast/configs/*.toml")), ids=lambda p: p.name
 )
 def test_every_configuration_of_the_package_is_valid(path):
     from bclip_fast.train.config import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 from bclip_fast.benchmarks import cuda_resources
 from bclip_fast.ops.dispatch import MISSING
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", "")),
     pytest.mark.skipif(cuda_resources.cuobjdump() is None, reason="no cuobjdump, of the toolkit or of Triton"),

@@ -206,7 +206,7 @@ with ShardWriter(Path({out!r}), max_shard_bytes=9000) as writer:
 def test_a_killed_run_leaves_no_dataset_and_is_cleared_by_the_next(tmp_path):
     out = tmp_path / "dataset"
     code = KILLED.format(tests=str(Path(__file__).parent), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     assert done.returncode == -9
     assert not out.exists() and list(tmp_path.iterdir()) != []
     write(out)

@@ -323,7 +323,7 @@ def test_a_crashing_worker_costs_its_package_only(tmp_path, monkeypatch):
         "    ingest.build(ingest.IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=2))\n"
     )
     out = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
     done = subprocess.run(
         [sys.executable, str(script), str(root), str(out)], env=environment, capture_output=True, text=True
     )

@@ -186,7 +186,7 @@ def command(tmp_path: Path, source: Path, out: Path, workers: int = 2, engine: s
 def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, num_kills):
     """kill -9 of the parent at random moments of one run; its workers and their fork server end by themselves."""
     source = articles_in(tmp_path / "in", 60)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     whole, out = tmp_path / "whole", tmp_path / "out"
     start = time.monotonic()
     subprocess.run(command(tmp_path, source, whole), env=environment, check=True, capture_output=True)
@@ -263,7 +263,7 @@ def test_ray_and_this_process_write_the_same_bytes(tmp_path):
     """Takes 10 to 20 seconds: Ray starts a cluster of several programs, and its workers import ours."""
     pytest.importorskip("ray")
     source = articles_in(tmp_path / "in", 12)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     line = command(tmp_path, source, tmp_path / "ray", workers=1, engine="ray")
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -319,7 +319,7 @@ def test_hostile_articles_are_rejected_in_bounded_memory_and_cpu_time(tmp_path):
     climbing, link = tarfile.TarInfo("../../../tmp/evil.nxml"), tarfile.TarInfo("evil.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     pack(root / "t.tar", {"a/x.nxml": article(("evil", "t"), number=2)}, "w", extra=(climbing, link))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     line = [sys.executable, "-c", HOSTILE, str(root), str(tmp_path / "out")]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -131,7 +131,7 @@ def test_precision_and_recall_on_labelled_composites(shared_data):
     folder = shared_data / "pmc_articles"
     captions = {row["image"]: row["caption"] for row in map(json.loads, (folder / "pairs.jsonl").open())}
     emitted = right = there = 0
-    for row in json.loads((Path(__file__).parent / "ingest/panels.json").read_text()):
+    for row in json.loads((Path(__file__).with_name("panels.json")).read_text()):
         there += len(row["panels"])
         for panel in split_panels((folder / row["image"]).read_bytes(), captions[row["image"]]):
             emitted += 1

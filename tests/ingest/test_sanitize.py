@@ -202,7 +202,7 @@ def test_odd_and_hostile_files_in_bounded_cpu_time_and_memory(shared_data):
         input=json.dumps([row["file"] for row in rows]),
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-2000:]
     *answers, memory = done.stdout.splitlines()

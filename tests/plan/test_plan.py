@@ -216,7 +216,7 @@ def measured_peak(config: TrainConfig, folder: Path, ranks: int) -> int:
         port = free.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         if ranks > 1:
             launched = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="localhost", MASTER_PORT=port)
             environment.update({name: str(value) for name, value in launched.items()})

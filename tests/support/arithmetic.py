@@ -1,4 +1,4 @@
-"""Arithmetics for the operators' formulas (support/formulas.py): a kernel's own, one with a fault, and bounds on its error.
+"""Arithmetics for the operators' formulas (formulas.py): a kernel's own, one with a fault, and bounds on its error.
 
 `Arithmetic` computes as a kernel does: sums, products and exponentials in float32, and what is stored, such as an
 operand of a matrix product or a result, in the dtype that the formula names. `Faulty` does the same with one fault at

@@ -20,7 +20,7 @@ from oracle import collected_if
 
 from bclip_fast.ops.cuda_device import CUDA_HOST
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"
 # Tests of kernels run where these do: on a GPU, or in a process that BCLIP_CUDA_HOST tells of the host's module.
 hosted = collected_if(CUDA_HOST is not None or ON_GPU)

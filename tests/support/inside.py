@@ -15,7 +15,7 @@ def num_passed(files: Iterable[str], selected: str, **environment: str) -> int:
 
     Covering arrays only (support/pairwise.py): what is marked `long` is left out.
     """
-    folder = Path(__file__).parent / "ops"
+    folder = Path(__file__).parents[1] / "ops"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
     # Triton's interpreter is numpy, which warns of what overflows.
     command += [

@@ -3,7 +3,7 @@
 Truth is the operator's definition in float64. A kernel passes if, in its output and in every gradient,
 
 - the norm of its error, over a few draws of the inputs, is at most twice that of eager PyTorch in the same dtype, or of
-  the operator's formula in float32 (support/formulas.py), or of rounding the truth to the result's dtype. In float32 the larger
+  the operator's formula in float32 (formulas.py), or of rounding the truth to the result's dtype. In float32 the larger
   one counts: eager's and the formula's are alike, but where few terms cancel, eager is exact by accident. In half
   precision eager rounds what a kernel doesn't, and the formula counts, if it errs less;
 - no element is further from the truth than the formula allows, a bound that is derived and not

@@ -310,7 +310,7 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": job, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["bash", str(CONFIGS / "slurm.sbatch"), *args],
-        env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1],
+        env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     asked = folder / "asked"
     return done, asked.read_text().split()[0] if asked.is_file() else ""
