@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.demo_data import build as samples
+from bclip_fast.ingest import build
+
 from . import config as config_files
 from . import eval as evaluation
-from .data import ingest, samples
 from .errors import UserError
 from .train.config import TrainConfig
 from .train.trainer import train
@@ -91,8 +93,8 @@ def _build(config: QuickstartConfig, data: Path) -> None:
             samples.build(data, seed=config.seed, progress=update)
         return
     # Few articles: hold out more of them than the paper does, or retrieval would be measured on a handful of pairs.
-    ingest.build(
-        ingest.IngestConfig(
+    build.build(
+        build.IngestConfig(
             source=str(config.articles),
             out=data,
             max_short_side=128,

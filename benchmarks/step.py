@@ -27,13 +27,13 @@ from bclip_fast.errors import UserError
 from bclip_fast.model import open_clip_config, transformer, vision, weights
 from bclip_fast.model import text as text_towers
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.flops import step_flops
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.tower_config import PUBMEDBERT
-from bclip_fast.train.flops import step_flops
-from bclip_fast.train.heap import keep_freed_memory
-from bclip_fast.train.optimizer import AdamW
+from bclip_fast.train.engine.malloc import keep_freed_memory
+from bclip_fast.train.engine.optimizer import AdamW
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 from .cases import peer, shared_data

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from bclip_fast.ops import tuning
 from bclip_fast.ops.contrastive import LIMITS, check_features, check_pairs, checked_groups, class_of, operands_of
-from bclip_fast.ops.contrastive.terms import Groups
+from bclip_fast.ops.contrastive.loss_terms import Groups
 from bclip_fast.ops.dispatch import choose
 
 # torch 2.13 renamed both functions.

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bclip_fast.ops import linear
-from bclip_fast.ops.arguments import differentiable_once, without_autocast
 from bclip_fast.ops.contrastive import as_scalar, default_chunk_size, siglip_loss
-from bclip_fast.ops.contrastive.terms import accumulation_dtype, siglip_gradient_dtype
+from bclip_fast.ops.contrastive.loss_terms import siglip_gradient_dtype
+from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
 from bclip_fast.ops.dispatch import kernels
+from bclip_fast.ops.dtypes import accumulation_dtype
 
 from .collectives import (
     ColumnRanges,

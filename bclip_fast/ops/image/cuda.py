@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import address, cuda_address, cuda_module, cuda_stream
+from ..cuda_device import address, cuda_address, cuda_module, cuda_stream
 from . import decode
 
 # Decoded pixels that are held at a time, unless one picture has more.
