@@ -46,7 +46,7 @@ def multiple_negatives_ranking_loss(
 
     Args:
         queries: (B, D) of any norm.
-        documents: (B, D), or several such tensors. Row i of the first belongs to query i; the others are hard
+        documents: (B, D), or several such tensors. Row i of the first belongs to query i. The others are hard
             negatives.
         scale: factor of the cosines.
         directions: query_to_doc, doc_to_query or both.

@@ -19,11 +19,11 @@ from bclip_fast.ops.dtypes import accumulation_dtype
 from .collectives import (
     ColumnRanges,
     DistributedLoss,
-    GatherRows,
     GroupIds,
     Ranks,
     checked_smoothing,
     gather_groups,
+    gather_rows,
     sum_over_ranks,
 )
 
@@ -32,8 +32,8 @@ class ClipLoss(DistributedLoss):
     """open_clip's ClipLoss in O(B * D) memory, with the gradient of the global loss.
 
     Args:
-        local_loss, gather_with_grad: open_clip's ways to gather. `forward` returns the loss and the gradient of the
-            global batch with all four combinations; open_clip does so only with gather_with_grad=True.
+        local_loss, gather_with_grad: open_clip's ways to gather. All four combinations give the loss and the
+            gradient of the global batch. In open_clip, only gather_with_grad=True does.
             `get_logits` and `get_ground_truth` return the shapes that local_loss selects.
         cache_labels: whether `get_ground_truth` keeps its labels. `forward` doesn't need them.
         rank, world_size: this process's rank and the number of ranks. `forward` raises ValueError if the process
@@ -106,8 +106,8 @@ class ClipLoss(DistributedLoss):
         images, texts = image_features, text_features
         if ranks.size > 1:
             image_sizes, text_sizes = ranks.batch_sizes(image_features, text_features)
-            images = GatherRows.apply(image_features, ranks, image_sizes, "image features")
-            texts = GatherRows.apply(text_features, ranks, text_sizes, "text features")
+            images = gather_rows(image_features, ranks, image_sizes, "image features")
+            texts = gather_rows(text_features, ranks, text_sizes, "text features")
         image_rows, text_rows = (image_features, text_features) if self.local_loss else (images, texts)
         per_image, per_text = linear(logit_scale * image_rows, texts), linear(logit_scale * text_rows, images)
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
@@ -180,7 +180,7 @@ class ClipLoss(DistributedLoss):
         image, text = image.to(dtype), text.to(dtype)
         paired = text[: len(image)]
         # The mean over all pairs is the product of the means, so sums of D numbers replace the similarity matrix.
-        # Images are smoothed over all texts; texts that have an image, over all images.
+        # Images are smoothed over all texts. Texts that have an image are smoothed over all images.
         sizes = image.new_tensor([len(image), len(text)])
         sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), sizes
         image_sum, text_sum, paired_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
@@ -197,7 +197,7 @@ class _GlobalClipLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image_input: Tensor,
         text_input: Tensor,
@@ -254,7 +254,7 @@ class _GlobalClipLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, texts, scale, rows_lse, columns_lse, positive_grad, image_input, _ = ctx.saved_tensors
         ranges, wide, features = ctx.ranges, accumulation_dtype(image), image_input.dtype
         # Data-parallel engines average over ranks. The factor turns that average into the sum of the chain rule.

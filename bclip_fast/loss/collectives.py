@@ -84,7 +84,7 @@ class DistributedLoss(nn.Module):
         return ranks
 
     def _share_backends(self, ranks: Ranks, device: torch.device) -> None:
-        """Make every rank choose backends by rank 0's tuning records, whatever its own machine measured."""
+        """Make every rank choose backends by rank 0's tuning records, not by its local ones."""
         records = {}
         if self.rank == 0:
             indices = {"cpu": 0, device.type: device.index or 0}
@@ -224,30 +224,35 @@ class Ranks:
         return highest + self.sum((lse - highest).exp(), name).log()
 
 
-class GatherRows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """`Ranks.gather`. Its backward sums the gradients of all ranks and returns each row's to the rank of that row."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:
         ctx.ranks, ctx.sizes, ctx.name = ranks, sizes, name
         return ranks.gather(rows, sizes, name)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.ranks.reduce(grad.contiguous(), ctx.sizes, f"gradients of {ctx.name}"), None, None, None
+
+
+def gather_rows(rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:
+    """`Ranks.gather`, differentiable into the rows of every rank."""
+    return _GatherRows.apply(rows, ranks, sizes, name)
 
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over ranks, for a loss that every rank then computes alike."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
         ctx.num_ranks = ranks.size
         return ranks.sum(value.clone(), "feature sums")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.
         return grad * ctx.num_ranks, None
 

@@ -89,7 +89,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image: Tensor,
         text: Tensor,
@@ -150,7 +150,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:
         (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
          teacher_columns, positive_grad, _) = ctx.saved_tensors  # fmt: skip
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.

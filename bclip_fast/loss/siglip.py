@@ -1,4 +1,4 @@
-"""SigLipLoss, the sigmoid loss: every pair of an image and a text is a binary decision of its own."""
+"""SigLipLoss, the sigmoid loss: every pair of an image and a text is a separate binary decision."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .collectives import (
 class SigLipLoss(DistributedLoss):
     """open_clip's SigLipLoss (Zhai et al. 2023, arXiv 2303.15343) in O(B * D) memory.
 
-    Every rank returns the sum over all pairs divided by the number of images of all ranks. open_clip returns the part
-    of each rank divided by that rank's images. With equal batches its mean over ranks is our loss.
+    Every rank returns the sum over all pairs divided by the number of images of all ranks. In open_clip, a rank returns
+    its own part divided by its own images. With equal batches the mean of those parts is our loss.
 
     Args:
         cache_labels: no effect, as in open_clip.
@@ -162,7 +162,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image_input: Tensor,
         text_input: Tensor,
@@ -219,7 +219,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.
         factor = grad * ctx.num_ranks
         image_grad, text_grad, scale_grad, bias_grad = (

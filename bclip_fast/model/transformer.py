@@ -1,7 +1,7 @@
 """The two kinds of transformer layer, pre-norm (ViT, GPT) and post-norm (BERT), and the base class of the towers.
 
 Tokens of all sequences are the rows of one (T, D) matrix, so no row is ever padding. A layer returns its residual
-stream and the branch that is still to be added; the next norm, `ops.add_norm`, adds both in one pass. Under autocast
+stream and the branch that is still to be added. The next norm, `ops.add_norm`, adds both in one pass. Under autocast
 the stream stays in float32, and each norm returns the dtype of the next matmul.
 """
 
@@ -190,7 +190,7 @@ class QueryKeyValue(Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:
         """(T, D) -> (T, 3 D). With rows (n,), only they get queries: ((n, D), (T, 2 D))."""
         if rows is None:
             return super().forward(x)
