@@ -18,9 +18,8 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +28,7 @@ import tyro
 
 from ..errors import UserError
 from ..io.atomic import replacing, write_text
+from ..io.progress import track
 from . import engines
 from .objects import Rules, discover_objects, is_address, is_mirror, open_store, select
 from .pairs import Options, PartTask, Reject, part_paths, write_part, write_rows
@@ -333,16 +333,9 @@ def _write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:
 
 def _shown(what: str, results: Iterable[Any], total: int) -> Iterator[Any]:
     """The results, with a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     iterator = iter(results)
     first = list(islice(iterator, 1))  # starts the processes before the thread that draws the progress
-    bar: AbstractContextManager[Progress] = Progress(*columns, transient=True, console=Console(stderr=True))
-    with bar as progress:
-        task = progress.add_task("", total=total)
-        for results in (first, iterator):
-            for result in results:
-                yield result
-                progress.update(task, advance=1)
+    with track(what, total, transient=True) as advance:
+        for result in chain(first, iterator):
+            yield result
+            advance()
