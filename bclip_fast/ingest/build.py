@@ -18,9 +18,8 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +30,7 @@ from bclip_fast.data.shards.format import to_json
 from bclip_fast.data.shards.writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing, write_text
+from bclip_fast.io.progress import track
 
 from . import executors
 from .articles import FetchError, Package, SourceError, discover
@@ -336,16 +336,9 @@ def _write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:
 
 def _shown(what: str, results: Iterable[Any], total: int) -> Iterator[Any]:
     """The results, with a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     iterator = iter(results)
     first = list(islice(iterator, 1))  # starts the processes before the thread that draws the progress
-    bar: AbstractContextManager[Progress] = Progress(*columns, transient=True, console=Console(stderr=True))
-    with bar as progress:
-        task = progress.add_task("", total=total)
-        for results in (first, iterator):
-            for result in results:
-                yield result
-                progress.update(task, advance=1)
+    with track(what, total, transient=True) as advance:
+        for result in chain(first, iterator):
+            yield result
+            advance()
