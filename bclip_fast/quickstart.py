@@ -12,10 +12,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bclip_fast.demo_data import build as samples
 from bclip_fast.ingest import build
@@ -23,6 +22,7 @@ from bclip_fast.ingest import build
 from . import config as config_files
 from . import eval as evaluation
 from .errors import UserError
+from .io.progress import Advance, track
 from .train.config import TrainConfig
 from .train.trainer import train
 
@@ -127,16 +127,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
         yield note
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+        completed: dict[str, int] = {}
+        advance: Advance | None = None
 
         def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            nonlocal advance
+            if stage not in completed or advance is None:
+                # One bar at a time can be live; those of earlier stages stay on the screen.
+                stack.close()
+                advance = stack.enter_context(track(stage, total))
+            advance(done - completed.get(stage, 0))
+            completed[stage] = done
 
         yield update

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.images import open_image
 from ..errors import UserError
+from ..io.progress import track
 from ..ops.processor import native_precision
 from . import embedding_cache as cache
 from .datasets import EvalDataset
@@ -150,7 +151,7 @@ class Embedder:
             _evaluating(self.model),
             torch.inference_mode(),
             self.autocast(),
-            _bar(show, what, total) as advance,
+            track(f"embed {what}", total, show=show) as advance,
         ):
             for batch in batches:
                 embeddings = encode(batch).float()
@@ -194,17 +195,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextlib.contextmanager
-def _bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not show:
-        yield lambda num: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("embed {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda num: progress.advance(task, num)

@@ -21,10 +21,12 @@ from bclip_fast.data.shards.format import to_json
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing, write_bytes
 from bclip_fast.io.hashing import md5_of
+from bclip_fast.io.progress import track
 
 from .articles import FetchError, SourceError
 from .jats import JatsError, parse
-from .pmc import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
+from .object_store import HttpStore, Store, is_address
+from .pmc import PMC, Rules, Version, choose_version, select
 
 log = logging.getLogger(__name__)
 
@@ -70,21 +72,16 @@ class _Outcome:
 
 def fetch(config: FetchConfig) -> int:
     """Mirror the selected articles; 1 if some could not be fetched (run it again), else 0. Raises UserError."""
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
     store = HttpStore(config.source, config.connections)
     (config.out / "metadata").mkdir(parents=True, exist_ok=True)
     kinds: Counter[str] = Counter()
     num_fetched = num_there = num_failed = 0
-    columns = TextColumn("{task.completed} articles"), TimeElapsedColumn()
     try:
         with (
             replacing(config.out / "rejects.jsonl", shared=True) as partial,
             partial.open("w", encoding="utf-8") as rejects,
-            Progress(*columns, transient=True, console=Console(stderr=True)) as progress,
+            track("articles", transient=True) as advance,
         ):
-            task = progress.add_task("", total=None)
             for outcome in _outcomes(config, store):
                 num_fetched += outcome.fetched
                 for kind, rows in (("reject", outcome.rejects or []), ("failure", outcome.failures or [])):
@@ -94,7 +91,7 @@ def fetch(config: FetchConfig) -> int:
                         kinds[reason.partition(":")[0] if kind == "reject" else kind] += 1
                 num_failed += len(outcome.failures or ())
                 num_there += not (outcome.fetched or outcome.rejects or outcome.failures)
-                progress.update(task, advance=1)
+                advance()
     except SourceError as error:
         raise UserError(str(error)) from None
     except FetchError as error:

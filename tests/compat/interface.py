@@ -36,13 +36,12 @@ _OPTIONAL_KEYS = ("mfu", "communication_seconds", "cuda")
 _OPEN_OBJECTS = ("environment", "fingerprint", "ms")
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """Commands, configurations and files; `folder`: an empty one, in which the commands run that write the files."""
-    return {
-        "commands": {name: _arguments(name) for name in COMMANDS},
-        "configurations": {name: _fields(_configuration(name)) for name in COMMANDS},
-        "files": _files(folder),
-    }
+def commands() -> dict[str, Any]:
+    return {name: _arguments(name) for name in COMMANDS}
+
+
+def configurations() -> dict[str, Any]:
+    return {name: _fields(_configuration(name)) for name in COMMANDS}
 
 
 def differences(recorded: Any, current: Any, place: str = "") -> list[str]:
@@ -165,8 +164,8 @@ _RUNS = (
 )  # fmt: skip
 
 
-def _files(folder: Path) -> dict[str, Any]:
-    """What the commands leave, by path: keys and types, columns, tensors."""
+def files(folder: Path) -> dict[str, Any]:
+    """The files that the commands leave in `folder`, by path: keys and types, columns, tensors."""
     given = ("articles", "shards", "tables", "train_ddp", "train.toml")
     for name in given:
         copy = shutil.copytree if (HERE / "written" / name).is_dir() else shutil.copy
@@ -252,5 +251,5 @@ def _merged(shapes: Iterable[Any]) -> Any:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        record = describe(Path(scratch))
+        record = {"commands": commands(), "configurations": configurations(), "files": files(Path(scratch))}
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

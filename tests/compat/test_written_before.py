@@ -25,6 +25,8 @@ import torch
 import bclip_fast
 from bclip_fast.cli import main
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the recorded numbers are those of a CPU")
+
 SETS = ["written"]
 PRECISION = 1e-5
 
@@ -74,6 +76,15 @@ def losses(run: str) -> dict[int, float]:
     found = [line for line in lines_of(f"{run}/metrics.jsonl") if "loss" in line]
     assert len({line["step"] for line in found}) == len(found)
     return {line["step"]: line["loss"] for line in found}
+
+
+def norms(run: str) -> dict[str, float]:
+    """The norm of every tensor in the checkpoint of step 4: weights, moments and EMA."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(run, "checkpoints", "step-00000004").glob("*.safetensors"))
+    tensors = {f"{path.stem} {name}": tensor for path in files for name, tensor in load_file(path).items()}
+    return {name: float(tensor.double().norm()) for name, tensor in tensors.items()}
 
 
 def figures(evaluation: str) -> dict[str, float]:
@@ -130,6 +141,7 @@ def test_run_resumes_to_the_recorded_losses(bclip, run: str):
     logged = bclip("train", f"{run}/config.toml", "--resume")
     assert "resuming after step 2" in logged and "is not used" not in logged
     assert losses(run) == pytest.approx(recorded, rel=PRECISION)
+    assert norms(run) == pytest.approx(expected(run)["norms"], rel=1e-4, abs=1e-6)
     assert {path.name for path in Path(run, "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     again = [line for line in lines_of(f"{run}/metrics.jsonl") if "loss" not in line]
     assert len(again) == len(validated) == (4 if run == "train_accumulated" else 0)
@@ -162,6 +174,7 @@ def test_dumped_step_replays(bclip):
 def test_finetuning_resumes_to_the_recorded_losses(bclip, run: str):
     bclip("finetune", *_finetune_flags(run), "--resume")
     assert losses(run) == pytest.approx(dict(enumerate(expected(run)["losses"], 1)), rel=PRECISION)
+    assert norms(run) == pytest.approx(expected(run)["norms"], rel=1e-4, abs=1e-6)
     flags = EVAL if run == "pairs" else EVAL_ANSWERS
     bclip("eval", run, "--out", "again", "--cache", "none", *flags)
     assert figures("again") == pytest.approx(figures(f"evaluated_{run}"), abs=1e-4)

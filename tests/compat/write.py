@@ -108,7 +108,9 @@ def main(folder: Path) -> None:
     # Runs of the trainer, each with a checkpoint after step 2 and the metrics of 4 steps.
     for name, flags in RUNS.items():
         killed("step-00000004", "train", "train.toml", "--run", name, *flags)
-        expected[name] = {"losses": losses(name)}
+        bclip("train", "train.toml", "--run", "whole", *flags)
+        expected[name] = {"losses": losses(name), "norms": norms("whole")}
+        shutil.rmtree("whole")
     failed("train", "train.toml", "--run", "given_up", *GIVE_UP)
     for path in Path("given_up").iterdir():
         if path.name not in ("dumps", "events.jsonl", "metrics.jsonl"):
@@ -117,7 +119,9 @@ def main(folder: Path) -> None:
     # Fine-tuning: killed runs to resume, and a finished one to evaluate.
     for name, flags in FINETUNED.items():
         killed("step-00000004", "finetune", "train_ddp", "--run", name, *flags)
-        expected[name] = {"losses": losses(name)}
+        bclip("finetune", "train_ddp", "--run", "whole", *flags)
+        expected[name] = {"losses": losses(name), "norms": norms("whole")}
+        shutil.rmtree("whole")
     bclip("finetune", "train_ddp", "--run", "answers_finished", *FINETUNED["answers"])
     shutil.rmtree(Path("answers_finished", "checkpoints"))
     bclip("finetune", "train_ddp", "--run", "pairs_finished", *FINETUNED["pairs"])
@@ -153,7 +157,7 @@ RUNS = {
 # A limit below every norm: the third step in a row that is skipped stops the run.
 GIVE_UP = ("--spikes.window", "2", "--spikes.grad_norm", "1e-9", "--spikes.max_skipped", "1", "--max_steps", "60")
 _FEW_STEPS = ("--batch_size", "4", "--epochs", "1", "--checkpoint_every", "2", "--num_workers", "1")
-_FP32 = ("--engine.precision", "fp32", "--optim.lr", "1e-3", "--optim.warmup_steps", "1")
+_FP32 = ("--seed", "2", "--engine.precision", "fp32", "--optim.lr", "1e-3", "--optim.warmup_steps", "1")
 FINETUNED = {
     "pairs": ("--data", "tables/pairs.csv", *_FEW_STEPS, *_FP32),
     "answers": ("--data", "tables/questions.csv", "--task", "vqa", "--head_layers", "1", *_FEW_STEPS, *_FP32),
@@ -194,6 +198,15 @@ def failed(name: str, *arguments: str) -> None:
 def losses(run: str) -> list[float]:
     lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def norms(run: str) -> dict[str, float]:
+    """The norm of every tensor in the checkpoint of step 4: weights, moments and EMA."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(run, "checkpoints", "step-00000004").glob("*.safetensors"))
+    tensors = {f"{path.stem} {name}": tensor for path in files for name, tensor in load_file(path).items()}
+    return {name: float(tensor.double().norm()) for name, tensor in tensors.items()}
 
 
 def hits(printed: str) -> dict[str, float]:
