@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_named(timm_folder: Path, bert_folder: Path, tmp_pa
         (SMALL, InitConfig(vision=str(bert_folder / "model.safetensors")), "it lacks blocks.0"),
         (gpt, InitConfig(text=str(bert_folder)), "a BERT, but model.text.kind is gpt"),
         (fewer, InitConfig(text=str(bert_folder)), r"word_embeddings.weight is .*\(100, 32\), but .*\(96, 32\)"),
-        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act is 'relu'"),
+        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act='relu' must be 'gelu'"),
         (SMALL, InitConfig(text=changed(bert_folder, same, num_attention_heads=4)), "a tower of 4 heads"),
         (SMALL, InitConfig(text=str(tmp_path / "none")), "neither a file nor a folder"),
         (SMALL, InitConfig(vision=str(tmp_path)), "holds no config.json"),
