@@ -16,8 +16,9 @@ import torch
 
 from . import __version__, threads
 from .errors import UserError
-from .ops import BACKENDS, trials, tuning
+from .ops import BACKENDS, fingerprint, record_files, trials, tuning
 from .ops.dispatch import MISSING, Decision
+from .ops.record_files import Record
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _choices(device: torch.device) -> list[str]:
     return out
 
 
-def _times(decision: Decision, record: tuning.Record) -> str:
+def _times(decision: Decision, record: Record) -> str:
     entry = record.entries.get(decision.key)
     if entry is None or not record.made:
         return ""
@@ -126,7 +127,7 @@ def _refusals(decisions: list[Decision]) -> dict[str, list[str]]:
     return {reason: names for reason, names in found.items() if names}
 
 
-def _record(record: tuning.Record) -> list[str]:
+def _record(record: Record) -> list[str]:
     own = record.fingerprint
     facts = ", ".join(value for key, value in own.items() if key not in ("device", "kernels") and value)
     out = [f"by {record.origin}{_age(record.made)}"]
@@ -156,11 +157,12 @@ def _outdated(own: dict[str, str]) -> str:
         return ""
     for path in reversed(paths):
         try:
-            other = tuning.load(path)
+            other = record_files.load(path)
         except UserError:
             continue
         if other.made and other.fingerprint["name"] == own["name"] and other.fingerprint["device"] == own["device"]:
-            return f"; its record {path.name} doesn't apply (there / now): {tuning.differences(other.fingerprint, own)}"
+            changes = fingerprint.differences(other.fingerprint, own)
+            return f"; its record {path.name} doesn't apply (there / now): {changes}"
     return ""
 
 

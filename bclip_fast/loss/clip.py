@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,21 +10,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
-from ..ops.contrastive import (
-    LIMITS,
+from ..ops.contrastive import LIMITS, clip_loss
+from ..ops.contrastive.call import ContrastiveCall, SoftmaxGradient
+from ..ops.contrastive.checks import (
     as_scalar,
     check_features,
     check_options,
     check_pairs,
     checked_groups,
-    class_of,
-    clip_loss,
     default_chunk_size,
-    operands_of,
+    operand_dtype_of,
 )
-from ..ops.contrastive.loss_terms import accumulation_dtype, pair_losses, positive_gradient, positive_logits
-from ..ops.cuda_device import without_autocast
-from ..ops.dispatch import choose, kernels
+from ..ops.contrastive.limits import shape_class
+from ..ops.contrastive.loss_terms import pair_losses, positive_gradient, positive_logits
+from ..ops.custom_op import without_autocast
+from ..ops.dispatch import choose, load_backend
+from ..ops.dtypes import accumulation_dtype
 from .ranks import Columns, GatherRows, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 
@@ -149,7 +149,7 @@ class ClipLoss(RankedLoss):
             raise ValueError("label_smoothing with groups isn't implemented: their targets are soft already")
         ranks = self._ranks(image)
         image, text = one_dtype(image, text)
-        dtype = operands_of(image, self.operand_dtype)
+        dtype = operand_dtype_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):
             if ranks.size == 1:
                 loss = clip_loss(
@@ -172,7 +172,7 @@ class ClipLoss(RankedLoss):
                     check_pairs(image, text)
                 scale = as_scalar(logit_scale, image)
                 inputs = image, text, dtype, self.deterministic
-                backend = choose("clip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
+                backend = choose("clip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=shape_class(text))
                 loss = self._over_ranks(image, text, scale, *ids, self.hardness, ranks, self.chunk_size, dtype, backend)
                 if logit_bias is not None:
                     loss = loss + 0.0 * as_scalar(logit_bias, image)
@@ -273,14 +273,14 @@ class _GlobalClipLoss(torch.autograd.Function):
         at = Columns(ranks.rank, text_sizes)
         travelling = ranks.start_gather(text, text_sizes, "text features")
         chunk_size = chunk_size or default_chunk_size(len(image), at.total, image.device)
-        tile = partial(kernels("contrastive", backend).forward, chunk_size=chunk_size)
-        sharpness, first = scale + hardness if hardness else scale, 0 if image_ids is None else None
-        rows, own_columns = tile(image, text, sharpness, first)
+        forward = load_backend("contrastive", backend).forward
+        sharpness, positive_offset = scale + hardness if hardness else scale, 0 if image_ids is None else None
+        rows, own_columns = forward(ContrastiveCall(image, text, sharpness, positive_offset, chunk_size))
         texts = travelling()
         columns = own_columns.new_empty(at.total)
         columns[at.own] = own_columns
         for part in at.remote:
-            others, columns[part] = tile(image, texts[part], sharpness, None)
+            others, columns[part] = forward(ContrastiveCall(image, texts[part], sharpness, None, chunk_size))
             rows = torch.logaddexp(rows, others)
         columns = ranks.merge_lse(columns, "column sums")
         groups = positive_grad = None
@@ -313,12 +313,13 @@ class _GlobalClipLoss(torch.autograd.Function):
         at, wide = ctx.at, accumulation_dtype(image)
         # Data-parallel engines average over ranks; the factor turns that average into the sum that the chain rule asks.
         weight = grad * ctx.ranks.size * ctx.weight
-        backward = kernels("contrastive", ctx.backend).backward
+        backward = load_backend("contrastive", ctx.backend).backward
 
-        def tile(part: slice, first: int | None, positive_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            saved = rows_lse, columns_lse[part], weight, positive_grad, ctx.chunk_size, wide
+        def tile(part: slice, positive_offset: int | None, positive_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             groups = None if ctx.groups is None else ctx.groups.among(part)
-            return backward(image, texts[part], scale, first, *saved, hardness=ctx.hardness, groups=groups)
+            call = ContrastiveCall(image, texts[part], scale, positive_offset, ctx.chunk_size, groups=groups)
+            upstream = SoftmaxGradient(rows_lse, columns_lse[part], weight, positive_grad, ctx.hardness)
+            return backward(call, upstream, wide)
 
         # A locked text tower (LiT) spares the way back; it is locked on all ranks or on none.
         with_text = ctx.needs_input_grad[1]

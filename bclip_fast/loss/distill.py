@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
+from ..ops.contrastive import LIMITS
+from ..ops.contrastive.checks import as_scalar, check_features, default_chunk_size
 from ..ops.contrastive.loss_terms import pair_losses, positive_gradient
-from ..ops.cuda_device import without_autocast
+from ..ops.custom_op import without_autocast
 from ..ops.dispatch import Limits, choose
 from .clip import ClipLoss
 from .ranks import Ranks, check_rows, one_dtype

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops import tuning
-from ..ops.contrastive.loss_terms import Groups
+from ..ops import record_files, tuning
+from ..ops.contrastive.groups import Groups
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -84,9 +84,9 @@ class RankedLoss(nn.Module):
         records = {}
         if self.rank == 0:
             places = {"cpu": 0, device.type: device.index or 0}
-            records = {kind: tuning.to_json(tuning.of_device(kind, index)) for kind, index in places.items()}
+            records = {kind: record_files.to_json(tuning.of_device(kind, index)) for kind, index in places.items()}
         records = ranks.broadcast_object(records, device, "broadcast of backends")
-        found = {kind: tuning.from_json(record) for kind, record in records.items()}
+        found = {kind: record_files.from_json(record) for kind, record in records.items()}
         for record in found.values():
             record.origin = "the record of rank 0"
         tuning.install(found)

@@ -11,20 +11,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import linear
-from ..ops.contrastive import (
-    LIMITS,
+from ..ops.contrastive import LIMITS, siglip_loss
+from ..ops.contrastive.call import ContrastiveCall
+from ..ops.contrastive.checks import (
     as_scalar,
     check_features,
     check_pairs,
     checked_groups,
-    class_of,
     default_chunk_size,
-    operands_of,
-    siglip_loss,
+    operand_dtype_of,
 )
-from ..ops.contrastive.loss_terms import accumulation_dtype, siglip_gradient_dtype
-from ..ops.cuda_device import without_autocast
-from ..ops.dispatch import choose, kernels
+from ..ops.contrastive.limits import shape_class
+from ..ops.contrastive.loss_terms import siglip_gradient_dtype
+from ..ops.custom_op import without_autocast
+from ..ops.dispatch import choose, load_backend
+from ..ops.dtypes import accumulation_dtype
 from .ranks import Columns, RankedLoss, Ranks, SumOverRanks, gather_groups, one_dtype
 
 
@@ -112,7 +113,7 @@ class SigLipLoss(RankedLoss):
             raise ValueError("label_smoothing with groups isn't defined here: pass one of them")
         ranks = self._ranks(image_features)
         image, text = one_dtype(image_features, text_features)
-        dtype = operands_of(image, self.operand_dtype)
+        dtype = operand_dtype_of(image, self.operand_dtype)
         with torch.autocast(image.device.type, enabled=False):
             if ranks.size == 1:
                 loss = siglip_loss(
@@ -134,7 +135,7 @@ class SigLipLoss(RankedLoss):
                 scale = as_scalar(logit_scale, image)
                 bias = None if logit_bias is None else as_scalar(logit_bias, image)
                 inputs = image, text, dtype, self.deterministic
-                backend = choose("siglip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
+                backend = choose("siglip_loss", LIMITS, self.backend, *inputs, dtype=dtype, shapes=shape_class(text))
                 wanted = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
                 with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
                 loss = self._over_ranks(
@@ -190,15 +191,16 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         image_sizes, text_sizes = ranks.batch_sizes(image, text)
         at, weight = Columns(ranks.rank, text_sizes), 1 / sum(image_sizes)
         chunk_size = chunk_size or default_chunk_size(len(image), at.total, image.device)
-        siglip = kernels("contrastive", backend).siglip
+        siglip = load_backend("contrastive", backend).siglip
         groups = None
         travelling = ranks.start_gather(text, text_sizes, "text features")
         if image_ids is not None and text_ids is not None:
             groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
 
-        def tile(text: Tensor, part: slice, first: int | None) -> tuple[Tensor, ...]:
+        def tile(text: Tensor, part: slice, positive_offset: int | None) -> tuple[Tensor, ...]:
             own = None if groups is None else groups.among(part)
-            return siglip(image, text, scale, bias, first, weight, chunk_size, wide, with_gradients, groups=own)
+            call = ContrastiveCall(image, text, scale, positive_offset, chunk_size, bias=bias, groups=own)
+            return siglip(call, weight, wide, with_gradients)
 
         parts = {at.own.start: tile(text, at.own, 0 if groups is None else None)}
         texts = travelling()

@@ -19,7 +19,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..ops import add_norm, fused_attention, gelu, linear, pooled_attention, varlen_attention
+from ..ops import add_norm, fused_attention, gelu, linear, single_query_attention, varlen_attention
 
 # A checkpoint's configuration is untrusted: these bounds keep it from asking for absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -81,7 +81,9 @@ class Sequences(NamedTuple):
         bounds, step = self.cu_seqlens, self.max_seqlen
         if bounds is None:
             bounds = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
-        return pooled_attention(query, key_value, rows, bounds, causal=self.causal, dropout_p=dropout_p).flatten(1)
+        return single_query_attention(query, key_value, rows, bounds, causal=self.causal, dropout_p=dropout_p).flatten(
+            1
+        )
 
 
 class Pooled(NamedTuple):

@@ -26,7 +26,7 @@ from bclip_fast.data.shards import ShardDataset
 from bclip_fast.data.stream import SampleStream
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.ops.contrastive import default_chunk_size
+from bclip_fast.ops.contrastive.checks import default_chunk_size
 
 from .cluster import GIB, World, results_name, world
 from .config import TrainConfig
