@@ -16,8 +16,9 @@ import torch
 
 from . import threads
 from .errors import UserError
-from .ops import BACKENDS, trials, tuning
+from .ops import BACKENDS, fingerprint, record_files, trials, tuning
 from .ops.dispatch import MISSING, Decision
+from .ops.record_files import Record
 from .version import __version__
 
 
@@ -110,7 +111,7 @@ def _choices(device: torch.device) -> list[str]:
     return out
 
 
-def _times(decision: Decision, record: tuning.Record) -> str:
+def _times(decision: Decision, record: Record) -> str:
     entry = record.entries.get(decision.key)
     if entry is None or not record.made:
         return ""
@@ -128,15 +129,14 @@ def _refusals(decisions: list[Decision]) -> dict[str, list[str]]:
     return {reason: names for reason, names in refused.items() if names}
 
 
-def _record(record: tuning.Record) -> list[str]:
-    fingerprint = record.fingerprint
-    facts = ", ".join(value for key, value in fingerprint.items() if key not in ("device", "kernels") and value)
+def _record(record: Record) -> list[str]:
+    facts = ", ".join(value for key, value in record.fingerprint.items() if key not in ("device", "kernels") and value)
     out = [f"by {record.origin}{_age(record.made)}"]
     if record.path is not None:
         out.append(str(record.path))
     elif tuning.mode() == "":
-        out.append("`bclip tune` measures this machine" + _outdated(fingerprint))
-    return [*out, f"fingerprint: {facts}, kernels {fingerprint.get('kernels', 'none')}", ""]
+        out.append("`bclip tune` measures this machine" + _outdated(record.fingerprint))
+    return [*out, f"fingerprint: {facts}, kernels {record.fingerprint.get('kernels', 'none')}", ""]
 
 
 def _age(made: str) -> str:
@@ -158,11 +158,11 @@ def _outdated(current: dict[str, str]) -> str:
         return ""
     for path in reversed(paths):
         try:
-            other = tuning.load(path)
+            other = record_files.load(path)
         except UserError:
             continue
         if other.made and all(other.fingerprint[key] == current[key] for key in ("name", "device")):
-            differences = tuning.differences(other.fingerprint, current)
+            differences = fingerprint.differences(other.fingerprint, current)
             return f"; its record {path.name} doesn't apply (there / now): {differences}"
     return ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bclip_fast.ops import linear
-from bclip_fast.ops.contrastive import as_scalar, check_options, clip_loss, default_chunk_size
+from bclip_fast.ops.contrastive import clip_loss
+from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
+from bclip_fast.ops.contrastive.checks import as_scalar, check_options, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient, positive_logits
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
-from bclip_fast.ops.dispatch import kernels
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
 from .collectives import (
@@ -215,15 +216,15 @@ class _GlobalClipLoss(torch.autograd.Function):
         ranges = ColumnRanges(ranks.rank, text_sizes)
         wait_for_texts = ranks.start_gather(text, text_sizes, "text features")
         chunk_size = chunk_size or default_chunk_size(len(image), ranges.total, image.device)
-        tile = partial(kernels("contrastive", backend).forward, chunk_size=chunk_size)
+        forward = load_backend("contrastive", backend).forward
         sharpness = scale + hardness if hardness else scale
         positive_offset = 0 if image_ids is None else None
-        rows, local_columns = tile(image, text, sharpness, positive_offset)
+        rows, local_columns = forward(ContrastiveCall(image, text, sharpness, positive_offset, chunk_size))
         texts = wait_for_texts()
         columns = local_columns.new_empty(ranges.total)
         columns[ranges.local] = local_columns
         for part in ranges.remote:
-            remote_rows, columns[part] = tile(image, texts[part], sharpness, None)
+            remote_rows, columns[part] = forward(ContrastiveCall(image, texts[part], sharpness, None, chunk_size))
             rows = torch.logaddexp(rows, remote_rows)
         columns = ranks.merge_lse(columns, "column sums")
         groups = positive_grad = None
@@ -259,12 +260,13 @@ class _GlobalClipLoss(torch.autograd.Function):
         ranges, wide, features = ctx.ranges, accumulation_dtype(image), image_input.dtype
         # Data-parallel engines average over ranks. The factor turns that average into the sum of the chain rule.
         weight = grad * ctx.ranks.size * ctx.weight
-        backward = kernels("contrastive", ctx.backend).backward
+        backward = load_backend("contrastive", ctx.backend).backward
 
         def tile(part: slice, positive_offset: int | None, positive_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            saved = rows_lse, columns_lse[part], weight, positive_grad, ctx.chunk_size, wide
             groups = None if ctx.groups is None else ctx.groups.among(part)
-            return backward(image, texts[part], scale, positive_offset, *saved, hardness=ctx.hardness, groups=groups)
+            call = ContrastiveCall(image, texts[part], scale, positive_offset, ctx.chunk_size, groups=groups)
+            upstream = SoftmaxGradient(rows_lse, columns_lse[part], weight, positive_grad, ctx.hardness)
+            return backward(call, upstream, wide)
 
         # A locked text tower (LiT) needs no reduction of its gradients. It is locked on all ranks or on none.
         with_text = ctx.needs_input_grad[1]

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bclip_fast.ops import tuning
-from bclip_fast.ops.contrastive import LIMITS, check_features, check_pairs, checked_groups, class_of, operands_of
-from bclip_fast.ops.contrastive.loss_terms import Groups
+from bclip_fast.ops import record_files, tuning
+from bclip_fast.ops.contrastive import LIMITS
+from bclip_fast.ops.contrastive.checks import check_features, check_pairs, checked_groups, operand_dtype_of
+from bclip_fast.ops.contrastive.groups import Groups
+from bclip_fast.ops.contrastive.limits import shape_class
 from bclip_fast.ops.dispatch import choose
 
 # torch 2.13 renamed both functions.
@@ -88,9 +90,9 @@ class DistributedLoss(nn.Module):
         records = {}
         if self.rank == 0:
             indices = {"cpu": 0, device.type: device.index or 0}
-            records = {kind: tuning.to_json(tuning.of_device(kind, index)) for kind, index in indices.items()}
+            records = {kind: record_files.to_json(tuning.of_device(kind, index)) for kind, index in indices.items()}
         records = ranks.broadcast_object(records, device, "broadcast of backends")
-        shared_records = {kind: tuning.from_json(record) for kind, record in records.items()}
+        shared_records = {kind: record_files.from_json(record) for kind, record in records.items()}
         for record in shared_records.values():
             record.origin = "the record of rank 0"
         tuning.install(shared_records)
@@ -99,7 +101,7 @@ class DistributedLoss(nn.Module):
         """Return the ranks, the features in one dtype, and the dtype in which the kernels multiply them."""
         ranks = self._checked_ranks(image)
         image, text = promote_under_autocast(image, text)
-        return ranks, image, text, operands_of(image, self.operand_dtype)
+        return ranks, image, text, operand_dtype_of(image, self.operand_dtype)
 
     def _checked_ids(self, image: Tensor, text: Tensor, groups: GroupIds | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the group ids of images and texts, or (None, None), after checking them and the features."""
@@ -111,7 +113,7 @@ class DistributedLoss(nn.Module):
 
     def _choose_backend(self, operator: str, image: Tensor, text: Tensor, dtype: torch.dtype) -> str:
         inputs = image, text, dtype, self.deterministic
-        return choose(operator, LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
+        return choose(operator, LIMITS, self.backend, *inputs, dtype=dtype, shapes=shape_class(text))
 
 
 class Ranks:

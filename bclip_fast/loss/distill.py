@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bclip_fast.ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
+from bclip_fast.ops.contrastive import LIMITS
+from bclip_fast.ops.contrastive.checks import as_scalar, check_features, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
 from bclip_fast.ops.dispatch import Limits, choose
 
 from .clip import ClipLoss

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bclip_fast.ops import linear
-from bclip_fast.ops.contrastive import as_scalar, default_chunk_size, siglip_loss
+from bclip_fast.ops.contrastive import siglip_loss
+from bclip_fast.ops.contrastive.call import ContrastiveCall
+from bclip_fast.ops.contrastive.checks import as_scalar, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import siglip_gradient_dtype
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
-from bclip_fast.ops.dispatch import kernels
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
 from .collectives import (
@@ -181,7 +183,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         image_sizes, text_sizes = ranks.batch_sizes(image, text)
         ranges, weight = ColumnRanges(ranks.rank, text_sizes), 1 / sum(image_sizes)
         chunk_size = chunk_size or default_chunk_size(len(image), ranges.total, image.device)
-        siglip = kernels("contrastive", backend).siglip
+        siglip = load_backend("contrastive", backend).siglip
         groups = None
         wait_for_texts = ranks.start_gather(text, text_sizes, "text features")
         if image_ids is not None and text_ids is not None:
@@ -189,9 +191,8 @@ class _GlobalSigLipLoss(torch.autograd.Function):
 
         def tile(text: Tensor, part: slice, positive_offset: int | None) -> tuple[Tensor, ...]:
             tile_groups = None if groups is None else groups.among(part)
-            return siglip(
-                image, text, scale, bias, positive_offset, weight, chunk_size, wide, with_gradients, groups=tile_groups
-            )
+            call = ContrastiveCall(image, text, scale, positive_offset, chunk_size, bias=bias, groups=tile_groups)
+            return siglip(call, weight, wide, with_gradients)
 
         tiles = {ranges.local.start: tile(text, ranges.local, 0 if groups is None else None)}
         texts = wait_for_texts()

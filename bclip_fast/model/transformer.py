@@ -19,7 +19,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from bclip_fast.errors import UserError
-from bclip_fast.ops import add_norm, fused_attention, gelu, linear, pooled_attention, varlen_attention
+from bclip_fast.ops import add_norm, fused_attention, gelu, linear, single_query_attention, varlen_attention
 
 # A checkpoint's configuration is untrusted. These bounds keep it from requesting absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -83,7 +83,7 @@ class Sequences(NamedTuple):
         cu_seqlens, step = self.cu_seqlens, self.max_seqlen
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
-        attended = pooled_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)
+        attended = single_query_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)
         return attended.flatten(1)
 
 

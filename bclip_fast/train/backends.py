@@ -2,9 +2,9 @@
 
 So a resumed run goes on with them, whatever the machine's own record says by then.
 
-The file maps each kind of device to a record (ops/tuning.py) with an order of backends for every call. Where the first
-of an order cannot run any more, on another machine or after a reinstallation, the next one does, and a warning says
-that the run is no longer bit for bit what it would have been.
+The file maps each kind of device to a record (ops/record_files.py) with an order of backends for every call. Where the
+first of an order cannot run any more, on another machine or after a reinstallation, the next one does, and a warning
+says that the run is no longer bit for bit what it would have been.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import write_text
-from bclip_fast.ops import trials, tuning
-from bclip_fast.ops.tuning import Entry, Record
+from bclip_fast.ops import fingerprint, record_files, trials, tuning
+from bclip_fast.ops.record_files import Entry, Record
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +91,11 @@ def current(device: torch.device) -> Record:
 
 
 def to_json(records: Mapping[str, Record]) -> dict[str, Any]:
-    return {kind: tuning.to_json(record) for kind, record in records.items()}
+    return {kind: record_files.to_json(record) for kind, record in records.items()}
 
 
 def from_json(data: Mapping[str, Any]) -> dict[str, Record]:
-    found = {kind: tuning.from_json(record) for kind, record in data.items()}
+    found = {kind: record_files.from_json(record) for kind, record in data.items()}
     for record in found.values():
         record.origin = "what the run has recorded"
     return found
@@ -124,7 +124,9 @@ def _tell_differences(recorded: Mapping[str, Record]) -> None:
                     call = ", ".join(filter(None, decision.key))
                     replaced.append(f"{call}: {decision.chosen} in place of {entry.order[0]} ({reason})")
             if replaced:
-                differing = tuning.differences(record.fingerprint, tuning.fingerprint(device.type, device.index or 0))
+                differing = fingerprint.differences(
+                    record.fingerprint, fingerprint.fingerprint(device.type, device.index or 0)
+                )
                 log.warning(
                     "the run continues with other backends, so it is no longer bit for bit what it would have been: "
                     "%s. The run / this machine: %s",
