@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is compiled and what is downloaded, what is checked and what is tested, at the same time.
 MAKEFLAGS += -j2

@@ -12,6 +12,7 @@ from ninja import BIN_DIR, ninja_syntax
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+ROOT = Path(__file__).parent.resolve()
 ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")
 # Later devices compile it themselves. Not that of an architecture with a letter, whose PTX runs on no other.
 PTX = next((arch for arch in ARCHS if arch.isdigit()), ARCHS[0])
@@ -67,13 +68,13 @@ class BuildWithNinja(build_ext):
     def _write(self, ninja: ninja_syntax.Writer, extension: Extension, includes: str) -> None:
         kind = extension.name.rpartition(".")[2]
         depends = "-MMD -MF $out.d -c $in -o $out"
-        includes += "".join(f" -I{path}" for path in self.include_dirs)
+        includes += f" -I{ROOT}" + "".join(f" -I{path}" for path in self.include_dirs)
         options = f"-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wno-psabi {includes}"
         if kind == "_cuda":
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
-            device = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
+            device = f"-O3 -std=c++17 -I{ROOT} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
             ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc")
             ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out")
         else:
@@ -89,11 +90,13 @@ class BuildWithNinja(build_ext):
 
 if JPEG and not has_jpeg_headers():
     sys.exit(JPEG_HELP)
-sources = sorted(path for path in map(str, Path("csrc/cpu").glob("*.cpp")) if JPEG or "/image" not in path)
+sources = sorted(path for path in map(str, Path("csrc/cpu").rglob("*.cpp")) if JPEG or "/image/" not in path)
 headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 modules = [Extension("bclip_fast._cpu", sources, depends=headers)]
 if nvcc():
-    cuda_sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.c[pu]*") if path.suffix != ".cuh")
+    # The emulator is for tests on x86-64, and in no build.
+    paths = [path for path in Path("csrc/cuda").rglob("*.c[pu]*") if path.suffix != ".cuh"]
+    cuda_sources = sorted(str(path) for path in paths if "emulator" not in path.parts)
     modules.append(Extension("bclip_fast._cuda", cuda_sources, depends=headers))
 # The benchmark cases live beside the package in the source tree, and inside it once installed, for `bclip bench`.
 setup(

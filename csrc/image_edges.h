@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "image.h"
+#include "csrc/image.h"
 
 namespace bclip {
 

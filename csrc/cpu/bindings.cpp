@@ -8,13 +8,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../attention.h"
-#include "../contrastive.h"
-#include "../image.h"
-#include "../linear.h"
-#include "../pointwise.h"
-#include "../pooled_attention.h"
-#include "../ranking.h"
+#include "csrc/attention.h"
+#include "csrc/contrastive.h"
+#include "csrc/image.h"
+#include "csrc/matmul.h"
+#include "csrc/pointwise.h"
+#include "csrc/single_query_attention.h"
+#include "csrc/ranking.h"
 
 namespace py = pybind11;
 

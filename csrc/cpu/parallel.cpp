@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "csrc/cpu/parallel.h"
 
 #include <algorithm>
 #include <atomic>

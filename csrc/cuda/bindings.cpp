@@ -1,7 +1,7 @@
 #include <pybind11/pybind11.h>
 
-#include "device.h"
-#include "operators.h"
+#include "csrc/cuda/device.h"
+#include "csrc/cuda/operators.h"
 
 namespace py = pybind11;
 

@@ -1,4 +1,4 @@
-#include "device.h"
+#include "csrc/cuda/device.h"
 
 #include <stdexcept>
 

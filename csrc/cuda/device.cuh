@@ -36,7 +36,7 @@ struct Launch {
 }  // namespace bclip::cuda
 
 #ifdef BCLIP_ON_HOST
-#include "host/device.h"
+#include "csrc/cuda/emulator/device.h"
 #else
 
 #include <stdexcept>

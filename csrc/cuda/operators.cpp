@@ -1,11 +1,11 @@
-#include "operators.h"
+#include "csrc/cuda/operators.h"
 
 #include <pybind11/stl.h>
 
-#include "attention.h"
-#include "contrastive.h"
-#include "image.h"
-#include "nvjpeg.h"
+#include "csrc/cuda/attention/attention.h"
+#include "csrc/cuda/contrastive/contrastive.h"
+#include "csrc/cuda/image/image.h"
+#include "csrc/cuda/image/nvjpeg.h"
 
 namespace py = pybind11;
 

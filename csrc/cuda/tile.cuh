@@ -1,7 +1,7 @@
 // Matrices in shared memory, read as fragments.
 #pragma once
 
-#include "device.cuh"
+#include "csrc/cuda/device.cuh"
 
 namespace bclip::cuda {
 

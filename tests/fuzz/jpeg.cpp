@@ -19,8 +19,8 @@
 
 #include <sys/time.h>
 
-#include "../../csrc/contrastive.h"
-#include "../../csrc/image.h"
+#include "csrc/contrastive.h"
+#include "csrc/image.h"
 
 namespace {
 

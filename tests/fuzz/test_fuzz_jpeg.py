@@ -18,7 +18,15 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "g++")
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-std=c++17", "-pthread"]
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-O1",
+    "-g",
+    "-std=c++17",
+    "-pthread",
+    f"-I{ROOT}",
+]
 RUNS = os.environ.get("BCLIP_FUZZ_RUNS")
 FEW, MANY = RUNS or "2000", RUNS or "20000"
 
@@ -37,7 +45,7 @@ def program(tmp_path_factory) -> Path:
     done = compiled(probe, "-o", folder / "probe", "-ljpeg")
     if done.returncode:
         pytest.skip(f"no libjpeg, or no sanitizers: {done.stderr.strip().splitlines()[-1]}")
-    sources = [*sorted((ROOT / "csrc/cpu").glob("image*.cpp")), ROOT / "csrc/cpu/parallel.cpp"]
+    sources = [*sorted((ROOT / "csrc/cpu/image").glob("*.cpp")), ROOT / "csrc/cpu/parallel.cpp"]
     done = compiled(Path(__file__).with_name("jpeg.cpp"), *sources, "-o", folder / "jpeg", "-ljpeg")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "jpeg"

@@ -6,10 +6,10 @@ import itertools
 import types
 from pathlib import Path
 
-import cuda_host
+import cuda_emulator
 import pytest
 import torch
-from cuda_host import ON_GPU, hosted, outside
+from cuda_emulator import ON_GPU, hosted, outside
 from inside import num_passed
 from judged import judge_attention
 
@@ -24,12 +24,12 @@ SEED = torch.tensor(-(2**40) + 12345)
 @outside
 def test_on_the_host():
     """What this file marks as hosted, and every test of the operator that takes a backend."""
-    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_host.environment()) >= 45
+    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_emulator.environment()) >= 45
 
 
 @outside
 def test_on_the_host_under_the_sanitizers():
-    sanitized = cuda_host.environment(sanitized=True)
+    sanitized = cuda_emulator.environment(sanitized=True)
     assert num_passed([Path(__file__).name], "hosted_ragged or hosted_dense", **sanitized) >= 12
 
 

@@ -1,4 +1,4 @@
-#include "../../csrc/attention.h"
+#include "csrc/attention.h"
 
 #include "attention_reference.h"
 

@@ -1,4 +1,4 @@
-#include "../../csrc/contrastive.h"
+#include "csrc/contrastive.h"
 
 #include "checks.h"
 

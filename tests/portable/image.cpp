@@ -1,11 +1,11 @@
 // Resampling against integer loops, bit for bit. With libjpeg (BCLIP_JPEG), also whole images, against a decoder used
 // directly and Pillow's resize written out.
-#include "../../csrc/image.h"
+#include "csrc/image.h"
 
 #include <cstdio>
 
-#include "../../csrc/cpu/image_kernels.h"
-#include "../../csrc/image_edges.h"
+#include "csrc/cpu/image/image_kernels.h"
+#include "csrc/image_edges.h"
 #include "checks.h"
 
 #ifdef BCLIP_JPEG

@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <map>
 
-#include "../../csrc/contrastive.h"
+#include "csrc/contrastive.h"
 #include "checks.h"
 
 namespace checks {

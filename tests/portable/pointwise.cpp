@@ -1,4 +1,4 @@
-#include "../../csrc/pointwise.h"
+#include "csrc/pointwise.h"
 
 #include "checks.h"
 

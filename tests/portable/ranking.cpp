@@ -1,6 +1,6 @@
-#include "../../csrc/ranking.h"
+#include "csrc/ranking.h"
 
-#include "../../csrc/contrastive.h"
+#include "csrc/contrastive.h"
 #include "checks.h"
 
 namespace checks {

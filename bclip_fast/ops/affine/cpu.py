@@ -1,4 +1,4 @@
-"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/linear.h), else by float32 products of torch's
+"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/matmul.h), else by float32 products of torch's
 library, whose results are rounded to bfloat16.
 
 The matrix unit's three products read their operands as they lie. Float32 products take a float32 weight as it is and a

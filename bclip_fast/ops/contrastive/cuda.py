@@ -1,4 +1,4 @@
-"""The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive_*.cu); not yet measured on one.
+"""The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive/); not yet measured on one.
 
 Forward and gradient tiles by our kernels from bfloat16 or float16 features, D padded to a multiple of 8; dI and dT by
 library matmuls on chunks of rows of G in float16 (`tiles.gradients`). The kernels read scale and bias on the device.

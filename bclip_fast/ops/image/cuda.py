@@ -1,6 +1,6 @@
-"""nvJPEG and the kernels of csrc/cuda/image.cu on NVIDIA GPUs from sm_80 on; not yet run on one.
+"""nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on; not yet run on one.
 
-nvJPEG is given baseline files whose colours it reads as libjpeg does (csrc/cuda/nvjpeg.h), all at once; the CPU decodes
+nvJPEG is given baseline files whose colours it reads as libjpeg does (csrc/cuda/image/nvjpeg.h), all at once; the CPU decodes
 the rest and what nvJPEG refuses. The library is BCLIP_NVJPEG's file, or one of a wheel, of CUDA_HOME or of the system.
 """
 

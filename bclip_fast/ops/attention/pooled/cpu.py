@@ -1,4 +1,4 @@
-"""C++ for one query of each sequence (csrc/pooled_attention.h): keys and values are read once each way."""
+"""C++ for one query of each sequence (csrc/single_query_attention.h): keys and values are read once each way."""
 
 from __future__ import annotations
 

@@ -1,0 +1,22 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/cpu/pointwise/pointwise_kernels.h"
+
+#ifdef BCLIP_X86_TARGETS
+#include <immintrin.h>
+
+// After the standard headers, whose inline functions are shared with code that runs on every machine.
+#pragma GCC target("avx2,fma")
+#define BCLIP_AVX2 1
+#include "csrc/cpu/pointwise/pointwise-inl.h"
+
+namespace bclip::cpu {
+
+const PointwiseKernels kAvx2Pointwise = {&::add_norm, &::add_norm_backward, &::gelu, &::gelu_backward};
+
+}  // namespace bclip::cpu
+
+#endif

@@ -1,0 +1,103 @@
+// Log-sum-exps of the rows and of the columns of each tile of S, from the same numbers. One exponential serves both,
+// with the tile's highest logit as offset; a tile where some row or column lies so far below it that its sum loses
+// digits is done again with the maximum of each row and of each column. No atomics: every partial result has its
+// place.
+#include "csrc/cuda/contrastive/contrastive.cuh"
+
+namespace bclip::cuda {
+namespace {
+
+struct Arguments {
+  Features features;
+  PartialSums sums;
+};
+
+// In the pipeline's place, once it is through: sums of rows, of columns, of the block, and its vote.
+constexpr int ROWS = 0, COLUMNS = ROWS + 2 * SIDE * 4, BLOCK = COLUMNS + 2 * SIDE * 4, VOTE = BLOCK + 16;
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2) forward(Arguments arguments) {
+  const Features& features = arguments.features;
+  const TilePlace tile = place_of_block(features);
+  const Shared<float> row_memory{ROWS}, column_memory{COLUMNS}, block_memory{BLOCK}, vote_memory{VOTE};
+  Products products;
+  multiply_tile<T>(products, features, tile);
+
+  const float factor = *features.scale * LOG2_E;
+  const int shift = positives_of(features, tile);
+  float highest = -1e30f;
+  products.each([&](int, int, int row, int column, float& number) {
+    const bool counted = row < tile.rows && column < tile.columns && column != row + shift;
+    number = counted ? number * factor : -infinity();
+    highest = fmaxf(highest, number);
+  });
+  highest = fold_block(highest, block_memory, Greater());
+
+  float rows[8] = {}, columns[16] = {};
+  products.each([&](int i, int j, int, int, float& number) {
+    const float exponential = exp2_fast(number - highest);
+    rows[i] += exponential;
+    columns[j] += exponential;
+  });
+  fold_rows(rows, row_memory, Add());
+  fold_columns(columns, column_memory, Add());
+  block_barrier();
+  const int own = thread_index();
+  float row_sum = folded(row_memory, own, Add()), column_sum = folded(column_memory, own, Add());
+  float row_offset = highest, column_offset = highest;
+  // What is flushed to zero is below 1e-37 of the tile's highest, far below the last digit of a sum that passes.
+  const float least = fminf(own < tile.rows ? row_sum : 1.0f, own < tile.columns ? column_sum : 1.0f);
+  if (fold_block(least, vote_memory, Less()) < 1e-20f) {
+    float row_highest[8], column_highest[16];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row_highest[i] = -1e30f;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) column_highest[j] = -1e30f;
+    products.each([&](int i, int j, int, int, float& number) {
+      row_highest[i] = fmaxf(row_highest[i], number);
+      column_highest[j] = fmaxf(column_highest[j], number);
+    });
+    fold_rows(row_highest, row_memory, Greater());
+    fold_columns(column_highest, column_memory, Greater());
+    block_barrier();
+    row_offset = folded(row_memory, own, Greater());
+    column_offset = folded(column_memory, own, Greater());
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      row_highest[i] = folded(row_memory, Products::row_of(i / 2, i % 2), Greater());
+      rows[i] = 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      column_highest[j] = folded(column_memory, Products::column_of(j / 2) + j % 2, Greater());
+      columns[j] = 0.0f;
+    }
+    products.each([&](int i, int j, int, int, float& number) {
+      rows[i] += exp2_fast(number - row_highest[i]);
+      columns[j] += exp2_fast(number - column_highest[j]);
+    });
+    block_barrier();
+    fold_rows(rows, row_memory, Add());
+    fold_columns(columns, column_memory, Add());
+    block_barrier();
+    row_sum = folded(row_memory, own, Add());
+    column_sum = folded(column_memory, own, Add());
+  }
+  if (own < tile.rows) {
+    arguments.sums.rows[int64_t(tile.column / SIDE) * features.rows + tile.row + own] =
+        (row_offset + log2_fast(row_sum)) * LN_2;
+  }
+  if (own < tile.columns) {
+    arguments.sums.columns[int64_t(tile.row / SIDE) * features.columns + tile.column + own] =
+        (column_offset + log2_fast(column_sum)) * LN_2;
+  }
+}
+
+}  // namespace
+
+void contrastive_forward(const Features& features, const PartialSums& sums) {
+  launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>,
+         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream}, Arguments{features, sums});
+}
+
+}  // namespace bclip::cuda
