@@ -1,4 +1,4 @@
-"""The CUDA kernels as a module that runs on the host (csrc/cuda/device.cuh), built when a test first wants it."""
+"""Builds the CUDA kernels for the emulator (csrc/cuda/emulator/emulator.h) when a test first needs them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from oracle import collected_if
 from bclip_fast.ops.arguments import CUDA_HOST
 
 ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "csrc/cuda"
 ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"
-# Tests of kernels run where these do: on a GPU, or in a process that BCLIP_CUDA_HOST tells of the host's module.
+# Tests of kernels run on a GPU, or on the emulator in a process whose BCLIP_CUDA_HOST is the path of its module.
 hosted = collected_if(CUDA_HOST is not None or ON_GPU)
 outside = collected_if(CUDA_HOST is None and not ON_GPU)
 DEVICE_ALONE = ("bindings.cpp", "device.cu")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-# Optimising what is sanitized takes longer than the tests gain by it.
+# Optimising sanitized code would take longer than the tests gain by it.
 VARIANTS = {"plain": ("-O2", ""), "sanitized": (f"-O0 -g1 {SANITIZERS}", SANITIZERS)}
 
 
 @cache
 def path(sanitized: bool = False) -> Path:
-    """The module's file, compiled anew where a source is newer; `sanitized` for addresses and undefined behaviour."""
+    """The path of the module, rebuilt if a source is newer. `sanitized`: with AddressSanitizer and UBSan."""
     if platform.machine() != "x86_64":
-        pytest.skip("the host meaning of the CUDA kernels switches stacks on x86-64 alone")
+        pytest.skip("the CUDA emulator runs only on x86-64")
     folder = ROOT / "build/cuda_emulator"
     folder.mkdir(parents=True, exist_ok=True)
     target = f"{'sanitized' if sanitized else 'plain'}/_cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    options = f"-std=c++17 -fPIC -fvisibility=hidden -DBCLIP_ON_HOST -I{ROOT} -Wall -Wno-unknown-pragmas {includes} "
+    options = (
+        f"-std=c++17 -fPIC -fvisibility=hidden -DBCLIP_CUDA_EMULATOR -I{ROOT} -Wall -Wno-unknown-pragmas {includes} "
+    )
     compiler = os.environ.get("CXX", "g++")
-    # One build at a time, whichever of xdist's workers comes first.
+    # One build at a time: workers of xdist wait for the first one.
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with open(folder / "build.ninja", "w") as file:
@@ -51,12 +54,12 @@ def path(sanitized: bool = False) -> Path:
             def compiled(rule: str, optimised: str, place: str, sources: list[Path]) -> list[str]:
                 command = f"{compiler} {options} {optimised} -MMD -MF $out.d -x c++ -c $in -o $out"
                 ninja.rule(rule, command, depfile="$out.d", deps="gcc")
-                return sum((ninja.build(f"{place}/{one.name}.o", rule, str(one)) for one in sources), [])
+                return sum((ninja.build(f"{place}/{one.relative_to(CUDA)}.o", rule, str(one)) for one in sources), [])
 
-            sources = [path for path in sorted((ROOT / "csrc/cuda").rglob("*.c[pu]*")) if path.suffix != ".cuh"]
-            sources = [one for one in sources if one.relative_to(ROOT / "csrc/cuda").as_posix() not in DEVICE_ALONE]
-            kernels = [one for one in sources if one.name not in ("bindings.cpp", "operators.cpp")]
-            # pybind11's templates take longer than all kernels, if they are optimised.
+            sources = [path for path in sorted(CUDA.rglob("*.c[pu]*")) if path.suffix != ".cuh"]
+            sources = [one for one in sources if one.relative_to(CUDA).as_posix() not in DEVICE_ALONE]
+            kernels = [one for one in sources if one.name not in ("bindings.cpp", "register.cpp")]
+            # Optimising pybind11's templates would take longer than compiling all kernels.
             bindings = compiled("bindings", "-O0", "bindings", [one for one in sources if one not in kernels])
             for name, (optimised, linked) in VARIANTS.items():
                 ninja.rule(f"link_{name}", f"{compiler} -shared {linked} $in -o $out")
@@ -79,12 +82,12 @@ def module() -> ModuleType:
 
 
 def environment(sanitized: bool = False) -> dict[str, str]:
-    """What a process needs so that its CUDA backend is the host's module, `sanitized` with the sanitizers' runtime."""
+    """The environment of a process whose CUDA backend is the emulator. `sanitized`: with the sanitizers' runtime."""
     found = {"BCLIP_CUDA_HOST": str(path(sanitized))}
     if sanitized:
         compiler, names = os.environ.get("CXX", "g++"), ("libasan.so", "libstdc++.so")
         libraries = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True) for name in names]
-        # Python and torch keep what they allocated.
+        # Python and torch never free some of their memory, so leaks aren't reported.
         found |= {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
         found |= {"UBSAN_OPTIONS": "print_stacktrace=1"}
     return found

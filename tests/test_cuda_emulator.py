@@ -1,4 +1,4 @@
-"""The machine that runs CUDA kernels on the host: its fragments are PTX's, and it finds every fault that is planted."""
+"""The CUDA emulator: its fragments are those of PTX, and it detects every injected fault."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FAULTS += ["GLOBAL_BOUNDS", "LAYOUT", "DIVERGENCE", "MISSING_THREADS"]
 
 
 def run(host, fault, a, b, c):
-    host.planted(FAULTS.index(fault), a.data_ptr(), b.data_ptr(), c.data_ptr())
+    host.run_faulty_kernel(FAULTS.index(fault), a.data_ptr(), b.data_ptr(), c.data_ptr())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -96,11 +96,11 @@ def test_a_wrong_fragment_layout_shows(host):
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
-def test_a_planted_fault_is_found_in_any_order(host, fault, words, seed):
+def test_injected_fault_is_detected_in_any_order(host, fault, words, seed):
     host.set_seed(seed)
     with pytest.raises(RuntimeError, match=words):
         run(host, fault, *operands())
-    # The machine is whole again.
+    # The emulator works again after the error.
     a, b, c = operands()
     run(host, "NONE", a, b, c)
     assert c.isfinite().all()
@@ -114,7 +114,7 @@ def test_under_the_sanitizers(fault, words):
         "host = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(host)\n"
         "a, b, c = torch.ones(16, 16).half(), torch.ones(16, 16).half(), torch.empty(16, 16)\n"
-        f"host.planted({FAULTS.index(fault)}, a.data_ptr(), b.data_ptr(), c.data_ptr())\n"
+        f"host.run_faulty_kernel({FAULTS.index(fault)}, a.data_ptr(), b.data_ptr(), c.data_ptr())\n"
         "assert (c == 16).all()\n"
     )
     environment = {**os.environ, **cuda_emulator.environment(sanitized=True)}

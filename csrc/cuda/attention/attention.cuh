@@ -1,13 +1,14 @@
-// What the attention kernels share.
+// Shared parts of the attention kernels.
 #pragma once
 
 #include "csrc/cuda/attention/attention.h"
 #include "csrc/cuda/tile.cuh"
+#include "csrc/philox.h"
 
 namespace bclip::cuda {
 
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 struct Sequence {
   int64_t start;
@@ -20,27 +21,15 @@ __device__ __forceinline__ Sequence sequence_of(const Attention& attention, int6
   return {start, static_cast<int>(attention.bounds[index + 1] - start)};
 }
 
-// Four bits, one for each of the keys 4 quad, ...: whether dropout keeps the weight. Philox4x32-10 (Salmon et al. 2011,
-// "Parallel random numbers: as easy as 1, 2, 3") of the counter (quad, row, head, 0).
+// Four bits, one for each of the keys from 4 * quad on: whether dropout keeps the weight. The random words are those of the
+// counter (quad, row, head, 0).
 __device__ __forceinline__ uint32_t kept_of_quad(uint64_t seed, uint32_t threshold, uint32_t quad, uint32_t row,
                                                  uint32_t head) {
-  uint32_t a = quad, b = row, c = head, d = 0;
-  uint32_t left = static_cast<uint32_t>(seed), right = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-  for (int i = 0; i < 10; ++i) {
-    const uint32_t first_high = high_product(0xd2511f53u, a), first_low = 0xd2511f53u * a;
-    const uint32_t second_high = high_product(0xcd9e8d57u, c), second_low = 0xcd9e8d57u * c;
-    a = second_high ^ b ^ left;
-    b = second_low;
-    c = first_high ^ d ^ right;
-    d = first_low;
-    left += 0x9e3779b9u;
-    right += 0xbb67ae85u;
-  }
+  const auto [a, b, c, d] = philox(seed, quad, row, head, 0);
   return (a >= threshold) | (b >= threshold) << 1 | (c >= threshold) << 2 | (d >= threshold) << 3;
 }
 
-// 1 where a key is seen, 0 where it is masked or past the sequence's end; for the keys [first, first + keys).
+// Stores 1 for each visible key of [first, first + keys), and 0 for one that is masked or after the end of the sequence.
 __device__ __forceinline__ void store_visible(Shared<float> visible, const Attention& attention,
                                               const Sequence& sequence, int first, int keys, int threads) {
   for (int key = thread_index(); key < keys; key += threads) {

@@ -1,7 +1,7 @@
-// A block of 4 warps for a sequence, a head and each splits-th strip of 64 queries; a warp holds the scores of its 16
-// queries with up to KEYS keys in registers. Where a sequence is no longer than that, K and V are loaded once, softmax
-// needs no second look and warps don't wait for one another. Longer rows go through chunks of KEYS keys with a running
-// maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). Keys past the sequence's end cost nothing beyond the next
+// A block of 4 warps computes every splits-th strip of 64 queries of a sequence and head. A warp holds the scores of its 16
+// queries with up to kKeys keys in registers. For a sequence of at most kKeys rows, K and V are loaded once, the softmax
+// needs one pass, and the warps don't wait for each other. Longer sequences go through chunks of kKeys keys with a running
+// maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). Keys after the end of the sequence cost nothing beyond the next
 // multiple of 16.
 #include "csrc/cuda/attention/attention.cuh"
 
@@ -10,7 +10,7 @@
 namespace bclip::cuda {
 namespace {
 
-constexpr int WARPS = 4, STRIP = 16 * WARPS;
+constexpr int kWarps = 4, kStrip = 16 * kWarps;
 
 struct Arguments {
   Attention attention;
@@ -19,40 +19,40 @@ struct Arguments {
   int splits;
 };
 
-template <class T, int DIM, int KEYS>
+template <class T, int kDim, int kKeys>
 struct Layout {
-  static constexpr int COLUMNS = DIM, ROWS = KEYS;
-  static constexpr int KEY = 0, VALUE = Tile<T, DIM>::bytes(KEYS), QUERY = 2 * VALUE;
-  static constexpr int OUT = QUERY + Tile<T, DIM>::bytes(STRIP), VISIBLE = OUT + Tile<T, DIM>::bytes(STRIP);
-  static constexpr int BYTES = VISIBLE + KEYS * 4;
+  static constexpr int kColumns = kDim, kRows = kKeys;
+  static constexpr int kKey = 0, kValue = Tile<T, kDim>::bytes(kKeys), kQuery = 2 * kValue;
+  static constexpr int kOut = kQuery + Tile<T, kDim>::bytes(kStrip), kVisible = kOut + Tile<T, kDim>::bytes(kStrip);
+  static constexpr int kBytes = kVisible + kKeys * 4;
 };
 
-template <class T, int DIM, int KEYS, bool DROPOUT>
-__global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPOUT ? 3 : 2)
+template <class T, int kDim, int kKeys, bool kDropout>
+__global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kDropout ? 3 : 2)
     forward(Arguments arguments) {
-  using Places = Layout<T, DIM, KEYS>;
+  using Places = Layout<T, kDim, kKeys>;
   const Attention& attention = arguments.attention;
   const int splits = arguments.splits, heads = attention.heads;
   const int split = block_index() % splits, head = block_index() / splits % heads;
   const Sequence sequence = sequence_of(attention, block_index() / splits / heads);
   const int length = sequence.length;
-  if (split * STRIP >= length) return;
+  if (split * kStrip >= length) return;
 
   const int warp = warp_index(), lane = lane_index(), group = lane / 4, place = lane % 4;
-  const Tile<T, DIM> keys{{Places::KEY}}, values{{Places::VALUE}};
-  const Tile<T, DIM> queries{{Places::QUERY + warp * Tile<T, DIM>::bytes(16)}};
-  const Tile<T, DIM> results{{Places::OUT + warp * Tile<T, DIM>::bytes(16)}};
-  const Shared<float> visible{Places::VISIBLE};
+  const Tile<T, kDim> keys{{Places::kKey}}, values{{Places::kValue}};
+  const Tile<T, kDim> queries{{Places::kQuery + warp * Tile<T, kDim>::bytes(16)}};
+  const Tile<T, kDim> results{{Places::kOut + warp * Tile<T, kDim>::bytes(16)}};
+  const Shared<float> visible{Places::kVisible};
   const T* const query_rows =
       static_cast<const T*>(attention.qkv) + sequence.start * attention.token_stride + head * attention.head_stride;
   const T* const key_rows = query_rows + attention.part_stride;
-  const int64_t out_stride = int64_t(heads) * DIM;
-  T* const out = static_cast<T*>(arguments.out) + sequence.start * out_stride + head * DIM;
+  const int64_t out_stride = int64_t(heads) * kDim;
+  T* const out = static_cast<T*>(arguments.out) + sequence.start * out_stride + head * kDim;
   float* const lse = arguments.lse + head * attention.rows + sequence.start;
   const int64_t stride = attention.token_stride;
-  const bool whole = length <= KEYS;
-  const float factor = attention.scale * LOG2_E;
-  const uint64_t seed = DROPOUT ? *attention.seed : 0;
+  const bool whole = length <= kKeys;
+  const float factor = attention.scale * kLog2E;
+  const uint64_t seed = kDropout ? *attention.seed : 0;
 
   const auto copy_queries = [&](int first) {
     const int from = first + warp * 16;
@@ -61,23 +61,23 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
     }
     commit_copies();
   };
-  copy_queries(split * STRIP);
-  for (int first = split * STRIP; first < length; first += splits * STRIP) {
+  copy_queries(split * kStrip);
+  for (int first = split * kStrip; first < length; first += splits * kStrip) {
     const int from = first + warp * 16;
     const bool mine = from < length;
-    uint32_t query[DIM / 16][4];
-    float result[DIM / 8][4] = {};
+    uint32_t query[kDim / 16][4];
+    float result[kDim / 8][4] = {};
     float highest[2] = {-1e30f, -1e30f}, sums[2] = {};
-    const int end = attention.causal ? min(length, first + STRIP) : length;
-    for (int chunk = 0; chunk < end; chunk += KEYS) {
-      if (!whole || first == split * STRIP) {
-        const int here = min(KEYS, length - chunk), rounded = (here + 15) / 16 * 16;
-        if (chunk > 0 || first != split * STRIP) block_barrier();
-        keys.copy_rows(key_rows + chunk * stride, stride, rounded, here, thread_index(), WARPS * 32);
+    const int end = attention.causal ? min(length, first + kStrip) : length;
+    for (int chunk = 0; chunk < end; chunk += kKeys) {
+      if (!whole || first == split * kStrip) {
+        const int here = min(kKeys, length - chunk), rounded = (here + 15) / 16 * 16;
+        if (chunk > 0 || first != split * kStrip) block_barrier();
+        keys.copy_rows(key_rows + chunk * stride, stride, rounded, here, thread_index(), kWarps * 32);
         values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, here, thread_index(),
-                         WARPS * 32);
+                         kWarps * 32);
         commit_copies();
-        store_visible(visible, attention, sequence, chunk, KEYS, WARPS * 32);
+        store_visible(visible, attention, sequence, chunk, kKeys, kWarps * 32);
         wait_for_copies<0>();
         block_barrier();
       } else {
@@ -87,20 +87,20 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
       if (!mine) continue;
       if (chunk == 0) {
 #pragma unroll
-        for (int k = 0; k < DIM / 16; ++k) queries.load_left(query[k], 0, k * 16);
+        for (int k = 0; k < kDim / 16; ++k) queries.load_left(query[k], 0, k * 16);
       }
-      // What these queries can see of the chunk, in tiles of 16 keys.
-      const int seen = min(KEYS, (attention.causal ? min(length, from + 16) : length) - chunk);
+      // The number of keys of the chunk that these queries can see; they go in tiles of 16.
+      const int seen = min(kKeys, (attention.causal ? min(length, from + 16) : length) - chunk);
 
-      float scores[KEYS / 8][4];
+      float scores[kKeys / 8][4];
       float higher[2] = {highest[0], highest[1]};
 #pragma unroll
-      for (int tile = 0; tile < KEYS / 16; ++tile) {
+      for (int tile = 0; tile < kKeys / 16; ++tile) {
         if (tile * 16 >= seen) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[2 * tile][i] = scores[2 * tile + 1][i] = 0.0f;
 #pragma unroll
-        for (int k = 0; k < DIM / 16; ++k) {
+        for (int k = 0; k < kDim / 16; ++k) {
           uint32_t right[4];
           keys.load_right_columns(right, tile * 16, k * 16);
           multiply<T>(scores[2 * tile], query[k], right[0], right[1]);
@@ -128,14 +128,14 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
         highest[row] = higher[row];
         if (chunk > 0) {
 #pragma unroll
-          for (int column = 0; column < DIM / 8; ++column) {
+          for (int column = 0; column < kDim / 8; ++column) {
             result[column][2 * row] *= fading;
             result[column][2 * row + 1] *= fading;
           }
         }
       }
 #pragma unroll
-      for (int tile = 0; tile < KEYS / 16; ++tile) {
+      for (int tile = 0; tile < kKeys / 16; ++tile) {
         if (tile * 16 >= seen) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
             weights[i] = exp2_fast(weights[i] - highest[i / 2]);
             sums[i / 2] += weights[i];
           }
-          if (DROPOUT) {
-            // A lane draws for a quad of keys and one of its two rows, its neighbour for the other row.
+          if (kDropout) {
+            // A lane draws for a quad of keys and one of its two rows. Its neighbour draws for the other row.
             const uint32_t quad = (chunk + tile * 16 + half * 8) / 4 + place / 2;
             const uint32_t row = static_cast<uint32_t>(sequence.start) + from + group + place % 2 * 8;
             const uint32_t own = kept_of_quad(seed, attention.threshold, quad, row, head);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
         uint32_t left[4];
         pack_left<T>(left, scores[2 * tile], scores[2 * tile + 1]);
 #pragma unroll
-        for (int column = 0; column < DIM / 16; ++column) {
+        for (int column = 0; column < kDim / 16; ++column) {
           uint32_t right[4];
           values.load_right_rows(right, tile * 16, column * 16);
           multiply<T>(result[2 * column], left, right[0], right[1]);
@@ -170,19 +170,19 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
         }
       }
     }
-    // The queries stand in registers: what they came in may take the next ones.
+    // The queries are now in registers, so their shared memory can take the next ones.
     warp_barrier();
-    if (first + splits * STRIP < length) copy_queries(first + splits * STRIP);
+    if (first + splits * kStrip < length) copy_queries(first + splits * kStrip);
     if (!mine) continue;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       sums[row] += shuffle_xor(sums[row], 1);
       sums[row] += shuffle_xor(sums[row], 2);
       const int query_row = from + group + row * 8;
-      if (place == 0 && query_row < length) lse[query_row] = (highest[row] + log2_fast(sums[row])) * LN_2;
-      const float unit = (DROPOUT ? attention.keep_scale : 1.0f) / (sums[row] == 0.0f ? 1.0f : sums[row]);
+      if (place == 0 && query_row < length) lse[query_row] = (highest[row] + log2_fast(sums[row])) * kLn2;
+      const float unit = (kDropout ? attention.keep_scale : 1.0f) / (sums[row] == 0.0f ? 1.0f : sums[row]);
 #pragma unroll
-      for (int column = 0; column < DIM / 8; ++column) {
+      for (int column = 0; column < kDim / 8; ++column) {
         results.memory.template store_as<uint32_t>(
             results.index_of_pair(group + row * 8, column * 8 + place * 2),
             pack<T>(result[column][2 * row] * unit, result[column][2 * row + 1] * unit));
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 128 && DIM == 64 && !DROPO
   }
 }
 
-// What act returns of the layout for these sizes.
+// Returns act(layout for these sizes).
 template <class T, class Act>
 auto with_layout(int dim, int max_length, Act&& act) {
   switch (dim) {
@@ -216,9 +216,9 @@ void run(const Arguments& arguments) {
   const Attention& attention = arguments.attention;
   with_layout<T>(attention.dim, attention.max_length, [&](auto layout) {
     using Chosen = decltype(layout);
-    constexpr int DIM = Chosen::COLUMNS, KEYS = Chosen::ROWS;
-    launch(attention.seed ? forward<T, DIM, KEYS, true> : forward<T, DIM, KEYS, false>,
-           {attention.sequences * attention.heads * arguments.splits, WARPS * 32, Chosen::BYTES, attention.stream},
+    constexpr int kDim = Chosen::kColumns, kKeys = Chosen::kRows;
+    launch(attention.seed ? forward<T, kDim, kKeys, true> : forward<T, kDim, kKeys, false>,
+           {attention.sequences * attention.heads * arguments.splits, kWarps * 32, Chosen::kBytes, attention.stream},
            arguments);
   });
 }
@@ -231,7 +231,7 @@ void attention_forward(const Attention& attention, void* out, float* lse, int sp
 }
 
 int attention_forward_shared_bytes(int dim, int max_length) {
-  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::BYTES; });
+  return with_layout<Half>(dim, max_length, [](auto layout) { return decltype(layout)::kBytes; });
 }
 
 }  // namespace bclip::cuda

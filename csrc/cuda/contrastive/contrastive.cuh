@@ -1,4 +1,5 @@
-// What the contrastive kernels share: 128 x 128 dot products by 4 warps, each 64 x 64 of them in registers.
+// Shared parts of the contrastive kernels. 4 warps compute a tile of 128 x 128 dot products, with 64 x 64 in the registers
+// of each.
 #pragma once
 
 #include "csrc/cuda/contrastive/contrastive.h"
@@ -6,33 +7,33 @@
 
 namespace bclip::cuda {
 
-constexpr int SIDE = CONTRASTIVE_TILE, DEPTH = 32, STAGES = 4, THREADS = 128;
-constexpr int STAGE_BYTES = 2 * SIDE * DEPTH * 2, PIPELINE_BYTES = STAGES * STAGE_BYTES;
-static_assert(PIPELINE_BYTES == CONTRASTIVE_SHARED_BYTES);
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LN_2 = 0.6931471805599453f;
+constexpr int kSide = kContrastiveTile, kDepth = 32, kStages = 4, kThreads = 128;
+constexpr int kStageBytes = 2 * kSide * kDepth * 2, kPipelineBytes = kStages * kStageBytes;
+static_assert(kPipelineBytes == kContrastiveSharedBytes);
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 struct TilePlace {
-  int row, column;    // where it begins
-  int rows, columns;  // how much of it is there
+  int row, column;    // its first row and column
+  int rows, columns;  // its size, which is smaller at the ends
 };
 
-__device__ __forceinline__ int tiles_of(int count) { return (count + SIDE - 1) / SIDE; }
+__device__ __forceinline__ int tiles_of(int count) { return (count + kSide - 1) / kSide; }
 
-// In bands of 8 rows of tiles: blocks that run together share their operands in L2.
+// Blocks go through the tiles in bands of 8 rows of tiles, so that concurrent blocks share operands in L2.
 __device__ __forceinline__ TilePlace place_of_block(const Features& features) {
   const int64_t row_tiles = tiles_of(features.rows), band = 8 * int64_t(tiles_of(features.columns));
   const int64_t first = block_index() / band * 8, height = row_tiles - first < 8 ? row_tiles - first : 8;
-  const int row = static_cast<int>(first + block_index() % band % height) * SIDE;
-  const int column = static_cast<int>(block_index() % band / height) * SIDE;
-  return {row, column, min(SIDE, features.rows - row), min(SIDE, features.columns - column)};
+  const int row = static_cast<int>(first + block_index() % band % height) * kSide;
+  const int column = static_cast<int>(block_index() % band / height) * kSide;
+  return {row, column, min(kSide, features.rows - row), min(kSide, features.columns - column)};
 }
 
-// A thread's numbers: of 4 blocks of 16 rows and 8 of 8 columns the fragment of sums.
+// The dot products of a thread: its fragments of sums for 4 blocks of 16 rows and 8 blocks of 8 columns.
 struct Products {
   float sums[4][8][4];
 
-  // Of a number's place in the tile.
+  // The row, and the column, of an element of a fragment, relative to the tile.
   __device__ __forceinline__ static int row_of(int block, int half) {
     return warp_index() / 2 * 64 + block * 16 + half * 8 + lane_index() / 4;
   }
@@ -40,7 +41,7 @@ struct Products {
     return warp_index() % 2 * 64 + block * 8 + lane_index() % 4 * 2;
   }
 
-  // visit(row, column, number), both within the tile.
+  // Calls visit(index of the row, index of the column, row, column, number); row and column are relative to the tile.
   template <class Visit>
   __device__ __forceinline__ void each(Visit&& visit) {
 #pragma unroll
@@ -57,21 +58,22 @@ struct Products {
   }
 };
 
-// I T^T of the tile; zeros past the features' ends. All threads have left the pipeline's memory when it returns.
+// Computes I T^T of the tile, with zeros after the ends of the features. When it returns, no thread uses the memory of the
+// pipeline any more.
 template <class T>
 __device__ __forceinline__ void multiply_tile(Products& products, const Features& features, const TilePlace& tile) {
-  const int width = features.width, steps = (width + DEPTH - 1) / DEPTH;
+  const int width = features.width, steps = (width + kDepth - 1) / kDepth;
   const T* const image = static_cast<const T*>(features.image) + int64_t(tile.row) * width;
   const T* const text = static_cast<const T*>(features.text) + int64_t(tile.column) * width;
   const auto part = [](int stage, int side) {
-    return Tile<T, DEPTH>{{stage * STAGE_BYTES + side * (STAGE_BYTES / 2)}};
+    return Tile<T, kDepth>{{stage * kStageBytes + side * (kStageBytes / 2)}};
   };
   const auto copy = [&](int step) {
     if (step < steps) {
-      const Tile<T, DEPTH> rows = part(step % STAGES, 0), columns = part(step % STAGES, 1);
-      const int row = thread_index() / 4, column = thread_index() % 4 * 8, depth = step * DEPTH + column;
+      const Tile<T, kDepth> rows = part(step % kStages, 0), columns = part(step % kStages, 1);
+      const int row = thread_index() / 4, column = thread_index() % 4 * 8, depth = step * kDepth + column;
 #pragma unroll
-      for (int pass = 0; pass < SIDE; pass += THREADS / 4) {
+      for (int pass = 0; pass < kSide; pass += kThreads / 4) {
         const bool in_image = row + pass < tile.rows && depth < width;
         const bool in_text = row + pass < tile.columns && depth < width;
         copy_async(rows.memory, rows.index(row + pass, column),
@@ -91,15 +93,15 @@ __device__ __forceinline__ void multiply_tile(Products& products, const Features
     }
   }
   const int first_row = warp_index() / 2 * 64, first_column = warp_index() % 2 * 64;
-  for (int step = 0; step < STAGES - 1; ++step) copy(step);
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
   for (int step = 0; step < steps; ++step) {
-    wait_for_copies<STAGES - 2>();
+    wait_for_copies<kStages - 2>();
     block_barrier();
-    // Into the stage that all have left before this barrier.
-    copy(step + STAGES - 1);
-    const Tile<T, DEPTH> rows = part(step % STAGES, 0), columns = part(step % STAGES, 1);
+    // All threads finished with this stage before the barrier.
+    copy(step + kStages - 1);
+    const Tile<T, kDepth> rows = part(step % kStages, 0), columns = part(step % kStages, 1);
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
+    for (int k = 0; k < kDepth; k += 16) {
       uint32_t left[4][4], right[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) rows.load_left(left[i], first_row + i * 16, k);
@@ -128,15 +130,15 @@ struct Less {
   __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
 };
 
-// Folds a thread's 8 rows, or its 16 columns, over all that hold them; `memory` takes 2 x 128 floats, from which
-// folded() gets them after a barrier of the block.
+// Folds the 8 rows, or the 16 columns, of each thread over all threads that hold a part of them. The results go to `memory`
+// (2 x 128 floats); after a block barrier, folded() reads them.
 template <class Fold>
 __device__ __forceinline__ void fold_rows(float (&rows)[8], Shared<float> memory, Fold fold) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     rows[i] = fold(rows[i], shuffle_xor(rows[i], 1));
     rows[i] = fold(rows[i], shuffle_xor(rows[i], 2));
-    if (lane_index() % 4 == 0) memory.store(warp_index() % 2 * SIDE + Products::row_of(i / 2, i % 2), rows[i]);
+    if (lane_index() % 4 == 0) memory.store(warp_index() % 2 * kSide + Products::row_of(i / 2, i % 2), rows[i]);
   }
 }
 template <class Fold>
@@ -145,12 +147,12 @@ __device__ __forceinline__ void fold_columns(float (&columns)[16], Shared<float>
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) columns[j] = fold(columns[j], shuffle_xor(columns[j], mask));
-    if (lane_index() < 4) memory.store(warp_index() / 2 * SIDE + Products::column_of(j / 2) + j % 2, columns[j]);
+    if (lane_index() < 4) memory.store(warp_index() / 2 * kSide + Products::column_of(j / 2) + j % 2, columns[j]);
   }
 }
 template <class Fold>
 __device__ __forceinline__ float folded(Shared<float> memory, int index, Fold fold) {
-  return fold(memory.load(index), memory.load(SIDE + index));
+  return fold(memory.load(index), memory.load(kSide + index));
 }
 
 // Over the block, in each thread; `memory` takes 4 floats, and is free again after another barrier.
@@ -166,11 +168,11 @@ __device__ __forceinline__ float fold_block(float value, Shared<float> memory, F
 // What remains of `first` for this tile: the positive of the tile's row i stands in its column i + shift, if anywhere.
 __device__ __forceinline__ int positives_of(const Features& features, const TilePlace& tile) {
   const int64_t shift = features.first + tile.row - tile.column;
-  return shift > -SIDE && shift < SIDE ? static_cast<int>(shift) : 4 * SIDE;
+  return shift > -kSide && shift < kSide ? static_cast<int>(shift) : 4 * kSide;
 }
 
 inline int64_t blocks_of(const Features& features) {
-  return int64_t((features.rows + SIDE - 1) / SIDE) * ((features.columns + SIDE - 1) / SIDE);
+  return int64_t((features.rows + kSide - 1) / kSide) * ((features.columns + kSide - 1) / kSide);
 }
 
 }  // namespace bclip::cuda

@@ -1,7 +1,6 @@
-// Log-sum-exps of the rows and of the columns of each tile of S, from the same numbers. One exponential serves both,
-// with the tile's highest logit as offset; a tile where some row or column lies so far below it that its sum loses
-// digits is done again with the maximum of each row and of each column. No atomics: every partial result has its
-// place.
+// Log-sum-exps of the rows and of the columns of each tile of S. One exponential serves both, with the highest logit of the
+// tile as its offset. If some row or column is so far below that its sum loses digits, the tile is computed again with the
+// maximum of each row and of each column. Every partial result has a place of its own, so there are no atomics.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 
 namespace bclip::cuda {
@@ -12,18 +11,18 @@ struct Arguments {
   PartialSums sums;
 };
 
-// In the pipeline's place, once it is through: sums of rows, of columns, of the block, and its vote.
-constexpr int ROWS = 0, COLUMNS = ROWS + 2 * SIDE * 4, BLOCK = COLUMNS + 2 * SIDE * 4, VOTE = BLOCK + 16;
+// After the pipeline, its memory holds sums of rows, of columns and of the block, and the vote of the block.
+constexpr int kRows = 0, kColumns = kRows + 2 * kSide * 4, kBlock = kColumns + 2 * kSide * 4, kVote = kBlock + 16;
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) forward(Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   const Features& features = arguments.features;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> row_memory{ROWS}, column_memory{COLUMNS}, block_memory{BLOCK}, vote_memory{VOTE};
+  const Shared<float> row_memory{kRows}, column_memory{kColumns}, block_memory{kBlock}, vote_memory{kVote};
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  const float factor = *features.scale * LOG2_E;
+  const float factor = *features.scale * kLog2E;
   const int shift = positives_of(features, tile);
   float highest = -1e30f;
   products.each([&](int, int, int row, int column, float& number) {
@@ -45,7 +44,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward(Arguments arguments) {
   const int own = thread_index();
   float row_sum = folded(row_memory, own, Add()), column_sum = folded(column_memory, own, Add());
   float row_offset = highest, column_offset = highest;
-  // What is flushed to zero is below 1e-37 of the tile's highest, far below the last digit of a sum that passes.
+  // Terms that flush to zero are below 1e-37 of the highest, far below the last digit of a sum that passes.
   const float least = fminf(own < tile.rows ? row_sum : 1.0f, own < tile.columns ? column_sum : 1.0f);
   if (fold_block(least, vote_memory, Less()) < 1e-20f) {
     float row_highest[8], column_highest[16];
@@ -84,12 +83,12 @@ __global__ void __launch_bounds__(THREADS, 2) forward(Arguments arguments) {
     column_sum = folded(column_memory, own, Add());
   }
   if (own < tile.rows) {
-    arguments.sums.rows[int64_t(tile.column / SIDE) * features.rows + tile.row + own] =
-        (row_offset + log2_fast(row_sum)) * LN_2;
+    arguments.sums.rows[int64_t(tile.column / kSide) * features.rows + tile.row + own] =
+        (row_offset + log2_fast(row_sum)) * kLn2;
   }
   if (own < tile.columns) {
-    arguments.sums.columns[int64_t(tile.row / SIDE) * features.columns + tile.column + own] =
-        (column_offset + log2_fast(column_sum)) * LN_2;
+    arguments.sums.columns[int64_t(tile.row / kSide) * features.columns + tile.column + own] =
+        (column_offset + log2_fast(column_sum)) * kLn2;
   }
 }
 
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, 2) forward(Arguments arguments) {
 
 void contrastive_forward(const Features& features, const PartialSums& sums) {
   launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>,
-         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream}, Arguments{features, sums});
+         {blocks_of(features), kThreads, kPipelineBytes, features.stream}, Arguments{features, sums});
 }
 
 }  // namespace bclip::cuda

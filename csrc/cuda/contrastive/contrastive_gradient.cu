@@ -1,6 +1,6 @@
-// Tiles of G, each computed once from S computed again: the softmax's from the log-sum-exps of the forward, the
-// sigmoid's with its loss. G / w lies in [-2, 2] and is written in float16 times a power of two, through shared memory
-// so that the stores are whole lines.
+// Tiles of G. Each tile computes its part of S again, once: for the softmax, G follows from the log-sum-exps of the forward
+// pass; for the sigmoid, the tile also computes its loss. G / w is in [-2, 2]. It is written in float16 times a power of
+// two, through shared memory, so that stores are whole cache lines.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 
 #include <cmath>
@@ -22,13 +22,12 @@ struct SigmoidArguments {
   GradientTile tile;
 };
 
-// In the pipeline's place, once it is through: G, then for the tile's rows and columns what they need, and the block's
-// sums.
-constexpr int EXTRAS = Tile<Half, SIDE>::bytes(SIDE), EXTRA = SIDE * 4, BLOCK = EXTRAS + 8 * EXTRA;
-static_assert(BLOCK + 16 <= PIPELINE_BYTES);
+// After the pipeline, its memory holds G, the values of each row and column of the tile, and the sums of the block.
+constexpr int kExtrasOffset = Tile<Half, kSide>::bytes(kSide), kExtraBytes = kSide * 4, kBlock = kExtrasOffset + 8 * kExtraBytes;
+static_assert(kBlock + 16 <= kPipelineBytes);
 
 struct Ids {
-  Shared<int> rows{EXTRAS}, columns{EXTRAS + EXTRA};
+  Shared<int> rows{kExtrasOffset}, columns{kExtrasOffset + kExtraBytes};
 
   __device__ __forceinline__ void load(const Groups& groups, const TilePlace& tile) const {
     const int own = thread_index();
@@ -38,7 +37,7 @@ struct Ids {
 };
 
 __device__ __forceinline__ void store_gradient(Products& gradients, const GradientTile& to, const TilePlace& tile) {
-  const Tile<Half, SIDE> staged{{0}};
+  const Tile<Half, kSide> staged{{0}};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -50,8 +49,8 @@ __device__ __forceinline__ void store_gradient(Products& gradients, const Gradie
   }
   block_barrier();
   Half* const grad = static_cast<Half*>(to.grad) + tile.row * to.stride + tile.column;
-  for (int chunk = thread_index(); chunk < tile.rows * (SIDE / 8); chunk += THREADS) {
-    const int row = chunk / (SIDE / 8), column = chunk % (SIDE / 8) * 8;
+  for (int chunk = thread_index(); chunk < tile.rows * (kSide / 8); chunk += kThreads) {
+    const int row = chunk / (kSide / 8), column = chunk % (kSide / 8) * 8;
     if (tile.column + column >= to.stride) continue;
     *reinterpret_cast<Quad*>(grad + row * to.stride + column) =
         staged.memory.load_as<Quad>(staged.index(row, column));
@@ -59,19 +58,19 @@ __device__ __forceinline__ void store_gradient(Products& gradients, const Gradie
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) softmax(SoftmaxArguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments arguments) {
   const Features& features = arguments.features;
   const Normalizers& normalizers = arguments.normalizers;
   const Groups& groups = arguments.groups;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> block_memory{BLOCK}, row_factors{EXTRAS + 2 * EXTRA}, column_factors{EXTRAS + 3 * EXTRA};
-  const Shared<float> row_near{EXTRAS + 4 * EXTRA}, column_near{EXTRAS + 5 * EXTRA};
-  const Shared<float> row_shares{EXTRAS + 6 * EXTRA}, column_shares{EXTRAS + 7 * EXTRA};
+  const Shared<float> block_memory{kBlock}, row_factors{kExtrasOffset + 2 * kExtraBytes}, column_factors{kExtrasOffset + 3 * kExtraBytes};
+  const Shared<float> row_near{kExtrasOffset + 4 * kExtraBytes}, column_near{kExtrasOffset + 5 * kExtraBytes};
+  const Shared<float> row_shares{kExtrasOffset + 6 * kExtraBytes}, column_shares{kExtrasOffset + 7 * kExtraBytes};
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  // exp(S - R) + exp(S - Q) is exp(S - m) (exp(m - R) + exp(m - Q)), one exponential, unless the R and Q of the tile
-  // lie so far apart that no m serves both. A row without a loss has an infinite R and the factor zero.
+  // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential, unless the R and Q of the tile are
+  // so far apart that no m serves both. A row without a loss has an infinite R and the factor zero.
   const int own = thread_index();
   const bool has_row = own < tile.rows, has_column = own < tile.columns;
   const float row = has_row ? normalizers.rows_near[tile.row + own] : infinity();
@@ -96,12 +95,12 @@ __global__ void __launch_bounds__(THREADS, 2) softmax(SoftmaxArguments arguments
   }
   block_barrier();
 
-  const float factor = *features.scale * LOG2_E;
+  const float factor = *features.scale * kLog2E;
   const int shift = positives_of(features, tile);
   float sum = 0.0f;
   products.each([&](int, int, int row, int column, float& number) {
     const float product = number, logit = product * factor;
-    // The bound keeps 0 * inf away where neither row nor column has a loss.
+    // The bound avoids 0 * inf if neither the row nor the column has a loss.
     const float row_factor = row_factors.load(row), column_factor = column_factors.load(column);
     float gradient = near ? exp2_fast(fminf(logit - middle, 126.0f)) * (row_factor + column_factor)
                           : exp2_fast(logit - row_near.load(row)) * row_factor +
@@ -121,11 +120,11 @@ __global__ void __launch_bounds__(THREADS, 2) softmax(SoftmaxArguments arguments
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) sigmoid(SigmoidArguments arguments) {
+__global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments arguments) {
   const Features& features = arguments.features;
   const Groups& groups = arguments.groups;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> block_memory{BLOCK};
+  const Shared<float> block_memory{kBlock};
   Products products;
   multiply_tile<T>(products, features, tile);
 
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, 2) sigmoid(SigmoidArguments arguments
     const float product = number;
     const bool positive = column == row + shift || (groups.rows && ids.rows.load(row) == ids.columns.load(column));
     const float logit = positive ? -(product * scale + bias) : product * scale + bias;
-    const float small = exp2_fast(-fabsf(logit) * LOG2_E);
+    const float small = exp2_fast(-fabsf(logit) * kLog2E);
     const float probability = (logit >= 0.0f ? 1.0f : small) / (1.0f + small);
     const bool counted = row < tile.rows && column < tile.columns;
     loss += counted ? fmaxf(logit, 0.0f) + log1pf(small) : 0.0f;
@@ -168,13 +167,13 @@ __global__ void __launch_bounds__(THREADS, 2) sigmoid(SigmoidArguments arguments
 void contrastive_softmax(const Features& features, const Normalizers& normalizers, const Groups& groups,
                          const GradientTile& tile) {
   launch(features.bfloat16 ? softmax<Bfloat16> : softmax<Half>,
-         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream},
+         {blocks_of(features), kThreads, kPipelineBytes, features.stream},
          SoftmaxArguments{features, normalizers, groups, tile});
 }
 
 void contrastive_sigmoid(const Features& features, const float* bias, const Groups& groups, const GradientTile& tile) {
   launch(features.bfloat16 ? sigmoid<Bfloat16> : sigmoid<Half>,
-         {blocks_of(features), THREADS, PIPELINE_BYTES, features.stream},
+         {blocks_of(features), kThreads, kPipelineBytes, features.stream},
          SigmoidArguments{features, bias, groups, tile});
 }
 

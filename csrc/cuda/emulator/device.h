@@ -1,4 +1,4 @@
-// The vocabulary's meaning on the host (see machine.h). Included by device.cuh alone.
+// The device functions of device.cuh on the emulator. Only device.cuh includes this file.
 #pragma once
 
 #include <cmath>
@@ -15,19 +15,19 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-// Where a word stands in a kernel's source.
-#define BCLIP_SITE host::Site site = {__builtin_FILE(), __builtin_LINE()}
+// A default argument that is the place of the call in the source.
+#define BCLIP_SITE emulator::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace bclip::cuda {
 
-inline int thread_index() { return host::thread(); }
-inline int lane_index() { return host::thread() & 31; }
-inline int warp_index() { return host::thread() >> 5; }
-inline int64_t block_index() { return host::block(); }
+inline int thread_index() { return emulator::thread(); }
+inline int lane_index() { return emulator::thread() & 31; }
+inline int warp_index() { return emulator::thread() >> 5; }
+inline int64_t block_index() { return emulator::block(); }
 
-inline void block_barrier(BCLIP_SITE) { host::meet_block(site); }
+inline void block_barrier(BCLIP_SITE) { emulator::meet_block(site); }
 inline void warp_barrier(BCLIP_SITE) {
-  host::meet_warp(site, "warp_barrier", nullptr, [](void* const(&)[32]) { host::order_warp(); });
+  emulator::meet_warp(site, "warp_barrier", nullptr, [](void* const(&)[32]) { emulator::order_warp(); });
 }
 
 template <class T>
@@ -36,7 +36,7 @@ T shuffle(T value, int source, BCLIP_SITE) {
     T value, result;
     int source;
   } lane{value, {}, source};
-  host::meet_warp(site, "shuffle", &lane, [](void* const(&all)[32]) {
+  emulator::meet_warp(site, "shuffle", &lane, [](void* const(&all)[32]) {
     for (void* one : all) {
       Lane& own = *static_cast<Lane*>(one);
       own.result = static_cast<Lane*>(all[own.source & 31])->value;
@@ -59,20 +59,20 @@ struct Shared {
   template <class Wide>
   Wide load_as(int index, BCLIP_SITE) const {
     Wide value;
-    host::read(site, place(index), &value, sizeof value);
+    emulator::read(site, place(index), &value, sizeof value);
     return value;
   }
   template <class Wide>
   void store_as(int index, Wide value, BCLIP_SITE) const {
-    host::write(site, place(index), &value, sizeof value);
+    emulator::write(site, place(index), &value, sizeof value);
   }
 };
 
-namespace host {
+namespace emulator {
 
 struct MatrixLane {
   uint32_t* to;
-  int64_t row;  // its first byte
+  int64_t row;  // the first byte of the row
   bool transposed;
   Site site;
 };
@@ -96,15 +96,15 @@ inline void load_matrices(uint32_t (&to)[4], int64_t row, bool transposed, Site 
   });
 }
 
-}  // namespace host
+}  // namespace emulator
 
 template <class T>
 void load_matrices(uint32_t (&to)[4], Shared<T> from, int index, BCLIP_SITE) {
-  host::load_matrices(to, from.place(index), false, site);
+  emulator::load_matrices(to, from.place(index), false, site);
 }
 template <class T>
 void load_matrices_transposed(uint32_t (&to)[4], Shared<T> from, int index, BCLIP_SITE) {
-  host::load_matrices(to, from.place(index), true, site);
+  emulator::load_matrices(to, from.place(index), true, site);
 }
 
 inline float number(Half value) {
@@ -144,15 +144,15 @@ Pair unpack(uint32_t pair) {
   return {number(T{uint16_t(pair)}), number(T{uint16_t(pair >> 16)})};
 }
 
-namespace host {
+namespace emulator {
 
 using Columns = float __attribute__((vector_size(32)));
 using Words = int32_t __attribute__((vector_size(32)));
 
-// sums += a b over 8 elements, for 8 columns, as tensor cores add: all terms cut off, at one bit more than a float's
-// last one of the largest among them, and the sum towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical
-// behavior of NVIDIA tensor cores": of an A100; later ones keep more bits). Products of two halves are exact in a float.
-// It touches nothing of a kernel's: what watches those would make it the most of a test's time.
+// sums += a b over 8 elements, for 8 columns, with the arithmetic of tensor cores. All terms are truncated one bit below the
+// last bit of the largest term, and the sum is rounded towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical
+// behavior of NVIDIA tensor cores", on an A100; later GPUs keep more bits). Products of two halves are exact in a float.
+// This function uses no memory of a kernel, and the sanitizers skip it, because they would make tests several times slower.
 [[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"), gnu::target_clones("avx2", "default")]] static void
 add_products(Columns& sums, const float* a, const Columns* b) {
   Columns largest{}, total{};
@@ -163,7 +163,7 @@ add_products(Columns& sums, const float* a, const Columns* b) {
     largest = size > largest ? size : largest;
     total += term;
   }
-  // The exponent 24 below the largest term's, by the layout of a float; what is below 2^-100 isn't worth its range.
+  // The unit is 2^-24 times the power of two of the largest term, from the bits of a float. It is at least 2^-124.
   Words exponent = (Words)largest >> 23;
   exponent = exponent < 27 ? Words{} + 27 : exponent;
   const Words unit = (exponent - 24) << 23, per_unit = (254 + 24 - exponent) << 23;
@@ -174,18 +174,18 @@ add_products(Columns& sums, const float* a, const Columns* b) {
   Columns cut = __builtin_convertvector(units, Columns);
   const Words rounded = __builtin_convertvector(cut, Words);
   const Words away = (rounded < 0 ? -rounded : rounded) > (units < 0 ? -units : units);
-  // -1, a last place towards zero, where rounding went away from it.
+  // Subtracts one last place where the conversion rounded away from zero.
   cut = (Columns)((Words)cut + away) * (Columns)unit;
   sums = total - total == 0 ? cut : total;
 }
 
-// From -most to most, drawn from the bits of x.
+// A number from -most to most that depends on the bits of x.
 inline int error_of(float x, int most) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return static_cast<int>((bits * 0x9e3779b9u >> 16) % (2 * most + 1)) - most;
 }
-// y, up to 2 of its last places away.
+// y with an error of up to 2 units in the last place.
 inline float last_places(float y, float x) {
   uint32_t bits;
   std::memcpy(&bits, &y, 4);
@@ -194,7 +194,7 @@ inline float last_places(float y, float x) {
   return y;
 }
 
-}  // namespace host
+}  // namespace emulator
 
 template <class T>
 void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BCLIP_SITE) {
@@ -203,28 +203,28 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     const uint32_t* a;
     uint32_t b[2];
   } lane{sum, a, {b0, b1}};
-  host::meet_warp(site, "multiply", &lane, [](void* const(&all)[32]) {
+  emulator::meet_warp(site, "multiply", &lane, [](void* const(&all)[32]) {
     float left[16][16];
-    host::Columns right[16], sums[16];
+    emulator::Columns right[16], sums[16];
     for (int index = 0; index < 32; ++index) {
       const Lane& own = *static_cast<Lane*>(all[index]);
       const auto half = [](const uint32_t* words, int i) { return number(T{uint16_t(words[i / 2] >> i % 2 * 16)}); };
       for (int i = 0; i < 8; ++i) {
-        const host::Place place = host::place_in_a(index, i);
+        const emulator::Place place = emulator::place_in_a(index, i);
         left[place.row][place.column] = half(own.a, i);
       }
       for (int i = 0; i < 4; ++i) {
-        const host::Place place = host::place_in_b(index, i), to = host::place_in_c(index, i);
+        const emulator::Place place = emulator::place_in_b(index, i), to = emulator::place_in_c(index, i);
         right[place.row][place.column] = half(own.b, i);
         sums[to.row][to.column] = own.sum[i];
       }
     }
     for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; k += 8) host::add_products(sums[row], &left[row][k], &right[k]);
+      for (int k = 0; k < 16; k += 8) emulator::add_products(sums[row], &left[row][k], &right[k]);
     }
     for (int index = 0; index < 32; ++index) {
       for (int i = 0; i < 4; ++i) {
-        const host::Place place = host::place_in_c(index, i);
+        const emulator::Place place = emulator::place_in_c(index, i);
         static_cast<Lane*>(all[index])->sum[i] = sums[place.row][place.column];
       }
     }
@@ -236,26 +236,25 @@ void copy_async(Shared<T> to, int index, const T* from, bool wanted, BCLIP_SITE)
   if (reinterpret_cast<uintptr_t>(from) % 16 || to.place(index) % 16) {
     throw std::runtime_error("copy_async: an address isn't a multiple of 16");
   }
-  host::copy_later(site, to.place(index), wanted ? from : nullptr, 16);
+  emulator::copy_later(site, to.place(index), wanted ? from : nullptr, 16);
 }
-inline void commit_copies() { host::close_copies(); }
+inline void commit_copies() { emulator::close_copies(); }
 template <int N>
 void wait_for_copies() {
-  host::finish_copies(N);
+  emulator::finish_copies(N);
 }
 
-// ex2.approx.ftz and lg2.approx err, up to what the CUDA C++ programming guide says ("Mathematical functions"; intrinsic
-// ones): 2 units in the last place, the logarithm between 0.5 and 2 by 2^-22. Subnormal results are zero.
+// ex2.approx.ftz and lg2.approx with the largest errors that the CUDA C++ programming guide allows ("Mathematical
+// functions", intrinsics): 2 units in the last place, or 2^-22 for logarithms of 0.5 to 2. Subnormal results are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
-  return y < std::numeric_limits<float>::min() ? 0.0f : x == 0.0f || !std::isfinite(y) ? y : host::last_places(y, x);
+  return y < std::numeric_limits<float>::min() ? 0.0f : x == 0.0f || !std::isfinite(y) ? y : emulator::last_places(y, x);
 }
 inline float log2_fast(float x) {
   const float y = std::log2(x);
   if (!std::isfinite(y)) return y;
-  return x >= 0.5f && x <= 2.0f ? y + host::error_of(x, 1) * 0x1p-22f : host::last_places(y, x);
+  return x >= 0.5f && x <= 2.0f ? y + emulator::error_of(x, 1) * 0x1p-22f : emulator::last_places(y, x);
 }
-inline uint32_t high_product(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline double product(double a, double b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -263,7 +262,7 @@ inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Launch& where, Arguments arguments) {
-  host::run(where.blocks, where.threads, where.shared_bytes, [&] { kernel(arguments); });
+  emulator::run(where.blocks, where.threads, where.shared_bytes, [&] { kernel(arguments); });
 }
 
 }  // namespace bclip::cuda

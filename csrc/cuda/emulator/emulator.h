@@ -1,49 +1,56 @@
-// A machine for blocks of threads: each thread a fiber, warps of 32 that meet, shared memory that knows who touched it.
+// An emulator of a block of CUDA threads on a CPU. Each thread is a fiber, 32 fibers form a warp, and shared memory records
+// who accessed it. It runs on x86-64 only and serves only the tests: no wheel contains it.
 //
-// It is stricter than a GPU. An error (std::runtime_error that says where) is
-//  - an access to shared memory that another thread's access isn't ordered with: not by a barrier of the block, nor by
-//    one of the warp they share (__syncthreads and __syncwarp are the only barriers, so counting them is exact);
-//    ldmatrix counts as a reader of its own, so that a warp needs a barrier even for what its own lanes wrote;
-//  - shared memory read before it is written, or out of its bounds;
-//  - any access to what a copy_async is still to write, and a thread that ends without waiting for its copies;
-//  - lanes of a warp that meet at different places of the source, threads that end while others wait.
-// Which ready thread runs next, and which block, is drawn from the seed. Blocks run one after another, so a race in
-// global memory between blocks isn't seen, nor what the GPU's caches would do. Numbers err as a GPU's do, or by as much:
-// matrices are multiplied with a tensor core's cut-off sums, exponentials and logarithms are off by their last places.
+// It is stricter than a GPU. It reports these errors, as std::runtime_error with the place in the source:
+//  - an access to shared memory that isn't ordered with an access of another thread. Only a barrier of the block, or of
+//    the warp that the two threads share, orders them. (__syncthreads and __syncwarp are the only barriers, so counting
+//    them is exact.) ldmatrix counts as a reader of its own, so a warp needs a barrier even for what its own lanes wrote;
+//  - a read of shared memory before it is written, and an access outside its bounds;
+//  - an access to memory that a copy_async in flight will write, and a thread that ends without waiting for its copies;
+//  - lanes of a warp that meet at different places in the source, and threads that end while others wait for them.
+//
+// The seed determines the order of threads and of blocks. Blocks run one after another, so the emulator detects no race in
+// global memory between blocks, and it doesn't model the caches. Arithmetic errs like a GPU's: products of matrices
+// truncate their sums as tensor cores do, and exponentials and logarithms are wrong in their last places.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 
-namespace bclip::cuda::host {
+namespace bclip::cuda::emulator {
 
-constexpr int MOST_SHARED_BYTES = 227 * 1024;  // of a block of sm_90
+constexpr int kMostSharedBytes = 227 * 1024;  // the shared memory of a block of sm_90
 
+// A place in the source of a kernel.
 struct Site {
   const char* file;
   int line;
 };
 
-// Of the running thread.
+// The indices of the running thread and of its block.
 int thread();
 int64_t block();
 
+// Waits for all threads of the block.
 void meet_block(Site site);
-// Once all lanes are here, the last one calls act with what each lane brought, in the order of lanes.
+// Waits for all lanes of the warp. The last one calls act() with the data that each lane brought, in the order of lanes.
 void meet_warp(Site site, const char* name, void* brought, void (*act)(void* const (&all)[32]));
-void order_warp();  // within act: what lanes did before is ordered before what they do after
+void order_warp();  // called by act(): orders the lanes' earlier accesses before their later ones
 
+// Accesses to shared memory, from its byte `byte` on.
 void read(Site site, int64_t byte, void* to, size_t size);
 void write(Site site, int64_t byte, const void* from, size_t size);
-// On behalf of the whole warp.
+// A read on behalf of the whole warp.
 void read_as_warp(Site site, int64_t byte, void* to, size_t size);
-void copy_later(Site site, int64_t byte, const void* from, size_t size);  // zeros where from is null
-void close_copies();  // the group that is open
+void copy_later(Site site, int64_t byte, const void* from, size_t size);  // writes zeros if from is null
+void close_copies();  // ends the current group of copies
 void finish_copies(size_t groups_left);
 
+// Runs body() for each thread of each block.
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body);
 
+// Seeds the order of threads and blocks, for this thread of the process.
 void set_seed(uint64_t seed);
 
-}  // namespace bclip::cuda::host
+}  // namespace bclip::cuda::emulator

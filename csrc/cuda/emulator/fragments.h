@@ -1,8 +1,8 @@
-// Where the numbers of a fragment stand, by the formulas of the PTX ISA ("Matrix fragments for mma.m16n8k16 with
-// floating point type" and ldmatrix). `i` counts a lane's numbers, two to a register of A and B, one to a float of C.
+// The places of the elements of a fragment, by the formulas of the PTX ISA ("Matrix fragments for mma.m16n8k16 with floating
+// point type" and ldmatrix). `i` counts the elements of a lane: two in each register of A and B, one in each float of C.
 #pragma once
 
-namespace bclip::cuda::host {
+namespace bclip::cuda::emulator {
 
 struct Place {
   int row, column;
@@ -15,10 +15,10 @@ inline Place place_in_a(int lane, int i) {
 inline Place place_in_b(int lane, int i) { return {lane % 4 * 2 + (i & 1) + (i < 2 ? 0 : 8), lane / 4}; }
 inline Place place_in_c(int lane, int i) { return {lane / 4 + (i < 2 ? 0 : 8), lane % 4 * 2 + (i & 1)}; }
 
-// Of an 8 x 8 matrix that ldmatrix loads, i = 0, 1.
+// In an 8 x 8 matrix that ldmatrix loads, with i = 0 or 1.
 inline Place place_in_matrix(int lane, int i, bool transposed) {
   const Place place{lane / 4, lane % 4 * 2 + i};
   return transposed ? Place{place.column, place.row} : place;
 }
 
-}  // namespace bclip::cuda::host
+}  // namespace bclip::cuda::emulator

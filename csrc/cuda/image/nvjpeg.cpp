@@ -14,65 +14,65 @@ struct Image {
   size_t pitch[4];
 };
 
-constexpr int RGB_INTERLEAVED = 5, DEFAULT_BACKEND = 0;
-// A stream that breaks the rules is an error, and chroma is interpolated, as libjpeg does both.
-constexpr unsigned STRICT = 4, INTERPOLATED = 32;
+constexpr int kRgbInterleaved = 5, kDefaultBackend = 0;
+// As in libjpeg, a malformed stream is an error, and chroma is interpolated.
+constexpr unsigned kStrict = 4, kInterpolated = 32;
 
 template <class T>
 T* function(void* library, const char* name) {
-  void* const found = dlsym(library, name);
-  if (!found) throw std::runtime_error(std::string("it has no ") + name);
-  return reinterpret_cast<T*>(found);
+  void* const address = dlsym(library, name);
+  if (!address) throw std::runtime_error(std::string("it has no ") + name);
+  return reinterpret_cast<T*>(address);
 }
 
-// The size where the file is one that plain_jpegs describes.
+// The size of a file that plain_jpegs() accepts, else (0, 0).
 std::pair<int, int> plain_size(std::string_view file) {
   const auto byte = [&](size_t at) { return int(static_cast<unsigned char>(file[at])); };
   const auto two = [&](size_t at) { return byte(at) << 8 | byte(at + 1); };
-  constexpr std::pair<int, int> OTHER{0, 0};
-  if (file.size() < 4 || two(0) != 0xffd8 || two(file.size() - 2) != 0xffd9) return OTHER;
-  std::pair<int, int> size = OTHER;
+  constexpr std::pair<int, int> kUnsuitable{0, 0};
+  if (file.size() < 4 || two(0) != 0xffd8 || two(file.size() - 2) != 0xffd9) return kUnsuitable;
+  std::pair<int, int> size = kUnsuitable;
   int components = 0;
   for (size_t at = 2; at + 4 <= file.size();) {
-    if (byte(at) != 0xff) return OTHER;
+    if (byte(at) != 0xff) return kUnsuitable;
     const int marker = byte(at + 1);
     if (marker == 0xff) {
       ++at;
       continue;
     }
     const size_t length = two(at + 2);
-    if (length < 2 || at + 2 + length > file.size()) return OTHER;
+    if (length < 2 || at + 2 + length > file.size()) return kUnsuitable;
     const size_t body = at + 4, end = at + 2 + length;
     if (marker == 0xc0) {
-      if (components || length < 8 || byte(body) != 8) return OTHER;
+      if (components || length < 8 || byte(body) != 8) return kUnsuitable;
       size = {two(body + 1), two(body + 3)};
       components = byte(body + 5);
-      if ((components != 1 && components != 3) || length != 8 + size_t(3) * components) return OTHER;
-      if (components == 3 && (byte(body + 10) != 0x11 || byte(body + 13) != 0x11)) return OTHER;
+      if ((components != 1 && components != 3) || length != 8 + size_t(3) * components) return kUnsuitable;
+      if (components == 3 && (byte(body + 10) != 0x11 || byte(body + 13) != 0x11)) return kUnsuitable;
       const int luma = byte(body + 7);
-      if (components == 3 && luma != 0x11 && luma != 0x21 && luma != 0x22 && luma != 0x12 && luma != 0x41) return OTHER;
+      if (components == 3 && luma != 0x11 && luma != 0x21 && luma != 0x22 && luma != 0x12 && luma != 0x41) return kUnsuitable;
       for (int i = 0; i < components; ++i) {
-        // Letters name the components of RGB.
-        if (byte(body + 6 + 3 * i) > 3) return OTHER;
+        // Components of RGB have letters as names.
+        if (byte(body + 6 + 3 * i) > 3) return kUnsuitable;
       }
     } else if (marker > 0xc0 && marker < 0xd0 && marker != 0xc4 && marker != 0xc8) {
-      return OTHER;
+      return kUnsuitable;
     } else if (marker == 0xee && length >= 14 && file.substr(body, 5) == "Adobe") {
-      if (byte(body + 11) != 1) return OTHER;
+      if (byte(body + 11) != 1) return kUnsuitable;
     } else if (marker == 0xda) {
-      return components && end > body && byte(body) == components && size.first && size.second ? size : OTHER;
+      return components && end > body && byte(body) == components && size.first && size.second ? size : kUnsuitable;
     } else if (marker < 0xc0 || (marker >= 0xd0 && marker < 0xda)) {
-      return OTHER;
+      return kUnsuitable;
     }
     at = end;
   }
-  return OTHER;
+  return kUnsuitable;
 }
 
 }  // namespace
 
 struct NvJpeg::Functions {
-  // Each returns 0 where it succeeds. Enumerations are ints, handles and streams pointers.
+  // Each returns 0 on success. Enumerations are ints; handles and streams are pointers.
   int (*create)(int backend, void* device_allocator, void* pinned_allocator, unsigned flags, void** handle);
   int (*destroy)(void* handle);
   int (*create_state)(void* handle, void** state);
@@ -93,7 +93,7 @@ std::vector<std::pair<int, int>> plain_jpegs(const std::vector<std::string_view>
 }
 
 NvJpeg::NvJpeg(const std::string& path) {
-  // Never closed, nor its functions forgotten: it has threads and memory of its own.
+  // The library and its functions are never released, because it has threads and memory of its own.
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
   functions_ = new Functions{
@@ -112,7 +112,7 @@ NvJpeg::NvJpeg(const std::string& path) {
     release();
     throw std::runtime_error(std::string(name) + " fails with status " + std::to_string(status));
   };
-  check(functions_->create(DEFAULT_BACKEND, nullptr, nullptr, STRICT | INTERPOLATED, &handle_), "nvjpegCreateEx");
+  check(functions_->create(kDefaultBackend, nullptr, nullptr, kStrict | kInterpolated, &handle_), "nvjpegCreateEx");
   for (void*& state : states_) check(functions_->create_state(handle_, &state), "nvjpegJpegStateCreate");
 }
 
@@ -140,7 +140,7 @@ std::vector<int64_t> NvJpeg::decode(const std::vector<std::string_view>& files, 
     int components = 0, subsampling = 0, own_widths[4] = {}, own_heights[4] = {};
     const int status =
         functions_->size(handle_, file, files[i].size(), &components, &subsampling, own_widths, own_heights);
-    // It writes as much as it reads from the header: that must be what memory was taken for.
+    // nvJPEG writes as many pixels as the header says, so these must match the memory.
     if (status || std::pair{own_heights[0], own_widths[0]} != plain_size(files[i]) || own_widths[0] != widths[i]) {
       refused.push_back(i);
       continue;
@@ -152,13 +152,13 @@ std::vector<int64_t> NvJpeg::decode(const std::vector<std::string_view>& files, 
   }
   const int count = static_cast<int>(data.size());
   if (!count) return refused;
-  if (!functions_->initialize(handle_, states_[0], count, threads, RGB_INTERLEAVED) &&
+  if (!functions_->initialize(handle_, states_[0], count, threads, kRgbInterleaved) &&
       !functions_->decode_batch(handle_, states_[0], data.data(), lengths.data(), images.data(), stream)) {
     return refused;
   }
-  // Which one it was isn't said.
+  // nvJPEG doesn't name the file that failed, so each file is decoded by itself.
   for (int i = 0; i < count; ++i) {
-    if (functions_->decode(handle_, states_[1], data[i], lengths[i], RGB_INTERLEAVED, &images[i], stream)) {
+    if (functions_->decode(handle_, states_[1], data[i], lengths[i], kRgbInterleaved, &images[i], stream)) {
       refused.push_back(indices[i]);
     }
   }

@@ -1,5 +1,5 @@
-// nvJPEG, loaded when first wanted: no build and no start needs it. Its functions are declared in nvjpeg.cpp, as the
-// documentation of CUDA 12 and 13 has them.
+// nvJPEG, which is loaded at its first use, so neither the build nor the import needs it. nvjpeg.cpp declares its functions
+// as the documentation of CUDA 12 and 13 does.
 #pragma once
 
 #include <cstdint>
@@ -10,20 +10,20 @@
 
 namespace bclip::cuda {
 
-// (height, width) of each file that nvJPEG may be given; (0, 0) of any that some backend of it can't decode, or decodes
-// otherwise than libjpeg: not baseline of 8 bits in one scan, not grey or YCbCr with luma of full size, or truncated.
+// (height, width) of each file that nvJPEG decodes like libjpeg, on all of its backends. Such a file is complete, and
+// baseline with 8 bits in one scan; its colours are grey, or YCbCr with luma of full size. (0, 0) for any other file.
 std::vector<std::pair<int, int>> plain_jpegs(const std::vector<std::string_view>& files);
 
-// On the device that is current; a call waits for one before it on another thread.
+// A decoder on the current device. Calls from several threads run one after another.
 class NvJpeg {
  public:
-  // Throws std::runtime_error when there is no such library, or it finds no device it can use.
+  // Throws std::runtime_error if the library doesn't exist or finds no usable device.
   explicit NvJpeg(const std::string& path);
   NvJpeg(const NvJpeg&) = delete;
   ~NvJpeg();
 
-  // Writes rows of 3 * width bytes from pixels[i] on, of the device's memory, in the order of `stream`: the files must
-  // stay until that is through. Returns the indices that it refused, whose pixels may be anything.
+  // Writes rows of 3 * width bytes to pixels[i] in device memory, in the order of `stream`. The files must outlive that
+  // work. Returns the indices of the files that it refused, whose pixels are undefined.
   std::vector<int64_t> decode(const std::vector<std::string_view>& files, const std::vector<uint8_t*>& pixels,
                               const std::vector<int>& widths, int threads, void* stream);
 
@@ -34,7 +34,7 @@ class NvJpeg {
   std::mutex mutex_;
   const Functions* functions_;
   void* handle_ = nullptr;
-  void* states_[2] = {};  // of batches, of single files
+  void* states_[2] = {};  // for batches, and for single files
 };
 
 }  // namespace bclip::cuda
