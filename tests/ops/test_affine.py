@@ -236,4 +236,4 @@ def test_the_kernel_sums_a_transposed_left_operand_alone():
     one = torch.zeros(32, 32)
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):
-        _cpu.amx_product(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)
+        _cpu.linear(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)

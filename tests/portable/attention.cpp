@@ -17,7 +17,7 @@ struct Case {
   double dropout_p, scale;
 };
 
-// No length is a multiple of a vector's; the longest exceeds the 256 queries that the backward pass keeps in cache.
+// No length is a multiple of the vector length. The longest exceeds the 256 queries of a strip of the backward pass.
 const std::vector<Case> kCases = {
     {"dense", {37, 37}, 3, 48, false, false, 0, 0.14},
     {"causal", {45}, 2, 16, false, true, 0, 0.25},
@@ -40,7 +40,7 @@ void check(const Case& of) {
   Random random(rows * 131 + dim);
   const Buffer<Stored> qkv(rows * 3 * width, random, -1.7, 1.7), out_grad(rows * width, random, -1.7, 1.7);
   std::vector<uint8_t> mask(rows, 1);
-  // A sequence without any key, then keys at random.
+  // One sequence has no visible key; the others have random ones.
   for (int64_t i = 0; of.masked && i < rows; ++i)
     mask[i] = of.lengths.size() == 3 && i < bounds[1] ? 0 : random.below(4) != 0;
   const uint64_t seed = 0x9876543210ABCDEF;
@@ -62,7 +62,7 @@ void check(const Case& of) {
   expect(name + ": backward is the same on more threads", grad.same_bits(grad_again));
   expect(name + ": backward stays inside its output", grad.intact());
 
-  // The backward pass is a function of the forward pass's results, whatever these are.
+  // The backward pass is checked as a function of the forward pass's actual results.
   const std::vector<double> inputs = exact(qkv), upstream = exact(out_grad);
   std::vector<double> given_out(out.size());
   for (int64_t i = 0; i < out.size(); ++i) given_out[i] = value_of(out[i]);

@@ -1,25 +1,25 @@
-// Attention of one query in double precision, with the error that arithmetic in float may make.
+// Attention of one query in double precision, with bounds on the error of arithmetic in float.
 #pragma once
 
 #include "checks.h"
 
 namespace checks {
 
-// What one query of one head sees.
+// One query of one head, with the keys and values that it sees.
 struct Query {
   const double* query;                        // (dim,)
   std::vector<const double*> keys, values;    // (dim,) each
-  std::vector<double> factors;                // of dropout: 0 or 1 / (1 - p)
+  std::vector<double> factors;                // dropout: 0 or 1 / (1 - p)
   int64_t dim;
   double scale;
 };
 
 struct Forward {
-  std::vector<double> out, out_bound;  // (dim,); the bound without the rounding to memory
+  std::vector<double> out, out_bound;  // (dim,); the bound excludes the rounding to the output dtype
   double lse, lse_bound;
 };
 
-// Scores, and the largest sum of the sizes of a score's terms.
+// The scores. Writes the largest sum of absolute terms of a score to `size`.
 inline std::vector<double> scores_of(const Query& query, double& size) {
   std::vector<double> scores;
   size = 0;
@@ -35,7 +35,7 @@ inline std::vector<double> scores_of(const Query& query, double& size) {
   return scores;
 }
 
-// A score is a sum of dim products; its factor, log2(e) and the difference with the maximum round six times more.
+// A score is a sum of dim products. The factor, log2(e) and the subtraction of the maximum round six more times.
 inline double score_error(const Query& query, double size) { return static_cast<double>(query.dim + 6) * kUnit * size; }
 
 inline Forward forward(const Query& query) {
@@ -48,7 +48,7 @@ inline Forward forward(const Query& query) {
   const double count = static_cast<double>(scores.size());
   double total = 0;
   for (const double score : scores) total += std::exp(score - highest);
-  // Twice: of a weight and of the sum that divides it.
+  // Twice: once for a weight, once for the sum that divides it.
   const double relative = 2 * (score_error(query, size) + kExp) + (2 * count + 12) * kUnit;
   for (size_t j = 0; j < scores.size(); ++j) {
     const double weight = std::exp(scores[j] - highest) / total * query.factors[j];
@@ -63,14 +63,14 @@ inline Forward forward(const Query& query) {
   return result;
 }
 
-// A sum of gradients, and its bound without the rounding to memory.
+// Sums of gradients, and their bounds without the rounding to the output dtype.
 struct Gradient {
   explicit Gradient(int64_t size) : value(size), bound(size) {}
 
   std::vector<double> value, bound;
 };
 
-// Adds what the query contributes: to its own gradient at `to`, and to that of key and value j at `key_to[j]` and
+// Adds the contribution of the query to its gradient at `to`, and to those of key and value j at `key_to[j]` and
 // `value_to[j]`. `terms` bounds the number of terms of any sum.
 inline void backward(const Query& query, const double* out_grad, const double* out, double lse, int64_t terms,
                      Gradient& query_grad, int64_t to, Gradient& key_grad, const std::vector<int64_t>& key_to,

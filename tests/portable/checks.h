@@ -1,7 +1,7 @@
-// Shared by the checks: inputs, outputs, and the comparison with loops in double precision.
+// Shared parts of the checks: inputs, outputs, and the comparison with loops in double precision.
 //
-// Every bound is derived, not measured: the unit roundoff, times the number of roundings on the way to a result, times
-// the size of the terms, to first order in the unit roundoff.
+// Every bound is derived and not measured. To first order, it is the unit roundoff times the number of roundings on the way
+// to a result, times the size of the terms.
 #pragma once
 
 #include <algorithm>
@@ -15,16 +15,16 @@
 
 namespace checks {
 
-constexpr double kUnit = 0x1p-24;      // of float
-constexpr double kHalfUnit = 0x1p-8;   // of bfloat16
-constexpr double kExp = 1e-7;          // relative error of the kernels' exponentials, from csrc/cpu
+constexpr double kUnit = 0x1p-24;      // unit roundoff of float
+constexpr double kHalfUnit = 0x1p-8;   // unit roundoff of bfloat16
+constexpr double kExp = 1e-7;          // relative error of the kernels' exponentials, from csrc/cpu/simd/math.h
 constexpr int64_t kThreads = 3;
 
-// What the reference is given instead of the kernel's inputs, to prove that the comparison would notice.
+// A fault in the inputs of the reference, to prove that the comparison detects errors.
 enum class Fault {
   kNone,
   kEntries,   // one entry in five of each input differs by 1/2
-  kRounding,  // each input is cut off to bfloat16, as if a float kernel computed in bfloat16
+  kRounding,  // each input is truncated to bfloat16, as if a float kernel computed in bfloat16
 };
 
 extern Fault fault;
@@ -33,7 +33,7 @@ extern std::string instruction_set;
 // Compares one result with its exact value; `quantity` names the check and the result.
 void compare(const std::string& quantity, double value, double exact, double bound);
 
-// For a property that no fault of the reference can break.
+// Checks a property that no fault of the reference can break.
 void expect(const std::string& property, bool holds);
 
 template <typename Call>
@@ -102,15 +102,15 @@ class Random {
   uint64_t state_;
 };
 
-// Numbers for a kernel, between margins that hold NaN (or a pattern, where the type has none): reading beyond the end
-// shows in the results, writing there in `intact`. The first number is not aligned to more than its size.
+// Values for a kernel, between margins of NaN (or of a pattern, for a type without NaN). A read outside shows in the results,
+// a write outside in intact(). The first value is aligned to no more than its size.
 template <typename T>
 class Buffer {
  public:
-  // Unwritten: NaN throughout.
+  // Holds only NaN.
   explicit Buffer(int64_t size) : size_(size), memory_(size + 2 * kMargin + 1, unwritten()) {}
 
-  // Values of a distribution.
+  // Holds uniformly distributed values.
   Buffer(int64_t size, Random& random, double low, double high) : Buffer(size) {
     for (int64_t i = 0; i < size; ++i) data()[i] = stored<T>(random.uniform(low, high));
   }
@@ -180,7 +180,7 @@ inline uint32_t philox(uint64_t seed, uint32_t index, uint32_t row, uint32_t thi
 }
 
 void check_attention();
-void check_pooled_attention();
+void check_single_query_attention();
 void check_contrastive();
 void check_pointwise();
 void check_ranking();

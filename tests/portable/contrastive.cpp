@@ -1,5 +1,7 @@
 #include "csrc/contrastive.h"
 
+#include "csrc/cpu/simd/isa.h"
+
 #include "checks.h"
 
 namespace checks {
@@ -17,14 +19,14 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kNoPositives = int64_t{1} << 40;
 
-// Rows of dot products lie `kGap` numbers apart, which no kernel may touch.
+// There are `kGap` floats between rows of dot products, which no kernel may touch.
 constexpr int64_t kGap = 5;
 
 struct Case {
   const char* name;
   int64_t rows, columns, first;
   double scale;
-  bool spread;  // log-sum-exps so far apart that rows and columns need exponentials of their own
+  bool spread;  // log-sum-exps are so far apart that rows and columns need separate exponentials
 };
 
 // More than 512 columns are two tiles; more than 256 rows are two sums of columns.
@@ -98,7 +100,7 @@ void check_sums(const Case& of) {
       row_sums[row] += power;
       column_sums[column] += power;
     }
-  // Numbers of one sign; sums in float have at most 512 terms of a row and 256 of a column. Powers below 2^-126 are 0.
+  // All terms are positive. Sums in float have at most 512 terms of a row and 256 of a column. Powers below 2^-126 become 0.
   const auto bound = [](double sum, int64_t terms, int64_t in_float) {
     return (kExp + static_cast<double>(std::min(terms, in_float) + 2) * kUnit) * sum +
            static_cast<double>(terms) * 0x1p-126;
@@ -109,7 +111,7 @@ void check_sums(const Case& of) {
     compare(name + ": columns", columns[column], column_sums[column], bound(column_sums[column], of.rows, 256));
 }
 
-// Log-sum-exps of rows and columns, of what the kernel is given.
+// Log-sum-exps of rows and columns, from the kernel's inputs.
 void log_sums(const Dots& dots, double scale, std::vector<double>& rows, std::vector<double>& columns) {
   rows.assign(dots.rows, 0);
   columns.assign(dots.columns, 0);
@@ -166,7 +168,8 @@ void check_softmax_gradient(const Case& of, bool grouped) {
       if (grouped && ids.rows[row] == ids.columns[column])
         shares = value_of(row_shares[row]) + value_of(column_shares[column]);
       truth -= shares;
-      // A share, a product and a sum of powers, then a sum of shares and a difference. Powers below 2^-126 are 0.
+      // Rounding: a share, a product and a sum of powers, then a sum of shares and a difference. Powers below 2^-126
+      // become 0.
       const double bound = (kExp + 4 * kUnit) * powers + 2 * kUnit * shares + weight * 0x1p-125;
       compare(name + ": gradient", dots.at(row, column), truth, bound);
     }
@@ -204,7 +207,8 @@ void check_sigmoid(const Case& of, bool grouped) {
       const double soft = std::max(z, 0.0) + std::log1p(std::exp(-std::abs(z)));
       const double chance = z > 0 ? 1 / (1 + std::exp(-z)) : std::exp(z) / (1 + std::exp(z));
       const double gradient = (positive ? -1 : 1) * sigmoid.weight * chance;
-      // The exponential, a logarithm of the same accuracy, and their sum; log(1 + u) grows by a share of logit_error.
+      // The exponential, a logarithm of the same accuracy, and their sum. An error of the logit changes log(1 + u) by at
+      // most `chance` times as much.
       loss += soft;
       loss_bound += logit_error * chance + (2 * kExp + 2 * kUnit + terms) * soft;
       const double bound = std::abs(gradient) * (logit_error + kExp + 6 * kUnit) + sigmoid.weight * 0x1p-125;

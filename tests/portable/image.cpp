@@ -1,5 +1,5 @@
-// Resampling against integer loops, bit for bit. With libjpeg (BCLIP_JPEG), also whole images, against a decoder used
-// directly and Pillow's resize written out.
+// Compares resampling with integer loops, bit for bit. With libjpeg (BCLIP_JPEG) it also compares whole images with a direct
+// use of the decoder and a plain implementation of Pillow's resize.
 #include "csrc/image.h"
 
 #include <cstdio>
@@ -24,9 +24,9 @@ uint8_t rounded(int64_t sum) {
   return static_cast<uint8_t>(std::clamp<int64_t>((sum + (int64_t{1} << 21)) >> 22, 0, 255));
 }
 
-// The portable kernels, whatever the processor: decode_resize takes those of BCLIP_CPU_ISA.
+// Checks the portable kernels on any processor; decode_resize() uses those of BCLIP_CPU_ISA.
 void check_resampling() {
-  const ResampleKernels& kernels = bclip::cpu::kPlainResample;
+  const ResampleKernels& kernels = bclip::cpu::portable::kResample;
   Random random(11);
   const int64_t groups = 9, quads = 3, width = 4 * groups, size = 22, padded = 24;
   std::vector<std::vector<uint8_t>> rows(12, std::vector<uint8_t>(3 * width + bclip::cpu::kPadding));
@@ -44,7 +44,7 @@ void check_resampling() {
   Buffer<float> as_numbers(static_cast<int64_t>(rows.size()) * 3 * width);
   for (int64_t i = 0; i < as_numbers.size(); ++i) as_numbers[i] = rows[i / (3 * width)][i % (3 * width)];
   const std::vector<double> bytes = exact(as_numbers);
-  // A planted fault of 1/2 becomes 64 levels.
+  // An injected fault of 1/2 becomes 64 levels.
   const auto byte = [&](int64_t row, int64_t at) {
     const double value = bytes[row * 3 * width + at];
     return static_cast<int64_t>(value) + (value != std::floor(value) ? 64 : 0);
@@ -84,7 +84,7 @@ void check_resampling() {
 
 using Pixels = std::vector<uint8_t>;  // (height, width, 3)
 
-Pixels picture(int height, int width) {
+Pixels test_image(int height, int width) {
   Random random(static_cast<uint64_t>(height) * 1000 + width);
   Pixels pixels(static_cast<size_t>(height) * width * 3);
   for (int y = 0; y < height; ++y)
@@ -149,7 +149,8 @@ double cubic(double x) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-// `count` lines of `length` RGB pixels, `next` bytes apart along the line and `line` from one to the next, to `size`.
+// Resizes `count` lines of RGB pixels to `size` pixels each. Pixels of a line are `next` bytes apart, lines are `line` bytes
+// apart.
 Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next, const bclip::Edge& edge, int64_t size,
               bool lines_are_rows) {
   Pixels result(count * size * 3);
@@ -179,14 +180,14 @@ Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next, c
   return result;
 }
 
-void check_pictures() {
+void check_images() {
   struct Size {
     int height, width;
   };
-  // Taller, wider, smaller than the result, and so flat that the height is resized first.
+  // Images that are taller, wider and smaller than the result, and one whose height is resized first.
   for (const Size of : {Size{83, 61}, Size{57, 131}, Size{19, 23}, Size{211, 35}}) {
     const std::string name = "image " + std::to_string(of.width) + "x" + std::to_string(of.height);
-    const std::string file = encode(picture(of.height, of.width), of.height, of.width);
+    const std::string file = encode(test_image(of.height, of.width), of.height, of.width);
     const bclip::cpu::ImageSize size = bclip::cpu::jpeg_size(file);
     expect(name + ": its size is read", size.height == of.height && size.width == of.width);
     const Pixels expected = decode(file, of.height, of.width);
@@ -218,7 +219,7 @@ void check_pictures() {
 
 #else
 
-void check_pictures() { std::printf("images: not checked, as libjpeg for this target was not found\n"); }
+void check_images() { std::printf("images: not checked, as libjpeg for this target was not found\n"); }
 
 #endif
 
@@ -226,7 +227,7 @@ void check_pictures() { std::printf("images: not checked, as libjpeg for this ta
 
 void check_image() {
   check_resampling();
-  check_pictures();
+  check_images();
 }
 
 }  // namespace checks

@@ -1,14 +1,14 @@
-// Runs the C++ kernels of the CPU without Python or torch, and compares them with loops in double precision.
+// Compares the CPU kernels with loops in double precision, without Python or torch.
 //
 //   checks                   fails unless every result is within its bound
 //   checks --fault=entries   gives the references altered inputs, and fails unless every quantity exceeds its bound
 //   checks --fault=rounding  gives the references inputs in bfloat16, and fails unless every fp32 quantity does
 //
-// BCLIP_CPU_ISA names the instruction set, as for the package.
+// BCLIP_CPU_ISA chooses the instruction set, as in the package.
 #include <cstdio>
 #include <map>
 
-#include "csrc/contrastive.h"
+#include "csrc/cpu/simd/isa.h"
 #include "checks.h"
 
 namespace checks {
@@ -31,7 +31,7 @@ std::map<std::string, bool> properties;
 void compare(const std::string& quantity, double value, double exact, double bound) {
   Quantity& all = quantities[quantity];
   ++all.count;
-  // Equal values, infinite ones included, agree whatever the bound.
+  // Equal values agree for any bound, also infinite ones.
   const double error = value == exact ? 0 : std::abs(value - exact);
   if (!(error <= bound)) {
     if (all.wrong++ == 0 && fault == Fault::kNone)
@@ -63,7 +63,7 @@ int main(int count, char** arguments) {
   }
   instruction_set = bclip::cpu::instruction_set();
   check_attention();
-  check_pooled_attention();
+  check_single_query_attention();
   check_contrastive();
   check_pointwise();
   check_ranking();

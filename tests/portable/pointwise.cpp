@@ -26,7 +26,7 @@ struct Case {
   bool with_branch, with_dropout;
 };
 
-// More than 32 rows are several tasks; columns are no multiple of a vector's length.
+// More than 32 rows are several tasks. No number of columns is a multiple of the vector length.
 const std::vector<Case> kCases = {
     {"plain", 70, 37, 0.5, false, false},
     {"branch", 33, 77, 0, true, false},
@@ -34,7 +34,7 @@ const std::vector<Case> kCases = {
     {"narrow", 3, 5, 8, true, false},
 };
 
-// A row's mean and spread, and what float makes of (s - mean) / sqrt(var + eps).
+// The mean and deviation of a row, and bounds on the error of (s - mean) / sqrt(var + eps) in float.
 struct Moments {
   Moments(const double* row, int64_t columns) {
     const double count = static_cast<double>(columns);
@@ -46,7 +46,7 @@ struct Moments {
     for (int64_t j = 0; j < columns; ++j) squares += (row[j] - mean) * (row[j] - mean) / count;
     inverse = 1 / std::sqrt(squares + kEps);
     mean_error = (count + 1) * kUnit * size;
-    // Half of the error of the variance: a sum of squares, and what the mean's error adds to it.
+    // Half of the relative error of the variance: that of a sum of squares, plus that from the error of the mean.
     inverse_error = ((count + 4) / 2 + 2) * kUnit + mean_error * inverse + 0.5 * std::pow(mean_error * inverse, 2);
   }
 
@@ -98,7 +98,7 @@ void check_add_norm(const Case& of) {
       compare(name + ": total", value_of(found.total[i]), truth,
               kUnit * (std::abs(added) + std::abs(truth)) + unit_of<Stored>() * std::abs(truth));
     }
-  // What is normalised is the sum as it is stored.
+  // The kernel normalises the sum after it is rounded to memory.
   const std::vector<double> totals = exact(of.with_branch ? found.total : stream);
   for (int64_t row = 0; row < rows; ++row) {
     const Moments moments(totals.data() + row * columns, columns);
@@ -193,8 +193,8 @@ void check_add_norm_backward(const Case& of) {
   }
 }
 
-// The kernels' Phi(x) is Abramowitz and Stegun's 7.1.26, 1.5e-7 of erf and so half of that of Phi, in float: a
-// polynomial of degree 5 in t = 1 / (1 + c |x|), times a density.
+// The kernels compute Phi(x) by Abramowitz and Stegun's 7.1.26 in float: a polynomial of degree 5 in t = 1 / (1 + c |x|),
+// times a density. Its absolute error is 1.5e-7 for erf, and so half of that for Phi.
 struct Normal {
   explicit Normal(double x) : below(std::erfc(-x / std::sqrt(2.0)) / 2), density(std::exp(-x * x / 2)) {
     constexpr double factors[] = {0.254829592, 0.284496736, 1.421413741, 1.453152027, 1.061405429};
@@ -243,6 +243,23 @@ void check_gelu() {
   }
 }
 
+// Rounding to bfloat16 makes a NaN quiet, and keeps its sign and the upper bits of its payload.
+void check_nan() {
+  constexpr uint32_t bits[] = {0x7FA12345, 0xFFA12345, 0x7F800001, 0x7FFFFFFF, 0xFFC00000};
+  constexpr uint16_t rounded[] = {0x7FE1, 0xFFE1, 0x7FC0, 0x7FFF, 0xFFC0};
+  constexpr int64_t columns = 20;  // a whole vector and a part of one
+  Buffer<float> stream(columns), branch(columns), weight(columns), bias(columns), normed(columns);
+  Buffer<uint16_t> total(columns);
+  for (int64_t i = 0; i < columns; ++i) std::memcpy(&stream[i], &bits[i % 5], sizeof(float));
+  for (Buffer<float>* buffer : {&branch, &weight, &bias}) buffer->fill(0);
+  add_norm(AddNorm{1, columns, values(stream), values(branch), values(weight), values(bias), values(total), values(normed),
+                   kNothing, kEps, {0, 0, 1}},
+           1);
+  bool kept = true;
+  for (int64_t i = 0; i < columns; ++i) kept = kept && total[i] == rounded[i % 5];
+  expect("add_norm bf16: NaN keeps its sign and payload", kept);
+}
+
 void check_refusals() {
   Buffer<float> x(4);
   expect_refusal("pointwise: a negative size is refused", [&] { gelu(values(x), values(x), -1, 1); });
@@ -259,6 +276,7 @@ void check_pointwise() {
   }
   check_gelu<float>();
   check_gelu<uint16_t>();
+  check_nan();
   check_refusals();
 }
 

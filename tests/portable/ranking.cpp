@@ -1,6 +1,6 @@
 #include "csrc/ranking.h"
 
-#include "csrc/contrastive.h"
+#include "csrc/cpu/simd/isa.h"
 #include "checks.h"
 
 namespace checks {

@@ -6,8 +6,8 @@ namespace checks {
 
 namespace {
 
-using bclip::cpu::PooledAttention;
-using bclip::cpu::PooledAttentionGradient;
+using bclip::cpu::SingleQueryAttention;
+using bclip::cpu::SingleQueryAttentionGradient;
 
 struct Case {
   const char* name;
@@ -26,7 +26,7 @@ const std::vector<Case> kCases = {
 
 template <typename Stored>
 void check(const Case& of) {
-  const std::string name = "pooled attention " + name_of<Stored>() + " " + of.name;
+  const std::string name = "single-query attention " + name_of<Stored>() + " " + of.name;
   const auto sequences = static_cast<int64_t>(of.lengths.size());
   const int64_t heads = of.heads, dim = of.dim, width = heads * dim;
   std::vector<int32_t> bounds = {0};
@@ -41,22 +41,22 @@ void check(const Case& of) {
   const Buffer<Stored> out_grad(sequences * width, random, -1.7, 1.7);
   const double scale = 0.2;
   const uint64_t seed = 0x123456789ABCDEF0;
-  const PooledAttention attention = {instruction_set, query.data(), pairs.data(), sizeof(Stored) == 2, tokens,
+  const SingleQueryAttention attention = {instruction_set, query.data(), pairs.data(), sizeof(Stored) == 2, tokens,
                                      sequences, heads, dim, bounds.data(), rows.data(), of.causal, scale,
                                      of.dropout_p, seed};
 
   Buffer<Stored> out(sequences * width), out_again(sequences * width);
   Buffer<float> lse(sequences * heads), lse_again(sequences * heads);
-  pooled_attention_forward(attention, out.data(), lse.data(), 1);
-  pooled_attention_forward(attention, out_again.data(), lse_again.data(), kThreads);
+  single_query_attention_forward(attention, out.data(), lse.data(), 1);
+  single_query_attention_forward(attention, out_again.data(), lse_again.data(), kThreads);
   expect(name + ": forward is the same on more threads", out.same_bits(out_again) && lse.same_bits(lse_again));
   expect(name + ": forward stays inside its outputs", out.intact() && lse.intact());
   Buffer<Stored> query_grad(sequences * width), pairs_grad(tokens * 2 * width);
   Buffer<Stored> query_again(sequences * width), pairs_again(tokens * 2 * width);
   const auto run = [&](Buffer<Stored>& to_query, Buffer<Stored>& to_pairs, int threads) {
-    const PooledAttentionGradient gradient = {out_grad.data(), out.data(), lse.data(), to_query.data(),
+    const SingleQueryAttentionGradient gradient = {out_grad.data(), out.data(), lse.data(), to_query.data(),
                                               to_pairs.data()};
-    pooled_attention_backward(attention, gradient, threads);
+    single_query_attention_backward(attention, gradient, threads);
   };
   run(query_grad, pairs_grad, 1);
   run(query_again, pairs_again, kThreads);
@@ -107,15 +107,15 @@ void check_refusals() {
   const std::vector<int32_t> bounds = {0, 2};
   const std::vector<int64_t> outside = {2};
   Buffer<float> query(16), pairs(2 * 2 * 16), out(16), lse(1);
-  const PooledAttention attention = {instruction_set, query.data(), pairs.data(), false, 2, 1, 1, 16, bounds.data(),
+  const SingleQueryAttention attention = {instruction_set, query.data(), pairs.data(), false, 2, 1, 1, 16, bounds.data(),
                                      outside.data(), false, 1, 0, 0};
-  expect_refusal("pooled attention: a row outside its sequence is refused",
-                 [&] { pooled_attention_forward(attention, out.data(), lse.data(), 1); });
+  expect_refusal("single-query attention: a row outside its sequence is refused",
+                 [&] { single_query_attention_forward(attention, out.data(), lse.data(), 1); });
 }
 
 }  // namespace
 
-void check_pooled_attention() {
+void check_single_query_attention() {
   for (const Case& of : kCases) {
     check<float>(of);
     check<uint16_t>(of);

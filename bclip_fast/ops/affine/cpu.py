@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     added, out = None if bias is None else bias.float(), result.view(-1, len(weight))
     if _cpu.has_amx():
         added = None if added is None else added.contiguous()
-        _amx_product(rows.contiguous(), weight.contiguous(), out, right_transposed=True, bias=added)
+        _linear(rows.contiguous(), weight.contiguous(), out, right_transposed=True, bias=added)
     else:
         right = weight.float().T
         for block, part, products in _blocks(rows, len(weight)):
@@ -46,9 +46,9 @@ def linear_backward(
     if _cpu.has_amx():
         rows, grad = rows.contiguous(), grad.contiguous()
         if x_wanted:
-            _amx_product(grad, weight.contiguous(), x_grad.view(-1, width))
+            _linear(grad, weight.contiguous(), x_grad.view(-1, width))
         if weight_wanted:
-            _amx_product(grad, rows, weight_grad, left_transposed=True, left_sums=sums if bias_dtype else None)
+            _linear(grad, rows, weight_grad, left_transposed=True, left_sums=sums if bias_dtype else None)
         elif bias_dtype:
             torch.sum(grad, 0, dtype=torch.float32, out=sums)
     else:
@@ -78,7 +78,7 @@ def _blocks(left: Tensor, columns: int) -> Iterator[tuple[slice, Tensor, Tensor]
         yield block, wide[:count].copy_(left[block]), products[:count]
 
 
-def _amx_product(
+def _linear(
     left: Tensor,
     right: Tensor,
     result: Tensor,
@@ -89,8 +89,8 @@ def _amx_product(
     left_sums: Tensor | None = None,
 ) -> None:
     (rows, columns), depth = result.shape, left.shape[0 if left_transposed else 1]
-    workspace = torch.empty(_cpu.product_workspace(columns, depth), dtype=torch.bfloat16)
-    _cpu.amx_product(
+    workspace = torch.empty(_cpu.linear_workspace(columns, depth), dtype=torch.bfloat16)
+    _cpu.linear(
         rows,
         columns,
         depth,

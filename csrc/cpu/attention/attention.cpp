@@ -1,32 +1,21 @@
 #include "csrc/attention.h"
 
-#include <memory>
-#include <new>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "csrc/contrastive.h"
 #include "csrc/cpu/attention/attention_kernels.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/simd/isa.h"
+#include "csrc/cpu/simd/scratch.h"
 
 namespace bclip::cpu {
 
 namespace {
 
-std::vector<const AttentionKernels*> available(bool bfloat16) {
-  std::vector<const AttentionKernels*> sets;
-#ifdef BCLIP_X86_TARGETS
-#ifdef __linux__
-  if (bfloat16 && has_amx()) sets.push_back(&kAmxAttention);
-#endif
-  const std::string best = instruction_set();
-  if (best == "avx512") sets.push_back(&kAvx512Attention[bfloat16]);
-  if (best != "plain") sets.push_back(&kAvx2Attention[bfloat16]);
-#endif
-  sets.push_back(&kPlainAttention[bfloat16]);
-  return sets;
-}
+// The name of the matrix unit among instruction sets.
+constexpr const char* kAmxName = "amx";
 
 void check(const Attention& attention) {
   if (attention.rows < 0 || attention.heads < 0 || attention.dim <= 0 || attention.sequences < 0)
@@ -39,9 +28,9 @@ void check(const Attention& attention) {
       throw std::invalid_argument("attention: the bounds of sequences don't rise");
 }
 
-// Runs use(head, start): `start` is the first row of its sequence.
-template <class Use>
-void for_heads(const Attention& attention, int threads, const Use& use) {
+// Calls run(head, start) for each head of each sequence; `start` is the first row of the sequence.
+template <class Run>
+void for_heads(const Attention& attention, int threads, const Run& run) {
   check(attention);
   const int64_t row_bytes = attention.dim * (attention.bfloat16 ? 2 : 4), part = attention.heads * row_bytes;
   parallel(attention.sequences * attention.heads, threads, [&](int64_t index) {
@@ -66,38 +55,30 @@ void for_heads(const Attention& attention, int threads, const Use& use) {
     head.seed[1] = static_cast<uint32_t>(attention.seed >> 32);
     head.head = static_cast<uint32_t>(number);
     head.first_row = static_cast<uint32_t>(start);
-    use(head, start);
+    run(head, start);
   });
 }
 
 }  // namespace
 
 const AttentionKernels& attention_kernels(const std::string& instruction_set, bool bfloat16) {
-  for (const AttentionKernels* set : available(bfloat16))
-    if (instruction_set == set->name) return *set;
-  throw std::invalid_argument("attention: this machine has no " + instruction_set);
-}
-
-// The caller's thread keeps its scratch from call to call, the others theirs from task to task.
-char* attention_scratch(int64_t bytes) {
-  constexpr std::align_val_t line{64};
-  struct Free {
-    void operator()(char* memory) const { ::operator delete[](memory, line); }
-  };
-  static thread_local std::unique_ptr<char[], Free> memory;
-  static thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.reset();
-    size = 0;
-    memory.reset(new (line) char[bytes]);
-    size = bytes;
-  }
-  return memory.get();
+  const std::vector<std::string> names = attention_instruction_sets(bfloat16);
+  if (std::find(names.begin(), names.end(), instruction_set) == names.end())
+    throw std::invalid_argument("attention: this machine has no " + instruction_set);
+#ifdef BCLIP_AMX_TARGET
+  if (instruction_set == kAmxName) return amx::kBfloat16Attention;
+#endif
+  Isa isa = Isa::kPortable;
+  for (const Isa other : {Isa::kAvx2, Isa::kAvx512})
+    if (instruction_set == name_of(other)) isa = other;
+  return bfloat16 ? bfloat16_attention(isa) : float_attention(isa);
 }
 
 std::vector<std::string> attention_instruction_sets(bool bfloat16) {
   std::vector<std::string> names;
-  for (const AttentionKernels* set : available(bfloat16)) names.emplace_back(set->name);
+  if (bfloat16 && has_amx()) names.emplace_back(kAmxName);
+  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+    if (isa <= isa_in_use()) names.emplace_back(name_of(isa));
   return names;
 }
 
@@ -107,7 +88,7 @@ void attention_forward(const Attention& attention, void* out, float* lse, int th
   for_heads(attention, threads, [&](const Head& head, int64_t start) {
     const int64_t at = (start * attention.heads + head.head) * attention.dim * element;
     chosen.forward(head, {static_cast<char*>(out) + at, stride, lse + head.head * attention.rows + start},
-                   attention_scratch(chosen.forward_bytes(head)));
+                   thread_scratch(chosen.forward_bytes(head)));
   });
 }
 
@@ -122,7 +103,7 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
                     {static_cast<const char*>(gradient.out_grad) + at, static_cast<const char*>(gradient.out) + at,
                      stride, gradient.lse + head.head * attention.rows + start, query, query + stride * element,
                      query + 2 * stride * element, 3 * stride},
-                    attention_scratch(chosen.backward_bytes(head)));
+                    thread_scratch(chosen.backward_bytes(head)));
   });
 }
 

@@ -1,31 +1,25 @@
-// bfloat16 operands on the matrix unit of x86; P and dS are rounded to bfloat16 as they become operands.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-
+// The attention kernels for bfloat16 on the matrix unit of x86 (AMX). P and dS are rounded to bfloat16 when they become
+// operands.
+#define BCLIP_ISA amx
 #include "csrc/cpu/attention/attention_kernels.h"
+#include "csrc/cpu/simd/target.h"
 
-#if defined(BCLIP_X86_TARGETS) && defined(__linux__)
+#ifdef BCLIP_ISA_AVAILABLE
 
-#include <immintrin.h>
-
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
-
-#define BCLIP_AVX512 1
-#include "csrc/cpu/simd/amx.h"
 #include "csrc/cpu/attention/attention-inl.h"
+#include "csrc/cpu/simd/amx.h"
+
+namespace bclip::cpu::amx {
 
 namespace {
 
 typedef uint16_t AmxHalves __attribute__((vector_size(64)));
 
-// A left block is [2][16 rows][32 k], a right one [2][16 pairs of k][16 columns][2 k].
+// A left block is [2][16 rows][32 k], a right block [2][16 pairs of k][16 columns][2 k].
 struct AmxEngine {
   using Element = uint16_t;
 
-  using Use = bclip::cpu::Unit;
+  using Session = AmxSession;
 
   static constexpr bool kTrims = false;
 
@@ -46,7 +40,7 @@ struct AmxEngine {
     }
   }
 
-  // A pair of neighbours is a 32-bit number to `transpose`.
+  // transpose() takes a pair of neighbours for one 32-bit element.
   static void right_of_transpose(const uint16_t* block, uint16_t* to) {
     for (int half = 0; half < 2; ++half)
       transpose(block + half * kBlock / 2, kLanes, to + half * kBlock / 2, kLanes);
@@ -65,7 +59,7 @@ struct AmxEngine {
   BCLIP_INLINE void right_rows(uint16_t* block, int64_t row, const Lanes numbers[2][2]) {
     for (int half = 0; half < 2; ++half) {
       const auto rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1][half], (__m512)numbers[0][half]);
-      // The second vector of the permutation is the upper half of the first.
+      // `rounded` holds both rows: the second one in its upper half.
       _mm512_store_si512(block + half * kBlock / 2 + row * kLanes,
                          _mm512_permutexvar_epi16(interleaved(), rounded));
     }
@@ -73,18 +67,18 @@ struct AmxEngine {
 
   static void multiply(const uint16_t* left, const uint16_t* right, const Extent& extent, float* result, int64_t stride,
                        bool add) {
-    bclip::cpu::multiply(left, right, panels_of(extent.depth), result, add, [](int64_t) {}, stride);
+    BCLIP_ISA::multiply(left, right, panels_of(extent.depth), result, add, [](int64_t) {}, stride);
   }
 
  private:
-  // Indices that interleave sixteen of the first 32 numbers, from `start` on, with the same of the second 32.
+  // Indices that interleave sixteen of the first 32 elements, from `start` on, with the same sixteen of the second 32.
   BCLIP_INLINE __m512i pairs(int start) {
     AmxHalves index;
     for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(start + i / 2 + (i & 1) * 32);
     return (__m512i)index;
   }
 
-  // Indices that interleave sixteen numbers with the sixteen that follow.
+  // Indices that interleave sixteen elements with the sixteen that follow.
   BCLIP_INLINE __m512i interleaved() {
     AmxHalves index;
     for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(i / 2 + (i & 1) * 16);
@@ -94,10 +88,8 @@ struct AmxEngine {
 
 }  // namespace
 
-namespace bclip::cpu {
+const AttentionKernels kBfloat16Attention = HeadKernels<AmxEngine, uint16_t>::kernels();
 
-const AttentionKernels kAmxAttention = HeadKernels<AmxEngine, uint16_t>::kernels("amx");
-
-}  // namespace bclip::cpu
+}  // namespace bclip::cpu::amx
 
 #endif

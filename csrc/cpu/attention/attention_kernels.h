@@ -1,16 +1,17 @@
-// What attention.cpp runs on one head of one sequence, compiled once per instruction set.
+// The kernels for one head of one sequence, compiled once per instruction set and called by attention.cpp.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
 #include "csrc/attention.h"
+#include "csrc/cpu/simd/isa.h"
 #include "csrc/single_query_attention.h"
 
 namespace bclip::cpu {
 
 struct Head {
-  const void *query, *key, *value;  // (rows, dim), rows `stride` elements apart
+  const void *query, *key, *value;  // (rows, dim); a row is `stride` elements after the one before
   int64_t stride, rows, dim;
   const uint8_t* key_mask;  // (rows,) or null
   bool causal;
@@ -19,7 +20,7 @@ struct Head {
   uint32_t threshold;  // floor(p * 2^32)
   float kept;          // 1 / (1 - p)
   uint32_t seed[2];
-  uint32_t head, first_row;  // of the sequence, for the random words
+  uint32_t head, first_row;  // the head's number and the sequence's first row, for the random words
 };
 
 struct HeadOutput {
@@ -37,31 +38,24 @@ struct HeadGradient {
 };
 
 struct AttentionKernels {
-  const char* name;
-  int64_t (*forward_bytes)(const Head&);  // of scratch, on a boundary of 64 bytes
+  int64_t (*forward_bytes)(const Head&);  // of scratch, which is aligned to 64 bytes
   void (*forward)(const Head&, const HeadOutput&, char* scratch);
   int64_t (*backward_bytes)(const Head&);
   void (*backward)(const Head&, const HeadGradient&, char* scratch);
-  // Of a whole sequence of so many rows, all heads.
-  int64_t (*pooled_bytes)(const PooledAttention&, int64_t rows);
-  void (*pooled_forward)(const PooledAttention&, int64_t sequence, void* out, float* lse, float* scratch);
-  void (*pooled_backward)(const PooledAttention&, const PooledAttentionGradient&, int64_t sequence, float* scratch);
+  // For all heads of a sequence of `rows` rows.
+  int64_t (*single_query_bytes)(const SingleQueryAttention&, int64_t rows);
+  void (*single_query_forward)(const SingleQueryAttention&, int64_t sequence, void* out, float* lse, float* scratch);
+  void (*single_query_backward)(const SingleQueryAttention&, const SingleQueryAttentionGradient&, int64_t sequence,
+                                float* scratch);
 };
 
-// Throws std::invalid_argument where this machine hasn't got them.
+BCLIP_DECLARE_KERNELS(AttentionKernels, kFloatAttention, float_attention)
+BCLIP_DECLARE_KERNELS(AttentionKernels, kBfloat16Attention, bfloat16_attention)
+#ifdef BCLIP_AMX_TARGET
+namespace amx { extern const AttentionKernels kBfloat16Attention; }
+#endif
+
+// The kernels of one of attention_instruction_sets(). Throws std::invalid_argument for any other name.
 const AttentionKernels& attention_kernels(const std::string& instruction_set, bool bfloat16);
-
-// At least so many bytes, aligned to 64, of this thread's own.
-char* attention_scratch(int64_t bytes);
-
-// [0] for float, [1] for bfloat16.
-extern const AttentionKernels kPlainAttention[2];
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define BCLIP_X86_TARGETS 1
-extern const AttentionKernels kAvx2Attention[2], kAvx512Attention[2];
-#ifdef __linux__
-extern const AttentionKernels kAmxAttention;  // for bfloat16
-#endif
-#endif
 
 }  // namespace bclip::cpu

@@ -5,45 +5,46 @@
 
 #include "csrc/cpu/attention/attention_kernels.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/simd/scratch.h"
 
 namespace bclip::cpu {
 
 namespace {
 
-void check(const PooledAttention& attention) {
+void check(const SingleQueryAttention& attention) {
   if (attention.tokens < 0 || attention.sequences < 0 || attention.heads < 0 || attention.dim <= 0)
-    throw std::invalid_argument("pooled attention: a size is negative");
-  if (attention.dim % 16) throw std::invalid_argument("pooled attention: the head dimension isn't a multiple of 16");
+    throw std::invalid_argument("single-query attention: a size is negative");
+  if (attention.dim % 16) throw std::invalid_argument("single-query attention: the head dimension isn't a multiple of 16");
   const int32_t* bounds = attention.bounds;
   if (bounds[0] != 0 || bounds[attention.sequences] != attention.tokens)
-    throw std::invalid_argument("pooled attention: the bounds don't run from 0 to T");
+    throw std::invalid_argument("single-query attention: the bounds don't run from 0 to T");
   for (int64_t i = 0; i < attention.sequences; ++i)
     if (attention.rows[i] < bounds[i] || attention.rows[i] >= bounds[i + 1])
-      throw std::invalid_argument("pooled attention: a row isn't in its sequence");
+      throw std::invalid_argument("single-query attention: a row isn't in its sequence");
 }
 
-// Runs use(kernels, sequence, its scratch).
-template <class Use>
-void for_sequences(const PooledAttention& attention, int threads, const Use& use) {
+// Calls run(kernels, sequence, scratch) for each sequence.
+template <class Run>
+void for_sequences(const SingleQueryAttention& attention, int threads, const Run& run) {
   check(attention);
   const AttentionKernels& chosen = attention_kernels(attention.instruction_set, attention.bfloat16);
   parallel(attention.sequences, threads, [&](int64_t index) {
     const int64_t rows = attention.bounds[index + 1] - attention.bounds[index];
-    use(chosen, index, reinterpret_cast<float*>(attention_scratch(chosen.pooled_bytes(attention, rows))));
+    run(chosen, index, reinterpret_cast<float*>(thread_scratch(chosen.single_query_bytes(attention, rows))));
   });
 }
 
 }  // namespace
 
-void pooled_attention_forward(const PooledAttention& attention, void* out, float* lse, int threads) {
+void single_query_attention_forward(const SingleQueryAttention& attention, void* out, float* lse, int threads) {
   for_sequences(attention, threads, [&](const AttentionKernels& chosen, int64_t index, float* scratch) {
-    chosen.pooled_forward(attention, index, out, lse, scratch);
+    chosen.single_query_forward(attention, index, out, lse, scratch);
   });
 }
 
-void pooled_attention_backward(const PooledAttention& attention, const PooledAttentionGradient& gradient, int threads) {
+void single_query_attention_backward(const SingleQueryAttention& attention, const SingleQueryAttentionGradient& gradient, int threads) {
   for_sequences(attention, threads, [&](const AttentionKernels& chosen, int64_t index, float* scratch) {
-    chosen.pooled_backward(attention, gradient, index, scratch);
+    chosen.single_query_backward(attention, gradient, index, scratch);
   });
 }
 

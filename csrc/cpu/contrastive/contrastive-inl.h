@@ -1,22 +1,16 @@
-// The kernels themselves. Included once by each contrastive_<instruction set>.cpp, which chose the target before.
+// The contrastive kernels.
 #pragma once
 
-#include <algorithm>
-
 #include "csrc/cpu/contrastive/contrastive_kernels.h"
-#include "csrc/cpu/simd/vec.h"
+#include "csrc/cpu/simd/math.h"
+
+namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-using bclip::cpu::GradientTile;
-using bclip::cpu::kTileColumns;
-using bclip::cpu::SigmoidTile;
-using bclip::cpu::SigmoidTileSums;
-using bclip::cpu::Tile;
-
 constexpr int kRowsAtOnce = 4;
 
-// Whether the positive of `row` falls among the 16 columns from `column` on, and on which lane.
+// Whether the positive of `row` is among the 16 columns from `column` on. Writes its lane.
 BCLIP_INLINE bool holds_positive(const Tile& tile, int64_t row, int64_t column, int64_t& lane) {
   lane = tile.first + row - column;
   return static_cast<uint64_t>(lane) < kLanes;
@@ -27,23 +21,23 @@ BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, const Factor& factor, 
   Lanes row_sums[kRows] = {};
   for (int64_t column = 0; column < tile.columns; column += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
-    Lanes column_sum = load(columns + column);
+    Lanes column_sum = Load(columns + column);
     for (int i = 0; i < kRows; ++i) {
       const float* dots = tile.dots + (row + i) * tile.stride + column;
-      Lanes e = exp2_affine(load_first(dots, count), factor, offset);
-      if (count < kLanes) e = zero_from(e, count);
+      Lanes e = Exp2Affine(LoadN(dots, count), factor, offset);
+      if (count < kLanes) e = KeepFirstN(e, count);
       int64_t lane;
-      if (holds_positive(tile, row + i, column, lane)) e = with_lane(e, lane, 0.f);
+      if (holds_positive(tile, row + i, column, lane)) e = InsertLane(e, lane, 0.f);
       row_sums[i] += e;
       column_sum += e;
     }
-    store(columns + column, column_sum);
+    Store(columns + column, column_sum);
   }
-  for (int i = 0; i < kRows; ++i) rows[row + i] = sum(row_sums[i]);
+  for (int i = 0; i < kRows; ++i) rows[row + i] = ReduceSum(row_sums[i]);
 }
 
 void exponential_sums(const Tile& tile, double factor, float offset, float* rows, double* columns) {
-  // Single precision for as many rows as it stays harmless.
+  // So few rows can be summed in single precision without harm.
   constexpr int64_t kRowsInSingle = 256;
   const Factor split(factor);
   alignas(64) float partial[kTileColumns];
@@ -52,46 +46,46 @@ void exponential_sums(const Tile& tile, double factor, float offset, float* rows
     std::fill_n(partial, kTileColumns, 0.f);
     int64_t row = start;
     for (; row + kRowsAtOnce <= end; row += kRowsAtOnce)
-      sum_rows<kRowsAtOnce>(tile, row, split, splat(offset), rows, partial);
-    for (; row < end; ++row) sum_rows<1>(tile, row, split, splat(offset), rows, partial);
+      sum_rows<kRowsAtOnce>(tile, row, split, Set(offset), rows, partial);
+    for (; row < end; ++row) sum_rows<1>(tile, row, split, Set(offset), rows, partial);
     for (int64_t column = 0; column < tile.columns; ++column) columns[column] += partial[column];
   }
 }
 
-// For 16 columns, -1 where their group is that of the row, else 0.
+// -1 for each of 16 columns whose group is that of the row, else 0.
 BCLIP_INLINE IntLanes same_group(int32_t row, const int32_t* columns, int64_t count) {
-  if (count >= kLanes) return load_as<IntLanes>(columns) == row;
+  if (count >= kLanes) return LoadAs<IntLanes>(columns) == row;
   int32_t ids[kLanes] = {};
   std::memcpy(ids, columns, count * sizeof(int32_t));
-  return load_as<IntLanes>(ids) == row;
+  return LoadAs<IntLanes>(ids) == row;
 }
 
 template <bool kGroups>
 void softmax_gradient_of(const Tile& tile, const GradientTile& gradient) {
   const Factor factor(gradient.factor);
   for (int64_t row = 0; row < tile.rows; ++row) {
-    const Lanes row_offset = splat(gradient.rows.offsets[row]), row_share = splat(gradient.rows.shares[row]);
+    const Lanes row_offset = Set(gradient.rows.offsets[row]), row_share = Set(gradient.rows.shares[row]);
     for (int64_t column = 0; column < tile.columns; column += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
       float* dots = tile.dots + row * tile.stride + column;
-      const Lanes x = load_first(dots, count);
-      const Lanes column_share = load_first(gradient.columns.shares + column, count);
+      const Lanes x = LoadN(dots, count);
+      const Lanes column_share = LoadN(gradient.columns.shares + column, count);
       Lanes g;
       if (gradient.one_offset) {
-        g = exp2_affine(x, factor, row_offset) * (row_share + column_share);
+        g = Exp2Affine(x, factor, row_offset) * (row_share + column_share);
       } else {
-        const Lanes column_offset = load_first(gradient.columns.offsets + column, count);
-        g = exp2_affine(x, factor, row_offset) * row_share + exp2_affine(x, factor, column_offset) * column_share;
+        const Lanes column_offset = LoadN(gradient.columns.offsets + column, count);
+        g = Exp2Affine(x, factor, row_offset) * row_share + Exp2Affine(x, factor, column_offset) * column_share;
       }
       int64_t lane;
       if constexpr (kGroups) {
-        const Lanes share = load_first(gradient.groups.column_shares + column, count) + gradient.groups.row_shares[row];
-        g -= select(same_group(gradient.groups.rows[row], gradient.groups.columns + column, count), share, Lanes{});
+        const Lanes share = LoadN(gradient.groups.column_shares + column, count) + gradient.groups.row_shares[row];
+        g -= IfThenElse(same_group(gradient.groups.rows[row], gradient.groups.columns + column, count), share, Lanes{});
       } else if (holds_positive(tile, row, column, lane)) {
-        g = with_lane(g, lane, gradient.positive_grad[row]);
+        g = InsertLane(g, lane, gradient.positive_grad[row]);
       }
-      // Lanes beyond the tile aren't stored.
-      store_first(dots, g, count);
+      // Lanes outside the tile aren't stored.
+      StoreN(dots, g, count);
     }
   }
 }
@@ -109,33 +103,33 @@ SigmoidTileSums sigmoid_gradient_of(const Tile& tile, const SigmoidTile& sigmoid
     for (int64_t column = 0; column < tile.columns; column += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
       float* dots = tile.dots + row * tile.stride + column;
-      Lanes z = load_first(dots, count) * sigmoid.scale + sigmoid.bias;  // -y S: minus S at the positive
+      Lanes z = LoadN(dots, count) * sigmoid.scale + sigmoid.bias;  // -y S, so -S at the positive
       int64_t lane = 0;
       bool positive = false;
       IntLanes same = {};
       if constexpr (kGroups) {
         same = same_group(sigmoid.groups.rows[row], sigmoid.groups.columns + column, count);
-        z = select(same, -z, z);
+        z = IfThenElse(same, -z, z);
       } else {
         positive = holds_positive(tile, row, column, lane);
-        if (positive) z = negate_lane(z, lane);
+        if (positive) z = NegateLane(z, lane);
       }
-      const Lanes u = exp2_affine(abs(z), minus_log2_e, Lanes{});
-      Lanes loss = select(z > 0.f, z, Lanes{}) + log1p_unit(u);
-      // NaN must not pass for 0 in the comparison above.
-      loss = select(z == z, loss, z);
-      if (count < kLanes) loss = zero_from(loss, count);
+      const Lanes u = Exp2Affine(Abs(z), minus_log2_e, Lanes{});
+      Lanes loss = IfThenElse(z > 0.f, z, Lanes{}) + Log1pUnit(u);
+      // The comparison above would turn NaN into 0.
+      loss = IfThenElse(z == z, loss, z);
+      if (count < kLanes) loss = KeepFirstN(loss, count);
       losses += loss;
       if (!sigmoid.with_gradients) continue;
-      Lanes g = select(z > 0.f, splat(1.f), u) * (sigmoid.weight / (u + 1.f));
-      if constexpr (kGroups) g = select(same, -g, g);
-      if (positive) g = negate_lane(g, lane);
-      if (count < kLanes) g = zero_from(g, count);
+      Lanes g = IfThenElse(z > 0.f, Set(1.f), u) * (sigmoid.weight / (u + 1.f));
+      if constexpr (kGroups) g = IfThenElse(same, -g, g);
+      if (positive) g = NegateLane(g, lane);
+      if (count < kLanes) g = KeepFirstN(g, count);
       gradients += g;
-      store_first(dots, g, count);
+      StoreN(dots, g, count);
     }
-    sums.loss += sum(losses);
-    sums.gradient += sum(gradients);
+    sums.loss += ReduceSum(losses);
+    sums.gradient += ReduceSum(gradients);
   }
   return sums;
 }
@@ -145,3 +139,5 @@ SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
 }
 
 }  // namespace
+
+}  // namespace bclip::cpu::BCLIP_ISA

@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "csrc/cpu/contrastive/contrastive_kernels.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/simd/isa.h"
 
 namespace bclip::cpu {
 
@@ -16,35 +15,7 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// What this processor can run, best first.
-std::vector<const ContrastiveKernels*> supported() {
-  std::vector<const ContrastiveKernels*> found;
-#ifdef BCLIP_X86_TARGETS
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) found.push_back(&kAvx512Kernels);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2Kernels);
-#endif
-  found.push_back(&kPlainKernels);
-  return found;
-}
-
-const ContrastiveKernels& chosen() {
-  const auto found = supported();
-  const char* asked = std::getenv("BCLIP_CPU_ISA");
-  if (!asked || !*asked) return *found.front();
-  std::string names;
-  for (const auto* kernels : found) {
-    if (asked == std::string(kernels->name)) return *kernels;
-    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
-  }
-  throw std::invalid_argument("BCLIP_CPU_ISA is '" + std::string(asked) + "'; this processor and build have " + names);
-}
-
-const ContrastiveKernels& kernels() {
-  static const ContrastiveKernels& once = chosen();
-  return once;
-}
+const ContrastiveKernels& kernels() { return contrastive_kernels(isa_in_use()); }
 
 void check(const Block& block) {
   if (block.rows < 0 || block.columns < 0 || block.stride < block.columns)
@@ -60,8 +31,6 @@ Tile tile_at(const Block& block, int64_t index) {
 }
 
 }  // namespace
-
-std::string instruction_set() { return kernels().name; }
 
 void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads) {
   check(block);
@@ -95,16 +64,16 @@ SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t colum
     return all;
   };
   const bool all_rows = widen(softmax.rows_lse, rows), all_columns = widen(softmax.columns_lse, columns);
-  // No logit exceeds its row's nor its column's log-sum-exp. With the highest at 2^60 and the lowest within 60 of it,
-  // neither power overflows, and what is flushed to zero is below 2^-126 of a share that is at most the weight.
-  // Only where neither has a loss may a logit be higher.
+  // No logit exceeds the log-sum-exp of its row or of its column, unless neither has a loss. One offset puts the highest at
+  // 2^60. If the lowest is within a factor 2^60 of it, no power overflows, and powers that flush to zero are below 2^-126 of
+  // a share that is at most the weight.
   one_offset = (all_rows || all_columns) && lowest <= highest && (highest - lowest) * kLog2E < 60;
   const double shared = std::rint(highest * kLog2E) - 60;
   const auto fill = [&](const double* lse, int64_t count, float* offsets, float* shares) {
     for (int64_t i = 0; i < count; ++i) {
       const bool counts = lse[i] != INFINITY;
       const double exact = lse[i] * kLog2E;
-      // Where there is no loss the offset is one from which any power is 0, as its share.
+      // Without a loss, the offset makes every power 0, and the share is 0 too.
       const double offset = one_offset ? shared : counts ? std::rint(exact) : 1e30;
       offsets[i] = static_cast<float>(offset);
       shares[i] = counts ? static_cast<float>(softmax.weight * std::exp2(offset - exact)) : 0.f;

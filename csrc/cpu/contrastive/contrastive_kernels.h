@@ -1,27 +1,28 @@
-// What contrastive.cpp runs on tiles of at most kTileColumns columns, compiled once per instruction set.
+// The kernels for tiles of at most kTileColumns columns, compiled once per instruction set and called by contrastive.cpp.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "csrc/contrastive.h"
+#include "csrc/cpu/simd/isa.h"
 
 namespace bclip::cpu {
 
-constexpr int64_t kTileColumns = 512;  // its sums and factors stay in L1
+constexpr int64_t kTileColumns = 512;  // the sums and factors of a tile stay in L1
 
 struct Tile {
   float* dots;
   int64_t stride, rows, columns;
-  int64_t first;  // column of row 0's positive, counted within the tile: negative or beyond it where outside
+  int64_t first;  // column of row 0's positive relative to the tile; may be outside it
 };
 
-// What a row or a column contributes to G: 2^(x * factor - offset) * share, with a whole-numbered offset.
+// The contribution of each row, or of each column, to G: 2^(x * factor - offset) * share, with a whole-numbered offset.
 struct Shares {
   const float *offsets, *shares;
 };
 
-// The groups of a tile that starts there.
+// The groups of the tile that starts at (row, column).
 inline Groups groups_at(const Groups& groups, int64_t row, int64_t column) {
   if (!groups.rows) return {};
   if (!groups.row_shares) return {groups.rows + row, groups.columns + column, nullptr, nullptr};
@@ -30,18 +31,18 @@ inline Groups groups_at(const Groups& groups, int64_t row, int64_t column) {
 
 struct GradientTile {
   double factor;
-  bool one_offset;  // the offsets of all rows and columns are the same, so one exponential serves both
+  bool one_offset;  // all rows and columns have the same offset, so one exponential serves both
   Shares rows, columns;
   const float* positive_grad;  // (rows,)
   Groups groups;
 };
 
-// The shares of all rows and columns of a problem, with the positives' gradient left apart.
+// The shares of all rows and columns of a block. The gradient of the positives is separate.
 struct SoftmaxShares {
   SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns);
   SoftmaxShares(const SoftmaxShares&) = delete;  // points into itself
 
-  // What a tile that starts there needs.
+  // The part for the tile that starts at (row, column).
   GradientTile tile(int64_t row, int64_t column) const;
 
  private:
@@ -69,17 +70,12 @@ struct SigmoidTileSums {
 };
 
 struct ContrastiveKernels {
-  const char* name;
-  // Writes rows (rows,); adds to columns (columns,).
+  // Writes `rows` and adds to `columns`.
   void (*exponential_sums)(const Tile&, double factor, float offset, float* rows, double* columns);
   void (*softmax_gradient)(const Tile&, const GradientTile&);
   SigmoidTileSums (*sigmoid_gradient)(const Tile&, const SigmoidTile&);
 };
 
-extern const ContrastiveKernels kPlainKernels;
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define BCLIP_X86_TARGETS 1
-extern const ContrastiveKernels kAvx2Kernels, kAvx512Kernels;
-#endif
+BCLIP_DECLARE_KERNELS(ContrastiveKernels, kContrastive, contrastive_kernels)
 
 }  // namespace bclip::cpu

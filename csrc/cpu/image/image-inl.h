@@ -1,18 +1,16 @@
-// The kernels of image_kernels.h. The including file has chosen the target and defined on 64 bytes in four lanes of 16:
+// The kernels of image_kernels.h. The including file chooses the target, and defines for 64 bytes in four lanes of 16:
 //   Bytes, Sums (sixteen 32-bit sums, Sums{} being 0)
 //   load(from), store(to, Bytes)                64 bytes
-//   load_lanes(a, b, c, d), store_lanes(Bytes, to)   16 bytes each from and to four places
+//   load_lanes(a, b, c, d), store_lanes(Bytes, to)   16 bytes each, from and to four addresses
 //   group(Bytes), ungroup(Bytes)                within lanes, RGB RGB RGB RGB x4 -> R4 G4 B4 x4, and RGBx x4 -> RGB x4
 //   interleave(const Bytes rows[4], Bytes columns[4])  lane by lane, columns[k] has bytes 4k..4k+3 of each row as quads
-//   add(Sums, Bytes, Quad)                      to each sum a quad of bytes times the coefficients
-//   round_to_bytes(const Sums[4])               lane by lane, the sums of lane l of all four, one after another
+//   add(Sums, Bytes, Quad)                      adds a quad of bytes times the coefficients to each sum
+//   round_to_bytes(const Sums[4])               lane by lane, the sums of that lane of all four, in order
 #pragma once
 
-namespace {
+namespace bclip::cpu::BCLIP_ISA {
 
-using bclip::cpu::kRowsAtOnce;
-using bclip::cpu::Quad;
-using bclip::cpu::Taps;
+namespace {
 
 void along(const uint8_t* const* rows, const Taps& taps, int num_groups, uint8_t* groups, uint8_t* const* out) {
   for (int64_t i = 0; i < num_groups; ++i) {
@@ -28,7 +26,7 @@ void along(const uint8_t* const* rows, const Taps& taps, int num_groups, uint8_t
       for (int q = 0; q < taps.num_quads; ++q) sum = add(sum, load(at + 64 * q), quads[q]);
       sums[i] = sum;
     }
-    // Each store's last four bytes are overwritten by the next one.
+    // The next store overwrites the last four bytes of this one.
     store_lanes(ungroup(round_to_bytes(sums)), to);
     for (auto& row : to) row += 12;
   }
@@ -55,3 +53,5 @@ void across(const uint8_t* const* rows, const Quad* quads, int num_quads, int64_
 }
 
 }  // namespace
+
+}  // namespace bclip::cpu::BCLIP_ISA

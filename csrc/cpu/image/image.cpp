@@ -11,7 +11,6 @@
 #include <jpeglib.h>
 #include <jerror.h>
 
-#include "csrc/contrastive.h"
 #include "csrc/image_edges.h"
 #include "csrc/cpu/image/image_kernels.h"
 #include "csrc/cpu/parallel.h"
@@ -19,14 +18,14 @@
 namespace bclip::cpu {
 namespace {
 
-// A progressive file can repeat scans without end; no real encoder writes more than a few dozen.
+// A progressive file can repeat scans without end. Real encoders write a few dozen at most.
 constexpr int kMaxScans = 500;
 
-// libjpeg reports errors by a callback that must not return, and C++ exceptions must not cross its C frames: so each
-// error jumps back to `run`, which throws. Between the two no object with a destructor may be made.
+// libjpeg reports errors through a callback that must not return, and C++ exceptions must not cross its C frames. So each
+// error jumps back to run(), which throws. No object with a destructor may be created between the two.
 class Reader {
  public:
-  // After Reader() there is an object, which is destroyed when the rest throws.
+  // The delegated constructor completes the object, so it is destroyed if the rest throws.
   explicit Reader(std::string_view data) : Reader() {
     run("not a JPEG", [&] {
       jpeg_create_decompress(&jpeg);
@@ -52,7 +51,7 @@ class Reader {
     run(kFailed, [&] { jpeg_start_decompress(&jpeg); });
   }
 
-  // `count` rows of jpeg.output_width RGB pixels.
+  // Reads `count` rows of jpeg.output_width RGB pixels.
   void read(uint8_t* const* rows, int count) {
     if (is_cmyk() && cmyk_.empty()) cmyk_.resize(size_t{4} * jpeg.output_width);
     run(kFailed, [&] {
@@ -91,8 +90,8 @@ class Reader {
 
   static void on_message(j_common_ptr jpeg, int level) {
     if (level >= 0) return;
-    // Damage inside the entropy-coded data can't be told from picture, but an end before the end can: libjpeg would
-    // paint the missing rows grey.
+    // Damage inside the entropy-coded data looks like image data, but a premature end is detectable. libjpeg would fill the
+    // missing rows with grey.
     if (jpeg->err->msg_code == JWRN_JPEG_EOF) fail(jpeg);
     jpeg->err->num_warnings++;
   }
@@ -111,8 +110,8 @@ class Reader {
     return static_cast<uint8_t>((product + (product >> 8)) >> 8);
   }
 
-  // Files hold CMYK inverted, as Adobe writes it. Pillow's conversion: red = k - round(k * cyan / 255) with k the light
-  // that black lets through.
+  // Files hold inverted CMYK, as Adobe writes it. This is Pillow's conversion: red = k - round(k * cyan / 255), where k is
+  // the light that black lets through.
   void to_rgb(const uint8_t* cmyk, uint8_t* rgb) const {
     for (unsigned x = 0; x < jpeg.output_width; ++x, cmyk += 4, rgb += 3) {
       for (int color = 0; color < 3; ++color) {
@@ -130,11 +129,10 @@ class Reader {
 
 const ResampleKernels& kernels() {
 #ifdef BCLIP_X86_TARGETS
-  static const std::string set = instruction_set();
-  if (set == "avx512" && __builtin_cpu_supports("avx512vnni")) return kVnniResample;
-  if (set != "plain") return kAvx2Resample;
+  if (has_vnni()) return vnni::kResample;
+  if (isa_in_use() != Isa::kPortable) return avx2::kResample;
 #endif
-  return kPlainResample;
+  return portable::kResample;
 }
 
 double cubic(double x) {
@@ -145,7 +143,7 @@ double cubic(double x) {
 
 double triangle(double x) { return x < 1 ? 1 - x : 0; }
 
-// The coefficients of an edge that was decoded at 1 / `reduced` of its length. Sums and roundings are in Pillow's order.
+// The coefficients for an edge that is decoded at 1 / `reduced` of its length. Sums and roundings have Pillow's order.
 class Axis {
  public:
   Axis(const Edge& edge, int reduced, int size, bool bicubic, int align) {
@@ -154,7 +152,7 @@ class Axis {
     const double length = static_cast<double>(edge.length) / reduced;
     const int last_pixel = static_cast<int>(std::ceil(from + length));
     const double scale = length / edge.resized, stretch = std::max(scale, 1.0), reach = (bicubic ? 2 : 1) * stretch;
-    // [low, high) of output i's window.
+    // The window [low, high) of output i.
     const auto window = [&](int i) {
       const double center = from + (edge.offset + i + 0.5) * scale;
       return std::pair{std::max(0, static_cast<int>(center - reach + 0.5)),
@@ -201,23 +199,24 @@ class Axis {
   const Quad* quads(int i) const { return quads_.data() + static_cast<size_t>(i) * num_quads; }
   int length() const { return ends.back(); }
 
-  int base = 0;  // in the decoded picture, of what the others count from
+  int base = 0;  // the pixel of the decoded image from which the other members count
   int count = 0;
   int num_quads = 0;
-  std::vector<int> ends;  // of each output's window
+  std::vector<int> ends;  // end of each output's window
 
  private:
   std::vector<int> first_;
   std::vector<Quad> quads_;
 };
 
-// Whether an approximation may decode at 1 / `reduced`: with 1.25 pixels to each of the result it is half a level off in
-// the mean on figures at 224, with 1.5 a quarter, with 1 nearly a whole one, and the fewer the faster.
+// Whether an approximation may decode at 1 / `reduced` of the size. Fewer decoded pixels are faster but less exact. On
+// figures at 224 pixels, 1.25 decoded pixels for each pixel of the result err by half a level in the mean, 1.5 pixels by a
+// quarter and 1 pixel by nearly one level.
 bool has_spare_pixels(const Edge& edge, int reduced) {
   return static_cast<double>(edge.length) >= 1.25 * static_cast<double>(reduced * edge.resized);
 }
 
-// Decodes four rows at a time and resamples them while they are in the first-level cache.
+// Decodes four rows at a time and resamples them while they are in the L1 cache.
 struct Rows {
   Reader& reader;
   const Axis &down, &along;
@@ -283,30 +282,30 @@ struct Rows {
   }
 };
 
-void decode_resize_one(std::string_view data, const DecodeResize& wanted, int64_t index, uint8_t* pixels) {
+void decode_resize_one(std::string_view data, const DecodeResize& options, int64_t index, uint8_t* pixels) {
   Reader reader(data);
   jpeg_decompress_struct& jpeg = reader.jpeg;
   const int64_t height = reader.height(), width = reader.width();
-  if (height * width > wanted.max_pixels) {
+  if (height * width > options.max_pixels) {
     throw std::invalid_argument("JPEG of " + std::to_string(width) + "x" + std::to_string(height) +
-                                " pixels exceeds the limit of " + std::to_string(wanted.max_pixels) + " pixels");
+                                " pixels exceeds the limit of " + std::to_string(options.max_pixels) + " pixels");
   }
   const auto [vertical, horizontal] =
-      edges(wanted.size, wanted.crop, wanted.boxes ? wanted.boxes + 4 * index : nullptr, height, width);
+      edges(options.size, options.crop, options.boxes ? options.boxes + 4 * index : nullptr, height, width);
   const auto may_reduce = [&, v = vertical, h = horizontal](int by) {
-    return !wanted.exact && has_spare_pixels(v, by) && has_spare_pixels(h, by);
+    return !options.exact && has_spare_pixels(v, by) && has_spare_pixels(h, by);
   };
   int reduced = 1;
   while (reduced < 8 && may_reduce(2 * reduced)) reduced *= 2;
-  const int size = wanted.size;
-  const Axis down(vertical, reduced, size, wanted.bicubic, 1), along(horizontal, reduced, size, wanted.bicubic, 4);
+  const int size = options.size;
+  const Axis down(vertical, reduced, size, options.bicubic, 1), along(horizontal, reduced, size, options.bicubic, 4);
   jpeg.scale_num = 1;
   jpeg.scale_denom = reduced;
   jpeg.do_fancy_upsampling = !may_reduce(reduced);
   reader.start();
   int first_column = along.base;
-  // Chroma upsampling looks at neighbours: two more columns on both sides make sure that they aren't the crop's edge. A
-  // progressive file's smoothing looks further.
+  // Chroma upsampling reads neighbouring columns, so two more columns on each side keep the edge of the crop away. The
+  // smoothing of a progressive file reads further, so such a file isn't cropped.
   const int left = std::max(0, along.base - 2);
   const int right = std::min(static_cast<int>(jpeg.output_width), along.base + along.length() + 2);
   if (!jpeg.progressive_mode && right - left < static_cast<int>(jpeg.output_width)) {
@@ -322,7 +321,7 @@ void decode_resize_one(std::string_view data, const DecodeResize& wanted, int64_
   } else {
     rows.along_first();
   }
-  // Faults behind the last row are found as `decode_jpeg` finds them.
+  // Detects faults after the last row, like decode_jpeg().
   if (jpeg.output_scanline == jpeg.output_height) reader.finish();
 }
 
@@ -352,14 +351,14 @@ void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width) 
 }
 
 std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<std::string_view>& files,
-                                                           const DecodeResize& wanted, uint8_t* pixels, int threads) {
+                                                           const DecodeResize& options, uint8_t* pixels, int threads) {
   std::vector<std::pair<int64_t, std::string>> errors;
   std::mutex mutex;
-  kernels();  // an unknown BCLIP_CPU_ISA is no fault of the files
+  kernels();  // throws for an unknown BCLIP_CPU_ISA, which is not a fault of a file
   parallel(static_cast<int64_t>(files.size()), threads, [&](int64_t index) {
-    const int64_t bytes = int64_t{3} * wanted.size * wanted.size;
+    const int64_t bytes = int64_t{3} * options.size * options.size;
     try {
-      decode_resize_one(files[index], wanted, index, pixels + index * bytes);
+      decode_resize_one(files[index], options, index, pixels + index * bytes);
     } catch (const std::exception& error) {
       std::memset(pixels + index * bytes, 0, bytes);
       const std::lock_guard<std::mutex> lock(mutex);

@@ -1,19 +1,13 @@
-// The resampling on AVX2: products of 16-bit numbers, so a coefficient is split into c = 4096 * high + low.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
+// Resampling on AVX2. It multiplies 16-bit numbers, so a coefficient is split into c = 4096 * high + low.
+#define BCLIP_ISA avx2
 #include "csrc/cpu/image/image_kernels.h"
+#include "csrc/cpu/simd/target.h"
 
-#ifdef BCLIP_X86_TARGETS
-#include <immintrin.h>
+#ifdef BCLIP_ISA_AVAILABLE
 
-// After the standard headers, whose inline functions are shared with code that runs on every machine.
-#pragma GCC target("avx2")
+namespace bclip::cpu::avx2 {
 
 namespace {
-
-using bclip::cpu::Quad;
 
 struct Bytes {
   __m256i halves[2];
@@ -89,8 +83,8 @@ inline Bytes round_to_bytes(const Sums* sums) {
   for (int i = 0; i < 2; ++i) {
     __m256i values[4];
     for (int k = 0; k < 4; ++k) {
-      const __m256i half = _mm256_set1_epi32(1 << (bclip::cpu::kPrecision - 1));
-      values[k] = _mm256_srai_epi32(_mm256_add_epi32(sums[k].halves[i], half), bclip::cpu::kPrecision);
+      const __m256i half = _mm256_set1_epi32(1 << (kPrecision - 1));
+      values[k] = _mm256_srai_epi32(_mm256_add_epi32(sums[k].halves[i], half), kPrecision);
     }
     bytes.halves[i] =
         _mm256_packus_epi16(_mm256_packs_epi32(values[0], values[1]), _mm256_packs_epi32(values[2], values[3]));
@@ -98,7 +92,7 @@ inline Bytes round_to_bytes(const Sums* sums) {
   return bytes;
 }
 
-// Of even and odd pixels apart: their bytes are got apart.
+// Even and odd pixels are separate, like their bytes in add().
 Quad pack(const int32_t* coefficients) {
   int16_t parts[8];
   for (int i = 0; i < 4; ++i) {
@@ -114,12 +108,14 @@ Quad pack(const int32_t* coefficients) {
 
 }  // namespace
 
+}  // namespace bclip::cpu::avx2
+
 #include "csrc/cpu/image/image-inl.h"
 
-namespace bclip::cpu {
+namespace bclip::cpu::avx2 {
 
-const ResampleKernels kAvx2Resample = {&::pack, &::along, &::across};
+const ResampleKernels kResample = {&pack, &along, &across};
 
-}  // namespace bclip::cpu
+}  // namespace bclip::cpu::avx2
 
 #endif

@@ -1,26 +1,27 @@
-// The resampling that image.cpp runs on rows of RGB bytes, compiled once per instruction set.
+// Resampling of rows of RGB bytes, compiled once per instruction set and called by image.cpp.
 //
-// Pillow's arithmetic, to the bit: coefficients are rounded to 22 binary places, a pass sums their products with bytes in
-// 32 bits, adds a half, shifts and clamps to a byte; rows are resampled along their length first, then one below another.
+// The arithmetic equals Pillow's bit for bit. Coefficients are rounded to 22 binary places. A pass sums their products with
+// bytes in 32 bits, adds one half, shifts and clamps to a byte. The first pass is along the rows, the second across them.
 #pragma once
 
 #include <cstdint>
 
-#include "csrc/cpu/contrastive/contrastive_kernels.h"
+#include "csrc/cpu/simd/isa.h"
 
 namespace bclip::cpu {
 
 constexpr int kPrecision = 22;
 constexpr int kRowsAtOnce = 4;
-constexpr int kPadding = 64;  // bytes that may be read and written beyond a row
+constexpr int kPadding = 64;  // bytes beyond a row that kernels may read and write
 
-// The coefficients of four neighbouring pixels, in the form that a kernel multiplies by.
+// The coefficients of four neighbouring pixels, in the kernel's own format.
 struct Quad {
   int32_t words[4];
 };
 
-// One axis: output i is the sum of `num_quads` quads of source pixels, the first of them at `first[i]`; coefficients of
-// pixels outside of its window are 0. Along rows `first` counts groups of four pixels, and `count` is a multiple of four.
+// One axis: output i is the sum over `num_quads` quads of source pixels, which begin at `first[i]`. Pixels outside the
+// window of an output have the coefficient 0. Along rows, `first` counts groups of four pixels, and `count` is a multiple
+// of four.
 struct Taps {
   const int* first;
   const Quad* quads;
@@ -30,15 +31,17 @@ struct Taps {
 
 struct ResampleKernels {
   Quad (*pack)(const int32_t* coefficients);
-  // Four rows to four rows of taps.count RGB pixels; `groups` holds 64 bytes for each four pixels that taps reach.
+  // Resamples four rows to four rows of taps.count RGB pixels. `groups` is scratch: 64 bytes for each four source pixels.
   void (*along)(const uint8_t* const* rows, const Taps& taps, int num_groups, uint8_t* groups, uint8_t* const* out);
-  // 4 * num_quads rows of `size` bytes to one.
+  // Resamples 4 * num_quads rows of `size` bytes to one row.
   void (*across)(const uint8_t* const* rows, const Quad* quads, int num_quads, int64_t size, uint8_t* out);
 };
 
-extern const ResampleKernels kPlainResample;
+// Each instruction set's unit defines its own. On AVX-512 without VNNI the kernels of AVX2 run.
+namespace portable { extern const ResampleKernels kResample; }
 #ifdef BCLIP_X86_TARGETS
-extern const ResampleKernels kAvx2Resample, kVnniResample;
+namespace avx2 { extern const ResampleKernels kResample; }
+namespace vnni { extern const ResampleKernels kResample; }
 #endif
 
 }  // namespace bclip::cpu

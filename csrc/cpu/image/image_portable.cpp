@@ -1,13 +1,13 @@
-// The resampling for whatever the compiler targets by itself.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
+// Resampling for any processor.
+#define BCLIP_ISA portable
 #include "csrc/cpu/image/image_kernels.h"
+#include "csrc/cpu/simd/target.h"
+
+#ifdef BCLIP_ISA_AVAILABLE
+
+namespace bclip::cpu::portable {
 
 namespace {
-
-using bclip::cpu::Quad;
 
 struct Bytes {
   uint8_t at[64];
@@ -67,8 +67,8 @@ inline Bytes round_to_bytes(const Sums* sums) {
   Bytes bytes;
   for (int lane = 0; lane < 4; ++lane)
     for (int i = 0; i < 16; ++i) {
-      const int32_t sum = sums[i / 4].at[4 * lane + i % 4] + (1 << (bclip::cpu::kPrecision - 1));
-      bytes.at[16 * lane + i] = static_cast<uint8_t>(std::clamp(sum >> bclip::cpu::kPrecision, 0, 255));
+      const int32_t sum = sums[i / 4].at[4 * lane + i % 4] + (1 << (kPrecision - 1));
+      bytes.at[16 * lane + i] = static_cast<uint8_t>(std::clamp(sum >> kPrecision, 0, 255));
     }
   return bytes;
 }
@@ -79,10 +79,14 @@ Quad pack(const int32_t* coefficients) {
 
 }  // namespace
 
+}  // namespace bclip::cpu::portable
+
 #include "csrc/cpu/image/image-inl.h"
 
-namespace bclip::cpu {
+namespace bclip::cpu::portable {
 
-const ResampleKernels kPlainResample = {&::pack, &::along, &::across};
+const ResampleKernels kResample = {&pack, &along, &across};
 
-}  // namespace bclip::cpu
+}  // namespace bclip::cpu::portable
+
+#endif

@@ -1,57 +1,47 @@
 // The products of linear layers on the matrix unit of x86 (AMX).
 //
-// The right operand is packed once, whole. A task then owns a block of the result, whose sums stay in L2 beside a block
-// of the right operand, while the depth passes by in blocks. Rows of the left operand are read where they lie; where it
-// is transposed, a task packs its rows of a block of the depth first. While the matrix unit multiplies 32 x 32 numbers,
-// the vector units round those that it had before, and what will be touched is fetched.
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <stdexcept>
-
-#include "csrc/contrastive.h"
-#include "csrc/matmul.h"
-#include "csrc/cpu/contrastive/contrastive_kernels.h"
+// The right operand is packed once. A task then owns a block of the result, whose sums stay in L2 beside a block of the
+// right operand, and goes through the depth in blocks. It reads rows of the left operand in place; if that operand is
+// transposed, the task first packs its rows of a block of the depth. While the matrix unit computes 32 x 32 elements, the
+// vector units round the previous ones, and the operands of the next product are prefetched.
+#define BCLIP_ISA amx
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/simd/target.h"
+#include "csrc/matmul.h"
 
-#if defined(BCLIP_X86_TARGETS) && defined(__linux__)
+#ifdef BCLIP_ISA_AVAILABLE
 
-#include <immintrin.h>
-
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
-#pragma GCC target("prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
-
-#define BCLIP_AVX512 1
 #include "csrc/cpu/simd/amx.h"
 
 namespace bclip::cpu {
 
+namespace amx {
+
 namespace {
 
-constexpr int64_t kWholeSteps = 24;   // a depth taken as one block: its sums never wait in memory
-constexpr int64_t kBlockSteps = 16;   // of a longer one: 32 KiB of 32 rows of the left operand, which stay in L1
+constexpr int64_t kWholeSteps = 24;   // the longest depth that is one block, so that no sums go to memory in between
+constexpr int64_t kBlockSteps = 16;   // for a longer depth: 32 rows of the left operand are 32 KiB and stay in L1
 
-// Panels of a task at most. Each row of tasks reads the whole right operand from L3, so tasks are tall; but where the
-// left operand is transposed, each column of tasks packs it anew.
+// The largest task, in panels. Each row of tasks reads the whole right operand from L3, so tasks are tall. With a
+// transposed left operand each column of tasks packs it again, so tasks are wider.
 struct Shape {
   int64_t tall, wide;
 };
 constexpr Shape kShape = {12, 16}, kTransposedShape = {8, 24};
 
-// The smallest even share of `size` that is at most `most`.
+// The size of equal parts of `size`, in the smallest number of parts that keeps each at `most` or less.
 int64_t even_share(int64_t size, int64_t most) {
   const int64_t parts = std::max<int64_t>((size + most - 1) / most, 1);
   return std::max<int64_t>((size + parts - 1) / parts, 1);
 }
 
-constexpr int64_t kAhead = 2;  // blocks that are fetched before they are packed
+constexpr int64_t kAhead = 2;  // blocks between prefetching and packing
 
-// [columns / 32][depth / 32] blocks.
+// Packs the right operand into [columns / 32][depth / 32] blocks.
 template <typename AnyFeatures>
-void pack_right(const AnyFeatures& right, const Product& product, int threads) {
-  const int64_t steps = panels(product.depth), column_panels = panels(product.columns);
-  // By rows of the source, which lie together.
+void pack_right(const AnyFeatures& right, const LinearProduct& product, int threads) {
+  const int64_t steps = panels_of(product.depth), column_panels = panels_of(product.columns);
+  // A task takes rows of the source, which are contiguous.
   parallel(product.right_transposed ? column_panels : steps, threads, [&](int64_t task) {
     const int64_t row = task * kPanel, count = product.right_transposed ? steps : column_panels;
     for (int64_t other = 0; other < count; ++other) {
@@ -64,7 +54,7 @@ void pack_right(const AnyFeatures& right, const Product& product, int threads) {
   });
 }
 
-// The left operand's [2][16 rows][32 k] from 32 rows of its transposed, k, at 32 of their columns; adds these to sums.
+// Packs [2][16 rows][32 k] of the left operand from 32 rows k and 32 columns of its transpose. Adds the columns to the sums.
 BCLIP_INLINE void pack_transposed_step(const Features& left, int64_t k, int64_t row, uint16_t* packed, bool with_sums,
                                        __m512& low_sum, __m512& high_sum) {
   __m512i low[16], high[16];
@@ -88,8 +78,8 @@ BCLIP_INLINE void pack_transposed_step(const Features& left, int64_t k, int64_t 
   }
 }
 
-// Packs `count` steps of 32 rows of the left operand from `step` on; `sums` (32) are added to, or null.
-void pack_left(const Product& product, int64_t row, int64_t step, int64_t count, uint16_t* packed, float* sums) {
+// Packs `count` steps of 32 rows of the left operand from `step` on. Adds the rows to `sums` (32,), unless it is null.
+void pack_left(const LinearProduct& product, int64_t row, int64_t step, int64_t count, uint16_t* packed, float* sums) {
   __m512 low = _mm512_setzero_ps(), high = low;
   for (const int64_t end = step + count; step < end; ++step, packed += kStep) {
     if (product.left_transposed) {
@@ -107,15 +97,15 @@ void pack_left(const Product& product, int64_t row, int64_t step, int64_t count,
   _mm512_storeu_ps(sums + kHalf, _mm512_add_ps(_mm512_loadu_ps(sums + kHalf), high));
 }
 
-// Writes 32 x 32 sums, with the bias, as rows of the result, one at a call.
+// Writes 32 x 32 sums plus the bias to the result, one row per call.
 struct Finisher {
-  explicit Finisher(const Product& of) : product(of) {
+  explicit Finisher(const LinearProduct& of) : product(of) {
     const auto place = reinterpret_cast<uintptr_t>(of.result);
     whole_lines = of.columns % kPanel == 0 && place % 64 == 0;
   }
 
-  const Product& product;
-  bool whole_lines;  // which are written past the caches, and so needn't be read before
+  const LinearProduct& product;
+  bool whole_lines;  // rows are whole cache lines, so streaming stores bypass the caches
   const float* sums = nullptr;
   int64_t row = 0, end = 0, column = 0;
   __mmask32 present = 0;
@@ -160,8 +150,8 @@ struct Finisher {
   }
 };
 
-// Of a thread: packed steps of the left operand, and 32 x 32 sums, as many as any product needs. It is kept, as the
-// kernel takes longer to give a thread the pages than a small product takes.
+// The memory of a thread: packed steps of the left operand, and 32 x 32 sums, as many as any product needs. Threads keep it,
+// because the kernel needs more time to map the pages than a small product takes.
 struct Memory {
   const Scratch<uint16_t> left{kShape.tall * kWholeSteps * kStep};
   const Scratch<float> sums{kShape.tall * kShape.wide * kStep};
@@ -169,15 +159,15 @@ struct Memory {
 static_assert(kTransposedShape.tall <= kShape.tall && kBlockSteps <= kWholeSteps &&
               kTransposedShape.tall * kTransposedShape.wide <= kShape.tall * kShape.wide);
 
-// The steps of a block of the depth.
+// The number of steps in a block of the depth.
 int64_t block_steps(int64_t depth) {
-  return even_share(panels(depth), panels(depth) <= kWholeSteps ? kWholeSteps : kBlockSteps);
+  return even_share(panels_of(depth), panels_of(depth) <= kWholeSteps ? kWholeSteps : kBlockSteps);
 }
 
-// Row panels [begin, end) x column panels [from, to).
-void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t from, int64_t to,
+// Computes row panels [begin, end) x column panels [from, to) of the result.
+void multiply_block(const LinearProduct& product, int64_t begin, int64_t end, int64_t from, int64_t to,
                     const Memory& memory) {
-  const int64_t steps = panels(product.depth), share = block_steps(product.depth), wide = to - from;
+  const int64_t steps = panels_of(product.depth), share = block_steps(product.depth), wide = to - from;
   float left_sums[kTransposedShape.tall][kPanel] = {};
   const bool sums_left = product.left_sums && from == 0;
   const auto packed = [&](int64_t panel) { return memory.left.data + (panel - begin) * share * kStep; };
@@ -189,7 +179,7 @@ void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t 
   for (int64_t block = 0; block < std::max<int64_t>(steps, 1); block += share) {
     const int64_t block_end = std::min(block + share, steps), count = block_end - block;
     const bool last = block_end == steps;
-    const int64_t rows = count ? (kPanel + count - 1) / count : 0;  // to write in a step
+    const int64_t rows = count ? (kPanel + count - 1) / count : 0;  // rows to write after each step
     for (int64_t panel = begin; panel < end; ++panel)
       if (!lies_in_rows(panel))
         pack_left(product, panel * kPanel, block, count, packed(panel), sums_left ? left_sums[panel - begin] : nullptr);
@@ -204,12 +194,12 @@ void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t 
             memory.sums.data + (share < steps ? (panel - begin) * wide + other - from : unit % 2) * kStep;
         const uint16_t* const right = product.workspace + (other * steps + block) * kStep;
         multiply(left, right, count, sums, block > 0, [&](int64_t step) {
-          if (panel == begin) {  // later ones find it in L2
+          if (panel == begin) {  // later panels find it in L2
             const char* const ahead = reinterpret_cast<const char*>(right + (steps + step) * kStep);
             for (int64_t i = 0; i < kPanel; ++i) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
           }
           if (fetches) {
-            const int64_t moment = (other - from) * count + step;  // of wide * count, for count times 32 rows
+            const int64_t moment = (other - from) * count + step;  // one of wide * count, which share count * 32 rows
             for (int64_t i = moment * kPanel / wide; i < (moment + 1) * kPanel / wide; ++i)
               _mm_prefetch(reinterpret_cast<const char*>(source(kPanel + i % kPanel, i / kPanel)), _MM_HINT_T1);
           }
@@ -229,14 +219,18 @@ void multiply_block(const Product& product, int64_t begin, int64_t end, int64_t 
 
 }  // namespace
 
-int64_t product_workspace(int64_t columns, int64_t depth) { return padded(columns) * padded(depth); }
+}  // namespace amx
 
-void amx_product(const Product& product, int threads) {
+using namespace amx;
+
+int64_t linear_workspace(int64_t columns, int64_t depth) { return padded(columns) * padded(depth); }
+
+void linear(const LinearProduct& product, int threads) {
   if (!has_amx()) throw std::invalid_argument("linear: this machine has no AMX, or Linux denies it");
   if (product.rows < 0 || product.columns < 0 || product.depth < 0)
     throw std::invalid_argument("linear: a product has negative sizes");
   if (product.left_sums && !product.left_transposed)
-    throw std::invalid_argument("linear: sums are of a transposed left operand alone");
+    throw std::invalid_argument("linear: left_sums needs a transposed left operand");
   if (reinterpret_cast<uintptr_t>(product.workspace) % 64)
     throw std::invalid_argument("linear: the workspace isn't aligned to 64 bytes");
   const int64_t count = product.right_transposed ? product.columns : product.depth;
@@ -245,23 +239,23 @@ void amx_product(const Product& product, int threads) {
     pack_right(SingleFeatures{static_cast<const float*>(product.right), count, width}, product, threads);
   else
     pack_right(Features{static_cast<const uint16_t*>(product.right), count, width}, product, threads);
-  const int64_t row_panels = panels(product.rows), column_panels = panels(product.columns);
+  const int64_t row_panels = panels_of(product.rows), column_panels = panels_of(product.columns);
   const Shape most = product.left_transposed ? kTransposedShape : kShape;
   const int64_t wide = even_share(column_panels, most.wide), num_columns = (column_panels + wide - 1) / wide;
-  // Two tasks for each thread at least, where there are so many rows.
+  // At least two tasks for each thread, if there are enough rows.
   const int64_t fair = row_panels * num_columns / (2 * std::max(threads, 1));
   const int64_t tall = even_share(row_panels, std::clamp<int64_t>(fair, 1, most.tall));
   const int64_t num_rows = (row_panels + tall - 1) / tall;
   std::atomic<int64_t> next{0};
   parallel(std::min<int64_t>(num_rows * num_columns, threads), threads, [&](int64_t) {
-    const Unit unit;
+    const AmxSession unit;
     thread_local const Memory memory;
     for (int64_t task; (task = next.fetch_add(1)) < num_rows * num_columns;) {
       const int64_t row = task % num_rows * tall, column = task / num_rows * wide;
       multiply_block(product, row, std::min(row + tall, row_panels), column, std::min(column + wide, column_panels),
                      memory);
     }
-    _mm_sfence();  // other threads are to see what was written past the caches
+    _mm_sfence();  // makes the streaming stores visible to other threads
   });
 }
 
@@ -271,9 +265,9 @@ void amx_product(const Product& product, int threads) {
 
 namespace bclip::cpu {
 
-int64_t product_workspace(int64_t, int64_t) { throw std::invalid_argument("linear: built without AMX"); }
+int64_t linear_workspace(int64_t, int64_t) { throw std::invalid_argument("linear: built without AMX"); }
 
-void amx_product(const Product&, int) { throw std::invalid_argument("linear: built without AMX"); }
+void linear(const LinearProduct&, int) { throw std::invalid_argument("linear: built without AMX"); }
 
 }  // namespace bclip::cpu
 

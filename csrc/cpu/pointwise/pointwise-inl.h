@@ -1,36 +1,31 @@
-// The kernels of pointwise_kernels.h, for the target that the including file has chosen.
+// The pointwise kernels.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "csrc/cpu/simd/vec.h"
 #include "csrc/cpu/pointwise/pointwise_kernels.h"
+#include "csrc/cpu/simd/bf16.h"
+#include "csrc/cpu/simd/math.h"
+#include "csrc/cpu/simd/philox_vec.h"
+
+namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-using bclip::cpu::AddNorm;
-using bclip::cpu::AddNormGradient;
-using bclip::cpu::Dropout;
-using bclip::cpu::Values;
-
+// The values from number `index` on.
 BCLIP_INLINE Values row_of(const Values& values, int64_t index) {
   return {values.at ? static_cast<char*>(values.at) + index * (values.half ? 2 : 4) : nullptr, values.half};
 }
 
-// `count` values as floats, zeros after them up to whole lanes: in `buffer`, unless they lie so already.
+// `count` values as floats, with zeros after them up to a whole vector. Uses `buffer` unless memory holds them like that.
 BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffer) {
   const int64_t whole = count / kLanes * kLanes;
   if (!from.half && whole == count) return static_cast<const float*>(from.at);
-  if (whole < count) store(buffer + whole, Lanes{});
+  if (whole < count) Store(buffer + whole, Lanes{});
   if (!from.half) {
     std::memcpy(buffer, from.at, count * sizeof(float));
     return buffer;
   }
   const uint16_t* const halves = static_cast<const uint16_t*>(from.at);
-  for (int64_t j = 0; j < whole; j += kLanes) store(buffer + j, load(halves + j));
+  for (int64_t j = 0; j < whole; j += kLanes) Store(buffer + j, Load(halves + j));
   for (int64_t j = whole; j < count; ++j) {
     const uint32_t bits = static_cast<uint32_t>(halves[j]) << 16;
     std::memcpy(buffer + j, &bits, sizeof bits);
@@ -38,11 +33,12 @@ BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffe
   return buffer;
 }
 
-// Where to put `count` floats, in whole lanes, for settle() to bring to `to`.
+// Where to write `count` floats, in whole vectors, before settle() stores them to `to`.
 BCLIP_INLINE float* place(const Values& to, int64_t count, float* buffer) {
   return to.half || count % kLanes ? buffer : static_cast<float*>(to.at);
 }
 
+// Stores `count` floats to `to`, rounded if it is bfloat16.
 BCLIP_INLINE void settle(const Values& to, int64_t count, const float* from) {
   if (from == to.at) return;
   if (!to.half) {
@@ -51,59 +47,52 @@ BCLIP_INLINE void settle(const Values& to, int64_t count, const float* from) {
   }
   uint16_t* const halves = static_cast<uint16_t*>(to.at);
   const int64_t whole = count / kLanes * kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes) store(halves + j, load(from + j));
+  for (int64_t j = 0; j < whole; j += kLanes) Store(halves + j, Load(from + j));
   if (whole == count) return;
   uint16_t last[kLanes];
-  store(last, load(from + whole));
+  Store(last, Load(from + whole));
   std::memcpy(halves + whole, last, (count - whole) * sizeof(uint16_t));
 }
 
-// keep of one row: 0 or `kept`, columns rounded up to 32. Eight counters go at a time, in an order from which two
-// interleavings bring their words into that of the columns.
+// Writes `keep` of one row: 0 or `kept` for each column, rounded up to 32 columns. Eight counters go at a time.
 void fill_keep(const Dropout& dropout, int64_t row, int64_t columns, float* keep) {
-  const Lanes kept = splat(dropout.kept);
+  const Lanes kept = Set(dropout.kept);
   for (int64_t start = 0; start < columns; start += 2 * kLanes) {
-    constexpr uint64_t order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-    WideWords a = load_as<WideWords>(order) + static_cast<uint64_t>(start / 4);
-    WideWords b = WideWords{} + static_cast<uint64_t>(row), c = {}, d = {};
-    uint32_t low = static_cast<uint32_t>(dropout.seed), high = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
-      const WideWords first = times(a, 0xD2511F53u), second = times(c, 0xCD9E8D57u);
-      a = (second >> 32) ^ b ^ low;
-      c = (first >> 32) ^ d ^ high;
-      b = second;
-      d = first;
-    }
-    const WideWords ab = (a & 0xFFFFFFFF) | b << 32, cd = (c & 0xFFFFFFFF) | d << 32;
-    const Words left = as<Words>(interleave<false>(ab, cd)), right = as<Words>(interleave<true>(ab, cd));
-    store(keep + start, select(left < dropout.drop_below, Lanes{}, kept));
-    store(keep + start + kLanes, select(right < dropout.drop_below, Lanes{}, kept));
+    PhiloxVec random = {LoadAs<WideWords>(kPhiloxOrder) + static_cast<uint64_t>(start / 4),
+                        WideWords{} + static_cast<uint64_t>(row), {}, {}};
+    uint32_t key0 = static_cast<uint32_t>(dropout.seed), key1 = static_cast<uint32_t>(dropout.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxStep0, key1 += kPhiloxStep1)
+      random.Round(key0, key1);
+    Words left, right;
+    random.Interleaved(left, right);
+    Store(keep + start, IfThenElse(left < dropout.drop_below, Lanes{}, kept));
+    Store(keep + start + kLanes, IfThenElse(right < dropout.drop_below, Lanes{}, kept));
   }
 }
 
 struct Moments {
-  float mean, inverse;  // of the deviation
+  float mean, inv_std;
 };
 
-// sum over j of term(lanes at j, j), four sums at a time.
+// The sum over j of term(vector at j, j), with four partial sums.
 template <typename Term>
 BCLIP_INLINE float sum_of(const float* row, int64_t columns, const Term& term) {
   Lanes totals[4] = {};
   int64_t j = 0;
   for (; j + 4 * kLanes <= columns; j += 4 * kLanes)
-    for (int i = 0; i < 4; ++i) totals[i] += term(load(row + j + i * kLanes), j + i * kLanes);
-  for (; j < columns; j += kLanes) totals[0] += term(load(row + j), j);
-  return sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
+    for (int i = 0; i < 4; ++i) totals[i] += term(Load(row + j + i * kLanes), j + i * kLanes);
+  for (; j < columns; j += kLanes) totals[0] += term(Load(row + j), j);
+  return ReduceSum((totals[0] + totals[1]) + (totals[2] + totals[3]));
 }
 
-// Two passes over a row in L1: the one-pass form loses what the mean and the spread differ by.
+// Takes two passes over a row in L1. With one pass, a mean that is large beside the deviation would cost precision.
 BCLIP_INLINE Moments moments(const float* row, int64_t columns, double eps) {
   const float mean = sum_of(row, columns, [](Lanes lanes, int64_t) { return lanes; }) / columns;
   const int64_t whole = columns / kLanes * kLanes;
   float squares = sum_of(row, whole, [&](Lanes lanes, int64_t) { return (lanes - mean) * (lanes - mean); });
   if (whole < columns) {
-    const Lanes centred = zero_from(load(row + whole) - mean, columns - whole);
-    squares += sum(centred * centred);
+    const Lanes centred = KeepFirstN(Load(row + whole) - mean, columns - whole);
+    squares += ReduceSum(centred * centred);
   }
   return {mean, static_cast<float>(1 / std::sqrt(static_cast<double>(squares) / columns + eps))};
 }
@@ -123,17 +112,17 @@ void add_norm(const AddNorm& norm, int64_t first, int64_t last, float* scratch) 
       if (norm.dropout.drop_below) {
         fill_keep(norm.dropout, row, columns, keep);
         for (int64_t j = 0; j < columns; j += kLanes)
-          store(sums + j, load(total + j) + load(branch + j) * load(keep + j));
+          Store(sums + j, Load(total + j) + Load(branch + j) * Load(keep + j));
       } else {
-        for (int64_t j = 0; j < columns; j += kLanes) store(sums + j, load(total + j) + load(branch + j));
+        for (int64_t j = 0; j < columns; j += kLanes) Store(sums + j, Load(total + j) + Load(branch + j));
       }
       settle(to, columns, sums);
-      total = to.half ? floats(to, columns, own) : sums;  // the rounded sum is what goes on
+      total = to.half ? floats(to, columns, own) : sums;  // later operations take the rounded sum
     }
     const Moments moment = moments(total, columns, norm.eps);
-    const Lanes mean = splat(moment.mean), inverse = splat(moment.inverse);
+    const Lanes mean = Set(moment.mean), inv_std = Set(moment.inv_std);
     for (int64_t j = 0; j < columns; j += kLanes)
-      store(other + j, (load(total + j) - mean) * inverse * load(weight + j) + load(bias + j));
+      Store(other + j, (Load(total + j) - mean) * inv_std * Load(weight + j) + Load(bias + j));
     settle(row_of(norm.normed, start), columns, other);
     if (norm.wide.at) settle(row_of(norm.wide, start), columns, other);
   }
@@ -150,31 +139,31 @@ void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last,
     const int64_t start = row * columns;
     const float* const total = floats(row_of(norm.total, start), columns, own);
     const Moments moment = moments(total, columns, norm.eps);
-    const Lanes mean = splat(moment.mean), inverse = splat(moment.inverse);
+    const Lanes mean = Set(moment.mean), inv_std = Set(moment.inv_std);
     const float* upstream = some.at ? floats(row_of(some, start), columns, other) : other;
     if (norm.grad.at && norm.wide_grad.at) {
       const float* const wide = floats(row_of(norm.wide_grad, start), columns, third);
-      for (int64_t j = 0; j < columns; j += kLanes) store(other + j, load(upstream + j) + load(wide + j));
+      for (int64_t j = 0; j < columns; j += kLanes) Store(other + j, Load(upstream + j) + Load(wide + j));
       upstream = other;
     }
     Lanes all = {}, along = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Lanes g = load(upstream + j), x = (load(total + j) - mean) * inverse, h = g * load(weight + j);
+      const Lanes g = Load(upstream + j), x = (Load(total + j) - mean) * inv_std, h = g * Load(weight + j);
       all += h;
       along += h * x;
-      store(weight_sums + j, load(weight_sums + j) + g * x);
-      store(bias_sums + j, load(bias_sums + j) + g);
+      Store(weight_sums + j, Load(weight_sums + j) + g * x);
+      Store(bias_sums + j, Load(bias_sums + j) + g);
     }
-    const Lanes mean_of_h = splat(sum(all) / columns), mean_of_hx = splat(sum(along) / columns);
+    const Lanes mean_of_h = Set(ReduceSum(all) / columns), mean_of_hx = Set(ReduceSum(along) / columns);
     const Values to = row_of(norm.stream_grad, start);
     float* const result = place(to, columns, own);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const Lanes x = (load(total + j) - mean) * inverse, h = load(upstream + j) * load(weight + j);
-      store(result + j, (h - mean_of_h - x * mean_of_hx) * inverse);
+      const Lanes x = (Load(total + j) - mean) * inv_std, h = Load(upstream + j) * Load(weight + j);
+      Store(result + j, (h - mean_of_h - x * mean_of_hx) * inv_std);
     }
     if (norm.total_grad.at) {
       const float* const more = floats(row_of(norm.total_grad, start), columns, third);
-      for (int64_t j = 0; j < columns; j += kLanes) store(result + j, load(result + j) + load(more + j));
+      for (int64_t j = 0; j < columns; j += kLanes) Store(result + j, Load(result + j) + Load(more + j));
     }
     settle(to, columns, result);
     if (!norm.branch_grad.at) continue;
@@ -184,17 +173,17 @@ void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last,
       continue;
     }
     fill_keep(norm.dropout, row, columns, keep);
-    for (int64_t j = 0; j < columns; j += kLanes) store(keep + j, load(result + j) * load(keep + j));
+    for (int64_t j = 0; j < columns; j += kLanes) Store(keep + j, Load(result + j) * Load(keep + j));
     settle(branch, columns, keep);
   }
 }
 
-// Of x from 1 to infinity.
+// 1 / x for x from 1 to infinity.
 BCLIP_INLINE Lanes reciprocal(Lanes x) {
 #ifdef BCLIP_AVX512
   const Lanes near = (Lanes)_mm512_rcp14_ps((__m512)x);
-  // Infinity's is 0, which the refinement would multiply with it.
-  return select(near > 0.f, near * (2.f - x * near), near);
+  // The reciprocal of infinity is 0; the refinement would turn it into NaN.
+  return IfThenElse(near > 0.f, near * (2.f - x * near), near);
 #else
   return 1.f / x;
 #endif
@@ -204,37 +193,37 @@ struct Normal {
   Lanes below, density;  // Phi(x), and phi(x) sqrt(2 pi)
 };
 
-// Abramowitz and Stegun 7.1.26 for erfc(|x| / sqrt 2), 1.5e-7 absolute; torch's vectors use the same.
+// Abramowitz and Stegun 7.1.26 for erfc(|x| / sqrt 2), with an absolute error of 1.5e-7. torch's vector code uses it too.
 BCLIP_INLINE Normal normal(Lanes x, const Factor& factor) {
-  const Lanes density = exp2_affine(x * x, factor, Lanes{});
-  const Lanes t = reciprocal(0.23164189f * abs(x) + 1.f);  // 0.3275911 / sqrt 2
-  Lanes tail = splat(1.061405429f);
+  const Lanes density = Exp2Affine(x * x, factor, Lanes{});
+  const Lanes t = reciprocal(0.23164189f * Abs(x) + 1.f);  // 0.3275911 / sqrt 2
+  Lanes tail = Set(1.061405429f);
   tail = tail * t - 1.453152027f;
   tail = tail * t + 1.421413741f;
   tail = tail * t - 0.284496736f;
   tail = tail * t + 0.254829592f;
   tail = tail * t * density * 0.5f;
-  return {select(x < 0.f, tail, 1.f - tail), density};
+  return {IfThenElse(x < 0.f, tail, 1.f - tail), density};
 }
 
-// out = of(lanes of x, lanes of y) for values [first, last), all of one dtype.
-template <typename Of>
-BCLIP_INLINE void each(const Values& x, const Values& y, const Values& out, int64_t first, int64_t last, const Of& of) {
+// out = function(x, y) for values [first, last), all of one dtype.
+template <typename Function>
+BCLIP_INLINE void each(const Values& x, const Values& y, const Values& out, int64_t first, int64_t last, const Function& function) {
   const int64_t whole = first + (last - first) / kLanes * kLanes;
   if (x.half) {
     const uint16_t *const a = static_cast<const uint16_t*>(x.at), *const b = static_cast<const uint16_t*>(y.at);
     uint16_t* const to = static_cast<uint16_t*>(out.at);
-    for (int64_t i = first; i < whole; i += kLanes) store(to + i, of(load(a + i), load(b + i)));
+    for (int64_t i = first; i < whole; i += kLanes) Store(to + i, function(Load(a + i), Load(b + i)));
   } else {
     const float *const a = static_cast<const float*>(x.at), *const b = static_cast<const float*>(y.at);
     float* const to = static_cast<float*>(out.at);
-    for (int64_t i = first; i < whole; i += kLanes) store(to + i, of(load(a + i), load(b + i)));
+    for (int64_t i = first; i < whole; i += kLanes) Store(to + i, function(Load(a + i), Load(b + i)));
   }
   if (whole == last) return;
   float one[kLanes] = {}, two[kLanes] = {};
   const int64_t left = last - whole;
-  const Lanes a = load(floats(row_of(x, whole), left, one)), b = load(floats(row_of(y, whole), left, two));
-  store(one, of(a, b));
+  const Lanes a = Load(floats(row_of(x, whole), left, one)), b = Load(floats(row_of(y, whole), left, two));
+  Store(one, function(a, b));
   settle(row_of(out, whole), left, one);
 }
 
@@ -252,3 +241,5 @@ void gelu_backward(Values grad, Values x, Values out, int64_t first, int64_t las
 }
 
 }  // namespace
+
+}  // namespace bclip::cpu::BCLIP_ISA

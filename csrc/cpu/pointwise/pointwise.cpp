@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "csrc/contrastive.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/cpu/pointwise/pointwise_kernels.h"
 
@@ -13,17 +11,10 @@ namespace bclip::cpu {
 
 namespace {
 
-constexpr int64_t kRows = 32;       // of a task: sums over rows are taken within tasks, then over them
-constexpr int64_t kValues = 16384;  // of a task of gelu
+constexpr int64_t kRows = 32;       // rows of a task: sums over rows are first taken within tasks, then over tasks
+constexpr int64_t kValues = 16384;  // values of a task of gelu
 
-const PointwiseKernels& kernels() {
-#ifdef BCLIP_X86_TARGETS
-  static const std::string set = instruction_set();
-  if (set == "avx512") return kAvx512Pointwise;
-  if (set == "avx2") return kAvx2Pointwise;
-#endif
-  return kPlainPointwise;
-}
+const PointwiseKernels& kernels() { return pointwise_kernels(isa_in_use()); }
 
 int64_t num_tasks(int64_t count, int64_t each) {
   if (count < 0) throw std::invalid_argument("pointwise: a size is negative");

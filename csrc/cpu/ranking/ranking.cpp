@@ -1,4 +1,7 @@
-// Which dot products exceed a bound: nearly all are decided in bfloat16, the rest in double precision (ranking.h).
+// Dot products that exceed a bound (ranking.h): nearly all are decided in bfloat16, the rest in double precision.
+#define BCLIP_ISA amx
+#include "csrc/ranking.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -6,10 +9,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "csrc/contrastive.h"
-#include "csrc/ranking.h"
-#include "csrc/cpu/contrastive/contrastive_kernels.h"
 #include "csrc/cpu/parallel.h"
+#include "csrc/cpu/simd/isa.h"
 
 namespace bclip::cpu {
 
@@ -50,22 +51,20 @@ void dot_products(const float* left, const float* right, int64_t columns, int64_
 
 }  // namespace bclip::cpu
 
-#if defined(BCLIP_X86_TARGETS) && defined(__linux__)
+// From here on the code is for the matrix unit.
+#include "csrc/cpu/simd/target.h"
 
-#include <immintrin.h>
+#ifdef BCLIP_ISA_AVAILABLE
 
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
-
-#define BCLIP_AVX512 1
-#include "csrc/cpu/simd/amx_sweep.h"
+#include "csrc/cpu/simd/amx_tiles.h"
 
 namespace bclip::cpu {
 
+namespace amx {
+
 namespace {
 
-// What `sweep` does with the dot products: counts what is decided, lists what isn't.
+// Counts the dot products that are decided, and lists the undecided pairs.
 class Deciding {
  public:
   static constexpr bool kWithGradient = false;
@@ -75,13 +74,13 @@ class Deciding {
   void begin_block(int64_t, int64_t) {}
   void begin_panel() {}
 
-  inline __attribute__((always_inline)) void row(const Place& place, int64_t i, const float* dots, uint16_t*) {
-    const int64_t row = place.row + i;
+  inline __attribute__((always_inline)) void row(const TilePosition& position, int64_t i, const float* dots, uint16_t*) {
+    const int64_t row = position.row + i;
     const __m512 low = _mm512_set1_ps(all_.row_low[row]), high = _mm512_set1_ps(all_.row_high[row]);
     uint32_t above = 0, open_row = 0, open_column = 0;
     for (int64_t half = 0; half < 2; ++half) {
-      const int64_t column = place.column + half * kHalf;
-      const __mmask16 present = half_of(place.columns, half);
+      const int64_t column = position.column + half * kHalf;
+      const __mmask16 present = half_of(position.columns, half);
       const __m512 x = _mm512_load_ps(dots + half * kHalf);
       const __m512 column_low = _mm512_maskz_loadu_ps(present, all_.column_low + column);
       const __m512 column_high = _mm512_maskz_loadu_ps(present, all_.column_high + column);
@@ -99,7 +98,7 @@ class Deciding {
       open_column |= static_cast<uint32_t>(column_maybe ^ column_above) << (half * kHalf);
     }
     if (above) all_.row_counts[row] += __builtin_popcount(above);
-    if (open_row | open_column) list(row * all_.columns + place.column, open_row, open_column);
+    if (open_row | open_column) list(row * all_.columns + position.column, open_row, open_column);
   }
 
   void end_panel(int64_t, int64_t) {}
@@ -124,6 +123,10 @@ class Deciding {
 
 }  // namespace
 
+}  // namespace amx
+
+using namespace amx;
+
 std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads) {
   if (!has_amx()) throw std::invalid_argument("ranking: this machine has no AMX, or Linux denies it");
   if (screen.rows < 0 || screen.columns < 0 || screen.width < 0)
@@ -133,16 +136,16 @@ std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads)
   std::vector<int64_t> pairs;
   std::mutex mutex;
   std::atomic<bool> enough{false};
-  with_memory(tasks_of(left.count), threads, std::min(kOwnRows, left.count), right.count, left.width, false,
-              [&](int64_t task, const SweepMemory& memory) {
+  with_memory(tasks_of(left.count), threads, std::min(kQueryRows, left.count), right.count, left.width, false,
+              [&](int64_t task, const TileMemory& memory) {
                 if (enough) return;
-                Deciding use(screen, most);
-                const int64_t begin = task * kOwnRows, end = std::min(begin + kOwnRows, left.count);
-                sweep(left, begin, end, right, 0, right.count, 0, memory, use);
+                Deciding consumer(screen, most);
+                const int64_t begin = task * kQueryRows, end = std::min(begin + kQueryRows, left.count);
+                for_each_tile(left, begin, end, right, 0, right.count, 0, memory, consumer);
                 const std::lock_guard<std::mutex> lock(mutex);
                 for (int64_t column = 0; column < right.count; ++column)
-                  screen.column_counts[column] += use.columns()[column];
-                pairs.insert(pairs.end(), use.pairs.begin(), use.pairs.end());
+                  screen.column_counts[column] += consumer.columns()[column];
+                pairs.insert(pairs.end(), consumer.pairs.begin(), consumer.pairs.end());
                 if (static_cast<int64_t>(pairs.size()) > most) enough = true;
               });
   return pairs;

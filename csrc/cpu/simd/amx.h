@@ -1,32 +1,22 @@
-// The matrix unit of x86 (AMX): its use, its products and the layouts of their operands. Included after the target is
-// chosen (#pragma GCC target), as lanes.h is, with <immintrin.h> before.
+// The matrix unit of x86 (AMX): its configuration, its products and the layouts of their operands. Include it after
+// target.h with BCLIP_ISA amx.
 #pragma once
 
-#include <sys/mman.h>
+#include "csrc/cpu/simd/panel.h"
 
-#include <algorithm>
-#include <cstdint>
-#include <new>
-
-#include "csrc/cpu/simd/vec.h"
-
-namespace bclip::cpu {
+namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-constexpr int64_t kPanel = 32;
 constexpr int64_t kHalf = 16;
-constexpr int64_t kStep = kPanel * kPanel;  // elements of a panel per 32 k
+constexpr int64_t kStep = kPanel * kPanel;  // elements of a panel for 32 k
 
-int64_t panels(int64_t size) { return (size + kPanel - 1) / kPanel; }
-[[maybe_unused]] int64_t padded(int64_t size) { return panels(size) * kPanel; }
-
-// Tiles 0-3 hold results, 4 and 5 the left operand, 6 and 7 the right one; all are 16 rows of 64 bytes. Numbers below
-// 2^-126 count as zero meanwhile.
-class Unit {
+// Configures the matrix unit for its lifetime. Tiles 0 to 3 hold results, 4 and 5 the left operand, 6 and 7 the right
+// operand; all are 16 rows of 64 bytes. Numbers below 2^-126 are zero for the vector units too.
+class AmxSession {
  public:
-  Unit() : mode_(_mm_getcsr()) {
-    // Static, as GCC's intrinsic tells the compiler of the first 8 bytes alone.
+  AmxSession() : mode_(_mm_getcsr()) {
+    // Static, because GCC's intrinsic declares a read of only the first 8 bytes.
     static const struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -35,39 +25,19 @@ class Unit {
     _tile_loadconfig(&config);
     _mm_setcsr(mode_ | _MM_FLUSH_ZERO_ON | 0x40 /* denormals are zero */);
   }
-  ~Unit() {
+  ~AmxSession() {
     _mm_setcsr(mode_);
     _tile_release();
   }
-  Unit(const Unit&) = delete;
-  Unit& operator=(const Unit&) = delete;
+  AmxSession(const AmxSession&) = delete;
+  AmxSession& operator=(const AmxSession&) = delete;
 
  private:
   const unsigned mode_;
 };
 
-// Memory of one thread, in large pages where the kernel has them.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : bytes_(std::max<int64_t>(count, 1) * sizeof(T)) {
-    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    madvise(memory, bytes_, MADV_HUGEPAGE);
-    data = static_cast<T*>(memory);
-  }
-  ~Scratch() { munmap(data, bytes_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  T* data;
-
- private:
-  const size_t bytes_;
-};
-
-// Where 32 rows of a left operand are, of which low and high are the first and the seventeenth: in each 32 k lie together;
-// rows are `stride` bytes apart, and the next 32 k are `next` numbers away.
+// The place of 32 rows of a left operand. `low` is the first row and `high` the seventeenth. 32 k of a row are contiguous;
+// rows are `stride` bytes apart, and the next 32 k are `next` elements away.
 struct Rows {
   Rows(const uint16_t* packed) : low(packed), high(packed + kStep / 2), stride(2 * kPanel), next(kStep) {}
   Rows(const uint16_t* matrix, int64_t width)
@@ -77,27 +47,27 @@ struct Rows {
   int64_t stride, next;
 };
 
-// Keeps two instructions for the matrix unit from entering the core together. While the core's other thread is at work,
-// most of all with a matrix unit of its own, such pairs wait for one another: 110 ns for a step of four loads and four
-// products instead of 63, on an Emerald Rapids. Alone on the core a step takes 24 ns in either case.
-BCLIP_INLINE void apart() { asm volatile(".rept 12\n\tnop\n\t.endr"); }
+// Keeps two instructions for the matrix unit from entering the core together. While the core's other thread works, and
+// most of all if it uses the matrix unit, such pairs wait for one another. On an Emerald Rapids a step of four loads and
+// four products then takes 110 ns without the spacer and 63 ns with it. With the core to itself it takes 24 ns either way.
+BCLIP_INLINE void amx_spacer() { asm volatile(".rept 12\n\tnop\n\t.endr"); }
 
-// result (32, 32) = or += left (32, 32 steps) right (32 steps, 32); calls work(step) after each step. The left operand
-// is to stay in L1, which the right one would wash out if it weren't loaded as passing by: that is a third of the time.
-// stride: of the result's rows, in numbers.
+// result (32, 32) = or += left (32, 32 steps) right (32 steps, 32). Calls work(step) after each step. The right operand is
+// loaded with a streaming hint, so that the left operand stays in L1: that saves a third of the time.
+// stride: elements between rows of the result.
 template <typename Work>
 BCLIP_INLINE void multiply(Rows left, const uint16_t* right, int64_t steps, float* result, bool add, const Work& work,
                            int64_t stride = kPanel) {
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   if (add) {
     _tile_loadd(0, result, bytes);
-    apart();
+    amx_spacer();
     _tile_loadd(1, result + kHalf, bytes);
-    apart();
+    amx_spacer();
     _tile_loadd(2, result + kHalf * stride, bytes);
-    apart();
+    amx_spacer();
     _tile_loadd(3, result + kHalf * stride + kHalf, bytes);
-    apart();
+    amx_spacer();
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -106,54 +76,54 @@ BCLIP_INLINE void multiply(Rows left, const uint16_t* right, int64_t steps, floa
   }
   for (int64_t step = 0; step < steps; ++step, left.low += left.next, left.high += left.next, right += kStep) {
     _tile_stream_loadd(6, right, 64);
-    apart();
+    amx_spacer();
     _tile_loadd(4, left.low, left.stride);
-    apart();
+    amx_spacer();
     _tile_stream_loadd(7, right + kStep / 2, 64);
-    apart();
+    amx_spacer();
     _tile_loadd(5, left.high, left.stride);
-    apart();
+    amx_spacer();
     _tile_dpbf16ps(0, 4, 6);
-    apart();
+    amx_spacer();
     _tile_dpbf16ps(1, 4, 7);
-    apart();
+    amx_spacer();
     _tile_dpbf16ps(2, 5, 6);
-    apart();
+    amx_spacer();
     _tile_dpbf16ps(3, 5, 7);
-    apart();
+    amx_spacer();
     work(step);
   }
   _tile_stored(0, result, bytes);
-  apart();
+  amx_spacer();
   _tile_stored(1, result + kHalf, bytes);
-  apart();
+  amx_spacer();
   _tile_stored(2, result + kHalf * stride, bytes);
-  apart();
+  amx_spacer();
   _tile_stored(3, result + kHalf * stride + kHalf, bytes);
 }
 
 BCLIP_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
-// Features (count, width), contiguous.
+// A contiguous matrix (count, width) of features.
 struct Features {
   const uint16_t* data;
   int64_t count, width;
 
-  // Which of the 32 columns from k on there are.
+  // A bit for each of the 32 columns from k on that exists.
   __mmask32 columns(int64_t k) const { return width - k >= kPanel ? ~0u : (1u << (width - k)) - 1; }
 
-  // The 32 numbers of a row from column k on; zeros outside.
+  // 32 elements of a row from column k on; zeros outside the matrix.
   __m512i load(int64_t row, int64_t k) const {
     return row < count ? _mm512_maskz_loadu_epi16(columns(k), data + row * width + k) : _mm512_setzero_si512();
   }
 
-  // Brings the 32 numbers of 32 rows near, where there are such.
+  // Prefetches 32 elements of each of 32 rows.
   BCLIP_MEMBER_INLINE void fetch(int64_t row, int64_t k) const {
-    for (int64_t i = 0; i < kPanel; ++i) bclip::cpu::fetch(data + (row + i) * width + k);
+    for (int64_t i = 0; i < kPanel; ++i) BCLIP_ISA::fetch(data + (row + i) * width + k);
   }
 };
 
-// The same from single precision, rounded.
+// Features in single precision, rounded when loaded.
 struct SingleFeatures {
   const float* data;
   int64_t count, width;
@@ -168,16 +138,17 @@ struct SingleFeatures {
 
   BCLIP_MEMBER_INLINE void fetch(int64_t row, int64_t k) const {
     for (int64_t i = 0; i < kPanel; ++i)
-      for (int64_t half : {int64_t{0}, kHalf}) bclip::cpu::fetch(data + (row + i) * width + k + half);
+      for (int64_t half : {int64_t{0}, kHalf}) BCLIP_ISA::fetch(data + (row + i) * width + k + half);
   }
 };
 
-// The left operand of X, [D / 32][2][16 rows][32 k], from 32 rows.
+// Packs 32 rows as the left operand of X: [D / 32][2][16 rows][32 k].
 [[maybe_unused]] void pack_rows(const Features& features, int64_t row, uint16_t* packed) {
   for (int64_t k = 0; k < features.width; k += kPanel)
     for (int64_t i = 0; i < kPanel; ++i, packed += kPanel) _mm512_store_si512(packed, features.load(row + i, k));
 }
 
+// Transposes a 16 x 16 matrix of 32-bit elements.
 void transpose(__m512i (&rows)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 4) {
@@ -200,7 +171,7 @@ void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Of the right operand of X, K^T, 32 rows at 32 columns k: [2][16 pairs of k][16 rows][2 k].
+// Packs 32 rows at 32 columns k for K^T, the right operand of X: [2][16 pairs of k][16 rows][2 k].
 template <typename AnyFeatures>
 BCLIP_INLINE void pack_across_step(const AnyFeatures& features, int64_t row, int64_t k, uint16_t* packed) {
   for (int64_t half = 0; half < kPanel; half += kHalf) {
@@ -211,7 +182,7 @@ BCLIP_INLINE void pack_across_step(const AnyFeatures& features, int64_t row, int
   }
 }
 
-// The right operand of X: [count / 32][D / 32] of these.
+// The right operand of X: [count / 32][D / 32] of these steps.
 [[maybe_unused]] void pack_across(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
   for (int64_t panel = row; panel < row + count; panel += kPanel)
     for (int64_t k = 0; k < features.width; k += kPanel, packed += kStep) pack_across_step(features, panel, k, packed);
@@ -221,7 +192,7 @@ BCLIP_INLINE __m512i interleave(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// Of the right operand of O, K, 32 rows at 32 columns k: [2][16 pairs of rows][16 columns][2 rows].
+// Packs 32 rows at 32 columns k for K, the right operand of O: [2][16 pairs of rows][16 columns][2 rows].
 template <typename AnyFeatures>
 BCLIP_INLINE void pack_pairs_step(const AnyFeatures& features, int64_t row, int64_t k, uint16_t* packed) {
   for (int64_t i = 0; i < kPanel; i += 2) {
@@ -232,7 +203,7 @@ BCLIP_INLINE void pack_pairs_step(const AnyFeatures& features, int64_t row, int6
   }
 }
 
-// The right operand of O: [D / 32][count / 32] of these.
+// The right operand of O: [D / 32][count / 32] of these steps.
 [[maybe_unused]] void pack_pairs(const Features& features, int64_t row, int64_t count, uint16_t* packed) {
   for (int64_t k = 0; k < features.width; k += kPanel)
     for (int64_t panel = row; panel < row + count; panel += kPanel, packed += kStep)
@@ -241,4 +212,4 @@ BCLIP_INLINE void pack_pairs_step(const AnyFeatures& features, int64_t row, int6
 
 }  // namespace
 
-}  // namespace bclip::cpu
+}  // namespace bclip::cpu::BCLIP_ISA

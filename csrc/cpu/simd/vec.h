@@ -1,25 +1,13 @@
-// Sixteen floats at once, in registers of the target's own width: one vector of the compiler's extension where a register
-// holds them all, pairs of narrower ones elsewhere. (GCC 12 keeps a vector that is wider than the registers in memory and
-// copies it eight bytes at a time.) Included after the target is chosen (#pragma GCC target), so everything has internal
-// linkage and is inlined. The includer, which knows the target (macros such as __AVX512F__ do not follow the pragma),
-// defines BCLIP_AVX512 or BCLIP_AVX2, with <immintrin.h>, where there are such instructions.
+// Vectors of sixteen 32-bit numbers, in registers of the target's own width. Where one register holds them all, a
+// vector is the compiler's vector extension; elsewhere it is a pair of narrower vectors. (GCC 12 keeps a vector that is
+// wider than the registers in memory and copies it eight bytes at a time.) The operations carry Highway's names.
+//
+// Include it after target.h. All of it has internal linkage and is inlined.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "csrc/cpu/simd/target.h"
 
-#if defined(BCLIP_AVX512) || defined(BCLIP_AVX2)
-#define BCLIP_X86 1
-#elif defined(__SSE2__)
-#define BCLIP_X86 1
-#include <emmintrin.h>
-#elif defined(__aarch64__) && defined(__ARM_NEON)
-#define BCLIP_NEON 1
-#include <arm_neon.h>
-#endif
-
-#define BCLIP_MEMBER_INLINE inline __attribute__((always_inline))
-#define BCLIP_INLINE static BCLIP_MEMBER_INLINE
+namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
@@ -33,8 +21,8 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-// Two vectors as one of twice as many elements, with the operators of the compiler's vectors: element by element, a
-// scalar stands for all elements, and a comparison yields -1 or 0 in each.
+// Two vectors as one with twice as many elements. It has the operators of the compiler's vectors: they act element by
+// element, a scalar counts for all elements, and a comparison yields -1 or 0 in each.
 template <class Half, class T>
 struct Pair {
   Half low, high;
@@ -86,35 +74,36 @@ using IntLanes = VectorOf<int32_t, 64>::type;
 using Words = VectorOf<uint32_t, 64>::type;
 using WideWords = VectorOf<uint64_t, 64>::type;
 
-// Of floats and of 32-bit words in one register.
+// One register of floats, and of 32-bit words.
 constexpr int kRegisterLanes = kRegisterBytes / 4;
 using FloatRegister = VectorOf<float, kRegisterBytes>::type;
 using WordRegister = VectorOf<uint32_t, kRegisterBytes>::type;
 
-// The same bits as another type.
+// Reinterprets the bits as another type.
 template <class To, class From>
-BCLIP_INLINE To as(From from) {
+BCLIP_INLINE To BitCast(From from) {
   if constexpr (kIsPair<From>)
-    return {as<decltype(To::low)>(from.low), as<decltype(To::high)>(from.high)};
+    return {BitCast<decltype(To::low)>(from.low), BitCast<decltype(To::high)>(from.high)};
   else
     return (To)from;
 }
 
-// Element by element, `a` where the mask is -1 and `b` where it is 0.
+// Takes each element from `a` if the mask is -1, and from `b` if it is 0.
 template <class Mask, class V>
-BCLIP_INLINE V select(Mask mask, V a, V b) {
+BCLIP_INLINE V IfThenElse(Mask mask, V a, V b) {
   if constexpr (kIsPair<V>)
-    return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
+    return {IfThenElse(mask.low, a.low, b.low), IfThenElse(mask.high, a.high, b.high)};
   else
     return mask ? a : b;
 }
 
+// Loads a vector of any type from memory of another type.
 template <class V, class T>
-BCLIP_INLINE V load_as(const T* from) {
+BCLIP_INLINE V LoadAs(const T* from) {
   V vector;
   if constexpr (kIsPair<V>) {
     using Half = decltype(V::low);
-    vector = {load_as<Half>(from), load_as<Half>(from + sizeof(Half) / sizeof(T))};
+    vector = {LoadAs<Half>(from), LoadAs<Half>(from + sizeof(Half) / sizeof(T))};
   } else {
     std::memcpy(&vector, from, sizeof vector);
   }
@@ -122,26 +111,26 @@ BCLIP_INLINE V load_as(const T* from) {
 }
 
 template <class T, class V>
-BCLIP_INLINE void store_as(T* to, V vector) {
+BCLIP_INLINE void StoreAs(T* to, V vector) {
   if constexpr (kIsPair<V>) {
-    store_as(to, vector.low);
-    store_as(to + sizeof(V) / sizeof(T) / 2, vector.high);
+    StoreAs(to, vector.low);
+    StoreAs(to + sizeof(V) / sizeof(T) / 2, vector.high);
   } else {
     std::memcpy(to, &vector, sizeof vector);
   }
 }
 
-BCLIP_INLINE Lanes load(const float* from) { return load_as<Lanes>(from); }
-BCLIP_INLINE void store(float* to, Lanes lanes) { store_as(to, lanes); }
+BCLIP_INLINE Lanes Load(const float* from) { return LoadAs<Lanes>(from); }
+BCLIP_INLINE void Store(float* to, Lanes lanes) { StoreAs(to, lanes); }
 
-BCLIP_INLINE Lanes splat(float value) { return value - Lanes{}; }  // unlike + 0, - 0 changes no number
+BCLIP_INLINE Lanes Set(float value) { return value - Lanes{}; }  // x - 0 is x for every x, but -0 + 0 is +0
 
-// 0, 1, 2, ...
+// start, start + 1, start + 2, ...
 template <class V = IntLanes>
-BCLIP_INLINE V iota(int start = 0) {
+BCLIP_INLINE V Iota(int start = 0) {
   if constexpr (kIsPair<V>) {
     using Half = decltype(V::low);
-    return {iota<Half>(start), iota<Half>(start + static_cast<int>(sizeof(Half) / 4))};
+    return {Iota<Half>(start), Iota<Half>(start + static_cast<int>(sizeof(Half) / 4))};
   } else {
     V vector = {};
     for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i) vector[i] = start + i;
@@ -149,35 +138,38 @@ BCLIP_INLINE V iota(int start = 0) {
   }
 }
 
-BCLIP_INLINE Lanes load_first(const float* from, int64_t count) {
-  if (count >= kLanes) return load(from);
+// The first `count` elements from memory, and zeros after them.
+BCLIP_INLINE Lanes LoadN(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
   float padded[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
-  return load(padded);
+  return Load(padded);
 }
 
-BCLIP_INLINE void store_first(float* to, Lanes lanes, int64_t count) {
-  if (count >= kLanes) return store(to, lanes);
+// Stores only the first `count` elements.
+BCLIP_INLINE void StoreN(float* to, Lanes lanes, int64_t count) {
+  if (count >= kLanes) return Store(to, lanes);
   float padded[kLanes];
-  store(padded, lanes);
+  Store(padded, lanes);
   for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
 
-BCLIP_INLINE Lanes zero_from(Lanes lanes, int64_t count) {
-  return select(iota() < static_cast<int32_t>(count), lanes, Lanes{});
+// The first `count` elements, and zeros after them.
+BCLIP_INLINE Lanes KeepFirstN(Lanes lanes, int64_t count) {
+  return IfThenElse(Iota() < static_cast<int32_t>(count), lanes, Lanes{});
 }
 
-BCLIP_INLINE Lanes with_lane(Lanes lanes, int64_t lane, float value) {
-  return select(iota() == static_cast<int32_t>(lane), splat(value), lanes);
+BCLIP_INLINE Lanes InsertLane(Lanes lanes, int64_t lane, float value) {
+  return IfThenElse(Iota() == static_cast<int32_t>(lane), Set(value), lanes);
 }
 
-BCLIP_INLINE Lanes negate_lane(Lanes lanes, int64_t lane) {
-  return select(iota() == static_cast<int32_t>(lane), -lanes, lanes);
+BCLIP_INLINE Lanes NegateLane(Lanes lanes, int64_t lane) {
+  return IfThenElse(Iota() == static_cast<int32_t>(lane), -lanes, lanes);
 }
 
-// Elements of `a`, then of `b`, in the order of the indices.
+// Picks elements by index from `a` followed by `b`.
 template <class V, class Index>
-BCLIP_INLINE V pick(V a, V b, Index index) {
+BCLIP_INLINE V TwoTablesLookupLanes(V a, V b, Index index) {
 #ifdef __clang__
   constexpr int count = sizeof(V) / sizeof(a[0]);
   V picked;
@@ -189,7 +181,7 @@ BCLIP_INLINE V pick(V a, V b, Index index) {
 }
 
 template <class V>
-BCLIP_INLINE float sum_register(V vector) {
+BCLIP_INLINE float ReduceSumOfRegister(V vector) {
   constexpr int count = sizeof(V) / sizeof(float);
   float parts[count];
   std::memcpy(parts, &vector, sizeof parts);
@@ -198,7 +190,7 @@ BCLIP_INLINE float sum_register(V vector) {
   return parts[0];
 }
 
-BCLIP_INLINE float sum(Lanes lanes) {
+BCLIP_INLINE float ReduceSum(Lanes lanes) {
 #if defined(BCLIP_AVX512)
   return _mm512_reduce_add_ps((__m512)lanes);
 #elif defined(BCLIP_AVX2)
@@ -207,76 +199,20 @@ BCLIP_INLINE float sum(Lanes lanes) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
-  return sum_register((lanes.low.low + lanes.low.high) + (lanes.high.low + lanes.high.high));
+  return ReduceSumOfRegister((lanes.low.low + lanes.low.high) + (lanes.high.low + lanes.high.high));
 #endif
 }
 
-BCLIP_INLINE Lanes abs(Lanes lanes) { return as<Lanes>(as<IntLanes>(lanes) & 0x7FFFFFFF); }
+BCLIP_INLINE Lanes Abs(Lanes lanes) { return BitCast<Lanes>(BitCast<IntLanes>(lanes) & 0x7FFFFFFF); }
 
-// `a` unless it is larger: NaN in `b` stays.
-BCLIP_INLINE Lanes larger(Lanes a, Lanes b) { return select(a > b, a, b); }
+// The larger element, or `b` if one of them is NaN.
+BCLIP_INLINE Lanes Max(Lanes a, Lanes b) { return IfThenElse(a > b, a, b); }
 
-// bfloat16 in memory: to and from the upper halves of floats.
+// The products of the lower halves of 64-bit elements and the factor.
 template <class V>
-BCLIP_INLINE V widen(const uint16_t* from) {
+BCLIP_INLINE V MulEven(V a, uint32_t factor) {
   if constexpr (kIsPair<V>) {
-    using Half = decltype(V::low);
-    return {widen<Half>(from), widen<Half>(from + sizeof(Half) / 4)};
-  } else {
-#if defined(BCLIP_AVX512)
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-#elif defined(BCLIP_AVX2)
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-#elif defined(BCLIP_X86)
-    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return (V)_mm_unpacklo_epi16(_mm_setzero_si128(), halves);
-#elif defined(BCLIP_NEON)
-    return (V)vshll_n_u16(vld1_u16(from), 16);
-#else
-    VectorOf<uint32_t, sizeof(V)>::type words;
-    for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i) words[i] = static_cast<uint32_t>(from[i]) << 16;
-    return (V)words;
-#endif
-  }
-}
-
-BCLIP_INLINE Lanes load(const uint16_t* from) { return widen<Lanes>(from); }
-
-// The upper halves of the words.
-BCLIP_INLINE void store_upper_halves(uint16_t* to, IntLanes words) {
-#if defined(BCLIP_AVX512)
-  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)words, 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
-#elif defined(BCLIP_AVX2)
-  const IntLanes shifted = words >> 16;  // with the sign, so that nothing saturates
-  const __m256i halves = _mm256_packs_epi32((__m256i)shifted.low, (__m256i)shifted.high);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(halves, 0xD8));
-#elif defined(BCLIP_X86)
-  const IntLanes shifted = words >> 16;
-  auto* const halves = reinterpret_cast<__m128i*>(to);
-  _mm_storeu_si128(halves, _mm_packs_epi32((__m128i)shifted.low.low, (__m128i)shifted.low.high));
-  _mm_storeu_si128(halves + 1, _mm_packs_epi32((__m128i)shifted.high.low, (__m128i)shifted.high.high));
-#else
-  uint32_t each[kLanes];
-  store_as(each, words);
-  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(each[i] >> 16);
-#endif
-}
-
-// Rounds to nearest, ties to even; NaN stays NaN, with the upper bits of its payload, as the processors' own instructions.
-BCLIP_INLINE void store(uint16_t* to, Lanes lanes) {
-  const Words bits = as<Words>(lanes);
-  const Words rounded = bits + 0x7FFFu + (bits >> 16 & 1u);
-  store_upper_halves(to, as<IntLanes>(select(lanes == lanes, rounded, bits | 0x400000u)));
-}
-
-// Each 64-bit element's lower half times the factor.
-template <class V>
-BCLIP_INLINE V times(V a, uint32_t factor) {
-  if constexpr (kIsPair<V>) {
-    return {times(a.low, factor), times(a.high, factor)};
+    return {MulEven(a.low, factor), MulEven(a.high, factor)};
   } else {
 #if defined(BCLIP_AVX512)
     return (V)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
@@ -292,97 +228,19 @@ BCLIP_INLINE V times(V a, uint32_t factor) {
   }
 }
 
-// Of each two neighbours, `a`'s first and `b`'s first (or both second ones), one after the other.
-template <bool kSecond, class V>
-BCLIP_INLINE V interleave(V a, V b) {
+// Takes the even (or the odd) elements of `a` and `b`, alternately.
+template <bool kOdd, class V>
+BCLIP_INLINE V Interleave(V a, V b) {
   if constexpr (kIsPair<V>) {
-    return {interleave<kSecond>(a.low, b.low), interleave<kSecond>(a.high, b.high)};
+    return {Interleave<kOdd>(a.low, b.low), Interleave<kOdd>(a.high, b.high)};
   } else {
     constexpr int count = sizeof(V) / sizeof(a[0]);
     V index = {};
-    for (int i = 0; i < count; ++i) index[i] = i / 2 * 2 + kSecond + (i & 1) * count;
-    return pick(a, b, index);
+    for (int i = 0; i < count; ++i) index[i] = i / 2 * 2 + kOdd + (i & 1) * count;
+    return TwoTablesLookupLanes(a, b, index);
   }
-}
-
-// A number to twice the precision of a float: where a logit is in the hundreds, one float's rounding of the factor
-// would show in the fifth digit of its exponential.
-struct Factor {
-  explicit Factor(double value)
-      : high(splat(static_cast<float>(value))),
-        low(splat(static_cast<float>(value - static_cast<double>(static_cast<float>(value))))) {}
-
-  Lanes high, low;
-};
-
-// x * y - z for a z near the product, rounded once. Asked for by name: of `x * y - z` the compiler makes two roundings
-// where it needs the product elsewhere, too.
-template <class V>
-BCLIP_INLINE V multiply_subtract(V x, V y, V z) {
-  if constexpr (kIsPair<V>) {
-    return {multiply_subtract(x.low, y.low, z.low), multiply_subtract(x.high, y.high, z.high)};
-  } else {
-#if defined(BCLIP_AVX512)
-    return (V)_mm512_fmsub_ps((__m512)x, (__m512)y, (__m512)z);
-#elif defined(BCLIP_AVX2)
-    return (V)_mm256_fmsub_ps((__m256)x, (__m256)y, (__m256)z);
-#elif defined(BCLIP_NEON)
-    return (V)vfmaq_f32(vnegq_f32((float32x4_t)z), (float32x4_t)x, (float32x4_t)y);
-#else
-    // The leading 12 bits of both have an exact product.
-    using Bits = typename VectorOf<int32_t, sizeof(V)>::type;
-    const V x_top = as<V>(as<Bits>(x) & -4096), y_top = as<V>(as<Bits>(y) & -4096);
-    return (x_top * y_top - z) + (x_top * (y - y_top) + (x - x_top) * y);
-#endif
-  }
-}
-
-// 2^(x * factor - offset) for a whole-numbered offset, within 1e-7 relative; 0 below 2^-126. The fraction is taken before
-// the offset could round it away.
-BCLIP_INLINE Lanes exp2_affine(Lanes x, const Factor& factor, Lanes offset) {
-  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-  const Lanes exponent = x * factor.high - offset;
-  const Lanes shifted = exponent + round;
-  const Lanes whole = shifted - round;
-  const Lanes f = multiply_subtract(x, factor.high, offset + whole) + x * factor.low;
-  Lanes power = splat(0.00015196693129837513f);  // on [-1/2, 1/2]; relative error 6.4e-8, 4e-10 in the mean
-  power = power * f + 0.0013391304528340697f;
-  power = power * f + 0.009619002230465412f;
-  power = power * f + 0.055503588169813156f;
-  power = power * f + 0.24022643268108368f;
-  power = power * f + 0.6931471824645996f;
-  power = power * f + 1.f;
-  const IntLanes bits = (as<IntLanes>(shifted) - (0x4B400000 - 127)) << 23;
-  power *= as<Lanes>(bits);
-  power = select(exponent < -126.f, Lanes{}, power);
-  return select(exponent >= 127.5f, splat(__builtin_inff()), power);
-}
-
-// 2^x for x <= 64, relative error 1e-7; 2^-126 below.
-BCLIP_INLINE Lanes exp2_of(Lanes x) {
-  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
-  x = larger(splat(-126.f), x);
-  const Lanes shifted = x + round;
-  const Lanes f = x - (shifted - round);
-  Lanes power = splat(0.0013276472454890609f);  // minimax on [-1/2, 1/2], relative error 7.5e-8
-  power = power * f + 0.009675540961325169f;
-  power = power * f + 0.05550713092088699f;
-  power = power * f + 0.24022120237350464f;
-  power = power * f + 0.6931469440460205f;
-  power = power * f + 1.0000001192092896f;
-  return as<Lanes>(as<IntLanes>(power) + (as<IntLanes>(shifted) << 23));
-}
-
-// log(1 + u) for u in [0, 1], relative error 1e-7: 2 atanh(u / (2 + u)).
-BCLIP_INLINE Lanes log1p_unit(Lanes u) {
-  const Lanes s = u / (u + 2.f);
-  const Lanes q = s * s;
-  Lanes series = splat(0.2817833423614502f);  // minimax on [0, 1/9], relative error 4e-9
-  series = series * q + 0.27960601449012756f;
-  series = series * q + 0.40024909377098083f;
-  series = series * q + 0.6666631698608398f;
-  series = series * q + 2.f;
-  return s * series;
 }
 
 }  // namespace
+
+}  // namespace bclip::cpu::BCLIP_ISA

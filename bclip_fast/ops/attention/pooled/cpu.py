@@ -24,7 +24,7 @@ def forward(
     """As `reference.forward`."""
     call, _held = _call(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale)
     out, lse = torch.empty(query.shape, dtype=query.dtype), torch.empty(query.shape[:2], dtype=torch.float32)
-    _cpu.pooled_attention_forward(call, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+    _cpu.single_query_attention_forward(call, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return out, lse
 
 
@@ -45,7 +45,7 @@ def backward(
     call, _held = _call(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale)
     grad_out, dtype, shape = grad_out.contiguous(), query.dtype, query.shape
     query_grad, grad = torch.empty(shape, dtype=dtype), torch.empty(key_value.shape, dtype=dtype)
-    _cpu.pooled_attention_backward(
+    _cpu.single_query_attention_backward(
         call,
         address(grad_out, dtype, *shape),
         address(out, dtype, *shape),
@@ -66,12 +66,12 @@ def _call(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
-) -> tuple[_cpu.PooledAttention, tuple[Tensor, ...]]:
+) -> tuple[_cpu.SingleQueryAttention, tuple[Tensor, ...]]:
     """What the C++ functions take, and the tensors whose addresses it holds."""
     held = tuple(tensor.contiguous() for tensor in (query, key_value, rows, cu_seqlens))
     query, key_value, rows, cu_seqlens = held
     sequences, heads, dim = query.shape
-    call = _cpu.PooledAttention(
+    call = _cpu.SingleQueryAttention(
         INSTRUCTION_SETS[query.dtype],
         address(query, query.dtype, sequences, heads, dim),
         address(key_value, query.dtype, len(key_value), 2, heads, dim),

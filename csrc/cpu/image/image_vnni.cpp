@@ -1,20 +1,14 @@
-// The resampling on AVX-512 with VNNI, whose instruction sums four products of a byte with a signed byte: a coefficient
-// is split into c = 65536 * c2 + 256 * c1 + c0 with c0, c1, c2 in [-128, 127].
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
+// Resampling on AVX-512 with VNNI, whose instruction sums four products of a byte and a signed byte. So a coefficient is
+// split into c = 65536 * c2 + 256 * c1 + c0 with c0, c1, c2 in [-128, 127].
+#define BCLIP_ISA vnni
 #include "csrc/cpu/image/image_kernels.h"
+#include "csrc/cpu/simd/target.h"
 
-#ifdef BCLIP_X86_TARGETS
-#include <immintrin.h>
+#ifdef BCLIP_ISA_AVAILABLE
 
-// After the standard headers, whose inline functions are shared with code that runs on every machine.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace bclip::cpu::vnni {
 
 namespace {
-
-using bclip::cpu::Quad;
 
 using Bytes = __m512i;
 
@@ -73,9 +67,9 @@ inline Bytes round_to_bytes(const Sums* sums) {
   for (int k = 0; k < 4; ++k) {
     const __m512i* const digits = sums[k].digits;
     const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(digits[2], 8), digits[1]);
-    const __m512i half = _mm512_set1_epi32(1 << (bclip::cpu::kPrecision - 1));
+    const __m512i half = _mm512_set1_epi32(1 << (kPrecision - 1));
     const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), _mm512_add_epi32(digits[0], half));
-    values[k] = _mm512_srai_epi32(sum, bclip::cpu::kPrecision);
+    values[k] = _mm512_srai_epi32(sum, kPrecision);
   }
   return _mm512_packus_epi16(_mm512_packs_epi32(values[0], values[1]), _mm512_packs_epi32(values[2], values[3]));
 }
@@ -95,12 +89,14 @@ Quad pack(const int32_t* coefficients) {
 
 }  // namespace
 
+}  // namespace bclip::cpu::vnni
+
 #include "csrc/cpu/image/image-inl.h"
 
-namespace bclip::cpu {
+namespace bclip::cpu::vnni {
 
-const ResampleKernels kVnniResample = {&::pack, &::along, &::across};
+const ResampleKernels kResample = {&pack, &along, &across};
 
-}  // namespace bclip::cpu
+}  // namespace bclip::cpu::vnni
 
 #endif

@@ -1,20 +1,21 @@
-// attention_tile.h's products in single precision, and what they multiply.
+// The engine of attention-inl.h that multiplies in single precision, for operands in float and in bfloat16.
 #pragma once
+
+#include "csrc/cpu/attention/blocks-inl.h"
+#include "csrc/cpu/simd/bf16.h"
+#include "csrc/cpu/simd/transpose.h"
+
+namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-// What of a product counts; the rest of the blocks is padding.
-struct Extent {
-  int64_t rows, columns, depth;
-};
-
-// Float operands: a block is its rows, 32 floats each.
+// A block is its 32 rows of 32 floats.
 struct FloatEngine {
   using Element = float;
 
-  struct Use {};
+  struct Session {};
 
-  static constexpr bool kTrims = true;  // products leave the padding out
+  static constexpr bool kTrims = true;  // products skip the padding
 
   static void load_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
     load_rows_as(from, stride, rows, columns, block);
@@ -33,18 +34,18 @@ struct FloatEngine {
 
   static void right_of_transpose(const float* block, float* to) { left_of_transpose(block, to); }
 
-  // One row of a left block; two rows of a right one.
+  // Write one row of a left block, and two rows of a right one.
   BCLIP_INLINE void left_row(float* block, int64_t row, const Lanes numbers[2]) {
-    store(block + row * kPanel, numbers[0]);
-    store(block + row * kPanel + kLanes, numbers[1]);
+    Store(block + row * kPanel, numbers[0]);
+    Store(block + row * kPanel + kLanes, numbers[1]);
   }
   BCLIP_INLINE void right_rows(float* block, int64_t row, const Lanes numbers[2][2]) {
     left_row(block, row, numbers[0]);
     left_row(block, row + 1, numbers[1]);
   }
 
-  // result (rows, columns), rows `stride` floats apart, = or += left (rows, depth) right (depth, columns). Columns beyond,
-  // up to a multiple of 16, and rows up to a multiple of those multiplied at once come from the padding.
+  // result (rows, columns), with rows `stride` floats apart, = or += left (rows, depth) right (depth, columns). Columns up
+  // to the next multiple of 16 come from the padding.
   static void multiply(const float* left, const float* right, const Extent& extent, float* result, int64_t stride,
                        bool add) {
 #if defined(BCLIP_AVX512)
@@ -84,20 +85,20 @@ struct FloatEngine {
       for (int64_t k = 0; k < count; ++k) {
         Lanes columns[kColumns];
 #pragma GCC unroll 2
-        for (int j = 0; j < kColumns; ++j) columns[j] = load(right + k * kPanel + j * kLanes);
+        for (int j = 0; j < kColumns; ++j) columns[j] = Load(right + k * kPanel + j * kLanes);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
           for (int j = 0; j < kColumns; ++j) sums[i][j] += columns[j] * left[i * kPanel + k];
       }
     }
-    // Added last: a sum that began with what is there would round each of its terms at the size of the whole.
+    // The previous sum is added last. A sum that started from it would round each term at the size of the total.
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < kColumns; ++j) {
         float* const place = result + i * stride + j * kLanes;
-        store(place, add ? load(place) + sums[i][j] : sums[i][j]);
+        Store(place, add ? Load(place) + sums[i][j] : sums[i][j]);
       }
   }
 
@@ -105,9 +106,11 @@ struct FloatEngine {
   static void load_rows_as(const Stored* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
     for (int64_t row = 0; row < kPanel; ++row)
       for (int64_t column = 0; column < kPanel; column += kLanes)
-        store(block + row * kPanel + column,
-              row < rows && column < columns ? load(from + row * stride + column) : Lanes{});
+        Store(block + row * kPanel + column,
+              row < rows && column < columns ? Load(from + row * stride + column) : Lanes{});
   }
 };
 
 }  // namespace
+
+}  // namespace bclip::cpu::BCLIP_ISA
