@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import threads as _threads
-
-__version__ = "0.1.0"
+from .version import __version__
 
 _threads.start_watch()
 
@@ -24,12 +23,7 @@ _PUBLIC = {
     "save": "bclip_fast.pretrained",
 }
 
-if TYPE_CHECKING:
-    from . import ops
-    from .loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-    from .model.biomedclip import BiomedClip, BiomedClipConfig
-    from .pretrained import load, save
-
+# __init__.pyi gives type checkers the same names.
 __all__ = [
     "BiomedClip",
     "BiomedClipConfig",
@@ -37,6 +31,7 @@ __all__ = [
     "CoCaLoss",
     "DistillClipLoss",
     "SigLipLoss",
+    "__version__",
     "load",
     "ops",
     "save",

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, log
+from . import log
 from .errors import BackendError, UserError
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,26 @@ COMMANDS = {
     ),
     "ingest build": Command(
         "JATS articles to figure-caption pairs to WebDataset shards",
-        "bclip_fast.data.ingest:IngestConfig",
-        "bclip_fast.data.ingest:build",
+        "bclip_fast.ingest.build:IngestConfig",
+        "bclip_fast.ingest.build:build",
         "ingest",
     ),
     "ingest fetch": Command(
         "mirror articles of PubMed Central's bucket, every object checked",
-        "bclip_fast.data.fetch:FetchConfig",
-        "bclip_fast.data.fetch:fetch",
+        "bclip_fast.ingest.fetch:FetchConfig",
+        "bclip_fast.ingest.fetch:fetch",
         "ingest",
     ),
     "ingest verify": Command(
         "re-read a dataset and say what is wrong",
-        "bclip_fast.data.verify:VerifyConfig",
-        "bclip_fast.data.verify:run",
+        "bclip_fast.ingest.verify:VerifyConfig",
+        "bclip_fast.ingest.verify:run",
         "ingest",
     ),
     "ingest report": Command(
         "an HTML page about a dataset: counts, sizes, captions, rejects, a gallery",
-        "bclip_fast.data.ingest_report:ReportConfig",
-        "bclip_fast.data.ingest_report:run",
+        "bclip_fast.ingest.report:ReportConfig",
+        "bclip_fast.ingest.report:run",
         "ingest",
     ),
     "train export": Command(
@@ -60,7 +61,7 @@ COMMANDS = {
     ),
     "train replay": Command(
         "compute again the step at which a run gave up",
-        "bclip_fast.train.dump:ReplayConfig",
+        "bclip_fast.train.replay:ReplayConfig",
         "bclip_fast.train.trainer:replay",
         "train",
     ),
@@ -73,7 +74,13 @@ COMMANDS = {
     "train": Command(
         "pretrain: bclip train CONFIG.toml ... --flags",
         "bclip_fast.train.config:TrainConfig",
-        "bclip_fast.train.trainer:train",
+        "bclip_fast.plan.command:train",
+        "train",
+    ),
+    "plan": Command(
+        "memory, operations and hours of a training run; refuses what cannot fit",
+        "bclip_fast.train.config:TrainConfig",
+        "bclip_fast.plan.command:run",
         "train",
     ),
     "finetune": Command(
@@ -96,20 +103,20 @@ COMMANDS = {
     ),
     "embed": Command(
         "pictures of a folder or of shards to an index: Parquet and faiss",
-        "bclip_fast.eval.search:EmbedConfig",
-        "bclip_fast.eval.search:run_embed",
+        "bclip_fast.search.index:EmbedConfig",
+        "bclip_fast.search.index:run_embed",
         "search",
     ),
     "search": Command(
         "the pictures of an index nearest to a text or a picture",
-        "bclip_fast.eval.search:SearchConfig",
-        "bclip_fast.eval.search:run",
+        "bclip_fast.search.index:SearchConfig",
+        "bclip_fast.search.index:run",
         "search",
     ),
     "serve": Command(
         "a local web page to search an index",
-        "bclip_fast.eval.serve:ServeConfig",
-        "bclip_fast.eval.serve:run",
+        "bclip_fast.search.serve:ServeConfig",
+        "bclip_fast.search.serve:run",
         "search",
     ),
     "bench": Command(

@@ -67,14 +67,18 @@ def find(name: str) -> Path:
     raise UserError(f"configuration file {name} does not exist; those of the package: {known}")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file. Raises UserError where it can't be read or isn't TOML."""
+def read_toml(path: Path, kind: str = "configuration file") -> dict[str, Any]:
+    """The table of a TOML file. Errors call the file a `kind`.
+
+    Raises:
+        UserError: the file can't be read or isn't TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"configuration file {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {path} is not valid TOML: {error}") from error
+        raise UserError(f"{kind} {path} is not valid TOML: {error}") from error
 
 
 def _as_flags(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}: the ranks didn't meet "
-            f"at {where} within {timeout_seconds:g} s: {_first_line(error)}"
+            f"at {where} within {timeout_seconds:g} s: {_reason(error)}"
         ) from error
     _store().set(_KEY.format("host", rank()), f"{socket.gethostname()}, process {os.getpid()}")
 
@@ -138,7 +138,7 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
-def on_main(function: Callable[[], T]) -> T:
+def run_on_rank0(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, on every rank; its UserError is raised on every rank too."""
     result: tuple[Any, str | None] = (None, None)
     if is_main():
@@ -174,13 +174,11 @@ def explain_lost_ranks() -> Iterator[None]:
             raise
         failed = isinstance(error, RuntimeError) and _COLLECTIVE.search(f"{type(error).__name__} {error}") is not None
         with contextlib.suppress(RuntimeError):
-            _store().set(
-                _KEY.format("ended", rank()), "" if failed else f"{type(error).__name__}: {_first_line(error)}"
-            )
+            _store().set(_KEY.format("ended", rank()), "" if failed else f"{type(error).__name__}: {_reason(error)}")
         if not failed:
             raise
         raise UserError(
-            f"rank {rank()}: {_collective_of(error)} failed: {_first_line(error)}. {_likely_cause()}. "
+            f"rank {rank()}: {_collective_of(error)} failed: {_reason(error)}. {_likely_cause()}. "
             "The same command with --resume goes on from the newest checkpoint"
         ) from error
 
@@ -218,9 +216,9 @@ def _collective_of(error: BaseException) -> str:
     return f"{what} in {ours[-1]}" if ours else what
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """gloo's messages begin with a line of its source and end with advice."""
-    text = str(error).strip().partition("\n")[0].partition(" This is typically")[0]
+    text = first_line(error).partition(" This is typically")[0]
     return re.sub(r"^\[[^\]]*\] ", "", text).rstrip(".")
 
 

@@ -14,10 +14,11 @@ from importlib.util import find_spec
 
 import torch
 
-from . import __version__, threads
+from . import threads
 from .errors import UserError
 from .ops import BACKENDS, trials, tuning
 from .ops.dispatch import MISSING, Decision
+from .version import __version__
 
 
 @dataclass(frozen=True)

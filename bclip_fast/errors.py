@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class BackendError(RuntimeError):
     """No backend can run this call; the message holds each refusal's reason."""
+
+
+def first_line(error: object) -> str:
+    """The first line of an exception's message, or its class's name if the message is empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

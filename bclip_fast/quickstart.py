@@ -12,15 +12,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from bclip_fast.demo_data import build as samples
+from bclip_fast.ingest import build
 
 from . import config as config_files
 from . import eval as evaluation
-from .data import ingest, samples
 from .errors import UserError
+from .io.progress import Advance, track
 from .train.config import TrainConfig
 from .train.trainer import train
 
@@ -91,8 +93,8 @@ def _build(config: QuickstartConfig, data: Path) -> None:
             samples.build(data, seed=config.seed, progress=update)
         return
     # Few articles: hold out more of them than the paper does, or retrieval would be measured on a handful of pairs.
-    ingest.build(
-        ingest.IngestConfig(
+    build.build(
+        build.IngestConfig(
             source=str(config.articles),
             out=data,
             max_short_side=128,
@@ -125,16 +127,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
         yield note
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+        completed: dict[str, int] = {}
+        advance: Advance | None = None
 
         def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
+            nonlocal advance
+            if stage not in completed or advance is None:
+                # One bar at a time can be live; those of earlier stages stay on the screen.
+                stack.close()
+                advance = stack.enter_context(track(stage, total))
+            advance(done - completed.get(stage, 0))
+            completed[stage] = done
 
         yield update

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import UserError
+from .io.progress import track
 from .ops import trials, tuning
 from .ops.dispatch import BACKENDS, use_backend
 from .ops.trials import Trial
@@ -78,7 +79,6 @@ def run(config: TuneConfig) -> None:
         UserError: kernels are emulated, or the record cannot be written.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if tuning.emulated():
         raise UserError("BCLIP_CUDA_HOST or TRITON_INTERPRET=1 is set: times of emulated kernels say nothing")
@@ -90,13 +90,10 @@ def run(config: TuneConfig) -> None:
     busy = os.getloadavg()[0]
     if device.type == "cpu" and busy > 0.5 * (os.cpu_count() or 1):
         log.warning("the load is %.1f: times taken beside other work are poor evidence", busy)
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(todo))
+    with track("", len(todo), transient=True, elapsed=True) as advance:
 
         def tell(trial: Trial) -> None:
-            progress.update(task, description=f"{trial.operator}, {trial.what}", advance=1)
+            advance(1, f"{trial.operator}, {trial.what}")
 
         record = measure(fingerprint, todo, config.seconds, tell)
     if config.operators and path.exists():

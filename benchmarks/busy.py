@@ -22,16 +22,16 @@ from typing import Any, Literal
 import torch
 
 from bclip_fast import ops
-from bclip_fast.data.native import NativeLoader
-from bclip_fast.data.shards import ShardDataset
-from bclip_fast.data.stream import SampleStream
+from bclip_fast.data.loader import NativeLoader
+from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.threads import VARIABLES
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine import EngineConfig
-from bclip_fast.train.heap import keep_freed_memory
+from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine.malloc import keep_freed_memory
 from bclip_fast.train.trainer import train
 
 from .cases import with_gradients

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops import affine, attention, contrastive, image, pointwise
+from bclip_fast.ops import attention, contrastive, image, matmul, pointwise
 from bclip_fast.ops.attention.reference import attention as dense_attention
-from bclip_fast.ops.contrastive import terms
+from bclip_fast.ops.contrastive import loss_terms
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
@@ -258,7 +258,7 @@ def linear_case(rows: int, width: int, columns: int) -> Case:
         name=f"linear-{rows}x{width}-{columns}",
         make_inputs=make_inputs,
         truth=run("reference"),
-        contenders={**ours(affine.LIMITS, run, tiny, tiny), "torch autocast": lambda: with_gradients(autocast)},
+        contenders={**ours(matmul.LIMITS, run, tiny, tiny), "torch autocast": lambda: with_gradients(autocast)},
         flops=6 * rows * width * columns,
         bytes=2 * 2 * rows * (width + columns) + 3 * 4 * columns * (width + 1),
         dtype=torch.bfloat16,
@@ -398,11 +398,11 @@ def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
         own = image[:num]
         rows, columns = contrastive.reference.forward(own, text, scale, 0, chunk_size)
         columns = columns.view(copies, num).logsumexp(0)
-        positive = terms.positive_logits(own, text[:num], scale)
-        loss = terms.pair_losses(rows, columns, positive).mean() / 2
+        positive = loss_terms.positive_logits(own, text[:num], scale)
+        loss = loss_terms.pair_losses(rows, columns, positive).mean() / 2
         columns_lse = torch.logaddexp(columns, positive).repeat(copies)
         weight = torch.full_like(loss, 1 / (2 * len(image)))
-        positive_grad = weight * terms.positive_gradient(rows, columns, positive)
+        positive_grad = weight * loss_terms.positive_gradient(rows, columns, positive)
         rows_lse = torch.logaddexp(rows, positive)
         gradients = contrastive.reference.backward(
             own, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, image.dtype

@@ -25,7 +25,7 @@ _PMCID = re.compile(rb'(<article-id pub-id-type="pmc(?:id)?">)(?:PMC)?\d+(</arti
 
 
 def parse(folder: Path) -> None:
-    from bclip_fast.data import jats
+    from bclip_fast.ingest import jats
 
     paths = sorted(folder.glob("*/*/*.nxml"))
     truth = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
@@ -79,7 +79,7 @@ def squeeze(text: str) -> str:
 
 
 def _checked_by_eye() -> set[str]:
-    tests = Path(__file__).parents[1] / "tests/test_jats.py"
+    tests = Path(__file__).parents[1] / "tests/ingest/test_jats.py"
     table = tests.read_text().partition("CHECKED_BY_EYE = {")[2].partition("}")[0]
     return set(re.findall(r'"([^"]+)":', table))
 
@@ -97,7 +97,7 @@ def best(function: Any) -> float:
 _BUILD = """
 import json, sys, time
 from pathlib import Path
-from bclip_fast.data.ingest import IngestConfig, build
+from bclip_fast.ingest.build import IngestConfig, build
 start, used = time.perf_counter(), time.process_time()
 build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=1, val_fraction=0, test_fraction=0))
 told = json.loads((Path(sys.argv[2]) / "dataset.json").read_text())["ingest"]

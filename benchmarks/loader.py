@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bclip_fast.data.native import NativeLoader
-from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
-from bclip_fast.data.stream import SampleStream
+from bclip_fast.data.loader import NativeLoader
+from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
     """Shards of what ingest makes of real articles, or of smooth noise of a figure's size where there are none."""
     articles = shared_data() / "pmc_articles"
     if articles.is_dir():
-        from bclip_fast.data.ingest import IngestConfig, build
+        from bclip_fast.ingest.build import IngestConfig, build
 
         options: dict[str, Any] = dict(val_fraction=0.0, test_fraction=0.0, workers=1, max_shard_megabytes=16)
         build(IngestConfig(str(articles), folder, max_short_side=config.max_short_side, **options))
@@ -168,7 +168,7 @@ def our_pass(source: Source, loader: type[NativeLoader]) -> Pass:
 
 def contenders(source: Source) -> dict[str, Callable[[], Pass]]:
     def ours_with_dali() -> Pass:
-        from bclip_fast.data.dali import DaliLoader
+        from bclip_fast.data.dali_loader import DaliLoader
 
         return our_pass(source, DaliLoader)
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.hardware import device_name, results_name
 from bclip_fast.ops.processor import lacks_bfloat16
-from bclip_fast.train.cluster import device_name, results_name
 
 from .cases import DEVICE, Case, Inputs
 

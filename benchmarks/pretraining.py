@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bclip_fast.data.ingest import IngestConfig, build
-from bclip_fast.data.sanitize import sanitize
-from bclip_fast.data.shards import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
+from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.sanitize import sanitize
 
 
 def main(data: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import exact, retrieval
+from bclip_fast.eval import exact_ranks, retrieval
 
 from .measure import DEVICE, matmul_rate, peak_extra_bytes
 
@@ -94,7 +94,7 @@ def measure_retrieval(config: RetrievalConfig) -> list[dict[str, Any]]:
                 case=f"{config.pairs}-{config.dim}-noise-{config.noise:g}",
                 contender=name,
                 error=0.0,
-                steps=exact.steps(images.device) if name == "ours" else None,
+                steps=exact_ranks.steps(images.device) if name == "ours" else None,
                 num_checked=len(found) * min(config.checked, num),
                 queries=num,
                 seconds=seconds,

@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from bclip_fast import ops
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
-from bclip_fast.model import layout, transformer, vision, weights
+from bclip_fast.model import open_clip_config, transformer, vision, weights
 from bclip_fast.model import text as text_towers
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig, preset
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.flops import step_flops
 from bclip_fast.model.packed import Packed
+from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.train.flops import step_flops
-from bclip_fast.train.heap import keep_freed_memory
-from bclip_fast.train.optimizer import AdamW
+from bclip_fast.model.tower_config import PUBMEDBERT
+from bclip_fast.train.engine.malloc import keep_freed_memory
+from bclip_fast.train.engine.optimizer import AdamW
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 from .cases import peer, shared_data
@@ -310,13 +312,13 @@ def open_clip_twin(model: BiomedClip) -> nn.Module:
     """open_clip's CustomTextCLIP of the same configuration with the same weights. Raises Unavailable without it."""
     open_clip = peer(import_open_clip)
     config, before = model.config, os.getcwd()
-    files = layout.write(config, published_tokenizer=False)
-    name = files[layout.CONFIG_FILE]["model_cfg"]["text_cfg"].get("hf_model_name")
+    files = open_clip_config.write(config, published_tokenizer=False)
+    name = files[open_clip_config.CONFIG_FILE]["model_cfg"]["text_cfg"].get("hf_model_name")
     with tempfile.TemporaryDirectory() as folder:
-        if name == layout.PUBMEDBERT:
+        if name == PUBMEDBERT:
             # Offline, transformers takes a hub's name for a folder where there is one.
             changed = replace(config, text=replace(config.text, max_positions=config.text.max_positions + 1))
-            bert = layout.write(changed, published_tokenizer=False)["text/config.json"]
+            bert = open_clip_config.write(changed, published_tokenizer=False)["text/config.json"]
             files[f"{name}/config.json"] = {**bert, "max_position_embeddings": config.text.max_positions}
         for path, content in files.items():
             (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from bclip_fast.data.shards import ShardDataset, ShardWriter
+from bclip_fast.data.shards.reader import ShardDataset, ShardWriter
 from bclip_fast.errors import UserError
-from bclip_fast.model.biomedclip import BiomedClip, preset
+from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.train.clock import StepClock
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.deepspeed import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
+from bclip_fast.train.step_timer import StepClock
 
 from .cases import Unavailable
 from .loader import LoaderConfig, figures_to_shards

@@ -48,7 +48,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 samples to train on and 32 for validation (synthetic.py). A test that changes files works on a copy."""
+    """96 samples to train on and 32 for validation (support/synthetic.py). Copy before you change files."""
     from synthetic import write_shards
 
     return write_shards(tmp_path_factory.mktemp("data") / "shards")

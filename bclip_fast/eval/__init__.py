@@ -1,5 +1,6 @@
 """Evaluation of CLIP-like models: retrieval and zero-shot classification, each figure beside its chance level."""
 
-from .command import EvalCommand, EvalConfig, Evaluation, evaluate, run
+from .command import EvalCommand, Evaluation, evaluate, run
+from .config import EvalConfig
 
 __all__ = ["EvalCommand", "EvalConfig", "Evaluation", "evaluate", "run"]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import platform
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,79 +17,20 @@ import tyro
 from torch import Tensor, nn
 
 from .. import distributed
-from ..errors import UserError
-from . import files, probe, report, tasks
-from .cache import Cache, default_folder
+from ..config import read_toml
+from ..errors import UserError, first_line
+from ..hardware import environment_report, pick_device
+from ..html.page import format_figure, format_spread
+from ..io.runs import METRICS
+from . import report, tasks
+from . import results as files
+from .config import EvalConfig
 from .datasets import EvalDataset, open_dataset
-from .embed import Embedder, Format, Precision
+from .embed import Embedder
+from .embedding_cache import Cache, default_folder
 from .protocols import PROTOCOLS, Inputs, default_kinds, describe
-from .retrieval import Duplicates, Index
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 log = logging.getLogger(__name__)
-
-_VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What to evaluate on, and how."""
-
-    data: str = ""
-    """Shards (folder with dataset.json), a folder with a folder of images per class, or a .csv file; a run's own shards
-    unless given."""
-    split: str = "val"
-    """Split of the data; a task of the package knows its own."""
-    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """retrieval, zero_shot, probe or vqa; a task of the package (pcam, lc25000_lung, vqa_rad, ...); or a TOML file of
-    one. Repeat it for several. None given: retrieval and zero_shot as far as the data allow."""
-    label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`; repeat it for several."""
-    prompts: str = "auto"
-    """A task's prompts (pcam, lc25000_lung, ...), a TOML file, or auto: the task's own, else the labels' own words."""
-    duplicates: Duplicates = "strict"
-    """In retrieval, what is right beside the query's own pair: nothing (`strict`, as in the paper), pairs with the same
-    text (`captions`), with the same picture (`images`), or `any` of both."""
-    index: Index = "exact"
-    """exact ranks all candidates; faiss_flat, hnsw and ivf search with faiss, the last two approximately."""
-    share: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Parts of the training data that a probe is trained on."""
-    shots: tuple[int, ...] = ()
-    """Samples a class that a probe is trained on, in addition."""
-    num_seeds: int = 3
-    """Draws of each part, whose mean and deviation are reported."""
-    protocol: probe.Protocol = "held_out"
-    """`elevater` reports a probe's best epoch on the test set, as the paper's toolkit does: for comparison alone."""
-    seed: int = 0
-    cache: str = "auto"
-    """Folder for embeddings; auto: BCLIP_CACHE or ~/.cache/bclip_fast/embeddings; none: they are not kept."""
-    keep: Format = "fp32"
-    """Format in which embeddings are kept."""
-    device: str = "auto"
-    """auto takes CUDA where it is."""
-    precision: Precision = "fp32"
-    """Number format of the towers; embeddings are compared in float32. auto: bf16 where the device multiplies it in
-    hardware, else fp32."""
-    batch_size: int = 64
-    num_workers: int = 2
-    """Threads that decode and resize images."""
-    num_gallery_queries: int = 6
-    """Queries a direction shown in the report."""
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for task in self.task:
-            tasks.load(task)
-        if not all(0 < share <= 1 for share in self.share) or not all(num >= 1 for num in self.shots):
-            raise UserError(f"share {self.share} must lie in (0, 1], shots {self.shots} must be at least 1")
-        if self.num_seeds < 1 or not (self.share or self.shots):
-            raise UserError("a probe needs one seed and one share or number of shots at least")
-        if self.num_gallery_queries < 1:
-            raise UserError(f"num_gallery_queries is {self.num_gallery_queries}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +84,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
                 architecture, pretrained=weights, device=device
             )
         except Exception as error:  # a broken file leads torch's unpickler to any of them
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UserError(f"{name}: open_clip cannot load {weights}: {reason}") from error
+            raise UserError(f"{name}: open_clip cannot load {weights}: {first_line(error)}") from error
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa.is_run(Path(name)):
         return vqa.load(Path(name), device)
@@ -162,7 +99,7 @@ def run(command: EvalCommand) -> None:
     results = evaluation.run(command.model)
     if not distributed.is_main():
         return
-    run_folder = Path(command.model) if (Path(command.model) / "metrics.jsonl").is_file() else None
+    run_folder = Path(command.model) if (Path(command.model) / METRICS).is_file() else None
     out = Path(command.out) if command.out else _default_out(command, run_folder)
     files.write(out, results)
     report.write(out / "report.html", results, evaluation.data, run_folder=run_folder)
@@ -174,8 +111,8 @@ def run(command: EvalCommand) -> None:
 def _data_of_run(model: str) -> str:
     """The shards that the run folder `model` was trained on."""
     try:
-        return str(tomllib.loads((Path(model) / "config.toml").read_text(encoding="utf-8"))["data"]["shards"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        return str(read_toml(Path(model) / "config.toml")["data"]["shards"])
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
 
 
@@ -237,7 +174,7 @@ class Evaluation:
             "model": described | {"path": given if isinstance(given, str) else None},
             "tasks": results,
             "config": dataclasses.asdict(config),
-            "environment": _environment(device),
+            "environment": environment_report(device),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
@@ -247,15 +184,6 @@ def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
     if config.label or default_kinds(data) or not names:
         names.append("zero_shot")
     return names
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -270,19 +198,6 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "logit_scale": scale,
     }
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["device"] = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return found
 
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
@@ -302,7 +217,7 @@ def _print(results: dict[str, Any]) -> None:
     table = Table(Column("task", no_wrap=True), "figure", "value", "95 %", "chance", "samples")
     for task, result in results["tasks"].items():
         for figure in result["figures"]:
-            value, chance = (report.format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            spread = report.format_spread(figure)
+            value, chance = (format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
+            spread = format_spread(figure)
             table.add_row(escape(task), figure["name"], value, spread, chance, f"{figure['num_samples']:,}")
     Console().print(table)

@@ -18,7 +18,10 @@ import numpy as np
 import tyro
 
 from ..errors import UserError
-from . import files, metrics, report
+from ..html.page import environment, format_figure
+from ..io.atomic import write_text
+from . import results as files
+from . import statistics
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +41,11 @@ class CompareCommand:
 def run(command: CompareCommand) -> None:
     found = compare([Path(path) for path in command.results])
     out = Path(command.out)
-    files.write_text(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "compare.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = ("task", "figure", "model", "value", "difference", "low", "high", "p", "p_holm", "test")
-    files.write_text(
-        out / "compare.csv", files.as_csv(columns, ([row[key] for key in columns] for row in found["rows"]))
-    )
-    page = report.environment().get_template("compare.html").render(found=found, alpha=ALPHA)
-    files.write_text(out / "compare.html", page)
+    write_text(out / "compare.csv", files.as_csv(columns, ([row[key] for key in columns] for row in found["rows"])))
+    page = environment().get_template("compare.html").render(found=found, alpha=ALPHA)
+    write_text(out / "compare.html", page)
     _print(found)
     log.info("comparison in %s", out / "compare.html")
 
@@ -77,7 +78,7 @@ def compare(folders: list[Path]) -> dict[str, Any]:
         for figure in tasks[0]["figures"]:
             rows += _rows(name, figure["name"], tasks, models)
     tested = [row for row in rows if row["p"] is not None]
-    for row, p in zip(tested, metrics.holm([row["p"] for row in tested]), strict=True):
+    for row, p in zip(tested, statistics.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
     return {"models": models, "rows": rows, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
@@ -100,7 +101,7 @@ def _difference(name: str, first: dict[str, Any], second: dict[str, Any]) -> dic
         positive = first["classes"][1]
         labels = np.array([label == positive for label in first["samples"]["label"]])
         one, two = (np.array(each["samples"][f"score of {positive}"], dtype=np.float64) for each in (first, second))
-        found = metrics.auroc_difference(labels, one, two)
+        found = statistics.auroc_difference(labels, one, two)
         if found is None:
             return {}
         difference, (low, high), p = found
@@ -115,9 +116,9 @@ def _difference(name: str, first: dict[str, Any], second: dict[str, Any]) -> dic
     if name != kind:
         rows = np.array(first["samples"]["kind"]) == name.split()[0]
         one, two = one[rows], two[rows]
-    low, high = metrics.paired_interval(one, two)
+    low, high = statistics.paired_interval(one, two)
     whole = bool(np.isin(one, (0, 1)).all() and np.isin(two, (0, 1)).all())
-    p = metrics.mcnemar(one == 1, two == 1) if whole else metrics.sign_flip(two - one)
+    p = statistics.mcnemar(one == 1, two == 1) if whole else statistics.sign_flip(two - one)
     test = "McNemar, exact" if whole else "sign flips"
     return {"difference": float((two - one).mean()), "low": low, "high": high, "p": p, "test": test}
 
@@ -139,6 +140,6 @@ def _print(found: dict[str, Any]) -> None:
         spread = "" if row["low"] is None else f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
         difference = "" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
         p = "" if row["p_holm"] is None else f"{row['p_holm']:.2g}"
-        value = report.format_figure(row["value"], row["unit"])
+        value = format_figure(row["value"], row["unit"])
         table.add_row(escape(row["task"]), row["figure"], escape(row["model"]), value, difference, spread, p)
     Console().print(table)

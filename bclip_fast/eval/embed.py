@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.images import open_image
 from ..errors import UserError
+from ..io.progress import track
 from ..ops.processor import native_precision
-from . import cache
-from .cache import Cache
-from .datasets import EvalDataset, open_image
+from . import embedding_cache as cache
+from .datasets import EvalDataset
+from .embedding_cache import Cache
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Embedder:
             UserError: an image that cannot be decoded, an embedding that is not finite; both name the sample.
         """
 
-        return self._kept(("images", data.fingerprint, self._preprocess), lambda: self._images(data))
+        return self._kept(("images", data.fingerprint, self._preprocess), lambda: self.uncached_images(data))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(n, D) float32 on the device, unit norm. Raises UserError naming a text whose embedding is not finite."""
@@ -106,7 +108,9 @@ class Embedder:
     def _preprocess(self) -> str:
         return cache.of_preprocess(self.preprocess)
 
-    def _images(self, data: EvalDataset) -> Tensor:
+    def uncached_images(self, data: EvalDataset) -> Tensor:
+        """Embed every image of the data, as `images` does, without reading or writing the cache."""
+
         def load(i: int) -> Tensor:
             return self.preprocess(open_image(data.image(i), lambda: data.key(i)))
 
@@ -146,8 +150,8 @@ class Embedder:
         with (
             _evaluating(self.model),
             torch.inference_mode(),
-            self._autocast(),
-            _bar(show, what, total) as advance,
+            self.autocast(),
+            track(f"embed {what}", total, show=show) as advance,
         ):
             for batch in batches:
                 embeddings = encode(batch).float()
@@ -164,7 +168,8 @@ class Embedder:
             raise UserError(f"there are no {what} to embed")
         return torch.cat(rows)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the towers compute in the configured precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
@@ -190,17 +195,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextlib.contextmanager
-def _bar(show: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not show:
-        yield lambda num: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("embed {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda num: progress.advance(task, num)

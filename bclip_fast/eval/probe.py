@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from . import metrics
+from . import statistics
 
 Protocol = Literal["held_out", "elevater"]
 
@@ -149,7 +149,7 @@ class _Heads:
 def _macro_auroc(truth: np.ndarray, logits: Tensor) -> float:
     if not bool(logits.isfinite().all()):
         return 0.0
-    areas = [metrics.auroc(own, column) for own, column in zip(truth.T, logits.numpy().T, strict=True)]
+    areas = [statistics.auroc(own, column) for own, column in zip(truth.T, logits.numpy().T, strict=True)]
     known = [area for area in areas if area is not None]
     if not known:
         raise UserError("no class of the probe's data has both samples with it and samples without")
@@ -318,7 +318,7 @@ def measure(
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
             chance = next(figure for figure in whole["figures"] if figure["name"] == kind)
             figures.append(
-                metrics.figure(
+                statistics.figure(
                     f"{kind}, {name}", mean, chance["chance"], chance["chance_is"], len(test), deviation=deviation
                 )
             )

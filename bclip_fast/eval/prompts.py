@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from ..config import read_toml
 from ..errors import UserError
 
 _TASKS = Path(__file__).parent / "tasks"
+_SAMPLE_IMAGES = Path(__file__).parent / "prompt_sets" / "sample_images.toml"
 GENERIC_TEMPLATES = (
     "{}",
     "a photo of {}",
@@ -61,13 +58,17 @@ def named(name: str) -> PromptSet:
     return read_prompts(table.get("prompts", table), f"prompt file {name}", Path(name).name)
 
 
+@functools.cache
+def sample_sets() -> Mapping[str, PromptSet]:
+    """The prompts for each label kind of the demonstration data."""
+    return {
+        kind: read_prompts(table, f"prompt file {_SAMPLE_IMAGES}, table [{kind}]")
+        for kind, table in _read(_SAMPLE_IMAGES).items()
+    }
+
+
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"prompt file {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} is not valid TOML: {error}") from error
+    return read_toml(path, "prompt file")
 
 
 def read_prompts(table: Any, where: str, source: str = "") -> PromptSet:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..io.hashing import sha256
 from . import probe, prompts, retrieval, zero_shot
+from .config import EvalConfig
 from .datasets import EvalDataset
 from .embed import Embedder
 from .tasks import Task
-
-if TYPE_CHECKING:
-    from .command import EvalConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def run_retrieval(inputs: Inputs) -> dict[str, dict[str, Any]]:
         )
     pictures = None
     if config.duplicates in ("images", "any"):
-        pictures = [hashlib.sha256(data.image(i)).hexdigest() for i in range(len(data))]
+        pictures = [sha256(data.image(i)) for i in range(len(data))]
     texts, images = inputs.embedder.texts(captions), inputs.embedder.images(data)
     result = retrieval.measure(
         images, texts, captions, duplicates=config.duplicates, pictures=pictures, index=config.index
@@ -223,15 +221,11 @@ def _truth(labels: Sequence[str | None], names: Sequence[str], several: bool) ->
 
 
 def _known_prompts(kind: str, values: Sequence[str]) -> prompts.PromptSet:
-    from ..data.samples import TEMPLATES
-
-    nouns = _sample_labels().get(kind, {})
-    if all(value in nouns for value in values):
-        classes = {value: tuple(nouns[value]) for value in values}
-        if kind in TEMPLATES:
-            return prompts.PromptSet(classes, TEMPLATES[kind], "nouns and templates of the sample data")
-        return prompts.PromptSet(classes, source="nouns of the sample data, generic templates")
-    return prompts.from_values(values)
+    """The demonstration data's prompts if they have every value, else the values themselves."""
+    prompt_set = prompts.sample_sets().get(kind)
+    if prompt_set is None or not all(value in prompt_set.classes for value in values):
+        return prompts.from_values(values)
+    return dataclasses.replace(prompt_set, classes={value: prompt_set.classes[value] for value in values})
 
 
 def default_kinds(data: EvalDataset) -> tuple[str, ...]:
@@ -243,12 +237,6 @@ def default_kinds(data: EvalDataset) -> tuple[str, ...]:
         return tuple(data.label_kinds)
     return tuple(
         kind
-        for kind in _sample_labels()
+        for kind in prompts.sample_sets()
         if kind in data.label_kinds and len({label for label in data.labels(kind) if label is not None}) > 1
     )
-
-
-def _sample_labels() -> dict[str, dict[str, list[str]]]:
-    from ..data.samples import LABELS
-
-    return LABELS

@@ -6,34 +6,17 @@ encoded anew, and a content security policy forbids the page to load or run anyt
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import logging
-import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from ..html import chart
+from ..html.curves import training_curves
+from ..html.page import environment, thumbnail
+from ..io.atomic import write_text
+from .datasets import EvalDataset
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from ..errors import UserError
-from . import chart
-from .datasets import EvalDataset, open_image
-from .files import write_text
-
-log = logging.getLogger(__name__)
-
-THUMBNAIL_SIZE = 224
 _NUM_QUESTIONS = 8
-_CURVES = {"loss": "Training loss", "lr": "Learning rate", "logit_scale": "Logit scale"}
-_VALIDATION = "validation/"
 
 
 def write(
@@ -64,7 +47,7 @@ def write(
             ),
             headline=_headline(results),
             published=_published(results),
-            curves=_curves(run_folder) if run_folder else [],
+            curves=training_curves(run_folder) if run_folder else [],
             most_curves=chart.MAX_CURVES,
             roc={name: _roc(result, names.get(name, {})) for name, result in tasks.items()},
             questions=[
@@ -78,19 +61,6 @@ def write(
         )
     )
     write_text(Path(path), page)
-
-
-def environment() -> jinja2.Environment:
-    """The templates and the filters they use; everything is escaped."""
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("bclip_fast.eval"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"figure": format_figure, "spread": format_spread, "ratio": format_ratio, "number": chart.number}
-    return made
 
 
 def _roc(result: dict[str, Any], nouns: Mapping[str, Any]) -> Any:
@@ -145,50 +115,6 @@ def _questions(result: dict[str, Any], data: EvalDataset) -> dict[str, Any]:
     return {"title": task["title"], "about": task["about"], "rows": rows, **{key: result[key] for key in keys}}
 
 
-def format_figure(value: float | None, unit: str) -> str:
-    """A share as per cent with one decimal, a rank with one decimal where it has one, None as a dash."""
-    if value is None:
-        return "\u2013"
-    if unit == "share":
-        return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
-
-
-def format_spread(figure: dict[str, Any]) -> str:
-    """The 95 % interval as `27.3 to 30.1`, a deviation as `+-1.2`, a dash where there is neither."""
-    scale, digits = (100, 1) if figure["unit"] == "share" else (1, 1)
-    if figure.get("deviation") is not None:
-        return f"\u00b1{scale * figure['deviation']:.{digits}f}"
-    if figure["interval"] is None:
-        return "\u2013"
-    return " to ".join(f"{scale * end:,.{digits}f}" for end in figure["interval"])
-
-
-def format_ratio(figure: dict[str, Any]) -> str:
-    """How many times better than chance, as `4.20x`; a dash where chance is zero."""
-    value, chance = figure["value"], figure["chance"]
-    better, worse = (value, chance) if figure["higher_is_better"] else (chance, value)
-    ratio = better / worse if worse else math.inf
-    return f"{ratio:.2f}\u00d7" if ratio < 10 else f"{ratio:,.0f}\u00d7" if math.isfinite(ratio) else "\u2013"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a metrics.jsonl. A last line cut by a killed run is left out with a warning."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for i, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if i == len(lines) - 1:
-                log.warning("%s: the last line is cut and is left out", path)
-                break
-            raise UserError(f"{path}, line {i + 1}: not JSON ({error})") from error
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
 def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures shown large: recall at 5 both ways, accuracies, and what a task was published with."""
     tiles = []
@@ -200,43 +126,6 @@ def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
                     name = f"{result['label'].replace('_', ' ')} accuracy"
                 tiles.append({**figure, "kind": task["title"].replace("zero shot", "zero-shot"), "name": name})
     return tiles
-
-
-def _curves(run_folder: Path) -> list[dict[str, Any]]:
-    """A chart of each of `_CURVES` and of each validation figure that metrics.jsonl holds."""
-    path = run_folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    records = [record for record in read_metrics(path) if is_finite(record.get("step"))]
-    titles = dict(_CURVES)
-    for key in sorted({key for record in records for key in record if key.startswith(_VALIDATION)}):
-        titles[key] = "Validation: " + key.removeprefix(_VALIDATION).replace("_", " ")
-    curves = []
-    for key, title in titles.items():
-        points = [(record["step"], record[key]) for record in records if is_finite(record.get(key))]
-        if not points:
-            continue
-        num_bad = sum(isinstance(record.get(key), float) and not math.isfinite(record[key]) for record in records)
-        steps, values = zip(*points, strict=True)
-        reference = chance_loss(run_folder) if key == "loss" else None
-        drawing = chart.line_chart({"": (steps, values)}, title=title, smooth=key == "loss", reference=reference)
-        curves.append({"title": title, "svg": drawing, "last": values[-1], "num_bad": num_bad})
-    return curves
-
-
-def chance_loss(run_folder: Path) -> tuple[float, str] | None:
-    """ln B, the contrastive loss of a model that maps everything to one point, where config.toml tells the batch B."""
-    try:
-        batch_size = tomllib.loads((run_folder / "config.toml").read_text(encoding="utf-8")).get("batch_size")
-    except (OSError, ValueError):
-        return None
-    if not isinstance(batch_size, int) or batch_size < 2:
-        return None
-    return math.log(batch_size), f"chance, ln {batch_size:,}"
-
-
-def is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _gallery(result: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[str, Any]]] | None:
@@ -272,12 +161,3 @@ def _gallery(result: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[s
         "text_to_image": fill(gallery["text_to_image"], False),
         "image_to_text": fill(gallery["image_to_text"], True),
     }
-
-
-def thumbnail(data: bytes, name: Callable[[], str]) -> str:
-    """A `data:` address of the picture as an RGB JPEG of at most `THUMBNAIL_SIZE` pixels a side, no metadata kept."""
-    image = open_image(data, name).convert("RGB")
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import exact, metrics
+from . import exact_ranks, statistics
 
 TIE_TOLERANCE = 1e-6
 RECALL_AT = (1, 5, 10)
@@ -157,7 +157,7 @@ def rank(
             all_correct += index[inside].bincount(minlength=num)
             tied += index[inside & (scores >= bound[index] - TIE_TOLERANCE)].bincount(minlength=num)
     with _full_float32():
-        counts = exact.count(queries, candidates, best[0], best[1], TIE_TOLERANCE, **chunks)
+        counts = exact_ranks.count(queries, candidates, best[0], best[1], TIE_TOLERANCE, **chunks)
     # No correct candidate exceeds the best correct one: what does so is wrong.
     return tuple(  # type: ignore[return-value]
         Ranks(above[:num], (reaching - above)[:num], tied.cpu(), all_correct.cpu(), size)
@@ -296,13 +296,13 @@ def measure(
         for k in RECALL_AT:
             hits = ranks.hits(k).numpy()
             figures.append(
-                metrics.figure(
+                statistics.figure(
                     f"{direction} R@{k}",
                     float(hits.mean()),
                     ranks.chance_recall(k),
                     "random order",
                     len(images),
-                    interval=metrics.mean_interval(hits),
+                    interval=statistics.mean_interval(hits),
                 )
             )
             samples[f"{direction} R@{k}"] = [round(value, 6) for value in hits.tolist()]
@@ -310,14 +310,14 @@ def measure(
         median = _median(expected)
         if index == "exact" or median <= max(RECALL_AT):
             figures.append(
-                metrics.figure(
+                statistics.figure(
                     f"{direction} median rank",
                     median,
                     ranks.chance_median_rank(),
                     "random order",
                     len(images),
                     unit="rank",
-                    interval=metrics.median_interval(expected.numpy()),
+                    interval=statistics.median_interval(expected.numpy()),
                 )
             )
             samples[f"{direction} rank"] = [round(value, 3) for value in expected.tolist()]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..data.images import open_image
+from ..errors import UserError, first_line
+from ..io.atomic import replacing
+from ..io.hashing import sha256, sha256_of_parts
 from ..model.meter import MeterConfig, VqaModel
-from . import metrics
-from .datasets import open_image
+from . import statistics
 
 if TYPE_CHECKING:
     from .embed import Embedder
@@ -59,13 +59,8 @@ class VqaDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        pictures = {q.image: "" for q in self.questions}
-        for path in pictures:
-            pictures[path] = hashlib.sha256(_read(path)).hexdigest()
-        digest = hashlib.sha256()
-        for q in self.questions:
-            digest.update("\0".join([pictures[q.image], q.text, q.answer, q.kind]).encode() + b"\n")
-        return digest.hexdigest()
+        pictures = {path: sha256(_read(path)) for path in dict.fromkeys(q.image for q in self.questions)}
+        return sha256_of_parts("\0".join([pictures[q.image], q.text, q.answer, q.kind]) + "\n" for q in self.questions)
 
     def key(self, i: int) -> str:
         return self.questions[i].key
@@ -190,9 +185,7 @@ def _json_rows(file: Path, keys: Sequence[str], where: str) -> list[dict[str, An
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
         missing = next((key for row in rows for key in keys if key not in row), None)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read as a JSON list of questions ({str(error).splitlines()[0]}); {source}"
-        ) from error
+        raise UserError(f"{file} cannot be read as a JSON list of questions ({first_line(error)}); {source}") from error
     if missing is not None or not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: a question lacks {missing!r}, which all must have; {source}")
     return rows
@@ -259,13 +252,13 @@ def measure(
     ):
         if rows.any():
             figures.append(
-                metrics.figure(
+                statistics.figure(
                     name,
                     float(values[rows].mean()),
                     float(chance[rows].mean()),
                     "the most frequent training answer of the question's type",
                     int(rows.sum()),
-                    interval=metrics.mean_interval(values[rows]),
+                    interval=statistics.mean_interval(values[rows]),
                 )
             )
     vocabulary = set(known)
@@ -298,7 +291,7 @@ def predict(embedder: Embedder, data: VqaDataset) -> list[str]:
                 part = data.questions[start : start + embedder.batch_size]
                 images = pool.map(lambda q: embedder.preprocess(open_image(_read(q.image), lambda: q.key)), part)
                 ids = embedder.tokenizer([q.text for q in part]).to(embedder.device)
-                with embedder._autocast():
+                with embedder.autocast():
                     logits = model(torch.stack(list(images)).to(embedder.device), ids)["logits"].float()
                 if not bool(torch.isfinite(logits).all()):
                     raise UserError("the model's logits hold NaN or infinity: the weights are broken")
@@ -334,9 +327,8 @@ def save(folder: Path, model: VqaModel, state: dict[str, torch.Tensor]) -> None:
     out = folder / "vqa"
     out.mkdir(parents=True, exist_ok=True)
     head = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith("clip.")}
-    partial = out / ".head.safetensors.partial"
-    save_file(head, partial)
-    os.replace(partial, out / "head.safetensors")
+    with replacing(out / "head.safetensors") as partial:
+        save_file(head, partial)
     content = {
         "meter": asdict(model.meter_config),
         "answers": list(model.answers),
@@ -359,7 +351,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, An
         head = load_file(folder / "vqa" / "head.safetensors")
         missing, unexpected = model.load_state_dict(head, strict=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / 'vqa'} is broken: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder / 'vqa'} is broken: {first_line(error)}") from error
     if unexpected or any(not name.startswith("clip.") for name in missing):
         raise UserError(f"{folder / 'vqa' / 'head.safetensors'} does not fit vqa.json: {[*unexpected, *missing][:1]}")
     model.common_answers = tuple(content["common_answers"])  # type: ignore[assignment]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from . import metrics
+from . import statistics
 from .prompts import PromptSet
 from .retrieval import check_embeddings
 
@@ -81,21 +81,21 @@ def measure(
     uniform, majority = 1 / num_classes, float(support.max()) / num
     correct = (labels == predictions).double().numpy()
     figures = [
-        metrics.figure(
+        statistics.figure(
             "accuracy",
             float(hits.sum()) / num,
             majority,
             "always the most frequent class",
             num,
-            interval=metrics.mean_interval(correct),
+            interval=statistics.mean_interval(correct),
         ),
-        metrics.figure(
+        statistics.figure(
             "balanced accuracy",
             float(recall[occurring].mean()),
             uniform,
             "uniform guess",
             num,
-            interval=metrics.balanced_interval(confusion.numpy()),
+            interval=statistics.balanced_interval(confusion.numpy()),
         ),
     ]
     areas: list[float | None] = [None] * num_classes
@@ -146,13 +146,13 @@ def measure_multi_label(
         right = ((scores > threshold) == truth).double().mean(1).numpy()
         majority = float(torch.maximum(truth.double().mean(0), 1 - truth.double().mean(0)).mean())
         figures.append(
-            metrics.figure(
+            statistics.figure(
                 "accuracy",
                 float(right.mean()),
                 majority,
                 "each class as it is for most, mean of classes",
                 len(truth),
-                interval=metrics.mean_interval(right),
+                interval=statistics.mean_interval(right),
             )
         )
         samples["accuracy"] = [round(value, 6) for value in right.tolist()]
@@ -195,22 +195,22 @@ def _areas(
     roc = []
     for i, column in columns.items():
         own = truth[:, i].numpy()
-        areas[i] = metrics.auroc(own, column)
+        areas[i] = statistics.auroc(own, column)
         if areas[i] is not None:
-            roc.append({"class": class_names[i], "auroc": areas[i], "points": metrics.roc_points(own, column)})
+            roc.append({"class": class_names[i], "auroc": areas[i], "points": statistics.roc_points(own, column)})
     known = [area for area in areas if area is not None]
     if not known:
         return areas, roc, []
     name = "AUROC" if binary else "AUROC, macro"
     if binary:
-        interval = metrics.auroc_interval(truth[:, 1].numpy(), columns[1])
+        interval = statistics.auroc_interval(truth[:, 1].numpy(), columns[1])
     else:
-        interval = metrics.macro_auroc_interval(truth.numpy(), values)
+        interval = statistics.macro_auroc_interval(truth.numpy(), values)
     mean = sum(known) / len(known)
     return (
         areas,
         roc,
-        [metrics.figure(name, mean, 0.5, "random order", len(truth), interval=interval)],
+        [statistics.figure(name, mean, 0.5, "random order", len(truth), interval=interval)],
     )
 
 

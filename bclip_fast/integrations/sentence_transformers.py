@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import linear
-from ..ops.contrastive import accumulation_dtype, check_features, clip_loss, default_chunk_size
+from ..ops.contrastive import check_features, clip_loss, default_chunk_size
+from ..ops.dtypes import accumulation_dtype
 
 DIRECTIONS = ("query_to_doc", "doc_to_query")
 

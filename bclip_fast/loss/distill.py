@@ -1,4 +1,4 @@
-"""DistillClipLoss: a student under a teacher, on chunks of rows in plain PyTorch."""
+"""DistillClipLoss: a student that learns from a teacher, computed on chunks of rows in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..ops.arguments import without_autocast
-from ..ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
-from ..ops.contrastive.terms import pair_losses, positive_gradient
-from ..ops.dispatch import Limits, choose
+from bclip_fast.ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
+from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient
+from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
+from bclip_fast.ops.dispatch import Limits, choose
+
 from .clip import ClipLoss
-from .ranks import Ranks, check_rows, one_dtype
+from .collectives import Ranks, promote_under_autocast
 
 _LIMITS: Limits = {"reference": LIMITS["reference"]}
 
 
 class DistillClipLoss(ClipLoss):
-    """open_clip's DistillClipLoss: the contrastive loss, and the cross-entropy of student under teacher, both ways.
+    """open_clip's DistillClipLoss: the contrastive loss, and the student's cross-entropy under the teacher, both ways.
 
-    Over ranks the teacher's texts travel like the student's, and its softmax runs over all of them: the distillation
-    term, too, is that of the global batch. The teacher is a constant: its features must not ask for gradients.
+    Across ranks the teacher's texts travel like the student's, and its softmax runs over all of them. So the
+    distillation term, too, is that of the global batch. The teacher is a constant: its features must not require
+    gradients.
 
-    Runs on the reference backend alone (chunks of rows in plain PyTorch, in single precision); arguments are those of
-    `ClipLoss` but for hardness and groups, which are refused, and operand_dtype, which has no effect.
+    Only the reference backend implements it (chunks of rows in plain PyTorch, in single precision). The arguments are
+    those of `ClipLoss`, except that hardness and groups are refused and operand_dtype has no effect.
     """
 
     @staticmethod
-    def _over_ranks(*arguments: Any) -> Any:
+    def _global_loss(*arguments: Any) -> Any:
         return _GlobalDistillLoss.apply(*arguments)
 
     def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """open_clip's definition of one direction on dense logits (b, B); `forward` never builds them."""
+        """open_clip's definition of one direction on dense logits (b, B). `forward` never builds them."""
         return -(teacher_logits.softmax(dim=1) * student_logits.log_softmax(dim=1)).sum(dim=1).mean(dim=0)
 
     def forward(  # type: ignore[override]
@@ -46,29 +47,30 @@ class DistillClipLoss(ClipLoss):
         dist_logit_scale: Tensor | float,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """(contrastive, distillation) loss of the student's (b, D) and the teacher's (b, E) features.
+        """Return the (contrastive, distillation) losses of the student's (b, D) and the teacher's (b, E) features.
 
-        `{"contrastive_loss": ..., "distill_loss": ...}` with `output_dict`.
+        With `output_dict` they come as `{"contrastive_loss": ..., "distill_loss": ...}`.
 
         Raises:
-            ValueError: shapes, dtypes or a world_size that don't fit, or a teacher that asks for gradients.
+            ValueError: shapes, dtypes or a world_size that don't fit, or a teacher that requires gradients.
             CollectiveError: another rank is lost or didn't answer in time.
         """
         if self.hardness:
-            raise ValueError("DistillClipLoss has no hardness: its targets are the teacher's")
-        ranks = self._ranks(image_features)
-        image, text = one_dtype(image_features, text_features)
-        teacher_image, teacher_text = one_dtype(dist_image_features, dist_text_features)
+            raise ValueError("DistillClipLoss doesn't support hardness: its targets are the teacher's")
+        ranks = self._checked_ranks(image_features)
+        image, text = promote_under_autocast(image_features, text_features)
+        teacher_image, teacher_text = promote_under_autocast(dist_image_features, dist_text_features)
         check_features(image, text)
         check_features(teacher_image, teacher_text)
         for other in (text, teacher_image, teacher_text):
-            check_rows(image, other)
+            if len(image) != len(other):
+                raise ValueError(f"image and text must have as many rows, got {len(image)} and {len(other)}")
         scale, teacher_scale = as_scalar(logit_scale, image), as_scalar(dist_logit_scale, image)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (teacher_image, teacher_text, teacher_scale)):
-            raise ValueError("the teacher's features or logit_scale require a gradient: compute them under no_grad")
+            raise ValueError("the teacher's features or logit_scale require gradients: compute them under no_grad")
         choose("distill_clip_loss", _LIMITS, self.backend, image, text, None, self.deterministic)
         with torch.autocast(image.device.type, enabled=False):
-            contrastive, distill = self._over_ranks(
+            contrastive, distill = self._global_loss(
                 image, text, scale, teacher_image, teacher_text, teacher_scale, ranks, self.chunk_size
             )
             contrastive = self._smoothed(contrastive, image, text, logit_scale, ranks)
@@ -78,12 +80,12 @@ class DistillClipLoss(ClipLoss):
 
 
 class _GlobalDistillLoss(torch.autograd.Function):
-    """Contrastive loss, and distillation under a constant teacher, of b local images and the B texts of all ranks.
+    """Contrastive loss and distillation under a constant teacher, for b local images and the B texts of all ranks.
 
     With the student's logits S, the teacher's Z, and the log-sum-exps R, U of their rows and Q, V of their columns,
         distill = (sum_i (R_i - sum_j exp(Z_ij - U_i) * S_ij) + sum_j (Q_j - sum_i exp(Z_ij - V_j) * S_ij)) / (2 * B)
         d distill / d S_ij = (exp(S_ij - R_i) - exp(Z_ij - U_i) + exp(S_ij - Q_j) - exp(Z_ij - V_j)) / (2 * B).
-    The differences are formed pair by pair, before any sum: student and teacher nearly agree where both are sure.
+    Each pair's difference is formed before any sum, because student and teacher nearly agree where both are sure.
     """
 
     @staticmethod
@@ -99,75 +101,79 @@ class _GlobalDistillLoss(torch.autograd.Function):
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         sizes = ranks.batch_sizes(image, text)[1]
-        first = sum(sizes[: ranks.rank])
+        positive_offset = sum(sizes[: ranks.rank])
         texts = ranks.gather(text, sizes, "text features")
         teacher_texts = ranks.gather(teacher_text, sizes, "the teacher's text features")
-        # Four matrices of a chunk's size live at a time.
+        # Four matrices of a chunk's size exist at a time.
         chunk_size = chunk_size or max(1, default_chunk_size(len(image), len(texts), image.device) // 4)
-        ctx.chunk_size, ctx.sizes, ctx.first, ctx.ranks = chunk_size, sizes, first, ranks
+        ctx.chunk_size, ctx.sizes, ctx.positive_offset, ctx.ranks = chunk_size, sizes, positive_offset, ranks
         rows, positive, teacher_rows, row_means = (scale.new_empty(len(image)) for _ in range(4))
         columns, teacher_columns = (scale.new_full((len(texts),), float("-inf")) for _ in range(2))
         column_means = scale.new_zeros(len(texts))
-        students = _LogitRows(image, texts, scale)
-        teachers = _LogitRows(teacher_image, teacher_texts, teacher_scale)
+        student_logits = _LogitRows(image, texts, scale)
+        teacher_logits = _LogitRows(teacher_image, teacher_texts, teacher_scale)
         for start in range(0, len(image), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits, teacher = students[chunk], teachers[chunk]
+            student, teacher = student_logits[chunk], teacher_logits[chunk]
             teacher_rows[chunk] = teacher.logsumexp(1)
-            row_means[chunk] = ((teacher - teacher_rows[chunk, None]).exp_() * logits).sum(1)
+            row_means[chunk] = ((teacher - teacher_rows[chunk, None]).exp_() * student).sum(1)
             teacher_chunk = teacher.logsumexp(0)
-            chunk_means = (teacher.sub_(teacher_chunk).exp_() * logits).sum(0)
+            chunk_means = (teacher.sub_(teacher_chunk).exp_() * student).sum(0)
             merged = torch.logaddexp(teacher_columns, teacher_chunk)
             column_means *= (teacher_columns - merged).exp()
             column_means += chunk_means * (teacher_chunk - merged).exp()
             teacher_columns = merged
-            diagonal = logits.diagonal(first + start)
+            diagonal = student.diagonal(positive_offset + start)
             positive[chunk] = diagonal
             diagonal.fill_(float("-inf"))
-            rows[chunk] = logits.logsumexp(1)
-            columns = torch.logaddexp(columns, logits.logsumexp(0))
+            rows[chunk] = student.logsumexp(1)
+            columns = torch.logaddexp(columns, student.logsumexp(0))
         columns = ranks.merge_lse(columns, "column sums")
         merged = ranks.merge_lse(teacher_columns, "the teacher's column sums")
         column_means = ranks.sum(column_means * (teacher_columns - merged).exp(), "the teacher's column means")
-        mine = slice(first, first + len(text))
-        own = columns[mine]
+        local = slice(positive_offset, positive_offset + len(text))
+        local_columns = columns[local]
         rows_lse = torch.logaddexp(rows, positive)
-        contrastive = pair_losses(rows, own, positive).sum()
-        distill = (rows_lse - row_means).sum() + (torch.logaddexp(own, positive) - column_means[mine]).sum()
+        contrastive = pair_losses(rows, local_columns, positive).sum()
+        distill = (rows_lse - row_means).sum()
+        distill = distill + (torch.logaddexp(local_columns, positive) - column_means[local]).sum()
         totals = ranks.sum(torch.stack([contrastive, distill]), "the losses") / (2 * len(texts))
         positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]
         columns_lse = torch.logaddexp(columns, positives)
+        # `text` is there for differentiable_once, which connects the gradients with the inputs.
         ctx.save_for_backward(
             image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
-            merged, positive_gradient(rows, own, positive),
+            merged, positive_gradient(rows, local_columns, positive), text,
         )  # fmt: skip
         return totals[0].clone(), totals[1].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @without_autocast
     def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
-         teacher_columns, positive_grad) = ctx.saved_tensors  # fmt: skip
-        averaging = ctx.ranks.size / (2 * len(texts))  # as in _GlobalClipLoss
-        students = _LogitRows(image, texts, scale)
-        teachers = _LogitRows(teacher_image, teacher_texts, teacher_scale)
+         teacher_columns, positive_grad, _) = ctx.saved_tensors  # fmt: skip
+        # Data-parallel engines average over ranks, as in _GlobalClipLoss.
+        weight = ctx.ranks.size / (2 * len(texts))
+        student_logits = _LogitRows(image, texts, scale)
+        teacher_logits = _LogitRows(teacher_image, teacher_texts, teacher_scale)
         image_grad = torch.empty_like(image)
-        texts_grad = torch.zeros_like(students.texts)
+        texts_grad = torch.zeros_like(student_logits.texts)
         scale_grad = torch.zeros_like(scale)
         for start in range(0, len(image), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
-            logits, teacher = students[chunk], teachers[chunk]
-            soft = (logits - rows_lse[chunk, None]).exp_().add_(logits.sub_(columns_lse).exp_())
-            soft_teacher = (teacher - teacher_rows[chunk, None]).exp_().add_(teacher.sub_(teacher_columns).exp_())
-            pair_grad = soft_teacher.neg_().add_(soft).mul_(distill_grad)
-            soft.diagonal(ctx.first + start).copy_(positive_grad[chunk])
-            pair_grad.add_(soft.mul_(grad)).mul_(averaging)
+            student, teacher = student_logits[chunk], teacher_logits[chunk]
+            # Row and column probabilities, summed. `student` and `teacher` are overwritten.
+            student_sums = (student - rows_lse[chunk, None]).exp_().add_(student.sub_(columns_lse).exp_())
+            teacher_sums = (teacher - teacher_rows[chunk, None]).exp_().add_(teacher.sub_(teacher_columns).exp_())
+            logit_grad = teacher_sums.neg_().add_(student_sums).mul_(distill_grad)
+            student_sums.diagonal(ctx.positive_offset + start).copy_(positive_grad[chunk])
+            logit_grad.add_(student_sums.mul_(grad)).mul_(weight)
             images = image[chunk].to(scale.dtype)
-            unscaled = pair_grad @ students.texts
+            unscaled = logit_grad @ student_logits.texts
             scale_grad += (unscaled * images).sum()
             image_grad[chunk] = scale * unscaled
-            texts_grad.addmm_(pair_grad.T, images)
+            texts_grad.addmm_(logit_grad.T, images)
         text_grad = None
         if ctx.needs_input_grad[1]:
             text_grad = ctx.ranks.reduce((scale * texts_grad).to(image.dtype), ctx.sizes, "text gradients")
@@ -175,7 +181,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
 
 
 class _LogitRows:
-    """`rows[slice]` is scale * image[slice] @ texts.T, accumulated in the scale's dtype."""
+    """Rows of the logits: `rows[chunk]` is scale * image[chunk] @ texts.T, accumulated in the scale's dtype."""
 
     def __init__(self, image: Tensor, texts: Tensor, scale: Tensor) -> None:
         self.image, self.texts, self.scale = image, texts.to(scale.dtype), scale

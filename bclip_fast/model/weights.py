@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +12,12 @@ from torch import Tensor
 from ..errors import UserError
 from .biomedclip import BiomedClip, BiomedClipConfig
 from .resnet import blocks
+from .safe_load import State
 from .text import BertTower, TextConfig
 from .vision import VisionConfig, VisionTower, resize_positions
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Tensor]
 Keys = dict[str, tuple[str, ...]]
 
 # Hugging Face stored these counters before transformers 4.31; they hold 0, 1, 2, ...
@@ -30,8 +26,6 @@ _POSITION_IDS = "text.transformer.embeddings.position_ids"
 _UNUSED_POOLER = "text.transformer.pooler."
 # Sizes that OpenAI's archives hold as numbers.
 _SIZES = tuple(f"text.{name}" for name in ("input_resolution", "context_length", "vocab_size"))
-# A pickled number, with which torch.save's files began before they were archives.
-_LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 def key_map(config: BiomedClipConfig) -> Keys:
@@ -337,62 +331,6 @@ def _divide(state: Mapping[str, Tensor], keys: Keys) -> State:
         for name, part in zip(theirs, parts, strict=True):
             result[name] = part.clone(memory_format=torch.contiguous_format)
     return result
-
-
-def read_checkpoint(path: Path, *, legacy: bool = False) -> State:
-    """The tensors of a `.safetensors` file or of a PyTorch checkpoint, on the CPU. No code of the file is run.
-
-    A PyTorch checkpoint may be the state dict or hold it under "state_dict" (open_clip's training checkpoints), with or
-    without the "module." prefix of DistributedDataParallel. `legacy` also takes what PyTorch wrote before 1.6, as some
-    of the first checkpoints on the hub are.
-
-    Raises:
-        UserError: the file is missing, broken, of an old or compressed format, or holds anything but plain weights.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
-    state: Any = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, legacy)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state:
-        raise UserError(f"checkpoint {path} holds no state dict")
-    for name, tensor in state.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not isinstance(name, str) or not plain:
-            raise UserError(f"checkpoint {path} holds {name!r}, which is no plain tensor; it must hold weights alone")
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return dict(state)
-
-
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
-
-
-def _read_torch(path: Path, legacy: bool) -> Any:
-    packed: list[str] = []
-    try:
-        if not (legacy and path.open("rb").read(len(_LEGACY_START)) == _LEGACY_START):
-            with zipfile.ZipFile(path) as archive:
-                packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(
-            f"checkpoint {path} is broken, or older than PyTorch 1.6 and to be saved again: {error}"
-        ) from error
-    if packed:
-        # torch.save never compresses; a compressed entry could unpack to any size.
-        raise UserError(f"checkpoint {path} has compressed entries ({packed[0]}); torch.save writes none")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises UnpicklingError, RuntimeError, EOFError, KeyError, ...
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"checkpoint {path} is broken or holds more than plain weights: {reason}") from error
 
 
 def _with_text_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -2,10 +2,10 @@
 
 from ..errors import BackendError
 from . import image
-from .affine import linear
 from .attention import fused_attention, pooled_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, use_backend
+from .matmul import linear
 from .pointwise import add_norm, gelu
 
 __all__ = [

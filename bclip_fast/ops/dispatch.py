@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import BackendError
 from . import tuning
-from .arguments import CUDA_HOST
+from .cuda_device import CUDA_HOST
 
 log = logging.getLogger(__name__)
 

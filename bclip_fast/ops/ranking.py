@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import address
+from .cuda_device import address
 
 
 def has_matrix_unit() -> bool:

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .affine import linear
 from .attention import fused_attention, varlen_attention
 from .attention import reference as attention_reference
-from .attention.pooled import pooled_attention
-from .attention.pooled import reference as pooled_reference
+from .attention.single_query import pooled_attention
+from .attention.single_query import reference as pooled_reference
 from .contrastive import clip_loss, siglip_loss
 from .contrastive import reference as contrastive_reference
 from .dispatch import Decision, explain
 from .image import decode, decode_resize, decode_resize_normalize
+from .matmul import linear
 from .pointwise import add_norm, gelu
 
 # A backend passes if the norm of its error is at most twice the yardstick's, or this many unit roundoffs of the norm.

@@ -11,7 +11,6 @@ BCLIP_TUNE=PATH names a record's file, BCLIP_TUNE=off reads and writes none.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -28,10 +27,12 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..errors import UserError
+from ..io.atomic import write_text
+from ..io.hashing import sha256, sha256_of_file, sha256_of_parts
+from ..version import __version__
 from . import processor
-from .arguments import CUDA_HOST
+from .cuda_device import CUDA_HOST
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def folder() -> Path:
 
 def path_for(fingerprint: Mapping[str, str]) -> Path:
     """Where the record with this fingerprint is kept."""
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    digest = sha256(json.dumps(fingerprint, sort_keys=True))[:12]
     name = re.sub(r"[^\w.]+", "-", f"{fingerprint['name']}-{fingerprint['architecture']}").strip("-")
     return folder() / f"{name}-{digest}.json"
 
@@ -122,13 +123,7 @@ def save(record: Record, path: Path) -> None:
     Raises:
         OSError: the folder takes no file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(to_text(to_json(record)), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, to_text(to_json(record)))
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -243,15 +238,13 @@ def _build(module: str) -> str:
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         return "none"
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]
+    return sha256_of_file(Path(spec.origin))[:12]
 
 
 @functools.cache
 def _triton_sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("triton.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    sources = sorted(Path(__file__).parent.rglob("triton.py"))
+    return sha256_of_parts(path.read_bytes() for path in sources)[:12]
 
 
 def _driver() -> str:

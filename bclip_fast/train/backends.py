@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 from bclip_fast.ops import trials, tuning
 from bclip_fast.ops.tuning import Entry, Record
 
@@ -39,7 +39,7 @@ def of_run(folder: Path, *, resumed: bool, keep: bool = True) -> AbstractContext
     Raises:
         UserError: on every rank, a file that is damaged, or a folder that takes none.
     """
-    return tuning.in_force(from_json(distributed.on_main(lambda: _settle(folder, resumed, keep))))
+    return tuning.in_force(from_json(distributed.run_on_rank0(lambda: _settle(folder, resumed, keep))))
 
 
 def _settle(folder: Path, resumed: bool, keep: bool) -> dict[str, Any]:
@@ -57,10 +57,8 @@ def _settle(folder: Path, resumed: bool, keep: bool) -> dict[str, Any]:
         )
     if not keep:
         return data
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(data, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return data

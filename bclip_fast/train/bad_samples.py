@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from bclip_fast import distributed
-from bclip_fast.data.native import BadRecord
+from bclip_fast.data.loader import BadRecord
 from bclip_fast.errors import UserError
-
-from .metrics import Lines, cut_lines
+from bclip_fast.io.jsonl import JsonLinesWriter, read_lines, truncate_after_step
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +34,13 @@ class BadSamples:
 
     def __init__(self, folder: Path, first_step: int, limit: int) -> None:
         self._path = folder / NAME
-        self._lines = Lines(self._path)
+        self._lines = JsonLinesWriter(self._path)
         self._limit = limit
         records: list[dict[str, Any]] = []
         if distributed.is_main():
-            cut_lines(self._path, first_step)
+            truncate_after_step(self._path, first_step)
             if self._path.is_file():
-                records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+                records = read_lines(self._path)
         self._bad = {record["index"]: _describe(record) for record in distributed.broadcast_object(records)}
 
     @property

@@ -17,10 +17,8 @@ the trainer seeds each step from (seed, step, rank).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -32,8 +30,10 @@ from typing import Any
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing_folder
+from bclip_fast.io.hashing import sha256_of_file
 
-from .optimizer import OptimizerState
+from .engine.optimizer import OptimizerState
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,6 @@ def save(
     from safetensors.torch import save_file
 
     target = folder / f"step-{checkpoint.step:08d}"
-    partial = folder / f".{target.name}.partial"
     moments = {
         f"{key}.{name}": tensor
         for name, tensors in checkpoint.optimizer.moments.items()
@@ -81,25 +80,18 @@ def save(
         "model_config": checkpoint.model_config,
         "rest": checkpoint.rest,
     }
-    with written(target, partial):
-        folder.mkdir(parents=True, exist_ok=True)
-        # What processes that were killed left behind.
+    with written(target, "; older checkpoints are untouched"):
+        # Processes that were killed leave partial folders behind.
         for stale in folder.glob(".step-*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, partial / _FILES[0])
-        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, partial / _FILES[1])
-        if checkpoint.ema:
-            save_file({name: tensor.contiguous() for name, tensor in checkpoint.ema.items()}, partial / _AVERAGE)
-        _write_json(partial / _FILES[2], state)
-        _write_json(partial / "manifest.json", {path.name: _describe(path) for path in partial.iterdir()})
-        for path in partial.iterdir():
-            _sync(path)
-        if target.exists():
-            # Only a broken one is written again, after a resume from an older one.
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        _sync(folder)
+        # A folder of this name exists only if it is broken and the run resumed from an older checkpoint.
+        with replacing_folder(target) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, partial / _FILES[0])
+            save_file({name: tensor.contiguous() for name, tensor in moments.items()}, partial / _FILES[1])
+            if checkpoint.ema:
+                save_file({name: tensor.contiguous() for name, tensor in checkpoint.ema.items()}, partial / _AVERAGE)
+            _write_json(partial / _FILES[2], state)
+            _write_json(partial / "manifest.json", {path.name: _describe(path) for path in partial.iterdir()})
     for old in steps(folder)[keep:] if keep else []:
         step = int(old.name[5:])
         if step != best and not (keep_every_steps and step % keep_every_steps == 0):
@@ -108,17 +100,14 @@ def save(
 
 
 @contextlib.contextmanager
-def written(target: Path, partial: Path | None = None) -> Iterator[None]:
-    """Makes a UserError of what goes wrong while `target` is written, and removes the folder `partial`."""
+def written(target: Path, note: str = "") -> Iterator[None]:
+    """Turn a failure to write `target` into a UserError whose message ends with `note`."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        rest = "" if partial is None else "; older checkpoints are untouched"
-        raise UserError(f"{target}: cannot be written: {error}{rest}") from error
+        raise UserError(f"{target}: cannot be written: {error}{note}") from error
 
 
 class Writer:
@@ -240,20 +229,8 @@ def steps(folder: Path) -> list[Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

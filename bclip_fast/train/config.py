@@ -6,15 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bclip_fast.data.files import ReadConfig
+from bclip_fast.data.storage import ReadConfig
 from bclip_fast.errors import UserError
-from bclip_fast.model.biomedclip import BiomedClipConfig, preset
+from bclip_fast.hardware import ClusterConfig, Precision
+from bclip_fast.model.biomedclip import BiomedClipConfig
+from bclip_fast.model.presets import preset
 
-from .cluster import ClusterConfig
-from .engine import EngineConfig
-from .precision import Precision
+from .engine.deepspeed import EngineConfig
+from .loss_spikes import SpikeConfig
 from .schedule import OptimConfig
-from .spikes import SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class TrainConfig:
     """Continue from the newest whole checkpoint of the run folder, and begin where there is none, so that a launcher
     restarts a run by the command that began it. Without it a folder with checkpoints is refused."""
     dry_run: bool = False
-    """Print what the run would take on the ranks of the cluster section, and refuse what can't fit; train nothing."""
+    """As `bclip plan`: print what the run would take on the ranks of the cluster section, and refuse what can't fit."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0

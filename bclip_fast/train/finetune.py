@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -31,10 +30,12 @@ from torch import Tensor, nn
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.images import open_image
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks, vqa
-from bclip_fast.eval.datasets import EvalDataset, open_dataset, open_image
+from bclip_fast.eval.datasets import EvalDataset, open_dataset
+from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
@@ -44,8 +45,8 @@ from bclip_fast.model.transformer import Linear
 
 from . import backends
 from . import checkpoint as checkpoints
-from . import engine as engines
-from .engine import EngineConfig
+from .engine import deepspeed as engines
+from .engine.deepspeed import EngineConfig
 from .metrics import MetricsLog
 from .precision import resolve
 from .schedule import OptimConfig, learning_rate
@@ -99,19 +100,19 @@ class FinetuneConfig:
             )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
-        if self.batch_size % distributed.world_size():
-            raise UserError(f"batch_size={self.batch_size} is not a multiple of {distributed.world_size()} ranks")
 
 
 def finetune(config: FinetuneConfig) -> Path:
     """Trains to the end and returns the run folder.
 
     Raises:
-        UserError: data without captions or answers, fewer samples than a batch, a checkpoint of another run, a loss
-            that isn't finite.
+        UserError: data without captions or answers, fewer samples than a batch, a batch that the ranks cannot share, a
+            checkpoint of another run, a loss that isn't finite.
     """
     distributed.init()
     atexit.register(distributed.shutdown)
+    if config.batch_size % distributed.world_size():
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of {distributed.world_size()} ranks")
     run = Path(config.run)
     continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
     precision = resolve(config.engine.precision, continued)
@@ -219,7 +220,7 @@ class _Loop:
         # Everything that makes another run of it: a checkpoint of anything else is refused.
         same = {
             "data": objective.data.fingerprint,
-            "texts": hashlib.sha256("\0".join(objective.texts).encode()).hexdigest(),
+            "texts": sha256("\0".join(objective.texts)),
         }
         skipped = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "epochs")
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in skipped}

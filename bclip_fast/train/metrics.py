@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
-import threading
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bclip_fast.errors import UserError
+from bclip_fast.io.jsonl import JsonLinesWriter, truncate_after_step
+from bclip_fast.io.runs import EVENTS, METRICS
 
 from .config import LogConfig
 
 log = logging.getLogger(__name__)
 
-EVENTS = "events.jsonl"
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -42,11 +38,11 @@ class MetricsLog:
     def __init__(
         self, folder: Path, first_step: int, config: LogConfig | None = None, settings: dict[str, Any] | None = None
     ) -> None:
-        path = folder / "metrics.jsonl"
-        cut_lines(path, first_step)
+        path = folder / METRICS
+        truncate_after_step(path, first_step)
         self._wandb = _wandb(folder, config, settings or {}) if config is not None and config.wandb else None
-        self._lines = Lines(path)
-        self._events = Lines(folder / EVENTS)
+        self._lines = JsonLinesWriter(path)
+        self._events = JsonLinesWriter(folder / EVENTS)
         self._board = _tensorboard(folder / "tb", first_step)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -74,53 +70,6 @@ class MetricsLog:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-class Lines:
-    """Appends JSON objects, a line each, to a file that is there from the first on. Threads may share it.
-
-    What a full disk doesn't take waits in memory for the next line, with a warning the first time.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._descriptor = -1
-        self._waiting = b""
-
-    def write(self, record: dict[str, Any]) -> None:
-        with self._lock:
-            quiet = bool(self._waiting)
-            self._waiting += json.dumps(record).encode() + b"\n"
-            try:
-                if self._descriptor < 0:
-                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-                while self._waiting:
-                    self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
-            except OSError as error:
-                if not quiet:
-                    log.warning("%s cannot be written: %s; its lines wait in memory", self._path, error)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def cut_lines(path: Path, first_step: int) -> None:
-    """Removes the lines of a JSONL whose "step" is later, and those that aren't whole."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: a line that is cut or not ours is removed", path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:
@@ -156,14 +105,6 @@ def _wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
         raise UserError(f"log.wandb: wandb can't be started ({error}); WANDB_MODE=offline needs no network") from error
     path.write_text(run.id + "\n", encoding="utf-8")
     return run
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes held at most so far: by torch on a GPU, elsewhere by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 class Progress:

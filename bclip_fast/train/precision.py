@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed
+from bclip_fast.hardware import Precision
 from bclip_fast.ops.processor import native_precision
 
 log = logging.getLogger(__name__)
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def resolve(asked: Precision | Literal["auto"], run: Path | None = None) -> Precision:

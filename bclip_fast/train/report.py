@@ -1,6 +1,6 @@
 """`bclip train report RUN [RUN ...]`: curves, figures, settings and events of runs on one page.
 
-One HTML file without script or network, made of `bclip_fast.eval`'s charts and style, from what the run folders hold:
+One HTML file without script or network, made from what the run folders hold:
 metrics.jsonl, events.jsonl, bad_samples.jsonl and config.toml. It can be written while a run goes on.
 """
 
@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,19 +18,15 @@ from typing import Any
 
 import tyro
 
+from bclip_fast.config import read_toml
 from bclip_fast.errors import UserError
-from bclip_fast.eval import chart
-from bclip_fast.eval import report as eval_report
-from bclip_fast.eval.files import write_text
+from bclip_fast.html import chart
+from bclip_fast.html.page import environment
+from bclip_fast.io.atomic import write_text
+from bclip_fast.io.runs import EVENTS, METRICS, VALIDATION, VALIDATION_EMA, chance_loss, is_finite, read_metrics
 
-from . import bad_samples, validation
+from . import bad_samples
 from .config import TrainConfig
-from .metrics import EVENTS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +46,7 @@ _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 # What a figure of validation is called behind its direction or task.
 _SHARE = re.compile(r" (R@\d+|(balanced )?accuracy|AUROC(, macro)?)$")
 _EVENTS = {"start": "started", "resume": "resumed", "skip": "skipped", "stop": "stopped by a signal", "error": "ended"}
-_PREFIXES = (validation.PREFIX, validation.PREFIX_EMA)
+_PREFIXES = (VALIDATION, VALIDATION_EMA)
 _LAST = 100
 _MAX_EVENTS = 60
 
@@ -81,27 +76,24 @@ class Run:
     @classmethod
     def read(cls, folder: Path, name: str) -> Run:
         """Raises UserError for a folder without metrics.jsonl, or lines that aren't JSON."""
-        if not (folder / "metrics.jsonl").is_file():
+        if not (folder / METRICS).is_file():
             raise UserError(f"{folder}: no run of bclip train, metrics.jsonl is missing")
         lines = {}
-        for file in ("metrics.jsonl", EVENTS, bad_samples.NAME):
-            found = eval_report.read_metrics(folder / file) if (folder / file).is_file() else []
-            lines[file] = [line for line in found if eval_report.is_finite(line.get("step"))]
-        metrics = lines["metrics.jsonl"]
+        for file in (METRICS, EVENTS, bad_samples.NAME):
+            found = read_metrics(folder / file) if (folder / file).is_file() else []
+            lines[file] = [line for line in found if is_finite(line.get("step"))]
+        metrics = lines[METRICS]
         steps = [line for line in metrics if "loss" in line]
         if not steps:
             raise UserError(f"{folder}: metrics.jsonl holds no step yet")
         validations = [line for line in metrics if "loss" not in line]
-        try:
-            settings = dict(_flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / 'config.toml'} cannot be read: {error}") from error
+        settings = dict(_flat(read_toml(folder / "config.toml")))
         return cls(name, folder, steps, validations, lines[EVENTS], lines[bad_samples.NAME], settings)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of a figure."""
         lines = self.validations if key.startswith(_PREFIXES) else self.steps
-        points = [(line["step"], line[key]) for line in lines if eval_report.is_finite(line.get(key))]
+        points = [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
         return [step for step, _ in points], [value for _, value in points]
 
     def late(self, key: str) -> float | None:
@@ -125,10 +117,10 @@ def run(config: TrainReportConfig) -> None:
 
 def render(runs: list[Run]) -> str:
     """The page."""
-    environment = eval_report.environment()
-    environment.filters["seconds"] = _seconds
+    templates = environment()
+    templates.filters["seconds"] = _seconds
     differing, same = _settings(runs)
-    return environment.get_template("train.html").render(
+    return templates.get_template("train.html").render(
         runs=runs,
         facts=[_facts(run) for run in runs],
         figures=_figures(runs),
@@ -184,11 +176,11 @@ def _curve(runs: list[Run], key: str, title: str) -> dict[str, Any] | None:
     series = {name: each for name, each in series.items() if each[0]}
     if not series:
         return None
-    chances = {eval_report.chance_loss(run.folder) for run in runs} if key == "loss" else {None}
+    chances = {chance_loss(run.folder) for run in runs} if key == "loss" else {None}
     reference = chances.pop() if len(chances) == 1 else None
     drawing = chart.line_chart(series, title=title, smooth=key in _NOISY, reference=reference)
     lines = [line for run in runs for line in run.steps if key in line]
-    num_bad = sum(not eval_report.is_finite(line[key]) for line in lines)
+    num_bad = sum(not is_finite(line[key]) for line in lines)
     last = chart.number(next(iter(series.values()))[1][-1]) if len(runs) == 1 else ""
     return {"title": title, "svg": drawing, "last": last, "num_bad": num_bad}
 
@@ -295,8 +287,8 @@ def _text(value: Any) -> str:
 
 
 def _title(key: str) -> str:
-    of_average = " (average)" if key.startswith(validation.PREFIX_EMA) else ""
-    return key.removeprefix(validation.PREFIX).removeprefix(validation.PREFIX_EMA).replace("_", " ") + of_average
+    of_average = " (average)" if key.startswith(VALIDATION_EMA) else ""
+    return key.removeprefix(VALIDATION).removeprefix(VALIDATION_EMA).replace("_", " ") + of_average
 
 
 def _number(value: float | None) -> str | None:

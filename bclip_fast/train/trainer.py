@@ -32,31 +32,34 @@ import torch
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.native import Batch, NativeLoader
-from bclip_fast.data.shards import ShardDataset
-from bclip_fast.data.stream import SampleStream
+from bclip_fast.data.loader import Batch, NativeLoader
+from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
-from bclip_fast.distributed import on_main
+from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
+from bclip_fast.hardware import device_peak, peak_memory
+from bclip_fast.io.runs import VALIDATION, VALIDATION_EMA
 from bclip_fast.loss import ClipLoss
+from bclip_fast.model import flops
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
-from . import backends, flops, plan, validation
+from . import backends, validation
 from . import checkpoint as checkpoints
-from . import dump as dumps
-from . import engine as engines
-from .average import Average
+from . import replay as dumps
 from .bad_samples import BadSamples
-from .cached import CachedBatch, Spool
-from .clock import StepClock
 from .config import DataConfig, TrainConfig
-from .initial import initial_tokenizer, initialise, new_model
-from .metrics import MetricsLog, Progress, peak_memory
+from .ema import Average
+from .engine import deepspeed as engines
+from .grad_cache import CachedBatch, Spool
+from .init_weights import initial_tokenizer, initialise, new_model
+from .loss_spikes import Spikes
+from .metrics import MetricsLog, Progress
 from .precision import resolve
 from .schedule import learning_rate
 from .signals import EXIT_STOPPED, Signals
-from .spikes import Spikes
+from .step_timer import StepClock
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 def train(config: TrainConfig, *, validate: validation.Validate | None = None, on_step: OnStep | None = None) -> Path:
-    """Trains to the end and returns the run folder; with dry_run, prints the plan alone.
+    """Trains to the end and returns the run folder.
 
     Args:
         validate: figures of the model, computed on rank 0 when validation is due, in place of `validation.standard`.
@@ -82,10 +85,9 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
             those that are left, a rank that is lost.
         SystemExit: with EXIT_STOPPED, where a signal stopped the run.
     """
-    config = config.resolved()
     if config.dry_run:
-        plan.run(config)
-        return Path(config.run)
+        raise UserError("dry_run=true: this function trains; bclip_fast.plan.command plans a run")
+    config = config.resolved()
     distributed.init(timeout_seconds=config.timeout_s)
     # Not at the end of this function: DeepSpeed keeps references to the group while the process lives.
     atexit.register(distributed.shutdown)
@@ -108,8 +110,8 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     )
     found = [validate] if validate else []
     if not found and (config.validation.every_steps or config.validation.every_epochs):
-        on_main(lambda: found.append(validation.standard(config)))
-    on_main(lambda: _prepare(run, config, dataset))
+        run_on_rank0(lambda: found.append(validation.standard(config)))
+    run_on_rank0(lambda: _prepare(run, config, dataset))
     tokenizer = Tokenizer.from_file(run / "tokenizer" / "tokenizer.json", config.model.text.context_length)
     _check_tokenizer(tokenizer, config.model)
     # A launcher that has lost a rank sends SIGTERM to the others, which are still to say so.
@@ -154,7 +156,7 @@ class _Run:
         saved = self._load(model) if config.resume else None
         if saved is None:
             # Rank 0 before the others: it alone fetches from the hub, and what it refuses is refused on every rank.
-            on_main(lambda: initialise(model, config.init))
+            run_on_rank0(lambda: initialise(model, config.init))
             if not distributed.is_main():
                 initialise(model, config.init)
         self.engine = engines.make(model.train(), config.engine, config.optim, config.first_batch_size)
@@ -166,13 +168,13 @@ class _Run:
         self.spool = Spool(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.bad = BadSamples(run, self.step, config.data.max_bad_samples)
         self.metrics: MetricsLog | None = None
-        on_main(self._open_log)
+        run_on_rank0(self._open_log)
         samples = (self.stream.samples_before(step) for step in (self.step, self.num_steps))
         self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
         self.validation = validation.Validation(config.validation, run, self.num_steps)
         self.clock = StepClock(self.engine.device)
-        self.peak = flops.device_peak(self.engine.device, config.engine.precision)
-        self.saved_step = self.step if on_main(lambda: (run / "model").is_dir()) else -1
+        self.peak = device_peak(self.engine.device, config.engine.precision)
+        self.saved_step = self.step if run_on_rank0(lambda: (run / "model").is_dir()) else -1
         self.position = self.loader.state_dict()
         self.writer = checkpoints.Writer(config.checkpoint.background) if distributed.is_main() else None
         self.signals = signals
@@ -197,14 +199,14 @@ class _Run:
         )
         if data.loader == "native":
             return NativeLoader(*arguments, **options)
-        from bclip_fast.data.dali import DaliLoader
+        from bclip_fast.data.dali_loader import DaliLoader
 
         return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)
 
     def _load(self, model: BiomedClip) -> checkpoints.Checkpoint | None:
         folder = self.run / "checkpoints"
         # Rank 0 hashes and decides, so that all ranks read the same one.
-        step = on_main(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
+        step = run_on_rank0(lambda: checkpoints.load_latest(folder).step if checkpoints.steps(folder) else None)
         if step is None:
             return None
         saved = checkpoints.read(folder / f"step-{step:08d}")
@@ -254,7 +256,7 @@ class _Run:
                 self._save()
         if self.step and self.saved_step != self.step:
             self._save()
-        on_main(lambda: self.writer.finish() if self.writer else None)
+        run_on_rank0(lambda: self.writer.finish() if self.writer else None)
 
     def _train_step(self) -> dict[str, Any] | None:
         """A step and its line of metrics; None where a signal stops the run before it."""
@@ -390,10 +392,10 @@ class _Run:
     def _validate(self) -> bool:
         """Whether the figures are the best so far by `checkpoint.best`."""
         state = self.engine.model_state()
-        figures = on_main(lambda: self._write_validation(state, validation.PREFIX))
+        figures = run_on_rank0(lambda: self._write_validation(state, VALIDATION))
         if self.average is not None:
             average = {**state, **self.average.state()}
-            on_main(lambda: self._write_validation(average, validation.PREFIX_EMA))
+            run_on_rank0(lambda: self._write_validation(average, VALIDATION_EMA))
         self.validation.last_step = self.step
         name = self.config.checkpoint.best.removeprefix("-")
         if not name:

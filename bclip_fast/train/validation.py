@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 from bclip_fast import distributed
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
+from bclip_fast.io.jsonl import read_lines
+from bclip_fast.io.runs import METRICS, VALIDATION
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 
 from .config import TrainConfig, ValidationConfig
-
-PREFIX = "validation/"
-PREFIX_EMA = "validation_ema/"
 
 Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
 
@@ -42,9 +40,10 @@ class Validation:
 
 
 def _last_step(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return max((json.loads(line)["step"] for line in lines if PREFIX in line), default=-1)
+    path = run / METRICS
+    records = read_lines(path) if path.is_file() else []
+    steps = (record["step"] for record in records if any(name.startswith(VALIDATION) for name in record))
+    return max(steps, default=-1)
 
 
 def standard(config: TrainConfig) -> Validate:

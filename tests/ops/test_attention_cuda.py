@@ -14,9 +14,9 @@ from inside import num_passed
 from judged import judge_attention
 
 from bclip_fast import ops
-from bclip_fast.ops import arguments
-from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
+from bclip_fast.ops import cuda_device
 from bclip_fast.ops.attention import CUDA_BLOCK_BYTES, LIMITS, cuda, reference
+from bclip_fast.ops.cuda_device import CUDA_HOST, cuda_module
 
 SEED = torch.tensor(-(2**40) + 12345)
 
@@ -153,7 +153,7 @@ def test_cuda_blocks_of_little_memory(nan_filled, monkeypatch):
     monkeypatch.setattr(cuda, "cuda_block_bytes", lambda tensor: 99 * 1024)
     assert module.attention_backward_keys(64, 257, 99 * 1024) == 128 < module.attention_backward_keys(64, 257, 2**18)
     check((197, 2, 64), torch.float16, None, None, 197, False, 0.3)
-    monkeypatch.setattr(arguments, "_cuda_device", lambda index: (99 * 1024, ""))
+    monkeypatch.setattr(cuda_device, "_cuda_device", lambda index: (99 * 1024, ""))
     refusals = [LIMITS["cuda"](torch.ones(3, 3, 1, dim).half()) for dim in CUDA_BLOCK_BYTES]
     assert refusals[:2] == [None, None] and all("this device gives it 101376" in reason for reason in refusals[2:])
 
@@ -165,19 +165,19 @@ def test_cuda_a_device_that_fails_is_a_refusal(monkeypatch):
     def fails(index):
         raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
 
-    monkeypatch.setattr(arguments, "cuda_module", lambda: types.SimpleNamespace(device=fails))
-    arguments._cuda_device.cache_clear()
+    monkeypatch.setattr(cuda_device, "cuda_module", lambda: types.SimpleNamespace(device=fails))
+    cuda_device._cuda_device.cache_clear()
     try:
         assert "driver version is insufficient" in LIMITS["cuda"](torch.ones(3, 3, 1, 64).half())
         assert ops.fused_attention(torch.randn(1, 3, 3, 1, 64).half()).isfinite().all()
     finally:
-        arguments._cuda_device.cache_clear()
+        cuda_device._cuda_device.cache_clear()
 
 
 @hosted
 def test_cuda_compiles_without_a_graph_break():
     """As every operator's test of that name, which has float32 alone. What the device allows is asked while tracing."""
-    arguments._cuda_device.cache_clear()
+    cuda_device._cuda_device.cache_clear()
     compiled = torch.compile(lambda qkv: ops.fused_attention(qkv, backend="cuda"), fullgraph=True, backend="aot_eager")
     qkv = torch.randn(2, 7, 3, 2, 32).half().requires_grad_()
     results = [function(qkv) for function in (compiled, lambda qkv: ops.fused_attention(qkv, backend="cuda"))]

@@ -30,7 +30,7 @@ SEED = torch.tensor(-(2**40) + 12345)
 @compiled
 def test_under_the_interpreter():
     """What this file marks as interpreted, and those tests of the operator that don't take it minutes."""
-    files = "test_attention.py", "test_pooled_attention.py", Path(__file__).name
+    files = "test_attention.py", "test_single_query_attention.py", Path(__file__).name
     assert num_passed(files, "triton and not 197 and not 256 and not 700", TRITON_INTERPRET="1") >= 30
 
 

@@ -12,7 +12,7 @@ from judged import judge_clip_loss, judge_siglip_loss
 from pairwise import pairwise
 
 from bclip_fast import _cpu, ops
-from bclip_fast.ops import arguments
+from bclip_fast.ops import cuda_device
 from bclip_fast.ops.contrastive import LIMITS, cpu, reference
 from bclip_fast.ops.dispatch import BackendError, use_backend
 
@@ -189,10 +189,10 @@ def test_float64_is_refused():
 
 def test_addresses_are_given_of_what_compiled_code_expects():
     tensor = torch.zeros(3, 4)
-    assert arguments.address(tensor, torch.float32, 3, 4) == tensor.data_ptr()
+    assert cuda_device.address(tensor, torch.float32, 3, 4) == tensor.data_ptr()
     for wrong in (tensor.T, tensor.double(), tensor[:2]):
         with pytest.raises(ValueError, match="expects a contiguous"):
-            arguments.address(wrong, torch.float32, 3, 4)
+            cuda_device.address(wrong, torch.float32, 3, 4)
 
 
 def test_the_instruction_set_asked_for_is_used():

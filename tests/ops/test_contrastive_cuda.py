@@ -13,10 +13,10 @@ from inside import num_passed
 from judged import judge_clip_loss, judge_siglip_loss
 
 from bclip_fast import ops
-from bclip_fast.ops import arguments
-from bclip_fast.ops.arguments import CUDA_HOST, cuda_module
+from bclip_fast.ops import cuda_device
 from bclip_fast.ops.contrastive import LIMITS, cuda, reference
-from bclip_fast.ops.contrastive.terms import Groups
+from bclip_fast.ops.contrastive.loss_terms import Groups
+from bclip_fast.ops.cuda_device import CUDA_HOST, cuda_module
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -209,7 +209,7 @@ def test_cuda_gradient_beyond_2_to_the_31(nan_filled):
 @hosted
 @pytest.mark.parametrize("operator", [ops.clip_loss, ops.siglip_loss], ids=["clip", "siglip"])
 def test_cuda_compiles_without_a_graph_break(operator):
-    arguments._cuda_device.cache_clear()
+    cuda_device._cuda_device.cache_clear()
     inputs = [features(9, 8).requires_grad_(), features(9, 8).requires_grad_(), torch.tensor(9.0)]
     compiled = torch.compile(lambda *a: operator(*a, backend="cuda"), fullgraph=True, backend="aot_eager")
     results = [function(*inputs) for function in (compiled, lambda *a: operator(*a, backend="cuda"))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bclip_fast import ops
-from bclip_fast.ops import affine, attention, contrastive, dispatch, image, pointwise
+from bclip_fast.ops import attention, contrastive, dispatch, image, matmul, pointwise
 
 QKV = torch.randn(1, 3, 3, 2, 8)
 
@@ -98,7 +98,7 @@ def test_required_backends_are_there():
 
 
 @pytest.mark.parametrize(
-    "operator", [affine, attention, contrastive, image, pointwise], ids=lambda module: module.__name__
+    "operator", [attention, contrastive, image, matmul, pointwise], ids=lambda module: module.__name__
 )
 def test_every_operator_has_a_reference_and_known_backends(operator):
     assert "reference" in operator.LIMITS

@@ -1,5 +1,5 @@
 """Squares of pixels by nvJPEG and our kernel, without a GPU: the kernel's meaning on the host, and in the library's
-place one of ours that has its functions and libjpeg's pixels (fake_nvjpeg.cpp)."""
+place one of ours that has its functions and libjpeg's pixels (support/fake_nvjpeg.cpp)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pairwise import pairwise
 from test_image import MODES, OPTIONS, SIZES, boxes_in, jpeg
 
 from bclip_fast import ops
-from bclip_fast.ops.arguments import cuda_module
+from bclip_fast.ops.cuda_device import cuda_module
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, LIMITS, cuda
 
 ON_GPU = cuda_emulator.ON_GPU
@@ -29,7 +29,7 @@ faked = collected_if("BCLIP_NVJPEG" in os.environ)
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("nvjpeg") / "libnvjpeg.so.13"
-    source = Path(__file__).parents[1] / "fake_nvjpeg.cpp"
+    source = Path(__file__).parents[1] / "support/fake_nvjpeg.cpp"
     compiler = os.environ.get("CXX", "g++")
     done = subprocess.run(
         [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", str(source), "-o", str(path), "-ljpeg"],

@@ -13,7 +13,7 @@ from oracle import compared, expected, factor_of, faults
 from targets import dense, dense_siglip
 
 from bclip_fast.ops.attention import reference
-from bclip_fast.ops.attention.pooled import reference as pooled
+from bclip_fast.ops.attention.single_query import reference as pooled
 from bclip_fast.ops.contrastive import reference as contrastive
 from bclip_fast.ops.pointwise import reference as pointwise
 

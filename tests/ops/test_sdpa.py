@@ -9,7 +9,7 @@ import torch
 
 from bclip_fast import ops
 from bclip_fast.ops.attention import reference, sdpa
-from bclip_fast.ops.attention.pooled import reference as pooled_reference
+from bclip_fast.ops.attention.single_query import reference as pooled_reference
 
 
 def bounds_of(lengths):

@@ -14,7 +14,7 @@ from oracle import collected_if
 from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
-from bclip_fast.ops.contrastive import LIMITS, reference, tiles
+from bclip_fast.ops.contrastive import LIMITS, gpu_tiles, reference
 from bclip_fast.ops.dispatch import BackendError
 
 triton = pytest.importorskip("triton")
@@ -159,11 +159,11 @@ def test_triton_log1p_to_the_last_digits():
 @compiled
 def test_bfloat16_operands_are_exact_in_float16():
     features = (torch.randn(50, 30) * 1e6).bfloat16()
-    operand, unit = tiles.operand(features)
+    operand, unit = gpu_tiles.operand(features)
     assert operand.dtype == torch.float16 and 0.5 <= operand.abs().max() < 1
     large = features.abs() >= features.abs().max() * 2.0**-13
     assert torch.equal((operand.double() * unit)[large], features.double()[large])
-    zeros, unit = tiles.operand(torch.zeros(3, 4, dtype=torch.bfloat16))
+    zeros, unit = gpu_tiles.operand(torch.zeros(3, 4, dtype=torch.bfloat16))
     assert not zeros.any() and unit == 1
 
 
@@ -178,8 +178,8 @@ def test_gradients_from_given_tiles(dtype):
         grad.copy_(tile[start : start + len(rows)] * unit)
         partials.fill_(0.5)
 
-    padded = (tiles.padded(part, 16) for part in (image, text))
-    image_grad, text_grad, sums = tiles.gradients(*padded, 21, torch.tensor(-3.0), 10, dtype, (64, 128), 2, launch)
+    padded = (gpu_tiles.padded(part, 16) for part in (image, text))
+    image_grad, text_grad, sums = gpu_tiles.gradients(*padded, 21, torch.tensor(-3.0), 10, dtype, (64, 128), 2, launch)
     assert image_grad.dtype == text_grad.dtype == dtype and image_grad.is_contiguous() and text_grad.is_contiguous()
     assert sums.tolist() == [2.0, 2.0]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
@@ -234,7 +234,7 @@ def spilled(name, dtype, width, with_bias, capability, folder):
     absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
     if name != "_forward_kernel":
-        constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else tiles.GRADIENT_SCALE
+        constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else gpu_tiles.GRADIENT_SCALE
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(GROUPS[:2], "*i32")
     types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}"}
     types |= dict.fromkeys(["row_partials", "column_partials"], "*fp64")

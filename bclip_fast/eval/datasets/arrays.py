@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
+import itertools
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, first_line
+from ...io.hashing import blocks, sha256_of_parts
 
 _SPLITS = {"val": "valid", "validation": "valid", "dev": "valid"}
 _MEDMNIST = (
@@ -38,12 +39,7 @@ class ArrayDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.split.encode())
-        for path in self._files:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        return sha256_of_parts(itertools.chain([self.split], *map(blocks, self._files)))
 
     def key(self, i: int) -> str:
         return f"{self.split}/{i}"
@@ -89,7 +85,7 @@ def open_pcam(place: Path, split: str, where: str) -> ArrayDataset:
             file = h5py.File(path, "r")
             array = file[key]
         except (OSError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); PatchCamelyon {wanted}") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}); PatchCamelyon {wanted}") from error
         if array.shape[1:] != shape or array.dtype != np.uint8 or not len(array):
             raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {wanted}")
         if key == "y":
@@ -123,7 +119,7 @@ def open_medmnist(place: Path, split: str, where: str, name: str = "") -> ArrayD
         with np.load(place, allow_pickle=False) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{place} cannot be read ({str(error).splitlines()[0]}); {wanted}") from error
+        raise UserError(f"{place} cannot be read ({first_line(error)}); {wanted}") from error
     shape = images.shape[1:]
     if (
         images.dtype != np.uint8 or len(shape) not in (2, 3) or shape[0] != shape[1] or shape[2:] not in ((), (3,))

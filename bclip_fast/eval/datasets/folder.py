@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
+from ...data.images import IMAGE_SUFFIXES
 from ...errors import UserError
-from . import IMAGE_SUFFIXES
+from ...io.hashing import sha256, sha256_of_parts
 
 _SPLIT_NAMES = {"train", "trn", "val", "valid", "validation", "dev", "test", "tst"}
 
@@ -54,11 +54,10 @@ class FolderDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for i, (_, label) in enumerate(self._samples):
-            content = hashlib.sha256(self.image(i)).hexdigest()
-            digest.update(f"{self.key(i)}\0{label}\0{content}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        return sha256_of_parts(
+            f"{self.key(i)}\0{label}\0{sha256(self.image(i))}\n".encode(errors="surrogateescape")
+            for i, (_, label) in enumerate(self._samples)
+        )
 
     def key(self, i: int) -> str:
         return self._samples[i][0].relative_to(self._root).as_posix()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
+from ...data.images import IMAGE_SUFFIXES
 from ...errors import UserError
-from . import IMAGE_SUFFIXES
+from ...io.hashing import sha256, sha256_of_parts
 
 
 class PairDataset:
@@ -42,10 +42,9 @@ class PairDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for i, caption in enumerate(self._captions):
-            digest.update(f"{self.key(i)}\0{hashlib.sha256(self.image(i)).hexdigest()}\0{caption}\n".encode())
-        return digest.hexdigest()
+        return sha256_of_parts(
+            f"{self.key(i)}\0{sha256(self.image(i))}\0{caption}\n" for i, caption in enumerate(self._captions)
+        )
 
     def key(self, i: int) -> str:
         return self._images[i].relative_to(self._root).as_posix()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from ...errors import UserError
+from ...errors import UserError, first_line
+from ...io.hashing import sha256, sha256_of_parts
 from .arrays import as_bmp
 
 LABELS = "stage_2_train_labels.csv"
@@ -34,7 +34,7 @@ class RsnaDataset:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 rows = [(row["patientId"], row["Target"]) for row in csv.DictReader(lines, strict=True)]
         except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); {wanted}") from error
+            raise UserError(f"{file} cannot be read ({first_line(error)}); {wanted}") from error
         if bad := next((target for _, target in rows if target not in ("0", "1")), None):
             raise UserError(f"{file} has the Target {bad!r}, must be 0 or 1; {wanted}")
         if not self._images.is_dir():
@@ -52,10 +52,9 @@ class RsnaDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for patient, label in self._samples:
-            digest.update(f"{patient}\0{label}\0{hashlib.sha256(self._read(patient)).hexdigest()}\n".encode())
-        return digest.hexdigest()
+        return sha256_of_parts(
+            f"{patient}\0{label}\0{sha256(self._read(patient))}\n" for patient, label in self._samples
+        )
 
     def key(self, i: int) -> str:
         return self._samples[i][0]

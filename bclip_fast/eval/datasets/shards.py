@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from ...data.shards import ShardDataset
+from bclip_fast.data.shards.reader import ShardDataset
+
 from ...errors import UserError
 
 _NUM_PROBED = 256

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 from pathlib import Path
 
 from ...errors import UserError
+from ...io.hashing import sha256, sha256_of_parts
 
 _PATH_COLUMNS = ("path", "image")
 _CAPTION_COLUMN = "caption"
@@ -73,11 +73,10 @@ class CsvDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for i, row in enumerate(self._rows):
-            content = hashlib.sha256(self.image(i)).hexdigest()
-            digest.update("\0".join([content, *(f"{name}={row[name]}" for name in sorted(row))]).encode() + b"\n")
-        return digest.hexdigest()
+        return sha256_of_parts(
+            "\0".join([sha256(self.image(i)), *(f"{name}={row[name]}" for name in sorted(row))]) + "\n"
+            for i, row in enumerate(self._rows)
+        )
 
     def key(self, i: int) -> str:
         return self._rows[i][self._path_column]

@@ -13,16 +13,11 @@ The protocols' own names are tasks too, for data of one's own.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from ...config import read_toml
 from ...errors import UserError
 from ..prompts import PromptSet, read_prompts
 
@@ -82,12 +77,7 @@ def load(name: str) -> Task:
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
         raise UserError(f"unknown task {name!r}: use {', '.join(names())} or the path of a TOML file")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"task file {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"task file {path} is not valid TOML: {error}") from error
+    table = read_toml(path, "task file")
     if table.get("protocol") not in PROTOCOLS:
         raise UserError(
             f"task file {path}: protocol is {table.get('protocol')!r}, must be one of {', '.join(PROTOCOLS)}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import cuda_refusal, triton_refusal, without_autocast
+from ..cuda_device import cuda_refusal, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
+from ..dtypes import accumulation_dtype
 from . import sdpa
 from .checks import checked_dropout, cpu_limits
-from .pooled import pooled_attention
+from .single_query import pooled_attention
 
 __all__ = ["LIMITS", "fused_attention", "pooled_attention", "varlen_attention"]
 
@@ -182,7 +183,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows, _, heads, dim = qkv.shape
-    exact = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    exact = accumulation_dtype(qkv)
     return qkv.new_empty(rows, heads, dim), qkv.new_empty(heads, rows, dtype=exact)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bclip_fast import _cpu
 
-from ..arguments import address
+from ..cuda_device import address
 
 DTYPES = torch.bfloat16, torch.float32
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import aligned, cuda_address, cuda_block_bytes, cuda_module, cuda_stream
+from ..cuda_device import aligned, cuda_address, cuda_block_bytes, cuda_module, cuda_stream
 
 # Two for a multiprocessor of an H100, nearly: fewer leave a GPU idle.
 FEW_BLOCKS = 256

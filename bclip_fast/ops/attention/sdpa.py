@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import without_autocast
+from ..cuda_device import without_autocast
 
 
 def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:

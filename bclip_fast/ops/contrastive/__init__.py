@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import cuda_refusal, differentiable_once, triton_refusal, without_autocast
+from ..cuda_device import cuda_refusal, differentiable_once, triton_refusal, without_autocast
 from ..dispatch import Limits, choose, kernels
-from .terms import (
+from ..dtypes import accumulation_dtype
+from .loss_terms import (
     Groups,
-    accumulation_dtype,
     keeps_products,
     pair_losses,
     positive_gradient,

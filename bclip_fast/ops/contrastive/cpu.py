@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bclip_fast import _cpu
 
-from ..arguments import address
-from .terms import Groups, log_sum_exp
+from ..cuda_device import address
+from .loss_terms import Groups, log_sum_exp
 
 # The dot products of a chunk of rows and a block of columns stay in the last-level cache between matmul and kernel.
 # 1024 x 2048 is the fastest shape of that size: matmuls of few rows and many columns spend their time on packing.

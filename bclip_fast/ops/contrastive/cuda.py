@@ -1,7 +1,7 @@
 """The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive/); not yet measured on one.
 
-Forward and gradient tiles by our kernels from bfloat16 or float16 features, D padded to a multiple of 8; dI and dT by
-library matmuls on chunks of rows of G in float16 (`tiles.gradients`). The kernels read scale and bias on the device.
+Forward and gradient tiles by our kernels from bfloat16 or float16 features, D padded to a multiple of 8; dI and dT
+by library matmuls on chunks of rows of G in float16 (`gpu_tiles`). The kernels read scale and bias on the device.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import aligned, cuda_address, cuda_module, cuda_stream
-from .terms import Groups
-from .tiles import gradients, log_sum_exps, padded, siglip_results
+from ..cuda_device import aligned, cuda_address, cuda_module, cuda_stream
+from .gpu_tiles import gradients, log_sum_exps, padded, siglip_results
+from .loss_terms import Groups
 
 # Past every row of text.
 NO_POSITIVES = 2**40

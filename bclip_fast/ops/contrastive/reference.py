@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import Groups, accumulation_dtype, log_sum_exp
+from ..dtypes import accumulation_dtype
+from .loss_terms import Groups, log_sum_exp
 
 
 def dense(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

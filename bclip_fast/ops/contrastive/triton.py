@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .terms import Groups
-from .tiles import gradients, log_sum_exps, padded, siglip_results
+from .gpu_tiles import gradients, log_sum_exps, padded, siglip_results
+from .loss_terms import Groups
 
 
 @triton.jit

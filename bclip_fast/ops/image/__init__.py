@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import CUDA_HOST, cuda_refusal
+from ..cuda_device import CUDA_HOST, cuda_refusal
 from ..dispatch import Limits, choose, kernels
 
 __all__ = [

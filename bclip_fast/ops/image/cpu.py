@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bclip_fast import _cpu
 
-from ..arguments import address
+from ..cuda_device import address
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:

@@ -1,7 +1,8 @@
 """nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on; not yet run on one.
 
 nvJPEG is given baseline files whose colours it reads as libjpeg does (csrc/cuda/image/nvjpeg.h), all at once; the CPU
-decodes the rest and what nvJPEG refuses. The library is BCLIP_NVJPEG's file, or one of a wheel, of CUDA_HOME or of the system.
+decodes the rest and what nvJPEG refuses. The library is BCLIP_NVJPEG's file, or one of a wheel, of CUDA_HOME or of the
+system.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import address, cuda_address, cuda_module, cuda_stream
+from ..cuda_device import address, cuda_address, cuda_module, cuda_stream
 from . import decode
 
 # Decoded pixels that are held at a time, unless one picture has more.

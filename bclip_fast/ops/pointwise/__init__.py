@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import triton_refusal
+from ..cuda_device import triton_refusal
 from ..dispatch import Limits, choose, kernels
 from . import reference
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bclip_fast import _cpu
 
-from ..arguments import address
+from ..cuda_device import address
 
 
 def add_norm(

@@ -8,7 +8,7 @@
 namespace py = pybind11;
 namespace emulator = bclip::cuda::emulator;
 
-PYBIND11_MODULE(_cuda_host, module) {
+PYBIND11_MODULE(_cuda_emulator, module) {
   module.doc() = "The CUDA kernels on the emulator, for tests (csrc/cuda/emulator/emulator.h).";
   bclip::cuda::register_operators(module);
   module.def("device", [](int) {

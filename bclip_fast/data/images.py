@@ -1,0 +1,41 @@
+"""Decode an image file of any common format."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bclip_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_IMAGE_PIXELS = 200_000_000
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+
+def open_image(data: bytes, name: Callable[[], str]) -> Image:
+    """The decoded picture, in the mode of its file: conversion to RGB is the preprocess's business.
+
+    `name` says which picture it is; it is asked in case of an error only, since asking may cost a read.
+
+    Raises:
+        UserError: not an image of a known format, broken, or over `MAX_IMAGE_PIXELS`.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise UserError(
+                f"image {name()} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}: scale it down"
+            )
+        image.load()
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"image {name()} cannot be decoded: {reason}") from error
+    return image

@@ -1,0 +1,1 @@
+"""WebDataset shards with an index of their own: format, reader, writer."""

@@ -1,0 +1,228 @@
+"""The quickstart's data: real biomedical images that Python packages ship, with captions.
+
+Packages (extra `quickstart`) and what is taken from them:
+
+=================  ===================================================  =========================
+package            images                                               licence
+=================  ===================================================  =========================
+nilearn            MNI152 2009a template: T1, grey and white matter     BSD-3; template: free to
+                                                                        use with its notice (MNI)
+pydicom            CT of skull base and spine                           MIT
+pydicom-data       CT, MR, CR, US, NM                                   MIT
+scikit-image       immunohistochemistry, retina, microaneurysms, cell   BSD-3; images CC0 or no
+                                                                        known restriction
+mahotas            fluorescent nuclei                                   MIT
+wsidicom-data      H&E tile of OpenSlide's CMU-1                        Apache-2.0; slide CC0
+=================  ===================================================  =========================
+
+Volumes are split by blocks of slices (`samples_volumes`), pictures by non-overlapping parts
+(`samples_pictures`); captions of both splits come from the same rules (`samples_captions`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bclip_fast.data.shards.reader import Sample, ShardWriter
+from bclip_fast.errors import UserError
+
+from . import photographs, volumes
+from .captions import LABELS, Facts, compose
+
+__all__ = ["LABELS", "LabelSummary", "build", "summarize_labels"]
+
+log = logging.getLogger(__name__)
+
+SIDE = 112  # pixels; the quickstart's model sees 64 to 96
+SKIPPED_FILE = "skipped.json"
+_PER_MODALITY = {"train": 240, "val": 28}  # crops, shared evenly among a modality's pictures
+_MAX_TRAIN_ONLY = 60  # crops of a picture of which nothing is held out
+_MODULES = {
+    "nilearn": "nilearn",
+    "pydicom": "pydicom",
+    "pydicom-data": "data_store",
+    "scikit-image": "skimage",
+    "mahotas": "mahotas",
+    "wsidicom-data": "wsidicom_data",
+}
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """Classes of one kind among some samples: chance is 1 / number of classes."""
+
+    counts: dict[str, int]
+    chance: float
+    majority: float
+
+
+def summarize_labels(metas: Iterable[Mapping[str, Any]]) -> dict[str, LabelSummary]:
+    """For each kind of `LABELS` the classes present in the metas of a split, most frequent first.
+
+    Samples to which a kind does not apply are not counted.
+    """
+    counters: dict[str, Counter[str]] = {kind: Counter() for kind in LABELS}
+    for meta in metas:
+        for kind, counter in counters.items():
+            if (value := meta.get(kind)) is not None:
+                counter[value] += 1
+    return {
+        kind: LabelSummary(
+            dict(counter.most_common()),
+            1 / len(counter),
+            max(counter.values()) / counter.total(),
+        )
+        for kind, counter in counters.items()
+        if counter
+    }
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(_MODULES[package])
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"the quickstart's images need the package {package}, which is not installed; "
+            'run: pip install "bclip_fast[quickstart]"'
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _jpeg(image: Image.Image, random: np.random.Generator, split: str) -> bytes:
+    """Baseline RGB JPEG of SIDE x SIDE; training slices of volumes ("L") get another gamma."""
+    vary = image.mode == "L" and split == "train"
+    image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    if vary:
+        gamma = float(np.exp(random.uniform(-0.25, 0.25)))
+        image = image.point([round(255 * (level / 255) ** gamma) for level in range(256)])
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _sample(
+    key: str,
+    split: str,
+    image: Image.Image,
+    facts: Facts,
+    meta: dict[str, Any],
+    random: np.random.Generator,
+) -> Sample:
+    meta = {**facts.labels(), **meta}
+    return Sample(key, _jpeg(image, random, split), compose(facts, random), meta)
+
+
+def _origin(package: str, file: str) -> dict[str, str]:
+    return {"source": package, "version": importlib.metadata.version(package), "file": file}
+
+
+def _volume_samples(seed: int) -> Iterator[tuple[str, Sample]]:
+    folder = _folder("nilearn")
+    for number, (name, file) in enumerate(volumes.MAPS.items()):
+        random = np.random.default_rng([seed, 2000 + number])
+        origin = _origin("nilearn", file)
+        cuts = volumes.slices(name, folder / file, seed)
+        for index, (split, image, facts, meta) in enumerate(cuts):
+            key = f"mni-{name.lower()}-{facts.plane}-{index:04d}"
+            yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """So many crops of one picture for one split."""
+
+    source: photographs.Source
+    pictures: list[tuple[np.ndarray, Facts]]
+    split: str
+    count: int
+
+
+def _plan_pictures(skipped: list[dict[str, str]]) -> list[_Plan]:
+    """Decode all pictures and share each modality's crops among them."""
+    loaded = defaultdict(list)
+    for source in photographs.SOURCES:
+        path = _folder(source.package) / source.path
+        try:
+            pictures = photographs.load(source, path)
+        # A decoder that is missing, or a file that another version of the package lacks.
+        except (OSError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            log.warning("skipping %s of %s: %s", source.path, source.package, reason)
+            skipped.append({"package": source.package, "file": source.path, "reason": reason})
+            continue
+        loaded[pictures[0][1].modality].append((source, pictures))
+    plans = []
+    for entries in loaded.values():
+        for split, total in _PER_MODALITY.items():
+            used = [entry for entry in entries if split == "train" or entry[0].side is not None]
+            for place, (source, pictures) in enumerate(used):
+                count = total // len(used) + (place < total % len(used))
+                if source.side is None:
+                    count = min(count, _MAX_TRAIN_ONLY)
+                plans.append(_Plan(source, pictures, split, count))
+    return plans
+
+
+def _picture_samples(plan: _Plan, seed: int) -> Iterator[tuple[str, Sample]]:
+    source, split = plan.source, plan.split
+    number = photographs.SOURCES.index(source)
+    random = np.random.default_rng([seed, 3000 + number, split == "val"])
+    origin = _origin(source.package, source.path)
+    cuts = photographs.crops(source, plan.pictures, split, plan.count, seed)
+    for index, (image, facts, meta) in enumerate(cuts):
+        key = f"{source.name}-{split}-{index:04d}"
+        yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
+
+
+def build(out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Write the splits "train" and "val" as shards below `out`, the same bytes for the same seed.
+
+    Meta of every sample: source, version, file; the labels of the kinds of `LABELS` that apply;
+    for slices volume, axis, slice_index, position_mm; for crops picture, frame, box and part
+    ([top, left, height, width] in pixels). `progress(stage, done, total)` is called now and then.
+    Files that cannot be read are logged and listed in `skipped.json` ([{package, file, reason}]).
+    UserError: a package is missing.
+    """
+    for package in _MODULES:
+        _folder(package)
+    report = progress or (lambda stage, done, total: None)
+    skipped: list[dict[str, str]] = []
+    plans = _plan_pictures(skipped)
+    total = volumes.count() + sum(plan.count for plan in plans)
+    cuts = chain(_volume_samples(seed), *(_picture_samples(plan, seed) for plan in plans))
+    samples: list[tuple[str, Sample]] = []
+    for entry in cuts:
+        samples.append(entry)
+        if len(samples) % 50 == 0 or len(samples) == total:
+            report("cutting images", len(samples), total)
+    # Neighbours in the shards should not be neighbours in a volume.
+    order = np.random.default_rng([seed, 4000]).permutation(total)
+    with ShardWriter(out) as writer:
+        for done, i in enumerate(order, start=1):
+            split, sample = samples[i]
+            writer.write(sample, split)
+            if done % 500 == 0 or done == total:
+                report("writing shards", done, total)
+    (Path(out) / SKIPPED_FILE).write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
+    _log_summary(samples, skipped)
+
+
+def _log_summary(samples: list[tuple[str, Sample]], skipped: list[dict[str, str]]) -> None:
+    for split in ("train", "val"):
+        metas = [sample.meta for which, sample in samples if which == split]
+        counts = summarize_labels(metas)["modality"].counts
+        listed = ", ".join(f"{value} {count}" for value, count in counts.items())
+        log.info("%s: %s samples (%s)", split, len(metas), listed)
+    log.info("%s files skipped", len(skipped))

@@ -1,0 +1,1 @@
+"""From PubMed Central's articles to shards of figure-caption pairs."""

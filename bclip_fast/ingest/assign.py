@@ -1,0 +1,187 @@
+"""From all parts to a plan: repeated articles, duplicate images, splits, the order and the shard of every pair.
+
+The plan is an array of fixed-size records on disk, sorted by (shard, position). It is a function of the parts and the
+configuration, so a run that was killed comes to the same one. Memory: about 100 bytes a pair while it is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.data.shards.writer import tar_bytes
+from bclip_fast.errors import UserError
+
+from .duplicates import mark_duplicates
+from .parts import (
+    ARTICLE,
+    PAIR,
+    REJECT,
+    SPLITS,
+    damaged,
+    is_whole,
+    pair_key,
+    parse_begin,
+    parse_pair,
+    part_paths,
+    read_line,
+    read_pair,
+)
+
+_END_OF_TAR = 20480  # two empty blocks, filled up to a record
+_PAIR = np.dtype(
+    [
+        ("order", "<u8"), ("key", "<u8"), ("source", "<u8"), ("phash", "<u8", 4), ("place", "<u8"),
+        ("line", "<u8"), ("part", "<u4"), ("line_bytes", "<u4"), ("image_bytes", "<u4"), ("tar_bytes", "<u4"),
+        ("begin", "<u4"), ("original", "<i8"), ("split", "u1"), ("near", "u1"),
+    ]
+)  # fmt: skip
+_ARTICLE = np.dtype([("hash", "<u8"), ("line", "<u8"), ("part", "<u4"), ("line_bytes", "<u4")])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pairs `start` to `end` of the plan."""
+
+    split: str
+    number: int
+    start: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Splits:
+    seed: int
+    val_fraction: float
+    test_fraction: float
+
+    def of(self, identity: str) -> str:
+        """train, val or test: a hash of the article's id and the seed, so that an article is never divided."""
+        position = _hash(f"{self.seed}:{identity}") / 2**64
+        if position < self.val_fraction:
+            return "val"
+        return "test" if position < self.val_fraction + self.test_fraction else "train"
+
+
+def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) -> dict[str, Any]:
+    """Write plan.npy, shards.json and rejects.jsonl (what the plan itself rejects) to `work`; the counts."""
+    num_rejects = _scan(work, num_parts, splits)
+    pairs = np.fromfile(work / "pairs.bin", _PAIR)
+    articles = np.fromfile(work / "articles.bin", _ARTICLE)
+    rejects = work / "rejects.jsonl"
+    with rejects.open("w", encoding="utf-8") as file:
+        keep = np.ones(len(pairs), bool)
+        num_repeated = _repeated_articles(work, pairs, articles, keep, file)
+        pairs = pairs[keep]
+        _, counts = np.unique(pairs["key"], return_counts=True)
+        if (counts > 1).any():
+            raise UserError("two pairs have one key: an article's files changed while they were read; build again")
+        leaks = mark_duplicates(pairs)
+        for row in np.flatnonzero(leaks >= 0).tolist():
+            other = pairs[leaks[row]]
+            reason = f"near duplicate of a {SPLITS[other['split']]} image: {key_of(work, other)}"
+            meta = read_pair(work, pairs[row])["meta"]
+            file.write(to_json([meta["article"], meta.get("figure", ""), meta["file"], reason]) + "\n")
+        kept = leaks < 0
+        pairs, num_leaks = pairs[kept], int((~kept).sum())
+    new_place = np.cumsum(kept) - 1
+    has = pairs["original"] >= 0
+    pairs["original"][has] = new_place[pairs["original"][has]]
+    order = np.lexsort((pairs["key"], pairs["order"], pairs["split"]))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    pairs = pairs[order]
+    has = pairs["original"] >= 0
+    pairs["original"][has] = place[pairs["original"][has]]
+    shards = _shards(pairs, max_shard_bytes)
+    np.save(work / "plan.npy", pairs)
+    counts_by_split = {name: int((pairs["split"] == number).sum()) for number, name in enumerate(SPLITS)}
+    return {
+        "articles": len(articles) - num_repeated,
+        "pairs": len(pairs),
+        "by_split": {name: count for name, count in counts_by_split.items() if count},
+        "exact_duplicates": int((has & (pairs["near"] == 0)).sum()),
+        "near_duplicates": int((has & (pairs["near"] == 1)).sum()),
+        "rejects": num_rejects + num_repeated + num_leaks,
+        "shards": [[shard.split, shard.number, shard.start, shard.end] for shard in shards],
+    }
+
+
+def _scan(work: Path, num_parts: int, splits: Splits) -> int:
+    """All parts to pairs.bin and articles.bin; the number of rejects in them."""
+    num_rejects = num_articles = 0
+    begin, row = np.zeros(1, _ARTICLE), np.zeros(1, _PAIR)
+    with (work / "pairs.bin").open("wb") as pairs, (work / "articles.bin").open("wb") as articles:
+        for part in range(num_parts):
+            path = part_paths(work / "parts", part)[1]
+            if not is_whole(path):
+                raise damaged(work, part)
+            line_start, identity, split = 0, "", 0
+            with path.open("rb") as lines:
+                for line in lines:
+                    if line.startswith(ARTICLE):
+                        identity = parse_begin(line).identity
+                        split = SPLITS.index(splits.of(identity))
+                        begin[0] = (_hash(identity), line_start, part, len(line))
+                        articles.write(begin.tobytes())
+                        num_articles += 1
+                    elif line.startswith(PAIR):
+                        pair = parse_pair(line)
+                        key = pair_key(identity, pair.suffix)
+                        sizes = sum(map(tar_bytes, (pair.image_bytes, pair.caption_bytes, pair.meta_bytes)))
+                        row[0] = (
+                            _hash(f"{splits.seed}:order:{key}"), _hash(key), int(pair.source_sha256[:16], 16),
+                            np.frombuffer(bytes.fromhex(pair.phash), "<u8"), pair.place, line_start, part,
+                            len(line), pair.image_bytes, sizes, num_articles - 1, -1, split, 0,
+                        )  # fmt: skip
+                        pairs.write(row.tobytes())
+                    elif line.startswith(REJECT):
+                        num_rejects += 1
+                    line_start += len(line)
+    return num_rejects
+
+
+def _repeated_articles(work: Path, pairs: np.ndarray, articles: np.ndarray, keep: np.ndarray, file: IO[str]) -> int:
+    """Of several articles with one identity the first counts."""
+    _, first, which = np.unique(articles["hash"], return_index=True, return_inverse=True)
+    original = first[which]
+    repeated = np.flatnonzero(original != np.arange(len(articles)))
+    for number in repeated.tolist():
+        article = parse_begin(read_line(work, articles[number]))
+        other = parse_begin(read_line(work, articles[original[number]])).file
+        file.write(to_json([article.identity, "", article.file, f"repeated article: also in {other}"]) + "\n")
+    keep[np.isin(pairs["begin"], repeated)] = False
+    return len(repeated)
+
+
+def _shards(pairs: np.ndarray, max_shard_bytes: int) -> list[Shard]:
+    """Consecutive pairs of a split as long as they fit; a pair that is too large alone has a shard of its own."""
+    shards = []
+    for split, name in enumerate(SPLITS):
+        start, end = np.searchsorted(pairs["split"], [split, split + 1]).tolist()
+        ends = np.cumsum(pairs["tar_bytes"][start:end].astype(np.int64))
+        position, number = 0, 0
+        while position < end - start:
+            before = int(ends[position - 1]) if position else 0
+            stop = int(np.searchsorted(ends, before + max_shard_bytes - _END_OF_TAR, side="right"))
+            stop = max(stop, position + 1)
+            shards.append(Shard(name, number, start + position, start + stop))
+            position, number = stop, number + 1
+    return shards
+
+
+def key_of(work: Path, record: np.ndarray) -> str:
+    return str(read_pair(work, record)["key"])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,175 @@
+"""`bclip ingest fetch -o DIR`: mirror articles of PubMed Central's bucket, in its own layout.
+
+An article's files are written one by one, each whole or not at all and with its MD5 checked; its metadata come last, so
+DIR/metadata says what is complete, and a run that was killed goes on. What is not mirrored, by a rule or for a fault,
+stands with its reason in DIR/rejects.jsonl.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing, write_bytes
+from bclip_fast.io.hashing import md5_of
+from bclip_fast.io.progress import track
+
+from .articles import FetchError, SourceError
+from .jats import JatsError, parse
+from .pmc import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
+
+log = logging.getLogger(__name__)
+
+_ARTICLES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """Folder of the mirror, new or begun before."""
+    source: str = PMC
+    """Address of the bucket, `https://...` or `s3://...`."""
+    ids: Path | None = None
+    """File with the articles to fetch, one a line, PMC123 or PMC123.2."""
+    inventory: str = ""
+    """The bucket's inventory: a `.csv` or `.csv.gz` file, or `latest`."""
+    prefix: str = ""
+    """Fetch the articles whose id starts with this (PMC100...)."""
+    license: Literal["commercial", "noncommercial", "all"] = "all"
+    """Articles for use of this kind: CC0, CC BY, -SA, -ND; those and CC BY-NC...; or all."""
+    keep_retracted: bool = False
+    """Fetch retracted articles as well."""
+    connections: int = 8
+    """Requests at one time."""
+    update: bool = False
+    """Ask for the metadata of articles that are there already, and fetch what has changed."""
+
+    def __post_init__(self) -> None:
+        if self.connections < 1:
+            raise UserError(f"connections={self.connections}: out of range")
+        if (self.ids is not None) + bool(self.inventory) + bool(self.prefix) != 1:
+            raise UserError("give one of ids (a file), inventory (a file, or `latest`) and prefix (PMC...)")
+        if not is_address(self.source):
+            raise UserError(f"source={self.source}: give an address, https://... or s3://...")
+
+
+@dataclass
+class _Outcome:
+    fetched: int = 0  # articles
+    rejects: list[tuple[str, str, str]] | None = None
+    failures: list[tuple[str, str, str]] | None = None
+
+
+def fetch(config: FetchConfig) -> int:
+    """Mirror the selected articles; 1 if some could not be fetched (run it again), else 0. Raises UserError."""
+    store = HttpStore(config.source, config.connections)
+    (config.out / "metadata").mkdir(parents=True, exist_ok=True)
+    kinds: Counter[str] = Counter()
+    num_fetched = num_there = num_failed = 0
+    try:
+        with (
+            replacing(config.out / "rejects.jsonl", shared=True) as partial,
+            partial.open("w", encoding="utf-8") as rejects,
+            track("articles", transient=True) as advance,
+        ):
+            for outcome in _outcomes(config, store):
+                num_fetched += outcome.fetched
+                for kind, rows in (("reject", outcome.rejects or []), ("failure", outcome.failures or [])):
+                    for article, name, reason in rows:
+                        row = {"article": article, "file": name, "kind": kind, "reason": reason}
+                        rejects.write(to_json(row) + "\n")
+                        kinds[reason.partition(":")[0] if kind == "reject" else kind] += 1
+                num_failed += len(outcome.failures or ())
+                num_there += not (outcome.fetched or outcome.rejects or outcome.failures)
+                advance()
+    except SourceError as error:
+        raise UserError(str(error)) from None
+    except FetchError as error:
+        raise UserError(f"{error}; run it again") from None
+    told = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+    log.info("fetched %s articles, %s were there; rejects: %s", num_fetched, num_there, told)
+    if num_failed:
+        log.error("%s articles could not be fetched; run it again (reasons: %s/rejects.jsonl)", num_failed, config.out)
+    return int(num_failed > 0)
+
+
+def _outcomes(config: FetchConfig, store: Store) -> Iterator[_Outcome]:
+    """Of every article, in order; few are under way at a time."""
+    running: deque[Future[_Outcome]] = deque()
+    with ThreadPoolExecutor(config.connections) as pool:
+        try:
+            for item in select(store, ids=config.ids, inventory=config.inventory, prefix=config.prefix):
+                if len(running) >= _ARTICLES_AHEAD * config.connections:
+                    yield running.popleft().result()
+                running.append(pool.submit(_fetch_article, config, store, item))
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch_article(config: FetchConfig, store: Store, item: str) -> _Outcome:
+    article, _, numbers = item.partition(".")
+    names = [f"{article}.{number}" for number in numbers.split(",")] if numbers else []
+    if not config.update and any((config.out / f"metadata/{name}.json").exists() for name in names):
+        return _Outcome()
+    rules = Rules(config.license, config.keep_retracted)
+    try:
+        version, others = choose_version(store, item)
+        if not config.update and (config.out / f"metadata/{version.name}.json").exists():
+            return _Outcome()
+        if problem := version.problem(rules):
+            # Retracted since, say: a mirror must not go on offering it.
+            (config.out / f"metadata/{version.name}.json").unlink(missing_ok=True)
+            return _Outcome(rejects=[*others, (article, version.name, problem)])
+        return _fetch_version(config.out, store, version, rules, others)
+    except SourceError as error:
+        return _Outcome(rejects=[(article, item, str(error))])
+    except FetchError as error:
+        return _Outcome(failures=[(article, item, str(error))])
+
+
+def _fetch_version(
+    out: Path, store: Store, version: Version, rules: Rules, rejects: list[tuple[str, str, str]]
+) -> _Outcome:
+    article = version.name.partition(".")[0]
+    xml, is_new = _fetched(out, store, version.xml_key, version.xml_md5)
+    if not version.values["licence"]:
+        try:
+            code = parse(xml).licence
+        except JatsError as error:
+            code, broken = "", f": {error}"
+        else:
+            broken = ""
+        if problem := rules.licence_problem(code):
+            (out / version.xml_key).unlink()
+            return _Outcome(rejects=[*rejects, (article, version.name, problem + broken)])
+    for key, md5 in version.media.items():
+        try:
+            is_new |= _fetched(out, store, key, md5)[1]
+        except SourceError as error:
+            rejects.append((article, key, str(error)))
+    marker = out / f"metadata/{version.name}.json"
+    if is_new or not marker.exists() or marker.read_bytes() != version.raw:
+        write_bytes(marker, version.raw, sync=True)
+        return _Outcome(fetched=1, rejects=rejects)
+    return _Outcome(rejects=rejects)
+
+
+def _fetched(out: Path, store: Store, key: str, md5: str) -> tuple[bytes, bool]:
+    """The object, and whether it had to be fetched."""
+    path = out / key
+    if path.is_file() and md5_of(data := path.read_bytes()) == md5:
+        return data, False
+    data = store.read(key, md5)
+    write_bytes(path, data, sync=True)
+    return data, True

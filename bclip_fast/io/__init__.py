@@ -1,0 +1,1 @@
+"""Small helpers for files: atomic writes, hashes, JSON lines, progress bars, run folders."""

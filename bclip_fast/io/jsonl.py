@@ -1,0 +1,64 @@
+"""Files of JSON objects, one a line: write them, read them, remove the lines of later steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from .atomic import write_text
+
+log = logging.getLogger(__name__)
+
+
+class JsonLinesWriter:
+    """Appends JSON objects to a file, one a line. The first line creates the file. Threads may share a writer.
+
+    Lines that a full disk refuses wait in memory for the next write. The first refusal logs a warning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._waiting = b""
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self._lock:
+            quiet = bool(self._waiting)
+            self._waiting += json.dumps(record).encode() + b"\n"
+            try:
+                if self._descriptor < 0:
+                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            except OSError as error:
+                if not quiet:
+                    log.warning("%s cannot be written: %s; its lines wait in memory", self._path, error)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def truncate_after_step(path: Path, last_step: int) -> None:
+    """Remove the lines whose "step" is later than `last_step`, and incomplete lines."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: a line that is cut or not ours is removed", path)
+    write_text(path, "".join(kept))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The value of each line. Raises ValueError for a line that is not JSON."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,303 @@
+"""`open_clip_config.json` and the small files it points to, from and to our configuration.
+
+open_clip names its towers: a timm model and a Hugging Face model. The published sizes have public names. For any other
+size timm reads `config.json` of a `local-dir:` folder, and transformers that of any folder, so `write` describes the
+towers in `vision/` and `text/` beside `open_clip_config.json`, by relative path: such a checkpoint opens in open_clip
+where the checkpoint's folder is the working directory (`open_clip.create_model("local-dir:.")`, timm >= 1.0.16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import UserError
+from .biomedclip import BiomedClipConfig
+from .text import TextConfig
+from .tower_config import PUBMEDBERT, TIMM_MODELS, Json, bert_config, bert_json, is_pubmedbert, timm_json, timm_vit
+from .transformer import MAX_LAYERS, check_range
+from .vision import VisionConfig
+
+CONFIG_FILE = "open_clip_config.json"
+_PUBMEDBERT_NAMES = {
+    f"microsoft/BiomedNLP-{name}-base-uncased-{corpus}"
+    for name in ("BiomedBERT", "PubMedBERT")
+    for corpus in ("abstract", "abstract-fulltext")
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w-][\w.-]*")
+
+_CLIP_SIZES = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
+
+
+def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, Json]:
+    """Relative path -> JSON of the files that describe the model.
+
+    Args:
+        published_tokenizer: the vocabulary is PubMedBERT's, so that its public name may stand for it.
+    """
+    files: dict[str, Json] = {}
+    if config.vision.kind == "resnet":
+        vision: Json = {"image_size": config.vision.image_size, "layers": list(config.vision.blocks or ())}
+        vision |= {"width": config.vision.width, "patch_size": None}
+        vision["head_width"] = 32 * config.vision.width // config.vision.heads
+    elif config.vision.kind == "clip":
+        vision = {name: getattr(config.vision, name) for name in _CLIP_SIZES}
+        vision["head_width"] = config.vision.width // config.vision.heads
+    else:
+        vision = {
+            "timm_model_name": _timm_name(config.vision, files),
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": config.vision.image_size,
+        }
+    if config.vision.patch_dropout:
+        vision["patch_dropout"] = config.vision.patch_dropout
+    tokenizer_name = PUBMEDBERT if published_tokenizer else "."
+    if config.text.kind == "bert":
+        text: Json = {
+            "hf_model_name": _bert_name(config.text, files),
+            "hf_tokenizer_name": tokenizer_name,
+            "hf_proj_type": config.text.projection,
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+            "context_length": config.text.context_length,
+        }
+    else:
+        text = _gpt_json(config.text, tokenizer_name)
+    model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if config.text.kind == "gpt":
+        model["custom_text"] = True
+    if config.quick_gelu:
+        model["quick_gelu"] = True
+    defaults = BiomedClipConfig()
+    for name in ("init_logit_scale", "init_logit_bias"):
+        if getattr(config, name) != getattr(defaults, name):
+            model[name] = getattr(config, name)
+    return {CONFIG_FILE: {"model_cfg": model}, **files}
+
+
+def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> BiomedClipConfig:
+    """Our configuration from the content of an open_clip_config.json, in either spelling of its keys.
+
+    Args:
+        config: the parsed file.
+        read_json: gives a JSON file of the checkpoint by its relative path.
+        hub_json: gives `config.json` of a repository of the hub.
+
+    Raises:
+        UserError: a key or value that this package's towers cannot express; the message names it.
+    """
+    model = _Section("model_cfg", _table(config, "model_cfg"))
+    vision_section = _Section("vision_cfg", model.take_table("vision_cfg"))
+    timm = "timm_model_name" in vision_section.left
+    vision = _read_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
+    text_section = _Section("text_cfg", model.take_table("text_cfg"))
+    if "hf_model_name" in text_section.left:
+        text = _read_bert(text_section, read_json, hub_json)
+    else:
+        text = _read_gpt(text_section)
+    quick_gelu = model.take("quick_gelu", False)
+    if not isinstance(quick_gelu, bool):
+        raise UserError(f"{CONFIG_FILE}: model_cfg.quick_gelu is {quick_gelu!r}; supported is True or False")
+    model.take("custom_text", None)
+    defaults = BiomedClipConfig()
+    result = BiomedClipConfig(
+        embed_dim=model.take("embed_dim"),
+        vision=vision,
+        text=text,
+        quick_gelu=quick_gelu,
+        init_logit_scale=model.take("init_logit_scale", defaults.init_logit_scale),
+        init_logit_bias=model.take("init_logit_bias", None),
+    )
+    model.finish()
+    for name in ("init_logit_scale", "init_logit_bias"):
+        if getattr(result, name) is not None:
+            check_range(name, getattr(result, name), -1000.0, 1000.0)
+    return result
+
+
+def tokenizer_name(config: Json) -> str | None:
+    """The hub repository that holds the tokenizer, where the configuration names one."""
+    name = _table(_table(config, "model_cfg"), "text_cfg").get("hf_tokenizer_name")
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+
+
+class _Section:
+    """One table of the file; what nobody has taken at the end is an error, so that no setting is ignored."""
+
+    _REQUIRED = object()
+
+    def __init__(self, name: str, content: Json) -> None:
+        self.name = name
+        self.left = dict(content)
+
+    def take(self, key: str, default: Any = _REQUIRED) -> Any:
+        if key not in self.left and default is self._REQUIRED:
+            raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
+        return self.left.pop(key, default)
+
+    def take_table(self, key: str) -> Json:
+        if key not in self.left:
+            raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
+        return _table({key: self.left.pop(key)}, key)
+
+    def take_either(self, key: str, old_key: str, default: Any) -> Any:
+        """A key that open_clip renamed in 2.23."""
+        value, old_value = self.take(key, None), self.take(old_key, None)
+        if value is not None and old_value is not None and value != old_value:
+            raise UserError(f"{CONFIG_FILE}: {self.name} has {key} {value!r} and {old_key} {old_value!r}")
+        return next((item for item in (value, old_value) if item is not None), default)
+
+    def expect(self, key: str, *values: Any) -> None:
+        """The first value is what a missing key means."""
+        found = self.take(key, values[0])
+        if found not in values or isinstance(found, bool) != isinstance(values[0], bool):
+            supported = " or ".join(repr(value) for value in values)
+            raise UserError(f"{CONFIG_FILE}: {self.name}.{key} is {found!r}; supported is {supported}")
+
+    def finish(self) -> None:
+        if self.left:
+            names = ", ".join(sorted(map(str, self.left)))
+            raise UserError(f"{CONFIG_FILE}: {self.name} has unsupported keys: {names}")
+
+
+def _table(config: Any, key: str) -> Json:
+    value = config.get(key) if isinstance(config, Mapping) else None
+    if not isinstance(value, dict):
+        raise UserError(f"{CONFIG_FILE}: {key} is missing or no table")
+    return value
+
+
+def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
+    sizes = dataclasses.replace(vision, patch_dropout=0.0)
+    for name, known in TIMM_MODELS.items():
+        if known == sizes:
+            return name
+    files["vision/config.json"] = timm_json(vision)
+    return "local-dir:./vision"
+
+
+def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionConfig:
+    name = section.take("timm_model_name")
+    section.expect("timm_pool", "avg", "", "token")
+    section.expect("timm_proj", "linear")
+    section.expect("timm_proj_bias", False)
+    section.take("timm_model_pretrained", None)
+    section.expect("timm_drop", 0.0)
+    section.expect("timm_drop_path", None, 0.0)
+    patch_dropout = section.take("patch_dropout", 0.0)
+    image_size = section.take("image_size", None)
+    section.finish()
+    if not isinstance(name, str):
+        raise UserError(f"{CONFIG_FILE}: timm_model_name is {name!r}")
+    if name.startswith("local-dir:"):
+        vision = timm_vit(read_json(f"{_relative(name.removeprefix('local-dir:'))}/config.json"))
+    elif (plain := name.partition(".")[0]) in TIMM_MODELS:
+        vision = TIMM_MODELS[plain]
+    else:
+        raise UserError(f"{CONFIG_FILE}: timm_model_name {name!r} is not supported; known are {', '.join(TIMM_MODELS)}")
+    if image_size not in (None, vision.image_size):
+        raise UserError(f"{CONFIG_FILE}: image_size {image_size!r} is not that of {name}, {vision.image_size}")
+    return dataclasses.replace(vision, patch_dropout=patch_dropout)
+
+
+def _read_clip_vision(section: _Section) -> VisionConfig:
+    """open_clip's own towers, as OpenAI's models have them; what its ViT can do beyond isn't supported."""
+    defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
+    sizes = {name: section.take(name, default) for name, default in defaults.items()}
+    head_width = section.take("head_width", 64)
+    section.expect("pool_type", "tok")
+    section.finish()
+    check_range(f"{CONFIG_FILE}: vision_cfg.width", sizes["width"], 1, 16384)
+    # A number of layers makes it a ViT, a list, by stage, a ResNet.
+    resnet = isinstance(sizes["layers"], list)
+    width = sizes["width"] * 32 if resnet else sizes["width"]
+    check_range(f"{CONFIG_FILE}: vision_cfg.head_width", head_width, 1, width)
+    if not resnet:
+        return VisionConfig(kind="clip", heads=width // head_width, **sizes)
+    for count in sizes["layers"]:
+        check_range(f"{CONFIG_FILE}: vision_cfg.layers", count, 1, MAX_LAYERS)
+    sizes |= {"blocks": tuple(sizes["layers"]), "layers": sum(sizes["layers"]), "patch_size": 32}
+    return VisionConfig(kind="resnet", heads=width // head_width, **sizes)
+
+
+def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
+    if is_pubmedbert(text):
+        return PUBMEDBERT
+    files["text/config.json"] = bert_json(text)
+    return "./text"
+
+
+def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
+    name = section.take("hf_model_name")
+    section.take("hf_tokenizer_name", None)
+    section.take("hf_model_pretrained", None)
+    projection = section.take_either("hf_proj_type", "proj", None)
+    pooler = section.take_either("hf_pooler_type", "pooler_type", "cls_pooler")
+    context_length = section.take("context_length", 77)
+    section.expect("output_tokens", False)
+    section.finish()
+    if pooler != "cls_last_hidden_state_pooler":
+        raise UserError(f"{CONFIG_FILE}: hf_pooler_type is {pooler!r}; supported is 'cls_last_hidden_state_pooler'")
+    if not isinstance(name, str):
+        raise UserError(f"{CONFIG_FILE}: hf_model_name is {name!r}")
+    if name in _PUBMEDBERT_NAMES:
+        text = TextConfig()
+    elif _HUB_ID.fullmatch(name):
+        text = bert_config(hub_json(name), name)
+    else:
+        path = f"{_relative(name)}/config.json"
+        text = bert_config(read_json(path), path)
+    return dataclasses.replace(text, context_length=context_length, projection=projection)
+
+
+def _gpt_json(text: TextConfig, tokenizer_name: str) -> Json:
+    result: Json = {name: getattr(text, name) for name in ("context_length", "vocab_size", "width", "heads", "layers")}
+    if text.mlp_ratio != 4.0:
+        result["mlp_ratio"] = text.mlp_ratio
+    if text.pad_id:
+        result["pad_id"] = text.pad_id
+    if text.end_id is not None:
+        result |= {"pool_type": "eos", "eos_id": text.end_id}
+    return result | {"hf_tokenizer_name": tokenizer_name}
+
+
+def _read_gpt(section: _Section) -> TextConfig:
+    pool_type = section.take("pool_type", "argmax")
+    end_id = section.take("eos_id", 2)
+    section.take("hf_tokenizer_name", None)
+    context_length = section.take("context_length", 77)
+    text = TextConfig(
+        kind="gpt",
+        context_length=context_length,
+        max_positions=context_length,
+        vocab_size=section.take("vocab_size", 49408),
+        width=section.take("width", 512),
+        heads=section.take("heads", 8),
+        layers=section.take("layers", 12),
+        mlp_ratio=section.take("mlp_ratio", 4.0),
+        pad_id=section.take("pad_id", 0),
+        end_id=end_id if pool_type == "eos" else None,
+        dropout=0.0,
+        attention_dropout=0.0,
+        projection="linear",
+    )
+    if pool_type not in ("argmax", "eos"):
+        raise UserError(f"{CONFIG_FILE}: pool_type is {pool_type!r}; supported is 'argmax' or 'eos'")
+    section.expect("proj_type", "linear")
+    section.expect("proj_bias", False)
+    section.expect("no_causal_mask", False)
+    section.expect("embed_cls", False)
+    section.expect("output_tokens", False)
+    section.finish()
+    return text
+
+
+def _relative(path: str) -> str:
+    """A folder inside the checkpoint's own. A configuration must not make us read anything else."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith(("/", "~")) or ".." in parts or "\\" in path or not parts:
+        raise UserError(f"{CONFIG_FILE}: {path!r} does not name a folder inside the checkpoint's folder")
+    return "/".join(parts)

@@ -1,0 +1,178 @@
+"""Triton kernels of `reference.py`: a program for a sequence and a head goes once through its keys and values, with a
+running maximum forward; no atomics. Two operations a number read: nothing here is for tensor cores."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton import dropout_arguments, kept_weights, load_rows, store_rows
+
+KEYS = 64
+
+
+# Signatures by the line, not by the argument.
+# fmt: off
+@triton.jit
+def _span(cu_seqlens, rows, sequence, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(first row, own row) as int64, (number of rows, number of them that are seen) as int32"""
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    row = tl.load(rows + sequence)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    seen = length
+    if CAUSAL:
+        seen = (row + 1 - start).to(tl.int32)
+    return start, row, length, seen
+
+
+@triton.jit
+def _vector(base, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.arange(0, WIDTH)
+    return tl.load(base + places, mask=places < DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(base, values, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.arange(0, WIDTH)
+    tl.store(base + places, values.to(base.dtype.element_ty), mask=places < DIM)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    query, key_value, rows, cu_seqlens, out, lse, seed, threshold, keep_scale, scale, stride_query, stride_token,
+    stride_part, stride_head, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    head = (program % HEADS).to(tl.int32)
+    sequence = program // HEADS
+    start, row, _, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
+    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
+    key_value += start * stride_token + head * stride_head
+    result = tl.zeros((WIDTH,), tl.float32)
+    highest = -1e30
+    total = 0.0
+    for first in range(0, seen, KEYS):
+        keys = first + tl.arange(0, KEYS)
+        key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        # The backward computes the same scores: what they are rounded by cancels there.
+        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        higher = tl.maximum(tl.max(scores, 0), highest)
+        weights = tl.exp(scores - higher)
+        fading = tl.exp(highest - higher)
+        highest = higher
+        total = total * fading + tl.sum(weights, 0)
+        if DROPOUT:
+            kept = kept_weights(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
+            weights = tl.where(tl.reshape(kept, (KEYS,)), weights, 0.0)
+        value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        result = result * fading + tl.sum(value * weights[:, None], 0)
+    tl.store(lse + program, highest + tl.log(total))
+    _put(out + program * DIM, result * (keep_scale / total), DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    query, key_value, rows, cu_seqlens, out, lse, grad_out, query_grad, grad, seed, threshold, keep_scale, scale,
+    stride_query, stride_token, stride_part, stride_head, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    head = (program % HEADS).to(tl.int32)
+    sequence = program // HEADS
+    start, row, length, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
+    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
+    out_grad = _vector(grad_out + program * DIM, DIM, WIDTH)
+    delta = tl.sum(out_grad * _vector(out + program * DIM, DIM, WIDTH), 0)
+    row_lse = tl.load(lse + program)
+    key_value += start * stride_token + head * stride_head
+    grad += start * (2 * HEADS * DIM) + head * DIM
+    result = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, length, KEYS):
+        keys = first + tl.arange(0, KEYS)
+        key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        weights = tl.exp(scores - row_lse)
+        dropped = weights
+        weights_grad = tl.sum(value * out_grad[None, :], 1)
+        if DROPOUT:
+            kept = kept_weights(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
+            kept = tl.reshape(kept, (KEYS,))
+            dropped = tl.where(kept, weights * keep_scale, 0.0)
+            weights_grad = tl.where(kept, weights_grad * keep_scale, 0.0)
+        scores_grad = weights * (weights_grad - delta) * scale
+        result += tl.sum(key * scores_grad[:, None], 0)
+        # Rows that aren't seen have weight 0, and so zeros are stored.
+        store_rows(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * own[None, :], DIM, WIDTH)
+        store_rows(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
+    _put(query_grad + program * DIM, result, DIM, WIDTH)
+# fmt: on
+
+
+def forward(
+    query: Tensor,
+    key_value: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.forward`."""
+    query, key_value = _operands(query, key_value)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    inputs = query, key_value, rows, cu_seqlens, out, lse, *dropout_arguments(query, dropout_p, seed), scale
+    if len(query):
+        with torch.cuda.device_of(query):
+            _forward_kernel[(lse.numel(),)](*inputs, *_strides(query, key_value), **_options(query, causal, seed))
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.backward`."""
+    query, key_value = _operands(query, key_value)
+    query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad = torch.empty(key_value.shape, dtype=query.dtype, device=query.device)
+    inputs = query, key_value, rows, cu_seqlens, out, lse, grad_out.contiguous(), query_grad, grad
+    options = _options(query, causal, seed)
+    if len(query):
+        with torch.cuda.device_of(query):
+            _backward_kernel[(lse.numel(),)](
+                *inputs, *dropout_arguments(query, dropout_p, seed), scale, *_strides(query, key_value), **options
+            )
+    return query_grad, grad
+
+
+def _operands(query: Tensor, key_value: Tensor) -> tuple[Tensor, Tensor]:
+    """With heads and their elements side by side, as the kernels read them."""
+    packed = query.shape[-1], 1
+    return tuple(  # type: ignore[return-value]
+        tensor if tensor.stride()[-2:] == packed else tensor.contiguous() for tensor in (query, key_value)
+    )
+
+
+def _strides(query: Tensor, key_value: Tensor) -> tuple[int, int, int, int]:
+    return query.stride(0), key_value.stride(0), key_value.stride(1), query.shape[-1]
+
+
+def _options(query: Tensor, causal: bool, seed: Tensor | None) -> dict[str, int | bool]:
+    heads, dim = query.shape[1:]
+    width = triton.next_power_of_2(dim)
+    return {"CAUSAL": causal, "DROPOUT": seed is not None, "HEADS": heads, "DIM": dim, "WIDTH": width, "KEYS": KEYS}

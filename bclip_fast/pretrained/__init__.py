@@ -1,0 +1,295 @@
+"""Loading and saving whole checkpoints in open_clip's layout, from the hub, a folder, or a run of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.io.atomic import replacing
+from bclip_fast.io.hashing import sha256
+from bclip_fast.model import open_clip_config, tower_config, weights
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.open_clip_config import CONFIG_FILE
+from bclip_fast.model.safe_load import read_checkpoint
+from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.model.vision import resize_positions
+
+log = logging.getLogger(__name__)
+
+HUB_PREFIX = "hf-hub:"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Of the vocabulary in the order of its ids, a line each: that of PubMedBERT's vocab.txt.
+_PUBMEDBERT_VOCABULARY = "7b36651908a88bc38bda41b728b2a598191e0d3b553cbacf7b1e5f026d5b5b9f"
+_MAX_JSON_BYTES = 1 << 20
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    image_size: int | None = None,
+) -> tuple[BiomedClip, Preprocess, Tokenizer]:
+    """A trained model with its preprocessing and tokenizer, in evaluation mode.
+
+    Args:
+        name_or_path: `hf-hub:ORG/NAME[@REVISION]`; a folder with open_clip_config.json, weights and tokenizer; or the
+            folder of a training run, whose `model/` is read.
+        device: where the model goes.
+        precision: fp32, bf16 or fp16, the dtype of the weights; the logit scale stays in float32.
+        image_size: another input size in pixels, a multiple of the patch size: the position embeddings are resized.
+
+    Raises:
+        UserError: a file is missing, broken or unsafe, or a key of configuration or weights is missing, left over or
+            of another shape; the message names it.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    source = _source(name_or_path)
+    content = read_json(source.get([CONFIG_FILE]))
+    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+    preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
+    tokenizer = _tokenizer(source, content, config)
+    # The shapes are checked on the meta device before any memory is spent on what a configuration asks for.
+    with torch.device("meta"):
+        model = BiomedClip(config)
+    path = source.get(WEIGHT_FILES)
+    state = weights.from_open_clip(read_checkpoint(path), model, where=str(path))
+    if image_size is not None and image_size != config.vision.image_size:
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
+        preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
+        positions = "visual.pool.pos_embed" if config.vision.kind == "resnet" else "visual.pos_embed"
+        state[positions] = resize_positions(state[positions], config.vision.num_patches)
+        with torch.device("meta"):
+            model = BiomedClip(config)
+    model.load_state_dict(state, assign=True)
+    scalars = {name: parameter.data for name, parameter in model.named_parameters() if parameter.dim() == 0}
+    model.to(device=device, dtype=PRECISIONS[precision])
+    for name, value in scalars.items():
+        getattr(model, name).data = value.to(device)
+    model.visual.set_pixels(preprocess_config.mean, preprocess_config.std)
+    log.info("loaded %s (%s)", name_or_path, path.name)
+    return model.eval(), Preprocess(preprocess_config), tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint that `load` takes."""
+    source = _source(name_or_path)
+    content = read_json(source.get([CONFIG_FILE]))
+    return _tokenizer(
+        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+    )
+
+
+def save(
+    folder: str | Path,
+    model: BiomedClip,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes open_clip's layout: open_clip_config.json, open_clip_model.safetensors, tokenizer files.
+
+    The published sizes are written under their public names and open in open_clip anywhere. Other sizes are described
+    by `vision/config.json` and `text/config.json`, which open_clip finds where `folder` is the working directory.
+
+    Args:
+        folder: made if it isn't there; files of the same name are replaced, the weights last and at once.
+        state_dict: the model's whole state, where its own parameters are sharded over ranks.
+
+    Raises:
+        UserError: the three don't fit each other.
+    """
+    config = model.config
+    if preprocess.config.size != config.vision.image_size:
+        raise UserError(f"preprocess gives {preprocess.config.size} px, the model takes {config.vision.image_size}")
+    _check_vocabulary(tokenizer, config)
+    folder = Path(folder)
+    files = open_clip_config.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
+    files[CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
+    state = weights.to_open_clip(model.state_dict() if state_dict is None else state_dict, config)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder)
+
+    from safetensors.torch import save_file
+
+    with replacing(folder / WEIGHT_FILES[0]) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+
+
+def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+    """Writes the towers as transformers loads them, since no single class of its has both as BiomedCLIP has.
+
+        vision/   ViTModel, whose pooler_output is the image's embedding; preprocessor_config.json
+        text/     BertModel and the tokenizer, or of a gpt tower CLIPTextModelWithProjection, whose text_embeds it is
+        projections.safetensors   text_projection. of BERT, which its first token's last hidden state goes through:
+                                  `0.weight`, GELU, `2.weight`, or `weight` alone; logit_scale, the logarithm
+
+    Embeddings aren't normalised. Raises OSError or SafetensorError where nothing can be written.
+    """
+    from safetensors.torch import save_file
+
+    folder, config, pixels = Path(folder), model.config, preprocess.config
+    states = weights.to_transformers(model.state_dict(), config)
+    for name, content, state in zip(
+        ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
+    ):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
+    save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
+    tokenizer.save(folder / "text")
+    square, whole = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
+    content = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": square if whole else {"shortest_edge": pixels.size},
+        "do_center_crop": not whole,
+        "crop_size": square,
+        "resample": {"bicubic": 3, "bilinear": 2}[pixels.interpolation],
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class Source(Protocol):
+    """Where the files of one checkpoint are."""
+
+    def get(self, names: Sequence[str]) -> Path:
+        """The first of these files that is there. Raises UserError if none is."""
+        ...
+
+
+class Folder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def get(self, names: Sequence[str]) -> Path:
+        for name in names:
+            if (self.path / name).is_file():
+                return self.path / name
+        raise UserError(f"{self.path} holds no {' or '.join(names)}")
+
+
+class Hub:
+    def __init__(self, name: str) -> None:
+        self.repository, _, revision = name.partition("@")
+        self.revision = revision or None
+
+    def get(self, names: Sequence[str]) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+        absent: Exception | None = None
+        for name in names:
+            try:
+                return Path(hf_hub_download(self.repository, name, revision=self.revision))
+            except EntryNotFoundError as error:  # not in the repository, or no network and not in the cache
+                absent = error
+            except HFValidationError as error:
+                raise UserError(f"{self.repository!r} is no repository id of the hub (org/name): {error}") from error
+            except OSError as error:  # unknown repository, no permission, connection
+                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {first_line(error)}") from error
+        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(absent)}") from absent
+
+
+def _source(name_or_path: str | Path) -> Source:
+    name = str(name_or_path)
+    if name.startswith(HUB_PREFIX):
+        return Hub(name.removeprefix(HUB_PREFIX))
+    folder = Path(name_or_path)
+    for path in (folder, folder / "model"):
+        if (path / CONFIG_FILE).is_file():
+            return Folder(path)
+    if not folder.is_dir():
+        raise UserError(f"{name} is not a folder; a model of the hub is named hf-hub:ORG/NAME")
+    raise UserError(f"{name} holds no {CONFIG_FILE}, neither does {folder / 'model'}")
+
+
+def _hub_json(name: str) -> dict[str, Any]:
+    return read_json(Hub(name).get(["config.json"]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; that is no configuration")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
+
+
+def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
+    """preprocess_cfg, where absent keys mean open_clip's defaults, which are BiomedCLIP's."""
+    if not isinstance(content, dict):
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg is {content!r}, no table")
+    content = dict(content)
+    size = content.pop("size", image_size)
+    if size not in (image_size, [image_size, image_size]):
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} is not the model's, {image_size}")
+    if content.pop("mode", "RGB") != "RGB":
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg mode must be RGB")
+    content.pop("fill_color", None)  # read only by resize_mode longest
+    unknown = content.keys() - {"mean", "std", "interpolation", "resize_mode"}
+    if unknown:
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg has unsupported keys: {', '.join(sorted(unknown))}")
+    for name in ("mean", "std"):
+        if isinstance(content.get(name), list):
+            content[name] = tuple(content[name])
+    return PreprocessConfig(size=image_size, **content)
+
+
+def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
+    content: dict[str, Any] = {"mean": list(config.mean), "std": list(config.std)}
+    defaults = PreprocessConfig()
+    for name in ("interpolation", "resize_mode"):
+        if getattr(config, name) != getattr(defaults, name):
+            content[name] = getattr(config, name)
+    return content
+
+
+def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig) -> Tokenizer:
+    try:
+        path = source.get(TOKENIZER_FILES)
+    except UserError as error:
+        name = open_clip_config.tokenizer_name(content)
+        if name is None:
+            raise UserError(f"{error}; save the tokenizer beside the weights") from error
+        log.info("the checkpoint has no tokenizer file of its own; fetching that of %s", name)
+        path = Hub(name).get(TOKENIZER_FILES)
+    tokenizer = Tokenizer.from_file(path, context_length=config.text.context_length)
+    _check_vocabulary(tokenizer, config)
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds only {config.text.vocab_size}"
+        )
+
+
+def _vocabulary_hash(tokenizer: Tokenizer) -> str:
+    vocabulary = tokenizer.fast.get_vocab()
+    lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
+    return sha256(lines)

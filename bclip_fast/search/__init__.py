@@ -1,0 +1,1 @@
+"""An index of images, its queries, and a page to search it."""

@@ -1,0 +1,1 @@
+"""The engines that average gradients, step and shard: DDP and DeepSpeed ZeRO."""

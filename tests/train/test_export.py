@@ -1,0 +1,127 @@
+"""`bclip train export`: transformers gives the embeddings that we do, from its own image processor and tokenizer on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peers import import_torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from synthetic import tiny_model
+
+from bclip_fast import pretrained
+from bclip_fast.cli import main
+from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.text import TextConfig
+from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.train import checkpoint
+from bclip_fast.train.engine.deepspeed import OptimizerState
+
+CAPTIONS = ["a red square at the left", "cells", "a blue square at the top of the picture, and much more"]
+
+
+@pytest.fixture(autouse=True)
+def _torchvision() -> None:
+    """transformers imports it where it is installed; ours lacks its operators."""
+    import_torchvision()
+
+
+def saved(folder: Path, config: BiomedClipConfig) -> BiomedClip:
+    torch.manual_seed(1)
+    model = BiomedClip(config).eval()
+    with torch.no_grad():
+        # Biases begin at zero and norms at one, where a mistaken name wouldn't show.
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    tokenizer = Tokenizer.train(CAPTIONS * 3, config.text.vocab_size, config.text.context_length)
+    pretrained.save(folder, model, Preprocess(PreprocessConfig(size=config.vision.image_size)), tokenizer)
+    return model
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(torch.randint(0, 256, (48, 40, 3), dtype=torch.uint8).numpy())
+
+
+def image_embedding(folder: Path, picture: Image.Image) -> torch.Tensor:
+    from transformers import AutoImageProcessor, AutoModel
+
+    pixels = AutoImageProcessor.from_pretrained(folder / "vision", backend="pil")(picture, return_tensors="pt")
+    with torch.no_grad():
+        return AutoModel.from_pretrained(folder / "vision").eval()(**pixels).pooler_output
+
+
+@pytest.mark.parametrize("projection", ["mlp", "linear"])
+def test_transformers_gives_our_embeddings(tmp_path: Path, picture: Image.Image, projection: str):
+    from transformers import AutoModel, AutoTokenizer
+
+    tiny = tiny_model()
+    config = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, projection=projection))
+    model = saved(tmp_path / "model", config)
+    out = tmp_path / "out"
+    assert main(["train", "export", str(tmp_path / "model"), "-o", str(out), "--format", "hf"]) == 0
+    _, preprocess, tokenizer = pretrained.load(tmp_path / "model")
+    with torch.no_grad():
+        image = model.encode_image(preprocess(picture)[None], normalize=False)
+        text = model.encode_text(tokenizer(CAPTIONS), normalize=False)
+        # The processor rounds what it resizes to bytes in between.
+        torch.testing.assert_close(image_embedding(out, picture), image, rtol=0, atol=2e-2)
+        exact = AutoModel.from_pretrained(out / "vision").eval()(preprocess(picture)[None]).pooler_output
+        torch.testing.assert_close(exact, image, rtol=0, atol=1e-5)
+        tokens = AutoTokenizer.from_pretrained(out / "text")(
+            CAPTIONS, padding=True, truncation=True, return_tensors="pt"
+        )
+        bert, info = AutoModel.from_pretrained(out / "text", add_pooling_layer=False, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        hidden = bert.eval()(**tokens).last_hidden_state[:, 0]
+    rest = load_file(out / "projections.safetensors")
+    if projection == "mlp":
+        found = F.gelu(hidden @ rest["text_projection.0.weight"].T) @ rest["text_projection.2.weight"].T
+    else:
+        found = hidden @ rest["text_projection.weight"].T
+    torch.testing.assert_close(found, text, rtol=0, atol=1e-5)
+    assert float(rest["logit_scale"]) == float(model.logit_scale.detach())
+
+
+@pytest.mark.parametrize("end_id", [None, 7])
+def test_a_gpt_tower_is_clips(tmp_path: Path, end_id: int | None):
+    from transformers import CLIPTextModelWithProjection
+
+    text = TextConfig(
+        kind="gpt", context_length=9, max_positions=9, vocab_size=96, width=32, layers=2, heads=2,
+        dropout=0.0, attention_dropout=0.0, projection="linear", end_id=end_id,
+    )  # fmt: skip
+    config = dataclasses.replace(tiny_model(), text=text)
+    model = saved(tmp_path / "model", config)
+    _, preprocess, tokenizer = pretrained.load(tmp_path / "model")
+    pretrained.save_transformers(tmp_path / "out", model, preprocess, tokenizer)
+    ids = torch.randint(8, 90, (3, 9))
+    for row, end in enumerate((3, 8, 5)):
+        ids[row, end], ids[row, end + 1 :] = 95 if end_id is None else end_id, 0
+    theirs, info = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / "text", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        expected = model.encode_text(ids, normalize=False)
+        torch.testing.assert_close(theirs.eval()(input_ids=ids).text_embeds, expected, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_an_earlier_step_in_open_clips_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tiny_model()
+    earlier = saved(tmp_path / "run" / "model", config).state_dict()
+    earlier["logit_scale"] = torch.tensor(1.25)
+    checkpoint.save(
+        tmp_path / "run" / "checkpoints", checkpoint.Checkpoint(3, earlier, OptimizerState(3, {}, {}), {}, {})
+    )
+    arguments = ["train", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--step", "3"]) == 0
+    assert float(pretrained.load(tmp_path / "out")[0].logit_scale.detach()) == 1.25
+    assert main([*arguments, "--step", "4"]) == 2
+    assert "manifest.json cannot be read: No such file" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["train", "export", str(tmp_path / "run"), "-o", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""What `engine.precision = "auto"` stands for: on ranks, in runs that continue, in plans; and that of embeddings."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from synthetic import tiny_model, tiny_run, write_shards
+from torch import nn
+
+from bclip_fast import config as config_files
+from bclip_fast.errors import UserError
+from bclip_fast.eval.embed import Embedder
+from bclip_fast.hardware import ClusterConfig
+from bclip_fast.ops import processor
+from bclip_fast.plan import command, estimate
+from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.finetune import FinetuneConfig
+from bclip_fast.train.precision import resolve
+from bclip_fast.train.trainer import train
+
+AUTO = EngineConfig(name="ddp")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), num_samples=32, num_val=8)
+
+
+def imitate(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+    """A processor with these bfloat16 instructions, or with none."""
+    monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
+    monkeypatch.setattr(processor, "BFLOAT16_REASON", f"it has {instructions or 'none'}")
+    if not instructions:
+        monkeypatch.setattr(processor, "HAS_AMX", False)
+        monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
+
+
+def precision_of(run: Path) -> str:
+    return config_files.from_toml(TrainConfig, run / "config.toml").engine.precision
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [("AVX512-BF16", "bf16"), ("", "fp32")])
+def test_auto_follows_the_processor_and_logs_the_reason(instructions, precision, monkeypatch, caplog):
+    imitate(monkeypatch, instructions)
+    caplog.set_level(logging.INFO)
+    assert resolve("auto") == precision
+    assert f"engine.precision auto: {precision}, because it has" in caplog.text
+    assert resolve("fp16") == "fp16"
+
+
+def precision_on_ranks(rank: int, without: int) -> torch.Tensor:
+    processor.BFLOAT16_INSTRUCTIONS = "" if rank == without else "AMX"
+    return torch.tensor(["fp32", "bf16"].index(resolve("auto")))
+
+
+@pytest.mark.parametrize(("without", "expected"), [(1, 0), (2, 1)], ids=["mixed", "alike"])
+def test_ranks_take_bf16_only_if_all_have_it(without, expected):
+    assert [int(choice) for choice in on_ranks(2, precision_on_ranks, without)] == [expected] * 2
+
+
+def test_defaults_and_configurations_of_the_package_are_auto():
+    assert EngineConfig().precision == FinetuneConfig(model="", data="").engine.precision == "auto"
+    for name in ("biomedclip_b16.toml", "pmc_small.toml"):
+        assert config_files.parse(TrainConfig, [name], prog="test").engine.precision == "auto"
+
+
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+def test_a_run_records_its_precision_and_keeps_it_on_another_processor(begun, shards, tmp_path, monkeypatch, caplog):
+    with_bf16, without = ("AVX512-BF16", "fp32"), ("", "bf16")
+    (first, _), (second, other) = (with_bf16, without) if begun == "bf16" else (without, with_bf16)
+    caplog.set_level(logging.INFO)
+    imitate(monkeypatch, first)
+    config = tiny_run(tmp_path / "run", shards, engine=AUTO, max_steps=3)
+    run = train(config)
+    assert precision_of(run) == begun
+    imitate(monkeypatch, second)
+    other = {"fp32": "bf16", "bf16": "fp32"}[begun]
+    train(replace(config, resume=True, max_steps=6))
+    assert precision_of(run) == begun and len(losses(run)) == 6
+    assert f"auto: {begun}, as in {run} so far; a new run here takes {other}, because" in caplog.text
+    train(replace(config, resume=True, max_steps=7, engine=replace(AUTO, precision=other)))
+    assert f"engine.precision is {other}, but {run} was computed in {begun} so far" in caplog.text
+    assert precision_of(run) == other
+
+
+def test_a_plan_has_the_precision_of_the_cluster(monkeypatch, capsys):
+    imitate(monkeypatch, "")
+    config = TrainConfig(preset="", model=tiny_model(), engine=AUTO, batch_size=16)
+    for device, precision in (("h100", "bf16"), ("cpu", "fp32")):
+        planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80))
+        found = command.run(planned)
+        assert found.memory == estimate.make(planned.with_precision(precision), estimate.PMC_15M, found.world).memory
+        assert f"Precision   {precision} (auto): " in capsys.readouterr().out
+
+
+def test_a_config_that_cannot_be_read_stops_a_resume(tmp_path):
+    (tmp_path / "config.toml").write_text("engine = [")
+    with pytest.raises(UserError, match="not valid TOML"):
+        resolve("auto", tmp_path)
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [("AMX", "bf16"), ("", "fp32")])
+def test_embeddings_follow_the_processor_too(instructions, precision, monkeypatch):
+    imitate(monkeypatch, instructions)
+    made = Embedder(nn.Identity(), lambda image: image, lambda texts: texts, precision="auto")
+    assert made.precision == precision
