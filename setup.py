@@ -59,7 +59,7 @@ class BuildWithNinja(build_ext):
                 ninja = ninja_syntax.Writer(file)
                 for extension in extensions:
                     self._write(ninja, extension, f"-isystem {headers}")
-            # BIN_DIR is empty under pip's build isolation; there the program is on the PATH.
+            # BIN_DIR is empty under pip's build isolation, where the program is on the PATH.
             program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
             subprocess.run([program or "ninja", "-C", str(objects)], check=True)
             for extension in extensions:

@@ -5,7 +5,7 @@
 //   dV = (P * M)^T dO;  dS = P * (M * (dO V^T) - rowsum(dO * O));  dQ = scale dS K;  dK = scale dS^T Q.
 //
 // M is 0 or 1 / (1 - p). Philox (philox.h) decides, with the counters of bclip_fast/ops/attention/reference.py. qkv is
-// (T, 3, H, d), outputs are (T, H, d) and L is (H, T); all are contiguous, and d is a multiple of 16. A thread computes
+// (T, 3, H, d), outputs are (T, H, d) and L is (H, T). All are contiguous, and d is a multiple of 16. A thread computes
 // whole heads of whole sequences, so the number of threads changes no bit of the result. Throws std::invalid_argument if
 // a size is invalid.
 #pragma once

@@ -4,7 +4,7 @@
 //   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset), and columns_j is the same sum over i;
 //            G_ij = weight (exp(S_ij - R_i) + exp(S_ij - Q_j)), except that G_ij = positive_grad_i at the positives.
 //   groups:  all pairs with the same id are positives. The softmax subtracts their shares a_i + b_j from G_ij before it
-//            rounds; the sigmoid takes y = 1 for them. `first` must then say that there are no other positives.
+//            rounds. The sigmoid takes y = 1 for them. `first` must then exclude other positives.
 //   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij), y = 1 at positives, else -1.
 //
 // Matrices are row-major. Rows of `dots` are `stride` floats apart; features are contiguous. Sums have a fixed order, so
@@ -19,7 +19,7 @@ namespace bclip::cpu {
 struct Block {
   float* dots;
   int64_t stride, rows, columns;
-  int64_t first;  // column of row 0's positive; 2^40 if there are no positives
+  int64_t first;  // column of row 0's positive, or 2^40 without positives
 };
 
 struct Sums {
@@ -29,14 +29,14 @@ struct Sums {
 
 struct Groups {
   const int32_t *rows, *columns;            // ids (b,), (B,); null without groups
-  const float *row_shares, *column_shares;  // a (b,), b (B,) for the softmax; null for the sigmoid
+  const float *row_shares, *column_shares;  // a (b,), b (B,) for the softmax, null for the sigmoid
 };
 
 struct Softmax {
   double scale, weight;
   const double* rows_lse;      // R (b,), infinite for a row without a loss
   const double* columns_lse;   // Q (B,), infinite for a column without a loss
-  const float* positive_grad;  // (b,); null if `first` says that there are no positives
+  const float* positive_grad;  // (b,), or null if `first` excludes positives
   Groups groups;
 };
 

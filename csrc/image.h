@@ -26,7 +26,7 @@ ImageSize jpeg_size(std::string_view data);
 void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width);
 
 // The part of an image that becomes the square.
-//   kCenter: the shorter edge is resized to `size` and the longer one in proportion, rounded down; the excess is cut off
+//   kCenter: the shorter edge is resized to `size` and the longer one in proportion, rounded down. The excess is cut off
 //            equally at both ends.
 //   kSquash: the whole image.
 //   kBoxes:  a box of the image, cut out before the resize.
@@ -37,7 +37,7 @@ struct DecodeResize {
   Crop crop;
   const int64_t* boxes;  // (n, 4) top, left, height, width for kBoxes, else null
   bool bicubic;          // else bilinear
-  // If not exact, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its size, and one that is
+  // Without it, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its size. One that is
   // somewhat larger gets its chroma upsampled without smoothing.
   bool exact;
   int64_t max_pixels;  // an image with more pixels is an error

@@ -12,7 +12,7 @@
 
 namespace bclip {
 
-// The pixels [start, start + length) of one axis become `resized` pixels; the result begins at number `offset` of these.
+// The pixels [start, start + length) of one axis become `resized` pixels. The result begins at number `offset` of these.
 struct Edge {
   int64_t start;
   int64_t length;

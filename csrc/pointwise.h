@@ -9,7 +9,7 @@
 //             `kept`. All ones if drop_below is 0.
 //   gelu:     x * Phi(x); backward grad * (Phi(x) + x * phi(x)).
 //
-// Matrices are row-major and contiguous; arithmetic is in float. Sums have a fixed order, so the number of threads
+// Matrices are row-major and contiguous, and arithmetic is in float. Sums have a fixed order, so the number of threads
 // changes no bit of the result. Throws std::invalid_argument if a size is negative.
 #pragma once
 
@@ -41,7 +41,7 @@ struct AddNorm {
 
 struct AddNormGradient {
   int64_t rows, columns;
-  Values grad, wide_grad, total_grad;  // (T, D), the gradients of normed, wide and s; any may be null
+  Values grad, wide_grad, total_grad;  // (T, D), the gradients of normed, wide and s. Any may be null
   Values total, weight;                // s (T, D), (D,)
   Values stream_grad, branch_grad;     // (T, D), written; branch_grad may be null
   float *weight_grad, *bias_grad;      // (D,), written

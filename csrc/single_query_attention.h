@@ -5,7 +5,7 @@
 //   dV = (p * m) do^T;  ds = p * (m * (V do) - do o);  dK = scale ds q^T;  dq = scale ds K.
 //
 // m is 0 or 1 / (1 - p). Philox (philox.h) decides, with the counters of bclip_fast/ops/attention/reference.py. Queries
-// are (n, H, d), keys and values (T, 2, H, d), L is (n, H); all are contiguous, and d is a multiple of 16. A thread
+// are (n, H, d), keys and values (T, 2, H, d), L is (n, H). All are contiguous, and d is a multiple of 16. A thread
 // computes whole sequences, so the number of threads changes no bit of the result. Throws std::invalid_argument if a size
 // is invalid.
 #pragma once

@@ -22,9 +22,9 @@ using Team = void (*)(void (*function)(void*), void* argument, unsigned threads,
 const pid_t kLoadedBy = getpid();
 
 // The thread team of torch's own operators: the entry point of the OpenMP runtime that torch loads for the whole process.
-// (It is GCC's entry point, which the runtimes of LLVM and Intel have too.) Those threads spin for a while after each
-// operator, and threads of ours would share the cores with them, which costs a fifth of a training step. Null without
-// torch. Null in a forked child too, because the runtime there would wait forever for the parent's threads.
+// It is GCC's entry point, which the runtimes of LLVM and Intel have too. Those threads spin for a while after each
+// operator. Threads of ours would share the cores with them, which costs a fifth of a training step. Null without torch.
+// Null in a forked child too, because the runtime there would wait forever for the parent's threads.
 Team team() {
   static const Team entry = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return getpid() == kLoadedBy ? entry : nullptr;
@@ -33,10 +33,9 @@ Team team() {
 Team team() { return nullptr; }
 #endif
 
-// Consecutive tasks. Each thread starts with a range of its own, so neighbouring memory is written by one thread: two threads
-// that write to neighbouring new pages wait for each other in the kernel, which maps them one by one. A thread that has
-// finished its range takes tasks from the other ranges, so nobody waits for a thread that shares its core with another
-// process.
+// Consecutive tasks. Each thread starts with its range, so that one thread writes neighbouring memory. Two threads that
+// write to neighbouring new pages wait for each other, because Linux maps the pages one by one. After its range, a thread
+// takes tasks from the other ranges, because their threads may share a core with another process.
 struct alignas(64) Range {
   std::atomic<int64_t> next;
   int64_t end;
@@ -77,7 +76,7 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)>& ta
     try {
       for (int64_t i = 1; i < team_size; ++i) helpers.emplace_back(work);
     } catch (const std::system_error&) {
-      // The system has no more threads; the existing ones do the work.
+      // The system has no more threads, so the existing ones do the work.
     }
     work();
     for (auto& helper : helpers) helper.join();

@@ -1,4 +1,4 @@
-// The Python bindings of the operators. Each operator's register.cpp adds its own to the module; the arguments are those of
+// The Python bindings of the operators. Each operator's register.cpp adds its own to the module. The arguments are those of
 // the contracts in csrc/*.h, with addresses for pointers.
 #pragma once
 

@@ -1,6 +1,6 @@
 // The device functions that our kernels are written in. Apart from these, a kernel uses only __global__, __device__ and
-// __launch_bounds__ of CUDA. The functions have two implementations: instructions of GPUs from sm_80 on, below, and an
-// emulator on the CPU (emulator/device.h), which detects faults that a GPU ignores. So every kernel is tested without a GPU.
+// __launch_bounds__ of CUDA. The functions have two implementations. Those below are instructions of GPUs from sm_80 on.
+// Those of emulator/device.h run on a CPU and detect faults that a GPU ignores. So every kernel is tested without a GPU.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With
 // g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
@@ -91,7 +91,7 @@ struct Shared {
 };
 
 // ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix lane / 8. From each matrix a lane
-// gets row lane / 4, columns 2 (lane % 4) and the next; transposed, it gets column lane / 4 and these rows.
+// gets row lane / 4, columns 2 (lane % 4) and the next. Transposed, it gets column lane / 4 and these rows.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from, int index) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

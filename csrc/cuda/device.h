@@ -11,11 +11,11 @@ struct Device {
   int minor;
   size_t memory_bytes;
   int block_bytes;       // shared memory that a block of threads may request
-  std::string refusal;   // the reason why this build's kernels can't run on the device; empty if they can
+  std::string refusal;   // the reason why this build's kernels can't run on the device, or empty
 };
 
-// Both throw std::runtime_error with the driver's reason if there is no usable driver or device. device() needs a context,
-// which takes some hundred MiB of the device's memory, so a process should ask only for the device that it uses.
+// Both throw std::runtime_error with the driver's reason if a usable driver or device is missing. device() needs a context,
+// which takes some hundred MiB of the device's memory. So a process should ask only for the device that it uses.
 Device device(int index);
 int count_devices();
 

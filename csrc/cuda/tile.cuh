@@ -16,7 +16,7 @@ struct Tile {
 
   __host__ __device__ static constexpr int bytes(int rows) { return rows * kStride * 2; }
 
-  // The index of the first element of a chunk; `column` is a multiple of 8.
+  // The index of the first element of a chunk, where `column` is a multiple of 8.
   __device__ __forceinline__ static int index(int row, int column) {
     const int chunk = column / 8;
     const int place = !kPower ? chunk : kColumns == 32 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7);
@@ -26,8 +26,8 @@ struct Tile {
     return index(row, column & ~7) + (column & 7);
   }
 
-  // Fragments of the 16 x 16 block at (row, column), for use as an operand: the left operand, as stored or transposed; and
-  // the right operand, two fragments of 8 columns, where a row in memory is a column of the operand, or a row.
+  // Fragments of the 16 x 16 block at (row, column). The left operand is taken as stored or transposed. The right operand is
+  // two fragments of 8 columns. Its columns, or its rows, are rows in memory.
   __device__ __forceinline__ void load_left(uint32_t (&to)[4], int row, int column) const {
     const int lane = lane_index();
     load_matrices(to, memory, index(row + lane % 16, column + lane / 16 * 8));
@@ -45,8 +45,8 @@ struct Tile {
     load_matrices_transposed(to, memory, index(row + lane % 16, column + lane / 16 * 8));
   }
 
-  // Copies rows [0, rows) from global memory, with zeros from row `length` on. `threads` threads share the work; this is
-  // number `thread`.
+  // Copies rows [0, rows) from global memory, with zeros from row `length` on. This is thread
+  // number `thread` of `threads` that share the work.
   __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length, int thread,
                                             int threads) const {
     for (int chunk = thread; chunk < rows * (kColumns / 8); chunk += threads) {

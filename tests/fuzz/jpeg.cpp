@@ -32,7 +32,7 @@ int64_t below(Random& random, int64_t bound) {
   return static_cast<int64_t>(random() % static_cast<uint64_t>(std::max<int64_t>(1, bound)));
 }
 
-// The positions of markers, where segments begin; some may be inside entropy-coded data.
+// The positions of markers, where segments begin. Some may be inside entropy-coded data.
 std::vector<size_t> markers(const std::string& data) {
   std::vector<size_t> positions;
   for (size_t i = 0; i + 1 < data.size(); ++i)

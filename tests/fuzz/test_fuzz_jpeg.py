@@ -1,6 +1,6 @@
 """Decode mutated JPEGs under AddressSanitizer and UBSan, on each instruction set.
 
-BCLIP_FUZZ_RUNS sets the number of runs, of two files each; it replaces both numbers below.
+BCLIP_FUZZ_RUNS sets the number of runs, of two files each, and replaces both numbers below.
 """
 
 from __future__ import annotations

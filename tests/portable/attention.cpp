@@ -40,7 +40,7 @@ void check(const Case& of) {
   Random random(rows * 131 + dim);
   const Buffer<Stored> qkv(rows * 3 * width, random, -1.7, 1.7), out_grad(rows * width, random, -1.7, 1.7);
   std::vector<uint8_t> mask(rows, 1);
-  // One sequence has no visible key; the others have random ones.
+  // One sequence has no visible key, and the others have random ones.
   for (int64_t i = 0; of.masked && i < rows; ++i)
     mask[i] = of.lengths.size() == 3 && i < bounds[1] ? 0 : random.below(4) != 0;
   const uint64_t seed = 0x9876543210ABCDEF;

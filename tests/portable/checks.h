@@ -30,7 +30,7 @@ enum class Fault {
 extern Fault fault;
 extern std::string instruction_set;
 
-// Compares one result with its exact value; `quantity` names the check and the result.
+// Compares one result with its exact value. `quantity` names the check and the result.
 void compare(const std::string& quantity, double value, double exact, double bound);
 
 // Checks a property that no fault of the reference can break.

@@ -29,7 +29,7 @@ struct Case {
   bool spread;  // log-sum-exps are so far apart that rows and columns need separate exponentials
 };
 
-// More than 512 columns are two tiles; more than 256 rows are two sums of columns.
+// More than 512 columns are two tiles, and more than 256 rows are two sums of columns.
 const std::vector<Case> kCases = {
     {"two tiles", 37, 531, 3, 10, false},
     {"many rows", 261, 19, -250, 30, false},

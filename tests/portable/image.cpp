@@ -24,7 +24,7 @@ uint8_t rounded(int64_t sum) {
   return static_cast<uint8_t>(std::clamp<int64_t>((sum + (int64_t{1} << 21)) >> 22, 0, 255));
 }
 
-// Checks the portable kernels on any processor; decode_resize() uses those of BCLIP_CPU_ISA.
+// Checks the portable kernels on any processor, while decode_resize() uses those of BCLIP_CPU_ISA.
 void check_resampling() {
   const ResampleKernels& kernels = bclip::cpu::portable::kResample;
   Random random(11);

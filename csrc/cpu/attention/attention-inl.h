@@ -1,8 +1,8 @@
 // The attention kernels, for an engine that multiplies matrices and a type in memory.
 //
-// Matrices consist of blocks of 32 x 32, padded with zeros. A left operand (M, K) is [M / 32][K / 32][block], a right
-// operand (K, N) is [N / 32][K / 32][block]; the engine chooses the layout inside a block. All scores of a query are in
-// memory at once, so the softmax needs no running maximum, and P is made in the layout that the next product reads. The
+// Matrices consist of blocks of 32 x 32, padded with zeros. A left operand (M, K) is [M / 32][K / 32][block], and a right
+// operand (K, N) is [N / 32][K / 32][block]. The engine chooses the layout inside a block. All scores of a query are in
+// memory at once, so the softmax needs no running maximum. P is made in the layout that the next product reads. The
 // backward pass also packs P and dS as right operands while they are in registers. So dV^T = dO^T P and dK^T = Q^T dS
 // transpose no (n, n) matrix.
 #pragma once
@@ -59,7 +59,7 @@ struct HeadKernels {
 
   // The keys that a query may attend to.
   struct Sight {
-    int32_t* visible;  // -1 or 0 for each key; 0 in the padding
+    int32_t* visible;  // -1 or 0 for each key, and 0 in the padding
     bool masked, causal;
     int64_t rows;
 

@@ -28,7 +28,7 @@ void check(const Attention& attention) {
       throw std::invalid_argument("attention: the bounds of sequences don't rise");
 }
 
-// Calls run(head, start) for each head of each sequence; `start` is the first row of the sequence.
+// Calls run(head, start) for each head of each sequence, where `start` is the first row of the sequence.
 template <class Run>
 void for_heads(const Attention& attention, int threads, const Run& run) {
   check(attention);

@@ -38,7 +38,7 @@ struct HeadGradient {
 };
 
 struct AttentionKernels {
-  int64_t (*forward_bytes)(const Head&);  // of scratch, which is aligned to 64 bytes
+  int64_t (*forward_bytes)(const Head&);  // the size of the scratch, which is aligned to 64 bytes
   void (*forward)(const Head&, const HeadOutput&, char* scratch);
   int64_t (*backward_bytes)(const Head&);
   void (*backward)(const Head&, const HeadGradient&, char* scratch);

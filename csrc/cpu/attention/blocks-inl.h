@@ -12,7 +12,7 @@ constexpr int64_t kBlock = kPanel * kPanel;
 // How much of `size` falls into panel `index`.
 BCLIP_INLINE int64_t within(int64_t size, int64_t index) { return std::min(kPanel, size - index * kPanel); }
 
-// The part of a product that counts; the rest of its blocks is padding.
+// The part of a product that counts. The rest of its blocks is padding.
 struct Extent {
   int64_t rows, columns, depth;
 };

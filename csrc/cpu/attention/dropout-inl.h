@@ -9,8 +9,8 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-// Which weights of a head dropout keeps. The first two rounds of Philox and half of the third depend only on the key or
-// only on the query, so they are computed once. Eight counters, which decide about 32 keys, go at a time.
+// The weights of a head that dropout keeps. The first two rounds of Philox and half of the third depend on either the key
+// or the query, so they are computed once. Eight counters, which decide about 32 keys, go at a time.
 class HeadDropout {
  public:
   static int64_t bytes(const Head& head) { return head.dropout ? panels_of(head.rows) * kTableWords * sizeof(uint64_t) : 0; }

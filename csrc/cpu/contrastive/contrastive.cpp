@@ -65,8 +65,8 @@ SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t colum
   };
   const bool all_rows = widen(softmax.rows_lse, rows), all_columns = widen(softmax.columns_lse, columns);
   // No logit exceeds the log-sum-exp of its row or of its column, unless neither has a loss. One offset puts the highest at
-  // 2^60. If the lowest is within a factor 2^60 of it, no power overflows, and powers that flush to zero are below 2^-126 of
-  // a share that is at most the weight.
+  // 2^60. If the lowest is within a factor 2^60 of it, no power overflows. Powers that flush to zero are then below 2^-126
+  // of a share, which is at most the weight.
   one_offset = (all_rows || all_columns) && lowest <= highest && (highest - lowest) * kLog2E < 60;
   const double shared = std::rint(highest * kLog2E) - 60;
   const auto fill = [&](const double* lse, int64_t count, float* offsets, float* shares) {

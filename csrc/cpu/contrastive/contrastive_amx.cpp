@@ -26,7 +26,7 @@ namespace amx {
 
 namespace {
 
-constexpr int64_t kColumnsAtOnce = 2048;       // columns of a forward task, at least; a task owns a range of rows and of columns
+constexpr int64_t kColumnsAtOnce = 2048;       // columns of a forward task, at least
 constexpr int64_t kMostRanges = 32;            // ranges of rows, and of columns: the number of partial sums of a row or column
 constexpr int64_t kRowsInSingle = 256;         // rows over which a column is summed in single precision
 

@@ -14,7 +14,7 @@ constexpr int64_t kTileColumns = 512;  // the sums and factors of a tile stay in
 struct Tile {
   float* dots;
   int64_t stride, rows, columns;
-  int64_t first;  // column of row 0's positive relative to the tile; may be outside it
+  int64_t first;  // column of row 0's positive relative to the tile, possibly outside it
 };
 
 // The contribution of each row, or of each column, to G: 2^(x * factor - offset) * share, with a whole-numbered offset.

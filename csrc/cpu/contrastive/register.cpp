@@ -11,7 +11,7 @@ namespace bclip::bindings {
 
 namespace {
 
-// Addresses of ids and shares, 0 where there are none.
+// Addresses of ids and shares, 0 for null.
 using GroupAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 cpu::Groups groups_at(const GroupAddresses& groups) {

@@ -210,8 +210,8 @@ class Axis {
 };
 
 // Whether an approximation may decode at 1 / `reduced` of the size. Fewer decoded pixels are faster but less exact. On
-// figures at 224 pixels, 1.25 decoded pixels for each pixel of the result err by half a level in the mean, 1.5 pixels by a
-// quarter and 1 pixel by nearly one level.
+// figures at 224 pixels, 1.25 decoded pixels for each pixel of the result err by half a level in the mean. With 1.5 pixels
+// the error is a quarter of a level, and with 1 pixel nearly one level.
 bool has_spare_pixels(const Edge& edge, int reduced) {
   return static_cast<double>(edge.length) >= 1.25 * static_cast<double>(reduced * edge.resized);
 }

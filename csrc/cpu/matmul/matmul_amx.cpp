@@ -1,7 +1,7 @@
 // The products of linear layers on the matrix unit of x86 (AMX).
 //
-// The right operand is packed once. A task then owns a block of the result, whose sums stay in L2 beside a block of the
-// right operand, and goes through the depth in blocks. It reads rows of the left operand in place; if that operand is
+// The right operand is packed once. A task owns a block of the result and goes through the depth in blocks. The sums of the
+// task stay in L2 beside a block of the right operand. It reads rows of the left operand in place. If that operand is
 // transposed, the task first packs its rows of a block of the depth. While the matrix unit computes 32 x 32 elements, the
 // vector units round the previous ones, and the operands of the next product are prefetched.
 #define BCLIP_ISA amx

@@ -33,7 +33,7 @@ BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffe
   return buffer;
 }
 
-// Where to write `count` floats, in whole vectors, before settle() stores them to `to`.
+// The address for `count` floats, in whole vectors, that settle() then stores to `to`.
 BCLIP_INLINE float* place(const Values& to, int64_t count, float* buffer) {
   return to.half || count % kLanes ? buffer : static_cast<float*>(to.at);
 }
@@ -182,7 +182,7 @@ void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last,
 BCLIP_INLINE Lanes reciprocal(Lanes x) {
 #ifdef BCLIP_AVX512
   const Lanes near = (Lanes)_mm512_rcp14_ps((__m512)x);
-  // The reciprocal of infinity is 0; the refinement would turn it into NaN.
+  // The reciprocal of infinity is 0, which the refinement would turn into NaN.
   return IfThenElse(near > 0.f, near * (2.f - x * near), near);
 #else
   return 1.f / x;

@@ -12,7 +12,7 @@ constexpr int64_t kHalf = 16;
 constexpr int64_t kStep = kPanel * kPanel;  // elements of a panel for 32 k
 
 // Configures the matrix unit for its lifetime. Tiles 0 to 3 hold results, 4 and 5 the left operand, 6 and 7 the right
-// operand; all are 16 rows of 64 bytes. Numbers below 2^-126 are zero for the vector units too.
+// operand. All are 16 rows of 64 bytes. Numbers below 2^-126 are zero for the vector units too.
 class AmxSession {
  public:
   AmxSession() : mode_(_mm_getcsr()) {
@@ -36,8 +36,8 @@ class AmxSession {
   const unsigned mode_;
 };
 
-// The place of 32 rows of a left operand. `low` is the first row and `high` the seventeenth. 32 k of a row are contiguous;
-// rows are `stride` bytes apart, and the next 32 k are `next` elements away.
+// The place of 32 rows of a left operand. `low` is the first row and `high` the seventeenth. 32 k of a row are contiguous.
+// Rows are `stride` bytes apart, and the next 32 k are `next` elements away.
 struct Rows {
   Rows(const uint16_t* packed) : low(packed), high(packed + kStep / 2), stride(2 * kPanel), next(kStep) {}
   Rows(const uint16_t* matrix, int64_t width)
@@ -112,7 +112,7 @@ struct Features {
   // A bit for each of the 32 columns from k on that exists.
   __mmask32 columns(int64_t k) const { return width - k >= kPanel ? ~0u : (1u << (width - k)) - 1; }
 
-  // 32 elements of a row from column k on; zeros outside the matrix.
+  // 32 elements of a row from column k on, with zeros outside the matrix.
   __m512i load(int64_t row, int64_t k) const {
     return row < count ? _mm512_maskz_loadu_epi16(columns(k), data + row * width + k) : _mm512_setzero_si512();
   }

@@ -33,8 +33,8 @@ bool has_vnni();
 // the first call requests.
 bool has_amx();
 
-// Declares a constant that the unit of each instruction set defines in a namespace of its own (target.h), and the
-// function `getter`, which returns the one for an instruction set.
+// Declares a constant that the unit of each instruction set defines in its namespace (target.h). The function `getter`
+// returns the constant for an instruction set.
 #ifdef BCLIP_X86_TARGETS
 #define BCLIP_DECLARE_KERNELS(Type, name, getter)           \
   namespace portable { extern const Type name; }            \

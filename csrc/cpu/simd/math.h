@@ -1,5 +1,5 @@
-// Exponentials and logarithms of vectors. Three exponentials differ in range, accuracy and instructions; every kernel
-// takes one of them.
+// Exponentials and logarithms of vectors. The three exponentials differ in range, accuracy and
+// instructions.
 #pragma once
 
 #include "csrc/cpu/simd/vec.h"

@@ -3,7 +3,7 @@
 // themselves.
 //
 // Inline functions of headers that come before this one are shared with code that runs on every processor: include
-// standard headers and contracts there. (Compiler flags in place of the pragma would compile those for one processor.)
+// standard headers and contracts there. Compiler flags in place of the pragma would compile those for one processor.
 // Headers that come after it lie in namespace bclip::cpu::BCLIP_ISA, so no two instruction sets share a symbol.
 #pragma once
 

@@ -58,7 +58,7 @@ BCLIP_INLINE FloatRegister join_halves(V vector, const Join& join) {
     return vector;
 }
 
-// Joins the elements of each of 16 rows; lane i of the result belongs to row i. `join` takes vectors of any width. Sixteen
+// Joins the elements of each of 16 rows. Lane i of the result belongs to row i. `join` takes vectors of any width. Sixteen
 // rows at a time hide the latency that the steps of a single row would expose.
 template <class Join>
 BCLIP_INLINE Lanes reduce_rows(const Lanes* rows, const Join& join) {

@@ -1,9 +1,9 @@
-// A block of warps computes a sequence and head. It holds K and V of up to kKeys keys in shared memory, and each warp holds
-// the sums of dK and dV for 16 or 32 of these keys in registers. The block goes through strips of 64 queries. It computes
-// S^T and (dO V^T)^T, whose registers make P^T and dS^T left operands of dV and dK without any exchange. dS^T then goes
-// through shared memory, from which the warps compute parts of dQ = dS K. That is five products, where one kernel for dQ
-// and one for dK and dV would need seven, and no atomics. For a longer sequence, the block goes through chunks of keys and
-// accumulates dQ in `workspace`.
+// A block of warps computes a sequence and head. It holds K and V of up to kKeys keys in shared memory. In registers, each
+// warp holds the sums of dK and dV for 16 or 32 of these keys. The block goes through strips of 64 queries. It computes S^T
+// and (dO V^T)^T, so that P^T and dS^T are left operands of dV and dK without any exchange. Then dS^T goes through shared
+// memory, from which the warps compute parts of dQ = dS K. That is five products without atomics, while one kernel for dQ
+// and one for dK and dV would need seven. For a longer sequence, the block goes through chunks of keys and accumulates dQ
+// in `workspace`.
 #include "csrc/cuda/attention/attention.cuh"
 
 #include <stdexcept>
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
         if (index % 4 == 0) {
           const float value = first + row < length ? lse(first + row) * kLog2E : 0.0f;
           deltas.store(row, delta);
-          // A query that sees no key has zero weights whatever this is, as long as it is finite.
+          // A query that sees no key has zero weights for any finite value.
           row_lse.store(row, value == -infinity() ? 0.0f : value);
         }
       }

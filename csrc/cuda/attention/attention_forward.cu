@@ -1,6 +1,6 @@
 // A block of 4 warps computes every splits-th strip of 64 queries of a sequence and head. A warp holds the scores of its 16
-// queries with up to kKeys keys in registers. For a sequence of at most kKeys rows, K and V are loaded once, the softmax
-// needs one pass, and the warps don't wait for each other. Longer sequences go through chunks of kKeys keys with a running
+// queries with up to kKeys keys in registers. For a sequence of at most kKeys rows, K and V are loaded once and the
+// softmax needs one pass, so the warps don't wait for each other. Longer sequences go through chunks of kKeys keys with a running
 // maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). Keys after the end of the sequence cost nothing beyond the next
 // multiple of 16.
 #include "csrc/cuda/attention/attention.cuh"
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) queries.load_left(query[k], 0, k * 16);
       }
-      // The number of keys of the chunk that these queries can see; they go in tiles of 16.
+      // The number of keys of the chunk that these queries can see, in tiles of 16.
       const int seen = min(kKeys, (attention.causal ? min(length, from + 16) : length) - chunk);
 
       float scores[kKeys / 8][4];

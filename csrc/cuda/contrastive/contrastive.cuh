@@ -41,7 +41,7 @@ struct Products {
     return warp_index() % 2 * 64 + block * 8 + lane_index() % 4 * 2;
   }
 
-  // Calls visit(index of the row, index of the column, row, column, number); row and column are relative to the tile.
+  // Calls visit(index of the row, index of the column, row, column, number), with row and column relative to the tile.
   template <class Visit>
   __device__ __forceinline__ void each(Visit&& visit) {
 #pragma unroll
@@ -131,7 +131,7 @@ struct Less {
 };
 
 // Folds the 8 rows, or the 16 columns, of each thread over all threads that hold a part of them. The results go to `memory`
-// (2 x 128 floats); after a block barrier, folded() reads them.
+// (2 x 128 floats). After a block barrier, folded() reads them.
 template <class Fold>
 __device__ __forceinline__ void fold_rows(float (&rows)[8], Shared<float> memory, Fold fold) {
 #pragma unroll
@@ -155,7 +155,8 @@ __device__ __forceinline__ float folded(Shared<float> memory, int index, Fold fo
   return fold(memory.load(index), memory.load(kSide + index));
 }
 
-// Over the block, in each thread; `memory` takes 4 floats, and is free again after another barrier.
+// Folds a value over the block, and returns the result in each thread. `memory` takes 4 floats, and is free again after
+// another barrier.
 template <class Fold>
 __device__ __forceinline__ float fold_block(float value, Shared<float> memory, Fold fold) {
 #pragma unroll
@@ -165,7 +166,7 @@ __device__ __forceinline__ float fold_block(float value, Shared<float> memory, F
   return fold(fold(memory.load(0), memory.load(1)), fold(memory.load(2), memory.load(3)));
 }
 
-// What remains of `first` for this tile: the positive of the tile's row i stands in its column i + shift, if anywhere.
+// The shift for which row i of the tile has its positive in column i + shift. Outside the tile, any value that no column has.
 __device__ __forceinline__ int positives_of(const Features& features, const TilePlace& tile) {
   const int64_t shift = features.first + tile.row - tile.column;
   return shift > -kSide && shift < kSide ? static_cast<int>(shift) : 4 * kSide;

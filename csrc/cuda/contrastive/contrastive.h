@@ -1,5 +1,5 @@
-// The contrastive operators over S = scale I T^T (+ bias); csrc/contrastive.h defines the maths. A block of threads computes
-// a tile of 128 x 128. All addresses are the device's; features are aligned to 16 bytes. Throws std::runtime_error with
+// The contrastive operators over S = scale I T^T (+ bias), as csrc/contrastive.h defines them. A block of threads computes a
+// tile of 128 x 128. All addresses are the device's, and features are aligned to 16 bytes. Throws std::runtime_error with
 // CUDA's reason.
 #pragma once
 
@@ -15,7 +15,7 @@ struct Features {
   const void *image, *text;  // (b, D), (B, D), contiguous
   bool bfloat16;             // else float16
   int rows, columns, width;  // b, B, D: a multiple of 8
-  int64_t first;             // column of row 0's positive; 2^40 if there are no positives
+  int64_t first;             // column of row 0's positive, or 2^40 without positives
   const float* scale;        // ()
   void* stream;
 };
@@ -34,7 +34,7 @@ struct Groups {
 };
 
 struct GradientTile {
-  void* grad;      // (b, stride) float16: scale * G / w, written up to the stride; null for only the loss of a sigmoid
+  void* grad;      // (b, stride) float16: scale * G / w, written up to the stride. Null for only the loss of a sigmoid
   int64_t stride;  // at least B, a multiple of 8
   float scale;
   // A row for each tile, written: the sum of G / w * (I T^T). For the sigmoid also the sum of G / w, and loss / w.

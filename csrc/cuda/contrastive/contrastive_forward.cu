@@ -1,6 +1,6 @@
 // Log-sum-exps of the rows and of the columns of each tile of S. One exponential serves both, with the highest logit of the
-// tile as its offset. If some row or column is so far below that its sum loses digits, the tile is computed again with the
-// maximum of each row and of each column. Every partial result has a place of its own, so there are no atomics.
+// tile as its offset. If the sum of some row or column is so small that it loses digits, the tile is computed again, with the
+// maximum of each row and of each column. No two threads write the same partial result, so atomics aren't needed.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 
 namespace bclip::cuda {

@@ -1,5 +1,5 @@
-// Tiles of G. Each tile computes its part of S again, once: for the softmax, G follows from the log-sum-exps of the forward
-// pass; for the sigmoid, the tile also computes its loss. G / w is in [-2, 2]. It is written in float16 times a power of
+// Tiles of G. Each tile computes its part of S again, once. For the softmax, G follows from the log-sum-exps of the forward
+// pass. For the sigmoid, the tile also computes its loss. G / w is in [-2, 2]. It is written in float16 times a power of
 // two, through shared memory, so that stores are whole cache lines.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 

@@ -150,8 +150,8 @@ using Columns = float __attribute__((vector_size(32)));
 using Words = int32_t __attribute__((vector_size(32)));
 
 // sums += a b over 8 elements, for 8 columns, with the arithmetic of tensor cores. All terms are truncated one bit below the
-// last bit of the largest term, and the sum is rounded towards zero (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical
-// behavior of NVIDIA tensor cores", on an A100; later GPUs keep more bits). Products of two halves are exact in a float.
+// last bit of the largest term, and the sum is rounded towards zero. Fasi, Higham, Mikaitis and Pranesh 2021 ("Numerical
+// behavior of NVIDIA tensor cores") found this on an A100. Later GPUs keep more bits. Products of two halves are exact in a float.
 // This function uses no memory of a kernel, and the sanitizers skip it, because they would make tests several times slower.
 [[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"), gnu::target_clones("avx2", "default")]] static void
 add_products(Columns& sums, const float* a, const Columns* b) {

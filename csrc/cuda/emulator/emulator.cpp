@@ -69,7 +69,7 @@ struct Fiber {
 };
 
 // The last write and the last reads of two bytes of shared memory. For the reads of one epoch of the block it records the
-// warp, or that there were several; within the warp the thread, or that there were several since the warp's last barrier.
+// warp, or that several warps read. Within the warp it records the thread, or that several read since its last barrier.
 struct Cell {
   int writer, write_warp;
   uint32_t write_block_epoch, write_warp_epoch;
@@ -78,7 +78,7 @@ struct Cell {
   bool in_flight;
 };
 
-// The state of the block that runs. Each thread of the process has an emulator of its own.
+// The state of the block that runs. Each thread of the process has its own emulator.
 struct Emulator {
   static Emulator& current() {
     static thread_local Emulator emulator;

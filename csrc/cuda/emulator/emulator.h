@@ -3,8 +3,8 @@
 //
 // It is stricter than a GPU. It reports these errors, as std::runtime_error with the place in the source:
 //  - an access to shared memory that isn't ordered with an access of another thread. Only a barrier of the block, or of
-//    the warp that the two threads share, orders them. (__syncthreads and __syncwarp are the only barriers, so counting
-//    them is exact.) ldmatrix counts as a reader of its own, so a warp needs a barrier even for what its own lanes wrote;
+//    the warp that the two threads share, orders them. __syncthreads and __syncwarp are the only barriers, so counting
+//    them is exact. ldmatrix reads for the whole warp, so it needs a barrier even after writes of the same warp;
 //  - a read of shared memory before it is written, and an access outside its bounds;
 //  - an access to memory that a copy_async in flight will write, and a thread that ends without waiting for its copies;
 //  - lanes of a warp that meet at different places in the source, and threads that end while others wait for them.

@@ -14,7 +14,7 @@ struct Arguments {
   Fault fault;
 };
 
-// C (16, 16) = A (16, 16) B^T (16, 16); each of the two warps computes 8 columns.
+// C (16, 16) = A (16, 16) B^T (16, 16). Each of the two warps computes 8 columns.
 __global__ void matmul(Arguments arguments) {
   const Fault fault = arguments.fault;
   const Shared<Half> a{0}, b{kRows * kDepth * 2}, scratch{2 * kRows * kDepth * 2};

@@ -17,7 +17,7 @@ enum class Fault {
   kMissingThreads,  // a warp ends before the barrier
 };
 
-// c (16, 16) = a (16, 16) b (16, 16)^T, float16 to float32; addresses of contiguous memory, multiples of 16.
+// c (16, 16) = a (16, 16) b (16, 16)^T, from float16 to float32. Matrices are contiguous, at multiples of 16 bytes.
 void run_faulty_kernel(Fault fault, const void* a, const void* b, float* c);
 
 }  // namespace bclip::cuda::emulator

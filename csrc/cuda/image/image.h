@@ -15,8 +15,8 @@ namespace bclip::cuda {
 constexpr int kImageSide = 16, kImageChunk = 32, kImageThreads = kImageSide * kImageSide;
 constexpr int kImageSharedBytes = kImageSide * kImageChunk * 4;
 
-// One axis of an image. Each output has 2 + `taps` words in the table of weights, from `words` on: the first pixel of its
-// window, counted from `start`; the number of pixels; and their coefficients times 2^22.
+// One axis of an image. Each output has 2 + `taps` words in the table of weights, from `words` on. They are the first pixel
+// of its window, counted from `start`, the number of pixels, and their coefficients times 2^22.
 struct Axis {
   int64_t start, length, resized, offset;  // as Edge of image_edges.h
   int64_t step;                            // bytes from pixel to pixel
@@ -31,11 +31,11 @@ struct ImageLayout {
 
 struct ImagePlan {
   std::vector<ImageLayout> images;
-  int64_t words = 0;                                    // of the table of weights
+  int64_t words = 0;                                    // words of the table of weights
   std::vector<std::pair<int64_t, std::string>> errors;  // index and reason of each image that its box isn't inside of
 };
 
-// `places`: offset of the pixels, height and width of each image; the offset is -1 for a missing image.
+// `places`: offset of the pixels, height and width of each image. The offset is -1 for a missing image.
 ImagePlan image_plan(const std::vector<std::vector<int64_t>>& places, int size, cpu::Crop crop, const int64_t* boxes,
                      bool bicubic);
 

@@ -1,5 +1,5 @@
-// nvJPEG, which is loaded at its first use, so neither the build nor the import needs it. nvjpeg.cpp declares its functions
-// as the documentation of CUDA 12 and 13 does.
+// nvJPEG. It is loaded at its first use, so neither the build nor the import needs it. nvjpeg.cpp declares its functions as
+// the documentation of CUDA 12 and 13 does.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace bclip::cuda {
 
 // (height, width) of each file that nvJPEG decodes like libjpeg, on all of its backends. Such a file is complete, and
-// baseline with 8 bits in one scan; its colours are grey, or YCbCr with luma of full size. (0, 0) for any other file.
+// baseline with 8 bits in one scan. Its colours are grey, or YCbCr with luma of full size. (0, 0) for any other file.
 std::vector<std::pair<int, int>> plain_jpegs(const std::vector<std::string_view>& files);
 
 // A decoder on the current device. Calls from several threads run one after another.

@@ -11,7 +11,7 @@ namespace {
 
 std::vector<std::string_view> views(const std::vector<py::bytes>& files) { return {files.begin(), files.end()}; }
 
-// Returns (plan, words, errors); the plan is bytes to copy to the device.
+// Returns (plan, words, errors), where the plan is bytes to copy to the device.
 py::tuple plan_images(const std::vector<std::vector<int64_t>>& places, int size, const std::string& crop,
                       uintptr_t boxes, bool bicubic) {
   const auto kind = crop == "center" ? cpu::Crop::kCenter : crop == "squash" ? cpu::Crop::kSquash : cpu::Crop::kBoxes;
