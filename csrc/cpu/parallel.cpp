@@ -55,10 +55,10 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)>& ta
   std::exception_ptr error;
   std::mutex error_mutex;
   auto work = [&] {
-    const int64_t own = arrived.fetch_add(1);
+    const int64_t first = arrived.fetch_add(1);
     try {
       for (int64_t i = 0; i < team_size; ++i) {
-        Range& range = ranges[(own + i) % team_size];
+        Range& range = ranges[(first + i) % team_size];
         for (int64_t index; !failed && (index = range.next.fetch_add(1)) < range.end;) task(index);
       }
     } catch (...) {

@@ -123,13 +123,13 @@ __device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Copies 16 bytes from global to shared memory, or writes zeros if not `wanted`. The thread may read them after
+// Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read them after
 // wait_for_copies, other threads after a barrier that follows. wait_for_copies<n> waits for all but the last n groups.
 template <class T>
-__device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* from, bool wanted) {
+__device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(to.address(index)), "l"(__cvta_generic_to_global(from)), "r"(wanted ? 16 : 0)
+               : "r"(to.address(index)), "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -51,8 +51,8 @@ struct Tile {
                                             int threads) const {
     for (int chunk = thread; chunk < rows * (kColumns / 8); chunk += threads) {
       const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
-      const bool wanted = row < length;
-      copy_async(memory, index(row, column), wanted ? from + row * stride + column : from, wanted);
+      const bool valid = row < length;
+      copy_async(memory, index(row, column), valid ? from + row * stride + column : from, valid);
     }
   }
   // Stores rows [0, length) to global memory.

@@ -191,9 +191,9 @@ void check_images() {
     const bclip::cpu::ImageSize size = bclip::cpu::jpeg_size(file);
     expect(name + ": its size is read", size.height == of.height && size.width == of.width);
     const Pixels expected = decode(file, of.height, of.width);
-    Pixels found(expected.size());
-    bclip::cpu::decode_jpeg(file, found.data(), of.height, of.width);
-    for (size_t i = 0; i < found.size(); ++i) compare(name + ": decoded", found[i], expected[i], 0);
+    Pixels result(expected.size());
+    bclip::cpu::decode_jpeg(file, result.data(), of.height, of.width);
+    for (size_t i = 0; i < result.size(); ++i) compare(name + ": decoded", result[i], expected[i], 0);
 
     constexpr int kSize = 32;
     const auto [vertical, horizontal] = bclip::edges(kSize, bclip::cpu::Crop::kSquash, nullptr, of.height, of.width);
@@ -219,7 +219,7 @@ void check_images() {
 
 #else
 
-void check_images() { std::printf("images: not checked, as libjpeg for this target was not found\n"); }
+void check_images() { std::printf("images: not checked, as libjpeg for this target was not result\n"); }
 
 #endif
 

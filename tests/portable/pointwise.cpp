@@ -77,29 +77,29 @@ void check_add_norm(const Case& of) {
     explicit Outputs(int64_t size) : total(size), normed(size), wide(size) {}
     Buffer<Stored> total, normed;
     Buffer<float> wide;
-  } found(size), again(size);
+  } result(size), again(size);
   const auto run = [&](Outputs& to, int threads) {
     const AddNorm norm = {rows, columns, values(stream), of.with_branch ? values(branch) : kNothing, values(weight),
                           values(bias), of.with_branch ? values(to.total) : kNothing, values(to.normed),
                           values(to.wide), kEps, dropout};
     add_norm(norm, threads);
   };
-  run(found, 1);
+  run(result, 1);
   run(again, kThreads);
-  const bool same = found.total.same_bits(again.total) && found.normed.same_bits(again.normed);
-  expect(name + ": the same on more threads", same && found.wide.same_bits(again.wide));
-  expect(name + ": stays inside its outputs", found.total.intact() && found.normed.intact() && found.wide.intact());
+  const bool same = result.total.same_bits(again.total) && result.normed.same_bits(again.normed);
+  expect(name + ": the same on more threads", same && result.wide.same_bits(again.wide));
+  expect(name + ": stays inside its outputs", result.total.intact() && result.normed.intact() && result.wide.intact());
 
   const std::vector<double> streams = exact(stream), branches = exact(branch);
   const std::vector<double> weights = exact(weight), biases = exact(bias);
   if (of.with_branch)
     for (int64_t i = 0; i < size; ++i) {
       const double added = keep(dropout, i / columns, i % columns) * branches[i], truth = streams[i] + added;
-      compare(name + ": total", value_of(found.total[i]), truth,
+      compare(name + ": total", value_of(result.total[i]), truth,
               kUnit * (std::abs(added) + std::abs(truth)) + unit_of<Stored>() * std::abs(truth));
     }
   // The kernel normalises the sum after it is rounded to memory.
-  const std::vector<double> totals = exact(of.with_branch ? found.total : stream);
+  const std::vector<double> totals = exact(of.with_branch ? result.total : stream);
   for (int64_t row = 0; row < rows; ++row) {
     const Moments moments(totals.data() + row * columns, columns);
     for (int64_t j = 0; j < columns; ++j) {
@@ -107,9 +107,9 @@ void check_add_norm(const Case& of) {
       const double scaled = moments.normal(totals[i]) * weights[j], truth = scaled + biases[j];
       const double bound = std::abs(weights[j]) * moments.normal_error(totals[i]) +
                            kUnit * (std::abs(scaled) + std::abs(truth));
-      compare(name + ": normed", value_of(found.normed[i]), truth, bound + unit_of<Stored>() * std::abs(truth));
+      compare(name + ": normed", value_of(result.normed[i]), truth, bound + unit_of<Stored>() * std::abs(truth));
       // In float throughout: no rounding of the storage can hide an error here.
-      compare(name + ": wide", value_of(found.wide[i]), truth, bound);
+      compare(name + ": wide", value_of(result.wide[i]), truth, bound);
     }
   }
 }
@@ -128,7 +128,7 @@ void check_add_norm_backward(const Case& of) {
     Outputs(int64_t size, int64_t columns) : stream(size), branch(size), weight(columns), bias(columns) {}
     Buffer<Stored> stream, branch;
     Buffer<float> weight, bias;
-  } found(size, columns), again(size, columns);
+  } result(size, columns), again(size, columns);
   const auto run = [&](Outputs& to, int threads) {
     const AddNormGradient gradient = {rows, columns, values(grad), values(wide_grad),
                                       of.with_branch ? values(total_grad) : kNothing, values(total), values(weight),
@@ -136,13 +136,13 @@ void check_add_norm_backward(const Case& of) {
                                       to.weight.data(), to.bias.data(), kEps, dropout};
     add_norm_backward(gradient, threads);
   };
-  run(found, 1);
+  run(result, 1);
   run(again, kThreads);
   expect(name + ": the same on more threads",
-         found.stream.same_bits(again.stream) && found.branch.same_bits(again.branch) &&
-             found.weight.same_bits(again.weight) && found.bias.same_bits(again.bias));
+         result.stream.same_bits(again.stream) && result.branch.same_bits(again.branch) &&
+             result.weight.same_bits(again.weight) && result.bias.same_bits(again.bias));
   expect(name + ": stays inside its outputs",
-         found.stream.intact() && found.branch.intact() && found.weight.intact() && found.bias.intact());
+         result.stream.intact() && result.branch.intact() && result.weight.intact() && result.bias.intact());
 
   const std::vector<double> totals = exact(total), grads = exact(grad), wide_grads = exact(wide_grad);
   const std::vector<double> total_grads = exact(total_grad), weights = exact(weight);
@@ -180,16 +180,16 @@ void check_add_norm_backward(const Case& of) {
         truth += total_grads[i];
         bound += kUnit * std::abs(truth);
       }
-      compare(name + ": stream grad", value_of(found.stream[i]), truth, bound + unit_of<Stored>() * std::abs(truth));
+      compare(name + ": stream grad", value_of(result.stream[i]), truth, bound + unit_of<Stored>() * std::abs(truth));
       if (!of.with_branch) continue;
       const double factor = keep(dropout, row, j);
-      compare(name + ": branch grad", value_of(found.branch[i]), factor * truth,
+      compare(name + ": branch grad", value_of(result.branch[i]), factor * truth,
               factor * (bound + (kUnit + unit_of<Stored>()) * std::abs(truth)));
     }
   }
   for (int64_t j = 0; j < columns; ++j) {
-    compare(name + ": weight grad", found.weight[j], weight_grad[j], weight_bound[j]);
-    compare(name + ": bias grad", found.bias[j], bias_grad[j], bias_bound[j]);
+    compare(name + ": weight grad", result.weight[j], weight_grad[j], weight_bound[j]);
+    compare(name + ": bias grad", result.bias[j], bias_grad[j], bias_bound[j]);
   }
 }
 

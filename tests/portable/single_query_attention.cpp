@@ -91,11 +91,11 @@ void check(const Case& of) {
                expected_pairs, key_to, expected_pairs, value_to);
     }
   }
-  const auto compare_all = [&](const std::string& what, const Buffer<Stored>& found, const Gradient& expected,
+  const auto compare_all = [&](const std::string& what, const Buffer<Stored>& result, const Gradient& expected,
                                const auto& is_part) {
-    for (int64_t i = 0; i < found.size(); ++i)
+    for (int64_t i = 0; i < result.size(); ++i)
       if (is_part(i))
-        compare(name + what, value_of(found[i]), expected.value[i],
+        compare(name + what, value_of(result[i]), expected.value[i],
                 expected.bound[i] + unit_of<Stored>() * std::abs(expected.value[i]));
   };
   compare_all(": query grad", query_grad, expected_query, [](int64_t) { return true; });

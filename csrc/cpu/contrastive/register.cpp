@@ -74,9 +74,9 @@ std::tuple<double, double, double> amx_sigmoid_gradient(const cpu::AmxProblem& p
                                                         double bias, double weight, const GroupAddresses& groups,
                                                         const cpu::AmxGradients* gradients, int threads) {
   const py::gil_scoped_release release;
-  const bool wanted = gradients != nullptr;
-  const auto sums = cpu::amx_sigmoid_gradient(problem, {scale, bias, weight, wanted, groups_at(groups)},
-                                                     wanted ? *gradients : cpu::AmxGradients{}, threads);
+  const bool with_gradients = gradients != nullptr;
+  const auto sums = cpu::amx_sigmoid_gradient(problem, {scale, bias, weight, with_gradients, groups_at(groups)},
+                                                     with_gradients ? *gradients : cpu::AmxGradients{}, threads);
   return {sums.loss, sums.gradient, sums.product};
 }
 

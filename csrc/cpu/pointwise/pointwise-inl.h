@@ -99,16 +99,16 @@ BCLIP_INLINE Moments moments(const float* row, int64_t columns, double eps) {
 
 void add_norm(const AddNorm& norm, int64_t first, int64_t last, float* scratch) {
   const int64_t columns = norm.columns, width = (columns + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  float *const keep = scratch, *const own = keep + width, *const other = own + width;
-  const float* const weight = floats(norm.weight, columns, other + width);
-  const float* const bias = floats(norm.bias, columns, other + 2 * width);
+  float *const keep = scratch, *const buffer = keep + width, *const second_buffer = buffer + width;
+  const float* const weight = floats(norm.weight, columns, second_buffer + width);
+  const float* const bias = floats(norm.bias, columns, second_buffer + 2 * width);
   for (int64_t row = first; row < last; ++row) {
     const int64_t start = row * columns;
-    const float* total = floats(row_of(norm.stream, start), columns, own);
+    const float* total = floats(row_of(norm.stream, start), columns, buffer);
     if (norm.branch.at) {
-      const float* const branch = floats(row_of(norm.branch, start), columns, other);
+      const float* const branch = floats(row_of(norm.branch, start), columns, second_buffer);
       const Values to = row_of(norm.total, start);
-      float* const sums = place(to, columns, own);
+      float* const sums = place(to, columns, buffer);
       if (norm.dropout.drop_below) {
         fill_keep(norm.dropout, row, columns, keep);
         for (int64_t j = 0; j < columns; j += kLanes)
@@ -117,34 +117,34 @@ void add_norm(const AddNorm& norm, int64_t first, int64_t last, float* scratch) 
         for (int64_t j = 0; j < columns; j += kLanes) Store(sums + j, Load(total + j) + Load(branch + j));
       }
       settle(to, columns, sums);
-      total = to.half ? floats(to, columns, own) : sums;  // later operations take the rounded sum
+      total = to.half ? floats(to, columns, buffer) : sums;  // later operations take the rounded sum
     }
     const Moments moment = moments(total, columns, norm.eps);
     const Lanes mean = Set(moment.mean), inv_std = Set(moment.inv_std);
     for (int64_t j = 0; j < columns; j += kLanes)
-      Store(other + j, (Load(total + j) - mean) * inv_std * Load(weight + j) + Load(bias + j));
-    settle(row_of(norm.normed, start), columns, other);
-    if (norm.wide.at) settle(row_of(norm.wide, start), columns, other);
+      Store(second_buffer + j, (Load(total + j) - mean) * inv_std * Load(weight + j) + Load(bias + j));
+    settle(row_of(norm.normed, start), columns, second_buffer);
+    if (norm.wide.at) settle(row_of(norm.wide, start), columns, second_buffer);
   }
 }
 
 void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last, float* scratch, float* sums) {
   const int64_t columns = norm.columns, width = (columns + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  float *const keep = scratch, *const own = keep + width, *const other = own + width, *const third = other + width;
-  const float* const weight = floats(norm.weight, columns, third + width);
+  float *const keep = scratch, *const buffer = keep + width, *const second_buffer = buffer + width, *const third_buffer = second_buffer + width;
+  const float* const weight = floats(norm.weight, columns, third_buffer + width);
   float *const weight_sums = sums, *const bias_sums = sums + width;
-  const Values some = norm.grad.at ? norm.grad : norm.wide_grad;
-  if (!some.at) std::fill_n(other, width, 0.f);
+  const Values upstream_values = norm.grad.at ? norm.grad : norm.wide_grad;
+  if (!upstream_values.at) std::fill_n(second_buffer, width, 0.f);
   for (int64_t row = first; row < last; ++row) {
     const int64_t start = row * columns;
-    const float* const total = floats(row_of(norm.total, start), columns, own);
+    const float* const total = floats(row_of(norm.total, start), columns, buffer);
     const Moments moment = moments(total, columns, norm.eps);
     const Lanes mean = Set(moment.mean), inv_std = Set(moment.inv_std);
-    const float* upstream = some.at ? floats(row_of(some, start), columns, other) : other;
+    const float* upstream = upstream_values.at ? floats(row_of(upstream_values, start), columns, second_buffer) : second_buffer;
     if (norm.grad.at && norm.wide_grad.at) {
-      const float* const wide = floats(row_of(norm.wide_grad, start), columns, third);
-      for (int64_t j = 0; j < columns; j += kLanes) Store(other + j, Load(upstream + j) + Load(wide + j));
-      upstream = other;
+      const float* const wide = floats(row_of(norm.wide_grad, start), columns, third_buffer);
+      for (int64_t j = 0; j < columns; j += kLanes) Store(second_buffer + j, Load(upstream + j) + Load(wide + j));
+      upstream = second_buffer;
     }
     Lanes all = {}, along = {};
     for (int64_t j = 0; j < columns; j += kLanes) {
@@ -156,13 +156,13 @@ void add_norm_backward(const AddNormGradient& norm, int64_t first, int64_t last,
     }
     const Lanes mean_of_h = Set(ReduceSum(all) / columns), mean_of_hx = Set(ReduceSum(along) / columns);
     const Values to = row_of(norm.stream_grad, start);
-    float* const result = place(to, columns, own);
+    float* const result = place(to, columns, buffer);
     for (int64_t j = 0; j < columns; j += kLanes) {
       const Lanes x = (Load(total + j) - mean) * inv_std, h = Load(upstream + j) * Load(weight + j);
       Store(result + j, (h - mean_of_h - x * mean_of_hx) * inv_std);
     }
     if (norm.total_grad.at) {
-      const float* const more = floats(row_of(norm.total_grad, start), columns, third);
+      const float* const more = floats(row_of(norm.total_grad, start), columns, third_buffer);
       for (int64_t j = 0; j < columns; j += kLanes) Store(result + j, Load(result + j) + Load(more + j));
     }
     settle(to, columns, result);

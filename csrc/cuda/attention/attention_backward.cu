@@ -61,19 +61,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
 
   const auto copy_strip = [&](int first, int stage) {
     if (first < length) {
-      const int here = min(kStrip, length - first);
+      const int count = min(kStrip, length - first);
       const Tile<T, kDim> queries{{Places::kQuery + stage * Places::kRows}}, grads{{Places::kGrad + stage * Places::kRows}};
-      queries.copy_rows(query_rows + first * stride, stride, kStrip, here, thread_index(), kThreads);
-      grads.copy_rows(grad_rows + first * grad_stride, grad_stride, kStrip, here, thread_index(), kThreads);
+      queries.copy_rows(query_rows + first * stride, stride, kStrip, count, thread_index(), kThreads);
+      grads.copy_rows(grad_rows + first * grad_stride, grad_stride, kStrip, count, thread_index(), kThreads);
     }
     commit_copies();
   };
 
   for (int chunk = 0; chunk < length; chunk += kKeys) {
-    const int here = min(kKeys, length - chunk), rounded = (here + 15) / 16 * 16;
+    const int chunk_keys = min(kKeys, length - chunk), rounded = (chunk_keys + 15) / 16 * 16;
     block_barrier();
-    keys.copy_rows(key_rows + chunk * stride, stride, rounded, here, thread_index(), kThreads);
-    values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, here, thread_index(), kThreads);
+    keys.copy_rows(key_rows + chunk * stride, stride, rounded, chunk_keys, thread_index(), kThreads);
+    values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, chunk_keys, thread_index(), kThreads);
     store_visible(visible, attention, sequence, chunk, kKeys, kThreads);
     float key_grad[kWarpKeys / 16][kDim / 8][4] = {}, value_grad[kWarpKeys / 16][kDim / 8][4] = {};
     // With a causal mask, queries before the chunk see none of its keys.
@@ -244,10 +244,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
     for (int tile = 0; tile < kWarpKeys / 16; ++tile) {
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const int own = row + tile * 16 + group + i / 2 * 8;
+        const int key_row = row + tile * 16 + group + i / 2 * 8;
 #pragma unroll
         for (int column = 0; column < kDim / 8; ++column) {
-          const int index = keys.index_of_pair(own, column * 8 + place * 2);
+          const int index = keys.index_of_pair(key_row, column * 8 + place * 2);
           const float(&key)[4] = key_grad[tile][column];
           const float(&value)[4] = value_grad[tile][column];
           keys.memory.template store_as<uint32_t>(

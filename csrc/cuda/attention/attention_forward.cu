@@ -64,17 +64,17 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
   copy_queries(split * kStrip);
   for (int first = split * kStrip; first < length; first += splits * kStrip) {
     const int from = first + warp * 16;
-    const bool mine = from < length;
+    const bool has_queries = from < length;
     uint32_t query[kDim / 16][4];
     float result[kDim / 8][4] = {};
     float highest[2] = {-1e30f, -1e30f}, sums[2] = {};
     const int end = attention.causal ? min(length, first + kStrip) : length;
     for (int chunk = 0; chunk < end; chunk += kKeys) {
       if (!whole || first == split * kStrip) {
-        const int here = min(kKeys, length - chunk), rounded = (here + 15) / 16 * 16;
+        const int count = min(kKeys, length - chunk), rounded = (count + 15) / 16 * 16;
         if (chunk > 0 || first != split * kStrip) block_barrier();
-        keys.copy_rows(key_rows + chunk * stride, stride, rounded, here, thread_index(), kWarps * 32);
-        values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, here, thread_index(),
+        keys.copy_rows(key_rows + chunk * stride, stride, rounded, count, thread_index(), kWarps * 32);
+        values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, count, thread_index(),
                          kWarps * 32);
         commit_copies();
         store_visible(visible, attention, sequence, chunk, kKeys, kWarps * 32);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
         wait_for_copies<0>();
         warp_barrier();
       }
-      if (!mine) continue;
+      if (!has_queries) continue;
       if (chunk == 0) {
 #pragma unroll
         for (int k = 0; k < kDim / 16; ++k) queries.load_left(query[k], 0, k * 16);
@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
             // A lane draws for a quad of keys and one of its two rows. Its neighbour draws for the other row.
             const uint32_t quad = (chunk + tile * 16 + half * 8) / 4 + place / 2;
             const uint32_t row = static_cast<uint32_t>(sequence.start) + from + group + place % 2 * 8;
-            const uint32_t own = kept_of_quad(seed, attention.threshold, quad, row, head);
-            const uint32_t other = shuffle_xor(own, 1);
-            const uint32_t kept = (place % 2 ? other : own) >> place % 2 * 2 & 3;
-            const uint32_t kept_below = (place % 2 ? own : other) >> place % 2 * 2 & 3;
+            const uint32_t drawn = kept_of_quad(seed, attention.threshold, quad, row, head);
+            const uint32_t neighbour = shuffle_xor(drawn, 1);
+            const uint32_t kept = (place % 2 ? neighbour : drawn) >> place % 2 * 2 & 3;
+            const uint32_t kept_below = (place % 2 ? drawn : neighbour) >> place % 2 * 2 & 3;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               if (!((i < 2 ? kept : kept_below) >> i % 2 & 1)) weights[i] = 0.0f;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
     // The queries are now in registers, so their shared memory can take the next ones.
     warp_barrier();
     if (first + splits * kStrip < length) copy_queries(first + splits * kStrip);
-    if (!mine) continue;
+    if (!has_queries) continue;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       sums[row] += shuffle_xor(sums[row], 1);

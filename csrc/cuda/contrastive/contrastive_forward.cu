@@ -41,11 +41,11 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   fold_rows(rows, row_memory, Add());
   fold_columns(columns, column_memory, Add());
   block_barrier();
-  const int own = thread_index();
-  float row_sum = folded(row_memory, own, Add()), column_sum = folded(column_memory, own, Add());
+  const int thread = thread_index();
+  float row_sum = folded(row_memory, thread, Add()), column_sum = folded(column_memory, thread, Add());
   float row_offset = highest, column_offset = highest;
   // Terms that flush to zero are below 1e-37 of the highest, far below the last digit of a sum that passes.
-  const float least = fminf(own < tile.rows ? row_sum : 1.0f, own < tile.columns ? column_sum : 1.0f);
+  const float least = fminf(thread < tile.rows ? row_sum : 1.0f, thread < tile.columns ? column_sum : 1.0f);
   if (fold_block(least, vote_memory, Less()) < 1e-20f) {
     float row_highest[8], column_highest[16];
 #pragma unroll
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
     fold_rows(row_highest, row_memory, Greater());
     fold_columns(column_highest, column_memory, Greater());
     block_barrier();
-    row_offset = folded(row_memory, own, Greater());
-    column_offset = folded(column_memory, own, Greater());
+    row_offset = folded(row_memory, thread, Greater());
+    column_offset = folded(column_memory, thread, Greater());
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       row_highest[i] = folded(row_memory, Products::row_of(i / 2, i % 2), Greater());
@@ -79,15 +79,15 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
     fold_rows(rows, row_memory, Add());
     fold_columns(columns, column_memory, Add());
     block_barrier();
-    row_sum = folded(row_memory, own, Add());
-    column_sum = folded(column_memory, own, Add());
+    row_sum = folded(row_memory, thread, Add());
+    column_sum = folded(column_memory, thread, Add());
   }
-  if (own < tile.rows) {
-    arguments.sums.rows[int64_t(tile.column / kSide) * features.rows + tile.row + own] =
+  if (thread < tile.rows) {
+    arguments.sums.rows[int64_t(tile.column / kSide) * features.rows + tile.row + thread] =
         (row_offset + log2_fast(row_sum)) * kLn2;
   }
-  if (own < tile.columns) {
-    arguments.sums.columns[int64_t(tile.row / kSide) * features.columns + tile.column + own] =
+  if (thread < tile.columns) {
+    arguments.sums.columns[int64_t(tile.row / kSide) * features.columns + tile.column + thread] =
         (column_offset + log2_fast(column_sum)) * kLn2;
   }
 }

@@ -30,9 +30,9 @@ struct Ids {
   Shared<int> rows{kExtrasOffset}, columns{kExtrasOffset + kExtraBytes};
 
   __device__ __forceinline__ void load(const Groups& groups, const TilePlace& tile) const {
-    const int own = thread_index();
-    rows.store(own, own < tile.rows ? groups.rows[tile.row + own] : -1);
-    columns.store(own, own < tile.columns ? groups.columns[tile.column + own] : -2);
+    const int thread = thread_index();
+    rows.store(thread, thread < tile.rows ? groups.rows[tile.row + thread] : -1);
+    columns.store(thread, thread < tile.columns ? groups.columns[tile.column + thread] : -2);
   }
 };
 
@@ -71,27 +71,27 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
 
   // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential, unless the R and Q of the tile are
   // so far apart that no m serves both. A row without a loss has an infinite R and the factor zero.
-  const int own = thread_index();
-  const bool has_row = own < tile.rows, has_column = own < tile.columns;
-  const float row = has_row ? normalizers.rows_near[tile.row + own] : infinity();
-  const float column = has_column ? normalizers.columns_near[tile.column + own] : infinity();
-  const float row_rest = has_row ? normalizers.rows_rest[tile.row + own] : 0.0f;
-  const float column_rest = has_column ? normalizers.columns_rest[tile.column + own] : 0.0f;
+  const int thread = thread_index();
+  const bool has_row = thread < tile.rows, has_column = thread < tile.columns;
+  const float row = has_row ? normalizers.rows_near[tile.row + thread] : infinity();
+  const float column = has_column ? normalizers.columns_near[tile.column + thread] : infinity();
+  const float row_rest = has_row ? normalizers.rows_rest[tile.row + thread] : 0.0f;
+  const float column_rest = has_column ? normalizers.columns_rest[tile.column + thread] : 0.0f;
   const float lowest = fold_block(fminf(row, column), block_memory, Less());
   block_barrier();
   const auto finite = [](float near) { return near == infinity() ? -infinity() : near; };
   const float highest = fold_block(fmaxf(finite(row), finite(column)), block_memory, Greater());
   const bool near = highest - lowest < 86.0f;
   const float middle = lowest == infinity() ? 0.0f : near ? (lowest + highest) * 0.5f : 0.0f;
-  row_factors.store(own, near ? exp2_fast(middle - row) * row_rest : row_rest);
-  column_factors.store(own, near ? exp2_fast(middle - column) * column_rest : column_rest);
-  row_near.store(own, row);
-  column_near.store(own, column);
+  row_factors.store(thread, near ? exp2_fast(middle - row) * row_rest : row_rest);
+  column_factors.store(thread, near ? exp2_fast(middle - column) * column_rest : column_rest);
+  row_near.store(thread, row);
+  column_near.store(thread, column);
   const Ids ids;
   if (groups.rows) {
     ids.load(groups, tile);
-    row_shares.store(own, has_row ? groups.row_shares[tile.row + own] : 0.0f);
-    column_shares.store(own, has_column ? groups.column_shares[tile.column + own] : 0.0f);
+    row_shares.store(thread, has_row ? groups.row_shares[tile.row + thread] : 0.0f);
+    column_shares.store(thread, has_column ? groups.column_shares[tile.column + thread] : 0.0f);
   }
   block_barrier();
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   store_gradient(products, arguments.tile, tile);
   block_barrier();
   sum = fold_block(sum, block_memory, Add());
-  if (own == 0) arguments.tile.partials[block_index()] = sum;
+  if (thread == 0) arguments.tile.partials[block_index()] = sum;
 }
 
 template <class T>

@@ -38,8 +38,8 @@ T shuffle(T value, int source, BCLIP_SITE) {
   } lane{value, {}, source};
   emulator::meet_warp(site, "shuffle", &lane, [](void* const(&all)[32]) {
     for (void* one : all) {
-      Lane& own = *static_cast<Lane*>(one);
-      own.result = static_cast<Lane*>(all[own.source & 31])->value;
+      Lane& lane = *static_cast<Lane*>(one);
+      lane.result = static_cast<Lane*>(all[lane.source & 31])->value;
     }
   });
   return lane.result;
@@ -207,16 +207,16 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     float left[16][16];
     emulator::Columns right[16], sums[16];
     for (int index = 0; index < 32; ++index) {
-      const Lane& own = *static_cast<Lane*>(all[index]);
+      const Lane& lane = *static_cast<Lane*>(all[index]);
       const auto half = [](const uint32_t* words, int i) { return number(T{uint16_t(words[i / 2] >> i % 2 * 16)}); };
       for (int i = 0; i < 8; ++i) {
         const emulator::Place place = emulator::place_in_a(index, i);
-        left[place.row][place.column] = half(own.a, i);
+        left[place.row][place.column] = half(lane.a, i);
       }
       for (int i = 0; i < 4; ++i) {
         const emulator::Place place = emulator::place_in_b(index, i), to = emulator::place_in_c(index, i);
-        right[place.row][place.column] = half(own.b, i);
-        sums[to.row][to.column] = own.sum[i];
+        right[place.row][place.column] = half(lane.b, i);
+        sums[to.row][to.column] = lane.sum[i];
       }
     }
     for (int row = 0; row < 16; ++row) {
@@ -232,11 +232,11 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }
 
 template <class T>
-void copy_async(Shared<T> to, int index, const T* from, bool wanted, BCLIP_SITE) {
+void copy_async(Shared<T> to, int index, const T* from, bool valid, BCLIP_SITE) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || to.place(index) % 16) {
     throw std::runtime_error("copy_async: an address isn't a multiple of 16");
   }
-  emulator::copy_later(site, to.place(index), wanted ? from : nullptr, 16);
+  emulator::copy_later(site, to.place(index), valid ? from : nullptr, 16);
 }
 inline void commit_copies() { emulator::close_copies(); }
 template <int N>

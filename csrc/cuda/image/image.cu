@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
   const int tile = int(block_index() - index * tiles * tiles);
   const int top = tile / tiles * kSide, left = tile % tiles * kSide;
   const int row = top + thread_index() / kSide, column = left + thread_index() % kSide;
-  const bool wanted = row < size && column < size;
+  const bool inside = row < size && column < size;
   const ImageLayout& image = call.images[index];
   int levels[3] = {};
   if (image.pixels >= 0) {
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
       return call.weights + axis.words + output * (2 + axis.taps);
     };
     const int first_origin = along ? left : top, second_origin = along ? top : left;
-    const int own = along ? column - left : row - top;
+    const int column_in_chunk = along ? column - left : row - top;
     const int32_t* const last = words(second, (second_origin + kSide < size ? second_origin + kSide : size) - 1);
     const int begin = words(second, second_origin)[0], end = last[0] + last[1];
-    const int32_t* const mine = words(second, wanted ? (along ? row : column) : second_origin);
-    const int low = mine[0], high = wanted ? low + mine[1] : low;
+    const int32_t* const taps_of_output = words(second, inside ? (along ? row : column) : second_origin);
+    const int low = taps_of_output[0], high = inside ? low + taps_of_output[1] : low;
     int sums[3] = {kHalf, kHalf, kHalf};
     for (int start = begin; start < end; start += kChunk) {
       for (int at = thread_index(); at < kSide * kChunk; at += kThreads) {
@@ -104,15 +104,15 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
       block_barrier();
       const int stop = high < start + kChunk ? high : start + kChunk;
       for (int x = low > start ? low : start; x < stop; ++x) {
-        const uint32_t pixel = between.load((x - start) * kSide + own);
-        const int coefficient = mine[2 + x - low];
+        const uint32_t pixel = between.load((x - start) * kSide + column_in_chunk);
+        const int coefficient = taps_of_output[2 + x - low];
         for (int c = 0; c < 3; ++c) sums[c] += int(pixel >> 8 * c & 255) * coefficient;
       }
       block_barrier();
     }
     for (int c = 0; c < 3; ++c) levels[c] = level_of(sums[c]);
   }
-  if (!wanted) return;
+  if (!inside) return;
   for (int c = 0; c < 3; ++c) {
     if constexpr (std::is_same_v<T, uint8_t>) {
       static_cast<T*>(call.out)[((index * size + row) * size + column) * 3 + c] = T(levels[c]);
