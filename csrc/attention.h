@@ -2,7 +2,8 @@
 // Q, K, V (n, d):
 //
 //   S = scale Q K^T, masked;  L = logsumexp(S);  P = exp(S - L), zero where masked;  O = (P * M) V;
-//   dV = (P * M)^T dO;  dS = P * (M * (dO V^T) - rowsum(dO * O));  dQ = scale dS K;  dK = scale dS^T Q.
+//   dV = (P * M)^T dO;  dS = P * (M * (dO V^T) - rowsum(dO * O));
+//   dQ = scale dS K;  dK = scale dS^T Q.
 //
 // M is 0 or 1 / (1 - p). Philox (philox.h) decides, with the counters of bclip_fast/ops/attention/reference.py. qkv is
 // (T, 3, H, d), outputs are (T, H, d) and L is (H, T). All are contiguous, and d is a multiple of 16. A thread computes

@@ -1,11 +1,15 @@
 // The inner loops of the contrastive operators, over a block X = I T^T of dot products (b rows, B columns).
 //
-//   S_ij = scale * X_ij (+ bias). The positive of row i is in column first + i, if the block has that column.
-//   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset), and columns_j is the same sum over i;
-//            G_ij = weight (exp(S_ij - R_i) + exp(S_ij - Q_j)), except that G_ij = positive_grad_i at the positives.
-//   groups:  all pairs with the same id are positives. The softmax subtracts their shares a_i + b_j from G_ij before it
-//            rounds. The sigmoid takes y = 1 for them. `first` must then exclude other positives.
-//   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij), y = 1 at positives, else -1.
+//   S_ij = scale * X_ij (+ bias). The positive of row i is in column first + i, if that exists.
+//   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset);
+//            columns_j is the same sum over i;
+//            G_ij = weight (exp(S_ij - R_i) + exp(S_ij - Q_j)), except that G_ij = positive_grad_i
+//            at the positives.
+//   groups:  all pairs with the same id are positives. The softmax subtracts their shares a_i + b_j
+//            from G_ij before it rounds. The sigmoid takes y = 1 for them. There must be no other
+//            positives, so `first` is 2^40.
+//   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij),
+//            where y = 1 at positives, else -1.
 //
 // Matrices are row-major. Rows of `dots` are `stride` floats apart; features are contiguous. Sums have a fixed order, so
 // the number of threads changes no bit of the result. Throws std::invalid_argument if a size is negative or the processor
@@ -68,7 +72,8 @@ struct AmxProblem {
 };
 
 struct AmxGradients {
-  void *image, *text;  // scale G T (b, D) and scale G^T I (B, D), written; bfloat16 unless in_single
+  // Scale G T (b, D) and scale G^T I (B, D), written; bfloat16 unless in_single.
+  void *image, *text;
   bool in_single;
   double scale;
 };

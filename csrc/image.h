@@ -26,8 +26,8 @@ ImageSize jpeg_size(std::string_view data);
 void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width);
 
 // The part of an image that becomes the square.
-//   kCenter: the shorter edge is resized to `size` and the longer one in proportion, rounded down. The excess is cut off
-//            equally at both ends.
+//   kCenter: the shorter edge is resized to `size` and the longer one in proportion, rounded down.
+//            The excess is cut off equally at both ends.
 //   kSquash: the whole image.
 //   kBoxes:  a box of the image, cut out before the resize.
 enum class Crop { kCenter, kSquash, kBoxes };

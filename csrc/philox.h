@@ -13,8 +13,10 @@
 namespace bclip {
 
 constexpr int kPhiloxRounds = 10;
-constexpr uint32_t kPhiloxFactor0 = 0xD2511F53, kPhiloxFactor2 = 0xCD9E8D57;  // the factors for words 0 and 2 in each round
-constexpr uint32_t kPhiloxStep0 = 0x9E3779B9, kPhiloxStep1 = 0xBB67AE85;      // from one round's key to the next
+// The factors for words 0 and 2 in each round.
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53, kPhiloxFactor2 = 0xCD9E8D57;
+// From one round's key to the next.
+constexpr uint32_t kPhiloxStep0 = 0x9E3779B9, kPhiloxStep1 = 0xBB67AE85;
 
 struct PhiloxWords {
   uint32_t word0, word1, word2, word3;

@@ -1,12 +1,14 @@
 // The operations of a transformer layer between its matrix products, on rows of D values. Each reads and writes memory
 // once.
 //
-//   add_norm: s = stream + keep * branch;  normed = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, row by row.
+//   add_norm: s = stream + keep * branch;
+//             normed = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, row by row.
 //   backward: g = grad + wide_grad, h = g * weight, x = (s - mean) / sqrt(var + eps):
-//             ds = (h - mean(h) - x * mean(h * x)) / sqrt(var + eps) + sum_grad;  d branch = keep * ds;
+//             ds = (h - mean(h) - x * mean(h * x)) / sqrt(var + eps) + sum_grad;
+//             d branch = keep * ds;
 //             d weight = sum over rows of g * x, d bias = sum over rows of g.
-//   keep:     0 if word j % 4 of Philox (philox.h) at counter (j / 4, row, 0, 0) and key seed is below `drop_below`, else
-//             `kept`. All ones if drop_below is 0.
+//   keep:     0 if word j % 4 of Philox (philox.h) at counter (j / 4, row, 0, 0) and key seed is
+//             below `drop_below`, else `kept`. All ones if drop_below is 0.
 //   gelu:     x * Phi(x); backward grad * (Phi(x) + x * phi(x)).
 //
 // Matrices are row-major and contiguous, and arithmetic is in float. Sums have a fixed order, so the number of threads
@@ -41,7 +43,8 @@ struct AddNorm {
 
 struct AddNormGradient {
   int64_t rows, columns;
-  Values grad, wide_grad, total_grad;  // (T, D), the gradients of normed, wide and s. Any may be null
+  // (T, D), the gradients of normed, wide and s. Any may be null.
+  Values grad, wide_grad, total_grad;
   Values total, weight;                // s (T, D), (D,)
   Values stream_grad, branch_grad;     // (T, D), written; branch_grad may be null
   float *weight_grad, *bias_grad;      // (D,), written

@@ -1,8 +1,8 @@
 // Counts the dot products X = L R^T of two sets of vectors that exceed a bound of their row, or of their column. Each bound
 // is an interval, because X is known only approximately:
 //
-//   X_ij > row_high_i counts for row i, X_ij < row_low_i doesn't, and a value between them is undecided. The same rule
-//   holds for columns.
+//   X_ij > row_high_i counts for row i, X_ij < row_low_i doesn't, and a value between them is
+//   undecided. The same rule holds for columns.
 //
 // The caller decides the undecided pairs by their dot products in double precision. L and R are row-major and contiguous.
 // Throws std::invalid_argument if a size is negative or the processor has no AMX.

@@ -1,10 +1,11 @@
-// The device functions that our kernels are written in. Apart from these, a kernel uses only __global__, __device__ and
-// __launch_bounds__ of CUDA. The functions have two implementations. Those below are instructions of GPUs from sm_80 on.
+// The device functions that our kernels are written in. Of CUDA itself, a kernel uses only the
+// keywords __global__, __device__ and __launch_bounds__. The functions have two implementations. Those below are instructions of GPUs from sm_80 on.
 // Those of emulator/device.h run on a CPU and detect faults that a GPU ignores. So every kernel is tested without a GPU.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With
 // g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
-//   A (16 x 16), 4 registers: rows g, g + 8, g, g + 8; columns 2t, 2t, 2t + 8, 2t + 8 and the next column of each;
+//   A (16 x 16), 4 registers: rows g, g + 8, g, g + 8;
+//                             columns 2t, 2t, 2t + 8, 2t + 8 and the next column of each;
 //   B (16 x 8), 2 registers:  rows 2t, 2t + 8 and the next row of each; column g;
 //   C (16 x 8), 4 floats:     row g, columns 2t and 2t + 1; row g + 8, the same columns.
 #pragma once
@@ -90,7 +91,7 @@ struct Shared {
   }
 };
 
-// ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix lane / 8. From each matrix a lane
+// ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix (lane / 8). From each matrix a lane
 // gets row lane / 4, columns 2 (lane % 4) and the next. Transposed, it gets column lane / 4 and these rows.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from, int index) {

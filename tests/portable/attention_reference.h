@@ -15,7 +15,8 @@ struct Query {
 };
 
 struct Forward {
-  std::vector<double> out, out_bound;  // (dim,); the bound excludes the rounding to the output dtype
+  // (dim,); the bound excludes the rounding to the output dtype.
+  std::vector<double> out, out_bound;
   double lse, lse_bound;
 };
 

@@ -17,7 +17,8 @@ namespace checks {
 
 constexpr double kUnit = 0x1p-24;      // unit roundoff of float
 constexpr double kHalfUnit = 0x1p-8;   // unit roundoff of bfloat16
-constexpr double kExp = 1e-7;          // relative error of the kernels' exponentials, from csrc/cpu/simd/math.h
+// Relative error of the kernels' exponentials, from csrc/cpu/simd/math.h.
+constexpr double kExp = 1e-7;
 constexpr int64_t kThreads = 3;
 
 // A fault in the inputs of the reference, to prove that the comparison detects errors.

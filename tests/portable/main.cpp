@@ -1,8 +1,10 @@
 // Compares the CPU kernels with loops in double precision, without Python or torch.
 //
 //   checks                   fails unless every result is within its bound
-//   checks --fault=entries   gives the references altered inputs, and fails unless every quantity exceeds its bound
-//   checks --fault=rounding  gives the references inputs in bfloat16, and fails unless every fp32 quantity does
+//   checks --fault=entries   gives the references altered inputs, and fails unless every quantity
+//                            exceeds its bound
+//   checks --fault=rounding  gives the references inputs in bfloat16, and fails unless every fp32
+//                            quantity exceeds its bound
 //
 // BCLIP_CPU_ISA chooses the instruction set, as in the package.
 #include <cstdio>

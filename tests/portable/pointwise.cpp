@@ -150,7 +150,8 @@ void check_add_norm_backward(const Case& of) {
   std::vector<double> weight_grad(columns), weight_bound(columns), bias_grad(columns), bias_bound(columns);
   for (int64_t row = 0; row < rows; ++row) {
     const Moments moments(totals.data() + row * columns, columns);
-    double mean = 0, mean_size = 0, along = 0, along_size = 0, along_error = 0;  // for h, and for h x
+    // For h, and for h x.
+    double mean = 0, mean_size = 0, along = 0, along_size = 0, along_error = 0;
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t i = row * columns + j;
       const double g = grads[i] + wide_grads[i], h = g * weights[j];
@@ -209,7 +210,8 @@ struct Normal {
     below_error = 0.75e-7 + 0.5 * density * (12 * sizes + 3 * slopes) * kUnit + tail * density_error + kUnit;
   }
 
-  double below, density, density_error, below_error;  // the density times sqrt(2 pi), and its relative error
+  // The density times sqrt(2 pi), and its relative error.
+  double below, density, density_error, below_error;
 };
 
 template <typename Stored>

@@ -20,7 +20,8 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-constexpr int64_t kStripPanels = 8;  // panels of queries at a time: their P and dS for 256 keys stay in L2
+// Panels of queries at a time: their P and dS for 256 keys stay in L2.
+constexpr int64_t kStripPanels = 8;
 
 template <class Engine, class Stored>
 struct HeadKernels {
@@ -126,7 +127,8 @@ struct HeadKernels {
     const Lanes top = reduce_rows(rows, [](auto a, auto b) __attribute__((always_inline)) { return IfThenElse(a > b, a, b); });
     Store(highest, top);
     float offsets[kLanes];
-    Store(offsets, IfThenElse(top == nothing, Lanes{}, top));  // a query that sees no key keeps the sum 0
+    // A query that sees no key keeps the sum 0.
+    Store(offsets, IfThenElse(top == nothing, Lanes{}, top));
     for (int64_t row = 0; row < count; ++row) {
       const float* from = scores + row * width;
       Lanes sums[2] = {};

@@ -1,8 +1,8 @@
 // The contrastive operators for bfloat16 features on the matrix unit of x86 (AMX). A task owns its results:
 //
-//   It multiplies its rows Q of one set of features (images, or texts), panel by panel of 32, with the other set K, block
-//   by block: X = Q K^T, 32 x 32 dot products at a time. Work on the previous 32 x 32 is interleaved with the product,
-//   because the matrix unit leaves the vector units idle.
+//   It multiplies its rows Q of one set of features (images, or texts), panel by panel of 32, with
+//   the other set K, block by block: X = Q K^T, 32 x 32 dot products at a time. Work on the previous
+//   32 x 32 is interleaved with the product, because the matrix unit leaves the vector units idle.
 //   In the backward pass, G = g(X) is rounded to bfloat16, and O += G K follows while G is in L1.
 //
 // S is computed once forward and twice backward. That is a quarter more multiplications than necessary for the softmax,
@@ -27,8 +27,10 @@ namespace amx {
 namespace {
 
 constexpr int64_t kColumnsAtOnce = 2048;       // columns of a forward task, at least
-constexpr int64_t kMostRanges = 32;            // ranges of rows, and of columns: the number of partial sums of a row or column
-constexpr int64_t kRowsInSingle = 256;         // rows over which a column is summed in single precision
+// Ranges of rows, and of columns: the number of partial sums of a row or column.
+constexpr int64_t kMostRanges = 32;
+// Rows over which a column is summed in single precision.
+constexpr int64_t kRowsInSingle = 256;
 
 // The lane of the positive of row i, or -1 if it is outside this tile.
 BCLIP_INLINE int64_t positive_lane(const TilePosition& position, int64_t i) {

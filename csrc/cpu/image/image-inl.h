@@ -1,11 +1,14 @@
-// The kernels of image_kernels.h. The including file chooses the target, and defines for 64 bytes in four lanes of 16:
-//   Bytes, Sums (sixteen 32-bit sums, Sums{} being 0)
-//   load(from), store(to, Bytes)                64 bytes
-//   load_lanes(a, b, c, d), store_lanes(Bytes, to)   16 bytes each, from and to four addresses
-//   group(Bytes), ungroup(Bytes)                within lanes, RGB RGB RGB RGB x4 -> R4 G4 B4 x4, and RGBx x4 -> RGB x4
-//   interleave(const Bytes rows[4], Bytes columns[4])  lane by lane, columns[k] has bytes 4k..4k+3 of each row as quads
-//   add(Sums, Bytes, Quad)                      adds a quad of bytes times the coefficients to each sum
-//   round_to_bytes(const Sums[4])               lane by lane, the sums of that lane of all four, in order
+// The kernels of image_kernels.h. The including file chooses the target, and defines for 64 bytes in
+// four lanes of 16:
+//   Bytes, Sums: sixteen 32-bit sums, with Sums{} being 0
+//   load(from), store(to, Bytes): 64 bytes
+//   load_lanes(a, b, c, d), store_lanes(Bytes, to): 16 bytes each, from and to four addresses
+//   group(Bytes): within lanes, RGB RGB RGB RGB x4 -> R4 G4 B4 x4
+//   ungroup(Bytes): within lanes, RGBx x4 -> RGB x4
+//   interleave(const Bytes rows[4], Bytes columns[4]): lane by lane, columns[k] has the bytes
+//       4k..4k+3 of each row as quads
+//   add(Sums, Bytes, Quad): adds a quad of bytes times the coefficients to each sum
+//   round_to_bytes(const Sums[4]): lane by lane, the sums of that lane of all four, in order
 #pragma once
 
 namespace bclip::cpu::BCLIP_ISA {

@@ -19,8 +19,10 @@ namespace amx {
 
 namespace {
 
-constexpr int64_t kWholeSteps = 24;   // the longest depth that is one block, so that no sums go to memory in between
-constexpr int64_t kBlockSteps = 16;   // for a longer depth: 32 rows of the left operand are 32 KiB and stay in L1
+// The longest depth that is one block, so that no sums go to memory in between.
+constexpr int64_t kWholeSteps = 24;
+// For a longer depth: 32 rows of the left operand are 32 KiB and stay in L1.
+constexpr int64_t kBlockSteps = 16;
 
 // The largest task, in panels. Each row of tasks reads the whole right operand from L3, so tasks are tall. With a
 // transposed left operand each column of tasks packs it again, so tasks are wider.
@@ -199,7 +201,8 @@ void multiply_block(const LinearProduct& product, int64_t begin, int64_t end, in
             for (int64_t i = 0; i < kPanel; ++i) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
           }
           if (fetches) {
-            const int64_t moment = (other - from) * count + step;  // one of wide * count, which share count * 32 rows
+            // One of wide * count, which share count * 32 rows.
+            const int64_t moment = (other - from) * count + step;
             for (int64_t i = moment * kPanel / wide; i < (moment + 1) * kPanel / wide; ++i)
               _mm_prefetch(reinterpret_cast<const char*>(source(kPanel + i % kPanel, i / kPanel)), _MM_HINT_T1);
           }

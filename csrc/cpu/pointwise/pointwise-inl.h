@@ -117,7 +117,8 @@ void add_norm(const AddNorm& norm, int64_t first, int64_t last, float* scratch) 
         for (int64_t j = 0; j < columns; j += kLanes) Store(sums + j, Load(total + j) + Load(branch + j));
       }
       settle(to, columns, sums);
-      total = to.half ? floats(to, columns, buffer) : sums;  // later operations take the rounded sum
+      // Later operations take the rounded sum.
+      total = to.half ? floats(to, columns, buffer) : sums;
     }
     const Moments moment = moments(total, columns, norm.eps);
     const Lanes mean = Set(moment.mean), inv_std = Set(moment.inv_std);

@@ -11,7 +11,8 @@ namespace bclip::cpu {
 
 namespace {
 
-constexpr int64_t kRows = 32;       // rows of a task: sums over rows are first taken within tasks, then over tasks
+// Rows of a task: sums over rows are first taken within tasks, then over tasks.
+constexpr int64_t kRows = 32;
 constexpr int64_t kValues = 16384;  // values of a task of gelu
 
 const PointwiseKernels& kernels() { return pointwise_kernels(isa_in_use()); }

@@ -8,7 +8,8 @@
 
 namespace bclip::cpu {
 
-constexpr int64_t kScratchRows = 5;  // rows of floats, each as long as a row of the matrix, rounded up to 32
+// Rows of floats, each as long as a row of the matrix, rounded up to 32.
+constexpr int64_t kScratchRows = 5;
 
 struct PointwiseKernels {
   // Rows [first, last).

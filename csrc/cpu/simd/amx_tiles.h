@@ -9,7 +9,8 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-constexpr int64_t kBlockElements = 512 * 512;  // elements of K at a time: their two layouts are 1 MiB and stay in L2
+// Elements of K at a time: their two layouts are 1 MiB and stay in L2.
+constexpr int64_t kBlockElements = 512 * 512;
 constexpr int64_t kQueryRows = 1024;             // rows of Q that share one packing of a block of K
 
 [[maybe_unused]] int64_t tasks_of(int64_t rows) { return (rows + kQueryRows - 1) / kQueryRows; }
@@ -23,7 +24,8 @@ int64_t block_rows(int64_t width, int64_t count) {
 struct TilePosition {
   int64_t row, column;
   uint32_t columns;  // a bit for each of these rows of K that exists
-  int64_t lane;      // row i of Q has its positive at column lane + i of the 32, if that is one of them
+  // Row i of Q has its positive at column lane + i of the 32, if that is one of them.
+  int64_t lane;
 };
 
 // The half of a mask for 32 columns that belongs to 16 of them.

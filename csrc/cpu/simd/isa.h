@@ -35,6 +35,7 @@ bool has_amx();
 
 // Declares a constant that the unit of each instruction set defines in its namespace (target.h). The function `getter`
 // returns the constant for an instruction set.
+// clang-format off
 #ifdef BCLIP_X86_TARGETS
 #define BCLIP_DECLARE_KERNELS(Type, name, getter)           \
   namespace portable { extern const Type name; }            \
@@ -50,5 +51,6 @@ bool has_amx();
   namespace portable { extern const Type name; }  \
   inline const Type& getter(Isa) { return portable::name; }
 #endif
+// clang-format on
 
 }  // namespace bclip::cpu

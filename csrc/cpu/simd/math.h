@@ -45,12 +45,14 @@ BCLIP_INLINE V MulSub(V x, V y, V z) {
 // 2^(x * factor - offset) for a whole-numbered offset, with a relative error of 1e-7; 0 below 2^-126. The fraction is computed
 // without the offset, which would round it away.
 BCLIP_INLINE Lanes Exp2Affine(Lanes x, const Factor& factor, Lanes offset) {
-  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits.
+  constexpr float round = 12582912.f;
   const Lanes exponent = x * factor.high - offset;
   const Lanes shifted = exponent + round;
   const Lanes whole = shifted - round;
   const Lanes f = MulSub(x, factor.high, offset + whole) + x * factor.low;
-  Lanes power = Set(0.00015196693129837513f);  // on [-1/2, 1/2]: relative error 6.4e-8, with a mean of 4e-10
+  // On [-1/2, 1/2]: relative error 6.4e-8, with a mean of 4e-10.
+  Lanes power = Set(0.00015196693129837513f);
   power = power * f + 0.0013391304528340697f;
   power = power * f + 0.009619002230465412f;
   power = power * f + 0.055503588169813156f;
@@ -65,7 +67,8 @@ BCLIP_INLINE Lanes Exp2Affine(Lanes x, const Factor& factor, Lanes offset) {
 
 // 2^x for x <= 64, with a relative error of 1e-7; at least 2^-126.
 BCLIP_INLINE Lanes Exp2(Lanes x) {
-  constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits.
+  constexpr float round = 12582912.f;
   x = Max(Set(-126.f), x);
   const Lanes shifted = x + round;
   const Lanes f = x - (shifted - round);

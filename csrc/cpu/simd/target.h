@@ -25,7 +25,7 @@
 #include "csrc/philox.h"
 
 #ifndef BCLIP_ISA
-#error "define BCLIP_ISA: setup.py and tests/portable/Makefile compile a *_isa.cpp once for each instruction set"
+#error "define BCLIP_ISA: the build compiles a *_isa.cpp once for each instruction set"
 #endif
 
 #define BCLIP_JOIN_EXPANDED(a, b) a##b

@@ -27,21 +27,30 @@ template <class Half, class T>
 struct Pair {
   Half low, high;
 
-#define BCLIP_BINARY(op)                                                                                               \
-  friend BCLIP_MEMBER_INLINE Pair operator op(Pair a, Pair b) { return {a.low op b.low, a.high op b.high}; }           \
-  friend BCLIP_MEMBER_INLINE Pair operator op(Pair a, T b) { return {a.low op b, a.high op b}; }                       \
-  friend BCLIP_MEMBER_INLINE Pair operator op(T a, Pair b) { return {a op b.low, a op b.high}; }                       \
-  friend BCLIP_MEMBER_INLINE Pair& operator op##=(Pair& a, Pair b) { return a = a op b; }                              \
+// clang-format off
+#define BCLIP_BINARY(op)                                                                         \
+  friend BCLIP_MEMBER_INLINE Pair operator op(Pair a, Pair b) {                                  \
+    return {a.low op b.low, a.high op b.high};                                                   \
+  }                                                                                              \
+  friend BCLIP_MEMBER_INLINE Pair operator op(Pair a, T b) { return {a.low op b, a.high op b}; } \
+  friend BCLIP_MEMBER_INLINE Pair operator op(T a, Pair b) { return {a op b.low, a op b.high}; } \
+  friend BCLIP_MEMBER_INLINE Pair& operator op##=(Pair& a, Pair b) { return a = a op b; }        \
   friend BCLIP_MEMBER_INLINE Pair& operator op##=(Pair& a, T b) { return a = a op b; }
-  BCLIP_BINARY(+) BCLIP_BINARY(-) BCLIP_BINARY(*) BCLIP_BINARY(/) BCLIP_BINARY(&) BCLIP_BINARY(|) BCLIP_BINARY(^)
+  BCLIP_BINARY(+) BCLIP_BINARY(-) BCLIP_BINARY(*) BCLIP_BINARY(/)
+  BCLIP_BINARY(&) BCLIP_BINARY(|) BCLIP_BINARY(^)
 #undef BCLIP_BINARY
 
-#define BCLIP_COMPARISON(op)                                                                                           \
-  friend BCLIP_MEMBER_INLINE auto operator op(Pair a, Pair b) { return compared(a.low op b.low, a.high op b.high); }   \
-  friend BCLIP_MEMBER_INLINE auto operator op(Pair a, T b) { return compared(a.low op b, a.high op b); }
+#define BCLIP_COMPARISON(op)                                    \
+  friend BCLIP_MEMBER_INLINE auto operator op(Pair a, Pair b) { \
+    return compared(a.low op b.low, a.high op b.high);          \
+  }                                                             \
+  friend BCLIP_MEMBER_INLINE auto operator op(Pair a, T b) {    \
+    return compared(a.low op b, a.high op b);                   \
+  }
   BCLIP_COMPARISON(<) BCLIP_COMPARISON(<=) BCLIP_COMPARISON(>) BCLIP_COMPARISON(>=)
   BCLIP_COMPARISON(==) BCLIP_COMPARISON(!=)
 #undef BCLIP_COMPARISON
+// clang-format on
 
   friend BCLIP_MEMBER_INLINE Pair operator<<(Pair a, int bits) { return {a.low << bits, a.high << bits}; }
   friend BCLIP_MEMBER_INLINE Pair operator>>(Pair a, int bits) { return {a.low >> bits, a.high >> bits}; }

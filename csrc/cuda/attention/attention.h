@@ -13,7 +13,8 @@ struct Attention {
   int64_t token_stride, part_stride, head_stride;  // in elements
   int64_t rows, sequences;                         // T, n
   int heads, dim;                                  // H, d
-  const int32_t* bounds;    // (n + 1,), rising from 0 to T, or null if every sequence has max_length rows
+  // (n + 1,), rising from 0 to T, or null if every sequence has max_length rows.
+  const int32_t* bounds;
   int max_length;
   const uint8_t* key_mask;  // (T,), 0 for a key that no query may attend to; or null
   bool causal;

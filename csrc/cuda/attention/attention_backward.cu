@@ -23,7 +23,8 @@ struct Layout {
   static constexpr int kColumns = kDim, kKeysPerWarp = kDim <= 64 ? 32 : 16, kKeys = kWarps * kKeysPerWarp;
   static constexpr int kRows = Tile<T, kDim>::bytes(kStrip);
   static constexpr int kKey = 0, kValue = Tile<T, kDim>::bytes(kKeys), kQuery = 2 * kValue;
-  static constexpr int kGrad = kQuery + 2 * kRows;  // both twice, since the next strip is copied during the work on this one
+  // Both twice, since the next strip is copied during the work on this one.
+  static constexpr int kGrad = kQuery + 2 * kRows;
   static constexpr int kScoresGrad = kGrad + 2 * kRows, kDelta = kScoresGrad + Tile<T, kStrip>::bytes(kKeys);
   static constexpr int kLse = kDelta + kStrip * 4, kVisible = kLse + kStrip * 4, kBytes = kVisible + kKeys * 4;
 };
@@ -145,7 +146,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
           for (int half = 0; half < 2; ++half) {
             const int column = strip + half * 8 + place * 2;
             const Pair delta = deltas.load_as<Pair>(column), high = row_lse.load_as<Pair>(column);
-            uint32_t kept = 0xf;  // a bit for each of (row, row + 8) x (column, column + 1), in the order of the fragment
+            // A bit for each of (row, row + 8) x (column, column + 1), in the order of the fragment.
+            uint32_t kept = 0xf;
             if (kDropout) {
               // Lane 8 q + i draws for quad q of the 16 keys and query i of the 8.
               const uint32_t query = static_cast<uint32_t>(sequence.start) + first + strip + half * 8 + lane % 8;

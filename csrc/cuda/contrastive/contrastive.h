@@ -34,7 +34,8 @@ struct Groups {
 };
 
 struct GradientTile {
-  void* grad;      // (b, stride) float16: scale * G / w, written up to the stride. Null for only the loss of a sigmoid
+  // (b, stride) float16: scale * G / w, written up to the stride. Null for only the loss of a sigmoid.
+  void* grad;
   int64_t stride;  // at least B, a multiple of 8
   float scale;
   // A row for each tile, written: the sum of G / w * (I T^T). For the sigmoid also the sum of G / w, and loss / w.

@@ -2,12 +2,15 @@
 // who accessed it. It runs on x86-64 only and serves only the tests: no wheel contains it.
 //
 // It is stricter than a GPU. It reports these errors, as std::runtime_error with the place in the source:
-//  - an access to shared memory that isn't ordered with an access of another thread. Only a barrier of the block, or of
-//    the warp that the two threads share, orders them. __syncthreads and __syncwarp are the only barriers, so counting
-//    them is exact. ldmatrix reads for the whole warp, so it needs a barrier even after writes of the same warp;
+//  - an access to shared memory that isn't ordered with an access of another thread. Only a barrier
+//    of the block, or of the warp that the two threads share, orders them. __syncthreads and
+//    __syncwarp are the only barriers, so counting them is exact. ldmatrix reads for the whole warp,
+//    so it needs a barrier even after writes of the same warp;
 //  - a read of shared memory before it is written, and an access outside its bounds;
-//  - an access to memory that a copy_async in flight will write, and a thread that ends without waiting for its copies;
-//  - lanes of a warp that meet at different places in the source, and threads that end while others wait for them.
+//  - an access to memory that a copy_async in flight will write, and a thread that ends without
+//    waiting for its copies;
+//  - lanes of a warp that meet at different places in the source, and threads that end while others
+//    wait for them.
 //
 // The seed determines the order of threads and of blocks. Blocks run one after another, so the emulator detects no race in
 // global memory between blocks, and it doesn't model the caches. Arithmetic errs like a GPU's: products of matrices
@@ -43,7 +46,8 @@ void read(Site site, int64_t byte, void* to, size_t size);
 void write(Site site, int64_t byte, const void* from, size_t size);
 // A read on behalf of the whole warp.
 void read_as_warp(Site site, int64_t byte, void* to, size_t size);
-void copy_later(Site site, int64_t byte, const void* from, size_t size);  // writes zeros if from is null
+// Writes zeros if from is null.
+void copy_later(Site site, int64_t byte, const void* from, size_t size);
 void close_copies();  // ends the current group of copies
 void finish_copies(size_t groups_left);
 

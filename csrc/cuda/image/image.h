@@ -24,7 +24,8 @@ struct Axis {
 };
 
 struct ImageLayout {
-  int64_t pixels;  // offset of its first byte in the batch; rows of RGB without gaps. -1: a square of zeros
+  // Offset of its first byte in the batch; rows of RGB without gaps. -1: a square of zeros.
+  int64_t pixels;
   Axis first, second;  // in the order of the passes
   int64_t along_first;
 };
@@ -32,7 +33,8 @@ struct ImageLayout {
 struct ImagePlan {
   std::vector<ImageLayout> images;
   int64_t words = 0;                                    // words of the table of weights
-  std::vector<std::pair<int64_t, std::string>> errors;  // index and reason of each image that its box isn't inside of
+  // Index and reason of each image that its box isn't inside of.
+  std::vector<std::pair<int64_t, std::string>> errors;
 };
 
 // `places`: offset of the pixels, height and width of each image. The offset is -1 for a missing image.
