@@ -1,13 +1,14 @@
-// Attention within each of the sequences that follow one another in a packed batch. For each sequence and head, with
-// Q, K, V (n, d):
+// Attention within each of the sequences that follow one another in a packed batch. For each
+// sequence and head, with Q, K, V (n, d):
 //
 //   S = scale Q K^T, masked;  L = logsumexp(S);  P = exp(S - L), zero where masked;  O = (P * M) V;
 //   dV = (P * M)^T dO;  dS = P * (M * (dO V^T) - rowsum(dO * O));
 //   dQ = scale dS K;  dK = scale dS^T Q.
 //
-// M is 0 or 1 / (1 - p). Philox (philox.h) decides, with the counters of bclip_fast/ops/attention/reference.py. qkv is
-// (T, 3, H, d), outputs are (T, H, d) and L is (H, T). All are contiguous, and d is a multiple of 16. A thread computes
-// whole heads of whole sequences, so the number of threads changes no bit of the result. Throws std::invalid_argument if
+// M is 0 or 1 / (1 - p). Philox (philox.h) decides, with the counters of
+// bclip_fast/ops/attention/reference.py. qkv is (T, 3, H, d), outputs are (T, H, d) and L is (H,
+// T). All are contiguous, and d is a multiple of 16. A thread computes whole heads of whole
+// sequences, so the number of threads changes no bit of the result. Throws std::invalid_argument if
 // a size is invalid.
 #pragma once
 
@@ -17,7 +18,8 @@
 
 namespace bclip::cpu {
 
-// The instruction sets that this machine has for the dtype, best first: "amx" (bfloat16 only), "avx512", "avx2", "plain".
+// The instruction sets that this machine has for the dtype, best first: "amx" (bfloat16 only),
+// "avx512", "avx2", "plain".
 std::vector<std::string> attention_instruction_sets(bool bfloat16);
 
 struct Attention {

@@ -1,4 +1,5 @@
-// The inner loops of the contrastive operators, over a block X = I T^T of dot products (b rows, B columns).
+// The inner loops of the contrastive operators, over a block X = I T^T of dot products (b rows, B
+// columns).
 //
 //   S_ij = scale * X_ij (+ bias). The positive of row i is in column first + i, if that exists.
 //   softmax: rows_i = sum_{j != first + i} 2^(factor X_ij - offset);
@@ -11,9 +12,9 @@
 //   sigmoid: loss = sum_ij softplus(-y_ij S_ij), G_ij = -weight y_ij sigmoid(-y_ij S_ij),
 //            where y = 1 at positives, else -1.
 //
-// Matrices are row-major. Rows of `dots` are `stride` floats apart; features are contiguous. Sums have a fixed order, so
-// the number of threads changes no bit of the result. Throws std::invalid_argument if a size is negative or the processor
-// lacks a capability.
+// Matrices are row-major. Rows of `dots` are `stride` floats apart; features are contiguous. Sums
+// have a fixed order, so the number of threads changes no bit of the result. Throws
+// std::invalid_argument if a size is negative or the processor lacks a capability.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +51,10 @@ struct Sigmoid {
   Groups groups;
 };
 
-// `offset` must be a whole number. The caller chooses it, and checks the sums for overflow and underflow.
-void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads);
+// `offset` must be a whole number. The caller chooses it, and checks the sums for overflow and
+// underflow.
+void exponential_sums(const Block& block, double factor, float offset, const Sums& sums,
+                      int threads);
 
 // Overwrites X with G.
 void softmax_gradient(const Block& block, const Softmax& softmax, int threads);
@@ -63,8 +66,8 @@ struct SigmoidSums {
 };
 SigmoidSums sigmoid_gradient(const Block& block, const Sigmoid& sigmoid, int threads);
 
-// The same operators from all bfloat16 features at once, on the matrix unit of x86 (AMX): X and G never leave a core's
-// caches. They need has_amx() of cpu/simd/isa.h.
+// The same operators from all bfloat16 features at once, on the matrix unit of x86 (AMX): X and G
+// never leave a core's caches. They need has_amx() of cpu/simd/isa.h.
 struct AmxProblem {
   const uint16_t *image, *text;  // (b, D), (B, D) bfloat16, contiguous
   int64_t rows, columns, width;
@@ -78,13 +81,14 @@ struct AmxGradients {
   double scale;
 };
 
-void amx_exponential_sums(const AmxProblem& problem, double factor, float offset, const Sums& sums, int threads);
+void amx_exponential_sums(const AmxProblem& problem, double factor, float offset, const Sums& sums,
+                          int threads);
 
 // Returns the sum of G X.
-double amx_softmax_gradient(const AmxProblem& problem, const Softmax& softmax, const AmxGradients& gradients,
-                            int threads);
+double amx_softmax_gradient(const AmxProblem& problem, const Softmax& softmax,
+                            const AmxGradients& gradients, int threads);
 // Writes `gradients` only if the sigmoid asks for gradients.
-SigmoidSums amx_sigmoid_gradient(const AmxProblem& problem, const Sigmoid& sigmoid, const AmxGradients& gradients,
-                                 int threads);
+SigmoidSums amx_sigmoid_gradient(const AmxProblem& problem, const Sigmoid& sigmoid,
+                                 const AmxGradients& gradients, int threads);
 
 }  // namespace bclip::cpu

@@ -1,7 +1,7 @@
-// JPEG to RGB: the size from the header, all pixels, or a batch of images resized to squares. Pixels are rows of
-// height x width x 3 bytes, top row first. They come from libjpeg's accurate integer transform with smooth chroma
-// upsampling, which Pillow uses too. The resize equals Pillow 13's bit for bit (image_kernels.h explains the rounding).
-// EXIF orientation isn't applied.
+// JPEG to RGB: the size from the header, all pixels, or a batch of images resized to squares.
+// Pixels are rows of height x width x 3 bytes, top row first. They come from libjpeg's accurate
+// integer transform with smooth chroma upsampling, which Pillow uses too. The resize equals Pillow
+// 13's bit for bit (image_kernels.h explains the rounding). EXIF orientation isn't applied.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ struct ImageSize {
 // Throws std::invalid_argument if `data` has no readable JPEG header.
 ImageSize jpeg_size(std::string_view data);
 
-// Writes height * width * 3 bytes to `pixels`. Throws std::invalid_argument if the file is truncated or broken, or if its
-// size is not height x width.
+// Writes height * width * 3 bytes to `pixels`. Throws std::invalid_argument if the file is
+// truncated or broken, or if its size is not height x width.
 void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width);
 
 // The part of an image that becomes the square.
@@ -37,15 +37,16 @@ struct DecodeResize {
   Crop crop;
   const int64_t* boxes;  // (n, 4) top, left, height, width for kBoxes, else null
   bool bicubic;          // else bilinear
-  // Without it, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its size. One that is
-  // somewhat larger gets its chroma upsampled without smoothing.
+  // Without it, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its
+  // size. One that is somewhat larger gets its chroma upsampled without smoothing.
   bool exact;
   int64_t max_pixels;  // an image with more pixels is an error
 };
 
-// Writes (n, size, size, 3) `pixels`. Returns the index and the reason for each unusable file, whose pixels become 0. Rows
-// below the part in use aren't read, so damage there stays undetected.
-std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<std::string_view>& files,
-                                                           const DecodeResize& options, uint8_t* pixels, int threads);
+// Writes (n, size, size, 3) `pixels`. Returns the index and the reason for each unusable file,
+// whose pixels become 0. Rows below the part in use aren't read, so damage there stays undetected.
+std::vector<std::pair<int64_t, std::string>> decode_resize(
+    const std::vector<std::string_view>& files, const DecodeResize& options, uint8_t* pixels,
+    int threads);
 
 }  // namespace bclip::cpu

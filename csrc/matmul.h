@@ -1,12 +1,14 @@
-// The three matrix products of a linear layer y = x W^T + b in bfloat16, summed in single precision:
+// The three matrix products of a linear layer y = x W^T + b in bfloat16, summed in single
+// precision:
 //
 //   y = x W^T + b (T, N)     from x (T, K), W (N, K), b (N)
 //   dx = dy W (T, K)         from dy (T, N)
 //   dW = dy^T x (N, K), db = sum_t dy_t
 //
-// Each is result (rows, columns) = left (rows, depth) right (depth, columns), where the operands may be stored transposed.
-// Matrices are contiguous. Each element has a fixed order of summation, so the number of threads changes no bit of the
-// result. Throws std::invalid_argument if a size is negative or the processor has no AMX.
+// Each is result (rows, columns) = left (rows, depth) right (depth, columns), where the operands
+// may be stored transposed. Matrices are contiguous. Each element has a fixed order of summation,
+// so the number of threads changes no bit of the result. Throws std::invalid_argument if a size is
+// negative or the processor has no AMX.
 #pragma once
 
 #include <cstdint>

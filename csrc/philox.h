@@ -1,5 +1,6 @@
-// Philox4x32-10, the counter-based random numbers of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3").
-// All of our dropout draws from it: on CPUs, in CUDA and in bclip_fast/ops (philox.py, Triton).
+// Philox4x32-10, the counter-based random numbers of Salmon et al. 2011 ("Parallel random numbers:
+// as easy as 1, 2, 3"). All of our dropout draws from it: on CPUs, in CUDA and in bclip_fast/ops
+// (philox.py, Triton).
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,8 @@ BCLIP_HOST_DEVICE inline uint32_t high_product(uint32_t a, uint32_t b) {
 }
 
 // The four random words of a counter under a key of 64 bits.
-BCLIP_HOST_DEVICE inline PhiloxWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+BCLIP_HOST_DEVICE inline PhiloxWords philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
+                                            uint32_t c3) {
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
 #ifdef __CUDACC__
 #pragma unroll

@@ -1,11 +1,12 @@
-// Counts the dot products X = L R^T of two sets of vectors that exceed a bound of their row, or of their column. Each bound
-// is an interval, because X is known only approximately:
+// Counts the dot products X = L R^T of two sets of vectors that exceed a bound of their row, or of
+// their column. Each bound is an interval, because X is known only approximately:
 //
 //   X_ij > row_high_i counts for row i, X_ij < row_low_i doesn't, and a value between them is
 //   undecided. The same rule holds for columns.
 //
-// The caller decides the undecided pairs by their dot products in double precision. L and R are row-major and contiguous.
-// Throws std::invalid_argument if a size is negative or the processor has no AMX.
+// The caller decides the undecided pairs by their dot products in double precision. L and R are
+// row-major and contiguous. Throws std::invalid_argument if a size is negative or the processor has
+// no AMX.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +21,14 @@ struct Screen {
   int64_t *row_counts, *column_counts;  // (rows,), (columns,), added to
 };
 
-// Returns the undecided pairs in any order, as 4 (i columns + j), plus 1 if row i is undecided, plus 2 if column j is.
-// With more than `most` such pairs it gives up, returns more than `most`, and leaves meaningless counts. Products of
-// bfloat16 are exact. Their sums are in single precision, where numbers below 2^-126 become zero.
+// Returns the undecided pairs in any order, as 4 (i columns + j), plus 1 if row i is undecided,
+// plus 2 if column j is. With more than `most` such pairs it gives up, returns more than `most`,
+// and leaves meaningless counts. Products of bfloat16 are exact. Their sums are in single
+// precision, where numbers below 2^-126 become zero.
 std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads);
 
 // out_p = sum_k left[i, k] right[j, k] in double precision, for each of the pairs i columns + j.
-void dot_products(const float* left, const float* right, int64_t columns, int64_t width, const int64_t* pairs,
-                  int64_t count, double* out, int threads);
+void dot_products(const float* left, const float* right, int64_t columns, int64_t width,
+                  const int64_t* pairs, int64_t count, double* out, int threads);
 
 }  // namespace bclip::cpu

@@ -21,10 +21,11 @@ using Team = void (*)(void (*function)(void*), void* argument, unsigned threads,
 #ifdef __linux__
 const pid_t kLoadedBy = getpid();
 
-// The thread team of torch's own operators: the entry point of the OpenMP runtime that torch loads for the whole process.
-// It is GCC's entry point, which the runtimes of LLVM and Intel have too. Those threads spin for a while after each
-// operator. Threads of ours would share the cores with them, which costs a fifth of a training step. Null without torch.
-// Null in a forked child too, because the runtime there would wait forever for the parent's threads.
+// The thread team of torch's own operators: the entry point of the OpenMP runtime that torch loads
+// for the whole process. It is GCC's entry point, which the runtimes of LLVM and Intel have too.
+// Those threads spin for a while after each operator. Threads of ours would share the cores with
+// them, which costs a fifth of a training step. Null without torch. Null in a forked child too,
+// because the runtime there would wait forever for the parent's threads.
 Team team() {
   static const Team entry = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return getpid() == kLoadedBy ? entry : nullptr;
@@ -33,9 +34,10 @@ Team team() {
 Team team() { return nullptr; }
 #endif
 
-// Consecutive tasks. Each thread starts with its range, so that one thread writes neighbouring memory. Two threads that
-// write to neighbouring new pages wait for each other, because Linux maps the pages one by one. After its range, a thread
-// takes tasks from the other ranges, because their threads may share a core with another process.
+// Consecutive tasks. Each thread starts with its range, so that one thread writes neighbouring
+// memory. Two threads that write to neighbouring new pages wait for each other, because Linux maps
+// the pages one by one. After its range, a thread takes tasks from the other ranges, because their
+// threads may share a core with another process.
 struct alignas(64) Range {
   std::atomic<int64_t> next;
   int64_t end;

@@ -1,5 +1,5 @@
-// The Python bindings of the operators. Each operator's register.cpp adds its own to the module. The arguments are those of
-// the contracts in csrc/*.h, with addresses for pointers.
+// The Python bindings of the operators. Each operator's register.cpp adds its own to the module.
+// The arguments are those of the contracts in csrc/*.h, with addresses for pointers.
 #pragma once
 
 #include <cstdint>

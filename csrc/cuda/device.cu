@@ -7,7 +7,8 @@
 namespace bclip::cuda {
 namespace {
 
-// This kernel is compiled for every architecture of the build. A device without an image of it can run none of our kernels.
+// This kernel is compiled for every architecture of the build. A device without an image of it can
+// run none of our kernels.
 __global__ void probe() {}
 
 void check(cudaError_t error) {

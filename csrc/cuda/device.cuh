@@ -1,9 +1,10 @@
 // The device functions that our kernels are written in. Of CUDA itself, a kernel uses only the
-// keywords __global__, __device__ and __launch_bounds__. The functions have two implementations. Those below are instructions of GPUs from sm_80 on.
-// Those of emulator/device.h run on a CPU and detect faults that a GPU ignores. So every kernel is tested without a GPU.
+// keywords __global__, __device__ and __launch_bounds__. The functions have two implementations.
+// Those below are instructions of GPUs from sm_80 on. Those of emulator/device.h run on a CPU and
+// detect faults that a GPU ignores. So every kernel is tested without a GPU.
 //
-// Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With
-// g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
+// Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating
+// point type"). With g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
 //   A (16 x 16), 4 registers: rows g, g + 8, g, g + 8;
 //                             columns 2t, 2t, 2t + 8, 2t + 8 and the next column of each;
 //   B (16 x 8), 2 registers:  rows 2t, 2t + 8 and the next row of each; column g;
@@ -56,7 +57,8 @@ __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
-// The value of lane `lane ^ mask`, and of lane `source`. All lanes of the warp must call these functions, and those below.
+// The value of lane `lane ^ mask`, and of lane `source`. All lanes of the warp must call these
+// functions, and those below.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
@@ -91,8 +93,9 @@ struct Shared {
   }
 };
 
-// ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix (lane / 8). From each matrix a lane
-// gets row lane / 4, columns 2 (lane % 4) and the next. Transposed, it gets column lane / 4 and these rows.
+// ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix (lane /
+// 8). From each matrix a lane gets row lane / 4, columns 2 (lane % 4) and the next. Transposed, it
+// gets column lane / 4 and these rows.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from, int index) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -101,7 +104,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from,
                : "memory");
 }
 template <class T>
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Shared<T> from, int index) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Shared<T> from,
+                                                         int index) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from.address(index))
@@ -110,22 +114,28 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Shar
 
 // sum += A B
 template <class T>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1);
 template <>
-__device__ __forceinline__ void multiply<Half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply<Half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
-__device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32_t (&a)[4],
+                                                   uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read them after
-// wait_for_copies, other threads after a barrier that follows. wait_for_copies<n> waits for all but the last n groups.
+// Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read
+// them after wait_for_copies, other threads after a barrier that follows. wait_for_copies<n> waits
+// for all but the last n groups.
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -133,7 +143,9 @@ __device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* fro
                : "r"(to.address(index)), "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int N>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
@@ -186,11 +198,13 @@ void launch(void (*kernel)(Arguments), const Launch& where, Arguments arguments)
   if (where.blocks == 0) return;
   if (where.blocks >= int64_t(1) << 31) throw std::invalid_argument("more blocks than a grid has");
   if (where.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared_bytes));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               where.shared_bytes));
   }
   void* list[] = {&arguments};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(where.blocks), dim3(where.threads), list,
-                         where.shared_bytes, static_cast<cudaStream_t>(where.stream)));
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(where.blocks),
+                         dim3(where.threads), list, where.shared_bytes,
+                         static_cast<cudaStream_t>(where.stream)));
 }
 
 }  // namespace bclip::cuda

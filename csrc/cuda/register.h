@@ -1,5 +1,5 @@
-// The Python bindings of the operators. Each operator's register.cpp adds its own to a module: to `_cuda`, and to the
-// module of the emulator.
+// The Python bindings of the operators. Each operator's register.cpp adds its own to a module: to
+// `_cuda`, and to the module of the emulator.
 #pragma once
 
 #include <cstdint>

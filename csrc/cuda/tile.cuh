@@ -5,8 +5,9 @@
 
 namespace bclip::cuda {
 
-// Rows of kColumns elements of 2 bytes. ldmatrix reads the same chunk of 16 bytes from 8 rows. Chunks are permuted within a
-// row, so that these 8 are in different groups of banks. If a row isn't a power of two, padding has the same effect.
+// Rows of kColumns elements of 2 bytes. ldmatrix reads the same chunk of 16 bytes from 8 rows.
+// Chunks are permuted within a row, so that these 8 are in different groups of banks. If a row
+// isn't a power of two, padding has the same effect.
 template <class T, int kColumns>
 struct Tile {
   static constexpr bool kPower = (kColumns & (kColumns - 1)) == 0;
@@ -26,15 +27,18 @@ struct Tile {
     return index(row, column & ~7) + (column & 7);
   }
 
-  // Fragments of the 16 x 16 block at (row, column). The left operand is taken as stored or transposed. The right operand is
-  // two fragments of 8 columns. Its columns, or its rows, are rows in memory.
+  // Fragments of the 16 x 16 block at (row, column). The left operand is taken as stored or
+  // transposed. The right operand is two fragments of 8 columns. Its columns, or its rows, are rows
+  // in memory.
   __device__ __forceinline__ void load_left(uint32_t (&to)[4], int row, int column) const {
     const int lane = lane_index();
     load_matrices(to, memory, index(row + lane % 16, column + lane / 16 * 8));
   }
-  __device__ __forceinline__ void load_left_transposed(uint32_t (&to)[4], int row, int column) const {
+  __device__ __forceinline__ void load_left_transposed(uint32_t (&to)[4], int row,
+                                                       int column) const {
     const int lane = lane_index();
-    load_matrices_transposed(to, memory, index(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
+    load_matrices_transposed(to, memory,
+                             index(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
   }
   __device__ __forceinline__ void load_right_columns(uint32_t (&to)[4], int row, int column) const {
     const int lane = lane_index();
@@ -47,8 +51,8 @@ struct Tile {
 
   // Copies rows [0, rows) from global memory, with zeros from row `length` on. This is thread
   // number `thread` of `threads` that share the work.
-  __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length, int thread,
-                                            int threads) const {
+  __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length,
+                                            int thread, int threads) const {
     for (int chunk = thread; chunk < rows * (kColumns / 8); chunk += threads) {
       const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
       const bool valid = row < length;
@@ -56,17 +60,20 @@ struct Tile {
     }
   }
   // Stores rows [0, length) to global memory.
-  __device__ __forceinline__ void store_rows(T* to, int64_t stride, int length, int thread, int threads) const {
+  __device__ __forceinline__ void store_rows(T* to, int64_t stride, int length, int thread,
+                                             int threads) const {
     for (int chunk = thread; chunk < length * (kColumns / 8); chunk += threads) {
       const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
-      *reinterpret_cast<Quad*>(to + row * stride + column) = memory.template load_as<Quad>(index(row, column));
+      *reinterpret_cast<Quad*>(to + row * stride + column) =
+          memory.template load_as<Quad>(index(row, column));
     }
   }
 };
 
 // Rounds two neighbouring fragments of sums to a fragment of a left operand.
 template <class T>
-__device__ __forceinline__ void pack_left(uint32_t (&to)[4], const float (&first)[4], const float (&second)[4]) {
+__device__ __forceinline__ void pack_left(uint32_t (&to)[4], const float (&first)[4],
+                                          const float (&second)[4]) {
   to[0] = pack<T>(first[0], first[1]);
   to[1] = pack<T>(first[2], first[3]);
   to[2] = pack<T>(second[0], second[1]);

@@ -7,9 +7,9 @@ namespace checks {
 
 // One query of one head, with the keys and values that it sees.
 struct Query {
-  const double* query;                        // (dim,)
-  std::vector<const double*> keys, values;    // (dim,) each
-  std::vector<double> factors;                // dropout: 0 or 1 / (1 - p)
+  const double* query;                      // (dim,)
+  std::vector<const double*> keys, values;  // (dim,) each
+  std::vector<double> factors;              // dropout: 0 or 1 / (1 - p)
   int64_t dim;
   double scale;
 };
@@ -36,8 +36,11 @@ inline std::vector<double> scores_of(const Query& query, double& size) {
   return scores;
 }
 
-// A score is a sum of dim products. The factor, log2(e) and the subtraction of the maximum round six more times.
-inline double score_error(const Query& query, double size) { return static_cast<double>(query.dim + 6) * kUnit * size; }
+// A score is a sum of dim products. The factor, log2(e) and the subtraction of the maximum round
+// six more times.
+inline double score_error(const Query& query, double size) {
+  return static_cast<double>(query.dim + 6) * kUnit * size;
+}
 
 inline Forward forward(const Query& query) {
   Forward result = {std::vector<double>(query.dim), std::vector<double>(query.dim),
@@ -59,8 +62,9 @@ inline Forward forward(const Query& query) {
     }
   }
   result.lse = highest + std::log(total);
-  result.lse_bound = 2 * score_error(query, size) + kExp +
-                     (3 * size + count + 4 + 4 * std::log(total) + 2 * std::abs(result.lse)) * kUnit;
+  result.lse_bound =
+      2 * score_error(query, size) + kExp +
+      (3 * size + count + 4 + 4 * std::log(total) + 2 * std::abs(result.lse)) * kUnit;
   return result;
 }
 
@@ -71,11 +75,12 @@ struct Gradient {
   std::vector<double> value, bound;
 };
 
-// Adds the contribution of the query to its gradient at `to`, and to those of key and value j at `key_to[j]` and
-// `value_to[j]`. `terms` bounds the number of terms of any sum.
-inline void backward(const Query& query, const double* out_grad, const double* out, double lse, int64_t terms,
-                     Gradient& query_grad, int64_t to, Gradient& key_grad, const std::vector<int64_t>& key_to,
-                     Gradient& value_grad, const std::vector<int64_t>& value_to) {
+// Adds the contribution of the query to its gradient at `to`, and to those of key and value j at
+// `key_to[j]` and `value_to[j]`. `terms` bounds the number of terms of any sum.
+inline void backward(const Query& query, const double* out_grad, const double* out, double lse,
+                     int64_t terms, Gradient& query_grad, int64_t to, Gradient& key_grad,
+                     const std::vector<int64_t>& key_to, Gradient& value_grad,
+                     const std::vector<int64_t>& value_to) {
   if (query.keys.empty()) return;
   double size, delta = 0, delta_size = 0;
   const std::vector<double> scores = scores_of(query, size);
@@ -92,7 +97,8 @@ inline void backward(const Query& query, const double* out_grad, const double* o
       grad += factor * out_grad[i] * query.values[j][i];
       grad_size += std::abs(factor * out_grad[i] * query.values[j][i]);
       value_grad.value[value_to[j] + i] += weight * factor * out_grad[i];
-      value_grad.bound[value_to[j] + i] += weight * factor * std::abs(out_grad[i]) * (weight_error + sum_error);
+      value_grad.bound[value_to[j] + i] +=
+          weight * factor * std::abs(out_grad[i]) * (weight_error + sum_error);
     }
     const double score_grad = weight * (grad - delta) * query.scale;
     const double relative = static_cast<double>(query.dim + 6) * kUnit + weight_error + sum_error;
@@ -109,8 +115,8 @@ inline void backward(const Query& query, const double* out_grad, const double* o
 // 0 or 1 / (1 - p), as csrc/attention.h defines it.
 inline double dropout_factor(double p, uint64_t seed, int64_t row, int64_t head, int64_t key) {
   if (p == 0) return 1;
-  const uint32_t word =
-      philox(seed, static_cast<uint32_t>(key), static_cast<uint32_t>(row), static_cast<uint32_t>(head));
+  const uint32_t word = philox(seed, static_cast<uint32_t>(key), static_cast<uint32_t>(row),
+                               static_cast<uint32_t>(head));
   return word < static_cast<uint32_t>(p * 0x1p32) ? 0 : 1 / (1 - p);
 }
 

@@ -1,7 +1,7 @@
 // Shared parts of the checks: inputs, outputs, and the comparison with loops in double precision.
 //
-// Every bound is derived and not measured. To first order, it is the unit roundoff times the number of roundings on the way
-// to a result, times the size of the terms.
+// Every bound is derived and not measured. To first order, it is the unit roundoff times the number
+// of roundings on the way to a result, times the size of the terms.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace checks {
 
-constexpr double kUnit = 0x1p-24;      // unit roundoff of float
-constexpr double kHalfUnit = 0x1p-8;   // unit roundoff of bfloat16
+constexpr double kUnit = 0x1p-24;     // unit roundoff of float
+constexpr double kHalfUnit = 0x1p-8;  // unit roundoff of bfloat16
 // Relative error of the kernels' exponentials, from csrc/cpu/simd/math.h.
 constexpr double kExp = 1e-7;
 constexpr int64_t kThreads = 3;
@@ -95,7 +95,9 @@ class Random {
     return word ^ word >> 31;
   }
 
-  double uniform(double low, double high) { return low + (high - low) * static_cast<double>(bits() >> 11) * 0x1p-53; }
+  double uniform(double low, double high) {
+    return low + (high - low) * static_cast<double>(bits() >> 11) * 0x1p-53;
+  }
 
   int64_t below(int64_t end) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(end)); }
 
@@ -103,8 +105,9 @@ class Random {
   uint64_t state_;
 };
 
-// Values for a kernel, between margins of NaN (or of a pattern, for a type without NaN). A read outside shows in the results,
-// a write outside in intact(). The first value is aligned to no more than its size.
+// Values for a kernel, between margins of NaN (or of a pattern, for a type without NaN). A read
+// outside shows in the results, a write outside in intact(). The first value is aligned to no more
+// than its size.
 template <typename T>
 class Buffer {
  public:
@@ -126,7 +129,9 @@ class Buffer {
 
   bool intact() const {
     const T pattern = unwritten();
-    const auto is_pattern = [&](const T& value) { return std::memcmp(&value, &pattern, sizeof value) == 0; };
+    const auto is_pattern = [&](const T& value) {
+      return std::memcmp(&value, &pattern, sizeof value) == 0;
+    };
     return std::all_of(memory_.begin(), memory_.begin() + kMargin + 1, is_pattern) &&
            std::all_of(memory_.end() - kMargin, memory_.end(), is_pattern);
   }
@@ -171,8 +176,9 @@ inline uint32_t philox(uint64_t seed, uint32_t index, uint32_t row, uint32_t thi
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t one = uint64_t{0xD2511F53} * counter[0], two = uint64_t{0xCD9E8D57} * counter[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(two >> 32) ^ counter[1] ^ low, static_cast<uint32_t>(two),
-                              static_cast<uint32_t>(one >> 32) ^ counter[3] ^ high, static_cast<uint32_t>(one)};
+    const uint32_t next[4] = {
+        static_cast<uint32_t>(two >> 32) ^ counter[1] ^ low, static_cast<uint32_t>(two),
+        static_cast<uint32_t>(one >> 32) ^ counter[3] ^ high, static_cast<uint32_t>(one)};
     std::copy_n(next, 4, counter);
     low += 0x9E3779B9;
     high += 0xBB67AE85;

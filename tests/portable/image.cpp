@@ -1,5 +1,5 @@
-// Compares resampling with integer loops, bit for bit. With libjpeg (BCLIP_JPEG) it also compares whole images with a direct
-// use of the decoder and a plain implementation of Pillow's resize.
+// Compares resampling with integer loops, bit for bit. With libjpeg (BCLIP_JPEG) it also compares
+// whole images with a direct use of the decoder and a plain implementation of Pillow's resize.
 #include "csrc/image.h"
 
 #include <cstdio>
@@ -29,7 +29,8 @@ void check_resampling() {
   const ResampleKernels& kernels = bclip::cpu::portable::kResample;
   Random random(11);
   const int64_t groups = 9, quads = 3, width = 4 * groups, size = 22, padded = 24;
-  std::vector<std::vector<uint8_t>> rows(12, std::vector<uint8_t>(3 * width + bclip::cpu::kPadding));
+  std::vector<std::vector<uint8_t>> rows(12,
+                                         std::vector<uint8_t>(3 * width + bclip::cpu::kPadding));
   for (auto& row : rows)
     for (uint8_t& byte : row) byte = static_cast<uint8_t>(random.below(256));
   std::vector<int> first;
@@ -38,11 +39,14 @@ void check_resampling() {
   for (int64_t i = 0; i < padded; ++i) {
     first.push_back(static_cast<int>(random.below(groups - quads + 1)));
     for (int64_t k = 0; k < 4 * quads; ++k)
-      coefficients.push_back(static_cast<int32_t>(random.uniform(-0.2, 0.4) * (1 << bclip::cpu::kPrecision)));
-    for (int64_t q = 0; q < quads; ++q) packed.push_back(kernels.pack(&coefficients[4 * (i * quads + q)]));
+      coefficients.push_back(
+          static_cast<int32_t>(random.uniform(-0.2, 0.4) * (1 << bclip::cpu::kPrecision)));
+    for (int64_t q = 0; q < quads; ++q)
+      packed.push_back(kernels.pack(&coefficients[4 * (i * quads + q)]));
   }
   Buffer<float> as_numbers(static_cast<int64_t>(rows.size()) * 3 * width);
-  for (int64_t i = 0; i < as_numbers.size(); ++i) as_numbers[i] = rows[i / (3 * width)][i % (3 * width)];
+  for (int64_t i = 0; i < as_numbers.size(); ++i)
+    as_numbers[i] = rows[i / (3 * width)][i % (3 * width)];
   const std::vector<double> bytes = exact(as_numbers);
   // An injected fault of 1/2 becomes 64 levels.
   const auto byte = [&](int64_t row, int64_t at) {
@@ -57,8 +61,9 @@ void check_resampling() {
     from[i] = rows[4 + i].data();
     to[i] = out.data() + i * (3 * padded + bclip::cpu::kPadding);
   }
-  kernels.along(from, Taps{first.data(), packed.data(), static_cast<int>(padded), static_cast<int>(quads)},
-                static_cast<int>(groups), scratch.data(), to);
+  kernels.along(
+      from, Taps{first.data(), packed.data(), static_cast<int>(padded), static_cast<int>(quads)},
+      static_cast<int>(groups), scratch.data(), to);
   for (int64_t row = 0; row < 4; ++row)
     for (int64_t i = 0; i < padded; ++i)
       for (int64_t color = 0; color < 3; ++color) {
@@ -90,8 +95,9 @@ Pixels test_image(int height, int width) {
   for (int y = 0; y < height; ++y)
     for (int x = 0; x < width; ++x)
       for (int color = 0; color < 3; ++color)
-        pixels[(static_cast<size_t>(y) * width + x) * 3 + color] = static_cast<uint8_t>(
-            128 + 90 * std::sin(0.13 * x * (color + 1) + 0.02 * y) + 30 * std::cos(0.3 * y) + random.uniform(-4, 4));
+        pixels[(static_cast<size_t>(y) * width + x) * 3 + color] =
+            static_cast<uint8_t>(128 + 90 * std::sin(0.13 * x * (color + 1) + 0.02 * y) +
+                                 30 * std::cos(0.3 * y) + random.uniform(-4, 4));
   return pixels;
 }
 
@@ -149,10 +155,10 @@ double cubic(double x) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-// Resizes `count` lines of RGB pixels to `size` pixels each. Pixels of a line are `next` bytes apart, lines are `line` bytes
-// apart.
-Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next, const bclip::Edge& edge, int64_t size,
-              bool lines_are_rows) {
+// Resizes `count` lines of RGB pixels to `size` pixels each. Pixels of a line are `next` bytes
+// apart, lines are `line` bytes apart.
+Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next,
+              const bclip::Edge& edge, int64_t size, bool lines_are_rows) {
   Pixels result(count * size * 3);
   const double scale = static_cast<double>(edge.length) / static_cast<double>(edge.resized);
   const double stretch = std::max(scale, 1.0), reach = 2 * stretch;
@@ -184,7 +190,8 @@ void check_images() {
   struct Size {
     int height, width;
   };
-  // Images that are taller, wider and smaller than the result, and one whose height is resized first.
+  // Images that are taller, wider and smaller than the result, and one whose height is resized
+  // first.
   for (const Size of : {Size{83, 61}, Size{57, 131}, Size{19, 23}, Size{211, 35}}) {
     const std::string name = "image " + std::to_string(of.width) + "x" + std::to_string(of.height);
     const std::string file = encode(test_image(of.height, of.width), of.height, of.width);
@@ -193,10 +200,12 @@ void check_images() {
     const Pixels expected = decode(file, of.height, of.width);
     Pixels result(expected.size());
     bclip::cpu::decode_jpeg(file, result.data(), of.height, of.width);
-    for (size_t i = 0; i < result.size(); ++i) compare(name + ": decoded", result[i], expected[i], 0);
+    for (size_t i = 0; i < result.size(); ++i)
+      compare(name + ": decoded", result[i], expected[i], 0);
 
     constexpr int kSize = 32;
-    const auto [vertical, horizontal] = bclip::edges(kSize, bclip::cpu::Crop::kSquash, nullptr, of.height, of.width);
+    const auto [vertical, horizontal] =
+        bclip::edges(kSize, bclip::cpu::Crop::kSquash, nullptr, of.height, of.width);
     Pixels square;
     if (bclip::is_down_first(vertical, horizontal)) {
       square = resize(expected, of.width, 3, int64_t{3} * of.width, vertical, kSize, false);
@@ -205,11 +214,14 @@ void check_images() {
       square = resize(expected, of.height, int64_t{3} * of.width, 3, horizontal, kSize, true);
       square = resize(square, kSize, 3, 3 * kSize, vertical, kSize, false);
     }
-    const std::vector<std::string_view> files = {file, std::string_view(file).substr(0, file.size() / 2), file};
+    const std::vector<std::string_view> files = {
+        file, std::string_view(file).substr(0, file.size() / 2), file};
     Pixels squares(3 * kSize * kSize * 3, 0xA5);
     const auto errors = bclip::cpu::decode_resize(
-        files, {kSize, bclip::cpu::Crop::kSquash, nullptr, true, true, 1 << 20}, squares.data(), kThreads);
-    expect(name + ": the truncated file is named, no other", errors.size() == 1 && errors[0].first == 1);
+        files, {kSize, bclip::cpu::Crop::kSquash, nullptr, true, true, 1 << 20}, squares.data(),
+        kThreads);
+    expect(name + ": the truncated file is named, no other",
+           errors.size() == 1 && errors[0].first == 1);
     for (size_t i = 0; i < square.size(); ++i) {
       compare(name + ": resized", squares[i], square[i], 0);
       compare(name + ": resized", squares[2 * square.size() + i], square[i], 0);
@@ -219,7 +231,9 @@ void check_images() {
 
 #else
 
-void check_images() { std::printf("images: not checked, as libjpeg for this target was not result\n"); }
+void check_images() {
+  std::printf("images: not checked, as libjpeg for this target was not result\n");
+}
 
 #endif
 

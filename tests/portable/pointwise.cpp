@@ -34,7 +34,8 @@ const std::vector<Case> kCases = {
     {"narrow", 3, 5, 8, true, false},
 };
 
-// The mean and deviation of a row, and bounds on the error of (s - mean) / sqrt(var + eps) in float.
+// The mean and deviation of a row, and bounds on the error of (s - mean) / sqrt(var + eps) in
+// float.
 struct Moments {
   Moments(const double* row, int64_t columns) {
     const double count = static_cast<double>(columns);
@@ -46,8 +47,10 @@ struct Moments {
     for (int64_t j = 0; j < columns; ++j) squares += (row[j] - mean) * (row[j] - mean) / count;
     inverse = 1 / std::sqrt(squares + kEps);
     mean_error = (count + 1) * kUnit * size;
-    // Half of the relative error of the variance: that of a sum of squares, plus that from the error of the mean.
-    inverse_error = ((count + 4) / 2 + 2) * kUnit + mean_error * inverse + 0.5 * std::pow(mean_error * inverse, 2);
+    // Half of the relative error of the variance: that of a sum of squares, plus that from the
+    // error of the mean.
+    inverse_error = ((count + 4) / 2 + 2) * kUnit + mean_error * inverse +
+                    0.5 * std::pow(mean_error * inverse, 2);
   }
 
   double normal(double s) const { return (s - mean) * inverse; }
@@ -60,7 +63,8 @@ struct Moments {
 
 double keep(const Dropout& dropout, int64_t row, int64_t column) {
   if (dropout.drop_below == 0) return 1;
-  const uint32_t word = philox(dropout.seed, static_cast<uint32_t>(column), static_cast<uint32_t>(row), 0);
+  const uint32_t word =
+      philox(dropout.seed, static_cast<uint32_t>(column), static_cast<uint32_t>(row), 0);
   return word < dropout.drop_below ? 0 : value_of(dropout.kept);
 }
 
@@ -71,7 +75,8 @@ void check_add_norm(const Case& of) {
   Random random(size);
   const Buffer<Stored> stream(size, random, of.mean - 2, of.mean + 2), branch(size, random, -1, 1);
   const Buffer<float> weight(columns, random, 0.5, 1.5), bias(columns, random, -1, 1);
-  const Dropout dropout = of.with_dropout ? Dropout{0xFEDCBA9876543210, 0x30000000, 1 / 0.8125f} : Dropout{0, 0, 1};
+  const Dropout dropout =
+      of.with_dropout ? Dropout{0xFEDCBA9876543210, 0x30000000, 1 / 0.8125f} : Dropout{0, 0, 1};
 
   struct Outputs {
     explicit Outputs(int64_t size) : total(size), normed(size), wide(size) {}
@@ -79,22 +84,32 @@ void check_add_norm(const Case& of) {
     Buffer<float> wide;
   } result(size), again(size);
   const auto run = [&](Outputs& to, int threads) {
-    const AddNorm norm = {rows, columns, values(stream), of.with_branch ? values(branch) : kNothing, values(weight),
-                          values(bias), of.with_branch ? values(to.total) : kNothing, values(to.normed),
-                          values(to.wide), kEps, dropout};
+    const AddNorm norm = {rows,
+                          columns,
+                          values(stream),
+                          of.with_branch ? values(branch) : kNothing,
+                          values(weight),
+                          values(bias),
+                          of.with_branch ? values(to.total) : kNothing,
+                          values(to.normed),
+                          values(to.wide),
+                          kEps,
+                          dropout};
     add_norm(norm, threads);
   };
   run(result, 1);
   run(again, kThreads);
   const bool same = result.total.same_bits(again.total) && result.normed.same_bits(again.normed);
   expect(name + ": the same on more threads", same && result.wide.same_bits(again.wide));
-  expect(name + ": stays inside its outputs", result.total.intact() && result.normed.intact() && result.wide.intact());
+  expect(name + ": stays inside its outputs",
+         result.total.intact() && result.normed.intact() && result.wide.intact());
 
   const std::vector<double> streams = exact(stream), branches = exact(branch);
   const std::vector<double> weights = exact(weight), biases = exact(bias);
   if (of.with_branch)
     for (int64_t i = 0; i < size; ++i) {
-      const double added = keep(dropout, i / columns, i % columns) * branches[i], truth = streams[i] + added;
+      const double added = keep(dropout, i / columns, i % columns) * branches[i],
+                   truth = streams[i] + added;
       compare(name + ": total", value_of(result.total[i]), truth,
               kUnit * (std::abs(added) + std::abs(truth)) + unit_of<Stored>() * std::abs(truth));
     }
@@ -107,7 +122,8 @@ void check_add_norm(const Case& of) {
       const double scaled = moments.normal(totals[i]) * weights[j], truth = scaled + biases[j];
       const double bound = std::abs(weights[j]) * moments.normal_error(totals[i]) +
                            kUnit * (std::abs(scaled) + std::abs(truth));
-      compare(name + ": normed", value_of(result.normed[i]), truth, bound + unit_of<Stored>() * std::abs(truth));
+      compare(name + ": normed", value_of(result.normed[i]), truth,
+              bound + unit_of<Stored>() * std::abs(truth));
       // In float throughout: no rounding of the storage can hide an error here.
       compare(name + ": wide", value_of(result.wide[i]), truth, bound);
     }
@@ -122,18 +138,29 @@ void check_add_norm_backward(const Case& of) {
   const Buffer<Stored> total(size, random, of.mean - 2, of.mean + 2), grad(size, random, -1, 1);
   const Buffer<Stored> total_grad(size, random, -1, 1);
   const Buffer<float> wide_grad(size, random, -1, 1), weight(columns, random, 0.5, 1.5);
-  const Dropout dropout = of.with_dropout ? Dropout{0xFEDCBA9876543210, 0x30000000, 1 / 0.8125f} : Dropout{0, 0, 1};
+  const Dropout dropout =
+      of.with_dropout ? Dropout{0xFEDCBA9876543210, 0x30000000, 1 / 0.8125f} : Dropout{0, 0, 1};
 
   struct Outputs {
-    Outputs(int64_t size, int64_t columns) : stream(size), branch(size), weight(columns), bias(columns) {}
+    Outputs(int64_t size, int64_t columns)
+        : stream(size), branch(size), weight(columns), bias(columns) {}
     Buffer<Stored> stream, branch;
     Buffer<float> weight, bias;
   } result(size, columns), again(size, columns);
   const auto run = [&](Outputs& to, int threads) {
-    const AddNormGradient gradient = {rows, columns, values(grad), values(wide_grad),
-                                      of.with_branch ? values(total_grad) : kNothing, values(total), values(weight),
-                                      values(to.stream), of.with_branch ? values(to.branch) : kNothing,
-                                      to.weight.data(), to.bias.data(), kEps, dropout};
+    const AddNormGradient gradient = {rows,
+                                      columns,
+                                      values(grad),
+                                      values(wide_grad),
+                                      of.with_branch ? values(total_grad) : kNothing,
+                                      values(total),
+                                      values(weight),
+                                      values(to.stream),
+                                      of.with_branch ? values(to.branch) : kNothing,
+                                      to.weight.data(),
+                                      to.bias.data(),
+                                      kEps,
+                                      dropout};
     add_norm_backward(gradient, threads);
   };
   run(result, 1);
@@ -141,13 +168,15 @@ void check_add_norm_backward(const Case& of) {
   expect(name + ": the same on more threads",
          result.stream.same_bits(again.stream) && result.branch.same_bits(again.branch) &&
              result.weight.same_bits(again.weight) && result.bias.same_bits(again.bias));
-  expect(name + ": stays inside its outputs",
-         result.stream.intact() && result.branch.intact() && result.weight.intact() && result.bias.intact());
+  expect(name + ": stays inside its outputs", result.stream.intact() && result.branch.intact() &&
+                                                  result.weight.intact() && result.bias.intact());
 
-  const std::vector<double> totals = exact(total), grads = exact(grad), wide_grads = exact(wide_grad);
+  const std::vector<double> totals = exact(total), grads = exact(grad),
+                            wide_grads = exact(wide_grad);
   const std::vector<double> total_grads = exact(total_grad), weights = exact(weight);
   const double count = static_cast<double>(columns), tasks = static_cast<double>(rows + 3);
-  std::vector<double> weight_grad(columns), weight_bound(columns), bias_grad(columns), bias_bound(columns);
+  std::vector<double> weight_grad(columns), weight_bound(columns), bias_grad(columns),
+      bias_bound(columns);
   for (int64_t row = 0; row < rows; ++row) {
     const Moments moments(totals.data() + row * columns, columns);
     // For h, and for h x.
@@ -172,7 +201,8 @@ void check_add_norm_backward(const Case& of) {
       const int64_t i = row * columns + j;
       const double h = (grads[i] + wide_grads[i]) * weights[j], x = moments.normal(totals[i]);
       const double inner = (h - mean - x * along) * moments.inverse;
-      const double inner_size = (std::abs(h) + mean_size + std::abs(x) * along_size) * moments.inverse;
+      const double inner_size =
+          (std::abs(h) + mean_size + std::abs(x) * along_size) * moments.inverse;
       double bound = moments.inverse * (mean_error + moments.normal_error(totals[i]) * along_size +
                                         std::abs(x) * along_error) +
                      inner_size * (moments.inverse_error + 6 * kUnit);
@@ -181,7 +211,8 @@ void check_add_norm_backward(const Case& of) {
         truth += total_grads[i];
         bound += kUnit * std::abs(truth);
       }
-      compare(name + ": stream grad", value_of(result.stream[i]), truth, bound + unit_of<Stored>() * std::abs(truth));
+      compare(name + ": stream grad", value_of(result.stream[i]), truth,
+              bound + unit_of<Stored>() * std::abs(truth));
       if (!of.with_branch) continue;
       const double factor = keep(dropout, row, j);
       compare(name + ": branch grad", value_of(result.branch[i]), factor * truth,
@@ -194,10 +225,12 @@ void check_add_norm_backward(const Case& of) {
   }
 }
 
-// The kernels compute Phi(x) by Abramowitz and Stegun's 7.1.26 in float: a polynomial of degree 5 in t = 1 / (1 + c |x|),
-// times a density. Its absolute error is 1.5e-7 for erf, and so half of that for Phi.
+// The kernels compute Phi(x) by Abramowitz and Stegun's 7.1.26 in float: a polynomial of degree 5
+// in t = 1 / (1 + c |x|), times a density. Its absolute error is 1.5e-7 for erf, and so half of
+// that for Phi.
 struct Normal {
-  explicit Normal(double x) : below(std::erfc(-x / std::sqrt(2.0)) / 2), density(std::exp(-x * x / 2)) {
+  explicit Normal(double x)
+      : below(std::erfc(-x / std::sqrt(2.0)) / 2), density(std::exp(-x * x / 2)) {
     constexpr double factors[] = {0.254829592, 0.284496736, 1.421413741, 1.453152027, 1.061405429};
     const double t = 1 / (1 + 0.3275911 / std::sqrt(2.0) * std::abs(x));
     double sizes = 0, slopes = 0, power = t;
@@ -207,7 +240,8 @@ struct Normal {
     }
     density_error = kExp + (x * x / 2 + 2) * kUnit;
     const double tail = std::min(below, 1 - below);
-    below_error = 0.75e-7 + 0.5 * density * (12 * sizes + 3 * slopes) * kUnit + tail * density_error + kUnit;
+    below_error =
+        0.75e-7 + 0.5 * density * (12 * sizes + 3 * slopes) * kUnit + tail * density_error + kUnit;
   }
 
   // The density times sqrt(2 pi), and its relative error.
@@ -228,7 +262,8 @@ void check_gelu() {
   gelu(values(x), values(out_again), count, kThreads);
   gelu_backward(values(grad), values(x), values(in_grad), count, 1);
   gelu_backward(values(grad), values(x), values(in_grad_again), count, kThreads);
-  expect(name + ": the same on more threads", out.same_bits(out_again) && in_grad.same_bits(in_grad_again));
+  expect(name + ": the same on more threads",
+         out.same_bits(out_again) && in_grad.same_bits(in_grad_again));
   expect(name + ": stays inside its outputs", out.intact() && in_grad.intact());
 
   const std::vector<double> numbers = exact(x), upstream = exact(grad);
@@ -240,7 +275,8 @@ void check_gelu() {
             std::abs(numbers[i]) * at.below_error + (unit_of<Stored>() + kUnit) * std::abs(truth));
     const double slope = numbers[i] * at.density * root, result = upstream[i] * (at.below + slope);
     compare(name + ": grad", value_of(in_grad[i]), result,
-            std::abs(upstream[i]) * (at.below_error + std::abs(slope) * (at.density_error + 3 * kUnit)) +
+            std::abs(upstream[i]) *
+                    (at.below_error + std::abs(slope) * (at.density_error + 3 * kUnit)) +
                 (unit_of<Stored>() + 2 * kUnit) * std::abs(result));
   }
 }
@@ -254,8 +290,17 @@ void check_nan() {
   Buffer<uint16_t> total(columns);
   for (int64_t i = 0; i < columns; ++i) std::memcpy(&stream[i], &bits[i % 5], sizeof(float));
   for (Buffer<float>* buffer : {&branch, &weight, &bias}) buffer->fill(0);
-  add_norm(AddNorm{1, columns, values(stream), values(branch), values(weight), values(bias), values(total), values(normed),
-                   kNothing, kEps, {0, 0, 1}},
+  add_norm(AddNorm{1,
+                   columns,
+                   values(stream),
+                   values(branch),
+                   values(weight),
+                   values(bias),
+                   values(total),
+                   values(normed),
+                   kNothing,
+                   kEps,
+                   {0, 0, 1}},
            1);
   bool kept = true;
   for (int64_t i = 0; i < columns; ++i) kept = kept && total[i] == rounded[i % 5];
@@ -264,7 +309,8 @@ void check_nan() {
 
 void check_refusals() {
   Buffer<float> x(4);
-  expect_refusal("pointwise: a negative size is refused", [&] { gelu(values(x), values(x), -1, 1); });
+  expect_refusal("pointwise: a negative size is refused",
+                 [&] { gelu(values(x), values(x), -1, 1); });
 }
 
 }  // namespace

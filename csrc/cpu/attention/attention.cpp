@@ -20,7 +20,8 @@ constexpr const char* kAmxName = "amx";
 void check(const Attention& attention) {
   if (attention.rows < 0 || attention.heads < 0 || attention.dim <= 0 || attention.sequences < 0)
     throw std::invalid_argument("attention: a size is negative");
-  if (attention.dim % 16) throw std::invalid_argument("attention: the head dimension isn't a multiple of 16");
+  if (attention.dim % 16)
+    throw std::invalid_argument("attention: the head dimension isn't a multiple of 16");
   if (attention.bounds[0] != 0 || attention.bounds[attention.sequences] != attention.rows)
     throw std::invalid_argument("attention: the bounds don't run from 0 to T");
   for (int64_t i = 0; i < attention.sequences; ++i)
@@ -28,16 +29,19 @@ void check(const Attention& attention) {
       throw std::invalid_argument("attention: the bounds of sequences don't rise");
 }
 
-// Calls run(head, start) for each head of each sequence, where `start` is the first row of the sequence.
+// Calls run(head, start) for each head of each sequence, where `start` is the first row of the
+// sequence.
 template <class Run>
 void for_heads(const Attention& attention, int threads, const Run& run) {
   check(attention);
-  const int64_t row_bytes = attention.dim * (attention.bfloat16 ? 2 : 4), part = attention.heads * row_bytes;
+  const int64_t row_bytes = attention.dim * (attention.bfloat16 ? 2 : 4),
+                part = attention.heads * row_bytes;
   parallel(attention.sequences * attention.heads, threads, [&](int64_t index) {
     const int64_t sequence = index / attention.heads, number = index % attention.heads;
     const int64_t start = attention.bounds[sequence], rows = attention.bounds[sequence + 1] - start;
     if (rows == 0) return;
-    const char* query = static_cast<const char*>(attention.qkv) + start * 3 * part + number * row_bytes;
+    const char* query =
+        static_cast<const char*>(attention.qkv) + start * 3 * part + number * row_bytes;
     Head head = {};
     head.query = query;
     head.key = query + part;
@@ -87,12 +91,14 @@ void attention_forward(const Attention& attention, void* out, float* lse, int th
   const int64_t stride = attention.heads * attention.dim, element = attention.bfloat16 ? 2 : 4;
   for_heads(attention, threads, [&](const Head& head, int64_t start) {
     const int64_t at = (start * attention.heads + head.head) * attention.dim * element;
-    chosen.forward(head, {static_cast<char*>(out) + at, stride, lse + head.head * attention.rows + start},
+    chosen.forward(head,
+                   {static_cast<char*>(out) + at, stride, lse + head.head * attention.rows + start},
                    thread_scratch(chosen.forward_bytes(head)));
   });
 }
 
-void attention_backward(const Attention& attention, const AttentionGradient& gradient, int threads) {
+void attention_backward(const Attention& attention, const AttentionGradient& gradient,
+                        int threads) {
   const AttentionKernels& chosen = attention_kernels(attention.instruction_set, attention.bfloat16);
   const int64_t stride = attention.heads * attention.dim, element = attention.bfloat16 ? 2 : 4;
   for_heads(attention, threads, [&](const Head& head, int64_t start) {
@@ -100,9 +106,10 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
     const int64_t query_at = (start * 3 * attention.heads + head.head) * attention.dim * element;
     char* query = static_cast<char*>(gradient.qkv_grad) + query_at;
     chosen.backward(head,
-                    {static_cast<const char*>(gradient.out_grad) + at, static_cast<const char*>(gradient.out) + at,
-                     stride, gradient.lse + head.head * attention.rows + start, query, query + stride * element,
-                     query + 2 * stride * element, 3 * stride},
+                    {static_cast<const char*>(gradient.out_grad) + at,
+                     static_cast<const char*>(gradient.out) + at, stride,
+                     gradient.lse + head.head * attention.rows + start, query,
+                     query + stride * element, query + 2 * stride * element, 3 * stride},
                     thread_scratch(chosen.backward_bytes(head)));
   });
 }

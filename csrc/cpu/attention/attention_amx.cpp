@@ -1,5 +1,5 @@
-// The attention kernels for bfloat16 on the matrix unit of x86 (AMX). P and dS are rounded to bfloat16 when they become
-// operands.
+// The attention kernels for bfloat16 on the matrix unit of x86 (AMX). P and dS are rounded to
+// bfloat16 when they become operands.
 #define BCLIP_ISA amx
 #include "csrc/cpu/attention/attention_kernels.h"
 #include "csrc/cpu/simd/target.h"
@@ -23,7 +23,8 @@ struct AmxEngine {
 
   static constexpr bool kTrims = false;
 
-  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* block) {
+  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns,
+                        uint16_t* block) {
     const __mmask32 inside = columns >= kPanel ? 0xFFFFFFFF : 0xFFFF;
     for (int64_t row = 0; row < kPanel; ++row)
       _mm512_store_si512(block + row * kPanel,
@@ -53,25 +54,28 @@ struct AmxEngine {
   }
 
   BCLIP_INLINE void left_row(uint16_t* block, int64_t row, const Lanes numbers[2]) {
-    _mm512_store_si512(block + row * kPanel, (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]));
+    _mm512_store_si512(block + row * kPanel,
+                       (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]));
   }
 
   BCLIP_INLINE void right_rows(uint16_t* block, int64_t row, const Lanes numbers[2][2]) {
     for (int half = 0; half < 2; ++half) {
-      const auto rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1][half], (__m512)numbers[0][half]);
+      const auto rounded =
+          (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1][half], (__m512)numbers[0][half]);
       // `rounded` holds both rows: the second one in its upper half.
       _mm512_store_si512(block + half * kBlock / 2 + row * kLanes,
                          _mm512_permutexvar_epi16(interleaved(), rounded));
     }
   }
 
-  static void multiply(const uint16_t* left, const uint16_t* right, const Extent& extent, float* result, int64_t stride,
-                       bool add) {
+  static void multiply(const uint16_t* left, const uint16_t* right, const Extent& extent,
+                       float* result, int64_t stride, bool add) {
     BCLIP_ISA::multiply(left, right, panels_of(extent.depth), result, add, [](int64_t) {}, stride);
   }
 
  private:
-  // Indices that interleave sixteen of the first 32 elements, from `start` on, with the same sixteen of the second 32.
+  // Indices that interleave sixteen of the first 32 elements, from `start` on, with the same
+  // sixteen of the second 32.
   BCLIP_INLINE __m512i pairs(int start) {
     AmxHalves index;
     for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(start + i / 2 + (i & 1) * 32);

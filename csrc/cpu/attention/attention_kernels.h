@@ -1,4 +1,5 @@
-// The kernels for one head of one sequence, compiled once per instruction set and called by attention.cpp.
+// The kernels for one head of one sequence, compiled once per instruction set and called by
+// attention.cpp.
 #pragma once
 
 #include <cstdint>
@@ -44,18 +45,22 @@ struct AttentionKernels {
   void (*backward)(const Head&, const HeadGradient&, char* scratch);
   // For all heads of a sequence of `rows` rows.
   int64_t (*single_query_bytes)(const SingleQueryAttention&, int64_t rows);
-  void (*single_query_forward)(const SingleQueryAttention&, int64_t sequence, void* out, float* lse, float* scratch);
-  void (*single_query_backward)(const SingleQueryAttention&, const SingleQueryAttentionGradient&, int64_t sequence,
-                                float* scratch);
+  void (*single_query_forward)(const SingleQueryAttention&, int64_t sequence, void* out, float* lse,
+                               float* scratch);
+  void (*single_query_backward)(const SingleQueryAttention&, const SingleQueryAttentionGradient&,
+                                int64_t sequence, float* scratch);
 };
 
 BCLIP_DECLARE_KERNELS(AttentionKernels, kFloatAttention, float_attention)
 BCLIP_DECLARE_KERNELS(AttentionKernels, kBfloat16Attention, bfloat16_attention)
 #ifdef BCLIP_AMX_TARGET
-namespace amx { extern const AttentionKernels kBfloat16Attention; }
+namespace amx {
+extern const AttentionKernels kBfloat16Attention;
+}
 #endif
 
-// The kernels of one of attention_instruction_sets(). Throws std::invalid_argument for any other name.
+// The kernels of one of attention_instruction_sets(). Throws std::invalid_argument for any other
+// name.
 const AttentionKernels& attention_kernels(const std::string& instruction_set, bool bfloat16);
 
 }  // namespace bclip::cpu

@@ -9,13 +9,17 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-// The weights of a head that dropout keeps. The first two rounds of Philox and half of the third depend on either the key
-// or the query, so they are computed once. Eight counters, which decide about 32 keys, go at a time.
+// The weights of a head that dropout keeps. The first two rounds of Philox and half of the third
+// depend on either the key or the query, so they are computed once. Eight counters, which decide
+// about 32 keys, go at a time.
 class HeadDropout {
  public:
-  static int64_t bytes(const Head& head) { return head.dropout ? panels_of(head.rows) * kTableWords * sizeof(uint64_t) : 0; }
+  static int64_t bytes(const Head& head) {
+    return head.dropout ? panels_of(head.rows) * kTableWords * sizeof(uint64_t) : 0;
+  }
 
-  HeadDropout(const Head& head, char* tables) : head_(head), tables_(reinterpret_cast<uint64_t*>(tables)) {
+  HeadDropout(const Head& head, char* tables)
+      : head_(head), tables_(reinterpret_cast<uint64_t*>(tables)) {
     for (int round = 0; round < kPhiloxRounds; ++round) {
       keys_[round][0] = head.seed[0] + round * kPhiloxStep0;
       keys_[round][1] = head.seed[1] + round * kPhiloxStep1;
@@ -27,7 +31,8 @@ class HeadDropout {
       const WideWords counter = LoadAs<WideWords>(kPhiloxOrder) + static_cast<uint64_t>(8 * panel);
       const WideWords by_first = MulEven(counter, kPhiloxFactor0);
       const WideWords by_second = MulEven((by_first >> 32) ^ keys_[0][1], kPhiloxFactor2);
-      const WideWords next = MulEven((by_second >> 32) ^ (static_cast<uint32_t>(product) ^ keys_[1][0]), kPhiloxFactor0);
+      const WideWords next = MulEven(
+          (by_second >> 32) ^ (static_cast<uint32_t>(product) ^ keys_[1][0]), kPhiloxFactor0);
       uint64_t* const table = tables_ + panel * kTableWords;
       StoreAs(table, by_first);
       StoreAs(table + 8, by_second ^ keys_[2][0]);
@@ -38,15 +43,18 @@ class HeadDropout {
 
   // -1 in the lanes of the keys that query `row` of the sequence keeps, for the 32 keys of a panel.
   BCLIP_MEMBER_INLINE void keep(int64_t row, int64_t panel, IntLanes kept[2]) const {
-    const uint64_t product = uint64_t{kPhiloxFactor0} * (first_row_ ^ (head_.first_row + static_cast<uint32_t>(row)));
+    const uint64_t product =
+        uint64_t{kPhiloxFactor0} * (first_row_ ^ (head_.first_row + static_cast<uint32_t>(row)));
     const uint64_t* const table = tables_ + panel * kTableWords;
-    const WideWords mixed = MulEven(LoadAs<WideWords>(table) ^ (product >> 32 ^ keys_[1][1]), kPhiloxFactor2);
+    const WideWords mixed =
+        MulEven(LoadAs<WideWords>(table) ^ (product >> 32 ^ keys_[1][1]), kPhiloxFactor2);
     PhiloxVec random;
     random.word0 = (mixed >> 32) ^ LoadAs<WideWords>(table + 8);
     random.word1 = mixed;
     random.word2 = LoadAs<WideWords>(table + 16) ^ (product & 0xFFFFFFFF);
     random.word3 = LoadAs<WideWords>(table + 24);
-    for (int round = 3; round < kPhiloxRounds; ++round) random.Round(keys_[round][0], keys_[round][1]);
+    for (int round = 3; round < kPhiloxRounds; ++round)
+      random.Round(keys_[round][0], keys_[round][1]);
     Words low, high;
     random.Interleaved(low, high);
     kept[0] = low >= head_.threshold;

@@ -1,4 +1,5 @@
-// The engine of attention-inl.h that multiplies in single precision, for operands in float and in bfloat16.
+// The engine of attention-inl.h that multiplies in single precision, for operands in float and in
+// bfloat16.
 #pragma once
 
 #include "csrc/cpu/attention/blocks-inl.h"
@@ -17,10 +18,12 @@ struct FloatEngine {
 
   static constexpr bool kTrims = true;  // products skip the padding
 
-  static void load_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
+  static void load_rows(const float* from, int64_t stride, int64_t rows, int64_t columns,
+                        float* block) {
     load_rows_as(from, stride, rows, columns, block);
   }
-  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
+  static void load_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns,
+                        float* block) {
     load_rows_as(from, stride, rows, columns, block);
   }
 
@@ -44,10 +47,10 @@ struct FloatEngine {
     left_row(block, row + 1, numbers[1]);
   }
 
-  // result (rows, columns), with rows `stride` floats apart, = or += left (rows, depth) right (depth, columns). Columns up
-  // to the next multiple of 16 come from the padding.
-  static void multiply(const float* left, const float* right, const Extent& extent, float* result, int64_t stride,
-                       bool add) {
+  // result (rows, columns), with rows `stride` floats apart, = or += left (rows, depth) right
+  // (depth, columns). Columns up to the next multiple of 16 come from the padding.
+  static void multiply(const float* left, const float* right, const Extent& extent, float* result,
+                       int64_t stride, bool add) {
 #if defined(BCLIP_AVX512)
     constexpr int kRows = 8;
 #elif defined(BCLIP_NEON)
@@ -63,18 +66,20 @@ struct FloatEngine {
 
  private:
   template <int kRows, int kColumns>
-  static void multiply_rows(const float* left, const float* right, const Extent& extent, float* result, int64_t stride,
-                            bool add) {
+  static void multiply_rows(const float* left, const float* right, const Extent& extent,
+                            float* result, int64_t stride, bool add) {
     const int64_t whole = extent.rows / kRows * kRows;
     for (int64_t row = 0; row < whole; row += kRows)
-      product<kRows, kColumns>(left + row * kPanel, right, extent.depth, result + row * stride, stride, add);
+      product<kRows, kColumns>(left + row * kPanel, right, extent.depth, result + row * stride,
+                               stride, add);
     for (int64_t row = whole; row < extent.rows; ++row)
-      product<1, kColumns>(left + row * kPanel, right, extent.depth, result + row * stride, stride, add);
+      product<1, kColumns>(left + row * kPanel, right, extent.depth, result + row * stride, stride,
+                           add);
   }
 
   template <int kRows, int kColumns>
-  BCLIP_INLINE void product(const float* left, const float* right, int64_t depth, float* result, int64_t stride,
-                            bool add) {
+  BCLIP_INLINE void product(const float* left, const float* right, int64_t depth, float* result,
+                            int64_t stride, bool add) {
     Lanes sums[kRows][kColumns];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
@@ -92,7 +97,8 @@ struct FloatEngine {
           for (int j = 0; j < kColumns; ++j) sums[i][j] += columns[j] * left[i * kPanel + k];
       }
     }
-    // The previous sum is added last. A sum that started from it would round each term at the size of the total.
+    // The previous sum is added last. A sum that started from it would round each term at the size
+    // of the total.
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
@@ -103,7 +109,8 @@ struct FloatEngine {
   }
 
   template <class Stored>
-  static void load_rows_as(const Stored* from, int64_t stride, int64_t rows, int64_t columns, float* block) {
+  static void load_rows_as(const Stored* from, int64_t stride, int64_t rows, int64_t columns,
+                           float* block) {
     for (int64_t row = 0; row < kPanel; ++row)
       for (int64_t column = 0; column < kPanel; column += kLanes)
         Store(block + row * kPanel + column,

@@ -1,4 +1,5 @@
-// Attention of one query for each sequence. It reads the keys and values once, so memory bandwidth limits it.
+// Attention of one query for each sequence. It reads the keys and values once, so memory bandwidth
+// limits it.
 #pragma once
 
 #include "csrc/cpu/attention/attention_kernels.h"
@@ -10,19 +11,22 @@ namespace bclip::cpu::BCLIP_ISA {
 namespace {
 
 // Writes 0 or 1 / (1 - p) for each key of one head of one row.
-[[maybe_unused]] void fill_kept(const SingleQueryAttention& attention, int64_t row, int64_t head, int64_t keys, float* factors) {
+[[maybe_unused]] void fill_kept(const SingleQueryAttention& attention, int64_t row, int64_t head,
+                                int64_t keys, float* factors) {
   const auto threshold = static_cast<uint32_t>(attention.dropout_p * 4294967296.0);
   const auto kept = static_cast<float>(1 / (1 - attention.dropout_p));
   for (int64_t first = 0; first < keys; first += 4) {
-    const auto [word0, word1, word2, word3] = philox(attention.seed, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(row),
-                                      static_cast<uint32_t>(head), 0);
+    const auto [word0, word1, word2, word3] =
+        philox(attention.seed, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(row),
+               static_cast<uint32_t>(head), 0);
     const uint32_t words[4] = {word0, word1, word2, word3};
     for (int64_t i = first; i < std::min(first + 4, keys); ++i)
       factors[i] = words[i - first] < threshold ? 0.f : kept;
   }
 }
 
-// One sequence: its query, the keys that the query sees, and scratch of (H, padded) numbers with padded >= keys.
+// One sequence: its query, the keys that the query sees, and scratch of (H, padded) numbers with
+// padded >= keys.
 template <typename Stored>
 struct SingleQuery {
   const SingleQueryAttention& attention;
@@ -55,7 +59,8 @@ struct SingleQuery {
         fill_kept(attention, row, head, keys, factors + head * padded);
   }
 
-  // result (H, keys) = the dot products, head by head, of `with` (H, d) and the keys (part 0) or the values (part 1).
+  // result (H, keys) = the dot products, head by head, of `with` (H, d) and the keys (part 0) or
+  // the values (part 1).
   void products(const Stored* with, int64_t part, float* result) const {
     const int64_t dim = attention.dim;
     for (int64_t key = 0; key < keys; ++key)
@@ -76,7 +81,8 @@ struct SingleQuery {
         const Lanes number = Set(numbers[head * padded + key]);
         const Stored* from = pairs + (2 * key + part) * width + head * dim;
         float* to = sums + head * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) Store(to + i, Load(to + i) + number * Load(from + i));
+        for (int64_t i = 0; i < dim; i += kLanes)
+          Store(to + i, Load(to + i) + number * Load(from + i));
       }
     for (int64_t i = 0; i < width; i += kLanes) Store(out + i, Load(sums + i) * factor);
   }
@@ -90,7 +96,8 @@ struct SingleQuery {
 };
 
 template <typename Stored>
-void single_query_forward(const SingleQueryAttention& attention, int64_t index, void* out, float* lse, float* scratch) {
+void single_query_forward(const SingleQueryAttention& attention, int64_t index, void* out,
+                          float* lse, float* scratch) {
   const SingleQuery<Stored> sequence(attention, index, scratch);
   const int64_t keys = sequence.keys;
   sequence.products(sequence.query, 0, sequence.weights);
@@ -98,7 +105,8 @@ void single_query_forward(const SingleQueryAttention& attention, int64_t index, 
   for (int64_t head = 0; head < attention.heads; ++head) {
     float* const weights = sequence.weights + head * sequence.padded;
     float highest = -__builtin_inff();
-    for (int64_t key = 0; key < keys; ++key) highest = weights[key] * factor > highest ? weights[key] * factor : highest;
+    for (int64_t key = 0; key < keys; ++key)
+      highest = weights[key] * factor > highest ? weights[key] * factor : highest;
     Lanes totals = {};
     for (int64_t key = 0; key < keys; key += kLanes) {
       const Lanes numbers = KeepFirstN(Exp2(Load(weights + key) * factor - highest), keys - key);
@@ -114,10 +122,12 @@ void single_query_forward(const SingleQueryAttention& attention, int64_t index, 
 }
 
 template <typename Stored>
-void single_query_backward(const SingleQueryAttention& attention, const SingleQueryAttentionGradient& gradient, int64_t index,
-                     float* scratch) {
+void single_query_backward(const SingleQueryAttention& attention,
+                           const SingleQueryAttentionGradient& gradient, int64_t index,
+                           float* scratch) {
   const SingleQuery<Stored> sequence(attention, index, scratch);
-  const int64_t heads = attention.heads, dim = attention.dim, keys = sequence.keys, width = sequence.width;
+  const int64_t heads = attention.heads, dim = attention.dim, keys = sequence.keys,
+                width = sequence.width;
   const auto* out_grad = static_cast<const Stored*>(gradient.out_grad) + index * width;
   const auto* out = static_cast<const Stored*>(gradient.out) + index * width;
   const auto scale = static_cast<float>(attention.scale);
@@ -125,7 +135,8 @@ void single_query_backward(const SingleQueryAttention& attention, const SingleQu
   sequence.products(out_grad, 1, sequence.grads);
   for (int64_t head = 0; head < heads; ++head) {
     Lanes products = {};
-    for (int64_t i = head * dim; i < (head + 1) * dim; i += kLanes) products += Load(out_grad + i) * Load(out + i);
+    for (int64_t i = head * dim; i < (head + 1) * dim; i += kLanes)
+      products += Load(out_grad + i) * Load(out + i);
     const float delta = ReduceSum(products), lse = gradient.lse[index * heads + head] * kLog2E;
     for (int64_t i = head * sequence.padded; i < head * sequence.padded + keys; i += kLanes) {
       const Lanes weight = Exp2(Load(sequence.weights + i) * (scale * kLog2E) - lse);
@@ -135,7 +146,8 @@ void single_query_backward(const SingleQueryAttention& attention, const SingleQu
       Store(sequence.grads + i, weight * (grad - delta));
     }
   }
-  sequence.weighted(sequence.grads, 0, scale, static_cast<Stored*>(gradient.query_grad) + index * width);
+  sequence.weighted(sequence.grads, 0, scale,
+                    static_cast<Stored*>(gradient.query_grad) + index * width);
   sequence.drop();
   Stored* to = static_cast<Stored*>(gradient.key_value_grad) + sequence.start * 2 * width;
   for (int64_t key = 0; key < keys; ++key, to += 2 * width)

@@ -17,7 +17,8 @@ BCLIP_INLINE bool holds_positive(const Tile& tile, int64_t row, int64_t column, 
 }
 
 template <int kRows>
-BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, const Factor& factor, Lanes offset, float* rows, float* columns) {
+BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, const Factor& factor, Lanes offset,
+                           float* rows, float* columns) {
   Lanes row_sums[kRows] = {};
   for (int64_t column = 0; column < tile.columns; column += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
@@ -64,7 +65,8 @@ template <bool kGroups>
 void softmax_gradient_of(const Tile& tile, const GradientTile& gradient) {
   const Factor factor(gradient.factor);
   for (int64_t row = 0; row < tile.rows; ++row) {
-    const Lanes row_offset = Set(gradient.rows.offsets[row]), row_share = Set(gradient.rows.shares[row]);
+    const Lanes row_offset = Set(gradient.rows.offsets[row]),
+                row_share = Set(gradient.rows.shares[row]);
     for (int64_t column = 0; column < tile.columns; column += kLanes) {
       const int64_t count = std::min<int64_t>(kLanes, tile.columns - column);
       float* dots = tile.dots + row * tile.stride + column;
@@ -75,12 +77,16 @@ void softmax_gradient_of(const Tile& tile, const GradientTile& gradient) {
         g = Exp2Affine(x, factor, row_offset) * (row_share + column_share);
       } else {
         const Lanes column_offset = LoadN(gradient.columns.offsets + column, count);
-        g = Exp2Affine(x, factor, row_offset) * row_share + Exp2Affine(x, factor, column_offset) * column_share;
+        g = Exp2Affine(x, factor, row_offset) * row_share +
+            Exp2Affine(x, factor, column_offset) * column_share;
       }
       int64_t lane;
       if constexpr (kGroups) {
-        const Lanes share = LoadN(gradient.groups.column_shares + column, count) + gradient.groups.row_shares[row];
-        g -= IfThenElse(same_group(gradient.groups.rows[row], gradient.groups.columns + column, count), share, Lanes{});
+        const Lanes share =
+            LoadN(gradient.groups.column_shares + column, count) + gradient.groups.row_shares[row];
+        g -= IfThenElse(
+            same_group(gradient.groups.rows[row], gradient.groups.columns + column, count), share,
+            Lanes{});
       } else if (holds_positive(tile, row, column, lane)) {
         g = InsertLane(g, lane, gradient.positive_grad[row]);
       }
@@ -135,7 +141,8 @@ SigmoidTileSums sigmoid_gradient_of(const Tile& tile, const SigmoidTile& sigmoid
 }
 
 SigmoidTileSums sigmoid_gradient(const Tile& tile, const SigmoidTile& sigmoid) {
-  return (sigmoid.groups.rows ? sigmoid_gradient_of<true> : sigmoid_gradient_of<false>)(tile, sigmoid);
+  return (sigmoid.groups.rows ? sigmoid_gradient_of<true> : sigmoid_gradient_of<false>)(tile,
+                                                                                        sigmoid);
 }
 
 }  // namespace

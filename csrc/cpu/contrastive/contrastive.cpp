@@ -32,13 +32,15 @@ Tile tile_at(const Block& block, int64_t index) {
 
 }  // namespace
 
-void exponential_sums(const Block& block, double factor, float offset, const Sums& sums, int threads) {
+void exponential_sums(const Block& block, double factor, float offset, const Sums& sums,
+                      int threads) {
   check(block);
   const int64_t tiles = num_tiles(block);
   std::vector<float> partial(tiles * block.rows);
   parallel(tiles, threads, [&](int64_t index) {
     float* rows = partial.data() + index * block.rows;
-    kernels().exponential_sums(tile_at(block, index), factor, offset, rows, sums.columns + index * kTileColumns);
+    kernels().exponential_sums(tile_at(block, index), factor, offset, rows,
+                               sums.columns + index * kTileColumns);
   });
   for (int64_t row = 0; row < block.rows; ++row) {
     double total = 0;
@@ -48,7 +50,9 @@ void exponential_sums(const Block& block, double factor, float offset, const Sum
 }
 
 SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t columns)
-    : factor(softmax.scale * kLog2E), positive_grad(softmax.positive_grad), groups(softmax.groups),
+    : factor(softmax.scale * kLog2E),
+      positive_grad(softmax.positive_grad),
+      groups(softmax.groups),
       numbers(2 * (rows + columns)) {
   double lowest = INFINITY, highest = -INFINITY;
   const auto widen = [&](const double* lse, int64_t count) {
@@ -63,10 +67,12 @@ SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t colum
     }
     return all;
   };
-  const bool all_rows = widen(softmax.rows_lse, rows), all_columns = widen(softmax.columns_lse, columns);
-  // No logit exceeds the log-sum-exp of its row or of its column, unless neither has a loss. One offset puts the highest at
-  // 2^60. If the lowest is within a factor 2^60 of it, no power overflows. Powers that flush to zero are then below 2^-126
-  // of a share, which is at most the weight.
+  const bool all_rows = widen(softmax.rows_lse, rows),
+             all_columns = widen(softmax.columns_lse, columns);
+  // No logit exceeds the log-sum-exp of its row or of its column, unless neither has a loss. One
+  // offset puts the highest at 2^60. If the lowest is within a factor 2^60 of it, no power
+  // overflows. Powers that flush to zero are then below 2^-126 of a share, which is at most the
+  // weight.
   one_offset = (all_rows || all_columns) && lowest <= highest && (highest - lowest) * kLog2E < 60;
   const double shared = std::rint(highest * kLog2E) - 60;
   const auto fill = [&](const double* lse, int64_t count, float* offsets, float* shares) {
@@ -80,7 +86,8 @@ SoftmaxShares::SoftmaxShares(const Softmax& softmax, int64_t rows, int64_t colum
     }
   };
   fill(softmax.rows_lse, rows, numbers.data(), numbers.data() + rows);
-  fill(softmax.columns_lse, columns, numbers.data() + 2 * rows, numbers.data() + 2 * rows + columns);
+  fill(softmax.columns_lse, columns, numbers.data() + 2 * rows,
+       numbers.data() + 2 * rows + columns);
   this->rows = {numbers.data(), numbers.data() + rows};
   this->columns = {numbers.data() + 2 * rows, numbers.data() + 2 * rows + columns};
 }
@@ -94,8 +101,11 @@ void softmax_gradient(const Block& block, const Softmax& softmax, int threads) {
 }
 
 GradientTile SoftmaxShares::tile(int64_t row, int64_t column) const {
-  return {factor, one_offset, {rows.offsets + row, rows.shares + row},
-          {columns.offsets + column, columns.shares + column}, positive_grad ? positive_grad + row : nullptr,
+  return {factor,
+          one_offset,
+          {rows.offsets + row, rows.shares + row},
+          {columns.offsets + column, columns.shares + column},
+          positive_grad ? positive_grad + row : nullptr,
           groups_at(groups, row, column)};
 }
 
@@ -103,7 +113,8 @@ SigmoidSums sigmoid_gradient(const Block& block, const Sigmoid& sigmoid, int thr
   check(block);
   std::vector<SigmoidTileSums> partial(num_tiles(block));
   parallel(num_tiles(block), threads, [&](int64_t index) {
-    partial[index] = kernels().sigmoid_gradient(tile_at(block, index), SigmoidTile(sigmoid, 0, index * kTileColumns));
+    partial[index] = kernels().sigmoid_gradient(tile_at(block, index),
+                                                SigmoidTile(sigmoid, 0, index * kTileColumns));
   });
   SigmoidSums total = {};
   for (const auto& part : partial) {

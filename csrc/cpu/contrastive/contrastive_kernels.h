@@ -1,4 +1,5 @@
-// The kernels for tiles of at most kTileColumns columns, compiled once per instruction set and called by contrastive.cpp.
+// The kernels for tiles of at most kTileColumns columns, compiled once per instruction set and
+// called by contrastive.cpp.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ struct Tile {
   int64_t first;  // column of row 0's positive relative to the tile, possibly outside it
 };
 
-// The contribution of each row, or of each column, to G: 2^(x * factor - offset) * share, with a whole-numbered offset.
+// The contribution of each row, or of each column, to G: 2^(x * factor - offset) * share, with a
+// whole-numbered offset.
 struct Shares {
   const float *offsets, *shares;
 };
@@ -26,7 +28,8 @@ struct Shares {
 inline Groups groups_at(const Groups& groups, int64_t row, int64_t column) {
   if (!groups.rows) return {};
   if (!groups.row_shares) return {groups.rows + row, groups.columns + column, nullptr, nullptr};
-  return {groups.rows + row, groups.columns + column, groups.row_shares + row, groups.column_shares + column};
+  return {groups.rows + row, groups.columns + column, groups.row_shares + row,
+          groups.column_shares + column};
 }
 
 struct GradientTile {
@@ -56,8 +59,10 @@ struct SoftmaxShares {
 
 struct SigmoidTile {
   explicit SigmoidTile(const Sigmoid& sigmoid, int64_t row = 0, int64_t column = 0)
-      : scale(static_cast<float>(sigmoid.scale)), bias(static_cast<float>(sigmoid.bias)),
-        weight(static_cast<float>(sigmoid.weight)), with_gradients(sigmoid.with_gradients),
+      : scale(static_cast<float>(sigmoid.scale)),
+        bias(static_cast<float>(sigmoid.bias)),
+        weight(static_cast<float>(sigmoid.weight)),
+        with_gradients(sigmoid.with_gradients),
         groups(groups_at(sigmoid.groups, row, column)) {}
 
   float scale, bias, weight;

@@ -1,5 +1,5 @@
-// The kernels of image_kernels.h. The including file chooses the target, and defines for 64 bytes in
-// four lanes of 16:
+// The kernels of image_kernels.h. The including file chooses the target, and defines for 64 bytes
+// in four lanes of 16:
 //   Bytes, Sums: sixteen 32-bit sums, with Sums{} being 0
 //   load(from), store(to, Bytes): 64 bytes
 //   load_lanes(a, b, c, d), store_lanes(Bytes, to): 16 bytes each, from and to four addresses
@@ -15,9 +15,11 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-void along(const uint8_t* const* rows, const Taps& taps, int num_groups, uint8_t* groups, uint8_t* const* out) {
+void along(const uint8_t* const* rows, const Taps& taps, int num_groups, uint8_t* groups,
+           uint8_t* const* out) {
   for (int64_t i = 0; i < num_groups; ++i) {
-    store(groups + 64 * i, group(load_lanes(rows[0] + 12 * i, rows[1] + 12 * i, rows[2] + 12 * i, rows[3] + 12 * i)));
+    store(groups + 64 * i, group(load_lanes(rows[0] + 12 * i, rows[1] + 12 * i, rows[2] + 12 * i,
+                                            rows[3] + 12 * i)));
   }
   uint8_t* to[kRowsAtOnce] = {out[0], out[1], out[2], out[3]};
   const Quad* quads = taps.quads;
@@ -35,7 +37,8 @@ void along(const uint8_t* const* rows, const Taps& taps, int num_groups, uint8_t
   }
 }
 
-void across(const uint8_t* const* rows, const Quad* quads, int num_quads, int64_t size, uint8_t* out) {
+void across(const uint8_t* const* rows, const Quad* quads, int num_quads, int64_t size,
+            uint8_t* out) {
   for (int64_t at = 0; at < size; at += 64) {
     Sums sums[4] = {};
     for (int q = 0; q < num_quads; ++q) {

@@ -21,8 +21,9 @@ namespace {
 // A progressive file can repeat scans without end. Real encoders write a few dozen at most.
 constexpr int kMaxScans = 500;
 
-// libjpeg reports errors through a callback that must not return, and C++ exceptions must not cross its C frames. So each
-// error jumps back to run(), which throws. No object with a destructor may be created between the two.
+// libjpeg reports errors through a callback that must not return, and C++ exceptions must not cross
+// its C frames. So each error jumps back to run(), which throws. No object with a destructor may be
+// created between the two.
 class Reader {
  public:
   // The delegated constructor completes the object, so it is destroyed if the rest throws.
@@ -31,7 +32,8 @@ class Reader {
       jpeg_create_decompress(&jpeg);
       progress_.progress_monitor = on_progress;
       jpeg.progress = &progress_;
-      jpeg_mem_src(&jpeg, reinterpret_cast<const uint8_t*>(data.data()), static_cast<unsigned long>(data.size()));
+      jpeg_mem_src(&jpeg, reinterpret_cast<const uint8_t*>(data.data()),
+                   static_cast<unsigned long>(data.size()));
       jpeg_read_header(&jpeg, TRUE);
     });
     jpeg.out_color_space = is_cmyk() ? JCS_CMYK : JCS_RGB;
@@ -90,8 +92,8 @@ class Reader {
 
   static void on_message(j_common_ptr jpeg, int level) {
     if (level >= 0) return;
-    // Damage inside the entropy-coded data looks like image data, but a premature end is detectable. libjpeg would fill the
-    // missing rows with grey.
+    // Damage inside the entropy-coded data looks like image data, but a premature end is
+    // detectable. libjpeg would fill the missing rows with grey.
     if (jpeg->err->msg_code == JWRN_JPEG_EOF) fail(jpeg);
     jpeg->err->num_warnings++;
   }
@@ -103,15 +105,17 @@ class Reader {
     std::longjmp(reader->back_, 1);
   }
 
-  bool is_cmyk() const { return jpeg.jpeg_color_space == JCS_CMYK || jpeg.jpeg_color_space == JCS_YCCK; }
+  bool is_cmyk() const {
+    return jpeg.jpeg_color_space == JCS_CMYK || jpeg.jpeg_color_space == JCS_YCCK;
+  }
 
   static uint8_t times_over_255(int a, int b) {
     const int product = a * b + 128;
     return static_cast<uint8_t>((product + (product >> 8)) >> 8);
   }
 
-  // Files hold inverted CMYK, as Adobe writes it. This is Pillow's conversion: red = k - round(k * cyan / 255), where k is
-  // the light that black lets through.
+  // Files hold inverted CMYK, as Adobe writes it. This is Pillow's conversion: red = k - round(k *
+  // cyan / 255), where k is the light that black lets through.
   void to_rgb(const uint8_t* cmyk, uint8_t* rgb) const {
     for (unsigned x = 0; x < jpeg.output_width; ++x, cmyk += 4, rgb += 3) {
       for (int color = 0; color < 3; ++color) {
@@ -143,7 +147,8 @@ double cubic(double x) {
 
 double triangle(double x) { return x < 1 ? 1 - x : 0; }
 
-// The coefficients for an edge that is decoded at 1 / `reduced` of its length. Sums and roundings have Pillow's order.
+// The coefficients for an edge that is decoded at 1 / `reduced` of its length. Sums and roundings
+// have Pillow's order.
 class Axis {
  public:
   Axis(const Edge& edge, int reduced, int size, bool bicubic, int align) {
@@ -151,7 +156,8 @@ class Axis {
     const double from = static_cast<double>(edge.start) / reduced - base;
     const double length = static_cast<double>(edge.length) / reduced;
     const int last_pixel = static_cast<int>(std::ceil(from + length));
-    const double scale = length / edge.resized, stretch = std::max(scale, 1.0), reach = (bicubic ? 2 : 1) * stretch;
+    const double scale = length / edge.resized, stretch = std::max(scale, 1.0),
+                 reach = (bicubic ? 2 : 1) * stretch;
     // The window [low, high) of output i.
     const auto window = [&](int i) {
       const double center = from + (edge.offset + i + 0.5) * scale;
@@ -166,7 +172,8 @@ class Axis {
     }
     count = (size + 3) / 4 * 4;
     first_.resize(count);
-    quads_.resize(static_cast<size_t>(count) * num_quads, kernels().pack(std::vector<int32_t>(4).data()));
+    quads_.resize(static_cast<size_t>(count) * num_quads,
+                  kernels().pack(std::vector<int32_t>(4).data()));
     ends.resize(size);
     std::vector<double> weights;
     std::vector<int32_t> rounded(4 * num_quads);
@@ -209,9 +216,10 @@ class Axis {
   std::vector<Quad> quads_;
 };
 
-// Whether an approximation may decode at 1 / `reduced` of the size. Fewer decoded pixels are faster but less exact. On
-// figures at 224 pixels, 1.25 decoded pixels for each pixel of the result err by half a level in the mean. With 1.5 pixels
-// the error is a quarter of a level, and with 1 pixel nearly one level.
+// Whether an approximation may decode at 1 / `reduced` of the size. Fewer decoded pixels are faster
+// but less exact. On figures at 224 pixels, 1.25 decoded pixels for each pixel of the result err by
+// half a level in the mean. With 1.5 pixels the error is a quarter of a level, and with 1 pixel
+// nearly one level.
 bool has_spare_pixels(const Edge& edge, int reduced) {
   return static_cast<double>(edge.length) >= 1.25 * static_cast<double>(reduced * edge.resized);
 }
@@ -227,7 +235,8 @@ struct Rows {
   int num_slots() const { return (taps_down() + 7) / 4 * 4; }
   int num_groups() const { return along.first(size - 1) + along.num_quads; }
   size_t decoded_size() const {
-    return std::max<size_t>(3 * reader.jpeg.output_width, 3 * first_column + 12 * num_groups()) + kPadding;
+    return std::max<size_t>(3 * reader.jpeg.output_width, 3 * first_column + 12 * num_groups()) +
+           kPadding;
   }
   size_t resized_size() const { return size_t{3} * along.count + kPadding; }
   uint8_t* result(int row) const { return pixels + int64_t{3} * size * row; }
@@ -250,7 +259,8 @@ struct Rows {
       kernels().along(cropped, along.taps(), num_groups(), groups.data(), slots);
       for (; done < size && down.ends[done] <= end; ++done) {
         for (int i = 0; i < taps_down(); ++i) window[i] = slot(down.first(done) + i);
-        kernels().across(window.data(), down.quads(done), down.num_quads, int64_t{3} * size, result(done));
+        kernels().across(window.data(), down.quads(done), down.num_quads, int64_t{3} * size,
+                         result(done));
       }
     }
   }
@@ -271,41 +281,48 @@ struct Rows {
       for (int i = 0; i < kRowsAtOnce; ++i) slots[i] = slot(row + i);
       reader.read(slots, end - row);
       for (; done < size && down.ends[done] <= end;) {
-        for (int i = 0; i < taps_down(); ++i) window[i] = slot(down.first(done) + i) + 3 * first_column;
-        kernels().across(window.data(), down.quads(done), down.num_quads, width, between[done % kRowsAtOnce]);
+        for (int i = 0; i < taps_down(); ++i)
+          window[i] = slot(down.first(done) + i) + 3 * first_column;
+        kernels().across(window.data(), down.quads(done), down.num_quads, width,
+                         between[done % kRowsAtOnce]);
         if (++done % kRowsAtOnce && done < size) continue;
         kernels().along(between, along.taps(), num_groups(), groups.data(), resized);
         const int first = (done - 1) / kRowsAtOnce * kRowsAtOnce;
-        for (int i = first; i < done; ++i) std::memcpy(result(i), resized[i - first], size_t{3} * size);
+        for (int i = first; i < done; ++i)
+          std::memcpy(result(i), resized[i - first], size_t{3} * size);
       }
     }
   }
 };
 
-void decode_resize_one(std::string_view data, const DecodeResize& options, int64_t index, uint8_t* pixels) {
+void decode_resize_one(std::string_view data, const DecodeResize& options, int64_t index,
+                       uint8_t* pixels) {
   Reader reader(data);
   jpeg_decompress_struct& jpeg = reader.jpeg;
   const int64_t height = reader.height(), width = reader.width();
   if (height * width > options.max_pixels) {
     throw std::invalid_argument("JPEG of " + std::to_string(width) + "x" + std::to_string(height) +
-                                " pixels exceeds the limit of " + std::to_string(options.max_pixels) + " pixels");
+                                " pixels exceeds the limit of " +
+                                std::to_string(options.max_pixels) + " pixels");
   }
   const auto [vertical, horizontal] =
-      edges(options.size, options.crop, options.boxes ? options.boxes + 4 * index : nullptr, height, width);
+      edges(options.size, options.crop, options.boxes ? options.boxes + 4 * index : nullptr, height,
+            width);
   const auto may_reduce = [&, v = vertical, h = horizontal](int by) {
     return !options.exact && has_spare_pixels(v, by) && has_spare_pixels(h, by);
   };
   int reduced = 1;
   while (reduced < 8 && may_reduce(2 * reduced)) reduced *= 2;
   const int size = options.size;
-  const Axis down(vertical, reduced, size, options.bicubic, 1), along(horizontal, reduced, size, options.bicubic, 4);
+  const Axis down(vertical, reduced, size, options.bicubic, 1),
+      along(horizontal, reduced, size, options.bicubic, 4);
   jpeg.scale_num = 1;
   jpeg.scale_denom = reduced;
   jpeg.do_fancy_upsampling = !may_reduce(reduced);
   reader.start();
   int first_column = along.base;
-  // Chroma upsampling reads neighbouring columns, so two more columns on each side keep the edge of the crop away. The
-  // smoothing of a progressive file reads further, so such a file isn't cropped.
+  // Chroma upsampling reads neighbouring columns, so two more columns on each side keep the edge of
+  // the crop away. The smoothing of a progressive file reads further, so such a file isn't cropped.
   const int left = std::max(0, along.base - 2);
   const int right = std::min(static_cast<int>(jpeg.output_width), along.base + along.length() + 2);
   if (!jpeg.progressive_mode && right - left < static_cast<int>(jpeg.output_width)) {
@@ -336,8 +353,8 @@ void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width) 
   Reader reader(data);
   if (reader.height() != height || reader.width() != width) {
     throw std::invalid_argument("JPEG does not fit: it is " + std::to_string(reader.width()) + "x" +
-                                std::to_string(reader.height()) + ", the output " + std::to_string(width) + "x" +
-                                std::to_string(height));
+                                std::to_string(reader.height()) + ", the output " +
+                                std::to_string(width) + "x" + std::to_string(height));
   }
   reader.start();
   constexpr int kMost = 16;
@@ -350,8 +367,9 @@ void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width) 
   reader.finish();
 }
 
-std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<std::string_view>& files,
-                                                           const DecodeResize& options, uint8_t* pixels, int threads) {
+std::vector<std::pair<int64_t, std::string>> decode_resize(
+    const std::vector<std::string_view>& files, const DecodeResize& options, uint8_t* pixels,
+    int threads) {
   std::vector<std::pair<int64_t, std::string>> errors;
   std::mutex mutex;
   kernels();  // throws for an unknown BCLIP_CPU_ISA, which is not a fault of a file

@@ -1,4 +1,5 @@
-// Resampling on AVX2. It multiplies 16-bit numbers, so a coefficient is split into c = 4096 * high + low.
+// Resampling on AVX2. It multiplies 16-bit numbers, so a coefficient is split into c = 4096 * high
+// + low.
 #define BCLIP_ISA avx2
 #include "csrc/cpu/image/image_kernels.h"
 #include "csrc/cpu/simd/target.h"
@@ -23,10 +24,13 @@ inline Bytes load(const uint8_t* from) {
 }
 
 inline void store(uint8_t* to, const Bytes& bytes) {
-  for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + i, bytes.halves[i]);
+  for (int i = 0; i < 2; ++i)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + i, bytes.halves[i]);
 }
 
-inline __m128i lane_at(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline __m128i lane_at(const uint8_t* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
 
 inline Bytes load_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
   return {{_mm256_set_m128i(lane_at(b), lane_at(a)), _mm256_set_m128i(lane_at(d), lane_at(c))}};
@@ -34,8 +38,10 @@ inline Bytes load_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, co
 
 inline void store_lanes(const Bytes& bytes, uint8_t* const* to) {
   for (int i = 0; i < 2; ++i) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2 * i]), _mm256_castsi256_si128(bytes.halves[i]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2 * i + 1]), _mm256_extracti128_si256(bytes.halves[i], 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2 * i]),
+                     _mm256_castsi256_si128(bytes.halves[i]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2 * i + 1]),
+                     _mm256_extracti128_si256(bytes.halves[i], 1));
   }
 }
 
@@ -71,9 +77,12 @@ inline Sums add(Sums sums, const Bytes& bytes, const Quad& quad) {
   for (int i = 0; i < 2; ++i) {
     const __m256i even = _mm256_and_si256(bytes.halves[i], _mm256_set1_epi16(255));
     const __m256i odd = _mm256_srli_epi16(bytes.halves[i], 8);
-    const __m256i high = _mm256_add_epi32(_mm256_madd_epi16(even, words[0]), _mm256_madd_epi16(odd, words[1]));
-    const __m256i low = _mm256_add_epi32(_mm256_madd_epi16(even, words[2]), _mm256_madd_epi16(odd, words[3]));
-    sums.halves[i] = _mm256_add_epi32(sums.halves[i], _mm256_add_epi32(_mm256_slli_epi32(high, 12), low));
+    const __m256i high =
+        _mm256_add_epi32(_mm256_madd_epi16(even, words[0]), _mm256_madd_epi16(odd, words[1]));
+    const __m256i low =
+        _mm256_add_epi32(_mm256_madd_epi16(even, words[2]), _mm256_madd_epi16(odd, words[3]));
+    sums.halves[i] =
+        _mm256_add_epi32(sums.halves[i], _mm256_add_epi32(_mm256_slli_epi32(high, 12), low));
   }
   return sums;
 }
@@ -86,8 +95,8 @@ inline Bytes round_to_bytes(const Sums* sums) {
       const __m256i half = _mm256_set1_epi32(1 << (kPrecision - 1));
       values[k] = _mm256_srai_epi32(_mm256_add_epi32(sums[k].halves[i], half), kPrecision);
     }
-    bytes.halves[i] =
-        _mm256_packus_epi16(_mm256_packs_epi32(values[0], values[1]), _mm256_packs_epi32(values[2], values[3]));
+    bytes.halves[i] = _mm256_packus_epi16(_mm256_packs_epi32(values[0], values[1]),
+                                          _mm256_packs_epi32(values[2], values[3]));
   }
   return bytes;
 }

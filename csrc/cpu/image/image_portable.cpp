@@ -54,7 +54,8 @@ inline Bytes ungroup(const Bytes& bytes) {
 inline void interleave(const Bytes* rows, Bytes* columns) {
   for (int lane = 0; lane < 64; lane += 16)
     for (int i = 0; i < 16; ++i)
-      for (int row = 0; row < 4; ++row) columns[i / 4].at[lane + i % 4 * 4 + row] = rows[row].at[lane + i];
+      for (int row = 0; row < 4; ++row)
+        columns[i / 4].at[lane + i % 4 * 4 + row] = rows[row].at[lane + i];
 }
 
 inline Sums add(Sums sums, const Bytes& bytes, const Quad& quad) {

@@ -1,5 +1,6 @@
-// Resampling on AVX-512 with VNNI, whose instruction sums four products of a byte and a signed byte. So a coefficient is
-// split into c = 65536 * c2 + 256 * c1 + c0 with c0, c1, c2 in [-128, 127].
+// Resampling on AVX-512 with VNNI, whose instruction sums four products of a byte and a signed
+// byte. So a coefficient is split into c = 65536 * c2 + 256 * c1 + c0 with c0, c1, c2 in [-128,
+// 127].
 #define BCLIP_ISA vnni
 #include "csrc/cpu/image/image_kernels.h"
 #include "csrc/cpu/simd/target.h"
@@ -20,7 +21,9 @@ inline Bytes load(const uint8_t* from) { return _mm512_loadu_si512(from); }
 
 inline void store(uint8_t* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
 
-inline __m128i lane_at(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline __m128i lane_at(const uint8_t* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
 
 inline Bytes load_lanes(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(lane_at(b), lane_at(a))),
@@ -47,8 +50,10 @@ inline Bytes ungroup(Bytes bytes) {
 }
 
 inline void interleave(const Bytes* rows, Bytes* columns) {
-  const Bytes low = _mm512_unpacklo_epi8(rows[0], rows[1]), high = _mm512_unpackhi_epi8(rows[0], rows[1]);
-  const Bytes next_low = _mm512_unpacklo_epi8(rows[2], rows[3]), next_high = _mm512_unpackhi_epi8(rows[2], rows[3]);
+  const Bytes low = _mm512_unpacklo_epi8(rows[0], rows[1]),
+              high = _mm512_unpackhi_epi8(rows[0], rows[1]);
+  const Bytes next_low = _mm512_unpacklo_epi8(rows[2], rows[3]),
+              next_high = _mm512_unpackhi_epi8(rows[2], rows[3]);
   columns[0] = _mm512_unpacklo_epi16(low, next_low);
   columns[1] = _mm512_unpackhi_epi16(low, next_low);
   columns[2] = _mm512_unpacklo_epi16(high, next_high);
@@ -68,10 +73,12 @@ inline Bytes round_to_bytes(const Sums* sums) {
     const __m512i* const digits = sums[k].digits;
     const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(digits[2], 8), digits[1]);
     const __m512i half = _mm512_set1_epi32(1 << (kPrecision - 1));
-    const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), _mm512_add_epi32(digits[0], half));
+    const __m512i sum =
+        _mm512_add_epi32(_mm512_slli_epi32(upper, 8), _mm512_add_epi32(digits[0], half));
     values[k] = _mm512_srai_epi32(sum, kPrecision);
   }
-  return _mm512_packus_epi16(_mm512_packs_epi32(values[0], values[1]), _mm512_packs_epi32(values[2], values[3]));
+  return _mm512_packus_epi16(_mm512_packs_epi32(values[0], values[1]),
+                             _mm512_packs_epi32(values[2], values[3]));
 }
 
 Quad pack(const int32_t* coefficients) {

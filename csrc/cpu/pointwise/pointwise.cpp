@@ -24,7 +24,9 @@ int64_t num_tasks(int64_t count, int64_t each) {
 
 int64_t row_width(int64_t columns) { return (columns + 31) / 32 * 32; }
 
-std::vector<float> scratch(int64_t columns) { return std::vector<float>(kScratchRows * row_width(columns)); }
+std::vector<float> scratch(int64_t columns) {
+  return std::vector<float>(kScratchRows * row_width(columns));
+}
 
 }  // namespace
 
@@ -37,13 +39,14 @@ void add_norm(const AddNorm& norm, int threads) {
 }
 
 void add_norm_backward(const AddNormGradient& gradient, int threads) {
-  const int64_t columns = gradient.columns, tasks = num_tasks(columns ? gradient.rows : columns, kRows);
+  const int64_t columns = gradient.columns,
+                tasks = num_tasks(columns ? gradient.rows : columns, kRows);
   const int64_t width = row_width(columns);
   std::vector<float> sums(tasks * 2 * width);
   parallel(tasks, threads, [&](int64_t task) {
     auto keep = scratch(columns);
-    kernels().add_norm_backward(gradient, task * kRows, std::min(gradient.rows, (task + 1) * kRows), keep.data(),
-                                sums.data() + task * 2 * width);
+    kernels().add_norm_backward(gradient, task * kRows, std::min(gradient.rows, (task + 1) * kRows),
+                                keep.data(), sums.data() + task * 2 * width);
   });
   std::vector<double> totals(2 * width);
   for (int64_t task = 0; task < tasks; ++task)

@@ -1,4 +1,5 @@
-// Dot products that exceed a bound (ranking.h): nearly all are decided in bfloat16, the rest in double precision.
+// Dot products that exceed a bound (ranking.h): nearly all are decided in bfloat16, the rest in
+// double precision.
 #define BCLIP_ISA amx
 #include "csrc/ranking.h"
 
@@ -22,8 +23,8 @@ constexpr int64_t kSums = 16;
 #ifdef BCLIP_X86_TARGETS
 __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
-void dot_products_of(const float* left, const float* right, int64_t columns, int64_t width, const int64_t* pairs,
-                     int64_t count, double* out) {
+void dot_products_of(const float* left, const float* right, int64_t columns, int64_t width,
+                     const int64_t* pairs, int64_t count, double* out) {
   for (int64_t p = 0; p < count; ++p) {
     const float *one = left + pairs[p] / columns * width, *two = right + pairs[p] % columns * width;
     double sums[kSums] = {};
@@ -40,9 +41,10 @@ void dot_products_of(const float* left, const float* right, int64_t columns, int
 
 }  // namespace
 
-void dot_products(const float* left, const float* right, int64_t columns, int64_t width, const int64_t* pairs,
-                  int64_t count, double* out, int threads) {
-  if (columns < 0 || width < 0 || count < 0) throw std::invalid_argument("ranking: a problem has negative sizes");
+void dot_products(const float* left, const float* right, int64_t columns, int64_t width,
+                  const int64_t* pairs, int64_t count, double* out, int threads) {
+  if (columns < 0 || width < 0 || count < 0)
+    throw std::invalid_argument("ranking: a problem has negative sizes");
   parallel((count + kPairsATask - 1) / kPairsATask, threads, [&](int64_t task) {
     const int64_t begin = task * kPairsATask, part = std::min(kPairsATask, count - begin);
     dot_products_of(left, right, columns, width, pairs + begin, part, out + begin);
@@ -74,7 +76,8 @@ class Deciding {
   void begin_block(int64_t, int64_t) {}
   void begin_panel() {}
 
-  inline __attribute__((always_inline)) void row(const TilePosition& position, int64_t i, const float* dots, uint16_t*) {
+  inline __attribute__((always_inline)) void row(const TilePosition& position, int64_t i,
+                                                 const float* dots, uint16_t*) {
     const int64_t row = position.row + i;
     const __m512 low = _mm512_set1_ps(all_.row_low[row]), high = _mm512_set1_ps(all_.row_high[row]);
     uint32_t above = 0, open_row = 0, open_column = 0;
@@ -91,7 +94,8 @@ class Deciding {
       if (column_above) {
         int32_t* counts = columns_.data() + column;
         const __m512i before = _mm512_maskz_loadu_epi32(column_above, counts);
-        _mm512_mask_storeu_epi32(counts, column_above, _mm512_add_epi32(before, _mm512_set1_epi32(1)));
+        _mm512_mask_storeu_epi32(counts, column_above,
+                                 _mm512_add_epi32(before, _mm512_set1_epi32(1)));
       }
       above |= static_cast<uint32_t>(row_above) << (half * kHalf);
       open_row |= static_cast<uint32_t>(row_maybe ^ row_above) << (half * kHalf);
@@ -128,7 +132,8 @@ class Deciding {
 using namespace amx;
 
 std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads) {
-  if (!has_amx()) throw std::invalid_argument("ranking: this machine has no AMX, or Linux denies it");
+  if (!has_amx())
+    throw std::invalid_argument("ranking: this machine has no AMX, or Linux denies it");
   if (screen.rows < 0 || screen.columns < 0 || screen.width < 0)
     throw std::invalid_argument("ranking: a problem has negative sizes");
   const Features left = {screen.left, screen.rows, screen.width};
@@ -136,11 +141,12 @@ std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads)
   std::vector<int64_t> pairs;
   std::mutex mutex;
   std::atomic<bool> enough{false};
-  with_memory(tasks_of(left.count), threads, std::min(kQueryRows, left.count), right.count, left.width, false,
-              [&](int64_t task, const TileMemory& memory) {
+  with_memory(tasks_of(left.count), threads, std::min(kQueryRows, left.count), right.count,
+              left.width, false, [&](int64_t task, const TileMemory& memory) {
                 if (enough) return;
                 Deciding consumer(screen, most);
-                const int64_t begin = task * kQueryRows, end = std::min(begin + kQueryRows, left.count);
+                const int64_t begin = task * kQueryRows,
+                              end = std::min(begin + kQueryRows, left.count);
                 for_each_tile(left, begin, end, right, 0, right.count, 0, memory, consumer);
                 const std::lock_guard<std::mutex> lock(mutex);
                 for (int64_t column = 0; column < right.count; ++column)

@@ -1,7 +1,8 @@
 // bfloat16 in memory: the upper halves of floats.
 //
-// Rounding is to nearest, ties to even. A NaN becomes quiet and keeps its sign and the upper bits of its payload, as in the
-// instructions of x86 (VCVTNEPS2BF16) and Arm (BFCVT). So all CPU kernels have the same rule.
+// Rounding is to nearest, ties to even. A NaN becomes quiet and keeps its sign and the upper bits
+// of its payload, as in the instructions of x86 (VCVTNEPS2BF16) and Arm (BFCVT). So all CPU kernels
+// have the same rule.
 #pragma once
 
 #include "csrc/cpu/simd/vec.h"
@@ -30,7 +31,8 @@ BCLIP_INLINE V PromoteTo(const uint16_t* from) {
     return (V)vshll_n_u16(vld1_u16(from), 16);
 #else
     VectorOf<uint32_t, sizeof(V)>::type words;
-    for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i) words[i] = static_cast<uint32_t>(from[i]) << 16;
+    for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i)
+      words[i] = static_cast<uint32_t>(from[i]) << 16;
     return (V)words;
 #endif
   }
@@ -51,7 +53,8 @@ BCLIP_INLINE void StoreUpperHalves(uint16_t* to, IntLanes words) {
   const IntLanes shifted = words >> 16;
   auto* const halves = reinterpret_cast<__m128i*>(to);
   _mm_storeu_si128(halves, _mm_packs_epi32((__m128i)shifted.low.low, (__m128i)shifted.low.high));
-  _mm_storeu_si128(halves + 1, _mm_packs_epi32((__m128i)shifted.high.low, (__m128i)shifted.high.high));
+  _mm_storeu_si128(halves + 1,
+                   _mm_packs_epi32((__m128i)shifted.high.low, (__m128i)shifted.high.high));
 #else
   uint32_t each[kLanes];
   StoreAs(each, words);
@@ -66,7 +69,9 @@ BCLIP_INLINE IntLanes DemoteToUpperHalves(Lanes lanes) {
   return BitCast<IntLanes>(IfThenElse(lanes == lanes, rounded, bits | 0x400000u));
 }
 
-BCLIP_INLINE void Store(uint16_t* to, Lanes lanes) { StoreUpperHalves(to, DemoteToUpperHalves(lanes)); }
+BCLIP_INLINE void Store(uint16_t* to, Lanes lanes) {
+  StoreUpperHalves(to, DemoteToUpperHalves(lanes));
+}
 
 }  // namespace
 

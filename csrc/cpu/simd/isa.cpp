@@ -35,15 +35,17 @@ Isa requested_or_best() {
     if (requested == std::string(name_of(isa))) return isa;
     names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
   }
-  throw std::invalid_argument("BCLIP_CPU_ISA is '" + std::string(requested) + "'; this processor and build have " +
-                              names);
+  throw std::invalid_argument("BCLIP_CPU_ISA is '" + std::string(requested) +
+                              "'; this processor and build have " + names);
 }
 
 #ifdef BCLIP_AMX_TARGET
 bool request_amx() {
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) ||
+      (d & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile))
+    return false;
   if (!__builtin_cpu_supports("avx512bf16") || isa_in_use() != Isa::kAvx512) return false;
   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
   constexpr long request_permission = 0x1023, tile_data = 18;
@@ -55,7 +57,9 @@ bool request_amx() { return false; }
 
 }  // namespace
 
-const char* name_of(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "plain"; }
+const char* name_of(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "plain";
+}
 
 Isa isa_in_use() {
   static const Isa isa = requested_or_best();

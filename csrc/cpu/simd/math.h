@@ -10,8 +10,8 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// A number with twice the precision of a float. For a logit in the hundreds, a factor rounded to one float would change the
-// fifth digit of the exponential.
+// A number with twice the precision of a float. For a logit in the hundreds, a factor rounded to
+// one float would change the fifth digit of the exponential.
 struct Factor {
   explicit Factor(double value)
       : high(Set(static_cast<float>(value))),
@@ -20,8 +20,8 @@ struct Factor {
   Lanes high, low;
 };
 
-// x * y - z for a z near the product, rounded once. The compiler would round the expression `x * y - z` twice if it needs the
-// product elsewhere too.
+// x * y - z for a z near the product, rounded once. The compiler would round the expression `x * y
+// - z` twice if it needs the product elsewhere too.
 template <class V>
 BCLIP_INLINE V MulSub(V x, V y, V z) {
   if constexpr (kIsPair<V>) {
@@ -36,14 +36,15 @@ BCLIP_INLINE V MulSub(V x, V y, V z) {
 #else
     // The product of the leading 12 bits of both is exact.
     using Bits = typename VectorOf<int32_t, sizeof(V)>::type;
-    const V x_top = BitCast<V>(BitCast<Bits>(x) & -4096), y_top = BitCast<V>(BitCast<Bits>(y) & -4096);
+    const V x_top = BitCast<V>(BitCast<Bits>(x) & -4096),
+            y_top = BitCast<V>(BitCast<Bits>(y) & -4096);
     return (x_top * y_top - z) + (x_top * (y - y_top) + (x - x_top) * y);
 #endif
   }
 }
 
-// 2^(x * factor - offset) for a whole-numbered offset, with a relative error of 1e-7; 0 below 2^-126. The fraction is computed
-// without the offset, which would round it away.
+// 2^(x * factor - offset) for a whole-numbered offset, with a relative error of 1e-7; 0 below
+// 2^-126. The fraction is computed without the offset, which would round it away.
 BCLIP_INLINE Lanes Exp2Affine(Lanes x, const Factor& factor, Lanes offset) {
   // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits.
   constexpr float round = 12582912.f;
@@ -94,8 +95,9 @@ BCLIP_INLINE Lanes Log1pUnit(Lanes u) {
 }
 
 #ifdef BCLIP_AVX512
-// 2^(x * factor - offset) for a whole-numbered offset, with a relative error of 1.5e-7, from instructions that only AVX-512
-// has. It is short, so it fits between the instructions of the matrix unit.
+// 2^(x * factor - offset) for a whole-numbered offset, with a relative error of 1.5e-7, from
+// instructions that only AVX-512 has. It is short, so it fits between the instructions of the
+// matrix unit.
 BCLIP_INLINE __m512 Exp2AffineAmx(__m512 x, const Factor& factor, __m512 offset) {
   const __m512 y = _mm512_fmsub_ps(x, (__m512)factor.high, offset);
   const __m512 rest = _mm512_reduce_ps(y, 8);  // y minus the nearest whole number

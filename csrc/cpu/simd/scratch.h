@@ -9,7 +9,8 @@
 
 namespace bclip::cpu {
 
-// At least `bytes` bytes, aligned to 64, that belong to the calling thread. A later call may move them.
+// At least `bytes` bytes, aligned to 64, that belong to the calling thread. A later call may move
+// them.
 char* thread_scratch(int64_t bytes);
 
 // Hands out pieces of a scratch, each aligned to 64 bytes. Without memory it only counts the bytes.
@@ -36,7 +37,8 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) : bytes_(std::max<int64_t>(count, 1) * sizeof(T)) {
-    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory =
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
 #ifdef __linux__
     madvise(memory, bytes_, MADV_HUGEPAGE);

@@ -1,10 +1,11 @@
-// The instruction set that the rest of a unit is compiled for: BCLIP_ISA, one of portable, avx2, avx512, vnni and amx.
-// The build compiles every *_isa.cpp once each with -DBCLIP_ISA=portable, avx2 and avx512. Other units define it
-// themselves.
+// The instruction set that the rest of a unit is compiled for: BCLIP_ISA, one of portable, avx2,
+// avx512, vnni and amx. The build compiles every *_isa.cpp once each with -DBCLIP_ISA=portable,
+// avx2 and avx512. Other units define it themselves.
 //
-// Inline functions of headers that come before this one are shared with code that runs on every processor: include
-// standard headers and contracts there. Compiler flags in place of the pragma would compile those for one processor.
-// Headers that come after it lie in namespace bclip::cpu::BCLIP_ISA, so no two instruction sets share a symbol.
+// Inline functions of headers that come before this one are shared with code that runs on every
+// processor: include standard headers and contracts there. Compiler flags in place of the pragma
+// would compile those for one processor. Headers that come after it lie in namespace
+// bclip::cpu::BCLIP_ISA, so no two instruction sets share a symbol.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +38,8 @@
 #define BCLIP_NUMBER_amx 4
 #define BCLIP_ISA_NUMBER BCLIP_JOIN(BCLIP_NUMBER_, BCLIP_ISA)
 
-// BCLIP_ISA_AVAILABLE: this compiler can make code for the instruction set. The unit stays empty elsewhere.
+// BCLIP_ISA_AVAILABLE: this compiler can make code for the instruction set. The unit stays empty
+// elsewhere.
 #if BCLIP_ISA_NUMBER == BCLIP_NUMBER_portable
 #define BCLIP_ISA_AVAILABLE 1
 #elif BCLIP_ISA_NUMBER == BCLIP_NUMBER_amx
@@ -56,7 +58,8 @@
 #if BCLIP_ISA_NUMBER > 1
 #define BCLIP_AVX512 1
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
 #else
 #define BCLIP_AVX2 1
 #endif

@@ -1,4 +1,5 @@
-// Transposes of small matrices in registers, and reductions of sixteen rows at a time, which are built on them.
+// Transposes of small matrices in registers, and reductions of sixteen rows at a time, which are
+// built on them.
 #pragma once
 
 #include "csrc/cpu/simd/vec.h"
@@ -42,7 +43,8 @@ BCLIP_INLINE void transpose(const void* from, int64_t from_stride, void* to, int
     for (int64_t j = 0; j < kLanes; j += kRegisterLanes) {
       WordRegister rows[kRegisterLanes];
 #pragma GCC unroll 16
-      for (int k = 0; k < kRegisterLanes; ++k) rows[k] = LoadAs<WordRegister>(source + (i + k) * from_stride + j);
+      for (int k = 0; k < kRegisterLanes; ++k)
+        rows[k] = LoadAs<WordRegister>(source + (i + k) * from_stride + j);
       transpose(rows);
 #pragma GCC unroll 16
       for (int k = 0; k < kRegisterLanes; ++k) StoreAs(target + (j + k) * to_stride + i, rows[k]);
@@ -58,15 +60,17 @@ BCLIP_INLINE FloatRegister join_halves(V vector, const Join& join) {
     return vector;
 }
 
-// Joins the elements of each of 16 rows. Lane i of the result belongs to row i. `join` takes vectors of any width. Sixteen
-// rows at a time hide the latency that the steps of a single row would expose.
+// Joins the elements of each of 16 rows. Lane i of the result belongs to row i. `join` takes
+// vectors of any width. Sixteen rows at a time hide the latency that the steps of a single row
+// would expose.
 template <class Join>
 BCLIP_INLINE Lanes reduce_rows(const Lanes* rows, const Join& join) {
   float joined[kLanes];
   for (int first = 0; first < kLanes; first += kRegisterLanes) {
     WordRegister parts[kRegisterLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRegisterLanes; ++i) parts[i] = (WordRegister)join_halves(rows[first + i], join);
+    for (int i = 0; i < kRegisterLanes; ++i)
+      parts[i] = (WordRegister)join_halves(rows[first + i], join);
     transpose(parts);
 #pragma GCC unroll 4
     for (int width = kRegisterLanes / 2; width; width /= 2)

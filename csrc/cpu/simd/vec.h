@@ -1,6 +1,7 @@
-// Vectors of sixteen 32-bit numbers, in registers of the target's own width. If one register holds them all, a vector is
-// the compiler's vector extension, else a pair of narrower vectors. GCC 12 would keep a vector that is wider than the
-// registers in memory, and copy it eight bytes at a time. The operations have Highway's names.
+// Vectors of sixteen 32-bit numbers, in registers of the target's own width. If one register holds
+// them all, a vector is the compiler's vector extension, else a pair of narrower vectors. GCC 12
+// would keep a vector that is wider than the registers in memory, and copy it eight bytes at a
+// time. The operations have Highway's names.
 //
 // Include it after target.h. All of it has internal linkage and is inlined.
 #pragma once
@@ -21,13 +22,14 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-// Two vectors as one with twice as many elements. It has the operators of the compiler's vectors, which act element by
-// element. A scalar counts for all elements, and a comparison yields -1 or 0 in each.
+// Two vectors as one with twice as many elements. It has the operators of the compiler's vectors,
+// which act element by element. A scalar counts for all elements, and a comparison yields -1 or 0
+// in each.
 template <class Half, class T>
 struct Pair {
   Half low, high;
 
-// clang-format off
+  // clang-format off
 #define BCLIP_BINARY(op)                                                                         \
   friend BCLIP_MEMBER_INLINE Pair operator op(Pair a, Pair b) {                                  \
     return {a.low op b.low, a.high op b.high};                                                   \
@@ -50,10 +52,14 @@ struct Pair {
   BCLIP_COMPARISON(<) BCLIP_COMPARISON(<=) BCLIP_COMPARISON(>) BCLIP_COMPARISON(>=)
   BCLIP_COMPARISON(==) BCLIP_COMPARISON(!=)
 #undef BCLIP_COMPARISON
-// clang-format on
+      // clang-format on
 
-  friend BCLIP_MEMBER_INLINE Pair operator<<(Pair a, int bits) { return {a.low << bits, a.high << bits}; }
-  friend BCLIP_MEMBER_INLINE Pair operator>>(Pair a, int bits) { return {a.low >> bits, a.high >> bits}; }
+      friend BCLIP_MEMBER_INLINE Pair operator<<(Pair a, int bits) {
+    return {a.low << bits, a.high << bits};
+  }
+  friend BCLIP_MEMBER_INLINE Pair operator>>(Pair a, int bits) {
+    return {a.low >> bits, a.high >> bits};
+  }
   friend BCLIP_MEMBER_INLINE Pair operator-(Pair a) { return {-a.low, -a.high}; }
 
  private:
@@ -132,7 +138,9 @@ BCLIP_INLINE void StoreAs(T* to, V vector) {
 BCLIP_INLINE Lanes Load(const float* from) { return LoadAs<Lanes>(from); }
 BCLIP_INLINE void Store(float* to, Lanes lanes) { StoreAs(to, lanes); }
 
-BCLIP_INLINE Lanes Set(float value) { return value - Lanes{}; }  // x - 0 is x for every x, but -0 + 0 is +0
+BCLIP_INLINE Lanes Set(float value) {
+  return value - Lanes{};
+}  // x - 0 is x for every x, but -0 + 0 is +0
 
 // start, start + 1, start + 2, ...
 template <class V = IntLanes>
@@ -212,7 +220,9 @@ BCLIP_INLINE float ReduceSum(Lanes lanes) {
 #endif
 }
 
-BCLIP_INLINE Lanes Abs(Lanes lanes) { return BitCast<Lanes>(BitCast<IntLanes>(lanes) & 0x7FFFFFFF); }
+BCLIP_INLINE Lanes Abs(Lanes lanes) {
+  return BitCast<Lanes>(BitCast<IntLanes>(lanes) & 0x7FFFFFFF);
+}
 
 // The larger element, or `b` if one of them is NaN.
 BCLIP_INLINE Lanes Max(Lanes a, Lanes b) { return IfThenElse(a > b, a, b); }

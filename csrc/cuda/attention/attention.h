@@ -1,6 +1,7 @@
-// Attention within each sequence of a packed batch: csrc/attention.h defines the maths and the dropout. Throws
-// std::invalid_argument for a head dimension that isn't built, and std::runtime_error with CUDA's reason. All addresses are
-// the device's. Addresses and strides are multiples of 16 bytes.
+// Attention within each sequence of a packed batch: csrc/attention.h defines the maths and the
+// dropout. Throws std::invalid_argument for a head dimension that isn't built, and
+// std::runtime_error with CUDA's reason. All addresses are the device's. Addresses and strides are
+// multiples of 16 bytes.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,8 @@
 namespace bclip::cuda {
 
 struct Attention {
-  const void* qkv;  // (T, 3, H, d), whose d elements are contiguous
-  bool bfloat16;    // else float16
+  const void* qkv;                                 // (T, 3, H, d), whose d elements are contiguous
+  bool bfloat16;                                   // else float16
   int64_t token_stride, part_stride, head_stride;  // in elements
   int64_t rows, sequences;                         // T, n
   int heads, dim;                                  // H, d
@@ -26,7 +27,8 @@ struct Attention {
   void* stream;
 };
 
-// Writes out (T, H, d) and lse (H, T), contiguous. `splits` blocks of threads share the queries of a sequence and head.
+// Writes out (T, H, d) and lse (H, T), contiguous. `splits` blocks of threads share the queries of
+// a sequence and head.
 void attention_forward(const Attention& attention, void* out, float* lse, int splits);
 
 struct AttentionGradient {
@@ -39,7 +41,8 @@ struct AttentionGradient {
 
 void attention_backward(const Attention& attention, const AttentionGradient& gradient);
 
-// The number of keys that a block of threads holds at once. Longer sequences accumulate dQ in the workspace.
+// The number of keys that a block of threads holds at once. Longer sequences accumulate dQ in the
+// workspace.
 int attention_backward_keys(int dim, int max_length, int block_bytes);
 
 // Shared memory of a block of threads, in bytes.

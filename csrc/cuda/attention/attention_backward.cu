@@ -1,9 +1,10 @@
-// A block of warps computes a sequence and head. It holds K and V of up to kKeys keys in shared memory. In registers, each
-// warp holds the sums of dK and dV for 16 or 32 of these keys. The block goes through strips of 64 queries. It computes S^T
-// and (dO V^T)^T, so that P^T and dS^T are left operands of dV and dK without any exchange. Then dS^T goes through shared
-// memory, from which the warps compute parts of dQ = dS K. That is five products without atomics, while one kernel for dQ
-// and one for dK and dV would need seven. For a longer sequence, the block goes through chunks of keys and accumulates dQ
-// in `workspace`.
+// A block of warps computes a sequence and head. It holds K and V of up to kKeys keys in shared
+// memory. In registers, each warp holds the sums of dK and dV for 16 or 32 of these keys. The block
+// goes through strips of 64 queries. It computes S^T and (dO V^T)^T, so that P^T and dS^T are left
+// operands of dV and dK without any exchange. Then dS^T goes through shared memory, from which the
+// warps compute parts of dQ = dS K. That is five products without atomics, while one kernel for dQ
+// and one for dK and dV would need seven. For a longer sequence, the block goes through chunks of
+// keys and accumulates dQ in `workspace`.
 #include "csrc/cuda/attention/attention.cuh"
 
 #include <stdexcept>
@@ -20,13 +21,16 @@ struct Arguments {
 
 template <class T, int kDim, int kWarps>
 struct Layout {
-  static constexpr int kColumns = kDim, kKeysPerWarp = kDim <= 64 ? 32 : 16, kKeys = kWarps * kKeysPerWarp;
+  static constexpr int kColumns = kDim, kKeysPerWarp = kDim <= 64 ? 32 : 16,
+                       kKeys = kWarps * kKeysPerWarp;
   static constexpr int kRows = Tile<T, kDim>::bytes(kStrip);
   static constexpr int kKey = 0, kValue = Tile<T, kDim>::bytes(kKeys), kQuery = 2 * kValue;
   // Both twice, since the next strip is copied during the work on this one.
   static constexpr int kGrad = kQuery + 2 * kRows;
-  static constexpr int kScoresGrad = kGrad + 2 * kRows, kDelta = kScoresGrad + Tile<T, kStrip>::bytes(kKeys);
-  static constexpr int kLse = kDelta + kStrip * 4, kVisible = kLse + kStrip * 4, kBytes = kVisible + kKeys * 4;
+  static constexpr int kScoresGrad = kGrad + 2 * kRows,
+                       kDelta = kScoresGrad + Tile<T, kStrip>::bytes(kKeys);
+  static constexpr int kLse = kDelta + kStrip * 4, kVisible = kLse + kStrip * 4,
+                       kBytes = kVisible + kKeys * 4;
 };
 
 template <class T, int kDim, int kWarps, bool kDropout>
@@ -50,22 +54,30 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
   const T* const query_rows =
       static_cast<const T*>(attention.qkv) + sequence.start * stride + head * attention.head_stride;
   const T* const key_rows = query_rows + attention.part_stride;
-  const T* const grad_rows =
-      static_cast<const T*>(gradient.out_grad) + sequence.start * grad_stride + head * gradient.out_grad_head_stride;
-  const T* const out_rows = static_cast<const T*>(gradient.out) + sequence.start * out_stride + head * kDim;
+  const T* const grad_rows = static_cast<const T*>(gradient.out_grad) +
+                             sequence.start * grad_stride + head * gradient.out_grad_head_stride;
+  const T* const out_rows =
+      static_cast<const T*>(gradient.out) + sequence.start * out_stride + head * kDim;
   // These addresses are computed at each use, because no registers are left to keep them.
   const auto qkv_grad = [&](int row) {
-    return static_cast<T*>(gradient.qkv_grad) + (sequence.start + row) * 3 * out_stride + head * kDim;
+    return static_cast<T*>(gradient.qkv_grad) + (sequence.start + row) * 3 * out_stride +
+           head * kDim;
   };
-  const auto lse = [&](int row) { return gradient.lse[head * attention.rows + sequence.start + row]; };
-  const float factor = attention.scale * kLog2E, keep_scale = kDropout ? attention.keep_scale : 1.0f;
+  const auto lse = [&](int row) {
+    return gradient.lse[head * attention.rows + sequence.start + row];
+  };
+  const float factor = attention.scale * kLog2E,
+              keep_scale = kDropout ? attention.keep_scale : 1.0f;
 
   const auto copy_strip = [&](int first, int stage) {
     if (first < length) {
       const int count = min(kStrip, length - first);
-      const Tile<T, kDim> queries{{Places::kQuery + stage * Places::kRows}}, grads{{Places::kGrad + stage * Places::kRows}};
-      queries.copy_rows(query_rows + first * stride, stride, kStrip, count, thread_index(), kThreads);
-      grads.copy_rows(grad_rows + first * grad_stride, grad_stride, kStrip, count, thread_index(), kThreads);
+      const Tile<T, kDim> queries{{Places::kQuery + stage * Places::kRows}},
+          grads{{Places::kGrad + stage * Places::kRows}};
+      queries.copy_rows(query_rows + first * stride, stride, kStrip, count, thread_index(),
+                        kThreads);
+      grads.copy_rows(grad_rows + first * grad_stride, grad_stride, kStrip, count, thread_index(),
+                      kThreads);
     }
     commit_copies();
   };
@@ -73,8 +85,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
   for (int chunk = 0; chunk < length; chunk += kKeys) {
     const int chunk_keys = min(kKeys, length - chunk), rounded = (chunk_keys + 15) / 16 * 16;
     block_barrier();
-    keys.copy_rows(key_rows + chunk * stride, stride, rounded, chunk_keys, thread_index(), kThreads);
-    values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, chunk_keys, thread_index(), kThreads);
+    keys.copy_rows(key_rows + chunk * stride, stride, rounded, chunk_keys, thread_index(),
+                   kThreads);
+    values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, chunk_keys,
+                     thread_index(), kThreads);
     store_visible(visible, attention, sequence, chunk, kKeys, kThreads);
     float key_grad[kWarpKeys / 16][kDim / 8][4] = {}, value_grad[kWarpKeys / 16][kDim / 8][4] = {};
     // With a causal mask, queries before the chunk see none of its keys.
@@ -85,7 +99,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
       copy_strip(first + kStrip, stage ^ 1);
       wait_for_copies<1>();
       block_barrier();
-      const Tile<T, kDim> queries{{Places::kQuery + stage * Places::kRows}}, grads{{Places::kGrad + stage * Places::kRows}};
+      const Tile<T, kDim> queries{{Places::kQuery + stage * Places::kRows}},
+          grads{{Places::kGrad + stage * Places::kRows}};
       // Four lanes to a row.
       for (int index = thread_index(); index < kStrip * 4; index += kThreads) {
         const int row = index / 4;
@@ -95,7 +110,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
           for (int part = 0; part < kDim / 32; ++part) {
             const int column = part * 32 + index % 4 * 8;
             const Quad grad = grads.memory.template load_as<Quad>(grads.index(row, column));
-            const Quad out = *reinterpret_cast<const Quad*>(out_rows + (first + row) * out_stride + column);
+            const Quad out =
+                *reinterpret_cast<const Quad*>(out_rows + (first + row) * out_stride + column);
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
               const Pair one = unpack<T>(grad.words[word]), other = unpack<T>(out.words[word]);
@@ -146,13 +162,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
           for (int half = 0; half < 2; ++half) {
             const int column = strip + half * 8 + place * 2;
             const Pair delta = deltas.load_as<Pair>(column), high = row_lse.load_as<Pair>(column);
-            // A bit for each of (row, row + 8) x (column, column + 1), in the order of the fragment.
+            // A bit for each of (row, row + 8) x (column, column + 1), in the order of the
+            // fragment.
             uint32_t kept = 0xf;
             if (kDropout) {
               // Lane 8 q + i draws for quad q of the 16 keys and query i of the 8.
-              const uint32_t query = static_cast<uint32_t>(sequence.start) + first + strip + half * 8 + lane % 8;
-              const uint32_t drawn =
-                  kept_of_quad(*attention.seed, attention.threshold, (chunk + row) / 4 + lane / 8, query, head);
+              const uint32_t query =
+                  static_cast<uint32_t>(sequence.start) + first + strip + half * 8 + lane % 8;
+              const uint32_t drawn = kept_of_quad(*attention.seed, attention.threshold,
+                                                  (chunk + row) / 4 + lane / 8, query, head);
               const int source = group / 4 * 8 + place * 2;
               kept = 0;
 #pragma unroll
@@ -163,9 +181,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               float &score = scores[tile][half][i], &weight_grad = weights_grad[tile][half][i];
-              const bool late = attention.causal && chunk + row + group + i / 2 * 8 > first + column + i % 2;
+              const bool late =
+                  attention.causal && chunk + row + group + i / 2 * 8 > first + column + i % 2;
               const bool seen = shown[i / 2] != 0.0f && !late, keeps = kept >> i & 1;
-              const float weight = seen ? exp2_fast(score * factor - (i % 2 ? high.high : high.low)) : 0.0f;
+              const float weight =
+                  seen ? exp2_fast(score * factor - (i % 2 ? high.high : high.low)) : 0.0f;
               const float through = keeps ? weight_grad * keep_scale : 0.0f;
               score = keeps ? weight : 0.0f;
               weight_grad = seen ? weight * (through - (i % 2 ? delta.high : delta.low)) : 0.0f;
@@ -187,8 +207,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
             queries.load_right_rows(query, strip, column * 16);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              multiply<T>(value_grad[tile][2 * column + half], weights, grad[2 * half], grad[2 * half + 1]);
-              multiply<T>(key_grad[tile][2 * column + half], weights_grads, query[2 * half], query[2 * half + 1]);
+              multiply<T>(value_grad[tile][2 * column + half], weights, grad[2 * half],
+                          grad[2 * half + 1]);
+              multiply<T>(key_grad[tile][2 * column + half], weights_grads, query[2 * half],
+                          query[2 * half + 1]);
             }
           }
         }
@@ -217,9 +239,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
         const int row = first + strip + group + i / 2 * 8;
         if (row >= length) continue;
         T* const to = qkv_grad(row) + part + place * 2;
-        float* const added = begins && ends ? nullptr
-                                            : gradient.workspace + (sequence.start + row) * out_stride + head * kDim +
-                                                  part + place * 2;
+        float* const added = begins && ends
+                                 ? nullptr
+                                 : gradient.workspace + (sequence.start + row) * out_stride +
+                                       head * kDim + part + place * 2;
 #pragma unroll
         for (int column = 0; column < kPartColumns / 8; ++column) {
           Pair value{sum[column][i], sum[column][i + 1]};
@@ -236,8 +259,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
         }
       }
     }
-    // No copy is in flight, since the copy group of a strip after the end is empty. K and V are no longer in use, so each warp
-    // writes its gradients over its own rows of them.
+    // No copy is in flight, since the copy group of a strip after the end is empty. K and V are no
+    // longer in use, so each warp writes its gradients over its own rows of them.
     wait_for_copies<0>();
     block_barrier();
     const int row = warp * kWarpKeys, count = min(kWarpKeys, length - chunk - row);
@@ -250,11 +273,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
 #pragma unroll
         for (int column = 0; column < kDim / 8; ++column) {
           const int index = keys.index_of_pair(key_row, column * 8 + place * 2);
-          const float(&key)[4] = key_grad[tile][column];
-          const float(&value)[4] = value_grad[tile][column];
+          const float (&key)[4] = key_grad[tile][column];
+          const float (&value)[4] = value_grad[tile][column];
           keys.memory.template store_as<uint32_t>(
               index, pack<T>(key[i] * attention.scale, key[i + 1] * attention.scale));
-          values.memory.template store_as<uint32_t>(index, pack<T>(value[i] * keep_scale, value[i + 1] * keep_scale));
+          values.memory.template store_as<uint32_t>(
+              index, pack<T>(value[i] * keep_scale, value[i + 1] * keep_scale));
         }
       }
     }
@@ -267,8 +291,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
   }
 }
 
-// Returns act(layout for these sizes). If a block may have less than the 129.5 KiB for 256 keys of 64 elements (sm_86,
-// sm_89 and sm_120 allow 99 KiB), keys go through in chunks of 128.
+// Returns act(layout for these sizes). If a block may have less than the 129.5 KiB for 256 keys of
+// 64 elements (sm_86, sm_89 and sm_120 allow 99 KiB), keys go through in chunks of 128.
 template <class T, class Act>
 auto with_layout(int dim, int max_length, int block_bytes, Act&& act) {
   switch (dim) {
@@ -292,15 +316,18 @@ void run(const Arguments& arguments) {
   with_layout<T>(attention.dim, attention.max_length, attention.block_bytes, [&](auto layout) {
     using Chosen = decltype(layout);
     constexpr int kWarps = Chosen::kKeys / Chosen::kKeysPerWarp;
-    launch(attention.seed ? backward<T, Chosen::kColumns, kWarps, true> : backward<T, Chosen::kColumns, kWarps, false>,
-           {attention.sequences * attention.heads, kWarps * 32, Chosen::kBytes, attention.stream}, arguments);
+    launch(attention.seed ? backward<T, Chosen::kColumns, kWarps, true>
+                          : backward<T, Chosen::kColumns, kWarps, false>,
+           {attention.sequences * attention.heads, kWarps * 32, Chosen::kBytes, attention.stream},
+           arguments);
   });
 }
 
 }  // namespace
 
 void attention_backward(const Attention& attention, const AttentionGradient& gradient) {
-  const int keys = attention_backward_keys(attention.dim, attention.max_length, attention.block_bytes);
+  const int keys =
+      attention_backward_keys(attention.dim, attention.max_length, attention.block_bytes);
   if (attention.max_length > keys && !gradient.workspace) {
     throw std::invalid_argument("rows this long need a workspace");
   }
@@ -309,11 +336,13 @@ void attention_backward(const Attention& attention, const AttentionGradient& gra
 }
 
 int attention_backward_keys(int dim, int max_length, int block_bytes) {
-  return with_layout<Half>(dim, max_length, block_bytes, [](auto layout) { return decltype(layout)::kKeys; });
+  return with_layout<Half>(dim, max_length, block_bytes,
+                           [](auto layout) { return decltype(layout)::kKeys; });
 }
 
 int attention_backward_shared_bytes(int dim, int max_length, int block_bytes) {
-  return with_layout<Half>(dim, max_length, block_bytes, [](auto layout) { return decltype(layout)::kBytes; });
+  return with_layout<Half>(dim, max_length, block_bytes,
+                           [](auto layout) { return decltype(layout)::kBytes; });
 }
 
 }  // namespace bclip::cuda

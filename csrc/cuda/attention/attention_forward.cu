@@ -1,8 +1,9 @@
-// A block of 4 warps computes every splits-th strip of 64 queries of a sequence and head. A warp holds the scores of its 16
-// queries with up to kKeys keys in registers. For a sequence of at most kKeys rows, K and V are loaded once and the
-// softmax needs one pass, so the warps don't wait for each other. Longer sequences go through chunks of kKeys keys with a running
-// maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). Keys after the end of the sequence cost nothing beyond the next
-// multiple of 16.
+// A block of 4 warps computes every splits-th strip of 64 queries of a sequence and head. A warp
+// holds the scores of its 16 queries with up to kKeys keys in registers. For a sequence of at most
+// kKeys rows, K and V are loaded once and the softmax needs one pass, so the warps don't wait for
+// each other. Longer sequences go through chunks of kKeys keys with a running maximum (Milakov and
+// Gimelshein 2018, arXiv 1805.02867). Keys after the end of the sequence cost nothing beyond the
+// next multiple of 16.
 #include "csrc/cuda/attention/attention.cuh"
 
 #include <stdexcept>
@@ -23,7 +24,8 @@ template <class T, int kDim, int kKeys>
 struct Layout {
   static constexpr int kColumns = kDim, kRows = kKeys;
   static constexpr int kKey = 0, kValue = Tile<T, kDim>::bytes(kKeys), kQuery = 2 * kValue;
-  static constexpr int kOut = kQuery + Tile<T, kDim>::bytes(kStrip), kVisible = kOut + Tile<T, kDim>::bytes(kStrip);
+  static constexpr int kOut = kQuery + Tile<T, kDim>::bytes(kStrip),
+                       kVisible = kOut + Tile<T, kDim>::bytes(kStrip);
   static constexpr int kBytes = kVisible + kKeys * 4;
 };
 
@@ -43,8 +45,9 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
   const Tile<T, kDim> queries{{Places::kQuery + warp * Tile<T, kDim>::bytes(16)}};
   const Tile<T, kDim> results{{Places::kOut + warp * Tile<T, kDim>::bytes(16)}};
   const Shared<float> visible{Places::kVisible};
-  const T* const query_rows =
-      static_cast<const T*>(attention.qkv) + sequence.start * attention.token_stride + head * attention.head_stride;
+  const T* const query_rows = static_cast<const T*>(attention.qkv) +
+                              sequence.start * attention.token_stride +
+                              head * attention.head_stride;
   const T* const key_rows = query_rows + attention.part_stride;
   const int64_t out_stride = int64_t(heads) * kDim;
   T* const out = static_cast<T*>(arguments.out) + sequence.start * out_stride + head * kDim;
@@ -73,9 +76,10 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
       if (!whole || first == split * kStrip) {
         const int count = min(kKeys, length - chunk), rounded = (count + 15) / 16 * 16;
         if (chunk > 0 || first != split * kStrip) block_barrier();
-        keys.copy_rows(key_rows + chunk * stride, stride, rounded, count, thread_index(), kWarps * 32);
-        values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, count, thread_index(),
-                         kWarps * 32);
+        keys.copy_rows(key_rows + chunk * stride, stride, rounded, count, thread_index(),
+                       kWarps * 32);
+        values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, count,
+                         thread_index(), kWarps * 32);
         commit_copies();
         store_visible(visible, attention, sequence, chunk, kKeys, kWarps * 32);
         wait_for_copies<0>();
@@ -139,16 +143,18 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
         if (tile * 16 >= seen) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float(&weights)[4] = scores[2 * tile + half];
+          float (&weights)[4] = scores[2 * tile + half];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             weights[i] = exp2_fast(weights[i] - highest[i / 2]);
             sums[i / 2] += weights[i];
           }
           if (kDropout) {
-            // A lane draws for a quad of keys and one of its two rows. Its neighbour draws for the other row.
+            // A lane draws for a quad of keys and one of its two rows. Its neighbour draws for the
+            // other row.
             const uint32_t quad = (chunk + tile * 16 + half * 8) / 4 + place / 2;
-            const uint32_t row = static_cast<uint32_t>(sequence.start) + from + group + place % 2 * 8;
+            const uint32_t row =
+                static_cast<uint32_t>(sequence.start) + from + group + place % 2 * 8;
             const uint32_t drawn = kept_of_quad(seed, attention.threshold, quad, row, head);
             const uint32_t neighbour = shuffle_xor(drawn, 1);
             const uint32_t kept = (place % 2 ? neighbour : drawn) >> place % 2 * 2 & 3;
@@ -179,8 +185,10 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
       sums[row] += shuffle_xor(sums[row], 1);
       sums[row] += shuffle_xor(sums[row], 2);
       const int query_row = from + group + row * 8;
-      if (place == 0 && query_row < length) lse[query_row] = (highest[row] + log2_fast(sums[row])) * kLn2;
-      const float unit = (kDropout ? attention.keep_scale : 1.0f) / (sums[row] == 0.0f ? 1.0f : sums[row]);
+      if (place == 0 && query_row < length)
+        lse[query_row] = (highest[row] + log2_fast(sums[row])) * kLn2;
+      const float unit =
+          (kDropout ? attention.keep_scale : 1.0f) / (sums[row] == 0.0f ? 1.0f : sums[row]);
 #pragma unroll
       for (int column = 0; column < kDim / 8; ++column) {
         results.memory.template store_as<uint32_t>(
@@ -218,7 +226,8 @@ void run(const Arguments& arguments) {
     using Chosen = decltype(layout);
     constexpr int kDim = Chosen::kColumns, kKeys = Chosen::kRows;
     launch(attention.seed ? forward<T, kDim, kKeys, true> : forward<T, kDim, kKeys, false>,
-           {attention.sequences * attention.heads * arguments.splits, kWarps * 32, Chosen::kBytes, attention.stream},
+           {attention.sequences * attention.heads * arguments.splits, kWarps * 32, Chosen::kBytes,
+            attention.stream},
            arguments);
   });
 }

@@ -1,6 +1,6 @@
-// The contrastive operators over S = scale I T^T (+ bias), as csrc/contrastive.h defines them. A block of threads computes a
-// tile of 128 x 128. All addresses are the device's, and features are aligned to 16 bytes. Throws std::runtime_error with
-// CUDA's reason.
+// The contrastive operators over S = scale I T^T (+ bias), as csrc/contrastive.h defines them. A
+// block of threads computes a tile of 128 x 128. All addresses are the device's, and features are
+// aligned to 16 bytes. Throws std::runtime_error with CUDA's reason.
 #pragma once
 
 #include <cstdint>
@@ -34,11 +34,13 @@ struct Groups {
 };
 
 struct GradientTile {
-  // (b, stride) float16: scale * G / w, written up to the stride. Null for only the loss of a sigmoid.
+  // (b, stride) float16: scale * G / w, written up to the stride. Null for only the loss of a
+  // sigmoid.
   void* grad;
   int64_t stride;  // at least B, a multiple of 8
   float scale;
-  // A row for each tile, written: the sum of G / w * (I T^T). For the sigmoid also the sum of G / w, and loss / w.
+  // A row for each tile, written: the sum of G / w * (I T^T). For the sigmoid also the sum of G /
+  // w, and loss / w.
   float* partials;
 };
 
@@ -48,10 +50,11 @@ struct Normalizers {
   const float* positive_grad;  // (b,), of G / w; unused without positives
 };
 
-void contrastive_softmax(const Features& features, const Normalizers& normalizers, const Groups& groups,
-                         const GradientTile& tile);
+void contrastive_softmax(const Features& features, const Normalizers& normalizers,
+                         const Groups& groups, const GradientTile& tile);
 
 // `bias` () or null.
-void contrastive_sigmoid(const Features& features, const float* bias, const Groups& groups, const GradientTile& tile);
+void contrastive_sigmoid(const Features& features, const float* bias, const Groups& groups,
+                         const GradientTile& tile);
 
 }  // namespace bclip::cuda

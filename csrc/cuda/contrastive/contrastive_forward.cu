@@ -1,6 +1,7 @@
-// Log-sum-exps of the rows and of the columns of each tile of S. One exponential serves both, with the highest logit of the
-// tile as its offset. If the sum of some row or column is so small that it loses digits, the tile is computed again, with the
-// maximum of each row and of each column. No two threads write the same partial result, so atomics aren't needed.
+// Log-sum-exps of the rows and of the columns of each tile of S. One exponential serves both, with
+// the highest logit of the tile as its offset. If the sum of some row or column is so small that it
+// loses digits, the tile is computed again, with the maximum of each row and of each column. No two
+// threads write the same partial result, so atomics aren't needed.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 
 namespace bclip::cuda {
@@ -11,14 +12,17 @@ struct Arguments {
   PartialSums sums;
 };
 
-// After the pipeline, its memory holds sums of rows, of columns and of the block, and the vote of the block.
-constexpr int kRows = 0, kColumns = kRows + 2 * kSide * 4, kBlock = kColumns + 2 * kSide * 4, kVote = kBlock + 16;
+// After the pipeline, its memory holds sums of rows, of columns and of the block, and the vote of
+// the block.
+constexpr int kRows = 0, kColumns = kRows + 2 * kSide * 4, kBlock = kColumns + 2 * kSide * 4,
+              kVote = kBlock + 16;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   const Features& features = arguments.features;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> row_memory{kRows}, column_memory{kColumns}, block_memory{kBlock}, vote_memory{kVote};
+  const Shared<float> row_memory{kRows}, column_memory{kColumns}, block_memory{kBlock},
+      vote_memory{kVote};
   Products products;
   multiply_tile<T>(products, features, tile);
 
@@ -42,10 +46,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   fold_columns(columns, column_memory, Add());
   block_barrier();
   const int thread = thread_index();
-  float row_sum = folded(row_memory, thread, Add()), column_sum = folded(column_memory, thread, Add());
+  float row_sum = folded(row_memory, thread, Add()),
+        column_sum = folded(column_memory, thread, Add());
   float row_offset = highest, column_offset = highest;
-  // Terms that flush to zero are below 1e-37 of the highest, far below the last digit of a sum that passes.
-  const float least = fminf(thread < tile.rows ? row_sum : 1.0f, thread < tile.columns ? column_sum : 1.0f);
+  // Terms that flush to zero are below 1e-37 of the highest, far below the last digit of a sum that
+  // passes.
+  const float least =
+      fminf(thread < tile.rows ? row_sum : 1.0f, thread < tile.columns ? column_sum : 1.0f);
   if (fold_block(least, vote_memory, Less()) < 1e-20f) {
     float row_highest[8], column_highest[16];
 #pragma unroll
@@ -96,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
 
 void contrastive_forward(const Features& features, const PartialSums& sums) {
   launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>,
-         {blocks_of(features), kThreads, kPipelineBytes, features.stream}, Arguments{features, sums});
+         {blocks_of(features), kThreads, kPipelineBytes, features.stream},
+         Arguments{features, sums});
 }
 
 }  // namespace bclip::cuda

@@ -1,6 +1,7 @@
-// Tiles of G. Each tile computes its part of S again, once. For the softmax, G follows from the log-sum-exps of the forward
-// pass. For the sigmoid, the tile also computes its loss. G / w is in [-2, 2]. It is written in float16 times a power of
-// two, through shared memory, so that stores are whole cache lines.
+// Tiles of G. Each tile computes its part of S again, once. For the softmax, G follows from the
+// log-sum-exps of the forward pass. For the sigmoid, the tile also computes its loss. G / w is in
+// [-2, 2]. It is written in float16 times a power of two, through shared memory, so that stores are
+// whole cache lines.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 
 #include <cmath>
@@ -22,8 +23,10 @@ struct SigmoidArguments {
   GradientTile tile;
 };
 
-// After the pipeline, its memory holds G, the values of each row and column of the tile, and the sums of the block.
-constexpr int kExtrasOffset = Tile<Half, kSide>::bytes(kSide), kExtraBytes = kSide * 4, kBlock = kExtrasOffset + 8 * kExtraBytes;
+// After the pipeline, its memory holds G, the values of each row and column of the tile, and the
+// sums of the block.
+constexpr int kExtrasOffset = Tile<Half, kSide>::bytes(kSide), kExtraBytes = kSide * 4,
+              kBlock = kExtrasOffset + 8 * kExtraBytes;
 static_assert(kBlock + 16 <= kPipelineBytes);
 
 struct Ids {
@@ -36,15 +39,17 @@ struct Ids {
   }
 };
 
-__device__ __forceinline__ void store_gradient(Products& gradients, const GradientTile& to, const TilePlace& tile) {
+__device__ __forceinline__ void store_gradient(Products& gradients, const GradientTile& to,
+                                               const TilePlace& tile) {
   const Tile<Half, kSide> staged{{0}};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float(&pair)[4] = gradients.sums[i / 2][j];
-      staged.memory.store_as<uint32_t>(staged.index_of_pair(Products::row_of(i / 2, i % 2), Products::column_of(j)),
-                                       pack<Half>(pair[i % 2 * 2] * to.scale, pair[i % 2 * 2 + 1] * to.scale));
+      const float (&pair)[4] = gradients.sums[i / 2][j];
+      staged.memory.store_as<uint32_t>(
+          staged.index_of_pair(Products::row_of(i / 2, i % 2), Products::column_of(j)),
+          pack<Half>(pair[i % 2 * 2] * to.scale, pair[i % 2 * 2 + 1] * to.scale));
     }
   }
   block_barrier();
@@ -63,14 +68,18 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const Normalizers& normalizers = arguments.normalizers;
   const Groups& groups = arguments.groups;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> block_memory{kBlock}, row_factors{kExtrasOffset + 2 * kExtraBytes}, column_factors{kExtrasOffset + 3 * kExtraBytes};
-  const Shared<float> row_near{kExtrasOffset + 4 * kExtraBytes}, column_near{kExtrasOffset + 5 * kExtraBytes};
-  const Shared<float> row_shares{kExtrasOffset + 6 * kExtraBytes}, column_shares{kExtrasOffset + 7 * kExtraBytes};
+  const Shared<float> block_memory{kBlock}, row_factors{kExtrasOffset + 2 * kExtraBytes},
+      column_factors{kExtrasOffset + 3 * kExtraBytes};
+  const Shared<float> row_near{kExtrasOffset + 4 * kExtraBytes},
+      column_near{kExtrasOffset + 5 * kExtraBytes};
+  const Shared<float> row_shares{kExtrasOffset + 6 * kExtraBytes},
+      column_shares{kExtrasOffset + 7 * kExtraBytes};
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential, unless the R and Q of the tile are
-  // so far apart that no m serves both. A row without a loss has an infinite R and the factor zero.
+  // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential, unless
+  // the R and Q of the tile are so far apart that no m serves both. A row without a loss has an
+  // infinite R and the factor zero.
   const int thread = thread_index();
   const bool has_row = thread < tile.rows, has_column = thread < tile.columns;
   const float row = has_row ? normalizers.rows_near[tile.row + thread] : infinity();
@@ -138,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
   float loss = 0.0f, sum = 0.0f, product_sum = 0.0f;
   products.each([&](int, int, int row, int column, float& number) {
     const float product = number;
-    const bool positive = column == row + shift || (groups.rows && ids.rows.load(row) == ids.columns.load(column));
+    const bool positive =
+        column == row + shift || (groups.rows && ids.rows.load(row) == ids.columns.load(column));
     const float logit = positive ? -(product * scale + bias) : product * scale + bias;
     const float small = exp2_fast(-fabsf(logit) * kLog2E);
     const float probability = (logit >= 0.0f ? 1.0f : small) / (1.0f + small);
@@ -164,14 +174,15 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
 
 }  // namespace
 
-void contrastive_softmax(const Features& features, const Normalizers& normalizers, const Groups& groups,
-                         const GradientTile& tile) {
+void contrastive_softmax(const Features& features, const Normalizers& normalizers,
+                         const Groups& groups, const GradientTile& tile) {
   launch(features.bfloat16 ? softmax<Bfloat16> : softmax<Half>,
          {blocks_of(features), kThreads, kPipelineBytes, features.stream},
          SoftmaxArguments{features, normalizers, groups, tile});
 }
 
-void contrastive_sigmoid(const Features& features, const float* bias, const Groups& groups, const GradientTile& tile) {
+void contrastive_sigmoid(const Features& features, const float* bias, const Groups& groups,
+                         const GradientTile& tile) {
   launch(features.bfloat16 ? sigmoid<Bfloat16> : sigmoid<Half>,
          {blocks_of(features), kThreads, kPipelineBytes, features.stream},
          SigmoidArguments{features, bias, groups, tile});

@@ -8,9 +8,10 @@ namespace bclip::cuda {
 
 namespace {
 
-Features features(uintptr_t image, uintptr_t text, bool bfloat16, int rows, int columns, int width, int64_t first,
-                  uintptr_t scale, uintptr_t stream) {
-  return {at<void>(image), at<void>(text), bfloat16, rows, columns, width, first, at<float>(scale), at<void>(stream)};
+Features features(uintptr_t image, uintptr_t text, bool bfloat16, int rows, int columns, int width,
+                  int64_t first, uintptr_t scale, uintptr_t stream) {
+  return {at<void>(image), at<void>(text),   bfloat16,        rows, columns, width,
+          first,           at<float>(scale), at<void>(stream)};
 }
 
 Groups groups(uintptr_t rows, uintptr_t columns, uintptr_t row_shares, uintptr_t column_shares) {
@@ -21,10 +22,10 @@ GradientTile tile(uintptr_t grad, int64_t stride, float scale, uintptr_t partial
   return {at<void>(grad), stride, scale, at<float>(partials)};
 }
 
-Normalizers normalizers(uintptr_t rows_near, uintptr_t rows_rest, uintptr_t columns_near, uintptr_t columns_rest,
-                        uintptr_t positive_grad) {
-  return {at<float>(rows_near), at<float>(rows_rest), at<float>(columns_near), at<float>(columns_rest),
-          at<float>(positive_grad)};
+Normalizers normalizers(uintptr_t rows_near, uintptr_t rows_rest, uintptr_t columns_near,
+                        uintptr_t columns_rest, uintptr_t positive_grad) {
+  return {at<float>(rows_near), at<float>(rows_rest), at<float>(columns_near),
+          at<float>(columns_rest), at<float>(positive_grad)};
 }
 
 }  // namespace
@@ -32,7 +33,8 @@ Normalizers normalizers(uintptr_t rows_near, uintptr_t rows_rest, uintptr_t colu
 void register_contrastive(py::module_& module) {
   module.attr("CONTRASTIVE_SHARED_BYTES") = kContrastiveSharedBytes;
   module.attr("CONTRASTIVE_TILE") = kContrastiveTile;
-  py::class_<Features>(module, "Features", py::module_local(), "As in csrc/cuda/contrastive/contrastive.h, like the following.")
+  py::class_<Features>(module, "Features", py::module_local(),
+                       "As in csrc/cuda/contrastive/contrastive.h, like the following.")
       .def(py::init(&features));
   py::class_<Groups>(module, "Groups", py::module_local()).def(py::init(&groups));
   py::class_<GradientTile>(module, "GradientTile", py::module_local()).def(py::init(&tile));

@@ -18,12 +18,14 @@ PYBIND11_MODULE(_cuda_emulator, module) {
   module.def("place", [](const std::string& fragment, int lane, int i) {
     const auto place = fragment == "a"   ? emulator::place_in_a(lane, i)
                        : fragment == "b" ? emulator::place_in_b(lane, i)
-                       : fragment == "c" ? emulator::place_in_c(lane, i)
-                                         : emulator::place_in_matrix(lane, i, fragment == "transposed");
+                       : fragment == "c"
+                           ? emulator::place_in_c(lane, i)
+                           : emulator::place_in_matrix(lane, i, fragment == "transposed");
     return py::make_tuple(place.row, place.column);
   });
   module.def("run_faulty_kernel", [](int fault, uintptr_t a, uintptr_t b, uintptr_t c) {
-    emulator::run_faulty_kernel(static_cast<emulator::Fault>(fault), reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
-                  reinterpret_cast<float*>(c));
+    emulator::run_faulty_kernel(static_cast<emulator::Fault>(fault),
+                                reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
+                                reinterpret_cast<float*>(c));
   });
 }

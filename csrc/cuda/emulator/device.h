@@ -27,7 +27,8 @@ inline int64_t block_index() { return emulator::block(); }
 
 inline void block_barrier(BCLIP_SITE) { emulator::meet_block(site); }
 inline void warp_barrier(BCLIP_SITE) {
-  emulator::meet_warp(site, "warp_barrier", nullptr, [](void* const(&)[32]) { emulator::order_warp(); });
+  emulator::meet_warp(site, "warp_barrier", nullptr,
+                      [](void* const(&)[32]) { emulator::order_warp(); });
 }
 
 template <class T>
@@ -89,8 +90,8 @@ inline void load_matrices(uint32_t (&to)[4], int64_t row, bool transposed, Site 
       for (int matrix = 0; matrix < 4; ++matrix) {
         const Place low = place_in_matrix(index, 0, lane_of(index)->transposed);
         const Place high = place_in_matrix(index, 1, lane_of(index)->transposed);
-        lane_of(index)->to[matrix] =
-            matrices[matrix][low.row][low.column] | uint32_t(matrices[matrix][high.row][high.column]) << 16;
+        lane_of(index)->to[matrix] = matrices[matrix][low.row][low.column] |
+                                     uint32_t(matrices[matrix][high.row][high.column]) << 16;
       }
     }
   });
@@ -149,11 +150,14 @@ namespace emulator {
 using Columns = float __attribute__((vector_size(32)));
 using Words = int32_t __attribute__((vector_size(32)));
 
-// sums += a b over 8 elements, for 8 columns, with the arithmetic of tensor cores. All terms are truncated one bit below the
-// last bit of the largest term, and the sum is rounded towards zero. Fasi, Higham, Mikaitis and Pranesh 2021 ("Numerical
-// behavior of NVIDIA tensor cores") found this on an A100. Later GPUs keep more bits. Products of two halves are exact in a float.
-// This function uses no memory of a kernel, and the sanitizers skip it, because they would make tests several times slower.
-[[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"), gnu::target_clones("avx2", "default")]] static void
+// sums += a b over 8 elements, for 8 columns, with the arithmetic of tensor cores. All terms are
+// truncated one bit below the last bit of the largest term, and the sum is rounded towards zero.
+// Fasi, Higham, Mikaitis and Pranesh 2021 ("Numerical behavior of NVIDIA tensor cores") found this
+// on an A100. Later GPUs keep more bits. Products of two halves are exact in a float. This function
+// uses no memory of a kernel, and the sanitizers skip it, because they would make tests several
+// times slower.
+[[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"),
+  gnu::target_clones("avx2", "default")]] static void
 add_products(Columns& sums, const float* a, const Columns* b) {
   Columns largest{}, total{};
   Columns terms[9] = {sums};
@@ -163,7 +167,8 @@ add_products(Columns& sums, const float* a, const Columns* b) {
     largest = size > largest ? size : largest;
     total += term;
   }
-  // The unit is 2^-24 times the power of two of the largest term, from the bits of a float. It is at least 2^-124.
+  // The unit is 2^-24 times the power of two of the largest term, from the bits of a float. It is
+  // at least 2^-124.
   Words exponent = (Words)largest >> 23;
   exponent = exponent < 27 ? Words{} + 27 : exponent;
   const Words unit = (exponent - 24) << 23, per_unit = (254 + 24 - exponent) << 23;
@@ -208,13 +213,16 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     emulator::Columns right[16], sums[16];
     for (int index = 0; index < 32; ++index) {
       const Lane& lane = *static_cast<Lane*>(all[index]);
-      const auto half = [](const uint32_t* words, int i) { return number(T{uint16_t(words[i / 2] >> i % 2 * 16)}); };
+      const auto half = [](const uint32_t* words, int i) {
+        return number(T{uint16_t(words[i / 2] >> i % 2 * 16)});
+      };
       for (int i = 0; i < 8; ++i) {
         const emulator::Place place = emulator::place_in_a(index, i);
         left[place.row][place.column] = half(lane.a, i);
       }
       for (int i = 0; i < 4; ++i) {
-        const emulator::Place place = emulator::place_in_b(index, i), to = emulator::place_in_c(index, i);
+        const emulator::Place place = emulator::place_in_b(index, i),
+                              to = emulator::place_in_c(index, i);
         right[place.row][place.column] = half(lane.b, i);
         sums[to.row][to.column] = lane.sum[i];
       }
@@ -244,16 +252,20 @@ void wait_for_copies() {
   emulator::finish_copies(N);
 }
 
-// ex2.approx.ftz and lg2.approx with the largest errors that the CUDA C++ programming guide allows ("Mathematical
-// functions", intrinsics): 2 units in the last place, or 2^-22 for logarithms of 0.5 to 2. Subnormal results are zero.
+// ex2.approx.ftz and lg2.approx with the largest errors that the CUDA C++ programming guide allows
+// ("Mathematical functions", intrinsics): 2 units in the last place, or 2^-22 for logarithms of 0.5
+// to 2. Subnormal results are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
-  return y < std::numeric_limits<float>::min() ? 0.0f : x == 0.0f || !std::isfinite(y) ? y : emulator::last_places(y, x);
+  return y < std::numeric_limits<float>::min() ? 0.0f
+         : x == 0.0f || !std::isfinite(y)      ? y
+                                               : emulator::last_places(y, x);
 }
 inline float log2_fast(float x) {
   const float y = std::log2(x);
   if (!std::isfinite(y)) return y;
-  return x >= 0.5f && x <= 2.0f ? y + emulator::error_of(x, 1) * 0x1p-22f : emulator::last_places(y, x);
+  return x >= 0.5f && x <= 2.0f ? y + emulator::error_of(x, 1) * 0x1p-22f
+                                : emulator::last_places(y, x);
 }
 inline double product(double a, double b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }

@@ -20,8 +20,8 @@ static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #error "The CUDA emulator, which only tests use, switches stacks on x86-64."
 #endif
 
-// void bclip_switch(void** from, void* to): saves the registers that the System V ABI reserves for the caller, and switches
-// stacks.
+// void bclip_switch(void** from, void* to): saves the registers that the System V ABI reserves for
+// the caller, and switches stacks.
 asm(R"(
 .text
 .type bclip_switch, @function
@@ -68,8 +68,9 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // the last group is still open
 };
 
-// The last write and the last reads of two bytes of shared memory. For the reads of one epoch of the block it records the
-// warp, or that several warps read. Within the warp it records the thread, or that several read since its last barrier.
+// The last write and the last reads of two bytes of shared memory. For the reads of one epoch of
+// the block it records the warp, or that several warps read. Within the warp it records the thread,
+// or that several read since its last barrier.
 struct Cell {
   int writer, write_warp;
   uint32_t write_block_epoch, write_warp_epoch;
@@ -181,7 +182,8 @@ std::string describe_waiting() {
 void run_block() {
   Emulator& state = Emulator::current();
   std::fill(state.shared.begin(), state.shared.end(), 0xff);  // NaN in every floating type
-  std::fill(state.cells.begin(), state.cells.end(), Cell{kNobody, 0, 0, 0, kNobody, 0, 0, 0, false});
+  std::fill(state.cells.begin(), state.cells.end(),
+            Cell{kNobody, 0, 0, 0, kNobody, 0, 0, 0, false});
   state.block_waiting = 0;
   state.block_epoch = 1;
   state.warp_waiting.assign(state.threads / 32, 0);
@@ -207,25 +209,31 @@ template <class Visit>
 void each_cell(Site site, int64_t byte, size_t size, Visit&& visit) {
   Emulator& state = Emulator::current();
   if (byte < 0 || byte + int64_t(size) > int64_t(state.shared.size())) {
-    fail(site, "byte " + std::to_string(byte) + " is outside the " + std::to_string(state.shared.size()) +
-                   " bytes of shared memory");
+    fail(site, "byte " + std::to_string(byte) + " is outside the " +
+                   std::to_string(state.shared.size()) + " bytes of shared memory");
   }
-  if (byte % int64_t(size)) fail(site, "byte " + std::to_string(byte) + " isn't a multiple of the access's size");
-  for (int64_t cell = byte / 2; cell < (byte + int64_t(size) + 1) / 2; ++cell) visit(state.cells[cell]);
+  if (byte % int64_t(size))
+    fail(site, "byte " + std::to_string(byte) + " isn't a multiple of the access's size");
+  for (int64_t cell = byte / 2; cell < (byte + int64_t(size) + 1) / 2; ++cell)
+    visit(state.cells[cell]);
 }
 
 void check_write_before(Site site, const Cell& cell, int thread, bool reading) {
   Emulator& state = Emulator::current();
   const std::string verb = reading ? "reads" : "writes";
-  if (cell.in_flight) fail(site, verb + " what a copy is still to write: wait_for_copies is missing");
+  if (cell.in_flight)
+    fail(site, verb + " what a copy is still to write: wait_for_copies is missing");
   if (cell.writer == kNobody) {
     if (reading) fail(site, "reads shared memory that nobody wrote");
     return;
   }
   const int warp = state.running / 32;
-  const bool ordered = cell.writer == thread || cell.write_block_epoch != state.block_epoch ||
-                       (cell.write_warp == warp && cell.write_warp_epoch != state.warp_epochs[warp]);
-  if (!ordered) fail(site, verb + " what thread " + std::to_string(cell.writer) + " wrote: a barrier is missing");
+  const bool ordered =
+      cell.writer == thread || cell.write_block_epoch != state.block_epoch ||
+      (cell.write_warp == warp && cell.write_warp_epoch != state.warp_epochs[warp]);
+  if (!ordered)
+    fail(site,
+         verb + " what thread " + std::to_string(cell.writer) + " wrote: a barrier is missing");
 }
 
 void check_reads_before(Site site, const Cell& cell, int thread) {
@@ -261,7 +269,8 @@ void note_write(Site site, int64_t byte, size_t size, bool in_flight) {
   each_cell(site, byte, size, [&](Cell& cell) {
     check_write_before(site, cell, state.running, false);
     check_reads_before(site, cell, state.running);
-    cell = {state.running, warp, state.block_epoch, state.warp_epochs[warp], kNobody, 0, 0, 0, in_flight};
+    cell = {state.running, warp, state.block_epoch, state.warp_epochs[warp], kNobody, 0, 0, 0,
+            in_flight};
   });
 }
 
@@ -298,9 +307,10 @@ void meet_warp(Site site, const char* name, void* brought, void (*act)(void* con
   void* all[32];
   for (int lane = 0; lane < 32; ++lane) {
     const Fiber& other = state.fibers[warp * 32 + lane];
-    if (other.site.line != site.line || std::strcmp(other.site.file, site.file) || std::strcmp(other.name, name)) {
-      fail(site, std::string(name) + " meets lane " + std::to_string(lane) + " at " + other.name + " in " +
-                     at(other.site) + ": the warp's lanes have parted");
+    if (other.site.line != site.line || std::strcmp(other.site.file, site.file) ||
+        std::strcmp(other.name, name)) {
+      fail(site, std::string(name) + " meets lane " + std::to_string(lane) + " at " + other.name +
+                     " in " + at(other.site) + ": the warp's lanes have parted");
     }
     all[lane] = other.brought;
     if (warp * 32 + lane != state.running) state.ready.push_back(warp * 32 + lane);
@@ -360,8 +370,10 @@ void finish_copies(size_t groups_left) {
 
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
   Emulator& state = Emulator::current();
-  if (threads % 32 || threads < 32 || threads > 1024) throw std::invalid_argument("threads come in warps of 32");
-  if (shared_bytes > kMostSharedBytes) throw std::invalid_argument("more shared memory than a block of sm_90 has");
+  if (threads % 32 || threads < 32 || threads > 1024)
+    throw std::invalid_argument("threads come in warps of 32");
+  if (shared_bytes > kMostSharedBytes)
+    throw std::invalid_argument("more shared memory than a block of sm_90 has");
   state.threads = threads;
   if (state.fibers.size() < size_t(threads)) state.fibers.resize(threads);
   state.shared.resize(shared_bytes);
@@ -369,7 +381,8 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   state.body = &body;
   std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
-  for (int64_t last = blocks - 1; last > 0; --last) std::swap(order[last], order[draw() % (last + 1)]);
+  for (int64_t last = blocks - 1; last > 0; --last)
+    std::swap(order[last], order[draw() % (last + 1)]);
   for (const int64_t block : order) {
     state.block = block;
     run_block();

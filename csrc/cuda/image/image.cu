@@ -1,6 +1,7 @@
-// The resize of csrc/image.h in Pillow's arithmetic: a pass sums products of bytes with coefficients of 22 binary places and
-// rounds to a byte. A small kernel writes the coefficients. Then a block of threads computes a tile of a square, one pixel
-// per thread. The first pass goes to shared memory, a chunk of lines at a time, so any scale needs at most 2 KiB.
+// The resize of csrc/image.h in Pillow's arithmetic: a pass sums products of bytes with
+// coefficients of 22 binary places and rounds to a byte. A small kernel writes the coefficients.
+// Then a block of threads computes a tile of a square, one pixel per thread. The first pass goes to
+// shared memory, a chunk of lines at a time, so any scale needs at most 2 KiB.
 #include "csrc/cuda/image/image.h"
 
 #include <algorithm>
@@ -22,8 +23,8 @@ __device__ inline double filter(double x, bool bicubic) {
   return x < 2 ? product(product(product(x - 5, x) + 8, x) - 4, a) : 0;
 }
 
-// A thread computes an output of an axis. Sums and roundings have Pillow's order. Products without product() are by a power
-// of two, which is exact.
+// A thread computes an output of an axis. Sums and roundings have Pillow's order. Products without
+// product() are by a power of two, which is exact.
 __global__ void __launch_bounds__(kThreads) weigh(ImageResize call) {
   const int64_t index = block_index() * kThreads + thread_index();
   if (index >= call.count * 2 * call.size) return;
@@ -32,10 +33,13 @@ __global__ void __launch_bounds__(kThreads) weigh(ImageResize call) {
   const Axis& axis = index / call.size % 2 ? image.second : image.first;
   const int64_t output = index % call.size;
   const double scale = double(axis.length) / double(axis.resized), stretch = scale > 1 ? scale : 1;
-  const double reach = (call.bicubic ? 2 : 1) * stretch, center = product(double(axis.offset + output) + 0.5, scale);
+  const double reach = (call.bicubic ? 2 : 1) * stretch,
+               center = product(double(axis.offset + output) + 0.5, scale);
   const int begin = int(center - reach + 0.5), end = int(center + reach + 0.5);
   const int low = begin < 0 ? 0 : begin, high = end > axis.length ? int(axis.length) : end;
-  const auto weight = [&](int x) { return filter(product(x - center + 0.5, 1 / stretch), call.bicubic); };
+  const auto weight = [&](int x) {
+    return filter(product(x - center + 0.5, 1 / stretch), call.bicubic);
+  };
   double sum = 0;
   for (int x = low; x < high; ++x) sum += weight(x);
   int32_t* const words = call.weights + axis.words + output * (2 + axis.taps);
@@ -78,9 +82,11 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
     };
     const int first_origin = along ? left : top, second_origin = along ? top : left;
     const int column_in_chunk = along ? column - left : row - top;
-    const int32_t* const last = words(second, (second_origin + kSide < size ? second_origin + kSide : size) - 1);
+    const int32_t* const last =
+        words(second, (second_origin + kSide < size ? second_origin + kSide : size) - 1);
     const int begin = words(second, second_origin)[0], end = last[0] + last[1];
-    const int32_t* const taps_of_output = words(second, inside ? (along ? row : column) : second_origin);
+    const int32_t* const taps_of_output =
+        words(second, inside ? (along ? row : column) : second_origin);
     const int low = taps_of_output[0], high = inside ? low + taps_of_output[1] : low;
     int sums[3] = {kHalf, kHalf, kHalf};
     for (int start = begin; start < end; start += kChunk) {
@@ -99,7 +105,8 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
           green += from[1] * coefficient;
           blue += from[2] * coefficient;
         }
-        between.store(j * kSide + i, uint32_t(level_of(red) | level_of(green) << 8 | level_of(blue) << 16));
+        between.store(j * kSide + i,
+                      uint32_t(level_of(red) | level_of(green) << 8 | level_of(blue) << 16));
       }
       block_barrier();
       const int stop = high < start + kChunk ? high : start + kChunk;
@@ -133,19 +140,22 @@ Axis axis_of(const Edge& edge, int64_t step, bool bicubic, int size, int64_t& wo
 
 }  // namespace
 
-ImagePlan image_plan(const std::vector<std::vector<int64_t>>& places, int size, cpu::Crop crop, const int64_t* boxes,
-                     bool bicubic) {
+ImagePlan image_plan(const std::vector<std::vector<int64_t>>& places, int size, cpu::Crop crop,
+                     const int64_t* boxes, bool bicubic) {
   ImagePlan plan;
   for (size_t index = 0; index < places.size(); ++index) {
-    const int64_t pixels = places[index].at(0), height = places[index].at(1), width = places[index].at(2);
+    const int64_t pixels = places[index].at(0), height = places[index].at(1),
+                  width = places[index].at(2);
     ImageLayout image{-1, {}, {}, 0};
     if (pixels >= 0) {
       try {
-        const auto [down, along] = edges(size, crop, boxes ? boxes + 4 * index : nullptr, height, width);
+        const auto [down, along] =
+            edges(size, crop, boxes ? boxes + 4 * index : nullptr, height, width);
         const Axis vertical = axis_of(down, 3 * width, bicubic, size, plan.words);
         const Axis horizontal = axis_of(along, 3, bicubic, size, plan.words);
         const bool down_first = is_down_first(down, along);
-        image = {pixels, down_first ? vertical : horizontal, down_first ? horizontal : vertical, !down_first};
+        image = {pixels, down_first ? vertical : horizontal, down_first ? horizontal : vertical,
+                 !down_first};
       } catch (const std::invalid_argument& error) {
         plan.errors.emplace_back(index, error.what());
       }
@@ -160,10 +170,18 @@ void image_resize(const ImageResize& call) {
   launch(weigh, {(outputs + kThreads - 1) / kThreads, kThreads, 0, call.stream}, call);
   void (*kernel)(ImageResize) = nullptr;
   switch (call.type) {
-    case ImageType::kUint8: kernel = resize<uint8_t>; break;
-    case ImageType::kFloat32: kernel = resize<float>; break;
-    case ImageType::kFloat16: kernel = resize<Half>; break;
-    case ImageType::kBfloat16: kernel = resize<Bfloat16>; break;
+    case ImageType::kUint8:
+      kernel = resize<uint8_t>;
+      break;
+    case ImageType::kFloat32:
+      kernel = resize<float>;
+      break;
+    case ImageType::kFloat16:
+      kernel = resize<Half>;
+      break;
+    case ImageType::kBfloat16:
+      kernel = resize<Bfloat16>;
+      break;
   }
   launch(kernel, {call.count * tiles * tiles, kThreads, kImageSharedBytes, call.stream}, call);
 }

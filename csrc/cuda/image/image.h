@@ -1,5 +1,5 @@
-// Resizes images in device memory to squares as csrc/image.h defines it, in Pillow's fixed-point arithmetic, and can
-// normalise them.
+// Resizes images in device memory to squares as csrc/image.h defines it, in Pillow's fixed-point
+// arithmetic, and can normalise them.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,14 @@
 
 namespace bclip::cuda {
 
-// A block of threads computes a tile of 16 x 16 pixels from chunks of 32 lines of 16 pixels of 4 bytes.
+// A block of threads computes a tile of 16 x 16 pixels from chunks of 32 lines of 16 pixels of 4
+// bytes.
 constexpr int kImageSide = 16, kImageChunk = 32, kImageThreads = kImageSide * kImageSide;
 constexpr int kImageSharedBytes = kImageSide * kImageChunk * 4;
 
-// One axis of an image. Each output has 2 + `taps` words in the table of weights, from `words` on. They are the first pixel
-// of its window, counted from `start`, the number of pixels, and their coefficients times 2^22.
+// One axis of an image. Each output has 2 + `taps` words in the table of weights, from `words` on.
+// They are the first pixel of its window, counted from `start`, the number of pixels, and their
+// coefficients times 2^22.
 struct Axis {
   int64_t start, length, resized, offset;  // as Edge of image_edges.h
   int64_t step;                            // bytes from pixel to pixel
@@ -32,14 +34,15 @@ struct ImageLayout {
 
 struct ImagePlan {
   std::vector<ImageLayout> images;
-  int64_t words = 0;                                    // words of the table of weights
+  int64_t words = 0;  // words of the table of weights
   // Index and reason of each image that its box isn't inside of.
   std::vector<std::pair<int64_t, std::string>> errors;
 };
 
-// `places`: offset of the pixels, height and width of each image. The offset is -1 for a missing image.
-ImagePlan image_plan(const std::vector<std::vector<int64_t>>& places, int size, cpu::Crop crop, const int64_t* boxes,
-                     bool bicubic);
+// `places`: offset of the pixels, height and width of each image. The offset is -1 for a missing
+// image.
+ImagePlan image_plan(const std::vector<std::vector<int64_t>>& places, int size, cpu::Crop crop,
+                     const int64_t* boxes, bool bicubic);
 
 enum class ImageType { kUint8, kFloat32, kFloat16, kBfloat16 };
 
