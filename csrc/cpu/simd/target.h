@@ -57,9 +57,9 @@
 #include <immintrin.h>
 #if BCLIP_ISA_NUMBER > 1
 #define BCLIP_AVX512 1
+// GCC 12's own intrinsics start from an undefined vector.
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored \
-    "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined vector
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #else
 #define BCLIP_AVX2 1
 #endif
