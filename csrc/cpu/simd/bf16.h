@@ -30,7 +30,7 @@ BCLIP_INLINE V PromoteTo(const uint16_t* from) {
 #elif defined(BCLIP_NEON)
     return (V)vshll_n_u16(vld1_u16(from), 16);
 #else
-    VectorOf<uint32_t, sizeof(V)>::type words;
+    typename VectorOf<uint32_t, sizeof(V)>::type words;
     for (int i = 0; i < static_cast<int>(sizeof(V) / 4); ++i)
       words[i] = static_cast<uint32_t>(from[i]) << 16;
     return (V)words;
