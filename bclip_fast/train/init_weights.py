@@ -16,6 +16,7 @@ from bclip_fast.model.safe_load import State, read_checkpoint
 from bclip_fast.model.text import BertTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionTower
+from bclip_fast.pretrained import sources
 
 from .checkpoint import first_difference
 from .config import InitConfig, TrainConfig
@@ -29,7 +30,7 @@ def new_model(config: TrainConfig) -> BiomedClip:
     """The model of a run with resolved configuration, at random, with its locked weights locked."""
     model = BiomedClip(config.model)
     pixels = PreprocessConfig()
-    model.visual.set_pixels(pixels.mean, pixels.std)
+    model.visual.set_normalization(pixels.mean, pixels.std)
     for tower, locked, unlocked in (
         (model.visual, config.lock_image, config.lock_image_unlocked_groups),
         (model.text, config.lock_text, config.lock_text_unlocked_layers),
@@ -54,15 +55,15 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
         state, content, where = _read(init.vision)
         if content is not None:
             _check_heads(where, tower_config.vit_heads(content, where), model.config.vision.heads, "vision")
-        filled = weights.from_vit(state, model.visual, where=where)
+        filled = weights.from_vit(state, model.visual, source=where)
         log.info("image tower from %s; at random: %s", where, _fill(model.visual, filled))
     if init.text:
         if not isinstance(model.text, BertTower):
             raise UserError(f"init.text={init.text}: a BERT, but model.text.kind is {model.config.text.kind}")
         state, content, where = _read(init.text)
         if content is not None:
-            _check_heads(where, tower_config.bert_config(content, where).heads, model.config.text.heads, "text")
-        filled = weights.from_bert(state, model.text, where=where)
+            _check_heads(where, tower_config.read_bert_config(content, where).heads, model.config.text.heads, "text")
+        filled = weights.from_bert(state, model.text, source=where)
         log.info("text tower from %s; at random: %s", where, _fill(model.text, filled))
 
 
@@ -74,7 +75,7 @@ def initial_tokenizer(config: TrainConfig) -> Tokenizer | None:
     if not config.init.text:
         return None
     path = Path(config.init.text)
-    source = pretrained.Folder(path.parent) if path.is_file() else _source(config.init.text)
+    source = sources.Folder(path.parent) if path.is_file() else _source(config.init.text)
     return Tokenizer.from_file(source.get(pretrained.TOKENIZER_FILES), config.model.text.context_length)
 
 
@@ -121,17 +122,17 @@ def _read(name: str) -> tuple[State, dict[str, Any] | None, str]:
     if Path(name).is_file():
         return read_checkpoint(Path(name), legacy=True), None, name
     source = _source(name)
-    content = pretrained.read_json(source.get(["config.json"]))
+    content = sources.read_json(source.get(["config.json"]))
     path = source.get(WEIGHT_FILES)
     return read_checkpoint(path, legacy=True), content, str(path)
 
 
-def _source(name: str) -> pretrained.Source:
-    if name.startswith(pretrained.HUB_PREFIX):
-        return pretrained.Hub(name.removeprefix(pretrained.HUB_PREFIX))
+def _source(name: str) -> sources.Source:
+    if name.startswith(sources.HUB_PREFIX):
+        return sources.Hub(name.removeprefix(sources.HUB_PREFIX))
     if not Path(name).is_dir():
         raise UserError(f"{name} is neither a file nor a folder; a model of the hub is named hf-hub:ORG/NAME")
-    return pretrained.Folder(Path(name))
+    return sources.Folder(Path(name))
 
 
 def _check_heads(where: str, found: int, wanted: int, tower: str) -> None:
