@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# The file of a module that runs the CUDA kernels on the CPU, for tests (csrc/cuda/device.cuh).
+# The file of a module that runs the CUDA kernels on the CPU, for tests (csrc/cuda/emulator/emulator.h).
 CUDA_HOST = os.environ.get("BCLIP_CUDA_HOST")
 
 
@@ -20,7 +20,7 @@ def cuda_module() -> ModuleType:
     """The CUDA kernels: `bclip_fast._cuda`, or the file that BCLIP_CUDA_HOST names."""
     if CUDA_HOST is None:
         return importlib.import_module("bclip_fast._cuda")
-    spec = importlib.util.spec_from_file_location("_cuda_host", CUDA_HOST)
+    spec = importlib.util.spec_from_file_location("_cuda_emulator", CUDA_HOST)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import types
 from pathlib import Path
 
-import cuda_host
+import cuda_emulator
 import pytest
 import torch
-from cuda_host import ON_GPU, hosted, outside
+from cuda_emulator import ON_GPU, hosted, outside
 from inside import num_passed
 from judged import SEED, bounds_of, judge_attention_operator
 
@@ -22,12 +22,12 @@ from bclip_fast.ops.cuda_device import CUDA_HOST, cuda_module
 @outside
 def test_suite_passes_on_the_host():
     """Runs the tests that this file marks as hosted, and every test of the operator that takes a backend."""
-    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_host.environment()) >= 45
+    assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_emulator.environment()) >= 45
 
 
 @outside
 def test_suite_passes_on_the_host_under_sanitizers():
-    sanitized = cuda_host.environment(sanitized=True)
+    sanitized = cuda_emulator.environment(sanitized=True)
     assert num_passed([Path(__file__).name], "hosted_ragged or hosted_dense", **sanitized) >= 12
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cuda_host
+import cuda_emulator
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_host import ON_GPU, hosted, outside
+from cuda_emulator import ON_GPU, hosted, outside
 from inside import num_passed
 from judged import assert_close, judge_clip_loss, judge_rectangle, judge_siglip_loss
 
@@ -26,12 +26,12 @@ DTYPES = [torch.float16, torch.bfloat16]
 def test_suite_passes_on_the_host():
     """Runs the tests that this file marks as hosted, and every test of the operators that takes a backend."""
     files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name
-    assert num_passed(files, "cuda", **cuda_host.environment()) >= 55
+    assert num_passed(files, "cuda", **cuda_emulator.environment()) >= 55
 
 
 @outside
 def test_suite_passes_on_the_host_under_sanitizers():
-    sanitized = cuda_host.environment(sanitized=True)
+    sanitized = cuda_emulator.environment(sanitized=True)
     assert num_passed([Path(__file__).name], "rectangle or far_below", **sanitized) >= 5
 
 

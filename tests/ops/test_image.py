@@ -198,7 +198,7 @@ def test_broken_file_does_not_affect_the_others(backend):
     assert list(errors) == [1, 2, 4, 5, 6]
     for index, words in {1: "not a JPEG", 2: "cannot be decoded", 4: "400x300 pixels exceeds", 5: "not a JPEG"}.items():
         assert words in errors[index]
-    assert errors[6] == "box (top 1, left 0, height 60, width 80) is not inside the picture of 80x60 pixels"
+    assert errors[6] == "box (top 1, left 0, height 60, width 80) is not inside the image of 80x60 pixels"
     assert not images[list(errors)].any()
     expected, _ = ops.image.decode_resize([good], 32, backend="reference", crop="squash")
     assert torch.equal(images[0], expected[0])

@@ -10,10 +10,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import cuda_host
+import cuda_emulator
 import pytest
 import torch
-from cuda_host import hosted, outside
+from cuda_emulator import hosted, outside
 from inside import num_passed
 from oracle import collected_if, compared
 from pairwise import pairwise
@@ -23,7 +23,7 @@ from bclip_fast import ops
 from bclip_fast.ops.cuda_device import cuda_module
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, LIMITS, cuda
 
-ON_GPU = cuda_host.ON_GPU
+ON_GPU = cuda_emulator.ON_GPU
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Tests that compare with libjpeg's pixels, which the replacement gives and nvJPEG doesn't.
 faked = collected_if("BCLIP_NVJPEG" in os.environ)
@@ -44,12 +44,12 @@ def library(tmp_path_factory):
 
 @outside
 def test_suite_passes_on_the_host(library):
-    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 25
+    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_emulator.environment()) >= 25
 
 
 @outside
 def test_suite_passes_on_the_host_under_sanitizers(library):
-    sanitized = cuda_host.environment(sanitized=True)
+    sanitized = cuda_emulator.environment(sanitized=True)
     assert num_passed([Path(__file__).name], "broken or normalized or extreme", BCLIP_NVJPEG=library, **sanitized) >= 5
 
 

@@ -45,6 +45,26 @@ def test_kernels_pass_on_each_instruction_set(name):
     assert num_passed([f"{file}.py" for file in files], selected, BCLIP_CPU_ISA=name, OMP_NUM_THREADS="1") >= least
 
 
+NAN_ROUNDING = """
+import torch
+from bclip_fast import _cpu
+bits = [0x7FA12345, -0x5EDCBB, 0x7F800001, 0x7FFFFFFF]
+stream = torch.tensor(bits * 5, dtype=torch.int32).view(torch.float32)
+zeros, normed, total = torch.zeros(20), torch.empty(20), torch.empty(20, dtype=torch.bfloat16)
+values = [_cpu.Values(x.data_ptr(), x.dtype == torch.bfloat16) for x in (stream, zeros, zeros, zeros, total, normed)]
+_cpu.add_norm(1, 20, *values, _cpu.Values(0, False), 1e-5, _cpu.Dropout(0, 0, 1.0), 1)
+assert total.view(torch.int16).tolist() == [0x7FE1, -0x1F, 0x7FC0, 0x7FFF] * 5, total.view(torch.int16)
+"""
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
+def test_bfloat16_rounding_keeps_sign_and_payload_of_nan(name):
+    if run(name, "-c", "from bclip_fast import _cpu; _cpu.instruction_set()").returncode:
+        pytest.skip(f"this processor has no {name}")
+    done = run(name, "-c", NAN_ROUNDING)
+    assert done.returncode == 0, done.stderr
+
+
 def test_best_instruction_set_is_chosen_and_named_by_the_doctor():
     line = next(line for line in doctor.lines() if line.strip().startswith("cpu "))
     assert f"installed, {_cpu.instruction_set()}" in line

@@ -237,4 +237,4 @@ def test_kernel_refuses_sums_of_an_untransposed_left_operand():
     one = torch.zeros(32, 32)
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):
-        _cpu.amx_product(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)
+        _cpu.linear(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)

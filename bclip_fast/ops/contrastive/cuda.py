@@ -1,4 +1,4 @@
-"""The operators in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive_*.cu); not yet measured on one.
+"""The operators in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive/); not yet measured on one.
 
 Our kernels compute forward and gradient tiles from bfloat16 or float16 features, with D padded to a multiple of 8.
 Library matmuls compute dI and dT from chunks of rows of G in float16 (`gpu_tiles`). The kernels read scale and bias on

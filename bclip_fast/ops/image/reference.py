@@ -54,7 +54,7 @@ def _between(width: int, height: int, new_width: int, new_height: int) -> tuple[
 def _cut(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
     if min(top, left, height - 1, width - 1) < 0 or top + height > image.height or left + width > image.width:
         raise ValueError(
-            f"box (top {top}, left {left}, height {height}, width {width}) is not inside the picture of "
+            f"box (top {top}, left {left}, height {height}, width {width}) is not inside the image of "
             f"{image.width}x{image.height} pixels"
         )
     return image.crop((left, top, left + width, top + height))

@@ -1,4 +1,4 @@
-"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/linear.h), else by float32 products.
+"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/matmul.h), else by float32 products.
 
 The matrix unit's three products read their operands in place. Otherwise torch's library multiplies in float32, and the
 results are rounded to bfloat16. A bfloat16 weight is upcast once per call, and rows are upcast in blocks that stay in
@@ -29,7 +29,7 @@ def linear(call: LinearCall) -> Tensor:
     added, out = None if bias is None else bias.float(), result.view(-1, len(weight))
     if _cpu.has_amx():
         added = None if added is None else added.contiguous()
-        _amx_product(rows.contiguous(), weight.contiguous(), out, right_transposed=True, bias=added)
+        _linear(rows.contiguous(), weight.contiguous(), out, right_transposed=True, bias=added)
     else:
         right = weight.float().T
         for block, part, products in _blocks(rows, len(weight)):
@@ -49,9 +49,9 @@ def linear_backward(call: LinearGradientCall) -> tuple[Tensor, Tensor, Tensor]:
     if _cpu.has_amx():
         rows, grad = rows.contiguous(), grad.contiguous()
         if call.x_needs_grad:
-            _amx_product(grad, weight.contiguous(), x_grad.view(-1, width))
+            _linear(grad, weight.contiguous(), x_grad.view(-1, width))
         if call.weight_needs_grad:
-            _amx_product(grad, rows, weight_grad, left_transposed=True, left_sums=sums if bias_dtype else None)
+            _linear(grad, rows, weight_grad, left_transposed=True, left_sums=sums if bias_dtype else None)
         elif bias_dtype:
             torch.sum(grad, 0, dtype=torch.float32, out=sums)
     else:
@@ -81,7 +81,7 @@ def _blocks(left: Tensor, columns: int) -> Iterator[tuple[slice, Tensor, Tensor]
         yield block, wide[:count].copy_(left[block]), products[:count]
 
 
-def _amx_product(
+def _linear(
     left: Tensor,
     right: Tensor,
     result: Tensor,
@@ -92,8 +92,8 @@ def _amx_product(
     left_sums: Tensor | None = None,
 ) -> None:
     (rows, columns), depth = result.shape, left.shape[0 if left_transposed else 1]
-    workspace = torch.empty(_cpu.product_workspace(columns, depth), dtype=torch.bfloat16)
-    _cpu.amx_product(
+    workspace = torch.empty(_cpu.linear_workspace(columns, depth), dtype=torch.bfloat16)
+    _cpu.linear(
         rows,
         columns,
         depth,

@@ -1,4 +1,4 @@
-"""One query per sequence in C++ (csrc/pooled_attention.h): each pass reads keys and values once."""
+"""One query per sequence in C++ (csrc/single_query_attention.h): each pass reads keys and values once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
     compiled, _tensors = _compiled_call(call)
     shape = call.query.shape
     out, lse = torch.empty(shape, dtype=call.query.dtype), torch.empty(shape[:2], dtype=torch.float32)
-    _cpu.pooled_attention_forward(compiled, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+    _cpu.single_query_attention_forward(compiled, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return out, lse
 
 
@@ -25,7 +25,7 @@ def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) 
     compiled, _tensors = _compiled_call(call)
     grad_out, dtype, shape = grad_out.contiguous(), call.query.dtype, call.query.shape
     query_grad, grad = torch.empty(shape, dtype=dtype), torch.empty(call.key_value.shape, dtype=dtype)
-    _cpu.pooled_attention_backward(
+    _cpu.single_query_attention_backward(
         compiled,
         address(grad_out, dtype, *shape),
         address(out, dtype, *shape),
@@ -37,12 +37,12 @@ def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) 
     return query_grad, grad
 
 
-def _compiled_call(call: SingleQueryCall) -> tuple[_cpu.PooledAttention, tuple[Tensor, ...]]:
+def _compiled_call(call: SingleQueryCall) -> tuple[_cpu.SingleQueryAttention, tuple[Tensor, ...]]:
     """The argument of the C++ functions, and the tensors that must outlive it."""
     tensors = tuple(tensor.contiguous() for tensor in (call.query, call.key_value, call.rows, call.cu_seqlens))
     query, key_value, rows, cu_seqlens = tensors
     sequences, heads, dim = query.shape
-    compiled = _cpu.PooledAttention(
+    compiled = _cpu.SingleQueryAttention(
         INSTRUCTION_SETS[query.dtype],
         address(query, query.dtype, sequences, heads, dim),
         address(key_value, query.dtype, len(key_value), 2, heads, dim),
