@@ -1,8 +1,8 @@
 """nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on; not yet run on one.
 
-nvJPEG gets all baseline files at once whose colours it reads like libjpeg (csrc/cuda/image/nvjpeg.h). The CPU decodes the
-other files, and those that nvJPEG refuses. The library is the file BCLIP_NVJPEG, or that of a wheel, of CUDA_HOME or of
-the system.
+nvJPEG decodes all baseline files at once whose colours it reads like libjpeg (csrc/cuda/image/nvjpeg.h). The CPU
+decodes the other files, and those that nvJPEG refuses. The library is the file BCLIP_NVJPEG, or that of a wheel, of
+CUDA_HOME or of the system.
 """
 
 from __future__ import annotations
