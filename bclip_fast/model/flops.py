@@ -55,7 +55,7 @@ def resnet_flops(config: VisionConfig) -> list[float]:
         before, side = side, side // block.stride
         first = block.width * (block.inputs + 9 * block.width)
         # The last convolution and, of a stage's first block, the shortcut's.
-        last = 4 * block.width * (block.width + (block.place == 0) * block.inputs)
+        last = 4 * block.width * (block.width + (block.index == 0) * block.inputs)
         groups.append(2.0 * (before**2 * first + side**2 * last))
     tokens, width = 1 + side**2, 32 * config.width
     groups[-1] += 2 * width**2 * (1 + 2 * tokens) + 4 * width * tokens

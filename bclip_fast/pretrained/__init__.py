@@ -66,7 +66,7 @@ def load(
     with torch.device("meta"):
         model = BiomedClip(config)
     path = source.get(WEIGHT_FILES)
-    state = weights.from_open_clip(read_checkpoint(path), model, where=str(path))
+    state = weights.from_open_clip(read_checkpoint(path), model, source=str(path))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
         preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
@@ -79,7 +79,7 @@ def load(
     model.to(device=device, dtype=PRECISIONS[precision])
     for name, value in scalars.items():
         getattr(model, name).data = value.to(device)
-    model.visual.set_pixels(preprocess_config.mean, preprocess_config.std)
+    model.visual.set_normalization(preprocess_config.mean, preprocess_config.std)
     log.info("loaded %s (%s)", name_or_path, path.name)
     return model.eval(), Preprocess(preprocess_config), tokenizer
 

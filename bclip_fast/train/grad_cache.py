@@ -26,7 +26,7 @@ from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.packed import Packed
-from bclip_fast.model.transformer import Pooled
+from bclip_fast.model.transformer import PreProjection
 
 from .engine.deepspeed import Engine
 
@@ -47,7 +47,7 @@ def embed(engine: Engine, batch: Batch, seed: int, pooled: Sequence[Tensor | Non
     """`seed` gives the random numbers: dropout, dropped patches. pooled: as `Engine.pooled` had it of these pairs; a
     tower that is locked so far draws none."""
     torch.manual_seed(seed)
-    image, text = (None if states is None else Pooled(states) for states in pooled)
+    image, text = (None if states is None else PreProjection(states) for states in pooled)
     output = engine(
         image or batch.images.to(engine.device, non_blocking=True),
         text or Packed.of(batch.ids, batch.lengths).to(engine.device, non_blocking=True),

@@ -29,7 +29,7 @@ def new_model(config: TrainConfig) -> BiomedClip:
     """The model of a run with resolved configuration, at random, with its locked weights locked."""
     model = BiomedClip(config.model)
     pixels = PreprocessConfig()
-    model.visual.set_pixels(pixels.mean, pixels.std)
+    model.visual.set_normalization(pixels.mean, pixels.std)
     for tower, locked, unlocked in (
         (model.visual, config.lock_image, config.lock_image_unlocked_groups),
         (model.text, config.lock_text, config.lock_text_unlocked_layers),
@@ -54,15 +54,15 @@ def initialise(model: BiomedClip, init: InitConfig) -> None:
         state, content, where = _read(init.vision)
         if content is not None:
             _check_heads(where, tower_config.vit_heads(content, where), model.config.vision.heads, "vision")
-        filled = weights.from_vit(state, model.visual, where=where)
+        filled = weights.from_vit(state, model.visual, source=where)
         log.info("image tower from %s; at random: %s", where, _fill(model.visual, filled))
     if init.text:
         if not isinstance(model.text, BertTower):
             raise UserError(f"init.text={init.text}: a BERT, but model.text.kind is {model.config.text.kind}")
         state, content, where = _read(init.text)
         if content is not None:
-            _check_heads(where, tower_config.bert_config(content, where).heads, model.config.text.heads, "text")
-        filled = weights.from_bert(state, model.text, where=where)
+            _check_heads(where, tower_config.read_bert_config(content, where).heads, model.config.text.heads, "text")
+        filled = weights.from_bert(state, model.text, source=where)
         log.info("text tower from %s; at random: %s", where, _fill(model.text, filled))
 
 

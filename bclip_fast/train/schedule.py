@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from bclip_fast.errors import UserError
-from bclip_fast.model.transformer import place_of
+from bclip_fast.model.transformer import layer_depth
 
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
 
@@ -80,11 +80,13 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     projection, which learn at the full rate as whatever is in no tower does.
     """
     inside = {name: match.groups() for name in names if (match := _IN_TOWER.fullmatch(name))}
-    depth = {tower: 0 for tower, _ in inside.values()}
+    depths = {tower: 0 for tower, _ in inside.values()}
     for tower, rest in inside.values():
         if rest.startswith("layers."):
-            depth[tower] = max(depth[tower], place_of(rest, 0))
-    return {name: decay ** (depth[tower] + 1 - place_of(rest, depth[tower])) for name, (tower, rest) in inside.items()}
+            depths[tower] = max(depths[tower], layer_depth(rest, 0))
+    return {
+        name: decay ** (depths[tower] + 1 - layer_depth(rest, depths[tower])) for name, (tower, rest) in inside.items()
+    }
 
 
 def parameter_groups(

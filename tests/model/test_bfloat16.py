@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from synthetic import tiny_model
-from test_model import GPT
-from test_resnet import CONFIG as RESNET
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from towers import GPT, RESNET
 
 from bclip_fast.loss import ClipLoss, SigLipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig

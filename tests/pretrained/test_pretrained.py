@@ -19,7 +19,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peers import import_open_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_model import GPT, SMALL, padded_ids, shaken
+from towers import GPT, SMALL, padded_ids, shaken
 
 from bclip_fast import load, save
 from bclip_fast.data.transform import Preprocess, PreprocessConfig

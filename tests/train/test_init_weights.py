@@ -16,7 +16,7 @@ import torch
 from peers import import_open_clip
 from safetensors.torch import load_file, save_file
 from synthetic import tiny_model, tiny_run, weights, write_shards
-from test_model import GPT, SMALL, padded_ids, shaken
+from towers import GPT, SMALL, padded_ids, shaken
 
 from bclip_fast import pretrained
 from bclip_fast.data.transform import Preprocess, PreprocessConfig

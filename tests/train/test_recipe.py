@@ -15,7 +15,7 @@ import torch
 from peers import import_open_clip
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, weights, write_shards
-from test_model import GPT, SMALL, padded_ids
+from towers import GPT, SMALL, padded_ids
 
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError
@@ -49,7 +49,7 @@ def trained(model: BiomedClip) -> set[str]:
 
 @pytest.mark.parametrize("unlocked", [0, 1, 2, 3])
 def test_locks_what_open_clip_locks(unlocked: int) -> None:
-    from bclip_fast.model import weights as weight_files
+    from bclip_fast.model import weight_names
 
     open_clip = import_open_clip()
     import timm
@@ -81,7 +81,7 @@ def test_locks_what_open_clip_locks(unlocked: int) -> None:
     ours = trained(model)
     assert {"logit_scale", "visual.head.weight", "text.proj.0.weight", "text.proj.2.weight"} <= ours
     checked = 0
-    for name, names in weight_files.key_map(SMALL).items():
+    for name, names in weight_names.key_map(SMALL).items():
         for other in names:
             if other in theirs:
                 assert (name in ours) == theirs[other], other

@@ -11,9 +11,9 @@ from statistics import fmean
 import pytest
 import torch
 from peers import import_open_clip
-from test_model import GPT, shaken
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from towers import GPT, shaken
 
 from bclip_fast import ops
 from bclip_fast.benchmarks import measure
@@ -23,7 +23,7 @@ from bclip_fast.data.transform import normalize
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
-from bclip_fast.model.weights import key_map
+from bclip_fast.model.weight_names import key_map
 from bclip_fast.ops import matmul
 
 QUICKSTART = preset("quickstart")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.model.packed import Packed
-from bclip_fast.model.transformer import Pooled
+from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.precision import resolve
 from bclip_fast.train.schedule import OptimConfig
 
@@ -105,13 +105,13 @@ class Engine(ABC):
     _before: list[Tensor]
     """The model's buffers after the last update. Each rank's are its own: training reads them nowhere."""
 
-    def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
         return self.module(image, text)
 
     def pooled(self) -> tuple[Tensor | None, Tensor | None]:
         """(b, width) each: what image and text tower projected last, where all before the projection is locked."""
         model: Any = self._model
-        return model.visual.pooled, model.text.pooled
+        return model.visual.pre_projection, model.text.pre_projection
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -265,7 +265,7 @@ class PlainEngine(Engine):
         waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
         return {"communication_seconds": max(0, waited) / 1e9}
 
-    def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             return self.module(image, text)
 
@@ -384,7 +384,7 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, image: Tensor | Pooled, text: Packed | Pooled) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
         output = self._engine(image, text)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
