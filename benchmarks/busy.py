@@ -30,8 +30,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.threads import VARIABLES
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
-from bclip_fast.train.engine.malloc import keep_freed_memory
+from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.malloc import set_malloc_trim
 from bclip_fast.train.trainer import train
 
 from .cases import with_gradients
@@ -198,7 +198,7 @@ def _kernel(task: str, batch: int) -> Callable[[], Any]:
     def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(shape, generator=generator).mul_(scale).requires_grad_()
 
-    keep_freed_memory()
+    set_malloc_trim()
     function: Callable[..., torch.Tensor]
     if task == "attention":
         function, inputs = ops.fused_attention, [leaf(max(1, batch // 8), 197, 3, 12, 64)]
