@@ -21,7 +21,9 @@ from torch import Tensor
 
 from bclip_fast.data.loader import NativeLoader
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer

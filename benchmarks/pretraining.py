@@ -14,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.ingest.build import IngestConfig, build
 from bclip_fast.ingest.sanitize import sanitize
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import exact_ranks, retrieval
+from bclip_fast.eval import exact_ranks, faiss_index, retrieval
 
 from .measure import DEVICE, matmul_rate, peak_extra_bytes
 
@@ -123,7 +123,9 @@ def _check(config: RetrievalConfig, found: list[retrieval.Ranks], queries: Tenso
 
 def _faiss(queries: Tensor, candidates: Tensor) -> list[retrieval.Ranks]:
     num, one = len(queries), torch.ones(len(queries), dtype=torch.int64)
-    right = retrieval.search(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT)) == torch.arange(num)[:, None]
+    right = (
+        faiss_index.search(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT)) == torch.arange(num)[:, None]
+    )
     place = torch.where(right.any(1), right.int().argmax(1), len(candidates) - 1)
     return [retrieval.Ranks(place, one, one, one, len(candidates))]
 

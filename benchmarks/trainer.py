@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from bclip_fast.data.shards.reader import ShardDataset, ShardWriter
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.presets import preset

@@ -21,7 +21,8 @@ from bclip_fast.ops import image as image_ops
 
 from .daemon_pool import Workers
 from .sampler import SampleStream
-from .shards.reader import BadSample, Sample, ShardDataset
+from .shards.format import Sample
+from .shards.reader import BadSample, ShardDataset
 from .transform import Preprocess, random_resized_crop_box
 
 log = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ class NativeLoader:
             else:
                 raise UserError(
                     f"sample {bad[-1].key} of {bad[-1].shard} and {len(bad) - 1} before it are damaged: "
-                    f"{bad[-1].reason}; see bclip_fast.data.shards.reader.verify and build {self.dataset.root} again"
+                    f"{bad[-1].reason}; see bclip_fast.data.shards.verify and build {self.dataset.root} again"
                 )
         good = [sample for sample in samples if isinstance(sample, Sample)]
         tokens = self._tokenize([sample.caption for sample in good])

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bclip_fast.data.shards.reader import Sample, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
 
 from . import photographs, volumes

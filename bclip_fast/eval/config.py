@@ -9,7 +9,8 @@ import tyro
 from ..errors import UserError
 from . import probe, tasks
 from .embed import Format, Precision
-from .retrieval import Duplicates, Index
+from .faiss_index import Index
+from .retrieval import Duplicates
 
 
 @dataclass(frozen=True, kw_only=True)

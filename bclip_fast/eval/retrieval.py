@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from . import exact_ranks, statistics
+from .faiss_index import Index, search
 
 TIE_TOLERANCE = 1e-6
 RECALL_AT = (1, 5, 10)
 _PAIRS_AT_ONCE = 1 << 16
 
 Duplicates = Literal["strict", "captions", "images", "any"]
-Index = Literal["exact", "faiss_flat", "hnsw", "ivf"]
 
 
 @dataclass(frozen=True)
@@ -194,38 +194,6 @@ def _other_correct(groups: Sequence[Tensor], num: int, device: torch.device) -> 
             if bool(new.any()):
                 yield i[new].to(device), j[new].to(device)
             begin = end
-
-
-def build(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:
-    """faiss's index of (N, D) candidates by inner product, approximate unless `faiss_flat`.
-
-    effort: efSearch of HNSW, the lists probed by IVF; more finds more and takes longer.
-    """
-    import faiss
-
-    rows, dim = np.ascontiguousarray(candidates.cpu().float().numpy()), candidates.shape[1]
-    if kind == "faiss_flat":
-        index: Any = faiss.IndexFlatIP(dim)
-    elif kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efSearch = effort
-    elif kind == "ivf":
-        # faiss's guideline of 4 sqrt(N) lists, trained on at least 39 rows each.
-        num_lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // 39))
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows)
-        index.nprobe = min(effort, num_lists)
-    else:
-        raise UserError(f"index {kind!r} is unknown: use exact, faiss_flat, hnsw or ivf")
-    index.add(rows)
-    return index
-
-
-def search(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: int = 64) -> Tensor:
-    """(N, k) int64: the k nearest candidates as an index of faiss finds them; `kind` and `effort` as of `build`."""
-    index = build(candidates, kind, effort=effort)
-    vectors = np.ascontiguousarray(queries.cpu().float().numpy())
-    return torch.from_numpy(index.search(vectors, min(k, len(candidates)))[1])
 
 
 def approximate(queries: Tensor, candidates: Tensor, groups: Sequence[Tensor], kind: Index) -> Ranks:

@@ -23,26 +23,25 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from bclip_fast.data.shards.format import to_json
-from bclip_fast.data.shards.writer import ManifestRows, ShardFile, Staging, write_description, write_manifest
+from bclip_fast.data.shards.writer import Staging, write_description, write_manifest
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing, write_text
 from bclip_fast.io.progress import track
 
 from . import executors
 from .articles import FetchError, Package, SourceError, discover
-from .assign import Shard, Splits, key_of, make_plan
+from .assign import Shard, Splits, make_plan
+from .dataset import ShardTask, write_rejects, write_shard
 from .extract import Options, PartTask, write_part
-from .parts import Reject, part_paths, part_rejects, read_image, read_pair, write_rows
-from .pmc import Rules, discover_objects, is_address, is_mirror, open_store, select
+from .object_store import is_address, is_mirror, open_store
+from .parts import Reject, part_paths, part_rejects, write_rows
+from .pmc import Rules, discover_objects, select
 from .sanitize import JPEG_QUALITY
 
 log = logging.getLogger(__name__)
-
-_REJECTS_PER_ROW_GROUP = 65536
 
 
 @dataclass(frozen=True)
@@ -245,46 +244,15 @@ def _planned(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]
     return counts
 
 
-@dataclass(frozen=True)
-class _ShardTask:
-    work: str
-    shard: Shard
-
-
 def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list[dict[str, Any]]:
     """Stage 3; what dataset.json says of each shard."""
     (work / "shards").mkdir(exist_ok=True)
-    left = [_ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
+    left = [ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
     results = executors.run(config.engine, write_shard, left, config.workers, preload=[__name__])
     for task, answer in _shown("shards", results, len(left)):
         if isinstance(answer, executors.Crash):
             raise UserError(f"the process that wrote {task.shard.name} died (out of memory?); run it again")
     return [json.loads((work / f"shards/{shard.name}.json").read_bytes()) for shard in shards]
-
-
-def write_shard(task: _ShardTask) -> None:
-    """A tar, its index, and the rows of the manifest; work/shards/NAME.json, written last, says that they are whole."""
-    work, shard = Path(task.work), task.shard
-    plan = np.load(work / "plan.npy", mmap_mode="r")
-    # A folder of its own: another process, of a run that was killed, may live for a moment.
-    with executors.scratch_folder(work / "shards") as scratch:
-        rows = ManifestRows(scratch / f"{shard.name}.rows")
-        tar = ShardFile(scratch, shard.split, shard.number)
-        for record in plan[shard.start : shard.end]:
-            pair = read_pair(work, record)
-            meta, extra = pair["meta"], {"mentions": pair["mentions"]}
-            if record["original"] >= 0:
-                extra["duplicate_of"] = key_of(work, plan[record["original"]])
-                extra["duplicate"] = "near" if record["near"] else "exact"
-            row = tar.add(
-                pair["key"], shard.split, pair["caption"], read_image(work, record, pair["crc"]), to_json(meta)
-            )
-            rows.add(row, meta, extra)
-        description, types = tar.finish(), rows.close()
-        for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):
-            (scratch / f"{shard.name}{suffix}").replace(folder / f"{shard.name}{suffix}")
-        done = to_json({"description": description, "types": types})
-        write_text(work / f"shards/{shard.name}.json", done)
 
 
 def _finish(
@@ -300,7 +268,7 @@ def _finish(
         (work / f"shards/{shard.name}.rows", answer["types"]) for shard, answer in zip(shards, written, strict=True)
     ]
     write_manifest(folder, rows)
-    kinds = _write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
+    kinds = write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
     splits: dict[str, list[dict[str, Any]]] = {}
     for shard, answer in zip(shards, written, strict=True):
         splits.setdefault(shard.split, []).append(answer["description"])
@@ -319,19 +287,6 @@ def _finish(
 
 def _told(kinds: Counter[str]) -> str:
     return "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
-
-
-def _write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds: Counter[str] = Counter()
-    schema = pa.schema([(item.name, pa.string()) for item in dataclasses.fields(Reject)])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while chunk := list(islice(rejects, _REJECTS_PER_ROW_GROUP)):
-            kinds.update(reject.reason.partition(":")[0] for reject in chunk)
-            writer.write_table(pa.Table.from_pylist([dataclasses.asdict(reject) for reject in chunk], schema=schema))
-    return kinds
 
 
 def _shown(what: str, results: Iterable[Any], total: int) -> Iterator[Any]:

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .articles import ArticleFiles, FetchError, Files, ImageNames, Package, SourceError, open_package
+from .articles import ArticleFiles, FetchError, Files, Package, SourceError, open_package
+from .image_names import ImageNames
 from .jats import Article, Figure, JatsError, parse
 from .panels import split_panels
 from .parts import Begin, Pair, Reject, write_rows

@@ -25,7 +25,8 @@ from bclip_fast.io.progress import track
 
 from .articles import FetchError, SourceError
 from .jats import JatsError, parse
-from .pmc import PMC, HttpStore, Rules, Store, Version, choose_version, is_address, select
+from .object_store import HttpStore, Store, is_address
+from .pmc import PMC, Rules, Version, choose_version, select
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from bclip_fast.data.shards import reader
+from bclip_fast.data.shards import verify as shards
 from bclip_fast.errors import first_line
 
 from .duplicates import near_pairs
@@ -36,7 +36,7 @@ def run(config: VerifyConfig) -> int:
 def verify(root: Path) -> list[str]:
     """Of any dataset what `shards.verify` finds; of one that ingest built also: an article in two splits, images of val
     or test that resemble one of a split they are kept apart from, counts that differ from dataset.json."""
-    problems = reader.verify(root)
+    problems = shards.verify(root)
     told = json.loads((root / "dataset.json").read_bytes()).get("ingest")
     if told is None or any(problem.startswith("manifest.parquet") for problem in problems):
         return problems

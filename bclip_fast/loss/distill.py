@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bclip_fast.ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
+from bclip_fast.ops.contrastive import LIMITS
+from bclip_fast.ops.contrastive.checks import as_scalar, check_features, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
 from bclip_fast.ops.dispatch import Limits, choose
 
 from .clip import ClipLoss
@@ -89,7 +90,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image: Tensor,
         text: Tensor,
@@ -150,7 +151,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:
         (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
          teacher_columns, positive_grad, _) = ctx.saved_tensors  # fmt: skip
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.

@@ -20,7 +20,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.flops import forward_flops
-from bclip_fast.ops.contrastive import default_chunk_size
+from bclip_fast.ops.contrastive.checks import default_chunk_size
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.init_weights import new_model
 

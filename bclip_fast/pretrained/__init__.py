@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
-from bclip_fast.errors import UserError, first_line
+from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing
 from bclip_fast.io.hashing import sha256
 from bclip_fast.model import open_clip_config, tower_config, weights
@@ -23,16 +23,16 @@ from bclip_fast.model.safe_load import read_checkpoint
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
+from .sources import Hub, Source, hub_json, read_json, source_of
+
 log = logging.getLogger(__name__)
 
-HUB_PREFIX = "hf-hub:"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Of the vocabulary in the order of its ids, a line each: that of PubMedBERT's vocab.txt.
 _PUBMEDBERT_VOCABULARY = "7b36651908a88bc38bda41b728b2a598191e0d3b553cbacf7b1e5f026d5b5b9f"
-_MAX_JSON_BYTES = 1 << 20
 
 
 def load(
@@ -57,9 +57,9 @@ def load(
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    source = _source(name_or_path)
+    source = source_of(name_or_path)
     content = read_json(source.get([CONFIG_FILE]))
-    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
     preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
     tokenizer = _tokenizer(source, content, config)
     # The shapes are checked on the meta device before any memory is spent on what a configuration asks for.
@@ -86,10 +86,10 @@ def load(
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint that `load` takes."""
-    source = _source(name_or_path)
+    source = source_of(name_or_path)
     content = read_json(source.get([CONFIG_FILE]))
     return _tokenizer(
-        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
     )
 
 
@@ -165,78 +165,6 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         "image_std": list(pixels.std),
     }
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-class Source(Protocol):
-    """Where the files of one checkpoint are."""
-
-    def get(self, names: Sequence[str]) -> Path:
-        """The first of these files that is there. Raises UserError if none is."""
-        ...
-
-
-class Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def get(self, names: Sequence[str]) -> Path:
-        for name in names:
-            if (self.path / name).is_file():
-                return self.path / name
-        raise UserError(f"{self.path} holds no {' or '.join(names)}")
-
-
-class Hub:
-    def __init__(self, name: str) -> None:
-        self.repository, _, revision = name.partition("@")
-        self.revision = revision or None
-
-    def get(self, names: Sequence[str]) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-        absent: Exception | None = None
-        for name in names:
-            try:
-                return Path(hf_hub_download(self.repository, name, revision=self.revision))
-            except EntryNotFoundError as error:  # not in the repository, or no network and not in the cache
-                absent = error
-            except HFValidationError as error:
-                raise UserError(f"{self.repository!r} is no repository id of the hub (org/name): {error}") from error
-            except OSError as error:  # unknown repository, no permission, connection
-                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {first_line(error)}") from error
-        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(absent)}") from absent
-
-
-def _source(name_or_path: str | Path) -> Source:
-    name = str(name_or_path)
-    if name.startswith(HUB_PREFIX):
-        return Hub(name.removeprefix(HUB_PREFIX))
-    folder = Path(name_or_path)
-    for path in (folder, folder / "model"):
-        if (path / CONFIG_FILE).is_file():
-            return Folder(path)
-    if not folder.is_dir():
-        raise UserError(f"{name} is not a folder; a model of the hub is named hf-hub:ORG/NAME")
-    raise UserError(f"{name} holds no {CONFIG_FILE}, neither does {folder / 'model'}")
-
-
-def _hub_json(name: str) -> dict[str, Any]:
-    return read_json(Hub(name).get(["config.json"]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; that is no configuration")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:

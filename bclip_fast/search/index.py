@@ -29,8 +29,7 @@ from torch import Tensor
 
 from bclip_fast.data.images import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError, first_line
-from bclip_fast.eval import retrieval
-from bclip_fast.eval.command import Model, load_model
+from bclip_fast.eval import faiss_index
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.eval.datasets.pairs import PairDataset
 from bclip_fast.eval.embed import Embedder, Precision
@@ -38,6 +37,7 @@ from bclip_fast.hardware import pick_device
 from bclip_fast.html import page as html_page
 from bclip_fast.io.atomic import replacing, write_text
 from bclip_fast.io.hashing import sha256_of_file
+from bclip_fast.pretrained.any_model import Model, load_model
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     out = Path(config.out)
     try:
         with replacing(out / INDEX, shared=True) as partial:
-            faiss.write_index(retrieval.build(rows, config.index), str(partial))
+            faiss.write_index(faiss_index.build(rows, config.index), str(partial))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{out} takes no index: {first_line(error)}") from error
     about = {

@@ -2,7 +2,7 @@
 
 So a resumed run goes on with the same backends, even if the machine's tuning record has changed.
 
-The file maps each kind of device to a record (ops/tuning.py) that orders the backends of every call. If the first
+The file maps each kind of device to a record (ops/record_files.py) that orders the backends of every call. If the first
 backend of an order cannot run any more, on another machine or after a reinstallation, the next one does. A warning then
 says that the run no longer continues bit for bit.
 """
@@ -22,8 +22,8 @@ import torch
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import write_text
-from bclip_fast.ops import trials, tuning
-from bclip_fast.ops.tuning import Entry, Record
+from bclip_fast.ops import fingerprint, record_files, trials, tuning
+from bclip_fast.ops.record_files import Entry, Record
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +92,12 @@ def current(device: torch.device) -> Record:
 
 def to_json(records: Mapping[str, Record]) -> dict[str, Any]:
     """The content of backends.json."""
-    return {kind: tuning.to_json(record) for kind, record in records.items()}
+    return {kind: record_files.to_json(record) for kind, record in records.items()}
 
 
 def from_json(data: Mapping[str, Any]) -> dict[str, Record]:
     """The inverse of `to_json`."""
-    records = {kind: tuning.from_json(record) for kind, record in data.items()}
+    records = {kind: record_files.from_json(record) for kind, record in data.items()}
     for record in records.values():
         record.origin = "the run's record"
     return records
@@ -126,7 +126,9 @@ def _warn_of_differences(recorded: Mapping[str, Record]) -> None:
                     call = ", ".join(filter(None, decision.key))
                     replaced.append(f"{call}: {decision.chosen} in place of {entry.order[0]} ({reason})")
             if replaced:
-                differing = tuning.differences(record.fingerprint, tuning.fingerprint(device.type, device.index or 0))
+                differing = fingerprint.differences(
+                    record.fingerprint, fingerprint.fingerprint(device.type, device.index or 0)
+                )
                 log.warning(
                     "the run goes on with other backends, so it does not continue bit for bit: %s. "
                     "Differences (the run / this machine): %s",

@@ -32,8 +32,8 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.data.images import open_image
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
 from bclip_fast.errors import UserError
-from bclip_fast.eval import tasks, vqa
-from bclip_fast.eval.datasets import EvalDataset, open_dataset
+from bclip_fast.eval import tasks
+from bclip_fast.eval.datasets import EvalDataset, open_dataset, vqa
 from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
@@ -41,6 +41,7 @@ from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.transformer import Linear
+from bclip_fast.pretrained import vqa_head
 
 from . import backends, run_folder
 from . import checkpoint as checkpoints
@@ -194,7 +195,7 @@ class _Questions:
         return vqa_loss(logits, targets)
 
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
-        vqa.save(run, model, state)
+        vqa_head.save(run, model, state)
 
 
 class _Loop:

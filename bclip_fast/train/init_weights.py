@@ -16,6 +16,7 @@ from bclip_fast.model.safe_load import State, read_checkpoint
 from bclip_fast.model.text import BertTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionTower
+from bclip_fast.pretrained import sources
 
 from .checkpoint import first_difference
 from .config import InitConfig, TrainConfig
@@ -80,7 +81,7 @@ def initial_tokenizer(config: TrainConfig) -> Tokenizer | None:
     if not config.init.text:
         return None
     path = Path(config.init.text)
-    source = pretrained.Folder(path.parent) if path.is_file() else _source(config.init.text)
+    source = sources.Folder(path.parent) if path.is_file() else _source(config.init.text)
     return Tokenizer.from_file(source.get(pretrained.TOKENIZER_FILES), config.model.text.context_length)
 
 
@@ -128,17 +129,17 @@ def _read(name: str) -> tuple[State, dict[str, Any] | None, str]:
     if Path(name).is_file():
         return read_checkpoint(Path(name), legacy=True), None, name
     source = _source(name)
-    content = pretrained.read_json(source.get(["config.json"]))
+    content = sources.read_json(source.get(["config.json"]))
     path = source.get(WEIGHT_FILES)
     return read_checkpoint(path, legacy=True), content, str(path)
 
 
-def _source(name: str) -> pretrained.Source:
-    if name.startswith(pretrained.HUB_PREFIX):
-        return pretrained.Hub(name.removeprefix(pretrained.HUB_PREFIX))
+def _source(name: str) -> sources.Source:
+    if name.startswith(sources.HUB_PREFIX):
+        return sources.Hub(name.removeprefix(sources.HUB_PREFIX))
     if not Path(name).is_dir():
         raise UserError(f"{name} is neither a file nor a folder; write hf-hub:ORG/NAME for a model of the hub")
-    return pretrained.Folder(Path(name))
+    return sources.Folder(Path(name))
 
 
 def _check_heads(source: str, heads: int, expected: int, tower: str) -> None:

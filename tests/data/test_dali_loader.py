@@ -18,7 +18,9 @@ from test_bad_samples import curve, lines
 
 from bclip_fast.data.loader import Batch, NativeLoader
 from bclip_fast.data.sampler import SampleStream
-from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.train.config import DataConfig
 from bclip_fast.train.trainer import train

@@ -18,7 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bclip_fast.data.shards.reader import Sample, ShardDataset, ShardWriter, verify
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.verify import verify
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
 
 
@@ -194,7 +197,8 @@ KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_shards import ShardWriter, samples
+from bclip_fast.data.shards.writer import ShardWriter
+from test_shards import samples
 with ShardWriter(Path({out!r}), max_shard_bytes=9000) as writer:
     for sample in samples():
         writer.write(sample, "train")

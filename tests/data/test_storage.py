@@ -20,7 +20,8 @@ from test_bad_samples import by_key, curve
 from test_sampler import loader, take
 
 from bclip_fast.data import storage
-from bclip_fast.data.shards.reader import BadSample, Sample, ShardDataset, merge_ranges
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import BadSample, ShardDataset, merge_ranges
 from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import open_dataset

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bclip_fast.data.shards.reader import Sample, ShardDataset, verify
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.verify import verify
 from bclip_fast.demo_data import build, dicom, photographs, volumes
 from bclip_fast.demo_data.captions import LABELS, Facts, compose
 from bclip_fast.errors import UserError

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bclip_fast import config as configuration
 from bclip_fast.data.images import open_image
-from bclip_fast.data.shards.reader import Sample, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
 from bclip_fast.eval import EvalCommand, EvalConfig, evaluate, prompts, retrieval, run, zero_shot
 from bclip_fast.eval.datasets import open_dataset

@@ -17,7 +17,8 @@ from browser import Browser, check_drawn, check_keyboard
 from PIL import Image
 from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 
-from bclip_fast.data.shards.reader import Sample, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
 from bclip_fast.eval import EvalCommand, evaluate, report, run
 from bclip_fast.eval.datasets import open_dataset

@@ -19,11 +19,13 @@ from bclip_fast import pretrained
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.eval import evaluate, tasks, vqa
+from bclip_fast.eval.datasets import vqa as vqa_data
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.meter import CrossLayer, MeterConfig, VqaModel, vqa_loss
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig
+from bclip_fast.pretrained import vqa_head
 from bclip_fast.train import checkpoint
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig, finetune
@@ -38,32 +40,32 @@ FAST = OptimConfig(lr=1e-4, warmup_steps=2, weight_decay=0.01, decay="linear")
 
 def test_the_split_of_vqa_rad(shared_data: Path) -> None:
     root = shared_data / "vqa" / "vqa_rad"
-    sizes = {split: len(vqa.rad(root, split)) for split in ("train", "train_clean", "test")}
+    sizes = {split: len(vqa_data.rad(root, split)) for split in ("train", "train_clean", "test")}
     assert sizes == {"train": 3064, "train_clean": 2780, "test": 451}
-    test = vqa.rad(root, "test")
+    test = vqa_data.rad(root, "test")
     assert len(test) == tasks.load("vqa_rad").num_samples
     assert sorted({q.kind for q in test.questions}) == ["closed", "open"]
     assert [sum(q.kind == kind for q in test.questions) for kind in ("open", "closed")] == [179, 272]
     # What the field's train split leaks: rewrites of test questions, whose rows are in test.
     rows = {q.key for q in test.questions}
-    assert sum(q.key.removesuffix("-framed") in rows for q in vqa.rad(root, "train").questions) == 284
-    assert not any(q.key.removesuffix("-framed") in rows for q in vqa.rad(root, "train_clean").questions)
-    assert len({q.image for q in vqa.rad(root, "train").questions} | {q.image for q in test.questions}) == 314
+    assert sum(q.key.removesuffix("-framed") in rows for q in vqa_data.rad(root, "train").questions) == 284
+    assert not any(q.key.removesuffix("-framed") in rows for q in vqa_data.rad(root, "train_clean").questions)
+    assert len({q.image for q in vqa_data.rad(root, "train").questions} | {q.image for q in test.questions}) == 314
 
 
 def test_the_splits_of_slake(shared_data: Path) -> None:
     root = shared_data / "vqa" / "slake_questions_text"
-    sizes = {split: len(vqa.slake(root, split, images=False)) for split in ("train", "val", "test")}
+    sizes = {split: len(vqa_data.slake(root, split, images=False)) for split in ("train", "val", "test")}
     assert sizes == {"train": 4919, "val": 1053, "test": 1061}
     assert sizes["test"] == tasks.load("slake").num_samples
     with pytest.raises(UserError, match=r"imgs/xmlab\d+/source.jpg and \d+ more pictures.*BoKelvin/SLAKE"):
-        vqa.slake(root, "test", tasks.load("slake").where)
+        vqa_data.slake(root, "test", tasks.load("slake").where)
 
 
 def test_files_that_are_not_whole(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="VQA_RAD_Dataset_Public.json cannot be read.*osf.io/89kps"):
-        vqa.rad(tmp_path, "test")
-    file = tmp_path / vqa.RAD_FILE
+        vqa_data.rad(tmp_path, "test")
+    file = tmp_path / vqa_data.RAD_FILE
     row = dict(qid="1", image_name="a.jpg", question="q?", answer="Yes", answer_type="CLOSED ", phrase_type="freeform")
     for content, message in (
         ("[{]", "cannot be read as a JSON list"),
@@ -73,28 +75,28 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message) as caught:
-            vqa.rad(tmp_path, "train")
+            vqa_data.rad(tmp_path, "train")
         assert "\n" not in str(caught.value)
     file.write_text(json.dumps([row]))
     with pytest.raises(UserError, match="no question in split 'test'"):
-        vqa.rad(tmp_path, "test")
+        vqa_data.rad(tmp_path, "test")
     with pytest.raises(UserError, match="no split 'val': there are train, train_clean and test"):
-        vqa.rad(tmp_path, "val")
+        vqa_data.rad(tmp_path, "val")
 
 
 # Figures
 
 
 def test_answers_and_token_f1() -> None:
-    assert vqa.normalise("  Left  Lung. ") == "left lung" and vqa.normalise(5) == "5"
+    assert vqa_data.normalise("  Left  Lung. ") == "left lung" and vqa_data.normalise(5) == "5"
     assert vqa.token_f1("left lung", "left lung") == 1 and vqa.token_f1("a", "b") == 0
     assert vqa.token_f1("left lung", "the left lung base") == pytest.approx(2 * 2 / 6)
     assert vqa.token_f1("no no", "no") == pytest.approx(2 / 3)
     assert vqa.token_f1("", "") == 1 and vqa.token_f1("", "x") == 0
 
 
-def question(i: int, answer: str, kind: str) -> vqa.Question:
-    return vqa.Question(str(i), Path("x.jpg"), f"q{i}?", answer, kind)
+def question(i: int, answer: str, kind: str) -> vqa_data.Question:
+    return vqa_data.Question(str(i), Path("x.jpg"), f"q{i}?", answer, kind)
 
 
 def test_open_closed_and_overall() -> None:
@@ -252,13 +254,13 @@ def test_questions_are_learnt_saved_and_evaluated(start: Path, table: Path, tmp_
     # The four open questions are the same words: only the picture tells their answers apart.
     assert figures["open accuracy"] == 1 and figures["accuracy"] >= 0.8
     assert result["num_answers"] == 6 and result["answerable"] == 1
-    model, _, _ = vqa.load(run)
+    model, _, _ = vqa_head.load(run)
     assert model.answers == ("blue", "green", "grey", "no", "red", "yes") and model.common_answers == ("blue", "no")
     with pytest.raises(UserError, match="needs a model tuned for it"):
         evaluate(str(start), ["vqa"], data=str(table), split="train", progress=False)
     (run / "vqa" / "head.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match="vqa is broken"):
-        vqa.load(run)
+        vqa_head.load(run)
 
 
 @pytest.mark.long
@@ -267,7 +269,7 @@ def test_the_head_overfits_200_questions_of_vqa_rad(shared_data: Path, tmp_path:
 
     The first 150 steps only learn how often an answer is given: attention takes hold after them, all at once.
     """
-    questions = vqa.rad(shared_data / "vqa" / "vqa_rad", "train").questions[:200]
+    questions = vqa_data.rad(shared_data / "vqa" / "vqa_rad", "train").questions[:200]
     with (tmp_path / "q.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "question", "answer", "answer_type"])

@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 
 from bclip_fast.config import parse, to_toml
-from bclip_fast.data.shards.reader import verify
+from bclip_fast.data.shards.verify import verify
 from bclip_fast.errors import UserError
 from bclip_fast.ingest import articles as source
 from bclip_fast.ingest import build as ingest
-from bclip_fast.ingest.articles import ImageNames, SourceError
+from bclip_fast.ingest.articles import SourceError
 from bclip_fast.ingest.assign import Splits
 from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.image_names import ImageNames
 
 
 def image(colour: str = "red", kind: str = "JPEG", size: tuple[int, int] = (32, 24)) -> bytes:
@@ -312,15 +313,15 @@ def test_a_crashing_worker_costs_its_package_only(tmp_path, monkeypatch):
     script.write_text(
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from bclip_fast.data import ingest, pairs\n"
-        "real = pairs.process\n"
+        "from bclip_fast.ingest import build, extract\n"
+        "real = extract.process\n"
         "def process(package, options):\n"
         "    if package.name == '3':\n"
         "        os._exit(11)\n"
         "    return real(package, options)\n"
-        "pairs.process = process\n"
+        "extract.process = process\n"
         "if __name__ == '__main__':\n"
-        "    ingest.build(ingest.IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=2))\n"
+        "    build.build(build.IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=2))\n"
     )
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from test_ingest import article, noise, pack, put
 
-from bclip_fast.data.shards.reader import verify
+from bclip_fast.data.shards.verify import verify
 from bclip_fast.errors import UserError
 from bclip_fast.ingest.assign import Splits
 from bclip_fast.ingest.build import IngestConfig, build

@@ -24,13 +24,14 @@ import pyarrow.parquet as pq
 import pytest
 from test_ingest import article, noise
 
-from bclip_fast.data.shards.reader import verify
+from bclip_fast.data.shards.verify import verify
 from bclip_fast.errors import UserError
-from bclip_fast.ingest import pmc
+from bclip_fast.ingest import object_store
 from bclip_fast.ingest.articles import FetchError, SourceError
 from bclip_fast.ingest.build import IngestConfig, build
 from bclip_fast.ingest.fetch import FetchConfig, fetch
-from bclip_fast.ingest.pmc import HttpStore, Mirror, Rules, choose_version, select
+from bclip_fast.ingest.object_store import HttpStore, Mirror
+from bclip_fast.ingest.pmc import Rules, choose_version, select
 
 
 class Bucket:
@@ -145,8 +146,8 @@ class Bucket:
 def bucket(monkeypatch) -> Iterator[Bucket]:
     # The waits are those of use, shortened a hundredfold; Retry-After is kept.
     real = time.sleep
-    monkeypatch.setattr(pmc.time, "sleep", lambda seconds: real(seconds if seconds > 0.9 else seconds / 100))
-    monkeypatch.setattr(pmc, "_MAX_WAIT_SECONDS", 0.9)
+    monkeypatch.setattr(object_store.time, "sleep", lambda seconds: real(seconds if seconds > 0.9 else seconds / 100))
+    monkeypatch.setattr(object_store, "_MAX_WAIT_SECONDS", 0.9)
     found = Bucket()
     yield found
     found.server.shutdown()
@@ -201,8 +202,8 @@ def test_an_object_arrives_right_in_spite_of_faults(bucket, faults):
      ("Fri, 31 Dec 9999 23:59:59 GMT", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("1 Jan 99999999999999 0:0 GMT", 0)],
 )  # fmt: skip
 def test_retry_after_is_read_as_a_number_or_a_date(asked, seconds):
-    assert pmc._asked_seconds({"Retry-After": asked}) == seconds
-    assert pmc._asked_seconds({}) == 0
+    assert object_store._asked_seconds({"Retry-After": asked}) == seconds
+    assert object_store._asked_seconds({}) == 0
 
 
 def test_faults_that_last_are_reported_and_told_apart(bucket):

@@ -62,9 +62,8 @@ def test_running_statistics_change_once_per_micro_batch() -> None:
     norm, once = model.stem.conv1.norm, before[0] * 0.9
     pixels = model.stem.conv1.conv(image).mean((0, 2, 3))
     torch.testing.assert_close(norm.running_mean, once + 0.1 * pixels.detach())
-    assert model.training and all(
-        module.update_statistics for module in model.modules() if isinstance(module, BatchNorm)
-    )
+    assert model.training
+    assert all(module.update_statistics for module in model.modules() if isinstance(module, BatchNorm))
     locked.requires_grad_(False)
     locked.train()(image.requires_grad_())
     assert all(map(torch.equal, statistics(locked), after))
@@ -156,7 +155,7 @@ def test_skipped_step_restores_running_statistics(name: str) -> None:
 
 def rn_run(run: Path, shards: Path, **changes: Any) -> Any:
     model = dataclasses.replace(tiny_model(dropout=0.1), vision=RESNET_VISION)
-    settings: dict[str, Any] = dict(model=model, max_steps=4, micro_batch_size=4, ema_decay=0.5)
+    settings: dict[str, Any] = {"model": model, "max_steps": 4, "micro_batch_size": 4, "ema_decay": 0.5}
     return tiny_run(run, shards, **{**settings, "checkpoint": CheckpointConfig(every_steps=2, keep=0), **changes})
 
 
@@ -183,9 +182,11 @@ def test_run_resumes_exactly_and_exports_statistics(root: Path, tmp_path: Path) 
     uninterrupted, resumed = (load_latest(folder / "checkpoints") for folder in (root / "one", tmp_path / "run"))
     assert uninterrupted.step == resumed.step == 4
     for expected, actual in ((uninterrupted.model, resumed.model), (uninterrupted.ema, resumed.ema)):
-        assert expected.keys() == actual.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
     running = {name for name in uninterrupted.model if "running" in name}
-    assert len(running) == 2 * (3 + 3 * 6 + 4) and running <= uninterrupted.ema.keys()
+    assert len(running) == 2 * (3 + 3 * 6 + 4)
+    assert running <= uninterrupted.ema.keys()
     assert not any(torch.equal(two.model[name], uninterrupted.model[name]) for name in running)
     for name, state in (("model", uninterrupted.model), ("model_ema", {**uninterrupted.model, **uninterrupted.ema})):
         model = pretrained.load(root / "one" / name)[0]
@@ -228,7 +229,7 @@ def test_compiled_blocks_equal_eager_and_change_statistics_once() -> None:
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     for one, other in zip(statistics(model), statistics(plain), strict=True):
         torch.testing.assert_close(one, other)
-    with pytest.raises(UserError, match="engine.cuda_graphs=True isn't supported with vision.kind resnet"):
+    with pytest.raises(UserError, match=r"engine.cuda_graphs=True isn't supported with vision.kind resnet"):
         model.compile_layers(cuda_graphs=True)
 
 

@@ -18,7 +18,8 @@ from test_eval import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 from test_pretrained import SMALL, shaken
 
 from bclip_fast import pretrained
-from bclip_fast.data.shards.reader import Sample, ShardWriter
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import open_dataset

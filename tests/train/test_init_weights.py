@@ -168,11 +168,11 @@ def test_what_does_not_fit_is_named(timm_folder: Path, bert_folder: Path, tmp_pa
         (deeper, InitConfig(vision=str(timm_folder)), "it lacks blocks.3.attn.proj.bias"),
         (twelve, InitConfig(vision=str(timm_folder)), "a tower of 4 heads, but model.vision.heads is 12"),
         (SMALL, InitConfig(vision=changed(timm_folder, same, architecture="resnet50")), "describes 'resnet50'"),
-        (SMALL, InitConfig(vision=str(bert_folder)), "it describes 'bert'; supported is a plain ViT"),
+        (SMALL, InitConfig(vision=str(bert_folder)), "describes 'bert'; it must describe a plain ViT"),
         (SMALL, InitConfig(vision=str(bert_folder / "model.safetensors")), "it lacks blocks.0"),
         (gpt, InitConfig(text=str(bert_folder)), "a BERT, but model.text.kind is gpt"),
         (fewer, InitConfig(text=str(bert_folder)), r"word_embeddings.weight is .*\(100, 32\), but .*\(96, 32\)"),
-        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act is 'relu'"),
+        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act='relu' must be 'gelu'"),
         (SMALL, InitConfig(text=changed(bert_folder, same, num_attention_heads=4)), "a tower of 4 heads"),
         (SMALL, InitConfig(text=str(tmp_path / "none")), "neither a file nor a folder"),
         (SMALL, InitConfig(vision=str(tmp_path)), "holds no config.json"),
@@ -253,7 +253,7 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
     assert pretrained.load(tmp_path / "again")[0].config == ours.config
     with pytest.raises(UserError, match="ViTModel has no norm before its layers"):
         pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
-    with pytest.raises(UserError, match="quick_gelu is True, but the exact GELU"):
+    with pytest.raises(UserError, match="quick_gelu=True requires"):
         dataclasses.replace(SMALL, quick_gelu=True)
     with pytest.raises(UserError, match="a plain ViT, but model.vision.kind is not vit"):
         init_model(BiomedClip(ours.config), InitConfig(vision="anything"))

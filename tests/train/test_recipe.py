@@ -87,7 +87,7 @@ def test_locks_what_open_clip_locks(unlocked: int) -> None:
                 assert (name in ours) == theirs[other], other
                 checked += 1
     assert checked > 80
-    with pytest.raises(UserError, match="unlocked groups is 4"):
+    with pytest.raises(UserError, match="unlocked groups=4 must be"):
         model.visual.lock(4)
 
 

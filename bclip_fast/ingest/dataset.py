@@ -1,0 +1,66 @@
+"""The files of the dataset: the shards of a plan, and the rejects."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.data.shards.writer import ManifestRows, ShardFile
+from bclip_fast.io.atomic import write_text
+
+from . import executors
+from .assign import Shard, key_of
+from .parts import Reject, read_image, read_pair
+
+_REJECTS_PER_ROW_GROUP = 65536
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    work: str
+    shard: Shard
+
+
+def write_shard(task: ShardTask) -> None:
+    """A tar, its index, and the rows of the manifest; work/shards/NAME.json, written last, says that they are whole."""
+    work, shard = Path(task.work), task.shard
+    plan = np.load(work / "plan.npy", mmap_mode="r")
+    # A folder of its own: another process, of a run that was killed, may live for a moment.
+    with executors.scratch_folder(work / "shards") as scratch:
+        rows = ManifestRows(scratch / f"{shard.name}.rows")
+        tar = ShardFile(scratch, shard.split, shard.number)
+        for record in plan[shard.start : shard.end]:
+            pair = read_pair(work, record)
+            meta, extra = pair["meta"], {"mentions": pair["mentions"]}
+            if record["original"] >= 0:
+                extra["duplicate_of"] = key_of(work, plan[record["original"]])
+                extra["duplicate"] = "near" if record["near"] else "exact"
+            row = tar.add(
+                pair["key"], shard.split, pair["caption"], read_image(work, record, pair["crc"]), to_json(meta)
+            )
+            rows.add(row, meta, extra)
+        description, types = tar.finish(), rows.close()
+        for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):
+            (scratch / f"{shard.name}{suffix}").replace(folder / f"{shard.name}{suffix}")
+        done = to_json({"description": description, "types": types})
+        write_text(work / f"shards/{shard.name}.json", done)
+
+
+def write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds: Counter[str] = Counter()
+    schema = pa.schema([(item.name, pa.string()) for item in dataclasses.fields(Reject)])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while chunk := list(islice(rejects, _REJECTS_PER_ROW_GROUP)):
+            kinds.update(reject.reason.partition(":")[0] for reject in chunk)
+            writer.write_table(pa.Table.from_pylist([dataclasses.asdict(reject) for reject in chunk], schema=schema))
+    return kinds
