@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from bclip_fast.data.shards.format import read_description
-from bclip_fast.data.storage import LocalFiles, ReadConfig
+from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.html.page import environment, thumbnail
 from bclip_fast.io.atomic import write_text
@@ -44,7 +44,7 @@ class ReportConfig:
 
 def run(config: ReportConfig) -> None:
     """Write the page. Raises UserError if the dataset is missing, or if ingest didn't build it."""
-    description = read_description(LocalFiles(config.dataset, ReadConfig()))
+    description = read_description(LocalStorage(config.dataset, ReadConfig()))
     if "ingest" not in description:
         raise UserError(f"{config.dataset}: was not built by `bclip ingest build`; only such datasets have a report")
     out = config.out or config.dataset / "report.html"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster, peak_flops_per_second, results_name
@@ -229,7 +229,7 @@ def _model(config: TrainConfig) -> BiomedClip:
 
 
 def _stages(config: TrainConfig, model: BiomedClip, samples: Samples, world: Cluster) -> list[Stage]:
-    stream = SampleStream(
+    stream = ShardSampler(
         [samples.count],
         "",
         batch_size=config.batch_size,

@@ -45,7 +45,7 @@ _AVERAGE = "ema.safetensors"
 
 @dataclass
 class Checkpoint:
-    """What a run continues from. `data` is SampleStream.state_dict(), `model_config` the configuration as JSON."""
+    """What a run continues from. `data` is ShardSampler.state_dict(), `model_config` the configuration as JSON."""
 
     step: int
     model: dict[str, Tensor]

@@ -32,8 +32,8 @@ import torch
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.loader import Batch, NativeLoader
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.loader import Batch, Loader
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import run_on_rank0
@@ -95,7 +95,7 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     continued = run if config.resume and checkpoints.steps(run / "checkpoints") else None
     config = config.with_precision(resolve(config.engine.precision, continued))
     dataset = _open(config.data, config.data.split)
-    stream = SampleStream(
+    stream = ShardSampler(
         dataset.shard_sizes,
         dataset.fingerprint,
         batch_size=config.batch_size,
@@ -134,7 +134,7 @@ class _Run:
         config: TrainConfig,
         run: Path,
         dataset: ShardDataset,
-        stream: SampleStream,
+        stream: ShardSampler,
         tokenizer: Tokenizer,
         validate: validation.Validate | None,
         on_step: OnStep | None,
@@ -186,7 +186,7 @@ class _Run:
         self.metrics = MetricsLog(self.run, self.step, self.config.log, _as_json(self.config))
         self.metrics.event(self.step, "resume" if self.step else "start", ranks=distributed.world_size())
 
-    def _make_loader(self, dataset: ShardDataset) -> NativeLoader:
+    def _make_loader(self, dataset: ShardDataset) -> Loader:
         data, device = self.config.data, self.engine.device
         arguments = (dataset, self.tokenizer.encode, self.stream, self.preprocess)
         options: dict[str, Any] = dict(
@@ -198,7 +198,7 @@ class _Run:
             timeout_s=data.timeout_s,
         )
         if data.loader == "native":
-            return NativeLoader(*arguments, **options)
+            return Loader(*arguments, **options)
         from bclip_fast.data.dali_loader import DaliLoader
 
         return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)
