@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 
 from bclip_fast import ops
-from bclip_fast.data.loader import NativeLoader
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.loader import Loader
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
@@ -183,10 +183,10 @@ def _train(config: BusyConfig, folder: Path, turns: Turns) -> None:
 
 def _load(config: BusyConfig, turns: Turns) -> None:
     dataset = ShardDataset(config.shards)
-    stream = SampleStream(dataset.shard_sizes, dataset.fingerprint, batch_size=config.batch_size)
+    stream = ShardSampler(dataset.shard_sizes, dataset.fingerprint, batch_size=config.batch_size)
     tokenizer = Tokenizer.train(dataset.captions(), 4000, 256)
     options: dict[str, Any] = dict(num_threads=torch.get_num_threads(), prefetch_batches=1)
-    with NativeLoader(dataset, tokenizer.encode, stream, Preprocess(PreprocessConfig()), **options) as batches:
+    with Loader(dataset, tokenizer.encode, stream, Preprocess(PreprocessConfig()), **options) as batches:
         for batch in batches:
             turns.done(len(batch.images))
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster
 from bclip_fast.model.biomedclip import BiomedClip
@@ -98,7 +98,7 @@ def _model(config: TrainConfig) -> BiomedClip:
 
 
 def _stages(config: TrainConfig, samples: Samples, cluster: Cluster) -> list[Stage]:
-    sampler = SampleStream(
+    sampler = ShardSampler(
         [samples.count],
         "",
         batch_size=config.batch_size,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from bclip_fast import distributed
-from bclip_fast.data.loader import NativeLoader
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.loader import Loader
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
@@ -28,9 +28,9 @@ def open_dataset(config: DataConfig) -> ShardDataset:
     return ShardDataset(config.shards, config.split, config.read)
 
 
-def build_sampler(config: TrainConfig, dataset: ShardDataset) -> SampleStream:
+def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
     """The sampler of this rank."""
-    return SampleStream(
+    return ShardSampler(
         dataset.shard_sizes,
         dataset.fingerprint,
         batch_size=config.batch_size,
@@ -48,11 +48,11 @@ def build_sampler(config: TrainConfig, dataset: ShardDataset) -> SampleStream:
 def build_loader(
     config: DataConfig,
     dataset: ShardDataset,
-    sampler: SampleStream,
+    sampler: ShardSampler,
     tokenizer: Tokenizer,
     preprocess: Preprocess,
     device: torch.device,
-) -> NativeLoader:
+) -> Loader:
     """The loader that `config.loader` names."""
     arguments = (dataset, tokenizer.encode, sampler, preprocess)
     options: dict[str, Any] = {
@@ -64,7 +64,7 @@ def build_loader(
         "timeout_s": config.timeout_s,
     }
     if config.loader == "native":
-        return NativeLoader(*arguments, **options)
+        return Loader(*arguments, **options)
     from bclip_fast.data.dali_loader import DaliLoader
 
     return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)

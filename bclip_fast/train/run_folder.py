@@ -20,7 +20,7 @@ from typing import Any
 
 from bclip_fast import config as config_files
 from bclip_fast import pretrained
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
@@ -108,7 +108,7 @@ def read_tokenizer(run: Path, model: BiomedClipConfig) -> Tokenizer:
     return tokenizer
 
 
-def load(run: Path, model: BiomedClipConfig, sampler: SampleStream) -> checkpoints.Checkpoint | None:
+def load(run: Path, model: BiomedClipConfig, sampler: ShardSampler) -> checkpoints.Checkpoint | None:
     """Read the newest intact checkpoint, and move the sampler to its position. None if the run has no checkpoint.
 
     Raises:

@@ -25,7 +25,7 @@ import torch
 
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import run_on_rank0
@@ -106,7 +106,7 @@ class _Run:
         self,
         config: TrainConfig,
         dataset: ShardDataset,
-        sampler: SampleStream,
+        sampler: ShardSampler,
         tokenizer: Tokenizer,
         validate: validation.Validate | None,
         on_step: OnStep | None,

@@ -18,7 +18,7 @@ from synthetic import tiny_model, tiny_run
 
 from bclip_fast import distributed
 from bclip_fast.config import CONFIGS, to_toml
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model import flops
@@ -179,7 +179,7 @@ def test_wandb_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_when_validation_is_due(tmp_path: Path, settings: ValidationConfig, steps: list[int]):
-    stream = SampleStream([50, 46], "", batch_size=16)
+    stream = ShardSampler([50, 46], "", batch_size=16)
     validation = ValidationSchedule(settings, tmp_path, 14)
     found = []
     for step in range(1, 15):
