@@ -70,7 +70,7 @@ COMMANDS = {
     "train replay": Command(
         "recompute the step at which a run gave up",
         "bclip_fast.train.replay:ReplayConfig",
-        "bclip_fast.train.trainer:replay",
+        "bclip_fast.train.replay:replay",
         "train",
     ),
     "train report": Command(

@@ -449,7 +449,7 @@ def test_a_run_keeps_its_choices_whatever_the_machine_says_later(tmp_path):
     assert gelu_takes() == "cpu"
     with backends.of_run(tmp_path, resumed=True):
         assert gelu_takes() == "reference"
-        assert "what the run has recorded" in "\n".join(doctor.lines())
+        assert "the run's record" in "\n".join(doctor.lines())
     assert gelu_takes() == "cpu"
     with backends.of_run(tmp_path, resumed=False):
         assert gelu_takes() == "cpu"

@@ -27,7 +27,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig
 from bclip_fast.pretrained import vqa_head
 from bclip_fast.train import checkpoint
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig, finetune
 from bclip_fast.train.schedule import OptimConfig
 

@@ -27,7 +27,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
 from bclip_fast.train.config import InitConfig
 from bclip_fast.train.finetune import FinetuneConfig, _add_lora
-from bclip_fast.train.init_weights import initialise
+from bclip_fast.train.init_weights import init_model
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -270,7 +270,7 @@ def test_heads_and_adapters_of_a_vit_refuse_resnet() -> None:
     config = dataclasses.replace(SMALL, vision=RESNET_VISION)
     with pytest.raises(ValueError, match="reads the tokens of a ViT"):
         VqaModel(BiomedClip(config), MeterConfig(1), ("yes",))
-    with pytest.raises(UserError, match=r"lora_rank=4: LoRA is for transformers, vision.kind is resnet"):
+    with pytest.raises(UserError, match=r"lora_rank=4 needs transformers, but vision.kind is resnet"):
         _add_lora(BiomedClip(RESNET), FinetuneConfig(model="", data="", lora_rank=4))
-    with pytest.raises(UserError, match=r"a plain ViT, but model.vision.kind is not vit"):
-        initialise(BiomedClip(config), InitConfig(vision="anything"))
+    with pytest.raises(UserError, match=r"must be a plain ViT, but model.vision.kind is resnet"):
+        init_model(BiomedClip(config), InitConfig(vision="anything"))

@@ -26,12 +26,11 @@ from bclip_fast.model.resnet import BatchNorm
 from bclip_fast.plan import activations
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
-from bclip_fast.train.engine import deepspeed as engines
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import Engine, EngineConfig, build_engine
 from bclip_fast.train.export import ExportConfig
 from bclip_fast.train.export import run as export
-from bclip_fast.train.grad_cache import CachedBatch, embed
-from bclip_fast.train.init_weights import initialise
+from bclip_fast.train.grad_cache import GradCache, embed
+from bclip_fast.train.init_weights import init_model
 from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups
 from bclip_fast.train.trainer import train
 
@@ -86,19 +85,19 @@ def test_locked_tower_keeps_running_statistics(unlocked: int) -> None:
         model.lock(7)
 
 
-def make(config: EngineConfig, checkpointing: bool = False) -> engines.Engine:
+def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
     torch.manual_seed(0)
     model = BiomedClip(
         dataclasses.replace(tiny_model(dropout=0.1), vision=dataclasses.replace(RESNET_VISION, image_size=32))
     )
     model.set_grad_checkpointing(checkpointing)
-    return engines.make(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
 
 
 def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
-    cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spool())
+    cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spool())
     for part in micro_batches()[rank * share : (rank + 1) * share]:
         cached.add(*part)
     loss = float(cached.loss())
@@ -197,7 +196,7 @@ def test_run_resumes_exactly_and_exports_statistics(root: Path, tmp_path: Path) 
     assert all(torch.equal(exported[name], two.model[name]) for name in running)
     # A run that starts from the model starts from its statistics, too.
     start = BiomedClip(config.model)
-    initialise(start, InitConfig(model=str(root / "one")))
+    init_model(start, InitConfig(model=str(root / "one")))
     assert all(torch.equal(tensor, uninterrupted.model[key]) for key, tensor in start.state_dict().items())
 
 
@@ -280,9 +279,9 @@ def test_planned_activations_equal_those_of_a_real_step(checkpointing: bool) -> 
     images, lengths = torch.zeros((8, 64, 64, 3), dtype=torch.uint8), [3] * 8
     text = Packed.of(torch.ones(24, dtype=torch.int64), lengths)
     before = statistics(model)
-    planned = activations.activations(model, lengths, precision="fp32")
+    planned = activations.measure_activations(model, lengths, precision="fp32")
     assert all(map(torch.equal, statistics(model), before))
-    with activations._Held(model, images, *text[:2]) as held:
+    with activations.MemoryMeter(model, images, *text[:2]) as held:
         output = model(images, text)
         kept, held.peak = held.now, held.now
         (output["image_features"].sum() + output["text_features"].sum()).backward()
