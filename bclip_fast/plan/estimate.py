@@ -267,7 +267,7 @@ def _flops(config: TrainConfig, samples: Samples, batch_size: int, replay: bool)
         flops["replay"] = forward
     if config.engine.grad_checkpointing:
         flops["recomputation"] = forward
-    # S, S again, and the two products with its gradient: as benchmarks/cases.py counts.
+    # S, S again, and the two products with its gradient: as benchmarks/cases counts.
     flops["loss"] = 4 * 2.0 * batch_size**2 * config.model.embed_dim
     return flops
 
