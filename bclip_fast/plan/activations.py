@@ -108,8 +108,8 @@ def _fake_model(
     library_linear = functools.partial(ops.linear, backend="reference")
     with contextlib.ExitStack() as stack:
         if accelerator:
-            for module in (transformer, vision, text_towers):
-                stack.enter_context(mock.patch.object(module, "linear", library_linear))
+            for namespace in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(namespace, "linear", library_linear))
             stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
         for module in network.modules():
