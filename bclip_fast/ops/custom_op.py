@@ -131,7 +131,7 @@ def differentiable_once(backward: Callable[..., Sequence[Any]]) -> Callable[...,
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Switches autocast off inside `function`, on the device of its first tensor.
 
-    The function computes in a precision of its own, and autocast would round the operands of its products. Autocast
+    The function chooses its precision itself, and autocast would round the operands of its products. Autocast
     may be on in a backward pass too.
     """
 
