@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops.contrastive import loss_terms, reference
+from bclip_fast.ops.contrastive import LIMITS, loss_terms, reference
 from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
@@ -58,7 +58,7 @@ def contrastive_case(batch: int, width: int, dtype: torch.dtype, scale: float = 
         truth=clip_truth(num_copies(batch)),
         contenders={
             **ours(
-                contrastive.LIMITS,
+                LIMITS,
                 lambda backend: with_gradients(lambda i, t, s: ops.clip_loss(i, t, s, backend=backend)),
                 *make_tiny_features(dtype),
             ),
@@ -92,7 +92,7 @@ def siglip_case(batch: int, width: int, dtype: torch.dtype, scale: float = 10.0,
         truth=siglip_truth(num_copies(batch)),
         contenders={
             **ours(
-                contrastive.LIMITS,
+                LIMITS,
                 lambda backend: with_gradients(lambda i, t, s, b: ops.siglip_loss(i, t, s, b, backend=backend)),
                 *make_tiny_features(dtype),
             ),
