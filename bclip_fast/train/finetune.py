@@ -71,7 +71,7 @@ class FinetuneConfig:
     run: str = "runs/finetune"
     """Run folder."""
     resume: bool = False
-    """Continue from the newest intact checkpoint in the run folder, or start if there is none."""
+    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run."""
     epochs: int = 10
     batch_size: int = 32
     seed: int = 0
@@ -106,8 +106,8 @@ def finetune(config: FinetuneConfig) -> Path:
     """Train to the end and return the run folder.
 
     Raises:
-        UserError: the data have no captions or answers, or fewer samples than a batch; the ranks cannot share a batch;
-            the checkpoint belongs to another run; the loss is not finite.
+        UserError: the data have no captions or answers, or too few samples. Or the ranks cannot share a batch, the
+            checkpoint belongs to another run, or the loss is not finite.
     """
     distributed.init()
     atexit.register(distributed.shutdown)

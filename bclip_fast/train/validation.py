@@ -150,7 +150,7 @@ def build_on_rank0(config: TrainConfig) -> Validate | None:
 def build_validation(config: TrainConfig) -> Validate:
     """The standard validation: retrieval on held-out pairs, and zero-shot tasks, whose name precedes their metrics.
 
-    It opens all data at once and keeps them open, so that a wrong path is found before training.
+    It opens all data at once and keeps them open. So a wrong path raises an error before training.
 
     Raises:
         UserError: data, split or task do not exist, or the packages of bclip_fast[eval] are not installed.

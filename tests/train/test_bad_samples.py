@@ -1,9 +1,8 @@
-"""Damage while training: samples are replaced alike on any ranks, storage that fails stops every rank by name."""
+"""Damage during training: all ranks replace samples alike, and a storage failure stops every rank with its name."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import threading
@@ -14,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from damage import KINDS, REASONS, spoil
+from loaders import by_key, loader, take
 from ranks import on_ranks
+from run_results import bad_sample_lines, loss_curve
 from synthetic import tiny_run, weights, write_shards
-from test_sampler import loader, take
 
 from bclip_fast import distributed
-from bclip_fast.data.loader import Batch
 from bclip_fast.data.sampler import NUM_FALLBACKS, ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.storage import ReadConfig, ReadError
@@ -39,7 +38,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spoilt(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """40 samples with one of each damage and a pair of which one is the other's first reserve; kind by key."""
+    """40 samples with one damage of each kind, and two more damaged ones, of which one is the other's first fallback.
+
+    Returns the folder, and the kind of damage by key.
+    """
     folder = shutil.copytree(sound, tmp_path_factory.mktemp("spoilt") / "shards")
     dataset = ShardDataset(folder)
     stream = ShardSampler(dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1)
@@ -48,16 +50,6 @@ def spoilt(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     others = [i for i in range(0, 40, 7) if i not in chain][: len(KINDS)]
     found = {spoil(folder, index, kind): kind for index, kind in zip(others, KINDS, strict=True)}
     return folder, {**found, **{spoil(folder, index): "pixels" for index in chain}}
-
-
-def by_key(batches: list[Batch]) -> list[tuple[Any, ...]]:
-    """A global batch as a set: with shares of equal cost, which rank has a sample depends on their number."""
-    rows = [
-        (key, image.numpy().tobytes(), tuple(ids.tolist()))
-        for batch in batches
-        for key, image, ids in zip(batch.keys, batch.images, batch.ids.split(batch.lengths), strict=True)
-    ]
-    return sorted(rows)
 
 
 def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, str]], sound: Path):
@@ -84,7 +76,7 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
             assert bad.epoch == 0 and REASONS[kinds[bad.key]] in bad.reason
             assert (bad.key, bad.shard) == dataset.name_of(bad.index)
     assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in found)
-    # A tokenizer is learned from the captions that can be read.
+    # A tokenizer is trained on the readable captions.
     spoilt_caption = next(key for key, kind in kinds.items() if kind == "caption")
     sample = next(sample for sample in ShardDataset(sound) if sample.key == spoilt_caption)
     expected = list(ShardDataset(sound).captions())
@@ -94,7 +86,7 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
 
 @pytest.mark.parametrize("cost", [False, True])
 def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]], cost: bool):
-    """Keys, pixels and replacements are those of one uninterrupted rank, stopped anywhere, continued on 1, 2, 4."""
+    """After a stop at any batch, 1, 2 and 4 ranks continue with the samples of an uninterrupted rank."""
     dataset = ShardDataset(spoilt[0])
     costs = {"cost": dataset.caption_bytes} if cost else {}
     with loader(dataset, stream=costs) as source:
@@ -110,7 +102,7 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                 with loader(dataset, rank, world_size, stream=costs) as source:
                     source.load_state_dict(state)
                     ranks.append(take(source, min(2, 7 - stop)))
-                    # So that it may be stopped here again and go on at yet another number of ranks.
+                    # So the run can stop again here, and continue on another number of ranks.
                     assert source.state_dict() == states[stop + len(ranks[-1])]
             for batch, parts in zip(whole[stop:], zip(*ranks, strict=True), strict=False):
                 assert {len(part.keys) for part in parts} == {8 // world_size}
@@ -121,7 +113,7 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                     assert [key for part in parts for key in part.keys] == batch.keys
 
 
-def test_only_so_many_reserves_are_tried(sound: Path, tmp_path: Path):
+def test_too_many_damaged_fallbacks_are_an_error(sound: Path, tmp_path: Path):
     folder = shutil.copytree(sound, tmp_path / "shards")
     for index in range(40):
         spoil(folder, index)
@@ -134,7 +126,7 @@ def test_only_so_many_reserves_are_tried(sound: Path, tmp_path: Path):
         next(source)
 
 
-def test_a_read_that_fails_once_is_tried_again(sound: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_read_is_retried(sound: Path, monkeypatch: pytest.MonkeyPatch):
     with loader(ShardDataset(sound)) as source:
         expected = take(source, 3)
     real, failed = os.pread, set()
@@ -159,7 +151,7 @@ def cut(path: Path) -> None:
     "fault, words",
     [(cut, r"ends before byte \d+ \(truncated\?\)"), (Path.unlink, "cannot be read, bytes .*No such file")],
 )
-def test_a_shard_that_is_cut_or_gone_stops_the_loader_by_name(sound: Path, tmp_path: Path, fault, words: str):
+def test_truncated_or_missing_shard_is_an_error(sound: Path, tmp_path: Path, fault, words: str):
     dataset = ShardDataset(shutil.copytree(sound, tmp_path / "shards"), read=QUICK)
     path = tmp_path / "shards" / "train-000001.tar"
     fault(path)
@@ -173,9 +165,7 @@ def test_a_shard_that_is_cut_or_gone_stops_the_loader_by_name(sound: Path, tmp_p
 
 
 @pytest.mark.parametrize("where", ["sample", "index"])
-def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
-    sound: Path, monkeypatch: pytest.MonkeyPatch, where: str
-):
+def test_stuck_read_times_out_and_loader_closes(sound: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     release = threading.Event()
     dataset = ShardDataset(sound)
     name = "_read" if where == "sample" else "_whole"
@@ -193,7 +183,7 @@ def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
     with pytest.raises(UserError, match=words):
         take(source, 6)
     source.close()
-    # Neither the error nor close() waited for the read, which goes on. Its thread ends as soon as the read does.
+    # Neither the error nor close() waited for the read. Its thread ends as soon as the read ends.
     release.set()
     for _ in range(1200):
         if threading.active_count() == before:
@@ -202,7 +192,7 @@ def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
     assert threading.active_count() == before
 
 
-def test_a_slow_thread_that_reads_nothing_is_named_so(sound: Path):
+def test_slow_tokenizer_is_named_in_timeout(sound: Path):
     release = threading.Event()
 
     def slow(captions: list[str]) -> list[list[int]]:
@@ -215,30 +205,21 @@ def test_a_slow_thread_that_reads_nothing_is_named_so(sound: Path):
         release.set()
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    path = run / "bad_samples.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def without_rank(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "rank"} for record in records]
-
-
-def curve(run: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
 
 
 def data(shards: Path, **changes: Any) -> DataConfig:
     return DataConfig(str(shards), shuffle_block=32, read=QUICK, **changes)
 
 
-# Of 96 samples: the batch of 16 of each of 6 steps is an epoch.
+# Indices of damaged samples, of 96. An epoch has 6 steps of 16 samples.
 SPOILT = (5, 40, 41, 77)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with shards that have 4 damaged samples and a run of one rank on them, 9 steps of an epoch of 6."""
+    """A folder with shards that have 4 damaged samples, and with a run of one rank on them. It has 9 steps."""
     root = tmp_path_factory.mktemp("trained")
     write_shards(root / "shards")
     shutil.copytree(root / "shards", root / "sound")
@@ -248,9 +229,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_run_survives_lists_them_and_resumes_to_the_same(trained: Path, tmp_path: Path):
+def test_run_with_damaged_samples_lists_them_and_resumes_bitwise(trained: Path, tmp_path: Path):
     run = trained / "one"
-    records = lines(run)
+    records = bad_sample_lines(run)
     assert {record["index"] for record in records} == set(SPOILT)
     assert [record["step"] for record in records] == sorted(record["step"] for record in records)
     assert {record["epoch"] for record in records} == {0, 1} and {record["rank"] for record in records} == {0}
@@ -262,7 +243,7 @@ def test_a_run_survives_lists_them_and_resumes_to_the_same(trained: Path, tmp_pa
     for step in (6, 9):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     train(tiny_run(part, trained / "shards", max_steps=9, data=data(trained / "shards"), resume=True))
-    assert curve(part) == curve(run) and lines(part) == records
+    assert loss_curve(part) == loss_curve(run) and bad_sample_lines(part) == records
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(part).items())
 
 
@@ -272,7 +253,7 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     config = tiny_run(root / "two", root / "shards", max_steps=9, data=data(root / "shards"), engine=engine)
     train(config)
     found: dict[str, Any] = {}
-    # Rank 1's copy alone is damaged.
+    # Only rank 1's copy is damaged.
     own = root / ("shards" if rank == 1 else "sound")
     train(dataclasses.replace(config, run=str(root / "uneven"), data=data(own)))
 
@@ -300,18 +281,18 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     return found
 
 
-def test_two_ranks_stay_in_step(trained: Path):
+def test_two_ranks_agree_on_damaged_samples(trained: Path):
     found = on_ranks(2, _on_two_ranks, str(trained))
-    one, two = lines(trained / "one"), lines(trained / "two")
+    one, two = bad_sample_lines(trained / "one"), bad_sample_lines(trained / "two")
     assert without_rank(two) == without_rank(one) and {record["rank"] for record in two} == {0, 1}
-    # What differs is the order of fp32 sums: the measured bound of test_engine_ranks.
-    torch.testing.assert_close(curve(trained / "two"), curve(trained / "one"), rtol=0, atol=2e-5)
-    uneven = lines(trained / "uneven")
+    # The order of fp32 sums differs. The tolerance is that of test_engine_ranks.py.
+    torch.testing.assert_close(loss_curve(trained / "two"), loss_curve(trained / "one"), rtol=0, atol=2e-5)
+    uneven = bad_sample_lines(trained / "uneven")
     assert uneven == [record for record in two if record["rank"] == 1] and 0 < len(uneven) < len(two)
-    assert len(curve(trained / "uneven")) == 9
+    assert len(loss_curve(trained / "uneven")) == 9
     for part in found:
-        assert "3 samples are damaged, data.max_bad_samples is 2: sample sample" in part["limited"]
+        assert "3 samples are damaged, more than data.max_bad_samples=2: sample sample" in part["limited"]
         assert str(trained / "limited" / "bad_samples.jsonl") in part["limited"]
         assert f"rank 1: {trained / 'short' / 'train-000002.tar'}: ends before byte" in part["cut"]
         assert "rank 1: no batch within timeout_s=1" in part["stuck"]
-    assert len(curve(trained / "limited")) < 6
+    assert len(loss_curve(trained / "limited")) < 6

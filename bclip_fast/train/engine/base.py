@@ -1,7 +1,7 @@
 """The interface of an engine, and the parts that DDP and DeepSpeed share.
 
 Both engines keep fp32 parameters, compute under autocast and use the same optimiser. They export the optimiser state
-by parameter name, so a checkpoint depends neither on the engine nor on the ZeRO stage or the number of ranks.
+by parameter name. So a checkpoint fits any engine, ZeRO stage and number of ranks.
 """
 
 from __future__ import annotations
