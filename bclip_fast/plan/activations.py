@@ -1,6 +1,6 @@
 """The memory that a training step needs for activations. The model itself runs on tensors without storage.
 
-The measurement counts the tensors that the operators save for their backward passes, and the temporary ones. So it
+The measurement counts the tensors that the operators save for their backward passes, and the temporary tensors. So it
 holds for any model, precision and length of captions, without a second description of the towers. It ignores memory
 that a kernel allocates inside itself. Our own kernels take some MiB.
 """
@@ -65,10 +65,10 @@ def measure_activations(
         accelerator: whether torch casts the weights of linear layers and keeps the copies until the end of the backward
             pass. On a CPU with AMX, or without bfloat16 instructions, our operator needs no copies.
     """
-    with _fake_model(model, lengths, precision, accelerator, gradients) as (network, meter, encode):
+    with _fake_model(model, lengths, precision, accelerator, gradients) as (_, meter, encode):
         if gradients == "present":
             with torch.no_grad():
-                _ = encode[0](), encode[1]()
+                _outputs = encode[0](), encode[1]()
         embed, meter.peak = meter.peak, meter.now
         image, text, outputs = _forward(meter, encode)
         outputs = [tensor for tensor in outputs if tensor.requires_grad]

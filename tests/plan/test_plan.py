@@ -79,7 +79,9 @@ def test_overlay_equals_row_of_paper(name: str):
 def test_published_config_has_published_init_and_validates_every_epoch():
     config = load()
     assert (config.init.vision, config.init.text, config.init.model) == (VIT_B, PUBMEDBERT, "")
-    assert config.validation.every_epochs == 1 and config.data.augment and config.data.crop_scale == (0.9, 1.0)
+    assert config.validation.every_epochs == 1
+    assert config.data.augment
+    assert config.data.crop_scale == (0.9, 1.0)
 
 
 def test_every_row_has_a_short_overlay():
@@ -110,7 +112,8 @@ def test_longest_run_of_paper_fits_each_machine(name: str):
     command.check_fits(config, made)
     assert [stage.num_steps for stage in made.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
     assert sum(made.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
-    assert made.hours is not None and made.rates.startswith("NOT MEASURED")
+    assert made.hours is not None
+    assert made.rates.startswith("NOT MEASURED")
     assert made.stages[1].flops["forward"] == pytest.approx(16 * made.stages[0].flops["forward"])
     assert made.stages[1].flops["loss"] == pytest.approx(256 * made.stages[0].flops["loss"])
 
@@ -156,7 +159,8 @@ def test_offloaded_memory_is_planned_on_host():
     engine = EngineConfig(zero_stage=2, grad_checkpointing=True, offload_optimizer=True, offload_activations=True)
     config = dataclasses.replace(load(), model=tiny_model(), engine=engine)
     made = estimate.build_plan(config, PMC_15M, gpus())
-    assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8) and made.host["step"]["activations"] > 0
+    assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8)
+    assert made.host["step"]["activations"] > 0
     assert "optimiser" not in made.memory["update"]
     with pytest.raises(UserError, match="requires GPUs"):
         estimate.build_plan(config, PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
@@ -196,7 +200,8 @@ def test_locked_tower_saves_no_activations():
     model.visual.lock(0)
     free = activations.measure_activations(BiomedClip(tiny_model()), [5] * 16, precision="fp32")
     locked = activations.measure_activations(model, [5] * 16, precision="fp32")
-    assert locked.image < 0.2 * free.image and locked.text == free.text
+    assert locked.image < 0.2 * free.image
+    assert locked.text == free.text
 
 
 RUN = """
@@ -219,7 +224,13 @@ def measured_peak(config: TrainConfig, folder: Path, ranks: int) -> int:
     for rank in range(ranks):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         if ranks > 1:
-            launched = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="localhost", MASTER_PORT=port)
+            launched = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+            }
             environment.update({name: str(value) for name, value in launched.items()})
         command = [sys.executable, "-c", RUN, str(file)]
         processes.append(
@@ -241,15 +252,15 @@ def shallow() -> BiomedClipConfig:
 
 PUBLISHED = preset("biomedclip_b16")
 CASES: dict[str, tuple[dict[str, Any], EngineConfig, int]] = {
-    "two layers": (dict(model=shallow(), batch_size=8), EngineConfig(name="ddp", precision="fp32"), 1),
+    "two layers": ({"model": shallow(), "batch_size": 8}, EngineConfig(name="ddp", precision="fp32"), 1),
     "micro-batches": (
-        dict(model=PUBLISHED, batch_size=16, micro_batch_size=4), EngineConfig(name="ddp", precision="bf16"), 1,
+        {"model": PUBLISHED, "batch_size": 16, "micro_batch_size": 4}, EngineConfig(name="ddp", precision="bf16"), 1,
     ),
     "checkpointed": (
-        dict(model=PUBLISHED, batch_size=8),
+        {"model": PUBLISHED, "batch_size": 8},
         EngineConfig(zero_stage=0, precision="bf16", grad_checkpointing=True), 1,
     ),
-    "zero 1 on two ranks": (dict(model=PUBLISHED, batch_size=8), EngineConfig(zero_stage=1, precision="bf16"), 2),
+    "zero 1 on two ranks": ({"model": PUBLISHED, "batch_size": 8}, EngineConfig(zero_stage=1, precision="bf16"), 2),
 }  # fmt: skip
 
 

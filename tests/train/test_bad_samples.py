@@ -61,19 +61,23 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
     assert {bad.key for batch in found for bad in batch.bad} == set(kinds)
     dataset, stream = ShardDataset(folder), source.sampler
     for number, (batch, other) in enumerate(zip(found, whole, strict=True)):
-        assert len(batch.keys) == len(batch.images) == len(batch.lengths) == 8 and not other.bad
+        assert len(batch.keys) == len(batch.images) == len(batch.lengths) == 8
+        assert not other.bad
         assert not set(batch.keys) & set(kinds)
         replaced = {bad.position for bad in batch.bad}
         for row, key in enumerate(batch.keys):
             position = 8 * number + row
             tried = [bad.index for bad in batch.bad if bad.position == position]
             if position not in replaced:
-                assert key == other.keys[row] and torch.equal(batch.images[row], other.images[row])
+                assert key == other.keys[row]
+                assert torch.equal(batch.images[row], other.images[row])
                 continue
             wanted = [stream.sample(0, position), *stream.fallbacks(0, position)]
-            assert tried == wanted[: len(tried)] and dataset.name_of(wanted[len(tried)])[0] == key
+            assert tried == wanted[: len(tried)]
+            assert dataset.name_of(wanted[len(tried)])[0] == key
         for bad in batch.bad:
-            assert bad.epoch == 0 and REASONS[kinds[bad.key]] in bad.reason
+            assert bad.epoch == 0
+            assert REASONS[kinds[bad.key]] in bad.reason
             assert (bad.key, bad.shard) == dataset.name_of(bad.index)
     assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in found)
     # A tokenizer is trained on the readable captions.
@@ -140,7 +144,9 @@ def test_failed_read_is_retried(sound: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "pread", pread)
     with loader(ShardDataset(sound, read=QUICK)) as source:
         found = take(source, 3)
-    assert failed and by_key(found) == by_key(expected) and not any(batch.bad for batch in found)
+    assert failed
+    assert by_key(found) == by_key(expected)
+    assert not any(batch.bad for batch in found)
 
 
 def cut(path: Path) -> None:
@@ -148,7 +154,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault, words",
+    ("fault", "words"),
     [(cut, r"ends before byte \d+ \(truncated\?\)"), (Path.unlink, "cannot be read, bytes .*No such file")],
 )
 def test_truncated_or_missing_shard_is_an_error(sound: Path, tmp_path: Path, fault, words: str):
@@ -234,16 +240,19 @@ def test_run_with_damaged_samples_lists_them_and_resumes_bitwise(trained: Path, 
     records = bad_sample_lines(run)
     assert {record["index"] for record in records} == set(SPOILT)
     assert [record["step"] for record in records] == sorted(record["step"] for record in records)
-    assert {record["epoch"] for record in records} == {0, 1} and {record["rank"] for record in records} == {0}
+    assert {record["epoch"] for record in records} == {0, 1}
+    assert {record["rank"] for record in records} == {0}
     assert records[0].keys() == {"step", "rank", "epoch", "position", "index", "key", "shard", "reason"}
     counts = [record["bad_samples"] for record in read_metrics(run / "metrics.jsonl")]
-    assert counts == sorted(counts) and counts[5] == counts[-1] == len(SPOILT)
+    assert counts == sorted(counts)
+    assert counts[5] == counts[-1] == len(SPOILT)
     assert counts == [len({r["index"] for r in records if r["step"] <= step}) for step in range(1, 10)]
     part = shutil.copytree(run, tmp_path / "part")
     for step in (6, 9):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     train(tiny_run(part, trained / "shards", max_steps=9, data=data(trained / "shards"), resume=True))
-    assert loss_curve(part) == loss_curve(run) and bad_sample_lines(part) == records
+    assert loss_curve(part) == loss_curve(run)
+    assert bad_sample_lines(part) == records
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(part).items())
 
 
@@ -284,11 +293,13 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
 def test_two_ranks_agree_on_damaged_samples(trained: Path):
     found = on_ranks(2, _on_two_ranks, str(trained))
     one, two = bad_sample_lines(trained / "one"), bad_sample_lines(trained / "two")
-    assert without_rank(two) == without_rank(one) and {record["rank"] for record in two} == {0, 1}
+    assert without_rank(two) == without_rank(one)
+    assert {record["rank"] for record in two} == {0, 1}
     # The order of fp32 sums differs. The tolerance is that of test_engine_ranks.py.
     torch.testing.assert_close(loss_curve(trained / "two"), loss_curve(trained / "one"), rtol=0, atol=2e-5)
     uneven = bad_sample_lines(trained / "uneven")
-    assert uneven == [record for record in two if record["rank"] == 1] and 0 < len(uneven) < len(two)
+    assert uneven == [record for record in two if record["rank"] == 1]
+    assert 0 < len(uneven) < len(two)
     assert len(loss_curve(trained / "uneven")) == 9
     for part in found:
         assert "3 samples are damaged, more than data.max_bad_samples=2: sample sample" in part["limited"]

@@ -33,15 +33,17 @@ def test_run_survives_full_disk(shards: Path, tmp_path: Path, caplog: pytest.Log
     config = tiny_run(tmp_path / "run", shards, checkpoint=CheckpointConfig(every_steps=2, background=False))
     try:
         train(config, on_step=on_step)
-        assert kept == [2] and saved_steps(tmp_path / "run") == [2, 6]
+        assert kept == [2]
+        assert saved_steps(tmp_path / "run") == [2, 6]
         assert column(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
         assert caplog.text.count("metrics.jsonl cannot be written") == 1
-        assert "step-00000004 cannot be written: " in caplog.text and "File too large" in caplog.text
+        assert "step-00000004 cannot be written: " in caplog.text
+        assert "File too large" in caplog.text
         assert "training goes on" in caplog.text
         # A failure of the last checkpoint is an error.
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         longer = dataclasses.replace(config, max_steps=8, resume=True)
-        with pytest.raises(UserError, match="step-00000008 cannot be written: .*older checkpoints are untouched"):
+        with pytest.raises(UserError, match=r"step-00000008 cannot be written: .*older checkpoints are untouched"):
             train(longer, on_step=lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -115,7 +117,7 @@ def test_old_checkpoints_are_removed_except_best_and_interval(shards: Path, tmp_
     assert saved_steps(
         train(dataclasses.replace(config, run=str(tmp_path / "low"), checkpoint=lowest), validate=validate)
     ) == [12]
+    figures = iter([0.1])
+    wrong = dataclasses.replace(config, run=str(tmp_path / "w"), checkpoint=CheckpointConfig(best="R@2"))
     with pytest.raises(UserError, match=r"checkpoint\.best=R@2 is not a validation metric; choose one of R@1"):
-        figures = iter([0.1])
-        wrong = dataclasses.replace(config, run=str(tmp_path / "w"), checkpoint=CheckpointConfig(best="R@2"))
         train(wrong, validate=validate)

@@ -48,7 +48,8 @@ def test_ema_follows_formula_and_is_validated_and_exported(shards: Path, tmp_pat
             torch.testing.assert_close(state.ema[name].double(), expected[name], rtol=1e-6, atol=1e-7)
     (plain, averaged) = seen
     for name in averaged:
-        assert torch.equal(plain[name], state.model[name]) and torch.equal(averaged[name], state.ema[name])
+        assert torch.equal(plain[name], state.model[name])
+        assert torch.equal(averaged[name], state.ema[name])
     last = [record for record in read_metrics(run / "metrics.jsonl") if "validation_ema/scale" in record]
     assert [record["step"] for record in last] == [3]
     for folder, source in (("model", state.model), ("model_ema", state.ema)):
@@ -63,7 +64,8 @@ def test_ema_follows_formula_and_is_validated_and_exported(shards: Path, tmp_pat
 def test_ema_of_resumed_run_without_ema_starts_at_its_weights(shards: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path / "run", shards, max_steps=1)
     run = train(config)
-    assert not load_latest(run / "checkpoints").ema and not (run / "model_ema").exists()
+    assert not load_latest(run / "checkpoints").ema
+    assert not (run / "model_ema").exists()
     start = weights(run)
     train(dataclasses.replace(config, resume=True, ema_decay=0.5, max_steps=2))
     state = load_latest(run / "checkpoints")
@@ -82,4 +84,5 @@ def test_skipped_step_keeps_ema(shards: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, away[name] - 0.5)
     run = train(tiny_run(tmp_path / "run", shards, engine=settings, ema_decay=0.5, max_steps=1))
     state = load_latest(run / "checkpoints")
-    assert state.optimizer.num_steps == 0 and all(torch.equal(state.ema[n], t) for n, t in state.model.items())
+    assert state.optimizer.num_steps == 0
+    assert all(torch.equal(state.ema[n], t) for n, t in state.model.items())

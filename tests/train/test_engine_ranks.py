@@ -133,14 +133,16 @@ def test_two_ranks_resume_bitwise(root: Path, held: list[dict[str, Any]], name: 
     whole, resumed = root / name, root / f"{name}-resumed"
     assert curves(resumed) == curves(whole)
     expected, found = weights(whole), weights(resumed)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_micro_batches_on_two_ranks_equal_one_rank(root: Path, held: list[dict[str, Any]], tmp_path: Path):
     """Two ranks draw the random numbers of one rank with twice as many micro-batches, also after a resume."""
     one = train(_in_micro_batches(tmp_path / "one", root / "shards", ENGINES["ddp"]))
     ours, theirs = curves(root / "micro"), curves(one)
-    assert len(ours["loss"]) == 8 and ours["lr"] == theirs["lr"]
+    assert len(ours["loss"]) == 8
+    assert ours["lr"] == theirs["lr"]
     assert max(abs(a - b) for a, b in zip(ours["loss"], theirs["loss"], strict=True)) <= CURVE_TOLERANCE
     assert [record["samples"] for record in read_metrics(one / "metrics.jsonl")] == [16, 32, 48, 64, 80, 96, 128, 160]
     resumed = shutil.copytree(one, tmp_path / "resumed")
@@ -149,7 +151,8 @@ def test_micro_batches_on_two_ranks_equal_one_rank(root: Path, held: list[dict[s
     config = _in_micro_batches(resumed, root / "shards", ENGINES["ddp"])
     train(dataclasses.replace(config, resume=True))
     expected, found = weights(one), weights(resumed)
-    assert curves(resumed) == curves(one) and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert curves(resumed) == curves(one)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_zero_stages_shard_states_and_parameters(reference: Path, held: list[dict[str, Any]]):
@@ -165,7 +168,7 @@ def test_one_rank_continues_on_two(root: Path, reference: Path, held: list[dict[
     assert_same_run(root / "one-to-two", reference)
 
 
-@pytest.mark.parametrize("name, engine", [("zero3", ENGINES["ddp"]), ("ddp", ENGINES["zero3"])])
+@pytest.mark.parametrize(("name", "engine"), [("zero3", ENGINES["ddp"]), ("ddp", ENGINES["zero3"])])
 def test_two_ranks_continue_on_one(
     root: Path, tmp_path: Path, reference: Path, held: list[dict[str, Any]], name: str, engine: EngineConfig
 ):
@@ -203,7 +206,9 @@ DEEPSPEED = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, engine", [(TORCHRUN, "ddp"), (DEEPSPEED, "zero1")], ids=["torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    ("command", "engine"), [(TORCHRUN, "ddp"), (DEEPSPEED, "zero1")], ids=["torchrun", "deepspeed"]
+)
 def test_launchers_give_same_run(root: Path, reference: Path, tmp_path: Path, command: list[str], engine: str):
     """Each launcher starts 4 or 5 Python processes that import torch."""
     config = tiny_run(tmp_path / "run", root / "shards", engine=ENGINES[engine])

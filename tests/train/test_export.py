@@ -77,7 +77,8 @@ def test_exported_model_gives_same_embeddings_in_transformers(tmp_path: Path, pi
             CAPTIONS, padding=True, truncation=True, return_tensors="pt"
         )
         bert, info = AutoModel.from_pretrained(out / "text", add_pooling_layer=False, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
         hidden = bert.eval()(**tokens).last_hidden_state[:, 0]
     rest = load_file(out / "projections.safetensors")
     if projection == "mlp":
@@ -104,7 +105,8 @@ def test_exported_gpt_tower_gives_same_embeddings_as_clip(tmp_path: Path, end_id
     for row, end in enumerate((3, 8, 5)):
         ids[row, end], ids[row, end + 1 :] = 95 if end_id is None else end_id, 0
     theirs, info = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / "text", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     with torch.no_grad():
         expected = model.encode_text(ids, normalize=False)
         torch.testing.assert_close(theirs.eval()(input_ids=ids).text_embeds, expected, rtol=0, atol=1e-5)

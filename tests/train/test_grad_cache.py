@@ -122,7 +122,7 @@ def test_single_micro_batch_is_embedded_once():
 
 
 @pytest.mark.parametrize(
-    "name, locked, kind",
+    ("name", "locked", "kind"),
     [
         ("ddp", ["visual"], "bert"),
         ("ddp", ["text"], "bert"),
@@ -185,8 +185,9 @@ def test_spill_buffer_returns_equal_batches(tmp_path: Path):
             kept = [place.add(batch) for batch in turn]
             for back, batch in zip(kept, turn, strict=True):
                 again = back()
-                assert torch.equal(again.images, batch.images) and torch.equal(again.ids, batch.ids)
+                assert torch.equal(again.images, batch.images)
+                assert torch.equal(again.ids, batch.ids)
                 assert replace(again, images=batch.images, ids=batch.ids) == batch
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="cannot write the images of a batch to /nowhere.*data.spool_dir"):
+    with pytest.raises(UserError, match=r"cannot write the images of a batch to /nowhere.*data.spool_dir"):
         SpillBuffer(0, "/nowhere").add(batches[0])

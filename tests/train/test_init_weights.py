@@ -30,10 +30,14 @@ from bclip_fast.train.trainer import train
 
 WEIGHTS = "open_clip_model.safetensors"
 VISION, TEXT = SMALL.vision, SMALL.text
-BERT: dict[str, Any] = dict(
-    hidden_size=TEXT.width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, vocab_size=100,
-    max_position_embeddings=24,
-)  # fmt: skip
+BERT: dict[str, Any] = {
+    "hidden_size": TEXT.width,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 24,
+}
 
 
 def timm_vit(size: int = 32) -> torch.nn.Module:
@@ -84,7 +88,8 @@ def test_init_vision_loads_timm(timm_folder: Path, caplog: pytest.LogCaptureFixt
         init_model(ours, InitConfig(vision=str(timm_folder / file)))
     check_vision(ours, theirs.forward_features)
     assert torch.equal(ours.visual.head.weight, head)
-    assert "dropped head.bias, head.weight" in caplog.text and "random: head.weight" in caplog.text
+    assert "dropped head.bias, head.weight" in caplog.text
+    assert "random: head.weight" in caplog.text
 
 
 def test_init_vision_resizes_position_embeddings_like_timm(timm_folder: Path) -> None:
@@ -185,7 +190,7 @@ def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp
     ]:
         with pytest.raises(UserError, match=words):
             init_model(BiomedClip(config), init)
-    with pytest.raises(UserError, match="init.model sets both towers"):
+    with pytest.raises(UserError, match=r"init.model sets both towers"):
         InitConfig(model="a", text="b")
 
 
@@ -204,11 +209,12 @@ def test_init_model_loads_both_towers(tmp_path: Path, caplog: pytest.LogCaptureF
         init_model(model, InitConfig(model=str(tmp_path / "start")))
     assert "dropped: nothing; initialised by config: logit_bias" in caplog.text
     found, expected = model.state_dict(), start.state_dict()
-    assert float(found.pop("logit_bias").detach()) == -10.0 and found.pop("visual.pos_embed").shape == (1, 37, 48)
+    assert float(found.pop("logit_bias").detach()) == -10.0
+    assert found.pop("visual.pos_embed").shape == (1, 37, 48)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     wider = dataclasses.replace(SMALL, embed_dim=32)
     with pytest.raises(
-        UserError, match="its model.embed_dim is 24, but this run has 32; change preset or the model section"
+        UserError, match=r"its model.embed_dim is 24, but this run has 32; change preset or the model section"
     ):
         init_model(BiomedClip(wider), InitConfig(model=str(tmp_path / "start")))
     config = json.loads((tmp_path / "start" / "open_clip_config.json").read_text())
@@ -221,9 +227,9 @@ def test_init_model_loads_both_towers(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
     """open_clip's CLIP with OpenAI's ViT and QuickGELU is read, computed, used as initial weights, and written back."""
     open_clip = import_open_clip()
-    vision = dict(image_size=32, patch_size=8, width=48, layers=2, head_width=12)
-    text = dict(context_length=20, vocab_size=100, width=32, heads=2, layers=2)
-    model_cfg = dict(embed_dim=24, quick_gelu=True, vision_cfg=vision, text_cfg=text)
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 12}
+    text = {"context_length": 20, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
+    model_cfg = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     theirs = shaken(open_clip.model.CLIP(**model_cfg)).eval()
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / WEIGHTS)
@@ -246,7 +252,7 @@ def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
 
     check(ours, theirs)
     exact = dataclasses.replace(ours.config, quick_gelu=False)
-    with pytest.raises(UserError, match="its model.quick_gelu is True, but this run has False"):
+    with pytest.raises(UserError, match=r"its model.quick_gelu is True, but this run has False"):
         init_model(BiomedClip(exact), InitConfig(model=str(tmp_path)))
     # Load it at another image size, and write it for open_clip.
     larger = dataclasses.replace(ours.config, vision=dataclasses.replace(ours.config.vision, image_size=48))
@@ -263,7 +269,7 @@ def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
         pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
     with pytest.raises(UserError, match="quick_gelu=True requires"):
         dataclasses.replace(SMALL, quick_gelu=True)
-    with pytest.raises(UserError, match="must be a plain ViT, but model.vision.kind is"):
+    with pytest.raises(UserError, match=r"must be a plain ViT, but model.vision.kind is"):
         init_model(BiomedClip(ours.config), InitConfig(vision="anything"))
 
 

@@ -133,9 +133,9 @@ def test_lost_rank_is_named_by_others(shards: Path, tmp_path: Path, lost: int):
     # The timeout is longer than the test, so the rank did not wait for it.
     assert ranks[1 - lost].exitcode == 2
     said = log_of(run, 1 - lost)
-    assert (
-        f"rank {1 - lost}: " in said and " failed: " in said and "--resume goes on from the newest checkpoint" in said
-    )
+    assert f"rank {1 - lost}: " in said
+    assert " failed: " in said
+    assert "--resume goes on from the newest checkpoint" in said
     # The ranks' store is in rank 0's process.
     cause = f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) is lost or stuck"
     assert (cause if lost else "process of rank 0 is lost") in said

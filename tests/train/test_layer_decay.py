@@ -25,7 +25,8 @@ def test_layer_scales_follow_beit() -> None:
         assert scales[f"{tower}.{stem}"] == 0.5**4
         assert [scales[f"{tower}.layers.{i}.qkv.weight"] for i in range(3)] == [0.5**3, 0.5**2, 0.5]
     assert scales["visual.norm.bias"] == scales["visual.head.weight"] == scales["text.proj.2.weight"] == 1
-    assert scales["text.embedding_norm.weight"] == 0.5**4 and "logit_scale" not in scales
+    assert scales["text.embedding_norm.weight"] == 0.5**4
+    assert "logit_scale" not in scales
     # These are timm's factors. timm's groups of its own trunk differ only in the norm.
     assert set(layer_scales([f"clip.{name}" for name in names], 0.5).values()) == set(scales.values())
     groups = parameter_groups(BiomedClip(SMALL).named_parameters(), OptimConfig(layer_decay=0.5))
@@ -39,7 +40,7 @@ def test_layer_scales_follow_beit() -> None:
 def test_layer_decay_slows_lower_layers_in_every_engine(shards: Path, tmp_path: Path, name: str) -> None:
     optim = OptimConfig(lr=1e-3, warmup_steps=0, layer_decay=0.3, weight_decay=0.0)
     checkpoint = CheckpointConfig(every_steps=0)
-    settings: dict[str, Any] = dict(optim=optim, checkpoint=checkpoint, max_steps=1)
+    settings: dict[str, Any] = {"optim": optim, "checkpoint": checkpoint, "max_steps": 1}
     torch.manual_seed(0)
     start = BiomedClip(tiny_model()).state_dict()
     after = weights(train(tiny_run(tmp_path / name, shards, engine=ENGINES[name], **settings)))

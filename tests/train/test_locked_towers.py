@@ -105,7 +105,8 @@ def test_locked_tower_saves_no_activations_and_has_no_dropout(text: Any) -> None
     one_layer = saved_bytes(model)
     model.text.lock()
     both = saved_bytes(model)
-    assert full > image_locked > one_layer > both and both < full / 50
+    assert full > image_locked > one_layer > both
+    assert both < full / 50
     model.train()
     assert torch.equal(
         model(torch.ones(2, 3, 32, 32))["image_features"], model(torch.ones(2, 3, 32, 32))["image_features"]
@@ -114,13 +115,14 @@ def test_locked_tower_saves_no_activations_and_has_no_dropout(text: Any) -> None
     assert torch.equal(model(text=ids)["text_features"], model(text=ids)["text_features"])
     model.text.lock(2)
     model.train()
-    assert [layer.training for layer in model.text.layers] == [False, True, True] and not model.text.training
+    assert [layer.training for layer in model.text.layers] == [False, True, True]
+    assert not model.text.training
     model.eval()
     assert not any(module.training for module in model.modules())
 
 
 def locked_run(run: Path, shards: Path, **changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = dict(lock_image=True, lock_text=True, lock_text_unlocked_layers=1, max_steps=4)
+    settings: dict[str, Any] = {"lock_image": True, "lock_text": True, "lock_text_unlocked_layers": 1, "max_steps": 4}
     settings["ema_decay"] = 0.75
     return tiny_run(run, shards, **{**settings, "checkpoint": CheckpointConfig(every_steps=2, keep=0), **changes})
 
@@ -176,7 +178,8 @@ def locked(ranks: tuple[Path, list[dict[str, Any]]]) -> Path:
 @pytest.mark.parametrize("name", ENGINES)
 def test_overflow_on_one_rank_skips_step_on_all(ranks: tuple[Path, list[dict[str, Any]]], name: str) -> None:
     for found in ranks[1]:
-        assert found[name]["skipped"] == [False, True, False, False] and found[name]["scale"] == 32.0
+        assert found[name]["skipped"] == [False, True, False, False]
+        assert found[name]["scale"] == 32.0
         expected = ranks[1][0]["ddp"]
         for step in (0, 2, 3):
             assert found[name]["norms"][step] == pytest.approx(expected["norms"][step], rel=1e-4)
@@ -196,7 +199,8 @@ def test_locked_towers_on_two_ranks_equal_one_rank(locked: Path, name: str) -> N
     assert moved == trained(start)
     # The EMA covers the trainable weights and is gathered from the ranks.
     state = load_latest(locked / name / "checkpoints")
-    assert set(state.ema) == moved and state.ema["logit_scale"].shape == ()
+    assert set(state.ema) == moved
+    assert state.ema["logit_scale"].shape == ()
     expected = load_latest(locked / "one" / "checkpoints").ema
     for key, tensor in state.ema.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)
@@ -212,10 +216,11 @@ def test_locked_towers_resume_bitwise(locked: Path, tmp_path: Path, name: str) -
     train(dataclasses.replace(config, resume=True))
     assert column(whole, "loss") == expected
     again = load_latest(whole / "checkpoints")
-    assert again.step == 4 and all(torch.equal(tensor, before[key]) for key, tensor in again.ema.items())
+    assert again.step == 4
+    assert all(torch.equal(tensor, before[key]) for key, tensor in again.ema.items())
     torch.testing.assert_close(column(whole, "loss"), column(locked / "one", "loss"), rtol=0, atol=2e-5)
 
 
 def test_unlocked_groups_without_lock_are_an_error() -> None:
-    with pytest.raises(UserError, match="lock_image_unlocked_groups=1 .* needs lock_image"):
+    with pytest.raises(UserError, match=r"lock_image_unlocked_groups=1 .* needs lock_image"):
         TrainConfig(lock_image_unlocked_groups=1)

@@ -34,34 +34,42 @@ def test_loss_spikes_above_limits_forbid_updates():
     spikes = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
     taken, refused = StepResult(1.0, False), StepResult(1.0, True)
     for step, loss in enumerate([3.0, 3.1, 2.9], 1):
-        assert spikes.limit(loss, 16) == math.inf and spikes.observe(step, loss, taken) is None
-    assert spikes.limit(1e9, 16) == math.inf and spikes.limit(math.nan, 16) == -1.0
+        assert spikes.limit(loss, 16) == math.inf
+        assert spikes.observe(step, loss, taken) is None
+    assert spikes.limit(1e9, 16) == math.inf
+    assert spikes.limit(math.nan, 16) == -1.0
     spikes.observe(4, 3.3, StepResult(2.0, False))
     # The losses 2.9, 3.0, 3.1 and 3.3 have the median 3.05 and the deviations 0.05, 0.05, 0.15 and 0.25, so the limit
     # is 3.05 + 10 * 0.1. Most norms are 1, so their deviation is the minimum, a hundredth of the median.
-    assert spikes.limit(4.04, 16) == pytest.approx(1 + 20 * 0.01) and spikes.limit(4.06, 16) == -1.0
+    assert spikes.limit(4.04, 16) == pytest.approx(1 + 20 * 0.01)
+    assert spikes.limit(4.06, 16) == -1.0
     assert spikes.observe(5, 4.06, refused) == "the loss is 4.06, above the limit 4.05"
-    assert not spikes.too_many and spikes.num_skipped == 1
+    assert not spikes.too_many
+    assert spikes.num_skipped == 1
     again = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
     again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
     for rule in (spikes, again):
         assert rule.limit(4.06, 16) == -1.0
         assert rule.observe(6, 3.0, StepResult(1.3, True)) == "the gradient norm is 1.3, above the limit 1.2"
-        assert rule.too_many and rule.num_skipped == 2
+        assert rule.too_many
+        assert rule.num_skipped == 2
         # Skips before the window don't count. Another batch size starts a new window.
         assert rule.observe(10, math.nan, StepResult(math.nan, True)) == "the loss is nan"
-        assert not rule.too_many and rule.num_skipped == 3
+        assert not rule.too_many
+        assert rule.num_skipped == 3
         assert rule.limit(5.0, 64) == math.inf
     # Overflows of fp16's loss scale don't count.
-    assert spikes.observe(11, 3.0, StepResult(math.inf, True, overflow=True)) is None and spikes.num_skipped == 3
+    assert spikes.observe(11, 3.0, StepResult(math.inf, True, overflow=True)) is None
+    assert spikes.num_skipped == 3
     off = LossSpikes(SpikeConfig(window=1, loss=0.0, grad_norm=0.0))
     off.observe(1, 1.0, taken)
-    assert off.limit(1e30, 0) == math.inf and off.limit(math.inf, 0) == -1.0
+    assert off.limit(1e30, 0) == math.inf
+    assert off.limit(math.inf, 0) == -1.0
     with pytest.raises(UserError, match=r"spikes\.window=0"):
         SpikeConfig(window=0)
 
 
-@pytest.mark.parametrize("name, stage", [("ddp", 0), *(("deepspeed", stage) for stage in range(4))])
+@pytest.mark.parametrize(("name", "stage"), [("ddp", 0), *(("deepspeed", stage) for stage in range(4))])
 def test_engine_after_refused_steps_equals_engine_without_them(name: str, stage: int):
     """Refused steps, including one with NaN, leave weights, moments and the number of updates unchanged."""
     found = []
@@ -76,7 +84,8 @@ def test_engine_after_refused_steps_equals_engine_without_them(name: str, stage:
             loss = (output["image_features"] * output["text_features"]).sum()
             wrapped.backward(loss * math.nan if math.isnan(limit) else loss)
             result = wrapped.step(1e-3, math.inf if math.isnan(limit) else limit)
-            assert result.skipped == (limit != math.inf) and not result.overflow
+            assert result.skipped == (limit != math.inf)
+            assert not result.overflow
             assert math.isfinite(result.grad_norm) != math.isnan(limit)
         found.append((wrapped.model_state(), wrapped.optimizer_state()))
         wrapped.close()
@@ -113,7 +122,8 @@ def test_run_with_spike_skips_step_and_resumes_bitwise(
     assert column(run, "skipped") == [0, 0, 0, 0, 1, 1, 1, 1]
     assert column(run, "samples") == [16 * step for step in range(1, 9)]
     saved = checkpoint.load_latest(run / "checkpoints")
-    assert saved.optimizer.num_steps == 7 and all(torch.isfinite(tensor).all() for tensor in saved.model.values())
+    assert saved.optimizer.num_steps == 7
+    assert all(torch.isfinite(tensor).all() for tensor in saved.model.values())
     part = tmp_path / "part"
     os.rename(run, part)
     expected = column(part, "loss"), weights(part)
@@ -142,7 +152,9 @@ def test_run_with_too_many_skips_writes_dump_that_replays(
         train(config)
     (dump,) = (tmp_path / "run" / "dumps").iterdir()
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert last["skipped"] >= 2 and dump.name == f"step-{last['step']:08d}" and str(dump) in str(e.value)
+    assert last["skipped"] >= 2
+    assert dump.name == f"step-{last['step']:08d}"
+    assert str(dump) in str(e.value)
     assert {path.suffix for path in dump.iterdir()} == {".safetensors", ".json", ".toml"}
     capsys.readouterr()
     assert main(["train", "replay", str(dump)]) == 0
@@ -164,7 +176,8 @@ def test_run_with_too_many_skips_writes_dump_that_replays(
     assert "needs 2 rank(s), but 1 are running: torchrun --nproc-per-node 2" in capsys.readouterr().err
     state["ranks"].pop()
     (dump / "state.json").write_text(json.dumps(state))
-    assert main(["train", "replay", str(dump)]) == 2 and "is not a complete step dump" in capsys.readouterr().err
+    assert main(["train", "replay", str(dump)]) == 2
+    assert "is not a complete step dump" in capsys.readouterr().err
 
 
 def _give_up_and_replay(rank: int, folder: str) -> dict[str, int]:
@@ -176,7 +189,7 @@ def _give_up_and_replay(rank: int, folder: str) -> dict[str, int]:
         ("zero2", EngineConfig(zero_stage=2, precision="fp32"), 4),
     ):
         run = Path(folder) / name
-        options: dict[str, Any] = dict(model=DROPOUT, engine=settings, micro_batch_size=micro, max_steps=60)
+        options: dict[str, Any] = {"model": DROPOUT, "engine": settings, "micro_batch_size": micro, "max_steps": 60}
         rule = SpikeConfig(window=2, grad_norm=1e-9, max_skipped=1)
         with pytest.raises(UserError, match="steps were skipped"):
             train(tiny_run(run, Path(folder) / "shards", spikes=rule, **options))

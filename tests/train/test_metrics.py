@@ -43,7 +43,9 @@ def test_parts_of_step_add_up(shards: Path, tmp_path: Path, monkeypatch: pytest.
     run = train(config)
     for line, own in zip(records(run), [a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)], strict=True):
         parts = [line[f"{part}_seconds"] for part in PARTS]
-        assert all(part >= 0 for part in parts) and line["forward_seconds"] > 0 and line["backward_seconds"] > 0
+        assert all(part >= 0 for part in parts)
+        assert line["forward_seconds"] > 0
+        assert line["backward_seconds"] > 0
         assert 0.7 * line["step_seconds"] < sum(parts) <= line["step_seconds"]
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(sum(own))
         assert line["samples_per_second"] * line["step_seconds"] == pytest.approx(16)
@@ -101,7 +103,8 @@ def test_progress_without_terminal_logs_every_15_seconds(
     said = [record.getMessage() for record in caplog.records]
     # A line follows every 15 s and at the end. A step takes 10 s here.
     assert [text.split("  ")[0] for text in said] == [f"step {step} of 10" for step in (3, 5, 7, 9, 10)]
-    assert said[0].endswith("0:01:10 left") and said[-1].endswith("0:00:00 left")
+    assert said[0].endswith("0:01:10 left")
+    assert said[-1].endswith("0:00:00 left")
 
 
 def test_progress_on_terminal_draws_bar(monkeypatch: pytest.MonkeyPatch):
@@ -118,7 +121,8 @@ def test_progress_on_terminal_draws_bar(monkeypatch: pytest.MonkeyPatch):
     bar = progress.Progress(10, 0, 160)
     bar.update(RECORD)
     bar.close()
-    assert "3/10" in screen.getvalue() and "98,765 tokens/s" in screen.getvalue()
+    assert "3/10" in screen.getvalue()
+    assert "98,765 tokens/s" in screen.getvalue()
 
 
 class FakeWandb(types.ModuleType):
@@ -150,10 +154,12 @@ def test_wandb_gets_same_metrics_and_continues_after_resume(
     config = tiny_run(tmp_path / "run", shards, max_steps=3, log=LogConfig(wandb=True, wandb_project="mine"))
     run = train(config)
     train(dataclasses.replace(config, max_steps=5, resume=True))
-    assert list(fake.runs) == ["run0"] and fake.finished == 2
+    assert list(fake.runs) == ["run0"]
+    assert fake.finished == 2
     assert fake.runs["run0"] == records(run)
     assert [options["id"] for options in fake.inits] == [None, "run0"]
-    assert fake.inits[0]["project"] == "mine" and fake.inits[0]["config"]["batch_size"] == 16
+    assert fake.inits[0]["project"] == "mine"
+    assert fake.inits[0]["config"]["batch_size"] == 16
 
 
 def test_missing_wandb_is_an_error(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -88,7 +88,8 @@ def test_run_keeps_precision_on_another_processor(begun, shards, tmp_path, monke
     imitate(monkeypatch, second)
     other = {"fp32": "bf16", "bf16": "fp32"}[begun]
     train(replace(config, resume=True, max_steps=6))
-    assert precision_of(run) == begun and len(losses(run)) == 6
+    assert precision_of(run) == begun
+    assert len(losses(run)) == 6
     assert f"auto: {begun}, as in {run} so far; a new run here takes {other}, because" in caplog.text
     train(replace(config, resume=True, max_steps=7, engine=replace(AUTO, precision=other)))
     assert f"engine.precision is {other}, but {run} was computed in {begun} so far" in caplog.text

@@ -39,7 +39,7 @@ def test_slurm_variables_become_launcher_variables(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "nodes, host",
+    ("nodes", "host"),
     [
         ("node7", "node7"), ("gpu[03-07,9]-ib,login1", "gpu03-ib"), ("a[12],b", "a12"), ("x1,x2", "x1"),
         ("rack[2-3]node[08,10]", "rack2node08"),
@@ -98,7 +98,8 @@ def test_slurm_script_trains_on_two_tasks_until_signal(shards: Path, tmp_path: P
     done, asked = _sbatch(tmp_path / "bin", bclip, str(tmp_path / "config.toml"))
     assert (done.returncode, asked) == (75, "requeue"), done.stderr
     events, steps = records(run, "events.jsonl"), records(run)
-    assert (events[0]["event"], events[0]["ranks"]) == ("start", 2) and events[-1]["event"] == "checkpoint"
+    assert (events[0]["event"], events[0]["ranks"]) == ("start", 2)
+    assert events[-1]["event"] == "checkpoint"
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert (run / "checkpoints" / f"step-{len(steps):08d}").is_dir()
     assert all(line["communication_seconds"] >= 0 for line in steps[1:])
@@ -106,7 +107,7 @@ def test_slurm_script_trains_on_two_tasks_until_signal(shards: Path, tmp_path: P
     assert done.stderr.count("training on 96 samples") == 1
 
 
-@pytest.mark.parametrize("status, asked", [(75, "requeue"), (2, ""), (0, "")])
+@pytest.mark.parametrize(("status", "asked"), [(75, "requeue"), (2, ""), (0, "")])
 def test_slurm_script_requeues_only_stopped_run(tmp_path: Path, status: int, asked: str):
     done, found = _sbatch(tmp_path / "bin", f'echo "$@" > {tmp_path}/args; exit {status}', "my.toml", "--seed", "3")
     assert (done.returncode, found) == (status, asked), done.stderr

@@ -84,11 +84,13 @@ def error(value: Tensor, true: Tensor) -> float:
 @pytest.mark.parametrize("config", [BERT, GPT_TEXT], ids=["bert", "gpt"])
 def test_features_and_gradients_equal_open_clip(config, histogram: str) -> None:
     inputs = make_inputs(StepConfig(lengths=histogram, batch_size=8), config)
-    assert inputs.text.lengths.tolist().count(2) == 2 and inputs.text.max_seqlen == 48
+    assert inputs.text.lengths.tolist().count(2) == 2
+    assert inputs.text.max_seqlen == 48
     ours, eager, truth = both(config, inputs, low=False)
-    assert ours.keys() == truth.keys() and len(ours) > 50
+    assert ours.keys() == truth.keys()
+    assert len(ours) > 50
     for name, true in truth.items():
-        assert error(ours[name], eager[name]) <= 1e-4 and error(ours[name], true) <= 1e-4, name
+        assert max(error(ours[name], eager[name]), error(ours[name], true)) <= 1e-4, name
 
 
 @pytest.mark.parametrize("library", [False, True], ids=["ours", "library"])
@@ -145,7 +147,8 @@ def test_compiled_layers_give_same_gradients_for_all_lengths() -> None:
         for name, value in results.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
         counts.append(counter.frame_count)
-    assert counts[0] > 0 and counts == counts[:1] * 4
+    assert counts[0] > 0
+    assert counts == counts[:1] * 4
 
 
 def test_benchmark_has_row_for_each_variant(histogram: str) -> None:
@@ -153,11 +156,13 @@ def test_benchmark_has_row_for_each_variant(histogram: str) -> None:
     config = StepConfig(preset="quickstart", batch_size=4, lengths=histogram, rounds=1, dropout=0.1)
     rows = measure_step(config)
     names = [row["contender"] for row in rows]
-    assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"] and len(names) == len(set(names)) == 12
+    assert names[:2] == ["open_clip", "ours, padded, plain PyTorch"]
+    assert len(names) == len(set(names)) == 12
     assert names[-2:] == ["open_clip, checkpointed", "ours, checkpointed"]
     for row in rows:
         parts = row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"]
-        assert row["seconds"] == pytest.approx(parts) and row["samples_per_second"] == pytest.approx(4 / parts)
+        assert row["seconds"] == pytest.approx(parts)
+        assert row["samples_per_second"] == pytest.approx(4 / parts)
         assert row["tokens"] == sum([2, 30, 48, 48]) or row["tokens"] > 100
 
 
@@ -177,7 +182,9 @@ def test_benchmark_measures_mixtures_of_lengths(histogram: str) -> None:
 
 def test_caption_lengths_come_from_real_captions(shared_data: Path) -> None:
     lengths = caption_lengths(StepConfig(), 256)
-    assert len(lengths) > 500 and 60 < sum(lengths) / len(lengths) < 100 and max(lengths) == 256
+    assert len(lengths) > 500
+    assert 60 < sum(lengths) / len(lengths) < 100
+    assert max(lengths) == 256
     inputs = make_inputs(StepConfig(), preset("biomedclip_b16"))
     assert sum(inputs.text.lengths.tolist()) / 16 == pytest.approx(sum(lengths) / len(lengths), rel=0.05)
     # A step takes three forward passes: 17.5 GMAC an image for ViT-B/16, and 85 M weights a token for BERT. The last

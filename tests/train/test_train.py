@@ -1,6 +1,9 @@
+"""Training: schedule, parameter groups, learning, exact resume, half precision."""
+
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -36,10 +39,12 @@ def test_learning_rate_follows_open_clip():
     config = OptimConfig(lr=2.0, warmup_steps=4)
     rates = [learning_rate(step, 20, config) for step in range(20)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert rates[12] == pytest.approx(1.0) and rates[19] == pytest.approx(1 + math.cos(math.pi * 15 / 16))
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[12] == pytest.approx(1.0)
+    assert rates[19] == pytest.approx(1 + math.cos(math.pi * 15 / 16))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     ends = OptimConfig(lr=2.0, min_lr=0.5, warmup_steps=0)
-    assert learning_rate(0, 10, ends) == 2.0 and learning_rate(9, 10, ends) > 0.5
+    assert learning_rate(0, 10, ends) == 2.0
+    assert learning_rate(9, 10, ends) > 0.5
     assert learning_rate(2, 3, OptimConfig(lr=2.0, warmup_steps=2000)) == 2.0
 
 
@@ -60,14 +65,15 @@ def test_parameter_groups_follow_open_clip(preset: str):
         # The rule of open_clip's trainer, for names without "ln" and "bn".
         excluded = parameter.ndim < 2 or "bias" in name or "logit_scale" in name
         assert any(parameter is p for p in decay["params"]) != excluded, name
-    assert decay["weight_decay"] == 0.2 and rest["weight_decay"] == scale["weight_decay"] == 0.0
+    assert decay["weight_decay"] == 0.2
+    assert rest["weight_decay"] == scale["weight_decay"] == 0.0
     assert [names[id(p)] for p in scale["params"]] == ["logit_scale"]
     assert scale["bounds"] == (0.0, pytest.approx(math.log(100)))
     assert sum(len(group["params"]) for group in (decay, rest, scale)) == len(names)
 
 
 @pytest.mark.parametrize("name", ["ddp", "deepspeed"])
-@pytest.mark.parametrize("start, target", [(4.6, math.log(100)), (0.01, 0.0)])
+@pytest.mark.parametrize(("start", "target"), [(4.6, math.log(100)), (0.01, 0.0)])
 def test_logit_scale_is_clamped(name: str, start: float, target: float):
     model = BiomedClip(dataclasses.replace(tiny_model(), init_logit_scale=start))
     wrapped = build_engine(model, EngineConfig(name=name, precision="fp32"), OptimConfig(), 2)
@@ -77,7 +83,8 @@ def test_logit_scale_is_clamped(name: str, start: float, target: float):
         wrapped.step(0.5)
     scale = wrapped.model_state()["logit_scale"]
     wrapped.close()
-    assert scale.shape == () and float(scale) == pytest.approx(target, abs=1e-6)
+    assert scale.shape == ()
+    assert float(scale) == pytest.approx(target, abs=1e-6)
 
 
 def test_training_reaches_high_recall(shards: Path, tmp_path: Path):
@@ -96,30 +103,35 @@ def test_training_reaches_high_recall(shards: Path, tmp_path: Path):
     assert [record["step"] for record in records] == list(range(1, 101))
     assert [record["samples"] for record in records] == [16 * step for step in range(1, 101)]
     # An untrained model has the loss ln 16 = 2.77. Captions repeat within a batch, so the minimum is about 0.3.
-    assert records[0]["loss"] > 2.7 and sum(column(run, "loss")[-10:]) / 10 < 2.1
+    assert records[0]["loss"] > 2.7
+    assert sum(column(run, "loss")[-10:]) / 10 < 2.1
     (validation,) = [record for record in read_metrics(run / "metrics.jsonl") if "loss" not in record]
-    assert validation["step"] == 100 and validation["validation/image to text R@5"] > 0.4
+    assert validation["step"] == 100
+    assert validation["validation/image to text R@5"] > 0.4
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000100"]
     assert list((run / "tb").glob("events*"))
 
 
 def test_run_folder_opens_as_a_model(finished: Path):
     model, preprocess, tokenizer = pretrained.load(finished)
-    assert model.config == tiny_model(dropout=0.1) and preprocess.config.size == 32
+    assert model.config == tiny_model(dropout=0.1)
+    assert preprocess.config.size == 32
     assert are_equal(model.state_dict(), weights(finished))
-    assert tokenizer.vocab_size <= 96 and tokenizer.context_length == 12
+    assert tokenizer.vocab_size <= 96
+    assert tokenizer.context_length == 12
     resolved = config_files.from_toml(TrainConfig, finished / "config.toml")
     assert resolved == tiny_run(finished, Path(resolved.data.shards), model=tiny_model(dropout=0.1))
 
 
-@pytest.mark.parametrize("name, stage", [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3)])
+@pytest.mark.parametrize(("name", "stage"), [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3)])
 def test_resume_is_exact(finished: Path, shards: Path, tmp_path: Path, name: str, stage: int):
     """A run with dropout that stops after step 3 resumes bitwise, with every engine."""
     engine_config = EngineConfig(name=name, zero_stage=stage, precision="fp32")
     config = tiny_run(tmp_path / "whole", shards, model=tiny_model(dropout=0.1), engine=engine_config)
     whole = train(config)
     part = stopped_after(whole, tmp_path / "part", 3)
-    assert column(part, "loss") == column(whole, "loss") and len(column(whole, "loss")) == 6
+    assert column(part, "loss") == column(whole, "loss")
+    assert len(column(whole, "loss")) == 6
     train(dataclasses.replace(config, run=str(part), resume=True))
     assert column(part, "loss") == column(whole, "loss")
     assert are_equal(weights(part), weights(whole))
@@ -137,7 +149,8 @@ def test_resumed_finished_run_trains_further_steps(finished: Path, shards: Path,
     train(config)
     assert column(run, "loss") == column(finished, "loss")
     train(dataclasses.replace(config, max_steps=8))
-    assert len(column(run, "loss")) == 8 and column(run, "loss")[:6] == column(finished, "loss")
+    assert len(column(run, "loss")) == 8
+    assert column(run, "loss")[:6] == column(finished, "loss")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no manifest", "missing file"])
@@ -164,13 +177,15 @@ def test_damaged_checkpoint_is_skipped_with_reason(
     with caplog.at_level(logging.WARNING):
         train(tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True))
     assert f"{newest} is not used: {reason}" in caplog.text
-    assert column(run, "loss") == column(finished, "loss") and are_equal(weights(run), weights(finished))
+    assert column(run, "loss") == column(finished, "loss")
+    assert are_equal(weights(run), weights(finished))
 
 
 def test_run_without_checkpoint_starts_again(finished: Path, shards: Path, tmp_path: Path):
     run = stopped_after(finished, tmp_path / "run", 0)
     train(tiny_run(run, shards, model=tiny_model(dropout=0.1)))
-    assert column(run, "loss") == column(finished, "loss") and are_equal(weights(run), weights(finished))
+    assert column(run, "loss") == column(finished, "loss")
+    assert are_equal(weights(run), weights(finished))
 
 
 def test_resume_without_intact_checkpoint_is_an_error(finished: Path, shards: Path, tmp_path: Path):
@@ -183,7 +198,8 @@ def test_resume_without_intact_checkpoint_is_an_error(finished: Path, shards: Pa
     # Without checkpoints, --resume starts the run.
     shutil.rmtree(run / "checkpoints")
     train(config)
-    assert column(run, "loss") == column(finished, "loss") and are_equal(weights(run), weights(finished))
+    assert column(run, "loss") == column(finished, "loss")
+    assert are_equal(weights(run), weights(finished))
 
 
 def test_resume_with_other_settings_is_an_error(finished: Path, shards: Path, tmp_path: Path):
@@ -275,10 +291,13 @@ def test_fp16_overflow_skips_update():
             wrapped.backward(100 * (output["image_features"] * output["text_features"]).sum())
             skipped.append(wrapped.step(1e-3).skipped)
             if len(skipped) == 1:
-                assert skipped[0] and are_equal(wrapped.model_state(), before)
-        assert not skipped[-1] and not are_equal(wrapped.model_state(), before)
+                assert skipped[0]
+                assert are_equal(wrapped.model_state(), before)
+        assert not skipped[-1]
+        assert not are_equal(wrapped.model_state(), before)
         state = wrapped.optimizer_state()
-        assert state.num_steps == skipped.count(False) and state.loss_scale["scale"] == 2.0 ** (16 - sum(skipped))
+        assert state.num_steps == skipped.count(False)
+        assert state.loss_scale["scale"] == 2.0 ** (16 - sum(skipped))
         states.append((skipped, state.loss_scale, wrapped.model_state()))
         wrapped.close()
     # Every engine skips the same steps, and ends with the same scale and the same weights.
@@ -300,7 +319,8 @@ def test_loss_scale_equals_grad_scaler():
         theirs.update()
         sgd.zero_grad()
         ours.update(overflow)
-        assert ours.state_dict() == theirs.state_dict() and ours.value == theirs.get_scale()
+        assert ours.state_dict() == theirs.state_dict()
+        assert ours.value == theirs.get_scale()
 
 
 def test_gradient_checkpointing_gives_same_losses(shards: Path, tmp_path: Path):
@@ -319,4 +339,5 @@ def test_checkpoints_hold_no_pickle_and_old_ones_are_removed(shards: Path, tmp_p
     files = {path.name for path in (run / "checkpoints" / names[0]).iterdir()}
     assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     state = json.loads((run / "checkpoints" / names[0] / "state.json").read_text())
-    assert state["data"]["samples"] == 80 and state["optimizer"]["num_steps"] == 5
+    assert state["data"]["samples"] == 80
+    assert state["optimizer"]["num_steps"] == 5

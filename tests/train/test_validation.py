@@ -17,7 +17,7 @@ from bclip_fast.train.validation import ValidationSchedule
 
 
 @pytest.mark.parametrize(
-    "settings, steps",
+    ("settings", "steps"),
     [
         (ValidationConfig(every_steps=5), [5, 10, 14]),
         # 96 samples are 6 batches of 16.
@@ -43,7 +43,8 @@ def test_resumed_finished_run_does_not_validate_again(shards: Path, tmp_path: Pa
     run = train(config, validate=lambda *_: {"recall": 0.5})
     train(dataclasses.replace(config, resume=True), validate=lambda *_: {"recall": 0.5})
     found = [line for line in records(run) if "validation_seconds" in line]
-    assert [line["step"] for line in found] == [2, 3] and found[0]["validation/recall"] == 0.5
+    assert [line["step"] for line in found] == [2, 3]
+    assert found[0]["validation/recall"] == 0.5
 
 
 def test_zero_shot_metrics_are_logged_with_retrieval(shards: Path, tmp_path: Path):
@@ -70,8 +71,8 @@ def test_zero_shot_metrics_are_logged_with_retrieval(shards: Path, tmp_path: Pat
         ({"zero_shot": ("pcam_probe",), "zero_shot_data": str(tmp_path)}, "pcam_probe|camelyonpatch"),
         ({"zero_shot_data": str(tmp_path / "gone")}, "gone"),
     ]:
+        config = tiny_run(tmp_path / "bad", shards, validation=dataclasses.replace(settings, **changes))
         with pytest.raises(UserError, match=words):
-            config = tiny_run(tmp_path / "bad", shards, validation=dataclasses.replace(settings, **changes))
             train(config)
     assert not (tmp_path / "bad").exists()
 

@@ -53,6 +53,7 @@ class Engine(ABC):
     """Copies of the model's buffers after the last update. Each rank has its own values: training never reads them."""
 
     def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
+        """Run the model forward."""
         return self.module(image, text)
 
     def pre_projection(self) -> tuple[Tensor | None, Tensor | None]:
