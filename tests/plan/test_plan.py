@@ -108,23 +108,23 @@ def gpus(ranks: int = 8, gib: float = 80, nodes: int = 1, host: float = 0) -> Cl
 @pytest.mark.parametrize("name", MACHINES)
 def test_longest_run_of_paper_fits_each_machine(name: str):
     config = load("s7_4k_64k", name)
-    made = estimate.build_plan(config, PMC_15M, cluster_of(config.cluster))
-    command.check_fits(config, made)
-    assert [stage.num_steps for stage in made.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
-    assert sum(made.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
-    assert made.hours is not None
-    assert made.rates.startswith("NOT MEASURED")
-    assert made.stages[1].flops["forward"] == pytest.approx(16 * made.stages[0].flops["forward"])
-    assert made.stages[1].flops["loss"] == pytest.approx(256 * made.stages[0].flops["loss"])
+    plan = estimate.build_plan(config, PMC_15M, cluster_of(config.cluster))
+    command.check_fits(config, plan)
+    assert [stage.num_steps for stage in plan.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
+    assert sum(plan.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
+    assert plan.hours is not None
+    assert plan.rates.startswith("NOT MEASURED")
+    assert plan.stages[1].flops["forward"] == pytest.approx(16 * plan.stages[0].flops["forward"])
+    assert plan.stages[1].flops["loss"] == pytest.approx(256 * plan.stages[0].flops["loss"])
 
 
 def test_run_that_does_not_fit_is_refused_with_remedies():
     # Two layers are enough for the message.
     shallow = {name: dataclasses.replace(getattr(load().model, name), layers=2) for name in ("vision", "text")}
-    whole = dataclasses.replace(load("gpu1"), model=BiomedClipConfig(**shallow), micro_batch_size=0)
-    made = estimate.build_plan(whole, PMC_15M, gpus(1, gib=30))
+    config = dataclasses.replace(load("gpu1"), model=BiomedClipConfig(**shallow), micro_batch_size=0)
+    plan = estimate.build_plan(config, PMC_15M, gpus(1, gib=30))
     with pytest.raises(UserError) as error:
-        command.check_fits(whole, made)
+        command.check_fits(config, plan)
     assert "is: image tower's activations" in str(error.value)
     for knob in ("micro_batch_size=2048", "engine.grad_checkpointing=true"):
         assert knob in str(error.value)
@@ -158,10 +158,10 @@ def test_offloaded_memory_is_planned_on_host():
     number = 4 * sum(parameter.numel() for parameter in BiomedClip(tiny_model()).parameters())
     engine = EngineConfig(zero_stage=2, grad_checkpointing=True, offload_optimizer=True, offload_activations=True)
     config = dataclasses.replace(load(), model=tiny_model(), engine=engine)
-    made = estimate.build_plan(config, PMC_15M, gpus())
-    assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8)
-    assert made.host["step"]["activations"] > 0
-    assert "optimiser" not in made.memory["update"]
+    plan = estimate.build_plan(config, PMC_15M, gpus())
+    assert plan.host["step"]["optimiser"] == pytest.approx(5 * number / 8)
+    assert plan.host["step"]["activations"] > 0
+    assert "optimiser" not in plan.memory["update"]
     with pytest.raises(UserError, match="requires GPUs"):
         estimate.build_plan(config, PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
 
@@ -171,11 +171,11 @@ def counted(model: BiomedClip, lengths: list[int]) -> tuple[int, int, int]:
     side = model.config.vision.image_size
     images = torch.zeros((len(lengths), side, side, 3), dtype=torch.uint8)
     text = Packed.of(torch.ones(sum(lengths), dtype=torch.int64), lengths)
-    with activations.MemoryMeter(model, images, *text[:2]) as held:
+    with activations.MemoryMeter(model, images, *text[:2]) as meter:
         output = model(images, text)
-        kept, held.peak = held.now, held.now
+        saved, meter.peak = meter.now, meter.now
         (output["image_features"].sum() + output["text_features"].sum()).backward()
-    return kept, held.peak, sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
+    return saved, meter.peak, sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -183,16 +183,16 @@ def test_measured_activations_equal_real_step(checkpointing: bool):
     model = BiomedClip(tiny_model(dropout=0.1)).train()
     model.set_grad_checkpointing(checkpointing)
     lengths = [12, 3, 7, 5] * 8
-    found = activations.measure_activations(model, lengths, precision="fp32")
-    kept, peak, gradients = counted(model, lengths)
+    measured = activations.measure_activations(model, lengths, precision="fp32")
+    saved, peak, gradients = counted(model, lengths)
     # A real forward pass also stores normalised features, the logit scale, and the sums of the test.
     features = 32 * model.config.embed_dim * 4
-    assert found.image + found.text <= kept <= found.image + found.text + 6 * features
-    assert abs(found.step - peak) <= 6 * features
-    taken = activations.measure_activations(model, lengths, precision="fp32", gradients="collected")
-    there = activations.measure_activations(model, lengths, precision="fp32", gradients="present")
-    assert max(taken.step, there.step) <= found.step <= taken.step + gradients
-    assert 0 < there.embed < there.image + there.text or checkpointing
+    assert measured.image + measured.text <= saved <= measured.image + measured.text + 6 * features
+    assert abs(measured.step - peak) <= 6 * features
+    collected = activations.measure_activations(model, lengths, precision="fp32", gradients="collected")
+    present = activations.measure_activations(model, lengths, precision="fp32", gradients="present")
+    assert max(collected.step, present.step) <= measured.step <= collected.step + gradients
+    assert 0 < present.embed < present.image + present.text or checkpointing
 
 
 def test_locked_tower_saves_no_activations():
@@ -269,10 +269,10 @@ def compare(name: str, folder: Path) -> None:
     shards = write_shards(folder / "shards", num_samples=256)
     config = tiny_run(folder / "run", shards, engine=engine, max_steps=2, cluster=ClusterConfig(1, ranks), **settings)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
-    made = estimate.build_plan(config, samples_of(config), cluster_of(config.cluster))
+    plan = estimate.build_plan(config, samples_of(config), cluster_of(config.cluster))
     peak = measured_peak(config, folder, ranks)
-    print(f"{name}: {peak / GIB:.2f} GiB measured, {made.peak / GIB:.2f} planned, {made.peak / peak - 1:+.1%}")
-    assert abs(made.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in made.memory.items()}
+    print(f"{name}: {peak / GIB:.2f} GiB measured, {plan.peak / GIB:.2f} planned, {plan.peak / peak - 1:+.1%}")
+    assert abs(plan.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in plan.memory.items()}
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,12 @@ def running(config: TrainConfig, num_ranks: int = 1, pause: float = 0.0, stop_at
             process.join()
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
-    while not (found := what()):
+    while not (result := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    return found
+    return result
 
 
 def changed_since(path: Path, moment: float) -> bool:

@@ -48,19 +48,19 @@ def spoilt(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     first = stream.sample(0, 11)
     chain = [first, next(stream.fallbacks(0, 11))]
     others = [i for i in range(0, 40, 7) if i not in chain][: len(KINDS)]
-    found = {spoil(folder, index, kind): kind for index, kind in zip(others, KINDS, strict=True)}
-    return folder, {**found, **{spoil(folder, index): "pixels" for index in chain}}
+    kinds = {spoil(folder, index, kind): kind for index, kind in zip(others, KINDS, strict=True)}
+    return folder, {**kinds, **{spoil(folder, index): "pixels" for index in chain}}
 
 
 def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, str]], sound: Path):
     folder, kinds = spoilt
     before = threading.active_count()
     with loader(ShardDataset(folder)) as source, loader(ShardDataset(sound)) as clean:
-        found, whole = take(source, 5), take(clean, 5)
+        batches, clean_batches = take(source, 5), take(clean, 5)
     assert threading.active_count() == before
-    assert {bad.key for batch in found for bad in batch.bad} == set(kinds)
+    assert {bad.key for batch in batches for bad in batch.bad} == set(kinds)
     dataset, stream = ShardDataset(folder), source.sampler
-    for number, (batch, other) in enumerate(zip(found, whole, strict=True)):
+    for number, (batch, other) in enumerate(zip(batches, clean_batches, strict=True)):
         assert len(batch.keys) == len(batch.images) == len(batch.lengths) == 8
         assert not other.bad
         assert not set(batch.keys) & set(kinds)
@@ -72,14 +72,14 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
                 assert key == other.keys[row]
                 assert torch.equal(batch.images[row], other.images[row])
                 continue
-            wanted = [stream.sample(0, position), *stream.fallbacks(0, position)]
-            assert tried == wanted[: len(tried)]
-            assert dataset.name_of(wanted[len(tried)])[0] == key
+            candidates = [stream.sample(0, position), *stream.fallbacks(0, position)]
+            assert tried == candidates[: len(tried)]
+            assert dataset.name_of(candidates[len(tried)])[0] == key
         for bad in batch.bad:
             assert bad.epoch == 0
             assert REASONS[kinds[bad.key]] in bad.reason
             assert (bad.key, bad.shard) == dataset.name_of(bad.index)
-    assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in found)
+    assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in batches)
     # A tokenizer is trained on the readable captions.
     spoilt_caption = next(key for key, kind in kinds.items() if kind == "caption")
     sample = next(sample for sample in ShardDataset(sound) if sample.key == spoilt_caption)
@@ -94,11 +94,11 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
     dataset = ShardDataset(spoilt[0])
     costs = {"cost": dataset.caption_bytes} if cost else {}
     with loader(dataset, stream=costs) as source:
-        states, whole = [source.state_dict()], []
+        states, batches = [source.state_dict()], []
         for _ in range(7):
-            whole.append(next(source))
+            batches.append(next(source))
             states.append(source.state_dict())
-    assert sum(len(batch.bad) for batch in whole[:5]) >= 7
+    assert sum(len(batch.bad) for batch in batches[:5]) >= 7
     for world_size in (1, 2, 4):
         for stop, state in enumerate(states[:-1]):
             ranks = []
@@ -108,7 +108,7 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                     ranks.append(take(source, min(2, 7 - stop)))
                     # So the run can stop again here, and continue on another number of ranks.
                     assert source.state_dict() == states[stop + len(ranks[-1])]
-            for batch, parts in zip(whole[stop:], zip(*ranks, strict=True), strict=False):
+            for batch, parts in zip(batches[stop:], zip(*ranks, strict=True), strict=False):
                 assert {len(part.keys) for part in parts} == {8 // world_size}
                 assert by_key(list(parts)) == by_key([batch])
                 bad = sorted((bad for part in parts for bad in part.bad), key=lambda bad: bad.position)
@@ -143,10 +143,10 @@ def test_failed_read_is_retried(sound: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(os, "pread", pread)
     with loader(ShardDataset(sound, read=QUICK)) as source:
-        found = take(source, 3)
+        batches = take(source, 3)
     assert failed
-    assert by_key(found) == by_key(expected)
-    assert not any(batch.bad for batch in found)
+    assert by_key(batches) == by_key(expected)
+    assert not any(batch.bad for batch in batches)
 
 
 def cut(path: Path) -> None:
@@ -261,16 +261,16 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     engine = EngineConfig(name="ddp", precision="fp32")
     config = tiny_run(root / "two", root / "shards", max_steps=9, data=data(root / "shards"), engine=engine)
     train(config)
-    found: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     # Only rank 1's copy is damaged.
-    own = root / ("shards" if rank == 1 else "sound")
-    train(dataclasses.replace(config, run=str(root / "uneven"), data=data(own)))
+    local_shards = root / ("shards" if rank == 1 else "sound")
+    train(dataclasses.replace(config, run=str(root / "uneven"), data=data(local_shards)))
 
     def refusal(name: str, shards: Path, **changes: Any) -> None:
         try:
             train(dataclasses.replace(config, run=str(root / name), data=data(shards, **changes)))
         except UserError as error:
-            found[name] = str(error)
+            errors[name] = str(error)
         distributed.barrier()
 
     refusal("limited", root / "shards", max_bad_samples=2)
@@ -287,11 +287,11 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     if rank == 1:
         ShardDataset.fetch = lambda self, indices: lambda: time.sleep(5)  # type: ignore
     refusal("stuck", root / "sound", timeout_s=1.0)
-    return found
+    return errors
 
 
 def test_two_ranks_agree_on_damaged_samples(trained: Path):
-    found = on_ranks(2, _on_two_ranks, str(trained))
+    errors_of_ranks = on_ranks(2, _on_two_ranks, str(trained))
     one, two = bad_sample_lines(trained / "one"), bad_sample_lines(trained / "two")
     assert without_rank(two) == without_rank(one)
     assert {record["rank"] for record in two} == {0, 1}
@@ -301,9 +301,9 @@ def test_two_ranks_agree_on_damaged_samples(trained: Path):
     assert uneven == [record for record in two if record["rank"] == 1]
     assert 0 < len(uneven) < len(two)
     assert len(loss_curve(trained / "uneven")) == 9
-    for part in found:
-        assert "3 samples are damaged, more than data.max_bad_samples=2: sample sample" in part["limited"]
-        assert str(trained / "limited" / "bad_samples.jsonl") in part["limited"]
-        assert f"rank 1: {trained / 'short' / 'train-000002.tar'}: ends before byte" in part["cut"]
-        assert "rank 1: no batch within timeout_s=1" in part["stuck"]
+    for errors in errors_of_ranks:
+        assert "3 samples are damaged, more than data.max_bad_samples=2: sample sample" in errors["limited"]
+        assert str(trained / "limited" / "bad_samples.jsonl") in errors["limited"]
+        assert f"rank 1: {trained / 'short' / 'train-000002.tar'}: ends before byte" in errors["cut"]
+        assert "rank 1: no batch within timeout_s=1" in errors["stuck"]
     assert len(loss_curve(trained / "limited")) < 6

@@ -70,7 +70,7 @@ def test_background_checkpoints_do_not_block_steps(shards: Path, tmp_path: Path,
         return path
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    found = {}
+    orders = {}
 
     def on_step(record: dict[str, Any]) -> None:
         events.append(f"step {record['step']}")
@@ -83,9 +83,9 @@ def test_background_checkpoints_do_not_block_steps(shards: Path, tmp_path: Path,
         settings = CheckpointConfig(every_steps=2, keep=0, background=background)
         run = tmp_path / str(background)
         train(tiny_run(run, shards, checkpoint=settings, max_steps=4), on_step=on_step)
-        found[background] = list(events)
-    assert found[False] == ["step 1", "step 2", "saved 2", "step 3", "step 4", "saved 4"]
-    assert found[True] == ["step 1", "step 2", "step 3", "step 4", "saved 2", "saved 4"]
+        orders[background] = list(events)
+    assert orders[False] == ["step 1", "step 2", "saved 2", "step 3", "step 4", "saved 4"]
+    assert orders[True] == ["step 1", "step 2", "step 3", "step 4", "saved 2", "saved 4"]
     assert_equal_runs(tmp_path / "True", tmp_path / "False")
 
 

@@ -24,10 +24,10 @@ from bclip_fast.train.trainer import train
 
 def test_ema_follows_formula_and_is_validated_and_exported(shards: Path, tmp_path: Path) -> None:
     every = CheckpointConfig(every_steps=1, keep=0)
-    seen = []
+    validated = []
 
     def validate(model: BiomedClip, *_: Any) -> dict[str, float]:
-        seen.append(model.state_dict())
+        validated.append(model.state_dict())
         return {"scale": float(model.logit_scale.detach())}
 
     config = tiny_run(
@@ -46,7 +46,7 @@ def test_ema_follows_formula_and_is_validated_and_exported(shards: Path, tmp_pat
         for name, tensor in state.model.items():
             expected[name] = 0.5 * expected[name] + 0.5 * tensor.double()
             torch.testing.assert_close(state.ema[name].double(), expected[name], rtol=1e-6, atol=1e-7)
-    (plain, averaged) = seen
+    (plain, averaged) = validated
     for name in averaged:
         assert torch.equal(plain[name], state.model[name])
         assert torch.equal(averaged[name], state.ema[name])
@@ -76,9 +76,9 @@ def test_ema_of_resumed_run_without_ema_starts_at_its_weights(shards: Path, tmp_
 def test_skipped_step_keeps_ema(shards: Path, tmp_path: Path) -> None:
     """fp16's initial loss scale overflows: neither the weights nor an EMA with other values change."""
     settings = EngineConfig(name="ddp", precision="fp16")
-    wrapped = build_engine(BiomedClip(tiny_model()), settings, OptimConfig(), 2)
-    away = {name: tensor + 1 for name, tensor in wrapped.model_state().items()}
-    average = Ema(wrapped, 0.5, away)
+    engine = build_engine(BiomedClip(tiny_model()), settings, OptimConfig(), 2)
+    away = {name: tensor + 1 for name, tensor in engine.model_state().items()}
+    average = Ema(engine, 0.5, away)
     average.update()
     for name, tensor in average.state().items():
         torch.testing.assert_close(tensor, away[name] - 0.5)

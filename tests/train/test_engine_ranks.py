@@ -48,10 +48,10 @@ def assert_same_run(run: Path, reference: Path) -> None:
         off = max(abs(one - other) for one, other in zip(ours[name], theirs[name], strict=True)) / scale
         assert off <= CURVE_TOLERANCE, f"{run}: {name} is off by {off:.2g}"
     expected = weights(reference)
-    found = weights(run)
-    assert found.keys() == expected.keys()
+    actual = weights(run)
+    assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=WEIGHTS_TOLERANCE)
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=WEIGHTS_TOLERANCE)
 
 
 def stop_after_3(run: Path, target: Path) -> Path:
@@ -64,15 +64,15 @@ def _train_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     """Train with all engines, uninterrupted and resumed after step 3. Return the number of moments on each rank."""
     os.environ["LOCAL_RANK"] = str(rank)
     root = Path(folder)
-    held: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     close = DeepSpeedEngine.close
 
     def counting_close(self: DeepSpeedEngine) -> None:
         stage = self._stage
         optimizer = self._engine.optimizer.optimizer if stage > 0 else self._engine.optimizer
-        held[f"zero{stage}"] = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+        results[f"zero{stage}"] = sum(state["exp_avg"].numel() for state in optimizer.state.values())
         if stage == 3:
-            held["zero3 parameters"] = sum(parameter.ds_tensor.numel() for parameter in self._model.parameters())
+            results["zero3 parameters"] = sum(parameter.ds_tensor.numel() for parameter in self._model.parameters())
         close(self)
 
     DeepSpeedEngine.close = counting_close  # type: ignore[method-assign]
@@ -87,9 +87,9 @@ def _train_on_ranks(rank: int, folder: str) -> dict[str, Any]:
     # Two ranks continue a run of one rank.
     config = tiny_run(root / "one-to-two", root / "shards", engine=ENGINES["zero2"], resume=True)
     train(config)
-    held["refused"] = _refusal(tiny_run(root / "uneven", root / "shards", batch_size=15))
-    held["refused on rank 0"] = _refusal(tiny_run(root / "ddp", root / "shards"))
-    return held
+    results["refused"] = _refusal(tiny_run(root / "uneven", root / "shards", batch_size=15))
+    results["refused on rank 0"] = _refusal(tiny_run(root / "ddp", root / "shards"))
+    return results
 
 
 def _in_micro_batches(run: Path, shards: Path, engine: EngineConfig) -> TrainConfig:
@@ -130,11 +130,11 @@ def test_two_ranks_equal_one_rank(root: Path, reference: Path, held: list[dict[s
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_two_ranks_resume_bitwise(root: Path, held: list[dict[str, Any]], name: str):
-    whole, resumed = root / name, root / f"{name}-resumed"
-    assert curves(resumed) == curves(whole)
-    expected, found = weights(whole), weights(resumed)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    uninterrupted, resumed = root / name, root / f"{name}-resumed"
+    assert curves(resumed) == curves(uninterrupted)
+    expected, actual = weights(uninterrupted), weights(resumed)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_micro_batches_on_two_ranks_equal_one_rank(root: Path, held: list[dict[str, Any]], tmp_path: Path):
@@ -150,9 +150,9 @@ def test_micro_batches_on_two_ranks_equal_one_rank(root: Path, held: list[dict[s
     shutil.rmtree(resumed / "checkpoints" / "step-00000006")
     config = _in_micro_batches(resumed, root / "shards", ENGINES["ddp"])
     train(dataclasses.replace(config, resume=True))
-    expected, found = weights(one), weights(resumed)
+    expected, actual = weights(one), weights(resumed)
     assert curves(resumed) == curves(one)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_zero_stages_shard_states_and_parameters(reference: Path, held: list[dict[str, Any]]):

@@ -82,10 +82,10 @@ def test_exported_model_gives_same_embeddings_in_transformers(tmp_path: Path, pi
         hidden = bert.eval()(**tokens).last_hidden_state[:, 0]
     rest = load_file(out / "projections.safetensors")
     if projection == "mlp":
-        found = F.gelu(hidden @ rest["text_projection.0.weight"].T) @ rest["text_projection.2.weight"].T
+        projected = F.gelu(hidden @ rest["text_projection.0.weight"].T) @ rest["text_projection.2.weight"].T
     else:
-        found = hidden @ rest["text_projection.weight"].T
-    torch.testing.assert_close(found, text, rtol=0, atol=1e-5)
+        projected = hidden @ rest["text_projection.weight"].T
+    torch.testing.assert_close(projected, text, rtol=0, atol=1e-5)
     assert float(rest["logit_scale"]) == float(model.logit_scale.detach())
 
 

@@ -49,10 +49,12 @@ def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: 
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
     parts = micro_batches()[rank * share : (rank + 1) * share]
-    found: dict[str, Any] = {}
-    for own, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
-        cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), len(own), spill_buffer())
-        for part in own:
+    results: dict[str, Any] = {}
+    for micro_batches_of_step, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
+        cached = GradCache(
+            engine, ClipLoss(rank=rank, world_size=num_ranks), len(micro_batches_of_step), spill_buffer()
+        )
+        for part in micro_batches_of_step:
             cached.add(*part)
         loss = float(cached.loss())
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -61,10 +63,10 @@ def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: 
         # Use the raw events, because the profiler's summary of 10,000 events takes longer than the step.
         assert profile.profiler is not None
         events = profile.profiler.kineto_results.events()
-        found[name] = sum(_is_reduction(event.name()) for event in events)
-        found = {"loss": loss, "grad_norm": result.grad_norm, "weights": engine.model_state()} | found
+        results[name] = sum(_is_reduction(event.name()) for event in events)
+        results = {"loss": loss, "grad_norm": result.grad_norm, "weights": engine.model_state()} | results
     engine.close()
-    return found
+    return results
 
 
 def _is_reduction(event: str) -> bool:
@@ -84,14 +86,14 @@ def expected() -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_grad_cache_step_equals_whole_batch(num_ranks: int, expected: dict[str, Any]):
-    for name, found in on_ranks(num_ranks, steps, num_ranks)[0].items():
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6), name
+    for name, results in on_ranks(num_ranks, steps, num_ranks)[0].items():
+        assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
+        assert results["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6), name
         for key, tensor in expected["weights"].items():
-            off = float((found["weights"][key] - tensor).abs().max())
+            off = float((results["weights"][key] - tensor).abs().max())
             assert off <= 1e-6, f"{name}: {key} is off by {off:.2g}"
         if num_ranks > 1:
-            assert found["collectives"] == found["collectives of one"] > 0, name
+            assert results["collectives"] == results["collectives of one"] > 0, name
 
 
 def test_other_random_numbers_in_second_pass_change_gradient(expected: dict[str, Any]):
@@ -159,11 +161,13 @@ def peaks(rank: int, folder: str) -> list[float]:
     """Peak memory (MiB) after a step of 64 pairs in micro-batches of 16, and after a step of 1024 pairs."""
     root = Path(folder)
     model = replace(tiny_model(), vision=replace(tiny_model().vision, image_size=128, patch_size=32))
-    found: list[float] = []
+    peaks_mib: list[float] = []
     for size in (64, 1024):
         config = tiny_run(root / str(size), root / "shards", model=model, batch_size=size, micro_batch_size=16)
-        train(replace(config, max_steps=1), on_step=lambda record: found.append(record["peak_memory_bytes"] / 2**20))
-    return found
+        train(
+            replace(config, max_steps=1), on_step=lambda record: peaks_mib.append(record["peak_memory_bytes"] / 2**20)
+        )
+    return peaks_mib
 
 
 def test_memory_does_not_grow_with_batch(tmp_path: Path):
@@ -184,10 +188,10 @@ def test_spill_buffer_returns_equal_batches(tmp_path: Path):
             place.clear()
             kept = [place.add(batch) for batch in turn]
             for back, batch in zip(kept, turn, strict=True):
-                again = back()
-                assert torch.equal(again.images, batch.images)
-                assert torch.equal(again.ids, batch.ids)
-                assert replace(again, images=batch.images, ids=batch.ids) == batch
+                loaded = back()
+                assert torch.equal(loaded.images, batch.images)
+                assert torch.equal(loaded.ids, batch.ids)
+                assert replace(loaded, images=batch.images, ids=batch.ids) == batch
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"cannot write the images of a batch to /nowhere.*data.spool_dir"):
         SpillBuffer(0, "/nowhere").add(batches[0])

@@ -198,20 +198,20 @@ def test_init_model_loads_both_towers(tmp_path: Path, caplog: pytest.LogCaptureF
     tokenizer = Tokenizer.train(["axial brain MRI", "chest radiograph"] * 3, 100, context_length=20)
     start = shaken(BiomedClip(SMALL))
     pretrained.save(tmp_path / "start", start, Preprocess(PreprocessConfig(size=32)), tokenizer)
-    own = dataclasses.replace(
+    other = dataclasses.replace(
         SMALL,
         vision=dataclasses.replace(VISION, image_size=48, patch_dropout=0.5),
         text=dataclasses.replace(TEXT, dropout=0.0, context_length=12),
         init_logit_bias=-10.0,
     )
-    model = BiomedClip(own)
+    model = BiomedClip(other)
     with caplog.at_level(logging.INFO):
         init_model(model, InitConfig(model=str(tmp_path / "start")))
     assert "dropped: nothing; initialised by config: logit_bias" in caplog.text
-    found, expected = model.state_dict(), start.state_dict()
-    assert float(found.pop("logit_bias").detach()) == -10.0
-    assert found.pop("visual.pos_embed").shape == (1, 37, 48)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    actual, expected = model.state_dict(), start.state_dict()
+    assert float(actual.pop("logit_bias").detach()) == -10.0
+    assert actual.pop("visual.pos_embed").shape == (1, 37, 48)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
     wider = dataclasses.replace(SMALL, embed_dim=32)
     with pytest.raises(
         UserError, match=r"its model.embed_dim is 24, but this run has 32; change preset or the model section"
@@ -242,9 +242,9 @@ def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
 
     def check(ours: BiomedClip, theirs: Any) -> None:
         with torch.no_grad():
-            for given in (pixels, image):
+            for input_image in (pixels, image):
                 torch.testing.assert_close(
-                    ours.encode_image(given), theirs.encode_image(pixels, normalize=True), rtol=1e-5, atol=1e-5
+                    ours.encode_image(input_image), theirs.encode_image(pixels, normalize=True), rtol=1e-5, atol=1e-5
                 )
             torch.testing.assert_close(
                 ours.encode_text(ids), theirs.encode_text(ids, normalize=True), rtol=1e-5, atol=1e-5
@@ -274,10 +274,10 @@ def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
 
 
 def test_init_text_downloads_from_hub(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests = []
 
     def download(repository: str, name: str, revision: str | None = None) -> str:
-        asked.append((repository, name, revision))
+        requests.append((repository, name, revision))
         return str(bert_folder / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -285,7 +285,7 @@ def test_init_text_downloads_from_hub(bert_folder: Path, monkeypatch: pytest.Mon
     init_model(model, InitConfig(text="hf-hub:org/bert@abc"))
     expected = load_file(bert_folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.word_embeddings.weight, expected)  # type: ignore[union-attr, arg-type]
-    assert asked == [("org/bert", "config.json", "abc"), ("org/bert", "model.safetensors", "abc")]
+    assert requests == [("org/bert", "config.json", "abc"), ("org/bert", "model.safetensors", "abc")]
 
 
 def test_run_reads_init_weights_but_resumed_run_does_not(bert_folder: Path, tmp_path: Path) -> None:

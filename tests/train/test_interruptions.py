@@ -72,9 +72,9 @@ def test_signal_stops_run_with_checkpoint(shards: Path, tmp_path: Path, number: 
     assert 2 <= step == num_lines(run) < 30
     assert f"stopped after step {step} of 30; --resume continues the run" in log_of(run)
     if number == signal.SIGTERM:
-        whole = train(dataclasses.replace(config, run=str(tmp_path / "whole")))
+        uninterrupted = train(dataclasses.replace(config, run=str(tmp_path / "whole")))
         train(dataclasses.replace(config, resume=True))
-        assert_equal_runs(run, whole)
+        assert_equal_runs(run, uninterrupted)
 
 
 def test_second_interrupt_stops_at_once(shards: Path, tmp_path: Path):
@@ -118,8 +118,8 @@ def test_run_resumes_on_two_then_four_ranks(shards: Path, tmp_path: Path, settin
         assert [process.exitcode for process in ranks] == [EXIT_STOPPED if stop_at else 0] * num_ranks
         assert num_lines(tmp_path / "run") == (stop_at or 6)
     # The tolerance is that of test_engine_ranks.py.
-    whole = train(tiny_run(tmp_path / "whole", shards))
-    torch.testing.assert_close(column(tmp_path / "run", "loss"), column(whole, "loss"), rtol=0, atol=2e-5)
+    uninterrupted = train(tiny_run(tmp_path / "whole", shards))
+    torch.testing.assert_close(column(tmp_path / "run", "loss"), column(uninterrupted, "loss"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -132,13 +132,13 @@ def test_lost_rank_is_named_by_others(shards: Path, tmp_path: Path, lost: int):
         ranks[1 - lost].join(60)
     # The timeout is longer than the test, so the rank did not wait for it.
     assert ranks[1 - lost].exitcode == 2
-    said = log_of(run, 1 - lost)
-    assert f"rank {1 - lost}: " in said
-    assert " failed: " in said
-    assert "--resume goes on from the newest checkpoint" in said
+    text = log_of(run, 1 - lost)
+    assert f"rank {1 - lost}: " in text
+    assert " failed: " in text
+    assert "--resume goes on from the newest checkpoint" in text
     # The ranks' store is in rank 0's process.
     cause = f"rank 1 ({socket.gethostname()}, process {ranks[1].pid}) is lost or stuck"
-    assert (cause if lost else "process of rank 0 is lost") in said
+    assert (cause if lost else "process of rank 0 is lost") in text
 
 
 def test_stuck_rank_is_named_after_timeout(shards: Path, tmp_path: Path):

@@ -81,18 +81,18 @@ def test_lock_selects_same_weights_as_open_clip(unlocked: int) -> None:
 
 def saved_bytes(model: BiomedClip) -> int:
     """Bytes that autograd saves for the backward pass of a batch, without the parameters."""
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    kept = 0
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    total = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += 0 if tensor.data_ptr() in own else tensor.numel() * tensor.element_size()
+        nonlocal total
+        total += 0 if tensor.data_ptr() in parameters else tensor.numel() * tensor.element_size()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(torch.rand(8, 3, 32, 32), padded_ids([20] * 8))
         (output["image_features"] * output["text_features"]).sum().backward()
-    return kept
+    return total
 
 
 @pytest.mark.parametrize("text", [SMALL.text, GPT], ids=["bert", "gpt"])
@@ -137,26 +137,26 @@ def _train_locked(rank: int, folder: str) -> dict[str, Any]:
 def _overflow_on_one_rank(rank: int, config: EngineConfig) -> dict[str, Any]:
     """Four fp16 steps. Only the second one overflows, and only on rank 1."""
     torch.manual_seed(0)
-    wrapped = build_engine(
+    engine = build_engine(
         BiomedClip(tiny_model()), replace(config, precision="fp16"), OptimConfig(grad_clip_norm=1.0), 4
     )
-    state = wrapped.optimizer_state()
+    state = engine.optimizer_state()
     state.loss_scale["scale"] = 64.0
-    wrapped.load_optimizer_state(state)
+    engine.load_optimizer_state(state)
     generator = torch.Generator().manual_seed(rank)
     image, ids = torch.rand(2, 3, 32, 32, generator=generator), torch.randint(1, 90, (2, 12), generator=generator)
     skipped, norms = [], []
     for step in range(4):
-        output = wrapped(image, ids)
+        output = engine(image, ids)
         loss = (output["image_features"] * output["text_features"]).sum() * output["logit_scale"]
-        wrapped.backward(loss * (float("inf") if rank == 1 and step == 1 else 1.0))
-        result = wrapped.step(1e-3)
+        engine.backward(loss * (float("inf") if rank == 1 and step == 1 else 1.0))
+        result = engine.step(1e-3)
         skipped.append(result.skipped)
         norms.append(result.grad_norm)
-    found = {"skipped": skipped, "norms": norms, "scale": wrapped.optimizer_state().loss_scale["scale"]}
-    found["weights"] = wrapped.model_state()
-    wrapped.close()
-    return found
+    results = {"skipped": skipped, "norms": norms, "scale": engine.optimizer_state().loss_scale["scale"]}
+    results["weights"] = engine.model_state()
+    engine.close()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +177,12 @@ def locked(ranks: tuple[Path, list[dict[str, Any]]]) -> Path:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_overflow_on_one_rank_skips_step_on_all(ranks: tuple[Path, list[dict[str, Any]]], name: str) -> None:
-    for found in ranks[1]:
-        assert found[name]["skipped"] == [False, True, False, False]
-        assert found[name]["scale"] == 32.0
+    for results in ranks[1]:
+        assert results[name]["skipped"] == [False, True, False, False]
+        assert results[name]["scale"] == 32.0
         expected = ranks[1][0]["ddp"]
         for step in (0, 2, 3):
-            assert found[name]["norms"][step] == pytest.approx(expected["norms"][step], rel=1e-4)
+            assert results[name]["norms"][step] == pytest.approx(expected["norms"][step], rel=1e-4)
     for key, tensor in expected["weights"].items():
         torch.testing.assert_close(ranks[1][0][name]["weights"][key], tensor, rtol=0, atol=1e-5)
 
@@ -209,16 +209,16 @@ def test_locked_towers_on_two_ranks_equal_one_rank(locked: Path, name: str) -> N
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_locked_towers_resume_bitwise(locked: Path, tmp_path: Path, name: str) -> None:
     config = locked_run(tmp_path / "run", locked / "shards", engine=ENGINES[name])
-    whole = train(config)
-    before = load_latest(whole / "checkpoints").ema
-    (whole / "checkpoints" / "step-00000004" / "manifest.json").unlink()
-    expected = column(whole, "loss")
+    run = train(config)
+    before = load_latest(run / "checkpoints").ema
+    (run / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    expected = column(run, "loss")
     train(dataclasses.replace(config, resume=True))
-    assert column(whole, "loss") == expected
-    again = load_latest(whole / "checkpoints")
-    assert again.step == 4
-    assert all(torch.equal(tensor, before[key]) for key, tensor in again.ema.items())
-    torch.testing.assert_close(column(whole, "loss"), column(locked / "one", "loss"), rtol=0, atol=2e-5)
+    assert column(run, "loss") == expected
+    resumed = load_latest(run / "checkpoints")
+    assert resumed.step == 4
+    assert all(torch.equal(tensor, before[key]) for key, tensor in resumed.ema.items())
+    torch.testing.assert_close(column(run, "loss"), column(locked / "one", "loss"), rtol=0, atol=2e-5)
 
 
 def test_unlocked_groups_without_lock_are_an_error() -> None:

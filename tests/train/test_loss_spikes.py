@@ -46,9 +46,9 @@ def test_loss_spikes_above_limits_forbid_updates():
     assert spikes.observe(5, 4.06, refused) == "the loss is 4.06, above the limit 4.05"
     assert not spikes.too_many
     assert spikes.num_skipped == 1
-    again = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
-    again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
-    for rule in (spikes, again):
+    restored = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
+    restored.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
+    for rule in (spikes, restored):
         assert rule.limit(4.06, 16) == -1.0
         assert rule.observe(6, 3.0, StepResult(1.3, True)) == "the gradient norm is 1.3, above the limit 1.2"
         assert rule.too_many
@@ -72,24 +72,24 @@ def test_loss_spikes_above_limits_forbid_updates():
 @pytest.mark.parametrize(("name", "stage"), [("ddp", 0), *(("deepspeed", stage) for stage in range(4))])
 def test_engine_after_refused_steps_equals_engine_without_them(name: str, stage: int):
     """Refused steps, including one with NaN, leave weights, moments and the number of updates unchanged."""
-    found = []
+    states = []
     for limits in ([math.inf, math.inf], [math.inf, -1.0, 1e-9, math.nan, math.inf]):
         torch.manual_seed(0)
         model = BiomedClip(tiny_model())
         config = EngineConfig(name=name, zero_stage=stage, precision="fp32")
-        wrapped = build_engine(model, config, OptimConfig(grad_clip_norm=1.0), 2)
+        engine = build_engine(model, config, OptimConfig(grad_clip_norm=1.0), 2)
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         for limit in limits:
-            output = wrapped(image, ids)
+            output = engine(image, ids)
             loss = (output["image_features"] * output["text_features"]).sum()
-            wrapped.backward(loss * math.nan if math.isnan(limit) else loss)
-            result = wrapped.step(1e-3, math.inf if math.isnan(limit) else limit)
+            engine.backward(loss * math.nan if math.isnan(limit) else loss)
+            result = engine.step(1e-3, math.inf if math.isnan(limit) else limit)
             assert result.skipped == (limit != math.inf)
             assert not result.overflow
             assert math.isfinite(result.grad_norm) != math.isnan(limit)
-        found.append((wrapped.model_state(), wrapped.optimizer_state()))
-        wrapped.close()
-    (model_a, optimizer_a), (model_b, optimizer_b) = found
+        states.append((engine.model_state(), engine.optimizer_state()))
+        engine.close()
+    (model_a, optimizer_a), (model_b, optimizer_b) = states
     assert all(torch.equal(model_a[key], model_b[key]) for key in model_a)
     assert optimizer_a.num_steps == optimizer_b.num_steps == 2
     for key, moments in optimizer_a.moments.items():
@@ -158,9 +158,9 @@ def test_run_with_too_many_skips_writes_dump_that_replays(
     assert {path.suffix for path in dump.iterdir()} == {".safetensors", ".json", ".toml"}
     capsys.readouterr()
     assert main(["train", "replay", str(dump)]) == 0
-    said = capsys.readouterr().err
+    text = capsys.readouterr().err
     for name in ("loss", "grad_norm"):
-        assert f"{name} {last[name]!r} in the run, {last[name]!r} computed again" in said
+        assert f"{name} {last[name]!r} in the run, {last[name]!r} computed again" in text
     # The replay notices a changed byte of the batch.
     file = dump / "batch-0000.safetensors"
     data = bytearray(file.read_bytes())
@@ -183,7 +183,7 @@ def test_run_with_too_many_skips_writes_dump_that_replays(
 def _give_up_and_replay(rank: int, folder: str) -> dict[str, int]:
     """Exit status of `bclip train replay` by engine."""
     os.environ["LOCAL_RANK"] = str(rank)
-    found = {}
+    statuses = {}
     for name, settings, micro in (
         ("ddp", EngineConfig("ddp", precision="fp32"), 0),
         ("zero2", EngineConfig(zero_stage=2, precision="fp32"), 4),
@@ -195,14 +195,14 @@ def _give_up_and_replay(rank: int, folder: str) -> dict[str, int]:
             train(tiny_run(run, Path(folder) / "shards", spikes=rule, **options))
         distributed.barrier()
         (dump,) = (run / "dumps").iterdir()
-        found[name] = main(["train", "replay", str(dump)])
+        statuses[name] = main(["train", "replay", str(dump)])
         # Change the batch of one rank. Its gradient is part of the average, so both ranks see the difference.
         if rank == 1:
             batch = dump / "batch-0001.safetensors"
             batch.write_bytes(batch.read_bytes()[:-1] + b"\xa5")
         distributed.barrier()
-        found[f"{name} of another batch"] = main(["train", "replay", str(dump)])
-    return found
+        statuses[f"{name} of another batch"] = main(["train", "replay", str(dump)])
+    return statuses
 
 
 def test_dump_of_two_ranks_replays(tmp_path: Path):

@@ -41,15 +41,19 @@ def test_parts_of_step_add_up(shards: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(trainer._Run, "_next_batch", noted)
     config = tiny_run(tmp_path / "run", shards, max_steps=3, micro_batch_size=8)
     run = train(config)
-    for line, own in zip(records(run), [a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)], strict=True):
+    for line, lengths_of_step in zip(
+        records(run), [a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)], strict=True
+    ):
         parts = [line[f"{part}_seconds"] for part in PARTS]
         assert all(part >= 0 for part in parts)
         assert line["forward_seconds"] > 0
         assert line["backward_seconds"] > 0
         assert 0.7 * line["step_seconds"] < sum(parts) <= line["step_seconds"]
-        assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(sum(own))
+        assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(sum(lengths_of_step))
         assert line["samples_per_second"] * line["step_seconds"] == pytest.approx(16)
-        assert line["mfu"] * line["step_seconds"] * 1e12 == pytest.approx(flops.step_flops(config.model, own))
+        assert line["mfu"] * line["step_seconds"] * 1e12 == pytest.approx(
+            flops.step_flops(config.model, lengths_of_step)
+        )
 
 
 def test_step_timer_on_gpu_reports_previous_step(monkeypatch: pytest.MonkeyPatch):
@@ -66,14 +70,14 @@ def test_step_timer_on_gpu_reports_previous_step(monkeypatch: pytest.MonkeyPatch
             return float(end.time - self.time)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = StepTimer(torch.device("cuda"))
-    found = []
+    timer = StepTimer(torch.device("cuda"))
+    seconds = []
     for parts in (["forward", "backward"], ["forward", "", "forward", "backward"], []):
-        clock.start()
+        timer.start()
         for part in parts:
-            clock.lap(part) if part else clock.skip()
-        found.append(clock.seconds())
-    assert found == [
+            timer.lap(part) if part else timer.skip()
+        seconds.append(timer.seconds())
+    assert seconds == [
         {},
         {"forward_seconds": 0.5, "backward_seconds": 0.5},
         {"forward_seconds": 1.0, "backward_seconds": 0.5},
@@ -100,11 +104,11 @@ def test_progress_without_terminal_logs_every_15_seconds(
             now[0] += 10
             bar.update(RECORD | {"step": step, "samples": 16 * step})
     bar.close()
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     # A line follows every 15 s and at the end. A step takes 10 s here.
-    assert [text.split("  ")[0] for text in said] == [f"step {step} of 10" for step in (3, 5, 7, 9, 10)]
-    assert said[0].endswith("0:01:10 left")
-    assert said[-1].endswith("0:00:00 left")
+    assert [text.split("  ")[0] for text in messages] == [f"step {step} of 10" for step in (3, 5, 7, 9, 10)]
+    assert messages[0].endswith("0:01:10 left")
+    assert messages[-1].endswith("0:00:00 left")
 
 
 def test_progress_on_terminal_draws_bar(monkeypatch: pytest.MonkeyPatch):
@@ -172,6 +176,6 @@ def test_events_record_starts_and_checkpoints(shards: Path, tmp_path: Path):
     config = tiny_run(tmp_path / "run", shards, max_steps=4)
     run = train(config)
     train(dataclasses.replace(config, max_steps=6, resume=True))
-    found = [(line["step"], line["event"]) for line in records(run, "events.jsonl")]
-    assert found == [(0, "start"), (3, "checkpoint"), (4, "checkpoint"), (4, "resume"), (6, "checkpoint")]
+    events = [(line["step"], line["event"]) for line in records(run, "events.jsonl")]
+    assert events == [(0, "start"), (3, "checkpoint"), (4, "checkpoint"), (4, "resume"), (6, "checkpoint")]
     assert records(run, "events.jsonl")[0]["ranks"] == 1

@@ -22,11 +22,11 @@ from bclip_fast.train.schedule import MAX_LOG_LOGIT_SCALE, OptimConfig
 
 def test_offloaded_activations_give_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the inputs of trainable layers go to the host, and the gradients are bitwise equal."""
-    held: list[torch.Tensor] = []
+    offloaded: list[torch.Tensor] = []
 
     class Recording(torch.autograd.graph.saved_tensors_hooks):
         def __init__(self, pin_memory: bool) -> None:
-            super().__init__(lambda tensor: held.append(tensor) or tensor.cpu(), lambda tensor: tensor)
+            super().__init__(lambda tensor: offloaded.append(tensor) or tensor.cpu(), lambda tensor: tensor)
 
     monkeypatch.setattr(transformer, "save_on_cpu", Recording)
     gradients = []
@@ -38,10 +38,10 @@ def test_offloaded_activations_give_same_gradients(monkeypatch: pytest.MonkeyPat
         output = model(torch.rand(2, 3, 32, 32), padded_ids([20, 7]))
         (output["image_features"] * output["text_features"]).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-        assert bool(held) == offload
+        assert bool(offloaded) == offload
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     # The three image layers save two tensors each, except the first, and so does the only trainable text layer.
-    assert [tuple(tensor.shape) for tensor in held if tensor.dim() == 2] == 5 * [(34, 48)] + 2 * [(27, 32)]
+    assert [tuple(tensor.shape) for tensor in offloaded if tensor.dim() == 2] == 5 * [(34, 48)] + 2 * [(27, 32)]
 
 
 @pytest.mark.parametrize(("stage", "parameters"), [(1, False), (2, False), (3, True)])
@@ -54,16 +54,16 @@ def test_offloaded_optimizer_takes_same_steps(stage: int, parameters: bool) -> N
             zero_stage=stage, precision="fp32", offload_optimizer=offload, offload_parameters=offload and parameters
         )
         optim = OptimConfig(grad_clip_norm=1.0, eps=1e-3)
-        wrapped = DeepSpeedEngine(BiomedClip(tiny_model()), settings, optim, 2, torch.device("cpu"))
+        engine = DeepSpeedEngine(BiomedClip(tiny_model()), settings, optim, 2, torch.device("cpu"))
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         for step in range(3):
             if step == 2:
-                wrapped.load_optimizer_state(wrapped.optimizer_state())
-            output = wrapped(image, ids)
-            wrapped.backward((output["image_features"] * output["text_features"]).sum() * output["logit_scale"])
-            norm = wrapped.step(1e-3).grad_norm
-        after.append((norm, wrapped.optimizer_state(), wrapped.model_state()))
-        wrapped.close()
+                engine.load_optimizer_state(engine.optimizer_state())
+            output = engine(image, ids)
+            engine.backward((output["image_features"] * output["text_features"]).sum() * output["logit_scale"])
+            norm = engine.step(1e-3).grad_norm
+        after.append((norm, engine.optimizer_state(), engine.model_state()))
+        engine.close()
     (norm, state, model), (other_norm, other_state, other_model) = after
     assert other_norm == pytest.approx(norm, rel=1e-6)
     assert other_state.num_steps == state.num_steps == 3
@@ -77,7 +77,7 @@ def test_zero3_gathers_weights_layer_by_layer() -> None:
     """After DeepSpeed has recorded their order, it gathers at most one prefetched bucket and the current layer."""
     sizes = tiny_model(width=192)
     model = BiomedClip(replace(sizes, vision=replace(sizes.vision, layers=6)))
-    wrapped = build_engine(model, EngineConfig(zero_stage=3, precision="fp32", bucket_mib=1), OptimConfig(), 2)
+    engine = build_engine(model, EngineConfig(zero_stage=3, precision="fp32", bucket_mib=1), OptimConfig(), 2)
     # DeepSpeed never shards small parameters.
     parts: Any = [part for part in model.parameters() if not part.ds_persist]  # type: ignore[attr-defined]
     gathered = []
@@ -91,10 +91,10 @@ def test_zero3_gathers_weights_layer_by_layer() -> None:
             module.register_full_backward_hook(count)
     image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
     for _ in range(3):
-        output = wrapped(image, ids)
-        wrapped.backward((output["image_features"] * output["text_features"]).sum())
-        wrapped.step(1e-3)
-    wrapped.close()
+        output = engine(image, ids)
+        engine.backward((output["image_features"] * output["text_features"]).sum())
+        engine.step(1e-3)
+    engine.close()
     total, largest = sum(part.ds_numel for part in parts), max(part.ds_numel for part in parts)
     assert total > 2_000_000
     assert 0 < max(gathered) <= (1 << 18) + largest
@@ -111,17 +111,17 @@ def host_steps(settings: EngineConfig, limits: list[float], begin: Any = None) -
     image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
     if begin is not None:
         model.load_state_dict(begin[2])
-    wrapped = DeepSpeedEngine(model, settings, OptimConfig(grad_clip_norm=1.0), 2, torch.device("cpu"))
+    engine = DeepSpeedEngine(model, settings, OptimConfig(grad_clip_norm=1.0), 2, torch.device("cpu"))
     if begin is not None:
         # The engine modifies these tensors, so pass a copy.
-        wrapped.load_optimizer_state(copy.deepcopy(begin[1]))
+        engine.load_optimizer_state(copy.deepcopy(begin[1]))
     after = []
     for limit in limits:
-        output = wrapped(image, ids)
-        wrapped.backward((output["image_features"] * output["text_features"]).sum() - output["logit_scale"])
-        norm = wrapped.step(1e-3, limit).grad_norm
-        after.append((norm, wrapped.optimizer_state(), wrapped.model_state()))
-    wrapped.close()
+        output = engine(image, ids)
+        engine.backward((output["image_features"] * output["text_features"]).sum() - output["logit_scale"])
+        norm = engine.step(1e-3, limit).grad_norm
+        after.append((norm, engine.optimizer_state(), engine.model_state()))
+    engine.close()
     return after
 
 
@@ -132,20 +132,20 @@ def test_deepspeed_adam_equals_torch_adam(stage: int, offload: bool) -> None:
     settings = EngineConfig(zero_stage=stage, precision="fp32", offload_optimizer=offload)
     limits = [math.inf, math.inf, -1.0, math.inf, math.inf]
     expected = host_steps(settings, limits)
-    found = host_steps(replace(settings, cpu_adam="deepspeed"), limits)
-    assert found[-1][1].num_steps == 4
-    assert found[-1][2]["logit_scale"] == torch.tensor(MAX_LOG_LOGIT_SCALE)
-    for ours, theirs in zip(found, expected, strict=True):
+    actual = host_steps(replace(settings, cpu_adam="deepspeed"), limits)
+    assert actual[-1][1].num_steps == 4
+    assert actual[-1][2]["logit_scale"] == torch.tensor(MAX_LOG_LOGIT_SCALE)
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
         assert ours[1].num_steps == theirs[1].num_steps
         for name, tensor in theirs[2].items():
             torch.testing.assert_close(ours[2][name], tensor, rtol=0, atol=1e-6)
-    assert all(torch.equal(tensor, found[1][2][name]) for name, tensor in found[2][2].items())
-    resumed = host_steps(replace(settings, cpu_adam="deepspeed"), limits[3:], found[2])
-    assert_equal(resumed[-1], found[-1])
+    assert all(torch.equal(tensor, actual[1][2][name]) for name, tensor in actual[2][2].items())
+    resumed = host_steps(replace(settings, cpu_adam="deepspeed"), limits[3:], actual[2])
+    assert_equal(resumed[-1], actual[-1])
     # Each implementation reads the other's state.
-    mixed = host_steps(settings, limits[3:], found[2])
-    for name, tensor in found[-1][2].items():
+    mixed = host_steps(settings, limits[3:], actual[2])
+    for name, tensor in actual[-1][2].items():
         torch.testing.assert_close(mixed[-1][2][name], tensor, rtol=0, atol=1e-6)
 
 
@@ -170,18 +170,18 @@ def test_deepspeed_adam_without_compiler_is_an_error(monkeypatch: pytest.MonkeyP
 
 def test_cuda_graphs_cover_only_image_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the calls of torch.compile, because no GPU is needed for that."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append(options))
     marks: list[int] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     model = BiomedClip(SMALL)
     model.compile_layers(True)
     static, any_length = {"dynamic": False, "mode": "reduce-overhead"}, {"dynamic": True}
-    assert asked == [{"fullgraph": True, **options} for options in 3 * [static] + 3 * [any_length]]
+    assert calls == [{"fullgraph": True, **options} for options in 3 * [static] + 3 * [any_length]]
     model(torch.rand(1, 3, 32, 32), padded_ids([3]))
     assert len(marks) == 1
     model.compile_layers()
-    assert asked[6:] == 6 * [{"fullgraph": True, "dynamic": True}]
+    assert calls[6:] == 6 * [{"fullgraph": True, "dynamic": True}]
 
 
 @pytest.mark.parametrize(

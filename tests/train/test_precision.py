@@ -101,8 +101,8 @@ def test_plan_takes_precision_of_cluster(monkeypatch, capsys):
     config = TrainConfig(preset="", model=tiny_model(), engine=AUTO, batch_size=16)
     for device, precision in (("h100", "bf16"), ("cpu", "fp32")):
         planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80))
-        found = command.run(planned)
-        assert found.memory == estimate.build_plan(planned.with_precision(precision), PMC_15M, found.cluster).memory
+        plan = command.run(planned)
+        assert plan.memory == estimate.build_plan(planned.with_precision(precision), PMC_15M, plan.cluster).memory
         assert f"Precision   {precision} (auto): " in capsys.readouterr().out
 
 
@@ -115,5 +115,5 @@ def test_unreadable_config_stops_resume(tmp_path):
 @pytest.mark.parametrize(("instructions", "precision"), [("AMX", "bf16"), ("", "fp32")])
 def test_embedder_precision_follows_processor(instructions, precision, monkeypatch):
     imitate(monkeypatch, instructions)
-    made = Embedder(nn.Identity(), lambda image: image, lambda texts: texts, precision="auto")
-    assert made.precision == precision
+    embedder = Embedder(nn.Identity(), lambda image: image, lambda texts: texts, precision="auto")
+    assert embedder.precision == precision

@@ -22,8 +22,8 @@ def test_slurm_variables_become_launcher_variables(monkeypatch: pytest.MonkeyPat
         "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_NODELIST": "login1,gpu[03-04]", "SLURM_STEP_NODELIST": "gpu[03-04]",
     }  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    found = distributed.slurm_variables(task)
-    assert found == {
+    variables = distributed.slurm_variables(task)
+    assert variables == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu03",
         "MASTER_PORT": str(12000 + (4711 * 31 + 2) % 20000),
     }  # fmt: skip
@@ -71,7 +71,7 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
     folder.mkdir()
     scripts = {
         "srun": SRUN.format(python=sys.executable),
-        "scontrol": f'#!/bin/sh\necho "$@" > {folder}/asked\n',
+        "scontrol": f'#!/bin/sh\necho "$@" > {folder}/request\n',
         "bclip": f"#!/bin/sh\n{bclip}\n",
     }
     for name, text in scripts.items():
@@ -80,12 +80,12 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
     job = str(os.getpid())
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RANK"))}
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": job, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", str(CONFIGS / "slurm.sbatch"), *args],
         env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    asked = folder / "asked"
-    return done, asked.read_text().split()[0] if asked.is_file() else ""
+    request = folder / "asked"
+    return result, request.read_text().split()[0] if request.is_file() else ""
 
 
 def test_slurm_script_trains_on_two_tasks_until_signal(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -95,8 +95,8 @@ def test_slurm_script_trains_on_two_tasks_until_signal(shards: Path, tmp_path: P
     (tmp_path / "config.toml").write_text(to_toml(config))
     monkeypatch.setenv("SIGNAL_AFTER", str(run / "metrics.jsonl"))
     bclip = f'exec {sys.executable} -m bclip_fast.cli "$@"'
-    done, asked = _sbatch(tmp_path / "bin", bclip, str(tmp_path / "config.toml"))
-    assert (done.returncode, asked) == (75, "requeue"), done.stderr
+    result, request = _sbatch(tmp_path / "bin", bclip, str(tmp_path / "config.toml"))
+    assert (result.returncode, request) == (75, "requeue"), result.stderr
     events, steps = records(run, "events.jsonl"), records(run)
     assert (events[0]["event"], events[0]["ranks"]) == ("start", 2)
     assert events[-1]["event"] == "checkpoint"
@@ -104,11 +104,11 @@ def test_slurm_script_trains_on_two_tasks_until_signal(shards: Path, tmp_path: P
     assert (run / "checkpoints" / f"step-{len(steps):08d}").is_dir()
     assert all(line["communication_seconds"] >= 0 for line in steps[1:])
     # Only rank 0 logs.
-    assert done.stderr.count("training on 96 samples") == 1
+    assert result.stderr.count("training on 96 samples") == 1
 
 
 @pytest.mark.parametrize(("status", "asked"), [(75, "requeue"), (2, ""), (0, "")])
 def test_slurm_script_requeues_only_stopped_run(tmp_path: Path, status: int, asked: str):
-    done, found = _sbatch(tmp_path / "bin", f'echo "$@" > {tmp_path}/args; exit {status}', "my.toml", "--seed", "3")
-    assert (done.returncode, found) == (status, asked), done.stderr
+    done, request = _sbatch(tmp_path / "bin", f'echo "$@" > {tmp_path}/args; exit {status}', "my.toml", "--seed", "3")
+    assert (done.returncode, request) == (status, asked), done.stderr
     assert (tmp_path / "args").read_text().split() == ["train", "my.toml", "--seed", "3", "--resume"]

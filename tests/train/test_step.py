@@ -71,10 +71,10 @@ def both(config, inputs: Inputs, low: bool) -> tuple[dict[str, Tensor], dict[str
         named = {name: torch.cat([results[key].flatten() for key in theirs]) for name, theirs in keys.items()}
         return {**{name: results[name] for name in ("image", "text")}, **named}
 
-    own = run_step(ours.train(), inputs.images, inputs.text, low)
+    our_results = run_step(ours.train(), inputs.images, inputs.text, low)
     eager = renamed(run_step(theirs, normalize(inputs.images), inputs.ids, low))
     truth = renamed(run_step(theirs.double(), normalize(inputs.images).double(), inputs.ids, False))
-    return {name: value.reshape(truth[name].shape) for name, value in own.items()}, eager, truth
+    return {name: value.reshape(truth[name].shape) for name, value in our_results.items()}, eager, truth
 
 
 def error(value: Tensor, true: Tensor) -> float:
@@ -104,17 +104,17 @@ def test_bfloat16_error_is_at_most_twice_open_clips(
     """
     monkeypatch.setattr(matmul, "_library_is_faster", lambda *_: library)
     inputs = make_inputs(StepConfig(lengths=histogram, batch_size=8), BERT)
-    own, usual = defaultdict(list), defaultdict(list)
+    our_errors, their_errors = defaultdict(list), defaultdict(list)
     for seed in range(4):
         torch.manual_seed(seed)
         ours, eager, truth = both(BERT, inputs, low=True)
         for name, true in truth.items():
-            own[name].append(error(ours[name], true) ** 2)
-            usual[name].append(error(eager[name], true) ** 2)
-    for name, squares in own.items():
-        mean, allowed = fmean(squares) ** 0.5, 2 * fmean(usual[name]) ** 0.5 + 1e-5
+            our_errors[name].append(error(ours[name], true) ** 2)
+            their_errors[name].append(error(eager[name], true) ** 2)
+    for name, squares in our_errors.items():
+        mean, allowed = fmean(squares) ** 0.5, 2 * fmean(their_errors[name]) ** 0.5 + 1e-5
         assert mean <= allowed, f"{name}: {mean:.3g}, allowed {allowed:.3g}"
-    assert fmean(usual["text"]) > 1e-8, "the comparison must not have run in float32"
+    assert fmean(their_errors["text"]) > 1e-8, "the comparison must not have run in float32"
 
 
 def test_compiled_model_has_one_graph_for_all_lengths() -> None:
@@ -189,8 +189,8 @@ def test_caption_lengths_come_from_real_captions(shared_data: Path) -> None:
     assert sum(inputs.text.lengths.tolist()) / 16 == pytest.approx(sum(lengths) / len(lengths), rel=0.05)
     # A step takes three forward passes: 17.5 GMAC an image for ViT-B/16, and 85 M weights a token for BERT. The last
     # layers need less.
-    whole = 3 * (16 * 35e9 + 2 * 85e6 * len(inputs.text.ids))
-    assert 0.9 * whole < inputs.flops < whole
+    total = 3 * (16 * 35e9 + 2 * 85e6 * len(inputs.text.ids))
+    assert 0.9 * total < inputs.flops < total
 
 
 def test_bench_step_writes_rows(histogram: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,13 +76,13 @@ def test_parameter_groups_follow_open_clip(preset: str):
 @pytest.mark.parametrize(("start", "target"), [(4.6, math.log(100)), (0.01, 0.0)])
 def test_logit_scale_is_clamped(name: str, start: float, target: float):
     model = BiomedClip(dataclasses.replace(tiny_model(), init_logit_scale=start))
-    wrapped = build_engine(model, EngineConfig(name=name, precision="fp32"), OptimConfig(), 2)
+    engine = build_engine(model, EngineConfig(name=name, precision="fp32"), OptimConfig(), 2)
     for _ in range(2):
-        output = wrapped(torch.zeros(2, 3, 32, 32), torch.ones(2, 12, dtype=torch.int64))
-        wrapped.backward(output["logit_scale"] * (1 if target == 0 else -1) + 0 * output["image_features"].sum())
-        wrapped.step(0.5)
-    scale = wrapped.model_state()["logit_scale"]
-    wrapped.close()
+        output = engine(torch.zeros(2, 3, 32, 32), torch.ones(2, 12, dtype=torch.int64))
+        engine.backward(output["logit_scale"] * (1 if target == 0 else -1) + 0 * output["image_features"].sum())
+        engine.step(0.5)
+    scale = engine.model_state()["logit_scale"]
+    engine.close()
     assert scale.shape == ()
     assert float(scale) == pytest.approx(target, abs=1e-6)
 
@@ -128,19 +128,19 @@ def test_resume_is_exact(finished: Path, shards: Path, tmp_path: Path, name: str
     """A run with dropout that stops after step 3 resumes bitwise, with every engine."""
     engine_config = EngineConfig(name=name, zero_stage=stage, precision="fp32")
     config = tiny_run(tmp_path / "whole", shards, model=tiny_model(dropout=0.1), engine=engine_config)
-    whole = train(config)
-    part = stopped_after(whole, tmp_path / "part", 3)
-    assert column(part, "loss") == column(whole, "loss")
-    assert len(column(whole, "loss")) == 6
+    uninterrupted = train(config)
+    part = stopped_after(uninterrupted, tmp_path / "part", 3)
+    assert column(part, "loss") == column(uninterrupted, "loss")
+    assert len(column(uninterrupted, "loss")) == 6
     train(dataclasses.replace(config, run=str(part), resume=True))
-    assert column(part, "loss") == column(whole, "loss")
-    assert are_equal(weights(part), weights(whole))
-    states = [checkpoint.load_latest(run / "checkpoints").optimizer for run in (part, whole)]
+    assert column(part, "loss") == column(uninterrupted, "loss")
+    assert are_equal(weights(part), weights(uninterrupted))
+    states = [checkpoint.load_latest(run / "checkpoints").optimizer for run in (part, uninterrupted)]
     assert states[0].num_steps == states[1].num_steps == 6
     for parameter, moments in states[1].moments.items():
         assert are_equal(moments, states[0].moments[parameter])
     # All engines agree.
-    torch.testing.assert_close(column(whole, "loss"), column(finished, "loss"), rtol=0, atol=2e-5)
+    torch.testing.assert_close(column(uninterrupted, "loss"), column(finished, "loss"), rtol=0, atol=2e-5)
 
 
 def test_resumed_finished_run_trains_further_steps(finished: Path, shards: Path, tmp_path: Path):
@@ -265,11 +265,11 @@ def test_half_precision_stays_near_fp32(shards: Path, tmp_path: Path):
         curves[name, stage, precision] = column(run, "loss")
         assert all(tensor.dtype == torch.float32 for tensor in weights(run).values() if tensor.is_floating_point())
     exact = curves.pop(("ddp", 0, "fp32"))
-    for (name, stage, precision), found in curves.items():
-        assert found != exact
+    for (name, stage, precision), losses in curves.items():
+        assert losses != exact
         # fp16 skips its first updates until the loss scale fits. Only the losses before can be compared.
         count = 1 if precision == "fp16" else 6
-        torch.testing.assert_close(found[:count], exact[:count], rtol=0, atol=0.1, msg=f"{name} {stage} {precision}")
+        torch.testing.assert_close(losses[:count], exact[:count], rtol=0, atol=0.1, msg=f"{name} {stage} {precision}")
     # DeepSpeed keeps autocast in globals of the process. An fp32 run after a half-precision run must still be fp32.
     after = train(tiny_run(tmp_path / "after", shards, engine=EngineConfig(zero_stage=3, precision="fp32")))
     torch.testing.assert_close(column(after, "loss"), exact, rtol=0, atol=2e-5)
@@ -282,24 +282,24 @@ def test_fp16_overflow_skips_update():
         torch.manual_seed(0)
         model = BiomedClip(tiny_model())
         settings = EngineConfig(name=name, zero_stage=stage, precision="fp16")
-        wrapped = build_engine(model, settings, OptimConfig(grad_clip_norm=1.0, eps=1e-3), 2)
-        before = wrapped.model_state()
+        engine = build_engine(model, settings, OptimConfig(grad_clip_norm=1.0, eps=1e-3), 2)
+        before = engine.model_state()
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         skipped = []
         while skipped.count(False) < 3 and len(skipped) < 30:
-            output = wrapped(image, ids)
-            wrapped.backward(100 * (output["image_features"] * output["text_features"]).sum())
-            skipped.append(wrapped.step(1e-3).skipped)
+            output = engine(image, ids)
+            engine.backward(100 * (output["image_features"] * output["text_features"]).sum())
+            skipped.append(engine.step(1e-3).skipped)
             if len(skipped) == 1:
                 assert skipped[0]
-                assert are_equal(wrapped.model_state(), before)
+                assert are_equal(engine.model_state(), before)
         assert not skipped[-1]
-        assert not are_equal(wrapped.model_state(), before)
-        state = wrapped.optimizer_state()
+        assert not are_equal(engine.model_state(), before)
+        state = engine.optimizer_state()
         assert state.num_steps == skipped.count(False)
         assert state.loss_scale["scale"] == 2.0 ** (16 - sum(skipped))
-        states.append((skipped, state.loss_scale, wrapped.model_state()))
-        wrapped.close()
+        states.append((skipped, state.loss_scale, engine.model_state()))
+        engine.close()
     # Every engine skips the same steps, and ends with the same scale and the same weights.
     for skipped, scale, weights_there in states[1:]:
         assert (skipped, scale) == states[0][:2]

@@ -82,8 +82,8 @@ def test_report_shows_run(tmp_path: Path):
     assert "Steps skipped1" in text
     assert "Ranks2, then 4" in text
     assert "2 checkpoints were written, the last after step 120." in text
-    found = [text.index(event) for event in ("started, ranks 2", "skipped: the loss is nan", "stopped by a signal")]
-    assert found == sorted(found)
+    positions = [text.index(event) for event in ("started, ranks 2", "skipped: the loss is nan", "stopped by a signal")]
+    assert positions == sorted(positions)
     # Settings that differ from the defaults come first.
     first, _, others = text.partition("other settings")
     assert "batch_size32" in first
@@ -131,8 +131,8 @@ def test_report_renders_in_light_and_dark(tmp_path: Path):
     import numpy as np
     from PIL import Image
 
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    browser = next((path for path in found if path), None)
+    paths = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    browser = next((path for path in paths if path), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
     run = write_run(tmp_path / "run")
@@ -142,12 +142,12 @@ def test_report_renders_in_light_and_dark(tmp_path: Path):
         shot = tmp_path / f"{scheme}.png"
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,1600"]
         flags += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}"]
-        done = subprocess.run(
+        result = subprocess.run(
             [browser, *flags, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120
         )
-        assert "CONSOLE" not in done.stderr, done.stderr
-        with Image.open(shot) as picture:
-            shots.append(np.asarray(picture.convert("L"), dtype=float))
+        assert "CONSOLE" not in result.stderr, result.stderr
+        with Image.open(shot) as image:
+            shots.append(np.asarray(image.convert("L"), dtype=float))
     dark, light = (shot[5:20, 5:20].mean() for shot in shots)
     assert dark < 60
     assert light > 200

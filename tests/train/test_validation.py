@@ -28,23 +28,23 @@ from bclip_fast.train.validation import ValidationSchedule
 )
 def test_validation_is_due_at_intervals_and_last_step(tmp_path: Path, settings: ValidationConfig, steps: list[int]):
     stream = ShardSampler([50, 46], "", batch_size=16)
-    validation = ValidationSchedule(settings, tmp_path, 14)
-    found = []
+    schedule = ValidationSchedule(settings, tmp_path, 14)
+    validated = []
     for step in range(1, 15):
-        if validation.is_due(step, stream.locate(step)[0], stream.locate(step - 1)[0]):
-            validation.last_step = step
-            found.append(step)
-    assert found == steps
-    assert not validation.is_due(14, 2, 2)
+        if schedule.is_due(step, stream.locate(step)[0], stream.locate(step - 1)[0]):
+            schedule.last_step = step
+            validated.append(step)
+    assert validated == steps
+    assert not schedule.is_due(14, 2, 2)
 
 
 def test_resumed_finished_run_does_not_validate_again(shards: Path, tmp_path: Path):
     config = tiny_run(tmp_path / "run", shards, max_steps=3, validation=ValidationConfig(every_steps=2))
     run = train(config, validate=lambda *_: {"recall": 0.5})
     train(dataclasses.replace(config, resume=True), validate=lambda *_: {"recall": 0.5})
-    found = [line for line in records(run) if "validation_seconds" in line]
-    assert [line["step"] for line in found] == [2, 3]
-    assert found[0]["validation/recall"] == 0.5
+    lines = [line for line in records(run) if "validation_seconds" in line]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert lines[0]["validation/recall"] == 0.5
 
 
 def test_zero_shot_metrics_are_logged_with_retrieval(shards: Path, tmp_path: Path):
