@@ -1,8 +1,8 @@
 """The memory that a training step needs for activations. The model itself runs on tensors without storage.
 
-The bytes are those that the operators save for their backward passes, and the temporary ones between them. So they are
-right for any model, precision and length of captions, and no second description of the towers has to be maintained.
-Memory that a kernel allocates inside itself is not counted. Our own kernels take some MiB.
+The measurement counts the tensors that the operators save for their backward passes, and the temporary tensors. So it
+holds for any model, precision and length of captions, without a second description of the towers. It ignores memory
+that a kernel allocates inside itself. Our own kernels take some MiB.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.ops import processor
 
 Gradients = Literal["allocated", "present", "collected"]
-"""The backward pass allocates the gradients; an earlier micro-batch has allocated them; or the engine collects each in
-its own buffers."""
+"""How the gradients exist: the backward pass allocates them, an earlier micro-batch did, or the engine collects each in
+its buffers."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def measure_activations(
         accelerator: whether torch casts the weights of linear layers and keeps the copies until the end of the backward
             pass. On a CPU with AMX, or without bfloat16 instructions, our operator needs no copies.
     """
-    with _fake_model(model, lengths, precision, accelerator, gradients) as (network, meter, encode):
+    with _fake_model(model, lengths, precision, accelerator, gradients) as (_, meter, encode):
         if gradients == "present":
             with torch.no_grad():
-                _ = encode[0](), encode[1]()
+                _outputs = encode[0](), encode[1]()
         embed, meter.peak = meter.peak, meter.now
         image, text, outputs = _forward(meter, encode)
         outputs = [tensor for tensor in outputs if tensor.requires_grad]
@@ -104,12 +104,12 @@ def _fake_model(
     storage.
     """
     network = copy.deepcopy(model).train()
-    # An accelerator uses the library's products, whatever this machine's CPU would use.
+    # An accelerator always uses the library's products.
     library_linear = functools.partial(ops.linear, backend="reference")
     with contextlib.ExitStack() as stack:
         if accelerator:
-            for namespace in (transformer, vision, text_towers):
-                stack.enter_context(mock.patch.object(namespace, "linear", library_linear))
+            for source in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(source, "linear", library_linear))
             stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
         for module in network.modules():

@@ -77,9 +77,9 @@ def _memory_savers(config: TrainConfig, cluster: Cluster) -> list[tuple[str, Tra
     sizes = [config.first_batch_size, *(size for _, size in config.batch_schedule)]
     rank_batch = min(size // cluster.ranks for size in sizes)
     micro = config.micro_batch_size or rank_batch
-    for size in (micro // 2, micro // 4, micro // 8):
-        if size and not micro % size and not rank_batch % size:
-            savers.append((f"micro_batch_size={size}", replace(config, micro_batch_size=size)))
+    smaller = [size for size in (micro // 2, micro // 4, micro // 8) if size]
+    smaller = [size for size in smaller if not micro % size and not rank_batch % size]
+    savers += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
     if not cluster.cpu and engine.grad_checkpointing and not engine.offload_activations:
         savers.append(("engine.offload_activations=true", _with_engine(config, offload_activations=True)))
     if not cluster.cpu and engine.name == "deepspeed" and engine.zero_stage and not engine.offload_optimizer:

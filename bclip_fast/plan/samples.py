@@ -12,9 +12,9 @@ from bclip_fast.train.config import TrainConfig
 
 # PMC-15M's training split (arXiv 2303.00915, table 1).
 _PMC_SAMPLES = 13_900_000
-# PubMedBERT tokens at 20 equally spaced quantiles of 558 captions of PMC articles, including [CLS] and [SEP]; and bytes
-# per token of such captions.
+# Numbers of PubMedBERT tokens at 20 equally spaced quantiles of 558 captions of PMC articles, with [CLS] and [SEP].
 _PMC_TOKENS = (8, 12, 15, 18, 21, 25, 29, 33, 39, 45, 54, 64, 77, 87, 106, 121, 145, 167, 254, 399)
+# Measured on the same captions.
 _BYTES_PER_TOKEN = 4.4
 _PMC_IMAGE_BYTES = 80_000
 

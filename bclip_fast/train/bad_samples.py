@@ -23,8 +23,8 @@ _STOP = 1 << 40
 class BadSamples:
     """RUN/bad_samples.jsonl: one line for each damaged sample in each batch of the training.
 
-    A line has the keys step, rank, epoch, position, index, key, shard and reason. The lines are in the order of
-    training, whatever was prefetched. So a resumed run ends with the same file as an uninterrupted one. Build it on
+    A line has the keys step, rank, epoch, position, index, key, shard and reason. The lines follow the order of
+    training, not that of prefetching. So a resumed run ends with the same file as an uninterrupted one. Build it on
     every rank.
 
     Args:

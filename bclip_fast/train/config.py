@@ -113,7 +113,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where to log the metrics. The terminal, metrics.jsonl and (if installed) TensorBoard always get them."""
+    """Additional logs of the metrics. The terminal, metrics.jsonl and (if installed) TensorBoard always get them."""
 
     wandb: bool = False
     """Log to Weights & Biases, too (pip install wandb). WANDB_MODE=offline keeps its files in the run folder."""
@@ -150,8 +150,9 @@ class TrainConfig:
     run: str = "runs/train"
     """Run folder."""
     resume: bool = False
-    """Continue from the newest intact checkpoint in the run folder, or start if there is none. So a launcher can
-    restart a run with the command that started it. Without --resume, a folder with checkpoints is an error."""
+    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run. So a
+    launcher can restart a run with the command that started it. Without --resume, a folder with checkpoints is an
+    error."""
     dry_run: bool = False
     """Same as `bclip plan`: print the memory and time that the run needs on the cluster section's ranks, and fail if
     it does not fit."""

@@ -17,7 +17,7 @@ class Ema:
     """The EMA of the weights: ema <- decay * ema + (1 - decay) * weight after each update.
 
     Rank 0 stores it unsharded, which takes 4 bytes a weight and no communication. Under ZeRO 3, each rank stores the
-    EMA of its own shard. Locked weights have no EMA, because they never change. The statistics of batch norms have one.
+    EMA of its shard. Locked weights have no EMA, because they never change. The statistics of batch norms have one.
 
     Args:
         decay: factor in (0, 1).

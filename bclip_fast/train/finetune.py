@@ -71,7 +71,7 @@ class FinetuneConfig:
     run: str = "runs/finetune"
     """Run folder."""
     resume: bool = False
-    """Continue from the newest intact checkpoint in the run folder, or start if there is none."""
+    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run."""
     epochs: int = 10
     batch_size: int = 32
     seed: int = 0
@@ -106,8 +106,8 @@ def finetune(config: FinetuneConfig) -> Path:
     """Train to the end and return the run folder.
 
     Raises:
-        UserError: the data have no captions or answers, or fewer samples than a batch; the ranks cannot share a batch;
-            the checkpoint belongs to another run; the loss is not finite.
+        UserError: the data have no captions or answers, or too few samples. Or the ranks cannot share a batch, the
+            checkpoint belongs to another run, or the loss is not finite.
     """
     distributed.init()
     atexit.register(distributed.shutdown)
@@ -122,15 +122,13 @@ def finetune(config: FinetuneConfig) -> Path:
     is_resumed = run_folder.check_unused(run, config.resume)
     torch.manual_seed(config.seed)
     clip.requires_grad_(True)
-    adapter: Any = None
-    if config.lora_rank:
-        adapter = _add_lora(clip, config)
+    adapter = _add_lora(clip, config) if config.lora_rank else None
     model = objective.model(clip)
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
         run_folder.write_config(run, config)
     with backends.of_run(run, resumed=is_resumed):
-        _Loop(config, run, objective, model, preprocess, tokenizer, adapter).train()
+        _Loop(config, objective, model, preprocess, tokenizer, adapter).train()
     return run
 
 
@@ -204,14 +202,13 @@ class _Loop:
     def __init__(
         self,
         config: FinetuneConfig,
-        run: Path,
         objective: _Pairs | _Questions,
         model: nn.Module,
         preprocess: Preprocess,
         tokenizer: Tokenizer,
         adapter: Any,
     ) -> None:
-        self.config, self.run, self.objective, self.model = config, run, objective, model
+        self.config, self.run, self.objective, self.model = config, Path(config.run), objective, model
         self.preprocess, self.tokenizer, self.adapter = preprocess, tokenizer, adapter
         num_samples = len(objective.texts)
         if num_samples < config.batch_size:
@@ -222,18 +219,15 @@ class _Loop:
         self.num_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         # All that determines the result. A checkpoint with another identity belongs to another run.
-        data = {
-            "data": objective.data.fingerprint,
-            "texts": sha256("\0".join(objective.texts)),
-        }
+        data = {"data": objective.data.fingerprint, "texts": sha256("\0".join(objective.texts))}
         ignored = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "epochs")
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
         self.identity = json.loads(json.dumps(data | settings, default=list))
         saved = None
-        if config.resume and run_folder.has_checkpoints(run):
-            saved = checkpoints.load_latest(run / "checkpoints")
+        if config.resume and run_folder.has_checkpoints(self.run):
+            saved = checkpoints.load_latest(self.run / "checkpoints")
             if difference := checkpoints.first_difference(saved.data, self.identity, "run"):
-                raise UserError(f"cannot resume from {run / 'checkpoints'}: its {difference}")
+                raise UserError(f"cannot resume from {self.run / 'checkpoints'}: its {difference}")
             model.load_state_dict(saved.model)
             self.step = saved.step
         self.engine = build_engine(model.train(), config.engine, config.optim, config.batch_size)

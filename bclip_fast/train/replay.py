@@ -144,9 +144,9 @@ def read_dump(folder: Path) -> Dump:
 def replay(config: ReplayConfig) -> int:
     """Compute a dumped step again, and log its loss and gradient norm. Return 1 if they differ from the run's, else 0.
 
-    On one or two ranks, on the run's type of CPU and with as many threads, they are bitwise equal. On more ranks, the
-    first step of a process sends its gradients in other pieces than later steps, so sums run in another order. fp16
-    starts with its initial loss scale.
+    On one or two ranks, on the run's type of CPU and with as many threads, they are bitwise equal. On more ranks, sums
+    run in another order: the first step of a process sends its gradients in other pieces than later steps. A replay in
+    fp16 starts with the initial loss scale.
     """
     distributed.init()
     atexit.register(distributed.shutdown)

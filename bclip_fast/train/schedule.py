@@ -61,8 +61,8 @@ class OptimConfig:
 def learning_rate(step: float, num_steps: float, config: OptimConfig, batch_ratio: float = 1.0) -> float:
     """The learning rate of step 0 <= step < num_steps: a linear warm-up to lr, then a decay to min_lr.
 
-    If the batch size changes during a run, count steps in units of the first batch size, so that the curve is a
-    function of the samples.
+    If the batch size changes during a run, count steps in units of the first batch size. Then the curve is a function
+    of the samples.
 
     Args:
         batch_ratio: current batch size divided by the first one.

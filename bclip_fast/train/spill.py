@@ -48,7 +48,8 @@ class SpillBuffer:
         self._num_bytes_in_file += size
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="bclip-", dir=self._folder or None)
+                # The file lives as long as the buffer.
+                self._file = tempfile.TemporaryFile(prefix="bclip-", dir=self._folder or None)  # noqa: SIM115
             self._file.seek(start)
             for tensor in tensors:
                 self._file.write(tensor.numpy().data)

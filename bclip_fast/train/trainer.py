@@ -89,9 +89,13 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     run_on_rank0(lambda: run_folder.prepare(run, config, dataset))
     tokenizer = run_folder.read_tokenizer(run, config.model)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
-    with Signals() as signals, distributed.explain_lost_ranks(), backends.of_run(run, resumed=is_resumed):
-        with _Run(config, dataset, sampler, tokenizer, validate, on_step, signals) as state:
-            state.loop()
+    with (
+        Signals() as signals,
+        distributed.explain_lost_ranks(),
+        backends.of_run(run, resumed=is_resumed),
+        _Run(config, dataset, sampler, tokenizer, validate, on_step, signals) as state,
+    ):
+        state.loop()
     if state.stopped:
         if distributed.is_main():
             log.warning("stopped after step %d of %d; --resume continues the run", state.step, state.num_steps)
@@ -193,12 +197,12 @@ class _Run:
             if self.failure:
                 raise UserError(self.failure)
             epoch, epoch_before = self.sampler.locate(self.step)[0], self.sampler.locate(self.step - 1)[0]
-            improved = False
-            if self.schedule.is_due(self.step, epoch, epoch_before):
-                improved = self.validator.run(self.step, self.engine, self.ema, self.metrics)
-                self.schedule.last_step = self.step
             every = config.checkpoint.every_steps
-            if improved or (every > 0 and self.step % every == 0):
+            is_due = every > 0 and self.step % every == 0
+            if self.schedule.is_due(self.step, epoch, epoch_before):
+                is_due |= self.validator.run(self.step, self.engine, self.ema, self.metrics)
+                self.schedule.last_step = self.step
+            if is_due:
                 self._save()
         if self.step and self.saved_step != self.step:
             self._save()
@@ -210,10 +214,8 @@ class _Run:
         config, step, timer = self.config, self.step, self.timer
         data_wait, lengths = 0.0, []
         epoch, _ = self.sampler.locate(step)
-        vision = config.model.vision
-        self.model.visual.patch_dropout = patch_dropout(
-            *self._progress(), vision.patch_dropout, config.patch_dropout_until
-        )
+        rates = config.model.vision.patch_dropout, config.patch_dropout_until
+        self.model.visual.patch_dropout = patch_dropout(*self._progress(), *rates)
         num_parts = self.sampler.num_micro_batches(step)
         cache = GradCache(self.engine, self.loss_fn, num_parts, self.spill)
         timer.start()

@@ -47,7 +47,7 @@ class ValidationSchedule:
             epoch_before: epoch of the last step.
         """
         config = self._config
-        if not config.every_steps and not config.every_epochs or step == self.last_step:
+        if (not config.every_steps and not config.every_epochs) or step == self.last_step:
             return False
         by_steps = config.every_steps > 0 and step % config.every_steps == 0
         by_epochs = config.every_epochs > 0 and epoch > epoch_before and epoch % config.every_epochs == 0
@@ -131,7 +131,8 @@ class Validator:
         with torch.device("meta"):
             model = BiomedClip(self._config)
         model.load_state_dict(state, assign=True)
-        assert metrics is not None and self._validate is not None
+        assert metrics is not None
+        assert self._validate is not None
         values = self._validate(model.to(device).eval(), self._preprocess, self._tokenizer)
         record = {"step": step, "validation_seconds": time.perf_counter() - start}
         metrics.write(record | {f"{prefix}{name}": value for name, value in values.items()})
@@ -150,7 +151,7 @@ def build_on_rank0(config: TrainConfig) -> Validate | None:
 def build_validation(config: TrainConfig) -> Validate:
     """The standard validation: retrieval on held-out pairs, and zero-shot tasks, whose name precedes their metrics.
 
-    It opens all data at once and keeps them open, so that a wrong path is found before training.
+    It opens all data at once and keeps them open. So a wrong path raises an error before training.
 
     Raises:
         UserError: data, split or task do not exist, or the packages of bclip_fast[eval] are not installed.

@@ -13,8 +13,9 @@ import pytest
 import torch
 from damage import spoil
 from PIL import Image
+from run_results import bad_sample_lines as lines
+from run_results import loss_curve as curve
 from synthetic import tiny_run, write_shards
-from test_bad_samples import curve, lines
 
 from bclip_fast.data.loader import Batch, Loader
 from bclip_fast.data.sampler import ShardSampler

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loaders import by_key, loader, take
+from run_results import loss_curve as curve
 from synthetic import tiny_run
-from test_bad_samples import by_key, curve
-from test_sampler import loader, take
 
 from bclip_fast.data import storage
 from bclip_fast.data.shards.format import Sample

@@ -240,7 +240,7 @@ def test_a_resumed_run_is_exactly_the_run_that_was_not_stopped(start: Path, tabl
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, stopped)]
     losses = [[json.loads(line)["loss"] for line in each] for each in lines]
     assert losses[0] == losses[1] and len(losses[0]) == 10
-    with pytest.raises(UserError, match="holds a run already: --resume"):
+    with pytest.raises(UserError, match="holds a run already; add --resume"):
         finetune(settings(start, table, whole))
     with pytest.raises(UserError, match="cannot resume.*the run.batch_size is 4 there and 8 here"):
         finetune(settings(start, table, whole, resume=True, batch_size=8))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
-from test_grad_cache import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spool
 from torch.utils.flop_counter import FlopCounterMode
 from towers import RESNET, RESNET_VISION, gradients, resnet_tower, statistics
 
@@ -97,7 +97,7 @@ def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
 def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
-    cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spool())
+    cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spill_buffer())
     for part in micro_batches()[rank * share : (rank + 1) * share]:
         cached.add(*part)
     loss = float(cached.loss())

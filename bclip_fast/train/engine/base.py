@@ -1,7 +1,7 @@
 """The interface of an engine, and the parts that DDP and DeepSpeed share.
 
 Both engines keep fp32 parameters, compute under autocast and use the same optimiser. They export the optimiser state
-by parameter name, so a checkpoint depends neither on the engine nor on the ZeRO stage or the number of ranks.
+by parameter name. So a checkpoint fits any engine, ZeRO stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Engine(ABC):
     """Copies of the model's buffers after the last update. Each rank has its own values: training never reads them."""
 
     def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
+        """Run the model forward."""
         return self.module(image, text)
 
     def pre_projection(self) -> tuple[Tensor | None, Tensor | None]:

@@ -21,8 +21,8 @@ class EngineConfig:
     """ZeRO stage of DeepSpeed. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters. 0 shards
     nothing."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the computation. Parameters, gradients and optimiser states are always fp32. auto selects bf16 if
-    the devices of all ranks multiply it in hardware, and fp32 otherwise. config.toml of the run records the choice, and
+    """Precision of the computation. Parameters, gradients and optimiser states are always fp32. Selection by auto: bf16
+    if the devices of all ranks multiply it in hardware, and fp32 otherwise. The run's config.toml records the choice.
     --resume keeps it."""
     grad_checkpointing: bool = False
     """Recompute the activations in the backward pass."""
@@ -34,8 +34,8 @@ class EngineConfig:
     12 bytes a weight."""
     cpu_adam: Literal["torch", "deepspeed"] = "torch"
     """AdamW implementation for weights on the host: torch's fused one, or DeepSpeed's (needs name deepspeed). Both were
-    measured equally fast. DeepSpeed's is compiled at its first use with a C++ compiler and ninja; set
-    TORCH_EXTENSIONS_DIR to keep it."""
+    measured equally fast. DeepSpeed's is compiled at its first use, with a C++ compiler and ninja. TORCH_EXTENSIONS_DIR
+    is the folder that keeps it."""
     offload_parameters: bool = False
     """With ZeRO 3 on a GPU: keep the shards of the parameters on the host, too."""
     compile: bool = False

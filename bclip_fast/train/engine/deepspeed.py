@@ -69,8 +69,8 @@ class DeepSpeedEngine(Engine):
             self._create_states(0)
         if self._stage > 0 and config.precision == "fp16":
             # Under ZeRO, DeepSpeed's own GradScaler has two faults. It clips the gradient before it unscales it, and
-            # each rank decides by the overflows in its own shard. With an external scale, DeepSpeed unscales the norm
-            # and the gradient before clipping, and a norm that is not finite skips the step on every rank.
+            # each rank decides by the overflows in its shard. With an external scale, DeepSpeed unscales the norm and
+            # the gradient before clipping. A norm that is not finite then skips the step on every rank.
             self._scale = LossScale()
             self._engine.optimizer.torch_autocast_gradscaler = None
             self._engine.optimizer.override_loss_scale(self._scale.value)

@@ -16,5 +16,6 @@ def set_malloc_trim(keep: bool = True) -> None:
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, (1 << 31) - 1 if keep else 64 << 20)
-        # glibc before 2.34 accepts at most 32 MiB.
-        _ = keep and mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)
+        # glibc before 2.34 accepts at most 32 MiB, and mallopt returns 0 for more.
+        if not (keep and mallopt(mmap_threshold, 1 << 30)):
+            mallopt(mmap_threshold, 32 << 20)

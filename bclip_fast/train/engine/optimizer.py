@@ -37,6 +37,7 @@ class GatedOptimizer(torch.optim.Optimizer):
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
     def step(self, closure: Any = None) -> Any:
+        """Update the parameters and clamp them, if `allowed()` is true."""
         if not self.allowed():
             return None
         result = super().step(closure)
