@@ -109,8 +109,8 @@ COMMANDS = {
     ),
     "search": Command(
         "the pictures of an index nearest to a text or a picture",
-        "bclip_fast.search.index:SearchConfig",
-        "bclip_fast.search.index:run",
+        "bclip_fast.search.searcher:SearchConfig",
+        "bclip_fast.search.searcher:run",
         "search",
     ),
     "serve": Command(

@@ -124,7 +124,7 @@ def _check(config: RetrievalConfig, found: list[retrieval.Ranks], queries: Tenso
 def _faiss(queries: Tensor, candidates: Tensor) -> list[retrieval.Ranks]:
     num, one = len(queries), torch.ones(len(queries), dtype=torch.int64)
     right = (
-        faiss_index.search(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT)) == torch.arange(num)[:, None]
+        faiss_index.nearest(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT)) == torch.arange(num)[:, None]
     )
     place = torch.where(right.any(1), right.int().argmax(1), len(candidates) - 1)
     return [retrieval.Ranks(place, one, one, one, len(candidates))]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page import Page
 from synthetic import tiny_model
-from test_report import Page
 
 from bclip_fast import cli
 from bclip_fast.config import to_toml
