@@ -22,16 +22,16 @@ from typing import Any, Literal
 import torch
 
 from bclip_fast import ops
-from bclip_fast.data.loader import NativeLoader
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.loader import Loader
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.threads import VARIABLES
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
-from bclip_fast.train.engine.malloc import keep_freed_memory
+from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.malloc import set_malloc_trim
 from bclip_fast.train.trainer import train
 
 from .cases import with_gradients
@@ -183,10 +183,10 @@ def _train(config: BusyConfig, folder: Path, turns: Turns) -> None:
 
 def _load(config: BusyConfig, turns: Turns) -> None:
     dataset = ShardDataset(config.shards)
-    stream = SampleStream(dataset.shard_sizes, dataset.fingerprint, batch_size=config.batch_size)
+    stream = ShardSampler(dataset.shard_sizes, dataset.fingerprint, batch_size=config.batch_size)
     tokenizer = Tokenizer.train(dataset.captions(), 4000, 256)
     options: dict[str, Any] = dict(num_threads=torch.get_num_threads(), prefetch_batches=1)
-    with NativeLoader(dataset, tokenizer.encode, stream, Preprocess(PreprocessConfig()), **options) as batches:
+    with Loader(dataset, tokenizer.encode, stream, Preprocess(PreprocessConfig()), **options) as batches:
         for batch in batches:
             turns.done(len(batch.images))
 
@@ -198,7 +198,7 @@ def _kernel(task: str, batch: int) -> Callable[[], Any]:
     def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(shape, generator=generator).mul_(scale).requires_grad_()
 
-    keep_freed_memory()
+    set_malloc_trim()
     function: Callable[..., torch.Tensor]
     if task == "attention":
         function, inputs = ops.fused_attention, [leaf(max(1, batch // 8), 197, 3, 12, 64)]

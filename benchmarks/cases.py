@@ -19,8 +19,11 @@ from torch import Tensor
 
 from bclip_fast import ops
 from bclip_fast.ops import attention, contrastive, image, matmul, pointwise
+from bclip_fast.ops.attention.call import AttentionCall
 from bclip_fast.ops.attention.reference import attention as dense_attention
 from bclip_fast.ops.contrastive import loss_terms
+from bclip_fast.ops.contrastive import reference as contrastive_reference
+from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 from bclip_fast.ops.contrastive.reference import dense as dense_clip_loss
 from bclip_fast.ops.contrastive.reference import dense_siglip as dense_siglip_loss
 from bclip_fast.ops.dispatch import BACKENDS, why_not
@@ -109,7 +112,8 @@ def attention_case(
         return [qkv.to(DEVICE, dtype).requires_grad_()]
 
     def truth(qkv: Tensor) -> Tensor:
-        out = dense_attention(qkv.flatten(0, 1), None, None, tokens, False, dropout_p, seed, dim**-0.5)
+        call = AttentionCall(qkv.flatten(0, 1), None, None, tokens, False, dropout_p, seed, dim**-0.5)
+        out = dense_attention(call)
         return out.unflatten(0, (batch, tokens))
 
     def sdpa(qkv: Tensor) -> Tensor:
@@ -149,7 +153,7 @@ def varlen_case(
         return [torch.randn(total, 3, heads, dim, generator=generator).to(DEVICE, dtype).requires_grad_()]
 
     def truth(qkv: Tensor) -> Tensor:
-        return dense_attention(qkv, bounds, None, longest, False, dropout_p, seed, dim**-0.5)
+        return dense_attention(AttentionCall(qkv, bounds, None, longest, False, dropout_p, seed, dim**-0.5))
 
     def sdpa(qkv: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -396,7 +400,8 @@ def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
     def run(image: Tensor, text: Tensor, scale: Tensor) -> list[Tensor]:
         num = len(image) // copies
         own = image[:num]
-        rows, columns = contrastive.reference.forward(own, text, scale, 0, chunk_size)
+        call = ContrastiveCall(own, text, scale, 0, chunk_size)
+        rows, columns = contrastive_reference.forward(call)
         columns = columns.view(copies, num).logsumexp(0)
         positive = loss_terms.positive_logits(own, text[:num], scale)
         loss = loss_terms.pair_losses(rows, columns, positive).mean() / 2
@@ -404,9 +409,8 @@ def clip_truth(copies: int, chunk_size: int = 256) -> Contender:
         weight = torch.full_like(loss, 1 / (2 * len(image)))
         positive_grad = weight * loss_terms.positive_gradient(rows, columns, positive)
         rows_lse = torch.logaddexp(rows, positive)
-        gradients = contrastive.reference.backward(
-            own, text, scale, 0, rows_lse, columns_lse, weight, positive_grad, chunk_size, image.dtype
-        )
+        upstream = SoftmaxGradient(rows_lse, columns_lse, weight, positive_grad)
+        gradients = contrastive_reference.backward(call, upstream, image.dtype)
         return [loss, *of_all_copies(copies, *gradients)]
 
     return run
@@ -420,9 +424,8 @@ def siglip_truth(copies: int, chunk_size: int = 256) -> Contender:
     @torch.no_grad()
     def run(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
         own = image[: len(image) // copies]
-        loss, *gradients = contrastive.reference.siglip(
-            own, text, scale, bias, 0, 1 / len(image), chunk_size, image.dtype, with_gradients=True
-        )
+        call = ContrastiveCall(own, text, scale, 0, chunk_size, bias=bias)
+        loss, *gradients = contrastive_reference.siglip(call, 1 / len(image), image.dtype, with_gradients=True)
         return [copies * loss, *of_all_copies(copies, *gradients)]
 
     return run

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bclip_fast.data.loader import NativeLoader
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.loader import Loader
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.writer import ShardWriter
@@ -73,9 +73,9 @@ class Source:
     def num_batches(self) -> int:
         return len(self.dataset) // self.config.batch_size
 
-    def stream(self) -> SampleStream:
+    def stream(self) -> ShardSampler:
         sizes, batch = self.dataset.shard_sizes, self.config.batch_size
-        return SampleStream(sizes, self.dataset.fingerprint, batch_size=batch)
+        return ShardSampler(sizes, self.dataset.fingerprint, batch_size=batch)
 
 
 def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
@@ -157,7 +157,7 @@ def dali_pass(source: Source) -> Pass:
     return one
 
 
-def our_pass(source: Source, loader: type[NativeLoader]) -> Pass:
+def our_pass(source: Source, loader: type[Loader]) -> Pass:
     def one() -> Iterator[Tensor]:
         preprocess = Preprocess(PreprocessConfig(size=source.config.size))
         options: dict[str, Any] = dict(num_threads=source.config.workers)
@@ -178,7 +178,7 @@ def contenders(source: Source) -> dict[str, Callable[[], Pass]]:
     if source.config.dali:
         found["DALI CPU"] = lambda: dali_pass(source)
         found["ours, DALI CPU"] = ours_with_dali
-    found["ours"] = lambda: our_pass(source, NativeLoader)
+    found["ours"] = lambda: our_pass(source, Loader)
     return found
 
 

@@ -32,7 +32,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.tower_config import PUBMEDBERT
-from bclip_fast.train.engine.malloc import keep_freed_memory
+from bclip_fast.train.engine.malloc import set_malloc_trim
 from bclip_fast.train.engine.optimizer import AdamW
 from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
@@ -215,7 +215,7 @@ class Step:
     def __call__(self) -> list[float]:
         dtype = _DTYPES[self.config.precision]
         features, image = self.features, self.image
-        keep_freed_memory(isinstance(features, Features) and features.keeps_memory)
+        set_malloc_trim(isinstance(features, Features) and features.keeps_memory)
         with contextlib.ExitStack() as stack:
             _set_checkpointing(self.model, features.checkpointing)
             if isinstance(features, Features):

@@ -27,9 +27,9 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
-from bclip_fast.train.step_timer import StepClock
+from bclip_fast.train.step_timer import StepTimer
 
 from .cases import Unavailable
 from .loader import LoaderConfig, figures_to_shards
@@ -209,7 +209,7 @@ class _Meter:
 
     def __init__(self, model: nn.Module, num_steps: int) -> None:
         self._module, self._num_steps = model, num_steps
-        self._clock = StepClock(torch.device("cpu"))
+        self._clock = StepTimer(torch.device("cpu"))
         self.records: list[dict[str, float]] = []
         self.model = _Stand(model, self.timed(model, "forward"))
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -218,7 +218,7 @@ class _Meter:
     def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            self._clock.mark(part)
+            self._clock.lap(part)
             return result
 
         return call

@@ -1,1 +1,1 @@
-"""From articles and images on disk to batches: ingest, shards, order, loaders, transforms."""
+"""Training data: shards, sampler, loaders, transforms, storage."""

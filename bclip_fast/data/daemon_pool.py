@@ -1,4 +1,4 @@
-"""A pool of daemon threads: one that is stuck in a read cannot be ended, and must not keep the process from ending."""
+"""A pool of daemon threads. They don't block the interpreter's exit, even if one is stuck in a read."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Workers:
-    """`submit(function, ...)` as a ThreadPoolExecutor, whose threads the interpreter's exit would wait for."""
+class DaemonPool:
+    """A pool with the `submit` of ThreadPoolExecutor. Unlike that class, it never delays the interpreter's exit."""
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
             queue.SimpleQueue()
         )
         self._threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{i}", daemon=True)
+            threading.Thread(target=_run_tasks, args=(self._tasks,), name=f"{name}-{i}", daemon=True)
             for i in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Schedule a call of `function`."""
         future: Future[T] = Future()
         self._tasks.put((future, function, args))
         return future
 
     def close(self, wait_s: float) -> bool:
-        """Ends the threads once what was submitted is done or cancelled; False where one still ran after `wait_s`."""
+        """End the threads after the submitted calls. Return False if a thread still runs after `wait_s` seconds."""
         for _ in self._threads:
             self._tasks.put(None)
         deadline = time.monotonic() + wait_s
@@ -41,7 +42,7 @@ class Workers:
         return not any(thread.is_alive() for thread in self._threads)
 
 
-def _work(tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]) -> None:
+def _run_tasks(tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]) -> None:
     while (task := tasks.get()) is not None:
         future, function, args = task
         if future.set_running_or_notify_cancel():
@@ -49,5 +50,5 @@ def _work(tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[
                 future.set_result(function(*args))
             except BaseException as error:
                 future.set_exception(error)
-        # Until the next task comes, nothing of this one is kept alive.
+        # Don't keep the objects of this task alive while waiting for the next one.
         del task, future, function, args

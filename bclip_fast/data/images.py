@@ -17,12 +17,13 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def open_image(data: bytes, name: Callable[[], str]) -> Image:
-    """The decoded picture, in the mode of its file: conversion to RGB is the preprocess's business.
+    """Return the decoded image in the mode of its file. Preprocessing converts it to RGB.
 
-    `name` says which picture it is; it is asked in case of an error only, since asking may cost a read.
+    Args:
+        name: function that returns the image's name for an error message. It is called only then: it may read a file.
 
     Raises:
-        UserError: not an image of a known format, broken, or over `MAX_IMAGE_PIXELS`.
+        UserError: the image has an unknown format, is broken, or exceeds `MAX_IMAGE_PIXELS`.
     """
     from PIL import Image
 
@@ -30,7 +31,7 @@ def open_image(data: bytes, name: Callable[[], str]) -> Image:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise UserError(
-                f"image {name()} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}: scale it down"
+                f"image {name()} has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
             )
         image.load()
     except UserError:

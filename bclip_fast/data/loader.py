@@ -1,4 +1,4 @@
-"""Batches from shards by a pool of threads in this process: read, decode, crop, resize, tokenise."""
+"""Load batches from shards in a pool of threads: read, decode, crop, resize, tokenise."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
-from .daemon_pool import Workers
-from .sampler import SampleStream
+from .daemon_pool import DaemonPool
+from .sampler import ShardSampler
 from .shards.format import Sample
 from .shards.reader import BadSample, ShardDataset
 from .transform import Preprocess, random_resized_crop_box
 
 log = logging.getLogger(__name__)
 
-# What closing waits for threads that merely finish what they are at; a stuck one is left to the process's end.
+# Time that `close` waits for the threads. A thread that is stuck longer stays alive until the process ends.
 _CLOSE_S = 10.0
 
 Box = tuple[int, int, int, int]
@@ -35,9 +35,12 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A damaged sample, in whose place at (epoch, position) another one was tried.
+    """A damaged sample that a fallback replaces at (epoch, position).
 
-    index: in the split. key, shard: by the shard's index file. reason: what is wrong with it.
+    Attributes:
+        index: index in the split.
+        key, shard: name and shard according to the shard's index file.
+        reason: description of the damage.
     """
 
     epoch: int
@@ -50,12 +53,16 @@ class BadRecord:
 
 @dataclass
 class Batch:
-    """One rank's slice of a global batch, or a micro-batch of it.
+    """One rank's part of a global batch, or a micro-batch of it.
 
-    images: (b, size, size, 3) uint8 RGB. ids: (T,) int64, the tokens of all captions, one after another.
-    lengths: how many each of the b captions has. keys: b names. epoch: which pass over the data.
-    bad: the samples that reserves stand in for, in the order of their rows; a reserve may itself be among them.
-    last: whether the rank's slice ends here.
+    Attributes:
+        images: (b, size, size, 3) uint8 RGB.
+        ids: (T,) int64, the tokens of all captions, one caption after another.
+        lengths: number of tokens of each of the b captions.
+        keys: names of the b samples.
+        epoch: number of the pass over the data, from 0.
+        bad: the damaged samples that fallbacks replace, in the order of their rows. They include damaged fallbacks.
+        last: whether this is the rank's last micro-batch of the global batch.
     """
 
     images: Tensor
@@ -67,39 +74,41 @@ class Batch:
     last: bool = True
 
 
-class NativeLoader:
-    """Iterates `Batch`, endlessly, from the stream's position on; a context manager, or call `close()`.
+class Loader:
+    """An endless iterator of `Batch`, from the sampler's position on. Use it as a context manager, or call `close()`.
 
-    Where the stream divides a rank's share of a global batch into micro-batches, these are what comes, one by one.
+    If the sampler divides a rank's part of a global batch into micro-batches, the iterator yields these.
 
-    The batches depend on the stream and the dataset's bytes alone, not on `num_threads` or `prefetch_batches`.
-    `state_dict()` counts the batches that were handed out whole: what was merely prefetched comes again after a resume.
+    The batches depend only on the sampler and the dataset's bytes, not on `num_threads` or `prefetch_batches`.
+    `state_dict()` counts the global batches that were yielded completely. Prefetched batches come again after a resume.
 
-    A sample that is damaged, so that it can't be parsed or decoded, is replaced by SampleStream.reserves of its
-    position and listed in `Batch.bad`. Storage that fails is no reason to train on something else: a shard that cannot
-    be read, is gone or ends early is a ReadError that names it, once `dataset.files` has tried often enough.
+    A damaged sample, which cannot be parsed or decoded, is replaced by one of `ShardSampler.fallbacks` and listed in
+    `Batch.bad`. A fault of the storage stops the iteration instead. If a shard is missing, unreadable or too short,
+    `dataset.storage` raises a ReadError after its last attempt.
 
     Args:
-        dataset: where the samples are.
-        tokenize: list of n captions -> the token ids of each; called from several threads.
-        stream: the order, and this rank's part of it.
-        preprocess: the evaluation transform; gives the size and, without `augment`, the pixels.
-        augment: random resized crops (a function of seed, epoch and sample) in place of the centre crop.
-        crop_scale, crop_ratio: area and aspect ratio of those crops, as torchvision's RandomResizedCrop.
-        num_threads: threads that decode.
-        prefetch_batches: batches in preparation ahead of the one handed out; those of a URL are being read.
+        dataset: the samples.
+        tokenize: function from n captions to the token ids of each. Several threads call it.
+        sampler: the order of the samples, and this rank's part of it.
+        preprocess: the evaluation transform. It sets the size and, without `augment`, the pixels.
+        augment: use random resized crops in place of the centre crop. They depend on seed, epoch and sample.
+        crop_scale, crop_ratio: area and aspect ratio of these crops, as in torchvision's RandomResizedCrop.
+        num_threads: number of threads that decode.
+        prefetch_batches: number of batches to prepare ahead.
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
-        timeout_s: a batch that isn't ready this long after it was asked for is an error.
+        timeout_s: time limit for a batch, in seconds.
 
-    Iterating raises UserError: a ReadError; NUM_RESERVES damaged samples in a row; a batch that took longer than
-    `timeout_s`, with what the threads are reading. The loader is closed then.
+    Raises, from `__next__`, and closes the loader:
+        ReadError: the storage failed.
+        UserError: a sample and its NUM_FALLBACKS fallbacks are damaged, or a batch exceeds `timeout_s`. The latter
+            message lists the reads in progress.
     """
 
     def __init__(
         self,
         dataset: ShardDataset,
         tokenize: Callable[[list[str]], list[list[int]]],
-        stream: SampleStream,
+        sampler: ShardSampler,
         preprocess: Preprocess,
         *,
         augment: bool = True,
@@ -112,11 +121,11 @@ class NativeLoader:
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
-                f"num_threads={num_threads}, prefetch_batches={prefetch_batches}, timeout_s={timeout_s}: "
-                "need at least 1, at least 0 and more than 0"
+                f"num_threads={num_threads} must be at least 1, prefetch_batches={prefetch_batches} at least 0, "
+                f"and timeout_s={timeout_s} more than 0"
             )
         self.dataset = dataset
-        self.stream = stream
+        self.sampler = sampler
         self._tokenize = tokenize
         self._preprocess = preprocess
         self._augment = augment
@@ -127,11 +136,11 @@ class NativeLoader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._stop = threading.Event()
-        self._pool = Workers(num_threads, "bclip-loader")
-        # What comes when is found out in a thread too: it reads the shards' index files.
-        self._planner = Workers(1, "bclip-planner")
+        self._pool = DaemonPool(num_threads, "bclip-loader")
+        # Computing the order reads index files, so a thread does it too.
+        self._planner = DaemonPool(1, "bclip-planner")
         self._pending: deque[Future[_Pending]] = deque()
-        self._next = (stream.next_batch, 0)
+        self._next = (sampler.next_batch, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -143,7 +152,7 @@ class NativeLoader:
             self._pending.append(self._planner.submit(self._start, *self._next))
             number, micro_batch = self._next[0], self._next[1] + 1
             self._next = (
-                (number, micro_batch) if micro_batch < self.stream.num_micro_batches(number) else (number + 1, 0)
+                (number, micro_batch) if micro_batch < self.sampler.num_micro_batches(number) else (number + 1, 0)
             )
         deadline = time.monotonic() + self._timeout_s
         pending = self._pending[0]
@@ -151,11 +160,11 @@ class NativeLoader:
             plan = pending.result(self._timeout_s)
             parts = [part.result(max(0.0, deadline - time.monotonic())) for part in plan.parts]
         except BaseException as error:
-            # concurrent.futures' own class until Python 3.11; a timeout that a thread raised is that thread's error.
-            late = isinstance(error, FutureTimeout) and time.monotonic() >= deadline
-            message = f"no batch within timeout_s={self._timeout_s:g}: {self._activity()}" if late else ""
-            self.close(0.0 if late else _CLOSE_S)
-            if late:
+            # concurrent.futures has its own TimeoutError before Python 3.11. A thread may also raise one, but earlier.
+            is_late = isinstance(error, FutureTimeout) and time.monotonic() >= deadline
+            message = f"no batch within timeout_s={self._timeout_s:g}: {self._activity()}" if is_late else ""
+            self.close(0.0 if is_late else _CLOSE_S)
+            if is_late:
                 raise UserError(message) from None
             raise
         self._pending.popleft()
@@ -171,21 +180,20 @@ class NativeLoader:
         if self._pin:
             batch.ids = batch.ids.pin_memory()
         if batch.last:
-            self.stream.num_consumed += self.stream.batch_size_of(batch.epoch)
+            self.sampler.num_consumed += self.sampler.batch_size_of(batch.epoch)
         return batch
 
     def _activity(self) -> str:
+        """Describe the reads in progress, for a timeout's message."""
         now = time.monotonic()
-        reading = [f"{what} for {now - since:.1f} s" for what, since in list(self.dataset.files.reading.values())]
-        return (
-            "reading " + "; ".join(sorted(reading))
-            if reading
-            else "decoding or tokenising takes longer, no read is under way"
-        )
+        active_reads = list(self.dataset.storage.active_reads.values())
+        if not active_reads:
+            return "no read is in progress, so decoding or tokenising takes too long"
+        return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
 
     def _start(self, number: int, micro_batch: int) -> _Pending:
-        epoch, positions = self.stream.batch(number, micro_batch)
-        indices = [self.stream.sample(epoch, position) for position in positions]
+        epoch, positions = self.sampler.batch(number, micro_batch)
+        indices = [self.sampler.sample(epoch, position) for position in positions]
         images = self._allocate(len(indices))
         step = -(-len(indices) // self._num_parts)
         parts = []
@@ -193,7 +201,7 @@ class NativeLoader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch, micro_batch + 1 == self.stream.num_micro_batches(number))
+        return _Pending(images, parts, epoch, micro_batch + 1 == self.sampler.num_micro_batches(number))
 
     def _allocate(self, count: int) -> Tensor:
         size = self._preprocess.config.size
@@ -207,39 +215,39 @@ class NativeLoader:
         indices: list[int],
         read: Callable[[], list[Sample | BadSample]],
     ) -> _Part:
-        """Writes the pixels of some samples into `out`; a damaged one's row gets those of its first good reserve."""
+        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback."""
         self._check_open()
         samples = read()
         bad = []
         for row, reason in sorted(self._decode(out, epoch, indices, samples).items()):
             bad.append(self._record(epoch, positions[row], indices[row], reason))
-            for index in self.stream.reserves(epoch, positions[row]):
+            for index in self.sampler.fallbacks(epoch, positions[row]):
                 self._check_open()
-                found = self.dataset.fetch([index])()
-                reasons = self._decode(out[row : row + 1], epoch, [index], found)
+                fallback = self.dataset.fetch([index])()
+                reasons = self._decode(out[row : row + 1], epoch, [index], fallback)
                 if not reasons:
-                    samples[row] = found[0]
+                    samples[row] = fallback[0]
                     break
                 bad.append(self._record(epoch, positions[row], index, reasons[0]))
             else:
                 raise UserError(
                     f"sample {bad[-1].key} of {bad[-1].shard} and {len(bad) - 1} before it are damaged: "
-                    f"{bad[-1].reason}; see bclip_fast.data.shards.verify and build {self.dataset.root} again"
+                    f"{bad[-1].reason}; check {self.dataset.root} with bclip ingest verify and build it again"
                 )
-        good = [sample for sample in samples if isinstance(sample, Sample)]
-        tokens = self._tokenize([sample.caption for sample in good])
+        intact = [sample for sample in samples if isinstance(sample, Sample)]
+        tokens = self._tokenize([sample.caption for sample in intact])
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in good], ids, list(map(len, tokens)), bad)
+        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
-            raise RuntimeError("the loader was closed")
+            raise RuntimeError("the loader is closed")
 
     def _record(self, epoch: int, position: int, index: int, reason: str) -> BadRecord:
         return BadRecord(epoch, position, index, *self.dataset.name_of(index), reason)
 
     def _decode(self, out: Tensor, epoch: int, indices: list[int], samples: list[Sample | BadSample]) -> dict[int, str]:
-        """Pixels of samples into the rows of `out`; what is wrong with those that have none, by row."""
+        """Decode samples into the rows of `out`. Return the reason of each failure, by row."""
         reasons: dict[int, str] = {}
         jpegs: list[bytes] = []
         boxes: list[Box] = []
@@ -251,28 +259,28 @@ class NativeLoader:
                 if self._augment:
                     height, width = image_ops.peek_size(sample.image)
                     box = random_resized_crop_box(
-                        height, width, self.stream.seed, epoch, index, self._crop_scale, self._crop_ratio
+                        height, width, self.sampler.seed, epoch, index, self._crop_scale, self._crop_ratio
                     )
                 jpeg = sample.image
             except ValueError as error:
                 reasons[row] = str(error)
             jpegs.append(jpeg)
             boxes.append(box)
-        return {**self._pixels(out, jpegs, boxes if self._augment else None), **reasons}
+        return {**self._decode_jpegs(out, jpegs, boxes if self._augment else None), **reasons}
 
-    def _pixels(self, out: Tensor, jpegs: list[bytes], boxes: list[Box] | None) -> dict[int, str]:
-        """Decodes each JPEG into its row of `out`, (n, size, size, 3) uint8.
+    def _decode_jpegs(self, out: Tensor, jpegs: list[bytes], boxes: list[Box] | None) -> dict[int, str]:
+        """Decode each JPEG into its row of `out`, (n, size, size, 3) uint8. Return the reason of each failure, by row.
 
-        `boxes`: (top, left, height, width) of the crop that is resized, by row; None is the evaluation transform.
-        Returns what is wrong with those that cannot be decoded, by row.
+        Args:
+            boxes: (top, left, height, width) of the crop to resize, by row. None: the evaluation transform.
         """
         self._check_open()
         config = self._preprocess.config
-        whole: Literal["squash", "center"] = "squash" if config.resize_mode == "squash" else "center"
+        evaluation_crop: Literal["squash", "center"] = "squash" if config.resize_mode == "squash" else "center"
         _, errors = image_ops.decode_resize(
             jpegs,
             config.size,
-            crop=whole if boxes is None else boxes,
+            crop=evaluation_crop if boxes is None else boxes,
             interpolation=config.interpolation,
             out=out,
             threads=1,
@@ -280,13 +288,14 @@ class NativeLoader:
         return {row: f"cannot be decoded: {reason}" for row, reason in errors.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
+        """Return the sampler's state after the last complete global batch."""
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`; batches prefetched so far are dropped. Raises as SampleStream.load_state_dict."""
-        self.stream.load_state_dict(state)
+        """Continue from `state` and discard prefetched batches. Raises as ShardSampler.load_state_dict does."""
+        self.sampler.load_state_dict(state)
         self._drop()
-        self._next = (self.stream.next_batch, 0)
+        self._next = (self.sampler.next_batch, 0)
 
     def _drop(self) -> None:
         while self._pending:
@@ -295,17 +304,17 @@ class NativeLoader:
                 plan.add_done_callback(_cancel_parts)
 
     def close(self, wait_s: float = _CLOSE_S) -> None:
-        """Ends the threads; waits for what each is at, a thread that is stuck is left behind after `wait_s`."""
+        """End the threads. Leave a stuck thread behind after `wait_s` seconds."""
         if self._stop.is_set():
             return
         self._stop.set()
         self._drop()
-        # The planner first: what it submits is still to be cancelled.
-        ended = [self._planner.close(wait_s), self._pool.close(wait_s)]
-        if not all(ended):
-            log.warning("a thread of the loader is stuck and left behind: %s", self._activity())
+        # Close the planner first: the tasks that it submits must be cancelled too.
+        has_ended = [self._planner.close(wait_s), self._pool.close(wait_s)]
+        if not all(has_ended):
+            log.warning("a thread of the loader is stuck and stays behind: %s", self._activity())
 
-    def __enter__(self) -> NativeLoader:
+    def __enter__(self) -> Loader:
         return self
 
     def __exit__(

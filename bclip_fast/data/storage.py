@@ -1,11 +1,11 @@
-"""Where the files of a dataset are read: in a folder, or below any URL that fsspec knows (s3://, https://, ...).
+"""Read the files of a dataset from a folder, or from any URL that fsspec supports (s3://, https://, ...).
 
-A read that fails is tried again, later and later. What still fails is a ReadError that names the file: a fault of the
-storage, which stops a run rather than changes what it is trained on, since a resumed run continues exactly.
+A failed read is repeated with growing delays. If it keeps failing, it raises a ReadError that names the file. Such a
+fault of the storage stops a run: skipping the samples would change the data that the run is trained on.
 
-A folder is read with `pread`: 1.75 times as fast as a memory map from a cold cache (2 threads, 100 kB a sample: 9,700
-against 5,500 reads/s; from a warm one the map is 1.4 times as fast, at over 80,000 reads/s), and a file that shrinks is
-a short read, not a signal that kills the process.
+Folders are read with `pread`. From a cold cache, it is 1.75 times as fast as a memory map: 9,700 against 5,500 reads/s
+with 2 threads and 100 kB a sample. From a warm cache, the memory map is 1.4 times as fast, at over 80,000 reads/s. With
+`pread`, a file that shrinks gives a short read. With a memory map, it would kill the process with a signal.
 """
 
 from __future__ import annotations
@@ -26,104 +26,110 @@ from bclip_fast.errors import UserError
 T = TypeVar("T")
 
 MAX_OPEN_FILES = 128
+# Name of the part of a file that a read of all its bytes has in messages.
+_WHOLE_FILE = "the whole file"
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 10.0
 
 
 class ReadError(UserError):
-    """A file that could not be read, whatever was tried; the message names it."""
+    """All attempts to read a file failed. The message names the file."""
 
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """How hard a file is tried to be read, and how a remote one is."""
+    """How to read files, and how to repeat a failed read."""
 
     attempts: int = 5
-    """Times a read is tried, with delays of 0.2, 0.4, 0.8 ... s between, at most 10 s, each shortened at random."""
+    """Number of attempts at a read. The delays between them are 0.2, 0.4, 0.8 ... 10 s, each shortened at random."""
     timeout_s: float = 60.0
-    """Of one attempt, where the URL's file system is asynchronous as HTTP's and S3's are."""
+    """Time limit of one attempt, in seconds. It applies to asynchronous file systems, such as HTTP and S3."""
     connections: int = 16
-    """Reads at a time from a URL."""
+    """Number of reads from a URL at the same time."""
     max_gap_kib: int = 256
-    """Ranges of a remote shard so near one another are read as one. At 50 ms a request and 16 connections, 256 of 544
-    samples of 44 kB took 1.47 s one by one, 0.38 s with gaps of 64 KiB, 0.20 s with 256 KiB and twice the bytes."""
+    """Largest gap, in KiB, between two ranges of a remote shard that one request reads together. Example: 256 of 544
+    samples of 44 kB, at 50 ms a request and 16 connections, took 1.47 s one by one. It took 0.38 s with gaps of 64 KiB,
+    and 0.20 s and twice the bytes with gaps of 256 KiB."""
     cache_dir: str = ""
-    """Folder for copies of remote shards, which are then downloaded whole; processes and runs can share it."""
+    """Folder for complete copies of remote shards. Processes and runs can share it. Empty: no copies."""
     cache_gib: float = 64.0
-    """What the copies may take; the least recently opened ones go first. One more a process may be on its way."""
+    """Limit for the copies in GiB. The least recently opened copies are removed first. Each process may exceed the
+    limit by the one shard that it downloads."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.timeout_s <= 0 or self.connections < 1 or self.max_gap_kib < 0:
             raise UserError(
-                f"attempts={self.attempts}, timeout_s={self.timeout_s}, connections={self.connections}, "
-                f"max_gap_kib={self.max_gap_kib}: need at least 1, more than 0, at least 1 and 0"
+                f"attempts={self.attempts} and connections={self.connections} must be at least 1, "
+                f"timeout_s={self.timeout_s} must be more than 0, max_gap_kib={self.max_gap_kib} at least 0"
             )
         if self.cache_gib <= 0:
             raise UserError(f"cache_gib={self.cache_gib}: must be more than 0")
 
 
-class Files:
-    """The files below a root. Safe between threads, after pickling, and after a fork.
+class Storage:
+    """The files below a root. Safe for several threads, after pickling, and after a fork.
 
-    Attributes: `remote`: reads take a round trip, so that many at once and merged ones pay; `reading`: what threads
-    read just now, by thread, as (name and bytes, since when): what a stuck one is stuck in.
+    Attributes:
+        remote: whether a read takes a network round trip, so that parallel and merged reads are worthwhile.
+        active_reads: (file and bytes, start time) of the read that each thread makes now. It tells where one is stuck.
     """
 
     remote = False
 
     def __init__(self, config: ReadConfig) -> None:
         self.config = config
-        self.reading: dict[int, tuple[str, float]] = {}
+        self.active_reads: dict[int, tuple[str, float]] = {}
 
     def path(self, name: str) -> str:
-        """What messages call the file."""
+        """Return the path or URL of a file, as messages show it."""
         raise NotImplementedError
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a file. Raises ReadError."""
-        data = self._try(name, f"bytes {start} to {end}", lambda: self._read(name, start, end))
+        """Return the bytes [start, end) of a file. Raises ReadError."""
+        data = self._retry(name, f"bytes {start} to {end}", lambda: self._read(name, start, end))
         if len(data) != end - start:
             raise ReadError(f"{self.path(name)}: ends before byte {end} (truncated?); copy it again")
         return data
 
     def json(self, name: str) -> Any:
-        """What a whole file says. Raises FileNotFoundError where there is none, ReadError."""
-        return self._try(name, "the whole file", lambda: json.loads(self._whole(name)))
+        """Parse a JSON file. Raises FileNotFoundError or ReadError."""
+        return self._retry(name, _WHOLE_FILE, lambda: json.loads(self._read_all(name)))
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         raise NotImplementedError
 
-    def _whole(self, name: str) -> bytes:
+    def _read_all(self, name: str) -> bytes:
         raise NotImplementedError
 
     def _is_final(self, error: Exception) -> bool:
-        """Another attempt would fail like this one; JSON that came over a network may have been cut on the way."""
+        """Return whether another attempt would fail too. Invalid JSON is final unless a network may have cut it."""
         final = (FileNotFoundError, PermissionError, IsADirectoryError) + (() if self.remote else (ValueError,))
         return isinstance(error, final)
 
-    def _try(self, name: str, what: str, function: Callable[[], T]) -> T:
+    def _retry(self, name: str, part: str, function: Callable[[], T]) -> T:
+        """Call `function` until it succeeds or all attempts have failed. `part`: the part of the file that it reads."""
         thread = threading.get_ident()
         for attempt in range(1, self.config.attempts + 1):
-            self.reading[thread] = f"{self.path(name)}, {what}", time.monotonic()
+            self.active_reads[thread] = f"{self.path(name)}, {part}", time.monotonic()
             try:
                 return function()
             except (UserError, AttributeError, TypeError, NameError):
                 raise
             except Exception as error:
-                if isinstance(error, FileNotFoundError) and what == "the whole file":
+                if isinstance(error, FileNotFoundError) and part == _WHOLE_FILE:
                     raise
                 if attempt == self.config.attempts or self._is_final(error):
-                    tried = f" ({attempt} attempts)" if attempt > 1 else ""
+                    attempts = f" ({attempt} attempts)" if attempt > 1 else ""
                     reason = str(error) or type(error).__name__
-                    raise ReadError(f"{self.path(name)}: cannot be read, {what}: {reason}{tried}") from error
-                # Ranks that fail together shall not come back together.
+                    raise ReadError(f"{self.path(name)}: cannot be read, {part}: {reason}{attempts}") from error
+                # Random delays, so that ranks that fail together don't all return at the same moment.
                 time.sleep(min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
             finally:
-                self.reading.pop(thread, None)
+                self.active_reads.pop(thread, None)
         raise AssertionError
 
 
-class Descriptor:
-    """A file descriptor that lives as long as a reader holds it, whatever the cache forgets."""
+class FileDescriptor:
+    """A file descriptor that stays open while any reader holds this object, even if the cache drops it."""
 
     def __init__(self, path: Path) -> None:
         self.number = -1
@@ -134,8 +140,8 @@ class Descriptor:
             os.close(self.number)
 
 
-class LocalFiles(Files):
-    """Files in a folder; each read is one `pread`."""
+class LocalStorage(Storage):
+    """Files in a folder. Each read is one `pread`."""
 
     def __init__(self, root: Path, config: ReadConfig) -> None:
         super().__init__(config)
@@ -143,8 +149,8 @@ class LocalFiles(Files):
         self._make_cache()
 
     def _make_cache(self) -> None:
-        # lru_cache holds no lock that a fork could leave locked, and is safe between threads.
-        self._file = functools.lru_cache(MAX_OPEN_FILES)(lambda name: Descriptor(self.root / name))
+        # lru_cache is safe for threads, and has no lock that a fork could copy in its locked state.
+        self._file = functools.lru_cache(MAX_OPEN_FILES)(lambda name: FileDescriptor(self.root / name))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "config": self.config}
@@ -153,24 +159,25 @@ class LocalFiles(Files):
         self.__init__(**state)  # type: ignore[misc]
 
     def path(self, name: str) -> str:
+        """Return the file's path."""
         return str(self.root / name)
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         try:
-            # Held while it is read: the cache may drop it, and with its last reference the descriptor closes.
+            # Hold the object during the read: without a reference, the descriptor would close if the cache drops it.
             file = self._file(name)
             return os.pread(file.number, end - start, start)
         except OSError:
-            # A network's file system may have lost what the descriptor stood for.
+            # On a network file system, the descriptors may have become invalid.
             self._file.cache_clear()
             raise
 
-    def _whole(self, name: str) -> bytes:
+    def _read_all(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
 
-class RemoteFiles(Files):
-    """Files below a URL, through fsspec."""
+class RemoteStorage(Storage):
+    """Files below a URL that fsspec supports."""
 
     remote = True
 
@@ -189,7 +196,7 @@ class RemoteFiles(Files):
         self.__init__(**state)  # type: ignore[misc]
 
     def _connect(self) -> Any:
-        """fsspec's file system; a new one in a forked process, where its threads and sockets are not."""
+        """Return fsspec's file system. A forked process needs a new one, as it has no threads of the old one."""
         if self._process == os.getpid():
             return self._system
         with self._lock:
@@ -206,32 +213,35 @@ class RemoteFiles(Files):
         return self._system
 
     def path(self, name: str) -> str:
+        """Return the file's URL."""
         return f"{self.root}/{name}"
 
     def _cat(self, name: str, **bounds: int) -> bytes:
         system = self._connect()
-        # fsspec's wrapper of asynchronous systems takes the time limit itself, and cancels what exceeds it.
+        # fsspec applies the time limit to asynchronous systems, and cancels reads that exceed it.
         limits = {"timeout": self.config.timeout_s} if system.async_impl else {}
         return system.cat_file(f"{self._base}/{name}", **bounds, **limits)
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         data = self._cat(name, start=start, end=end)
         if len(data) > end - start:
-            raise ReadError(f"{self.path(name)}: the server ignores Range requests; use another, or copy the dataset")
+            raise ReadError(
+                f"{self.path(name)}: the server ignores Range requests; use another server, or copy the dataset"
+            )
         if len(data) < end - start:
-            raise OSError(f"{len(data)} of {end - start} bytes came (truncated?)")
+            raise OSError(f"received {len(data)} of {end - start} bytes (truncated?)")
         return data
 
-    def _whole(self, name: str) -> bytes:
+    def _read_all(self, name: str) -> bytes:
         return self._cat(name)
 
     def _is_final(self, error: Exception) -> bool:
         status = getattr(error, "status", None)
-        refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-        return refused or super()._is_final(error)
+        is_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+        return is_refused or super()._is_final(error)
 
 
-def open_files(root: Path | str, config: ReadConfig | None = None) -> Files:
-    """`root`: a folder, or a URL with a scheme."""
+def open_storage(root: Path | str, config: ReadConfig | None = None) -> Storage:
+    """Open the storage at `root`: a folder, or a URL with a scheme."""
     config = config or ReadConfig()
-    return RemoteFiles(str(root), config) if "://" in str(root) else LocalFiles(Path(root), config)
+    return RemoteStorage(str(root), config) if "://" in str(root) else LocalStorage(Path(root), config)

@@ -1,4 +1,4 @@
-"""Copies of remote shards in a local folder: bounded, shared by processes, named by content."""
+"""Local copies of remote shards. Processes share them, their names are hashes, and their total size is bounded."""
 
 from __future__ import annotations
 
@@ -12,56 +12,60 @@ from pathlib import Path
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing
 
-from .storage import MAX_OPEN_FILES, Descriptor, LocalFiles, ReadConfig, ReadError, RemoteFiles
+from .storage import MAX_OPEN_FILES, FileDescriptor, LocalStorage, ReadConfig, ReadError, RemoteStorage
 
 _PIECE = 8 << 20
 
 
-class CachedFiles(LocalFiles):
-    """Reads a shard from its copy in `config.cache_dir`, which the first read of it downloads whole.
+class CachedStorage(LocalStorage):
+    """Reads shards from copies in `config.cache_dir`. The first read of a shard downloads all of it.
 
-    A copy is called by its SHA-256, so that datasets share the folder and a rebuilt one finds none of the old. It is
-    downloaded by one process while others wait for it, appears whole or not at all, and only if its hash is right.
-    Where copies would exceed `config.cache_gib`, those opened least recently are removed; who has one open keeps it.
+    The name of a copy is its SHA-256, so datasets can share the folder, and a rebuilt dataset uses no old copies.
+    One process downloads a copy while others wait for it. The copy appears atomically, and only if its hash is right.
+    If the copies would exceed `config.cache_gib`, the least recently opened ones are removed. A process that has one
+    open can still read it.
 
     Args:
-        source: where the shards are.
-        shards: file name -> (size in bytes, SHA-256 in hexadecimal).
+        source: storage of the shards.
+        shards: size in bytes and SHA-256 in hexadecimal of each file, by name.
     """
 
     remote = True
 
-    def __init__(self, source: RemoteFiles, shards: Mapping[str, tuple[int, str]], config: ReadConfig) -> None:
+    def __init__(self, source: RemoteStorage, shards: Mapping[str, tuple[int, str]], config: ReadConfig) -> None:
         self.source = source
         self.shards = shards
         self._limit = int(config.cache_gib * (1 << 30))
         if (largest := max(size for size, _ in shards.values())) > self._limit:
-            raise UserError(f"cache_gib={config.cache_gib}: a shard of {source.root} has {largest / (1 << 30):.3g} GiB")
+            raise UserError(
+                f"cache_gib={config.cache_gib} is too small: a shard of {source.root} has {largest / (1 << 30):.3g} GiB"
+            )
         super().__init__(Path(config.cache_dir), config)
         self.root.mkdir(parents=True, exist_ok=True)
 
     def _make_cache(self) -> None:
-        self._file = functools.lru_cache(MAX_OPEN_FILES)(lambda name: Descriptor(self._copy(name)))
+        self._file = functools.lru_cache(MAX_OPEN_FILES)(lambda name: FileDescriptor(self._copy(name)))
 
     def __getstate__(self) -> dict[str, object]:
         return {"source": self.source, "shards": self.shards, "config": self.config}
 
     def path(self, name: str) -> str:
+        """Return the file's URL."""
         return self.source.path(name)
 
-    def _whole(self, name: str) -> bytes:
-        return self.source._whole(name)
+    def _read_all(self, name: str) -> bytes:
+        return self.source._read_all(name)
 
     def _is_final(self, error: Exception) -> bool:
-        # A copy that another process removed just before it was opened; where the source has none is a ReadError.
+        # Another process may remove a copy just before this one opens it. A file that the source lacks is a ReadError.
         return not isinstance(error, FileNotFoundError) and super()._is_final(error)
 
     def _copy(self, name: str) -> Path:
-        """The copy, downloaded if it isn't there."""
+        """Return the path of the copy. Download it if necessary."""
         size, digest = self.shards[name]
         path = self.root / f"{digest}.tar"
         if not path.exists():
-            # A lock that its holder's death releases; each thread has a descriptor of its own.
+            # The death of its holder releases this lock. Each thread has its own descriptor.
             with (self.root / f"{digest}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():
@@ -79,7 +83,7 @@ class CachedFiles(LocalFiles):
                     actual.update(piece)
                     file.write(piece)
             if actual.hexdigest() != digest:
-                raise ReadError(f"{self.path(name)}: its SHA-256 is not that of dataset.json; copy it again")
+                raise ReadError(f"{self.path(name)}: its SHA-256 differs from dataset.json; copy it to the URL again")
 
     def _make_room(self, size: int) -> None:
         with (self.root / "room.lock").open("w") as lock:

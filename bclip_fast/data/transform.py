@@ -1,4 +1,4 @@
-"""Images to model input: open_clip's evaluation transform on Pillow alone, and the random crop of training."""
+"""Convert images to model input: open_clip's evaluation transform with Pillow only, and the random crop of training."""
 
 from __future__ import annotations
 
@@ -10,72 +10,72 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..ops.image import CLIP_MEAN, CLIP_STD, shortest_edge_size
+from bclip_fast.errors import UserError
+from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, shortest_edge_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# A strip one pixel high would be resized to any width: this is 400 MB as RGB.
+# Limit for very long images, whose shorter side is enlarged. As RGB, these pixels take 400 MB.
 _MAX_RESIZED_PIXELS = 1 << 27
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What `preprocess_cfg` of an open_clip_config.json says; the defaults are BiomedCLIP's."""
+    """The `preprocess_cfg` of an open_clip_config.json. The defaults are BiomedCLIP's."""
 
     size: int = 224
-    """Side of the square result in pixels."""
+    """Side of the square result, in pixels."""
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
-    """shortest: the shorter edge becomes `size`, then a centre crop; squash: both edges become `size`."""
+    """shortest: the shorter edge becomes `size`, then a centre crop follows. squash: both edges become `size`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= 16384:
-            raise UserError(f"preprocess size is {self.size!r}; it must be a whole number from 1 to 16384")
+            raise UserError(f"preprocess size={self.size!r} must be a whole number from 1 to 16384")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-                raise UserError(f"preprocess {name} is {values!r}; it must be three numbers")
+                raise UserError(f"preprocess {name}={values!r} must be three finite numbers")
         if not all(self.std):
-            raise UserError(f"preprocess std is {self.std!r}; none of its numbers may be 0")
+            raise UserError(f"preprocess std={self.std!r} must not contain 0")
         if self.interpolation not in ("bicubic", "bilinear"):
-            raise UserError(f"preprocess interpolation is {self.interpolation!r}; choose bicubic or bilinear")
+            raise UserError(f"preprocess interpolation={self.interpolation!r} must be bicubic or bilinear")
         if self.resize_mode not in ("shortest", "squash"):
-            raise UserError(f"preprocess resize_mode is {self.resize_mode!r}; choose shortest or squash")
+            raise UserError(f"preprocess resize_mode={self.resize_mode!r} must be shortest or squash")
 
 
 class Preprocess:
     """open_clip's evaluation transform: resize, centre crop, scale to [0, 1], normalise.
 
-    The image is converted to RGB first. open_clip converts after the resize; for RGB images there is no difference,
-    but a palette (P), bilevel (1) or 16-bit (I;16) image resized before the conversion is resized in colour indices,
-    without antialiasing, or clipped: a wrong picture, which is why the order here differs for those modes.
+    This class converts to RGB first, and open_clip converts after the resize. RGB images give the same result. Some
+    other modes come out wrong in open_clip. It resizes the colour indices of a palette image (P), does not antialias
+    a bilevel image (1), and clips a 16-bit image (I;16).
     """
 
     def __init__(self, config: PreprocessConfig | None = None) -> None:
         self.config = config or PreprocessConfig()
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode -> (3, size, size) float32.
+        """Convert an image of any size and mode to (3, size, size) float32.
 
         Raises:
-            UserError: the picture is so long and narrow that its resized form wouldn't fit in memory.
+            UserError: the image is so narrow that its resized form would not fit in memory.
         """
         pixels = self.to_uint8(image)
-        # The operations of torchvision's ToTensor and Normalize in their order, so that results are equal bit for bit.
+        # Use the same operations in the same order as torchvision's ToTensor and Normalize, for bitwise equal results.
         scaled = pixels.permute(2, 0, 1).contiguous().float().div(255)
         return scaled.sub_(_channels(self.config.mean)).div_(_channels(self.config.std))
 
     def to_uint8(self, image: Image.Image) -> Tensor:
-        """The resized and cropped picture before scaling: (size, size, 3) uint8."""
+        """Resize and crop an image, without scaling its values: (size, size, 3) uint8."""
         from PIL import Image as Pillow
 
         size = self.config.size
         image = to_rgb(image)
-        height, width, top, left = self.place(image.height, image.width)
+        height, width, top, left = self.geometry(image.height, image.width)
         target = (width, height)
         if target != image.size:
             bicubic = self.config.interpolation == "bicubic"
@@ -83,24 +83,24 @@ class Preprocess:
         image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image))
 
-    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """(height, width) to which a picture of this size is resized, and (top, left) of the square that is cut out.
+    def geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return (height, width) after the resize of an image of this size, and (top, left) of its square crop.
 
         Raises:
-            UserError: it is so long and narrow that its resized form wouldn't fit in memory.
+            UserError: the image is so narrow that its resized form would not fit in memory.
         """
         size = self.config.size
         if self.config.resize_mode == "squash":
             return size, size, 0, 0
         wide, high = shortest_edge_size(width, height, size)
         if wide * high > _MAX_RESIZED_PIXELS:
-            raise UserError(f"a picture of {width} x {height} pixels is too narrow to be resized to {size}")
-        # torchvision rounds half to even, as Python's round does.
+            raise UserError(f"an image of {width} x {height} pixels is too narrow to be resized to {size}")
+        # Like torchvision, Python's round() rounds half to even.
         return high, wide, round((high - size) / 2), round((wide - size) / 2)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB; 16-bit and float greys are scaled to 8 bits by their own range, not clipped."""
+    """Convert an image to mode RGB. 16-bit and float grey values are scaled from their range to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _grey_to_8_bits(image)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -125,25 +125,26 @@ def random_resized_crop_box(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """The crop of torchvision's RandomResizedCrop, as a function of (seed, epoch, sample) alone.
+    """Return the crop of torchvision's RandomResizedCrop, as a function of (seed, epoch, sample).
 
-    Ten attempts draw an area of `scale` times the image's and an aspect ratio, log-uniform in `ratio`; if none fits,
-    the largest centre crop whose ratio is allowed. The random numbers are those of the counter-based Philox generator
-    keyed by seed and epoch at position `sample`, so the order of calls, workers and ranks don't matter.
+    Each of ten attempts draws an area, uniform in `scale` times the image's area, and an aspect ratio, log-uniform in
+    `ratio`. If no attempt fits, the result is the largest centre crop with an allowed ratio. The random numbers come
+    from the counter-based Philox generator, keyed by seed and epoch, at position `sample`. The order of calls, workers
+    and ranks therefore doesn't matter.
 
     Returns:
         (top, left, height, width) in pixels, inside the image.
 
     Raises:
-        UserError: a size, scale or ratio that is not positive or not in rising order.
+        UserError: a size, scale or ratio is not positive, or a range is not increasing.
     """
     if height < 1 or width < 1:
         raise UserError(f"an image of {height} x {width} pixels cannot be cropped")
     if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
-        raise UserError(f"crop scale {scale} and ratio {ratio} must be positive and rising")
+        raise UserError(f"crop scale {scale} and ratio {ratio} must be positive and increasing")
     mask = 0xFFFFFFFFFFFFFFFF
     bits = np.random.Philox(key=[seed & mask, epoch & mask], counter=[0, 0, sample & mask, 0])
-    # One draw of all 40 numbers costs less than many small ones.
+    # One draw of 40 numbers is faster than many small draws.
     draws = np.random.Generator(bits).random((10, 4))
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for area_draw, ratio_draw, top_draw, left_draw in draws.tolist():
@@ -168,7 +169,7 @@ def normalize(
     std: tuple[float, float, float] = CLIP_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(b, H, W, 3) uint8 -> (b, 3, H, W) of dtype on the same device; computed in float32."""
+    """Normalise (b, H, W, 3) uint8 to (b, 3, H, W) of `dtype` on the same device, computed in float32."""
     scaled = images.permute(0, 3, 1, 2).float().div(255)
     centred = scaled.sub(_channels(mean).to(images.device)).div(_channels(std).to(images.device))
     return centred.to(dtype=dtype, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""Where articles come from: a tree of folders with `.tar`, `.tar.gz`, `.tgz` packages, or an object store (`objects`).
+"""Articles on disk: a tree of folders with `.tar`, `.tar.gz` and `.tgz` packages. `object_store` reads buckets.
 
-In a tree or package an article is an XML file with the images in its folder and in those subfolders that hold no XML of
-their own. Nothing of a package is extracted (a compressed one of more than 64 MiB passes through an unnamed temporary
-file), links are not followed out of the tree, and sizes are checked before bytes are read.
+In a tree or package, an article is an XML file with the images in its folder, or in subfolders without an XML file.
+Packages are read without extracting them. Only a compressed package of more than 64 MiB passes through an unnamed
+temporary file. The reader follows no link out of the tree, and checks the size of a file before reading it.
 """
 
 from __future__ import annotations
@@ -22,32 +22,38 @@ from typing import IO, Any, Protocol
 
 from .safe_xml import MAX_XML_BYTES
 
-# In order of preference: PMC's JPEGs are full size and its GIFs thumbnails of them.
+# In order of preference. PMC's GIFs are thumbnails of its full-size JPEGs.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".gif", ".webp", ".bmp")
 XML_SUFFIXES = (".nxml", ".xml")
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 MAX_IMAGE_BYTES = 64 << 20
-# A compressed package with its videos, unpacked; also what a decompression bomb may cost in time.
+# Limit for a decompressed package, videos included. It also bounds the time that a decompression bomb takes.
 MAX_ARCHIVE_BYTES = 16 << 30
 MAX_ARCHIVE_MEMBERS = 1_000_000
 _XMLS_PER_PACKAGE = 16
-# The headers of an archive are read again for each of its units.
+# Every unit reads all headers of its archive again, so a unit of an archive has more articles.
 _XMLS_PER_ARCHIVE_UNIT = 256
-_MAX_UNPACKED_IN_MEMORY = 64 << 20
+_MAX_BYTES_IN_MEMORY = 64 << 20
 
 
 class SourceError(ValueError):
-    """Something cannot be read; the message is the reason, in one line."""
+    """A file or article is unusable. The message is the reason, in one line."""
 
 
 class FetchError(Exception):
-    """Something could not be read this time (network, server): to be tried again, and no fact about the article."""
+    """A network or server fault prevented a read. It says nothing about the article, so another attempt may succeed."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A unit of work, in plain values. `kind`: folder (`items` are some of its XML files), archive (its articles from
-    `first` on; -1: all), or objects (`items` are articles, `root` the address of the store or the folder of a mirror).
+    """A unit of work, as values that JSON can hold.
+
+    Attributes:
+        kind: "folder", "archive" or "objects".
+        root: folder of the tree or mirror, or address of the store.
+        name: folder or archive, relative to `root`. Empty for objects.
+        items: XML files of a folder, or articles of a store.
+        first: number of the unit's first article in an archive. -1: the unit has all articles.
     """
 
     kind: str
@@ -59,29 +65,36 @@ class Package:
 
 @dataclass(frozen=True)
 class ArticleFiles:
-    """An article as a source knows it: images relative to the folder of the XML; `about`: what it says beside the XML
-    (version, licence, retraction, citation)."""
+    """The files of an article.
+
+    Attributes:
+        xml_name: path of the XML file, relative to the source's root.
+        image_names: paths of the images, relative to the XML's folder.
+        metadata: facts that the source states outside the XML: version, licence, retraction, citation.
+    """
 
     xml_name: str
     image_names: list[str]
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
-class Files(Protocol):
-    """The contents of a package: names are paths with `/`, relative to the root of the source."""
+class ArticleArchive(Protocol):
+    """The contents of a package. Names are paths with `/`, relative to the source's root."""
 
-    # What is there but unusable: (article, name, reason); complete once `articles` is exhausted.
+    # Unusable entries: (article, name, reason). The list is complete once `articles` is exhausted.
     refused: list[tuple[str, str, str]]
 
-    def articles(self) -> Iterable[ArticleFiles]: ...
+    def articles(self) -> Iterable[ArticleFiles]:
+        """Yield the articles of the package."""
+        ...
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file that was listed. Raises SourceError, FetchError."""
+        """Return the bytes of a listed file. Raises SourceError or FetchError."""
         ...
 
 
 def discover(root: Path) -> Iterator[Package]:
-    """All packages of the tree under `root`, in an order that depends on the names alone."""
+    """Yield all packages of the tree under `root`. Their order depends only on the names."""
     for folder, folders, names in os.walk(root):
         folders.sort()
         relative = Path(folder).relative_to(root).as_posix()
@@ -92,16 +105,19 @@ def discover(root: Path) -> Iterator[Package]:
             yield Package("folder", str(root), prefix.rstrip("/"), items)
         for name in sorted(names):
             if name.lower().endswith(ARCHIVE_SUFFIXES):
-                number = _num_articles(Path(folder, name), root)
-                for first in range(0, number, _XMLS_PER_ARCHIVE_UNIT) if number else (-1,):
+                count = _num_articles(Path(folder, name), root)
+                for first in range(0, count, _XMLS_PER_ARCHIVE_UNIT) if count else (-1,):
                     yield Package("archive", str(root), prefix + name, first=first)
 
 
 def _num_articles(path: Path, root: Path) -> int:
-    """Of an archive that several units can read; 0 for a compressed or broken one, which a single unit deals with."""
+    """Return the number of articles of an archive that several units can read.
+
+    0 for a compressed, broken or oversized archive: a single unit reads it.
+    """
     try:
-        with _open_regular(path, root) as file:
-            tar = tarfile.open(fileobj=_Bounded(file, os.fstat(file.fileno()).st_size), mode="r:")
+        with _open_regular_file(path, root) as file:
+            tar = tarfile.open(fileobj=_BoundedStream(file, os.fstat(file.fileno()).st_size), mode="r:")
             count = 0
             for number, info in enumerate(tar):
                 count += info.name.lower().endswith(XML_SUFFIXES)
@@ -114,30 +130,30 @@ def _num_articles(path: Path, root: Path) -> int:
 
 
 @contextmanager
-def open_package(package: Package) -> Iterator[Files]:
-    """The contents of a folder or archive. Raises SourceError: an archive that is truncated, corrupt or too large."""
+def open_package(package: Package) -> Iterator[ArticleArchive]:
+    """Open a folder or archive. Raises SourceError for an archive that is truncated, corrupt or too large."""
     if package.kind == "folder":
-        yield _Folder(package)
+        yield _FolderArchive(package)
         return
     try:
-        with _open_regular(Path(package.root, package.name), Path(package.root)) as file:
-            compressed = file.read(2) == b"\x1f\x8b"
+        with _open_regular_file(Path(package.root, package.name), Path(package.root)) as file:
+            is_compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            if not compressed:
-                yield _Archive(_Bounded(file, os.fstat(file.fileno()).st_size), package)
+            if not is_compressed:
+                yield _TarArchive(_BoundedStream(file, os.fstat(file.fileno()).st_size), package)
                 return
-            with tempfile.SpooledTemporaryFile(_MAX_UNPACKED_IN_MEMORY) as content:
-                _unpack(file, content)
-                yield _Archive(_Bounded(content, MAX_ARCHIVE_BYTES), package)
+            with tempfile.SpooledTemporaryFile(_MAX_BYTES_IN_MEMORY) as content:
+                _decompress(file, content)
+                yield _TarArchive(_BoundedStream(content, MAX_ARCHIVE_BYTES), package)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise SourceError(f"broken archive: {error}") from None
 
 
-def _unpack(file: IO[bytes], content: IO[bytes]) -> None:
-    """Decompressed once: a seek backwards in a gzip stream would start it again from its beginning."""
+def _decompress(file: IO[bytes], content: IO[bytes]) -> None:
+    """Decompress `file` into `content`, once. In a gzip stream, each seek backwards would start from its beginning."""
     total = 0
-    with gzip.GzipFile(fileobj=file) as unzipped:
-        while block := unzipped.read(1 << 20):
+    with gzip.GzipFile(fileobj=file) as decompressed:
+        while block := decompressed.read(1 << 20):
             total += len(block)
             if total > MAX_ARCHIVE_BYTES:
                 raise SourceError(f"archive larger than {MAX_ARCHIVE_BYTES >> 30} GiB")
@@ -146,7 +162,10 @@ def _unpack(file: IO[bytes], content: IO[bytes]) -> None:
 
 
 def assign_images(xml_names: Iterable[str], image_names: Iterable[str]) -> dict[str, list[str]]:
-    """Images by the folder of the XML they belong to, relative to it: beside it or deeper, unless one is nearer."""
+    """Return the images of each folder that holds an XML file, as paths relative to that folder.
+
+    An image belongs to the nearest such folder: its own, or the closest one above it.
+    """
     folders: dict[str, list[str]] = {_folder_of(name): [] for name in xml_names}
     for name in image_names:
         nearest = _folder_of(name)
@@ -161,34 +180,33 @@ def _folder_of(name: str) -> str:
     return name[: name.rfind("/") + 1]
 
 
-def _open_regular(path: Path, root: Path) -> IO[bytes]:
+def _open_regular_file(path: Path, root: Path) -> IO[bytes]:
     if not path.resolve().is_relative_to(root.resolve()):
         raise SourceError("link out of the source folder")
-    # Without O_NONBLOCK, opening a pipe would wait for ever.
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
+    # Without O_NONBLOCK, opening a pipe would wait until another process writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise SourceError("not a regular file")
-    return os.fdopen(number, "rb")
+    return os.fdopen(descriptor, "rb")
 
 
-def _limit(name: str) -> int:
+def _size_limit(name: str) -> int:
     return MAX_XML_BYTES if name.lower().endswith(XML_SUFFIXES) else MAX_IMAGE_BYTES
 
 
 def _check_size(name: str, num_bytes: int) -> None:
-    if num_bytes > _limit(name):
-        raise SourceError(f"larger than {_limit(name) >> 20} MiB")
+    if num_bytes > _size_limit(name):
+        raise SourceError(f"larger than {_size_limit(name) >> 20} MiB")
 
 
-class _Folder:
+class _FolderArchive:
     def __init__(self, package: Package) -> None:
         self._root = Path(package.root)
         self._xml_names = package.items
         self.refused: list[tuple[str, str, str]] = []
         self._images: list[str] = []
-        folder_of_package = self._root / package.name
-        for folder, folders, names in os.walk(folder_of_package):
+        for folder, folders, names in os.walk(self._root / package.name):
             relative = Path(folder).relative_to(self._root).as_posix()
             prefix = "" if relative == "." else f"{relative}/"
             if relative != (package.name or ".") and any(name.lower().endswith(XML_SUFFIXES) for name in names):
@@ -202,21 +220,21 @@ class _Folder:
         return [ArticleFiles(name, images[_folder_of(name)]) for name in self._xml_names]
 
     def read(self, name: str) -> bytes:
-        return read_regular(self._root / name, self._root)
+        return read_regular_file(self._root / name, self._root)
 
 
-def read_regular(path: Path, root: Path) -> bytes:
-    """The bytes of a plain file below `root`. Raises SourceError."""
+def read_regular_file(path: Path, root: Path) -> bytes:
+    """Return the bytes of a regular file below `root`. Raises SourceError."""
     try:
-        with _open_regular(path, root) as file:
+        with _open_regular_file(path, root) as file:
             _check_size(path.name, os.fstat(file.fileno()).st_size)
-            return file.read(_limit(path.name))
+            return file.read(_size_limit(path.name))
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}") from None
 
 
-class _Bounded(io.RawIOBase):
-    """A stream that tarfile may not make us read beyond the limits, whatever sizes the headers claim."""
+class _BoundedStream(io.RawIOBase):
+    """A stream that stops tarfile from reading beyond the limits, no matter which sizes the headers claim."""
 
     def __init__(self, file: IO[bytes], num_bytes: int) -> None:
         self._file, self._num_bytes = file, num_bytes
@@ -235,24 +253,24 @@ class _Bounded(io.RawIOBase):
         return self._file.tell()
 
 
-class _Archive:
-    def __init__(self, file: _Bounded, package: Package) -> None:
+class _TarArchive:
+    def __init__(self, file: _BoundedStream, package: Package) -> None:
         self.refused: list[tuple[str, str, str]] = []
         self._file, self._package = file, package
-        # As tar does: of several members of one name the last counts.
-        self._places: dict[str, tuple[int, int]] = {}
+        # (offset, size) by name. If a name repeats, the last member counts, as for tar.
+        self._members: dict[str, tuple[int, int]] = {}
         tar = tarfile.open(fileobj=file, mode="r:")
         for number, info in enumerate(tar):
             if number >= MAX_ARCHIVE_MEMBERS:
                 raise SourceError(f"archive of more than {MAX_ARCHIVE_MEMBERS} files")
             self._add(info)
-            tar.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
-        # tarfile takes a cut between two members for the end; the end is a block of zeros.
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+        # An archive ends with a block of zeros. Without this check, a cut between two members would pass for the end.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise SourceError("broken archive: truncated")
         if package.first > 0:
-            self.refused.clear()  # the first unit tells
+            self.refused.clear()  # the archive's first unit reports them
 
     def _add(self, info: tarfile.TarInfo) -> None:
         lower = info.name.lower()
@@ -264,19 +282,19 @@ class _Archive:
         elif not info.isreg() or info.issparse():
             self.refused.append(("", member, "not a regular file"))
         else:
-            self._places[member] = info.offset_data, info.size
+            self._members[member] = info.offset_data, info.size
 
     def articles(self) -> Iterable[ArticleFiles]:
-        xml_names = sorted(name for name in self._places if name.lower().endswith(XML_SUFFIXES))
-        images = assign_images(xml_names, sorted(set(self._places) - set(xml_names)))
+        xml_names = sorted(name for name in self._members if name.lower().endswith(XML_SUFFIXES))
+        images = assign_images(xml_names, sorted(set(self._members) - set(xml_names)))
         if not xml_names:
             self.refused.append(("", self._package.name, "no article in the package"))
         first = self._package.first
-        mine = xml_names[first : first + _XMLS_PER_ARCHIVE_UNIT] if first >= 0 else xml_names
-        return [ArticleFiles(name, images[_folder_of(name)]) for name in mine]
+        unit = xml_names[first : first + _XMLS_PER_ARCHIVE_UNIT] if first >= 0 else xml_names
+        return [ArticleFiles(name, images[_folder_of(name)]) for name in unit]
 
     def read(self, name: str) -> bytes:
-        offset, size = self._places[name]
+        offset, size = self._members[name]
         _check_size(name, size)
         self._file.seek(offset)
         data = self._file.read(size)

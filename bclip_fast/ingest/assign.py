@@ -1,7 +1,7 @@
-"""From all parts to a plan: repeated articles, duplicate images, splits, the order and the shard of every pair.
+"""Make the plan from all parts: remove repeated articles and leaks, and assign split, order and shard of every pair.
 
-The plan is an array of fixed-size records on disk, sorted by (shard, position). It is a function of the parts and the
-configuration, so a run that was killed comes to the same one. Memory: about 100 bytes a pair while it is made.
+The plan is an array of fixed-size records on disk, sorted by (shard, position). It depends only on the parts and the
+configuration, so a killed run makes the same plan again. Making it takes about 100 bytes of memory a pair.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from .parts import (
     PAIR,
     REJECT,
     SPLITS,
-    damaged,
-    is_whole,
+    discard_damaged,
+    is_complete,
     pair_key,
-    parse_begin,
+    parse_article,
     parse_pair,
     part_paths,
     read_line,
     read_pair,
 )
 
-_END_OF_TAR = 20480  # two empty blocks, filled up to a record
+# Bytes at the end of a tar: two empty blocks, padded to a record.
+_END_OF_TAR = 20480
+# The fields are a file format: killed runs of older versions left plan.npy. "place" is the offset of the image, and
+# "begin" the number of the article.
 _PAIR = np.dtype(
     [
         ("order", "<u8"), ("key", "<u8"), ("source", "<u8"), ("phash", "<u8", 4), ("place", "<u8"),
@@ -46,7 +49,7 @@ _ARTICLE = np.dtype([("hash", "<u8"), ("line", "<u8"), ("part", "<u4"), ("line_b
 
 @dataclass(frozen=True)
 class Shard:
-    """Pairs `start` to `end` of the plan."""
+    """A shard with the pairs `start` to `end` - 1 of the plan."""
 
     split: str
     number: int
@@ -55,17 +58,20 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """Name of the shard's files, without suffix."""
         return f"{self.split}-{self.number:06d}"
 
 
 @dataclass(frozen=True)
 class Splits:
+    """The rule that assigns articles to splits."""
+
     seed: int
     val_fraction: float
     test_fraction: float
 
     def of(self, identity: str) -> str:
-        """train, val or test: a hash of the article's id and the seed, so that an article is never divided."""
+        """Return the split of an article: train, val or test. It depends only on the seed and the article's id."""
         position = _hash(f"{self.seed}:{identity}") / 2**64
         if position < self.val_fraction:
             return "val"
@@ -73,7 +79,7 @@ class Splits:
 
 
 def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) -> dict[str, Any]:
-    """Write plan.npy, shards.json and rejects.jsonl (what the plan itself rejects) to `work`; the counts."""
+    """Write plan.npy and rejects.jsonl (the rejects of the plan itself) to `work`. Return the counts and the shards."""
     num_rejects = _scan(work, num_parts, splits)
     pairs = np.fromfile(work / "pairs.bin", _PAIR)
     articles = np.fromfile(work / "articles.bin", _ARTICLE)
@@ -84,7 +90,9 @@ def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) 
         pairs = pairs[keep]
         _, counts = np.unique(pairs["key"], return_counts=True)
         if (counts > 1).any():
-            raise UserError("two pairs have one key: an article's files changed while they were read; build again")
+            raise UserError(
+                "two pairs have the same key: an article changed while it was read; build the dataset again"
+            )
         leaks = mark_duplicates(pairs)
         for row in np.flatnonzero(leaks >= 0).tolist():
             other = pairs[leaks[row]]
@@ -93,15 +101,15 @@ def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) 
             file.write(to_json([meta["article"], meta.get("figure", ""), meta["file"], reason]) + "\n")
         kept = leaks < 0
         pairs, num_leaks = pairs[kept], int((~kept).sum())
-    new_place = np.cumsum(kept) - 1
-    has = pairs["original"] >= 0
-    pairs["original"][has] = new_place[pairs["original"][has]]
+    row_after_removal = np.cumsum(kept) - 1
+    has_original = pairs["original"] >= 0
+    pairs["original"][has_original] = row_after_removal[pairs["original"][has_original]]
     order = np.lexsort((pairs["key"], pairs["order"], pairs["split"]))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    row_after_sort = np.empty(len(order), np.int64)
+    row_after_sort[order] = np.arange(len(order))
     pairs = pairs[order]
-    has = pairs["original"] >= 0
-    pairs["original"][has] = place[pairs["original"][has]]
+    has_original = pairs["original"] >= 0
+    pairs["original"][has_original] = row_after_sort[pairs["original"][has_original]]
     shards = _shards(pairs, max_shard_bytes)
     np.save(work / "plan.npy", pairs)
     counts_by_split = {name: int((pairs["split"] == number).sum()) for number, name in enumerate(SPLITS)}
@@ -109,30 +117,30 @@ def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) 
         "articles": len(articles) - num_repeated,
         "pairs": len(pairs),
         "by_split": {name: count for name, count in counts_by_split.items() if count},
-        "exact_duplicates": int((has & (pairs["near"] == 0)).sum()),
-        "near_duplicates": int((has & (pairs["near"] == 1)).sum()),
+        "exact_duplicates": int((has_original & (pairs["near"] == 0)).sum()),
+        "near_duplicates": int((has_original & (pairs["near"] == 1)).sum()),
         "rejects": num_rejects + num_repeated + num_leaks,
         "shards": [[shard.split, shard.number, shard.start, shard.end] for shard in shards],
     }
 
 
 def _scan(work: Path, num_parts: int, splits: Splits) -> int:
-    """All parts to pairs.bin and articles.bin; the number of rejects in them."""
+    """Write the records of all parts to pairs.bin and articles.bin. Return the number of rejects in the parts."""
     num_rejects = num_articles = 0
-    begin, row = np.zeros(1, _ARTICLE), np.zeros(1, _PAIR)
+    article, row = np.zeros(1, _ARTICLE), np.zeros(1, _PAIR)
     with (work / "pairs.bin").open("wb") as pairs, (work / "articles.bin").open("wb") as articles:
         for part in range(num_parts):
             path = part_paths(work / "parts", part)[1]
-            if not is_whole(path):
-                raise damaged(work, part)
+            if not is_complete(path):
+                raise discard_damaged(work, part)
             line_start, identity, split = 0, "", 0
             with path.open("rb") as lines:
                 for line in lines:
                     if line.startswith(ARTICLE):
-                        identity = parse_begin(line).identity
+                        identity = parse_article(line).identity
                         split = SPLITS.index(splits.of(identity))
-                        begin[0] = (_hash(identity), line_start, part, len(line))
-                        articles.write(begin.tobytes())
+                        article[0] = (_hash(identity), line_start, part, len(line))
+                        articles.write(article.tobytes())
                         num_articles += 1
                     elif line.startswith(PAIR):
                         pair = parse_pair(line)
@@ -140,7 +148,7 @@ def _scan(work: Path, num_parts: int, splits: Splits) -> int:
                         sizes = sum(map(tar_bytes, (pair.image_bytes, pair.caption_bytes, pair.meta_bytes)))
                         row[0] = (
                             _hash(f"{splits.seed}:order:{key}"), _hash(key), int(pair.source_sha256[:16], 16),
-                            np.frombuffer(bytes.fromhex(pair.phash), "<u8"), pair.place, line_start, part,
+                            np.frombuffer(bytes.fromhex(pair.phash), "<u8"), pair.image_offset, line_start, part,
                             len(line), pair.image_bytes, sizes, num_articles - 1, -1, split, 0,
                         )  # fmt: skip
                         pairs.write(row.tobytes())
@@ -151,28 +159,28 @@ def _scan(work: Path, num_parts: int, splits: Splits) -> int:
 
 
 def _repeated_articles(work: Path, pairs: np.ndarray, articles: np.ndarray, keep: np.ndarray, file: IO[str]) -> int:
-    """Of several articles with one identity the first counts."""
-    _, first, which = np.unique(articles["hash"], return_index=True, return_inverse=True)
-    original = first[which]
+    """Keep the first of several articles with the same identity. Return the number of the others."""
+    _, first, ids = np.unique(articles["hash"], return_index=True, return_inverse=True)
+    original = first[ids]
     repeated = np.flatnonzero(original != np.arange(len(articles)))
     for number in repeated.tolist():
-        article = parse_begin(read_line(work, articles[number]))
-        other = parse_begin(read_line(work, articles[original[number]])).file
+        article = parse_article(read_line(work, articles[number]))
+        other = parse_article(read_line(work, articles[original[number]])).file
         file.write(to_json([article.identity, "", article.file, f"repeated article: also in {other}"]) + "\n")
     keep[np.isin(pairs["begin"], repeated)] = False
     return len(repeated)
 
 
 def _shards(pairs: np.ndarray, max_shard_bytes: int) -> list[Shard]:
-    """Consecutive pairs of a split as long as they fit; a pair that is too large alone has a shard of its own."""
+    """Divide the pairs of each split into shards. A pair larger than the limit gets its own shard."""
     shards = []
     for split, name in enumerate(SPLITS):
         start, end = np.searchsorted(pairs["split"], [split, split + 1]).tolist()
         ends = np.cumsum(pairs["tar_bytes"][start:end].astype(np.int64))
         position, number = 0, 0
         while position < end - start:
-            before = int(ends[position - 1]) if position else 0
-            stop = int(np.searchsorted(ends, before + max_shard_bytes - _END_OF_TAR, side="right"))
+            start_bytes = int(ends[position - 1]) if position else 0
+            stop = int(np.searchsorted(ends, start_bytes + max_shard_bytes - _END_OF_TAR, side="right"))
             stop = max(stop, position + 1)
             shards.append(Shard(name, number, start + position, start + stop))
             position, number = stop, number + 1
@@ -180,6 +188,7 @@ def _shards(pairs: np.ndarray, max_shard_bytes: int) -> list[Shard]:
 
 
 def key_of(work: Path, record: np.ndarray) -> str:
+    """Return the key of a record of the plan."""
     return str(read_pair(work, record)["key"])
 
 

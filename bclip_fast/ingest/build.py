@@ -1,13 +1,13 @@
-"""`bclip ingest build SOURCE -o OUT`: JATS articles with their images to shards of figure-caption pairs.
+"""`bclip ingest build SOURCE -o OUT`: build shards of figure-caption pairs from JATS articles and their images.
 
-Three stages, each of tasks that processes share and that leave a file each, whole or not at all:
+The build has three stages. Processes share the tasks of a stage, and each task writes its files atomically:
 
-1. Packages of articles to parts (`pairs`): a pure function of their files.
-2. All parts to a plan (`plan`): repeated articles, duplicate images, splits, the order, the shard of every pair.
-3. Shards, then the manifest, the rejects and dataset.json.
+1. Extract the pairs of each package of articles into a part (`extract`). A part depends only on the package's files.
+2. Make a plan from all parts (`assign`): remove repeated articles and leaks, assign each pair its split and shard.
+3. Write the shards (`dataset`), then the manifest, the rejects and dataset.json.
 
-So the dataset is byte for byte the same whatever the engine and the number of workers, and a run that was killed goes
-on where it was. Nothing is dropped in silence: what is no pair stands, with its reason, in OUT/rejects.parquet.
+The bytes of the dataset therefore don't depend on the engine or the number of workers, and a killed run resumes.
+OUT/rejects.parquet lists every figure that gave no pair, with the reason.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from . import executors
 from .articles import FetchError, Package, SourceError, discover
 from .assign import Shard, Splits, make_plan
 from .dataset import ShardTask, write_rejects, write_shard
-from .extract import Options, PartTask, write_part
+from .extract import Options, PartTask, extract_part
 from .object_store import is_address, is_mirror, open_store
-from .parts import Reject, part_paths, part_rejects, write_rows
+from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import Rules, discover_objects, select
 from .sanitize import JPEG_QUALITY
 
@@ -46,91 +46,96 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IngestConfig:
+    """Options of `bclip ingest build`."""
+
     source: tyro.conf.Positional[str]
-    """Folder of articles (`*.nxml` or `*.xml` beside their images, `.tar`, `.tar.gz`, `.tgz` packages of them), mirror
-    that `bclip ingest fetch` wrote, or address of a bucket (`https://pmc-oa-opendata.s3.amazonaws.com`, `s3://...`)."""
+    """Folder of articles, mirror, or address of a bucket. A folder holds `*.nxml` or `*.xml` files with their images,
+    or `.tar`, `.tar.gz`, `.tgz` packages of them. `bclip ingest fetch` writes a mirror. An address starts with
+    `https://` or `s3://`, such as `https://pmc-oa-opendata.s3.amazonaws.com`."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """Folder to write: shards, indices, manifest.parquet, rejects.parquet, dataset.json. While the run lasts, its pairs
-    are held a second time in a folder beside it."""
+    """Folder to write: shards, indices, manifest.parquet, rejects.parquet, dataset.json. During the run, another
+    folder next to it holds a copy of the pairs."""
     ids: Path | None = None
-    """Of a mirror or bucket: file with the articles to take, one a line, PMC123 or PMC123.2."""
+    """Only for a mirror or bucket: file that lists the articles to use, one id a line, PMC123 or PMC123.2."""
     inventory: str = ""
-    """Of a bucket: its inventory, a `.csv` or `.csv.gz` file, or `latest`."""
+    """Only for a bucket: its inventory, a `.csv` or `.csv.gz` file, or `latest`."""
     prefix: str = ""
-    """Of a mirror or bucket: take the articles whose id starts with this (PMC100...)."""
+    """Only for a mirror or bucket: use the articles whose id starts with this prefix, such as PMC100."""
     license: Literal["commercial", "noncommercial", "all"] = "all"
-    """Articles for use of this kind: CC0, CC BY, -SA, -ND; those and CC BY-NC...; or all."""
+    """Licences to accept. commercial: CC0, CC BY, -SA, -ND. noncommercial: also CC BY-NC, -SA, -ND. all: any."""
     keep_retracted: bool = False
-    """Keep retracted articles; the manifest says which they are."""
+    """Keep retracted articles. The manifest marks them."""
     max_short_side: int = 384
-    """Larger images are reduced to this shorter side, in pixels; 0 keeps every size."""
+    """Limit for the shorter side of an image, in pixels. Larger images are reduced. 0: no limit."""
     jpeg_quality: int = JPEG_QUALITY
-    """Of the images that have to be encoded again."""
+    """JPEG quality (1 to 100) of images that need a new encoding."""
     panels: bool = False
-    """Also pair panels of composite figures with their part of the caption, where both agree."""
+    """Also pair the panels of composite figures with their parts of the caption, if image and caption agree."""
     tokenizer: Path | None = None
-    """`vocab.txt` or `tokenizer.json` to count tokens with; without it the manifest has no token counts."""
+    """`vocab.txt` or `tokenizer.json` for counting tokens. Without it, the manifest has no token counts."""
     val_fraction: float = 0.001
-    """Share of the articles in split `val`; the defaults are the paper's proportions."""
+    """Fraction of the articles in split `val`. The defaults are the paper's proportions."""
     test_fraction: float = 0.05
-    """Share of the articles in split `test`. Images that resemble one of it are kept out of the other splits."""
+    """Fraction of the articles in split `test`. Other splits exclude images that resemble a test image."""
     seed: int = 0
-    """Of the split and the order: both depend on ids and this number only."""
+    """Seed of splits and order. Both depend only on this number and the articles' ids."""
     engine: Literal["local", "ray"] = "local"
-    """Processes of this machine, or a Ray cluster (RAY_ADDRESS, else one on this machine) that shares OUT's folder."""
+    """local: processes of this machine. ray: a Ray cluster whose nodes share OUT's folder. RAY_ADDRESS names the
+    cluster. Without it, a cluster starts on this machine."""
     workers: int = 0
-    """Processes; 0 is one a CPU core, 1 works in this process (where a crash of an image decoder ends the run)."""
+    """Number of processes. 0: one for each CPU core. 1: this process, so a crash of an image decoder ends the run."""
     connections: int = 8
-    """Requests to a bucket at one time, all workers together."""
+    """Number of requests to a bucket at the same time, over all workers."""
     max_shard_megabytes: int = 256
-    """Size at which the next shard is begun."""
+    """Size limit of a shard, in MiB."""
     overwrite: bool = False
     """Replace a finished dataset in OUT."""
 
     def __post_init__(self) -> None:
         checks = {
-            "max_short_side": self.max_short_side >= 0,
-            "jpeg_quality": 1 <= self.jpeg_quality <= 100,
-            "val_fraction": 0 <= self.val_fraction <= 1,
-            "test_fraction": 0 <= self.test_fraction <= 1 - self.val_fraction,
-            "workers": self.workers >= 0,
-            "connections": self.connections >= 1,
-            "max_shard_megabytes": self.max_shard_megabytes >= 1,
+            "max_short_side": (self.max_short_side >= 0, "at least 0"),
+            "jpeg_quality": (1 <= self.jpeg_quality <= 100, "from 1 to 100"),
+            "val_fraction": (0 <= self.val_fraction <= 1, "from 0 to 1"),
+            "test_fraction": (0 <= self.test_fraction <= 1 - self.val_fraction, "from 0 to 1 - val_fraction"),
+            "workers": (self.workers >= 0, "at least 0"),
+            "connections": (self.connections >= 1, "at least 1"),
+            "max_shard_megabytes": (self.max_shard_megabytes >= 1, "at least 1"),
         }
-        for name, is_good in checks.items():
-            if not is_good:
-                raise UserError(f"{name}={getattr(self, name)}: out of range")
+        for name, (is_valid, valid_range) in checks.items():
+            if not is_valid:
+                raise UserError(f"{name}={getattr(self, name)} is out of range; it must be {valid_range}")
 
     def options(self) -> Options:
+        """Return the options of the extraction. The workers share the connections."""
         connections = max(1, self.connections // max(1, self.workers or executors.num_cores()))
         rules = Rules(self.license, self.keep_retracted)
         tokenizer = str(self.tokenizer or "")
         return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, tokenizer, connections)
 
     def signature(self) -> dict[str, Any]:
-        """What the bytes of the dataset depend on beside the articles, as it stands in dataset.json."""
-        names = (
-            "source ids inventory prefix license keep_retracted max_short_side jpeg_quality panels tokenizer "
-            "val_fraction test_fraction seed max_shard_megabytes"
-        ).split()
-        values = {name: getattr(self, name) for name in names}
+        """Return the options that affect the bytes of the dataset, as dataset.json records them."""
+        has_no_effect = ("out", "engine", "workers", "connections", "overwrite")
+        values = {name: value for name, value in vars(self).items() if name not in has_no_effect}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def build(config: IngestConfig) -> None:
-    """Read every article of `config.source` and write the dataset, or go on with a run that was killed.
+    """Read every article of `config.source` and write the dataset, or resume a killed run.
 
-    Raises UserError: no such source, no article or no pair in it, `out` inside it or occupied; articles that could not
-    be fetched this time (run it again: the others are kept).
+    Raises:
+        UserError: the source is missing or has no article or pair. Or `out` is occupied or inside the source. Or a
+            package could not be fetched this time. Then run it again: the parts of the other packages are kept.
     """
     if config.tokenizer is not None and not config.tokenizer.is_file():
-        raise UserError(f"{config.tokenizer}: no such vocab.txt or tokenizer.json")
+        raise UserError(f"tokenizer={config.tokenizer} is not a file; give a vocab.txt or tokenizer.json")
     if not is_address(config.source):
         root, out = Path(config.source).resolve(), config.out.resolve()
         if not root.is_dir():
-            raise UserError(f"{config.source}: no such folder of articles")
+            raise UserError(
+                f"source={config.source} is not a folder; give a folder of articles, a mirror or an address"
+            )
         if out.is_relative_to(root):
-            raise UserError(f"{config.out}: lies inside {config.source}; give a folder outside of the articles")
+            raise UserError(f"out={config.out} lies inside source={config.source}; give a folder outside the articles")
     with Staging(config.out, config.overwrite) as staging:
         try:
             _build(config, staging)
@@ -141,18 +146,18 @@ def build(config: IngestConfig) -> None:
 
 
 class _NothingToBuildError(UserError):
-    """Running it again would find nothing either: no trace is left."""
+    """Another run would fail in the same way, so the build deletes its files."""
 
 
 def _build(config: IngestConfig, staging: Staging) -> None:
     work = staging.path / "work"
-    if not _resumes(config, staging.path):
+    if not _can_resume(config, staging.path):
         staging.clear()
         work.mkdir()
         (work / "signature.json").write_text(to_json(config.signature()))
     if not (staging.path / "dataset.json").exists():
         num_parts = _write_parts(config, work)
-        counts = _planned(config, work, num_parts)
+        counts = _load_or_make_plan(config, work, num_parts)
         shards = [Shard(*shard) for shard in counts.pop("shards")]
         descriptions = _write_shards(config, work, shards)
         _finish(config, staging.path, num_parts, counts, shards, descriptions)
@@ -160,28 +165,31 @@ def _build(config: IngestConfig, staging: Staging) -> None:
     staging.publish()
 
 
-def _resumes(config: IngestConfig, folder: Path) -> bool:
+def _can_resume(config: IngestConfig, folder: Path) -> bool:
+    """Return whether the files of an earlier run in `folder` have the same signature."""
     try:
         if (folder / "dataset.json").exists():
-            found = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
+            signature = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
         else:
-            found = json.loads((folder / "work/signature.json").read_bytes())
+            signature = json.loads((folder / "work/signature.json").read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(found == json.loads(to_json(config.signature())))
+    return bool(signature == json.loads(to_json(config.signature())))
 
 
 def _packages(config: IngestConfig) -> Iterator[Package]:
     root = config.source if is_address(config.source) else str(Path(config.source).resolve())
     if not is_address(config.source) and not is_mirror(Path(root)):
         if config.ids or config.inventory or config.prefix:
-            raise _NothingToBuildError(f"{config.source}: ids, inventory and prefix need a mirror or a bucket")
+            raise _NothingToBuildError(
+                f"source={config.source} is not a mirror or bucket; remove ids, inventory and prefix, which need one"
+            )
         yield from discover(Path(root))
         return
     store = open_store(root, config.connections)
     try:
-        chosen = select(store, ids=config.ids, inventory=config.inventory, prefix=config.prefix)
-        yield from discover_objects(root, chosen)
+        selected = select(store, ids=config.ids, inventory=config.inventory, prefix=config.prefix)
+        yield from discover_objects(root, selected)
     except SourceError as error:
         raise _NothingToBuildError(str(error)) from None
     except FetchError as error:
@@ -189,19 +197,19 @@ def _packages(config: IngestConfig) -> Iterator[Package]:
 
 
 def _write_parts(config: IngestConfig, work: Path) -> int:
-    """Stage 1; the number of parts. The list of packages is made once, so that a second run does the same ones."""
-    listed = work / "packages.jsonl"
-    if not listed.exists():
-        with replacing(listed) as partial, partial.open("w", encoding="utf-8") as file:
+    """Run stage 1. Return the number of parts. A resumed run uses the list of packages that the first run made."""
+    package_list = work / "packages.jsonl"
+    if not package_list.exists():
+        with replacing(package_list) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(to_json(dataclasses.asdict(package)) + "\n" for package in _packages(config))
-    with listed.open(encoding="utf-8") as file:
+    with package_list.open(encoding="utf-8") as file:
         num_parts = sum(1 for _ in file)
     if not num_parts:
-        raise _NothingToBuildError(f"{config.source}: no article found (*.nxml, *.xml, *.tar, *.tar.gz, *.tgz)")
+        raise _NothingToBuildError(f"source={config.source} has no article (*.nxml, *.xml, *.tar, *.tar.gz, *.tgz)")
     parts, options = str(work / "parts"), config.options()
 
     def tasks() -> Iterator[PartTask]:
-        with listed.open(encoding="utf-8") as file:
+        with package_list.open(encoding="utf-8") as file:
             for number, line in enumerate(file):
                 if not part_paths(parts, number)[1].exists():
                     values = json.loads(line)
@@ -210,26 +218,26 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
 
     num_left = sum(1 for _ in tasks())
     if num_left < num_parts:
-        log.info("going on: %s of %s packages are done", num_parts - num_left, num_parts)
+        log.info("resuming: %s of %s packages are done", num_parts - num_left, num_parts)
     failures = []
-    results = executors.run(config.engine, write_part, tasks(), config.workers, preload=[__name__])
-    for task, answer in _shown("packages", results, num_left):
-        if isinstance(answer, executors.Crash):
+    results = executors.run(config.engine, extract_part, tasks(), config.workers, preload=[__name__])
+    for task, result in _with_progress("packages", results, num_left):
+        if isinstance(result, executors.Crash):
             files = task.package.items or (task.package.name,)
-            lost = (Reject("", "", file, "crash while reading the package") for file in files)
-            write_rows(parts, task.number, lost)
-        elif answer:
-            failures.append(answer)
+            rejects = (Reject("", "", file, "crash while reading the package") for file in files)
+            write_part(parts, task.number, rejects)
+        elif result:
+            failures.append(result)
     if failures:
         raise UserError(
             f"{len(failures)} of {num_parts} packages could not be fetched (the first: {failures[0]}); "
-            "run it again: what was read is kept"
+            "run it again: the other packages are kept"
         )
     return num_parts
 
 
-def _planned(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]:
-    """Stage 2."""
+def _load_or_make_plan(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]:
+    """Run stage 2. Return the counts and the shards."""
     path = work / "plan.json"
     if not path.exists():
         splits = Splits(config.seed, config.val_fraction, config.test_fraction)
@@ -237,20 +245,21 @@ def _planned(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]
         write_text(path, to_json(counts))
     counts = json.loads(path.read_bytes())
     if not counts["pairs"]:
-        told = _told(Counter(reject.reason.partition(":")[0] for reject in part_rejects(work, num_parts)))
+        kinds = Counter(reject.reason.partition(":")[0] for reject in part_rejects(work, num_parts))
         raise _NothingToBuildError(
-            f"{config.source}: no figure-caption pair in {counts['articles']} articles; rejects: {told}"
+            f"source={config.source} has no figure-caption pair in {counts['articles']} articles; "
+            f"rejects: {_format_counts(kinds)}"
         )
     return counts
 
 
 def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list[dict[str, Any]]:
-    """Stage 3; what dataset.json says of each shard."""
+    """Run stage 3. Return the description and the column types of each shard."""
     (work / "shards").mkdir(exist_ok=True)
-    left = [ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
-    results = executors.run(config.engine, write_shard, left, config.workers, preload=[__name__])
-    for task, answer in _shown("shards", results, len(left)):
-        if isinstance(answer, executors.Crash):
+    unfinished = [ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
+    results = executors.run(config.engine, write_shard, unfinished, config.workers, preload=[__name__])
+    for task, result in _with_progress("shards", results, len(unfinished)):
+        if isinstance(result, executors.Crash):
             raise UserError(f"the process that wrote {task.shard.name} died (out of memory?); run it again")
     return [json.loads((work / f"shards/{shard.name}.json").read_bytes()) for shard in shards]
 
@@ -265,34 +274,39 @@ def _finish(
 ) -> None:
     work = folder / "work"
     rows = [
-        (work / f"shards/{shard.name}.rows", answer["types"]) for shard, answer in zip(shards, written, strict=True)
+        (work / f"shards/{shard.name}.rows", result["types"]) for shard, result in zip(shards, written, strict=True)
     ]
     write_manifest(folder, rows)
     kinds = write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
     splits: dict[str, list[dict[str, Any]]] = {}
-    for shard, answer in zip(shards, written, strict=True):
-        splits.setdefault(shard.split, []).append(answer["description"])
+    for shard, result in zip(shards, written, strict=True):
+        splits.setdefault(shard.split, []).append(result["description"])
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and split not in splits:
             log.warning(
-                "split %s is empty: %s articles are few for a fraction of %s", split, counts["articles"], fraction
+                "split %s is empty: %s_fraction=%s selected none of %s articles",
+                split,
+                split,
+                fraction,
+                counts["articles"],
             )
     counts.pop("rejects")
     by_split = ", ".join(f"{count} {split}" for split, count in sorted(counts["by_split"].items()))
-    told = counts["articles"], counts["pairs"], by_split, _told(kinds)
-    log.info("%s articles, %s pairs (%s); rejects: %s", *told)
+    totals = counts["articles"], counts["pairs"], by_split, _format_counts(kinds)
+    log.info("%s articles, %s pairs (%s); rejects: %s", *totals)
     info = {**counts, "rejects": dict(sorted(kinds.items())), "config": config.signature()}
     write_description(folder, splits, {"ingest": info})
 
 
-def _told(kinds: Counter[str]) -> str:
+def _format_counts(kinds: Counter[str]) -> str:
     return "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
 
 
-def _shown(what: str, results: Iterable[Any], total: int) -> Iterator[Any]:
-    """The results, with a bar on stderr."""
+def _with_progress(what: str, results: Iterable[Any], total: int) -> Iterator[Any]:
+    """Yield the results and show a progress bar."""
     iterator = iter(results)
-    first = list(islice(iterator, 1))  # starts the processes before the thread that draws the progress
+    # Start the worker processes before the thread that draws the bar.
+    first = list(islice(iterator, 1))
     with track(what, total, transient=True) as advance:
         for result in chain(first, iterator):
             yield result

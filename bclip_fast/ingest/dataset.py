@@ -1,4 +1,4 @@
-"""The files of the dataset: the shards of a plan, and the rejects."""
+"""Write the shards of a plan, and rejects.parquet."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _REJECTS_PER_ROW_GROUP = 65536
 
 @dataclass(frozen=True)
 class ShardTask:
+    """The task to write a shard from the work folder."""
+
     work: str
     shard: Shard
 
 
 def write_shard(task: ShardTask) -> None:
-    """A tar, its index, and the rows of the manifest; work/shards/NAME.json, written last, says that they are whole."""
+    """Write a tar, its index, and its manifest rows. Write work/shards/NAME.json last: it marks them complete."""
     work, shard = Path(task.work), task.shard
     plan = np.load(work / "plan.npy", mmap_mode="r")
-    # A folder of its own: another process, of a run that was killed, may live for a moment.
+    # A process of a killed run may still be alive, so each process uses its own folder.
     with executors.scratch_folder(work / "shards") as scratch:
         rows = ManifestRows(scratch / f"{shard.name}.rows")
         tar = ShardFile(scratch, shard.split, shard.number)
@@ -49,11 +51,11 @@ def write_shard(task: ShardTask) -> None:
         description, types = tar.finish(), rows.close()
         for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):
             (scratch / f"{shard.name}{suffix}").replace(folder / f"{shard.name}{suffix}")
-        done = to_json({"description": description, "types": types})
-        write_text(work / f"shards/{shard.name}.json", done)
+        write_text(work / f"shards/{shard.name}.json", to_json({"description": description, "types": types}))
 
 
 def write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:
+    """Write the rejects as a table. Return the number of rejects of each kind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

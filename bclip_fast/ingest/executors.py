@@ -1,4 +1,4 @@
-"""Run a function over many tasks: in processes of this machine, or on a Ray cluster. The only import of ray."""
+"""Run a function over many tasks, in processes of this machine or on a Ray cluster. Only this module imports ray."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("local", "ray")
-_AHEAD_PER_WORKER = 3
+_TASKS_PER_WORKER = 3
 
 
 @dataclass(frozen=True)
 class Crash:
-    """What a task gave that ended its process (a decoder crashed, memory ran out)."""
+    """The result of a task whose process died, for example in a decoder or for lack of memory."""
 
 
 def run(
     engine: str, function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, *, preload: Sequence[str] = ()
 ) -> Iterator[tuple[Any, Any | Crash]]:
-    """(task, result) of every task, in the order in which they end; few tasks are held at a time.
+    """Yield (task, result) of every task as it ends. Only a few tasks are in memory at a time.
 
     If `function` raises, the run stops. If its process dies, only that task is lost and yields `Crash`.
 
@@ -36,7 +35,7 @@ def run(
         preload: modules that the fork server of `local` imports once for all worker processes.
     """
     if engine == "ray":
-        yield from _ray(function, tasks, workers)
+        yield from _run_on_ray(function, tasks, workers)
         return
     workers = workers or num_cores()
     if workers == 1:
@@ -49,7 +48,7 @@ def run(
     try:
         while True:
             suspects = []
-            for task in islice(waiting, _AHEAD_PER_WORKER * workers - len(running)):
+            for task in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
                 try:
                     running[pool.submit(function, task)] = task
                 except BrokenProcessPool:
@@ -66,36 +65,40 @@ def run(
                 else:
                     yield task, result
             if suspects:
-                # A process took the pool along; whose it was is found by giving each task a pool of its own.
+                # A dead process breaks the whole pool. Run each unfinished task in a new pool to find the one at fault.
                 suspects += running.values()
                 running.clear()
                 for task in suspects:
-                    yield task, _alone(function, task, preload)
+                    yield task, _run_in_new_pool(function, task, preload)
                 pool = _pool(workers, preload)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder for the files of a task, from where it moves them when they are whole."""
+    """Yield a temporary folder for the unfinished files of a task."""
     with tempfile.TemporaryDirectory(dir=parent, prefix=".") as folder:
         yield Path(folder)
 
 
 def _pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:
-    # A fork server has no threads of ours, whose locks a plain fork would copy; it imports the work once.
+    # A plain fork would copy locks that threads of this process hold. The fork server has no such threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
 
 
-def _end_with_the_parent() -> None:
-    """A worker whose run was killed must not live on. Nor may it wait for its fork server's end, which waits for it."""
+def _exit_with_parent() -> None:
+    """End this worker when the main process dies, so that a killed run leaves no process behind.
+
+    Waiting for the fork server to end would be a deadlock: the fork server waits for its workers.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -106,7 +109,7 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _alone(function: Callable[[Any], Any], task: Any, preload: Sequence[str]) -> Any | Crash:
+def _run_in_new_pool(function: Callable[[Any], Any], task: Any, preload: Sequence[str]) -> Any | Crash:
     with _pool(1, preload) as pool:
         try:
             return pool.submit(function, task).result()
@@ -114,22 +117,24 @@ def _alone(function: Callable[[Any], Any], task: Any, preload: Sequence[str]) ->
             return Crash()
 
 
-def _ray(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any | Crash]]:
-    """On the cluster that RAY_ADDRESS names, else one of this machine's. All nodes must see the same folders."""
+def _run_on_ray(
+    function: Callable[[Any], Any], tasks: Iterable[Any], workers: int
+) -> Iterator[tuple[Any, Any | Crash]]:
+    """Run on the cluster of RAY_ADDRESS, else on a new one on this machine. All nodes must share the folders."""
     import ray
 
-    started = not ray.is_initialized()
-    if started:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         address = os.environ.get("RAY_ADDRESS")
-        where = {"address": address} if address else {"num_cpus": workers or None, "include_dashboard": False}
-        ray.init(log_to_driver=False, **where)
+        options = {"address": address} if address else {"num_cpus": workers or None, "include_dashboard": False}
+        ray.init(log_to_driver=False, **options)
     remote = ray.remote(max_retries=0)(function)
     workers = workers or int(ray.cluster_resources().get("CPU", 1))
     waiting = iter(tasks)
     running: dict[Any, Any] = {}
     try:
         while True:
-            for task in islice(waiting, _AHEAD_PER_WORKER * workers - len(running)):
+            for task in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
                 running[remote.remote(task)] = task
             if not running:
                 return
@@ -140,5 +145,5 @@ def _ray(function: Callable[[Any], Any], tasks: Iterable[Any], workers: int) -> 
                 result = Crash()
             yield running.pop(reference), result
     finally:
-        if started:
+        if starts_ray:
             ray.shutdown()

@@ -1,8 +1,8 @@
-"""`bclip ingest fetch -o DIR`: mirror articles of PubMed Central's bucket, in its own layout.
+"""`bclip ingest fetch -o DIR`: mirror articles of PubMed Central's bucket, in the bucket's own layout.
 
-An article's files are written one by one, each whole or not at all and with its MD5 checked; its metadata come last, so
-DIR/metadata says what is complete, and a run that was killed goes on. What is not mirrored, by a rule or for a fault,
-stands with its reason in DIR/rejects.jsonl.
+Each file is written atomically, after a check of its MD5. An article's metadata come last, so DIR/metadata lists the
+complete articles, and a killed run resumes. DIR/rejects.jsonl lists everything that was not mirrored, with the reason:
+a rule, or a fault.
 """
 
 from __future__ import annotations
@@ -35,47 +35,51 @@ _ARTICLES_AHEAD = 4
 
 @dataclass(frozen=True)
 class FetchConfig:
+    """Options of `bclip ingest fetch`."""
+
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """Folder of the mirror, new or begun before."""
+    """Folder of the mirror. It may hold an unfinished mirror."""
     source: str = PMC
     """Address of the bucket, `https://...` or `s3://...`."""
     ids: Path | None = None
-    """File with the articles to fetch, one a line, PMC123 or PMC123.2."""
+    """File that lists the articles to fetch, one id a line, PMC123 or PMC123.2."""
     inventory: str = ""
-    """The bucket's inventory: a `.csv` or `.csv.gz` file, or `latest`."""
+    """Inventory of the bucket: a `.csv` or `.csv.gz` file, or `latest`."""
     prefix: str = ""
-    """Fetch the articles whose id starts with this (PMC100...)."""
+    """Fetch the articles whose id starts with this prefix, such as PMC100."""
     license: Literal["commercial", "noncommercial", "all"] = "all"
-    """Articles for use of this kind: CC0, CC BY, -SA, -ND; those and CC BY-NC...; or all."""
+    """Licences to accept. commercial: CC0, CC BY, -SA, -ND. noncommercial: also CC BY-NC, -SA, -ND. all: any."""
     keep_retracted: bool = False
-    """Fetch retracted articles as well."""
+    """Also fetch retracted articles."""
     connections: int = 8
-    """Requests at one time."""
+    """Number of requests at the same time."""
     update: bool = False
-    """Ask for the metadata of articles that are there already, and fetch what has changed."""
+    """Compare the articles in the mirror with the bucket, and fetch the files that have changed."""
 
     def __post_init__(self) -> None:
         if self.connections < 1:
-            raise UserError(f"connections={self.connections}: out of range")
+            raise UserError(f"connections={self.connections}: must be at least 1")
         if (self.ids is not None) + bool(self.inventory) + bool(self.prefix) != 1:
-            raise UserError("give one of ids (a file), inventory (a file, or `latest`) and prefix (PMC...)")
+            raise UserError("give exactly one of ids (a file), inventory (a file, or `latest`) and prefix (PMC...)")
         if not is_address(self.source):
-            raise UserError(f"source={self.source}: give an address, https://... or s3://...")
+            raise UserError(f"source={self.source}: is not an address; give https://... or s3://...")
 
 
 @dataclass
 class _Outcome:
-    fetched: int = 0  # articles
+    """The result for one article. `rejects` and `failures`: (article, file, reason) rows."""
+
+    fetched: int = 0
     rejects: list[tuple[str, str, str]] | None = None
     failures: list[tuple[str, str, str]] | None = None
 
 
 def fetch(config: FetchConfig) -> int:
-    """Mirror the selected articles; 1 if some could not be fetched (run it again), else 0. Raises UserError."""
+    """Mirror the selected articles. Return 1 if a fault prevented some (run it again), else 0. Raises UserError."""
     store = HttpStore(config.source, config.connections)
     (config.out / "metadata").mkdir(parents=True, exist_ok=True)
     kinds: Counter[str] = Counter()
-    num_fetched = num_there = num_failed = 0
+    num_fetched = num_unchanged = num_failed = 0
     try:
         with (
             replacing(config.out / "rejects.jsonl", shared=True) as partial,
@@ -90,21 +94,21 @@ def fetch(config: FetchConfig) -> int:
                         rejects.write(to_json(row) + "\n")
                         kinds[reason.partition(":")[0] if kind == "reject" else kind] += 1
                 num_failed += len(outcome.failures or ())
-                num_there += not (outcome.fetched or outcome.rejects or outcome.failures)
+                num_unchanged += not (outcome.fetched or outcome.rejects or outcome.failures)
                 advance()
     except SourceError as error:
         raise UserError(str(error)) from None
     except FetchError as error:
         raise UserError(f"{error}; run it again") from None
-    told = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
-    log.info("fetched %s articles, %s were there; rejects: %s", num_fetched, num_there, told)
+    counts = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+    log.info("fetched %s articles; the mirror already had %s articles; rejects: %s", num_fetched, num_unchanged, counts)
     if num_failed:
         log.error("%s articles could not be fetched; run it again (reasons: %s/rejects.jsonl)", num_failed, config.out)
     return int(num_failed > 0)
 
 
 def _outcomes(config: FetchConfig, store: Store) -> Iterator[_Outcome]:
-    """Of every article, in order; few are under way at a time."""
+    """Yield the outcome for every article, in order. Only a few articles are in progress at a time."""
     running: deque[Future[_Outcome]] = deque()
     with ThreadPoolExecutor(config.connections) as pool:
         try:
@@ -129,7 +133,7 @@ def _fetch_article(config: FetchConfig, store: Store, item: str) -> _Outcome:
         if not config.update and (config.out / f"metadata/{version.name}.json").exists():
             return _Outcome()
         if problem := version.problem(rules):
-            # Retracted since, say: a mirror must not go on offering it.
+            # The article may have been retracted since the last run. The mirror must no longer offer it.
             (config.out / f"metadata/{version.name}.json").unlink(missing_ok=True)
             return _Outcome(rejects=[*others, (article, version.name, problem)])
         return _fetch_version(config.out, store, version, rules, others)
@@ -143,31 +147,31 @@ def _fetch_version(
     out: Path, store: Store, version: Version, rules: Rules, rejects: list[tuple[str, str, str]]
 ) -> _Outcome:
     article = version.name.partition(".")[0]
-    xml, is_new = _fetched(out, store, version.xml_key, version.xml_md5)
+    xml, has_changed = _mirror_object(out, store, version.xml_key, version.xml_md5)
     if not version.values["licence"]:
         try:
             code = parse(xml).licence
         except JatsError as error:
-            code, broken = "", f": {error}"
+            code, parse_error = "", f": {error}"
         else:
-            broken = ""
+            parse_error = ""
         if problem := rules.licence_problem(code):
             (out / version.xml_key).unlink()
-            return _Outcome(rejects=[*rejects, (article, version.name, problem + broken)])
+            return _Outcome(rejects=[*rejects, (article, version.name, problem + parse_error)])
     for key, md5 in version.media.items():
         try:
-            is_new |= _fetched(out, store, key, md5)[1]
+            has_changed |= _mirror_object(out, store, key, md5)[1]
         except SourceError as error:
             rejects.append((article, key, str(error)))
-    marker = out / f"metadata/{version.name}.json"
-    if is_new or not marker.exists() or marker.read_bytes() != version.raw:
-        write_bytes(marker, version.raw, sync=True)
+    metadata = out / f"metadata/{version.name}.json"
+    if has_changed or not metadata.exists() or metadata.read_bytes() != version.raw:
+        write_bytes(metadata, version.raw, sync=True)
         return _Outcome(fetched=1, rejects=rejects)
     return _Outcome(rejects=rejects)
 
 
-def _fetched(out: Path, store: Store, key: str, md5: str) -> tuple[bytes, bool]:
-    """The object, and whether it had to be fetched."""
+def _mirror_object(out: Path, store: Store, key: str, md5: str) -> tuple[bytes, bool]:
+    """Return an object, and whether it had to be fetched. Fetch it unless the mirror has it with this MD5."""
     path = out / key
     if path.is_file() and md5_of(data := path.read_bytes()) == md5:
         return data, False

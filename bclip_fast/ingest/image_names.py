@@ -1,4 +1,4 @@
-"""From the href of a figure in the XML to the file of its image."""
+"""Find the image file that a figure's href in the XML refers to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 class ImageNames:
-    """Finds the image that an href means among the files of its article; it never makes up a path.
+    """Finds the image of an href among the files of an article. It never builds a path.
 
-    The rule: the href's path, else its last part, with an image suffix on either side disregarded; else without a
-    leading `journal.` (PLOS packages); else the same regardless of case. Of several types of one image the first in
-    IMAGE_SUFFIXES is taken.
+    It first compares the path of the href, then its last part, then the last part without a leading `journal.` (PLOS
+    packages). If no file matches, it compares the same three regardless of case. It ignores image suffixes. If one
+    image exists in several formats, it returns the first one in IMAGE_SUFFIXES.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -28,20 +28,20 @@ class ImageNames:
             for stem in dict.fromkeys((path, path.rpartition("/")[2])):
                 table = self._by_path if stem == path else self._by_stem
                 table[stem].append(name)
-                table[_regardless_of_case(stem)].append(name)
+                table[_caseless(stem)].append(name)
 
     def find(self, hrefs: Iterable[str]) -> str:
-        """The file for an image given by the hrefs of its versions. Raises SourceError with the reason."""
-        found: list[str] = []
+        """Return the file of an image whose versions have these hrefs. Raises SourceError with the reason."""
+        candidates: list[str] = []
         for href in hrefs:
-            found += self._find(href)
-        if not found:
+            candidates += self._find(href)
+        if not candidates:
             raise SourceError("image missing")
-        return min(found, key=lambda name: (_preference(name), name))
+        return min(candidates, key=lambda name: (_preference(name), name))
 
     def _find(self, href: str) -> list[str]:
         paths = list(dict.fromkeys((href, urllib.parse.unquote(href))))
-        # An address says nothing about folders of ours: only its last part is looked up.
+        # A URL says nothing about local folders, so only its last part counts.
         paths = [path.rpartition("/")[2] if _SCHEME.match(path) else path.removeprefix("./") for path in paths]
         if any(path.startswith("/") or "\\" in path or ".." in path.split("/") for path in paths):
             raise SourceError("unsafe href")
@@ -49,7 +49,7 @@ class ImageNames:
             last = path.rpartition("/")[2]
             stems = [path, _without_suffix(path), last, _without_suffix(last)]
             stems += [stem.removeprefix("journal.") for stem in stems[2:] if stem.startswith("journal.")]
-            for key in [*filter(None, stems), *(_regardless_of_case(stem) for stem in stems if stem)]:
+            for key in [*filter(None, stems), *(_caseless(stem) for stem in stems if stem)]:
                 for table in (self._by_path, self._by_stem):
                     if key not in table:
                         continue
@@ -59,8 +59,8 @@ class ImageNames:
         return []
 
 
-def _regardless_of_case(stem: str) -> str:
-    # A key that no href can be.
+def _caseless(stem: str) -> str:
+    # No href contains a zero byte, so this key never collides with one that respects case.
     return f"\0{stem.casefold()}"
 
 

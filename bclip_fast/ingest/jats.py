@@ -1,18 +1,18 @@
-"""The figures of a JATS article (1.0 to 1.3) or of one in the older NLM DTDs (2.x, 3.0), with their captions.
+"""The figures and captions of an article in JATS (1.0 to 1.3) or in the older NLM DTDs (2.x, 3.0).
 
 The rules:
-- Every `fig` counts wherever it stands (body, floats-group, sub-article, appendix, box), except inside
-  supplementary material and table-wraps. A graphic that stands outside `fig` and `fig-group` is no figure.
-- Caption: the title and paragraphs of the figure's own `caption`, then paragraphs that stand in the `fig` itself
-  (legends of the panels). Identifiers, credits, attached files and paragraphs that only give a DOI are left out.
-  Of several `caption`s, the first that is not for print only.
-- `fig-group`, and a `fig` that holds others: its caption, then the inner figure's own. A graphic directly in the group
-  is a figure of the group.
-- A figure without caption has none: it never takes that of another figure. A caption that only repeats the label or
-  holds the place of one ("Image", "No caption") is none.
-- Mentions: the paragraphs outside captions and tables that refer to the figure, or to its group, by `xref`.
-- Each `graphic` of a figure is an image of its own, followed by its own caption if it has one; those in one
-  `alternatives` are one image. Graphics inside formulae and tables are not the figure's.
+- Every `fig` counts (in the body, a floats-group, sub-article, appendix or box), except inside supplementary material
+  and table-wraps. A graphic outside `fig` and `fig-group` is not a figure.
+- A caption consists of the title and paragraphs of the figure's `caption`, then the paragraphs directly in the `fig`
+  (legends of the panels). It excludes identifiers, credits, attached files, and paragraphs that contain only a DOI.
+  If there are several `caption`s, the first one that is not only for print counts.
+- A figure in a `fig-group`, or in another `fig`, has the caption of the group, then its own. A graphic directly in the
+  group is a figure of the group.
+- A figure never takes the caption of another figure. A caption that only repeats the label, or is a placeholder
+  ("Image", "No caption"), counts as missing.
+- The mentions of a figure are the paragraphs, outside captions and tables, that refer to it or its group by `xref`.
+- Each `graphic` of a figure is a separate image, and may add its own caption. The graphics in one `alternatives` are
+  one image. Graphics inside formulae and tables do not belong to the figure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lxml import etree
 from . import safe_xml
 from .jats_text import fold, local_name, text_of
 
-# Far beyond what articles have; together they bound what one article can cost.
+# Real articles stay far below these limits. Together, they bound the time and memory that one article takes.
 MAX_FIGURES = 2000
 MAX_CAPTION = 32_768
 MAX_NAME = 256
@@ -50,12 +50,12 @@ _NAME_IN_TEXT = re.compile(r"Creative\s+Commons\s+Attribution([\s\w,().-]{0,80}?
 
 
 class JatsError(ValueError):
-    """The document is not an article that can be read; the message is the reason, in one line."""
+    """The document is not a readable article. The message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Graphic:
-    """One image: the hrefs of its versions as they stand in the XML, and its own caption, empty mostly."""
+    """One image: the hrefs of its versions in the XML, and its own caption, which is usually empty."""
 
     hrefs: tuple[str, ...]
     caption: str = ""
@@ -63,7 +63,14 @@ class Graphic:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure. `number` counts from 1 in document order, as ids may repeat or lack; `excluded` is a reason."""
+    """A figure.
+
+    Attributes:
+        number: position in the document, from 1. It identifies the figure, because an id may repeat or be missing.
+        licence: code or text of the figure's own licence. Empty: the article's licence applies.
+        excluded: reason why the rules exclude the figure. Empty if they don't.
+        mentions: the paragraphs that refer to the figure.
+    """
 
     number: int
     id: str
@@ -77,7 +84,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Article:
-    """What is known of an article; an empty string is "not said". `licence` is a code such as "CC BY-NC"."""
+    """An article. An empty string means that the article doesn't state the value.
+
+    Attributes:
+        licence: code such as "CC BY-NC".
+    """
 
     pmcid: str
     pmid: str
@@ -93,14 +104,14 @@ class Article:
 
 
 def parse(data: bytes) -> Article:
-    """Read an article. Raises JatsError: broken or hostile XML, or a root that is not `article`."""
+    """Parse an article. Raises JatsError for broken or hostile XML, and for a root that is not `article`."""
     try:
         root = safe_xml.parse(data)
     except safe_xml.XmlError as error:
         raise JatsError(str(error)) from None
     if local_name(root) != "article":
         raise JatsError(f"not a JATS article: the root is <{local_name(root)[:40]}>")
-    # Older files and OAI-PMH put everything into a default namespace; XLink, MathML and ALI keep theirs.
+    # Older files and OAI-PMH put JATS elements into a default namespace. XLink, MathML and ALI keep their namespaces.
     if namespace := etree.QName(root).namespace:
         for node in root.iter(f"{{{namespace}}}*"):
             node.tag = local_name(node)
@@ -136,8 +147,8 @@ def _article_id(front: etree._Element, *kinds: str) -> str:
 
 
 def _pmcid(front: etree._Element) -> str:
-    found = re.search(r"\d+", _article_id(front, "pmcid", "pmc"))
-    return f"PMC{found.group()}"[:MAX_NAME] if found else ""
+    number = re.search(r"\d+", _article_id(front, "pmcid", "pmc"))
+    return f"PMC{number.group()}"[:MAX_NAME] if number else ""
 
 
 def _journal(root: etree._Element) -> str:
@@ -148,7 +159,7 @@ def _journal(root: etree._Element) -> str:
 
 
 def _year(front: etree._Element) -> int | None:
-    """The first year of publication; the day a manuscript was submitted to NIHMS is not one."""
+    """Return the first year of publication. The date of a submission to NIHMS is not a publication."""
     years = []
     for date in front.iterfind("pub-date"):
         year = date.findtext("year", "").strip()
@@ -158,21 +169,21 @@ def _year(front: etree._Element) -> int | None:
 
 
 def _citation(root: etree._Element, front: etree._Element) -> str:
-    """Authors (six, then "et al."), title, journal, year and DOI: what a credit needs."""
+    """Return the citation for a credit: authors (six, then "et al."), title, journal, year and DOI."""
     names = []
     for author in front.iterfind("contrib-group/contrib[@contrib-type='author']"):
-        parts = (author.findtext("name/surname"), author.findtext("name/given-names"), author.findtext("collab"))
-        names.append(fold(" ".join(filter(None, parts))))
+        name = (author.findtext("name/surname"), author.findtext("name/given-names"), author.findtext("collab"))
+        names.append(fold(" ".join(filter(None, name))))
     names = [name for name in names if name]
-    who = ", ".join(names[:6]) + (", et al." if len(names) > 6 else "")
+    authors = ", ".join(names[:6]) + (", et al." if len(names) > 6 else "")
     doi = _article_id(front, "doi")
     title, year = _text(front.find("title-group/article-title")).rstrip("."), _year(front)
-    told = who.rstrip("."), title, _journal(root).rstrip("."), str(year or ""), f"doi:{doi}" if doi else ""
-    return ". ".join(filter(None, told))
+    parts = authors.rstrip("."), title, _journal(root).rstrip("."), str(year or ""), f"doi:{doi}" if doi else ""
+    return ". ".join(filter(None, parts))
 
 
 def _licence(node: etree._Element) -> tuple[str, str, str]:
-    """Code, address and text of the licence in a `permissions` (or, in NLM 2.x, in the element itself)."""
+    """Return code, URL and text of the licence in a `permissions` element (in NLM 2.x: in the element itself)."""
     url, texts = "", []
     for licence in node.iterfind(".//license"):
         candidates = [licence.get(_XLINK_HREF), *(child.get(_XLINK_HREF) for child in licence.iter("ext-link", "uri"))]
@@ -185,13 +196,13 @@ def _licence(node: etree._Element) -> tuple[str, str, str]:
 
 
 def _licence_code(text: str) -> str:
-    if found := _CREATIVE_COMMONS.search(text):
-        return f"CC {found.group(1).upper()}".rstrip("-") if found.group(1) else "CC0"
-    if found := _CODE_IN_TEXT.search(text):
-        code = re.sub(r"[\s-]+", "-", found.group(1).upper())
+    if match := _CREATIVE_COMMONS.search(text):
+        return f"CC {match.group(1).upper()}".rstrip("-") if match.group(1) else "CC0"
+    if match := _CODE_IN_TEXT.search(text):
+        code = re.sub(r"[\s-]+", "-", match.group(1).upper())
         return "CC0" if code == "0" else f"CC {code}"
-    if found := _NAME_IN_TEXT.search(text):
-        rest = re.sub(r"[\s-]", "", found.group(1).lower())
+    if match := _NAME_IN_TEXT.search(text):
+        rest = re.sub(r"[\s-]", "", match.group(1).lower())
         parts = [("noncommercial", "NC"), ("sharealike", "SA"), ("noderiv", "ND")]
         return "-".join(["CC BY", *(code for word, code in parts if word in rest)])
     return "CC0" if re.search(r"\bCC0\b|public\s+domain\s+dedication", text, re.IGNORECASE) else ""
@@ -200,18 +211,18 @@ def _licence_code(text: str) -> str:
 def _figures(root: etree._Element) -> Iterator[Figure]:
     number = 0
     mentions = _mentions(root)
-    # Label and caption of each group, that of the groups around it included; groups come before their figures.
+    # Label, caption and mentions of each group, with those of its outer groups. A group comes before its figures.
     groups: dict[etree._Element, tuple[str, str, tuple[str, ...]]] = {}
     for node in root.iter("fig", "fig-group"):
-        around = next(node.iterancestors("fig", "fig-group"), None)
-        outer_label, outer_caption, outer_mentions = groups.get(around, ("", "", ()))
+        outer_group = next(node.iterancestors("fig", "fig-group"), None)
+        outer_label, outer_caption, outer_mentions = groups.get(outer_group, ("", "", ()))
         label = _text(node.find("label")) or outer_label
         caption = " ".join(filter(None, (outer_caption, _caption(node))))
-        told = tuple(dict.fromkeys((*mentions.get(node.get("id"), ()), *outer_mentions)))[:MAX_MENTIONS]
+        figure_mentions = tuple(dict.fromkeys((*mentions.get(node.get("id"), ()), *outer_mentions)))[:MAX_MENTIONS]
         graphics = tuple(_graphics(node))
         if node.tag == "fig-group" or node.find(".//fig") is not None:
-            # One character too many is enough to tell that it is too long.
-            groups[node] = label, caption[: MAX_CAPTION + 1], told
+            # One character beyond the limit is enough to detect a caption that is too long.
+            groups[node] = label, caption[: MAX_CAPTION + 1], figure_mentions
             if not graphics:
                 continue
         number += 1
@@ -228,21 +239,24 @@ def _figures(root: etree._Element) -> Iterator[Figure]:
             label=label[:MAX_NAME],
             caption=caption,
             graphics=graphics,
-            licence="" if permissions is None else _own_licence(permissions),
+            licence="" if permissions is None else _figure_licence(permissions),
             excluded=excluded,
-            mentions=told,
+            mentions=figure_mentions,
         )
 
 
 def _mentions(root: etree._Element) -> dict[str, list[str]]:
-    """The first paragraphs that refer to each id of a figure, cut to MAX_MENTION characters, in document order."""
-    wanted = {node.get("id") for node in root.iter("fig", "fig-group")} - {None}
-    found: dict[str, list[str]] = {}
-    # A paragraph is read once, however many references it has.
+    """Return the first paragraphs that refer to each id of a figure, in document order.
+
+    A paragraph is cut to MAX_MENTION characters.
+    """
+    figure_ids = {node.get("id") for node in root.iter("fig", "fig-group")} - {None}
+    mentions: dict[str, list[str]] = {}
+    # A paragraph with many references is read only once.
     last, text = None, ""
     for reference in root.iter("xref"):
-        ids = [name for name in (reference.get("rid") or "").split() if name in wanted]
-        if not any(len(found.get(name, ())) < MAX_MENTIONS for name in ids):
+        ids = [name for name in (reference.get("rid") or "").split() if name in figure_ids]
+        if not any(len(mentions.get(name, ())) < MAX_MENTIONS for name in ids):
             continue
         above = list(reference.iterancestors("p", "caption", "fig", "table-wrap"))
         if not above or any(node.tag != "p" for node in above):
@@ -250,33 +264,33 @@ def _mentions(root: etree._Element) -> dict[str, list[str]]:
         if above[-1] is not last:
             last, text = above[-1], text_of(above[-1])[:MAX_MENTION]
         for name in ids:
-            told = found.setdefault(name, [])
-            if len(told) < MAX_MENTIONS and text not in told:
-                told.append(text)
-    return found
+            paragraphs = mentions.setdefault(name, [])
+            if len(paragraphs) < MAX_MENTIONS and text not in paragraphs:
+                paragraphs.append(text)
+    return mentions
 
 
-def _own_licence(permissions: etree._Element) -> str:
-    """The code of a figure's own licence, else the words of its permissions (a third party's figure)."""
+def _figure_licence(permissions: etree._Element) -> str:
+    """Return the code of a figure's licence, else the text of its permissions (for a third party's figure)."""
     return _licence(permissions)[0] or fold(" ".join(permissions.itertext()))[:MAX_LICENCE]
 
 
 def _caption(node: etree._Element) -> str:
     captions = node.findall("caption")
-    for_screen = [caption for caption in captions if caption.get("specific-use") != "print"]
-    parts = (for_screen or captions)[:1]
+    screen_captions = [caption for caption in captions if caption.get("specific-use") != "print"]
+    parts = (screen_captions or captions)[:1]
     if node.tag == "fig":
         parts += node.findall("p")
     only_doi = [p for part in parts for p in part.iter("p") if _ONLY_DOI.fullmatch(text_of(p))]
     joined = " ".join(filter(None, (text_of(part, without=only_doi) for part in parts)))
-    is_none = (
+    is_missing = (
         not _LETTER_OR_DIGIT.search(joined) or joined == _text(node.find("label")) or _PLACEHOLDER.fullmatch(joined)
     )
-    return "" if is_none else joined
+    return "" if is_missing else joined
 
 
 def _graphics(figure: etree._Element) -> Iterator[Graphic]:
-    """The images of a figure or, for a group, those that stand in none of its figures."""
+    """Yield the images of a figure. For a group, yield those outside its figures."""
     walker = etree.iterwalk(figure, events=("start",))
     for _, node in walker:
         name = local_name(node)
@@ -298,5 +312,5 @@ def _is_image(node: etree._Element) -> bool:
 
 
 def _href(node: etree._Element) -> str:
-    # NLM files without a namespace declaration carry a plain `href`.
+    # NLM files without a namespace declaration have a plain `href`.
     return (node.get(_XLINK_HREF) or node.get("href") or "").strip()

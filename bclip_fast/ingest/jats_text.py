@@ -1,4 +1,4 @@
-"""The text that a reader sees of a JATS element, on one line."""
+"""The visible text of a JATS element, on one line."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterable, Iterator
 from lxml import etree
 
 _MATH = "{http://www.w3.org/1998/Math/MathML}"
-# Their content starts and ends a line on the page, so words on both sides are apart.
+# On the page, the content of these elements starts and ends a line. A space therefore separates it from its neighbours.
 _BLOCKS = frozenset(
     "p title subtitle caption list list-item label def-list def-item def term disp-formula disp-formula-group "
     "disp-quote break sec table tr td th verse-group verse-line statement preformat".split()
 )
-# Identifiers, credits and descriptions that are no part of the running text; and objects with captions of their own.
+# Identifiers, credits and descriptions, which are not part of the running text, and objects with their own captions.
 _SKIPPED = frozenset(
     "object-id index-term alt-text long-desc permissions copyright-statement copyright-year license related-object "
     "supplementary-material media graphic inline-graphic inline-supplementary-material table-wrap fig fig-group "
     "processing-meta annotation annotation-xml".split()
 )
-# Of several versions of one formula: the one whose text is closest to what stands on the page.
+# Versions of one formula in order of preference: the text of the first is closest to the printed formula.
 _FORMULA_PREFERENCE = ("math", "textual-form", "tex-math")
 _TEX_DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)
 # Soft hyphen, zero-width characters, word joiner, invisible mathematical operators, byte order mark.
@@ -28,48 +28,48 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
 
 
 def local_name(node: etree._Element) -> str:
-    """The tag without its namespace; empty for comments and processing instructions."""
+    """Return the tag without its namespace. Empty for comments and processing instructions."""
     return node.tag.rpartition("}")[2] if isinstance(node.tag, str) else ""
 
 
 def fold(text: str) -> str:
-    """NFC, invisible characters out, every run of white space (also no-break and thin) one space."""
+    """Normalise to NFC, remove invisible characters, and make every run of white space (also no-break) one space."""
     return " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
 def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) -> str:
-    """All text inside `element`, however deep, but for the elements `without`, folded to one line.
+    """Return all text inside `element`, at any depth, except that of the elements `without`, folded to one line.
 
-    Blocks (paragraphs, titles, list items...) are set apart by a space; inline markup adds nothing. Of the
-    `alternatives` of a formula one speaks: MathML, else its textual form, else the body of its TeX. In MathML, white
-    space is not content, and a fraction reads `a/b` or `(a+b)/c`.
+    A space separates blocks (paragraphs, titles, list items...). Inline markup adds nothing. A formula with
+    `alternatives` gives the text of one: MathML, else its textual form, else the body of its TeX. In MathML, white
+    space is not content, and a fraction becomes `a/b` or `(a+b)/c`.
     """
     parts: list[str] = []
-    silent = set(without)
+    skipped = set(without)
     walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
     for event, node in walker:
         name = local_name(node)
         if event == "start":
-            if node in silent or (node is not element and name in _SKIPPED):
+            if node in skipped or (node is not element and name in _SKIPPED):
                 walker.skip_subtree()
             elif name == "tex-math":
                 parts.append(_tex_body(node))
                 walker.skip_subtree()
             else:
-                silent.update(_other_versions(node, name))
+                skipped.update(_other_versions(node, name))
                 if name in _BLOCKS:
                     parts.append(" ")
                 if _is_part_of_fraction(node):
                     parts.append(("/" if node.getprevious() is not None else "") + ("(" if _has_operator(node) else ""))
-                parts.append(_own_text(node.text, node, name))
+                parts.append(_text_inside(node.text, node, name))
             continue
         if name in _BLOCKS:
             parts.append(" ")
         if event == "end" and _is_part_of_fraction(node) and _has_operator(node):
             parts.append(")")
         if node is not element:
-            inside = node.getparent()
-            parts.append(_own_text(node.tail, inside, local_name(inside)))
+            parent = node.getparent()
+            parts.append(_text_inside(node.tail, parent, local_name(parent)))
     return fold("".join(parts))
 
 
@@ -85,14 +85,15 @@ def _has_operator(node: etree._Element) -> bool:
     return any(_INVISIBLE.sub("", operator.text or "").strip() for operator in node.iter(f"{_MATH}mo"))
 
 
-def _own_text(text: str | None, node: etree._Element, name: str) -> str:
+def _text_inside(text: str | None, node: etree._Element, name: str) -> str:
+    """Return the text directly inside a node, before or between its children."""
     if text and name != "mtext" and _is_math(node):
         return text.strip()
     return text or ""
 
 
 def _other_versions(node: etree._Element, name: str) -> Iterator[etree._Element]:
-    """The children that say again what another child says: of `alternatives` all but one, of a formula its TeX."""
+    """Yield the children that repeat another child: all `alternatives` except one, and the TeX of a MathML formula."""
     if name not in ("alternatives", "inline-formula", "disp-formula"):
         return
     children = [child for child in node if local_name(child) and local_name(child) not in _SKIPPED]

@@ -1,12 +1,12 @@
-"""Panels of a composite figure with their parts of the caption, emitted only where image and caption agree.
+"""Split a composite figure into panels with their parts of the caption, but only if image and caption agree.
 
-Caption: labels A, B, C, ... in order, each at the start of what it labels ("(a) ...", "A, ...", "(B-D) ...", or
-"Left: ..."); what stands before the first label belongs to every panel. Labels behind their text ("a cell (a)") give
-none.
+Caption: the labels A, B, C, ... must come in order, each in front of its text ("(a) ...", "A, ...", "(B-D) ...", or
+"Left: ..."). Text before the first label belongs to every panel. Labels after their text ("a cell (a)") give no panels.
 
 Image: it is cut along rows and columns of background, the widest first, into as many parts as the caption has labels.
-The cut is taken if those gaps stand out from the ones that are left and the parts make rows and columns of panels of
-one size, in reading order (the last row may be shorter). Others, and figures without gaps, give none: precision counts.
+These gaps must be clearly wider than the remaining ones. The parts must form rows and columns of panels of similar
+size, in reading order, where the last row may be shorter. All other figures give no panels: precision matters more
+than recall.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from PIL import Image
 from .sanitize import FORMATS, MAX_PIXELS, to_rgb
 
 MAX_PANELS = 12
-# The layout is looked for at this size of the longer side, in pixels.
+# The layout is determined on a copy whose longer side has at most this many pixels.
 _WORKING_SIDE = 600
 _WHITE, _BLACK = 242, 12
-# Of a row or column: specks of JPEG's making.
+# Share of a row or column that may be JPEG artefacts. Such a row or column still counts as background.
 _MAX_SPECKS = 0.004
-# The narrowest gap that is cut along against the widest that is not.
-_STANDS_OUT = 1.3
-_MIN_SHARE = 0.5  # of the largest panel's area
-_MAX_PADDING = 9  # at the working size
-_MIN_FILL = 0.5  # of the figure
-_ALIGNED = 0.05  # of the figure's width: by how much the left sides of a column may differ
+# Least ratio of the narrowest gap with a cut to the widest gap without one.
+_MIN_GAP_RATIO = 1.3
+# Least ratio of the smallest panel's area to the largest panel's.
+_MIN_AREA_RATIO = 0.5
+# Pixels of the copy.
+_MAX_PADDING = 9
+# Least share of the figure that the panels cover.
+_MIN_FILL = 0.5
+# Largest distance between the left sides of a column's panels, as a share of the figure's width.
+_MAX_COLUMN_OFFSET = 0.05
 _LETTERS = r"[A-La-l](?:\s?(?:[-\u2013\u2014,&/]|and|to)\s?[A-La-l])*"
 _STYLES = (
     re.compile(rf"\(({_LETTERS})\)[.:,]?"),
@@ -41,14 +45,14 @@ _STYLES = (
         r"\b((?:upper|lower|top|bottom|left|right|middle)(?:[ -](?:left|right|middle))?)(?: panels?)?\s?[:,]", re.I
     ),
 )
-# A label begins its text: it stands at the start, after a mark of punctuation, or after "and".
+# A label comes in front of its text: at the start of the caption, after punctuation, or after "and".
 _BEFORE = re.compile(r"(?:^|[.;:,!?\u2013\u2014)\]]|\band)\s*$")
 _SEPARATOR = re.compile(r"\s?(?:([-\u2013\u2014]|TO)|[,&/]|AND)\s?")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """`box`: left, top, right, bottom in pixels of the figure; `image`: a PNG of it."""
+    """A panel. `box`: (left, top, right, bottom) in pixels of the figure. `image`: PNG of the box."""
 
     label: str
     box: tuple[int, int, int, int]
@@ -57,7 +61,7 @@ class Panel:
 
 
 def split_panels(data: bytes, caption: str) -> list[Panel]:
-    """The panels of a figure that `sanitize` accepts, in the order of their labels; none where anything is in doubt."""
+    """Return the panels of a figure that `sanitize` accepts, in the order of their labels. In doubt, return none."""
     parts = split_caption(caption)
     if not parts:
         return []
@@ -78,22 +82,24 @@ def split_panels(data: bytes, caption: str) -> list[Panel]:
 
 
 def split_caption(caption: str) -> dict[str, str]:
-    """Caption of each panel by its label, A to L or a place such as "left"; empty unless one style of labels explains
-    the caption: in order, without a gap, each with text of its own."""
+    """Return the caption of each panel by its label: A to L, or a position such as "left".
+
+    Empty unless the caption uses one style of labels, in order, without a gap, each with its own text.
+    """
     for style in _STYLES:
-        found: list[tuple[list[str], int, int]] = []
+        labels: list[tuple[list[str], int, int]] = []
         for match in style.finditer(caption):
             names = _expand(match.group(1))
             if names and _BEFORE.search(caption[: match.start()]):
-                found.append((names, match.start(), match.end()))
-        parts = _parts(caption, found)
+                labels.append((names, match.start(), match.end()))
+        parts = _parts(caption, labels)
         if parts:
             return parts
     return {}
 
 
 def _expand(text: str) -> list[str]:
-    """A; A and B; A-D: the letters. A place: itself."""
+    """Return the letters of a label such as "A", "A and B" or "A-D", or the position that it names."""
     if len(text) > 2 and re.match(r"(?i)upper|lower|top|bottom|left|right|middle", text):
         return [text.lower().replace(" ", "-")]
     tokens = _SEPARATOR.split(text.upper())
@@ -104,18 +110,19 @@ def _expand(text: str) -> list[str]:
     return names
 
 
-def _parts(caption: str, found: list[tuple[list[str], int, int]]) -> dict[str, str]:
-    if not found:
+def _parts(caption: str, candidates: list[tuple[list[str], int, int]]) -> dict[str, str]:
+    """Return the caption of each panel. `candidates`: (names, start, end) of each label in the caption."""
+    if not candidates:
         return {}
-    is_place = len(found[0][0][0]) > 1
+    names_position = len(candidates[0][0][0]) > 1
     expected, kept = 0, []
-    for names, start, end in found:
-        if is_place:
+    for names, start, end in candidates:
+        if names_position:
             kept.append((names, start, end))
             continue
         if names != [chr(ord("A") + expected + i) for i in range(len(names))]:
             if names[0] < chr(ord("A") + expected):
-                continue  # a reference back
+                continue  # refers to an earlier panel
             return {}
         expected += len(names)
         kept.append((names, start, end))
@@ -124,8 +131,8 @@ def _parts(caption: str, found: list[tuple[list[str], int, int]]) -> dict[str, s
         return {}
     head = caption[: kept[0][1]].strip(" :;,")
     parts = {}
-    for place, (names, _, end) in enumerate(kept):
-        text = caption[end : kept[place + 1][1] if place + 1 < len(kept) else len(caption)].strip(" ;,")
+    for i, (names, _, end) in enumerate(kept):
+        text = caption[end : kept[i + 1][1] if i + 1 < len(kept) else len(caption)].strip(" ;,")
         text = re.sub(r"\s*\band$", "", text).strip(" ;,")
         if len(re.sub(r"[\W\d_]", "", text)) < 2:
             return {}
@@ -135,7 +142,7 @@ def _parts(caption: str, found: list[tuple[list[str], int, int]]) -> dict[str, s
 
 
 def layout(image: Image.Image, labels: list[str]) -> list[tuple[int, int, int, int]]:
-    """Boxes of the panels in reading order, as many as labels; empty if the image doesn't clearly have as many."""
+    """Return the boxes of the panels in reading order, one for each label. Empty if the layout is not clear."""
     scale = min(1.0, _WORKING_SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     pixels = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.int16)
@@ -143,7 +150,7 @@ def layout(image: Image.Image, labels: list[str]) -> list[tuple[int, int, int, i
     for background in (pixels.min(axis=2) >= _WHITE, pixels.max(axis=2) <= _BLACK):
         boxes, gap = _cut(~background, len(labels))
         if boxes and _is_grid(boxes, labels):
-            # Thin text at the edge is no ink by the rule for specks: it lies within half a gap.
+            # The limit for artefacts also discards thin text at the edge. The text lies within half a gap.
             best = [_padded(box, min(gap // 2, _MAX_PADDING), size) for box in boxes]
             break
     factors = image.width / size[0], image.height / size[1]
@@ -163,14 +170,19 @@ def _padded(box: tuple[int, int, int, int], by: int, size: tuple[int, int]) -> t
 
 @dataclass
 class _Part:
+    """A part of the figure. `gap`: pixels of its widest inner gap, or 0. `span`: start and end of the gap on `axis`."""
+
     box: tuple[int, int, int, int]
-    gap: float  # the widest inside, in pixels; 0: none
+    gap: float
     axis: int = 0
-    place: tuple[int, int] = (0, 0)
+    span: tuple[int, int] = (0, 0)
 
 
 def _cut(ink: np.ndarray, count: int) -> tuple[list[tuple[int, int, int, int]], int]:
-    """Cut the part with the widest gap until there are `count`; none if the gaps don't stand out. And the narrowest."""
+    """Cut the part with the widest gap until there are `count` parts. Return their boxes and the narrowest gap.
+
+    Return no boxes if the gaps are not clearly wider than the remaining ones.
+    """
     first = _part(ink, (0, 0, ink.shape[1], ink.shape[0]))
     if first is None:
         return [], 0
@@ -184,43 +196,43 @@ def _cut(ink: np.ndarray, count: int) -> tuple[list[tuple[int, int, int, int]], 
         narrowest = min(narrowest, widest.gap)
         parts.remove(widest)
         left, top, right, bottom = widest.box
-        start, end = widest.place
+        start, end = widest.span
         halves = (
             ((left, top, start, bottom), (end, top, right, bottom))
             if widest.axis == 0
             else ((left, top, right, start), (left, end, right, bottom))
         )
         parts += [part for half in halves if (part := _part(ink, half))]
-    if count < 2 or narrowest < _STANDS_OUT * max(widest.gap, 1):
+    if count < 2 or narrowest < _MIN_GAP_RATIO * max(widest.gap, 1):
         return [], 0
     return [part.box for part in parts], int(narrowest)
 
 
 def _part(ink: np.ndarray, box: tuple[int, int, int, int]) -> _Part | None:
-    """A box shrunk to its ink, with the widest gap that leaves something of a panel's size on both sides."""
+    """Return the box shrunk to its ink, and its widest gap that leaves enough for a panel on both sides."""
     left, top, right, bottom = box
     inside = ink[top:bottom, left:right]
     lines = [inside.mean(axis=0) > _MAX_SPECKS, inside.mean(axis=1) > _MAX_SPECKS]
     if not lines[0].any() or not lines[1].any():
         return None
     (x0, x1), (y0, y1) = ((int(np.argmax(line)), len(line) - int(np.argmax(line[::-1]))) for line in lines)
-    found = _Part((left + x0, top + y0, left + x1, top + y1), 0.0)
+    part = _Part((left + x0, top + y0, left + x1, top + y1), 0.0)
     smallest = 0.12 * max(ink.shape)
     for axis, (line, start, end, offset) in enumerate(((lines[0], x0, x1, left), (lines[1], y0, y1, top))):
         edges = np.flatnonzero(np.diff(np.concatenate([[True], line[start:end], [True]]).astype(np.int8)))
         for begin, stop in edges.reshape(-1, 2).tolist():
-            if begin >= smallest and end - start - stop >= smallest and stop - begin > found.gap:
-                found.gap, found.axis = float(stop - begin), axis
-                found.place = (offset + start + begin, offset + start + stop)
-    return found
+            if begin >= smallest and end - start - stop >= smallest and stop - begin > part.gap:
+                part.gap, part.axis = float(stop - begin), axis
+                part.span = (offset + start + begin, offset + start + stop)
+    return part
 
 
 def _is_grid(boxes: list[tuple[int, int, int, int]], labels: list[str]) -> bool:
-    """Sort the boxes into reading order in place; whether they are rows and columns of panels of similar size."""
+    """Sort `boxes` into reading order in place. Return whether they form rows and columns of similar panels."""
     areas = np.array([(right - left) * (bottom - top) for left, top, right, bottom in boxes], float)
     left, top, right, bottom = np.array(boxes).T
     width, height = max(right) - min(left), max(bottom) - min(top)
-    if areas.min() < _MIN_SHARE * areas.max() or areas.sum() < _MIN_FILL * width * height:
+    if areas.min() < _MIN_AREA_RATIO * areas.max() or areas.sum() < _MIN_FILL * width * height:
         return False
     rows: list[list[tuple[int, int, int, int]]] = []
     for box in sorted(boxes, key=lambda box: box[1]):
@@ -232,7 +244,7 @@ def _is_grid(boxes: list[tuple[int, int, int, int]], labels: list[str]) -> bool:
                 row.append(box)
                 break
             if max(shares) > 0.2:
-                return False  # beside one row and another: no reading order
+                return False  # the box overlaps two rows, so the reading order is ambiguous
         else:
             rows.append([box])
     rows = [sorted(row) for row in rows]
@@ -240,17 +252,20 @@ def _is_grid(boxes: list[tuple[int, int, int, int]], labels: list[str]) -> bool:
         return False
     for row in rows[1:]:
         starts = [abs(box[0] - above[0]) for box, above in zip(row, rows[0], strict=False)]
-        if len(row) == len(rows[0]) and max(starts) > _ALIGNED * width:
+        if len(row) == len(rows[0]) and max(starts) > _MAX_COLUMN_OFFSET * width:
             return False
     boxes[:] = [box for row in rows for box in row]
-    return _places_agree(rows, labels)
+    return _fits_labels(rows, labels)
 
 
-def _places_agree(rows: list[list[tuple[int, int, int, int]]], labels: list[str]) -> bool:
-    """Letters go with any rows; places with one row (left, middle, right) or one column (top, middle, bottom)."""
+def _fits_labels(rows: list[list[tuple[int, int, int, int]]], labels: list[str]) -> bool:
+    """Return whether the layout fits the labels.
+
+    Letters fit every layout. Positions need one row (left, middle, right) or one column (top, middle, bottom).
+    """
     if len(labels[0]) == 1:
         return True
-    places = [re.sub("upper", "top", re.sub("lower", "bottom", label)) for label in labels]
-    across = [name for name in ("left", "middle", "right") if name in places]
-    down = [name for name in ("top", "middle", "bottom") if name in places]
-    return (places == across and len(rows) == 1) or (places == down and all(len(row) == 1 for row in rows))
+    positions = [re.sub("upper", "top", re.sub("lower", "bottom", label)) for label in labels]
+    across = [name for name in ("left", "middle", "right") if name in positions]
+    down = [name for name in ("top", "middle", "bottom") if name in positions]
+    return (positions == across and len(rows) == 1) or (positions == down and all(len(row) == 1 for row in rows))

@@ -1,21 +1,21 @@
-"""The parts of an ingest: what the work of one package leaves on disk, its writer and its reader.
+"""The parts of an ingest: the files with the results of one package, their writer and their reader.
 
-A part is two files: `<number>.images`, the JPEGs one after another, and `<number>.rows`, renamed into place last, whose
-lines are, by their first letter (fields are separated by tabs, JSON never holds one):
+A part is two files. `<number>.images` holds the JPEGs one after another. `<number>.rows` is renamed into place last.
+Its lines start with a letter, and tabs separate the fields (JSON never contains a tab):
 
-    A  [identity, file]                                                 an article; the pairs that follow are its own
-    P  suffix, bytes of caption, bytes of metadata, place and bytes of the image, their CRC-32, SHA-256 of the source,
-       perceptual hash, and {"caption", "meta", "mentions"}
-    R  [article, figure, file, reason]                                  what is no pair
-    E  CRC-32 of all lines before                                       the end
+    A  [identity, file]                                                 an article, to which the next pairs belong
+    P  suffix, bytes of the caption, bytes of the metadata, offset and bytes of the image, CRC-32 of the image,
+       SHA-256 of the source, perceptual hash, and {"caption", "meta", "mentions"}
+    R  [article, figure, file, reason]                                  a reject
+    E  CRC-32 of all previous lines                                     the end
 
-Nothing waits for the disk: what a power failure leaves half on it is found by these sums, and done again.
+The writer does not flush to disk. These checksums detect a part that a power failure damaged, and the next run writes
+it again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import zlib
@@ -29,18 +29,19 @@ import numpy as np
 from bclip_fast.data.shards.format import to_json
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing
+from bclip_fast.io.hashing import sha256
 
 from .sanitize import SanitizedImage
 
 SPLITS = ("train", "val", "test")
-# How a line begins.
+# Start of a line of each kind.
 ARTICLE, PAIR, REJECT, END = b"A\t", b"P\t", b"R\t", b"E\t"
-_LONGEST_END = len(END + b"4294967295\n")
+_MAX_END_BYTES = len(END + b"4294967295\n")
 
 
 @dataclass(frozen=True)
 class Reject:
-    """What did not become a pair. The part of `reason` before a colon is its kind."""
+    """A figure, file or article that gave no pair. `reason`: its text before a colon is the kind of reject."""
 
     article: str
     figure: str
@@ -50,7 +51,12 @@ class Reject:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image with its caption; `suffix` distinguishes it within its article, `mentions` are paragraphs about it."""
+    """An image with its caption.
+
+    Attributes:
+        suffix: end of the key, unique within the article.
+        mentions: paragraphs of the article that refer to the figure.
+    """
 
     suffix: str
     image: SanitizedImage
@@ -60,24 +66,28 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Begin:
-    """An article begins; it is known by `identity`: PMCID, else DOI, PMID, or its file."""
+class ArticleStart:
+    """The start of an article's pairs. `identity`: its PMCID, else its DOI, PMID or file name."""
 
     identity: str
     file: str
 
 
+Event = ArticleStart | Pair | Reject
+
+
 def part_paths(folder: str | Path, number: int) -> tuple[Path, Path]:
-    """`.images` and `.rows` of a part."""
+    """Return the `.images` and `.rows` files of a part."""
     stem = Path(folder) / f"{number // 1000:06d}" / f"{number:09d}"
     return stem.with_suffix(".images"), stem.with_suffix(".rows")
 
 
-def write_rows(folder: str, number: int, events: Iterator[Begin | Pair | Reject]) -> None:
+def write_part(folder: str, number: int, events: Iterator[Event]) -> None:
+    """Write a part atomically."""
     images_path, rows_path = part_paths(folder, number)
     images_path.parent.mkdir(parents=True, exist_ok=True)
-    # A worker of a killed run may live for a moment, so the names are this process's own. Images are renamed before
-    # rows: the rows file says that both are complete.
+    # A worker of a killed run may still be alive, so each process uses its own partial names. The images are renamed
+    # before the rows: the rows file says that both are complete.
     with (
         replacing(rows_path, shared=True) as rows_partial,
         replacing(images_path, shared=True) as images_partial,
@@ -94,26 +104,27 @@ def write_rows(folder: str, number: int, events: Iterator[Begin | Pair | Reject]
         rows.write(END + b"%d\n" % checksum)
 
 
-def _line(event: Begin | Pair | Reject, place: int) -> bytes:
-    if isinstance(event, Begin):
+def _line(event: Event, image_offset: int) -> bytes:
+    if isinstance(event, ArticleStart):
         start, text = ARTICLE, to_json(dataclasses.astuple(event))
     elif isinstance(event, Reject):
         start, text = REJECT, to_json(dataclasses.astuple(event))
     else:
-        sizes = len(event.caption.encode()), len(to_json(event.meta).encode())
-        hashes = zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash
-        body = to_json({"caption": event.caption, "meta": event.meta, "mentions": event.mentions})
-        start, text = PAIR, "\t".join(map(str, (event.suffix, *sizes, place, len(event.image.data), *hashes, body)))
+        fields = [event.suffix, len(event.caption.encode()), len(to_json(event.meta).encode())]
+        fields += [image_offset, len(event.image.data)]
+        fields += [zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash]
+        fields.append(to_json({"caption": event.caption, "meta": event.meta, "mentions": event.mentions}))
+        start, text = PAIR, "\t".join(map(str, fields))
     return start + text.encode() + b"\n"
 
 
 class PairLine(NamedTuple):
-    """The fields of a P line. `place`: first byte of the image in the .images file. `body`: JSON."""
+    """The fields of a P line. `body`: JSON."""
 
     suffix: str
     caption_bytes: int
     meta_bytes: int
-    place: int
+    image_offset: int
     image_bytes: int
     image_crc: int
     source_sha256: str
@@ -121,60 +132,62 @@ class PairLine(NamedTuple):
     body: bytes
 
 
-def parse_begin(line: bytes) -> Begin:
-    """The article that an A line begins."""
-    return Begin(*json.loads(line[len(ARTICLE) :]))
+def parse_article(line: bytes) -> ArticleStart:
+    """Parse an A line."""
+    return ArticleStart(*json.loads(line[len(ARTICLE) :]))
 
 
 def parse_pair(line: bytes) -> PairLine:
-    _, suffix, caption, meta, place, image, crc, source, phash, body = line.split(b"\t", 9)
-    sizes = int(caption), int(meta), int(place), int(image), int(crc)
-    return PairLine(suffix.decode(), *sizes, source.decode(), phash.decode(), body)
+    """Parse a P line."""
+    _, suffix, caption, meta, offset, image, crc, source, phash, body = line.split(b"\t", 9)
+    numbers = int(caption), int(meta), int(offset), int(image), int(crc)
+    return PairLine(suffix.decode(), *numbers, source.decode(), phash.decode(), body)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the last line of a part is the sum of those before."""
+def is_complete(path: Path) -> bool:
+    """Return whether the last line of a rows file has the checksum of the lines before it."""
     checksum, tail = 0, b""
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             tail += block
-            checksum = zlib.crc32(tail[:-_LONGEST_END], checksum)
-            tail = tail[-_LONGEST_END:]
+            checksum = zlib.crc32(tail[:-_MAX_END_BYTES], checksum)
+            tail = tail[-_MAX_END_BYTES:]
     end = tail.rfind(END)
     return end >= 0 and tail[end:] == END + b"%d\n" % zlib.crc32(tail[:end], checksum)
 
 
 def read_line(work: Path, record: np.ndarray) -> bytes:
-    """The line of a part that a record of the plan points to."""
+    """Read the line of a part that a record of the plan refers to."""
     with part_paths(work / "parts", int(record["part"]))[1].open("rb") as file:
         file.seek(int(record["line"]))
         return file.read(int(record["line_bytes"]))
 
 
 def read_pair(work: Path, record: np.ndarray) -> dict[str, Any]:
-    """`caption`, `meta`, `mentions`, `key` and `crc` (of the image) of a pair of the plan."""
+    """Read a pair of the plan: `caption`, `meta`, `mentions`, `key`, and `crc` of its image."""
     line = parse_pair(read_line(work, record))
     body: dict[str, Any] = json.loads(line.body)
     return {**body, "key": pair_key(body["meta"]["article"], line.suffix), "crc": line.image_crc}
 
 
 def read_image(work: Path, record: np.ndarray, crc: int) -> bytes:
+    """Read the image of a record of the plan. Raises UserError if its CRC-32 is not `crc`."""
     with part_paths(work / "parts", int(record["part"]))[0].open("rb") as file:
         file.seek(int(record["place"]))
         data = file.read(int(record["image_bytes"]))
     if zlib.crc32(data) != crc:
-        raise damaged(work, int(record["part"]))
+        raise discard_damaged(work, int(record["part"]))
     return data
 
 
-def damaged(work: Path, part: int) -> UserError:
-    """The part is taken away, so that the next run does it again, with the same bytes."""
+def discard_damaged(work: Path, part: int) -> UserError:
+    """Delete a damaged part, so that the next run writes it again with the same bytes. Return the error to raise."""
     part_paths(work / "parts", part)[1].unlink(missing_ok=True)
     return UserError(f"part {part} was damaged on the disk (a power failure?); run it again: the others are kept")
 
 
 def part_rejects(work: Path, num_parts: int) -> Iterator[Reject]:
-    """The rejects of all parts, then the plan's own."""
+    """Yield the rejects of all parts, then those of the plan."""
     for part in range(num_parts):
         with part_paths(work / "parts", part)[1].open("rb") as lines:
             yield from (Reject(*json.loads(line[2:])) for line in lines if line.startswith(REJECT))
@@ -183,7 +196,8 @@ def part_rejects(work: Path, num_parts: int) -> Iterator[Reject]:
 
 
 def pair_key(identity: str, suffix: str) -> str:
+    """Return the key of a pair: short ASCII without dots. Ids other than PMCIDs are shortened and get a hash."""
     if not re.fullmatch(r"PMC\d{1,12}", identity):
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        digest = sha256(identity)[:8]
         identity = re.sub(r"[^A-Za-z0-9]+", "-", identity).strip("-")[-48:].lstrip("-") + f"-{digest}"
     return f"{identity}_{suffix}"

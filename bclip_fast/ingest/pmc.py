@@ -1,13 +1,14 @@
-"""The object layout of PubMed Central's open-access bucket, over HTTP(S) or mirrored on disk.
+"""The layout of PubMed Central's open-access bucket, and the rules that decide which articles may be used.
 
-    PMC<id>.<version>/PMC<id>.<version>.xml, <href>.jpg, ...      the files of a version of an article
-    metadata/PMC<id>.<version>.json                              what is known of it, with the MD5 of every file
+    PMC<id>.<version>/PMC<id>.<version>.xml, <href>.jpg, ...      the files of one version of an article
+    metadata/PMC<id>.<version>.json                              its metadata, with the MD5 of every file
 
-The rules, each recorded where it takes something away:
-- Of several versions the highest that is no author manuscript counts, else the highest.
-- Retracted articles, those outside the open-access subset and scans (OCR) are left out.
+Each rule leaves a reject for every article or version that it excludes:
+- The highest version that is not an author manuscript counts. If all are manuscripts, the highest version counts.
+- Retracted articles, scanned articles (OCR), and articles outside the open-access subset are excluded.
 - An author manuscript needs a Creative Commons licence.
-- Every object is checked against its MD5: of the XML and the images that in the metadata, of others their ETag.
+- Every object must have the right MD5. For the XML and the images, the metadata state it. For other objects, the ETag
+  does.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from .articles import IMAGE_SUFFIXES, ArticleFiles, Files, Package, SourceError
+from .articles import IMAGE_SUFFIXES, ArticleArchive, ArticleFiles, Package, SourceError
 from .object_store import METADATA_KEY, Store, shared_store
 
 PMC = "https://pmc-oa-opendata.s3.amazonaws.com"
-LICENCES = ("commercial", "noncommercial", "all")
 _COMMERCIAL = re.compile(r"CC0|CC BY(-SA|-ND)?")
 _NONCOMMERCIAL = re.compile(r"CC0|CC BY(-NC)?(-SA|-ND)?")
+# Flags of the metadata and their defaults.
+_FLAGS = {"is_retracted": False, "is_manuscript": False, "is_pmc_openaccess": True, "is_historical_ocr": False}
 _VERSIONS_PER_ID = 1 << 16
 _ARTICLES_PER_PACKAGE = 16
 _ITEM = re.compile(r"(?:PMC)?(\d{1,12})(?:\.(\d{1,4}(?:,\d{1,4})*))?")
@@ -44,12 +46,18 @@ _MAX_INVENTORY_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Rules:
-    """Which articles may be used. `license`: commercial (CC0, CC BY, -SA, -ND), noncommercial (-NC as well) or all."""
+    """The rules that say which articles may be used.
+
+    Attributes:
+        license: "commercial" (CC0, CC BY, -SA, -ND), "noncommercial" (these and CC BY-NC...) or "all".
+        keep_retracted: whether retracted articles may be used.
+    """
 
     license: str = "all"
     keep_retracted: bool = False
 
     def licence_problem(self, code: str) -> str:
+        """Return why a licence is not allowed. Empty if it is allowed."""
         allowed = {"commercial": _COMMERCIAL, "noncommercial": _NONCOMMERCIAL}.get(self.license)
         if allowed is None or allowed.fullmatch(code):
             return ""
@@ -58,17 +66,26 @@ class Rules:
 
 @dataclass(frozen=True)
 class Version:
-    """A version of an article: keys of its files with their MD5, and the metadata as it came."""
+    """A version of an article.
+
+    Attributes:
+        media: MD5 of each image, by key.
+        raw: the metadata file.
+        values: the metadata's fields, under our names.
+    """
 
     name: str
     xml_key: str
-    media: dict[str, str]  # key of an image -> MD5
+    media: dict[str, str]
     xml_md5: str
     raw: bytes
     values: dict[str, Any] = field(default_factory=dict)
 
     def problem(self, rules: Rules) -> str:
-        """The reason against using it, as far as the metadata tell; the XML may still have to tell the licence."""
+        """Return why the rules exclude this version, or an empty string.
+
+        If the metadata name no licence, the caller must also check the licence in the XML.
+        """
         code = self.values["licence"]
         if self.values["retracted"] and not rules.keep_retracted:
             return "retracted"
@@ -82,16 +99,16 @@ class Version:
 
 
 def read_version(store: Store, name: str) -> Version:
-    """Raises SourceError: no such object, or metadata that are not what the layout says."""
+    """Read the metadata of a version, such as PMC1.2. Raises SourceError if they are missing or invalid."""
     raw = store.read(f"metadata/{name}.json")
     try:
-        found = json.loads(raw)
-        flags = {flag: found.get(flag, default) for flag, default in _FLAGS.items()}
-        if found["pmcid"] != name.partition(".")[0] or not all(isinstance(value, bool) for value in flags.values()):
+        metadata = json.loads(raw)
+        flags = {flag: metadata.get(flag, default) for flag, default in _FLAGS.items()}
+        if metadata["pmcid"] != name.partition(".")[0] or not all(isinstance(value, bool) for value in flags.values()):
             raise ValueError
-        xml_key, xml_md5 = _key_of(found["xml_url"], name)
-        media = dict(_key_of(url, name) for url in found.get("media_urls") or ())
-        texts = {key: found.get(key) or "" for key in ("license_code", "citation", "pmid", "doi")}
+        xml_key, xml_md5 = _key_of(metadata["xml_url"], name)
+        media = dict(_key_of(url, name) for url in metadata.get("media_urls") or ())
+        texts = {key: metadata.get(key) or "" for key in ("license_code", "citation", "pmid", "doi")}
         texts = {key: " ".join(str(value).split())[:2000] for key, value in texts.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SourceError("broken metadata") from None
@@ -108,11 +125,8 @@ def read_version(store: Store, name: str) -> Version:
     return Version(name, xml_key, images, xml_md5, raw, values)
 
 
-_FLAGS = {"is_retracted": False, "is_manuscript": False, "is_pmc_openaccess": True, "is_historical_ocr": False}
-
-
 def _key_of(url: str, version: str) -> tuple[str, str]:
-    """The key and MD5 that an address in the metadata names: a file right below the version's own prefix."""
+    """Return the key and MD5 of a URL in the metadata. Raises ValueError unless the file lies in `version`."""
     parts = urllib.parse.urlsplit(url)
     folder, _, file = urllib.parse.unquote(parts.path).rpartition("/")
     md5 = urllib.parse.parse_qs(parts.query).get("md5", [""])[0].lower()
@@ -122,7 +136,12 @@ def _key_of(url: str, version: str) -> tuple[str, str]:
 
 
 def choose_version(store: Store, item: str) -> tuple[Version, list[tuple[str, str, str]]]:
-    """The version of `PMC1`, `PMC1.2` or `PMC1.1,2` by the rule above, and a record of the others."""
+    """Return the version of `PMC1`, `PMC1.2` or `PMC1.1,2` that the first rule selects, and rejects for the others.
+
+    Raises:
+        SourceError: the id is invalid, the article is missing, or its metadata are broken.
+        FetchError: the store couldn't be read this time.
+    """
     match = _ITEM.fullmatch(item)
     if match is None:
         raise SourceError("not the id of an article")
@@ -130,8 +149,8 @@ def choose_version(store: Store, item: str) -> tuple[Version, list[tuple[str, st
     if match.group(2):
         numbers = sorted({int(number) for number in match.group(2).split(",")}, reverse=True)
     else:
-        found = map(METADATA_KEY.fullmatch, store.keys(f"metadata/{article}."))
-        numbers = sorted((int(key.group(2)) for key in found if key), reverse=True)
+        matches = map(METADATA_KEY.fullmatch, store.keys(f"metadata/{article}."))
+        numbers = sorted((int(match.group(2)) for match in matches if match), reverse=True)
     if not numbers:
         raise SourceError("no such article")
     highest = chosen = None
@@ -148,11 +167,12 @@ def choose_version(store: Store, item: str) -> tuple[Version, list[tuple[str, st
 
 
 @contextmanager
-def open_objects(package: Package, rules: Rules, connections: int) -> Iterator[Files]:
-    yield _Objects(package, rules, shared_store(package.root, connections))
+def open_objects(package: Package, rules: Rules, connections: int) -> Iterator[ArticleArchive]:
+    """Open the articles of a store that `package` names."""
+    yield _ObjectArchive(package, rules, shared_store(package.root, connections))
 
 
-class _Objects:
+class _ObjectArchive:
     def __init__(self, package: Package, rules: Rules, store: Store) -> None:
         self._package, self._rules, self._store = package, rules, store
         self._md5: dict[str, str] = {}
@@ -172,31 +192,41 @@ class _Objects:
                 continue
             self._md5 = {version.xml_key: version.xml_md5, **version.media}
             names = [key.partition("/")[2] for key in version.media]
-            about = {name: value for name, value in version.values.items() if name not in ("open_access", "ocr")}
-            yield ArticleFiles(version.xml_key, names, about)
+            metadata = {name: value for name, value in version.values.items() if name not in ("open_access", "ocr")}
+            yield ArticleFiles(version.xml_key, names, metadata)
 
     def read(self, name: str) -> bytes:
         return self._store.read(name, self._md5[name])
 
 
 def discover_objects(root: str, selection: Iterable[str]) -> Iterator[Package]:
-    """Units of work for articles that `select` gave."""
+    """Yield units of work for the articles that `select` yields."""
     items = iter(selection)
     while chunk := tuple(itertools.islice(items, _ARTICLES_PER_PACKAGE)):
         yield Package("objects", root, "", chunk)
 
 
 def select(store: Store, *, ids: Path | None, inventory: str, prefix: str) -> Iterator[str]:
-    """Articles in the order of their numbers, `PMC1.1,2` where versions are known: those of a file of ids, one a line;
-    of an inventory (a `.csv` or `.csv.gz` file, or `latest`: the newest that the bucket holds); or whose id starts with
-    `prefix`. Memory: 8 bytes a version. Raises SourceError, FetchError."""
+    """Yield articles by one of three criteria, as `PMC1.1,2` if their versions are known.
+
+    The articles of an inventory or with a prefix come in the order of their numbers. They take 8 bytes of memory a
+    version.
+
+    Args:
+        ids: file with one id a line. If given, the articles come in its order.
+        inventory: `.csv` or `.csv.gz` file, or `latest` for the newest inventory in the bucket.
+        prefix: start of the ids. Used if `ids` and `inventory` are not given.
+
+    Raises:
+        SourceError: a file is unreadable, or an id or inventory is invalid.
+        FetchError: the store couldn't be read this time.
+    """
     if ids is not None:
         yield from _ids(ids)
         return
-    found = np.fromiter(_versions(store, inventory, prefix), np.uint64)
-    found = np.unique(found)
-    for number, versions in itertools.groupby(map(int, found), lambda value: value // _VERSIONS_PER_ID):
-        yield f"PMC{number}." + ",".join(str(value % _VERSIONS_PER_ID) for value in versions)
+    versions = np.unique(np.fromiter(_versions(store, inventory, prefix), np.uint64))
+    for number, values in itertools.groupby(map(int, versions), lambda value: value // _VERSIONS_PER_ID):
+        yield f"PMC{number}." + ",".join(str(value % _VERSIONS_PER_ID) for value in values)
 
 
 def _ids(path: Path) -> Iterator[str]:
@@ -204,14 +234,14 @@ def _ids(path: Path) -> Iterator[str]:
         lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read: {error}") from None
-    found: dict[str, None] = {}
+    items: dict[str, None] = {}
     for line in lines:
         if not (match := _ITEM.fullmatch(line)):
             raise SourceError(
-                f"{path}: {line[:40]!r} is not the id of an article; write PMC123 or PMC123.1, one a line"
+                f"{path}: {line[:40]!r} is not the id of an article; write one id a line, PMC123 or PMC123.1"
             )
-        found["PMC" + match.group(1) + (f".{match.group(2)}" if match.group(2) else "")] = None
-    yield from found
+        items["PMC" + match.group(1) + (f".{match.group(2)}" if match.group(2) else "")] = None
+    yield from items
 
 
 def _versions(store: Store, inventory: str, prefix: str) -> Iterator[int]:
@@ -231,7 +261,7 @@ def _inventory_keys(store: Store, inventory: str) -> Iterator[str]:
     reports = "inventory-reports/pmc-oa-opendata/metadata/"
     manifests = [key for key in store.keys(reports) if key.endswith("/manifest.json")]
     if not manifests:
-        raise SourceError(f"no inventory below {reports}")
+        raise SourceError(f"the bucket has no inventory below {reports}; pass an inventory file, ids or a prefix")
     try:
         files = [(file["key"], file.get("MD5checksum", "")) for file in json.loads(store.read(manifests[-1]))["files"]]
     except (ValueError, KeyError, TypeError):
@@ -241,9 +271,9 @@ def _inventory_keys(store: Store, inventory: str) -> Iterator[str]:
         yield from _csv_keys(lambda data=data: io.BytesIO(data))  # type: ignore[misc]
 
 
-def _csv_keys(opened: Callable[[], Any]) -> Iterator[str]:
-    """The column `key` of rows `bucket, key, ...`, as S3's inventories have them: no header, percent-encoded."""
-    with opened() as file:
+def _csv_keys(open_csv: Callable[[], Any]) -> Iterator[str]:
+    """Yield the keys of an S3 inventory: rows `bucket, key, ...` without a header, where keys are percent-encoded."""
+    with open_csv() as file:
         start = file.read(2)
         file.seek(0)
         content = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file

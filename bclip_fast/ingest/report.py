@@ -1,6 +1,6 @@
-"""`bclip ingest report DIR`: one HTML file about a dataset, that needs no network and no script.
+"""`bclip ingest report DIR`: describe a dataset in one HTML file, which needs neither network nor scripts.
 
-Captions, labels and licences come from data nobody vouches for: html/page.py says how a page is kept harmless.
+Captions, labels and licences are untrusted text. html/page.py describes how a page stays harmless.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from bclip_fast.data.shards.format import read_description
-from bclip_fast.data.storage import LocalFiles, ReadConfig
+from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.html.page import environment, thumbnail
 from bclip_fast.io.atomic import write_text
@@ -30,39 +30,41 @@ _LONGEST_CAPTION = 400
 
 @dataclass(frozen=True)
 class ReportConfig:
+    """Options of `bclip ingest report`."""
+
     dataset: tyro.conf.Positional[Path]
-    """Folder written by `bclip ingest build`."""
+    """Folder that `bclip ingest build` wrote."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
-    """File to write; DATASET/report.html by default."""
+    """File to write. Default: DATASET/report.html."""
     gallery: int = 24
-    """Random pairs shown."""
+    """Number of random pairs to show."""
     seed: int = 0
-    """Of the gallery."""
+    """Seed of the gallery's random choice."""
 
 
 def run(config: ReportConfig) -> None:
-    """Write the page. Raises UserError: no dataset there, or not one that ingest built."""
-    described = read_description(LocalFiles(config.dataset, ReadConfig()))
-    if "ingest" not in described:
-        raise UserError(f"{config.dataset}: was not built by `bclip ingest build`")
+    """Write the page. Raises UserError if the dataset is missing, or if ingest didn't build it."""
+    description = read_description(LocalStorage(config.dataset, ReadConfig()))
+    if "ingest" not in description:
+        raise UserError(f"{config.dataset}: was not built by `bclip ingest build`; only such datasets have a report")
     out = config.out or config.dataset / "report.html"
-    write_text(out, page(config, described))
+    write_text(out, page(config, description))
     log.info("wrote %s", out)
 
 
-def page(config: ReportConfig, described: dict[str, Any]) -> str:
-    """The HTML; the manifest is read by row groups, so memory does not grow with it."""
+def page(config: ReportConfig, description: dict[str, Any]) -> str:
+    """Return the HTML. The manifest is read by row groups, so memory does not grow with its size."""
     import pyarrow.parquet as pq
 
     manifest = pq.ParquetFile(config.dataset / "manifest.parquet")
     names = set(manifest.schema_arrow.names)
-    counted = ("licence", "year", "source_format", "source_mode", "duplicate", "journal")
-    values: dict[str, Counter[Any]] = {name: Counter() for name in counted}
+    counted_columns = ("licence", "year", "source_format", "source_mode", "duplicate", "journal")
+    values: dict[str, Counter[Any]] = {name: Counter() for name in counted_columns}
     tokens: Counter[int] = Counter()
     words: Counter[int] = Counter()
     sides: Counter[int] = Counter()
-    kept: dict[str, int] = dict.fromkeys(("image bytes", "original bytes", "retracted", "panels", "with mentions"), 0)
-    chosen = set(random.Random(config.seed).sample(range(manifest.metadata.num_rows), _num_shown(config, manifest)))
+    totals: dict[str, int] = dict.fromkeys(("image bytes", "original bytes", "retracted", "panels", "with mentions"), 0)
+    chosen = set(random.Random(config.seed).sample(range(manifest.metadata.num_rows), _gallery_size(config, manifest)))
     gallery, row_number = [], 0
     for group in range(manifest.num_row_groups):
         for row in manifest.read_row_group(group).to_pylist():
@@ -72,26 +74,26 @@ def page(config: ReportConfig, described: dict[str, Any]) -> str:
             if row.get("num_tokens") is not None:
                 tokens[row["num_tokens"]] += 1
             sides[min(row["source_width"], row["source_height"]) // _SIDE_BIN] += 1
-            kept["image bytes"] += row["num_image_bytes"]
-            kept["original bytes"] += row["source_bytes"] if row.get("panel") is None else 0
-            kept["retracted"] += bool(row.get("retracted"))
-            kept["panels"] += row.get("panel") is not None
-            kept["with mentions"] += row.get("mentions") not in (None, "[]")
+            totals["image bytes"] += row["num_image_bytes"]
+            totals["original bytes"] += row["source_bytes"] if row.get("panel") is None else 0
+            totals["retracted"] += bool(row.get("retracted"))
+            totals["panels"] += row.get("panel") is not None
+            totals["with mentions"] += row.get("mentions") not in (None, "[]")
             if row_number in chosen:
                 gallery.append(row)
             row_number += 1
     values["duplicate"].pop("not stated", None)
-    about = described["ingest"]
-    summary = {"articles": about["articles"], "pairs": about["pairs"], **about["by_split"], **kept}
+    ingest = description["ingest"]
+    summary = {"articles": ingest["articles"], "pairs": ingest["pairs"], **ingest["by_split"], **totals}
     captions, notes = _captions(tokens, words, has_tokens="num_tokens" in names)
     distributions = [
-        ("Rejects by reason", Counter(about["rejects"]).most_common()),
+        ("Rejects by reason", Counter(ingest["rejects"]).most_common()),
         ("Licences", values["licence"].most_common()),
         ("Types of the originals", values["source_format"].most_common()),
         ("Their modes", values["source_mode"].most_common()),
         ("Years", sorted(values["year"].items(), key=lambda item: str(item[0]))),
         ("Journals", values["journal"].most_common(15)),
-        ("Duplicates that are marked", values["duplicate"].most_common()),
+        ("Marked duplicates", values["duplicate"].most_common()),
         ("Shorter side of the originals, pixels", _binned(sides, _SIDE_BIN)),
         captions,
     ]
@@ -100,24 +102,24 @@ def page(config: ReportConfig, described: dict[str, Any]) -> str:
         .get_template("ingest.html")
         .render(
             name=config.dataset.resolve().name,
-            fingerprint=described["fingerprint"],
+            fingerprint=description["fingerprint"],
             counts=_rows(summary.items()),
             distributions=[{"title": title, "rows": _rows(rows)} for title, rows in distributions],
             notes=notes,
             gallery=[_pair(config.dataset, row) for row in gallery],
-            configuration=_rows(about["config"].items()),
+            configuration=_rows(ingest["config"].items()),
         )
     )
 
 
-def _num_shown(config: ReportConfig, manifest: Any) -> int:
+def _gallery_size(config: ReportConfig, manifest: Any) -> int:
     return min(max(config.gallery, 0), manifest.metadata.num_rows)
 
 
 def _captions(
     tokens: Counter[int], words: Counter[int], has_tokens: bool
 ) -> tuple[tuple[str, list[tuple[str, int]]], list[str]]:
-    """The title and rows of the caption lengths, and notes about them."""
+    """Return the title and rows of the caption lengths, and notes about them."""
     if not has_tokens:
         notes = ["Tokens were not counted: build with --tokenizer."]
         return ("Caption length, words", _binned(words, _TOKEN_BIN)), notes
@@ -135,7 +137,7 @@ def _binned(counter: Counter[int], width: int) -> list[tuple[str, int]]:
 
 
 def _rows(items: Iterable[tuple[Any, Any]]) -> list[dict[str, Any]]:
-    """Rows of a table. percent: a number's share of the largest number, 0 for anything else."""
+    """Return the rows of a table. percent: a number as a share of the largest number. 0 for other values."""
     items = list(items)
     numbers = [value for _, value in items if _is_number(value)]
     largest = max(numbers, default=1) or 1
@@ -154,7 +156,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _pair(root: Path, row: dict[str, Any]) -> dict[str, str]:
-    """A pair of the gallery, its image read from the shard."""
+    """Return a pair for the gallery. Read its image from the shard."""
     with (root / f"{row['shard']}.tar").open("rb") as file:
         file.seek(row["offset"])
         data = file.read(row["num_image_bytes"])

@@ -1,4 +1,4 @@
-"""Parse XML that nobody vouches for: no DTD, no entities of its own, no network, bounded size and depth."""
+"""Parse untrusted XML: without DTD, custom entities or network access, and with bounded size and depth."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import re
 from lxml import etree
 
 MAX_XML_BYTES = 32 << 20
-# Each node costs about 100 bytes of memory whatever its length in the file.
+# Each node takes about 100 bytes of memory, even if its tag is short.
 MAX_TAGS = 2_000_000
 
 _DECLARATION = re.compile(r"\s*<\?xml\b[^>]{0,500}?\?>")
 _ENCODING = re.compile(rb"""<\?xml[^>]{0,200}?encoding\s*=\s*["']([A-Za-z0-9._-]{1,40})["']""")
 _BEFORE_DOCTYPE = re.compile(r"(?:\s+|<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z))*", re.DOTALL)
-# Every alternative consumes to the end when it is not closed: so one pass, never a quadratic one.
+# An alternative that is not closed matches to the end of the text, so that the scan takes linear time.
 _LITERAL_OR_ENTITY = re.compile(
     r"<!\[CDATA\[.*?(?:\]\]>|\Z)|<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|&(?P<name>[A-Za-z][\w.-]{0,63});", re.DOTALL
 )
@@ -27,22 +27,22 @@ _ENCODINGS_BY_MARK = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Python knows codecs that are slow or no character sets at all (punycode, unicode_escape).
+# Other codecs of Python are slow, or are not character sets (punycode, unicode_escape).
 _ENCODING_NAMES = re.compile(
     r"utf-8|utf-16|ascii|iso8859-\d+|cp125\d|cp1252|koi8-r|shift_jis|cp932|euc_(?:jp|kr)|gb2312|gbk|gb18030|big5"
 )
 
 
 class XmlError(ValueError):
-    """The document is refused; the message is the reason, in one line."""
+    """The document is refused. The message is the reason, in one line."""
 
 
 def parse(data: bytes) -> etree._Element:
-    """The root element.
+    """Return the root element. Raises XmlError.
 
-    The document type declaration is cut out before the parser sees the document, so nothing can be expanded or
-    fetched. Named characters (`&nbsp;`, `&alpha;`) that a DTD would define are taken from HTML 5's table, which holds
-    the ISO sets that the JATS DTDs use; an unknown name stays as text. Raises XmlError.
+    This function removes the document type declaration first, so the parser has nothing to expand or fetch. HTML 5's
+    table replaces the DTD's named characters (`&nbsp;`, `&alpha;`): it contains the ISO sets of the JATS DTDs. An
+    unknown name stays in the text.
     """
     if len(data) > MAX_XML_BYTES:
         raise XmlError(f"larger than {MAX_XML_BYTES >> 20} MiB")
@@ -65,8 +65,8 @@ def _decode(data: bytes) -> str:
             data, encoding = data[len(mark) :], name
             break
     else:
-        found = _ENCODING.match(data)
-        encoding = found.group(1).decode("ascii") if found else "utf-8"
+        declared = _ENCODING.match(data)
+        encoding = declared.group(1).decode("ascii") if declared else "utf-8"
     try:
         if not _ENCODING_NAMES.fullmatch(codecs.lookup(encoding).name.removesuffix("-le").removesuffix("-be")):
             raise LookupError
@@ -83,8 +83,8 @@ def _decode(data: bytes) -> str:
 
 
 def _without_doctype(text: str) -> str:
-    before = _BEFORE_DOCTYPE.match(text)
-    start = before.end() if before else 0
+    prolog = _BEFORE_DOCTYPE.match(text)
+    start = prolog.end() if prolog else 0
     if not text.startswith("<!DOCTYPE", start):
         return text
     position, depth = start, 0

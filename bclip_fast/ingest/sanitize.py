@@ -1,14 +1,14 @@
-"""Any image of an article to a baseline RGB JPEG, or a reason why not.
+"""Convert any image of an article to a baseline RGB JPEG, or refuse it with a reason.
 
-A JPEG that is already baseline, RGB, small enough, upright by its EXIF and decodes whole passes through byte for byte.
-Everything else is decoded (GIF: first frame; TIFF: first page), brought to 8-bit RGB and encoded once:
+A JPEG keeps its bytes if it is baseline, RGB, small enough, upright according to its EXIF, and completely decodable.
+Every other image is decoded (GIF: first frame, TIFF: first page), converted to 8-bit RGB, and encoded once:
 
     alpha, transparent colour   over white
-    palette, 1-bit, grey        as they look
+    palette, 1-bit, grey        same appearance
     16-bit grey                 v / 257, so that 65535 is white
-    32-bit integer, float       v / 257 or 255 v where the range is that of 16 bits or [0, 1], else from min to max
-    CMYK, YCbCr                 by Pillow's formula; colour profiles are not applied
-    EXIF orientation            not applied: the pixels stay as they are stored, the tag goes
+    32-bit integer, float       v / 257 within the range of 16 bits, 255 v within [0, 1], else from minimum to maximum
+    CMYK, YCbCr                 by Pillow's formula, without colour profiles
+    EXIF orientation            not applied: the pixels keep their order, the tag is removed
 """
 
 from __future__ import annotations
@@ -21,32 +21,35 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile
 
-# Formats with decoders that neither start programs (EPS) nor call libraries beyond Pillow's own.
+# Formats whose decoders start no programs (as EPS does) and call only libraries that Pillow includes.
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP")
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 2
 JPEG_QUALITY = 90
 _ORIENTATION = 0x0112
-# What Pillow's plugins raise on corrupt input.
+# Exceptions of Pillow's plugins for corrupt input.
 _CORRUPT = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, ArithmeticError,
     AttributeError, RuntimeError,
 )  # fmt: skip
 
-# Pillow otherwise knows only some of the formats until a first image fails.
+# Without this call, Pillow loads some formats only after an image has failed to open.
 Image.init()
 
 
 class SanitizeError(ValueError):
-    """The image is refused; the message is the reason, in one line."""
+    """The image is refused. The message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class SanitizedImage:
-    """`data` is a baseline RGB JPEG of `width` x `height`; the source_* fields tell what it was made of.
+    """A sanitised image.
 
-    `phash`: what it looks like, see `perceptual_hash`.
+    Attributes:
+        data: baseline RGB JPEG of `width` x `height` pixels.
+        source_format, source_mode, source_width, source_height: Pillow's description of the original.
+        phash: perceptual hash, see `perceptual_hash`.
     """
 
     data: bytes
@@ -60,14 +63,18 @@ class SanitizedImage:
 
 
 def sanitize(data: bytes, *, max_short_side: int = 384, jpeg_quality: int = JPEG_QUALITY) -> SanitizedImage:
-    """Decode `data` fully, once, and return it as a baseline RGB JPEG.
+    """Decode `data` completely, once, and return it as a baseline RGB JPEG.
 
-    The shorter side is reduced to `max_short_side` pixels (Lanczos, antialiased; 0 keeps the size; never enlarged).
-    Raises SanitizeError: no image, a format not in FORMATS, truncated or corrupt, more than MAX_PIXELS or MAX_BYTES.
+    Args:
+        max_short_side: limit for the shorter side in pixels. Larger images are reduced (Lanczos). 0: no limit.
+        jpeg_quality: quality of an image that is encoded again.
+
+    Raises:
+        SanitizeError: `data` is not an image in one of FORMATS, is truncated or corrupt, or exceeds a limit.
     """
     if len(data) > MAX_BYTES:
         raise SanitizeError(f"image larger than {MAX_BYTES >> 20} MiB")
-    # A bomb is caught by the size in the header, before any pixel is decoded: Pillow's warning says no more.
+    # `_sanitize` refuses a decompression bomb by the size in its header, so Pillow's warning adds nothing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -97,7 +104,7 @@ def _sanitize(image: ImageFile.ImageFile, data: bytes, max_short_side: int, jpeg
     scale = max_short_side / min(width, height) if shrink else 1.0
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if shrink and image.format == "JPEG" and image.mode in ("RGB", "L"):
-        # The decoder itself can scale by 1/2, 1/4, 1/8; at least twice the final size is left to the filter.
+        # The decoder can scale by 1/2, 1/4 or 1/8. Keep at least twice the final size for the filter.
         image.draft(None, (2 * size[0], 2 * size[1]))
     image.load()
     if not shrink and image.format == "JPEG" and image.mode == "RGB" and _is_baseline(data) and _is_upright(image):
@@ -115,18 +122,23 @@ _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(16), np.arange(64) + 0.5))
 
 
 def perceptual_hash(image: Image.Image) -> str:
-    """256 bits as hex: which of the 16 x 16 lowest frequencies (DCT-II of 64 x 64 grey pixels) lie above their median.
+    """Return 256 bits in hexadecimal that describe the appearance of an image.
 
-    On 558 figures: JPEG at quality 50 changes at most 12 bits, half the size at most 20 (9 of 10: 10); no two different
-    figures are nearer than 18. A crop of 2 % changes 38 at the median: it is another picture here.
+    The image is reduced to 64 x 64 grey pixels. Each bit says whether one of the 16 x 16 lowest frequencies of their
+    DCT-II is above the median.
+
+    Measured on 558 figures: JPEG at quality 50 changes at most 12 bits. Half the size changes at most 20 bits, and 10
+    bits or fewer in 9 of 10 figures. Two different figures differ in at least 18 bits. A crop of 2 % changes 38 bits
+    (median), so it counts as a different image.
     """
     grey = np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX)).astype(np.float64)
-    # Rounded: where there is nothing to see, no bit is that of a rounding error.
+    # In an image without content, all frequencies are rounding errors. Rounding removes them.
     waves = (_COSINES @ grey @ _COSINES.T).ravel().round(6)
     return np.packbits(waves > np.median(waves[1:])).tobytes().hex()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB. Raises SanitizeError for pixels that are not finite numbers."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _to_8_bit(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -151,12 +163,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def _is_upright(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) == 1
-    except _CORRUPT:  # the pixels are good: encode them without the broken EXIF
+    except _CORRUPT:  # the pixels are intact, so encode them without the broken EXIF
         return False
 
 
 def _is_baseline(data: bytes) -> bool:
-    """Whether the first frame header is SOF0 (8 bits a component); Pillow tells progressive apart, no more."""
+    """Return whether the first frame header is SOF0 (8 bits a component). Pillow only detects progressive JPEGs."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

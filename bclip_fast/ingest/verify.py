@@ -1,4 +1,4 @@
-"""`bclip ingest verify DIR`: re-read a dataset and say what is wrong."""
+"""`bclip ingest verify DIR`: read a dataset again and list its problems."""
 
 from __future__ import annotations
 
@@ -20,30 +20,35 @@ from .parts import SPLITS
 
 @dataclass(frozen=True)
 class VerifyConfig:
+    """Options of `bclip ingest verify`."""
+
     dataset: tyro.conf.Positional[Path]
-    """Folder written by `bclip ingest build`."""
+    """Folder that `bclip ingest build` wrote."""
 
 
 def run(config: VerifyConfig) -> int:
-    """Print the problems, one a line; 1 if there are any. Raises UserError: no dataset there at all."""
+    """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
     problems = verify(config.dataset)
     for problem in problems:
         print(problem)
-    print(f"{config.dataset}: {f'{len(problems)} problems' if problems else 'all is well'}")
+    print(f"{config.dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
     return int(bool(problems))
 
 
 def verify(root: Path) -> list[str]:
-    """Of any dataset what `shards.verify` finds; of one that ingest built also: an article in two splits, images of val
-    or test that resemble one of a split they are kept apart from, counts that differ from dataset.json."""
+    """Return the problems of a dataset, one line each.
+
+    For every dataset, these are the problems that `shards.verify` reports. For a dataset that ingest built, they also
+    include articles in two splits, similar images in different splits, and counts that differ from dataset.json.
+    """
     problems = shards.verify(root)
-    told = json.loads((root / "dataset.json").read_bytes()).get("ingest")
-    if told is None or any(problem.startswith("manifest.parquet") for problem in problems):
+    recorded = json.loads((root / "dataset.json").read_bytes()).get("ingest")
+    if recorded is None or any(problem.startswith("manifest.parquet") for problem in problems):
         return problems
-    return problems + _verify_ingest(root, told)
+    return problems + _verify_ingest(root, recorded)
 
 
-def _verify_ingest(root: Path, told: dict[str, Any]) -> list[str]:
+def _verify_ingest(root: Path, recorded: dict[str, Any]) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -54,15 +59,15 @@ def _verify_ingest(root: Path, told: dict[str, Any]) -> list[str]:
         return [f"manifest.parquet or rejects.parquet: cannot be read: {first_line(error)}"]
     articles, splits, phashes, sources = (column.to_pylist() for column in table.columns)
     problems = []
-    home: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for article, split in zip(articles, splits, strict=True):
-        if home.setdefault(article, split) != split:
-            problems.append(f"article {article}: in split {home[article]} and in {split}")
+        if split_of.setdefault(article, split) != split:
+            problems.append(f"article {article}: in split {split_of[article]} and in {split}")
     kinds = Counter(reason.partition(":")[0] for reason in rejects)
-    if told["rejects"] != dict(kinds):
-        problems.append("rejects.parquet: its reasons are not those that dataset.json counts")
-    if (told["pairs"], told["by_split"]) != (len(splits), dict(Counter(splits))):
-        problems.append("manifest.parquet: its pairs are not those that dataset.json counts")
+    if recorded["rejects"] != dict(kinds):
+        problems.append("rejects.parquet: the counts of its reasons differ from dataset.json")
+    if (recorded["pairs"], recorded["by_split"]) != (len(splits), dict(Counter(splits))):
+        problems.append("manifest.parquet: the number of pairs in a split differs from dataset.json")
     return sorted(set(problems)) + _leaks(splits, phashes, sources)
 
 
@@ -71,14 +76,16 @@ def _leaks(splits: list[str], phashes: list[str], sources: list[str]) -> list[st
         hashes = np.frombuffer(bytes.fromhex("".join(phashes)), "<u8").reshape(len(splits), 4)
         numbers = np.array([SPLITS.index(split) for split in splits])
     except (ValueError, TypeError):
-        return ["manifest.parquet: a perceptual hash or a split is none"]
-    _, first, look = np.unique(np.ascontiguousarray(hashes).view("V32").ravel(), return_index=True, return_inverse=True)
+        return ["manifest.parquet: a row has an invalid perceptual hash or split"]
+    _, first, hash_ids = np.unique(
+        np.ascontiguousarray(hashes).view("V32").ravel(), return_index=True, return_inverse=True
+    )
     present = np.zeros((len(first), len(SPLITS)), bool)
-    present[look, numbers] = True
+    present[hash_ids, numbers] = True
     left, right = near_pairs(hashes[first])
-    seen = present.sum(axis=1) > 1
-    crossing = (present[left] | present[right]).sum(axis=1) > 1
+    is_shared = present.sum(axis=1) > 1
+    is_crossing = (present[left] | present[right]).sum(axis=1) > 1
     by_source: dict[str, str] = {}
-    same = sum(by_source.setdefault(source, split) != split for source, split in zip(sources, splits, strict=True))
-    count = int(seen.sum() + crossing.sum()) + same
-    return [f"manifest.parquet: {count} images resemble one of another split"] if count else []
+    num_equal = sum(by_source.setdefault(source, split) != split for source, split in zip(sources, splits, strict=True))
+    count = int(is_shared.sum() + is_crossing.sum()) + num_equal
+    return [f"manifest.parquet: {count} cases of similar images in different splits"] if count else []

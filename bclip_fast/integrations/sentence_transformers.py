@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bclip_fast.ops import linear
-from bclip_fast.ops.contrastive import check_features, clip_loss, default_chunk_size
+from bclip_fast.ops.contrastive import clip_loss
+from bclip_fast.ops.contrastive.checks import check_features, default_chunk_size
 from bclip_fast.ops.dtypes import accumulation_dtype
 
 DIRECTIONS = ("query_to_doc", "doc_to_query")
@@ -46,7 +47,7 @@ def multiple_negatives_ranking_loss(
 
     Args:
         queries: (B, D) of any norm.
-        documents: (B, D), or several such tensors. Row i of the first belongs to query i; the others are hard
+        documents: (B, D), or several such tensors. Row i of the first belongs to query i. The others are hard
             negatives.
         scale: factor of the cosines.
         directions: query_to_doc, doc_to_query or both.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class VqaModel(nn.Module):
     lr_scales: METER's learning rates relative to those of the towers, by prefix of a parameter's name.
     """
 
-    lr_scales = {"classifier.": 50.0, "fusion.": 5.0}
+    lr_scales: ClassVar[dict[str, float]] = {"classifier.": 50.0, "fusion.": 5.0}
 
     def __init__(
         self, clip: BiomedClip, config: MeterConfig, answers: tuple[str, ...], *, freeze: bool = False

@@ -2,8 +2,10 @@
 
 open_clip names its towers: a timm model and a Hugging Face model. The published sizes have public names. For any other
 size timm reads `config.json` of a `local-dir:` folder, and transformers that of any folder. So `write` describes such
-towers in `vision/` and `text/` beside `open_clip_config.json`, by relative path. open_clip opens such a checkpoint when
-its folder is the working directory (`open_clip.create_model("local-dir:.")`, timm >= 1.0.16).
+towers in `vision/` and `text/` beside `open_clip_config.json`, by relative path.
+
+To open such a checkpoint in open_clip (timm >= 1.0.16), make its folder the working directory and call
+`open_clip.create_model("local-dir:.")`.
 """
 
 from __future__ import annotations

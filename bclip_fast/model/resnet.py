@@ -5,8 +5,8 @@ instead of an average.
 
 The batch norms compute their statistics over one micro-batch on one rank. So does open_clip with `--accum-freq`, and
 without `--use-bn-sync` on several ranks. The result of training therefore depends on `micro_batch_size` and on the
-number of ranks. Running statistics change once for each micro-batch; open_clip's also change in its pass without a
-graph. Each rank keeps its own statistics, and a checkpoint holds those of rank 0.
+number of ranks. Running statistics change once for each micro-batch. In open_clip they also change in the pass
+without a graph. Each rank keeps its own statistics, and a checkpoint holds those of rank 0.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Block(NamedTuple):
     """Position and sizes of a block. The first block of every stage except the first strides by 2."""
 
     stage: int
-    index: int
+    position: int
     inputs: int
     width: int
 
     @property
     def stride(self) -> int:
         """2 if the block halves the image's side, else 1."""
-        return 2 if self.stage and not self.index else 1
+        return 2 if self.stage and not self.position else 1
 
 
 def blocks(config: VisionConfig) -> Iterator[Block]:
     """Yield the blocks of a tower of kind resnet in order. Each stage is twice as wide as the previous one."""
     inputs = config.width
     for stage, count in enumerate(config.blocks or ()):
-        for index in range(count):
-            yield Block(stage, index, inputs, config.width << stage)
+        for position in range(count):
+            yield Block(stage, position, inputs, config.width << stage)
             inputs = 4 * config.width << stage
 
 
@@ -138,7 +138,7 @@ class Bottleneck(nn.Module):
         self.conv1 = ConvNorm(block.inputs, width)
         self.conv2 = ConvNorm(width, width, 3)
         self.conv3 = ConvNorm(width, 4 * width)
-        self.short = ConvNorm(block.inputs, 4 * width) if block.index == 0 else None
+        self.short = ConvNorm(block.inputs, 4 * width) if block.position == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, 4 * width, H / stride, W / stride)."""

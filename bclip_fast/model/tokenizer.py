@@ -1,7 +1,7 @@
 """WordPiece token ids from the `tokenizers` library, identical to those of Hugging Face's BertTokenizer.
 
-open_clip cleans a text before it tokenizes it (ftfy, HTML entities, white space; it also straightens curly quotes), and
-BiomedCLIP was trained on such text. `clean` does the same. It changes the ids of 5 to 10 % of the captions of PMC
+open_clip cleans a text before it tokenizes it: ftfy, HTML entities, white space. BiomedCLIP was trained on such text,
+in which curly quotes are straight. `clean` does the same. It changes the ids of 5 to 10 % of the captions of PMC
 articles.
 """
 
@@ -114,8 +114,8 @@ class Tokenizer:
         fast = _wordpiece({})
         texts = [clean(caption) for caption in captions]
         initial, continuing = _characters(fast, texts, at_most=vocab_size // 3)
-        # By default the library numbers continuing characters in the order of a hash table, breaks ties by these
-        # numbers, and lets the characters exceed the vocabulary's size. Naming them makes every run equal.
+        # By default the library numbers continuing characters in the order of a hash table and breaks ties by these
+        # numbers. It also lets the characters exceed the vocabulary's size. Naming them makes every run equal.
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
@@ -135,7 +135,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.fast.save(str(folder / "tokenizer.json"))
-        special = dict(pad_token=PAD, unk_token=UNK, cls_token=CLS, sep_token=SEP, mask_token=MASK)
+        special = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,

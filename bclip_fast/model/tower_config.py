@@ -141,7 +141,7 @@ def read_bert_config(content: Json, source: str) -> TextConfig:
 
 
 def is_pubmedbert(text: TextConfig) -> bool:
-    """Whether the tower has PubMedBERT's sizes, whatever its context length and projection."""
+    """Whether the tower has PubMedBERT's sizes. Its context length and projection don't count."""
     published = TextConfig()
     names = *_BERT_SIZES.values(), "mlp_ratio"
     return all(getattr(text, name) == getattr(published, name) for name in names)
@@ -185,6 +185,6 @@ def transformers_configs(config: BiomedClipConfig) -> tuple[Json, Json]:
         "attention_dropout": 0.0,
         "pad_token_id": text.pad_id,
         "bos_token_id": None,
-        # With 2, transformers reads the output at the highest id, whatever the vocabulary.
+        # With 2, transformers reads the output at the highest id of each caption.
         "eos_token_id": 2 if text.end_id is None else text.end_id,
     }

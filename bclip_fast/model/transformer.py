@@ -1,7 +1,7 @@
 """The two kinds of transformer layer, pre-norm (ViT, GPT) and post-norm (BERT), and the base class of the towers.
 
 Tokens of all sequences are the rows of one (T, D) matrix, so no row is ever padding. A layer returns its residual
-stream and the branch that is still to be added; the next norm, `ops.add_norm`, adds both in one pass. Under autocast
+stream and the branch that is still to be added. The next norm, `ops.add_norm`, adds both in one pass. Under autocast
 the stream stays in float32, and each norm returns the dtype of the next matmul.
 """
 
@@ -19,7 +19,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from bclip_fast.errors import UserError
-from bclip_fast.ops import add_norm, fused_attention, gelu, linear, pooled_attention, varlen_attention
+from bclip_fast.ops import add_norm, fused_attention, gelu, linear, single_query_attention, varlen_attention
 
 # A checkpoint's configuration is untrusted. These bounds keep it from requesting absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -83,7 +83,7 @@ class Sequences(NamedTuple):
         cu_seqlens, step = self.cu_seqlens, self.max_seqlen
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
-        attended = pooled_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)
+        attended = single_query_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)
         return attended.flatten(1)
 
 
@@ -190,7 +190,7 @@ class QueryKeyValue(Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:
         """(T, D) -> (T, 3 D). With rows (n,), only they get queries: ((n, D), (T, 2 D))."""
         if rows is None:
             return super().forward(x)

@@ -33,7 +33,14 @@ def timm_vit_keys(layers: int) -> Keys:
     keys |= _weight_and_bias("visual.patch_embed", trunk + "patch_embed.proj")
     keys |= _weight_and_bias("visual.norm", trunk + "norm")
     keys["visual.head.weight"] = ("visual.head.proj.weight",)
-    modules = dict(norm1="norm1", qkv="attn.qkv", proj="attn.proj", norm2="norm2", fc1="mlp.fc1", fc2="mlp.fc2")
+    modules = {
+        "norm1": "norm1",
+        "qkv": "attn.qkv",
+        "proj": "attn.proj",
+        "norm2": "norm2",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
     return keys | _layer_keys("visual.layers.", f"{trunk}blocks.", layers, modules)
 
 
@@ -54,9 +61,9 @@ def _resnet_keys(config: VisionConfig) -> Keys:
     keys |= _weight_and_bias("visual.head", "visual.attnpool.c_proj")
     conv_parents = [("visual.stem.", "visual.")]
     for number, block in enumerate(blocks(config)):
-        ours, theirs = f"visual.layers.{number}.", f"visual.layer{block.stage + 1}.{block.index}."
+        ours, theirs = f"visual.layers.{number}.", f"visual.layer{block.stage + 1}.{block.position}."
         conv_parents.append((ours, theirs))
-        if block.index == 0:
+        if block.position == 0:
             keys |= _conv_norm(f"{ours}short.", f"{theirs}downsample.0.", f"{theirs}downsample.1.")
     for ours, theirs in conv_parents:
         for i in (1, 2, 3):
@@ -73,7 +80,7 @@ def _conv_norm(ours: str, conv: str, norm: str) -> Keys:
 def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
     """The layers of open_clip's own transformer."""
     keys: Keys = {}
-    modules = dict(norm1="ln_1", proj="attn.out_proj", norm2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj")
+    modules = {"norm1": "ln_1", "proj": "attn.out_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
     for i in range(layers):
         for kind in ("weight", "bias"):
             keys[f"{ours}{i}.qkv.{kind}"] = (f"{theirs}{i}.attn.in_proj_{kind}",)
@@ -109,13 +116,13 @@ def bert_keys(config: TextConfig) -> Keys:
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
     }
     keys |= _weight_and_bias("text.embedding_norm", bert + "embeddings.LayerNorm")
-    modules = dict(
-        proj="attention.output.dense",
-        norm1="attention.output.LayerNorm",
-        fc1="intermediate.dense",
-        fc2="output.dense",
-        norm2="output.LayerNorm",
-    )
+    modules = {
+        "proj": "attention.output.dense",
+        "norm1": "attention.output.LayerNorm",
+        "fc1": "intermediate.dense",
+        "fc2": "output.dense",
+        "norm2": "output.LayerNorm",
+    }
     qkv = "attention.self.query", "attention.self.key", "attention.self.value"
     keys |= _layer_keys("text.layers.", f"{bert}encoder.layer.", config.layers, modules, qkv)
     projection = ["proj.0", "proj.2"] if config.projection == "mlp" else ["proj"]
@@ -147,13 +154,13 @@ def transformers_vit_keys(layers: int) -> Keys:
     keys: Keys = {"cls_token": ("embeddings.cls_token",), "pos_embed": ("embeddings.position_embeddings",)}
     keys |= _weight_and_bias("patch_embed", "embeddings.patch_embeddings.projection")
     keys |= _weight_and_bias("norm", "layernorm")
-    modules = dict(
-        norm1="layernorm_before",
-        proj="attention.output.dense",
-        norm2="layernorm_after",
-        fc1="intermediate.dense",
-        fc2="output.dense",
-    )
+    modules = {
+        "norm1": "layernorm_before",
+        "proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "fc1": "intermediate.dense",
+        "fc2": "output.dense",
+    }
     qkv = "attention.attention.query", "attention.attention.key", "attention.attention.value"
     return keys | _layer_keys("layers.", "encoder.layer.", layers, modules, qkv)
 
@@ -167,7 +174,13 @@ def transformers_clip_text_keys(layers: int) -> Keys:
         "text.projection": ("text_projection.weight",),
     }
     keys |= _weight_and_bias("text.norm", model + "final_layer_norm")
-    modules = dict(norm1="layer_norm1", proj="self_attn.out_proj", norm2="layer_norm2", fc1="mlp.fc1", fc2="mlp.fc2")
+    modules = {
+        "norm1": "layer_norm1",
+        "proj": "self_attn.out_proj",
+        "norm2": "layer_norm2",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
     qkv = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
     return keys | _layer_keys("text.layers.", f"{model}encoder.layers.", layers, modules, qkv)
 

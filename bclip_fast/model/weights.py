@@ -209,7 +209,7 @@ def _with_text_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _dropped(state: Mapping[str, Tensor], source: str, names: tuple[str, ...], reason: str) -> State:
-    """Drop `names` and, for those that end in a dot, everything that starts with them. Log what was dropped."""
+    """Drop `names` and, for those that end in a dot, everything that starts with them. Log their names."""
     prefixes = tuple(name for name in names if name.endswith("."))
     unused = sorted(name for name in state if name in names or name.startswith(prefixes))
     if unused:

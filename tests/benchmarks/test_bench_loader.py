@@ -65,8 +65,8 @@ def test_real_articles_become_shards(shared_data: Path, tmp_path: Path, monkeypa
 def test_pixels_that_are_others_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch):
     real = loader.our_pass
     monkeypatch.setattr(loader, "contenders", lambda source: {
-        "black": lambda: lambda: (torch.zeros_like(images) for images in real(source, loader.NativeLoader)()),
-        "ours": lambda: real(source, loader.NativeLoader),
+        "black": lambda: lambda: (torch.zeros_like(images) for images in real(source, loader.Loader)()),
+        "ours": lambda: real(source, loader.Loader),
     })  # fmt: skip
     with pytest.raises(AssertionError, match="the pixels of black are"):
         measure_loader(LoaderConfig(shards=str(shards), size=32, batch_size=4, rounds=1))

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import cuda_host
+import cuda_emulator
 
 from bclip_fast.benchmarks import gpu
 
@@ -30,7 +30,7 @@ def test_what_the_steps_run_is_there():
     commands += [[*gpu.PYTEST, "benchmarks/bench_operators.py", "-k", gpu.MEASURED]]
     arguments = [[*command[command.index("pytest") + 1 :], "--collect-only"] for command in commands]
     code = f"import pytest, sys; sys.exit(any([pytest.main(arguments) for arguments in {arguments}]))"
-    environment = {**os.environ, **cuda_host.environment()}
+    environment = {**os.environ, **cuda_emulator.environment()}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^\d+(/\d+)? tests collected", done.stdout, re.M)) == len(commands), done.stdout

@@ -79,7 +79,7 @@ def test_doctor_tells_each_backend_and_why_not():
     out = bclip("doctor").stdout
     for name in ("cuda", "triton", "cpu", "torch", "reference"):
         assert f"\n  {name}" in out
-    assert "What the next call takes on cpu\n  by the package's " in out
+    assert "Backends of the next call on cpu\n  by the package's " in out
     linear = out.partition("\n  linear ")[2].partition("\n  pooled_attention")[0]
     assert ("not cpu: " in linear) == ("cpu" in MISSING)
     # Why a kernel for a GPU doesn't take tensors of the CPU.

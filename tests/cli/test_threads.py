@@ -1,4 +1,4 @@
-"""The C++ kernels run on the threads of torch's operators, and these sleep early while others want the cores."""
+"""The C++ kernels run on the threads of torch's operators, which sleep early while other processes need the cores."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_cpus_that_a_sandbox_reports_as_zero_give_no_others(tmp_path):
     stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\n")
     before = threads.sample(frozenset({0, 1}), stat)
     assert before.counted == 0
-    now = threads.Sample(before.clock + 1, before.own + 1, before.idle, before.counted)
+    now = threads.Sample(before.clock + 1, before.process_time + 1, before.idle, before.counted)
     assert threads.cores_of_others(before, now) <= 0
 
 
@@ -178,9 +178,9 @@ def test_import_starts_the_watch_unless_the_user_has_chosen(chosen):
 @pytest.mark.parametrize(
     ("runtime", "chosen", "expected"),
     [
-        ("gcc", {}, "sleeps early while other processes want the cores"),
+        ("gcc", {}, "sleeps early while other processes need the cores"),
         ("gcc", {"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY=active; without it"),
-        ("llvm", {"OMP_WAIT_POLICY": "active"}, "give their cores away"),
+        ("llvm", {"OMP_WAIT_POLICY": "active"}, "yield their cores"),
         ("none", {}, "no OpenMP runtime"),
     ],
 )

@@ -19,8 +19,9 @@ from ranks import on_ranks
 from bclip_fast import doctor, ops, tune
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
-from bclip_fast.ops import contrastive, dispatch, pointwise, trials, tuning
-from bclip_fast.ops.tuning import Entry, Record
+from bclip_fast.ops import dispatch, fingerprint, pointwise, record_files, trial_cases, trials, tuning
+from bclip_fast.ops.contrastive import limits
+from bclip_fast.ops.record_files import Entry, Record
 from bclip_fast.train import backends
 
 CPU = torch.device("cpu")
@@ -40,12 +41,12 @@ def fresh(monkeypatch, tmp_path):
 
 
 def record(*order: str, key=GELU, made="2026-01-01T00:00:00+00:00", **changed: str) -> Record:
-    return Record({**tuning.fingerprint("cpu"), **changed}, made, {key: Entry(order, {order[0]: 1.0})})
+    return Record({**fingerprint.fingerprint("cpu"), **changed}, made, {key: Entry(order, {order[0]: 1.0})})
 
 
 def keep(found: Record) -> Path:
-    path = tuning.path_for(tuning.fingerprint("cpu"))
-    tuning.save(found, path)
+    path = tuning.path_for(fingerprint.fingerprint("cpu"))
+    record_files.save(found, path)
     tuning.reset()
     return path
 
@@ -60,8 +61,8 @@ def gelu_takes(rows: int = 2) -> str:
 def test_a_saved_record_is_read_back_equal(tmp_path):
     written = record("cpu", "reference")
     written.checks["gelu", "float32", "cpu"] = 'off by "much"'
-    tuning.save(written, tmp_path / "a" / "record.json")
-    found = tuning.load(tmp_path / "a" / "record.json")
+    record_files.save(written, tmp_path / "a" / "record.json")
+    found = record_files.load(tmp_path / "a" / "record.json")
     assert dataclasses.replace(found, path=None) == written
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["record.json"]
 
@@ -69,19 +70,28 @@ def test_a_saved_record_is_read_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data.update(schema=99), "has schema 99, this version reads 1"),
+        (lambda data: data.update(schema=99), "has schema 99, but this version reads 1"),
         (lambda data: data.pop("entries"), "damaged: KeyError: 'entries'"),
-        (lambda data: data["entries"][0].update(order=[3]), "damaged: TypeError: expected a string, found 3"),
+        (lambda data: data["entries"][0].update(order=[3]), "damaged: TypeError: expected a string, got 3"),
         (lambda data: data["fingerprint"].pop("name"), "the fingerprint lacks name"),
+        (
+            lambda data: data["entries"][0].update(order=["gpu"]),
+            "unknown backend 'gpu'; known: triton, cuda",
+        ),
+        (lambda data: data["entries"][0].update(ms={"gpu": 1.0}), "it names the unknown backend 'gpu'"),
+        (
+            lambda data: data["checks"].append({"operator": "a", "dtype": "b", "backend": "gpu", "error": ""}),
+            "it names the unknown backend 'gpu'",
+        ),
     ],
 )
 def test_a_damaged_record_is_named_with_the_damage(tmp_path, change, words):
-    data = tuning.to_json(record("cpu"))
+    data = record_files.to_json(record("cpu"))
     change(data)
     path = tmp_path / "record.json"
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=words) as caught:
-        tuning.load(path)
+        record_files.load(path)
     assert str(path) in str(caught.value)
 
 
@@ -124,10 +134,10 @@ def test_off_reads_no_record(monkeypatch):
 
 
 def test_a_named_record_is_used_and_one_made_elsewhere_warns(monkeypatch, tmp_path, caplog):
-    tuning.save(record("reference", "cpu", threads="64 to 127"), tmp_path / "mine.json")
+    record_files.save(record("reference", "cpu", threads="64 to 127"), tmp_path / "mine.json")
     monkeypatch.setenv("BCLIP_TUNE", str(tmp_path / "mine.json"))
     assert gelu_takes() == "reference"
-    assert "was made elsewhere (there / here): threads 64 to 127 / " in caplog.text
+    assert "was made on another device or version (there / here): threads 64 to 127 / " in caplog.text
 
 
 def test_a_named_record_that_is_missing_is_an_error_and_the_doctor_says_it(monkeypatch, tmp_path):
@@ -142,14 +152,14 @@ def test_a_named_record_that_is_missing_is_an_error_and_the_doctor_says_it(monke
 def test_defaults_of_the_instruction_set_are_taken_and_checks_in_them_are_not(tmp_path, monkeypatch):
     found = record("reference", "cpu", name="another")
     found.checks["gelu", "float32", "reference"] = "wrong there"
-    tuning.save(found, tuning.DEFAULTS / f"{tuning.cpu_architecture()}.json")
+    record_files.save(found, tuning.DEFAULTS / f"{fingerprint.cpu_architecture()}.json")
     assert gelu_takes() == "reference"
-    assert f"the package's defaults for {tuning.cpu_architecture()}" in "\n".join(doctor.lines())
+    assert f"the package's defaults for {fingerprint.cpu_architecture()}" in "\n".join(doctor.lines())
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in tuning.DEFAULTS.glob("*.json")))
 def test_the_packages_defaults_cover_every_call(name):
-    found = tuning.load(Path(tuning.__file__).parent / "defaults" / name)
+    found = record_files.load(Path(tuning.__file__).parent / "defaults" / name)
     assert found.fingerprint["architecture"] == Path(name).stem
     assert all(set(entry.order) <= set(dispatch.BACKENDS) for entry in found.entries.values())
     several = {key[0] for key in found.entries}
@@ -164,7 +174,7 @@ def test_every_class_of_shapes_has_a_trial():
     classes = {operator: {shapes for name, _, shapes in keys if name == operator} for operator, *_ in keys}
     sizes = {f"d {dim} 64, N {tokens} 512" for dim in ("<=", ">") for tokens in ("<=", ">")}
     assert classes["fused_attention"] == classes["varlen_attention"] == sizes
-    batches = {contrastive.class_of(torch.empty(n, 1)) for n in (1, 256, 257, 1024, 1025, 10**6)}
+    batches = {limits.shape_class(torch.empty(n, 1)) for n in (1, 256, 257, 1024, 1025, 10**6)}
     assert classes["clip_loss"] == classes["siglip_loss"] == batches
     assert classes["gelu"] == {"small", "large"} and classes["linear"] == {"few rows", "many rows"}
     assert classes["add_norm"] == {"small", "large", "dropout, small", "dropout, large"}
@@ -226,9 +236,9 @@ def planted(monkeypatch):
         return torch.ops.aten.gelu_backward(grad, x) * found.factor
 
     module = types.SimpleNamespace(gelu=forward, gelu_backward=backward)
-    real = pointwise.kernels
+    real = pointwise.load_backend
     monkeypatch.setattr(
-        pointwise, "kernels", lambda name, backend: module if backend == "triton" else real(name, backend)
+        pointwise, "load_backend", lambda name, backend: module if backend == "triton" else real(name, backend)
     )
     monkeypatch.setitem(pointwise.LIMITS, "triton", lambda *inputs: None)
     monkeypatch.delitem(dispatch.MISSING, "triton", raising=False)
@@ -261,9 +271,9 @@ def test_a_right_kernel_is_checked_once_and_taken(planted, caplog):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ({"forward": half_off}, "the result of 37 x 136 float32 is off by"),
-        ({"factor": 1.001}, "gradient 0 of 37 x 136 float32 is off by"),
-        ({"forward": lambda x: x.float() * float("nan")}, "off by nan"),
+        ({"forward": half_off}, "the result of 37 x 136 float32 has a relative error of"),
+        ({"factor": 1.001}, "gradient 0 of 37 x 136 float32 has a relative error of"),
+        ({"forward": lambda x: x.float() * float("nan")}, "error of nan"),
         ({"forward": failing}, "RuntimeError: PTX of another world"),
     ],
     ids=["forward", "gradient", "nan", "raises"],
@@ -318,8 +328,8 @@ def test_a_check_inside_a_compiled_call(planted, caplog):
 
 def test_every_backend_of_this_machine_passes_its_checks():
     failed = []
-    for dtype in trials.dtypes(CPU):
-        for trial in trials.small(CPU, dtype):
+    for dtype in trial_cases.dtypes(CPU):
+        for trial in trial_cases.small(CPU, dtype):
             refused = trial.decide().refusals
             for name in dispatch.BACKENDS:
                 if name not in refused and (fault := trials.fault_of(trial, name)):
@@ -333,16 +343,18 @@ def test_every_backend_of_this_machine_passes_its_checks():
 def test_the_command_measures_keeps_and_prints(planted, capsys, caplog):
     planted.forward = half_off
     tune.run(tune.TuneConfig(operators=("gelu",), seconds=0.001))
-    path = tuning.path_for(tuning.fingerprint("cpu"))
-    found = tuning.load(path)
-    assert found.fingerprint == tuning.fingerprint("cpu") and found.made
+    path = tuning.path_for(fingerprint.fingerprint("cpu"))
+    found = record_files.load(path)
+    assert found.fingerprint == fingerprint.fingerprint("cpu") and found.made
     assert {key[0] for key in found.entries} == {"gelu"} and len(found.entries) == 4
-    assert found.checks["gelu", "float32", "cpu"] == "" and "off by" in found.checks["gelu", "float32", "triton"]
+    assert (
+        found.checks["gelu", "float32", "cpu"] == "" and "relative error" in found.checks["gelu", "float32", "triton"]
+    )
     for (_, dtype, _), entry in found.entries.items():
         # In bfloat16 the planted fault is below the rounding.
         right = {"cpu", "reference"} if dtype == "float32" else {"triton", "cpu", "reference"}
         assert set(entry.order) == set(entry.ms) == right and all(ms > 0 for ms in entry.ms.values())
-    assert "wrong with the backend triton" in caplog.text
+    assert "fails its check with the backend triton" in caplog.text
     out = capsys.readouterr().out
     assert "ours / torch" in out and str(path) in out
     tuning.reset()
@@ -355,7 +367,7 @@ def test_the_command_measures_keeps_and_prints(planted, capsys, caplog):
 def test_the_command_on_some_operators_leaves_the_others(caplog):
     keep(record("reference", "cpu"))
     tune.run(tune.TuneConfig(operators=("add_norm",), seconds=0.001))
-    found = tuning.load(tuning.path_for(tuning.fingerprint("cpu")))
+    found = record_files.load(tuning.path_for(fingerprint.fingerprint("cpu")))
     assert found.entries[GELU].order == ("reference", "cpu") and {key[0] for key in found.entries} == {
         "gelu",
         "add_norm",
@@ -363,7 +375,7 @@ def test_the_command_on_some_operators_leaves_the_others(caplog):
 
 
 def test_the_command_does_not_mix_devices(tmp_path):
-    tuning.save(record("cpu", torch="1.0"), tmp_path / "old.json")
+    record_files.save(record("cpu", torch="1.0"), tmp_path / "old.json")
     with pytest.raises(UserError, match=r"old\.json is of another device or version \(torch 1\.0 / "):
         tune.run(tune.TuneConfig(operators=("gelu",), seconds=0.001, out=tmp_path / "old.json"))
 
@@ -371,9 +383,9 @@ def test_the_command_does_not_mix_devices(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"operators": ("gelo",)}, "gelo unknown; there are fused"),
-        ({"seconds": 0.0}, "seconds=0.0: must be a finite number above 0"),
-        ({"seconds": float("inf")}, "seconds=inf: must be a finite number above 0"),
+        ({"operators": ("gelo",)}, "gelo unknown; choose among fused"),
+        ({"seconds": 0.0}, "seconds=0.0 must be a finite number above 0"),
+        ({"seconds": float("inf")}, "seconds=inf must be a finite number above 0"),
     ],
 )
 def test_the_command_refuses_by_name(options, words):
@@ -417,7 +429,7 @@ def test_the_command_without_a_home_names_the_variable_to_set(monkeypatch):
 
     monkeypatch.delenv("BCLIP_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(UserError, match="no home: set BCLIP_CACHE or --out"):
+    with pytest.raises(UserError, match="no home directory: set BCLIP_CACHE or --out"):
         tune.run(tune.TuneConfig(operators=("gelu",)))
 
 
@@ -437,7 +449,7 @@ def test_a_run_keeps_its_choices_whatever_the_machine_says_later(tmp_path):
     assert gelu_takes() == "cpu"
     with backends.of_run(tmp_path, resumed=True):
         assert gelu_takes() == "reference"
-        assert "what the run has recorded" in "\n".join(doctor.lines())
+        assert "the run's record" in "\n".join(doctor.lines())
     assert gelu_takes() == "cpu"
     with backends.of_run(tmp_path, resumed=False):
         assert gelu_takes() == "cpu"

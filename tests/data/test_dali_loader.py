@@ -16,8 +16,8 @@ from PIL import Image
 from synthetic import tiny_run, write_shards
 from test_bad_samples import curve, lines
 
-from bclip_fast.data.loader import Batch, NativeLoader
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.loader import Batch, Loader
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.writer import ShardWriter
@@ -51,8 +51,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     return ShardDataset(folder)
 
 
-def loader(cls: type[NativeLoader], dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> Any:
-    stream = SampleStream(
+def loader(cls: type[Loader], dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> Any:
+    stream = ShardSampler(
         dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1, rank=rank, world_size=world_size
     )
     config = PreprocessConfig(size=96, **changes.pop("preprocess", {}))
@@ -81,7 +81,7 @@ def assert_near(found: Batch, expected: Batch) -> None:
 def test_both_loaders_give_the_same_batches(
     dataset: ShardDataset, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
-    with loader(DaliLoader, dataset, **dict(changes)) as dali, loader(NativeLoader, dataset, **dict(changes)) as native:
+    with loader(DaliLoader, dataset, **dict(changes)) as dali, loader(Loader, dataset, **dict(changes)) as native:
         for _ in range(9):
             assert_near(next(dali), next(native))
     assert "DALI failed a batch" not in caplog.text
@@ -102,7 +102,7 @@ def test_resume_is_exact_at_every_batch(dataset: ShardDataset):
                 assert found.keys == whole[stop].keys and torch.equal(found.images, whole[stop].images)
                 assert found.epoch == whole[stop].epoch and torch.equal(found.ids, whole[stop].ids)
         # And what one loader began, the other continues.
-        with loader(NativeLoader, dataset, rank, 2) as source:
+        with loader(Loader, dataset, rank, 2) as source:
             source.load_state_dict(states[4])
             assert_near(whole[4], next(source))
 
@@ -112,7 +112,7 @@ def test_a_batch_that_dali_fails_is_recovered(dataset: ShardDataset, tmp_path: P
     # Cut after a while, no JPEG at all, another sample's place in the tar.
     keys = {spoil(folder, index, kind) for index, kind in [(4, "pixels"), (11, "header"), (20, "place")]}
     spoilt = ShardDataset(folder)
-    with loader(DaliLoader, spoilt) as dali, loader(NativeLoader, spoilt) as native:
+    with loader(DaliLoader, spoilt) as dali, loader(Loader, spoilt) as native:
         for _ in range(9):
             found, expected = next(dali), next(native)
             assert_near(found, expected)
@@ -134,7 +134,7 @@ def test_training_with_dali(tmp_path: Path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_nearly_the_same_pixels(dataset: ShardDataset):
-    with loader(DaliLoader, dataset, device_id=0) as dali, loader(NativeLoader, dataset) as native:
+    with loader(DaliLoader, dataset, device_id=0) as dali, loader(Loader, dataset) as native:
         for _ in range(9):
             found = next(dali)
             assert found.images.device.type == "cuda"

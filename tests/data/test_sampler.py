@@ -11,8 +11,8 @@ from PIL import Image
 from synthetic import write_shards
 from torch import Tensor
 
-from bclip_fast.data.loader import Batch, NativeLoader
-from bclip_fast.data.sampler import NUM_RESERVES, SampleStream, permutation
+from bclip_fast.data.loader import Batch, Loader
+from bclip_fast.data.sampler import NUM_FALLBACKS, ShardSampler, permutation
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, random_resized_crop_box
 from bclip_fast.errors import UserError
@@ -21,9 +21,9 @@ from bclip_fast.ops import image as image_ops
 SHARD_SIZES = [17, 40, 3, 25, 31]
 
 
-def make(rank: int = 0, world_size: int = 1, **changes: Any) -> SampleStream:
+def make(rank: int = 0, world_size: int = 1, **changes: Any) -> ShardSampler:
     settings: dict[str, Any] = dict(batch_size=8, seed=3, shuffle_block=16)
-    return SampleStream(SHARD_SIZES, "abc", rank=rank, world_size=world_size, **{**settings, **changes})
+    return ShardSampler(SHARD_SIZES, "abc", rank=rank, world_size=world_size, **{**settings, **changes})
 
 
 def test_permutation_is_fixed_for_ever():
@@ -132,7 +132,7 @@ def test_the_batch_follows_its_schedule():
     make().load_state_dict(before_schedules)
     with pytest.raises(UserError, match=r"another batch_schedule: the checkpoint has batch_schedule \[\[2, 24\]"):
         make().load_state_dict(stream.state_dict())
-    with pytest.raises(UserError, match="epoch 2 comes after epoch 2"):
+    with pytest.raises(UserError, match="epoch 2 follows epoch 2"):
         make(schedule=[(2, 24), (2, 60)])
     with pytest.raises(UserError, match="batch_size=200 is larger than the dataset's 116 samples"):
         make(schedule=[(2, 200)])
@@ -151,7 +151,7 @@ def test_state_is_refused_by_name():
 
 
 def test_bad_settings():
-    with pytest.raises(UserError, match="batch_size=8 is not a positive multiple of the 3 ranks"):
+    with pytest.raises(UserError, match="batch_size=8 must be a positive multiple of the 3 ranks"):
         make(0, 3)
     with pytest.raises(UserError, match="batch_size=200 is larger than the dataset's 116 samples"):
         make(batch_size=200)
@@ -159,18 +159,21 @@ def test_bad_settings():
         make(shuffle_block=0)
 
 
-def test_reserves_depend_on_seed_epoch_and_position_alone():
+def test_fallbacks_depend_on_seed_epoch_and_position_alone():
     whole, other = make(), make(1, 4, cost=lambda index: index)
     for epoch, position in [(0, 0), (1, 37), (5, 115)]:
-        reserves = list(whole.reserves(epoch, position))
-        assert list(other.reserves(epoch, position)) == reserves and len(set(reserves)) == len(reserves) == NUM_RESERVES
+        fallbacks = list(whole.fallbacks(epoch, position))
+        assert (
+            list(other.fallbacks(epoch, position)) == fallbacks
+            and len(set(fallbacks)) == len(fallbacks) == NUM_FALLBACKS
+        )
         start = position // 8 * 8
-        assert not {whole.sample(epoch, place) for place in range(start, min(start + 8, 116))} & set(reserves)
-    for changed in (make(seed=4).reserves(0, 0), whole.reserves(1, 0), whole.reserves(0, 1)):
-        assert list(changed) != list(whole.reserves(0, 0))
+        assert not {whole.sample(epoch, place) for place in range(start, min(start + 8, 116))} & set(fallbacks)
+    for changed in (make(seed=4).fallbacks(0, 0), whole.fallbacks(1, 0), whole.fallbacks(0, 1)):
+        assert list(changed) != list(whole.fallbacks(0, 0))
     # All of the dataset serves; a batch as large as the dataset has none outside of it.
-    assert {index for p in range(116) for index in whole.reserves(0, p)} == set(range(116))
-    assert list(make(batch_size=100).reserves(0, 3))
+    assert {index for p in range(116) for index in whole.fallbacks(0, p)} == set(range(116))
+    assert list(make(batch_size=100).fallbacks(0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +186,14 @@ def tokenize(captions: list[str]) -> list[list[int]]:
     return [[len(caption), ord(caption[2]), 7][: len(caption) % 4] for caption in captions]
 
 
-def loader(dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> NativeLoader:
+def loader(dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> Loader:
     settings: dict[str, Any] = dict(batch_size=8, seed=1, rank=rank, world_size=world_size)
-    stream = SampleStream(dataset.shard_sizes, dataset.fingerprint, **settings, **changes.pop("stream", {}))
+    stream = ShardSampler(dataset.shard_sizes, dataset.fingerprint, **settings, **changes.pop("stream", {}))
     settings = dict(preprocess=Preprocess(PreprocessConfig(size=24)), **changes)
-    return NativeLoader(dataset, settings.pop("tokenize", tokenize), stream, **settings)
+    return Loader(dataset, settings.pop("tokenize", tokenize), stream, **settings)
 
 
-def take(source: NativeLoader, count: int) -> list[Batch]:
+def take(source: Loader, count: int) -> list[Batch]:
     return [next(source) for _ in range(count)]
 
 

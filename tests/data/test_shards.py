@@ -149,7 +149,7 @@ def test_reads_are_safe_between_threads_after_pickling_and_after_fork(dataset):
         (Sample("a.b", jpeg(1), "x"), "A-Z"),
         (Sample("\u00e4", jpeg(1), "x"), "A-Z"),
         (Sample("k" * 91, jpeg(1), "x"), "90"),
-        (Sample("key_0", jpeg(1), "x"), "written twice"),
+        (Sample("key_0", jpeg(1), "x"), "was written before"),
         (Sample("new", jpeg(1), " \n"), "empty caption"),
         (Sample("new", b"<html>", "x"), "not a JPEG"),
         (Sample("new", jpeg(1), "\ud800"), "cannot be stored"),
@@ -169,7 +169,7 @@ def test_an_exception_leaves_nothing(tmp_path):
         writer.write(samples(1)[0], "train")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="no samples"), ShardWriter(tmp_path / "out"):
+    with pytest.raises(UserError, match="has no samples"), ShardWriter(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -238,19 +238,19 @@ def flip(path: Path, offset: int) -> None:
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda d: (d / "dataset.json").unlink(), "dataset.json: missing"),
+        (lambda d: (d / "dataset.json").unlink(), "dataset.json is missing"),
         (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: cannot be read"),
-        (lambda d: (d / "dataset.json").write_text("{}"), "not the description"),
-        (lambda d: (d / "train-000001.tar").unlink(), "train-000001.tar: missing"),
-        (lambda d: cut(d / "train-000001.tar"), r"train-000001.tar: \d+ bytes.*truncated"),
-        (lambda d: (d / "train-000001.index.json").unlink(), "train-000001.index.json: missing"),
+        (lambda d: (d / "dataset.json").write_text("{}"), "does not describe a dataset"),
+        (lambda d: (d / "train-000001.tar").unlink(), "train-000001.tar is missing"),
+        (lambda d: cut(d / "train-000001.tar"), r"train-000001.tar has \d+ bytes.*truncated"),
+        (lambda d: (d / "train-000001.index.json").unlink(), "train-000001.index.json is missing"),
         (lambda d: (d / "train-000001.index.json").write_text("{"), "train-000001.index.json: cannot be read"),
         (lambda d: (d / "train-000001.index.json").write_text("{}"), "train-000001.index.json: corrupt index"),
         (
             lambda d: (d / "train-000001.index.json").write_bytes((d / "train-000000.index.json").read_bytes()),
-            "belongs to another shard",
+            "name or hash differ",
         ),
-        (lambda d: flip(d / "train-000001.tar", 3), "not where the index says"),
+        (lambda d: flip(d / "train-000001.tar", 3), "not at the offset in the index"),
     ],
 )
 def test_damage_is_named(dataset, damage, words):
@@ -265,9 +265,9 @@ def test_a_shifted_index_is_noticed(dataset):
     index["samples"][0]["jpg"][0] += 64
     index["samples"][0]["jpg"][1] -= 64
     path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="not where the index says"):
+    with pytest.raises(UserError, match="not at the offset in the index"):
         ShardDataset(dataset)[0]
-    assert any("not where the index says" in problem for problem in verify(dataset))
+    assert any("not at the offset in the index" in problem for problem in verify(dataset))
 
 
 def test_missing_folder_and_split_are_named(dataset):
@@ -290,8 +290,8 @@ def test_verify_finds_every_kind_of_damage(dataset):
         "train-000000.tar: its SHA-256",
         "key_1.jpg: cannot be decoded",
         "train-000001.tar: its SHA-256",
-        "val-000000.index.json: missing",
-        "train-000009.tar: not named",
+        "val-000000.index.json is missing",
+        "train-000009.tar: dataset.json does not list it",
         "manifest.parquet: its rows",
     ):
         assert words in found

@@ -339,8 +339,8 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path):
     put(tmp_path / "empty", {"readme.txt": b"x"})
     put(tmp_path / "none", {"x.nxml": article(("f", "no image"))})
     cases = [
-        (tmp_path / "nowhere", tmp_path / "out", "no such folder"),
-        (tmp_path / "empty", tmp_path / "out", "no article found"),
+        (tmp_path / "nowhere", tmp_path / "out", "is not a folder"),
+        (tmp_path / "empty", tmp_path / "out", "has no article"),
         (tmp_path / "none", tmp_path / "out", "no figure-caption pair in 1 articles; rejects: 1 image missing"),
         (tmp_path / "none", tmp_path / "none/out", "lies inside"),
     ]
@@ -366,7 +366,7 @@ def test_configuration_from_the_command_line_and_back(tmp_path):
 
 
 def test_tokens_are_counted_as_the_model_counts_them(shared_data):
-    from bclip_fast.ingest.extract import _counter
+    from bclip_fast.ingest.extract import _token_counter
     from bclip_fast.model.tokenizer import Tokenizer
 
     rows = (shared_data / "pmc_articles/pairs.jsonl").read_text().splitlines()[::2]
@@ -374,7 +374,7 @@ def test_tokens_are_counted_as_the_model_counts_them(shared_data):
     for name in ("vocab.txt", "tokenizer.json"):
         path = shared_data / "vocab/pubmedbert" / name
         expected = [len(ids) for ids in Tokenizer.from_file(path, 4096).encode(captions)]
-        assert [_counter(str(path))(caption) for caption in captions] == expected
+        assert [_token_counter(str(path))(caption) for caption in captions] == expected
 
 
 def test_real_articles_every_figure_with_an_image_becomes_a_pair(shared_data, tmp_path, caplog):

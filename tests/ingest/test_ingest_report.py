@@ -36,7 +36,7 @@ def rewrite(path: Path, change) -> None:
 
 def test_a_good_dataset_is_well(dataset, capsys):
     assert main(["ingest", "verify", str(dataset)]) == 0
-    assert "all is well" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
 
 
 def move(rows: list[dict]) -> None:
@@ -55,11 +55,11 @@ def copy_source(rows: list[dict]) -> None:
     "file, change, words",
     [
         ("manifest", move, r"article PMC\d+: in split \w+ and in"),
-        ("manifest", copy_look, "1 images resemble one of another split"),
-        ("manifest", copy_source, "1 images resemble one of another split"),
-        ("manifest", lambda rows: rows[0].update(phash="no"), "a perceptual hash or a split is none"),
+        ("manifest", copy_look, "1 cases of similar images in different splits"),
+        ("manifest", copy_source, "1 cases of similar images in different splits"),
+        ("manifest", lambda rows: rows[0].update(phash="no"), "invalid perceptual hash or split"),
         ("manifest", lambda rows: rows.pop(), "its rows are not those"),
-        ("rejects", lambda rows: rows.pop(), "its reasons are not those"),
+        ("rejects", lambda rows: rows.pop(), "counts of its reasons differ"),
     ],
 )
 def test_verify_says_what_is_wrong(dataset, file, change, words):

@@ -353,6 +353,6 @@ def test_an_interrupted_run_is_kept_and_an_impossible_one_is_not(tmp_path, monke
     assert (tmp_path / ".out.partial/work/plan.json").exists()
     build(config)
     assert len(rows_of(tmp_path / "out")) == 6 and not list(tmp_path.glob(".*"))
-    with pytest.raises(UserError, match="need a mirror"):
+    with pytest.raises(UserError, match="is not a mirror"):
         build(IngestConfig(str(source), tmp_path / "other", prefix="PMC", workers=1))
     assert not list(tmp_path.glob(".*"))

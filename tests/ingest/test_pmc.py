@@ -202,8 +202,8 @@ def test_an_object_arrives_right_in_spite_of_faults(bucket, faults):
      ("Fri, 31 Dec 9999 23:59:59 GMT", 600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("1 Jan 99999999999999 0:0 GMT", 0)],
 )  # fmt: skip
 def test_retry_after_is_read_as_a_number_or_a_date(asked, seconds):
-    assert object_store._asked_seconds({"Retry-After": asked}) == seconds
-    assert object_store._asked_seconds({}) == 0
+    assert object_store._retry_after_seconds({"Retry-After": asked}) == seconds
+    assert object_store._retry_after_seconds({}) == 0
 
 
 def test_faults_that_last_are_reported_and_told_apart(bucket):
@@ -436,8 +436,8 @@ def test_a_killed_fetch_leaves_nothing_half_written(bucket, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({}, "give one of"),
-        ({"prefix": "PMC", "inventory": "latest"}, "give one of"),
+        ({}, "give exactly one of"),
+        ({"prefix": "PMC", "inventory": "latest"}, "give exactly one of"),
         ({"prefix": "P", "source": "x"}, "address"),
     ],
 )

@@ -62,7 +62,8 @@ def test_forward_output_has_open_clips_form() -> None:
     assert output["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
     assert torch.equal(output["text_features"], model.encode_text(ids))
     assert not torch.allclose(model.encode_text(ids, normalize=False), model.encode_text(ids))
-    assert model(image)["text_features"] is None and model(text=ids)["image_features"] is None
+    assert model(image)["text_features"] is None
+    assert model(text=ids)["image_features"] is None
     assert "logit_bias" not in BiomedClip(SMALL)()
 
 
@@ -161,7 +162,8 @@ def test_drop_patches_keeps_cls_and_distinct_patches() -> None:
     assert kept.shape == (2, 5, 1)
     assert kept[:, 0, 0].tolist() == [0, 17]
     for row, low in zip(kept[:, 1:, 0], (1, 18), strict=True):
-        assert len(set(row.tolist())) == 4 and all(low <= value < low + 16 for value in row)
+        assert len(set(row.tolist())) == 4
+        assert all(low <= value < low + 16 for value in row)
     assert drop_patches(x, 0.99).shape == (2, 2, 1)
     seen = torch.cat([drop_patches(x, 0.75)[0, 1:, 0] for _ in range(200)]).unique()
     assert len(seen) == 16

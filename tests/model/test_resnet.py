@@ -27,7 +27,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
 from bclip_fast.train.config import InitConfig
 from bclip_fast.train.finetune import FinetuneConfig, _add_lora
-from bclip_fast.train.init_weights import initialise
+from bclip_fast.train.init_weights import init_model
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -38,10 +38,10 @@ def peer(ours: BiomedClip) -> Any:
     vision, text = ours.config.vision, ours.config.text
     theirs = open_clip.model.CustomTextCLIP(
         ours.config.embed_dim,
-        dict(image_size=vision.image_size, layers=list(vision.blocks), width=vision.width, patch_size=None,
-             head_width=32 * vision.width // vision.heads),
-        dict(context_length=text.context_length, vocab_size=text.vocab_size, width=text.width, heads=text.heads,
-             layers=text.layers),
+        {"image_size": vision.image_size, "layers": list(vision.blocks), "width": vision.width, "patch_size": None,
+             "head_width": 32 * vision.width // vision.heads},
+        {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width, "heads": text.heads,
+             "layers": text.layers},
         quick_gelu=True,
     )  # fmt: skip
     # A strict load works: torch itself fills in the batch counts that we don't keep.
@@ -90,7 +90,7 @@ def worst(one: torch.Tensor, other: torch.Tensor) -> float:
     [RESNET_VISION, dataclasses.replace(RESNET_VISION, image_size=96, width=4, heads=8, blocks=(2, 1, 1, 1), layers=5)],
     ids=["two positions a side", "three"],
 )
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["fp64", "fp32"])
 def test_outputs_gradients_and_statistics_equal_open_clip(
     vision: VisionConfig, training: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +118,8 @@ def test_rn50_names_and_shapes_equal_open_clip() -> None:
     state = {name: torch.empty(tensor.shape) for name, tensor in ours.state_dict().items()}
     shapes = {name: tensor.shape for name, tensor in weights.to_open_clip(state, ours.config).items()}
     counts = {name for name in theirs.state_dict() if name.endswith("num_batches_tracked")}
-    assert (
-        shapes == {name: t.shape for name, t in theirs.state_dict().items() if name not in counts} and len(counts) == 55
-    )
+    assert shapes == {name: t.shape for name, t in theirs.state_dict().items() if name not in counts}
+    assert len(counts) == 55
 
 
 def test_initial_weights_are_distributed_as_open_clips() -> None:
@@ -151,15 +150,16 @@ def test_checkpoint_round_trip_through_open_clips_layouts(layout: str, tmp_path:
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
     if layout == "OpenAI's archive":
         state |= {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
-    vision = dict(image_size=64, layers=[1, 2, 1, 2], width=8, patch_size=None)
-    text = dict(context_length=20, vocab_size=100, width=32, heads=2, layers=3)
+    vision = {"image_size": 64, "layers": [1, 2, 1, 2], "width": 8, "patch_size": None}
+    text = {"context_length": 20, "vocab_size": 100, "width": 32, "heads": 2, "layers": 3}
     # Without head_width, open_clip's heads are 64 wide. Ours are, too.
-    model_cfg = dict(embed_dim=24, quick_gelu=True, vision_cfg=vision, text_cfg=text)
+    model_cfg = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / WEIGHTS)
     Tokenizer.train(["axial brain MRI", "chest radiograph"] * 3, 100, context_length=20).save(tmp_path)
     loaded, preprocess, tokenizer = pretrained.load(tmp_path)
-    assert loaded.config == RESNET and loaded.state_dict().keys() == ours.state_dict().keys()
+    assert loaded.config == RESNET
+    assert loaded.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     # open_clip's own reader checks every name.
     open_clip = import_open_clip()
@@ -176,11 +176,12 @@ def test_checkpoint_round_trip_through_open_clips_layouts(layout: str, tmp_path:
         )
     counts = {name for name in state if name.endswith("num_batches_tracked")}
     assert load_file(tmp_path / "ours" / WEIGHTS).keys() == theirs.state_dict().keys() - counts
-    with pytest.raises(UserError, match="ViTModel has no convolutions, as vision.kind resnet has"):
+    with pytest.raises(UserError, match=r"ViTModel has no convolutions, as vision.kind resnet has"):
         pretrained.save_transformers(tmp_path / "hf", loaded, preprocess, tokenizer)
     # For another image size, the pool's positions are resized like those of a ViT.
     larger = pretrained.load(tmp_path, image_size=128)[0]
-    assert isinstance(larger.visual, ResNetTower) and isinstance(loaded.visual, ResNetTower)
+    assert isinstance(larger.visual, ResNetTower)
+    assert isinstance(loaded.visual, ResNetTower)
     assert torch.equal(larger.visual.pool.pos_embed, resize_positions(loaded.visual.pool.pos_embed, 16))
     assert larger.encode_image(torch.randn(1, 3, 128, 128)).shape == (1, 24)
 
@@ -269,7 +270,7 @@ def test_heads_and_adapters_of_a_vit_refuse_resnet() -> None:
     config = dataclasses.replace(SMALL, vision=RESNET_VISION)
     with pytest.raises(ValueError, match="reads the tokens of a ViT"):
         VqaModel(BiomedClip(config), MeterConfig(1), ("yes",))
-    with pytest.raises(UserError, match="lora_rank=4: LoRA is for transformers, vision.kind is resnet"):
+    with pytest.raises(UserError, match=r"lora_rank=4 needs transformers, but vision.kind is resnet"):
         _add_lora(BiomedClip(RESNET), FinetuneConfig(model="", data="", lora_rank=4))
-    with pytest.raises(UserError, match="a plain ViT, but model.vision.kind is not vit"):
-        initialise(BiomedClip(config), InitConfig(vision="anything"))
+    with pytest.raises(UserError, match=r"must be a plain ViT, but model.vision.kind is resnet"):
+        init_model(BiomedClip(config), InitConfig(vision="anything"))

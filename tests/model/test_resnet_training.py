@@ -26,12 +26,11 @@ from bclip_fast.model.resnet import BatchNorm
 from bclip_fast.plan import activations
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
-from bclip_fast.train.engine import deepspeed as engines
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import Engine, EngineConfig, build_engine
 from bclip_fast.train.export import ExportConfig
 from bclip_fast.train.export import run as export
-from bclip_fast.train.grad_cache import CachedBatch, embed
-from bclip_fast.train.init_weights import initialise
+from bclip_fast.train.grad_cache import GradCache, embed
+from bclip_fast.train.init_weights import init_model
 from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups
 from bclip_fast.train.trainer import train
 
@@ -63,9 +62,8 @@ def test_running_statistics_change_once_per_micro_batch() -> None:
     norm, once = model.stem.conv1.norm, before[0] * 0.9
     pixels = model.stem.conv1.conv(image).mean((0, 2, 3))
     torch.testing.assert_close(norm.running_mean, once + 0.1 * pixels.detach())
-    assert model.training and all(
-        module.update_statistics for module in model.modules() if isinstance(module, BatchNorm)
-    )
+    assert model.training
+    assert all(module.update_statistics for module in model.modules() if isinstance(module, BatchNorm))
     locked.requires_grad_(False)
     locked.train()(image.requires_grad_())
     assert all(map(torch.equal, statistics(locked), after))
@@ -87,19 +85,19 @@ def test_locked_tower_keeps_running_statistics(unlocked: int) -> None:
         model.lock(7)
 
 
-def make(config: EngineConfig, checkpointing: bool = False) -> engines.Engine:
+def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
     torch.manual_seed(0)
     model = BiomedClip(
         dataclasses.replace(tiny_model(dropout=0.1), vision=dataclasses.replace(RESNET_VISION, image_size=32))
     )
     model.set_grad_checkpointing(checkpointing)
-    return engines.make(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
 
 
 def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
-    cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spool())
+    cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spool())
     for part in micro_batches()[rank * share : (rank + 1) * share]:
         cached.add(*part)
     loss = float(cached.loss())
@@ -157,7 +155,7 @@ def test_skipped_step_restores_running_statistics(name: str) -> None:
 
 def rn_run(run: Path, shards: Path, **changes: Any) -> Any:
     model = dataclasses.replace(tiny_model(dropout=0.1), vision=RESNET_VISION)
-    settings: dict[str, Any] = dict(model=model, max_steps=4, micro_batch_size=4, ema_decay=0.5)
+    settings: dict[str, Any] = {"model": model, "max_steps": 4, "micro_batch_size": 4, "ema_decay": 0.5}
     return tiny_run(run, shards, **{**settings, "checkpoint": CheckpointConfig(every_steps=2, keep=0), **changes})
 
 
@@ -184,9 +182,11 @@ def test_run_resumes_exactly_and_exports_statistics(root: Path, tmp_path: Path) 
     uninterrupted, resumed = (load_latest(folder / "checkpoints") for folder in (root / "one", tmp_path / "run"))
     assert uninterrupted.step == resumed.step == 4
     for expected, actual in ((uninterrupted.model, resumed.model), (uninterrupted.ema, resumed.ema)):
-        assert expected.keys() == actual.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
     running = {name for name in uninterrupted.model if "running" in name}
-    assert len(running) == 2 * (3 + 3 * 6 + 4) and running <= uninterrupted.ema.keys()
+    assert len(running) == 2 * (3 + 3 * 6 + 4)
+    assert running <= uninterrupted.ema.keys()
     assert not any(torch.equal(two.model[name], uninterrupted.model[name]) for name in running)
     for name, state in (("model", uninterrupted.model), ("model_ema", {**uninterrupted.model, **uninterrupted.ema})):
         model = pretrained.load(root / "one" / name)[0]
@@ -196,7 +196,7 @@ def test_run_resumes_exactly_and_exports_statistics(root: Path, tmp_path: Path) 
     assert all(torch.equal(exported[name], two.model[name]) for name in running)
     # A run that starts from the model starts from its statistics, too.
     start = BiomedClip(config.model)
-    initialise(start, InitConfig(model=str(root / "one")))
+    init_model(start, InitConfig(model=str(root / "one")))
     assert all(torch.equal(tensor, uninterrupted.model[key]) for key, tensor in start.state_dict().items())
 
 
@@ -229,7 +229,7 @@ def test_compiled_blocks_equal_eager_and_change_statistics_once() -> None:
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     for one, other in zip(statistics(model), statistics(plain), strict=True):
         torch.testing.assert_close(one, other)
-    with pytest.raises(UserError, match="engine.cuda_graphs=True isn't supported with vision.kind resnet"):
+    with pytest.raises(UserError, match=r"engine.cuda_graphs=True isn't supported with vision.kind resnet"):
         model.compile_layers(cuda_graphs=True)
 
 
@@ -279,9 +279,9 @@ def test_planned_activations_equal_those_of_a_real_step(checkpointing: bool) -> 
     images, lengths = torch.zeros((8, 64, 64, 3), dtype=torch.uint8), [3] * 8
     text = Packed.of(torch.ones(24, dtype=torch.int64), lengths)
     before = statistics(model)
-    planned = activations.activations(model, lengths, precision="fp32")
+    planned = activations.measure_activations(model, lengths, precision="fp32")
     assert all(map(torch.equal, statistics(model), before))
-    with activations._Held(model, images, *text[:2]) as held:
+    with activations.MemoryMeter(model, images, *text[:2]) as held:
         output = model(images, text)
         kept, held.peak = held.now, held.now
         (output["image_features"].sum() + output["text_features"].sum()).backward()

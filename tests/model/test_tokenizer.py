@@ -33,10 +33,11 @@ def test_ids_equal_transformers_bert_tokenizer(
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.from_file(folder / file)
     for length, texts in ((256, captions), (77, captions[-150:])):
-        keywords = dict(max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+        keywords = {"max_length": length, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
         expected = theirs([clean(text) for text in texts], **keywords).input_ids
         assert torch.equal(ours(texts, length), expected)
-    assert ours.pad_id == theirs.pad_token_id and ours.vocab_size == len(theirs)
+    assert ours.pad_id == theirs.pad_token_id
+    assert ours.vocab_size == len(theirs)
 
 
 def test_ids_of_raw_captions_equal_open_clips_tokenizer(captions: list[str], shared_data: Path) -> None:
@@ -52,15 +53,18 @@ def test_packed_ids_equal_padded_ids_without_padding(captions: list[str], shared
     ours = Tokenizer.from_file(shared_data / "vocab" / "pubmedbert" / "vocab.txt")
     texts = [*captions[:50], "", "a", "word " * 2000]
     ids, text = ours(texts), ours.packed(texts)
-    assert torch.equal(text.ids, ids[ids != 0]) and text.lengths.tolist() == (ids != 0).sum(1).tolist()
-    assert text.lengths[-3:].tolist() == [2, 3, 256] and text.max_seqlen == 256
+    assert torch.equal(text.ids, ids[ids != 0])
+    assert text.lengths.tolist() == (ids != 0).sum(1).tolist()
+    assert text.lengths[-3:].tolist() == [2, 3, 256]
+    assert text.max_seqlen == 256
     assert ours.packed([]).cu_seqlens.tolist() == [0]
     assert torch.equal(text.positions, torch.cat([torch.arange(int(n)) for n in text.lengths]))
 
 
 def test_single_text_and_empty_list_give_one_and_no_row() -> None:
     tokenizer = Tokenizer.train(["axial brain MRI"] * 3, 60, context_length=8)
-    assert tokenizer("axial").shape == (1, 8) and tokenizer([]).shape == (0, 8)
+    assert tokenizer("axial").shape == (1, 8)
+    assert tokenizer([]).shape == (0, 8)
     assert tokenizer("axial " * 50)[0, -1] == tokenizer.fast.token_to_id("[SEP]")
 
 
@@ -79,7 +83,7 @@ def test_training_is_deterministic_and_survives_saving(captions: list[str], tmp_
     assert torch.equal(Tokenizer.from_file(tmp_path / "tokenizer.json", 64)(texts), ids)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    keywords = dict(max_length=64, padding="max_length", truncation=True, return_tensors="pt")
+    keywords = {"max_length": 64, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
     assert torch.equal(theirs([clean(text) for text in texts], **keywords).input_ids, ids)
 
 
@@ -98,7 +102,7 @@ def test_broken_tokenizer_files_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such"):
         Tokenizer.from_file(tmp_path / "no-such.json")
     (tmp_path / "tokenizer.json").write_text('{"model": 5')
-    with pytest.raises(UserError, match="not a tokenizer.json"):
+    with pytest.raises(UserError, match=r"not a tokenizer.json"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"lacks \[PAD\]"):

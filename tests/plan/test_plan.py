@@ -22,9 +22,10 @@ from bclip_fast.hardware import GIB, Cluster, ClusterConfig, cluster_of
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
-from bclip_fast.plan import activations, estimate
+from bclip_fast.plan import activations, command, estimate
+from bclip_fast.plan.samples import PMC_15M, samples_of
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.trainer import train
 
 VIT_B = "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k"
@@ -105,8 +106,8 @@ def gpus(ranks: int = 8, gib: float = 80, nodes: int = 1, host: float = 0) -> Cl
 @pytest.mark.parametrize("name", MACHINES)
 def test_the_longest_run_of_the_paper_fits_each_machine(name: str):
     config = load("s7_4k_64k", name)
-    made = estimate.make(config, estimate.PMC_15M, cluster_of(config.cluster))
-    estimate.refuse(config, made)
+    made = estimate.build_plan(config, PMC_15M, cluster_of(config.cluster))
+    command.check_fits(config, made)
     assert [stage.num_steps for stage in made.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
     assert sum(made.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
     assert made.hours is not None and made.rates.startswith("NOT MEASURED")
@@ -118,9 +119,9 @@ def test_what_cannot_fit_is_refused_with_what_helps():
     # Two layers, as many as show it.
     shallow = {name: dataclasses.replace(getattr(load().model, name), layers=2) for name in ("vision", "text")}
     whole = dataclasses.replace(load("gpu1"), model=BiomedClipConfig(**shallow), micro_batch_size=0)
-    made = estimate.make(whole, estimate.PMC_15M, gpus(1, gib=30))
+    made = estimate.build_plan(whole, PMC_15M, gpus(1, gib=30))
     with pytest.raises(UserError) as error:
-        estimate.refuse(whole, made)
+        command.check_fits(whole, made)
     assert "goes to: image tower's activations" in str(error.value)
     for knob in ("micro_batch_size=2048", "engine.grad_checkpointing=true"):
         assert knob in str(error.value)
@@ -136,7 +137,7 @@ def test_what_cannot_fit_is_refused_with_what_helps():
 def test_shares_that_do_not_divide_are_refused(changes: dict[str, Any], words: str):
     config = dataclasses.replace(load(), **changes)
     with pytest.raises(UserError, match=words):
-        estimate.make(config, estimate.PMC_15M, gpus())
+        estimate.build_plan(config, PMC_15M, gpus())
 
 
 def test_zero_shards_what_the_plan_says():
@@ -145,7 +146,7 @@ def test_zero_shards_what_the_plan_says():
     number = 4 * sum(parameter.numel() for parameter in BiomedClip(model).parameters())
     for stage, optimiser in ((0, 2 * number), (1, 3 * number / 8), (2, 3 * number / 8), (3, 2 * number / 8)):
         config = dataclasses.replace(load(), model=model, engine=EngineConfig(zero_stage=stage), micro_batch_size=64)
-        parts = estimate.make(config, estimate.PMC_15M, gpus()).memory["update"]
+        parts = estimate.build_plan(config, PMC_15M, gpus()).memory["update"]
         assert parts["optimiser"] == pytest.approx(optimiser)
         assert parts["weights"] == pytest.approx(number / (8 if stage == 3 else 1))
 
@@ -154,11 +155,11 @@ def test_what_is_offloaded_waits_on_the_host():
     number = 4 * sum(parameter.numel() for parameter in BiomedClip(tiny_model()).parameters())
     engine = EngineConfig(zero_stage=2, grad_checkpointing=True, offload_optimizer=True, offload_activations=True)
     config = dataclasses.replace(load(), model=tiny_model(), engine=engine)
-    made = estimate.make(config, estimate.PMC_15M, gpus())
+    made = estimate.build_plan(config, PMC_15M, gpus())
     assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8) and made.host["step"]["activations"] > 0
     assert "optimiser" not in made.memory["update"]
     with pytest.raises(UserError, match="from a GPU"):
-        estimate.make(config, estimate.PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
+        estimate.build_plan(config, PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
 
 
 def counted(model: BiomedClip, lengths: list[int]) -> tuple[int, int, int]:
@@ -166,7 +167,7 @@ def counted(model: BiomedClip, lengths: list[int]) -> tuple[int, int, int]:
     side = model.config.vision.image_size
     images = torch.zeros((len(lengths), side, side, 3), dtype=torch.uint8)
     text = Packed.of(torch.ones(sum(lengths), dtype=torch.int64), lengths)
-    with activations._Held(model, images, *text[:2]) as held:
+    with activations.MemoryMeter(model, images, *text[:2]) as held:
         output = model(images, text)
         kept, held.peak = held.now, held.now
         (output["image_features"].sum() + output["text_features"].sum()).backward()
@@ -178,14 +179,14 @@ def test_activations_without_storage_are_those_of_a_real_step(checkpointing: boo
     model = BiomedClip(tiny_model(dropout=0.1)).train()
     model.set_grad_checkpointing(checkpointing)
     lengths = [12, 3, 7, 5] * 8
-    found = activations.activations(model, lengths, precision="fp32")
+    found = activations.measure_activations(model, lengths, precision="fp32")
     kept, peak, gradients = counted(model, lengths)
     # A real forward pass gives features of unit norm and the scale besides, and its sums.
     features = 32 * model.config.embed_dim * 4
     assert found.image + found.text <= kept <= found.image + found.text + 6 * features
     assert abs(found.step - peak) <= 6 * features
-    taken = activations.activations(model, lengths, precision="fp32", gradients="taken")
-    there = activations.activations(model, lengths, precision="fp32", gradients="there")
+    taken = activations.measure_activations(model, lengths, precision="fp32", gradients="collected")
+    there = activations.measure_activations(model, lengths, precision="fp32", gradients="present")
     assert max(taken.step, there.step) <= found.step <= taken.step + gradients
     assert 0 < there.embed < there.image + there.text or checkpointing
 
@@ -193,8 +194,8 @@ def test_activations_without_storage_are_those_of_a_real_step(checkpointing: boo
 def test_a_locked_tower_keeps_nothing():
     model = BiomedClip(tiny_model()).train()
     model.visual.lock(0)
-    free = activations.activations(BiomedClip(tiny_model()), [5] * 16, precision="fp32")
-    locked = activations.activations(model, [5] * 16, precision="fp32")
+    free = activations.measure_activations(BiomedClip(tiny_model()), [5] * 16, precision="fp32")
+    locked = activations.measure_activations(model, [5] * 16, precision="fp32")
     assert locked.image < 0.2 * free.image and locked.text == free.text
 
 
@@ -257,7 +258,7 @@ def compare(name: str, folder: Path) -> None:
     shards = write_shards(folder / "shards", num_samples=256)
     config = tiny_run(folder / "run", shards, engine=engine, max_steps=2, cluster=ClusterConfig(1, ranks), **settings)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
-    made = estimate.make(config, estimate.samples_of(config), cluster_of(config.cluster))
+    made = estimate.build_plan(config, samples_of(config), cluster_of(config.cluster))
     peak = measured_peak(config, folder, ranks)
     print(f"{name}: {peak / GIB:.2f} GiB measured, {made.peak / GIB:.2f} planned, {made.peak / peak - 1:+.1%}")
     assert abs(made.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in made.memory.items()}
@@ -276,8 +277,8 @@ def test_a_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "config.toml").write_text(config_files.to_toml(config))
     (tmp_path / "dry_run.toml").write_text("dry_run = true\n")
     outputs = []
-    for command in ("plan", "train --dry_run", "train dry_run.toml"):
-        name, *changes = command.replace("dry_run.toml", str(tmp_path / "dry_run.toml")).split()
+    for line in ("plan", "train --dry_run", "train dry_run.toml"):
+        name, *changes = line.replace("dry_run.toml", str(tmp_path / "dry_run.toml")).split()
         assert cli.main([name, str(tmp_path / "config.toml"), *changes]) == 0
         assert not (tmp_path / "run").exists()
         outputs.append(capsys.readouterr().out)

@@ -33,7 +33,7 @@ def spoil(folder: Path | str, index: int, kind: str = "pixels", split: str = "tr
 REASONS = {
     "pixels": "cannot be decoded",
     "header": "",
-    "place": "not where the index says",
+    "place": "not at the offset in the index",
     "meta": "is corrupt",
     "caption": "is corrupt",
 }

@@ -17,7 +17,7 @@ from bclip_fast.model.text import TextConfig
 from bclip_fast.model.vision import VisionConfig
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
 
 COLOURS = {

@@ -20,13 +20,13 @@ from test_sampler import loader, take
 
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
-from bclip_fast.data.sampler import NUM_RESERVES, SampleStream
+from bclip_fast.data.sampler import NUM_FALLBACKS, ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import DataConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.trainer import train
 
 QUICK = ReadConfig(attempts=2)
@@ -42,9 +42,9 @@ def spoilt(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """40 samples with one of each damage and a pair of which one is the other's first reserve; kind by key."""
     folder = shutil.copytree(sound, tmp_path_factory.mktemp("spoilt") / "shards")
     dataset = ShardDataset(folder)
-    stream = SampleStream(dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1)
+    stream = ShardSampler(dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1)
     first = stream.sample(0, 11)
-    chain = [first, next(stream.reserves(0, 11))]
+    chain = [first, next(stream.fallbacks(0, 11))]
     others = [i for i in range(0, 40, 7) if i not in chain][: len(KINDS)]
     found = {spoil(folder, index, kind): kind for index, kind in zip(others, KINDS, strict=True)}
     return folder, {**found, **{spoil(folder, index): "pixels" for index in chain}}
@@ -67,7 +67,7 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
         found, whole = take(source, 5), take(clean, 5)
     assert threading.active_count() == before
     assert {bad.key for batch in found for bad in batch.bad} == set(kinds)
-    dataset, stream = ShardDataset(folder), source.stream
+    dataset, stream = ShardDataset(folder), source.sampler
     for number, (batch, other) in enumerate(zip(found, whole, strict=True)):
         assert len(batch.keys) == len(batch.images) == len(batch.lengths) == 8 and not other.bad
         assert not set(batch.keys) & set(kinds)
@@ -78,7 +78,7 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
             if position not in replaced:
                 assert key == other.keys[row] and torch.equal(batch.images[row], other.images[row])
                 continue
-            wanted = [stream.sample(0, position), *stream.reserves(0, position)]
+            wanted = [stream.sample(0, position), *stream.fallbacks(0, position)]
             assert tried == wanted[: len(tried)] and dataset.name_of(wanted[len(tried)])[0] == key
         for bad in batch.bad:
             assert bad.epoch == 0 and REASONS[kinds[bad.key]] in bad.reason
@@ -128,7 +128,7 @@ def test_only_so_many_reserves_are_tried(sound: Path, tmp_path: Path):
     with (
         loader(ShardDataset(folder)) as source,
         pytest.raises(
-            UserError, match=rf"sample \w+ of train-\d+.tar and {NUM_RESERVES} before it are damaged: cannot"
+            UserError, match=rf"sample \w+ of train-\d+.tar and {NUM_FALLBACKS} before it are damaged: cannot"
         ),
     ):
         next(source)
@@ -179,14 +179,14 @@ def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
     release = threading.Event()
     dataset = ShardDataset(sound)
     name = "_read" if where == "sample" else "_whole"
-    real = getattr(dataset.files, name)
+    real = getattr(dataset.storage, name)
 
     def stuck(file: str, *bounds: int) -> bytes:
         if "train-000001" in file:
             release.wait(600)
         return real(file, *bounds)
 
-    monkeypatch.setattr(dataset.files, name, stuck)
+    monkeypatch.setattr(dataset.storage, name, stuck)
     before = threading.active_count()
     source = loader(dataset, timeout_s=0.5, prefetch_batches=6)
     words = r"no batch within timeout_s=0\.5: reading .*train-000001\.(tar, bytes \d+|index\.json, the whole)"

@@ -20,7 +20,8 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine.deepspeed import DeepSpeedEngine, EngineConfig
+from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.engine.deepspeed import DeepSpeedEngine
 from bclip_fast.train.trainer import train
 
 ENGINES = {

@@ -20,7 +20,7 @@ from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train import checkpoint
-from bclip_fast.train.engine.deepspeed import OptimizerState
+from bclip_fast.train.engine.optimizer import OptimizerState
 
 CAPTIONS = ["a red square at the left", "cells", "a blue square at the top of the picture, and much more"]
 

@@ -26,7 +26,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig
 from bclip_fast.pretrained import vqa_head
 from bclip_fast.train import checkpoint
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig, finetune
 from bclip_fast.train.schedule import OptimConfig
 
@@ -99,9 +99,9 @@ def test_finetune_resumed_run_equals_uninterrupted_run(start: Path, table: Path,
     losses = [[json.loads(line)["loss"] for line in run_lines] for run_lines in lines]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10
-    with pytest.raises(UserError, match="holds a run already: --resume"):
+    with pytest.raises(UserError, match=r"holds a run already.*--resume"):
         finetune(settings(start, table, complete))
-    with pytest.raises(UserError, match=r"cannot resume.*the run.batch_size is 4 there and 8 here"):
+    with pytest.raises(UserError, match=r"cannot resume.*batch_size"):
         finetune(settings(start, table, complete, resume=True, batch_size=8))
 
 
@@ -211,11 +211,11 @@ def test_finetune_pairs_are_learnt(start: Path, tmp_path: Path, lora_rank: int) 
 
 def test_finetune_wrong_settings_raise_one_line(start: Path, table: Path, tmp_path: Path) -> None:
     for changes, message in (
-        ({"task": "pcam"}, "is zero_shot, not vqa"),
-        ({"batch_size": 64}, "fewer than batch_size 64"),
+        ({"task": "pcam"}, "has the protocol zero_shot, not vqa"),
+        ({"batch_size": 64}, "fewer than batch_size=64"),
         ({"split": "nope"}, "no question in split 'nope'"),
         ({"task": ""}, "no column|no captions"),
-        ({"run": str(start)}, "the model's own folder"),
+        ({"run": str(start)}, "is the folder of the model"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             finetune(settings(start, table, changes.pop("run", tmp_path / "run"), **changes))  # type: ignore[arg-type]

@@ -17,9 +17,8 @@ from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train.engine import deepspeed as engines
-from bclip_fast.train.engine.deepspeed import Engine, EngineConfig
-from bclip_fast.train.grad_cache import CachedBatch, Spool, embed
+from bclip_fast.train.engine import Engine, EngineConfig, build_engine
+from bclip_fast.train.grad_cache import GradCache, SpillBuffer, embed
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 
@@ -44,9 +43,9 @@ def micro_batches() -> list[tuple[Batch, int]]:
     return parts
 
 
-def spool() -> Spool:
+def spool() -> SpillBuffer:
     """Of which a part of the images goes to a file."""
-    return Spool(3 * ROWS * 32 * 32 * 3)
+    return SpillBuffer(3 * ROWS * 32 * 32 * 3)
 
 
 def make(config: EngineConfig, checkpointing: bool = False, locked: Sequence[str] = (), kind: str = "bert") -> Engine:
@@ -57,7 +56,7 @@ def make(config: EngineConfig, checkpointing: bool = False, locked: Sequence[str
     for tower in locked:
         model.get_submodule(tower).lock()  # type: ignore[operator]
     model.set_grad_checkpointing(checkpointing)
-    return engines.make(model, config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model, config, OPTIM, NUM_PARTS * ROWS)
 
 
 def whole_batch(**options: Any) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: 
     parts = micro_batches()[rank * share : (rank + 1) * share]
     found: dict[str, Any] = {}
     for own, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
-        cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), len(own), spool())
+        cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), len(own), spool())
         for part in own:
             cached.add(*part)
         loss = float(cached.loss())
@@ -124,7 +123,7 @@ def test_the_step_of_the_whole_batch(num_ranks: int, expected: dict[str, Any]):
 def test_a_step_without_the_replay_of_random_numbers_is_another(expected: dict[str, Any]):
     """What the test above compares would tell masks that differ between the two passes."""
     engine = make(ENGINES["ddp"])
-    cached = CachedBatch(engine, ClipLoss(), NUM_PARTS, spool())
+    cached = GradCache(engine, ClipLoss(), NUM_PARTS, spool())
     for part in micro_batches():
         cached.add(*part)
     cached.loss()
@@ -140,7 +139,7 @@ def test_one_micro_batch_is_embedded_once():
     engine.module.register_forward_hook(lambda *_: calls.append(1))
     for num_parts, expected_calls in ((1, 1), (2, 4)):
         calls.clear()
-        cached = CachedBatch(engine, ClipLoss(), num_parts, spool())
+        cached = GradCache(engine, ClipLoss(), num_parts, spool())
         for _ in range(num_parts):
             cached.add(*part)
         cached.loss()
@@ -170,7 +169,7 @@ def test_a_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str
             calls[tower] += 1
 
         engine._model.get_submodule(f"{tower}.layers.0").register_forward_hook(count)
-    cached = CachedBatch(engine, ClipLoss(), NUM_PARTS, spool())
+    cached = GradCache(engine, ClipLoss(), NUM_PARTS, spool())
     for part in micro_batches():
         cached.add(*part)
     assert float(cached.loss()) == pytest.approx(expected["loss"], rel=1e-6)
@@ -204,7 +203,7 @@ def test_memory_does_not_grow_with_the_batch(tmp_path: Path):
 def test_a_spool_gives_back_what_it_kept(tmp_path: Path):
     batches = [batch for batch, _ in micro_batches()]
     for limit in (0, 2 * batches[0].images.nbytes + (1 << 10), 1 << 30):
-        place = Spool(limit, str(tmp_path))
+        place = SpillBuffer(limit, str(tmp_path))
         for turn in (batches, batches[::-1]):
             place.clear()
             kept = [place.add(batch) for batch in turn]
@@ -214,4 +213,4 @@ def test_a_spool_gives_back_what_it_kept(tmp_path: Path):
                 assert replace(again, images=batch.images, ids=batch.ids) == batch
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="no room for the images of a batch in /nowhere.*data.spool_dir"):
-        Spool(0, "/nowhere").add(batches[0])
+        SpillBuffer(0, "/nowhere").add(batches[0])

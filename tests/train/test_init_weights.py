@@ -24,7 +24,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.config import InitConfig
-from bclip_fast.train.init_weights import initialise
+from bclip_fast.train.init_weights import init_model
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 
@@ -81,7 +81,7 @@ def test_vision_from_timm(timm_folder: Path, caplog: pytest.LogCaptureFixture, f
     theirs.load_state_dict(load_file(timm_folder / "model.safetensors"))
     head = ours.visual.head.weight.detach().clone()
     with caplog.at_level(logging.INFO):
-        initialise(ours, InitConfig(vision=str(timm_folder / file)))
+        init_model(ours, InitConfig(vision=str(timm_folder / file)))
     check_vision(ours, theirs.forward_features)
     assert torch.equal(ours.visual.head.weight, head)
     assert "dropped head.bias, head.weight" in caplog.text and "at random: head.weight" in caplog.text
@@ -96,7 +96,7 @@ def test_vision_at_another_image_size(timm_folder: Path) -> None:
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
     theirs.load_state_dict(state)
     ours = BiomedClip(dataclasses.replace(SMALL, vision=dataclasses.replace(VISION, image_size=48)))
-    initialise(ours, InitConfig(vision=str(timm_folder)))
+    init_model(ours, InitConfig(vision=str(timm_folder)))
     assert torch.equal(ours.visual.pos_embed[:, :1], state["pos_embed"][:, :1])
     check_vision(ours, theirs.forward_features)
 
@@ -112,7 +112,7 @@ def test_vision_from_transformers(tmp_path: Path, head: str) -> None:
     theirs: Any = shaken(getattr(transformers, head)(config)).eval()
     theirs.save_pretrained(tmp_path)
     ours = BiomedClip(SMALL)
-    initialise(ours, InitConfig(vision=str(tmp_path)))
+    init_model(ours, InitConfig(vision=str(tmp_path)))
     trunk = theirs.vit if head == "ViTForImageClassification" else theirs
     check_vision(ours, lambda image: trunk(pixel_values=image).last_hidden_state)
 
@@ -135,7 +135,7 @@ def test_text_from_transformers(bert_folder: Path, tmp_path: Path, caplog: pytes
         assert any("gamma" in name for name in state)
     ours = BiomedClip(SMALL).eval()
     with caplog.at_level(logging.INFO):
-        initialise(ours, InitConfig(text=str(folder)))
+        init_model(ours, InitConfig(text=str(folder)))
     for word in ("cls.predictions.bias", "pooler.dense.weight", "at random: proj.0.weight, proj.2.weight"):
         assert word in caplog.text
     ids = padded_ids([20, 3, 11])
@@ -168,17 +168,17 @@ def test_what_does_not_fit_is_named(timm_folder: Path, bert_folder: Path, tmp_pa
         (deeper, InitConfig(vision=str(timm_folder)), "it lacks blocks.3.attn.proj.bias"),
         (twelve, InitConfig(vision=str(timm_folder)), "a tower of 4 heads, but model.vision.heads is 12"),
         (SMALL, InitConfig(vision=changed(timm_folder, same, architecture="resnet50")), "describes 'resnet50'"),
-        (SMALL, InitConfig(vision=str(bert_folder)), "it describes 'bert'; supported is a plain ViT"),
+        (SMALL, InitConfig(vision=str(bert_folder)), "describes 'bert'; it must describe a plain ViT"),
         (SMALL, InitConfig(vision=str(bert_folder / "model.safetensors")), "it lacks blocks.0"),
         (gpt, InitConfig(text=str(bert_folder)), "a BERT, but model.text.kind is gpt"),
         (fewer, InitConfig(text=str(bert_folder)), r"word_embeddings.weight is .*\(100, 32\), but .*\(96, 32\)"),
-        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act is 'relu'"),
+        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act='relu' must be 'gelu'"),
         (SMALL, InitConfig(text=changed(bert_folder, same, num_attention_heads=4)), "a tower of 4 heads"),
         (SMALL, InitConfig(text=str(tmp_path / "none")), "neither a file nor a folder"),
         (SMALL, InitConfig(vision=str(tmp_path)), "holds no config.json"),
     ]:
         with pytest.raises(UserError, match=words):
-            initialise(BiomedClip(config), init)
+            init_model(BiomedClip(config), init)
     with pytest.raises(UserError, match="init.model is a whole model"):
         InitConfig(model="a", text="b")
 
@@ -195,19 +195,19 @@ def test_whole_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     )
     model = BiomedClip(own)
     with caplog.at_level(logging.INFO):
-        initialise(model, InitConfig(model=str(tmp_path / "start")))
+        init_model(model, InitConfig(model=str(tmp_path / "start")))
     assert "dropped: nothing; as configured: logit_bias" in caplog.text
     found, expected = model.state_dict(), start.state_dict()
     assert float(found.pop("logit_bias").detach()) == -10.0 and found.pop("visual.pos_embed").shape == (1, 37, 48)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     wider = dataclasses.replace(SMALL, embed_dim=32)
     with pytest.raises(UserError, match="model.embed_dim is 24 there and 32 here; let preset or the model section"):
-        initialise(BiomedClip(wider), InitConfig(model=str(tmp_path / "start")))
+        init_model(BiomedClip(wider), InitConfig(model=str(tmp_path / "start")))
     config = json.loads((tmp_path / "start" / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
     (tmp_path / "start" / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"takes pixels of mean \(0.5, 0.5, 0.5\)"):
-        initialise(BiomedClip(SMALL), InitConfig(model=str(tmp_path / "start")))
+        init_model(BiomedClip(SMALL), InitConfig(model=str(tmp_path / "start")))
 
 
 def test_openai_clips_own_towers(tmp_path: Path) -> None:
@@ -239,11 +239,11 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
     check(ours, theirs)
     exact = dataclasses.replace(ours.config, quick_gelu=False)
     with pytest.raises(UserError, match="model.quick_gelu is True there and False here"):
-        initialise(BiomedClip(exact), InitConfig(model=str(tmp_path)))
+        init_model(BiomedClip(exact), InitConfig(model=str(tmp_path)))
     # Another image size, and back to open_clip.
     larger = dataclasses.replace(ours.config, vision=dataclasses.replace(ours.config.vision, image_size=48))
     model = BiomedClip(larger)
-    initialise(model, InitConfig(model=str(tmp_path)))
+    init_model(model, InitConfig(model=str(tmp_path)))
     assert model.visual.pos_embed.shape == (1, 37, 48)
     pretrained.save(tmp_path / "again", ours, preprocess, tokenizer)
     written = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["model_cfg"]
@@ -253,10 +253,10 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
     assert pretrained.load(tmp_path / "again")[0].config == ours.config
     with pytest.raises(UserError, match="ViTModel has no norm before its layers"):
         pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
-    with pytest.raises(UserError, match="quick_gelu is True, but the exact GELU"):
+    with pytest.raises(UserError, match="quick_gelu=True requires"):
         dataclasses.replace(SMALL, quick_gelu=True)
     with pytest.raises(UserError, match="a plain ViT, but model.vision.kind is not vit"):
-        initialise(BiomedClip(ours.config), InitConfig(vision="anything"))
+        init_model(BiomedClip(ours.config), InitConfig(vision="anything"))
 
 
 def test_from_the_hub(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_from_the_hub(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model = BiomedClip(SMALL)
-    initialise(model, InitConfig(text="hf-hub:org/bert@abc"))
+    init_model(model, InitConfig(text="hf-hub:org/bert@abc"))
     expected = load_file(bert_folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.word_embeddings.weight, expected)  # type: ignore[union-attr, arg-type]
     assert asked == [("org/bert", "config.json", "abc"), ("org/bert", "model.safetensors", "abc")]

@@ -19,10 +19,11 @@ from bclip_fast.eval.embed import Embedder
 from bclip_fast.hardware import ClusterConfig
 from bclip_fast.ops import processor
 from bclip_fast.plan import command, estimate
+from bclip_fast.plan.samples import PMC_15M
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig
-from bclip_fast.train.precision import resolve
+from bclip_fast.train.precision import resolve_precision
 from bclip_fast.train.trainer import train
 
 AUTO = EngineConfig(name="ddp")
@@ -54,14 +55,14 @@ def losses(run: Path) -> list[float]:
 def test_auto_follows_the_processor_and_logs_the_reason(instructions, precision, monkeypatch, caplog):
     imitate(monkeypatch, instructions)
     caplog.set_level(logging.INFO)
-    assert resolve("auto") == precision
+    assert resolve_precision("auto") == precision
     assert f"engine.precision auto: {precision}, because it has" in caplog.text
-    assert resolve("fp16") == "fp16"
+    assert resolve_precision("fp16") == "fp16"
 
 
 def precision_on_ranks(rank: int, without: int) -> torch.Tensor:
     processor.BFLOAT16_INSTRUCTIONS = "" if rank == without else "AMX"
-    return torch.tensor(["fp32", "bf16"].index(resolve("auto")))
+    return torch.tensor(["fp32", "bf16"].index(resolve_precision("auto")))
 
 
 @pytest.mark.parametrize(("without", "expected"), [(1, 0), (2, 1)], ids=["mixed", "alike"])
@@ -100,14 +101,14 @@ def test_a_plan_has_the_precision_of_the_cluster(monkeypatch, capsys):
     for device, precision in (("h100", "bf16"), ("cpu", "fp32")):
         planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80))
         found = command.run(planned)
-        assert found.memory == estimate.make(planned.with_precision(precision), estimate.PMC_15M, found.world).memory
+        assert found.memory == estimate.build_plan(planned.with_precision(precision), PMC_15M, found.cluster).memory
         assert f"Precision   {precision} (auto): " in capsys.readouterr().out
 
 
 def test_a_config_that_cannot_be_read_stops_a_resume(tmp_path):
     (tmp_path / "config.toml").write_text("engine = [")
     with pytest.raises(UserError, match="not valid TOML"):
-        resolve("auto", tmp_path)
+        resolve_precision("auto", tmp_path)
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [("AMX", "bf16"), ("", "fp32")])

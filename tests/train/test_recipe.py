@@ -24,9 +24,9 @@ from bclip_fast.model import transformer
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train.checkpoint import load_latest, read, verify
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
-from bclip_fast.train.ema import Average
-from bclip_fast.train.engine import deepspeed as engines
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.ema import Ema
+from bclip_fast.train.engine import EngineConfig, build_engine
+from bclip_fast.train.engine.deepspeed import DeepSpeedEngine
 from bclip_fast.train.schedule import MAX_LOG_LOGIT_SCALE, OptimConfig, layer_scales, parameter_groups
 from bclip_fast.train.trainer import train
 
@@ -87,7 +87,7 @@ def test_locks_what_open_clip_locks(unlocked: int) -> None:
                 assert (name in ours) == theirs[other], other
                 checked += 1
     assert checked > 80
-    with pytest.raises(UserError, match="unlocked groups is 4"):
+    with pytest.raises(UserError, match="unlocked groups=4 must be"):
         model.visual.lock(4)
 
 
@@ -147,7 +147,7 @@ def _train_locked(rank: int, folder: str) -> dict[str, Any]:
 def _overflow_on_one_rank(rank: int, config: EngineConfig) -> dict[str, Any]:
     """fp16 steps of which the second overflows on rank 1 alone, at a scale that fits the others."""
     torch.manual_seed(0)
-    wrapped = engines.make(
+    wrapped = build_engine(
         BiomedClip(tiny_model()), replace(config, precision="fp16"), OptimConfig(grad_clip_norm=1.0), 4
     )
     state = wrapped.optimizer_state()
@@ -267,7 +267,7 @@ def test_an_optimiser_on_the_host_takes_the_same_steps(stage: int, parameters: b
             zero_stage=stage, precision="fp32", offload_optimizer=offload, offload_parameters=offload and parameters
         )
         optim = OptimConfig(grad_clip_norm=1.0, eps=1e-3)
-        wrapped = engines.DeepSpeedEngine(BiomedClip(tiny_model()), settings, optim, 2, torch.device("cpu"))
+        wrapped = DeepSpeedEngine(BiomedClip(tiny_model()), settings, optim, 2, torch.device("cpu"))
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         for step in range(3):
             if step == 2:
@@ -289,7 +289,7 @@ def test_zero_3_gathers_weights_layer_by_layer() -> None:
     """At most a bucket fetched ahead and the layer at work, forward and backward, once DeepSpeed knows their order."""
     sizes = tiny_model(width=192)
     model = BiomedClip(replace(sizes, vision=replace(sizes.vision, layers=6)))
-    wrapped = engines.make(model, EngineConfig(zero_stage=3, precision="fp32", bucket_mib=1), OptimConfig(), 2)
+    wrapped = build_engine(model, EngineConfig(zero_stage=3, precision="fp32", bucket_mib=1), OptimConfig(), 2)
     # Below a size they are never taken apart.
     parts: Any = [part for part in model.parameters() if not part.ds_persist]  # type: ignore[attr-defined]
     gathered = []
@@ -319,7 +319,7 @@ def host_steps(settings: EngineConfig, limits: list[float], begin: Any = None) -
     image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
     if begin is not None:
         model.load_state_dict(begin[2])
-    wrapped = engines.DeepSpeedEngine(model, settings, OptimConfig(grad_clip_norm=1.0), 2, torch.device("cpu"))
+    wrapped = DeepSpeedEngine(model, settings, OptimConfig(grad_clip_norm=1.0), 2, torch.device("cpu"))
     if begin is not None:
         # An engine works on the tensors it is given.
         wrapped.load_optimizer_state(copy.deepcopy(begin[1]))
@@ -370,7 +370,7 @@ def test_deepspeeds_adam_that_cannot_be_made_is_an_error(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CPUAdamBuilder, "load", load)
     with pytest.raises(UserError, match=r"ninja is not installed; it takes a C\+\+ compiler.*engine.cpu_adam=torch"):
-        engines.make(BiomedClip(tiny_model()), EngineConfig(precision="fp32", cpu_adam="deepspeed"), OptimConfig(), 2)
+        build_engine(BiomedClip(tiny_model()), EngineConfig(precision="fp32", cpu_adam="deepspeed"), OptimConfig(), 2)
 
 
 def test_graphs_of_the_image_tower_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +403,7 @@ def test_graphs_of_the_image_tower_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_offloading_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        engines.make(BiomedClip(tiny_model()), EngineConfig(**settings), OptimConfig(), 2)
+        build_engine(BiomedClip(tiny_model()), EngineConfig(**settings), OptimConfig(), 2)
 
 
 # The average of the weights
@@ -461,9 +461,9 @@ def test_an_average_begins_where_a_run_goes_on_with_one(shards: Path, tmp_path: 
 def test_an_update_that_was_skipped_leaves_the_average(shards: Path, tmp_path: Path) -> None:
     """fp16's first loss scale overflows: the weights stay, and so does an average that was elsewhere."""
     settings = EngineConfig(name="ddp", precision="fp16")
-    wrapped = engines.make(BiomedClip(tiny_model()), settings, OptimConfig(), 2)
+    wrapped = build_engine(BiomedClip(tiny_model()), settings, OptimConfig(), 2)
     away = {name: tensor + 1 for name, tensor in wrapped.model_state().items()}
-    average = Average(wrapped, 0.5, away)
+    average = Ema(wrapped, 0.5, away)
     average.update()
     for name, tensor in average.state().items():
         torch.testing.assert_close(tensor, away[name] - 0.5)

@@ -18,15 +18,15 @@ from synthetic import tiny_model, tiny_run
 
 from bclip_fast import distributed
 from bclip_fast.config import CONFIGS, to_toml
-from bclip_fast.data.sampler import SampleStream
+from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model import flops
-from bclip_fast.train import metrics, trainer
+from bclip_fast.train import progress, trainer
 from bclip_fast.train.config import LogConfig, TrainConfig, ValidationConfig
-from bclip_fast.train.step_timer import StepClock
+from bclip_fast.train.step_timer import StepTimer
 from bclip_fast.train.trainer import train
-from bclip_fast.train.validation import Validation
+from bclip_fast.train.validation import ValidationSchedule
 
 PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 
@@ -41,14 +41,14 @@ def test_a_line_splits_its_step(shards: Path, tmp_path: Path, monkeypatch: pytes
     # This thread's CPU time, of which other processes take nothing.
     monkeypatch.setattr(time, "perf_counter", time.thread_time)
     lengths: list[list[int]] = []
-    take = trainer._Run._batch
+    take = trainer._Run._next_batch
 
     def noted(self: Any) -> Any:
         batch = take(self)
         lengths.append(batch.lengths)
         return batch
 
-    monkeypatch.setattr(trainer._Run, "_batch", noted)
+    monkeypatch.setattr(trainer._Run, "_next_batch", noted)
     config = tiny_run(tmp_path / "run", shards, max_steps=3, micro_batch_size=8)
     run = train(config)
     for line, own in zip(lines(run), [a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)], strict=True):
@@ -74,12 +74,12 @@ def test_on_a_gpu_a_line_has_the_split_of_the_step_before(monkeypatch: pytest.Mo
             return float(end.time - self.time)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = StepClock(torch.device("cuda"))
+    clock = StepTimer(torch.device("cuda"))
     found = []
     for parts in (["forward", "backward"], ["forward", "", "forward", "backward"], []):
         clock.start()
         for part in parts:
-            clock.mark(part) if part else clock.leave_out()
+            clock.lap(part) if part else clock.skip()
         found.append(clock.seconds())
     assert found == [
         {},
@@ -96,16 +96,16 @@ RECORD = {
 
 def test_the_live_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     words = "loss 1.2500  scale 14.3  gradient 0.5  1,234 samples/s  98,765 tokens/s  MFU 42%  waited 5%"
-    assert metrics.describe(RECORD | {"mfu": 0.42}) == words
-    assert "MFU" not in metrics.describe(RECORD)
+    assert progress.describe(RECORD | {"mfu": 0.42}) == words
+    assert "MFU" not in progress.describe(RECORD)
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(10, 32, 160)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = progress.Progress(10, 32, 160)
     with caplog.at_level(logging.INFO, "bclip_fast"):
         for step in range(3, 11):
             now[0] += 10
-            progress.update(RECORD | {"step": step, "samples": 16 * step})
-    progress.close()
+            bar.update(RECORD | {"step": step, "samples": 16 * step})
+    bar.close()
     said = [record.getMessage() for record in caplog.records]
     # Every 15 s and at the end; a step takes 10 s here.
     assert [text.split("  ")[0] for text in said] == [f"step {step} of 10" for step in (3, 5, 7, 9, 10)]
@@ -123,9 +123,9 @@ def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
-    progress = metrics.Progress(10, 0, 160)
-    progress.update(RECORD)
-    progress.close()
+    bar = progress.Progress(10, 0, 160)
+    bar.update(RECORD)
+    bar.close()
     assert "3/10" in screen.getvalue() and "98,765 tokens/s" in screen.getvalue()
 
 
@@ -179,8 +179,8 @@ def test_wandb_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_when_validation_is_due(tmp_path: Path, settings: ValidationConfig, steps: list[int]):
-    stream = SampleStream([50, 46], "", batch_size=16)
-    validation = Validation(settings, tmp_path, 14)
+    stream = ShardSampler([50, 46], "", batch_size=16)
+    validation = ValidationSchedule(settings, tmp_path, 14)
     found = []
     for step in range(1, 15):
         if validation.is_due(step, stream.locate(step)[0], stream.locate(step - 1)[0]):

@@ -30,9 +30,8 @@ from bclip_fast.io.runs import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train import checkpoint, trainer
 from bclip_fast.train.config import CheckpointConfig, TrainConfig, ValidationConfig
-from bclip_fast.train.engine import deepspeed
-from bclip_fast.train.engine.deepspeed import EngineConfig, StepResult
-from bclip_fast.train.loss_spikes import SpikeConfig, Spikes
+from bclip_fast.train.engine import EngineConfig, StepResult, build_engine
+from bclip_fast.train.loss_spikes import LossSpikes, SpikeConfig
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.signals import EXIT_STOPPED
 from bclip_fast.train.trainer import train
@@ -45,7 +44,7 @@ def column(run: Path, name: str) -> list[Any]:
 
 
 def steps(run: Path) -> list[int]:
-    return [int(path.name[5:]) for path in reversed(checkpoint.steps(run / "checkpoints"))]
+    return [int(path.name[5:]) for path in reversed(checkpoint.list_checkpoints(run / "checkpoints"))]
 
 
 def assert_equal_runs(run: Path, whole: Path) -> None:
@@ -58,7 +57,7 @@ def assert_equal_runs(run: Path, whole: Path) -> None:
 
 
 def test_the_rule_of_spikes():
-    spikes = Spikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
+    spikes = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
     taken, refused = StepResult(1.0, False), StepResult(1.0, True)
     for step, loss in enumerate([3.0, 3.1, 2.9], 1):
         assert spikes.limit(loss, 16) == math.inf and spikes.observe(step, loss, taken) is None
@@ -69,7 +68,7 @@ def test_the_rule_of_spikes():
     assert spikes.limit(4.04, 16) == pytest.approx(1 + 20 * 0.01) and spikes.limit(4.06, 16) == -1.0
     assert spikes.observe(5, 4.06, refused) == "the loss is 4.06, the limit 4.05"
     assert not spikes.too_many and spikes.num_skipped == 1
-    again = Spikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
+    again = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
     again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
     for rule in (spikes, again):
         assert rule.limit(4.06, 16) == -1.0
@@ -81,7 +80,7 @@ def test_the_rule_of_spikes():
         assert rule.limit(5.0, 64) == math.inf
     # fp16's scaler looks after its own overflows.
     assert spikes.observe(11, 3.0, StepResult(math.inf, True, overflow=True)) is None and spikes.num_skipped == 3
-    off = Spikes(SpikeConfig(window=1, loss=0.0, grad_norm=0.0))
+    off = LossSpikes(SpikeConfig(window=1, loss=0.0, grad_norm=0.0))
     off.observe(1, 1.0, taken)
     assert off.limit(1e30, 0) == math.inf and off.limit(math.inf, 0) == -1.0
     with pytest.raises(UserError, match=r"spikes\.window=0"):
@@ -96,7 +95,7 @@ def test_an_engine_refuses_a_step_and_goes_on(name: str, stage: int):
         torch.manual_seed(0)
         model = BiomedClip(tiny_model())
         config = EngineConfig(name=name, zero_stage=stage, precision="fp32")
-        wrapped = deepspeed.make(model, config, OptimConfig(grad_clip_norm=1.0), 2)
+        wrapped = build_engine(model, config, OptimConfig(grad_clip_norm=1.0), 2)
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         for limit in limits:
             output = wrapped(image, ids)
@@ -256,7 +255,9 @@ def test_a_full_disk_does_not_end_the_run(shards: Path, tmp_path: Path, caplog: 
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "step-00000002", "step-00000006",
     ]  # fmt: skip
-    assert all(checkpoint.verify(path) is None for path in checkpoint.steps(tmp_path / "run" / "checkpoints"))
+    assert all(
+        checkpoint.verify(path) is None for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    )
     train(longer)
     assert len(column(tmp_path / "run", "loss")) == 8
 

@@ -19,8 +19,7 @@ from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.presets import PRESETS
 from bclip_fast.train import checkpoint
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig, ValidationConfig
-from bclip_fast.train.engine import deepspeed, optimizer
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig, build_engine, optimizer
 from bclip_fast.train.schedule import OptimConfig, learning_rate, parameter_groups
 from bclip_fast.train.trainer import train
 
@@ -87,7 +86,7 @@ def test_parameter_groups_are_open_clips(preset: str):
 @pytest.mark.parametrize("start, target", [(4.6, math.log(100)), (0.01, 0.0)])
 def test_logit_scale_is_clamped(name: str, start: float, target: float):
     model = BiomedClip(dataclasses.replace(tiny_model(), init_logit_scale=start))
-    wrapped = deepspeed.make(model, EngineConfig(name=name, precision="fp32"), OptimConfig(), 2)
+    wrapped = build_engine(model, EngineConfig(name=name, precision="fp32"), OptimConfig(), 2)
     for _ in range(2):
         output = wrapped(torch.zeros(2, 3, 32, 32), torch.ones(2, 12, dtype=torch.int64))
         wrapped.backward(output["logit_scale"] * (1 if target == 0 else -1) + 0 * output["image_features"].sum())
@@ -248,7 +247,7 @@ def test_bad_settings(shards: Path, tmp_path: Path):
 def test_layers_compiled_where_parameters_stay(monkeypatch: pytest.MonkeyPatch):
     compiled = []
     monkeypatch.setattr(BiomedClip, "compile_layers", lambda self, graphs: compiled.append(self))
-    deepspeed.make(BiomedClip(tiny_model()), EngineConfig(name="ddp", compile=True), OptimConfig(), 2).close()
+    build_engine(BiomedClip(tiny_model()), EngineConfig(name="ddp", compile=True), OptimConfig(), 2).close()
     assert len(compiled) == 1
     with pytest.raises(UserError, match=r"engine\.compile with engine\.zero_stage 3"):
         EngineConfig(zero_stage=3, compile=True)
@@ -283,7 +282,7 @@ def test_fp16_overflow_skips_the_update():
         torch.manual_seed(0)
         model = BiomedClip(tiny_model())
         settings = EngineConfig(name=name, zero_stage=stage, precision="fp16")
-        wrapped = deepspeed.make(model, settings, OptimConfig(grad_clip_norm=1.0, eps=1e-3), 2)
+        wrapped = build_engine(model, settings, OptimConfig(grad_clip_norm=1.0, eps=1e-3), 2)
         before = wrapped.model_state()
         image, ids = torch.rand(2, 3, 32, 32), torch.randint(1, 90, (2, 12))
         skipped = []

@@ -1,1 +1,1 @@
-"""WebDataset shards with an index of their own: format, reader, writer."""
+"""WebDataset shards with an index: format, reader, writer, verification."""

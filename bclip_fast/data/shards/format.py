@@ -1,9 +1,9 @@
-"""What a dataset folder looks like: samples, the index of a shard, the description of it all.
+"""The format of a dataset folder.
 
-{split}-{n:06d}.tar          ustar; a sample is `key.jpg`, `key.txt`, `key.json`, in this order
-{split}-{n:06d}.index.json   key, byte offset and size of each member; SHA-256 of the tar
-manifest.parquet             one row a sample: where it lies, its caption, its metadata
-dataset.json                 splits, counts, hashes, fingerprint; written last
+{split}-{n:06d}.tar          ustar archive with `key.jpg`, `key.txt` and `key.json` of each sample, in this order
+{split}-{n:06d}.index.json   key, byte offsets and sizes of each sample, and the SHA-256 of the tar
+manifest.parquet             one row for each sample: its shard and position, caption and metadata
+dataset.json                 splits, counts, hashes, fingerprint (written last)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bclip_fast.data.storage import Files, LocalFiles, ReadError
+from bclip_fast.data.storage import LocalStorage, ReadError, Storage
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
@@ -25,7 +25,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Sample:
-    """An image (bytes of a baseline RGB JPEG) and its caption. `key`: 1 to 90 of A-Z a-z 0-9 _ -"""
+    """An image (bytes of a baseline RGB JPEG) with its caption. `key`: 1 to 90 characters of A-Z a-z 0-9 _ -"""
 
     key: str
     image: bytes
@@ -34,60 +34,70 @@ class Sample:
 
 
 def fingerprint_of(name: str, shards: list[dict[str, Any]]) -> str:
+    """Return the fingerprint of a split (of the dataset, if `name` is empty): a hash of its shards' hashes."""
     lines = [name, *(f"{shard['name']} {shard['sha256']}" for shard in shards)]
     return sha256("\n".join(lines))
 
 
 def to_json(value: Any) -> str:
+    """Return canonical JSON: sorted keys, no white space. Raises ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
 class Index:
-    offsets: np.ndarray  # (samples, 3) int64, bytes from the start of the tar; columns as MEMBERS
-    sizes: np.ndarray  # (samples, 3) int64, bytes
+    """The members of a shard. The columns are those of MEMBERS.
+
+    Attributes:
+        offsets: (samples, 3) int64, in bytes from the start of the tar.
+        sizes: (samples, 3) int64, in bytes.
+    """
+
+    offsets: np.ndarray
+    sizes: np.ndarray
 
 
-def _read_json(files: Files, name: str, what: str) -> Any:
+def _read_json(storage: Storage, name: str, remedy: str) -> Any:
     try:
-        return files.json(name)
+        return storage.json(name)
     except FileNotFoundError:
-        raise UserError(f"{files.path(name)}: missing; {what}") from None
+        raise UserError(f"{storage.path(name)}: is missing; {remedy}") from None
     except ReadError as error:
-        raise ReadError(f"{error}; {what}") from None
+        raise ReadError(f"{error}; {remedy}") from None
 
 
-def read_description(files: Files) -> dict[str, Any]:
-    if isinstance(files, LocalFiles) and not files.root.is_dir():
-        raise UserError(f"{files.root}: no such folder; give a dataset written by `bclip ingest build`")
-    what = "a finished dataset has one: build it (again)"
-    description = _read_json(files, "dataset.json", what)
+def read_description(storage: Storage) -> dict[str, Any]:
+    """Read and check dataset.json. Raises UserError."""
+    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+        raise UserError(f"{storage.root}: no such folder; give a dataset that `bclip ingest build` wrote")
+    description = _read_json(storage, "dataset.json", "the dataset is not finished; build it again")
     if not isinstance(description, dict) or description.get("format") != "bclip_fast.shards":
-        raise UserError(f"{files.path('dataset.json')}: not the description of a dataset")
+        raise UserError(f"{storage.path('dataset.json')} does not describe a dataset; give another folder")
     if description.get("version") != FORMAT_VERSION:
         raise UserError(
-            f"{files.path('dataset.json')}: format version {description.get('version')}, this release reads "
-            f"{FORMAT_VERSION}; build the dataset again"
+            f"{storage.path('dataset.json')} has format version {description.get('version')}, but this release reads "
+            f"version {FORMAT_VERSION}; build the dataset again"
         )
     return description
 
 
-def read_index(files: Files, shard: dict[str, Any]) -> tuple[list[str], Index]:
+def read_index(storage: Storage, shard: dict[str, Any]) -> tuple[list[str], Index]:
+    """Read and check the index file of a shard. Return its keys and the index. Raises UserError."""
     name = f"{shard['name']}.index.json"
-    path = files.path(name)
-    index = _read_json(files, name, "the index of a shard is needed; build the dataset again")
+    path = storage.path(name)
+    index = _read_json(storage, name, "every shard needs its index; build the dataset again")
     try:
         if (index["name"], index["sha256"]) != (shard["name"], shard["sha256"]):
-            raise UserError(f"{path}: belongs to another shard than dataset.json names")
+            raise UserError(f"{path}: name or hash differ from dataset.json; copy it again or build the dataset again")
         keys = [entry["key"] for entry in index["samples"]]
-        places = np.array(
+        members = np.array(
             [[entry[member] for member in MEMBERS] for entry in index["samples"]], dtype=np.int64
         ).reshape(len(keys), len(MEMBERS), 2)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: corrupt index ({error!r}); build the dataset again") from None
-    offsets, sizes = places[..., 0], places[..., 1]
+    offsets, sizes = members[..., 0], members[..., 1]
     starts = np.concatenate([offsets.reshape(-1) - BLOCK, [shard["num_bytes"]]])
     ends = (offsets + sizes).reshape(-1)
     if len(keys) != shard["samples"] or (sizes < 0).any() or (starts[0] < 0) or (ends > starts[1:]).any():

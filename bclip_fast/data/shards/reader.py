@@ -1,7 +1,4 @@
-"""Datasets on disk: `ShardWriter` writes, `ShardDataset` reads at random, `verify` checks.
-
-The layout of the folder is described in `shard_format`.
-"""
+"""Random access to the samples of a dataset. `format` describes the folder."""
 
 from __future__ import annotations
 
@@ -11,44 +8,48 @@ import json
 import os
 import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bclip_fast.data.daemon_pool import Workers
-from bclip_fast.data.storage import Files, LocalFiles, ReadConfig, RemoteFiles, open_files
-from bclip_fast.data.storage_cache import CachedFiles
+from bclip_fast.data.daemon_pool import DaemonPool
+from bclip_fast.data.storage import LocalStorage, ReadConfig, RemoteStorage, Storage, open_storage
+from bclip_fast.data.storage_cache import CachedStorage
 from bclip_fast.errors import UserError
 
 from .format import BLOCK, MEMBERS, Sample, read_description, read_index
 
-# Merged ranges are read in pieces of this size, so that several connections share one.
+# Limit for a merged range, so that several connections share a large one.
 _MAX_SPAN = 8 << 20
-# Samples of a URL that are held at a time where all are read through.
+# Number of samples in memory at a time when `captions` reads all samples of a URL.
 _CHUNK = 256
 
 
 class BadSample(UserError):
-    """A sample whose bytes are damaged: a property of the dataset, unlike a ReadError, which is one of its storage."""
+    """A damaged sample. The dataset is at fault. In contrast, a ReadError is a fault of the storage."""
 
 
 class ShardDataset:
     """Random access to the samples of one split, in the order in which they were written.
 
-    Args:
-        root: a folder, or a URL that fsspec can read.
-        read: how a file is tried to be read.
+    Safe for several threads, after a fork, and after pickling.
 
-    Safe from several threads, after fork, and after pickling. UserError: missing folder, split, shard or index; a shard
-    of the wrong length (of a URL's shards this shows where they are read); an index that disagrees with its shard.
+    Args:
+        root: folder, or URL that fsspec can read.
+        read: how to read files and repeat failed reads.
+
+    Raises:
+        UserError: folder, split, shard or index is missing, an index disagrees with its shard, or a shard has the wrong
+            length. For a URL, a read detects a missing or short shard.
     """
 
     def __init__(self, root: Path | str, split: str = "train", read: ReadConfig | None = None) -> None:
-        self.files: Files = open_files(root, read)
+        self.storage: Storage = open_storage(root, read)
         self.root = str(root)
         self.split = split
-        description = read_description(self.files)
+        description = read_description(self.storage)
         splits = description["splits"]
         if split not in splits:
             raise UserError(f"{self.root}: no split {split!r}; it has {', '.join(sorted(splits))}")
@@ -56,17 +57,17 @@ class ShardDataset:
         self._shards: list[dict[str, Any]] = splits[split]["files"]
         self.shard_sizes: list[int] = [shard["samples"] for shard in self._shards]
         self.num_bytes = sum(shard["num_bytes"] for shard in self._shards)
-        if isinstance(self.files, RemoteFiles) and self.files.config.cache_dir:
+        if isinstance(self.storage, RemoteStorage) and self.storage.config.cache_dir:
             sizes = {f"{shard['name']}.tar": (shard["num_bytes"], shard["sha256"]) for shard in self._shards}
-            self.files = CachedFiles(self.files, sizes, self.files.config)
-        elif isinstance(self.files, LocalFiles):
+            self.storage = CachedStorage(self.storage, sizes, self.storage.config)
+        elif isinstance(self.storage, LocalStorage):
             for number, shard in enumerate(self._shards):
-                path = self.files.root / self._name(number)
+                path = self.storage.root / self._name(number)
                 if not path.is_file():
-                    raise UserError(f"{path}: missing; copy it again or build the dataset again")
+                    raise UserError(f"{path} is missing; copy it again or build the dataset again")
                 if path.stat().st_size != shard["num_bytes"]:
                     raise UserError(
-                        f"{path}: {path.stat().st_size} bytes, should be {shard['num_bytes']} "
+                        f"{path} has {path.stat().st_size} bytes instead of {shard['num_bytes']} "
                         "(truncated?); copy it again or build the dataset again"
                     )
         self._make_caches()
@@ -76,8 +77,8 @@ class ShardDataset:
 
     def _make_caches(self) -> None:
         self._starts = [0, *accumulate(self.shard_sizes)]
-        self._index = functools.lru_cache(None)(lambda number: read_index(self.files, self._shards[number])[1])
-        self._connections: tuple[int, Workers] | None = None
+        self._index = functools.lru_cache(None)(lambda number: read_index(self.storage, self._shards[number])[1])
+        self._connections: tuple[int, DaemonPool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -100,7 +101,7 @@ class ShardDataset:
         return number, i - self._starts[number]
 
     def _span(self, i: int) -> tuple[int, int, int]:
-        """(shard, first byte, last byte + 1) of a sample with the header of its first member."""
+        """Return (shard, first byte, last byte + 1) of a sample, with the header of its first member."""
         number, position = self._locate(i)
         index = self._index(number)
         return (
@@ -111,7 +112,7 @@ class ShardDataset:
 
     def __getitem__(self, i: int) -> Sample:
         number, start, end = self._span(i)
-        return self._parse(i, self.files.read(self._name(number), start, end))
+        return self._parse(i, self.storage.read(self._name(number), start, end))
 
     def _parse(self, i: int, data: bytes) -> Sample:
         number, position = self._locate(i)
@@ -124,9 +125,9 @@ class ShardDataset:
             names.append(data[offset - BLOCK : offset - BLOCK + 100].rstrip(b"\0"))
             contents.append(data[offset : offset + size])
         key = names[0].removesuffix(b".jpg")
-        path = self.files.path(self._name(number))
+        path = self.storage.path(self._name(number))
         if names != [key + b"." + member.encode() for member in MEMBERS]:
-            raise BadSample(f"{path}: sample {position} is not where the index says; build again")
+            raise BadSample(f"{path}: sample {position} is not at the offset in the index; build the dataset again")
         try:
             caption, meta = contents[1].decode(), json.loads(contents[2])
             return Sample(key.decode("ascii"), contents[0], caption, meta)
@@ -134,43 +135,42 @@ class ShardDataset:
             raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
 
     def fetch(self, indices: Sequence[int]) -> Callable[[], list[Sample | BadSample]]:
-        """Reads many samples; the damaged ones come back as BadSample. Call the result for them.
+        """Start to read samples. Return a function that waits for them and returns them.
 
-        Those of a folder are read in that call. Reads from a URL begin at once, in threads of their own, near ranges
-        of a shard merged, so what is fetched before it is needed is read ahead. Raises ReadError.
+        Damaged samples are returned as BadSample. From a folder, the returned function makes the reads. From a URL, the
+        reads start at once in other threads, and close ranges of a shard are merged. Both raise ReadError.
         """
-        if not self.files.remote:
+        if not self.storage.remote:
             return lambda: [
-                self._parsed(i, self.files.read(self._name(n), a, b))
+                self._parse_or_bad(i, self.storage.read(self._name(n), a, b))
                 for i, (n, a, b) in zip(indices, map(self._span, indices), strict=True)
             ]
         spans = [self._span(i) for i in indices]
-        merged = merge_ranges(spans, self.files.config.max_gap_kib << 10, _MAX_SPAN)
+        merged = merge_ranges(spans, self.storage.config.max_gap_kib << 10, _MAX_SPAN)
         pool = self._pool()
-        reads = [pool.submit(self.files.read, self._name(number), start, end) for number, start, end in merged]
+        reads = [pool.submit(self.storage.read, self._name(number), start, end) for number, start, end in merged]
 
         def finish() -> list[Sample | BadSample]:
-            found: dict[tuple[int, int, int], bytes] = {}
-            ordered = sorted(set(spans))
-            place = 0
+            data_of: dict[tuple[int, int, int], bytes] = {}
+            waiting = deque(sorted(set(spans)))
             for (number, first, last), read in zip(merged, reads, strict=True):
                 data = read.result()
-                while place < len(ordered) and ordered[place][0] == number and ordered[place][2] <= last:
-                    found[ordered[place]] = data[ordered[place][1] - first : ordered[place][2] - first]
-                    place += 1
-            return [self._parsed(i, found[span]) for i, span in zip(indices, spans, strict=True)]
+                while waiting and waiting[0][0] == number and waiting[0][2] <= last:
+                    span = waiting.popleft()
+                    data_of[span] = data[span[1] - first : span[2] - first]
+            return [self._parse_or_bad(i, data_of[span]) for i, span in zip(indices, spans, strict=True)]
 
         return finish
 
-    def _parsed(self, i: int, data: bytes) -> Sample | BadSample:
+    def _parse_or_bad(self, i: int, data: bytes) -> Sample | BadSample:
         try:
             return self._parse(i, data)
         except BadSample as bad:
             return bad
 
-    def _pool(self) -> Workers:
+    def _pool(self) -> DaemonPool:
         if self._connections is None or self._connections[0] != os.getpid():
-            pool = Workers(self.files.config.connections, "bclip-connection")
+            pool = DaemonPool(self.storage.config.connections, "bclip-connection")
             weakref.finalize(self, pool.close, 0.0)
             self._connections = os.getpid(), pool
         return self._connections[1]
@@ -179,29 +179,29 @@ class ShardDataset:
         return (self[i] for i in range(len(self)))
 
     def name_of(self, i: int) -> tuple[str, str]:
-        """(key, file name of the shard) of sample i by the index alone."""
+        """Return sample i's key and the file name of its shard. Only reads the index."""
         number, position = self._locate(i)
-        return read_index(self.files, self._shards[number])[0][position], self._name(number)
+        return read_index(self.storage, self._shards[number])[0][position], self._name(number)
 
     def caption_bytes(self, i: int) -> int:
-        """The size of sample i's caption, from the index alone."""
+        """Return the size of sample i's caption. Only reads the index."""
         number, position = self._locate(i)
         return int(self._index(number).sizes[position, 1])
 
     def caption(self, i: int) -> str:
-        """The caption of sample i, without reading its image."""
+        """Return the caption of sample i without reading its image. Raises BadSample."""
         number, position = self._locate(i)
         index = self._index(number)
         offset, size = int(index.offsets[position, 1]), int(index.sizes[position, 1])
         try:
-            return self.files.read(self._name(number), offset, offset + size).decode()
+            return self.storage.read(self._name(number), offset, offset + size).decode()
         except UnicodeDecodeError as error:
-            path = self.files.path(self._name(number))
+            path = self.storage.path(self._name(number))
             raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
 
     def captions(self) -> Iterator[str]:
-        """All captions but the damaged ones, in order; a URL's shards are read through for them."""
-        if not self.files.remote:
+        """Yield all captions in order, except damaged ones. From a URL, this reads all bytes of the shards."""
+        if not self.storage.remote:
             for i in range(len(self)):
                 with contextlib.suppress(BadSample):
                     yield self.caption(i)
@@ -214,8 +214,13 @@ class ShardDataset:
 
 
 def merge_ranges(spans: Sequence[tuple[int, int, int]], max_gap: int, max_span: int) -> list[tuple[int, int, int]]:
-    """(file, start, end) ranges in rising order, those with at most `max_gap` bytes between them as one of at most
-    `max_span`, so that each span lies whole in one. Spans of a file don't overlap unless they are equal."""
+    """Merge (file, start, end) spans into ranges, in increasing order. Each span lies completely in one range.
+
+    Args:
+        spans: spans that are equal or don't overlap.
+        max_gap: largest gap, in bytes, between spans of one range.
+        max_span: limit for a merged range, in bytes.
+    """
     merged: list[tuple[int, int, int]] = []
     for file, start, end in sorted(spans):
         if merged and merged[-1][0] == file and start - merged[-1][2] <= max_gap and end - merged[-1][1] <= max_span:

@@ -1,4 +1,4 @@
-"""Re-read a dataset and list its problems."""
+"""Read a dataset again and list its problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from bclip_fast.data.storage import LocalFiles, ReadConfig
+from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256_of_file
 
@@ -16,20 +16,23 @@ from .format import MEMBERS, Index, fingerprint_of, read_description, read_index
 
 
 def verify(root: Path | str) -> list[str]:
-    """Re-read everything: hashes, every member of every tar, every image, index and manifest.
+    """Read everything again: hashes, every member of every tar, every image, index and manifest.
 
-    Returns the problems found, one line each; empty when all is well. UserError when there is no
-    dataset at all.
+    Returns:
+        The problems, one line each.
+
+    Raises:
+        UserError: the dataset is missing.
     """
     root = Path(root)
-    files = LocalFiles(root, ReadConfig())
-    description = read_description(files)
+    storage = LocalStorage(root, ReadConfig())
+    description = read_description(storage)
     problems: list[str] = []
     rows: list[tuple[str, str, str, int]] = []
     expected = {"dataset.json", "manifest.parquet"}
-    everything = []
+    all_shards = []
     for split, part in sorted(description["splits"].items()):
-        everything += part["files"]
+        all_shards += part["files"]
         if part["fingerprint"] != fingerprint_of(split, part["files"]):
             problems.append(f"dataset.json: the fingerprint of split {split} is wrong")
         if part["samples"] != sum(shard["samples"] for shard in part["files"]):
@@ -38,18 +41,18 @@ def verify(root: Path | str) -> list[str]:
             expected |= {f"{shard['name']}.tar", f"{shard['name']}.index.json"}
             keys: list[str] = []
             try:
-                keys, index = read_index(files, shard)
+                keys, index = read_index(storage, shard)
                 problems += _verify_shard(root / f"{shard['name']}.tar", shard, keys, index)
             except UserError as error:
                 problems.append(str(error))
-            rows += [(key, split, shard["name"], place) for place, key in enumerate(keys)]
-    if description["fingerprint"] != fingerprint_of("", everything):
+            rows += [(key, split, shard["name"], position) for position, key in enumerate(keys)]
+    if description["fingerprint"] != fingerprint_of("", all_shards):
         problems.append("dataset.json: the fingerprint is wrong")
     if len({row[0] for row in rows}) != len(rows):
-        problems.append("keys are repeated")
+        problems.append("some keys occur several times")
     problems += _verify_manifest(root / "manifest.parquet", rows)
-    strangers = {path.name for pattern in ("*.tar", "*.index.json") for path in root.glob(pattern)}
-    problems += [f"{name}: not named in dataset.json" for name in sorted(strangers - expected)]
+    files = {path.name for pattern in ("*.tar", "*.index.json") for path in root.glob(pattern)}
+    problems += [f"{name}: dataset.json does not list it" for name in sorted(files - expected)]
     return problems
 
 
@@ -58,30 +61,30 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
         return [f"{path.name}: missing"]
     problems = []
     if sha256_of_file(path) != shard["sha256"]:
-        problems.append(f"{path.name}: its SHA-256 is not that of dataset.json")
-    wanted = [
+        problems.append(f"{path.name}: its SHA-256 differs from dataset.json")
+    members = [
         (f"{key}.{member}", int(offset), int(size))
         for key, offsets, sizes in zip(keys, index.offsets, index.sizes, strict=True)
         for member, offset, size in zip(MEMBERS, offsets, sizes, strict=True)
     ]
-    found = 0
+    num_read = 0
     try:
         with tarfile.open(path, "r:") as tar:
-            for info, place in zip(tar, wanted, strict=False):
-                if (info.name, info.offset_data, info.size) != place:
-                    return [*problems, f"{path.name}: {info.name} is not where the index says"]
+            for info, member in zip(tar, members, strict=False):
+                if (info.name, info.offset_data, info.size) != member:
+                    return [*problems, f"{path.name}: {info.name} is not at the offset in the index"]
                 content = tar.extractfile(info)
                 if content is None:
                     return [*problems, f"{path.name}: {info.name} is not a file"]
                 if reason := _content_problem(info.name, content.read()):
                     problems.append(f"{path.name}: {info.name}: {reason}")
-                found += 1
-            if found == len(wanted) and tar.next() is not None:
-                problems.append(f"{path.name}: holds more than the index says")
+                num_read += 1
+            if num_read == len(members) and tar.next() is not None:
+                problems.append(f"{path.name}: has more members than the index")
     except (tarfile.TarError, OSError) as error:
         return [*problems, f"{path.name}: cannot be read: {error}"]
-    if found != len(wanted):
-        problems.append(f"{path.name}: {found} members, the index has {len(wanted)}")
+    if num_read != len(members):
+        problems.append(f"{path.name}: has {num_read} members, but its index has {len(members)}")
     return problems
 
 
@@ -108,5 +111,5 @@ def _verify_manifest(path: Path, rows: list[tuple[str, str, str, int]]) -> list[
         table = pq.read_table(path, columns=["key", "split", "shard", "position"])
     except (OSError, pa.ArrowException) as error:
         return [f"{path.name}: cannot be read: {first_line(error)}"]
-    found = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
-    return [] if found == sorted(rows) else [f"{path.name}: its rows are not those of the shards"]
+    manifest_rows = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return [] if manifest_rows == sorted(rows) else [f"{path.name}: its rows differ from the shards"]

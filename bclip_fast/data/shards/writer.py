@@ -1,4 +1,4 @@
-"""Write a dataset atomically: the same samples in the same order give the same bytes."""
+"""Write a dataset atomically. The same samples in the same order give the same bytes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .format import BLOCK, FORMAT_VERSION, Sample, fingerprint_of, to_json
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 _SPLIT = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-# Columns of every manifest; metadata of the same name stays in the `meta` column alone.
+# Columns of every manifest. Metadata with one of these names only appears in the `meta` column.
 _MANIFEST_COLUMNS = ("key", "split", "shard", "position", "offset", "caption", "num_image_bytes", "meta")
-# Rows hold captions, metadata and mentions: some 10 kB each while they are made.
+# A row with its caption, metadata and mentions takes about 10 kB while it is being written.
 _MANIFEST_ROW_GROUP = 4096
 
 
 class ShardFile:
-    """One tar being written. tarfile makes the headers, we place them: so offsets are known."""
+    """Writes one tar and its index. tarfile makes the headers, and this class places them, so it knows all offsets."""
 
     def __init__(self, folder: Path, split: str, number: int) -> None:
         self.name = f"{split}-{number:06d}"
@@ -48,7 +48,7 @@ class ShardFile:
         self.num_bytes += len(data)
 
     def add(self, key: str, split: str, caption: str, image: bytes, meta: str) -> dict[str, Any]:
-        """Append a sample; the row that the manifest has of it."""
+        """Append a sample. Return its row for the manifest."""
         contents = {"jpg": image, "txt": caption.encode(), "json": meta.encode()}
         entry: dict[str, Any] = {"key": key}
         for extension, data in contents.items():
@@ -63,6 +63,7 @@ class ShardFile:
         return {**row, "caption": caption, "num_image_bytes": len(image)}
 
     def finish(self) -> dict[str, Any]:
+        """Complete the tar and write its index. Return the shard's description for dataset.json."""
         # Two empty blocks end an archive, and its length is a multiple of the record size.
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
@@ -81,6 +82,7 @@ class ShardFile:
         return description
 
     def close(self) -> None:
+        """Close the file without completing it."""
         self._file.close()
 
 
@@ -95,32 +97,33 @@ def _sync_and_close(file: IO[Any]) -> None:
 
 
 class ManifestRows:
-    """Rows of a manifest on their way to it, on disk; `close` answers with the types of the metadata's columns."""
+    """A file with rows for the manifest. `close` returns the types of the metadata's columns."""
 
     def __init__(self, path: Path) -> None:
         self._rows = path.open("w", encoding="utf-8")
         self._types: dict[str, set[str]] = {}
 
     def add(self, row: dict[str, Any], meta: dict[str, Any], extra: dict[str, Any]) -> None:
-        """`extra`: metadata that the manifest has beside those of the shard."""
+        """Append a row. `extra`: metadata that only the manifest has."""
         for name, value in {**meta, **extra}.items():
             if name not in _MANIFEST_COLUMNS and value is not None:
                 self._types.setdefault(name, set()).add(type(value).__name__)
         self._rows.write(to_json([row, meta, extra]) + "\n")
 
     def close(self) -> dict[str, list[str]]:
+        """Close the file. Return the names of the types of each metadata column."""
         self._rows.close()
         return {name: sorted(types) for name, types in self._types.items()}
 
 
 def write_manifest(folder: Path, parts: list[tuple[Path, dict[str, list[str]]]]) -> None:
-    """manifest.parquet of the rows and types of several ManifestRows, in row groups: memory does not grow with them."""
+    """Write manifest.parquet from the rows and types of several ManifestRows, in bounded memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types: dict[str, set[str]] = {}
-    for _, found in parts:
-        for name, names in found.items():
+    for _, part_types in parts:
+        for name, names in part_types.items():
             types.setdefault(name, set()).update(names)
     columns = {name: _column(types[name]) for name in sorted(types)}
     kinds = {name: pa.string() for name in _MANIFEST_COLUMNS}
@@ -132,9 +135,9 @@ def write_manifest(folder: Path, parts: list[tuple[Path, dict[str, list[str]]]])
         while chunk := list(islice(lines, _MANIFEST_ROW_GROUP)):
             rows = []
             for row, meta, extra in map(json.loads, chunk):
-                everything = {**meta, **extra}
+                values = {**meta, **extra}
                 flat = {
-                    name: None if everything.get(name) is None else convert(everything[name])
+                    name: None if values.get(name) is None else convert(values[name])
                     for name, (_, convert) in columns.items()
                 }
                 rows.append({**row, "meta": to_json(meta), **flat})
@@ -147,7 +150,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _column(types: set[str]) -> tuple[Any, Callable[[Any], Any]]:
-    """Arrow type of a metadata column, and the conversion: JSON for mixed and nested values."""
+    """Return the Arrow type of a metadata column and the conversion to it. Mixed and nested values become JSON."""
     import pyarrow as pa
 
     if types == {"bool"}:
@@ -162,8 +165,8 @@ def _column(types: set[str]) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def write_description(folder: Path, splits: dict[str, list[dict[str, Any]]], info: dict[str, Any]) -> None:
-    """dataset.json, whole or not at all: it says that everything else is there."""
-    described = {
+    """Write dataset.json atomically, as the last file: it marks the dataset as complete."""
+    split_descriptions = {
         split: {
             "samples": sum(shard["samples"] for shard in shards),
             "shards": len(shards),
@@ -172,23 +175,28 @@ def write_description(folder: Path, splits: dict[str, list[dict[str, Any]]], inf
         }
         for split, shards in sorted(splits.items())
     }
-    everything = [shard for description in described.values() for shard in description["files"]]
+    all_shards = [shard for description in split_descriptions.values() for shard in description["files"]]
     description = {
         **info,
         "format": "bclip_fast.shards",
         "version": FORMAT_VERSION,
-        "fingerprint": fingerprint_of("", everything),
-        "splits": described,
+        "fingerprint": fingerprint_of("", all_shards),
+        "splits": split_descriptions,
     }
     text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_text(folder / "dataset.json", text, sync=True)
 
 
 class Staging:
-    """A dataset in the making: the folder `.{out.name}.partial` beside `out`, which `publish` renames to it.
+    """The folder of an unfinished dataset: `.{out.name}.partial`, next to `out`. `publish` renames it to `out`.
 
-    Entering locks it; what a killed run left in it stays, for whoever can use it. A finished dataset in `out` raises
-    UserError unless `overwrite`; a folder that holds anything else is never replaced.
+    Entering the context locks the folder, and keeps the files of a killed run for a resume.
+
+    Args:
+        overwrite: replace a finished dataset in `out`. Any other files in `out` are never replaced.
+
+    Raises:
+        UserError: `out` is occupied, or another process writes to it.
     """
 
     def __init__(self, out: Path | str, overwrite: bool) -> None:
@@ -200,24 +208,24 @@ class Staging:
 
     def _check_out(self) -> None:
         if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out}: is a file; give a folder to write the dataset to")
+            raise UserError(f"{self.out} is a file; give a folder for the dataset")
         if not self.out.exists() or not any(self.out.iterdir()):
             return
         if not (self.out / "dataset.json").is_file():
-            raise UserError(f"{self.out}: not empty and not a dataset; give another folder")
+            raise UserError(f"{self.out} is not empty and not a dataset; give another folder")
         if not self._overwrite:
-            raise UserError(f"{self.out}: already holds a finished dataset; give another folder or overwrite")
+            raise UserError(f"{self.out} already holds a finished dataset; give another folder or overwrite it")
 
     def __enter__(self) -> Staging:
         self.path.mkdir(parents=True, exist_ok=True)
-        # The lock dies with its process: a running one is respected.
+        # The lock ends with its process, so a killed run doesn't block the next one.
         self._lock = (self.path / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UserError(f"{self.out}: another process is writing this dataset") from None
-        if self._old.exists():  # killed between the two renames of an overwrite
+            raise UserError(f"{self.out}: another process is writing this dataset; wait for it or end it") from None
+        if self._old.exists():  # a process was killed between the two renames of an overwrite
             if self.out.exists():
                 shutil.rmtree(self._old)
             else:
@@ -226,11 +234,13 @@ class Staging:
         return self
 
     def clear(self) -> None:
+        """Delete all files in the folder except the lock."""
         for path in self.path.iterdir():
             if path.name != "lock":
                 _remove(path)
 
     def publish(self) -> None:
+        """Rename the folder to `out`, in place of an older dataset."""
         (self.path / "lock").unlink()
         if self.out.exists() and any(self.out.iterdir()):
             self.out.rename(self._old)
@@ -239,6 +249,7 @@ class Staging:
             shutil.rmtree(self._old)
 
     def discard(self) -> None:
+        """Delete the folder."""
         if self.path.exists():
             shutil.rmtree(self.path)
 
@@ -247,17 +258,18 @@ class Staging:
 
 
 class ShardWriter:
-    """Context manager that writes a dataset; `out` appears, whole, when the block ends well.
+    """Context manager that writes a dataset. `out` appears when the block ends without an exception.
 
-    Attributes: `staging`, the folder of its Staging, where a caller may add files of its own; `info`, merged into
-    dataset.json.
+    Attributes:
+        staging: folder of the unfinished dataset. The caller may add files to it.
+        info: values that dataset.json gets in addition to its own.
     """
 
     def __init__(self, out: Path | str, *, max_shard_bytes: int = 256 << 20, overwrite: bool = False) -> None:
         if max_shard_bytes < 1:
-            raise UserError(f"max_shard_bytes={max_shard_bytes}: must be positive")
-        self._place = Staging(out, overwrite)
-        self.out, self.staging = self._place.out, self._place.path
+            raise UserError(f"max_shard_bytes={max_shard_bytes} must be positive")
+        self._staging = Staging(out, overwrite)
+        self.out, self.staging = self._staging.out, self._staging.path
         self.info: dict[str, Any] = {}
         self._max_shard_bytes = max_shard_bytes
         self._keys: set[str] = set()
@@ -265,30 +277,30 @@ class ShardWriter:
         self._finished: dict[str, list[dict[str, Any]]] = {}
 
     def __enter__(self) -> ShardWriter:
-        self._place.__enter__()
-        self._place.clear()
+        self._staging.__enter__()
+        self._staging.clear()
         self._rows = ManifestRows(self.staging / "manifest.rows")
         return self
 
     def write(self, sample: Sample, split: str) -> None:
-        """Append a sample. UserError: bad or repeated key, empty caption, image that is no JPEG."""
+        """Append a sample. Raises UserError if its key is invalid or repeated, or its caption or image is unusable."""
         if not _KEY.fullmatch(sample.key):
-            raise UserError(f"key {sample.key!r}: use 1 to 90 of A-Z a-z 0-9 _ -")
+            raise UserError(f"key {sample.key!r} is invalid; use 1 to 90 characters of A-Z a-z 0-9 _ -")
         if not _SPLIT.fullmatch(split):
-            raise UserError(f"split {split!r}: use letters, digits and _, a letter first")
+            raise UserError(f"split {split!r} is invalid; use a letter, then letters, digits and _")
         if sample.key in self._keys:
-            raise UserError(f"key {sample.key!r}: written twice; keys must be unique in a dataset")
+            raise UserError(f"key {sample.key!r} was written before; keys must be unique in a dataset")
         if not sample.caption.strip():
-            raise UserError(f"sample {sample.key}: empty caption")
+            raise UserError(f"sample {sample.key} has an empty caption; leave it out")
         if sample.image[:3] != b"\xff\xd8\xff":
-            raise UserError(f"sample {sample.key}: the image is not a JPEG")
+            raise UserError(f"sample {sample.key}: the image is not a JPEG; convert it")
         try:
             meta = to_json(sample.meta)
-            needed = sum(map(tar_bytes, (len(sample.image), len(sample.caption.encode()), len(meta.encode()))))
+            num_bytes = sum(map(tar_bytes, (len(sample.image), len(sample.caption.encode()), len(meta.encode()))))
         except (TypeError, ValueError) as error:
             raise UserError(f"sample {sample.key}: cannot be stored as text: {error}") from None
         shard = self._open.get(split)
-        if shard is not None and shard.num_bytes + needed > self._max_shard_bytes:
+        if shard is not None and shard.num_bytes + num_bytes > self._max_shard_bytes:
             self._finish_shard(split)
             shard = None
         if shard is None:
@@ -310,7 +322,7 @@ class ShardWriter:
         try:
             if kind is None:
                 if not self._keys:
-                    raise UserError(f"{self.out}: no samples to write")
+                    raise UserError(f"{self.out}: the dataset has no samples; write at least one")
                 self._finish()
                 published = True
         finally:
@@ -318,8 +330,8 @@ class ShardWriter:
                 shard.close()
             self._rows.close()
             if not published:
-                self._place.discard()
-            self._place.__exit__()
+                self._staging.discard()
+            self._staging.__exit__()
 
     def _finish(self) -> None:
         for split in sorted(self._open):
@@ -328,11 +340,11 @@ class ShardWriter:
         write_manifest(self.staging, [(rows, self._rows.close())])
         rows.unlink()
         write_description(self.staging, self._finished, self.info)
-        self._place.publish()
+        self._staging.publish()
 
 
 def tar_bytes(size: int) -> int:
-    """What a member of this size takes in a tar."""
+    """Return the number of bytes that a member of this size takes in a tar."""
     return BLOCK + size + -size % BLOCK
 
 
