@@ -125,7 +125,7 @@ def _check(config: RetrievalConfig, directions: list[retrieval.Ranks], queries: 
 
 def _faiss(queries: Tensor, candidates: Tensor) -> list[retrieval.Ranks]:
     num, one = len(queries), torch.ones(len(queries), dtype=torch.int64)
-    nearest = faiss_index.search(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT))
+    nearest = faiss_index.nearest(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT))
     correct = nearest == torch.arange(num)[:, None]
     rank = torch.where(correct.any(1), correct.int().argmax(1), len(candidates) - 1)
     return [retrieval.Ranks(rank, one, one, one, len(candidates))]
