@@ -95,12 +95,13 @@ BCLIP_INLINE Lanes Log1pUnit(Lanes u) {
 }
 
 #ifdef BCLIP_AVX512
-// 2^(x * factor - offset) for a whole-numbered offset, with a relative error of 1.5e-7, from
-// instructions that only AVX-512 has. It is short, so it fits between the instructions of the
-// matrix unit.
+// Exp2Affine from instructions that only AVX-512 has. It is short, so it fits between the
+// instructions of the matrix unit.
 BCLIP_INLINE __m512 Exp2AffineAmx(__m512 x, const Factor& factor, __m512 offset) {
-  const __m512 y = _mm512_fmsub_ps(x, (__m512)factor.high, offset);
-  const __m512 rest = _mm512_reduce_ps(y, 8);  // y minus the nearest whole number
+  const __m512 high = (__m512)factor.high;
+  const __m512 whole = _mm512_roundscale_ps(_mm512_fmsub_ps(x, high, offset), 8);
+  // The fraction is computed without the offset, which would round it away.
+  const __m512 rest = _mm512_fmsub_ps(x, high, _mm512_add_ps(offset, whole));
   const __m512 f = _mm512_fmadd_ps(x, (__m512)factor.low, rest);
   __m512 power = _mm512_set1_ps(0.0013274068478494883f);
   power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.009671497158706188f));
@@ -108,7 +109,7 @@ BCLIP_INLINE __m512 Exp2AffineAmx(__m512 x, const Factor& factor, __m512 offset)
   power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.24022242426872253f));
   power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(0.6931470036506653f));
   power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(power, _mm512_sub_ps(y, rest));
+  return _mm512_scalef_ps(power, whole);
 }
 #endif
 
