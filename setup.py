@@ -107,7 +107,11 @@ if nvcc():
     modules.append(Extension("bclip_fast._cuda", cuda_sources, depends=headers))
 # The benchmarks are beside the package in the source tree, and inside it after the installation, for `bclip bench`.
 setup(
-    packages=[*find_packages(include=["bclip_fast*"]), "bclip_fast.benchmarks"],
+    packages=[
+        *find_packages(include=["bclip_fast*"]),
+        "bclip_fast.benchmarks",
+        *(f"bclip_fast.benchmarks.{name}" for name in find_packages("benchmarks")),
+    ],
     package_dir={"bclip_fast.benchmarks": "benchmarks"},
     ext_modules=modules,
     cmdclass={"build_ext": BuildWithNinja},

@@ -117,8 +117,8 @@ COMMANDS = {
     ),
     "search": Command(
         "find the images of an index nearest to a text or an image",
-        "bclip_fast.search.index:SearchConfig",
-        "bclip_fast.search.index:run",
+        "bclip_fast.search.searcher:SearchConfig",
+        "bclip_fast.search.searcher:run",
         "search",
     ),
     "serve": Command(

@@ -1,4 +1,7 @@
-"""Evaluation of CLIP-like models: retrieval and zero-shot classification, each figure beside its chance level."""
+"""Evaluation of CLIP-like models: retrieval, zero-shot classification, linear probes and questions.
+
+Every score comes with its chance baseline.
+"""
 
 from .command import EvalCommand, run
 from .config import EvalConfig

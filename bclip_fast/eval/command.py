@@ -1,4 +1,4 @@
-"""`bclip eval`."""
+"""`bclip eval`: evaluate a model and write its results and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tyro
 from bclip_fast import distributed
 from bclip_fast.config import read_toml
 from bclip_fast.errors import UserError
-from bclip_fast.html.page import format_figure, format_spread
+from bclip_fast.html.page import format_score, format_spread
 from bclip_fast.io.runs import METRICS
 
 from . import report, results, tasks
@@ -26,18 +26,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand(EvalConfig):
-    """Evaluates a model; writes results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
+    """Evaluate a model; write results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
 
     model: tyro.conf.Positional[str]
     """A run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED."""
     out: str | None = None
-    """Folder for the results; default: eval/DATA-SPLIT in the run, else runs/eval/MODEL/DATA-SPLIT."""
+    """Folder for the results. Default: eval/DATA-SPLIT in the run folder, or runs/eval/MODEL/DATA-SPLIT for other
+    models."""
 
 
 def run(command: EvalCommand) -> None:
-    """Loads the model, evaluates it, writes results.json, figures.csv, samples/ and report.html, prints the figures."""
-    command = dataclasses.replace(command, data=command.data or _data_of_run(command.model))
-    # The data are opened before the model is loaded: a wrong path should cost no time.
+    """Evaluate the model, write the result files and the report, and print the scores."""
+    command = dataclasses.replace(command, data=command.data or _training_shards(command.model))
+    # Open the data before the model is loaded, so that a wrong path fails at once.
     evaluation = Evaluation(command)
     evaluated = evaluation.run(command.model)
     if not distributed.is_main():
@@ -51,12 +52,12 @@ def run(command: EvalCommand) -> None:
     log.info("report in %s", out / "report.html")
 
 
-def _data_of_run(model: str) -> str:
-    """The shards that the run folder `model` was trained on."""
+def _training_shards(model: str) -> str:
+    """Return the path of the shards that the run in folder `model` was trained on."""
     try:
         return str(read_toml(Path(model) / "config.toml")["data"]["shards"])
     except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"{model} is not a run folder that says what it was trained on: give --data") from error
+        raise UserError(f"{model} is not a run folder with data.shards in its config.toml; pass --data") from error
 
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
@@ -73,10 +74,10 @@ def _print(evaluated: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    table = Table(Column("task", no_wrap=True), "figure", "value", "95 %", "chance", "samples")
+    table = Table(Column("task", no_wrap=True), "metric", "score", "95 %", "chance", "samples")
     for task, result in evaluated["tasks"].items():
-        for figure in result["figures"]:
-            value, chance = (format_figure(figure[key], figure["unit"]) for key in ("value", "chance"))
-            spread = format_spread(figure)
-            table.add_row(escape(task), figure["name"], value, spread, chance, f"{figure['num_samples']:,}")
+        for metric in result["figures"]:
+            score, chance = (format_score(metric[key], metric["unit"]) for key in ("value", "chance"))
+            spread = format_spread(metric)
+            table.add_row(escape(task), metric["name"], score, spread, chance, f"{metric['num_samples']:,}")
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Nearest neighbours by an index of faiss."""
+"""Nearest neighbours by faiss."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bclip_fast.errors import UserError
 Index = Literal["exact", "faiss_flat", "hnsw", "ivf"]
 
 
-def build(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:
-    """faiss's index of (N, D) candidates by inner product, approximate unless `faiss_flat`.
+def build_index(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:
+    """Build faiss's inner-product index of candidates (N, D). Only `faiss_flat` is exact.
 
-    effort: efSearch of HNSW, the lists probed by IVF; more finds more and takes longer.
+    effort: efSearch of HNSW, or the number of lists that IVF probes. More effort finds more and takes longer.
     """
     import faiss
 
@@ -27,19 +27,19 @@ def build(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:
         index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efSearch = effort
     elif kind == "ivf":
-        # faiss's guideline of 4 sqrt(N) lists, trained on at least 39 rows each.
+        # faiss's guideline: 4 sqrt(N) lists, trained on at least 39 rows each.
         num_lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // 39))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
         index.train(rows)
         index.nprobe = min(effort, num_lists)
     else:
-        raise UserError(f"index {kind!r} is unknown: use exact, faiss_flat, hnsw or ivf")
+        raise UserError(f"index {kind!r} is unknown; use exact, faiss_flat, hnsw or ivf")
     index.add(rows)
     return index
 
 
-def search(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: int = 64) -> Tensor:
-    """(N, k) int64: the k nearest candidates as an index of faiss finds them; `kind` and `effort` as of `build`."""
-    index = build(candidates, kind, effort=effort)
+def nearest(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: int = 64) -> Tensor:
+    """Return the k nearest candidates that a faiss index finds, int64 (N, k). Arguments as for `build_index`."""
+    index = build_index(candidates, kind, effort=effort)
     vectors = np.ascontiguousarray(queries.cpu().float().numpy())
     return torch.from_numpy(index.search(vectors, min(k, len(candidates)))[1])

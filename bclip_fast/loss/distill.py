@@ -83,9 +83,12 @@ class DistillClipLoss(ClipLoss):
 class _GlobalDistillLoss(torch.autograd.Function):
     """Contrastive loss and distillation under a constant teacher, for b local images and the B texts of all ranks.
 
-    With the student's logits S, the teacher's Z, and the log-sum-exps R, U of their rows and Q, V of their columns,
+    S are the student's logits, Z the teacher's. R and U are the log-sum-exps of their rows, Q and V those of their
+    columns. Then:
+
         distill = (sum_i (R_i - sum_j exp(Z_ij - U_i) * S_ij) + sum_j (Q_j - sum_i exp(Z_ij - V_j) * S_ij)) / (2 * B)
-        d distill / d S_ij = (exp(S_ij - R_i) - exp(Z_ij - U_i) + exp(S_ij - Q_j) - exp(Z_ij - V_j)) / (2 * B).
+        d distill / d S_ij = (exp(S_ij - R_i) - exp(Z_ij - U_i) + exp(S_ij - Q_j) - exp(Z_ij - V_j)) / (2 * B)
+
     Each pair's difference is formed before any sum, because student and teacher nearly agree where both are sure.
     """
 

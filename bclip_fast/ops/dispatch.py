@@ -131,7 +131,7 @@ def choose(
     Args:
         inputs: arguments of the limits. The first is a tensor on the call's device, or a file on the CPU.
         library: True if the operator's reference is a kernel of torch's library, tuned for every device. A name for all
-            operators then selects our kernels where they can run; the library runs the other calls.
+            operators then selects our kernels if they can run; the library runs the other calls.
         dtype: dtype in the key of the record's entry. The first input's by default.
         shapes: class of shapes in that key.
         otherwise: order of backends without an entry.

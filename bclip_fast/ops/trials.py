@@ -74,7 +74,7 @@ def fault_of(trial: Trial, backend: str) -> str:
 
 
 def _image_fault(images: Tensors, expected: Tensors) -> str:
-    """Decoders and filters may differ by a level or two on average, and by more where chroma jumps."""
+    """Decoders and filters may differ by a level or two on average, and by more at edges of chroma."""
     for pixels, true in zip(images, expected, strict=True):
         error = (pixels.float() - true.float()).abs().mean().item()
         if not error <= 2.0:

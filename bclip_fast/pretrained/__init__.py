@@ -1,4 +1,4 @@
-"""Loading and saving whole checkpoints in open_clip's layout, from the hub, a folder, or a run of ours."""
+"""Load and save checkpoints in open_clip's layout: model, preprocessing and tokenizer together."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetens
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Of the vocabulary in the order of its ids, a line each: that of PubMedBERT's vocab.txt.
+# SHA-256 of PubMedBERT's vocab.txt: one token per line, in the order of the ids.
 _PUBMEDBERT_VOCABULARY = "7b36651908a88bc38bda41b728b2a598191e0d3b553cbacf7b1e5f026d5b5b9f"
 
 
@@ -42,27 +42,27 @@ def load(
     precision: str = "fp32",
     image_size: int | None = None,
 ) -> tuple[BiomedClip, Preprocess, Tokenizer]:
-    """A trained model with its preprocessing and tokenizer, in evaluation mode.
+    """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
     Args:
         name_or_path: `hf-hub:ORG/NAME[@REVISION]`; a folder with open_clip_config.json, weights and tokenizer; or the
             folder of a training run, whose `model/` is read.
-        device: where the model goes.
-        precision: fp32, bf16 or fp16, the dtype of the weights; the logit scale stays in float32.
-        image_size: another input size in pixels, a multiple of the patch size: the position embeddings are resized.
+        device: device of the model.
+        precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
+        image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
 
     Raises:
-        UserError: a file is missing, broken or unsafe, or a key of configuration or weights is missing, left over or
-            of another shape; the message names it.
+        UserError: a file is missing, damaged or unsafe; a key of the configuration or the weights is missing, unknown
+            or of a wrong shape. The message names it.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+        raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     source = source_of(name_or_path)
     content = read_json(source.get([CONFIG_FILE]))
     config = open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
     preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
     tokenizer = _tokenizer(source, content, config)
-    # The shapes are checked on the meta device before any memory is spent on what a configuration asks for.
+    # Check the shapes on the meta device first: a configuration may ask for any amount of memory.
     with torch.device("meta"):
         model = BiomedClip(config)
     path = source.get(WEIGHT_FILES)
@@ -85,7 +85,7 @@ def load(
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint that `load` takes."""
+    """Load only the tokenizer of a checkpoint. Takes the same names as `load`."""
     source = source_of(name_or_path)
     content = read_json(source.get([CONFIG_FILE]))
     return _tokenizer(
@@ -101,21 +101,23 @@ def save(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes open_clip's layout: open_clip_config.json, open_clip_model.safetensors, tokenizer files.
+    """Write open_clip's layout: open_clip_config.json, open_clip_model.safetensors and the tokenizer's files.
 
-    The published sizes are written under their public names and open in open_clip anywhere. Other sizes are described
-    by `vision/config.json` and `text/config.json`, which open_clip finds where `folder` is the working directory.
+    Published sizes get their public names, so that open_clip can load them anywhere. `vision/config.json` and
+    `text/config.json` describe other sizes. open_clip finds these files if `folder` is the working directory.
 
     Args:
-        folder: made if it isn't there; files of the same name are replaced, the weights last and at once.
-        state_dict: the model's whole state, where its own parameters are sharded over ranks.
+        folder: created if it is missing. Files of the same name are replaced, the weights last and atomically.
+        state_dict: state of the complete model, if the parameters of `model` are sharded over ranks.
 
     Raises:
-        UserError: the three don't fit each other.
+        UserError: model, preprocess and tokenizer do not fit each other.
     """
     config = model.config
     if preprocess.config.size != config.vision.image_size:
-        raise UserError(f"preprocess gives {preprocess.config.size} px, the model takes {config.vision.image_size}")
+        raise UserError(
+            f"preprocess gives images of {preprocess.config.size} px, but the model takes {config.vision.image_size} px"
+        )
     _check_vocabulary(tokenizer, config)
     folder = Path(folder)
     files = open_clip_config.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
@@ -133,14 +135,14 @@ def save(
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
-    """Writes the towers as transformers loads them, since no single class of its has both as BiomedCLIP has.
+    """Write each tower for transformers, which has no class for both towers of BiomedCLIP together.
 
-        vision/   ViTModel, whose pooler_output is the image's embedding; preprocessor_config.json
-        text/     BertModel and the tokenizer, or of a gpt tower CLIPTextModelWithProjection, whose text_embeds it is
-        projections.safetensors   text_projection. of BERT, which its first token's last hidden state goes through:
-                                  `0.weight`, GELU, `2.weight`, or `weight` alone; logit_scale, the logarithm
+        vision/   ViTModel, whose pooler_output is the image embedding; preprocessor_config.json
+        text/     BertModel and the tokenizer; a gpt tower becomes CLIPTextModelWithProjection with text_embeds
+        projections.safetensors   logit_scale (its logarithm), and text_projection of a BERT, which maps the last
+                                  hidden state of the first token: `0.weight`, GELU, `2.weight`, or `weight` only
 
-    Embeddings aren't normalised. Raises OSError or SafetensorError where nothing can be written.
+    The embeddings are not normalised. Raises OSError or SafetensorError if a file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -154,11 +156,11 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
     save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "text")
-    square, whole = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
+    square, is_squashed = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
     content = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": square if whole else {"shortest_edge": pixels.size},
-        "do_center_crop": not whole,
+        "size": square if is_squashed else {"shortest_edge": pixels.size},
+        "do_center_crop": not is_squashed,
         "crop_size": square,
         "resample": {"bicubic": 3, "bilinear": 2}[pixels.interpolation],
         "image_mean": list(pixels.mean),
@@ -168,16 +170,16 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
 
 
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
-    """preprocess_cfg, where absent keys mean open_clip's defaults, which are BiomedCLIP's."""
+    """Read preprocess_cfg. Missing keys have open_clip's defaults, which are BiomedCLIP's too."""
     if not isinstance(content, dict):
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg is {content!r}, no table")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg must be a table, not {content!r}")
     content = dict(content)
     size = content.pop("size", image_size)
     if size not in (image_size, [image_size, image_size]):
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} is not the model's, {image_size}")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} must be the model's, {image_size}")
     if content.pop("mode", "RGB") != "RGB":
         raise UserError(f"{CONFIG_FILE}: preprocess_cfg mode must be RGB")
-    content.pop("fill_color", None)  # read only by resize_mode longest
+    content.pop("fill_color", None)  # only resize_mode longest uses it
     unknown = content.keys() - {"mean", "std", "interpolation", "resize_mode"}
     if unknown:
         raise UserError(f"{CONFIG_FILE}: preprocess_cfg has unsupported keys: {', '.join(sorted(unknown))}")
@@ -202,8 +204,8 @@ def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig
     except UserError as error:
         name = open_clip_config.tokenizer_name(content)
         if name is None:
-            raise UserError(f"{error}; save the tokenizer beside the weights") from error
-        log.info("the checkpoint has no tokenizer file of its own; fetching that of %s", name)
+            raise UserError(f"{error}; save the tokenizer next to the weights") from error
+        log.info("the checkpoint has no tokenizer file; downloading the tokenizer of %s", name)
         path = Hub(name).get(TOKENIZER_FILES)
     tokenizer = Tokenizer.from_file(path, context_length=config.text.context_length)
     _check_vocabulary(tokenizer, config)
@@ -213,7 +215,7 @@ def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig
 def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
     if tokenizer.vocab_size > config.text.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds only {config.text.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text tower embeds only {config.text.vocab_size}"
         )
 
 

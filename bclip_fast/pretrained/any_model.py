@@ -1,4 +1,4 @@
-"""Load a model of any supported source by its name."""
+"""Load a model from any supported source by its name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from bclip_fast.errors import UserError, first_line
 from . import vqa_head
 
 Model = str | tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor]]
+"""Name of a model, or (model, preprocess, tokenizer)."""
 
 
 def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, Any]:
-    """(model, preprocess, tokenizer) of a run folder, a folder in open_clip's layout, hf-hub:ID, or
-    open_clip:ARCHITECTURE/PRETRAINED, which open_clip fetches; PRETRAINED may be a file. VQA runs load their head too.
+    """Load (model, preprocess, tokenizer).
+
+    Args:
+        name: a run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED. open_clip
+            downloads the latter, but PRETRAINED may also be a file. The run of a question answering model includes its
+            head.
+
+    Raises:
+        UserError: an unknown name, or files that are missing or damaged.
     """
     if name.startswith("open_clip:"):
         import open_clip
@@ -31,7 +39,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=weights, device=device
             )
-        except Exception as error:  # a broken file leads torch's unpickler to any of them
+        except Exception as error:  # torch's unpickler may raise any exception for a damaged file
             raise UserError(f"{name}: open_clip cannot load {weights}: {first_line(error)}") from error
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa_head.is_run(Path(name)):

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: a folder or the hub."""
+"""The files of a checkpoint, from a folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ _MAX_JSON_BYTES = 1 << 20
 
 
 class Source(Protocol):
-    """Where the files of one checkpoint are."""
+    """Access to the files of one checkpoint."""
 
     def get(self, names: Sequence[str]) -> Path:
-        """The first of these files that is there. Raises UserError if none is."""
+        """Return the path of the first of these files that exists. Raises UserError if none exists."""
         ...
 
 
 class Folder:
+    """A local folder. See `Source`."""
+
     def __init__(self, path: Path) -> None:
+        """path: need not exist."""
         self.path = path
 
     def get(self, names: Sequence[str]) -> Path:
+        """Return the path of the first of these files that exists. Raises UserError if none exists."""
         for name in names:
             if (self.path / name).is_file():
                 return self.path / name
@@ -34,28 +38,51 @@ class Folder:
 
 
 class Hub:
+    """A repository of the Hugging Face hub. See `Source`."""
+
     def __init__(self, name: str) -> None:
+        """name: ORG/NAME[@REVISION]."""
         self.repository, _, revision = name.partition("@")
         self.revision = revision or None
 
     def get(self, names: Sequence[str]) -> Path:
+        """Download the first of these files that exists, unless it is cached. Raises UserError."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        last_error: EntryNotFoundError | None = None
+        for name in names:
+            path_or_error = self._download(name)
+            if isinstance(path_or_error, Path):
+                return path_or_error
+            last_error = path_or_error
+        raise UserError(
+            f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(last_error)}"
+        ) from last_error
+
+    def _download(self, name: str) -> Any:
+        """Return the path of a file, or the EntryNotFoundError. Raises UserError for all other errors."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-        absent: Exception | None = None
-        for name in names:
-            try:
-                return Path(hf_hub_download(self.repository, name, revision=self.revision))
-            except EntryNotFoundError as error:  # not in the repository, or no network and not in the cache
-                absent = error
-            except HFValidationError as error:
-                raise UserError(f"{self.repository!r} is no repository id of the hub (org/name): {error}") from error
-            except OSError as error:  # unknown repository, no permission, connection
-                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {first_line(error)}") from error
-        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(absent)}") from absent
+        try:
+            return Path(hf_hub_download(self.repository, name, revision=self.revision))
+        except EntryNotFoundError as error:  # not in the repository, or neither in the cache nor reachable
+            return error
+        except HFValidationError as error:
+            raise UserError(
+                f"{self.repository!r} is not a repository id of the hub; use ORG/NAME: {first_line(error)}"
+            ) from error
+        except OSError as error:  # unknown repository, no permission, no connection
+            reason = first_line(error)
+            raise UserError(f"hf-hub:{self.repository}: {name} cannot be downloaded: {reason}") from error
 
 
 def source_of(name_or_path: str | Path) -> Source:
+    """Return the source of a checkpoint: hf-hub:ORG/NAME, its folder, or the run folder with its `model/`.
+
+    Raises:
+        UserError: a folder without open_clip_config.json.
+    """
     name = str(name_or_path)
     if name.startswith(HUB_PREFIX):
         return Hub(name.removeprefix(HUB_PREFIX))
@@ -64,23 +91,25 @@ def source_of(name_or_path: str | Path) -> Source:
         if (path / CONFIG_FILE).is_file():
             return Folder(path)
     if not folder.is_dir():
-        raise UserError(f"{name} is not a folder; a model of the hub is named hf-hub:ORG/NAME")
-    raise UserError(f"{name} holds no {CONFIG_FILE}, neither does {folder / 'model'}")
+        raise UserError(f"{name} is not a folder; for a model of the hub, use hf-hub:ORG/NAME")
+    raise UserError(f"{name} holds no {CONFIG_FILE}, and neither does {folder / 'model'}")
 
 
 def hub_json(name: str) -> dict[str, Any]:
+    """Return config.json of the hub's repository `name`. Raises UserError."""
     return read_json(Hub(name).get(["config.json"]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 1 MiB. Raises UserError."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; that is no configuration")
+            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, too large for a configuration")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return content

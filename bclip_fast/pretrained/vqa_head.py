@@ -1,4 +1,4 @@
-"""The head of a model that answers questions, as a run keeps it."""
+"""Save and load the question answering head of a run. Its files are in vqa/, next to the towers in model/."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from bclip_fast.model.meter import MeterConfig, VqaModel
 
 
 def is_run(folder: Path) -> bool:
+    """Return whether the folder is a run of `bclip finetune` on questions."""
     return (folder / "vqa" / "vqa.json").is_file()
 
 
 def save(folder: Path, model: VqaModel, state: dict[str, torch.Tensor]) -> None:
-    """Writes vqa/vqa.json and vqa/head.safetensors beside model/, where the towers are; `state`: the whole model's."""
+    """Write vqa/vqa.json and vqa/head.safetensors into a run folder.
+
+    state: state of the complete model. The file holds only the tensors outside the towers.
+    """
     from safetensors.torch import save_file
 
     out = folder / "vqa"
@@ -37,7 +41,11 @@ def save(folder: Path, model: VqaModel, state: dict[str, torch.Tensor]) -> None:
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, Any, Any]:
-    """(model, preprocess, tokenizer) of a run of `bclip finetune` on questions. Raises UserError where it is broken."""
+    """Load (model, preprocess, tokenizer) of a run of `bclip finetune` on questions.
+
+    Raises:
+        UserError: a file is missing or damaged, or the files do not fit each other.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -48,8 +56,10 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, An
         head = load_file(folder / "vqa" / "head.safetensors")
         missing, unexpected = model.load_state_dict(head, strict=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / 'vqa'} is broken: {first_line(error)}") from error
+        raise UserError(f"{folder / 'vqa'} is damaged: {first_line(error)}") from error
     if unexpected or any(not name.startswith("clip.") for name in missing):
-        raise UserError(f"{folder / 'vqa' / 'head.safetensors'} does not fit vqa.json: {[*unexpected, *missing][:1]}")
+        raise UserError(
+            f"{folder / 'vqa' / 'head.safetensors'} does not fit vqa.json, first at {[*unexpected, *missing][0]}"
+        )
     model.common_answers = tuple(content["common_answers"])  # type: ignore[assignment]
     return model.to(device).eval(), preprocess, tokenizer

@@ -33,7 +33,8 @@ from bclip_fast.data.images import open_image
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks
-from bclip_fast.eval.datasets import EvalDataset, open_dataset, vqa
+from bclip_fast.eval.datasets import EvalDataset, open_dataset
+from bclip_fast.eval.datasets.vqa import open_dataset as open_questions
 from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
@@ -170,9 +171,9 @@ class _Questions:
             raise UserError(
                 f"task={config.task} has the protocol {task.protocol}, not vqa; omit --task to train on pairs"
             )
-        self.data = vqa.open_dataset(task.place(config.data), config.split, task)
+        self.data = open_questions(task.resolve_data_dir(config.data), config.split, task)
         self.texts = [question.text for question in self.data.questions]
-        self.answers = vqa.vocabulary(self.data)
+        self.answers = self.data.vocabulary()
         class_of = {answer: i for i, answer in enumerate(self.answers)}
         self.targets = torch.tensor([class_of[question.answer] for question in self.data.questions])
         self.config = config
@@ -181,7 +182,7 @@ class _Questions:
         vision = clip.config.vision
         meter = MeterConfig(len(self.answers), vision.width, self.config.head_layers, vision.heads)
         model = VqaModel(clip, meter, self.answers, freeze=self.config.freeze_towers)
-        model.common_answers = vqa.common_answers(self.data)  # type: ignore[assignment]
+        model.common_answers = self.data.common_answers()  # type: ignore[assignment]
         if self.config.lora_rank:
             for name, parameter in clip.named_parameters():
                 parameter.requires_grad_("lora_" in name and not self.config.freeze_towers)

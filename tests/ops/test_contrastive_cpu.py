@@ -265,10 +265,10 @@ def test_products_are_kept_only_with_gradients_and_without_chunk_size(monkeypatc
     original = cpu.forward
     monkeypatch.setattr(cpu, "forward", forward)
     image, text = torch.randn(5, 8), torch.randn(7, 8)
-    wanted = image.clone().requires_grad_()
+    trainable = image.clone().requires_grad_()
     ops.clip_loss(image, text, 2.0, backend="cpu")
-    ops.clip_loss(wanted, text, 2.0, backend="cpu")
-    ops.clip_loss(wanted, text, 2.0, chunk_size=5, backend="cpu")
+    ops.clip_loss(trainable, text, 2.0, backend="cpu")
+    ops.clip_loss(trainable, text, 2.0, chunk_size=5, backend="cpu")
     with torch.no_grad():
-        ops.clip_loss(wanted, text, 2.0, backend="cpu")
+        ops.clip_loss(trainable, text, 2.0, backend="cpu")
     assert shapes == [None, (5, 7), None, None]

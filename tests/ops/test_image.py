@@ -179,12 +179,12 @@ def test_crop_equals_the_crop_of_the_decoded_image():
     """Decoding a part of the rows and columns doesn't change their pixels."""
     for options in OPTIONS:
         data = jpeg(size=(75, 61), quality=60, **options)
-        whole = ops.image.decode(data)
+        image = ops.image.decode(data)
         boxes = [(top, left, 9, 9) for top in range(53) for left in range(67)]
         ours, errors = ops.image.decode_resize([data] * len(boxes), 9, crop=boxes)
         assert not errors
         for pixels, (top, left, height, width) in zip(ours, boxes, strict=True):
-            assert torch.equal(pixels, whole[top : top + height, left : left + width]), (options, top, left)
+            assert torch.equal(pixels, image[top : top + height, left : left + width]), (options, top, left)
 
 
 @pytest.mark.parametrize("backend", every_backend("image"))
@@ -237,11 +237,11 @@ def test_bad_argument_raises_an_error_that_names_it(arguments, words):
 
 def test_number_of_threads_does_not_change_results():
     files = [jpeg(size=(60 + 7 * index, 90)) if index % 5 else b"?" for index in range(40)]
-    alone = ops.image.decode_resize(files, 48, threads=1)
+    single = ops.image.decode_resize(files, 48, threads=1)
     for threads in (2, 5, 64):
         images, errors = ops.image.decode_resize(files, 48, threads=threads)
-        assert torch.equal(images, alone[0])
-        assert errors == alone[1]
+        assert torch.equal(images, single[0])
+        assert errors == single[1]
         assert len(errors) == 8
     assert ops.image.decode_resize([], 48)[0].shape == (0, 48, 48, 3)
 

@@ -149,8 +149,8 @@ def test_normalized_levels_are_accurate(dtype, nan_filled):
     unit, own = (torch.finfo(kind).eps / 2 for kind in (torch.float32, dtype))
     bounds = 5 * unit * (truth.abs() + 4) + own * truth.abs()
     theirs, _ = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device="cpu", backend="reference")
-    for found in (ours.cpu(), theirs):
-        assert list(compared([found], [[eager]], [truth], [bounds], truth.numel())) == []
+    for result in (ours.cpu(), theirs):
+        assert list(compared([result], [[eager]], [truth], [bounds], truth.numel())) == []
 
 
 @faked
@@ -191,8 +191,8 @@ def test_library_gets_only_plain_files():
     adobe = b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00" + jpeg()[2:]
     plain = [jpeg(), jpeg("L"), jpeg(subsampling=0), jpeg(subsampling=1, restart_marker_blocks=5), jpeg(comment=b"?")]
     others = [b"", b"\xff\xd8\xff\xd9", jpeg("CMYK"), jpeg(progressive=True), jpeg()[:-1], bytes(rgb), adobe]
-    found = cuda_module().plain_jpegs(plain + others)
-    assert found == [(37, 53)] * len(plain) + [(0, 0)] * len(others)
-    whole = jpeg()
+    sizes = cuda_module().plain_jpegs(plain + others)
+    assert sizes == [(37, 53)] * len(plain) + [(0, 0)] * len(others)
+    data = jpeg()
     for end in range(0, 700, 7):
-        assert cuda_module().plain_jpegs([whole[:end]]) == [(0, 0)]
+        assert cuda_module().plain_jpegs([data[:end]]) == [(0, 0)]

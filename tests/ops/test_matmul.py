@@ -165,14 +165,14 @@ def test_strided_inputs_and_more_dimensions_give_the_same_results():
 
 
 @with_cpu
-@pytest.mark.parametrize("wanted", range(3))
-def test_gradient_of_one_input_equals_that_of_all(wanted):
+@pytest.mark.parametrize("index", range(3))
+def test_gradient_of_one_input_equals_that_of_all(index):
     tensors = inputs((50, 40, 48))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
-    tensors[wanted].requires_grad_()
-    (own,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[wanted]])
-    torch.testing.assert_close(own, every[wanted], rtol=2**-7, atol=0)
+    tensors[index].requires_grad_()
+    (own,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[index]])
+    torch.testing.assert_close(own, every[index], rtol=2**-7, atol=0)
 
 
 @with_cpu

@@ -102,15 +102,17 @@ def test_right_kernel_passes_and_each_injected_fault_fails(operator, dtype):
     for definition, draw, formula in OPERATORS[operator]:
         cases = expected(definition, lambda draw=draw: draw(dtype), formula, 13 if "single-query" in operator else 6)
 
-        def found(arithmetic, cases=cases, formula=formula):
+        def faults_of(arithmetic, cases=cases, formula=formula):
             return faults(cases, [formula(arithmetic, case.inputs, case.upstream) for case in cases])
 
-        assert found(Arithmetic()) == []
-        here = set()
+        assert faults_of(Arithmetic()) == []
+        undetected = set()
         for kind in [*kinds, "lost term", SHIFTS[dtype]]:
-            found(right := Faulty(kind))
-            here |= {(kind, site, right.num_sites) for site in range(right.num_sites) if not found(Faulty(kind, site))}
-        missed.append(here)
+            faults_of(right := Faulty(kind))
+            undetected |= {
+                (kind, site, right.num_sites) for site in range(right.num_sites) if not faults_of(Faulty(kind, site))
+            }
+        missed.append(undetected)
     assert set.intersection(*missed) == set()
 
 

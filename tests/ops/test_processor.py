@@ -38,8 +38,8 @@ AVX2 = {
     ],
 )
 def test_bfloat16_instructions_follow_flags_and_variables(flags, environment, name, words):
-    found, reason = bfloat16_instructions(flags, environment)
-    assert found == name
+    result, reason = bfloat16_instructions(flags, environment)
+    assert result == name
     assert words in reason
 
 
@@ -53,8 +53,8 @@ def test_precision_follows_the_processors_instructions(instructions, precision, 
 def test_precision_follows_the_gpus_capability(capability, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
-    found, reason = native_precision(torch.device("cuda", 0))
-    assert found == precision
+    result, reason = native_precision(torch.device("cuda", 0))
+    assert result == precision
     assert f"NVIDIA T4 (sm_{capability[0]}{capability[1]})" in reason
 
 

@@ -17,8 +17,9 @@ from towers import GPT, shaken
 
 from bclip_fast import ops
 from bclip_fast.benchmarks import measure
+from bclip_fast.benchmarks.cases.model import Inputs, StepConfig, caption_lengths, make_inputs, open_clip_twin
 from bclip_fast.benchmarks.report import BenchConfig, run
-from bclip_fast.benchmarks.step import Inputs, StepConfig, caption_lengths, make_inputs, measure_step, open_clip_twin
+from bclip_fast.benchmarks.step import measure_step
 from bclip_fast.data.transform import normalize
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed

@@ -1,6 +1,6 @@
 """The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/attention/); not yet measured on one.
 
-Registers hold whole rows of up to 256 scores, or 128 for a head dimension above 64. Longer rows are processed in
+Registers hold complete rows of up to 256 scores, or 128 for a head dimension above 64. Longer rows are processed in
 chunks.
 """
 

@@ -2,9 +2,8 @@
 
 Row kernels take sequences of at most 256 tokens, which includes every image and caption of BiomedCLIP. One program per
 sequence and head loads its K and V once and loops over blocks of queries. Registers hold all scores of a query, so the
-softmax needs no running maximum. The backward does the same, sums dK and dV in registers and writes each dQ once. It
-needs five matrix products instead of the seven of two kernels, and it reads nothing twice. Sequences of a batch differ
-in length, so a program takes the smallest tile of 64, 128 and 256 keys that holds its sequence.
+softmax needs no running maximum. The backward also sums dK and dV in registers and writes each dQ once: five matrix
+products instead of the seven of two kernels. A program takes the least of 64, 128 and 256 keys that holds its sequence.
 
 Block kernels take the other calls: longer sequences, masks, backward passes with d other than 64, and float32, whose
 tiles must be small because it has no tensor cores. The forward has one program per block of queries and a running
@@ -12,9 +11,8 @@ maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). The backward has one ke
 for dK and dV. Each computes the scores again (Dao 2023, arXiv 2307.08691).
 
 Scores, softmax and sums are float32. float32 inputs are multiplied in float32, never TF32. P and dS are rounded to the
-inputs' dtype for the products that follow. Exponentials are powers of two, with log2(e) as part of the scale. One call
-of Philox decides about four weights. Rows of a tile past a sequence's end are read as zeros, so they add nothing,
-whatever their memory holds. There are no atomics.
+inputs' dtype. Exponentials are powers of two, with log2(e) in the scale. One call of Philox decides about four weights.
+Rows of a tile past a sequence's end are read as zeros, so they add nothing. There are no atomics.
 """
 
 from __future__ import annotations
@@ -188,8 +186,8 @@ def _block_forward_kernel(  # type: ignore[no-untyped-def]
 def _delta(out, grad_out, queries, length, stride, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """(grad_out's rows, rowsum(dO * O))"""
     grad = _load(grad_out, queries, length, stride, DIM, WIDTH)
-    own = _load(out, queries, length, HEADS * DIM, DIM, WIDTH)
-    return grad, tl.sum(grad.to(tl.float32) * own.to(tl.float32), 1)
+    stored = _load(out, queries, length, HEADS * DIM, DIM, WIDTH)
+    return grad, tl.sum(grad.to(tl.float32) * stored.to(tl.float32), 1)
 
 
 @triton.jit

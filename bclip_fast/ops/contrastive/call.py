@@ -1,4 +1,4 @@
-"""Calls of the operators: tiles as every backend receives them, and whole losses as torch's schemas have them."""
+"""Calls of the operators: tiles, as every backend receives them, and complete losses, as in torch's schemas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ContrastiveCall:
 
 @dataclass(frozen=True)
 class SoftmaxGradient:
-    """What the gradient of the softmax loss takes besides the tile."""
+    """The inputs of the softmax loss's gradient in addition to the tile."""
 
     rows_lse: Tensor  # (b,) float64: R
     columns_lse: Tensor  # (B,) float64: Q

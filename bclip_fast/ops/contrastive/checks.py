@@ -160,7 +160,7 @@ def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) -> int:
-    """Rows of S that fill 8 MiB in fp32 on a CPU, where caches reward small chunks, or 1 GiB on an accelerator.
+    """Rows of S that fill 8 MiB in fp32 on a CPU, whose caches reward small chunks, or 1 GiB on an accelerator.
 
     A CPU takes at least 256 rows, because smaller matmuls are slower.
     """

@@ -42,30 +42,30 @@ class Groups:
     """w"""
 
     @classmethod
-    def of(cls, own_ids: Tensor, image_ids: Tensor, text_ids: Tensor) -> Groups:
-        """Groups from the ids (b,) of these images, the ids of all ranks' images, and the ids (B,) of all texts.
+    def of(cls, local_ids: Tensor, image_ids: Tensor, text_ids: Tensor) -> Groups:
+        """Groups from `local_ids` (b,) of these images, the ids of all ranks' images, and the ids (B,) of all texts.
 
         Raises:
             ValueError: no image has the id of a text.
         """
-        numbers = torch.unique(torch.cat([own_ids, image_ids, text_ids]), return_inverse=True)[1]
-        own, images, texts = numbers.split([len(own_ids), len(image_ids), len(text_ids)])
+        numbers = torch.unique(torch.cat([local_ids, image_ids, text_ids]), return_inverse=True)[1]
+        local, images, texts = numbers.split([len(local_ids), len(image_ids), len(text_ids)])
         num_images, num_texts = (torch.bincount(part, minlength=len(numbers)) for part in (images, texts))
         num_rows, num_columns = torch.stack([(num_texts[images] > 0).sum(), (num_images[texts] > 0).sum()]).tolist()
         if num_rows == 0:
             raise ValueError("groups: no image shares its id with a text, so the loss has no positives")
         weight = 1 / (2 * min(num_rows, num_columns))
-        row_weights = (num_texts[own] > 0).double() / (2 * num_rows)
+        row_weights = (num_texts[local] > 0).double() / (2 * num_rows)
         column_weights = (num_images[texts] > 0).double() / (2 * num_columns)
-        row_shares = row_weights / num_texts[own].clamp_min(1)
+        row_shares = row_weights / num_texts[local].clamp_min(1)
         return cls(
-            rows=own.int(),
+            rows=local.int(),
             columns=texts.int(),
             row_weights=row_weights,
             column_weights=column_weights,
             row_shares=row_shares / weight,
             column_shares=column_weights / num_images[texts].clamp_min(1) / weight,
-            positive_weights=row_shares + (num_texts[own] > 0).double() / (2 * num_columns * num_images[own]),
+            positive_weights=row_shares + (num_texts[local] > 0).double() / (2 * num_columns * num_images[local]),
             sizes=num_texts,
             weight=weight,
         )

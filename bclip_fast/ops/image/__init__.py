@@ -52,7 +52,7 @@ def shortest_edge_size(width: int, height: int, size: int) -> tuple[int, int]:
 def _cuda_limits(target: bytes | Tensor) -> str | None:
     if isinstance(target, bytes):
         if CUDA_HOST is None and not torch.cuda.is_available():
-            return "there is no CUDA device"
+            return "this machine has no CUDA device"
         target = torch.empty(0, device="cuda" if CUDA_HOST is None else "cpu")
     # The CPU decodes the files that nvJPEG refuses.
     reason = cuda_refusal(target, torch.float16) or _cpu_limits(target)

@@ -31,7 +31,7 @@ def _cpu_limits(*inputs: Tensor) -> str | None:
 
 
 def _triton_limits(*inputs: Tensor) -> str | None:
-    # A program of add_norm holds a whole row. gelu has one input and no rows.
+    # A program of add_norm holds a complete row. gelu has one input and no rows.
     if len(inputs) > 1 and inputs[0].shape[1] > 8192:
         return f"D is {inputs[0].shape[1]}, more than 8192"
     return next(filter(None, map(triton_refusal, inputs)), None)

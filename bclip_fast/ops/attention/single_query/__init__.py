@@ -1,4 +1,4 @@
-"""One token of each sequence attends to the whole sequence, as in the last layer of a tower with one output token."""
+"""One token of each sequence attends to all its tokens, as in the last layer of a tower with one output token."""
 
 from __future__ import annotations
 

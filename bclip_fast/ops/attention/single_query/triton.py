@@ -56,7 +56,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     head = (program % HEADS).to(tl.int32)
     sequence = program // HEADS
     start, row, _, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
-    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
+    vector = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
     key_value += start * stride_token + head * stride_head
     result = tl.zeros((WIDTH,), tl.float32)
     highest = -1e30
@@ -65,7 +65,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         keys = first + tl.arange(0, KEYS)
         key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         # The backward computes the same scores, so their rounding errors cancel there.
-        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        scores = tl.where(keys < seen, tl.sum(key * vector[None, :], 1) * scale, float("-inf"))
         higher = tl.maximum(tl.max(scores, 0), highest)
         weights = tl.exp(scores - higher)
         fading = tl.exp(highest - higher)
@@ -90,7 +90,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     head = (program % HEADS).to(tl.int32)
     sequence = program // HEADS
     start, row, length, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
-    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
+    vector = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
     out_grad = _vector(grad_out + program * DIM, DIM, WIDTH)
     delta = tl.sum(out_grad * _vector(out + program * DIM, DIM, WIDTH), 0)
     row_lse = tl.load(lse + program)
@@ -101,7 +101,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         keys = first + tl.arange(0, KEYS)
         key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        scores = tl.where(keys < seen, tl.sum(key * vector[None, :], 1) * scale, float("-inf"))
         weights = tl.exp(scores - row_lse)
         dropped = weights
         weights_grad = tl.sum(value * out_grad[None, :], 1)
@@ -113,7 +113,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         scores_grad = weights * (weights_grad - delta) * scale
         result += tl.sum(key * scores_grad[:, None], 0)
         # Invisible rows have weight 0, so their gradients are stored as zeros.
-        _store(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * own[None, :], DIM, WIDTH)
+        _store(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * vector[None, :], DIM, WIDTH)
         _store(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
     _put(query_grad + program * DIM, result, DIM, WIDTH)
 # fmt: on
