@@ -465,7 +465,7 @@ def test_a_run_whose_backend_is_gone_goes_on_with_another_and_says_so(tmp_path, 
     monkeypatch.setitem(pointwise.LIMITS, "cpu", lambda *inputs: "it was built without")
     with backends.of_run(tmp_path, resumed=True):
         assert gelu_takes() == "reference"
-    assert "no longer bit for bit" in caplog.text
+    assert "does not continue bit for bit" in caplog.text
     assert "gelu, float32, small: reference in place of cpu (it was built without)" in caplog.text
 
 

@@ -133,7 +133,7 @@ def test_run_that_does_not_fit_is_refused_with_remedies():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 4100}, "batch_size=4100 is not a positive multiple of the 8 ranks"),
+        ({"batch_size": 4100}, "batch_size=4100 must be a positive multiple of the 8 ranks"),
         ({"micro_batch_size": 300}, "micro_batch_size=300 does not divide the 512 pairs of a rank"),
     ],
 )

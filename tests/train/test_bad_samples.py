@@ -174,7 +174,7 @@ def test_truncated_or_missing_shard_is_an_error(sound: Path, tmp_path: Path, fau
 def test_stuck_read_times_out_and_loader_closes(sound: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     release = threading.Event()
     dataset = ShardDataset(sound)
-    name = "_read" if where == "sample" else "_whole"
+    name = "_read" if where == "sample" else "_read_all"
     real = getattr(dataset.storage, name)
 
     def stuck(file: str, *bounds: int) -> bytes:
@@ -185,7 +185,7 @@ def test_stuck_read_times_out_and_loader_closes(sound: Path, monkeypatch: pytest
     monkeypatch.setattr(dataset.storage, name, stuck)
     before = threading.active_count()
     source = loader(dataset, timeout_s=0.5, prefetch_batches=6)
-    words = r"no batch within timeout_s=0\.5: reading .*train-000001\.(tar, bytes \d+|index\.json, the whole)"
+    words = r"no batch within timeout_s=0\.5: reading .*train-000001\.(tar, bytes \d+|index\.json, the whole file)"
     with pytest.raises(UserError, match=words):
         take(source, 6)
     source.close()
