@@ -141,11 +141,11 @@ def report(kernels: list[Kernel]) -> str:
         "| kernel | sm | registers | spilled bytes | shared KiB | threads | blocks | HMMA |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kernel in kernels:
-        lines.append(
-            f"| {kernel.name} | {kernel.architecture} | {kernel.registers} | {kernel.spilled} | "
-            f"{kernel.shared / 1024:.1f} | {kernel.threads} | {kernel.blocks} | {kernel.matrix_instructions} |"
-        )
+    lines += [
+        f"| {kernel.name} | {kernel.architecture} | {kernel.registers} | {kernel.spilled} | "
+        f"{kernel.shared / 1024:.1f} | {kernel.threads} | {kernel.blocks} | {kernel.matrix_instructions} |"
+        for kernel in kernels
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import statistics
 import time
@@ -78,6 +79,7 @@ class Step:
         self.optimizer = optimizer or kind(parameter_groups(model.named_parameters(), OptimConfig()), lr=1e-5)
 
     def __call__(self) -> list[float]:
+        """Train one step."""
         dtype = PRECISIONS[self.config.precision]
         features, image = self.features, self.image
         set_malloc_trim(isinstance(features, Features) and features.keeps_memory)
@@ -103,7 +105,7 @@ class Step:
             times.append(_now())
         if not loss.isfinite():
             raise AssertionError(f"the loss is {float(loss)}")
-        return [stop - start for start, stop in zip(times, times[1:], strict=False)]
+        return [stop - start for start, stop in itertools.pairwise(times)]
 
 
 def _set_checkpointing(model: nn.Module, on: bool) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.benchmarks.peers import import_open_clip
 from bclip_fast.ops.dispatch import BACKENDS, why_not
-
-from ..peers import import_open_clip
 
 Inputs = Sequence[Any]
 # Takes the inputs and returns the results to compare with the truth. A result that it does not compute is None.

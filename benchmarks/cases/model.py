@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bclip_fast.benchmarks.peers import import_open_clip
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
 from bclip_fast.model import open_clip_config, weights
@@ -21,7 +22,6 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.tower_config import PUBMEDBERT
 
-from ..peers import import_open_clip
 from .case import peer, shared_data
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -1,4 +1,4 @@
-"""The CUDA emulator: its fragments are those of PTX, and it detects every injected fault."""
+"""Tests of the emulator that runs CUDA kernels on a CPU: its fragments, its sums, and the faults that it reports."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def host():
     return cuda_emulator.module()
 
 
-# The PTX ISA's figures of mma.m16n8k16 ("Matrix fragments for mma.m16n8k16 with floating point type") and of ldmatrix,
-# written down from its pictures: which lane's numbers stand in a row. "5:2" is a2, or b2, or c2, of lane 5.
+# Copied by hand from the PTX ISA's figures of ldmatrix and of mma.m16n8k16 ("Matrix fragments for mma.m16n8k16 with
+# floating point type"). Each row lists (lane, number): (5, 2) is a2, b2 or c2 of lane 5.
 def row_of(first_lane, numbers):
     return [(first_lane + step, number) for step in range(4) for number in numbers]
 
@@ -33,7 +33,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("fragment", FIGURES)
-def test_fragments_are_those_of_the_ptx_manual(host, fragment):
+def test_place_fragments_equal_ptx_manual(host, fragment):
     figure = FIGURES[fragment]
     held = {(lane, number) for row in figure for lane, number in row}
     assert len(held) == len(figure) * len(figure[0])
@@ -56,7 +56,7 @@ def run(host, fault, a, b, c):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_without_a_fault_it_multiplies(host, seed):
+def test_no_fault_product_is_correct(host, seed):
     host.set_seed(seed)
     a, b, c = operands()
     run(host, "NONE", a, b, c)
@@ -66,8 +66,8 @@ def test_without_a_fault_it_multiplies(host, seed):
 @pytest.mark.parametrize(
     ("exponent", "true", "cut"), [(-24, 1 + 3.5 * 2**-23, 1 + 3 * 2**-23), (-25, 1 + 1.75 * 2**-23, 1)]
 )
-def test_sums_are_cut_off_as_tensor_cores_do(host, exponent, true, cut):
-    """1 and seven small numbers; the next group of eight, which comes after, adds a 1 of its own."""
+def test_sums_are_truncated_like_tensor_cores(host, exponent, true, cut):
+    """The first group of eight products is 1 and seven small numbers. The next group adds -1."""
     a, b, c = operands()
     a[0] = torch.tensor([1.0] + [2.0**-12] * 7 + [0.0] * 7 + [1.0])
     b[0] = torch.tensor([1.0] + [2.0 ** (exponent + 12)] * 7 + [0.0] * 7 + [-1.0])
@@ -76,7 +76,7 @@ def test_sums_are_cut_off_as_tensor_cores_do(host, exponent, true, cut):
     assert c[0, 0].item() == cut - 1
 
 
-def test_a_wrong_fragment_layout_shows(host):
+def test_wrong_fragment_layout_gives_wrong_product(host):
     a, b, c = operands()
     run(host, "LAYOUT", a, b, c)
     assert (c.double() - a.double() @ b.double().T).norm() > 1
@@ -96,18 +96,18 @@ def test_a_wrong_fragment_layout_shows(host):
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
-def test_injected_fault_is_detected_in_any_order(host, fault, words, seed):
+def test_injected_fault_is_reported_in_any_order(host, fault, words, seed):
     host.set_seed(seed)
     with pytest.raises(RuntimeError, match=words):
         run(host, fault, *operands())
-    # The emulator works again after the error.
+    # The emulator works again after a fault.
     a, b, c = operands()
     run(host, "NONE", a, b, c)
     assert c.isfinite().all()
 
 
 @pytest.mark.parametrize(("fault", "words"), [("NONE", None), ("GLOBAL_BOUNDS", "heap-buffer-overflow")])
-def test_under_the_sanitizers(fault, words):
+def test_sanitized_emulator_reports_out_of_bounds(fault, words):
     code = (
         "import importlib.util, os, torch\n"
         "spec = importlib.util.spec_from_file_location('_cuda_emulator', os.environ['BCLIP_CUDA_HOST'])\n"

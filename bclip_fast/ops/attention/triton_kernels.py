@@ -45,14 +45,14 @@ def _inside(rows, length, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _load(base, rows, length, stride, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_rows(base, rows, length, stride, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """(rows, WIDTH), with zeros past the sequence's end and past DIM."""
     places = base + (rows * stride)[:, None] + tl.arange(0, WIDTH)[None, :]
     return tl.load(places, mask=_inside(rows, length, DIM, WIDTH), other=0.0)
 
 
 @triton.jit
-def _store(base, rows, length, stride, values, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_rows(base, rows, length, stride, values, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     places = base + (rows * stride)[:, None] + tl.arange(0, WIDTH)[None, :]
     tl.store(places, values.to(base.dtype.element_ty), mask=_inside(rows, length, DIM, WIDTH))
 
@@ -69,7 +69,7 @@ def _scores(products, queries, keys, length, key_mask, scale, CAUSAL: tl.constex
 
 
 @triton.jit
-def _kept(seed, threshold, rows, head, first_key, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+def kept_weights(seed, threshold, rows, head, first_key, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
     """(rows, KEYS) bool, False for a dropped weight. Rows count over all sequences, keys within their own."""
     quads = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)
     head = head.to(tl.uint32)
@@ -90,7 +90,7 @@ def _finish(  # type: ignore[no-untyped-def]
     """Stores a block of queries: zeros and -inf for a row without visible keys."""
     tl.store(lse + queries, (highest + tl.log2(sums)) * LN_2, mask=queries < length)
     factor = keep_scale / tl.where(sums == 0.0, 1.0, sums)
-    _store(out, queries, length, HEADS * DIM, result * factor[:, None], DIM, WIDTH)
+    store_rows(out, queries, length, HEADS * DIM, result * factor[:, None], DIM, WIDTH)
 
 
 @triton.jit
@@ -100,11 +100,11 @@ def _row_forward(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
 ):
     keys = tl.arange(0, KEYS)
-    key = _load(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
-    value = _load(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
+    key = load_rows(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
+    value = load_rows(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
     for block in range(first, tl.cdiv(length, QUERIES), step):
         queries = block * QUERIES + tl.arange(0, QUERIES)
-        query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
+        query = load_rows(qkv, queries, length, stride_token, DIM, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = _scores(products, queries[:, None], keys[None, :], length, None, scale, False)
         # The bound avoids -inf - -inf in rows without visible keys.
@@ -112,7 +112,7 @@ def _row_forward(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - highest[:, None])
         sums = tl.sum(weights, 1)
         if DROPOUT:
-            weights = tl.where(_kept(seed, threshold, start + queries, head, 0, KEYS), weights, 0.0)
+            weights = tl.where(kept_weights(seed, threshold, start + queries, head, 0, KEYS), weights, 0.0)
         result = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         _finish(out, lse, queries, length, result, highest, sums, keep_scale, HEADS, DIM, WIDTH)
 
@@ -161,13 +161,13 @@ def _block_forward_kernel(  # type: ignore[no-untyped-def]
     if key_mask is not None:
         key_mask += start
     queries = first_query + tl.arange(0, QUERIES)
-    query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
+    query = load_rows(qkv, queries, length, stride_token, DIM, WIDTH)
     result = tl.zeros((QUERIES, WIDTH), tl.float32)
     highest = tl.full((QUERIES,), -1e30, tl.float32)
     sums = tl.zeros((QUERIES,), tl.float32)
     for first_key in range(0, tl.minimum(length, first_query + QUERIES) if CAUSAL else length, KEYS):
         keys = first_key + tl.arange(0, KEYS)
-        key = _load(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
+        key = load_rows(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = _scores(products, queries[:, None], keys[None, :], length, key_mask, scale, CAUSAL)
         higher = tl.maximum(tl.max(scores, 1), highest)
@@ -176,8 +176,8 @@ def _block_forward_kernel(  # type: ignore[no-untyped-def]
         highest = higher
         sums = sums * fading + tl.sum(weights, 1)
         if DROPOUT:
-            weights = tl.where(_kept(seed, threshold, start + queries, head, first_key, KEYS), weights, 0.0)
-        value = _load(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
+            weights = tl.where(kept_weights(seed, threshold, start + queries, head, first_key, KEYS), weights, 0.0)
+        value = load_rows(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
         result = tl.dot(weights.to(value.dtype), value, result * fading[:, None], input_precision="ieee")
     _finish(out, lse, queries, length, result, highest, sums, keep_scale, HEADS, DIM, WIDTH)
 
@@ -185,8 +185,8 @@ def _block_forward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _delta(out, grad_out, queries, length, stride, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """(grad_out's rows, rowsum(dO * O))"""
-    grad = _load(grad_out, queries, length, stride, DIM, WIDTH)
-    stored = _load(out, queries, length, HEADS * DIM, DIM, WIDTH)
+    grad = load_rows(grad_out, queries, length, stride, DIM, WIDTH)
+    stored = load_rows(out, queries, length, HEADS * DIM, DIM, WIDTH)
     return grad, tl.sum(grad.to(tl.float32) * stored.to(tl.float32), 1)
 
 
@@ -204,20 +204,20 @@ def _row_backward(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
     keys = tl.arange(0, KEYS)
-    key = _load(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
-    value = _load(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
+    key = load_rows(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
+    value = load_rows(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
     key_grad = tl.zeros((KEYS, WIDTH), tl.float32)
     value_grad = tl.zeros((KEYS, WIDTH), tl.float32)
     for first in range(0, length, QUERIES):
         queries = first + tl.arange(0, QUERIES)
         grad, delta = _delta(out, grad_out, queries, length, stride_grad, HEADS, DIM, WIDTH)
-        query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
+        query = load_rows(qkv, queries, length, stride_token, DIM, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = _scores(products, queries[:, None], keys[None, :], length, None, scale, False)
         weights = tl.exp2(scores - _row_lse(lse, queries, length)[:, None])
         dropped = weights
         if DROPOUT:
-            kept = _kept(seed, threshold, start + queries, head, 0, KEYS)
+            kept = kept_weights(seed, threshold, start + queries, head, 0, KEYS)
             dropped = tl.where(kept, weights, 0.0)
         value_grad = tl.dot(tl.trans(dropped.to(grad.dtype)), grad, value_grad, input_precision="ieee")
         weights_grad = tl.dot(grad, tl.trans(value), input_precision="ieee")
@@ -226,9 +226,9 @@ def _row_backward(  # type: ignore[no-untyped-def]
         scores_grad = (weights * (weights_grad - delta[:, None])).to(query.dtype)
         key_grad = tl.dot(tl.trans(scores_grad), query, key_grad, input_precision="ieee")
         query_grad = tl.dot(scores_grad, key, input_precision="ieee")
-        _store(grad_qkv, queries, length, 3 * HEADS * DIM, query_grad * scale, DIM, WIDTH)
-    _store(grad_qkv + HEADS * DIM, keys, length, 3 * HEADS * DIM, key_grad * scale, DIM, WIDTH)
-    _store(grad_qkv + 2 * HEADS * DIM, keys, length, 3 * HEADS * DIM, value_grad * keep_scale, DIM, WIDTH)
+        store_rows(grad_qkv, queries, length, 3 * HEADS * DIM, query_grad * scale, DIM, WIDTH)
+    store_rows(grad_qkv + HEADS * DIM, keys, length, 3 * HEADS * DIM, key_grad * scale, DIM, WIDTH)
+    store_rows(grad_qkv + 2 * HEADS * DIM, keys, length, 3 * HEADS * DIM, value_grad * keep_scale, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens"])
@@ -280,24 +280,24 @@ def _query_backward_kernel(  # type: ignore[no-untyped-def]
     if key_mask is not None:
         key_mask += start
     queries = first_query + tl.arange(0, QUERIES)
-    query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
+    query = load_rows(qkv, queries, length, stride_token, DIM, WIDTH)
     grad, row_delta = _delta(out, grad_out, queries, length, stride_grad, HEADS, DIM, WIDTH)
     tl.store(delta + queries, row_delta, mask=queries < length)
     row_lse = _row_lse(lse, queries, length)
     query_grad = tl.zeros((QUERIES, WIDTH), tl.float32)
     for first_key in range(0, tl.minimum(length, first_query + QUERIES) if CAUSAL else length, KEYS):
         keys = first_key + tl.arange(0, KEYS)
-        key = _load(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
-        value = _load(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
+        key = load_rows(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
+        value = load_rows(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         scores = _scores(products, queries[:, None], keys[None, :], length, key_mask, scale, CAUSAL)
         weights_grad = tl.dot(grad, tl.trans(value), input_precision="ieee")
         if DROPOUT:
-            kept = _kept(seed, threshold, start + queries, head, first_key, KEYS)
+            kept = kept_weights(seed, threshold, start + queries, head, first_key, KEYS)
             weights_grad = tl.where(kept, weights_grad * keep_scale, 0.0)
         scores_grad = tl.exp2(scores - row_lse[:, None]) * (weights_grad - row_delta[:, None])
         query_grad = tl.dot(scores_grad.to(key.dtype), key, query_grad, input_precision="ieee")
-    _store(grad_qkv, queries, length, 3 * HEADS * DIM, query_grad * scale, DIM, WIDTH)
+    store_rows(grad_qkv, queries, length, 3 * HEADS * DIM, query_grad * scale, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["threshold", "max_seqlen", "num_tokens", "num_blocks"])
@@ -322,21 +322,21 @@ def _key_backward_kernel(  # type: ignore[no-untyped-def]
     if key_mask is not None:
         key_mask += start
     keys = first_key + tl.arange(0, KEYS)
-    key = _load(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
-    value = _load(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
+    key = load_rows(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
+    value = load_rows(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
     key_grad = tl.zeros((KEYS, WIDTH), tl.float32)
     value_grad = tl.zeros((KEYS, WIDTH), tl.float32)
     # The scores are transposed, so that P and dS are left operands without another transpose.
     for first_query in range(first_key // QUERIES * QUERIES if CAUSAL else 0, length, QUERIES):
         queries = first_query + tl.arange(0, QUERIES)
-        query = _load(qkv, queries, length, stride_token, DIM, WIDTH)
+        query = load_rows(qkv, queries, length, stride_token, DIM, WIDTH)
         products = tl.dot(key, tl.trans(query), input_precision="ieee")
         scores = _scores(products, queries[None, :], keys[:, None], length, key_mask, scale, CAUSAL)
         weights = tl.exp2(scores - _row_lse(lse, queries, length)[None, :])
-        grad = _load(grad_out, queries, length, stride_grad, DIM, WIDTH)
+        grad = load_rows(grad_out, queries, length, stride_grad, DIM, WIDTH)
         dropped = weights
         if DROPOUT:
-            kept = tl.trans(_kept(seed, threshold, start + queries, head, first_key, KEYS))
+            kept = tl.trans(kept_weights(seed, threshold, start + queries, head, first_key, KEYS))
             dropped = tl.where(kept, weights, 0.0)
         value_grad = tl.dot(dropped.to(grad.dtype), grad, value_grad, input_precision="ieee")
         weights_grad = tl.dot(value, tl.trans(grad), input_precision="ieee")
@@ -345,6 +345,6 @@ def _key_backward_kernel(  # type: ignore[no-untyped-def]
         row_delta = tl.load(delta + queries, mask=queries < length, other=0.0)
         scores_grad = weights * (weights_grad - row_delta[None, :])
         key_grad = tl.dot(scores_grad.to(query.dtype), query, key_grad, input_precision="ieee")
-    _store(grad_qkv + HEADS * DIM, keys, length, 3 * HEADS * DIM, key_grad * scale, DIM, WIDTH)
-    _store(grad_qkv + 2 * HEADS * DIM, keys, length, 3 * HEADS * DIM, value_grad * keep_scale, DIM, WIDTH)
+    store_rows(grad_qkv + HEADS * DIM, keys, length, 3 * HEADS * DIM, key_grad * scale, DIM, WIDTH)
+    store_rows(grad_qkv + 2 * HEADS * DIM, keys, length, 3 * HEADS * DIM, value_grad * keep_scale, DIM, WIDTH)
 # fmt: on

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bclip_fast.ops.attention.call import SingleQueryCall
-from bclip_fast.ops.attention.triton_kernels import _kept, _load, _store
+from bclip_fast.ops.attention.triton_kernels import kept_weights, load_rows, store_rows
 from bclip_fast.ops.philox import gpu_arguments
 
 KEYS = 64
@@ -63,7 +63,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     total = 0.0
     for first in range(0, seen, KEYS):
         keys = first + tl.arange(0, KEYS)
-        key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         # The backward computes the same scores, so their rounding errors cancel there.
         scores = tl.where(keys < seen, tl.sum(key * vector[None, :], 1) * scale, float("-inf"))
         higher = tl.maximum(tl.max(scores, 0), highest)
@@ -72,9 +72,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         highest = higher
         total = total * fading + tl.sum(weights, 0)
         if DROPOUT:
-            kept = _kept(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
+            kept = kept_weights(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
             weights = tl.where(tl.reshape(kept, (KEYS,)), weights, 0.0)
-        value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         result = result * fading + tl.sum(value * weights[:, None], 0)
     tl.store(lse + program, highest + tl.log(total))
     _put(out + program * DIM, result * (keep_scale / total), DIM, WIDTH)
@@ -99,22 +99,22 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     result = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, length, KEYS):
         keys = first + tl.arange(0, KEYS)
-        key = _load(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        value = _load(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
+        value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         scores = tl.where(keys < seen, tl.sum(key * vector[None, :], 1) * scale, float("-inf"))
         weights = tl.exp(scores - row_lse)
         dropped = weights
         weights_grad = tl.sum(value * out_grad[None, :], 1)
         if DROPOUT:
-            kept = _kept(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
+            kept = kept_weights(seed, threshold, row + tl.zeros((1,), tl.int64), head, first, KEYS)
             kept = tl.reshape(kept, (KEYS,))
             dropped = tl.where(kept, weights * keep_scale, 0.0)
             weights_grad = tl.where(kept, weights_grad * keep_scale, 0.0)
         scores_grad = weights * (weights_grad - delta) * scale
         result += tl.sum(key * scores_grad[:, None], 0)
         # Invisible rows have weight 0, so their gradients are stored as zeros.
-        _store(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * vector[None, :], DIM, WIDTH)
-        _store(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
+        store_rows(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * vector[None, :], DIM, WIDTH)
+        store_rows(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
     _put(query_grad + program * DIM, result, DIM, WIDTH)
 # fmt: on
 
