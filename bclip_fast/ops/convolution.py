@@ -1,7 +1,7 @@
-"""Convolutions in bfloat16 by float32 products, on a CPU without instructions for bfloat16.
+"""bfloat16 convolutions from float32 products, for CPUs without bfloat16 instructions.
 
-There torch's bfloat16 convolution is 5 to 20 times slower than its float32 convolution. The backward pass keeps the
-bfloat16 input, so a step takes no more memory than on a CPU with such instructions.
+On such a CPU, torch's bfloat16 convolution is 5 to 20 times slower than its float32 convolution. The backward pass
+keeps the bfloat16 input, so a step takes no more memory than on a CPU with such instructions.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def cuda_module() -> ModuleType:
 
 @cache
 def _cuda_device(index: int) -> tuple[int, str]:
-    """Shared memory that a thread block may use on the device, in bytes, and the reason against the device, or ""."""
+    """(bytes of shared memory for a thread block of the device, the reason why it is unusable or "")."""
     try:
         # torch's own guard makes no context on another device when it switches back.
         with torch.cuda.device(index if CUDA_HOST is None else -1):
@@ -59,9 +59,10 @@ def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None, block_bytes: 
     """The reason why none of our CUDA kernels can take this tensor, or None.
 
     Args:
-        dtype: dtype in which the kernel takes the tensor. Its own by default.
-        block_bytes: shared memory that a thread block of the kernel needs. sm_90 has 227 KiB, sm_80 has 163 KiB; sm_86,
-            sm_89 and sm_120 have 99 KiB (CUDA C++ programming guide, technical specifications per compute capability).
+        dtype: dtype in which the kernel takes the tensor. By default the tensor's dtype.
+        block_bytes: shared memory that a thread block of the kernel needs. sm_90 has 227 KiB, sm_80 has 163 KiB, and
+            sm_86, sm_89 and sm_120 have 99 KiB (CUDA C++ programming guide, technical specifications per compute
+            capability).
     """
     dtype = dtype or tensor.dtype
     if dtype not in (torch.bfloat16, torch.float16):
@@ -70,17 +71,17 @@ def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None, block_bytes: 
         return f"device is {tensor.device.type}, not cuda"
     available, refusal = _cuda_limits(tensor.device.index or 0)
     if not refusal and available < block_bytes:
-        return f"a thread block needs {block_bytes} bytes of shared memory, this device gives it {available}"
+        return f"a thread block needs {block_bytes} bytes of shared memory, but this device gives it {available}"
     return refusal or None
 
 
 def cuda_stream(tensor: Tensor) -> int:
-    """The handle of the current stream on the tensor's device; 0 on the CPU."""
+    """The handle of the current stream on the tensor's device, or 0 on the CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """The reason why no Triton kernel can take this tensor in `dtype`, its own by default, or None."""
+    """The reason why no Triton kernel can take this tensor in `dtype` (by default the tensor's), or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     dtype = dtype or tensor.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,10 +1,10 @@
-"""Registers the operators with torch.library, with one schema, fake and gradient for all backends.
+"""Register the operators with torch.library, with one schema, fake function and gradient for all backends.
 
-A call's dataclass is its schema: `arguments` writes the dataclass's fields in torch's notation. `torch.library.Library`
-is used instead of `torch.library.custom_op`: both go through torch's dispatcher, so compilers, fake tensors, dispatch
-modes and vmap see the operator, but custom_op spends 20 to 30 microseconds more on each call. A direct call of an
-autograd function would be faster still, but no public function of torch tells whether a compiler, a transform or a mode
-watches the call.
+A call's dataclass is its schema: `arguments` writes the dataclass's fields in torch's notation. The module uses
+`torch.library.Library` because `torch.library.custom_op` spends 20 to 30 microseconds more on each call. Both go
+through torch's dispatcher, so compilers, fake tensors, dispatch modes and vmap see the operator. A direct call of an
+autograd function would be still faster. But torch has no public function that says whether a compiler, a transform or a
+mode watches the call.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def define(
     setup: Callable[..., None] | None = None,
     gradient: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers the operator `bclip::name` for all devices.
+    """Register the operator `bclip::name` for all devices.
 
     torch passes the arguments of `implementation` and `fake` by position.
 
@@ -62,8 +62,8 @@ def define(
         implementation: function that computes the results. They must not share memory with arguments or each other.
         fake: function that returns empty results of the right shapes, dtypes and strides.
         setup: function (ctx, inputs, output) that saves what `gradient` reads.
-        gradient: function (ctx, *grads) that returns the gradient of each argument. Without it the operator, such as
-            the backward pass of another one, refuses to be differentiated.
+        gradient: function (ctx, *grads) that returns the gradient of each argument. Without it the operator, such as a
+            backward pass, cannot be differentiated.
 
     Returns:
         The operator's only overload, a callable.
@@ -78,10 +78,10 @@ def define(
 
 
 def run(operator: Any, *inputs: Any) -> Any:
-    """Calls an operator that `define` returned.
+    """Call an operator that `define` returned.
 
     Raises:
-        NotImplementedError: an input has a tangent; torch would silently return a zero tangent.
+        NotImplementedError: an input has a tangent. torch would silently return a zero tangent.
     """
     if not torch.compiler.is_compiling():
         for value in inputs:
@@ -111,7 +111,7 @@ class _Refusal(torch.autograd.Function):
 
 
 def differentiable_once(backward: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-    """Makes the gradients of an autograd function raise RuntimeError when they are differentiated.
+    """Make the gradients of an autograd function raise RuntimeError when they are differentiated.
 
     torch's `once_differentiable` detaches the gradients from the inputs if the incoming gradient needs none itself. A
     loss has such a gradient, so its second derivatives would silently be zero. The inputs must be among the saved
@@ -131,7 +131,7 @@ def differentiable_once(backward: Callable[..., Sequence[Any]]) -> Callable[...,
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Switches autocast off inside `function`, on the device of its first tensor.
+    """Switch autocast off inside `function`, on the device of its first tensor.
 
     The function chooses its precision itself, and autocast would round the operands of its products. Autocast
     may be on in a backward pass too.

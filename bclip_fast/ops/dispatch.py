@@ -1,9 +1,9 @@
-"""The one place that chooses a backend.
+"""Choose the backend of each call of an operator.
 
-`auto` takes the first backend that gives no reason against the call, in the order of the device's record (`tuning`).
-A record lists the backends that agree with the reference on this device, the fastest first. Without a record, a GPU
-kernel is compared with the reference once, before its first use. A named backend is used or refused with its reason,
-never replaced. The nearest name wins: the argument, then `with use_backend(...)`, then the variable BCLIP_BACKEND.
+`auto` takes the first backend without a refusal, in the order of the device's record (`tuning`). A record lists the
+backends that agree with the reference on this device, the fastest first. Without a record, `auto` compares a GPU kernel
+with the reference before its first use. A named backend runs the call or raises an error with the reason. No other
+backend replaces it. The nearest name wins: the argument, then `with use_backend(...)`, then the variable BCLIP_BACKEND.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .dtypes import dtype_name
 
 log = logging.getLogger(__name__)
 
-# Compiled for the device on first use, so a new device, driver or compiler may break them.
+# Backends that are compiled for the device, so a new device, driver or compiler may break them.
 _CHECKED = ("triton", "cuda")
 
-# An operator's limits: per backend, a function of the call's inputs that returns None or the reason against the call.
+# An operator's limits: for each backend, a function of the call's inputs that returns None or the reason for a refusal.
 Limits = Mapping[str, Callable[..., "str | None"]]
 
 _NEEDS = {"cuda": "bclip_fast._cuda", "triton": "triton", "cpu": "bclip_fast._cpu"}
@@ -45,7 +45,7 @@ if processor.ISA_ERROR is not None:
 
 @dataclass(frozen=True)
 class Decision:
-    """The choice for a call. `refusals` has the reason of each backend that cannot run it."""
+    """The choice for a call. `refusals` holds the reason of each backend that cannot run the call."""
 
     operator: str
     device: torch.device
@@ -63,7 +63,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One question to the dispatcher."""
+    """The inputs of one choice."""
 
     operator: str
     limits: Limits
@@ -98,7 +98,7 @@ _explaining = ""
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator inside the block on backend `name` (or "auto"), in the whole process."""
+    """Run every operator inside the block on backend `name` (or "auto"), in the whole process."""
     global _requested
     previous, _requested = _requested, _known(name, "use_backend")
     try:
@@ -130,11 +130,11 @@ def choose(
 
     Args:
         inputs: arguments of the limits. The first is a tensor on the call's device, or a file on the CPU.
-        library: True if the operator's reference is a kernel of torch's library, tuned for every device. A name for all
-            operators then selects our kernels if they can run; the library runs the other calls.
-        dtype: dtype in the key of the record's entry. The first input's by default.
+        library: True if the operator's reference is a kernel of torch's library, tuned for every device. Then a backend
+            name for all operators selects our kernels if they can run. The library runs the other calls.
+        dtype: dtype in the key of the record's entry. By default that of the first input.
         shapes: class of shapes in that key.
-        otherwise: order of backends without an entry.
+        otherwise: order of the backends if the record has no entry.
 
     Raises:
         BackendError: no backend, or not the named one, can run the call.
@@ -164,14 +164,14 @@ def choose(
 
 
 def load_backend(operator: str, backend: str) -> ModuleType:
-    """The module of the backend's kernels, imported on first use. `operator` is its folder below `ops`, dotted."""
+    """Import the module of the backend's kernels. `operator` is its folder below `ops`, with dots."""
     return importlib.import_module(f"bclip_fast.ops.{operator}.{backend}")
 
 
 def explain(call: Callable[[], object], *, check: bool = False) -> Decision:
     """The dispatcher's decision for `call`, a function that makes one call of an operator.
 
-    The call doesn't run. With `check`, the comparisons with the reference that are still due do run. Not thread-safe.
+    The call doesn't run. With `check`, pending comparisons with the reference run. This function is not thread-safe.
     """
     global _explaining
     _explaining = "check" if check else "look"
@@ -205,12 +205,12 @@ def _explain(choice: _Choice) -> Decision:
 
 
 def _verdict(operator: str, backend: str, kind: str, index: int, dtype: torch.dtype | None) -> str | None:
-    """The result of an earlier check: "" for no fault, None for no check."""
+    """The result of an earlier check: "" without a fault, None without a check."""
     return tuning.of_device(kind, index).checks.get((operator, dtype_name(dtype), backend))
 
 
 def _fault(operator: str, backend: str, kind: str, index: int, dtype: torch.dtype | None) -> str | None:
-    """The fault of a kernel on this device, or None. The first question compares the kernel with the reference."""
+    """The fault of a kernel on this device, or None. The first call compares the kernel with the reference."""
     verdict = _verdict(operator, backend, kind, index, dtype)
     if verdict is None:
         if tuning.mode() == "off" or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -233,5 +233,5 @@ def _fault(operator: str, backend: str, kind: str, index: int, dtype: torch.dtyp
     return f"fails its check on this device: {verdict}" if verdict else None
 
 
-# As for `tuning.order`.
+# See `tuning.order`.
 _fault._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,5 +17,5 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """The name without its module, as in "float32"; "" for None."""
+    """The name without its module, such as "float32". None gives ""."""
     return "" if dtype is None else str(dtype).removeprefix("torch.")

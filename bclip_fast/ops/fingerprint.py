@@ -1,4 +1,4 @@
-"""Fingerprints: everything that a tuning record of a device depends on."""
+"""Fingerprints of devices and environments, which identify tuning records."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def cpu_architecture() -> str:
             return "amx"
         name = module.instruction_set()
     except ValueError:
-        return "unknown"  # BCLIP_CPU_ISA names an unknown one; every call of the cpu backend says so
+        return "unknown"  # BCLIP_CPU_ISA is unknown, which every call of the cpu backend reports
     return "avx512_bf16" if name == "avx512" and processor.BFLOAT16_INSTRUCTIONS else name
 
 
@@ -101,6 +101,6 @@ def _driver() -> str:
 
 
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """The differences of two fingerprints, for messages; "" for none."""
+    """The differences of two fingerprints, for messages. Equal fingerprints give ""."""
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return ", ".join(f"{name} {one.get(name) or 'none'} / {other.get(name) or 'none'}" for name in names)

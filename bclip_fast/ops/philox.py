@@ -25,7 +25,7 @@ def key_of(seed: Tensor) -> tuple[int, int]:
 
 
 def threshold_of(dropout_p: float) -> int:
-    """The number below which a 32-bit random word drops its element."""
+    """The threshold for 32-bit random words. A word below it drops its element."""
     return int(dropout_p * 2**32)
 
 

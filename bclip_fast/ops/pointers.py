@@ -1,4 +1,4 @@
-"""Addresses for compiled code, which reads and writes wherever an address points: so every tensor is checked first."""
+"""Addresses of tensors for compiled code, which cannot detect a wrong address. So every tensor is checked first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
 
 
 def cuda_address(tensor: Tensor, dtype: torch.dtype, device: torch.device, *shape: int) -> int:
-    """The address of a contiguous tensor on `device` that has exactly this dtype and shape; errors as in `address`."""
+    """The address of a contiguous tensor on `device` that has exactly this dtype and shape. Raises as `address`."""
     if tensor.device != device or tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
         raise ValueError(
             f"compiled code expects a contiguous {dtype} tensor on {device} of shape {shape}, got {tensor.dtype}, "

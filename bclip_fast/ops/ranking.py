@@ -27,7 +27,7 @@ def screen(
     column_counts: Tensor,
     most: int,
 ) -> Tensor | None:
-    """Counts the dot products above the high bound of each row and column, and adds them to the counts.
+    """Count the dot products above the high bound of each row and column, and add them to the counts.
 
     Args:
         left, right: (n, D) and (m, D) bfloat16, contiguous.
@@ -36,8 +36,8 @@ def screen(
         most: limit of the number of pairs between bounds.
 
     Returns:
-        int64 (P,): one code per pair (i, j) whose product lies between the bounds: `4 * (i * m + j)`, plus 1 if it is
-        within row i's bounds, plus 2 if within column j's. None if there are more than `most`; then the counts are
+        int64 (P,): one code per pair (i, j) whose product lies between the bounds. The code is `4 * (i * m + j)`, plus
+        1 within row i's bounds, plus 2 within column j's. None if there are more than `most` pairs. Then the counts are
         invalid.
     """
     from bclip_fast import _cpu

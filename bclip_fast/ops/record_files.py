@@ -29,10 +29,10 @@ class Entry:
 
 @dataclass
 class Record:
-    """Measurements and checks of one device.
+    """The measurements and checks of one device.
 
-    `checks` maps (operator, dtype, backend) to the fault that a check found, or to "" for none. `made` is the time of
-    the measurements (ISO 8601, UTC), or "" without any.
+    `checks` maps (operator, dtype, backend) to the fault that a check found, or to "". `made` is the time of the
+    measurements (ISO 8601, UTC), or "" without any.
     """
 
     fingerprint: dict[str, str]
@@ -44,10 +44,10 @@ class Record:
 
 
 def load(path: Path) -> Record:
-    """Reads a record.
+    """Read a record.
 
     Raises:
-        UserError: the file is missing, damaged, or not a record of this version; the message says which.
+        UserError: the file is missing, damaged, or not a record of this version. The message says which.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def load(path: Path) -> Record:
 
 
 def save(record: Record, path: Path) -> None:
-    """Writes the record completely or not at all.
+    """Write the record completely or not at all.
 
     Raises:
         OSError: the file cannot be written.

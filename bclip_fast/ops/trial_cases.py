@@ -1,4 +1,4 @@
-"""A call of each operator in each class of shapes, as `bclip tune` times it, and small calls that check kernels."""
+"""A call of each operator in each class of shapes, which `bclip tune` times, and small calls, which check kernels."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ Make = Callable[[], list[Tensor]]
 class Trial:
     """One call of an operator.
 
-    `make` returns its tensors. `call(backend, *tensors)` returns its results, and the tensors that require gradients
-    get them. `definition` computes the results from the same tensors in any dtype; it is None for images, which have no
-    float64 form.
+    `make` returns its tensors. `call(backend, *tensors)` returns its results. `definition` computes the results from
+    the same tensors in any dtype. It is None for images, which have no float64 form.
     """
 
     operator: str
@@ -126,7 +125,7 @@ def results_of(function: Callable[..., Tensor | Tensors], tensors: Tensors) -> l
 
 
 class _Inputs:
-    """Draws a trial's tensors, the same ones each time, without touching torch's global generators."""
+    """Draw a trial's tensors, the same ones each time, without touching torch's global generators."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, empty: bool) -> None:
         self.device, self.dtype, self.empty = device, dtype, empty
@@ -279,7 +278,7 @@ def _linear(new: _Inputs, rows: int, width: int, columns: int) -> Trial:
 
 
 def _files(number: int, size: tuple[int, int]) -> list[bytes]:
-    """JPEG files of smooth noise; no files without Pillow, which is then not a backend either."""
+    """JPEG files of smooth noise. Without Pillow, which is the reference, the list is empty."""
     try:
         from PIL import Image
     except ImportError:
@@ -308,7 +307,7 @@ def _images(device: torch.device, files: list[bytes], size: int) -> Iterator[Tri
         pixels, errors = decode_resize_normalize(files, size, device=device, backend=backend)
         if errors:
             raise ValueError(f"a valid file is refused: {errors}")
-        # Roughly in levels, like the other operators.
+        # Scale to about levels, the unit of the other operators' errors.
         return pixels * 64
 
     calls: dict[str, Callable[[str], Tensor | Tensors]] = {

@@ -26,7 +26,7 @@ def decisions(device: torch.device, *, check: bool = False) -> Iterator[Decision
 
 
 def check(operator: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> tuple[str, bool]:
-    """The fault of the backend's kernels on the device, "" for none, and whether a record should keep it.
+    """The fault of the backend's kernels on the device, or "", and whether a record should keep it.
 
     Running out of memory is temporary, so no record keeps it. An operator or dtype without trials passes.
     """
@@ -40,7 +40,7 @@ def check(operator: str, backend: str, device: torch.device, dtype: torch.dtype 
 
 
 def fault_of(trial: Trial, backend: str) -> str:
-    """The fault of the backend's results and gradients of this call, "" for none."""
+    """The fault in the backend's results and gradients of this call, or ""."""
     # The caller may have switched gradients off or autocast on.
     autocast = torch.autocast(trial.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), autocast:
@@ -74,7 +74,7 @@ def fault_of(trial: Trial, backend: str) -> str:
 
 
 def _image_fault(images: Tensors, expected: Tensors) -> str:
-    """Decoders and filters may differ by a level or two on average, and by more at edges of chroma."""
+    """The fault of images whose mean error is above 2 levels, or ""."""
     for pixels, true in zip(images, expected, strict=True):
         error = (pixels.float() - true.float()).abs().mean().item()
         if not error <= 2.0:

@@ -1,4 +1,4 @@
-"""The record of the backends of each device: which are right, and which are fastest. `auto` goes by it.
+"""Tuning records: the correct backends of each device, fastest first. They give the order of `auto`.
 
 A record belongs to one device in one environment. Its fingerprint names the processor or GPU, the instruction set in
 use, the drivers, the versions and the build of the kernels. `bclip tune` writes its file to BCLIP_CACHE/tuning, by
@@ -34,7 +34,7 @@ DEFAULTS = Path(__file__).parent / "defaults"
 
 
 def unmeasured(kind: str) -> Record:
-    """An empty record, with which `auto` takes the package's order."""
+    """An empty record, for the package's order of backends."""
     return Record({"device": kind, "name": kind, "architecture": "none"}, origin="the package's order")
 
 
@@ -66,7 +66,7 @@ _orders: dict[tuple[str, int, str, torch.dtype | None, str, tuple[str, ...]], tu
 def order(
     operator: str, kind: str, index: int, dtype: torch.dtype | None, shapes: str, otherwise: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The backends that `auto` tries for such calls on the device, the fastest first. Without an entry: `otherwise`.
+    """The backends that `auto` tries for such calls on the device, fastest first. `otherwise` without an entry.
 
     Raises:
         UserError: BCLIP_TUNE names a file that is not a record.
@@ -82,12 +82,12 @@ def order(
 
 
 # The mark that torch.compiler.assume_constant_result sets. That function also imports Dynamo and Triton: two seconds. A
-# graph keeps the order of the time of its tracing.
+# graph keeps the order that it was traced with.
 order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def of_device(kind: str, index: int = 0) -> Record:
-    """The record in use: the run's, else the named one or the machine's, else the package's defaults.
+    """The record in use: that of the run, of BCLIP_TUNE, of the machine, or else the package's defaults.
 
     Raises:
         UserError: BCLIP_TUNE names a file that is not a record.
@@ -155,7 +155,7 @@ def shipped(here: Mapping[str, str]) -> Record:
 
 
 def note_check(kind: str, index: int, key: Key, error: str, *, keep: bool = True) -> None:
-    """Remembers a check's result in this process and, with `keep` and without BCLIP_TUNE, in the machine's record."""
+    """Remember a check's result in this process and, with `keep` and without BCLIP_TUNE, in the machine's record."""
     record = of_device(kind, index)
     record.checks[key] = error
     _orders.clear()
@@ -167,12 +167,12 @@ def note_check(kind: str, index: int, key: Key, error: str, *, keep: bool = True
         stored.checks[key] = error
         save(stored, path)
     except (UserError, OSError, RuntimeError) as problem:
-        log.info("the result of the check is not kept: %s", problem)
+        log.info("the result of the check cannot be saved: %s", problem)
 
 
 @contextmanager
 def in_force(records: Mapping[str, Record]) -> Iterator[None]:
-    """Makes `auto` use these records, by kind of device, instead of the machine's inside the block."""
+    """Make `auto` use these records, by kind of device, inside the block."""
     previous = dict(_run)
     install({**previous, **records})
     try:
@@ -182,13 +182,13 @@ def in_force(records: Mapping[str, Record]) -> Iterator[None]:
 
 
 def install(records: Mapping[str, Record]) -> None:
-    """Makes `auto` use these records in this process from now on. An empty mapping restores the machine's records."""
+    """Make `auto` use these records in this process from now on. An empty mapping restores the machine's records."""
     _run.clear()
     _run.update(records)
     _orders.clear()
 
 
 def reset() -> None:
-    """Forgets all records, so that the next call reads the environment and the files again."""
+    """Forget all records, so that the next call reads the environment and the files again."""
     install({})
     _records.clear()

@@ -94,7 +94,7 @@ def test_empty_batch_gives_no_rows_and_a_gradient():
 
 def test_dropout_is_refused_and_auto_takes_another_backend():
     qkv = torch.randn(1, 7, 3, 2, 16)
-    with pytest.raises(ops.BackendError, match="torch: torch's dropout doesn't drop the weights that `seed` names"):
+    with pytest.raises(ops.BackendError, match="torch: torch's dropout cannot drop the weights that `seed` selects"):
         ops.fused_attention(qkv, dropout_p=0.1, seed=3, backend="torch")
     assert ops.fused_attention(qkv, dropout_p=0.1, seed=3).shape == (1, 7, 2, 16)
 

@@ -17,23 +17,22 @@ from .single_query import single_query_attention
 __all__ = ["LIMITS", "fused_attention", "single_query_attention", "varlen_attention"]
 
 
-# A limit takes qkv, the dropout probability and whether sequences are packed. The last two may be left out.
+# A limit takes qkv, the dropout probability and whether sequences are packed. The last two are optional.
 
 
 def _triton_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     if qkv.shape[-1] not in (32, 64, 80, 96, 128):
-        return f"d is {qkv.shape[-1]}, not among 32, 64, 80, 96 and 128"
+        return f"d={qkv.shape[-1]} is not 32, 64, 80, 96 or 128"
     return triton_refusal(qkv)
 
 
-# Per head dimension: bytes of shared memory that a thread block of the backward needs at least, the most of all
-# kernels.
+# Shared memory, in bytes, that a thread block needs for each head dimension. The backward pass needs the most.
 CUDA_BLOCK_BYTES = {32: 83456, 64: 82944, 96: 123904, 128: 148480}
 
 
 def _cuda_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     if qkv.shape[-1] not in CUDA_BLOCK_BYTES:
-        return f"d is {qkv.shape[-1]}, not among 32, 64, 96 and 128"
+        return f"d={qkv.shape[-1]} is not 32, 64, 96 or 128"
     return cuda_refusal(qkv, block_bytes=CUDA_BLOCK_BYTES[qkv.shape[-1]])
 
 
@@ -70,8 +69,8 @@ def fused_attention(
         key_mask: (B, N) bool, True for a visible key. A sequence without visible keys yields zeros.
         causal: whether query i attends only to keys 0 to i.
         dropout_p: probability of dropping an attention weight. The other weights are scaled by 1/(1-p).
-        seed: seed of the dropped weights, the same weights in every backend: an int or a 0-dimensional int64 tensor. By
-            default drawn from torch's CPU generator, so `torch.manual_seed` fixes it and activation checkpointing
+        seed: seed of the dropout, an int or a 0-dimensional int64 tensor. All backends drop the same weights. By
+            default it is drawn from torch's CPU generator, so `torch.manual_seed` fixes it and activation checkpointing
             repeats it.
         scale: factor of the scores. d**-0.5 by default.
         backend: "auto" or one of `ops.BACKENDS`.
@@ -80,7 +79,7 @@ def fused_attention(
         (B, N, H, d) in the dtype of `qkv`, so the output projection needs no transpose. Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability doesn't fit; the message names it.
+        ValueError: a shape, dtype or probability is wrong. The message names it.
         BackendError: the named backend cannot run this call.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
@@ -113,7 +112,7 @@ def varlen_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention inside each of n sequences, stored one after another without padding.
+    """Attention inside each of n sequences, which are stored one after another without padding.
 
     Args:
         qkv: (T, 3, H, d), any floating dtype: the tokens of all sequences.
@@ -125,8 +124,8 @@ def varlen_attention(
         (T, H, d) in the dtype of `qkv`. Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability doesn't fit; the message names it. The values of cu_seqlens are
-            checked only on the CPU, because reading them on a GPU would wait for the device.
+        ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens are checked
+            only on the CPU, because reading them on a GPU would wait for the device.
         BackendError: the named backend cannot run this call.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:

@@ -9,13 +9,13 @@ from bclip_fast.ops.philox import seed_tensor
 
 
 def cpu_limits(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
-    """The reason against the C++ kernels, for an operand (..., d)."""
+    """The reason why the C++ kernels cannot take an operand (..., d), or None."""
     if operand.device.type != "cpu":
         return f"the input is on {operand.device}"
     if operand.dtype not in (torch.float32, torch.bfloat16):
         return f"{operand.dtype} is neither float32 nor bfloat16"
     if operand.shape[-1] % 16:
-        return f"the head dimension {operand.shape[-1]} isn't a multiple of 16"
+        return f"the head dimension {operand.shape[-1]} is not a multiple of 16"
     return None
 
 
@@ -36,7 +36,7 @@ def checked_dropout(
 
 
 def check_sequences(cu_seqlens: Tensor, num_rows: int, max_seqlen: int) -> None:
-    """Raises ValueError unless the sequences own all rows and none is longer than `max_seqlen`."""
+    """Raise ValueError unless the sequences own all rows and none is longer than `max_seqlen`."""
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != num_rows or min(lengths, default=0) < 0:
@@ -47,7 +47,7 @@ def check_sequences(cu_seqlens: Tensor, num_rows: int, max_seqlen: int) -> None:
 
 
 def check_rows(rows: Tensor, cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Raises ValueError unless the sequences own all tokens and each row lies in its sequence."""
+    """Raise ValueError unless the sequences own all tokens and each row lies in its sequence."""
     starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
         raise ValueError(

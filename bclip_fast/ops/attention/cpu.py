@@ -1,4 +1,4 @@
-"""The operator on the CPU: all of it in C++ (csrc/attention.h). Each thread runs one head of one sequence at a time.
+"""The operator on the CPU, completely in C++ (csrc/attention.h). Each thread runs one head of one sequence at a time.
 
 `bclip tune` compares it with torch's scaled_dot_product_attention on this machine. Without AMX it multiplies bfloat16
 in float32, and without AVX-512 the same code uses narrower vectors.
@@ -16,12 +16,12 @@ from .call import AttentionCall, unsigned_seed
 
 DTYPES = torch.bfloat16, torch.float32
 
-# Per dtype: the best instruction set that this machine has for its products.
+# The best instruction set of this machine for products of each dtype.
 INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     compiled, (qkv, *_) = _compiled_call(call)
     out = torch.empty(qkv[:, 0].shape, dtype=qkv.dtype)
     lse = torch.empty(qkv.shape[2], qkv.shape[0], dtype=torch.float32)
@@ -30,7 +30,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     compiled, (qkv, *_) = _compiled_call(call)
     grad_out, shape = grad_out.contiguous(), qkv[:, 0].shape
     grad_qkv = torch.empty_like(qkv)

@@ -1,4 +1,4 @@
-"""The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/attention/); not yet measured on one.
+"""The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/attention/). It has not been measured on a GPU yet.
 
 Registers hold complete rows of up to 256 scores, or 128 for a head dimension above 64. Longer rows are processed in
 chunks.
@@ -25,7 +25,7 @@ STRIP = 64
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     qkv = call.qkv
     rows, _, heads, dim = qkv.shape
     out = torch.empty(rows, heads, dim, dtype=qkv.dtype, device=qkv.device)
@@ -40,7 +40,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     qkv = call.qkv
     rows, _, heads, dim = qkv.shape
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)

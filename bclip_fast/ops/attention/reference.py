@@ -1,22 +1,27 @@
-"""The definition (`attention`), and the two functions of every backend, `forward` and `backward`, here by formula.
+"""The definition (`attention`), and `forward` and `backward`, the two functions of every backend, as formulas.
 
 Rows t of `qkv` are the tokens of all sequences, one sequence after another. For one sequence and one head with queries
 Q, keys K and values V (n, d),
-    S = scale * Q @ K.T, -inf for a key that is masked or, if causal, comes after the query;
-    L = logsumexp(S, keys),  P = exp(S - L); a query without visible keys has L = -inf and a zero row in P;
-    O = (P * M) @ V,         with the dropout mask M: 0 or 1/(1 - p), all ones for p = 0.
+    S = scale * Q @ K.T,
+    L = logsumexp(S, keys),  P = exp(S - L),
+    O = (P * M) @ V.
+S is -inf for an invisible key: a masked one or, if causal, one after the query. A query without visible keys has
+L = -inf and a zero row in P. The dropout mask M is 0 or 1/(1 - p), and 1 for p = 0.
+
 The gradients follow from dO. Nothing of size n x n is stored: P is recomputed from L, and M from the seed.
+
     dV = (P * M).T @ dO,     dP = M * (dO @ V.T),   delta = rowsum(dO * O) = rowsum(P * dP),
     dS = P * (dP - delta),   dQ = scale * dS @ K,   dK = scale * dS.T @ Q.
 
 Dropout is the same in every backend. Let (w_0, w_1, w_2, w_3) be Philox4x32-10 (Salmon et al. 2011, "Parallel random
 numbers: as easy as 1, 2, 3") of counter (k // 4, t, h, 0) and key (seed mod 2^32, seed / 2^32 mod 2^32). The weight of
 query row t, head h and key k is dropped if and only if w_(k mod 4), as an unsigned number, is below floor(p * 2^32).
-t counts over all sequences, modulo 2^32; k counts within its sequence.
+t counts over all sequences, modulo 2^32. k counts within its sequence.
 
-Every backend has these two functions. On the CPU, `cu_seqlens` has been checked.
-    forward(call) -> out (T, H, d) in qkv's dtype, L (H, T) float32 (float64 for float64), both contiguous;
-    backward(call, grad_out (T, H, d) of any strides, out, L) -> the gradient of qkv (T, 3, H, d), contiguous.
+Every backend has these two functions. On the CPU, the caller has checked `cu_seqlens`.
+
+    forward(call) -> out (T, H, d) in qkv's dtype, L (H, T) float32 (float64 for float64), both contiguous
+    backward(call, grad_out (T, H, d) of any strides, out, L) -> the gradient of qkv (T, 3, H, d), contiguous
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ def attention(call: AttentionCall) -> Tensor:
         query, key, value = _heads(call.qkv[rows], shape)
         visible = visible_keys(call, rows, shape)
         weights = ((query * call.scale) @ key.transpose(-2, -1)).masked_fill(~visible, float("-inf")).softmax(-1)
-        # The softmax of a row without visible keys is 0/0. The definition makes it zero, and its gradient too.
+        # The softmax of a row without visible keys is 0/0. The definition sets the row and its gradient to zero.
         weights = weights.masked_fill(~visible, 0.0)
         if call.seed is not None:
             weights = weights * dropout_mask(call, rows, shape, weights.dtype)
@@ -105,7 +110,7 @@ def dropout_factors(query: Tensor, heads: int, keys: int, dtype: torch.dtype, dr
 
 
 def batches(call: AttentionCall) -> Iterator[tuple[slice, tuple[int, int]]]:
-    """(rows, (batch, tokens)) of sequences to compute at once: all of them, or each that isn't empty."""
+    """(rows, (batch, tokens)) of sequences to compute together: all of them, or one non-empty sequence at a time."""
     bounds = [0, len(call.qkv)] if call.cu_seqlens is None else call.cu_seqlens.tolist()
     for start, stop in zip(bounds, bounds[1:], strict=False):
         if stop > start:

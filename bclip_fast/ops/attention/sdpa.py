@@ -16,11 +16,11 @@ from .call import AttentionCall, SingleQueryCall
 
 
 def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
-    """The reason against this backend for an operand (..., d), or None."""
+    """The reason why this backend cannot take an operand (..., d), or None."""
     if dropout_p > 0.0:
-        return "torch's dropout doesn't drop the weights that `seed` names"
+        return "torch's dropout cannot drop the weights that `seed` selects"
     if packed and operand.device.type == "cpu" and torch.compiler.is_compiling():
-        return "it takes sequences one by one, whose lengths a graph cannot hold"
+        return "it loops over the sequences, whose lengths a graph cannot hold"
     return None
 
 
@@ -37,7 +37,7 @@ def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> T
 
 
 def packed(call: AttentionCall) -> Tensor:
-    """(T, H, d): one sequence after another on the CPU. Elsewhere padded, which never waits for the device."""
+    """(T, H, d). The CPU takes one sequence after another. Other devices take padded ones, so nothing waits."""
     return (packed_one_by_one if call.qkv.device.type == "cpu" else packed_padded)(call)
 
 
@@ -48,7 +48,7 @@ def packed_one_by_one(call: AttentionCall) -> Tensor:
 
 
 def _sequences(call: AttentionCall) -> list[Tensor]:
-    """The rows of each sequence that isn't empty."""
+    """The rows of each non-empty sequence."""
     assert call.cu_seqlens is not None
     bounds = call.cu_seqlens.tolist()
     return [call.qkv[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
@@ -73,7 +73,7 @@ def packed_padded(call: AttentionCall) -> Tensor:
 
 
 def single_query(call: SingleQueryCall) -> Tensor:
-    """(n, H, d): one sequence after another on the CPU, elsewhere by one masked product."""
+    """(n, H, d). The CPU takes one sequence after another. Other devices compute one masked product."""
     return (single_query_one_by_one if call.query.device.type == "cpu" else single_query_masked)(call)
 
 
@@ -91,7 +91,7 @@ def single_query_one_by_one(call: SingleQueryCall) -> Tensor:
 def single_query_masked(call: SingleQueryCall) -> Tensor:
     """`single_query` by one product of every query with all rows, most of them masked.
 
-    The longest sequence isn't known without waiting for the device.
+    Only the device knows the length of the longest sequence, and reading it would wait.
     """
     row = torch.arange(len(call.key_value), device=call.query.device)
     visible = (row >= call.cu_seqlens[:-1, None]) & (row < call.visible_stops()[:, None])

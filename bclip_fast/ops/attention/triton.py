@@ -1,4 +1,4 @@
-"""The operator in Triton, for NVIDIA GPUs from sm_80 on; triton_kernels.py describes the kernels.
+"""The operator in Triton, for NVIDIA GPUs from sm_80 on. triton_kernels.py describes the kernels.
 
 No launch waits for the GPU.
 """
@@ -26,9 +26,9 @@ FEW_PROGRAMS = 256
 def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) -> dict[str, Any]:
     """Tile sizes and launch options of a kernel, by its name without "_kernel".
 
-    They are fixed, so results don't depend on a tuning run, and not yet tuned on a GPU. Tiles are as large as registers
-    allow on sm_80 and sm_90. A row forward for d = 64 takes 80 KiB of shared memory. It takes at most 128 registers for
-    images without dropout and for captions with it, so two programs share a multiprocessor.
+    They are fixed, so results don't depend on a tuning run. They have not been tuned on a GPU yet. Tiles are as large
+    as registers allow on sm_80 and sm_90. The forward row kernel for d = 64 takes 80 KiB of shared memory and, for
+    images without dropout and captions with it, at most 128 registers. So two programs share a multiprocessor.
     """
     width = max(32, triton.next_power_of_2(dim))
     config = {"DIM": dim, "WIDTH": width, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
@@ -53,16 +53,16 @@ def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) ->
 
 
 def takes_rows(kernel: str, call: AttentionCall) -> bool:
-    """Whether the row kernel "_row_forward" or "_row_backward" has the registers for this call.
+    """Whether the row kernel "_row_forward" or "_row_backward" has enough registers for this call.
 
-    A causal call takes block kernels, which skip the blocks it can't see. The row backward is for the towers' d = 64.
+    A causal call takes block kernels, which skip invisible blocks. The backward row kernel only takes d = 64.
     """
     plain = call.key_mask is None and not call.causal and call.qkv.dtype != torch.float32
     return plain and call.max_seqlen <= LONGEST_ROW and (kernel == "_row_forward" or call.qkv.shape[-1] == 64)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     tokens, _, heads, dim = call.qkv.shape
     dtype, device, cu_seqlens, max_seqlen = call.qkv.dtype, call.qkv.device, call.cu_seqlens, call.max_seqlen
     out = torch.empty(tokens, heads, dim, dtype=dtype, device=device)
@@ -89,7 +89,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     tokens, _, heads, dim = call.qkv.shape
     dtype, device, cu_seqlens, max_seqlen = call.qkv.dtype, call.qkv.device, call.cu_seqlens, call.max_seqlen
     grad_qkv = torch.empty(call.qkv.shape, dtype=dtype, device=device)
@@ -120,7 +120,7 @@ def backward(call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) ->
 
 
 def _operand(tensor: Tensor, max_seqlen: int) -> Tensor:
-    """The tensor with contiguous elements of a head, as the kernels read them."""
+    """The tensor with the elements of each head contiguous, as the kernels read them."""
     if tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     # Inside a sequence the kernels count in int32.

@@ -3,16 +3,17 @@
 Row kernels take sequences of at most 256 tokens, which includes every image and caption of BiomedCLIP. One program per
 sequence and head loads its K and V once and loops over blocks of queries. Registers hold all scores of a query, so the
 softmax needs no running maximum. The backward also sums dK and dV in registers and writes each dQ once: five matrix
-products instead of the seven of two kernels. A program takes the least of 64, 128 and 256 keys that holds its sequence.
+products, while two kernels would need seven. A program takes 64, 128 or 256 keys, the least number that holds its
+sequence.
 
-Block kernels take the other calls: longer sequences, masks, backward passes with d other than 64, and float32, whose
-tiles must be small because it has no tensor cores. The forward has one program per block of queries and a running
-maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). The backward has one kernel by queries for dQ and one by keys
-for dK and dV. Each computes the scores again (Dao 2023, arXiv 2307.08691).
+Block kernels take the other calls: longer sequences, masks, backward passes with d other than 64, and float32. The
+tiles of float32 must be small because it has no tensor cores. The forward has one program per block of queries and a
+running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). The backward has one kernel by queries for dQ and one
+by keys for dK and dV.  Each computes the scores again (Dao 2023, arXiv 2307.08691).
 
 Scores, softmax and sums are float32. float32 inputs are multiplied in float32, never TF32. P and dS are rounded to the
-inputs' dtype. Exponentials are powers of two, with log2(e) in the scale. One call of Philox decides about four weights.
-Rows of a tile past a sequence's end are read as zeros, so they add nothing. There are no atomics.
+inputs' dtype. Exponentials are powers of two, with log2(e) in the scale. One call of Philox gives the random numbers of
+four weights. Rows of a tile past a sequence's end are read as zeros, so they add nothing. The kernels use no atomics.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def store_rows(base, rows, length, stride, values, DIM: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def _scores(products, queries, keys, length, key_mask, scale, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """scale * log2(e) * products, -inf for invisible keys; queries and keys broadcast to the tile."""
+    """scale * log2(e) * products, and -inf for invisible keys. Queries and keys broadcast to the tile."""
     visible = keys < length
     if key_mask is not None:
         visible = visible & (tl.load(key_mask + keys, mask=visible, other=0) != 0)
@@ -70,7 +71,7 @@ def _scores(products, queries, keys, length, key_mask, scale, CAUSAL: tl.constex
 
 @triton.jit
 def kept_weights(seed, threshold, rows, head, first_key, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(rows, KEYS) bool, False for a dropped weight. Rows count over all sequences, keys within their own."""
+    """(rows, KEYS) bool, False for a dropped weight. Rows count over all sequences, keys within one sequence."""
     quads = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)
     head = head.to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(seed), quads[None, :], rows.to(tl.uint32)[:, None], head, head * 0)
@@ -87,7 +88,7 @@ def _finish(  # type: ignore[no-untyped-def]
     out, lse, queries, length, result, highest, sums, keep_scale, HEADS: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Stores a block of queries: zeros and -inf for a row without visible keys."""
+    """Store a block of queries. A row without visible keys gets zeros and -inf."""
     tl.store(lse + queries, (highest + tl.log2(sums)) * LN_2, mask=queries < length)
     factor = keep_scale / tl.where(sums == 0.0, 1.0, sums)
     store_rows(out, queries, length, HEADS * DIM, result * factor[:, None], DIM, WIDTH)
@@ -264,7 +265,7 @@ def _query_backward_kernel(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):
-    """dQ, and delta (HEADS, num_tokens) float32 for `_key_backward_kernel`; programs as in `_block_forward_kernel`."""
+    """dQ, and delta (HEADS, num_tokens) float32 for `_key_backward_kernel`. """
     program = tl.program_id(0)
     first_query = program % num_blocks * QUERIES
     head = program // num_blocks % HEADS

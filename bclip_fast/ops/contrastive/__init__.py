@@ -42,16 +42,17 @@ def clip_loss(
     """The mean of the image-to-text and text-to-image cross-entropies of S = logit_scale * image @ text.T.
 
     Row i of `image` belongs to row i of `text` (Radford et al. 2021, arXiv 2103.00020, figure 3). Further rows of text
-    are negatives of every image. The mean is over images with a text and texts with an image. S is computed chunk by
-    chunk, and again in the backward: memory is O(B * D + chunk_size * B) instead of the dense form's O(B * B). On a CPU
-    without `chunk_size`, up to 64 MiB of float32 products are kept for the backward instead.
+    are negatives of every image. The mean covers the images with a text and the texts with an image. The operator
+    computes S chunk by chunk, and again in the backward pass. Memory is O(B * D + chunk_size * B) instead of the dense
+    form's O(B * B). On a CPU without `chunk_size`, the operator keeps up to 64 MiB of float32 products for the backward
+    pass instead.
 
     The sums exclude the positive logits, so loss and gradient stay exact when the softmax rounds to 1. With `groups`
-    the sums include them, and the results are exact to the rounding of 1.
+    the sums include them, and the results have the rounding error of numbers near 1.
 
     Args:
-        image, text: (b, D) and (B, D), with the same dtype of float64, float32, bfloat16 or float16, usually of unit
-            norm. b <= B, unless `positive` or `groups` name the pairs.
+        image, text: (b, D) and (B, D), both float64, float32, bfloat16 or float16, usually of unit norm. b <= B, unless
+            `positive` or `groups` name the pairs.
         logit_scale: factor of the similarities, a number or 0-dimensional tensor. open_clip passes exp of its
             parameter.
         logit_bias: number or 0-dimensional tensor added to every logit. It cancels, so its gradient is 0.
@@ -62,22 +63,22 @@ def clip_loss(
         hardness: weight of hard negatives. The exponential of each negative is multiplied by
             exp(hardness * image . text), taken as a constant, in both directions (Lan et al. 2025, arXiv 2503.04812,
             equation 5, which uses 9).
-        chunk_size: rows of S at a time. By default 1 GiB of them, or on a CPU 8 MiB, but at least 256 rows.
-        operand_dtype: dtype to which the features are rounded before they are multiplied; sums and gradients keep their
-            precision. By default the features' own dtype. Under autocast float32 features are multiplied in autocast's
-            dtype on a CPU, whose matrix unit takes bfloat16, and in float16 on CUDA. float16's error is an eighth of
-            bfloat16's for features of unit norm; features above 65504 make the loss NaN.
-        deterministic: whether to refuse a backend that may give other bits from run to run, on the same machine with
-            the same number of threads. Our kernels always give the same bits. cuBLAS, which multiplies the gradients,
-            needs an environment variable.
+        chunk_size: number of rows of S at a time. The default fills 1 GiB, or on a CPU 8 MiB with at least 256 rows.
+        operand_dtype: dtype to which the features are rounded before they are multiplied. Sums and gradients keep their
+            precision. The default is the features' dtype. Under autocast, float32 features are multiplied in autocast's
+            dtype on a CPU, whose matrix unit takes bfloat16, and in float16 on CUDA. For features of unit norm, the
+            error of float16 is an eighth of bfloat16's. Features above 65504 make the loss NaN.
+        deterministic: whether to refuse a backend whose bits may differ from run to run, on the same machine with the
+            same number of threads. Our kernels always give the same bits. cuBLAS, which multiplies the gradients, needs
+            an environment variable.
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
-        0-dimensional, float64 for float64 inputs and float32 for all others, accumulated in that precision.
-        Differentiable once in image, text, logit_scale and logit_bias.
+        0-dimensional loss, float64 for float64 inputs and float32 for all others, accumulated in that precision. It is
+        differentiable once in image, text, logit_scale and logit_bias.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options don't fit; the message names them.
+        ValueError: shapes, dtypes, devices or options are wrong. The message names them.
         BackendError: the named backend cannot run this call.
     """
     keep = chunk_size is None
@@ -114,7 +115,7 @@ def siglip_loss(
 ) -> Tensor:
     """sum_ij softplus(-y_ij * S_ij) / b with S = logit_scale * image @ text.T + logit_bias, y = 1 for i = j, else -1.
 
-    Zhai et al. 2023, arXiv 2303.15343, algorithm 1. y = 1 for every pair that belongs together; b is the number of
+    Zhai et al. 2023, arXiv 2303.15343, algorithm 1. y = 1 for every pair that belongs together. b is the number of
     images. One pass computes the loss and its gradients. Arguments, result and errors are those of `clip_loss`.
     """
     scale, bias, chunk_size = checked(image, text, logit_scale, logit_bias, chunk_size)

@@ -17,7 +17,7 @@ class ContrastiveCall:
     image: Tensor  # (b, D)
     text: Tensor  # (B, D)
     scale: Tensor  # ()
-    positive_offset: int | None  # the row of text that belongs to image 0; None if the tile has no positives
+    positive_offset: int | None  # row of text that belongs to image 0, or None in a tile without positives
     chunk_size: int  # rows of S to compute at a time
     bias: Tensor | None = None  # (), for the sigmoid loss
     groups: Groups | None = None  # positives by group, instead of `positive_offset`
@@ -30,7 +30,7 @@ class SoftmaxGradient:
     rows_lse: Tensor  # (b,) float64: R
     columns_lse: Tensor  # (B,) float64: Q
     weight: Tensor  # (): w
-    positive_grad: Tensor  # (b,): G at the positives; ignored without `positive_offset`
+    positive_grad: Tensor  # (b,): G at the positives, ignored without `positive_offset`
     hardness: float = 0.0
 
 

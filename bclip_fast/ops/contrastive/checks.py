@@ -19,7 +19,7 @@ def checked(
     logit_bias: Tensor | float | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Scale, bias and chunk size as the backends take them; ValueError if an argument doesn't fit."""
+    """Scale, bias and chunk size as the backends take them. Raises ValueError if an argument is wrong."""
     check_features(image, text)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -32,7 +32,7 @@ def checked(
 
 
 def operand_dtype_of(image: Tensor, requested: torch.dtype | None) -> torch.dtype:
-    """The dtype in which these features are multiplied; `clip_loss` describes `requested` and autocast."""
+    """The dtype in which these features are multiplied. `clip_loss` describes `requested` and autocast."""
     device = image.device.type
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return operand_dtype_for(image.dtype, device, requested, torch.get_autocast_dtype(device) if enabled else None)
@@ -55,7 +55,7 @@ def operand_dtype_for(
 
 
 def check_options(positive: Tensor | None, groups: object, hardness: float = 0.0) -> None:
-    """Raises ValueError for options that exclude each other, and for a hardness that isn't finite."""
+    """Raise ValueError for options that exclude each other, and for a hardness that isn't finite."""
     if positive is not None and groups is not None:
         raise ValueError("positive and groups both name the texts of an image: pass one of them")
     if groups is not None and hardness:
@@ -65,10 +65,10 @@ def check_options(positive: Tensor | None, groups: object, hardness: float = 0.0
 
 
 def check_pairs(image: Tensor, text: Tensor) -> None:
-    """Raises ValueError if an image has no row of text."""
+    """Raise ValueError if an image has no row of text."""
     if image.shape[0] > text.shape[0]:
         raise ValueError(
-            f"text must have at least as many rows as image, got {image.shape[0]} images and {text.shape[0]} texts: "
+            f"text needs at least as many rows as image, got {image.shape[0]} images and {text.shape[0]} texts: "
             "pass positive= (each image's row of text, or -1) or groups="
         )
 
@@ -91,7 +91,7 @@ def checked_groups(
 
 
 def checked_positive(image: Tensor, text: Tensor, positive: Tensor) -> Tensor:
-    """Every image's row of text, or -1, on the features' device."""
+    """The row of text of every image, or -1, on the features' device."""
     if positive.shape != image.shape[:1] or positive.dtype != torch.int64:
         raise ValueError(f"positive must be {image.shape[0]} int64, got {positive.dtype} {tuple(positive.shape)}")
     rows = positive.tolist()
@@ -123,7 +123,7 @@ def positives_first(image: Tensor, text: Tensor, positive: Tensor) -> tuple[Tens
 
 
 def ids_of_positive(positive: Tensor, num_texts: int) -> tuple[Tensor, Tensor]:
-    """Ids that pair each image with its text. An image's id is its row; a text without an image has the id -1."""
+    """Ids that pair each image with its text. An image's id is its row. A text without an image has the id -1."""
     image_ids = torch.arange(len(positive), device=positive.device)
     text_ids = torch.full((num_texts,), -1, device=positive.device)
     text_ids[positive[positive >= 0]] = image_ids[positive >= 0]
@@ -131,7 +131,7 @@ def ids_of_positive(positive: Tensor, num_texts: int) -> tuple[Tensor, Tensor]:
 
 
 def check_features(image: Tensor, text: Tensor) -> None:
-    """Raises ValueError if shapes, dtypes or devices of the features don't fit."""
+    """Raise ValueError if shapes, dtypes or devices of the features are wrong."""
     if image.dim() != 2 or text.dim() != 2 or image.shape[1] != text.shape[1]:
         raise ValueError(f"image and text must be (b, D) and (B, D), got {tuple(image.shape)} and {tuple(text.shape)}")
     if image.shape[0] == 0 or text.shape[0] == 0 or image.shape[1] == 0:
@@ -149,7 +149,7 @@ def check_features(image: Tensor, text: Tensor) -> None:
 
 
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    """The number as a 0-dimensional tensor on the features' device, in the accumulation dtype, differentiably."""
+    """The number as a differentiable 0-dimensional tensor on the features' device, in the accumulation dtype."""
     dtype = accumulation_dtype(like)
     if not isinstance(value, Tensor):
         # A kernel writes the number. A copy would wait for the device, which a CUDA graph forbids.
@@ -160,7 +160,7 @@ def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def default_chunk_size(num_rows: int, num_columns: int, device: torch.device) -> int:
-    """Rows of S that fill 8 MiB in fp32 on a CPU, whose caches reward small chunks, or 1 GiB on an accelerator.
+    """The number of rows of S that fill 8 MiB in fp32 on a CPU, where small chunks stay in cache, or 1 GiB elsewhere.
 
     A CPU takes at least 256 rows, because smaller matmuls are slower.
     """

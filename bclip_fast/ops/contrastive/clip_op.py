@@ -20,8 +20,8 @@ from .loss_terms import pair_losses, positive_gradient, positive_logits
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log-sum-exps by row (b,) and by column (B,), positive logits (num_pairs,), products (b, B) or empty).
 
-    The log-sum-exps are those of the negatives. With ids they are those of all pairs, and there are no positive logits.
-    Both are float64. The products are those of all rows of image and text, if `keep_products` asks for them.
+    The log-sum-exps are those of the negatives. With ids they are those of all pairs, and the positive logits are
+    empty. Both are float64. With `keep_products`, the products are those of all rows of image and text.
     """
     call = ClipCall(*inputs[:-1])
     image, text, scale = call.image.to(call.dtype), call.text.to(call.dtype), call.scale

@@ -1,9 +1,9 @@
-"""The operators on the CPU: C++ for everything that reads or writes S (csrc/contrastive.h).
+"""The operators on the CPU: C++ code that reads and writes S (csrc/contrastive.h).
 
-bfloat16 features on a processor with a matrix unit (AMX) stay in C++ throughout. It computes S and its gradient in
-tiles that never leave a core's caches; torch's matmuls would round them and write them out. For all other features the
-library multiplies, in chunks of rows (`cpu_products`). It uses single precision, which holds products of half-precision
-features exactly and runs near the processor's peak.
+On a processor with a matrix unit (AMX), C++ also multiplies bfloat16 features. It computes S and its gradient in tiles
+that never leave a core's caches. torch's matmuls would round the tiles and write them to memory. All other features are
+multiplied by torch's library, in chunks of rows (`cpu_products`). The library uses single precision, which holds
+products of half-precision features exactly and runs near the processor's peak.
 
 One exponential serves rows and columns. Features of bounded norm have bounded logits, so one fixed offset suits all
 rows and columns. If the sums show that it underflowed, a running maximum replaces it.
@@ -25,12 +25,12 @@ from .cpu_products import Gradients, LibraryProducts, chunk_rows, column_blocks,
 from .groups import Groups
 from .loss_terms import log_sum_exp
 
-# An offset beyond every column means no positive.
+# An offset beyond the last column means that no row has a positive.
 _NO_POSITIVES = 1 << 40
 
 
 def forward(call: ContrastiveCall, *, products: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`. `products`, float32 (b, B), is filled with image @ text.T."""
+    """Same contract as `reference.forward`. The function fills `products`, float32 (b, B), with image @ text.T."""
     image, text, scale = call.image, call.text, float(call.scale)
     if products is not None:
         torch.mm(image.float(), text.float().T, out=products)
@@ -49,7 +49,7 @@ def forward(call: ContrastiveCall, *, products: Tensor | None = None) -> tuple[T
 def backward(
     call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype, *, products: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.backward`. `products`, float32 (b, B), saves another multiplication of image @ text.T."""
+    """Same contract as `reference.backward`. `products`, float32 (b, B), saves a second image @ text.T."""
     image, text, scale, groups, weight = call.image, call.text, float(call.scale), call.groups, upstream.weight
     rows_lse, columns_lse = upstream.rows_lse.contiguous(), upstream.columns_lse.contiguous()
     positive_grad, no_positives = upstream.positive_grad.contiguous(), call.positive_offset is None
@@ -91,7 +91,7 @@ def backward(
 def siglip(
     call: ContrastiveCall, weight: float, dtype: torch.dtype, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.siglip`."""
+    """Same contract as `reference.siglip`."""
     image, text, scale, groups = call.image, call.text, float(call.scale), call.groups
     first = _first_positive(call)
     bias = 0.0 if call.bias is None else float(call.bias)
@@ -173,7 +173,7 @@ def _with_fixed_offset(
                 address(row_sums[chunk.span], torch.float32, len(chunk.rows)),
                 address(column_sums, torch.float64, len(text)),
             )
-    # Terms below 2^-126 were flushed to zero. Sums over nothing, and NaN, fail this test as well.
+    # Terms below 2^-126 were flushed to zero. Empty sums and NaN fail this test as well.
     least = 2.0**-100 * max(len(image), len(text))
     if not all(sums.isfinite().all() and sums.min().item() > least for sums in (row_sums, column_sums)):
         return None
@@ -182,14 +182,14 @@ def _with_fixed_offset(
 
 
 def _largest_norm(features: Tensor) -> float:
-    """An upper bound of the rows' norms, in the features' own precision: torch would copy them for another one."""
+    """An upper bound of the rows' norms, in the features' precision. torch would copy them for another precision."""
     return torch.linalg.vector_norm(features, dim=1).max().item() * (1 + torch.finfo(features.dtype).eps)
 
 
 def _with_running_maximum(
     image: Tensor, text: Tensor, scale: float, first: int, chunk_size: int, products: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(r, q) for any logits; a sum over nothing is -inf."""
+    """(r, q) for any logits. An empty sum is -inf."""
     rows_lse = full((len(image),), -math.inf, torch.float64)
     columns_lse = full((len(text),), -math.inf, torch.float64)
     for chunk in LibraryProducts(image, text, chunk_size, products=products).chunks(first, read_only=True):
@@ -202,7 +202,7 @@ def _with_running_maximum(
 
 
 class _AmxProblem:
-    """Contiguous features, which C++ reads in place, and gradients of `dtype`, empty for None, which it writes."""
+    """Contiguous features, which C++ reads in place, and gradients of `dtype`, which C++ writes (empty for None)."""
 
     def __init__(self, image: Tensor, text: Tensor, first: int, dtype: torch.dtype | None) -> None:
         self.image, self.text = image.contiguous(), text.contiguous()

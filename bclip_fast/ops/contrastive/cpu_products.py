@@ -25,7 +25,7 @@ def takes_amx(image: Tensor) -> bool:
 
 
 def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on the CPU, whatever torch's default device and dtype are."""
+    """A tensor on the CPU, independent of torch's default device and dtype."""
     return torch.full(shape, value, dtype=dtype, device="cpu")
 
 
@@ -35,7 +35,7 @@ def number(value: float) -> Tensor:
 
 
 def chunk_rows(chunk_size: int, text: Tensor) -> int:
-    """Rows of a block of columns that hold as many products as `chunk_size` rows of all columns."""
+    """The number of rows of a block of columns with as many products as `chunk_size` rows of all columns."""
     return chunk_size * max(1, len(text) // _LIBRARY_COLUMNS)
 
 
@@ -50,21 +50,21 @@ class Gradients:
 
     def __init__(self, image: Tensor, text: Tensor, scale: float, dtype: torch.dtype) -> None:
         self.scale, self.dtype = scale, dtype
-        # With several blocks of columns, each adds to every row.
+        # Each of several blocks of columns adds to every row.
         self.in_blocks = len(column_blocks(image, text)) > 1
         self.image_grad = image.new_zeros(image.shape, dtype=torch.float32 if self.in_blocks else dtype)
         self.text_grad = text.new_empty(text.shape if self.in_blocks else (0,), dtype=dtype)
         self.scale_grad = 0.0
 
     def add_chunk(self, chunk: LibraryChunk) -> None:
-        """Adds a chunk whose products have been overwritten by G."""
+        """Add a chunk, after G has overwritten its products."""
         unscaled = chunk.image_gradient()
         # sum(G * (I @ T.T)) = sum((G @ T) * I), which needs no second pass over S.
         self.scale_grad += (unscaled.double() * chunk.rows).sum().item()
         self.image_grad[chunk.span] += unscaled.mul_(self.scale)
 
     def add_block(self, block: slice, products: LibraryProducts) -> None:
-        """Adds the texts' gradients of a block of columns, after all its chunks."""
+        """Add the texts' gradients of a block of columns, after all its chunks."""
         scaled = products.text_grad.mul_(self.scale)
         if self.in_blocks:
             self.text_grad[block] = scaled
@@ -98,17 +98,17 @@ class LibraryChunk:
         return address(self.dots, torch.float32, *self.dots.shape), *self.dots.shape, self.first
 
     def exponential_sums(self, factor: float, offset: float, *outputs: int) -> None:
-        """Adds the exponentials to the sums of rows and columns at the addresses `outputs`."""
+        """Add the exponentials to the sums of rows and columns at the addresses `outputs`."""
         _cpu.exponential_sums(*self._tile(), factor, offset, *outputs, torch.get_num_threads())
 
     def softmax_gradient(self, *arguments: Any) -> None:
-        """Overwrites the products by G of the softmax loss."""
+        """Overwrite the products with G of the softmax loss."""
         _cpu.softmax_gradient(*self._tile(), *arguments, torch.get_num_threads())
 
     def sigmoid_gradient(
         self, scale: float, bias: float, weight: float, groups: tuple[int, int, int, int]
     ) -> tuple[float, float]:
-        """Returns the sums of the loss and of G, and overwrites the products by G if gradients are needed."""
+        """Return the sums of the loss and of G, and overwrite the products with G if gradients are needed."""
         constants = scale, bias, weight, self.products.with_gradients
         return _cpu.sigmoid_gradient(*self._tile(), *constants, groups, torch.get_num_threads())
 
@@ -140,7 +140,7 @@ class LibraryProducts:
 
         Args:
             first: column of the first image's positive.
-            read_only: whether the products stay as they are, so that given ones need no copy.
+            read_only: whether the caller only reads the products, so that `products` needs no copy.
         """
         in_place = read_only and self.products is not None and self.products.is_contiguous()
         buffer = self.text.new_empty(0 if in_place else self.chunk_size, len(self.text))

@@ -1,4 +1,5 @@
-"""The operators in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive/); not yet measured on one.
+"""The operators in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive/). They have not been measured on a
+GPU yet.
 
 Our kernels compute forward and gradient tiles from bfloat16 or float16 features, with D padded to a multiple of 8.
 Library matmuls compute dI and dT from chunks of rows of G in float16 (`gpu_tiles`). The kernels read scale and bias on
@@ -26,7 +27,7 @@ NO_POSITIVES = 2**40
 
 
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     call = _with_operands(call)
 
     def launch(start: int, rows: Tensor, row_partials: Tensor, column_partials: Tensor) -> None:
@@ -37,10 +38,11 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     width, device, weight = call.image.shape[1], call.image.device, upstream.weight
     call = _with_operands(call)
-    # The kernel works on G / w, whose range is known. At w = 0 everything is zero, and 0 / 0 must not make it NaN.
+    # The kernel computes G / w, whose range is known. At w = 0 all gradients are zero, and 0 / 0 must not turn them
+    # into NaN.
     positive_grad = torch.where(weight == 0, 0.0, upstream.positive_grad / weight).float().contiguous()
     sharpness = call.scale + upstream.hardness if upstream.hardness else call.scale
     rows_near, rows_rest = _nearest(upstream.rows_lse)
@@ -68,7 +70,7 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
 def siglip(
     call: ContrastiveCall, weight: float, dtype: torch.dtype, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.siglip`."""
+    """Same contract as `reference.siglip`."""
     width, device, bias = call.image.shape[1], call.image.device, call.bias
     call, ids = _with_operands(call), _Ids(call.groups)
 

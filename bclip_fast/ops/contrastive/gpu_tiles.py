@@ -1,4 +1,4 @@
-"""Code around kernels that compute S by tiles on a GPU: partial results, chunks of rows of G, library matmuls."""
+"""Code around GPU kernels that compute S in tiles: partial results, chunks of rows of G, library matmuls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Shape = tuple[int, int]
 
 
 def padded(features: Tensor, multiple: int) -> Tensor:
-    """Contiguous features, padded with zeros to a width that is a multiple, so kernels load full, aligned vectors."""
+    """Contiguous features, padded with zeros to a multiple in width, so that kernels load full, aligned vectors."""
     missing = -features.shape[1] % multiple
     return F.pad(features, (0, missing)) if missing else features.contiguous()
 

@@ -31,7 +31,7 @@ class Groups:
     column_weights: Tensor
     """(B,) float64: the weights of the columns."""
     row_shares: Tensor
-    """(b,) float64: w_i / (n * w), which G / w of a positive loses to its row."""
+    """(b,) float64: w_i / (n * w), the row's term in G / w of a positive, with a minus sign."""
     column_shares: Tensor
     """(B,) float64: the same for columns."""
     positive_weights: Tensor
@@ -71,17 +71,17 @@ class Groups:
         )
 
     def among(self, columns: slice) -> Groups:
-        """The groups of the tile of these columns."""
+        """The groups of the tile with these columns."""
         return replace(self, columns=self.columns[columns], column_shares=self.column_shares[columns])
 
     def positives(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        """The weighted sum of the rows' positive logits, by sums over each id's texts: O(B * D), in a fixed order."""
+        """The weighted sum of the rows' positive logits. Sums over each id's texts need only O(B * D)."""
         wide = accumulation_dtype(text)
         ordered = text.index_select(0, self.columns.argsort(stable=True)).to(wide)
         sums = torch.segment_reduce(ordered, "sum", lengths=self.sizes, axis=0, unsafe=True)
         return (self.positive_weights * positive_logits(image, sums.index_select(0, self.rows), scale)).sum()
 
     def raised(self, rows_lse: Tensor, columns_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps of rows and columns as the kernels take them; infinite for a weight of 0."""
+        """Log-sum-exps of rows and columns as the kernels take them. They are infinite for a weight of 0."""
         rows, columns = ((self.weight / part).log() for part in (self.row_weights, self.column_weights))
         return rows_lse + rows, columns_lse + columns

@@ -1,7 +1,7 @@
 """The limits of the backends.
 
-A limit takes the features, the dtype in which they are multiplied (their own by default), and whether results must be
-the same bits from run to run. All our kernels sum in a fixed order and use no atomics.
+A limit takes the features, the dtype in which they are multiplied (by default theirs), and whether results must be
+bitwise reproducible. All our kernels sum in a fixed order and use no atomics.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _triton_limits(
     if reason is not None:
         return reason
     if image.shape[1] > 2048:
-        return f"D is {image.shape[1]}, more than 2048"
+        return f"D={image.shape[1]} is above 2048"
     return _library_limits(image, text, dtype, deterministic)
 
 
@@ -49,7 +49,7 @@ def _cpu_limits(
         return f"the features are on {image.device}"
     dtype = dtype or image.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{dtype} isn't among float32, bfloat16 and float16"
+        return f"{dtype} is not float32, bfloat16 or float16"
     return None
 
 

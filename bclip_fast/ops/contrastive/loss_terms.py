@@ -22,7 +22,7 @@ def siglip_gradient_dtype(features: Tensor) -> torch.dtype:
 
 
 def log_sum_exp(logits: Tensor, dim: int) -> Tensor:
-    """logits.logsumexp(dim) in float64, of exponentials in the logits' precision; -inf if all logits are -inf."""
+    """logits.logsumexp(dim) in float64, from exponentials in the logits' precision."""
     # The bound avoids -inf - -inf.
     highest = logits.amax(dim, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
     return (logits - highest).exp_().sum(dim, dtype=torch.float64).log_() + highest.squeeze(dim)
@@ -35,13 +35,13 @@ def positive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     float32 sum that every tile has.
     """
     dtype = torch.float64 if text.element_size() > 2 else torch.float32
-    # Few rows at a time, so their copies are small compared with a gradient.
+    # Take few rows at a time, so that their copies are small compared with a gradient.
     pairs = zip(image.split(64), text.split(64), strict=True)
     return scale.double() * torch.cat([(row.to(dtype) * other.to(dtype)).sum(1).double() for row, other in pairs])
 
 
 def pair_losses(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -> Tensor:
-    """(n,): the losses of each positive's row and column, added."""
+    """(n,): the sum of the losses of each positive's row and column."""
     # Above its threshold, torch takes softplus(x) as x. At the default of 20, float64 shows the difference.
     return F.softplus(rows_lse - positive, threshold=50) + F.softplus(columns_lse - positive, threshold=50)
 
@@ -53,7 +53,7 @@ def positive_gradient(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -
 
 def keeps_products(image: Tensor, text: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
     """Whether the C++ softmax loss keeps the products of these features, multiplied in `dtype`, for the backward."""
-    # The matrix unit's tiles of S never leave the caches, so there are no products to keep.
+    # The matrix unit's tiles of S never leave the caches, so it has no products to keep.
     if processor.HAS_AMX and dtype == torch.bfloat16:
         return False
     needs_grad = image.requires_grad or text.requires_grad or scale.requires_grad

@@ -1,27 +1,27 @@
-"""The definitions (`dense`, `dense_siglip`), and the same in chunks of rows with O(chunk * B) memory.
+"""The definitions (`dense`, `dense_siglip`), and the same losses in chunks of rows with O(chunk * B) memory.
 
-Softmax. Let S = s * I @ T.T, and let image i belong to text p = positive_offset + i. The positive logit stays out of
-the sums: r_i = logsumexp_{j != p} S_ij and q_j = logsumexp_{i: p(i) != j} S_ij. The loss of a row is then softplus(r_i
-- S_ip), and the probability of its negatives is sigmoid(r_i - S_ip). Both stay exact when the softmax itself rounds to
-1. With the full log-sum-exps R and Q and the weight w of a row,
+Softmax. Let S = s * I @ T.T, and let image i belong to text p = positive_offset + i. The sums exclude the positive
+logit: r_i = logsumexp_{j != p} S_ij and q_j = logsumexp_{i: p(i) != j} S_ij. The loss of a row is then softplus(r_i -
+S_ip), and the probability of its negatives is sigmoid(r_i - S_ip). Both stay exact when the softmax itself rounds to 1.
+With the full log-sum-exps R and Q and the weight w of a row,
     G_ij = w * (exp(S_ij - R_i) + exp(S_ij - Q_j)) off the positives,
     G_ip = -w * (sigmoid(r_i - S_ip) + sigmoid(q_p - S_ip)),
     dI = s * G @ T,   dT = s * G.T @ I,   ds = sum(G * (I @ T.T)).
 A bias common to all logits cancels. A row or column without a loss has an infinite R or Q. With hardness h, the
-exponentials in r and q and those of the gradient take s + h instead of s. That is S plus h times the cosine as a
-constant. The caller passes s + h as the scale to `forward`; all other factors remain s.
+exponentials in r, q and the gradient take s + h instead of s. This adds h times the cosine, as a constant, to S. The
+caller passes s + h as the scale to `forward`. All other factors remain s.
 
 Groups: soft targets, uniform over the n pairs of a row, or of a column, that share an id (Yang et al. 2022, arXiv
-2204.03610, equations 1 to 3). R and Q hold all pairs, and positive_offset is None. Row i has the loss
-R_i - mean of its positives' S. A positive's shares a_i + b_j, w / n each, are subtracted from its G_ij. In the sigmoid
-loss y = 1 for all positives.
+2204.03610, equations 1 to 3). R and Q include all pairs, and positive_offset is None. Row i has the loss R_i - mean of
+its positives' S. A positive's shares a_i + b_j, w / n each, are subtracted from its G_ij. In the sigmoid loss y = 1 for
+all positives.
 
 Sigmoid (Zhai et al. 2023, arXiv 2303.15343). Let S = s * I @ T.T + c and L = w * sum_ij softplus(-y_ij * S_ij), with y
 = 1 on the positives and -1 elsewhere. G_ij = -w * y_ij * sigmoid(-y_ij * S_ij) follows from the same numbers as the
 loss, so one pass computes both. dc = sum(G).
 
-The functions compute tiles (`call.ContrastiveCall`). Log-sum-exps are float64 throughout, because their rounding would
-be that of every gradient in their row. The functions know no ranks; `bclip_fast.loss` merges tiles.
+The functions compute tiles (`call.ContrastiveCall`). Log-sum-exps are always float64, because their rounding error
+would enter every gradient of their row. The functions don't know about ranks. `bclip_fast.loss` merges tiles.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _dense_logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | Non
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
     """(r (b,), q (B,)) of the tile in float64.
 
-    q covers only the tile's rows. A sum over nothing is -inf.
+    q covers only the tile's rows. An empty sum is -inf.
     """
     image, text, scale = call.image, call.text, call.scale
     dtype = accumulation_dtype(image)

@@ -16,7 +16,7 @@ from .loss_terms import siglip_gradient_dtype
 
 @custom_op.without_autocast
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, and its gradients for image, text, scale and bias)"""
+    """(loss, and its gradients in image, text, scale and bias)."""
     call = SiglipCall(*inputs[:-1])
     image, text = call.image.to(call.dtype), call.text.to(call.dtype)
     groups = None

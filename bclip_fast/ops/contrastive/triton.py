@@ -1,4 +1,4 @@
-"""The operators in Triton, for NVIDIA GPUs from sm_80 on; triton_kernels.py describes the kernels."""
+"""The operators in Triton, for NVIDIA GPUs from sm_80 on. triton_kernels.py describes the kernels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .groups import Groups
 def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict[str, Any]:
     """Tile sizes and launch options of every kernel.
 
-    They are fixed, so results don't depend on a tuning run, and not yet tuned on a GPU. A tile of 128 x 128 reads a
-    third less from L2 than a tile of 64 x 128. On tensor cores, 16 warps hold its accumulators in 32 registers per
-    thread, which leaves 96 for the exponentials; 8 warps would spill registers. The softmax's gradient with groups also
-    holds ids and shares, so it takes half the tile. Plain float32 multiplications are so slow that L2 doesn't matter,
-    so float32 takes a smaller tile, with registers to spare.
+    They are fixed, so results don't depend on a tuning run. They have not been tuned on a GPU yet. A tile of 128 x 128
+    reads a third less from L2 than a tile of 64 x 128. On tensor cores, 16 warps hold its accumulators in 32 registers
+    per thread, which leaves 96 for the exponentials. With 8 warps, registers would spill. The softmax's gradient with
+    groups also holds ids and shares, so it takes half the tile. Plain float32 multiplications are so slow that L2
+    doesn't matter, so float32 takes a smaller tile, with registers to spare.
     """
     in_float32 = dtype == torch.float32
     largest = 16 if in_float32 else 64
@@ -48,7 +48,7 @@ def _with_operands(call: ContrastiveCall) -> ContrastiveCall:
 
 
 def _first_positive(call: ContrastiveCall, start: int) -> int:
-    """The row of text that belongs to image `start`; 0 for a tile without positives, whose kernels ignore it."""
+    """The row of text that belongs to image `start`, or 0 for a tile without positives, whose kernels ignore it."""
     return 0 if call.positive_offset is None else call.positive_offset + start
 
 
@@ -58,7 +58,7 @@ def _ids(groups: Groups | None, start: int) -> tuple[Tensor | None, Tensor | Non
 
 
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     call = _with_operands(call)
     config = configuration(call.image.dtype, call.image.shape[1])
 
@@ -80,12 +80,13 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     groups, weight, scale = call.groups, upstream.weight, call.scale
-    # The kernel works on G / w, whose range is known. At w = 0 everything is zero, and 0 / 0 must not make it NaN.
+    # The kernel computes G / w, whose range is known. At w = 0 all gradients are zero, and 0 / 0 must not turn them
+    # into NaN.
     positive_grad = torch.where(weight == 0, 0.0, upstream.positive_grad / weight)
     sharpness = scale + upstream.hardness if upstream.hardness else scale
-    # Features in half precision err more than a log-sum-exp that is rounded to float32.
+    # The error of half-precision features exceeds that of a log-sum-exp in float32.
     exact = torch.float64 if call.image.dtype == torch.float32 else torch.float32
     rows_lse, columns_lse = upstream.rows_lse.to(exact).contiguous(), upstream.columns_lse.to(exact).contiguous()
 
@@ -121,7 +122,7 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
 def siglip(
     call: ContrastiveCall, weight: float, dtype: torch.dtype, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.siglip`."""
+    """Same contract as `reference.siglip`."""
     width, call = call.image.shape[1], _with_operands(call)
     config = configuration(call.image.dtype, call.image.shape[1])
 

@@ -1,23 +1,24 @@
-"""The Triton kernels that triton.py launches: one pass over S forward, one more backward.
+"""The Triton kernels that triton.py launches: one pass over S forward, and one backward.
 
 Every kernel computes one tile of S per program, with float32 accumulators, and reduces it while it is in registers.
 
-Forward: log-sum-exps of the tile's rows and columns from the same numbers, each written once to a matrix of partial
-results. One exponential per element serves both directions, with the tile's highest logit as offset. If a row or column
-lies so far below it that its sum loses digits, the tile is computed again with the maximum of each row and column. So
-the kernels are right for every distribution of logits.
+Forward: each program computes the log-sum-exps of its tile's rows and columns from the same numbers, and writes them
+to a matrix of partial results. One exponential per element serves both directions, with the tile's highest logit as
+offset. If a row or column lies so far below it that its sum loses digits, the program computes the tile again with the
+maximum of each row and column. So the kernels are correct for every distribution of logits.
 
-Backward: the tile of G is written once, and library matmuls compute dI and dT from chunks of rows of G. For bfloat16
-and float16 inputs, G / w lies in [-2, 2]. It is written in float16, times 2**14: 11 bits down to probabilities of 4e-9,
-while bfloat16 has 8 bits. bfloat16 features become float16 for these matmuls, divided by a power of two so that the
-largest lies in [0.5, 1). exp(S - R) + exp(S - Q) is exp(S - m) * (exp(m - R) + exp(m - Q)), again with one exponential,
-unless R and Q of the tile differ so much that no m serves both.
+Backward: each program writes its tile of G once, and library matmuls compute dI and dT from chunks of rows of G. For
+bfloat16 and float16 inputs, G / w lies in [-2, 2]. It is written in float16, times 2**14, which keeps 11 bits down to
+probabilities of 4e-9. bfloat16 would keep 8 bits. For these matmuls, bfloat16 features become float16, divided by a
+power of two so that the largest lies in [0.5, 1). The sum exp(S - R) + exp(S - Q) equals
+exp(S - m) * (exp(m - R) + exp(m - Q)), which also takes one exponential per element. If R and Q of the tile differ too
+much for a common m, the program computes two.
 
 The kernels multiply float32 inputs in float32, never TF32, and G is then float32. The library matmuls obey
 `torch.set_float32_matmul_precision`, whose default is float32 too.
 
-There are no atomics: each partial result has its own place, and torch's reductions are deterministic. The kernels read
-scale and bias on the device, so nothing waits for the GPU.
+The kernels use no atomics: each partial result has a separate place, and torch's reductions are deterministic. The
+kernels read scale and bias on the device, so nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile_of_program(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(row block, column block), in bands of 8 row blocks, so concurrent programs share their operands in L2."""
+    """(row block, column block), in bands of 8 row blocks, so that concurrent programs share operands in L2."""
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     band = 8 * tl.cdiv(num_columns, BLOCK_COLUMNS)
     program = tl.program_id(0)
@@ -50,9 +51,9 @@ def _products(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """image[rows] @ text[columns].T in float32; WIDTH is a multiple of BLOCK_WIDTH."""
+    """image[rows] @ text[columns].T in float32. WIDTH is a multiple of BLOCK_WIDTH."""
     depth = tl.arange(0, BLOCK_WIDTH)
-    # Rows past the end read the last row, so the loop needs no mask. Their results are dropped.
+    # Rows past the end read the last row, so the loop needs no mask. Their results are never stored.
     image_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     text_rows = tl.minimum(columns, num_columns - 1).to(tl.int64)
     image_pointers = image + image_rows[:, None] * WIDTH + depth[None, :]
@@ -145,7 +146,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """grad (num_rows, num_columns) = GRADIENT_SCALE * G / w; partials (programs, 1): the sum of G / w * (I @ T.T)"""
+    """grad (num_rows, num_columns): GRADIENT_SCALE * G / w. partials (programs, 1): the sum of G / w * (I @ T.T)."""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -157,8 +158,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     row_lse = tl.load(rows_lse + tl.minimum(rows, num_rows - 1))
     column_lse = tl.load(columns_lse + tl.minimum(columns, num_columns - 1))
     if rows_lse.dtype.element_ty == tl.float64:
-        # The rounding of a log-sum-exp, 4e-6 at 100, would be that of every gradient in its row. A factor undoes it.
-        # The factor is 1 for a row without a loss, whose log-sum-exp is infinite.
+        # Rounding a log-sum-exp of 100 to float32 errs by 4e-6, in every gradient of its row. A factor corrects this.
+        # It is 1 for a row without a loss, whose log-sum-exp is infinite.
         row_near, column_near = row_lse.to(tl.float32), column_lse.to(tl.float32)
         row_rest = tl.where(row_near < float("inf"), tl.exp((row_near - row_lse).to(tl.float32)), 1.0)
         column_rest = tl.where(column_near < float("inf"), tl.exp((column_near - column_lse).to(tl.float32)), 1.0)
@@ -239,7 +240,7 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     BLOCK_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """grad as in `_backward_kernel`; partials (programs, 3): sums of G / w * (I @ T.T), G / w, loss / w."""
+    """grad: as in `_backward_kernel`. partials (programs, 3): sums of G / w * (I @ T.T), of G / w and of loss / w."""
     row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)

@@ -75,7 +75,7 @@ LIMITS: Limits = {"cuda": _cuda_limits, **FILE_LIMITS}
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, backend: str = "auto") -> Tensor:
-    """The RGB pixels of a JPEG file. Grey is repeated; CMYK and YCCK are converted as Pillow converts them.
+    """The RGB pixels of a JPEG file. Grey is repeated. CMYK and YCCK are converted as Pillow converts them.
 
     Args:
         data: the complete file.
@@ -118,23 +118,24 @@ def decode_resize(
         jpegs: n complete files.
         size: side of the squares in pixels, 1 to 16384.
         crop: "center", "squash" or n boxes (top, left, height, width) in pixels. "center" resizes the shorter edge to
-            `size` and the longer edge in proportion, truncated to whole pixels, and crops both ends of the longer edge,
-            like torchvision's Resize and CenterCrop. "squash" resizes both edges to `size`. Each box is cut out before
-            it is resized.
+            `size` and the longer edge in proportion, truncated to whole pixels. Then it crops both ends of the longer
+            edge, like torchvision's Resize and CenterCrop. "squash" resizes both edges to `size`. Each box is cut out
+            before it is resized.
         exact: False allows decoding an image at 1/2, 1/4 or 1/8 of its size if it is much larger than the square, and
             upsampling chroma without smoothing. This is faster, with a mean error of about half a level. The cuda
             backend always resizes exactly, but nvJPEG's pixels are not bit for bit libjpeg's.
-        out: (n, size, size, 3) contiguous uint8 tensor to write and return. It may be on a GPU, or on the CPU, pinned
+        out: (n, size, size, 3) contiguous uint8 tensor to write and return. It may be on a GPU or on the CPU, pinned,
             or part of a batch.
         max_pixels: limit of an image's pixels, checked in its header. A larger image is an error.
         threads: number of threads that share the files. torch.get_num_threads() by default.
-        backend: "auto", "cuda" (nvJPEG and a kernel; `out` is on a GPU), "cpu" (C++ on libjpeg-turbo) or "reference"
+        backend: "auto", "cuda" (nvJPEG and a kernel, for `out` on a GPU), "cpu" (C++ on libjpeg-turbo) or "reference"
             (Pillow, always exact and on one thread). "auto" takes cuda if `out` is on a GPU and nvJPEG is installed.
 
     Returns:
-        The (n, size, size, 3) uint8 pixels, and an error message for each index with a bad file: not a JPEG, damaged,
-        too large, or smaller than its box. Its pixels are 0. The cpu backend doesn't read the file below the part that
-        it needs, so it doesn't notice damage there. The cuda backend doesn't notice damage that nvJPEG accepts.
+        The (n, size, size, 3) uint8 pixels, and a dict with the error message of each bad file by index. A bad file is
+        not a JPEG, damaged, too large, or smaller than its box. Its pixels are 0. The cpu backend doesn't read the file
+        below the part that it needs, so it doesn't notice damage there. The cuda backend doesn't notice damage that
+        nvJPEG accepts.
 
     Raises:
         ValueError: size, crop, interpolation, `out` or threads is invalid. Bad files never raise it.
@@ -178,7 +179,8 @@ def decode_resize_normalize(
     Args:
         mean, std: mean and standard deviation of each channel, on the scale of [0, 1].
         dtype: float32, bfloat16 or float16.
-        device: device of the result. The cuda backend decodes on it. Others decode on the CPU and normalise on it.
+        device: device of the result. The cuda backend decodes on it. Other backends decode on the CPU and normalise on
+            the device.
         Other arguments: as in `decode_resize`.
 
     Returns:

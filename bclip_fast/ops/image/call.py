@@ -1,4 +1,4 @@
-"""A call of the resizing operators, as every backend receives it."""
+"""The call of the resizing operators, as every backend receives it."""
 
 from __future__ import annotations
 

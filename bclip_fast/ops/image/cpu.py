@@ -27,7 +27,7 @@ def peek_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_resize(call: ResizeCall) -> dict[int, str]:
-    """Writes `call.out` (csrc/image.h), and returns the error of each bad file by index."""
+    """Write `call.out` (csrc/image.h), and return the error of each bad file by index."""
     number, size = len(call.jpegs), call.size
     return dict(
         _cpu.decode_resize(

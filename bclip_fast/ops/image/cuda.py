@@ -1,8 +1,8 @@
-"""nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on; not yet run on one.
+"""nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on. They have not run on a GPU yet.
 
-nvJPEG decodes all baseline files at once whose colours it reads like libjpeg (csrc/cuda/image/nvjpeg.h). The CPU
-decodes the other files, and those that nvJPEG refuses. The library is the file BCLIP_NVJPEG, or that of a wheel, of
-CUDA_HOME or of the system.
+nvJPEG decodes, in one batch, all baseline files whose colours it reads like libjpeg (csrc/cuda/image/nvjpeg.h). The CPU
+decodes the other files and those that nvJPEG refuses. The library is the file BCLIP_NVJPEG, or else comes from a wheel,
+from CUDA_HOME or from the system.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from bclip_fast.ops.pointers import address, cuda_address
 from . import decode
 from .call import ResizeCall
 
-# Bytes of decoded pixels in memory at a time, unless a single image has more.
+# Limit of the decoded pixels in memory, in bytes. A single image may exceed it.
 BATCH_BYTES = 2**30
 
-# nvJPEG doesn't document its alignment, so this is the alignment of CUDA's allocations.
+# nvJPEG documents no alignment, so use the alignment of CUDA's allocations.
 ALIGNMENT = 256
 
 # Either the size (height, width) that nvJPEG will decode to, or pixels that the CPU decoded.
@@ -41,7 +41,7 @@ def library_refusal(device: torch.device) -> str | None:
 
 
 def decode_resize(call: ResizeCall) -> dict[int, str]:
-    """Writes `call.out`, and returns the error of each bad file by index. It ignores `exact`."""
+    """Write `call.out`, and return the error of each bad file by index. It ignores `exact`."""
     files = list(call.jpegs)
     errors: dict[int, str] = {}
     sources: dict[int, Source] = {}
@@ -67,7 +67,7 @@ def decode_resize(call: ResizeCall) -> dict[int, str]:
 
 
 class _Squares:
-    """Consecutive files of a call on their way through the device."""
+    """Consecutive files of a call that the device processes together."""
 
     def __init__(self, call: ResizeCall, part: slice, pool: ThreadPoolExecutor) -> None:
         self.call, self.pool, self.bicubic = call, pool, call.interpolation == "bicubic"
@@ -79,7 +79,7 @@ class _Squares:
             self.shift = [-center / deviation for center, deviation in zip(call.mean, call.std, strict=True)]
 
     def write(self, files: list[bytes], sources: dict[int, Source]) -> None:
-        """Decodes and resizes the files into `out`."""
+        """Decode and resize the files into `out`."""
         module, device, stream = cuda_module(), self.out.device, cuda_stream(self.out)
         places, total = [(-1, 0, 0)] * len(files), 0
         for index, source in sources.items():

@@ -25,7 +25,7 @@ def peek_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_resize(call: ResizeCall) -> dict[int, str]:
-    """Writes `call.out`, and returns the error of each bad file by index. It ignores `exact` and `threads`."""
+    """Write `call.out`, and return the error of each bad file by index. It ignores `exact` and `threads`."""
     errors, size = {}, call.size
     resample = Image.Resampling[call.interpolation.upper()]
     for index, data in enumerate(call.jpegs):

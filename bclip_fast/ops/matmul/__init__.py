@@ -24,11 +24,11 @@ def _cpu_limits(x: Tensor, *parameters: Tensor) -> str | None:
         return f"x is {x.dtype}, not bfloat16"
     for tensor in parameters:
         if tensor.dtype not in (torch.float32, torch.bfloat16):
-            return f"{tensor.dtype} isn't among float32 and bfloat16"
+            return f"a parameter is {tensor.dtype}, not float32 or bfloat16"
         if tensor.numel() == 0:
             return "a parameter is empty"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return f"autocast asks for {torch.get_autocast_dtype('cpu')}"
+        return f"autocast casts to {torch.get_autocast_dtype('cpu')}, not bfloat16"
     return None
 
 
@@ -52,7 +52,7 @@ def _library_is_faster(x: Tensor, few_rows: bool) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """x W^T + b: `F.linear`, but faster in bfloat16 on a CPU that has AMX, or no bfloat16 instructions at all.
+    """x W^T + b, as `F.linear`, but faster in bfloat16 on a CPU with AMX or without any bfloat16 instructions.
 
     Args:
         x: (..., K), any floating dtype. Autocast casts it like the input of `F.linear`.
@@ -60,14 +60,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
             to x's. AMX and the library multiply the weight rounded to x's dtype. A CPU without bfloat16 instructions
             multiplies in float32, by the unrounded weight.
         bias: (N,) or None. The cpu backend adds it to the sum before rounding.
-        backend: "auto", "cpu" or "reference". The library runs the calls that the cpu backend doesn't take, even if
-            another backend is named for all operators.
+        backend: "auto", "cpu" or "reference". The library runs the calls that the cpu backend refuses, even if a name
+            for all operators selects another backend.
 
     Returns:
         (..., N) in x's dtype, or in autocast's if autocast casts x. Differentiable once.
 
     Raises:
-        ValueError: shapes don't fit; the message names them.
+        ValueError: shapes are wrong. The message names them.
         BackendError: the named backend cannot run this call.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
@@ -90,7 +90,7 @@ def _forward(*inputs: Any) -> Tensor:
 
 
 def _gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, each in its own dtype; empty if not needed."""
+    """Gradients of x, weight and bias, each in the dtype of its tensor, or empty if not needed."""
     return load_backend("matmul", inputs[-1]).linear_backward(LinearGradientCall(*inputs[:-1]))
 
 

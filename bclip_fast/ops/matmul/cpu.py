@@ -1,4 +1,4 @@
-"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/matmul.h), else by float32 products.
+"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/matmul.h), or else from float32 products.
 
 The matrix unit's three products read their operands in place. Otherwise torch's library multiplies in float32, and the
 results are rounded to bfloat16. A bfloat16 weight is upcast once per call, and rows are upcast in blocks that stay in
@@ -39,7 +39,7 @@ def linear(call: LinearCall) -> Tensor:
 
 
 def linear_backward(call: LinearGradientCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, each in its own dtype; empty if not needed."""
+    """Gradients of x, weight and bias, each in the dtype of its tensor, or empty if not needed."""
     grad, x, weight, bias_dtype = call.grad, call.x, call.weight, call.bias_dtype
     width = x.shape[-1]
     rows, grad = x.reshape(-1, width), grad.reshape(-1, len(weight))

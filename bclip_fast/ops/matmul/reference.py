@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b. Autocast casts by its own rules; without autocast, weight and bias are cast to x's dtype."""
+    """x W^T + b. Autocast applies its own rules. Without autocast, weight and bias are cast to x's dtype."""
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

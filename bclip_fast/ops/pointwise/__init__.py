@@ -26,14 +26,14 @@ def _cpu_limits(*inputs: Tensor) -> str | None:
         if tensor.device.type != "cpu":
             return f"an input is on {tensor.device}"
         if tensor.dtype not in _FLOATS:
-            return f"{tensor.dtype} isn't among float32 and bfloat16"
+            return f"an input is {tensor.dtype}, not float32 or bfloat16"
     return None
 
 
 def _triton_limits(*inputs: Tensor) -> str | None:
     # A program of add_norm holds a complete row. gelu has one input and no rows.
     if len(inputs) > 1 and inputs[0].shape[1] > 8192:
-        return f"D is {inputs[0].shape[1]}, more than 8192"
+        return f"D={inputs[0].shape[1]} is above 8192"
     return next(filter(None, map(triton_refusal, inputs)), None)
 
 
@@ -68,24 +68,24 @@ def add_norm(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of s = stream + dropout(branch), and the stream that continues: s, or the norm's result if `post`.
+    """LayerNorm of s = stream + dropout(branch), and the stream for the next layer: s, or the norm's result if `post`.
 
     Args:
         stream: (T, D), any floating dtype. s has the same dtype.
         branch: (T, D), any floating dtype, or None.
         weight, bias: (D,) parameters of the norm.
         dropout_p: probability of dropping an element of the branch. The other elements are scaled by 1/(1-p).
-        seed: seed of the dropped elements, the same elements in every backend: an int or a 0-dimensional int64 tensor.
-            By default the backend draws from torch's generators, so `torch.manual_seed` fixes the elements and
-            activation checkpointing repeats them.
-        dtype: dtype of the normed result. The stream's by default.
+        seed: seed of the dropout, an int or a 0-dimensional int64 tensor. All backends drop the same elements. By
+            default the backend draws from torch's generators, so `torch.manual_seed` fixes the elements and activation
+            checkpointing repeats them.
+        dtype: dtype of the normed result. By default the stream's dtype.
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
         (normed (T, D) in `dtype`, stream (T, D) in the stream's dtype). Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability doesn't fit; the message names it.
+        ValueError: a shape, dtype or probability is wrong. The message names it.
         BackendError: the named backend cannot run this call.
     """
     if stream.dim() != 2 or not stream.is_floating_point():
@@ -120,7 +120,7 @@ def add_norm(
 
 
 def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415); any shape, differentiable once.
+    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape, differentiable once.
 
     Raises:
         ValueError: x isn't floating.
@@ -137,7 +137,7 @@ def _shape_if(condition: bool, like: Tensor) -> torch.Size:
 
 
 def _add_norm_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed in `dtype`; the sum, empty without a branch; normed in the stream's dtype, empty unless `wide`."""
+    """(normed in `dtype`, sum or empty without a branch, normed in the stream's dtype or empty unless `wide`)."""
     return load_backend("pointwise", inputs[-1]).add_norm(AddNormCall(*inputs[:-1]))
 
 

@@ -18,7 +18,7 @@ class AddNormCall:
     bias: Tensor  # (D,)
     eps: float
     dropout_p: float
-    seed: Tensor | None  # () int64; None means no dropout
+    seed: Tensor | None  # () int64, or None without dropout
     dtype: torch.dtype  # dtype of the normed result
     wide: bool  # whether the normed result is also returned in the stream's dtype
 
@@ -27,12 +27,12 @@ class AddNormCall:
 class AddNormGradientCall:
     """The backward pass of an `AddNormCall`. A gradient is None if nothing uses its output."""
 
-    grad: Tensor | None  # (T, D), of the normed result in `dtype`
-    total_grad: Tensor | None  # (T, D), of the sum
-    wide_grad: Tensor | None  # (T, D), of the normed result in the stream's dtype
+    grad: Tensor | None  # (T, D): gradient of the normed result in `dtype`
+    total_grad: Tensor | None  # (T, D): gradient of the sum
+    wide_grad: Tensor | None  # (T, D): gradient of the normed result in the stream's dtype
     total: Tensor  # (T, D), stream + dropout(branch)
     weight: Tensor
     eps: float
     dropout_p: float
     seed: Tensor | None
-    branch_dtype: torch.dtype | None  # None if the branch has no gradient, or has the stream's
+    branch_dtype: torch.dtype | None  # None if the branch has no gradient, or the stream's

@@ -1,4 +1,4 @@
-"""The operators on the CPU: C++ over rows (csrc/pointwise.h).
+"""The operators on the CPU, in C++ over rows (csrc/pointwise.h).
 
 Eager PyTorch makes one pass for each of cast, dropout, sum and norm, and draws its random numbers on one thread.
 """
@@ -16,7 +16,7 @@ from .call import AddNormCall, AddNormGradientCall
 
 
 def add_norm(call: AddNormCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed in `dtype`; the sum, empty without a branch; normed in the stream's dtype, empty unless `wide`."""
+    """(normed in `dtype`, sum or empty without a branch, normed in the stream's dtype or empty unless `wide`)."""
     stream, weight, bias = call.stream.contiguous(), call.weight.contiguous(), call.bias.contiguous()
     branch = None if call.branch is None else call.branch.contiguous()
     shape = stream.shape

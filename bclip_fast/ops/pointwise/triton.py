@@ -2,8 +2,8 @@
 
 A program of `add_norm` holds a row in registers and computes mean and variance of the stored row in two passes over
 them. The backward has at most 512 programs. Each takes every 512th row and sums the gradients of weight and bias over
-its rows, so torch then adds up little. There are no atomics, so sums are the same every time. One call of Philox
-decides about four elements. All arithmetic is float32.
+its rows, so torch then adds up little. The kernels use no atomics, so sums are reproducible. One call of Philox gives
+the random numbers of four elements. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program per row; `total` and `wide_normed` may be None."""
+    """One program per row. `total` and `wide_normed` may be None."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < DIM
@@ -101,7 +101,7 @@ def _add_norm_backward_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """partials (2, programs, DIM): gradients of weight and bias over a program's rows. Upstream ones may be None."""
+    """partials (2, programs, DIM): gradients of weight and bias over its rows. Upstream gradients may be None."""
     columns = tl.arange(0, WIDTH)
     inside = columns < DIM
     scales = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -157,13 +157,13 @@ def _gelu_backward_kernel(grad, x, out, size, BLOCK: tl.constexpr):  # type: ign
 
 
 def configuration(dim: int) -> dict[str, Any]:
-    """Launch options, fixed and not yet tuned on a GPU: 8 elements per thread, and the warps that a row then needs."""
+    """Launch options: 8 elements per thread, and as many warps as a row needs. They are not yet tuned."""
     width = max(128, triton.next_power_of_2(dim))
     return {"DIM": dim, "WIDTH": width, "num_warps": min(max(width // 256, 1), 16), "enable_fp_fusion": True}
 
 
 def add_norm(call: AddNormCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed in `dtype`; the sum, empty without a branch; normed in the stream's dtype, empty unless `wide`."""
+    """(normed in `dtype`, sum or empty without a branch, normed in the stream's dtype or empty unless `wide`)."""
     stream, weight, bias = call.stream.contiguous(), call.weight.contiguous(), call.bias.contiguous()
     branch = None if call.branch is None else call.branch.contiguous()
     rows, dim = stream.shape

@@ -37,7 +37,7 @@ def single_query_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`varlen_attention(...)[rows]`, computed for one query per sequence, with exactly the same weights dropped.
+    """`varlen_attention(...)[rows]`, computed for one query per sequence, with the same dropped weights.
 
     Args:
         query: (n, H, d), any floating dtype: query i belongs to row rows[i] of the tokens.
@@ -51,8 +51,8 @@ def single_query_attention(
         (n, H, d) in the dtype of `query`. Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability doesn't fit; the message names it. The values of cu_seqlens and rows
-            are checked only on the CPU, because reading them on a GPU would wait for the device.
+        ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens and rows are
+            checked only on the CPU, because reading them on a GPU would wait for the device.
         BackendError: the named backend cannot run this call.
     """
     if query.dim() != 3 or key_value.dim() != 4 or key_value.shape[1:] != (2, *query.shape[1:]):

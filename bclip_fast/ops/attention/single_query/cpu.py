@@ -12,7 +12,7 @@ from bclip_fast.ops.pointers import address
 
 
 def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     compiled, _tensors = _compiled_call(call)
     shape = call.query.shape
     out, lse = torch.empty(shape, dtype=call.query.dtype), torch.empty(shape[:2], dtype=torch.float32)
@@ -21,7 +21,7 @@ def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     compiled, _tensors = _compiled_call(call)
     grad_out, dtype, shape = grad_out.contiguous(), call.query.dtype, call.query.shape
     query_grad, grad = torch.empty(shape, dtype=dtype), torch.empty(call.key_value.shape, dtype=dtype)

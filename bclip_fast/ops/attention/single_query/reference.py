@@ -1,14 +1,16 @@
-"""The definition (`attention`), rows of the full operator's output, and the formulas of every backend for one query.
+"""The definition (`attention`): rows of the full operator's output. And the formulas of every backend for one query.
 
-Each sequence has keys and values K, V (k, d): its visible rows. These are all rows, or, if causal, the rows up to the
-query's own. Then
+K and V (k, d) are the visible rows of a sequence: all rows, or, if causal, the rows up to the query's row. Then
+
+
     s = scale * K @ q,  L = logsumexp(s),  p = exp(s - L),  o = (p * m) @ V,
     dV = outer(p * m, do),  ds = p * (m * (V @ do) - do @ o),  dK = scale * outer(ds, q),  dq = scale * ds @ K.
 
-Every backend has these two functions. On the CPU, `rows` and `cu_seqlens` have been checked.
-    forward(call) -> out (n, H, d) in query's dtype, L (n, H) float32 (float64 for float64), both contiguous;
-    backward(call, grad_out (n, H, d) of any strides, out, L) -> the gradients of query and key_value, contiguous. They
-    are zero for a row that isn't visible.
+Every backend has these two functions. On the CPU, the caller has checked `rows` and `cu_seqlens`. Invisible rows have
+zero gradients.
+
+    forward(call) -> out (n, H, d) in query's dtype, L (n, H) float32 (float64 for float64), both contiguous
+    backward(call, grad_out (n, H, d) of any strides, out, L) -> the gradients of query and key_value, contiguous
 """
 
 from __future__ import annotations

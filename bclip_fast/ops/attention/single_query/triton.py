@@ -1,7 +1,7 @@
 """One query per sequence in Triton, for NVIDIA GPUs from sm_80 on.
 
-A program per sequence and head reads its keys and values once, forward with a running maximum. There are no atomics.
-The kernels do two operations per number they read, so tensor cores would not help.
+One program per sequence and head reads its keys and values once. The forward pass uses a running maximum. The kernels
+use no atomics. The kernels do two operations per number that they read, so tensor cores would not help.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`."""
+    """Same contract as `reference.forward`."""
     query, key_value = _operands(call)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
@@ -129,7 +129,7 @@ def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.backward`."""
+    """Same contract as `reference.backward`."""
     query, key_value = _operands(call)
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad = torch.empty(key_value.shape, dtype=query.dtype, device=query.device)
@@ -138,7 +138,7 @@ def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) 
 
 
 def _launch(kernel: Any, call: SingleQueryCall, query: Tensor, key_value: Tensor, *tensors: Tensor) -> None:
-    """Runs one program per sequence and head."""
+    """Run one program per sequence and head."""
     num_sequences, heads, dim = query.shape
     if not num_sequences:
         return
