@@ -10,7 +10,8 @@ from .version import __version__
 
 _threads.start_watch()
 
-# Resolved on first use, so that `import bclip_fast` costs nothing beyond torch and loads no optional package.
+# These names are resolved on first use. So `import bclip_fast` costs nothing beyond torch and loads no optional
+# package.
 _PUBLIC = {
     "BiomedClip": "bclip_fast.model.biomedclip",
     "BiomedClipConfig": "bclip_fast.model.biomedclip",

@@ -1,4 +1,4 @@
-"""`bclip tune`: checks and times the backends on this device, and writes the record that `auto` reads.
+"""`bclip tune`: check and time the backends on this device, and write the record that `auto` reads.
 
 Each operator is called in every dtype and class of shapes, forward and backward, with every backend that takes the
 call. A backend that disagrees with the reference is left out. The others take turns, and the record keeps their median
@@ -43,7 +43,7 @@ OPERATORS = (
     "image",
 )
 
-# A backend within this factor of the fastest counts as equally fast, and the order of BACKENDS decides. Two
+# A backend within this factor of the fastest counts as equally fast. The order of BACKENDS decides among these. Two
 # measurements of one machine then rarely disagree.
 TIE = 1.05
 # A backend that is this many times slower than the fastest is called only twice.
@@ -53,10 +53,10 @@ _OURS = ("triton", "cuda", "cpu")
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Measures the operators' backends on this machine and keeps the result for `auto`."""
+    """Measure the operators' backends on this machine, and keep the result for `auto`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to measure. auto is the current GPU, or the processor if there is none."""
+    """Device to measure. `auto` is the current GPU, or the processor of a machine without a GPU."""
     operators: tuple[str, ...] = ()
     """Operators to measure: fused_attention, varlen_attention, pooled_attention, clip_loss, siglip_loss, add_norm,
     gelu, linear, image. All by default. The record keeps its entries of the others."""
@@ -75,7 +75,7 @@ class TuneConfig:
 
 
 def run(config: TuneConfig) -> None:
-    """Runs the command.
+    """Run the command.
 
     Raises:
         UserError: kernels are emulated, or the record cannot be written.
@@ -126,7 +126,7 @@ def measure(here: Mapping[str, str], todo: Sequence[Trial], seconds: float, show
     now = datetime.datetime.now(datetime.timezone.utc)
     record = Record(dict(here), made=now.isoformat(timespec="seconds"))
     blank = Record(dict(here))
-    # Neither a record nor BCLIP_BACKEND keeps a backend from being measured.
+    # Measure every backend, even if a record or BCLIP_BACKEND excludes it.
     with tuning.in_force({here["device"]: blank}), use_backend("auto"):
         for trial in todo:
             decision = trial.decide()
@@ -183,7 +183,7 @@ def _path_in_cache(here: Mapping[str, str]) -> Path:
 
 
 def _check_destination(path: Path, record: Record, operators: Sequence[str]) -> None:
-    """Raises UserError before minutes of measurements if the result could not be written."""
+    """Raise UserError before minutes of measurements if the result could not be written."""
     if operators and path.exists():
         _merged(path, record, operators)
     try:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand(EvalConfig):
-    """Evaluate a model; write results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
+    """Evaluate a model, and write results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
 
     model: tyro.conf.Positional[str]
     """A run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED."""

@@ -31,7 +31,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand:
-    """Compare evaluations; write compare.json, compare.csv and compare.html."""
+    """Compare evaluations, and write compare.json, compare.csv and compare.html."""
 
     results: tyro.conf.Positional[tuple[str, ...]]
     """Folders that bclip eval wrote. The others are compared with the first."""
@@ -58,11 +58,11 @@ def compare(folders: list[Path]) -> dict[str, Any]:
 
     Returns:
         JSON-ready dict of `models`, `time` and `rows`. Each row has task, figure (the metric's name), model, value and
-        unit. Rows of the other models also have the difference from the first model, the ends `low` and `high` of its
-        95 % interval, p, p_holm and the test's name.
+        unit. Rows of the other models also have the difference from the first model, and the ends `low` and `high` of
+        its 95 % interval. They have p, p_holm and the test's name, too.
 
     Raises:
-        UserError: fewer than two evaluations; no common task; different data or samples in one task.
+        UserError: fewer than two evaluations, no common task, or different data or samples in one task.
     """
     if len(folders) < 2:
         raise UserError("a comparison needs at least two evaluations: bclip eval compare A B")

@@ -32,11 +32,11 @@ class EvalConfig:
     """Prompt set: the name of a task (pcam, lc25000_lung, ...) or a TOML file. auto: the task's prompts, or the label
     values themselves."""
     duplicates: Duplicates = "strict"
-    """Further correct answers in retrieval. strict: only the query's own pair, as in the paper. captions: also pairs
-    with the same text. images: also pairs with the same image. any: both."""
+    """Correct answers in retrieval. `strict` accepts only the query's own pair, as in the paper. `captions` also
+    accepts pairs with the same text, `images` pairs with the same image, and `any` both."""
     index: Index = "exact"
-    """Search method of retrieval. exact ranks all candidates. The other methods search with faiss, hnsw and ivf
-    approximately."""
+    """Search method of retrieval. `exact` ranks all candidates. The other methods use faiss, and hnsw and ivf are
+    approximate."""
     share: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Fractions of the training data that probes are trained on."""
     shots: tuple[int, ...] = ()
@@ -44,8 +44,8 @@ class EvalConfig:
     num_seeds: int = 3
     """Random subsets per probe setting. The report gives their mean and standard deviation."""
     protocol: probe.Protocol = "held_out"
-    """Selection of a probe's epoch. held_out selects it on validation data. elevater reports the best epoch on the
-    test set, as the paper's toolkit does. Use elevater only for comparison."""
+    """Selection of a probe's epoch. `held_out` selects it on validation data. `elevater` reports the best epoch on the
+    test set, as the paper's toolkit does. Use it only for comparison."""
     seed: int = 0
     """Seed of the validation subset for data without a val split."""
     cache: str = "auto"

@@ -130,7 +130,8 @@ class Embedder:
             return self._run(batches, self._encode_images, len(data), "images", data.key)
 
     def image(self, content: bytes, name: str) -> Tensor:
-        """Embed one encoded image: (1, D) float32 on the device, unit norm. Raises as `images`, with `name`."""
+        """Embed one encoded image: (1, D) float32 on the device, unit norm. Raises the errors of `images`, which call
+        it `name`."""
         pixels = self.preprocess(open_image(content, lambda: name))
         return self._run(iter([[pixels]]), self._encode_images, 1, "images", lambda i: name)
 

@@ -30,7 +30,7 @@ def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[s
     """Evaluate a model on tasks.
 
     Args:
-        model: name of a model, as for `load_model`; or (model, preprocess, tokenizer) of any CLIP-like model.
+        model: name of a model, as for `load_model`, or (model, preprocess, tokenizer) of any CLIP-like model.
         tasks: task names, as in `EvalConfig.task`.
         settings: other fields of `EvalConfig`, such as `data`.
 
@@ -43,7 +43,7 @@ def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[s
             samples   one column for each quantity that the task records for every sample
 
     Raises:
-        UserError: unknown data, split, label or prompt set; a damaged image; an embedding with NaN.
+        UserError: unknown data, split, label or prompt set, a damaged image, or an embedding with NaN.
     """
     return Evaluation(EvalConfig(task=tuple(tasks), **settings)).run(model)
 

@@ -60,7 +60,7 @@ def labels_and_prompts(inputs: Inputs, data: EvalDataset, kind: str) -> tuple[li
     """Return the labels of one kind, and a prompt set that has all their classes.
 
     Raises:
-        UserError: no sample has the label; the prompt set lacks a class; there is only one class.
+        UserError: no sample has the label, the prompt set lacks a class, or the data have only one class.
     """
     labels = data.labels(kind)
     classes = sorted(occurring_classes(labels, inputs.task.multi_label))

@@ -163,7 +163,7 @@ def subset(labels: Tensor, num_classes: int, *, train_fraction: float = 1.0, sho
     Multi-label samples are drawn without regard to their classes.
 
     Raises:
-        UserError: a class has fewer than `shots` samples; `shots` of multi-label samples.
+        UserError: a class has fewer than `shots` samples, or the samples are multi-label.
     """
     generator = torch.Generator().manual_seed(seed)
     if labels.ndim == 2:

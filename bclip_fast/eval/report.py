@@ -33,7 +33,7 @@ def write(
         run_folder: folder of a training run. metrics.jsonl provides the curves, config.toml the batch size.
 
     Raises:
-        UserError: a line of metrics.jsonl is not JSON; an image of the gallery cannot be decoded.
+        UserError: a line of metrics.jsonl is not JSON, or an image of the gallery cannot be decoded.
     """
     data = data or {}
     tasks = results["tasks"]

@@ -162,7 +162,7 @@ def measure_multi_label(
                 "accuracy",
                 float(accuracies.mean()),
                 majority,
-                "each class as it is for most, mean of classes",
+                "the more frequent answer for each class, mean of classes",
                 len(targets),
                 interval=statistics.mean_interval(accuracies),
             )

@@ -17,7 +17,7 @@ class CoCaLoss(ClipLoss):
     Args:
         caption_loss_weight, clip_loss_weight: factors of the two losses.
         pad_id: the label that the cross-entropy ignores.
-        extras: further keywords of `ClipLoss`. The arguments without a description here are its arguments too.
+        extras: further keywords of `ClipLoss`. Arguments without a description are those of `ClipLoss`.
     """
 
     def __init__(

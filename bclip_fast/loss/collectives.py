@@ -65,7 +65,7 @@ class DistributedLoss(nn.Module):
 
     @staticmethod
     def _global_loss(*arguments: Any) -> Any:
-        """Applies the autograd function that computes this loss over several ranks."""
+        """Apply the autograd function that computes this loss over several ranks."""
         raise NotImplementedError
 
     def _checked_ranks(self, features: Tensor) -> Ranks:

@@ -140,7 +140,7 @@ class BertTower(Tower):
     def forward(self, text: Packed | Tensor | PreProjection, *, tokens: bool = False) -> Tensor:
         """Embed n captions -> (n, embed_dim), not normalised to unit length.
 
-        Padding inside a row keeps its position, and no token attends to it. A row of nothing but padding keeps its
+        Padding inside a row keeps its position, and no token attends to it. A row that holds only padding keeps its
         first token.
 
         Args:

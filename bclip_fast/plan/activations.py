@@ -100,7 +100,7 @@ def _forward(meter: MemoryMeter, encode: _Encode) -> tuple[int, int, list[Tensor
 def _fake_model(
     model: BiomedClip, lengths: Sequence[int], precision: str, accelerator: bool, gradients: Gradients = "allocated"
 ) -> Iterator[tuple[BiomedClip, MemoryMeter, _Encode]]:
-    """Yields (model, byte counter, encode functions) for a copy of the model in train mode whose tensors have no
+    """Yield (model, byte counter, encode functions) for a copy of the model in train mode whose tensors have no
     storage.
     """
     network = copy.deepcopy(model).train()
@@ -138,7 +138,7 @@ def _fake_parameter(parameter: Tensor, gradients: Gradients) -> nn.Parameter:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of the storages that operators create.
+    """Count the bytes of the storages that operators create.
 
     now: bytes of the live storages.
     peak: largest value of `now` so far.

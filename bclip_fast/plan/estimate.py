@@ -6,7 +6,7 @@ time (rates.py). The output says which numbers were not measured.
 
 On a CPU, the resident memory also includes holes between the blocks of glibc's heap. The estimate ignores them. They
 took a quarter of the activations if all were kept, and more than the activations if they were recomputed. RN50's
-convolutions also allocate inside the library: together 43 % of its activations.
+convolutions also allocate memory inside the library, together 43 % of RN50's activations.
 """
 
 from __future__ import annotations

@@ -45,15 +45,15 @@ def load(
     """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
     Args:
-        name_or_path: `hf-hub:ORG/NAME[@REVISION]`; a folder with open_clip_config.json, weights and tokenizer; or the
-            folder of a training run, whose `model/` is read.
+        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a folder in open_clip's layout, or the folder of a training run,
+            whose `model/` is read.
         device: device of the model.
         precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
         image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
 
     Raises:
-        UserError: a file is missing, damaged or unsafe; a key of the configuration or the weights is missing, unknown
-            or of a wrong shape. The message names it.
+        UserError: a file is missing, damaged or unsafe, or a key of the configuration or the weights is missing,
+            unknown or of a wrong shape. The message names it.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")

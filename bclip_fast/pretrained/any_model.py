@@ -23,8 +23,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
 
     Args:
         name: a run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED. open_clip
-            downloads the latter, but PRETRAINED may also be a file. The run of a question answering model includes its
-            head.
+            downloads the latter, but PRETRAINED may also be a file. The model of a run on questions includes its head.
 
     Raises:
         UserError: an unknown name, or files that are missing or damaged.

@@ -22,8 +22,8 @@ class DataConfig:
     """The training data, and the way to read them."""
 
     shards: str = ""
-    """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// and all that fsspec
-    reads)."""
+    """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// or any other scheme of
+    fsspec)."""
     split: str = "train"
     tokenizer: str = ""
     """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the captions of the split. If empty,
@@ -40,16 +40,17 @@ class DataConfig:
     num_threads: int = 2
     """Threads per rank that decode images."""
     prefetch_batches: int = 2
-    """Number of batches to prepare ahead. From a URL, also the number to read ahead."""
+    """Number of batches to prepare ahead. For a URL, also the number of batches to read ahead."""
     spool_above_mib: int = 0
     """Memory (MiB per rank) for the batch while its micro-batches wait for GradCache's second forward pass. The rest
     goes to a temporary file. A 224-pixel pair takes 150 kB."""
     spool_dir: str = ""
-    """Folder of that temporary file, which other processes cannot see. If empty, the system's folder for temporary
+    """Folder of that temporary file. Other processes cannot see the file. If empty, the system's folder for temporary
     files."""
     max_bad_samples: int = 100
     """Largest number of different damaged samples, over all ranks. The run replaces them and lists them in
-    bad_samples.jsonl. One more stops it, so 0 stops it at the first. An unreadable shard always stops it."""
+    bad_samples.jsonl. A run with more of them stops, so 0 stops it at the first one. An unreadable shard always stops
+    it."""
     timeout_s: float = 300.0
     """Seconds that a rank waits for a batch. After that, the run stops with an error that names the file it reads."""
     read: ReadConfig = field(default_factory=ReadConfig)
@@ -156,8 +157,11 @@ class TrainConfig:
     dry_run: bool = False
     """Same as `bclip plan`: print the memory and time that the run needs on the cluster section's ranks, and fail if
     it does not fit."""
+
     seed: int = 0
+    """Seed of all random numbers of the run."""
     epochs: int = 32
+    """Number of passes over the data."""
     max_steps: int = 0
     """Length in steps. 0 trains for `epochs`."""
     batch_size: int = 4096
@@ -177,7 +181,7 @@ class TrainConfig:
     steps."""
     timeout_s: float = 1800.0
     """Seconds after which a collective fails, because a rank is lost. Set it above data.timeout_s and above the
-    duration of a validation, for which the other ranks wait."""
+    duration of a validation on rank 0, while the other ranks wait."""
     lock_image: bool = False
     """Lock the image tower (LiT, arXiv 2111.07991): only its projection and its unlocked groups are trained."""
     lock_image_unlocked_groups: int = 0

@@ -1,4 +1,4 @@
-"""`bclip train export RUN --out DIR`: writes a model in the layout of open_clip or of transformers."""
+"""`bclip train export RUN --out DIR`: write a model in the layout of open_clip or of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bclip finetune MODEL --data DATA`: trains the towers on image-text pairs, or METER's head on questions.
+"""`bclip finetune MODEL --data DATA`: train the towers on image-text pairs, or METER's head on questions.
 
     bclip finetune hf-hub:ORG/NAME --data pairs.csv --lora_rank 8            # a CSV, shards or a folder with captions
     bclip finetune RUN --data vqa_rad/ --task vqa_rad --epochs 20
@@ -219,7 +219,7 @@ class _Loop:
         self.steps_per_epoch = num_samples // config.batch_size
         self.num_steps = config.epochs * self.steps_per_epoch
         self.step = 0
-        # All that determines the result. A checkpoint with another identity belongs to another run.
+        # Everything that determines the result. A checkpoint with another identity belongs to another run.
         data = {"data": objective.data.fingerprint, "texts": sha256("\0".join(objective.texts))}
         ignored = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "epochs")
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}

@@ -23,7 +23,7 @@ class SpikeConfig:
     gradient is not finite are always skipped."""
 
     window: int = 128
-    """Number of last updates to which a step is compared. The limits apply as soon as there are so many updates."""
+    """Number of recent updates with which a step is compared. The limits apply after that many updates."""
     loss: float = 16.0
     """Limit of the loss: the window's median + this many median absolute deviations. 0 turns this off."""
     grad_norm: float = 64.0

@@ -1,4 +1,4 @@
-"""`bclip train replay RUN/dumps/step-XXXXXXXX`: computes the step again at which a run gave up.
+"""`bclip train replay RUN/dumps/step-XXXXXXXX`: compute the step again at which a run gave up.
 
     dumps/step-00001000/
       config.toml               resolved configuration of the run

@@ -8,7 +8,7 @@ from bclip_fast.errors import UserError
 
 
 def read_image(path: Path, remark: str = "") -> bytes:
-    """Return the bytes of an image file. Raises UserError; `remark` follows the path in the message."""
+    """Return the bytes of an image file. Raises UserError, whose message has `remark` after the path."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -89,7 +89,7 @@ def load(name: str) -> Task:
     """Load a task by the name of a protocol, the name of a task of the package, or the path of a .toml file.
 
     Raises:
-        UserError: an unknown name; an unreadable file; a key that is missing, unknown or of the wrong type.
+        UserError: an unknown name, an unreadable file, or a key that is missing, unknown or of the wrong type.
     """
     if name in PROTOCOLS:
         return Task(name, name.replace("_", " "), name)

@@ -21,8 +21,8 @@ class EngineConfig:
     """ZeRO stage of DeepSpeed. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters. 0 shards
     nothing."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the computation. Parameters, gradients and optimiser states are always fp32. Selection by auto: bf16
-    if the devices of all ranks multiply it in hardware, and fp32 otherwise. The run's config.toml records the choice.
+    """Precision of the computation. Parameters, gradients and optimiser states are always fp32. `auto` selects bf16 if
+    the devices of all ranks multiply it in hardware, and fp32 otherwise. The run's config.toml records the choice.
     --resume keeps it."""
     grad_checkpointing: bool = False
     """Recompute the activations in the backward pass."""
@@ -34,17 +34,18 @@ class EngineConfig:
     12 bytes a weight."""
     cpu_adam: Literal["torch", "deepspeed"] = "torch"
     """AdamW implementation for weights on the host: torch's fused one, or DeepSpeed's (needs name deepspeed). Both were
-    measured equally fast. DeepSpeed's is compiled at its first use, with a C++ compiler and ninja. TORCH_EXTENSIONS_DIR
-    is the folder that keeps it."""
+    equally fast in our measurements. DeepSpeed's is compiled at its first use, with a C++ compiler and ninja.
+    TORCH_EXTENSIONS_DIR is the folder that keeps it."""
     offload_parameters: bool = False
     """With ZeRO 3 on a GPU: keep the shards of the parameters on the host, too."""
     compile: bool = False
-    """Compile each transformer layer with torch.compile. It takes minutes at the start, and a C++ compiler on a
-    CPU."""
+    """Compile each transformer layer with torch.compile. Compilation takes minutes at the start. On a CPU it needs a
+    C++ compiler."""
     cuda_graphs: bool = False
     """With compile on a GPU: replay the layers of the image tower as CUDA graphs. Their shapes never change."""
     bucket_mib: int = 64
-    """Size (MiB) of the pieces in which gradients are communicated. ZeRO 3 prefetches as much of the weights."""
+    """Size (MiB) of the pieces in which gradients are communicated. It also limits the weights that ZeRO 3
+    prefetches."""
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:
