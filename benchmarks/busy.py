@@ -42,8 +42,9 @@ class BusyConfig:
     """Other processes on the machine. `one` keeps a core busy. `short` runs chains of short processes, one chain more
     than there are cores, like a compilation."""
     policies: tuple[str, ...] = ("torch", "bclip", "passive")
-    """How OpenMP's threads wait: `torch` as without bclip_fast, `bclip` as with it, `passive` asleep at once, or a
-    variable such as GOMP_SPINCOUNT=5000. Each policy has a process, and the processes take turns."""
+    """Wait policies of OpenMP's threads. `torch` is the default without bclip_fast, and `bclip` the default with it.
+    Under `passive`, waiting threads sleep at once. A variable, such as GOMP_SPINCOUNT=5000, is a policy too. Each
+    policy has a process, and the processes take turns."""
     preset: str = "quickstart"
     """Model to train, in fp32 by DDP on one rank."""
     shards: str = ""
@@ -55,7 +56,7 @@ class BusyConfig:
     settle_seconds: float = 1.5
     """Seconds at the start of each turn that do not count. `bclip` needs them to notice other processes."""
     rounds: int = 3
-    """Number of turns of each policy in each company. A rate is the median over them."""
+    """Number of turns of each policy in each company. A rate is the median over the turns."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.rounds < 1 or self.seconds <= 0 or self.settle_seconds < 0:

@@ -28,7 +28,7 @@ from .cases import with_gradients
 
 
 class Turns:
-    """Counts the units of work in each turn, and holds the work up between turns.
+    """Counts the units of work in each turn, and stops the work between turns.
 
     The work calls `done(units)` after each piece. The connection leads to the measuring process.
     """
@@ -77,7 +77,7 @@ def work(task: str, batch_size: int, preset: str, shards: str, folder: str, conn
 
 
 def probe(turns: Turns) -> None:
-    """Hash on as many threads as torch has. They never wait for each other, so they get all that is fairly theirs."""
+    """Hash on as many threads as torch has. They never wait for each other, so they get their fair share."""
     num_threads = torch.get_num_threads()
     counts, buffer = [0] * num_threads, bytes(1 << 22)  # a hash takes milliseconds, without the interpreter's lock
 

@@ -41,7 +41,8 @@ class ImagesConfig:
     size: int = 224
     """Side of the resulting squares in pixels."""
     rounds: int = 4
-    """Number of rounds. A round runs each contender. A ratio is the median over rounds, a time the fastest."""
+    """Number of rounds. A round runs each contender. Ratios are medians over the rounds. Times are those of the fastest
+    round."""
     threads: tuple[int, ...] = (1, 2)
     """Numbers of threads to measure."""
 

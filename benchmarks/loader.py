@@ -49,7 +49,8 @@ class LoaderConfig:
     workers: int = 1
     """Number of decoding threads. webdataset uses as many processes, or only the main process if it is 1."""
     rounds: int = 3
-    """Number of rounds. A round is a pass of each loader. A ratio is the median over rounds, a time the fastest."""
+    """Number of rounds. A round is a pass of each loader. Ratios are medians over the rounds. Times are those of the
+    fastest round."""
     dali: bool = True
     """Also time DALI."""
 
@@ -82,7 +83,7 @@ class Source:
 
 
 def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
-    """Write shards of ingested articles, or of smooth noise if there are no articles. Returns the shards' folder."""
+    """Write shards of ingested articles, or of smooth noise if the articles are missing. Returns the shards' folder."""
     articles = shared_data() / "pmc_articles"
     if articles.is_dir():
         from bclip_fast.ingest.build import IngestConfig, build

@@ -45,9 +45,9 @@ class BenchConfig:
             "all",
         ]
     ] = "all"
-    """Operator to measure, or `all` operators. The other benchmarks are `busy` (speed beside other processes), `images`
-    (files to resized pixels), `loader` (shards to batches), `retrieval` (exact ranks), `step` (a training step) and
-    `trainer` (steps of a run from shards on several ranks)."""
+    """Operator to measure, or `all` operators. The other benchmarks are `images` (files to resized pixels), `loader`
+    (shards to batches), `step` (a training step) and `trainer` (steps of a run from shards on several ranks).
+    `retrieval` measures exact ranks, and `busy` the speed beside other processes."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)

@@ -31,10 +31,10 @@ class RetrievalConfig:
     """Length of the noise, for a signal of length 1. At 4, R@1 of the default N is about 70 %, as in the paper. More
     noise brings more similarities near the correct one's, and 1000 leaves no signal."""
     queries: int = 0
-    """Number of images to rank, and of texts to rank among these images. 0: all. A part takes more than its share of
-    the time, because it checks and rounds all candidates."""
+    """Number of images to rank, and of texts to rank among these images. 0: all. A part takes more than a proportional
+    time, because it checks and rounds all candidates."""
     rival_queries: int = 1024
-    """The same number for the peers, which are float32 only and faiss. 0 leaves them out."""
+    """The same number for the peers: our ranks in float32 throughout, and faiss. 0 leaves them out."""
     checked: int = 8
     """Number of queries and candidates whose ranks are compared with brute force in float64."""
 

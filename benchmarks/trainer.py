@@ -216,7 +216,7 @@ class _Meter:
             model._set_ddp_runtime_logging_sample_rate(1)
 
     def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """Return `function`, whose end is the end of a part of the step."""
+        """Return `function`, wrapped so that its end also ends a part of the step."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)

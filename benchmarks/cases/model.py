@@ -40,7 +40,8 @@ class StepConfig:
     lengths: str = ""
     """File with a histogram of caption lengths, in lines "tokens count". Empty: the captions of BCLIP_SHARED_DATA."""
     rounds: int = 3
-    """Number of rounds. A round steps each contender once. A ratio is the median over rounds, a time the fastest."""
+    """Number of rounds. A round steps each contender once. Ratios are medians over the rounds. Times are those of the
+    fastest round."""
     ablation: bool = True
     """Also time ours while its improvements are turned on one by one."""
     compile: bool = False
