@@ -1,4 +1,4 @@
-"""Spoils single samples of shards in place, so that sizes and fingerprints stay what they were."""
+"""Damage single samples of shards in place. Sizes and fingerprints stay the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ KINDS = ("pixels", "header", "place", "meta", "caption")
 
 
 def spoil(folder: Path | str, index: int, kind: str = "pixels", split: str = "train") -> str:
-    """Damages a sample; returns its key. What is wrong with it says `reason` of the same kind."""
+    """Damage a sample. Return its key. REASONS holds the reader's message for each kind of damage."""
     key, shard = ShardDataset(folder, split).name_of(index)
     path = Path(folder) / shard
     entries = json.loads(path.with_suffix(".index.json").read_text())["samples"]
     entry = next(entry for entry in entries if entry["key"] == key)
     offset, size = {
-        # Half of the scan, so that the header is right; all of the JPEG; the tar's header; the caption's JSON and text.
+        # pixels: half of the scan, which leaves the JPEG header intact. place: the header in the tar.
         "pixels": (entry["jpg"][0] + entry["jpg"][1] // 2, entry["jpg"][1] - entry["jpg"][1] // 2),
         "header": entry["jpg"],
         "place": (entry["jpg"][0] - 512, 100),

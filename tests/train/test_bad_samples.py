@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from damage import KINDS, REASONS, spoil
+from loaders import loader, take
 from ranks import on_ranks
 from synthetic import tiny_run, weights, write_shards
-from test_sampler import loader, take
 
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
@@ -178,7 +178,7 @@ def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
 ):
     release = threading.Event()
     dataset = ShardDataset(sound)
-    name = "_read" if where == "sample" else "_whole"
+    name = "_read" if where == "sample" else "_read_all"
     real = getattr(dataset.storage, name)
 
     def stuck(file: str, *bounds: int) -> bytes:
