@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compile while packages download, and lint while tests run.
 MAKEFLAGS += -j2

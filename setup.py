@@ -1,4 +1,4 @@
-"""The two pybind11 modules, compiled by ninja: `_cpu` always, `_cuda` where nvcc is (BCLIP_CUDA=0|1 overrides)."""
+"""Build the two pybind11 modules with ninja: `_cpu` always, `_cuda` if nvcc is installed (BCLIP_CUDA=0|1 overrides)."""
 
 import fcntl
 import os
@@ -12,23 +12,26 @@ from ninja import BIN_DIR, ninja_syntax
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+ROOT = Path(__file__).parent.resolve()
 ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")
-# Later devices compile it themselves. Not that of an architecture with a letter, whose PTX runs on no other.
+# PTX for later devices, which compile it themselves. The PTX of an architecture with a letter runs on no other one.
 PTX = next((arch for arch in ARCHS if arch.isdigit()), ARCHS[0])
 CXX = os.environ.get("CXX", "g++")
+# A source *_isa.cpp is compiled once for each. Its object is empty if the compiler lacks the instruction set.
+ISAS = "avx512", "avx2", "portable"
 JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
-JPEG_HELP = """The jpeglib.h of libjpeg-turbo was not found: bclip_fast decodes images with it.
+JPEG_HELP = """jpeglib.h of libjpeg-turbo is missing: bclip_fast decodes images with it.
   Debian, Ubuntu: apt-get install libjpeg-dev    Fedora: dnf install libjpeg-turbo-devel    conda: libjpeg-turbo
 Or build without the fast image decoder: BCLIP_JPEG=0."""
 
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-    asked = os.environ.get("BCLIP_CUDA")
-    if asked == "1" and not found:
+    program = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    requested = os.environ.get("BCLIP_CUDA")
+    if requested == "1" and not program:
         sys.exit("BCLIP_CUDA=1, but nvcc is neither on the PATH nor in CUDA_HOME/bin")
-    return None if asked == "0" else found
+    return None if requested == "0" else program
 
 
 def has_jpeg_headers() -> bool:
@@ -38,17 +41,17 @@ def has_jpeg_headers() -> bool:
 
 
 class BuildWithNinja(build_ext):
-    """All modules in one run of ninja; objects stay in build/, as the folders that pip names are new each time."""
+    """Build all modules in one run of ninja. Objects stay in build/, because pip's own folders are new each time."""
 
     def build_extensions(self) -> None:
         objects = Path("build", sys.implementation.cache_tag).resolve()
         objects.mkdir(parents=True, exist_ok=True)
-        # The files that take longest first, so that no core waits for them at the end.
+        # The slowest files come first, so that no core waits for them at the end.
         extensions = sorted(self.extensions, key=lambda extension: extension.name, reverse=True)
         with open(objects / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Under build isolation the headers lie elsewhere each time too. As system headers nothing depends on their
-            # age, and the link's name tells their version.
+            # Under build isolation the headers have a new path each time. ninja ignores the age of system headers, and
+            # the name of the link contains their version.
             headers = objects / f"pybind11-{pybind11.__version__}"
             headers.unlink(missing_ok=True)
             headers.symlink_to(pybind11.get_include())
@@ -56,7 +59,7 @@ class BuildWithNinja(build_ext):
                 ninja = ninja_syntax.Writer(file)
                 for extension in extensions:
                     self._write(ninja, extension, f"-isystem {headers}")
-            # BIN_DIR is empty under pip's build isolation, where the program is on the PATH instead.
+            # BIN_DIR is empty under pip's build isolation, where the program is on the PATH.
             program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
             subprocess.run([program or "ninja", "-C", str(objects)], check=True)
             for extension in extensions:
@@ -66,14 +69,14 @@ class BuildWithNinja(build_ext):
 
     def _write(self, ninja: ninja_syntax.Writer, extension: Extension, includes: str) -> None:
         kind = extension.name.rpartition(".")[2]
-        depends = "-MMD -MF $out.d -c $in -o $out"
-        includes += "".join(f" -I{path}" for path in self.include_dirs)
+        depends = "-MMD -MF $out.d $isa -c $in -o $out"
+        includes += f" -I{ROOT}" + "".join(f" -I{path}" for path in self.include_dirs)
         options = f"-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wno-psabi {includes}"
         if kind == "_cuda":
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
-            device = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
+            device = f"-O3 -std=c++17 -I{ROOT} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
             ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc")
             ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out")
         else:
@@ -83,21 +86,32 @@ class BuildWithNinja(build_ext):
         built = []
         for source in sorted(map(Path, extension.sources), key=lambda path: path.suffix != ".cu"):
             rule = "nvcc" if source.suffix == ".cu" else f"cxx{kind}"
-            built += ninja.build(f"{kind}/{source.name}.o", rule, str(source.resolve()))
+            name = f"{kind}/{source.relative_to('csrc').with_suffix('')}"
+            for isa in ISAS if source.stem.endswith("_isa") else [""]:
+                variables = {"isa": f"-DBCLIP_ISA={isa}"} if isa else None
+                built += ninja.build(
+                    f"{name}{'.' * bool(isa)}{isa}.o", rule, str(source.resolve()), variables=variables
+                )
         ninja.build(f"{extension.name}.so", f"link{kind}", built)
 
 
 if JPEG and not has_jpeg_headers():
     sys.exit(JPEG_HELP)
-sources = sorted(path for path in map(str, Path("csrc/cpu").glob("*.cpp")) if JPEG or "/image" not in path)
+sources = sorted(path for path in map(str, Path("csrc/cpu").rglob("*.cpp")) if JPEG or "/image/" not in path)
 headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 modules = [Extension("bclip_fast._cpu", sources, depends=headers)]
 if nvcc():
-    cuda_sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.c[pu]*") if path.suffix != ".cuh")
+    # Only tests on x86-64 build the emulator.
+    paths = [path for path in Path("csrc/cuda").rglob("*.c[pu]*") if path.suffix != ".cuh"]
+    cuda_sources = sorted(str(path) for path in paths if "emulator" not in path.parts)
     modules.append(Extension("bclip_fast._cuda", cuda_sources, depends=headers))
-# The benchmark cases live beside the package in the source tree, and inside it once installed, for `bclip bench`.
+# The benchmarks are beside the package in the source tree, and inside it after the installation, for `bclip bench`.
 setup(
-    packages=[*find_packages(include=["bclip_fast*"]), "bclip_fast.benchmarks"],
+    packages=[
+        *find_packages(include=["bclip_fast*"]),
+        "bclip_fast.benchmarks",
+        *(f"bclip_fast.benchmarks.{name}" for name in find_packages("benchmarks")),
+    ],
     package_dir={"bclip_fast.benchmarks": "benchmarks"},
     ext_modules=modules,
     cmdclass={"build_ext": BuildWithNinja},

@@ -1,4 +1,4 @@
-"""`bclip`: a table of commands, each a configuration and a function, imported when it runs."""
+"""`bclip`: a table of commands. The configuration and function of a command are imported when it runs."""
 
 from __future__ import annotations
 
@@ -16,57 +16,65 @@ from .version import __version__
 
 @dataclass(frozen=True)
 class Command:
+    """A command of `bclip`.
+
+    summary: line in the list of commands.
+    config: the configuration's class, "module:Class".
+    function: the function to call with the configuration, "module:function".
+    extra: the extra of the package that the command needs.
+    """
+
     summary: str
-    config: str  # "module:Class"
-    function: str  # "module:function", called with the configuration
-    extra: str  # the extra of the package that brings what it imports
+    config: str
+    function: str
+    extra: str
 
 
 COMMANDS = {
     "quickstart": Command(
-        "build a small set of real images, pretrain, evaluate, report",
+        "build a small set of real images, pretrain, evaluate and report",
         "bclip_fast.quickstart:QuickstartConfig",
         "bclip_fast.quickstart:run",
         "quickstart",
     ),
     "ingest build": Command(
-        "JATS articles to figure-caption pairs to WebDataset shards",
+        "convert JATS articles to figure-caption pairs in WebDataset shards",
         "bclip_fast.ingest.build:IngestConfig",
         "bclip_fast.ingest.build:build",
         "ingest",
     ),
     "ingest fetch": Command(
-        "mirror articles of PubMed Central's bucket, every object checked",
+        "mirror articles of PubMed Central's bucket and check every object",
         "bclip_fast.ingest.fetch:FetchConfig",
         "bclip_fast.ingest.fetch:fetch",
         "ingest",
     ),
     "ingest verify": Command(
-        "re-read a dataset and say what is wrong",
+        "re-read a dataset and list its problems",
         "bclip_fast.ingest.verify:VerifyConfig",
         "bclip_fast.ingest.verify:run",
         "ingest",
     ),
     "ingest report": Command(
-        "an HTML page about a dataset: counts, sizes, captions, rejects, a gallery",
+        "write an HTML page about a dataset: counts, sizes, captions, rejects, a gallery",
         "bclip_fast.ingest.report:ReportConfig",
         "bclip_fast.ingest.report:run",
         "ingest",
     ),
     "train export": Command(
-        "a trained model in the layout of open_clip or transformers",
+        "convert a trained model to the layout of open_clip or transformers",
         "bclip_fast.train.export:ExportConfig",
         "bclip_fast.train.export:run",
         "train",
     ),
     "train replay": Command(
-        "compute again the step at which a run gave up",
+        "recompute the step at which a run gave up",
         "bclip_fast.train.replay:ReplayConfig",
-        "bclip_fast.train.trainer:replay",
+        "bclip_fast.train.replay:replay",
         "train",
     ),
     "train report": Command(
-        "an HTML page about runs: curves, where the time went, validation, settings, events",
+        "write an HTML page about runs: curves, time per stage, validation, settings, events",
         "bclip_fast.train.report:TrainReportConfig",
         "bclip_fast.train.report:run",
         "eval",
@@ -78,49 +86,49 @@ COMMANDS = {
         "train",
     ),
     "plan": Command(
-        "memory, operations and hours of a training run; refuses what cannot fit",
+        "estimate memory, operations and hours of a training run; fail if it cannot fit",
         "bclip_fast.train.config:TrainConfig",
         "bclip_fast.plan.command:run",
         "train",
     ),
     "finetune": Command(
-        "fit a trained model to pairs or questions of one's own, whole or by LoRA",
+        "finetune a trained model on your pairs or questions, fully or with LoRA",
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",
     ),
     "eval compare": Command(
-        "evaluations side by side, with paired significance",
+        "compare evaluations side by side, with paired significance tests",
         "bclip_fast.eval.compare:CompareCommand",
         "bclip_fast.eval.compare:run",
         "eval",
     ),
     "eval": Command(
-        "retrieval, zero-shot, probes and questions of a run or checkpoint: report, JSON, CSV",
+        "evaluate a run or checkpoint (retrieval, zero-shot, probes, questions): report, JSON, CSV",
         "bclip_fast.eval:EvalCommand",
         "bclip_fast.eval:run",
         "eval",
     ),
     "embed": Command(
-        "pictures of a folder or of shards to an index: Parquet and faiss",
+        "embed the images of a folder or of shards to an index: Parquet and faiss",
         "bclip_fast.search.index:EmbedConfig",
         "bclip_fast.search.index:run_embed",
         "search",
     ),
     "search": Command(
-        "the pictures of an index nearest to a text or a picture",
-        "bclip_fast.search.index:SearchConfig",
-        "bclip_fast.search.index:run",
+        "find the images of an index nearest to a text or an image",
+        "bclip_fast.search.searcher:SearchConfig",
+        "bclip_fast.search.searcher:run",
         "search",
     ),
     "serve": Command(
-        "a local web page to search an index",
+        "serve a local web page that searches an index",
         "bclip_fast.search.serve:ServeConfig",
         "bclip_fast.search.serve:run",
         "search",
     ),
     "bench": Command(
-        "ours against the rivals: operators, images, loader, retrieval, a step, a trainer; bclip bench --help",
+        "benchmark against other libraries: operators, images, loader, retrieval, step, trainer",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",
@@ -132,7 +140,7 @@ COMMANDS = {
         "model",
     ),
     "doctor": Command(
-        "backends, versions and devices, what each operator takes here, and why",
+        "print backends, versions, devices, and the backend that each operator takes here, with reasons",
         "bclip_fast.doctor:DoctorConfig",
         "bclip_fast.doctor:run",
         "model",
@@ -141,6 +149,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] in (["--version"], ["-V"]):
         print(f"bclip_fast {__version__}")

@@ -1,7 +1,7 @@
 """Typed dataclasses filled from TOML files, left to right, then from command-line flags.
 
-A TOML file is turned into the flags it stands for, so files and flags share one checker: an unknown key or a wrong
-type in a file is an error that names the file, never silently ignored. Positional arguments have no place in a file.
+A TOML file is converted to flags, so that files and flags share one checker. An unknown key or a wrong type in a file
+is an error that names the file. A file can't hold positional arguments.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
-    """Fills dataclass `cls` from its defaults, the leading `*.toml` files in order, and the remaining flags.
+    """Fill dataclass `cls` from its defaults, the leading `*.toml` files in order, and the remaining flags.
 
-    A file that isn't found as a path is looked up among the package's own `configs/`.
+    A file that doesn't exist as a path is looked up in the package's own `configs/`.
 
     Raises:
-        UserError: a file that isn't there or isn't TOML, an unknown key, a value of the wrong type.
+        UserError: a file that doesn't exist or isn't TOML, an unknown key, or a value of the wrong type.
         SystemExit: after `--help`.
     """
     args = list(args)
     config: T | None = None
     while args and args[0].endswith(".toml"):
         path = find(args.pop(0))
-        config = _parse(cls, list(_as_flags(read_toml(path))), config, prog, where=str(path), file=True)
+        config = _parse(cls, list(_as_flags(read_toml(path))), config, prog, source=str(path), file=True)
     if config is not None and not args:
         return config
-    return _parse(cls, args, config, prog, where="the command line")
+    return _parse(cls, args, config, prog, source="the command line")
 
 
 def from_toml(cls: type[T], path: Path | str) -> T:
-    """The dataclass that `to_toml` wrote. Raises UserError as `parse` does."""
-    return _parse(cls, list(_as_flags(read_toml(Path(path)))), None, str(path), where=str(path), file=True)
+    """Read a dataclass that `to_toml` wrote. Raises UserError as `parse` does."""
+    return _parse(cls, list(_as_flags(read_toml(Path(path)))), None, str(path), source=str(path), file=True)
 
 
 def to_toml(config: Any) -> str:
-    """The resolved configuration as TOML; `from_toml` gives an equal dataclass back. None is left out."""
+    """Return the resolved configuration as TOML, from which `from_toml` builds an equal dataclass. None is omitted."""
     import tomli_w
 
     return tomli_w.dumps(_plain(config))
 
 
 def find(name: str) -> Path:
-    """The path of a TOML file, looked up in the working folder, then among the configurations of the package."""
+    """Return the path of a TOML file, from the working folder or from the package's configurations."""
     for path in (Path(name), CONFIGS / name):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.toml")))
-    raise UserError(f"configuration file {name} does not exist; those of the package: {known}")
+    names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.toml")))
+    raise UserError(f"configuration file {name} does not exist; the package has {names}")
 
 
 def read_toml(path: Path, kind: str = "configuration file") -> dict[str, Any]:
-    """The table of a TOML file. Errors call the file a `kind`.
+    """Return the table of a TOML file. Errors call the file a `kind`.
 
     Raises:
         UserError: the file can't be read or isn't TOML.
@@ -91,7 +91,7 @@ def _as_flags(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             for item in value:
                 yield from map(_text, item if isinstance(item, list) else [item])
         else:
-            # One token, so that a value that begins with a dash is not taken for a flag.
+            # In one token, a value that begins with a dash isn't mistaken for a flag.
             yield f"--{name}={_text(value)}"
 
 
@@ -99,7 +99,7 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: str, file: bool = False) -> T:
+def _parse(cls: type[T], args: list[str], default: T | None, prog: str, source: str, file: bool = False) -> T:
     import tyro
 
     stderr = io.StringIO()
@@ -110,7 +110,7 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: s
                 cls,
                 args=args,
                 prog=prog,
-                # A file says `resume = true`, a person --resume.
+                # A file sets `resume = true` where a user types --resume.
                 config=(tyro.conf.FlagConversionOff,) if file else (),
                 use_underscores=True,
                 **keywords,
@@ -118,9 +118,9 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, where: s
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{where}: {_one_line(stderr.getvalue())} (see {prog} --help)") from None
+        raise UserError(f"{source}: {_one_line(stderr.getvalue())} (see {prog} --help)") from None
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
 _BOX = re.compile("[\u2500-\u257f]+")
@@ -128,7 +128,7 @@ _ANSI = re.compile("\x1b\\[[0-9;]*m")
 
 
 def _one_line(text: str) -> str:
-    """tyro's boxed, coloured message as one plain line."""
+    """Convert tyro's boxed and coloured message to one plain line."""
     words = " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
     return words.split(" For full helptext")[0]
 

@@ -1,4 +1,4 @@
-"""The process group: started from the launcher's environment, asked for rank and size, nothing else."""
+"""The process group: joining it, rank and size, collectives of Python objects, and errors that name lost ranks."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from .errors import UserError, first_line
 
 T = TypeVar("T")
 
-# How long a rank that met a failed collective waits to hear from the others; rank 0, where the store may live, longer.
+# How long a rank whose collective failed waits for news of the others. Rank 0 waits longer: it may hold the store.
 _GRACE_S = 5.0
 _COLLECTIVE = re.compile(r"gloo|NCCL|Connection (closed|reset)|CollectiveError")
 _KEY = "bclip/{}/{}"
 
 
 def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
-    """Joins the group that torchrun, deepspeed or srun's environment describes; does nothing for a single process.
+    """Join the group that the environment of torchrun, deepspeed or srun describes. Without one, do nothing.
 
-    `backend` is nccl where CUDA is available and gloo elsewhere. `timeout_seconds` bounds every collective and this
-    call, so a lost rank ends the others: gloo's in `explain_lost_ranks`; NCCL's watchdog ends the process by itself,
-    with a log that names the collective.
+    Args:
+        backend: default nccl if CUDA is available, else gloo.
+        timeout_seconds: limit of this call and of every collective, after which a lost rank ends the others. With
+            gloo they end in `explain_lost_ranks`. NCCL's watchdog ends the process, and its log names the collective.
 
     Raises:
-        UserError: the environment lacks a variable, or the ranks don't come together in time.
+        UserError: the environment lacks a variable, or the ranks don't meet in time.
     """
     if dist.is_initialized():
         return
@@ -49,30 +50,30 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}: the ranks didn't meet "
-            f"at {where} within {timeout_seconds:g} s: {_reason(error)}"
+            f"at {address} within {timeout_seconds:g} s: {_reason(error)}"
         ) from error
     _store().set(_KEY.format("host", rank()), f"{socket.gethostname()}, process {os.getpid()}")
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for a task of srun, from Slurm's; none where RANK is set or srun started one task alone.
+    """Translate Slurm's variables of a task of srun to torchrun's. Empty if RANK is set or srun started only one task.
 
-    Only srun sets SLURM_STEP_NUM_TASKS: the batch script itself, which has SLURM_PROCID=0 too, is not a rank. Rank 0's
-    host is the step's first; MASTER_ADDR and MASTER_PORT may say otherwise. A task to which srun shows one GPU alone
-    (--gpus-per-task=1) calls it 0, whatever its number on the node.
+    Only srun sets SLURM_STEP_NUM_TASKS. The batch script itself isn't a rank, although it has SLURM_PROCID=0, too.
+    Rank 0 runs on the step's first host. MASTER_ADDR and MASTER_PORT override its address. If srun shows a task only
+    one GPU (--gpus-per-task=1), that GPU has number 0 in the task.
     """
-    number = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" in environment or number == 1:
+    num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environment or num_tasks == 1:
         return {}
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    # Steps of one job may run at the same time; ports below 32768 are not given out by Linux itself.
+    # Steps of one job may run at the same time. Linux doesn't assign ports below 32768 by itself.
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
     return {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(number),
+        "WORLD_SIZE": str(num_tasks),
         "LOCAL_RANK": "0" if torch.cuda.device_count() == 1 else environment["SLURM_LOCALID"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(12000 + (job * 31 + step) % 20000),
@@ -80,38 +81,43 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's compressed list: "gpu[03-07,9]-ib,login1" gives "gpu03-ib"."""
+    """Return the first host of Slurm's compressed list: "gpu[03-07,9]-ib,login1" -> "gpu03-ib"."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
 
 
 def rank() -> int:
+    """This process's rank, 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
+    """This process's rank on its machine, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def device() -> torch.device:
-    """Where this rank computes: its own GPU, or the CPU where there is none."""
+    """The device of this rank: a GPU if CUDA is available, else the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def world_size() -> int:
+    """Number of ranks, 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Whether this is rank 0."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def total(number: int) -> int:
-    """The sum over all ranks."""
+    """Return the sum of a number over all ranks."""
     if world_size() == 1:
         return number
     device = torch.device("cuda", local_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -121,7 +127,7 @@ def total(number: int) -> int:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order. The values are pickled: use it between trusted ranks only."""
+    """Return every rank's `value`, in rank order. Values are pickled, so all ranks must be trusted."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -130,7 +136,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` on every rank."""
+    """Return rank 0's `value` on every rank."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -139,7 +145,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every rank; its UserError is raised on every rank too."""
+    """Call `function` on rank 0 and return its result on every rank. Every rank raises its UserError, too."""
     result: tuple[Any, str | None] = (None, None)
     if is_main():
         try:
@@ -153,19 +159,20 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
 
 def shutdown() -> None:
+    """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def explain_lost_ranks() -> Iterator[None]:
-    """Around what all ranks run: where a collective fails because a rank is gone or silent, the error says which one.
+    """Context around the work of all ranks. If a collective fails, its error names the rank that is lost or stuck.
 
-    A rank that ends by an error of its own tells it to the others here. Those that meet a failed collective wait a few
-    seconds to hear who else does; a rank that isn't heard of is the likely cause.
+    A rank that ends by another error reports it to the others here. A rank whose collective failed waits a few seconds
+    for reports. A rank that doesn't report is the likely cause.
 
     Raises:
-        UserError: in place of a collective's error.
+        UserError: replaces a collective's error.
     """
     try:
         yield
@@ -184,7 +191,7 @@ def explain_lost_ranks() -> Iterator[None]:
 
 
 def _likely_cause() -> str:
-    """What the other ranks say, or which of them are silent."""
+    """Describe the errors that the other ranks reported, and the ranks that are silent."""
     others = [number for number in range(world_size()) if number != rank()]
     deadline = time.monotonic() + _GRACE_S
     try:
@@ -192,32 +199,33 @@ def _likely_cause() -> str:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        causes = [f"rank {n} ({_told('host', n)}) is lost or stuck" for n in silent]
-        causes += [f"rank {n} ended by {told}" for n in others if n not in silent and (told := _told("ended", n))]
+        causes = [f"rank {n} ({_reported('host', n)}) is lost or stuck" for n in silent]
+        reports = {n: _reported("ended", n) for n in others if n not in silent}
+        causes += [f"rank {n} ended by {report}" for n, report in reports.items() if report]
     except RuntimeError:
         return "The ranks' store is gone, so the machine or process of rank 0 is lost"
     if is_main():
-        # The others may still be reading.
+        # The other ranks may still read the store.
         time.sleep(1.0)
-    return "; ".join(causes) or "All ranks met it: the network between them"
+    return "; ".join(causes) or "It failed on all ranks, so the likely cause is the network between them"
 
 
-def _told(kind: str, number: int) -> str:
+def _reported(kind: str, number: int) -> str:
     key = _KEY.format(kind, number)
     return _store().get(key).decode() if _store().check([key]) else "unknown host"
 
 
 def _collective_of(error: BaseException) -> str:
-    """The torch.distributed function that raised, and ours that called it."""
+    """Return the names of the torch.distributed function that raised, and of our function that called it."""
     frames = traceback.extract_tb(error.__traceback__)
     names = [frame.name for frame in frames if frame.filename.endswith("distributed_c10d.py")]
     ours = [frame.name for frame in frames if f"{os.sep}bclip_fast{os.sep}" in frame.filename]
-    what = next((name for name in names if name != "wrapper"), frames[-1].name)
-    return f"{what} in {ours[-1]}" if ours else what
+    collective = next((name for name in names if name != "wrapper"), frames[-1].name)
+    return f"{collective} in {ours[-1]}" if ours else collective
 
 
 def _reason(error: BaseException) -> str:
-    """gloo's messages begin with a line of its source and end with advice."""
+    """Shorten an error's message. gloo's messages begin with a line of its source and end with advice."""
     text = first_line(error).partition(" This is typically")[0]
     return re.sub(r"^\[[^\]]*\] ", "", text).rstrip(".")
 

@@ -1,4 +1,4 @@
-"""What is installed, what each operator takes here, and why."""
+"""`bclip doctor`: the installation, and the backend that each operator takes here, with reasons."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ import torch
 
 from . import threads
 from .errors import UserError
-from .ops import BACKENDS, trials, tuning
+from .ops import BACKENDS, fingerprint, record_files, trials, tuning
 from .ops.dispatch import MISSING, Decision
+from .ops.record_files import Record
 from .version import __version__
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Prints backends, versions and devices, what each operator takes here, and why."""
+    """Print backends, versions, devices, and the backend that each operator takes here, with reasons."""
 
 
 def run(config: DoctorConfig) -> None:
+    """Print the report."""
     print("\n".join(lines()))
 
 
 def lines() -> list[str]:
-    """The report, a line each."""
+    """Return the lines of the report."""
     out = [
         f"bclip_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -41,7 +43,7 @@ def lines() -> list[str]:
     ]
     out += [f"  {name:<12}{_backend(name)}" for name in BACKENDS]
     for device in _devices():
-        out += ["", f"What the next call takes on {device}", *(f"  {line}" for line in _choices(device))]
+        out += ["", f"Backends of the next call on {device}", *(f"  {line}" for line in _choices(device))]
     out += ["", "CUDA"]
     out += [f"  {line}" for line in _cuda()]
     out += ["", "Packages, by extra"]
@@ -61,18 +63,18 @@ def _backend(name: str) -> str:
         interpreted = " (interpreted: TRITON_INTERPRET=1)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
         return f"installed, {_version('triton')}{interpreted}"
     if name == "cuda":
-        return "installed" if torch.cuda.is_available() else "installed, but there is no device that torch can use"
+        return "installed" if torch.cuda.is_available() else "installed, but torch finds no device"
     if name == "torch":
-        return "always there: torch's own attention"
-    return _instruction_set() if name == "cpu" else "always there: plain PyTorch"
+        return "always available: torch's own attention"
+    return _instruction_set() if name == "cpu" else "always available: plain PyTorch"
 
 
 def _instruction_set() -> str:
     from bclip_fast import _cpu
 
-    asked = " (BCLIP_CPU_ISA)" if "BCLIP_CPU_ISA" in os.environ else ""
+    forced = " (BCLIP_CPU_ISA)" if "BCLIP_CPU_ISA" in os.environ else ""
     try:
-        return f"installed, {_cpu.instruction_set()}{' and AMX' if _cpu.has_amx() else ''}{asked}"
+        return f"installed, {_cpu.instruction_set()}{' and AMX' if _cpu.has_amx() else ''}{forced}"
     except ValueError as error:
         return f"installed, but {error}"
 
@@ -88,28 +90,28 @@ def _devices() -> list[torch.device]:
 
 
 def _choices(device: torch.device) -> list[str]:
-    """The record in force, and for each operator and dtype the backends by class of shapes."""
+    """Describe the tuning record in use, and the backends of each operator and dtype by class of shapes."""
     try:
         record = tuning.of_device(device.type, device.index or 0)
         out = _record(record)
-        found = sorted(trials.decisions(device), key=lambda decision: decision.key[:2])
+        all_decisions = sorted(trials.decisions(device), key=lambda decision: decision.key[:2])
     except UserError as error:
         return [str(error)]
     except torch.OutOfMemoryError:
-        return ["no memory is free on it"]
-    for (operator, dtype), group in itertools.groupby(found, key=lambda decision: decision.key[:2]):
+        return ["the device has no free memory"]
+    for (operator, dtype), group in itertools.groupby(all_decisions, key=lambda decision: decision.key[:2]):
         decisions, name = list(group), f"{operator:<31}{dtype:<10}"
         pairs = [(decision.chosen or "nothing", _times(decision, record)) for decision in decisions]
         for chosen, times in dict.fromkeys(pairs):
-            alike = [each.shapes for each, pair in zip(decisions, pairs, strict=True) if pair == (chosen, times)]
-            shapes = "; ".join(alike)
+            same = [each.shapes for each, pair in zip(decisions, pairs, strict=True) if pair == (chosen, times)]
+            shapes = "; ".join(same)
             out.append(f"{name}{chosen:<11}{shapes:<19}{times}".rstrip())
             name = " " * len(name)
         out += [f"{name}not {', '.join(names)}: {reason}" for reason, names in _refusals(decisions).items()]
     return out
 
 
-def _times(decision: Decision, record: tuning.Record) -> str:
+def _times(decision: Decision, record: Record) -> str:
     entry = record.entries.get(decision.key)
     if entry is None or not record.made:
         return ""
@@ -117,25 +119,24 @@ def _times(decision: Decision, record: tuning.Record) -> str:
 
 
 def _refusals(decisions: list[Decision]) -> dict[str, list[str]]:
-    """Backends by the reason against them, those that the operator doesn't have left out."""
-    found: dict[str, list[str]] = {}
+    """Refused backends by reason, except those that don't implement the operator."""
+    refused: dict[str, list[str]] = {}
     for decision in decisions:
         for name, reason in decision.refusals.items():
-            names = found.setdefault(reason, [])
+            names = refused.setdefault(reason, [])
             if reason != "not implemented" and name not in names:
                 names.append(name)
-    return {reason: names for reason, names in found.items() if names}
+    return {reason: names for reason, names in refused.items() if names}
 
 
-def _record(record: tuning.Record) -> list[str]:
-    own = record.fingerprint
-    facts = ", ".join(value for key, value in own.items() if key not in ("device", "kernels") and value)
+def _record(record: Record) -> list[str]:
+    facts = ", ".join(value for key, value in record.fingerprint.items() if key not in ("device", "kernels") and value)
     out = [f"by {record.origin}{_age(record.made)}"]
     if record.path is not None:
         out.append(str(record.path))
     elif tuning.mode() == "":
-        out.append("`bclip tune` measures this machine" + _outdated(own))
-    return [*out, f"fingerprint: {facts}, kernels {own.get('kernels', 'none')}", ""]
+        out.append("`bclip tune` measures this machine" + _outdated(record.fingerprint))
+    return [*out, f"fingerprint: {facts}, kernels {record.fingerprint.get('kernels', 'none')}", ""]
 
 
 def _age(made: str) -> str:
@@ -149,19 +150,20 @@ def _age(made: str) -> str:
     return f", made {made}, {days} day{'' if days == 1 else 's'} ago" if days > 0 else f", made {made}, today"
 
 
-def _outdated(own: dict[str, str]) -> str:
-    """Whether there is a record of this very device, from before something changed."""
+def _outdated(current: dict[str, str]) -> str:
+    """Name the newest record of this device that no longer applies, and its differences."""
     try:
         paths = sorted(tuning.folder().glob("*.json"), key=lambda path: path.stat().st_mtime)
     except (OSError, RuntimeError):
         return ""
     for path in reversed(paths):
         try:
-            other = tuning.load(path)
+            other = record_files.load(path)
         except UserError:
             continue
-        if other.made and other.fingerprint["name"] == own["name"] and other.fingerprint["device"] == own["device"]:
-            return f"; its record {path.name} doesn't apply (there / now): {tuning.differences(other.fingerprint, own)}"
+        if other.made and all(other.fingerprint[key] == current[key] for key in ("name", "device")):
+            differences = fingerprint.differences(other.fingerprint, current)
+            return f"; its record {path.name} doesn't apply (there / now): {differences}"
     return ""
 
 
@@ -184,7 +186,7 @@ def _cuda() -> list[str]:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The distributions that each extra brings itself, as the installed metadata has them."""
+    """The distributions that each extra adds itself, from the installed metadata."""
     extras: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("bclip_fast") or ():
         match = re.match(r"([\w.-]+)[^;]*;.*extra == ['\"](\w+)['\"]", requirement)

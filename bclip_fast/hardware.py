@@ -1,7 +1,8 @@
-"""Devices: names, memory, links, peak rates. Clusters of them, as a plan assumes. What runs here, for reports."""
+"""Devices with memory, links and peak rates, clusters for plans, and the environment of this process."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -12,18 +13,18 @@ from typing import Literal
 
 import torch
 
-from .errors import UserError, first_line
-from .ops.processor import native_precision
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.ops.processor import native_precision
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 GIB = 1 << 30
 _VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
 _TERA = 1e12
-# Largest rates of dense matmuls, by the start of what torch.cuda.get_device_name says; the first that fits counts.
-# bf16 and fp16 on the tensor cores, then fp32 outside them: what torch does with float32 unless told.
-# From NVIDIA's data sheets: A100 (June 2021), H100 (whitepaper v1.04, table 2, and data sheet 2024 for the NVL, half of
-# its figures "with sparsity"), H200 (data sheet 2024).
+# Prefix of torch.cuda.get_device_name -> peak FLOP/s of dense matmuls. The first matching prefix counts.
+# First bf16 and fp16 on the tensor cores, then fp32 without them, which is torch's default for float32.
+# Source: NVIDIA's data sheets. A100: June 2021. H100: whitepaper v1.04, table 2. H100 NVL: data sheet of 2024, half of
+# the rates "with sparsity". H200: data sheet of 2024.
 _PEAKS = {
     "NVIDIA A100": (312 * _TERA, 19.5 * _TERA),
     "NVIDIA H100 PCIe": (756 * _TERA, 51.2 * _TERA),
@@ -36,17 +37,20 @@ _PEAKS = {
 
 @dataclass(frozen=True)
 class Device:
-    """name: what torch calls it, also that of its file in benchmarks/results. memory: bytes that a process can have.
-    link, network: bytes a second of one direction, of a device to the others in its node, and to other nodes."""
+    """A device as a plan sees it."""
 
     name: str
+    """torch's name, which also names the file in benchmarks/results."""
     memory: float
+    """Bytes that a process can use."""
     link: float
+    """Bytes per second, in one direction, to the other devices of the node."""
     network: float
+    """Bytes per second, in one direction, to other nodes."""
 
 
-# Memory as the driver counts it. NVLink: half of the 600 and 900 GB/s that the data sheets give for both directions;
-# network: the usual node of 8 with a card of 200 Gbit/s (A100) or 400 Gbit/s (H100 and H200) for each.
+# Memory as the driver reports it. NVLink: half of the data sheets' 600 and 900 GB/s, which count both directions.
+# Network: the usual node of 8 GPUs, with a network card of 200 Gbit/s (A100) or 400 Gbit/s (H100, H200) for each GPU.
 DEVICES = {
     "a100-40": Device("NVIDIA A100-SXM4-40GB", 39.4 * GIB, 300e9, 25e9),
     "a100-80": Device("NVIDIA A100-SXM4-80GB", 79.2 * GIB, 300e9, 25e9),
@@ -57,66 +61,74 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What `bclip plan` plans for; training itself takes the ranks that the launcher gives it."""
+    """The cluster of `bclip plan`. Training uses the ranks of its launcher instead."""
 
     nodes: int = 1
+    """Number of nodes."""
     devices_per_node: int = 0
-    """Ranks on a node; 0: this machine's GPUs, or one rank."""
+    """Ranks per node. 0: one rank per GPU of this machine, or one rank without a GPU."""
     device: str = ""
-    """a100-40, a100-80, h100, h200 or cpu; empty: what this machine has."""
+    """a100-40, a100-80, h100, h200 or cpu. Empty: the device of this machine."""
     memory_gib: float = 0.0
-    """Of a device, or of a node's ranks together where they compute on its CPU; 0: what the device has."""
+    """Memory of a device in GiB, or of all ranks of a node together on a CPU. 0: the device's memory."""
     host_memory_gib: float = 0.0
-    """Of a node; 0: not checked, but this machine's where the device is this machine's."""
+    """Host memory of a node in GiB. 0: this machine's if the device is this machine's, else unchecked."""
 
     def __post_init__(self) -> None:
+        """Check the fields. Raises UserError."""
         if self.nodes < 1 or min(self.devices_per_node, self.memory_gib, self.host_memory_gib) < 0:
             raise UserError(
                 f"cluster.nodes={self.nodes}, devices_per_node={self.devices_per_node}, memory_gib={self.memory_gib}, "
-                f"host_memory_gib={self.host_memory_gib}: need at least 1, and nothing negative"
+                f"host_memory_gib={self.host_memory_gib}: nodes must be at least 1, the others must not be negative"
             )
         if self.device not in ("", "cpu", *DEVICES):
-            raise UserError(f"cluster.device={self.device}: choose one of cpu, {', '.join(DEVICES)}, or none")
+            raise UserError(
+                f"cluster.device={self.device} is unknown; choose one of cpu, {', '.join(DEVICES)}, or leave it empty"
+            )
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """ranks over nodes; cpu: they compute there, and device memory is the host's. Bytes of one rank; 0: not known.
-    precision: what engine.precision auto stands for there, and the reason."""
+    """Nodes with one rank for each device."""
 
     nodes: int
     ranks_per_node: int
     device: Device
     cpu: bool
+    """Whether the ranks compute on the CPU. Then the device memory is the host's."""
     host_memory: float
+    """Host memory of one rank in bytes. 0: unknown."""
     precision: Precision
+    """The precision that `auto` selects on this cluster."""
     precision_reason: str
+    """Reason of that selection, for messages."""
 
     @property
     def ranks(self) -> int:
+        """Number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     @property
     def link(self) -> float:
-        """Bytes a second that a ring of all ranks moves through each."""
+        """Bytes per second that a ring of all ranks moves through each rank."""
         return min(self.device.link, self.device.network) if self.nodes > 1 else self.device.link
 
 
 def cluster_of(config: ClusterConfig) -> Cluster:
-    """The cluster of a configuration. This machine's values stand for what the configuration leaves empty."""
-    own = not config.device
-    cpu = config.device == "cpu" or (own and not torch.cuda.is_available())
-    ranks = config.devices_per_node or (torch.cuda.device_count() if own and not cpu else 1)
-    host = config.host_memory_gib * GIB or (_host_memory() if own or cpu else 0.0)
+    """Return the cluster of a configuration. This machine provides the values that the configuration leaves empty."""
+    is_local = not config.device
+    cpu = config.device == "cpu" or (is_local and not torch.cuda.is_available())
+    ranks = config.devices_per_node or (torch.cuda.device_count() if is_local and not cpu else 1)
+    host = config.host_memory_gib * GIB or (_host_memory() if is_local or cpu else 0.0)
     if cpu:
-        # What gloo moves between processes of one machine, and over a network of 10 Gbit/s: orders of magnitude.
+        # Rates of gloo between processes of one machine, and over a network of 10 Gbit/s: orders of magnitude.
         device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
         return Cluster(config.nodes, ranks, device, True, device.memory, *native_precision(torch.device("cpu")))
-    if own:
+    if is_local:
         name = device_name(torch.device("cuda", 0))
         memory = torch.cuda.get_device_properties(0).total_memory
-        known = next((device for device in DEVICES.values() if device.name == name), DEVICES["a100-80"])
-        device = Device(name, memory, known.link, known.network)
+        similar = next((device for device in DEVICES.values() if device.name == name), DEVICES["a100-80"])
+        device = Device(name, memory, similar.link, similar.network)
         precision = native_precision(torch.device("cuda", 0))
     else:
         device = DEVICES[config.device]
@@ -127,6 +139,7 @@ def cluster_of(config: ClusterConfig) -> Cluster:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU or of this machine's CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -134,7 +147,7 @@ def device_name(device: torch.device) -> str:
 
 
 def results_name(device: str) -> str:
-    """Of the file in benchmarks/results."""
+    """Return the name of the device's file in benchmarks/results."""
     return re.sub(r"\W+", "-", device).strip("-") + ".jsonl"
 
 
@@ -143,18 +156,18 @@ def _host_memory() -> float:
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """The rate of one device in "fp32", "bf16" or "fp16". None if no data sheet is known, as for a CPU."""
+    """Return the peak rate of a device in "fp32", "bf16" or "fp16". None without a data sheet, as for a CPU."""
     rates = next((rates for name, rates in _PEAKS.items() if device_name.startswith(name)), None)
     return None if rates is None else rates[precision == "fp32"]
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """`peak_flops_per_second` of a GPU of this machine; None for a CPU."""
+    """Return `peak_flops_per_second` of a GPU of this machine, or None for a CPU."""
     return peak_flops_per_second(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: by torch on a GPU, by the process on a CPU."""
+    """Return the peak memory so far in bytes: torch's on a GPU, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -162,23 +175,21 @@ def peak_memory(device: torch.device) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the GPU if there is one. Raises UserError if torch can't use it."""
+    """Return the device of this name. "auto" is the GPU if there is one. Raises UserError if torch cannot use it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {first_line(error)}") from error
+        raise UserError(f"device {name!r} cannot be used ({first_line(error)}); use auto, cpu or cuda") from error
 
 
 def environment_report(device: torch.device) -> dict[str, str]:
-    """Python, system, package versions and device: what a result needs beside it to be understood later."""
+    """Return Python, system, package versions and device, so that a result can be interpreted later."""
     report = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in _VERSIONS:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             report[name] = version(name)
-        except PackageNotFoundError:
-            continue
     report["device"] = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -1,7 +1,7 @@
-"""`bclip quickstart`: the whole way once, on real input, with every stage as in a large run.
+"""`bclip quickstart`: every stage of a large run once, on a small set of real images.
 
-A small set of real biomedical images (or the figures of JATS articles on disk) becomes shards, a small BiomedCLIP is
-pretrained on them with DeepSpeed, evaluated on what was held out, and reported.
+The images come from packages, or are the figures of JATS articles on disk. They become shards. A small BiomedCLIP is
+pretrained on them with DeepSpeed and evaluated on the held-out pairs. A report shows the results.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Builds a small set of real images, pretrains a small BiomedCLIP, evaluates it and writes a report."""
+    """Build a small set of real images, pretrain a small BiomedCLIP, evaluate it and write a report."""
 
     out: Path = Path("runs/quickstart")
-    """Folder for data, run and report. A finished one is kept and the next free name (-2, -3, ...) taken."""
+    """Folder for data, run and report. If it holds a finished quickstart, the next free name (-2, -3, ...) is used."""
     articles: Path | None = None
-    """Folder of JATS articles (*.nxml, *.xml beside their images, .tar.gz) to use instead of the packages' images."""
+    """Folder of JATS articles (*.nxml or *.xml beside their images, .tar.gz) to use instead of the packages' images."""
     config: str = "quickstart.toml"
-    """Training configuration: a TOML file, or the name of one of the package's."""
+    """Training configuration: a TOML file, or the name of a file of the package."""
     epochs: int | None = None
-    """Passes over the data; the configuration's unless given."""
+    """Number of passes over the data. Default: that of the configuration."""
     seed: int = 0
 
 
 def run(config: QuickstartConfig) -> None:
+    """Run every stage that isn't finished in the output folder."""
     start = time.perf_counter()
     out = _free(config.out)
     data = out / "data"
@@ -56,7 +57,7 @@ def run(config: QuickstartConfig) -> None:
     if not (out / "run" / "model").is_dir() or (out / "run" / "checkpoints").is_dir():
         train(settings)
     evaluation.run(evaluation.EvalCommand(model=str(out / "run"), data=str(data), split="val", out=str(out)))
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Figures: {out / 'results.json'}")
+    print(f"\n{time.perf_counter() - start:.0f} s in total. Results: {out / 'results.json'}")
     print(f"Report: {(out / 'report.html').resolve()}")
 
 
@@ -81,8 +82,8 @@ def _counts(data: Path) -> dict[str, int]:
     counts = {split: splits[split]["samples"] if split in splits else 0 for split in ("train", "val")}
     if not all(counts.values()):
         raise UserError(
-            f"{data} holds {counts['train']} pairs to train on and {counts['val']} held out: articles go to a split as "
-            "a whole, so give more of them, or another --seed with a new --out"
+            f"{data} holds {counts['train']} pairs to train on and {counts['val']} held out. Each article belongs to "
+            "one split, so pass more articles, or another --seed with a new --out"
         )
     return counts
 
@@ -92,7 +93,7 @@ def _build(config: QuickstartConfig, data: Path) -> None:
         with _progress() as update:
             samples.build(data, seed=config.seed, progress=update)
         return
-    # Few articles: hold out more of them than the paper does, or retrieval would be measured on a handful of pairs.
+    # Hold out a larger fraction than the paper, or retrieval would be measured on a handful of pairs.
     build.build(
         build.IngestConfig(
             source=str(config.articles),
@@ -106,7 +107,7 @@ def _build(config: QuickstartConfig, data: Path) -> None:
 
 
 def _free(out: Path) -> Path:
-    """`out`, or the first of out-2, out-3, ... where no finished quickstart stands."""
+    """Return the first of out, out-2, out-3, ... that doesn't hold a finished quickstart."""
     candidate, number = out, 1
     while (candidate / "results.json").is_file():
         number += 1
@@ -116,7 +117,7 @@ def _free(out: Path) -> Path:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage where stderr is a terminal; a log line a stage elsewhere."""
+    """Yield a progress callback: a bar for each stage if stderr is a terminal, else a log line."""
     if not sys.stderr.isatty():
         seen: set[str] = set()
 
@@ -134,7 +135,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         def update(stage: str, done: int, total: int) -> None:
             nonlocal advance
             if stage not in completed or advance is None:
-                # One bar at a time can be live; those of earlier stages stay on the screen.
+                # Only one bar can be live. Those of earlier stages stay on the screen.
                 stack.close()
                 advance = stack.enter_context(track(stage, total))
             advance(done - completed.get(stage, 0))

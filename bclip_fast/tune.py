@@ -1,7 +1,8 @@
-"""`bclip tune`: which backends are right on this device, and which of them is fastest; written where `auto` looks.
+"""`bclip tune`: checks and times the backends on this device, and writes the record that `auto` reads.
 
-Each operator is called in every dtype and class of shapes, forward and backward, by every backend that takes the call.
-A backend that disagrees with the reference is left out. The others take turns, and the record keeps their medians.
+Each operator is called in every dtype and class of shapes, forward and backward, with every backend that takes the
+call. A backend that disagrees with the reference is left out. The others take turns, and the record keeps their median
+times.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import torch
 
 from .errors import UserError
 from .io.progress import track
-from .ops import trials, tuning
+from .ops import fingerprint, record_files, trial_cases, trials, tuning
 from .ops.dispatch import BACKENDS, use_backend
-from .ops.trials import Trial
-from .ops.tuning import Entry, Key, Record
+from .ops.record_files import Entry, Key, Record
+from .ops.trial_cases import Trial
 
 log = logging.getLogger(__name__)
 
+# The names that users type and that records hold. "pooled_attention" is `ops.single_query_attention`.
 OPERATORS = (
     "fused_attention",
     "varlen_attention",
@@ -41,10 +43,10 @@ OPERATORS = (
     "image",
 )
 
-# Within this of the fastest a backend counts as equally fast, and the order of BACKENDS decides: two measurements of
-# one machine then seldom disagree.
+# A backend within this factor of the fastest counts as equally fast, and the order of BACKENDS decides. Two
+# measurements of one machine then rarely disagree.
 TIE = 1.05
-# A backend this many times slower than the fastest is called no more than twice.
+# A backend that is this many times slower than the fastest is called only twice.
 HOPELESS = 5.0
 _OURS = ("triton", "cuda", "cpu")
 
@@ -54,26 +56,26 @@ class TuneConfig:
     """Measures the operators' backends on this machine and keeps the result for `auto`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What to measure; auto is the current GPU where there is one, else the processor."""
+    """Device to measure. auto is the current GPU, or the processor if there is none."""
     operators: tuple[str, ...] = ()
-    """Only these, beside what the record holds of the others: fused_attention, varlen_attention, pooled_attention,
-    clip_loss, siglip_loss, add_norm, gelu, linear, image. All unless given."""
+    """Operators to measure: fused_attention, varlen_attention, pooled_attention, clip_loss, siglip_loss, add_norm,
+    gelu, linear, image. All by default. The record keeps its entries of the others."""
     seconds: float = 0.5
-    """For each operator, dtype and class of shapes; the slowest calls take longer."""
+    """Seconds for each operator, dtype and class of shapes. The slowest calls take longer."""
     out: Path | None = None
-    """The record's file; unless given the one in the cache, where every later call finds it."""
+    """File of the record. By default the file in the cache, where every later call finds it."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.operators if name not in OPERATORS]:
-            raise UserError(f"operators: {', '.join(unknown)} unknown; there are {', '.join(OPERATORS)}")
+            raise UserError(f"operators: {', '.join(unknown)} unknown; choose among {', '.join(OPERATORS)}")
         if not 0 < self.seconds < math.inf:
-            raise UserError(f"seconds={self.seconds}: must be a finite number above 0")
+            raise UserError(f"seconds={self.seconds} must be a finite number above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device=cuda: torch sees no GPU")
+            raise UserError("device=cuda, but torch sees no GPU")
 
 
 def run(config: TuneConfig) -> None:
-    """The command.
+    """Runs the command.
 
     Raises:
         UserError: kernels are emulated, or the record cannot be written.
@@ -81,64 +83,68 @@ def run(config: TuneConfig) -> None:
     from rich.console import Console
 
     if tuning.emulated():
-        raise UserError("BCLIP_CUDA_HOST or TRITON_INTERPRET=1 is set: times of emulated kernels say nothing")
+        raise UserError("BCLIP_CUDA_HOST or TRITON_INTERPRET=1 is set: times of emulated kernels are meaningless")
     device = _device(config)
-    fingerprint = tuning.fingerprint(device.type, device.index or 0)
-    path = config.out or _path_in_cache(fingerprint)
-    _check_destination(path, Record(fingerprint), config.operators)
-    todo = list(_wanted(device, config.operators))
+    here = fingerprint.fingerprint(device.type, device.index or 0)
+    path = config.out or _path_in_cache(here)
+    _check_destination(path, Record(here), config.operators)
+    todo = list(_trials(device, config.operators))
     busy = os.getloadavg()[0]
     if device.type == "cpu" and busy > 0.5 * (os.cpu_count() or 1):
-        log.warning("the load is %.1f: times taken beside other work are poor evidence", busy)
+        log.warning("the load is %.1f: other work makes the times unreliable", busy)
     with track("", len(todo), transient=True, elapsed=True) as advance:
 
-        def tell(trial: Trial) -> None:
+        def show(trial: Trial) -> None:
             advance(1, f"{trial.operator}, {trial.what}")
 
-        record = measure(fingerprint, todo, config.seconds, tell)
+        record = measure(here, todo, config.seconds, show)
     if config.operators and path.exists():
         record = _merged(path, record, config.operators)
     try:
-        tuning.save(record, path)
+        record_files.save(record, path)
     except OSError as problem:
         raise UserError(f"{path} cannot be written: {problem.strerror}; --out names another file") from problem
     terminal = Console()
-    # A file or pipe has no width of its own.
+    # A file or pipe has no width.
     (terminal if terminal.is_terminal else Console(width=120)).print(_table(record))
     for (operator, dtype, backend), error in record.checks.items():
         if error:
-            log.warning("%s in %s is wrong with the backend %s and not taken: %s", operator, dtype, backend, error)
-    print(f"{fingerprint['name']}, {fingerprint['architecture']}: {path}")
+            log.warning(
+                "%s in %s fails its check with the backend %s, so `auto` does not take it: %s",
+                operator,
+                dtype,
+                backend,
+                error,
+            )
+    print(f"{here['name']}, {here['architecture']}: {path}")
     if tuning.mode() and config.out is None:
         print(f"BCLIP_TUNE={tuning.mode()} is set, so no call reads this record")
 
 
-def measure(
-    fingerprint: Mapping[str, str], todo: Sequence[Trial], seconds: float, tell: Callable[[Trial], None]
-) -> Record:
-    """A record of these trials; `tell` is called after each."""
+def measure(here: Mapping[str, str], todo: Sequence[Trial], seconds: float, show: Callable[[Trial], None]) -> Record:
+    """A record of these trials for the device with the fingerprint `here`. `show` is called after each trial."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    record = Record(dict(fingerprint), made=now.isoformat(timespec="seconds"))
-    blank = Record(dict(fingerprint))
-    # Neither what is recorded nor BCLIP_BACKEND keeps a backend from being measured.
-    with tuning.in_force({fingerprint["device"]: blank}), use_backend("auto"):
+    record = Record(dict(here), made=now.isoformat(timespec="seconds"))
+    blank = Record(dict(here))
+    # Neither a record nor BCLIP_BACKEND keeps a backend from being measured.
+    with tuning.in_force({here["device"]: blank}), use_backend("auto"):
         for trial in todo:
             decision = trial.decide()
-            found = [name for name in BACKENDS if name not in decision.refusals and name != "reference"]
-            for name in found:
+            usable = [name for name in BACKENDS if name not in decision.refusals and name != "reference"]
+            for name in usable:
                 key = (*decision.key[:2], name)
                 if key not in record.checks:
                     record.checks[key], _ = trials.check(trial.operator, name, trial.device, decision.dtype)
-            right = [name for name in found if not record.checks[(*decision.key[:2], name)]]
-            if found and "reference" not in decision.refusals:
+            right = [name for name in usable if not record.checks[(*decision.key[:2], name)]]
+            if usable and "reference" not in decision.refusals:
                 ms = time_of(trial, [*right, "reference"], seconds)
                 record.entries[decision.key] = Entry(ranked(ms), {name: round(t, 4) for name, t in ms.items()})
-            tell(trial)
+            show(trial)
     return record
 
 
 def time_of(trial: Trial, backends: Sequence[str], seconds: float) -> dict[str, float]:
-    """Each backend's median time of forward and backward, in milliseconds; they take turns."""
+    """Each backend's median time of forward and backward, in milliseconds. The backends take turns."""
     tensors = trial.make()
 
     def once(name: str) -> float:
@@ -156,28 +162,28 @@ def time_of(trial: Trial, backends: Sequence[str], seconds: float) -> dict[str, 
     times = {name: [ms] for name, ms in first.items() if ms <= HOPELESS * fastest}
     rounds = int(1e3 * seconds / sum(ms[0] for ms in times.values()))
     for _ in range(min(max(rounds, 3), 100)):
-        for name, found in times.items():
-            found.append(once(name))
+        for name, measured in times.items():
+            measured.append(once(name))
     return {name: statistics.median(times.get(name, [ms])) for name, ms in first.items()}
 
 
 def ranked(ms: Mapping[str, float]) -> tuple[str, ...]:
-    """The fastest first; of those that are equally fast, by the order of BACKENDS."""
+    """The backends by time, the fastest first. The order of BACKENDS decides among equally fast ones."""
     fastest = min(ms.values())
     return tuple(sorted(ms, key=lambda name: (0.0 if ms[name] <= TIE * fastest else ms[name], BACKENDS.index(name))))
 
 
-def _path_in_cache(fingerprint: Mapping[str, str]) -> Path:
+def _path_in_cache(here: Mapping[str, str]) -> Path:
     try:
-        return tuning.path_for(fingerprint)
+        return tuning.path_for(here)
     except RuntimeError as problem:
         raise UserError(
-            "the cache's folder is unknown, as this user has no home: set BCLIP_CACHE or --out"
+            "the cache's folder is unknown, because this user has no home directory: set BCLIP_CACHE or --out"
         ) from problem
 
 
 def _check_destination(path: Path, record: Record, operators: Sequence[str]) -> None:
-    """Raises, before minutes are spent on measurements, what would keep the result from being written."""
+    """Raises UserError before minutes of measurements if the result could not be written."""
     if operators and path.exists():
         _merged(path, record, operators)
     try:
@@ -196,25 +202,25 @@ def _device(config: TuneConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _wanted(device: torch.device, operators: Sequence[str]) -> Iterator[Trial]:
-    for dtype in trials.dtypes(device):
-        for trial in trials.timed(device, dtype):
+def _trials(device: torch.device, operators: Sequence[str]) -> Iterator[Trial]:
+    for dtype in trial_cases.dtypes(device):
+        for trial in trial_cases.timed(device, dtype):
             if not operators or trial.operator.partition(".")[0] in operators:
                 yield trial
 
 
 def _merged(path: Path, record: Record, operators: Sequence[str]) -> Record:
-    """`record` with what an older one of the same device holds of other operators."""
+    """`record` with the other operators' entries of an older record of the same device."""
     try:
-        older = tuning.load(path)
+        older = record_files.load(path)
     except UserError as problem:
         raise UserError(f"{problem}; measure all operators, or delete the file") from problem
     if older.fingerprint != record.fingerprint:
-        differing = tuning.differences(older.fingerprint, record.fingerprint)
+        differing = fingerprint.differences(older.fingerprint, record.fingerprint)
         raise UserError(f"{path} is of another device or version ({differing}): measure all operators, or give --out")
 
-    def others(found: Mapping[Key, Any]) -> dict[Key, Any]:
-        return {key: value for key, value in found.items() if key[0].partition(".")[0] not in operators}
+    def others(items: Mapping[Key, Any]) -> dict[Key, Any]:
+        return {key: value for key, value in items.items() if key[0].partition(".")[0] not in operators}
 
     record.entries = others(older.entries) | record.entries
     record.checks = others(older.checks) | record.checks
@@ -234,6 +240,6 @@ def _table(record: Record) -> Any:
         ours = min((ms for name, ms in entry.ms.items() if name in _OURS), default=None)
         torchs = min((ms for name, ms in entry.ms.items() if name not in _OURS), default=None)
         ratio = f"{ours / torchs:.2f}" if ours and torchs else ""
-        figures = (f"{ms:.3g}" if ms is not None else "" for ms in (ours, torchs))
-        table.add_row(operator, dtype, shapes, *figures, ratio, entry.order[0])
+        cells = (f"{ms:.3g}" if ms is not None else "" for ms in (ours, torchs))
+        table.add_row(operator, dtype, shapes, *cells, ratio, entry.order[0])
     return table

@@ -1,1 +1,1 @@
-"""Ours against the rivals on the same inputs in one process."""
+"""Benchmarks that compare this project with its peers, on the same inputs in one process."""

@@ -1,6 +1,6 @@
-"""`pytest benchmarks -k contrastive --benchmark-json=out.json`; `bclip bench` runs the same and renders it.
+"""The benchmark suite: `pytest benchmarks -k contrastive --benchmark-json=out.json`.
 
-Cases that take minutes a call run with `--large`.
+`bclip bench` runs it and shows the results. `--large` adds the cases that take minutes per call.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ PAIRS = [pytest.param(case, name, id=f"{case.id}-{name}") for case in CASES for 
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(case: Case) -> tuple[Inputs, list[Tensor]]:
+def prepare(case: Case) -> tuple[Inputs, list[Tensor]]:
+    """Return the inputs and the truth of a case. The last result is cached for the case's other contenders."""
     inputs = case.make_inputs()
     return inputs, truth_of(case, inputs)
 
 
 @pytest.mark.parametrize(("case", "contender"), PAIRS)
 def test_operator(case: Case, contender: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Time a contender, and check its results against the truth."""
     if case.large and not request.config.getoption("--large"):
-        pytest.skip("takes minutes a call: --large")
+        pytest.skip("takes minutes per call: --large")
     try:
         run = synchronised(case.contenders[contender]())
-        inputs, truth = prepared(case)
+        inputs, truth = prepare(case)
     except Unavailable as reason:
         pytest.skip(f"{contender}: {reason}")
     if case.large:
@@ -43,8 +45,8 @@ def test_operator(case: Case, contender: str, benchmark: Any, request: pytest.Fi
         extra_bytes, results = peak_extra_bytes(once)
         error = error_of(results, truth)
     else:
-        results = run(*inputs)  # a warm-up
-        error = error_of(results, truth)  # green first
+        results = run(*inputs)  # warm up
+        error = error_of(results, truth)  # raises before the timing if the results are wrong
         extra_bytes, results = peak_extra_bytes(lambda: run(*inputs))
         benchmark.pedantic(run, inputs, rounds=5 if DEVICE.type == "cpu" else 20, iterations=1)
     benchmark.group = case.id

@@ -1,7 +1,10 @@
+"""The option `--large` of the benchmark suite."""
+
 from __future__ import annotations
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--large", action="store_true", help="with the cases that take minutes a call")
+    """Add the option."""
+    parser.addoption("--large", action="store_true", help="also run the cases that take minutes per call")

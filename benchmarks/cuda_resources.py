@@ -1,6 +1,6 @@
-"""What the kernels of `bclip_fast._cuda` take of a GPU, read from the module itself: no GPU is needed.
+"""The GPU resources of the kernels in `bclip_fast._cuda`, read from the compiled module without a GPU.
 
-`python -m benchmarks.cuda_resources` writes results/cuda_resources.md, which a test compares with what is built.
+`python -m benchmarks.cuda_resources` writes results/cuda_resources.md. A test compares that file with the built module.
 """
 
 from __future__ import annotations
@@ -14,46 +14,57 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPORT = Path(__file__).parent / "results" / "cuda_resources.md"
-# Registers of a multiprocessor; its shared memory in KiB, of which each block takes one for itself, and the threads it
-# holds (CUDA C++ programming guide, technical specifications per compute capability).
-REGISTERS = 65536
+# CUDA C++ programming guide, technical specifications per compute capability.
+REGISTERS = 65536  # of a multiprocessor
+# Shared memory of a multiprocessor in KiB, and its number of threads. The system uses 1 KiB for each block.
 MULTIPROCESSORS = {"80": (164, 2048), "86": (100, 1536), "87": (164, 1536), "89": (100, 1536), "90": (228, 2048)}
 MULTIPROCESSORS |= {"100": (228, 2048), "103": (228, 2048), "120": (100, 1536), "121": (100, 1536)}
 
 
 class Kernel(NamedTuple):
-    name: str  # with its template's arguments
+    """A kernel and its resources.
+
+    name: name with the template's arguments.
+    registers: registers per thread.
+    spilled: bytes of a thread's stack, which takes the registers that do not fit.
+    shared: bytes of shared memory per block.
+    threads: threads per block.
+    matrix_instructions: number of HMMA instructions in the code.
+    """
+
+    name: str
     architecture: str
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread's stack, where registers that don't fit go
-    shared: int  # bytes of a block
-    threads: int  # of a block
-    matrix_instructions: int  # HMMA in its code
+    registers: int
+    spilled: int
+    shared: int
+    threads: int
+    matrix_instructions: int
 
     @property
     def blocks(self) -> int:
-        """How many fit on a multiprocessor; registers come to a warp in units of 256."""
+        """Number of blocks that fit on a multiprocessor."""
+        # The hardware allocates registers to a warp in units of 256.
         registers = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
         kibibytes, threads = MULTIPROCESSORS[self.architecture.rstrip("af")]
         return min(REGISTERS // registers, kibibytes * 1024 // (self.shared + 1024), threads // self.threads)
 
 
 def cuobjdump() -> str | None:
-    """The toolkit's, or the one that Triton brings."""
+    """Return the path of the CUDA toolkit's cuobjdump, or of Triton's, or None."""
     triton = find_spec("triton")
-    places = (
-        [Path(place) / "backends/nvidia/bin" for place in (triton.submodule_search_locations or ())] if triton else []
-    )
-    return shutil.which("cuobjdump") or next((str(place / "cuobjdump") for place in places if place.exists()), None)
+    packages = (triton.submodule_search_locations or ()) if triton else ()
+    folders = [Path(package) / "backends/nvidia/bin" for package in packages]
+    return shutil.which("cuobjdump") or next((str(path / "cuobjdump") for path in folders if path.exists()), None)
 
 
 def kernels() -> list[Kernel]:
-    """All kernels of the built module but its probe."""
+    """Return all kernels of the built module except its probe."""
     from bclip_fast import _cuda  # type: ignore[attr-defined]
 
-    # Disassembling takes most of a minute, in a process of its own each.
+    # A disassembly is a process that runs for most of a minute.
     with ThreadPoolExecutor() as pool:
-        return sorted(sum(pool.map(_kernels_for, _cuda.architectures.split(";")), []))
+        of_architectures = pool.map(_kernels_for, _cuda.architectures.split(";"))
+        return sorted(kernel for group in of_architectures for kernel in group)
 
 
 def _kernels_for(architecture: str) -> list[Kernel]:
@@ -61,21 +72,21 @@ def _kernels_for(architecture: str) -> list[Kernel]:
 
     usage = _dump("--dump-resource-usage", "-arch", f"sm_{architecture}")
     code = _matrix_instructions(_dump("-sass", "-arch", f"sm_{architecture}"))
-    found = []
+    resources = []
     for mangled, registers, stack, local in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage):
         name = _name_of(mangled)
         if name != "probe":
             shared, threads = _launch_of(name, _cuda)
             spilled = int(stack) + int(local)
-            found.append(Kernel(name, architecture, int(registers), spilled, shared, threads, code[mangled]))
-    return found
+            resources.append(Kernel(name, architecture, int(registers), spilled, shared, threads, code[mangled]))
+    return resources
 
 
 def _dump(*options: str) -> str:
     from bclip_fast import _cuda  # type: ignore[attr-defined]
 
     program = cuobjdump()
-    assert program is not None, "cuobjdump is neither on the PATH nor in a Triton that is installed"
+    assert program is not None, "cuobjdump is missing: install the CUDA toolkit or Triton"
     return subprocess.run([program, *options, _cuda.__file__], capture_output=True, text=True, check=True).stdout
 
 
@@ -85,12 +96,15 @@ def _matrix_instructions(sass: str) -> dict[str, int]:
 
 
 def _name_of(mangled: str) -> str:
-    """attention_forward<Half, 64, 256, true>: the file, and the arguments of an Itanium-mangled template."""
+    """Return a name such as attention_forward<Half, 64, 256, true>: the file and the template's arguments.
+
+    mangled: the name in the Itanium ABI's mangling.
+    """
     file = re.search(r"_\d+_((?:attention|contrastive)_\w+?|image)_cu_", mangled)
     if file is None:
         return "probe"
     if file[1] == "image":
-        # By types: h is uint8_t, f float.
+        # In mangled names, h is uint8_t and f is float.
         kind = re.search(r"resizeI(?:NS0_\d+(Half|Bfloat16)E|([hf]))EE", mangled)
         return "image_weigh<>" if kind is None else f"image_resize<{kind[1] or {'h': 'uint8', 'f': 'float'}[kind[2]]}>"
     function = re.search(r"(softmax|sigmoid|forward|backward)I(.*?)EEv", mangled)
@@ -102,7 +116,7 @@ def _name_of(mangled: str) -> str:
 
 
 def _launch_of(name: str, module: object) -> tuple[int, int]:
-    """(bytes of shared memory, threads) of a block."""
+    """Return the bytes of shared memory and the number of threads of a block."""
     if name.startswith("image"):
         return module.IMAGE_SHARED_BYTES if "resize" in name else 0, module.IMAGE_THREADS  # type: ignore[attr-defined]
     arguments = name[name.index("<") + 1 : -1].split(", ")
@@ -111,26 +125,27 @@ def _launch_of(name: str, module: object) -> tuple[int, int]:
     dim, size = int(arguments[1]), int(arguments[2])
     if name.startswith("attention_forward"):
         return module.attention_forward_shared_bytes(dim, size), 128  # type: ignore[attr-defined]
-    # By its warps: 4 for rows of up to 128.
+    # A block of the backward kernel has 4 warps for rows of up to 128 tokens, and 8 for longer ones.
     longest = 128 if size == 4 else 256
     return module.attention_backward_shared_bytes(dim, longest, 2**20), 32 * size  # type: ignore[attr-defined]
 
 
-def report(found: list[Kernel]) -> str:
+def report(kernels: list[Kernel]) -> str:
+    """Return the Markdown table of the kernels."""
     lines = [
-        "# What the CUDA kernels take of a GPU",
+        "# GPU resources of the CUDA kernels",
         "",
-        "Written by `python -m benchmarks.cuda_resources` from the built module; nothing here was timed.",
-        "Blocks: how many fit on a multiprocessor by registers, shared memory and threads.",
+        "`python -m benchmarks.cuda_resources` read these from the built module, without a GPU or a clock.",
+        "Blocks is the number that fit on a multiprocessor, limited by registers, shared memory and threads.",
         "",
         "| kernel | sm | registers | spilled bytes | shared KiB | threads | blocks | HMMA |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kernel in found:
-        lines.append(
-            f"| {kernel.name} | {kernel.architecture} | {kernel.registers} | {kernel.spilled} | "
-            f"{kernel.shared / 1024:.1f} | {kernel.threads} | {kernel.blocks} | {kernel.matrix_instructions} |"
-        )
+    lines += [
+        f"| {kernel.name} | {kernel.architecture} | {kernel.registers} | {kernel.spilled} | "
+        f"{kernel.shared / 1024:.1f} | {kernel.threads} | {kernel.blocks} | {kernel.matrix_instructions} |"
+        for kernel in kernels
+    ]
     return "\n".join(lines) + "\n"
 
 

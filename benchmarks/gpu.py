@@ -1,8 +1,8 @@
-"""`make gpu`: builds on a machine with a GPU, tests there, looks for races, measures, and records what was measured.
+"""`make gpu`: build on a machine with a GPU, test, look for races, measure, and record the results.
 
-For a machine with nvcc, PyTorch, Triton, pytest and pytest-benchmark, what builds (setuptools, pybind11, ninja) and no
-network. Every step has its time, all together less than 9 minutes; a step that fails or runs out of it doesn't stop the
-next ones, but the exit status tells.
+The machine needs nvcc, PyTorch, Triton, pytest, pytest-benchmark, setuptools, pybind11 and ninja, and no network.
+Every step has a time limit. The limits add up to less than 9 minutes. If a step fails or exceeds its limit, the next
+steps still run. The exit status is the number of failed steps.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ MEASURED = "(contrastive or siglip or attention) and (bfloat16 or float16) and n
 
 
 class Step(NamedTuple):
+    """A command and its time limit in seconds."""
+
     name: str
     command: list[str]
     seconds: int
 
 
 def steps() -> list[Step]:
-    # A few sequences, chunks of keys and tiles: a sanitizer slows kernels down a hundredfold.
+    """Return the steps in the order in which they run."""
+    # A sanitizer makes kernels a hundred times slower. These tests have few sequences, chunks of keys and tiles.
     few = [*PYTEST, *KERNELS, "-k", "(hosted_ragged and 64) or rectangle"]
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     check = [sanitizer, "--error-exitcode", "9", "--target-processes", "all", "--kernel-regex", "kns=bclip"]
     code = "import sys; from bclip_fast.benchmarks import measure; rows, status = measure.suite(sys.argv[1]); "
-    code += "print(measure.record(rows) if rows else 'no figure'); sys.exit(status or not rows)"
+    code += "print(measure.record(rows) if rows else 'no results'); sys.exit(status or not rows)"
     return [
         Step(
             "build", [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."], 150
@@ -54,8 +57,11 @@ def steps() -> list[Step]:
 
 
 def run(step: Step, environment: Mapping[str, str]) -> int | str:
-    """Its exit status, or why there is none. With it ends what it started: a sanitizer's program, left behind, would
-    take from what is measured next."""
+    """Return the exit status of a step, or the reason why it has none.
+
+    Kill the step's whole process group at the end. A program that a sanitizer left behind would disturb the next
+    measurement.
+    """
     try:
         process = subprocess.Popen(step.command, cwd=ROOT, env=environment, start_new_session=True)
     except FileNotFoundError as error:
@@ -71,9 +77,10 @@ def run(step: Step, environment: Mapping[str, str]) -> int | str:
 
 
 def main() -> int:
+    """Run the steps and report each one. Returns the number of failures."""
     environment = os.environ | {
         "BCLIP_CUDA": "1",
-        # The machine may have no headers of libjpeg; what is measured here decodes nothing.
+        # The machine may lack libjpeg's headers, and no benchmark here decodes images.
         "BCLIP_JPEG": os.environ.get("BCLIP_JPEG", "0"),
         "BCLIP_REQUIRE_BACKENDS": "cuda,triton",
         "BCLIP_TEST_DEVICE": "cuda",
@@ -85,8 +92,9 @@ def main() -> int:
         status = run(step, environment)
         passed = status == 0
         failed += [] if passed else [step.name]
-        took = time.monotonic() - start
-        print(f"== {step.name}: {'ok' if passed else f'FAILED ({status})'}, {took:.0f} s of {step.seconds}", flush=True)
+        seconds = time.monotonic() - start
+        outcome = "ok" if passed else f"FAILED ({status})"
+        print(f"== {step.name}: {outcome}, {seconds:.0f} s of {step.seconds}", flush=True)
     print(f"== failed: {', '.join(failed)}" if failed else "== all steps passed")
     return len(failed)
 

@@ -1,4 +1,4 @@
-"""`bclip bench images`: real figures to squares of pixels, ours against the rivals, and how far each is from Pillow."""
+"""`bclip bench images`: time to decode and resize real figures, and the distance from Pillow's pixels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import importlib
 import io
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,23 +23,27 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
 from .cases import Unavailable, figures, peer
+from .table import print_table
 
 log = logging.getLogger(__name__)
 
-# The files and the number of threads -> the pixels of each, (size, size, 3) uint8 but for the decoders.
+# Takes the files and the number of threads. Returns the pixels of each file, (size, size, 3) uint8. A contender that
+# only decodes returns the full size.
 Contender = Callable[[Sequence[bytes], int], Sequence[Any] | Tensor]
 
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """JPEG files of BCLIP_SHARED_DATA's PMC articles, decoded, resized and cropped as open_clip does to evaluate."""
+    """Decode JPEGs of BCLIP_SHARED_DATA's PMC articles, then resize and crop them as open_clip's evaluation does."""
 
     num_images: int = 400
-    """Or all, where fewer are there; the table's title says how many."""
+    """Number of files, or all files if there are fewer. The table's title gives the number."""
     size: int = 224
+    """Side of the resulting squares in pixels."""
     rounds: int = 4
-    """Of all contenders in turn; the fastest counts, ratios are taken within rounds."""
+    """Number of rounds. A round runs each contender. A ratio is the median over rounds, a time the fastest."""
     threads: tuple[int, ...] = (1, 2)
+    """Numbers of threads to measure."""
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.size, self.rounds, *self.threads) < 1 or not self.threads:
@@ -48,8 +51,11 @@ class ImagesConfig:
 
 
 def contenders(size: int) -> dict[str, Callable[[], Contender]]:
-    """Name -> a maker that raises Unavailable with the reason. The decoders alone are the floor of the others."""
-    made = {
+    """Return the maker of each contender by name. It raises Unavailable with the reason.
+
+    The contenders "decode: ..." only decode, which is the least that the others have to do.
+    """
+    makers = {
         "decode: simplejpeg": lambda: each(simplejpeg().decode_jpeg),
         "decode: ours": lambda: each(image_ops.decode),
         "Pillow": lambda: each(lambda data: pillow(data, size)),
@@ -63,34 +69,38 @@ def contenders(size: int) -> dict[str, Callable[[], Contender]]:
         "DALI CPU": lambda: dali(size),
     }
     for name, exact in {"ours exact": True, "ours fast": False}.items():
-        made[name] = functools.partial(ours, size, exact)
-    return made
+        makers[name] = functools.partial(ours, size, exact)
+    return makers
 
 
 def ours(size: int, exact: bool) -> Contender:
+    """Return our operator. exact: with Pillow's pixels."""
+
     def run(files: Sequence[bytes], threads: int) -> Tensor:
         return image_ops.decode_resize(files, size, exact=exact, threads=threads)[0]
 
     return run
 
 
-def each(one: Callable[[bytes], Any]) -> Contender:
-    """A contender without threads of its own: files are shared out to ours."""
+def each(decode: Callable[[bytes], Any]) -> Contender:
+    """Return a contender that handles each file with `decode`, which has no threads. Files go to a pool of threads."""
 
     def run(files: Sequence[bytes], threads: int) -> list[Any]:
         if threads == 1:
-            return [one(data) for data in files]
+            return [decode(data) for data in files]
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(one, files))
+            return list(pool.map(decode, files))
 
     return run
 
 
 def crop_offsets(width: int, height: int, size: int) -> tuple[int, int]:
+    """Return the left and top edge of the central square."""
     return round((width - size) / 2), round((height - size) / 2)
 
 
 def pillow(data: bytes, size: int, draft: bool = False) -> np.ndarray:
+    """Return open_clip's pixels, (size, size, 3). draft: let the decoder scale the image down first."""
     image: Image.Image = Image.open(io.BytesIO(data))
     target = image_ops.shortest_edge_size(*image.size, size)
     if draft:
@@ -101,7 +111,7 @@ def pillow(data: bytes, size: int, draft: bool = False) -> np.ndarray:
 
 
 def resized(pixels: Any, size: int) -> Tensor:
-    """(H, W, 3) uint8 through torch's antialiased bicubic on bytes, the nearest to Pillow's that there is elsewhere."""
+    """Resize (H, W, 3) uint8 with torch's antialiased bicubic filter, which is the closest one to Pillow's."""
     height, width = pixels.shape[:2]
     target = image_ops.shortest_edge_size(width, height, size)
     channels = torch.as_tensor(pixels).permute(2, 0, 1)[None]
@@ -111,13 +121,15 @@ def resized(pixels: Any, size: int) -> Tensor:
 
 
 def simplejpeg() -> Any:
+    """Return the module simplejpeg. Raises Unavailable if it is not installed."""
     return peer(lambda: importlib.import_module("simplejpeg"))
 
 
 def torchvision(size: int) -> Contender:
+    """Return torchvision's decoder with torch's resize. Raises Unavailable if torchvision cannot be loaded."""
     try:
         io_module = peer(lambda: importlib.import_module("torchvision.io"))
-        # What doesn't load is known at the first call alone.
+        # A compiled part that cannot be loaded raises only in the first call.
         io_module.decode_jpeg(torch.tensor(list(jpeg_of_one_pixel()), dtype=torch.uint8))
     except RuntimeError as error:
         raise Unavailable(f"torchvision's compiled part doesn't load: {str(error).splitlines()[0]}") from error
@@ -131,12 +143,14 @@ def torchvision(size: int) -> Contender:
 
 
 def jpeg_of_one_pixel() -> bytes:
+    """Return a JPEG file of one black pixel."""
     out = io.BytesIO()
     Image.new("RGB", (1, 1)).save(out, "JPEG")
     return out.getvalue()
 
 
 def opencv(size: int) -> Contender:
+    """Return OpenCV's decoder with its area filter."""
     module = peer(lambda: importlib.import_module("cv2"))
     module.setNumThreads(0)
 
@@ -152,7 +166,10 @@ def opencv(size: int) -> Contender:
 
 
 def dali(size: int) -> Contender:
-    """In one batch, sizes and crops computed as open_clip does: DALI itself would round them."""
+    """Return DALI with all files in one batch.
+
+    It takes sizes and crops computed by open_clip's rules, because its own rounding differs.
+    """
     peer(lambda: importlib.import_module("nvidia.dali"))
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
@@ -193,37 +210,37 @@ def dali(size: int) -> Contender:
 
 
 def measure_images(config: ImagesConfig) -> list[dict[str, Any]]:
-    """A row for each contender and number of threads, and one with the reason for each that is missing."""
+    """Return a row for each contender and number of threads, and a row with the reason for each missing contender."""
     files = figures(config.num_images, least=1)
     truth = np.stack([pillow(data, config.size) for data in files]).astype(np.int16)
     case = f"{len(files)}-figures-to-{config.size}"
-    found: dict[str, Contender] = {}
+    available: dict[str, Contender] = {}
     rows: list[dict[str, Any]] = []
     common = dict(operator="images", case=case, num_units=len(files), unit="image")
     distances: dict[str, dict[str, float]] = {}
     with one_torch_thread():
         for name, make in contenders(config.size).items():
             try:
-                found[name] = make()
-                pixels = found[name](files, 1)
+                available[name] = make()
+                pixels = available[name](files, 1)
             except Unavailable as reason:
-                found.pop(name, None)
+                available.pop(name, None)
                 rows.append({**common, "contender": name, "missing": str(reason)})
                 continue
             if not name.startswith("decode"):
                 difference = np.abs(np.stack([np.asarray(one) for one in pixels]).astype(np.int16) - truth)
                 distances[name] = {"error": float(difference.max()), "mean_error": float(difference.mean())}
         for threads in config.threads:
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in available}
             for number in range(config.rounds):
-                for name, run in found.items():
+                for name, run in available.items():
                     start = time.perf_counter(), time.process_time()
                     run(files, threads)
                     spent = time.perf_counter() - start[0], time.process_time() - start[1]
                     times[name].append(spent)
                     log.info("round %d, %d threads, %s: %.0f images/s", number, threads, name, len(files) / spent[0])
-            for name in found:
-                ratios = [one[0] / own[0] for one, own in zip(times["Pillow"], times[name], strict=True)]
+            for name in available:
+                ratios = [one[0] / other[0] for one, other in zip(times["Pillow"], times[name], strict=True)]
                 rows.append(
                     {
                         **common,
@@ -239,7 +256,7 @@ def measure_images(config: ImagesConfig) -> list[dict[str, Any]]:
 
 
 class one_torch_thread:
-    """Rivals that torch resizes for share the files among threads, not one picture."""
+    """Sets torch to one thread. Contenders that resize with torch then use their threads for files, not for rows."""
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()
@@ -250,37 +267,36 @@ class one_torch_thread:
 
 
 def show_images(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print the rows as a table, with the missing contenders below it."""
     measured = [row for row in rows if "missing" not in row]
     counts = list(dict.fromkeys(row["num_threads"] for row in measured))
     title = (
         f"{rows[0]['case']}: images/s, the fastest round; x Pillow, the median of rounds; levels off Pillow's pixels"
     )
-    table = Table(title=title, title_justify="left")
     headings = [f"{text}{count} thread{'s' * (count > 1)}" for count in counts for text in ("", "x, ")]
-    for heading in ("contender", *headings, "CPU ms", "mean off", "most"):
-        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+    cells = []
     for name in dict.fromkeys(row["contender"] for row in measured):
-        own = [row for row in measured if row["contender"] == name]
+        of_contender = [row for row in measured if row["contender"] == name]
         speeds = [
-            text for row in own for text in (f"{row['num_units'] / row['seconds']:.0f}", f"{row['times_pillow']:.2f}")
+            text
+            for row in of_contender
+            for text in (f"{row['num_units'] / row['seconds']:.0f}", f"{row['times_pillow']:.2f}")
         ]
-        off = [f"{own[0]['mean_error']:.3f}", f"{own[0]['error']:.0f}"] if "error" in own[0] else ["", ""]
-        table.add_row(name, *speeds, f"{own[0]['cpu_seconds'] / own[0]['num_units'] * 1e3:.2f}", *off)
-    (Console() if os.isatty(1) else Console(width=120)).print(table)
+        first = of_contender[0]
+        off = [f"{first['mean_error']:.3f}", f"{first['error']:.0f}"] if "error" in first else ["", ""]
+        cells.append([name, *speeds, f"{first['cpu_seconds'] / first['num_units'] * 1e3:.2f}", *off])
+    print_table(title, ["contender", *headings, "CPU ms", "mean off", "most"], cells)
     for row in rows:
         if "missing" in row:
             print(f"missing: {row['contender']}: {row['missing']}")
-    for line in against_the_floor(measured):
+    for line in share_of_decoding(measured):
         print(line)
 
 
-def against_the_floor(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """How much of ours is what decoding every pixel alone takes; cropping decodes fewer."""
+def share_of_decoding(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield lines with the CPU time of decoding every pixel as a share of ours, which decodes only the crop."""
     spent = {row["contender"]: row["cpu_seconds"] for row in rows if row["num_threads"] == rows[0]["num_threads"]}
-    for floor in ("decode: simplejpeg", "decode: ours"):
-        if floor in spent:
-            parts = (f"{name} {spent[floor] / spent[name]:.0%}" for name in ("ours exact", "ours fast"))
-            yield f"{floor} alone takes, of the CPU time of " + ", of ".join(parts)
+    for decoder in ("decode: simplejpeg", "decode: ours"):
+        if decoder in spent:
+            parts = (f"{name} {spent[decoder] / spent[name]:.0%}" for name in ("ours exact", "ours fast"))
+            yield f"{decoder} takes, as a share of the CPU time of ours: " + ", ".join(parts)

@@ -1,12 +1,10 @@
-"""`bclip bench loader`: from shards to batches, ours against webdataset with open_clip's transform and DALI."""
+"""`bclip bench loader`: shards to batches, by ours, by webdataset with open_clip's transform, and by DALI."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import os
-import resource
 import statistics
 import tempfile
 import time
@@ -29,6 +27,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
 
 from .cases import Unavailable, open_clip, shared_data
+from .measure import cpu_seconds
+from .table import print_table
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +40,18 @@ class LoaderConfig:
     """One pass over a split of shards: read, decode, random resized crop, resize, tokenise."""
 
     shards: str = ""
-    """Folder of shards; empty: the figures of BCLIP_SHARED_DATA's pmc_articles, or synthetic ones where there are none,
-    in a temporary folder."""
+    """Folder of shards. Empty: shards in a temporary folder, of the figures in BCLIP_SHARED_DATA's pmc_articles, or of
+    synthetic images if that folder is missing."""
     max_short_side: int = 384
-    """Of the figures in that folder, as `bclip ingest build` stores them; 0 keeps their sizes."""
+    """Limit of a figure's shorter side in the temporary shards, as in `bclip ingest build`. 0 keeps all sizes."""
     size: int = 224
     batch_size: int = 32
     workers: int = 1
-    """Threads that decode; processes for webdataset, where 1 is the process itself."""
+    """Number of decoding threads. webdataset uses as many processes, or only the main process if it is 1."""
     rounds: int = 3
-    """Passes of each loader, in turn; the fastest counts, ratios are medians of those within a round."""
+    """Number of rounds. A round is a pass of each loader. A ratio is the median over rounds, a time the fastest."""
     dali: bool = True
+    """Also time DALI."""
 
     def __post_init__(self) -> None:
         if min(self.size, self.batch_size, self.workers, self.rounds) < 1:
@@ -62,7 +63,7 @@ class LoaderConfig:
 
 @dataclass
 class Source:
-    """What all contenders read: shards, their tars' paths, and the tokenizer."""
+    """The input of all contenders: shards, the paths of their tar files, and the tokenizer."""
 
     config: LoaderConfig
     dataset: ShardDataset
@@ -71,15 +72,17 @@ class Source:
 
     @property
     def num_batches(self) -> int:
+        """Number of full batches in a pass."""
         return len(self.dataset) // self.config.batch_size
 
     def stream(self) -> ShardSampler:
+        """Return a new sampler."""
         sizes, batch = self.dataset.shard_sizes, self.config.batch_size
         return ShardSampler(sizes, self.dataset.fingerprint, batch_size=batch)
 
 
 def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
-    """Shards of what ingest makes of real articles, or of smooth noise of a figure's size where there are none."""
+    """Write shards of ingested articles, or of smooth noise if there are no articles. Returns the shards' folder."""
     articles = shared_data() / "pmc_articles"
     if articles.is_dir():
         from bclip_fast.ingest.build import IngestConfig, build
@@ -99,11 +102,13 @@ def figures_to_shards(config: LoaderConfig, folder: Path) -> Path:
     return folder
 
 
-# A contender is made, untimed, with all that it builds; each call is one pass, a generator of float or uint8 batches.
+# A contender. Each call is one pass over the shards, a generator of float or uint8 batches. The time to build the
+# contender does not count.
 Pass = Callable[[], Iterator[Tensor]]
 
 
 def webdataset_pass(source: Source) -> Pass:
+    """Return webdataset with open_clip's transform."""
     try:
         import webdataset
     except ImportError:
@@ -115,7 +120,7 @@ def webdataset_pass(source: Source) -> Pass:
         data = webdataset.WebDataset(source.tars, shardshuffle=False, empty_check=False)
         return data.decode("pilrgb").to_tuple("jpg", "txt").map_tuple(transform, lambda text: text)
 
-    def one() -> Iterator[Tensor]:
+    def run_pass() -> Iterator[Tensor]:
         workers = config.workers if config.workers > 1 else 0
         collate = webdataset.filters.default_collation_fn
         loader = torch.utils.data.DataLoader(
@@ -125,11 +130,11 @@ def webdataset_pass(source: Source) -> Pass:
             source.tokenize(list(texts))
             yield images
 
-    return one
+    return run_pass
 
 
 def dali_pass(source: Source) -> Pass:
-    """DALI's own reader of WebDatasets, random crop and normalisation: what its documentation has one write."""
+    """Return DALI's reader of WebDatasets, random crop and normalisation, as in DALI's documentation."""
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError:
@@ -147,43 +152,47 @@ def dali_pass(source: Source) -> Pass:
     pipeline = graph()
     pipeline.build()
 
-    def one() -> Iterator[Tensor]:
+    def run_pass() -> Iterator[Tensor]:
         for _ in range(source.num_batches):
             images, texts = pipeline.run()
             source.tokenize([bytes(texts.at(i)).decode() for i in range(len(texts))])
             yield torch.from_numpy(images.as_array())
         pipeline.reset()
 
-    return one
+    return run_pass
 
 
 def our_pass(source: Source, loader: type[Loader]) -> Pass:
-    def one() -> Iterator[Tensor]:
+    """Return one of our loaders."""
+
+    def run_pass() -> Iterator[Tensor]:
         preprocess = Preprocess(PreprocessConfig(size=source.config.size))
         options: dict[str, Any] = dict(num_threads=source.config.workers)
         with loader(source.dataset, source.tokenize, source.stream(), preprocess, **options) as batches:
             for _ in range(source.num_batches):
                 yield next(batches).images
 
-    return one
+    return run_pass
 
 
 def contenders(source: Source) -> dict[str, Callable[[], Pass]]:
+    """Return the maker of each contender by name. It raises Unavailable or UserError with the reason."""
+
     def ours_with_dali() -> Pass:
         from bclip_fast.data.dali_loader import DaliLoader
 
         return our_pass(source, DaliLoader)
 
-    found: dict[str, Callable[[], Pass]] = {"webdataset + open_clip": lambda: webdataset_pass(source)}
+    makers: dict[str, Callable[[], Pass]] = {"webdataset + open_clip": lambda: webdataset_pass(source)}
     if source.config.dali:
-        found["DALI CPU"] = lambda: dali_pass(source)
-        found["ours, DALI CPU"] = ours_with_dali
-    found["ours"] = lambda: our_pass(source, Loader)
-    return found
+        makers["DALI CPU"] = lambda: dali_pass(source)
+        makers["ours, DALI CPU"] = ours_with_dali
+    makers["ours"] = lambda: our_pass(source, Loader)
+    return makers
 
 
 def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
-    """A row for each loader. Raises AssertionError where the pixels of one aren't those of the others in the mean."""
+    """Return a row for each loader. Raises AssertionError if the mean pixel of a loader differs from ours."""
     with contextlib.ExitStack() as stack:
         folder = Path(config.shards or stack.enter_context(tempfile.TemporaryDirectory()))
         dataset = ShardDataset(folder if config.shards else figures_to_shards(config, folder / "shards"))
@@ -199,15 +208,15 @@ def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
                 passes[name] = make()
             except (Unavailable, UserError) as reason:
                 log.warning("%s is not measured: %s", name, reason)
-        means = {name: _mean(passes[name]()) for name in passes}
+        means = {name: _mean_pixel(passes[name]()) for name in passes}
         times: dict[str, list[float]] = {name: [] for name in passes}
-        work: dict[str, list[float]] = {name: [] for name in passes}
+        cpu_times: dict[str, list[float]] = {name: [] for name in passes}
         for number in range(config.rounds):
-            for name, one in passes.items():
-                start, busy = time.perf_counter(), _cpu_seconds()
-                count = sum(len(images) for images in one())
+            for name, run_pass in passes.items():
+                start, cpu_start = time.perf_counter(), cpu_seconds(with_children=True)
+                count = sum(len(images) for images in run_pass())
                 times[name].append(time.perf_counter() - start)
-                work[name].append(_cpu_seconds() - busy)
+                cpu_times[name].append(cpu_seconds(with_children=True) - cpu_start)
                 assert count == source.num_batches * config.batch_size, f"{name} gave {count} samples"
                 log.info("round %d, %s: %.0f samples/s", number + 1, name, count / times[name][-1])
     first = next(iter(times))
@@ -226,36 +235,34 @@ def measure_loader(config: LoaderConfig) -> list[dict[str, Any]]:
                 samples=count,
                 seconds=min(seconds),
                 samples_per_second=count / min(seconds),
-                samples_per_cpu_second=count / min(work[name]),
-                speedup=statistics.median(one / own for one, own in zip(times[first], seconds, strict=True)),
+                samples_per_cpu_second=count / min(cpu_times[name]),
+                speedup=statistics.median(one / other for one, other in zip(times[first], seconds, strict=True)),
                 rounds=config.rounds,
             )
         )
     return rows
 
 
-def _cpu_seconds() -> float:
-    """Of this process and the children it has waited for: what others on the machine do hardly changes it."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def _mean(batches: Iterator[Tensor]) -> float:
-    """Of all normalised pixels of a pass: crops differ between loaders, pictures hardly do."""
+def _mean_pixel(batches: Iterator[Tensor]) -> float:
+    """Return the mean of all normalised pixels of a pass. Loaders draw different crops of the same images."""
     means = [float((normalize(images) if images.dtype == torch.uint8 else images).mean()) for images in batches]
     return statistics.mean(means)
 
 
 def show_loader(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{rows[0]['samples']} samples a pass, {rows[0]['workers']} worker(s)", title_justify="left")
-    for heading in ("contender", "samples/s", "s", "x first", "samples/CPU s", "x first", "mean off"):
-        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-    for row in rows:
-        figures = (f"{row['samples_per_second']:.0f}", f"{row['seconds']:.2f}", f"{row['speedup']:.2f}")
-        work = row["samples_per_cpu_second"]
-        relative = work / rows[0]["samples_per_cpu_second"]
-        table.add_row(row["contender"], *figures, f"{work:.0f}", f"{relative:.2f}", f"{row['error']:.4f}")
-    (Console() if os.isatty(1) else Console(width=120)).print(table)
+    """Print the rows as a table."""
+    headings = ["contender", "samples/s", "s", "x first", "samples/CPU s", "x first", "mean off"]
+    first_rate = rows[0]["samples_per_cpu_second"]
+    cells = [
+        [
+            row["contender"],
+            f"{row['samples_per_second']:.0f}",
+            f"{row['seconds']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['samples_per_cpu_second']:.0f}",
+            f"{row['samples_per_cpu_second'] / first_rate:.2f}",
+            f"{row['error']:.4f}",
+        ]
+        for row in rows
+    ]
+    print_table(f"{rows[0]['samples']} samples a pass, {rows[0]['workers']} worker(s)", headings, cells)

@@ -1,4 +1,4 @@
-"""What a contender errs on the very inputs that are timed, and what this machine's matmul can do at best."""
+"""Measurement of a contender: its error on the timed inputs, its memory, and the rate of this machine's matmul."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import platform
+import resource
 import subprocess
 import tempfile
 import time
@@ -23,14 +24,16 @@ from .cases import DEVICE, Case, Inputs
 
 
 def truth_of(case: Case, inputs: Inputs) -> list[Tensor]:
+    """Return the correct results of a case, computed from its inputs in float64."""
     double = [_double(value) for value in inputs]
     return [tensor.detach() for tensor in case.truth(*double)]
 
 
 def error_of(results: list[Tensor | None], truth: list[Tensor]) -> float:
-    """The largest difference over all results that there are, relative to each result's largest value.
+    """Return the largest difference from the truth, relative to the largest value of each result.
 
-    Raises AssertionError where a result is no approximation at all: a time for wrong numbers is no figure.
+    results: results of a contender. None stands for a result that it does not compute.
+    Raises AssertionError if a result is wrong. The time of wrong results would mean nothing.
     """
     worst = 0.0
     for result, true in zip(results, truth, strict=True):
@@ -49,24 +52,23 @@ def _double(value: Any) -> Any:
 
 
 def synchronised(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, which returns when a GPU has done what it was given."""
+    """Return `run` with a wait for the GPU at its end."""
     if DEVICE.type == "cpu":
         return run
 
-    def to_its_end(*inputs: Any) -> Any:
+    def run_and_wait(*inputs: Any) -> Any:
         results = run(*inputs)
         torch.cuda.synchronize(DEVICE)
         return results
 
-    return to_its_end
+    return run_and_wait
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> tuple[int | None, Any]:
-    """What `run` takes at its peak beyond what is held before it, by torch's allocator on CUDA, resident on Linux; and
-    what it returns.
+    """Return the peak memory of `run` in bytes, beyond the memory in use before it, and its result.
 
-    None where the kernel keeps no resettable peak. Resident memory is counted in pages that were touched, and memory
-    that the C library kept from earlier is given back first, so small figures are good to about a MiB.
+    On CUDA, the bytes are those of torch's allocator. On a CPU, they are resident memory, which Linux counts in touched
+    pages, so small values are accurate to about a MiB. They are None if the operating system cannot reset the peak.
     """
     gc.collect()
     if DEVICE.type == "cuda":
@@ -77,8 +79,9 @@ def peak_extra_bytes(run: Callable[[], Any]) -> tuple[int | None, Any]:
         torch.cuda.synchronize(DEVICE)
         return torch.cuda.max_memory_allocated(DEVICE) - before, results
     try:
+        # Return the memory that the C library kept from earlier calls.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present resident memory
         before = _resident("VmRSS")
     except (OSError, AttributeError):
         return None, run()
@@ -86,20 +89,29 @@ def peak_extra_bytes(run: Callable[[], Any]) -> tuple[int | None, Any]:
     return max(0, _resident("VmHWM") - before), results
 
 
+def cpu_seconds(with_children: bool = False) -> float:
+    """Return the CPU time of this process, on request with the children that it has waited for.
+
+    Unlike wall time, it hardly depends on other processes.
+    """
+    kinds = [resource.RUSAGE_SELF] + [resource.RUSAGE_CHILDREN] * with_children
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+
+
 def _resident(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
-# Rows of the square matmul whose rate every FLOP figure is compared with.
+# Rows of the square matmul. Tables compare every FLOP rate with its rate.
 MATMUL_SIZE = 8192 if DEVICE.type == "cuda" else 2048
 
 
 def matmul_rate(dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
-    """The best rate of torch's own square matmul, as the columns `matmul_flops_per_second` and `matmul_dtype` of a row.
+    """Return the best rate of torch's square matmul, in the columns `matmul_flops_per_second` and `matmul_dtype`.
 
-    Every row measures it again, since a machine's speed drifts. A CPU without bf16 instructions is measured in
-    float32: torch emulates bf16 there at about a hundredth of that rate, which no kernel should be compared with.
+    Every row measures it again, because a machine's speed drifts. On a CPU without bf16 instructions, the matmul is in
+    float32. torch emulates bf16 there, at about a hundredth of that rate.
     """
     if dtype == torch.bfloat16 and lacks_bfloat16(DEVICE):
         dtype = torch.float32
@@ -117,21 +129,25 @@ def matmul_rate(dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
 
 
 def matmul_note(rows: list[dict[str, Any]]) -> str:
-    """For a table's title: the dtype of the reference matmul, where it isn't the dtype of the rows."""
+    """Return an addition to a table's title if the dtype of the reference matmul differs from the dtype of the rows."""
     emulated = any(row["dtype"] in ("bf16", "bfloat16") and row.get("matmul_dtype") == "float32" for row in rows)
     return "; compared with torch's float32 matmul, as this CPU has no bf16 instructions" if emulated else ""
 
 
 def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """The rows of the cases and contenders that pytest's -k `words` names, and pytest's exit status."""
+    """Run the benchmark suite. Returns its rows and pytest's exit status.
+
+    words: expression for pytest's -k, which selects cases and contenders.
+    large: whether to run the cases that take minutes per call.
+    """
     import pytest
 
-    here = Path(__file__).parent
+    package = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
-        args = [str(here / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-        args += ["-p", "no:randomly"]  # rows come in the order of the cases
-        args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={here}", "-c", "/dev/null"]
+        args = [str(package / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+        args += ["-p", "no:randomly"]  # the rows keep the order of the cases
+        args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={package}", "-c", "/dev/null"]
         status = pytest.main([*args, "-k", words] + ["--large"] * large)
         data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
     common = environment()
@@ -145,7 +161,7 @@ def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:
 
 
 def record(rows: list[dict[str, Any]]) -> Path:
-    """Appends the rows, of one device, to results/<device>.jsonl of the source tree."""
+    """Append the rows of one device to results/<device>.jsonl of the source tree. Returns the file's path."""
     path = Path(__file__).parent / "results" / results_name(rows[0]["device"])
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -153,7 +169,7 @@ def record(rows: list[dict[str, Any]]) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """What a figure needs beside it to mean anything later."""
+    """Return the columns that describe the machine, the versions and the commit of a row."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()

@@ -1,8 +1,8 @@
-"""Other people's implementations that tests and benchmarks compare with. The project itself never imports any of them.
+"""Other people's implementations, for comparison in tests and benchmarks. The package never imports them.
 
-They are installed without their dependencies, since theirs would replace torch:
-`pip install --no-deps open_clip_torch timm torchvision==0.28.0` and `pip install ftfy regex transformers`; on a machine
-with a GPU also `pip install --no-deps inf-cl memeff siglip-kernel`.
+Their dependencies would replace torch, so install them without:
+`pip install --no-deps open_clip_torch timm torchvision==0.28.0` and `pip install ftfy regex transformers`.
+On a machine with a GPU, also `pip install --no-deps inf-cl memeff siglip-kernel`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from types import ModuleType
 
 import torch
 
-# A library's operators live as long as this object.
+# The operators of a library exist as long as this object.
 _operators: torch.library.Library | None = None
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision's Python code, also where its compiled part is for another build of torch and doesn't load.
+    """Return torchvision, even if its compiled part was built for another torch and cannot be loaded.
 
-    Its transforms need nothing compiled, but the package refuses to be imported without the operators it describes.
-    Raises ImportError where it isn't installed.
+    Its transforms are Python code, but its import fails unless the operators that it describes exist.
+    Raises ImportError if torchvision is not installed.
     """
     try:
         return importlib.import_module("torchvision")
@@ -38,7 +38,7 @@ def import_torchvision() -> ModuleType:
 
 
 def import_open_clip() -> ModuleType:
-    """open_clip with timm and transformers behind it. Raises ImportError where one of them isn't installed."""
+    """Return open_clip. Raises ImportError if open_clip, timm or transformers is not installed."""
     import_torchvision()
     for name in ("timm", "transformers"):
         importlib.import_module(name)

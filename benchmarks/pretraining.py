@@ -1,7 +1,7 @@
-"""The pairs of a pretraining that two cores can run: python -m bclip_fast.benchmarks.pretraining DATA SHARDS
+"""Shards for a pretraining that two cores can run: python -m bclip_fast.benchmarks.pretraining DATA SHARDS
 
-Articles of DATA/pmc_articles with the panels of their figures, a fifth of the articles held out, and the chest X-rays
-of DATA/pairs with their notes, all for training. Then, with configs/pmc_small.toml:
+They hold the articles of DATA/pmc_articles with the panels of their figures, and the chest X-rays of DATA/pairs with
+their notes. A fifth of the articles is for validation. Everything else is for training. Train on the shards with:
 
     torchrun --nproc-per-node 2 -m -- bclip_fast.cli train pmc_small.toml --data.shards SHARDS
     bclip train report runs/pmc_small
@@ -22,6 +22,7 @@ from bclip_fast.ingest.sanitize import sanitize
 
 
 def main(data: Path, out: Path) -> None:
+    """Write the shards of `data` to `out`."""
     with tempfile.TemporaryDirectory() as folder, ShardWriter(out) as writer:
         articles = Path(folder) / "articles"
         config = IngestConfig(source=str(data / "pmc_articles"), out=articles, panels=True, val_fraction=0.2,
@@ -30,11 +31,11 @@ def main(data: Path, out: Path) -> None:
         for split in ("train", "val"):
             for sample in ShardDataset(articles, split):
                 writer.write(sample, split)
-        folder_of_pairs = data / "pairs"
-        for number, pair in enumerate(json.loads((folder_of_pairs / "covid_cxr_ccby" / "pairs.json").read_text())):
-            picture = sanitize((folder_of_pairs / pair["image"]).read_bytes())
+        pairs_folder = data / "pairs"
+        for number, pair in enumerate(json.loads((pairs_folder / "covid_cxr_ccby" / "pairs.json").read_text())):
+            image = sanitize((pairs_folder / pair["image"]).read_bytes())
             meta = {"licence": pair["licence"], "doi": pair["doi"]}
-            writer.write(Sample(f"cxr-{number:03d}", picture.data, pair["text"], meta), "train")
+            writer.write(Sample(f"cxr-{number:03d}", image.data, pair["text"], meta), "train")
 
 
 if __name__ == "__main__":

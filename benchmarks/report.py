@@ -1,9 +1,8 @@
-"""`bclip bench`: runs the pytest-benchmark suite and renders its figures as a table, a JSONL and a plot."""
+"""`bclip bench`: run the benchmarks, and show their results as a table, a JSONL file and plots."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from .loader import LoaderConfig, measure_loader, show_loader
 from .measure import environment, matmul_note, record, suite
 from .retrieval import RetrievalConfig, measure_retrieval, show_retrieval
 from .step import StepConfig, measure_step, show_step
+from .table import print_table
 from .trainer import TrainerConfig, measure_trainer, show_trainer
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Ours against the rivals on the same inputs in one process, with the floor beside each figure."""
+    """Compare ours with its peers on the same inputs in one process, and with the least possible work."""
 
     operator: tyro.conf.Positional[
         Literal[
@@ -45,9 +45,9 @@ class BenchConfig:
             "all",
         ]
     ] = "all"
-    """The operator to measure; `busy`: speed beside other processes; `images`: files to resized pixels; `loader`:
-    shards to batches; `retrieval`: exact ranks; `step`: a whole training step; `trainer`: steps of a run, from shards,
-    on ranks; `all` are the operators."""
+    """Operator to measure, or `all` operators. The other benchmarks are `busy` (speed beside other processes), `images`
+    (files to resized pixels), `loader` (shards to batches), `retrieval` (exact ranks), `step` (a training step) and
+    `trainer` (steps of a run from shards on several ranks)."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("bench")
     """Folder for bench.jsonl and the plots."""
     step: StepConfig = field(default_factory=StepConfig)
@@ -57,18 +57,19 @@ class BenchConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     only: str = ""
-    """Fewer cases and contenders, by pytest's -k: "65536 and float32 and cpu"."""
+    """Selection of cases and contenders, as for pytest's -k: "65536 and float32 and cpu"."""
     large: bool = False
-    """With the cases that take minutes a call on a CPU, each measured once."""
+    """Also measure, once, each case that takes minutes per call on a CPU."""
     record: bool = False
-    """Append the rows to benchmarks/results/<device>.jsonl of the source tree as well."""
+    """Also append the rows to benchmarks/results/<device>.jsonl of the source tree."""
 
 
 def run(config: BenchConfig) -> int:
+    """Measure, write the files and print the table. Returns the exit status."""
     special = SPECIAL.get(config.operator)
     rows, status = (_measured(config, special[0]), 0) if special else measure(config)
     if not rows:
-        raise UserError(f"no figure for {config}: pytest ended with status {status}, see its output above")
+        raise UserError(f"no results for {config}: pytest ended with status {status}, see its output above")
     config.output.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (config.output / "bench.jsonl").write_text(lines)
@@ -88,7 +89,7 @@ def run(config: BenchConfig) -> int:
     return int(status)
 
 
-# Measured in another way than the operators, and shown so.
+# The benchmarks that are not cases of operators: how to measure them, and how to show their rows.
 SPECIAL: dict[str, tuple[Callable[[BenchConfig], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]]] = {
     "busy": (lambda config: measure_busy(config.busy), show_busy),
     "images": (lambda config: measure_images(config.images), show_images),
@@ -103,67 +104,67 @@ def _measured(config: BenchConfig, run: Callable[[BenchConfig], list[dict[str, A
     try:
         rows = run(config)
     except Unavailable as reason:
-        hint = "; --step.no_open_clip measures ours alone" if config.operator == "step" else ""
+        hint = "; --step.no_open_clip measures only ours" if config.operator == "step" else ""
         raise UserError(f"{reason}{hint}") from None
     return [{**environment(), **row} for row in rows]
 
 
 def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], int]:
-    """The suite's rows, one a contender and case, and pytest's exit status."""
+    """Return the suite's rows, one for each contender and case, and pytest's exit status."""
     words = [f"({word})" for word in (config.operator.replace("all", ""), config.only) if word]
     return suite(" and ".join(words), config.large)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
+    """Print a table for each case."""
+    print(f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}")
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):
         group = [row for row in rows if (row["operator"], row["case"]) == case]
-        table = Table(title=f"{'-'.join(case)}{floor(group[0])}{matmul_note(group)}", title_justify="left")
         best = min((row for row in group if row["contender"].startswith("ours:")), key=_seconds, default=None)
-        rival = next((row for row in group if row["contender"] == "open_clip"), best)
-        times = "x open_clip" if rival is not best else "x ours"
-        for heading in ("contender", "ms", times, "rate", "of matmul", "extra MB", times, "error"):
-            table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-        for row in group:
-            table.add_row(
+        baseline = next((row for row in group if row["contender"] == "open_clip"), best)
+        times = "x open_clip" if baseline is not best else "x ours"
+        cells = [
+            [
                 row["contender"],
                 f"{row['seconds'] * 1e3:.2f}",
-                ratio(row, rival, "seconds"),
+                ratio(row, baseline, "seconds"),
                 rate(row),
                 f"{row['flops'] / row['seconds'] / row['matmul_flops_per_second']:.0%}" if row["flops"] else "",
                 "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}",
-                ratio(row, rival, "extra_bytes"),
-                f"{row['error']:.1e}" + of_how_many(row),
-            )
-        console.print(table)
+                ratio(row, baseline, "extra_bytes"),
+                f"{row['error']:.1e}" + compared_results(row),
+            ]
+            for row in group
+        ]
+        title = f"{'-'.join(case)}{floor(group[0])}{matmul_note(group)}"
+        headings = ["contender", "ms", times, "rate", "of matmul", "extra MB", times, "error"]
+        print_table(title, headings, cells)
 
 
 def ratio(row: dict[str, Any], other: dict[str, Any] | None, quantity: str) -> str:
-    """How many times the other's; nothing where either is unknown."""
+    """Return how many times the other's quantity a row has, or "" if either is unknown."""
     return f"{row[quantity] / other[quantity]:.2f}" if other and other[quantity] and row[quantity] is not None else ""
 
 
-def of_how_many(row: dict[str, Any]) -> str:
-    """Beside the error, where a rival computes but some of the results: the comparison is of those."""
+def compared_results(row: dict[str, Any]) -> str:
+    """Return an addition to the error of a peer that computes only some of the results."""
     return "" if row["num_compared"] == row["num_results"] else f" ({row['num_compared']} of {row['num_results']})"
 
 
 def floor(row: dict[str, Any]) -> str:
-    """The least that any method has to spend on the case."""
+    """Return the least work that any method has to do for the case."""
     return f": {row['flops'] / 1e9:.1f} GFLOP, {row['bytes'] / 1e6:.0f} MB" if row["flops"] else ""
 
 
 def rate(row: dict[str, Any]) -> str:
+    """Return the operations or units per second of a row."""
     if row["flops"]:
         return f"{row['flops'] / row['seconds'] / 1e9:.0f} GFLOP/s"
     return f"{row['num_units'] / row['seconds']:.0f} {row['unit']}/s"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the time of every contender, in one panel for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,7 +189,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and peak extra memory against the batch, a column of axes for each loss and dtype."""
+    """Draw time and peak extra memory against the batch, in one column for each loss and dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,8 +205,8 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
                 continue
             style = f"C{index % 10}-o" if name.startswith("ours:") else f"C{index % 10}--o"
             axes[0, column].loglog([*map(_batch, line)], [row["seconds"] * 1e3 for row in line], style, label=name)
-            known = [row for row in line if row["extra_bytes"]]
-            axes[1, column].loglog([*map(_batch, known)], [row["extra_bytes"] / 1e6 for row in known], style)
+            measured = [row for row in line if row["extra_bytes"]]
+            axes[1, column].loglog([*map(_batch, measured)], [row["extra_bytes"] / 1e6 for row in measured], style)
         axes[0, column].set_title(curve, fontsize=10, loc="left")
         axes[1, column].set_xlabel("batch")
         axes[0, column].legend(fontsize=8)

@@ -1,10 +1,8 @@
-"""`bclip bench retrieval`: exact ranks both ways among all pairs of synthetic embeddings, checked on a sample."""
+"""`bclip bench retrieval`: exact ranks in both directions among synthetic pairs. Brute force checks a sample."""
 
 from __future__ import annotations
 
 import logging
-import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,30 +12,31 @@ import torch
 from torch import Tensor
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import exact_ranks, retrieval
+from bclip_fast.eval import exact_ranks, faiss_index, retrieval
 
-from .measure import DEVICE, matmul_rate, peak_extra_bytes
+from .measure import DEVICE, cpu_seconds, matmul_rate, peak_extra_bytes
+from .table import print_table
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """Ranks of N pairs of unit vectors, the images being the texts with noise."""
+    """Ranks of N pairs of unit vectors. The images are the texts with noise."""
 
     pairs: int = 725_739
-    """N; the default is the paper's test set."""
+    """Number of pairs N. The default is the size of the paper's test set."""
     dim: int = 512
     noise: float = 4.0
-    """Length of the noise, the signal's being 1: at 4 about 70 % of the default N are found first, as the paper has it;
-    the more, the more similarities lie near the right one's, and 1000 leaves no signal."""
+    """Length of the noise, for a signal of length 1. At 4, R@1 of the default N is about 70 %, as in the paper. More
+    noise brings more similarities near the correct one's, and 1000 leaves no signal."""
     queries: int = 0
-    """Images ranked, and texts ranked among these images; 0: all. A part takes more than its share, as all candidates
-    are checked and rounded for it."""
+    """Number of images to rank, and of texts to rank among these images. 0: all. A part takes more than its share of
+    the time, because it checks and rounds all candidates."""
     rival_queries: int = 1024
-    """The same for float32 throughout and for faiss; 0: they are left out."""
+    """The same number for the peers, which are float32 only and faiss. 0 leaves them out."""
     checked: int = 8
-    """Queries and candidates whose ranks are compared with those of all their similarities in float64."""
+    """Number of queries and candidates whose ranks are compared with brute force in float64."""
 
     def __post_init__(self) -> None:
         if min(self.pairs, self.dim, self.checked) < 1 or not 0 <= self.queries <= self.pairs:
@@ -50,7 +49,7 @@ class RetrievalConfig:
 
 
 def embeddings(config: RetrievalConfig) -> tuple[Tensor, Tensor]:
-    """Images and texts, (N, D) float32, in the memory of the two."""
+    """Return images and texts, (N, D) float32. Needs no further memory of that size."""
     generator = torch.Generator().manual_seed(0)
     texts, images = (torch.randn(config.pairs, config.dim, generator=generator) for _ in range(2))
     for rows in (texts, images):
@@ -60,14 +59,14 @@ def embeddings(config: RetrievalConfig) -> tuple[Tensor, Tensor]:
     return images.to(DEVICE), texts.to(DEVICE)
 
 
-def brute_force(query: Tensor, candidates: Tensor, own: int) -> int:
-    """How many of (n, D) score higher than candidate `own` does, in float64."""
+def brute_force(query: Tensor, candidates: Tensor, correct: int) -> int:
+    """Return the number of candidates (n, D) that score higher than candidate `correct`, in float64."""
     scores = torch.cat([part.double() @ query.double() for part in candidates.split(1 << 16)])
-    return int((scores > scores[own] + retrieval.TIE_TOLERANCE).sum())
+    return int((scores > scores[correct] + retrieval.TIE_TOLERANCE).sum())
 
 
 def measure_retrieval(config: RetrievalConfig) -> list[dict[str, Any]]:
-    """A row for each contender. Raises AssertionError where a rank isn't brute force's."""
+    """Return a row for each contender. Raises AssertionError if a rank differs from brute force's."""
     images, texts = embeddings(config)
     rows = []
     contenders: dict[str, tuple[int, Callable[[int], list[retrieval.Ranks]]]] = {
@@ -82,11 +81,11 @@ def measure_retrieval(config: RetrievalConfig) -> list[dict[str, Any]]:
         contenders["faiss flat, first 10, one way"] = config.rival_queries, lambda num: _faiss(images[:num], texts)
     for name, (num, run) in contenders.items():
         log.info("%s: %d x %d", name, num, config.pairs)
-        start, busy = time.perf_counter(), _cpu_seconds()
-        extra, found = peak_extra_bytes(lambda run=run, num=num: run(num))  # type: ignore[misc]
-        seconds, busy = time.perf_counter() - start, _cpu_seconds() - busy
-        _check(config, found, images[:num], texts)
-        # One pass over the similarities serves both ways.
+        start, cpu_start = time.perf_counter(), cpu_seconds()
+        extra, directions = peak_extra_bytes(lambda run=run, num=num: run(num))  # type: ignore[misc]
+        seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
+        _check(config, directions, images[:num], texts)
+        # One pass over the similarities serves both directions.
         flops = 2 * num * config.pairs * config.dim
         rows.append(
             dict(
@@ -95,58 +94,53 @@ def measure_retrieval(config: RetrievalConfig) -> list[dict[str, Any]]:
                 contender=name,
                 error=0.0,
                 steps=exact_ranks.steps(images.device) if name == "ours" else None,
-                num_checked=len(found) * min(config.checked, num),
+                num_checked=len(directions) * min(config.checked, num),
                 queries=num,
                 seconds=seconds,
-                cpu_seconds=busy,
+                cpu_seconds=cpu,
                 whole_seconds=seconds * config.pairs / num,
                 flops=flops,
                 extra_bytes=extra,
                 held_bytes=2 * images.numel() * images.element_size(),
-                recall_at_1=[ranks.recall(1) for ranks in found],
-                median_rank=[float(ranks.expected().median()) for ranks in found] if len(found) == 2 else None,
+                recall_at_1=[ranks.recall(1) for ranks in directions],
+                median_rank=[float(ranks.expected().median()) for ranks in directions]
+                if len(directions) == 2
+                else None,
                 **matmul_rate(torch.float32),
             )
         )
     return rows
 
 
-def _check(config: RetrievalConfig, found: list[retrieval.Ranks], queries: Tensor, candidates: Tensor) -> None:
+def _check(config: RetrievalConfig, directions: list[retrieval.Ranks], queries: Tensor, candidates: Tensor) -> None:
     step = max(1, len(queries) // config.checked)
     for i in range(step // 2, len(queries), step)[: config.checked]:
-        for ranks, row, others in zip(found, (queries[i], candidates[i]), (candidates, queries), strict=False):
+        for ranks, row, others in zip(directions, (queries[i], candidates[i]), (candidates, queries), strict=False):
             better = brute_force(row, others, i)
-            # faiss shows ten: what stands behind them stands behind all.
-            shown = better if len(found) == 2 or better < max(retrieval.RECALL_AT) else len(others) - 1
-            assert int(ranks.num_better[i]) == shown, f"rank of {i} is {int(ranks.num_better[i])}, should be {shown}"
+            # faiss returns ten candidates. If the correct one is not among them, its rank counts as the last.
+            expected = better if len(directions) == 2 or better < max(retrieval.RECALL_AT) else len(others) - 1
+            actual = int(ranks.num_better[i])
+            assert actual == expected, f"rank of {i} is {actual}, should be {expected}"
 
 
 def _faiss(queries: Tensor, candidates: Tensor) -> list[retrieval.Ranks]:
     num, one = len(queries), torch.ones(len(queries), dtype=torch.int64)
-    right = retrieval.search(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT)) == torch.arange(num)[:, None]
-    place = torch.where(right.any(1), right.int().argmax(1), len(candidates) - 1)
-    return [retrieval.Ranks(place, one, one, one, len(candidates))]
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    nearest = faiss_index.nearest(queries, candidates, "faiss_flat", max(retrieval.RECALL_AT))
+    correct = nearest == torch.arange(num)[:, None]
+    rank = torch.where(correct.any(1), correct.int().argmax(1), len(candidates) - 1)
+    return [retrieval.Ranks(rank, one, one, one, len(candidates))]
 
 
 def show_retrieval(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print the rows as a table."""
     first = rows[0]
-    table = Table(
-        title=f"{first['case']}: {first['held_bytes'] / 1e9:.1f} GB of embeddings; float32 matmul "
-        f"{first['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s",
-        title_justify="left",
+    title = (
+        f"{first['case']}: {first['held_bytes'] / 1e9:.1f} GB of embeddings; float32 matmul "
+        f"{first['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s"
     )
-    for heading in ("contender", "queries", "s", "CPU s", "s for all", "TFLOP/s", "extra GB", "R@1", "checked"):
-        table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    headings = ["contender", "queries", "s", "CPU s", "s for all", "TFLOP/s", "extra GB", "R@1", "checked"]
+    cells = [
+        [
             row["contender"],
             f"{row['queries']:,}",
             f"{row['seconds']:.1f}",
@@ -156,5 +150,7 @@ def show_retrieval(rows: list[dict[str, Any]]) -> None:
             "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e9:.2f}",
             " ".join(f"{recall:.1%}" for recall in row["recall_at_1"]),
             str(row["num_checked"]),
-        )
-    (Console() if os.isatty(1) else Console(width=120)).print(table)
+        ]
+        for row in rows
+    ]
+    print_table(title, headings, cells)

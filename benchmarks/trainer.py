@@ -1,8 +1,7 @@
-"""`bclip bench trainer`: where the time of a step of pretraining goes, ours and open_clip's own trainer."""
+"""`bclip bench trainer`: the time of the parts of a pretraining step, in our trainer and in open_clip's."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -27,14 +26,15 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.presets import preset
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
-from bclip_fast.train.step_timer import StepClock
+from bclip_fast.train.step_timer import StepTimer
 
 from .cases import Unavailable
+from .cases.model import open_clip_twin
 from .loader import LoaderConfig, figures_to_shards
 from .peers import import_open_clip
-from .step import open_clip_twin
+from .table import print_table
 
 PARTS = ("data_wait", "forward", "loss", "backward", "optimizer", "communication")
 _OPTIM = OptimConfig(lr=1e-5, warmup_steps=0)
@@ -42,30 +42,30 @@ _OPTIM = OptimConfig(lr=1e-5, warmup_steps=0)
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Steps of both trainers from the same shards, on the same ranks, with the same model: DDP, bf16, AdamW."""
+    """Steps of both trainers with DDP, bf16 and AdamW, from the same shards, on the same ranks, with the same model."""
 
     preset: str = "biomedclip_b16"
     shards: str = ""
-    """A folder that `bclip ingest build` wrote, with a shard a rank at least; empty: articles of the shared data."""
+    """Folder that `bclip ingest build` wrote, with at least one shard per rank. Empty: articles of the shared data."""
     batch_size: int = 16
-    """Over all ranks."""
+    """Global batch size."""
     ranks: int = 2
-    """Processes of this machine, one thread each."""
+    """Number of processes on this machine, with one thread each."""
     steps: int = 4
-    """Of each trainer in a round; one more before them isn't counted."""
+    """Number of steps of each trainer in a round. One more step, at the start, does not count."""
     rounds: int = 2
-    """Each trainer has its turn in each; a time is the median over all steps."""
+    """Number of rounds. Each trainer runs once per round. A time is the median over all steps."""
 
     def __post_init__(self) -> None:
         if min(self.ranks, self.steps, self.rounds) < 1 or self.batch_size % self.ranks or self.batch_size < 1:
             raise UserError(
                 f"trainer.batch_size={self.batch_size}, ranks={self.ranks}, steps={self.steps}, rounds={self.rounds}: "
-                "need at least 1 each, and a batch that the ranks divide"
+                "each must be at least 1, and the ranks must divide the batch"
             )
 
 
 def measure_trainer(config: TrainerConfig) -> list[dict[str, Any]]:
-    """A row for each trainer. Raises Unavailable without open_clip and its trainer."""
+    """Return a row for each trainer. Raises Unavailable if open_clip or its trainer is not installed."""
     try:
         import_open_clip()
         import open_clip_train  # noqa: F401
@@ -83,7 +83,7 @@ def measure_trainer(config: TrainerConfig) -> list[dict[str, Any]]:
     rows = []
     for name, records in steps.items():
         seconds = {part: statistics.median(record.get(f"{part}_seconds", 0.0) for record in records) for part in PARTS}
-        whole = statistics.median(record["step_seconds"] for record in records)
+        step_seconds = statistics.median(record["step_seconds"] for record in records)
         rows.append(
             {
                 "operator": "trainer",
@@ -91,8 +91,8 @@ def measure_trainer(config: TrainerConfig) -> list[dict[str, Any]]:
                 "contender": name,
                 "batch": config.batch_size,
                 "num_steps": len(records),
-                "step_seconds": whole,
-                "samples_per_second": config.batch_size / whole,
+                "step_seconds": step_seconds,
+                "samples_per_second": config.batch_size / step_seconds,
                 **{f"{part}_seconds": value for part, value in seconds.items()},
             }
         )
@@ -100,7 +100,7 @@ def measure_trainer(config: TrainerConfig) -> list[dict[str, Any]]:
 
 
 def _many_shards(root: Path) -> Path:
-    """Of articles: open_clip deals shards to ranks, so each needs some."""
+    """Write small shards of articles, because open_clip divides shards among the ranks."""
     with ShardWriter(root / "shards", max_shard_bytes=2 << 20) as writer:
         for sample in ShardDataset(figures_to_shards(LoaderConfig(), root / "figures")):
             writer.write(sample, "train")
@@ -110,13 +110,13 @@ def _many_shards(root: Path) -> Path:
 def _on_rank(rank: int, config: TrainerConfig, folder: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    # As under torchrun; what mp.spawn sets in its children is not for open_clip's loader, which can't be pickled.
+    # mp.spawn makes "spawn" the start method of its children. open_clip's loader cannot be pickled, so use "fork".
     multiprocessing.set_start_method("fork", force=True)
     root = Path(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=config.ranks)
     steps: dict[str, list[dict[str, float]]] = {"open_clip": [], "ours": []}
     for number in range(config.rounds):
-        # What each trainer does first, page faults and lazy imports, is no step of a run.
+        # Leave out the first step, which has page faults and lazy imports.
         steps["open_clip"] += _theirs(config, root, number)[1:]
         steps["ours"] += _ours(config, root, number)[1:]
     if rank == 0:
@@ -146,7 +146,7 @@ def _ours(config: TrainerConfig, root: Path, number: int) -> list[dict[str, floa
 
 
 def _theirs(config: TrainerConfig, root: Path, number: int) -> list[dict[str, float]]:
-    """Steps of open_clip_train's `train_one_epoch`, with clocks around what it calls."""
+    """Run open_clip_train's `train_one_epoch` with timers around its calls."""
     open_clip = import_open_clip()
     import webdataset
     from open_clip_train import data as their_data
@@ -175,7 +175,7 @@ def _theirs(config: TrainerConfig, root: Path, number: int) -> list[dict[str, fl
         skip_scheduler=False, grad_clip_norm=None, horovod=False, log_every_n_steps=1 << 30, wandb=False,
         log_local=False,
     )  # fmt: skip
-    # Its own grouping of a tar's files, of 2022, fails on what today's webdataset reads.
+    # open_clip's function to group a tar's files fails with today's webdataset.
     their_data.tarfile_to_samples_nothrow = webdataset.tarfile_to_samples(handler=their_data.log_and_continue)
     tokenizer = Tokenizer.from_file(root / "tokenizer" / "tokenizer.json", sizes.text.context_length)
     options = {"scale": (0.9, 1.0)}
@@ -201,59 +201,63 @@ def _theirs(config: TrainerConfig, root: Path, number: int) -> list[dict[str, fl
 
 
 class _Enough(Exception):
-    """The steps that were asked for are made: open_clip's workers would go through the whole epoch."""
+    """Ends open_clip's loop after the last step to measure. Otherwise it would run through the whole epoch."""
 
 
 class _Meter:
-    """Stands around what open_clip's loop calls and says how long each part of a step took."""
+    """Times the parts of a step by wrapping the objects that open_clip's loop calls."""
 
     def __init__(self, model: nn.Module, num_steps: int) -> None:
         self._module, self._num_steps = model, num_steps
-        self._clock = StepClock(torch.device("cpu"))
+        self._clock = StepTimer(torch.device("cpu"))
         self.records: list[dict[str, float]] = []
-        self.model = _Stand(model, self.timed(model, "forward"))
+        self.model = _Proxy(model, self.timed(model, "forward"))
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model._set_ddp_runtime_logging_sample_rate(1)
 
     def timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        """Return `function`, whose end is the end of a part of the step."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            self._clock.mark(part)
+            self._clock.lap(part)
             return result
 
         return call
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
-        return _Stand(optimizer, step=self.timed(optimizer.step, "optimizer"))
+        """Return the optimiser with a timed step."""
+        return _Proxy(optimizer, step=self.timed(optimizer.step, "optimizer"))
 
     def batches(self, loader: Any) -> Any:
-        return _Stand(loader, iterate=lambda: self._batches(loader))
+        """Return the loader, which records a step whenever the loop asks for the next batch."""
+        return _Proxy(loader, iterate=lambda: self._batches(loader))
 
     def _batches(self, loader: Any) -> Iterator[Any]:
-        asked, source = time.perf_counter(), iter(loader)
+        start, source = time.perf_counter(), iter(loader)
         for batch in source:
-            now = time.perf_counter()
-            waited, start = now - asked, asked
+            data_wait = time.perf_counter() - start
             self._clock.start()
             yield batch
-            asked = time.perf_counter()
-            seconds = {"step_seconds": asked - start, "data_wait_seconds": waited, **self._clock.seconds()}
+            end = time.perf_counter()
+            seconds = {"step_seconds": end - start, "data_wait_seconds": data_wait, **self._clock.seconds()}
+            start = end
             self.records.append(seconds | self._communication())
             if len(self.records) == self._num_steps:
                 raise _Enough
 
     def _communication(self) -> dict[str, float]:
-        """As `PlainEngine.communication` has it: of a step before, as soon as DDP tells."""
+        """Return the waiting time of an earlier step, once DDP reports it, as our engine does."""
         module = self._module
-        found = module._get_ddp_logging_data() if isinstance(module, nn.parallel.DistributedDataParallel) else {}
-        if "backward_comm_time" not in found:
+        data = module._get_ddp_logging_data() if isinstance(module, nn.parallel.DistributedDataParallel) else {}
+        if "backward_comm_time" not in data:
             return {}
-        waited = found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]
+        waited = data["backward_comm_time"] - data["backward_compute_comm_overlap_time"]
         return {"communication_seconds": max(0, waited) / 1e9}
 
 
-class _Stand:
-    """In an object's place: called, iterated or asked for one of `changed`, it does as told; else as the object."""
+class _Proxy:
+    """An object that behaves like another one, except when it is called, iterated or asked for a changed attribute."""
 
     def __init__(
         self,
@@ -278,22 +282,19 @@ class _Stand:
 
 
 def show_trainer(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{rows[0]['case']}, {rows[0]['device']}, seconds of a step", title_justify="left")
-    for heading in ("trainer", "samples/s", "step", *(part.replace("_", " ") for part in PARTS)):
-        table.add_column(heading, justify="left" if heading == "trainer" else "right")
+    """Print the rows as a table, with the ratios of the two trainers below them."""
+    cells = []
     for row in rows:
-        times = (f"{row[f'{part}_seconds']:.3f}" for part in ("step", *PARTS))
-        table.add_row(row["contender"], f"{row['samples_per_second']:.2f}", *times)
-    with contextlib.suppress(StopIteration):
-        theirs = next(row for row in rows if row["contender"] == "open_clip")
-        ours = next(row for row in rows if row["contender"] == "ours")
+        seconds = (f"{row[f'{part}_seconds']:.3f}" for part in ("step", *PARTS))
+        cells.append([row["contender"], f"{row['samples_per_second']:.2f}", *seconds])
+    by_name = {row["contender"]: row for row in rows}
+    if {"open_clip", "ours"} <= by_name.keys():
+        theirs, ours = by_name["open_clip"], by_name["ours"]
         ratios = (_ratio(theirs[f"{part}_seconds"], ours[f"{part}_seconds"]) for part in ("step", *PARTS))
-        table.add_row("open_clip / ours", "", *ratios)
-    Console(width=120).print(table)
-    print("Communication is what the backward pass waited for gradients of other ranks, and part of it.")
+        cells.append(["open_clip / ours", "", *ratios])
+    headings = ["trainer", "samples/s", "step", *(part.replace("_", " ") for part in PARTS)]
+    print_table(f"{rows[0]['case']}, {rows[0]['device']}, seconds of a step", headings, cells)
+    print("communication: seconds of the backward pass that it waits for gradients of other ranks.")
 
 
 def _ratio(theirs: float, ours: float) -> str:

@@ -1,7 +1,7 @@
-// JPEG to RGB: the header's size, the pixels as rows of height x width x 3 bytes, top row first, or a batch of pictures
-// resized to squares. Pixels are those of libjpeg's accurate integer transform and smooth chroma upsampling, which Pillow
-// uses too; the resize is Pillow 13's to the bit (rounding: image_kernels.h).
-// EXIF orientation isn't applied.
+// JPEG to RGB: the size from the header, all pixels, or a batch of images resized to squares.
+// Pixels are rows of height x width x 3 bytes, top row first. They come from libjpeg's accurate
+// integer transform with smooth chroma upsampling, which Pillow uses too. The resize equals Pillow
+// 13's bit for bit (image_kernels.h explains the rounding). EXIF orientation isn't applied.
 #pragma once
 
 #include <cstddef>
@@ -18,32 +18,35 @@ struct ImageSize {
   int width;
 };
 
-// Throws std::invalid_argument when `data` is not a JPEG whose header can be read.
+// Throws std::invalid_argument if `data` has no readable JPEG header.
 ImageSize jpeg_size(std::string_view data);
 
-// Writes height * width * 3 bytes to `pixels`. Throws std::invalid_argument when the file is truncated or broken, or
-// its size is not height x width.
+// Writes height * width * 3 bytes to `pixels`. Throws std::invalid_argument if the file is
+// truncated or broken, or if its size is not height x width.
 void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width);
 
-// What of a picture becomes the square. kCenter: the shorter edge is resized to `size`, the longer one in proportion, cut
-// to whole pixels, and what it has too much is cut off at both ends. kSquash: all of it. kBoxes: the picture's box, cut
-// out before the resize.
+// The part of an image that becomes the square.
+//   kCenter: the shorter edge is resized to `size` and the longer one in proportion, rounded down.
+//            The excess is cut off equally at both ends.
+//   kSquash: the whole image.
+//   kBoxes:  a box of the image, cut out before the resize.
 enum class Crop { kCenter, kSquash, kBoxes };
 
 struct DecodeResize {
   int size;
   Crop crop;
-  const int64_t* boxes;  // (n, 4) top, left, height, width; null but for kBoxes
-  bool bicubic;          // or bilinear
-  // Otherwise a picture that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its size, and one that is
-  // larger gets its chroma upsampled without smoothing.
+  const int64_t* boxes;  // (n, 4) top, left, height, width for kBoxes, else null
+  bool bicubic;          // else bilinear
+  // Without it, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its
+  // size. One that is somewhat larger gets its chroma upsampled without smoothing.
   bool exact;
-  int64_t max_pixels;  // a picture of more is an error
+  int64_t max_pixels;  // an image with more pixels is an error
 };
 
-// (n, size, size, 3) `pixels`; returns the index and the reason of each file that is no good, whose pixels are 0. What
-// lies below the part that is needed isn't read, so that damage there goes unseen.
-std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<std::string_view>& files,
-                                                           const DecodeResize& wanted, uint8_t* pixels, int threads);
+// Writes (n, size, size, 3) `pixels`. Returns the index and the reason for each unusable file,
+// whose pixels become 0. Rows below the part in use aren't read, so damage there stays undetected.
+std::vector<std::pair<int64_t, std::string>> decode_resize(
+    const std::vector<std::string_view>& files, const DecodeResize& options, uint8_t* pixels,
+    int threads);
 
 }  // namespace bclip::cpu

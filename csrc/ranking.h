@@ -1,10 +1,12 @@
-// Which of the dot products X = L R^T of two sets of vectors exceed a bound of their row, and one of their column, when X
-// is known up to an error that the bounds allow for:
+// Counts the dot products X = L R^T of two sets of vectors that exceed a bound of their row, or of
+// their column. Each bound is an interval, because X is known only approximately:
 //
-//   X_ij > row_high_i counts for row i, X_ij < row_low_i does not, and what lies between is undecided; so for columns.
+//   X_ij > row_high_i counts for row i, X_ij < row_low_i doesn't, and a value between them is
+//   undecided. The same rule holds for columns.
 //
-// The undecided pairs are for the caller to settle, by their dot products in double precision. L, R row-major, contiguous.
-// Throws std::invalid_argument where a size is negative or AMX is missing.
+// The caller decides the undecided pairs by their dot products in double precision. L and R are
+// row-major and contiguous. Throws std::invalid_argument if a size is negative or the processor has
+// no AMX.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +21,14 @@ struct Screen {
   int64_t *row_counts, *column_counts;  // (rows,), (columns,), added to
 };
 
-// The undecided pairs, 4 (i columns + j) + 1 where row i is undecided + 2 where column j is, in no order. If there are
-// more than `most` it gives up: more than `most` are returned, and the counts mean nothing. Products of bfloat16 are exact
-// and are summed in single precision, numbers below 2^-126 being zero.
+// Returns the undecided pairs in any order, as 4 (i columns + j), plus 1 if row i is undecided,
+// plus 2 if column j is. With more than `most` such pairs it gives up, returns more than `most`,
+// and leaves meaningless counts. Products of bfloat16 are exact. Their sums are in single
+// precision, where numbers below 2^-126 become zero.
 std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads);
 
 // out_p = sum_k left[i, k] right[j, k] in double precision, for each of the pairs i columns + j.
-void dot_products(const float* left, const float* right, int64_t columns, int64_t width, const int64_t* pairs,
-                  int64_t count, double* out, int threads);
+void dot_products(const float* left, const float* right, int64_t columns, int64_t width,
+                  const int64_t* pairs, int64_t count, double* out, int threads);
 
 }  // namespace bclip::cpu

@@ -1,23 +1,26 @@
+"""Fixtures and settings of all tests."""
+
 from __future__ import annotations
 
 import collections
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-# Where tests that say nothing of a device make their tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
+# The default device of tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
 if "BCLIP_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["BCLIP_TEST_DEVICE"])
 
-# No test depends on what somebody measured on this machine; processes that tests start inherit it.
+# Tests ignore the tuning records of this machine. Processes that they start inherit the variable.
 os.environ.setdefault("BCLIP_TUNE", "off")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts files that hold slow tests first, so that no core waits at the end for a long file."""
+    """Move files with slow tests to the front, so that no core waits at the end for a long file."""
     if config.pluginmanager.hasplugin("randomly"):
         return
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -25,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says why tests were skipped: a line for each reason, with the number of tests."""
+    """Print why tests were skipped: each reason, with its number of tests."""
     reasons: collections.Counter[str] = collections.Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -38,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data; the test is skipped, with the reason, where there is none."""
+    """The folder of real data. Without it, the test is skipped with the reason."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("BCLIP_SHARED_DATA", default))
     if not folder.is_dir():
@@ -48,7 +51,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 samples to train on and 32 for validation (support/synthetic.py). Copy before you change files."""
+    """Shards with 96 training and 32 validation samples (support/synthetic.py). Copy them before you change files."""
     from synthetic import write_shards
 
     return write_shards(tmp_path_factory.mktemp("data") / "shards")
@@ -56,7 +59,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server() -> None:
-    """Starts the fork server of the tests that use one before any test has changed the environment.
+    """Start the fork server of support/ranks.py before any test changes the environment.
 
     It imports its modules while the first tests run.
     """
@@ -72,35 +75,36 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _restored_state():
-    """No test leaves the process in another state: a later one would depend on the order of tests."""
+    """Fail a test that changes the state of the process, because later tests would depend on their order."""
     threads, dtype, folder = torch.get_num_threads(), torch.get_default_dtype(), os.getcwd()
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
-    left = {
+    changes = {
         "torch.set_num_threads": threads != torch.get_num_threads(),
         "torch.set_default_dtype": dtype != torch.get_default_dtype(),
         "torch.use_deterministic_algorithms": deterministic != torch.are_deterministic_algorithms_enabled(),
         "os.chdir": folder != os.getcwd(),
     }
-    if any(left.values()):
+    if any(changes.values()):
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(deterministic)
         os.chdir(folder)
-    assert not any(left.values()), f"the test has left the process changed: {[name for name in left if left[name]]}"
+    changed = [name for name, differs in changes.items() if differs]
+    assert changed == [], "the test must restore these settings"
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(
     _restored_state: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No test reads or writes the embeddings of the person who runs it."""
+    """Give each test an empty cache of embeddings, so that it does not touch the user's."""
     monkeypatch.setenv("BCLIP_CACHE", str(tmp_path_factory.mktemp("embeddings")))
 
 
 @pytest.fixture
 def unmeasured():
-    """No record says which backend is the fastest on the CPU, nor do the defaults of the package."""
+    """Ignore all tuning records and the package's defaults for the CPU."""
     from bclip_fast.ops import tuning
 
     with tuning.in_force({"cpu": tuning.unmeasured("cpu")}):
@@ -109,7 +113,7 @@ def unmeasured():
 
 @pytest.fixture
 def nan_filled():
-    """Memory from torch.empty comes filled with NaN, so that an output which a kernel leaves unwritten shows."""
+    """Make torch.empty fill its memory with NaN, so that elements that a kernel does not write show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -118,7 +122,49 @@ def nan_filled():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture
+def fresh_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Start with an empty cache of tuning records and without the package's defaults. Forget all records at the end."""
+    from bclip_fast.ops import tuning
+
+    monkeypatch.delenv("BCLIP_TUNE")
+    monkeypatch.setenv("BCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "DEFAULTS", tmp_path / "defaults")
+    tuning.reset()
+    yield
+    tuning.reset()
+
+
+@pytest.fixture
+def triton_gelu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A Triton backend for gelu on the CPU.
+
+    calls: number of forward calls. forward, factor: the forward function and a factor on the gradient. Change them to
+    make the kernel wrong.
+    """
+    from bclip_fast.ops import dispatch, pointwise
+
+    kernel = types.SimpleNamespace(calls=0, forward=torch.nn.functional.gelu, factor=1.0)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        kernel.calls += 1
+        return kernel.forward(x)
+
+    def backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.gelu_backward(grad, x) * kernel.factor
+
+    module = types.SimpleNamespace(gelu=forward, gelu_backward=backward)
+    load_backend = pointwise.load_backend
+    monkeypatch.setattr(
+        pointwise, "load_backend", lambda name, backend: module if backend == "triton" else load_backend(name, backend)
+    )
+    monkeypatch.setitem(pointwise.LIMITS, "triton", lambda *inputs: None)
+    monkeypatch.delitem(dispatch.MISSING, "triton", raising=False)
+    return kernel
+
+
 def pytest_report_header() -> str:
+    """Name the backends without tests here, with the reasons."""
     from oracle import absent_backends
 
     return f"kernels without tests in this process: {absent_backends() or 'none'}"

@@ -1,6 +1,10 @@
-"""Evaluation of CLIP-like models: retrieval and zero-shot classification, each figure beside its chance level."""
+"""Evaluation of CLIP-like models: retrieval, zero-shot classification, linear probes and questions.
 
-from .command import EvalCommand, Evaluation, evaluate, run
+Every score comes with its chance baseline.
+"""
+
+from .command import EvalCommand, run
 from .config import EvalConfig
+from .evaluate import Evaluation, evaluate
 
 __all__ = ["EvalCommand", "EvalConfig", "Evaluation", "evaluate", "run"]

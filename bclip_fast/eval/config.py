@@ -6,64 +6,75 @@ from dataclasses import dataclass
 
 import tyro
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from . import probe, tasks
-from .embed import Format, Precision
-from .retrieval import Duplicates, Index
+from .embed import CacheDtype, Precision
+from .faiss_index import Index
+from .retrieval import Duplicates
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What to evaluate on, and how."""
+    """Data, tasks and settings of an evaluation."""
 
     data: str = ""
-    """Shards (folder with dataset.json), a folder with a folder of images per class, or a .csv file; a run's own shards
-    unless given."""
+    """Shards (a folder with dataset.json), a folder with one folder of images per class, or a .csv file. Empty: the
+    shards that the run was trained on."""
     split: str = "val"
-    """Split of the data; a task of the package knows its own."""
+    """Split of the data. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """retrieval, zero_shot, probe or vqa; a task of the package (pcam, lc25000_lung, vqa_rad, ...); or a TOML file of
-    one. Repeat it for several. None given: retrieval and zero_shot as far as the data allow."""
+    """A protocol (retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
+    task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow them."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`; repeat it for several."""
+    """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`. Repeat the flag for several."""
     prompts: str = "auto"
-    """A task's prompts (pcam, lc25000_lung, ...), a TOML file, or auto: the task's own, else the labels' own words."""
+    """Prompt set: the name of a task (pcam, lc25000_lung, ...) or a TOML file. auto: the task's prompts, or the label
+    values themselves."""
     duplicates: Duplicates = "strict"
-    """In retrieval, what is right beside the query's own pair: nothing (`strict`, as in the paper), pairs with the same
-    text (`captions`), with the same picture (`images`), or `any` of both."""
+    """Further correct answers in retrieval. strict: only the query's own pair, as in the paper. captions: also pairs
+    with the same text. images: also pairs with the same image. any: both."""
     index: Index = "exact"
-    """exact ranks all candidates; faiss_flat, hnsw and ivf search with faiss, the last two approximately."""
+    """Search method of retrieval. exact ranks all candidates. The other methods search with faiss, hnsw and ivf
+    approximately."""
     share: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Parts of the training data that a probe is trained on."""
+    """Fractions of the training data that probes are trained on."""
     shots: tuple[int, ...] = ()
-    """Samples a class that a probe is trained on, in addition."""
+    """Numbers of samples per class that further probes are trained on."""
     num_seeds: int = 3
-    """Draws of each part, whose mean and deviation are reported."""
+    """Random subsets per probe setting. The report gives their mean and standard deviation."""
     protocol: probe.Protocol = "held_out"
-    """`elevater` reports a probe's best epoch on the test set, as the paper's toolkit does: for comparison alone."""
+    """Selection of a probe's epoch. held_out selects it on validation data. elevater reports the best epoch on the
+    test set, as the paper's toolkit does. Use elevater only for comparison."""
     seed: int = 0
+    """Seed of the validation subset for data without a val split."""
     cache: str = "auto"
-    """Folder for embeddings; auto: BCLIP_CACHE or ~/.cache/bclip_fast/embeddings; none: they are not kept."""
-    keep: Format = "fp32"
-    """Format in which embeddings are kept."""
+    """Folder of cached embeddings. auto: BCLIP_CACHE, or ~/.cache/bclip_fast/embeddings. none: no cache."""
+    keep: CacheDtype = "fp32"
+    """Number format of cached embeddings."""
     device: str = "auto"
-    """auto takes CUDA where it is."""
+    """Device of the model. auto: a CUDA GPU if there is one, else the CPU."""
     precision: Precision = "fp32"
-    """Number format of the towers; embeddings are compared in float32. auto: bf16 where the device multiplies it in
+    """Number format of the towers. Embeddings are compared in float32. auto: bf16 if the device multiplies it in
     hardware, else fp32."""
     batch_size: int = 64
+    """Images or texts per batch of the towers."""
     num_workers: int = 2
     """Threads that decode and resize images."""
     num_gallery_queries: int = 6
-    """Queries a direction shown in the report."""
+    """Example queries in the report, per direction of retrieval."""
     progress: bool = True
+    """Show progress bars."""
 
     def __post_init__(self) -> None:
+        """Check the fields and read every task. Raises UserError."""
         for task in self.task:
             tasks.load(task)
-        if not all(0 < share <= 1 for share in self.share) or not all(num >= 1 for num in self.shots):
-            raise UserError(f"share {self.share} must lie in (0, 1], shots {self.shots} must be at least 1")
+        if not all(0 < fraction <= 1 for fraction in self.share) or not all(num >= 1 for num in self.shots):
+            raise UserError(f"share={self.share} must lie in (0, 1], and shots={self.shots} must be at least 1")
         if self.num_seeds < 1 or not (self.share or self.shots):
-            raise UserError("a probe needs one seed and one share or number of shots at least")
+            raise UserError(
+                f"a probe needs num_seeds={self.num_seeds} to be at least 1, and at least one value of share or shots"
+            )
         if self.num_gallery_queries < 1:
-            raise UserError(f"num_gallery_queries is {self.num_gallery_queries}: it must be at least 1")
+            raise UserError(f"num_gallery_queries={self.num_gallery_queries} must be at least 1")

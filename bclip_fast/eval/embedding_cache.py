@@ -1,7 +1,7 @@
-"""Embeddings on disk under a name that says what they are of: weights, data, preprocessing, precision.
+"""Embeddings on disk, keyed by the fingerprints of weights, data, preprocessing and precision.
 
-Each is fingerprinted by content or behaviour, never by path or date: a changed weight, image, crop or token is another
-name, and what is found under a name is always right.
+A fingerprint covers content or behaviour, never a path or a date. A changed weight, image, crop or token gives another
+key, so an entry is never out of date.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from bclip_fast.version import __version__
 log = logging.getLogger(__name__)
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE_TEXT = "Chest X-ray, \u03b1-SMA \u00d7400; p<0.05 (A\u2013C)."
+"""A text that two tokenizers rarely split in the same way."""
 
 
 def default_folder() -> Path:
-    """BCLIP_CACHE, else ~/.cache/bclip_fast/embeddings."""
+    """Return BCLIP_CACHE, or ~/.cache/bclip_fast/embeddings if it is not set."""
     return Path(os.environ.get("BCLIP_CACHE") or Path.home() / ".cache" / "bclip_fast" / "embeddings")
 
 
-def of_weights(model: nn.Module) -> str:
-    """SHA-256 of the class's name, and of every name, shape, dtype and byte of the state."""
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of the class name and of the name, shape, dtype and bytes of every tensor in the state."""
     digest = hashlib.sha256(f"{__version__} {type(model).__name__}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -41,11 +43,11 @@ def of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def of_preprocess(preprocess: Callable[[Any], Tensor]) -> str:
-    """SHA-256 of what it makes of three probes: any callable, open_clip's or one's own, is known by its behaviour.
+def preprocess_fingerprint(preprocess: Callable[[Any], Tensor]) -> str:
+    """Return the SHA-256 of the results for three probe images. It covers any callable by its behaviour.
 
     Raises:
-        UserError: two runs differ, so it augments: embeddings of it mean nothing.
+        UserError: two results for one image differ, so the callable augments.
     """
     from PIL import Image
 
@@ -62,27 +64,31 @@ def of_preprocess(preprocess: Callable[[Any], Tensor]) -> str:
 
     first = run()
     if run() != first:
-        raise UserError("preprocess gives two results for one image: evaluation needs one that does not augment")
+        raise UserError("preprocess gives two results for one image; evaluate with a preprocess that does not augment")
     return first
 
 
-def of_texts(texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor]) -> str:
-    """SHA-256 of the texts, and of the tokens of the first and last of them and of a probe."""
+def texts_fingerprint(texts: Sequence[str], tokenizer: Callable[[list[str]], Tensor]) -> str:
+    """Return the SHA-256 of the texts, and of the tokens of the first 16 texts, the last 16 texts and a probe text."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
-    ids = tokenizer([*texts[:16], *texts[-16:], "Chest X-ray, \u03b1-SMA \u00d7400; p<0.05 (A\u2013C)."])
+    ids = tokenizer([*texts[:16], *texts[-16:], PROBE_TEXT])
     return digest.hexdigest() + sha256(ids.contiguous().numpy().tobytes())
 
 
-class Cache:
-    """A folder of `KEY.safetensors`, or nothing at all where `folder` is None."""
+class EmbeddingCache:
+    """A folder of `KEY.safetensors` files. Without a folder, the cache stores nothing."""
 
     def __init__(self, folder: Path | None) -> None:
+        """folder: created by the first entry. None: no cache."""
         self.folder = folder
 
-    def get(self, parts: Sequence[str], compute: Callable[[], Tensor]) -> Tensor:
-        """What was stored under `parts`, else what `compute` gives, which is then stored. On the CPU, in its dtype."""
+    def get_or_compute(self, parts: Sequence[str], compute: Callable[[], Tensor]) -> Tensor:
+        """Return the entry of the key `parts`. If it is missing or damaged, compute and store it.
+
+        Returns a CPU tensor in the dtype of `compute`. Raises UserError if the folder cannot be written.
+        """
         if self.folder is None:
             return compute().cpu()
         from safetensors import SafetensorError
@@ -92,15 +98,15 @@ class Cache:
         path = self.folder / f"{key}.safetensors"
         if path.is_file():
             try:
-                found = load_file(path)["embeddings"]
+                cached = load_file(path)["embeddings"]
                 log.info("embeddings from %s", path)
-                return found
+                return cached
             except (SafetensorError, OSError, KeyError) as error:
-                log.warning("%s is broken (%s) and is computed anew", path, error)
-        result = compute().cpu().contiguous()
+                log.warning("%s is damaged (%s); computing it again", path, error)
+        embeddings = compute().cpu().contiguous()
         try:
             with replacing(path, shared=True) as partial:
-                save_file({"embeddings": result}, partial)
+                save_file({"embeddings": embeddings}, partial)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder} takes no embeddings: {error}") from error
-        return result
+            raise UserError(f"cannot write embeddings to {self.folder}: {error}; use --cache") from error
+        return embeddings

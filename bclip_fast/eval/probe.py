@@ -1,20 +1,21 @@
-"""Linear probes on frozen features: regularisation and learning rate chosen on validation data, tested once.
+"""Linear probes on frozen features: hyper-parameters are chosen on validation data, and the test set is used once.
 
-The arithmetic is ELEVATER's: standardised features, a linear layer that starts at the class embeddings of the text
-tower, SGD with momentum 0.9 and weight decay, batches of 64, six learning rates, and a coarse-to-fine search over 97
-values of weight decay, ten epochs a trial. What it does with the test set is not ours: there, the best of 50 test
-epochs is reported. `protocol="elevater"` does the same, for comparison, and says so; ours chooses the number of epochs
-on validation data too and opens the test set once, with everything chosen.
+The arithmetic is ELEVATER's: features are standardised, and a linear layer starts at the class embeddings of the text
+tower. SGD with momentum 0.9 and weight decay trains it on batches of 64. The search covers six learning rates and, from
+coarse to fine, 97 values of weight decay, with ten epochs per trial.
 
-Where a sample may have several classes, each class is a problem of its own (binary relevance): logistic regression on
-the same features, chosen and judged by the macro AUROC, and by the mean accuracy of the classes at probability 1/2, as
-MedMNIST does it (its evaluator's getAUC and getACC).
+The use of the test set differs. ELEVATER reports the best of 50 test epochs. For comparison, `protocol="elevater"` does
+the same. The default protocol chooses the number of epochs on validation data too, and then opens the test set once.
+
+For multi-label samples, each class is a separate problem (binary relevance): logistic regression on the same features.
+The macro AUROC chooses the hyper-parameters. As in MedMNIST (getAUC and getACC of its evaluator), the metrics are the
+macro AUROC and the mean accuracy of the classes at probability 1/2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,37 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
-from . import statistics
+from bclip_fast.errors import UserError
+
+from . import statistics, zero_shot
+from .linear_heads import LabelledFeatures, LinearHeads
 
 Protocol = Literal["held_out", "elevater"]
 
 LEARNING_RATES = tuple(10.0**i for i in range(-6, 0))
 WEIGHT_DECAYS = tuple(float(value) for value in np.logspace(-6, 6, 97))
 _COARSE, _REFINEMENTS = 16, (8, 4, 2, 1)
-_TRIAL_EPOCHS, _FINAL_EPOCHS, _BATCH, _MOMENTUM = 10, 50, 64, 0.9
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Features (N, D) float32; labels (N,) int64, or (N, C) bool where a sample may have several."""
-
-    features: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: Tensor) -> Labelled:
-        return Labelled(self.features[rows], self.labels[rows])
-
-    def with_(self, other: Labelled) -> Labelled:
-        return Labelled(torch.cat([self.features, other.features]), torch.cat([self.labels, other.labels]))
+_TRIAL_EPOCHS, _FINAL_EPOCHS = 10, 50
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen without the test set: the hyper-parameters of the final run."""
+    """The hyper-parameters of the final run, chosen without the test set."""
 
     lr: float
     weight_decay: float
@@ -62,116 +48,50 @@ class Choice:
 
 
 @dataclass
-class Sealed:
-    """The test set. It opens for a `Choice` only, so nothing can be chosen by it; `num_opened` counts."""
+class HeldOutTestSet:
+    """The test set. It opens only for a `Choice`, so that it cannot influence the hyper-parameters.
 
-    _test: Labelled
+    num_opened: how often it was opened.
+    """
+
+    _test: LabelledFeatures
     num_opened: int = field(default=0)
 
-    def open(self, choice: Choice) -> Labelled:
+    def open(self, choice: Choice) -> LabelledFeatures:
+        """Return the test set. Raises RuntimeError without a `Choice`."""
         if not isinstance(choice, Choice):
-            raise RuntimeError("the test set was asked for before the hyper-parameters were chosen")
+            raise RuntimeError("the test set can only be opened after the hyper-parameters are chosen; pass a Choice")
         self.num_opened += 1
         return self._test
 
 
-class _Heads:
-    """Linear layers trained side by side, one for each (learning rate, weight decay), in one matmul."""
-
-    def __init__(self, pairs: Sequence[tuple[float, float]], init: Tensor, batch_statistics: bool) -> None:
-        """init: (C, D). batch_statistics: standardise as BatchNorm1d(affine=False) does, else by the training set."""
-        device = init.device
-        self.num, self.num_classes = len(pairs), len(init)
-        self.weight = init.T[:, None].expand(-1, self.num, -1).reshape(init.shape[1], -1).clone()
-        self.bias = torch.zeros(self.num * self.num_classes, device=device)
-        self.rate, self.decay = (
-            torch.tensor(values, device=device).repeat_interleave(self.num_classes)
-            for values in zip(*pairs, strict=True)
-        )
-        self.norm: Any = torch.nn.BatchNorm1d(init.shape[1], affine=False).to(device) if batch_statistics else None
-        self.velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
-
-    def train(self, data: Labelled, num_epochs: int, seed: int, after_epoch: Callable[[int], None]) -> None:
-        if self.norm is None:
-            # A feature that never varies says nothing: it is left at 0.
-            std = data.features.std(0, correction=0)
-            self.mean, self.scale = data.features.mean(0), torch.where(std > 1e-6, 1 / std.clamp(min=1e-6), 0.0)
-        generator = torch.Generator().manual_seed(seed)
-        for epoch in range(num_epochs):
-            order = torch.randperm(len(data), generator=generator).to(data.features.device)
-            for rows in order.split(_BATCH):
-                if self.norm is not None and len(rows) < 2:
-                    continue  # a batch of one has no variance
-                self._step(data.features[rows], data.labels[rows])
-            after_epoch(epoch + 1)
-
-    def _step(self, x: Tensor, labels: Tensor) -> None:
-        x = self._standardise(x, training=True)
-        logits = (x @ self.weight + self.bias).view(len(x), self.num, self.num_classes)
-        # The gradient of the mean cross-entropy: softmax less the one-hot label; of each class for itself: sigmoid.
-        if labels.ndim == 2:
-            error = logits.sigmoid() - labels[:, None].to(logits.dtype)
-        else:
-            error = logits.softmax(-1)
-            error[torch.arange(len(x), device=x.device), :, labels] -= 1
-        error = error.flatten(1) / len(x)
-        for parameter, gradient, velocity in (
-            (self.weight, x.T @ error, self.velocity[0]),
-            (self.bias, error.sum(0), self.velocity[1]),
-        ):
-            # torch.optim.SGD's update, a rate and a decay a column.
-            velocity.mul_(_MOMENTUM).add_(gradient).add_(self.decay * parameter)
-            parameter -= self.rate * velocity
-
-    def _standardise(self, x: Tensor, training: bool) -> Tensor:
-        if self.norm is None:
-            return (x - self.mean) * self.scale
-        return self.norm.train(training)(x)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(G, N, C)."""
-        x = self._standardise(features, training=False)
-        return (x @ self.weight + self.bias).view(len(x), self.num, self.num_classes).transpose(0, 1)
-
-    def score(self, data: Labelled) -> Tensor:
-        """(G,) float64: accuracy, macro AUROC of several labels; a head that diverged, with infinite logits, has 0."""
-        if data.labels.ndim == 2:
-            truth = data.labels.cpu().numpy()
-            return torch.tensor([_macro_auroc(truth, logits) for logits in self.logits(data.features).double().cpu()])
-        hits = torch.zeros(self.num, dtype=torch.float64)
-        for rows in torch.arange(len(data), device=data.labels.device).split(8192):
-            logits = self.logits(data.features[rows])
-            right = (logits.argmax(-1) == data.labels[rows]) & logits.isfinite().all(-1)
-            hits += right.sum(1).double().cpu()
-        return hits / len(data)
-
-
-def _macro_auroc(truth: np.ndarray, logits: Tensor) -> float:
-    if not bool(logits.isfinite().all()):
-        return 0.0
-    areas = [statistics.auroc(own, column) for own, column in zip(truth.T, logits.numpy().T, strict=True)]
-    known = [area for area in areas if area is not None]
-    if not known:
-        raise UserError("no class of the probe's data has both samples with it and samples without")
-    return sum(known) / len(known)
-
-
 @torch.inference_mode()
-def choose(train: Labelled, val: Labelled, init: Tensor, *, protocol: Protocol = "held_out", seed: int = 0) -> Choice:
-    """Learning rate, weight decay and epochs by the score on `val`; of equals, the first in rising order of rate.
+def choose(
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    init: Tensor,
+    *,
+    protocol: Protocol = "held_out",
+    seed: int = 0,
+) -> Choice:
+    """Choose learning rate, weight decay and epochs by the score on `val`. On ties, the smallest rate wins.
 
-    For each rate the weight decay is searched on its own: every 16th of the 97, then 8, 4, 2 and 1 steps to each side.
+    Each rate has its own search for the weight decay. It tries every 16th of the 97 values, then 8, 4, 2 and 1 steps to
+    each side of the best one.
     """
     batch_statistics = protocol == "elevater"
 
-    def trials(points: Sequence[tuple[int, int]], num_epochs: int, look_from: int = 1) -> Tensor:
-        """(epochs, points) of the score on val, from epoch `look_from` on."""
+    def trials(points: Sequence[tuple[int, int]], num_epochs: int, first_epoch: int = 1) -> Tensor:
+        """Return the scores on val (epochs, points), from epoch `first_epoch` on."""
         pairs = [(LEARNING_RATES[rate], WEIGHT_DECAYS[decay]) for rate, decay in points]
-        heads, found = _Heads(pairs, init, batch_statistics), []
-        heads.train(
-            train, num_epochs, seed, lambda epoch: found.append(heads.score(val)) if epoch >= look_from else None
-        )
-        return torch.stack(found)
+        heads, val_scores = LinearHeads(pairs, init, batch_statistics), []
+
+        def after_epoch(epoch: int) -> None:
+            if epoch >= first_epoch:
+                val_scores.append(heads.score(val))
+
+        heads.train(train, num_epochs, seed, after_epoch)
+        return torch.stack(val_scores)
 
     scores: dict[tuple[int, int], float] = {}
 
@@ -183,16 +103,16 @@ def choose(train: Labelled, val: Labelled, init: Tensor, *, protocol: Protocol =
     rates = range(len(LEARNING_RATES))
     score([(rate, decay) for rate in rates for decay in range(0, len(WEIGHT_DECAYS), _COARSE)])
 
-    def best(rate: int) -> int:
-        known = sorted(decay for other, decay in scores if other == rate)
-        return max(known, key=lambda decay: scores[rate, decay])
+    def best_decay(rate: int) -> int:
+        decays = sorted(decay for other, decay in scores if other == rate)
+        return max(decays, key=lambda decay: scores[rate, decay])
 
     for step in _REFINEMENTS:
         score(
             [
                 (rate, decay)
                 for rate in rates
-                for decay in (best(rate) - step, best(rate) + step)
+                for decay in (best_decay(rate) - step, best_decay(rate) + step)
                 if 0 <= decay < len(WEIGHT_DECAYS)
             ]
         )
@@ -206,99 +126,109 @@ def choose(train: Labelled, val: Labelled, init: Tensor, *, protocol: Protocol =
 
 
 @torch.inference_mode()
-def final(
-    train: Labelled, val: Labelled, sealed: Sealed, init: Tensor, choice: Choice, *, protocol: Protocol, seed: int
+def train_and_test(
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    held_out: HeldOutTestSet,
+    init: Tensor,
+    choice: Choice,
+    *,
+    protocol: Protocol,
+    seed: int,
 ) -> tuple[Tensor, int]:
-    """(N, C) logits on the test set of the head trained on train and val together, and the epoch they are of.
+    """Train a head on train and val together. Return its logits on the test set (N, C), and their epoch.
 
-    Under `elevater` that is the epoch of the best test score, which is why its figure is optimistic.
+    Under `elevater` the epoch is the one with the best test score, so its score is optimistic.
     """
-    heads = _Heads([(choice.lr, choice.weight_decay)], init, protocol == "elevater")
-    test: Labelled | None = None
+    heads = LinearHeads([(choice.lr, choice.weight_decay)], init, protocol == "elevater")
+    test: LabelledFeatures | None = None
     best: tuple[float, Tensor, int] = (-1.0, torch.empty(0), 0)
 
-    def look(epoch: int) -> None:
+    def after_epoch(epoch: int) -> None:
         nonlocal test, best
         if protocol == "held_out" and epoch < choice.num_epochs:
             return
-        test = sealed.open(choice) if test is None else test
+        test = held_out.open(choice) if test is None else test
         score = float(heads.score(test))
         if score > best[0]:
             best = score, heads.logits(test.features)[0], epoch
 
-    heads.train(train.with_(val), choice.num_epochs, seed, look)
+    heads.train(train.concat(val), choice.num_epochs, seed, after_epoch)
     return best[1], best[2]
 
 
-def subset(labels: Tensor, num_classes: int, *, share: float = 1.0, shots: int = 0, seed: int = 0) -> Tensor:
-    """Rows of a random part, drawn class by class: `shots` of each, else `share` of each, one at least if there is one.
+def subset(labels: Tensor, num_classes: int, *, train_fraction: float = 1.0, shots: int = 0, seed: int = 0) -> Tensor:
+    """Draw a random subset of rows: `shots` of each class, or `train_fraction` of each, but at least one.
 
-    Where samples have several classes the part is drawn from all alike.
+    Multi-label samples are drawn without regard to their classes.
 
     Raises:
-        UserError: a class with fewer than `shots` samples, or shots of samples with several classes.
+        UserError: a class has fewer than `shots` samples; `shots` of multi-label samples.
     """
     generator = torch.Generator().manual_seed(seed)
     if labels.ndim == 2:
         if shots:
-            raise UserError("samples with several classes cannot be drawn by shots of a class: use shares")
-        return torch.randperm(len(labels), generator=generator)[: max(1, round(len(labels) * share))].sort().values
+            raise UserError("multi-label samples cannot be drawn by shots per class; use --share")
+        num = max(1, round(len(labels) * train_fraction))
+        return torch.randperm(len(labels), generator=generator)[:num].sort().values
     rows = []
-    for kind in range(num_classes):
-        own = (labels.cpu() == kind).nonzero()[:, 0]
-        num = shots or min(len(own), max(1, round(len(own) * share)))
-        if num > len(own):
-            raise UserError(f"class {kind} has {len(own)} training samples, {num} are asked for: use fewer shots")
-        rows.append(own[torch.randperm(len(own), generator=generator)[:num]])
+    for number in range(num_classes):
+        class_rows = (labels.cpu() == number).nonzero()[:, 0]
+        num = shots or min(len(class_rows), max(1, round(len(class_rows) * train_fraction)))
+        if num > len(class_rows):
+            raise UserError(f"class {number} has only {len(class_rows)} training samples for {num} shots; use fewer")
+        rows.append(class_rows[torch.randperm(len(class_rows), generator=generator)[:num]])
     return torch.cat(rows).sort().values
 
 
 def measure(
-    train: Labelled,
-    val: Labelled,
-    test: Labelled,
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    test: LabelledFeatures,
     class_names: Sequence[str],
     init: Tensor,
     *,
-    shares: Sequence[float] = (0.01, 0.1, 1.0),
+    train_fractions: Sequence[float] = (0.01, 0.1, 1.0),
     shots: Sequence[int] = (),
     num_seeds: int = 3,
     protocol: Protocol = "held_out",
 ) -> dict[str, Any]:
-    """Accuracy and balanced accuracy, of several labels macro AUROC and mean accuracy, of probes on parts of the
-    training data: mean and deviation over seeds.
+    """Train probes on subsets of the training data and report the mean and the standard deviation over seeds.
 
-    Train and val are cut alike: with 1 % to train on there is 1 % to choose by. Beyond one seed the deviation is that
-    of the draw of the part and of the order, n - 1 in its denominator.
+    The metrics are accuracy and balanced accuracy, or macro AUROC and mean accuracy for multi-label samples. Val is
+    reduced like train: 1 % of train comes with 1 % of val. The deviation covers the draw of the subset and the order of
+    the samples. Its denominator is n - 1.
 
     Returns:
-        A JSON-ready dict: num_samples, classes, protocol, settings (with each seed's choice), figures, samples (of the
-        last setting's first seed), confusion and chance as zero-shot gives them.
+        JSON-ready dict, as for zero-shot classification, of the last setting's first seed. In addition, `protocol`,
+        `settings` with each seed's choice, and `figures` with the metrics of all settings.
     """
-    from . import zero_shot
-
     for name, data in (("train", train), ("val", val), ("test", test)):
         if not len(data) or not bool(torch.isfinite(data.features).all()):
-            raise UserError(f"the probe's {name} features must be there and finite")
-    num_classes, several = len(class_names), test.labels.ndim == 2
-    settings = [(f"{100 * share:g} % of train", dict(share=share)) for share in shares]
-    settings += [(f"{num} shots", dict(shots=num)) for num in shots]
+            raise UserError(f"the probe's {name} features must be non-empty and finite")
+    num_classes, multi_label = len(class_names), test.labels.ndim == 2
+    settings: list[tuple[str, dict[str, Any]]]
+    settings = [(f"{100 * fraction:g} % of train", {"train_fraction": fraction}) for fraction in train_fractions]
+    settings += [(f"{num} shots", {"shots": num}) for num in shots]
     rows: list[dict[str, Any]] = []
-    figures: list[dict[str, Any]] = []
-    whole: dict[str, Any] = {}
-    for name, cut in settings:
+    metrics: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    for name, size in settings:
         runs = []
         for seed in range(num_seeds):
-            part, held = [data[subset(data.labels, num_classes, **cut, seed=seed)] for data in (train, val)]  # type: ignore[arg-type]
-            sealed = Sealed(test)
-            choice = choose(part, held, init, protocol=protocol, seed=seed)
-            logits, epoch = final(part, held, sealed, init, choice, protocol=protocol, seed=seed)
-            truth, logits = test.labels.cpu(), logits.cpu()
-            if several:
-                found = zero_shot.measure_multi_label(truth, logits.sigmoid(), class_names, threshold=0.5)
+            train_part, val_part = (
+                data[subset(data.labels, num_classes, **size, seed=seed)]  # type: ignore[arg-type]
+                for data in (train, val)
+            )
+            held_out = HeldOutTestSet(test)
+            choice = choose(train_part, val_part, init, protocol=protocol, seed=seed)
+            logits, epoch = train_and_test(train_part, val_part, held_out, init, choice, protocol=protocol, seed=seed)
+            targets, logits = test.labels.cpu(), logits.cpu()
+            if multi_label:
+                result = zero_shot.measure_multi_label(targets, logits.sigmoid(), class_names, threshold=0.5)
             else:
-                found = zero_shot.measure(truth, logits.argmax(1), class_names, logits.softmax(1))
-            whole = found if seed == 0 else whole
+                result = zero_shot.measure(targets, logits.argmax(1), class_names, logits.softmax(1))
+            details = result if seed == 0 else details
             runs.append(
                 {
                     "seed": seed,
@@ -306,25 +236,25 @@ def measure(
                     "weight_decay": choice.weight_decay,
                     "epoch": epoch,
                     "val_score": choice.val_score,
-                    "num_train": len(part),
-                    "num_val": len(held),
-                    **{figure["name"]: figure["value"] for figure in found["figures"]},
+                    "num_train": len(train_part),
+                    "num_val": len(val_part),
+                    **{metric["name"]: metric["value"] for metric in result["figures"]},
                 }
             )
         rows.append({"setting": name, "runs": runs})
-        for kind in ("AUROC, macro", "accuracy") if several else ("accuracy", "balanced accuracy"):
-            values = [run[kind] for run in runs]
-            mean = math.fsum(values) / len(values)
-            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            chance = next(figure for figure in whole["figures"] if figure["name"] == kind)
-            figures.append(
-                statistics.figure(
-                    f"{kind}, {name}", mean, chance["chance"], chance["chance_is"], len(test), deviation=deviation
+        for kind in ("AUROC, macro", "accuracy") if multi_label else ("accuracy", "balanced accuracy"):
+            scores = [run[kind] for run in runs]
+            mean = math.fsum(scores) / len(scores)
+            deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+            baseline = next(metric for metric in details["figures"] if metric["name"] == kind)
+            metrics.append(
+                statistics.metric(
+                    f"{kind}, {name}", mean, baseline["chance"], baseline["chance_is"], len(test), deviation=deviation
                 )
             )
-    return whole | {"protocol": protocol, "settings": rows, "figures": figures}
+    return details | {"protocol": protocol, "settings": rows, "figures": metrics}
 
 
 def text_init(classes: Tensor | None, num_classes: int, dim: int) -> Tensor:
-    """(C, D): the class embeddings the head starts at, or zeros where there are no prompts."""
+    """Return the initial weights of a head (C, D): the normalised class embeddings, or zeros without prompts."""
     return torch.zeros(num_classes, dim) if classes is None else F.normalize(classes.float(), dim=1)

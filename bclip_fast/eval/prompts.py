@@ -1,4 +1,4 @@
-"""The words of zero-shot classification, as data: what a class is called, and the sentences it is put into."""
+"""The prompts of zero-shot classification, as data: nouns for each class, and templates to put them into."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import read_toml
-from ..errors import UserError
+from bclip_fast.config import read_toml
+from bclip_fast.errors import UserError
 
 _TASKS = Path(__file__).parent / "tasks"
 _SAMPLE_IMAGES = Path(__file__).parent / "prompt_sets" / "sample_images.toml"
@@ -20,18 +20,22 @@ GENERIC_TEMPLATES = (
     "{} presented in image",
     "a medical image showing {}",
 )
-"""For label sets without templates of their own; the middle three are those of the paper."""
+"""Templates for prompt sets without templates. The middle three are the paper's."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Class names, the nouns that stand for each in a prompt, and the templates, each with one `{}` for the noun."""
+    """Classes with their nouns, and templates with one `{}` for the noun.
+
+    classes: class name -> nouns. source: origin of the words, for reports.
+    """
 
     classes: Mapping[str, tuple[str, ...]]
     templates: tuple[str, ...] = GENERIC_TEMPLATES
     source: str = ""
 
     def __post_init__(self) -> None:
+        """Check templates and nouns. Raises UserError."""
         if not self.templates:
             raise UserError(f"prompt set {self.source or '(unnamed)'} has no template")
         for template in self.templates:
@@ -42,25 +46,25 @@ class PromptSet:
                 raise UserError(f"prompt set {self.source or '(unnamed)'}: class {name!r} has no noun")
 
     def prompts(self, name: str) -> list[str]:
-        """Every template filled with every noun of class `name`."""
+        """Return every template filled with every noun of class `name`."""
         # str.format would interpret braces within a noun.
         return [template.replace("{}", noun) for noun in self.classes[name] for template in self.templates]
 
 
 def named(name: str) -> PromptSet:
-    """The prompts of the package's task `name`, or of a TOML file: `templates = [...]` and a table `[classes]`."""
-    known = sorted(path.stem for path in _TASKS.glob("*.toml") if "prompts" in _read(path))
-    if name in known:
+    """Return the prompts of the package's task `name`, or of a TOML file with `templates` and a table `[classes]`."""
+    available = sorted(path.stem for path in _TASKS.glob("*.toml") if "prompts" in _read(path))
+    if name in available:
         return read_prompts(_read(_TASKS / f"{name}.toml")["prompts"], name)
     if not name.endswith(".toml"):
-        raise UserError(f"unknown prompt set {name!r}: use one of {', '.join(known)} or the path of a TOML file")
+        raise UserError(f"unknown prompt set {name!r}; use one of {', '.join(available)} or the path of a TOML file")
     table = _read(Path(name))
     return read_prompts(table.get("prompts", table), f"prompt file {name}", Path(name).name)
 
 
 @functools.cache
 def sample_sets() -> Mapping[str, PromptSet]:
-    """The prompts for each label kind of the demonstration data."""
+    """Return the prompts of the demonstration data, by label kind."""
     return {
         kind: read_prompts(table, f"prompt file {_SAMPLE_IMAGES}, table [{kind}]")
         for kind, table in _read(_SAMPLE_IMAGES).items()
@@ -71,25 +75,28 @@ def _read(path: Path) -> dict[str, Any]:
     return read_toml(path, "prompt file")
 
 
-def read_prompts(table: Any, where: str, source: str = "") -> PromptSet:
-    """A `PromptSet` from a table of TOML: `classes`, and optionally `templates` and `source`."""
+def read_prompts(table: Any, subject: str, source: str = "") -> PromptSet:
+    """Build a `PromptSet` from a TOML table with `classes`, and optionally `templates` and `source`.
+
+    subject: name of the table, for error messages.
+    """
     classes = table.get("classes") if isinstance(table, dict) else None
     if not isinstance(classes, dict) or not classes or set(table) - {"classes", "templates", "source"}:
-        raise UserError(f"{where} must hold a table [classes] and optionally a list `templates`, no other key")
+        raise UserError(f"{subject} must hold a table [classes] and optionally a list `templates`, no other key")
     return PromptSet(
-        {key: _strings(value, f"{where}: class {key!r}") for key, value in classes.items()},
-        _strings(table.get("templates", list(GENERIC_TEMPLATES)), f"{where}: templates"),
+        {key: _strings(value, f"{subject}: class {key!r}") for key, value in classes.items()},
+        _strings(table.get("templates", list(GENERIC_TEMPLATES)), f"{subject}: templates"),
         str(table.get("source", source)),
     )
 
 
 def from_values(values: Sequence[str], source: str = "the label's own values, generic templates") -> PromptSet:
-    """Each label value stands for itself, underscores read as spaces."""
+    """Build a `PromptSet` in which each label value is its class's noun. Underscores become spaces."""
     return PromptSet({value: (value.replace("_", " "),) for value in values}, source=source)
 
 
-def _strings(value: object, where: str) -> tuple[str, ...]:
+def _strings(value: object, subject: str) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
-        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
+        raise UserError(f"{subject} must be a string or a list of strings, not {value!r}")
     return tuple(strings)

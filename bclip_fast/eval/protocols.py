@@ -1,97 +1,89 @@
-"""The protocols: what each needs of model and data, and what it reports; a task, `tasks/NAME.toml`, names one."""
+"""The evaluation protocols. A task (`tasks/NAME.toml`) names one of them."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..io.hashing import sha256
-from . import probe, prompts, retrieval, zero_shot
-from .config import EvalConfig
+from bclip_fast.errors import UserError
+from bclip_fast.io.hashing import sha256
+
+from . import probe, prompts, retrieval, vqa, zero_shot
 from .datasets import EvalDataset
-from .embed import Embedder
+from .labels import Inputs, class_targets, label_kinds, labelled_rows, labels_and_prompts, occurring_classes
+from .linear_heads import LabelledFeatures
 from .tasks import Task
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Inputs:
-    """What every protocol is given; embeddings are computed once, when one first asks."""
-
-    embedder: Embedder
-    task: Task
-    data: EvalDataset
-    config: EvalConfig
-    open_split: Callable[[str], EvalDataset]
-    """The same data, another split."""
+Results = dict[str, dict[str, Any]]
+"""Result name -> JSON-ready result."""
 
 
-def run_retrieval(inputs: Inputs) -> dict[str, dict[str, Any]]:
+def run_retrieval(inputs: Inputs) -> Results:
+    """Rank captions for images and images for captions. Raises UserError for data without captions."""
     data, config = inputs.data, inputs.config
     captions = data.captions()
     if captions is None:
         raise UserError(
-            f"task {inputs.task.name!r} needs captions, and {data.path} has none: use shards or a CSV with captions"
+            f"task {inputs.task.name!r} needs captions, and {data.path} has none; use shards or a CSV with captions"
         )
-    pictures = None
+    image_hashes = None
     if config.duplicates in ("images", "any"):
-        pictures = [sha256(data.image(i)) for i in range(len(data))]
+        image_hashes = [sha256(data.image(i)) for i in range(len(data))]
     texts, images = inputs.embedder.texts(captions), inputs.embedder.images(data)
     result = retrieval.measure(
-        images, texts, captions, duplicates=config.duplicates, pictures=pictures, index=config.index
+        images, texts, captions, duplicates=config.duplicates, image_hashes=image_hashes, index=config.index
     )
     result["samples"] = {"key": [data.key(i) for i in range(len(data))], **result["samples"]}
     result["gallery"] = retrieval.gallery(images, texts, captions, num_queries=config.num_gallery_queries)
     return {inputs.task.name: result}
 
 
-def run_zero_shot(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    # Every label and prompt is checked before the first image is encoded.
-    prepared = [(kind, *_labelled(inputs, inputs.data, kind)) for kind in _kinds(inputs)]
+def run_zero_shot(inputs: Inputs) -> Results:
+    """Classify images by the similarity of class prompts, once for each label kind."""
+    # Check every label and prompt set before the first image is embedded.
+    prepared = [(kind, *labels_and_prompts(inputs, inputs.data, kind)) for kind in label_kinds(inputs)]
     results = {}
     for kind, labels, prompt_set in prepared:
         names = list(prompt_set.classes)
-        rows = [i for i, label in enumerate(labels) if label is not None]
+        rows = labelled_rows(labels)
         images = inputs.embedder.images(inputs.data)
         images = images[torch.tensor(rows, device=images.device)]
         scores = zero_shot.similarities(images, zero_shot.class_embeddings(inputs.embedder.texts, prompt_set))
+        targets = class_targets(labels, names, inputs.task.multi_label)
         if inputs.task.multi_label:
-            truth = _truth(labels, names, True)
-            result = zero_shot.measure_multi_label(truth, scores.cpu(), names)
+            result = zero_shot.measure_multi_label(targets, scores.cpu(), names)
         else:
-            known = _truth(labels, names, False)
             predictions, num_ties = zero_shot.predict(scores)
             if num_ties:
                 log.warning(
-                    "%s: %s of %s images are equally near to two classes; the first is taken", kind, num_ties, len(rows)
+                    "%s: two classes tie for %s of %s images; the first class is predicted", kind, num_ties, len(rows)
                 )
-            # Classes compare within an image, images compare by probability: softmax at the model's own scale.
-            likely = (scores.double() * _logit_scale(inputs.embedder.model)).softmax(1)
-            result = zero_shot.measure(known, predictions.cpu(), names, likely.cpu())
+            # The AUROC compares images with one another, so it needs probabilities at the model's logit scale.
+            probabilities = (scores.double() * _logit_scale(inputs.embedder.model)).softmax(1)
+            result = zero_shot.measure(targets, predictions.cpu(), names, probabilities.cpu())
             result["num_ties"] = num_ties
             if len(prompt_set.templates) > 1:
-                result["sensitivity"] = zero_shot.sensitivity(inputs.embedder.texts, prompt_set, images, known)
+                result["sensitivity"] = zero_shot.sensitivity(inputs.embedder.texts, prompt_set, images, targets)
         result["samples"] = {"key": [inputs.data.key(i) for i in rows], **result["samples"]}
         result |= {
             "label": kind,
             "num_without_label": len(labels) - len(rows),
-            "prompts": _words(prompt_set),
+            "prompts": _prompts_json(prompt_set),
         }
         results[inputs.task.name if inputs.task.label else f"{inputs.task.name}/{kind}"] = result
     return results
 
 
-def run_probe(inputs: Inputs) -> dict[str, dict[str, Any]]:
+def run_probe(inputs: Inputs) -> Results:
+    """Train linear probes on the train split, select them on the val split, and test them on the task's split."""
     config = inputs.config
-    kind = _kinds(inputs)[0]
+    kind = label_kinds(inputs)[0]
     train_data = inputs.open_split("train")
     try:
         val_data: EvalDataset | None = inputs.open_split("val")
@@ -99,47 +91,48 @@ def run_probe(inputs: Inputs) -> dict[str, dict[str, Any]]:
         val_data = None
     if (train_data.split, train_data.path) == (inputs.data.split, inputs.data.path):
         raise UserError(
-            f"task {inputs.task.name!r} needs a train split beside {inputs.data.split!r}; {train_data.path} has none"
+            f"task {inputs.task.name!r} needs a train split next to {inputs.data.split!r}; {train_data.path} has none"
         )
-    labels, prompt_set = _labelled(inputs, inputs.data, kind)
+    labels, prompt_set = labels_and_prompts(inputs, inputs.data, kind)
     names = list(prompt_set.classes)
 
-    def features(data: EvalDataset) -> probe.Labelled:
+    def labelled_features(data: EvalDataset) -> LabelledFeatures:
         images = inputs.embedder.images(data)
-        own = data.labels(kind)
-        if unknown := sorted(_values(own, inputs.task.multi_label) - set(names)):
-            raise UserError(f"split {data.split!r} of {data.path} has the class {unknown[0]!r}; the test split has not")
-        rows = [i for i, label in enumerate(own) if label is not None]
-        truth = _truth(own, names, inputs.task.multi_label).to(images.device)
-        return probe.Labelled(images[torch.tensor(rows, device=images.device)], truth)
+        split_labels = data.labels(kind)
+        if unknown := sorted(occurring_classes(split_labels, inputs.task.multi_label) - set(names)):
+            raise UserError(
+                f"split {data.split!r} of {data.path} has the class {unknown[0]!r}, which is missing in the test split"
+            )
+        rows = torch.tensor(labelled_rows(split_labels), device=images.device)
+        targets = class_targets(split_labels, names, inputs.task.multi_label).to(images.device)
+        return LabelledFeatures(images[rows], targets)
 
-    train, test = features(train_data), features(inputs.data)
+    train, test = labelled_features(train_data), labelled_features(inputs.data)
     if val_data is None:
-        # No split to choose by: a fifth of train, drawn class by class, is set aside before anything else.
-        held = probe.subset(train.labels, len(names), share=0.2, seed=config.seed)
-        rest = torch.ones(len(train), dtype=torch.bool)
-        rest[held] = False
-        train, val = train[rest.nonzero()[:, 0].to(train.labels.device)], train[held.to(train.labels.device)]
+        # Set a fifth of every class of train aside for validation.
+        val_rows = probe.subset(train.labels, len(names), train_fraction=0.2, seed=config.seed)
+        is_train = torch.ones(len(train), dtype=torch.bool)
+        is_train[val_rows] = False
+        device = train.labels.device
+        train, val = train[is_train.nonzero()[:, 0].to(device)], train[val_rows.to(device)]
     else:
-        val = features(val_data)
+        val = labelled_features(val_data)
     classes = zero_shot.class_embeddings(inputs.embedder.texts, prompt_set)
     result = probe.measure(
         train, val, test, names, probe.text_init(classes, len(names), classes.shape[1]).to(train.features.device),
-        shares=config.share, shots=config.shots, num_seeds=config.num_seeds, protocol=config.protocol,
+        train_fractions=config.share, shots=config.shots, num_seeds=config.num_seeds, protocol=config.protocol,
     )  # fmt: skip
-    keys = [inputs.data.key(i) for i, label in enumerate(labels) if label is not None]
-    result["samples"] = {"key": keys, **result["samples"]}
+    result["samples"] = {"key": [inputs.data.key(i) for i in labelled_rows(labels)], **result["samples"]}
     result |= {"label": kind, "validation": "a fifth of train" if val_data is None else "val"}
-    return {inputs.task.name: result | {"prompts": _words(prompt_set)}}
+    return {inputs.task.name: result | {"prompts": _prompts_json(prompt_set)}}
 
 
-def run_vqa(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    from . import vqa
-
+def run_vqa(inputs: Inputs) -> Results:
+    """Answer the questions of the data."""
     return {inputs.task.name: vqa.run(inputs.embedder, inputs.data)}
 
 
-PROTOCOLS: dict[str, Callable[[Inputs], dict[str, dict[str, Any]]]] = {
+PROTOCOLS: dict[str, Callable[[Inputs], Results]] = {
     "retrieval": run_retrieval,
     "zero_shot": run_zero_shot,
     "probe": run_probe,
@@ -148,20 +141,20 @@ PROTOCOLS: dict[str, Callable[[Inputs], dict[str, dict[str, Any]]]] = {
 
 
 def describe(task: Task, data: EvalDataset) -> dict[str, Any]:
-    """What the report says of a task: its words, the published figures, and the data it ran on."""
+    """Describe a task for the results: its texts, the published scores, and its data."""
     return {
         "name": task.name,
         "title": task.title,
         "protocol": task.protocol,
-        "about": task.about,
+        "about": task.description,
         "metric": task.metric,
-        "published": [dataclasses.asdict(row) for row in task.published],
+        "published": [score.as_json() for score in task.published],
         "num_samples_published": task.num_samples or None,
         "data": {"path": data.path, "split": data.split, "num_samples": len(data), "fingerprint": data.fingerprint},
     }
 
 
-def _words(prompt_set: prompts.PromptSet) -> dict[str, Any]:
+def _prompts_json(prompt_set: prompts.PromptSet) -> dict[str, Any]:
     return {
         "source": prompt_set.source,
         "templates": list(prompt_set.templates),
@@ -172,71 +165,3 @@ def _words(prompt_set: prompts.PromptSet) -> dict[str, Any]:
 def _logit_scale(model: Any) -> float:
     scale = getattr(model, "logit_scale", None)
     return float(scale.detach().exp()) if isinstance(scale, Tensor) and scale.numel() == 1 else 100.0
-
-
-def _kinds(inputs: Inputs) -> tuple[str, ...]:
-    if inputs.task.label:
-        return (inputs.task.label,)
-    kinds = inputs.config.label or default_kinds(inputs.data)
-    if not kinds:
-        known = ", ".join(inputs.data.label_kinds) or "no labels"
-        raise UserError(f"task {inputs.task.name!r} needs --label for {inputs.data.path}: there are {known}")
-    return kinds
-
-
-def _labelled(inputs: Inputs, data: EvalDataset, kind: str) -> tuple[list[str | None], prompts.PromptSet]:
-    labels = data.labels(kind)
-    values = sorted(_values(labels, inputs.task.multi_label))
-    where = f"label {kind!r} of {data.path}, split {data.split!r}"
-    if not values:
-        raise UserError(f"{where}: no sample has it")
-    name = inputs.config.prompts
-    if name != "auto":
-        prompt_set = prompts.named(name)
-    else:
-        prompt_set = inputs.task.prompts or _known_prompts(kind, values)
-    missing = [value for value in values if value not in prompt_set.classes]
-    if missing:
-        raise UserError(
-            f"{where}: prompt set {name if name != 'auto' else inputs.task.name!r} has no class "
-            f"{', '.join(map(repr, missing))}; it has {', '.join(map(repr, prompt_set.classes))}"
-        )
-    if len(prompt_set.classes) < 2:
-        raise UserError(f"{where}: the only value is {values[0]!r}, so there is nothing to tell apart")
-    return labels, prompt_set
-
-
-def _values(labels: Sequence[str | None], several: bool) -> set[str]:
-    """The classes that occur; where a sample may have several, they are joined by `|`."""
-    present = [label for label in labels if label is not None]
-    return {value for label in present for value in (label.split("|") if several else [label])} - {""}
-
-
-def _truth(labels: Sequence[str | None], names: Sequence[str], several: bool) -> Tensor:
-    """Of the samples that have a label: the class's number (N,) int64, or where there are several (N, C) bool."""
-    present = [label for label in labels if label is not None]
-    if several:
-        return torch.tensor([[name in own for name in names] for own in (set(label.split("|")) for label in present)])
-    return torch.tensor([names.index(label) for label in present])
-
-
-def _known_prompts(kind: str, values: Sequence[str]) -> prompts.PromptSet:
-    """The demonstration data's prompts if they have every value, else the values themselves."""
-    prompt_set = prompts.sample_sets().get(kind)
-    if prompt_set is None or not all(value in prompt_set.classes for value in values):
-        return prompts.from_values(values)
-    return dataclasses.replace(prompt_set, classes={value: prompt_set.classes[value] for value in values})
-
-
-def default_kinds(data: EvalDataset) -> tuple[str, ...]:
-    """The label kinds that zero_shot and probe take when none is named: the only one, or those whose prompts we know.
-
-    Where there are captions, a lone text field may be anything (a licence, an article's number) and is not taken.
-    """
-    if len(data.label_kinds) == 1 and data.captions() is None:
-        return tuple(data.label_kinds)
-    return tuple(
-        kind
-        for kind in prompts.sample_sets()
-        if kind in data.label_kinds and len({label for label in data.labels(kind) if label is not None}) > 1
-    )

@@ -1,7 +1,7 @@
-"""The report: one HTML file that needs no network and no script, from the results and the run's metrics.
+"""The report of an evaluation: one HTML file without scripts, which loads nothing from the network.
 
-Captions, labels and keys come from data nobody vouches for: jinja2 escapes them all, pictures are decoded and
-encoded anew, and a content security policy forbids the page to load or run anything.
+Captions, labels and keys are untrusted data. jinja2 escapes them all, and images are decoded and encoded again. A
+content security policy forbids the page to load or run anything.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..html import chart
-from ..html.curves import training_curves
-from ..html.page import environment, thumbnail
-from ..io.atomic import write_text
+from bclip_fast.html import chart
+from bclip_fast.html.curves import training_curves
+from bclip_fast.html.page import environment, thumbnail
+from bclip_fast.io.atomic import write_text
+
 from .datasets import EvalDataset
 
 _NUM_QUESTIONS = 8
@@ -25,66 +26,65 @@ def write(
     data: Mapping[str, EvalDataset] | None = None,
     run_folder: Path | None = None,
 ) -> None:
-    """Writes the report of `results`, as `evaluate` returns them, to `path`.
+    """Write the report of `results`, as `evaluate` returns them, to `path`.
 
     Args:
-        data: the data set of each task; pictures and captions come from them, without them there are none.
-        run_folder: a training run; its metrics.jsonl gives the curves, its config.toml the batch size.
+        data: data set of each result. It provides the images and captions of the report.
+        run_folder: folder of a training run. metrics.jsonl provides the curves, config.toml the batch size.
 
     Raises:
-        UserError: metrics.jsonl holds a line that is not JSON; a gallery picture that cannot be decoded.
+        UserError: a line of metrics.jsonl is not JSON; an image of the gallery cannot be decoded.
     """
     data = data or {}
     tasks = results["tasks"]
-    names = {name: result["prompts"]["classes"] for name, result in tasks.items() if "prompts" in result}
+    nouns = {name: result["prompts"]["classes"] for name, result in tasks.items() if "prompts" in result}
+    datasets = {row["fingerprint"]: row for row in (result["task"]["data"] for result in tasks.values())}
     page = (
         environment()
         .get_template("report.html")
         .render(
             results=results,
-            datasets=list(
-                {row["fingerprint"]: row for row in (result["task"]["data"] for result in tasks.values())}.values()
-            ),
+            datasets=list(datasets.values()),
             headline=_headline(results),
             published=_published(results),
             curves=training_curves(run_folder) if run_folder else [],
-            most_curves=chart.MAX_CURVES,
-            roc={name: _roc(result, names.get(name, {})) for name, result in tasks.items()},
+            max_curves=chart.MAX_CURVES,
+            roc={name: _roc_chart(result, nouns.get(name, {})) for name, result in tasks.items()},
             questions=[
                 _questions(result, data[name])
                 for name, result in tasks.items()
                 if "num_answers" in result and name in data
             ],
             gallery=next(
-                (_gallery(tasks[name], each) for name, each in data.items() if "gallery" in tasks[name]), None
+                (_gallery(tasks[name], dataset) for name, dataset in data.items() if "gallery" in tasks[name]), None
             ),
         )
     )
     write_text(Path(path), page)
 
 
-def _roc(result: dict[str, Any], nouns: Mapping[str, Any]) -> Any:
-    """The chart of a task's curves, classes called by their first noun; None where there are none."""
+def _roc_chart(result: dict[str, Any], nouns: Mapping[str, Any]) -> Any:
+    """Return the chart of a task's ROC curves, or None without curves. A class is named by its first noun."""
     curves = [{**curve, "class": nouns.get(curve["class"], [curve["class"]])[0]} for curve in result.get("roc", [])]
     return chart.roc_chart(curves, title=result["task"]["title"]) if curves else None
 
 
 def _published(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A block a task: ours first for every figure that someone published, then theirs."""
+    """Return one block per task with published scores. For each metric, our score comes before the published ones."""
     blocks = []
     for result in results["tasks"].values():
         task, rows = result["task"], []
+        model = results["model"]["path"] or results["model"]["class"]
         for name in dict.fromkeys(row["figure"] for row in task["published"]):
-            own = next((figure for figure in result["figures"] if figure["name"] == name), None)
-            value = "not measured" if own is None else f"{100 * own['value']:.2f} %"
-            model = results["model"]["path"] or results["model"]["class"]
-            if own is not None:
-                rows.append({"figure": name, "model": model, "value": value, "measured": True})
+            measured = next((metric for metric in result["figures"] if metric["name"] == name), None)
+            if measured is not None:
+                score = f"{100 * measured['value']:.2f} %"
+                rows.append({"metric": name, "model": model, "score": score, "measured": True})
             rows += [
                 {
-                    "figure": name,
+                    "metric": name,
                     "model": row["model"],
-                    "value": f"{row['value']:.2f} %",
+                    "score": f"{row['value']:.2f} %",
                     "measured": False,
                     "source": row["source"],
                 }
@@ -93,66 +93,70 @@ def _published(results: dict[str, Any]) -> list[dict[str, Any]]:
             ]
         if rows:
             notes = [task["about"]] if task["about"] else []
-            wanted, num = task["num_samples_published"], result["num_samples"]
-            if wanted and wanted != num:
-                notes.append(f"Published on {wanted:,} samples, measured on {num:,}: the figures do not compare.")
+            num_published, num = task["num_samples_published"], result["num_samples"]
+            if num_published and num_published != num:
+                notes.append(
+                    f"Published on {num_published:,} samples, measured on {num:,}: the scores are not comparable."
+                )
             blocks.append({"title": task["title"], "notes": " ".join(notes), "rows": rows})
     return blocks
 
 
 def _questions(result: dict[str, Any], data: EvalDataset) -> dict[str, Any]:
-    """Some questions with their pictures and answers, at even steps through the data."""
+    """Return evenly spaced questions with their images and answers."""
     samples = result["samples"]
     num = len(samples["key"])
     step = max(1, num // _NUM_QUESTIONS)
-    rows = [
-        {name: samples[name][i] for name in ("key", "question", "kind", "label", "prediction")}
-        | {"right": samples["accuracy"][i] == 1, "picture": thumbnail(data.image(i), lambda: data.key(i))}  # noqa: B023
-        for i in range(step // 2, num, step)[:_NUM_QUESTIONS]
-    ]
+    columns = ("key", "question", "kind", "label", "prediction")
+
+    def row(i: int) -> dict[str, Any]:
+        image = thumbnail(data.image(i), lambda: data.key(i))
+        return {name: samples[name][i] for name in columns} | {"right": samples["accuracy"][i] == 1, "image": image}
+
+    rows = [row(i) for i in range(step // 2, num, step)[:_NUM_QUESTIONS]]
     task = result["task"]
     keys = ("num_answers", "answerable")
     return {"title": task["title"], "about": task["about"], "rows": rows, **{key: result[key] for key in keys}}
 
 
 def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures shown large: recall at 5 both ways, accuracies, and what a task was published with."""
+    """Return the metrics of the large tiles: recall at 5, accuracies, and each task's published metric."""
     tiles = []
     for result in results["tasks"].values():
-        for figure in result["figures"]:
-            if figure["name"].endswith("R@5") or figure["name"] in ("accuracy", result["task"]["metric"]):
-                task, name = result["task"], figure["name"]
+        for metric in result["figures"]:
+            if metric["name"].endswith("R@5") or metric["name"] in ("accuracy", result["task"]["metric"]):
+                task, name = result["task"], metric["name"]
                 if task["title"] == "zero shot":
                     name = f"{result['label'].replace('_', ' ')} accuracy"
-                tiles.append({**figure, "kind": task["title"].replace("zero shot", "zero-shot"), "name": name})
+                tiles.append({**metric, "kind": task["title"].replace("zero shot", "zero-shot"), "name": name})
     return tiles
 
 
 def _gallery(result: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[str, Any]]] | None:
-    """The retrieval gallery with captions and pictures put in for the sample numbers."""
+    """Return the retrieval gallery with captions and images in place of sample indices. None without captions."""
     gallery = result["gallery"]
     captions = data.captions()
     if captions is None:
         return None
-    pictures: dict[int, str] = {}
+    thumbnails: dict[int, str] = {}
 
-    def show(sample: int, picture: bool) -> dict[str, Any]:
-        if picture and sample not in pictures:
-            pictures[sample] = thumbnail(data.image(sample), lambda: data.key(sample))
+    def show(sample: int, with_image: bool) -> dict[str, Any]:
+        if with_image and sample not in thumbnails:
+            thumbnails[sample] = thumbnail(data.image(sample), lambda: data.key(sample))
         return {
             "key": data.key(sample),
             "caption": captions[sample],
-            "picture": pictures.get(sample) if picture else None,
+            "image": thumbnails.get(sample) if with_image else None,
         }
 
-    def fill(rows: list[dict[str, Any]], picture_query: bool) -> list[dict[str, Any]]:
+    def fill(rows: list[dict[str, Any]], is_image_query: bool) -> list[dict[str, Any]]:
         return [
             {
                 **row,
-                **show(row["sample"], picture_query),
-                "found": any(hit["right"] for hit in row["hits"]),
-                "answer": show(row["sample"], not picture_query),
-                "hits": [{**hit, **show(hit["sample"], not picture_query)} for hit in row["hits"]],
+                **show(row["sample"], is_image_query),
+                "is_hit": any(hit["right"] for hit in row["hits"]),
+                "answer": show(row["sample"], not is_image_query),
+                "hits": [{**hit, **show(hit["sample"], not is_image_query)} for hit in row["hits"]],
             }
             for row in rows
         ]

@@ -1,9 +1,8 @@
-"""Cross-modal retrieval: exact ranks of the right candidate, recall at k, median rank, each with its chance level.
+"""Cross-modal retrieval: exact ranks of the correct candidate, recall at k and median rank, with chance baselines.
 
-Image i and caption i are a pair. A query's rank is decided by its best-scoring correct candidate. Ties are counted as
-what a random order among equal scores gives on average, so a model that maps everything to one point scores exactly
-chance, neither 0 nor 100 %. Similarities that differ by at most `TIE_TOLERANCE` are equal: float32 embeddings do
-not tell them apart.
+Image i and caption i are a pair. The best-scoring correct candidate decides a query's rank. Ties count as the average
+over random orders of the tied candidates. A model that maps everything to one point therefore scores exactly chance.
+Similarities that differ by at most `TIE_TOLERANCE` are tied, because float32 embeddings cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -13,54 +12,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from . import exact_ranks, statistics
+from .faiss_index import Index, nearest
 
 TIE_TOLERANCE = 1e-6
 RECALL_AT = (1, 5, 10)
 _PAIRS_AT_ONCE = 1 << 16
 
 Duplicates = Literal["strict", "captions", "images", "any"]
-Index = Literal["exact", "faiss_flat", "hnsw", "ivf"]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """For each of N queries, int64 (N,) on the CPU: what stands before, and level with, its best correct candidate."""
+    """Candidate counts for each of N queries, int64 (N,) on the CPU."""
 
     num_better: Tensor
-    """Wrong candidates that score higher than the best correct one."""
+    """Wrong candidates that score above the query's best correct candidate."""
     num_tied: Tensor
-    """Candidates level with the best correct one, itself included."""
+    """Candidates tied with the best correct one, which counts too."""
     num_tied_correct: Tensor
-    """The correct ones among those."""
+    """Correct candidates among the tied ones."""
     num_correct: Tensor
     """All correct candidates."""
     num_candidates: int
+    """Number of candidates, the same for all queries."""
 
     def recall(self, k: int) -> float:
-        """Expected share of queries with a correct candidate among the first k, ties in random order."""
+        """Return the expected share of queries with a correct candidate among the first k, ties in random order."""
         return float(self.hits(k).mean())
 
     def hits(self, k: int) -> Tensor:
-        """(N,) float64: the probability that a query has one there; 0 or 1 where nothing is tied."""
+        """Return each query's probability of a hit among the first k, float64 (N,). Without ties, it is 0 or 1."""
         return _hit_probability(k - self.num_better, self.num_tied, self.num_tied_correct)
 
     def expected(self) -> Tensor:
-        """(N,) float64: expected 1-based rank of the first correct candidate."""
+        """Return the expected rank of the first correct candidate, float64 (N,). The best rank is 1."""
         return self.num_better + (self.num_tied + 1).double() / (self.num_tied_correct + 1)
 
     def chance_recall(self, k: int) -> float:
-        """`recall(k)` of a random order of all candidates."""
+        """Return `recall(k)` of a random order of all candidates."""
         total = torch.full_like(self.num_correct, self.num_candidates)
         return float(_hit_probability(torch.full_like(total, k), total, self.num_correct).mean())
 
     def chance_median_rank(self) -> float:
-        """Median over queries of the rank a random order gives on average."""
+        """Return the median over queries of the expected rank in a random order."""
         return _median((self.num_candidates + 1) / (self.num_correct + 1).double())
 
 
@@ -75,25 +75,27 @@ def _hit_probability(num_drawn: Tensor, total: Tensor, num_correct: Tensor) -> T
 
 
 def _median(values: Tensor) -> float:
-    """The mean of the two middle values where there are two; torch.median takes the lower."""
+    """Return the median. For an even number of values, it is the mean of the middle two, unlike in torch.median."""
     ordered = values.double().sort().values
     return float((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2)
 
 
-def caption_groups(captions: Sequence[str]) -> Tensor:
-    """(N,) int64: equal numbers for captions that are the same text, white space aside."""
+def group_equal(texts: Sequence[str]) -> Tensor:
+    """Number the texts so that equal texts share a number, int64 (N,). Differences in white space do not count."""
     numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(" ".join(caption.split()), len(numbers)) for caption in captions])
+    return torch.tensor([numbers.setdefault(" ".join(text.split()), len(numbers)) for text in texts])
 
 
 def check_embeddings(embeddings: Tensor, name: str) -> None:
-    """Raises UserError unless `embeddings` is a finite, L2-normalised, non-empty (N, D) matrix."""
+    """Raise UserError unless `embeddings` is a finite, L2-normalised, non-empty matrix (N, D)."""
     if embeddings.ndim != 2 or not embeddings.shape[0]:
         raise UserError(f"{name} must be a non-empty matrix (N, D), not of shape {tuple(embeddings.shape)}")
     norms = embeddings.float().norm(dim=1)
-    bad = (~torch.isfinite(norms)).nonzero()
-    if len(bad):
-        raise UserError(f"{name} hold NaN or infinity in {len(bad)} of {len(norms)} rows, first in row {int(bad[0])}")
+    not_finite = (~torch.isfinite(norms)).nonzero()
+    if len(not_finite):
+        raise UserError(
+            f"{name} hold NaN or infinity in {len(not_finite)} of {len(norms)} rows, first in row {int(not_finite[0])}"
+        )
     worst = int((norms - 1).abs().argmax())
     if abs(float(norms[worst]) - 1) > 1e-3:
         raise UserError(f"{name} must be L2-normalised, but row {worst} has norm {float(norms[worst]):.4g}")
@@ -101,7 +103,7 @@ def check_embeddings(embeddings: Tensor, name: str) -> None:
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    # TF32 would err by 1e-3 and reorder candidates.
+    # TF32 has errors of 1e-3, which would reorder candidates.
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -119,19 +121,19 @@ def rank(
     num_queries: int | None = None,
     **chunks: Any,
 ) -> tuple[Ranks, Ranks]:
-    """Exact ranks by cosine similarity, of the candidates for each query and of the queries for each candidate.
+    """Rank the candidates for each query, and the queries for each candidate, exactly by cosine similarity.
 
-    One pass over the similarities serves both, in tiles (see `exact.count`, which takes `chunks`): memory is a tile and
-    O(N), never N x N. Correct pairs are looked at by themselves, in time and O(N) memory by their number.
+    One pass over tiles of the similarities serves both directions (`exact_ranks.count`, which takes `chunks`). The
+    memory is one tile plus O(N). Correct pairs are scored separately, in time proportional to their number.
 
     Args:
-        queries, candidates: (N, D), unit norm; candidate i belongs to query i.
-        groups: (N,) int64 each; what shares a number with the query in any of them is correct too.
-        num_queries: only the first so many rows are taken as queries, among all candidates; the second result is then
-            that of the first so many candidates, among those queries.
+        queries, candidates: (N, D), unit norm. Candidate i belongs to query i.
+        groups: group numbers, int64 (N,) each. A candidate that shares a group with the query is correct too.
+        num_queries: number of rows that serve as queries, among all candidates. The second result then ranks only
+            these queries for the first `num_queries` candidates.
 
     Raises:
-        UserError: shapes that differ, NaN or infinity, rows without unit norm.
+        UserError: different shapes, NaN or infinity, rows without unit norm.
     """
     check_embeddings(queries, "query embeddings")
     check_embeddings(candidates, "candidate embeddings")
@@ -141,117 +143,87 @@ def rank(
         )
     total, device = len(queries), queries.device
     num = total if num_queries is None else min(num_queries, total)
-    queries, numbers = queries[:num], [group.cpu() for group in groups if group.unique().numel() < total]
-    own = _scores(queries, candidates, torch.arange(num, device=device), torch.arange(num, device=device))
-    best = own.clone(), torch.cat([own, own.new_full((total - num,), torch.inf)])
-    for i, j in _other_correct(numbers, num, device):
+    queries, groups = queries[:num], [group.cpu() for group in groups if group.unique().numel() < total]
+    pair_scores = _scores(queries, candidates, torch.arange(num, device=device), torch.arange(num, device=device))
+    best = pair_scores.clone(), torch.cat([pair_scores, pair_scores.new_full((total - num,), torch.inf)])
+    for i, j in _other_correct(groups, num, device):
         scores = _scores(queries, candidates, i, j)
         for bound, index in zip(best, (i, j), strict=True):
             bound.scatter_reduce_(0, index, scores, "amax")
-    level = [(own >= bound[:num] - TIE_TOLERANCE).long() for bound in best]
-    correct = [torch.ones_like(part) for part in level]
-    for i, j in _other_correct(numbers, num, device):
+    num_tied = [(pair_scores >= bound[:num] - TIE_TOLERANCE).long() for bound in best]
+    num_correct = [torch.ones_like(counts) for counts in num_tied]
+    for i, j in _other_correct(groups, num, device):
         scores = _scores(queries, candidates, i, j)
-        for index, bound, tied, all_correct in zip((i, j), best, level, correct, strict=True):
+        for index, bound, tied, correct in zip((i, j), best, num_tied, num_correct, strict=True):
             inside = index < num
-            all_correct += index[inside].bincount(minlength=num)
+            correct += index[inside].bincount(minlength=num)
             tied += index[inside & (scores >= bound[index] - TIE_TOLERANCE)].bincount(minlength=num)
     with _full_float32():
         counts = exact_ranks.count(queries, candidates, best[0], best[1], TIE_TOLERANCE, **chunks)
-    # No correct candidate exceeds the best correct one: what does so is wrong.
+    # A candidate above the best correct one is wrong by definition.
     return tuple(  # type: ignore[return-value]
-        Ranks(above[:num], (reaching - above)[:num], tied.cpu(), all_correct.cpu(), size)
-        for (above, reaching), tied, all_correct, size in zip(counts, level, correct, (total, num), strict=True)
+        Ranks(above[:num], (reaching - above)[:num], tied.cpu(), correct.cpu(), size)
+        for (above, reaching), tied, correct, size in zip(counts, num_tied, num_correct, (total, num), strict=True)
     )
 
 
 def _scores(queries: Tensor, candidates: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """(P,) float64: the similarities of rows i and j."""
-    parts = zip(i.split(_PAIRS_AT_ONCE), j.split(_PAIRS_AT_ONCE), strict=True)
-    return torch.cat([(queries[one].float().double() * candidates[two].float().double()).sum(1) for one, two in parts])
+    """Return the similarities of query rows i and candidate rows j, float64 (P,)."""
+    chunks = zip(i.split(_PAIRS_AT_ONCE), j.split(_PAIRS_AT_ONCE), strict=True)
+    return torch.cat(
+        [(queries[rows].float().double() * candidates[columns].float().double()).sum(1) for rows, columns in chunks]
+    )
 
 
 def _other_correct(groups: Sequence[Tensor], num: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """All (i, j), i < num and j != i, that share a number in any of the groups, each once; int64, in parts."""
-    for place, group in enumerate(groups):
+    """Yield each pair (i, j) with i < num and j != i that shares a group, exactly once, as int64 chunks."""
+    for number, group in enumerate(groups):
         order = group.argsort(stable=True)
         sizes = group.unique(return_counts=True)[1]
-        # For each of the members in order: where its group starts, and how large it is.
+        # The start and the size of each sample's group, for the samples in order.
         starts, sizes = (sizes.cumsum(0) - sizes).repeat_interleave(sizes), sizes.repeat_interleave(sizes)
         members = ((order < num) & (sizes > 1)).nonzero()[:, 0]
         ends = sizes[members].cumsum(0)
         begin = 0
         while begin < len(members):
-            done = int(ends[begin - 1]) if begin else 0
-            end = max(begin + 1, int(torch.searchsorted(ends, done + _PAIRS_AT_ONCE, right=True)))
-            part = members[begin:end]
-            i = order[part].repeat_interleave(sizes[part])
-            steps = torch.arange(len(i)) - (ends[begin:end] - sizes[part] - done).repeat_interleave(sizes[part])
-            j = order[starts[part].repeat_interleave(sizes[part]) + steps]
-            new = i != j
-            for earlier in groups[:place]:
-                new &= earlier[i] != earlier[j]
-            if bool(new.any()):
-                yield i[new].to(device), j[new].to(device)
+            num_done = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(torch.searchsorted(ends, num_done + _PAIRS_AT_ONCE, right=True)))
+            chunk = members[begin:end]
+            i = order[chunk].repeat_interleave(sizes[chunk])
+            steps = torch.arange(len(i)) - (ends[begin:end] - sizes[chunk] - num_done).repeat_interleave(sizes[chunk])
+            j = order[starts[chunk].repeat_interleave(sizes[chunk]) + steps]
+            is_new = i != j
+            for earlier in groups[:number]:
+                is_new &= earlier[i] != earlier[j]
+            if bool(is_new.any()):
+                yield i[is_new].to(device), j[is_new].to(device)
             begin = end
 
 
-def build(candidates: Tensor, kind: Index, *, effort: int = 64) -> Any:
-    """faiss's index of (N, D) candidates by inner product, approximate unless `faiss_flat`.
-
-    effort: efSearch of HNSW, the lists probed by IVF; more finds more and takes longer.
-    """
-    import faiss
-
-    rows, dim = np.ascontiguousarray(candidates.cpu().float().numpy()), candidates.shape[1]
-    if kind == "faiss_flat":
-        index: Any = faiss.IndexFlatIP(dim)
-    elif kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efSearch = effort
-    elif kind == "ivf":
-        # faiss's guideline of 4 sqrt(N) lists, trained on at least 39 rows each.
-        num_lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // 39))
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, num_lists, faiss.METRIC_INNER_PRODUCT)
-        index.train(rows)
-        index.nprobe = min(effort, num_lists)
-    else:
-        raise UserError(f"index {kind!r} is unknown: use exact, faiss_flat, hnsw or ivf")
-    index.add(rows)
-    return index
-
-
-def search(queries: Tensor, candidates: Tensor, kind: Index, k: int, *, effort: int = 64) -> Tensor:
-    """(N, k) int64: the k nearest candidates as an index of faiss finds them; `kind` and `effort` as of `build`."""
-    index = build(candidates, kind, effort=effort)
-    vectors = np.ascontiguousarray(queries.cpu().float().numpy())
-    return torch.from_numpy(index.search(vectors, min(k, len(candidates)))[1])
-
-
 def approximate(queries: Tensor, candidates: Tensor, groups: Sequence[Tensor], kind: Index) -> Ranks:
-    """Ranks as an index shows them: right candidates beyond the list of `max(RECALL_AT)` stand behind all others."""
+    """Return ranks as a faiss index shows them. A correct candidate beyond the first `max(RECALL_AT)` ranks last."""
     check_embeddings(queries, "query embeddings")
     check_embeddings(candidates, "candidate embeddings")
     num = len(queries)
-    found = search(queries, candidates, kind, max(RECALL_AT))
-    right = found == torch.arange(num)[:, None]
+    neighbours = nearest(queries, candidates, kind, max(RECALL_AT))
+    is_correct = neighbours == torch.arange(num)[:, None]
     for group in groups:
         group = group.cpu()
-        # HNSW and IVF may find fewer than asked for and fill up with -1.
-        right |= (group[found.clamp(min=0)] == group[:, None]) & (found >= 0)
-    place = torch.where(right.any(1), right.int().argmax(1), num - 1)
+        # HNSW and IVF return -1 for each missing neighbour.
+        is_correct |= (group[neighbours.clamp(min=0)] == group[:, None]) & (neighbours >= 0)
+    num_better = torch.where(is_correct.any(1), is_correct.int().argmax(1), num - 1)
     one = torch.ones(num, dtype=torch.int64)
-    return Ranks(place, one, one, _num_correct(groups, num), num)
+    return Ranks(num_better, one, one, _num_correct(groups, num), num)
 
 
 def _num_correct(groups: Sequence[Tensor], num: int) -> Tensor:
-    """(N,) int64: how many samples share a number with each in any of the groups, itself included."""
+    """Return how many samples share a group with each sample, including itself, int64 (N,)."""
     if not groups:
         return torch.ones(num, dtype=torch.int64)
     sizes = [group.cpu().bincount()[group.cpu()] for group in groups]
     if len(groups) == 1:
         return sizes[0]
-    # Of two groups: |A or B| = |A| + |B| - |A and B|.
+    # Two groups: |A or B| = |A| + |B| - |A and B|.
     both = torch.stack([group.cpu() for group in groups], dim=1).unique(dim=0, return_inverse=True)[1]
     return sizes[0] + sizes[1] - both.bincount()[both]
 
@@ -262,41 +234,42 @@ def measure(
     captions: Sequence[str],
     *,
     duplicates: Duplicates = "strict",
-    pictures: Sequence[str] | None = None,
+    image_hashes: Sequence[str] | None = None,
     index: Index = "exact",
 ) -> dict[str, Any]:
-    """R@1, R@5, R@10 and median rank in both directions, each with its chance level and 95 % interval.
+    """Compute R@1, R@5, R@10 and median rank in both directions, each with chance baseline and 95 % interval.
 
     Args:
-        images, texts: (N, D) float32, unit norm, row i of both from pair i.
+        images, texts: (N, D) float32, unit norm. Row i of both belongs to pair i.
         captions: N texts.
-        duplicates: what counts as right beside the query's own pair: nothing (`strict`, as in the paper, which does
-            not treat duplicates), pairs with the same text (`captions`), with the same picture (`images`), or `any`.
-        pictures: N hashes of the encoded images; needed for `images` and `any`.
-        index: `exact`, or an index of faiss; an approximate one gives no median rank beyond its list.
+        duplicates: pairs that are correct too. `strict`: none, as in the paper. `captions`: pairs with the same text.
+            `images`: pairs with the same image. `any`: both.
+        image_hashes: N hashes of the encoded images. Required for `images` and `any`.
+        index: `exact`, or a faiss index. An approximate index gives no median rank beyond its list of neighbours.
 
     Returns:
-        A JSON-ready dict: num_samples, duplicates, index, num_distinct_captions, figures, samples (the rank of each).
+        JSON-ready dict: num_samples, duplicates, index, num_distinct_captions, figures (the metrics) and samples
+        (hits and rank of each query).
     """
     if len(captions) != len(images):
         raise UserError(f"{len(images)} image embeddings but {len(captions)} captions: retrieval needs pairs")
-    same_caption = caption_groups(captions)
+    same_caption = group_equal(captions)
     groups = [same_caption] if duplicates in ("captions", "any") else []
     if duplicates in ("images", "any"):
-        if pictures is None:
-            raise UserError(f"duplicates={duplicates} needs the pictures' hashes")
-        groups.append(caption_groups(pictures))
+        if image_hashes is None:
+            raise UserError(f"duplicates={duplicates} needs image_hashes")
+        groups.append(group_equal(image_hashes))
     if index == "exact":
-        found = rank(images, texts, groups)
+        both_ranks = rank(images, texts, groups)
     else:
-        found = approximate(images, texts, groups, index), approximate(texts, images, groups, index)
-    figures = []
+        both_ranks = approximate(images, texts, groups, index), approximate(texts, images, groups, index)
+    metrics = []
     samples: dict[str, list[Any]] = {}
-    for direction, ranks in zip(("image to text", "text to image"), found, strict=True):
+    for direction, ranks in zip(("image to text", "text to image"), both_ranks, strict=True):
         for k in RECALL_AT:
             hits = ranks.hits(k).numpy()
-            figures.append(
-                statistics.figure(
+            metrics.append(
+                statistics.metric(
                     f"{direction} R@{k}",
                     float(hits.mean()),
                     ranks.chance_recall(k),
@@ -309,8 +282,8 @@ def measure(
         expected = ranks.expected()
         median = _median(expected)
         if index == "exact" or median <= max(RECALL_AT):
-            figures.append(
-                statistics.figure(
+            metrics.append(
+                statistics.metric(
                     f"{direction} median rank",
                     median,
                     ranks.chance_median_rank(),
@@ -327,7 +300,7 @@ def measure(
         "index": index,
         "num_distinct_captions": int(same_caption.max()) + 1,
         "tie_tolerance": TIE_TOLERANCE,
-        "figures": figures,
+        "figures": metrics,
         "samples": samples,
     }
 
@@ -336,25 +309,30 @@ def measure(
 def gallery(
     images: Tensor, texts: Tensor, captions: Sequence[str], *, num_queries: int = 6, num_hits: int = 5
 ) -> dict[str, list[dict[str, Any]]]:
-    """Example queries with their best hits, taken at even steps through the data, never chosen by their result.
+    """Return example queries with their best hits. The queries are evenly spaced, so results do not influence them.
 
     Returns:
-        `text_to_image` and `image_to_text`: for each query its sample index and hits, each hit with its sample
-        index, cosine similarity, and whether it is the query's own pair or has the same caption text.
+        `text_to_image` and `image_to_text`: each query with its sample index and hits. A hit has its sample index and
+        cosine similarity, and tells whether it is the query's own pair and whether it has the same caption.
     """
-    groups = caption_groups(captions).tolist()
+    caption_numbers = group_equal(captions).tolist()
     num = len(images)
     step = max(1, num // num_queries)
-    chosen = [step // 2 + step * i for i in range(min(num_queries, num))]
+    examples = [step // 2 + step * i for i in range(min(num_queries, num))]
     directions = {}
     for name, queries, candidates in (("text_to_image", texts, images), ("image_to_text", images, texts)):
         rows = []
-        for query in chosen:
+        for query in examples:
             with _full_float32():
                 scores = candidates.float() @ queries[query].float()
             top = torch.topk(scores, min(num_hits, num))
             hits = [
-                {"sample": j, "score": score, "right": j == query, "same_caption": groups[j] == groups[query]}
+                {
+                    "sample": j,
+                    "score": score,
+                    "right": j == query,
+                    "same_caption": caption_numbers[j] == caption_numbers[query],
+                }
                 for j, score in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ]
             rank_of_right = 1 + int((scores > scores[query] + TIE_TOLERANCE).sum())

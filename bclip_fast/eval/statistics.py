@@ -1,7 +1,7 @@
-"""Figures with their intervals: AUROC, ROC points, bootstrap, paired tests.
+"""Metrics with intervals: AUROC, ROC points, bootstrap and paired tests.
 
-A figure is a JSON-ready dict: name, value, chance, chance_is, unit, higher_is_better, num_samples and `interval`, the
-95 % interval over which samples happened to be in the test set; it says nothing of other seeds or data.
+A metric is a JSON-ready dict with name, value, chance, chance_is, unit, higher_is_better, num_samples and interval. The
+95 % interval covers the random choice of test samples. It does not cover other seeds or other data.
 """
 
 from __future__ import annotations
@@ -19,34 +19,48 @@ NUM_RESAMPLES = 1000
 _MAX_RESAMPLED = 100_000_000
 
 
-def figure(
+def metric(
     name: str,
     value: float | None,
     chance: float,
-    chance_is: str,
+    chance_baseline: str,
     num_samples: int,
     *,
     unit: str = "share",
     interval: tuple[float, float] | None = None,
-    **more: Any,
+    **extra: Any,
 ) -> dict[str, Any]:
+    """Return a metric as a dict.
+
+    Args:
+        chance: score of the baseline that `chance_baseline` describes.
+        unit: `share` (0 to 1, higher is better) or `rank` (from 1, lower is better).
+        extra: further entries.
+    """
     return {
         "name": name,
         "value": value,
         "chance": chance,
-        "chance_is": chance_is,
+        "chance_is": chance_baseline,
         "unit": unit,
         "higher_is_better": unit == "share",
         "num_samples": num_samples,
         "interval": None if interval is None else [float(interval[0]), float(interval[1])],
-        **more,
+        **extra,
     }
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Area under the ROC curve: P(a positive scores above a negative), ties half. None where one class is absent.
+    """Compute the area under the ROC curve: P(a positive scores above a negative), where a tie counts half.
 
-    labels: (N,) bool. scores: (N,) float, higher means positive. Source: Mann and Whitney, 1947.
+    Source: Mann and Whitney, 1947.
+
+    Args:
+        labels: (N,) bool.
+        scores: (N,) float. Higher scores mean positive.
+
+    Returns:
+        The area, or None if one class is absent.
     """
     labels, scores = _binary(labels, scores)
     order, starts = _ranked(scores)
@@ -54,12 +68,15 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def roc_points(labels: np.ndarray, scores: np.ndarray, *, at_most: int = 400) -> list[tuple[float, float]]:
-    """(false, true positive rate) from (0, 0) to (1, 1), a corner a distinct score; thinned for a plot."""
+    """Return points (false positive rate, true positive rate) from (0, 0) to (1, 1), one per distinct score.
+
+    at_most: number of points to which a longer curve is thinned, for a plot.
+    """
     labels, scores = _binary(labels, scores)
     if labels.all() or not labels.any():
         return []
     order, starts = _ranked(scores)
-    # From the highest score down, a run of equal scores ends where it starts in rising order.
+    # In descending order, a run of equal scores ends at the position where it starts in ascending order.
     ends = np.flatnonzero(starts[::-1])
     true, false = np.cumsum(labels[order][::-1]), np.cumsum(~labels[order][::-1])
     points = np.stack([np.r_[0, false[ends]] / false[-1], np.r_[0, true[ends]] / true[-1]], axis=1)
@@ -69,49 +86,56 @@ def roc_points(labels: np.ndarray, scores: np.ndarray, *, at_most: int = 400) ->
 
 
 def auroc_interval(labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile bootstrap, positives and negatives drawn apart, so that no resample lacks a class."""
+    """Return the 95 % percentile bootstrap interval of the AUROC.
+
+    Positives and negatives are drawn separately, so that both classes are in every resample. None if one is absent.
+    """
     labels, scores = _binary(labels, scores)
     if labels.all() or not labels.any():
         return None
     order, starts = _ranked(scores)
     labels = labels[order]
     generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(_num_resamples(len(labels))):
-        weights = np.empty(len(labels))
-        for kind in (False, True):
-            rows = np.flatnonzero(labels == kind)
-            weights[rows] = np.bincount(generator.integers(0, len(rows), len(rows)), minlength=len(rows))
-        values.append(_weighted_auroc(labels, weights, starts))
+    rows = _class_rows(labels)
+    values = [
+        _weighted_auroc(labels, _resample_weights(generator, rows), starts) for _ in range(_num_resamples(len(labels)))
+    ]
     return _percentiles(np.array(values))
 
 
-def macro_auroc_interval(truth: np.ndarray, scores: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile bootstrap of the mean AUROC over classes, samples drawn whole.
+def macro_auroc_interval(targets: np.ndarray, scores: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """Return the 95 % percentile bootstrap interval of the mean AUROC over classes.
 
-    truth: (N, C) bool; scores: (N, C). Of a resample, as of the data, the mean is over the classes that some samples
-    have and some don't. None where there is no such class.
+    A resample draws samples with all their classes. The mean covers the classes that have both positive and negative
+    samples.
+
+    Args:
+        targets: (N, C) bool.
+        scores: (N, C).
+
+    Returns:
+        The interval, or None if no class has both.
     """
-    classes = [i for i in range(truth.shape[1]) if truth[:, i].any() and not truth[:, i].all()]
+    classes = [i for i in range(targets.shape[1]) if targets[:, i].any() and not targets[:, i].all()]
     if not classes:
         return None
-    ranked = [(truth[:, i], *_ranked(_finite(scores[:, i], "scores"))) for i in classes]
-    generator, num = np.random.default_rng(seed), len(truth)
+    ranked = [(targets[:, i], *_ranked(_finite(scores[:, i], "scores"))) for i in classes]
+    generator, num = np.random.default_rng(seed), len(targets)
     means = []
     for _ in range(_num_resamples(num * len(classes))):
         weights = np.bincount(generator.integers(0, num, num), minlength=num).astype(np.float64)
-        areas = [_weighted_auroc(own[order], weights[order], starts) for own, order, starts in ranked]
-        known = [area for area in areas if area is not None]
-        if known:
-            means.append(sum(known) / len(known))
+        aurocs = [_weighted_auroc(labels[order], weights[order], starts) for labels, order, starts in ranked]
+        defined = [value for value in aurocs if value is not None]
+        if defined:
+            means.append(sum(defined) / len(defined))
     return _percentiles(np.array(means))
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean.
+    """Return the 95 % percentile bootstrap interval of a mean.
 
-    Samples of equal value are exchangeable: drawing how often each distinct value occurs, a multinomial, is the
-    bootstrap exactly, and takes no more memory for 726,000 samples than for ten.
+    Samples of equal value are interchangeable, so a resample only needs the count of each distinct value. The counts
+    are multinomial. This is the exact bootstrap, and its memory does not grow with the number of samples.
     """
     distinct, counts = np.unique(_finite(values, "values"), return_counts=True)
     generator = np.random.default_rng(seed)
@@ -120,9 +144,10 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the median by order statistics: how many samples lie below the true median is binomial(N, 1/2).
+    """Return the 95 % interval of the median by order statistics.
 
-    Source: Conover, Practical Nonparametric Statistics, section 3.2; its ends are the bootstrap's in the limit.
+    The number of samples below the true median is binomial(N, 1/2). In the limit, the ends are those of the bootstrap.
+    Source: Conover, Practical Nonparametric Statistics, section 3.2.
     """
     ordered = np.sort(_finite(values, "values"))
     half = 1.959963984540054 * math.sqrt(len(ordered)) / 2
@@ -131,7 +156,10 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def balanced_interval(confusion: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean recall, samples drawn within their class. confusion: (C, C) counts."""
+    """Return the 95 % percentile bootstrap interval of the mean recall. Samples are drawn within their class.
+
+    confusion: counts (C, C), row = true class.
+    """
     generator = np.random.default_rng(seed)
     support = confusion.sum(1)
     rows = [i for i in range(len(confusion)) if support[i]]
@@ -140,15 +168,17 @@ def balanced_interval(confusion: np.ndarray, seed: int = 0) -> tuple[float, floa
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided exact p of "both are right equally often", from right or wrong of the same samples, (N,) bool each.
+    """Return the two-sided exact p value of "both are correct equally often" (McNemar 1947).
 
-    Source: McNemar 1947 in its exact form: of the samples where just one is right, half should be the first's.
+    Under this hypothesis, each model is the correct one in half of the samples on which exactly one is correct.
+
+    first, second: (N,) bool, whether each model is correct on each sample.
     """
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     num = only_first + only_second
     if not num:
         return 1.0
-    # log space: num may be in the thousands.
+    # Logarithms, because num may be in the thousands.
     logs = [
         math.lgamma(num + 1) - math.lgamma(k + 1) - math.lgamma(num - k + 1)
         for k in range(min(only_first, only_second) + 1)
@@ -159,9 +189,10 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def sign_flip(differences: np.ndarray, seed: int = 0, num: int = 10_000) -> float:
-    """Two-sided p of "the signs of these paired differences are chance" (Fisher's randomisation test), by `num` draws.
+    """Return the two-sided p value of "the signs of these paired differences are random", by `num` random draws.
 
-    Equal sizes are exchangeable, so their signs are drawn together, as a binomial.
+    This is Fisher's randomisation test. Differences of equal size are interchangeable, so one binomial draws the signs
+    of all of them.
     """
     sizes, counts = np.unique(np.abs(_finite(differences, "differences")), return_counts=True)
     draws = np.random.default_rng(seed).binomial(counts, 0.5, size=(num, len(sizes)))
@@ -172,40 +203,39 @@ def sign_flip(differences: np.ndarray, seed: int = 0, num: int = 10_000) -> floa
 def auroc_difference(
     labels: np.ndarray, first: np.ndarray, second: np.ndarray, seed: int = 0
 ) -> tuple[float, tuple[float, float], float] | None:
-    """AUROC of `second` less that of `first` on the same samples: value, 95 % interval, two-sided p, by bootstrap.
+    """Compare two AUROCs on the same samples by bootstrap: (second - first, its 95 % interval, two-sided p value).
 
-    Positives and negatives are drawn apart and the same for both. None where a class is absent.
+    Positives and negatives are drawn separately, the same ones for both models. None if one class is absent.
     """
     values = [auroc(labels, scores) for scores in (first, second)]
     if values[0] is None or values[1] is None:
         return None
     labels = np.asarray(labels, dtype=bool)
     ranked = [_ranked(np.asarray(scores, dtype=np.float64)) for scores in (first, second)]
-    generator, rows = np.random.default_rng(seed), [np.flatnonzero(labels == kind) for kind in (False, True)]
-    found = []
+    generator, rows = np.random.default_rng(seed), _class_rows(labels)
+    resampled = []
     for _ in range(_num_resamples(2 * len(labels))):
-        weights = np.zeros(len(labels))
-        for own in rows:
-            weights[own] = np.bincount(generator.integers(0, len(own), len(own)), minlength=len(own))
-        one, two = (_weighted_auroc(labels[order], weights[order], starts) for order, starts in ranked)
-        assert one is not None and two is not None
-        found.append(two - one)
-    differences = np.array(found)
+        weights = _resample_weights(generator, rows)
+        first_value, second_value = (_weighted_auroc(labels[order], weights[order], starts) for order, starts in ranked)
+        assert first_value is not None
+        assert second_value is not None
+        resampled.append(second_value - first_value)
+    differences = np.array(resampled)
     tail = min((differences <= 0).mean(), (differences >= 0).mean())
-    p = min(1.0, 2 * max(float(tail), 1 / len(found)))
+    p = min(1.0, 2 * max(float(tail), 1 / len(differences)))
     return values[1] - values[0], _percentiles(differences), p
 
 
 def paired_interval(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap of mean(second - first), the same samples drawn for both."""
+    """Return the 95 % percentile bootstrap interval of mean(second - first), with the same samples for both."""
     return mean_interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), seed)
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p values corrected for how many there are (Holm 1979), in the order given."""
+    """Correct p values for the number of tests (Holm 1979). The order stays."""
     corrected, running = [0.0] * len(values), 0.0
-    for place, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        running = max(running, min(1.0, (len(values) - place) * values[i]))
+    for number, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        running = max(running, min(1.0, (len(values) - number) * values[i]))
         corrected[i] = running
     return corrected
 
@@ -213,7 +243,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def _binary(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels, scores = np.asarray(labels, dtype=bool), _finite(scores, "scores")
     if len(labels) != len(scores) or not len(labels):
-        raise UserError(f"an AUROC needs as many scores as labels, and one at least: {len(scores)}, {len(labels)}")
+        raise UserError(f"an AUROC needs as many scores as labels, not {len(scores)} scores and {len(labels)} labels")
     return labels, scores
 
 
@@ -221,20 +251,20 @@ def _finite(values: Any, name: str) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if not len(values) or not np.isfinite(values).all():
         raise UserError(
-            f"{name} must be there and finite; {int((~np.isfinite(values)).sum())} of {len(values)} are not"
+            f"{name} must be non-empty and finite; {int((~np.isfinite(values)).sum())} of {len(values)} are not finite"
         )
     return values
 
 
 def _ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rising order, and where in it a run of equal scores starts, as (N,) bool."""
+    """Return the ascending order, and bool (N,): whether a run of equal scores starts at each position of the order."""
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
     return order, np.r_[True, ordered[1:] != ordered[:-1]]
 
 
 def _weighted_auroc(labels: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> float | None:
-    """Of samples in rising order of score; `starts` marks runs of equal scores."""
+    """Compute the AUROC of weighted samples in ascending order of score. `starts` marks runs of equal scores."""
     runs = np.flatnonzero(starts)
     positive = np.add.reduceat(weights * labels, runs)
     negative = np.add.reduceat(weights * ~labels, runs)
@@ -243,6 +273,19 @@ def _weighted_auroc(labels: np.ndarray, weights: np.ndarray, starts: np.ndarray)
         return None
     below = np.cumsum(negative) - negative
     return float((positive * (below + negative / 2)).sum() / pairs)
+
+
+def _class_rows(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of the negatives, and those of the positives."""
+    return [np.flatnonzero(labels == label) for label in (False, True)]
+
+
+def _resample_weights(generator: np.random.Generator, class_rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Draw with replacement within each class. Return how often each sample was drawn, float64 (N,)."""
+    weights = np.zeros(sum(map(len, class_rows)))
+    for rows in class_rows:
+        weights[rows] = np.bincount(generator.integers(0, len(rows), len(rows)), minlength=len(rows))
+    return weights
 
 
 def _num_resamples(num: int) -> int:

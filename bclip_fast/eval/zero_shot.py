@@ -1,7 +1,7 @@
-"""Zero-shot classification as the ELEVATER toolkit does it, which the BiomedCLIP paper used.
+"""Zero-shot classification as in the ELEVATER toolkit, which the BiomedCLIP paper used.
 
-Per class: encode every prompt, L2-normalise each, average, L2-normalise. An image goes to the class of the highest
-cosine similarity.
+For each class, every prompt is embedded and L2-normalised. The mean of the prompts, L2-normalised again, is the class
+embedding. The predicted class has the highest cosine similarity to the image.
 """
 
 from __future__ import annotations
@@ -14,34 +14,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from . import statistics
 from .prompts import PromptSet
 from .retrieval import check_embeddings
 
 
 def class_embeddings(encode: Callable[[list[str]], Tensor], prompts: PromptSet) -> Tensor:
-    """(C, D) float32, unit norm, one row per class of `prompts` in its order.
+    """Embed the classes of a prompt set: (C, D) float32, unit norm. Source of the formula: ELEVATER's `feature.py`.
 
-    `encode` maps texts to L2-normalised rows (n, D). Source of the formula: ELEVATER's `feature.py`.
+    encode: maps texts to L2-normalised rows (n, D).
     """
     texts = [prompts.prompts(name) for name in prompts.classes]
-    rows = encode([text for group in texts for text in group]).float()
-    means = torch.stack([group.mean(0) for group in rows.split([len(group) for group in texts])])
+    rows = encode([text for class_texts in texts for text in class_texts]).float()
+    means = torch.stack([group.mean(0) for group in rows.split([len(class_texts) for class_texts in texts])])
     return F.normalize(means, dim=1)
 
 
 def similarities(images: Tensor, classes: Tensor) -> Tensor:
-    """(N, C) float32 cosine similarities of (N, D) images and (C, D) classes, all of unit norm and finite."""
+    """Return cosine similarities (N, C) float32 of images (N, D) and classes (C, D).
+
+    Raises:
+        UserError: rows that are not finite or not of unit norm.
+    """
     check_embeddings(images, "image embeddings")
     check_embeddings(classes, "class embeddings")
     return images.float() @ classes.float().T
 
 
 def predict(scores: Tensor) -> tuple[Tensor, int]:
-    """Class index (N,) int64 of the highest score in (N, C), and how many rows had an exact tie for it.
+    """Return the class of the highest score, int64 (N,), and the number of rows with an exact tie for it.
 
-    On a tie the first class is taken, as argmax does.
+    On a tie the first class wins, as in argmax.
     """
     best = scores.amax(1, keepdim=True)
     return scores.argmax(1), int(((scores == best).sum(1) > 1).sum())
@@ -50,18 +55,18 @@ def predict(scores: Tensor) -> tuple[Tensor, int]:
 def measure(
     labels: Tensor, predictions: Tensor, class_names: Sequence[str], scores: Tensor | None = None
 ) -> dict[str, Any]:
-    """Accuracy, balanced accuracy, AUROC, per-class table and confusion matrix, with chance levels and intervals.
+    """Compute accuracy, balanced accuracy, AUROC, a table of the classes and the confusion matrix.
 
-    Balanced accuracy is the mean recall over the classes that occur. Chance is always guessing the most frequent
-    class for accuracy, and a uniform guess for balanced accuracy. With two classes the AUROC is that of the second,
-    with more the mean over the classes that occur, each against all others (macro).
+    Balanced accuracy is the mean recall over the classes that occur. The chance baseline of accuracy always predicts
+    the most frequent class. The baseline of balanced accuracy guesses uniformly. With two classes, the AUROC is that
+    of the second. With more, it is the mean over the classes that occur, each against all others (macro).
 
     Args:
-        labels, predictions: (N,) int64, in [0, C).
-        scores: (N, C), higher is likelier and comparable between samples, as probabilities are; None: no AUROC.
+        labels, predictions: int64 (N,), in [0, C).
+        scores: (N, C). Higher scores are more likely, and samples are comparable, as for probabilities. None: no AUROC.
 
     Returns:
-        A JSON-ready dict; `confusion[i][j]` counts samples of class i predicted as j; `roc` holds a curve a class.
+        JSON-ready dict. `confusion[i][j]` counts samples of class i predicted as j. `roc` holds one curve per class.
     """
     num_classes, num = len(class_names), len(labels)
     if not num:
@@ -79,17 +84,17 @@ def measure(
     recall = hits.double() / support
     precision = hits.double() / predicted
     uniform, majority = 1 / num_classes, float(support.max()) / num
-    correct = (labels == predictions).double().numpy()
-    figures = [
-        statistics.figure(
+    is_correct = (labels == predictions).double().numpy()
+    metrics = [
+        statistics.metric(
             "accuracy",
             float(hits.sum()) / num,
             majority,
             "always the most frequent class",
             num,
-            interval=statistics.mean_interval(correct),
+            interval=statistics.mean_interval(is_correct),
         ),
-        statistics.figure(
+        statistics.metric(
             "balanced accuracy",
             float(recall[occurring].mean()),
             uniform,
@@ -98,16 +103,16 @@ def measure(
             interval=statistics.balanced_interval(confusion.numpy()),
         ),
     ]
-    areas: list[float | None] = [None] * num_classes
+    aurocs: list[float | None] = [None] * num_classes
     roc: list[dict[str, Any]] = []
     if scores is not None:
-        areas, roc, found = _areas(labels[:, None] == torch.arange(num_classes), scores, class_names)
-        figures += found
+        aurocs, roc, auroc_metrics = _aurocs(labels[:, None] == torch.arange(num_classes), scores, class_names)
+        metrics += auroc_metrics
     return {
         "num_samples": num,
         "classes": list(class_names),
         "chance": {"uniform": uniform, "majority": majority},
-        "figures": figures,
+        "figures": metrics,
         "per_class": [
             {
                 "class": name,
@@ -115,7 +120,7 @@ def measure(
                 "num_predicted": int(predicted[i]),
                 "recall": float(recall[i]) if support[i] else None,
                 "precision": float(precision[i]) if predicted[i] else None,
-                "auroc": areas[i],
+                "auroc": aurocs[i],
             }
             for i, name in enumerate(class_names)
         ],
@@ -124,107 +129,113 @@ def measure(
         "samples": {
             "label": [class_names[i] for i in labels.tolist()],
             "prediction": [class_names[i] for i in predictions.tolist()],
-            "accuracy": correct.astype(int).tolist(),
-            **({} if scores is None else _columns(scores, class_names)),
+            "accuracy": is_correct.astype(int).tolist(),
+            **({} if scores is None else _score_columns(scores, class_names)),
         },
     }
 
 
 def measure_multi_label(
-    truth: Tensor, scores: Tensor, class_names: Sequence[str], threshold: float | None = None
+    targets: Tensor, scores: Tensor, class_names: Sequence[str], threshold: float | None = None
 ) -> dict[str, Any]:
-    """Macro AUROC of samples that have any number of classes, and at `threshold` the mean accuracy of the classes.
+    """Compute the macro AUROC of multi-label samples, and at `threshold` the mean accuracy of the classes.
 
-    Source: MedMNIST's evaluator, getAUC and getACC. Classes that all samples have, or none, are left out of the AUROC,
-    which is not defined for them. truth: (N, C) bool; scores: (N, C).
+    The AUROC leaves out classes without positive or without negative samples, where it is undefined. Source: getAUC
+    and getACC of MedMNIST's evaluator.
+
+    Args:
+        targets: (N, C) bool.
+        scores: (N, C).
+        threshold: scores above it predict the class. None: no accuracy.
     """
-    if not len(truth) or truth.shape != scores.shape or truth.shape[1] != len(class_names):
-        raise UserError(f"labels {tuple(truth.shape)} and scores {tuple(scores.shape)} must be (N, {len(class_names)})")
-    areas, roc, figures = _areas(truth, scores, class_names)
+    if not len(targets) or targets.shape != scores.shape or targets.shape[1] != len(class_names):
+        raise UserError(
+            f"labels {tuple(targets.shape)} and scores {tuple(scores.shape)} must be (N, {len(class_names)})"
+        )
+    aurocs, roc, metrics = _aurocs(targets, scores, class_names)
     samples: dict[str, Any] = {}
     if threshold is not None:
-        right = ((scores > threshold) == truth).double().mean(1).numpy()
-        majority = float(torch.maximum(truth.double().mean(0), 1 - truth.double().mean(0)).mean())
-        figures.append(
-            statistics.figure(
+        accuracies = ((scores > threshold) == targets).double().mean(1).numpy()
+        majority = float(torch.maximum(targets.double().mean(0), 1 - targets.double().mean(0)).mean())
+        metrics.append(
+            statistics.metric(
                 "accuracy",
-                float(right.mean()),
+                float(accuracies.mean()),
                 majority,
                 "each class as it is for most, mean of classes",
-                len(truth),
-                interval=statistics.mean_interval(right),
+                len(targets),
+                interval=statistics.mean_interval(accuracies),
             )
         )
-        samples["accuracy"] = [round(value, 6) for value in right.tolist()]
+        samples["accuracy"] = [round(value, 6) for value in accuracies.tolist()]
     return {
-        "num_samples": len(truth),
+        "num_samples": len(targets),
         "classes": list(class_names),
-        "figures": figures,
+        "figures": metrics,
         "per_class": [
-            {"class": name, "num_samples": int(truth[:, i].sum()), "auroc": areas[i]}
+            {"class": name, "num_samples": int(targets[:, i].sum()), "auroc": aurocs[i]}
             for i, name in enumerate(class_names)
         ],
         "roc": roc,
         "samples": {
             "label": [
-                "|".join(name for name, has in zip(class_names, row, strict=True) if has) for row in truth.tolist()
+                "|".join(name for name, is_positive in zip(class_names, row, strict=True) if is_positive)
+                for row in targets.tolist()
             ],
             **samples,
-            **_columns(scores, class_names),
+            **_score_columns(scores, class_names),
         },
     }
 
 
-def _columns(scores: Tensor, class_names: Sequence[str]) -> dict[str, list[float]]:
+def _score_columns(scores: Tensor, class_names: Sequence[str]) -> dict[str, list[float]]:
     columns = scores.double().T.tolist()
     return {
         f"score of {name}": [round(x, 7) for x in column] for name, column in zip(class_names, columns, strict=True)
     }
 
 
-def _areas(
-    truth: Tensor, scores: Tensor, class_names: Sequence[str]
+def _aurocs(
+    targets: Tensor, scores: Tensor, class_names: Sequence[str]
 ) -> tuple[list[float | None], list[dict[str, Any]], list[dict[str, Any]]]:
-    """AUROC of each class (None: it or its opposite doesn't occur), the curves, and the figure of both or all."""
+    """Return each class's AUROC, the ROC curves, and at most one metric: the AUROC, or the macro AUROC.
+
+    The AUROC of a class is None without positive or without negative samples.
+    """
     if not bool(torch.isfinite(scores).all()):
         raise UserError("scores hold NaN or infinity")
-    binary = len(class_names) == 2 and bool((truth.sum(1) == 1).all())
+    is_binary = len(class_names) == 2 and bool((targets.sum(1) == 1).all())
     values = scores.double().numpy()
-    columns = {1: values[:, 1] - values[:, 0]} if binary else dict(enumerate(values.T))
-    areas: list[float | None] = [None] * len(class_names)
+    columns = {1: values[:, 1] - values[:, 0]} if is_binary else dict(enumerate(values.T))
+    aurocs: list[float | None] = [None] * len(class_names)
     roc = []
     for i, column in columns.items():
-        own = truth[:, i].numpy()
-        areas[i] = statistics.auroc(own, column)
-        if areas[i] is not None:
-            roc.append({"class": class_names[i], "auroc": areas[i], "points": statistics.roc_points(own, column)})
-    known = [area for area in areas if area is not None]
-    if not known:
-        return areas, roc, []
-    name = "AUROC" if binary else "AUROC, macro"
-    if binary:
-        interval = statistics.auroc_interval(truth[:, 1].numpy(), columns[1])
+        labels = targets[:, i].numpy()
+        aurocs[i] = statistics.auroc(labels, column)
+        if aurocs[i] is not None:
+            roc.append({"class": class_names[i], "auroc": aurocs[i], "points": statistics.roc_points(labels, column)})
+    defined = [value for value in aurocs if value is not None]
+    if not defined:
+        return aurocs, roc, []
+    if is_binary:
+        name, interval = "AUROC", statistics.auroc_interval(targets[:, 1].numpy(), columns[1])
     else:
-        interval = statistics.macro_auroc_interval(truth.numpy(), values)
-    mean = sum(known) / len(known)
-    return (
-        areas,
-        roc,
-        [statistics.figure(name, mean, 0.5, "random order", len(truth), interval=interval)],
-    )
+        name, interval = "AUROC, macro", statistics.macro_auroc_interval(targets.numpy(), values)
+    mean = sum(defined) / len(defined)
+    return aurocs, roc, [statistics.metric(name, mean, 0.5, "random order", len(targets), interval=interval)]
 
 
 def sensitivity(
     encode: Callable[[list[str]], Tensor], prompts: PromptSet, images: Tensor, labels: Tensor
 ) -> list[dict[str, Any]]:
-    """What each template gives on its own, and all together: template, accuracy, balanced accuracy."""
+    """Classify with each template separately, and with all together. Rows: template, accuracy, balanced accuracy."""
     rows = []
     single = [dataclasses.replace(prompts, templates=(template,)) for template in prompts.templates]
-    for name, one in [*zip(prompts.templates, single, strict=True), ("all together", prompts)]:
-        predictions, _ = predict(similarities(images, class_embeddings(encode, one)))
+    for name, prompt_set in [*zip(prompts.templates, single, strict=True), ("all together", prompts)]:
+        predictions, _ = predict(similarities(images, class_embeddings(encode, prompt_set)))
         predictions = predictions.cpu()
         hits = (predictions == labels).double()
-        recalls = [float(hits[labels == kind].mean()) for kind in labels.unique().tolist()]
+        recalls = [float(hits[labels == label].mean()) for label in labels.unique().tolist()]
         rows.append(
             {"template": name, "accuracy": float(hits.mean()), "balanced accuracy": sum(recalls) / len(recalls)}
         )

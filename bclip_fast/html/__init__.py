@@ -1,1 +1,1 @@
-"""Pages of HTML for reports: templates, charts, thumbnails. A page needs no network and no script."""
+"""HTML pages for reports: templates, charts and thumbnails. A page needs neither network nor scripts."""

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that takes its colours from the page, so that it follows light and dark."""
+"""Charts as inline SVG. The colours come from the page, so that the charts follow its light or dark scheme."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ def line_chart(
     smooth: bool = False,
     reference: tuple[float, str] | None = None,
 ) -> Markup:
-    """Values over the step number, with axes from 0 or from the data as fits; finite values only.
+    """Draw values over the step number. The axes start at 0 or near the data, whichever fits.
 
     Args:
-        series: name -> (steps, values); where there are several, at most `MAX_CURVES` are drawn and named below.
-        smooth: draw a moving average, of a lone series over the faint raw line.
-        reference: a dashed horizontal line and its name, for example the chance level.
+        series: name -> (steps, values), all finite. At most `MAX_CURVES` are drawn. Several series are named below.
+        smooth: draw a moving average. A single series also shows its raw values as a faint line.
+        reference: height and name of a dashed horizontal line, for example the chance baseline.
     """
-    shown = {name: _thin(list(zip(*each, strict=True))) for name, each in list(series.items())[:MAX_CURVES]}
-    lone = len(shown) == 1
-    every = [point for points in shown.values() for point in points]
-    xs = [x for x, _ in every]
-    # An average that is drawn alone sets the frame alone: single steps may lie far outside.
+    shown = {name: _thin(list(zip(*values, strict=True))) for name, values in list(series.items())[:MAX_CURVES]}
+    is_single = len(shown) == 1
+    xs = [x for points in shown.values() for x, _ in points]
+    # Without the raw values, only the averages set the frame: single steps may lie far outside.
     drawn = {name: _averaged(points) if smooth else points for name, points in shown.items()}
-    spread = [y for points in (shown if lone else drawn).values() for _, y in points]
+    spread = [y for points in (shown if is_single else drawn).values() for _, y in points]
     spread += [reference[0]] if reference else []
     x_ticks, y_ticks = _ticks(min(xs), max(xs), 6), _ticks(min(spread), max(spread), 5)
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
@@ -66,14 +65,14 @@ def line_chart(
         parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{label_y:.1f}" text-anchor="end">{escape(reference[1])}</text>')
     height = HEIGHT
     for i, (name, points) in enumerate(shown.items()):
-        if lone and drawn[name] is not points:
+        if is_single and drawn[name] is not points:
             parts.append(path(points, "raw"))
         if len(points) > 1:
             parts.append(path(drawn[name], f"s{i}"))
         else:
             parts.append('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="4"/>'.format(*place(*points[0])))
-        if not lone:
-            # Two names to a row where all are short.
+        if not is_single:
+            # Short names fit in two columns.
             columns = 2 if all(len(name) <= 20 for name in shown) else 1
             left, y = LEFT + i % columns * (WIDTH - LEFT) // 2, HEIGHT + 14 + i // columns * 20
             parts.append(f'<polyline class="s{i}" points="{left},{y - 4} {left + 24},{y - 4}"/>')
@@ -90,9 +89,10 @@ def line_chart(
 
 
 def roc_chart(curves: Sequence[dict[str, Any]], *, title: str) -> Markup:
-    """ROC curves in a square frame with the diagonal of chance; the eight largest areas, named below with theirs.
+    """Draw ROC curves in a square frame with the diagonal of chance. The eight largest areas are drawn and named below.
 
-    curves: `class`, `auroc` and `points`, (false positive rate, true positive rate) rising from (0, 0) to (1, 1).
+    curves: dicts of `class`, `auroc` and `points`, which are (false positive rate, true positive rate) from (0, 0) to
+        (1, 1) in ascending order.
     """
     shown = sorted(curves, key=lambda curve: -curve["auroc"])[:MAX_CURVES]
     side, row = 300, 20
@@ -127,7 +127,7 @@ def roc_chart(curves: Sequence[dict[str, Any]], *, title: str) -> Markup:
 
 
 def number(value: float) -> str:
-    """Up to four significant digits: 12k, 0.35, 5e-4."""
+    """Format a number with up to four significant digits: 12k, 0.35, 5e-4."""
     if value == 0:
         return "0"
     if abs(value) < 1e-2:
@@ -140,7 +140,7 @@ def number(value: float) -> str:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) that span [low, high]."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten) that span [low, high]."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         high = low + (abs(low) or 1.0) * 0.1
         low -= (abs(low) or 1.0) * 0.1
@@ -152,8 +152,10 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred moving average over a 25th of the points, which near the ends shrinks to what is there; the points
-    themselves where they are too few."""
+    """Return a centred moving average over 1/25 of the points, or the points themselves if they are too few.
+
+    Near the ends, the average covers only the existing points.
+    """
     half = len(points) // 25 // 2
     if len(points) // 25 <= 1:
         return points
@@ -166,7 +168,7 @@ def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points, the means of equal runs."""
+    """Reduce the points to at most `MAX_POINTS`: the means of runs of equal length."""
     if len(points) <= MAX_POINTS:
         return points
     size = math.ceil(len(points) / MAX_POINTS)

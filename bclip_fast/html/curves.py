@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..io.runs import METRICS, VALIDATION, chance_loss, is_finite, read_metrics
+from bclip_fast.io.runs import METRICS, VALIDATION, chance_loss, is_finite, read_metrics
+
 from . import chart
 
 # Key of metrics.jsonl -> title of its chart.
@@ -14,7 +15,11 @@ _TITLES = {"loss": "Training loss", "lr": "Learning rate", "logit_scale": "Logit
 
 
 def training_curves(run_folder: Path) -> list[dict[str, Any]]:
-    """A chart of each of `_TITLES` and of each validation metric that metrics.jsonl holds."""
+    """Draw a chart for each key of `_TITLES` and for each validation metric in metrics.jsonl.
+
+    Raises:
+        UserError: a line of metrics.jsonl is not JSON.
+    """
     path = run_folder / METRICS
     if not path.is_file():
         return []
@@ -31,5 +36,5 @@ def training_curves(run_folder: Path) -> list[dict[str, Any]]:
         steps, values = zip(*points, strict=True)
         reference = chance_loss(run_folder) if key == "loss" else None
         drawing = chart.line_chart({"": (steps, values)}, title=title, smooth=key == "loss", reference=reference)
-        curves.append({"title": title, "svg": drawing, "last": values[-1], "num_bad": num_bad})
+        curves.append({"title": title, "svg": drawing, "last": chart.number(values[-1]), "num_bad": num_bad})
     return curves

@@ -1,1 +1,1 @@
-"""The losses inside other people's code: the smallest possible patches, imported where they are used."""
+"""Our losses in other libraries: the smallest possible patches, which import those libraries only when called."""

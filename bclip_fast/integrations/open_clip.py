@@ -1,11 +1,11 @@
-"""open_clip trains with our losses after one line, for whoever can't edit its imports.
+"""Make open_clip train with our losses, by one line, for users who can't edit its imports.
 
     from bclip_fast.integrations import open_clip
 
     open_clip.install()  # before open_clip's create_loss, or its trainer, builds the loss
 
-open_clip's factory looks its loss classes up by name in its own module. Those four names are all that changes: in
-open_clip.loss, and wherever in open_clip's packages they have been imported to.
+open_clip's factory looks its loss classes up by name in its own module. `install` replaces only those four names, in
+open_clip.loss and in all modules of open_clip's packages that have imported them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from .. import loss as ours
+from bclip_fast import loss
 
 _NAMES = ("ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss")
 _PACKAGES = ("open_clip", "open_clip_train")
@@ -24,7 +24,7 @@ _originals: dict[str, type] = {}
 
 
 def install() -> None:
-    """Puts our losses in open_clip's place, once however often it is called.
+    """Replace open_clip's losses by ours. Further calls replace them in modules imported since.
 
     Raises:
         ImportError: open_clip is not installed.
@@ -33,19 +33,19 @@ def install() -> None:
     if not _originals:
         _originals.update({name: definitions[name] for name in _NAMES})
     for name, original in _originals.items():
-        _replace(name, original, getattr(ours, name))
+        _replace(name, original, getattr(loss, name))
 
 
 def uninstall() -> None:
-    """Gives open_clip its own losses back, also in modules imported since; losses already built stay what they are."""
+    """Restore open_clip's own losses, also in modules imported since. Losses that exist already don't change."""
     for name, original in _originals.items():
-        _replace(name, getattr(ours, name), original)
+        _replace(name, getattr(loss, name), original)
     _originals.clear()
 
 
 def _replace(name: str, old: type, new: type) -> None:
     for module in _modules():
-        # vars, not getattr: a module that loads its names when asked must not be asked.
+        # vars instead of getattr: getattr would make lazy modules import the name.
         if vars(module).get(name) is old:
             setattr(module, name, new)
 

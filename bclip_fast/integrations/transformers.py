@@ -1,12 +1,13 @@
-"""transformers' CLIPModel (release 5) with a loss that never builds the matrix of similarities.
+"""transformers' CLIPModel (release 5) with a loss that never builds the similarity matrix.
 
     from bclip_fast.integrations import transformers
 
     transformers.install()
     loss = clip_model(input_ids=..., pixel_values=..., return_loss=True).loss
 
-`CLIPModel.forward` builds the logits of the whole batch before its loss sees them, so the loss alone can't be replaced:
-with return_loss=True the embeddings go to `ClipLoss`, and the output has no logits. Without it nothing changes.
+`CLIPModel.forward` builds the logits of the whole batch before its loss, so replacing only the loss isn't enough. With
+return_loss=True our `forward` passes the embeddings to `ClipLoss`, and the output has no logits. Otherwise nothing
+changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..loss import ClipLoss
+from bclip_fast.loss import ClipLoss
 
 _original: Callable[..., Any] | None = None
 
@@ -34,11 +35,11 @@ def clip_output(
     loss: ClipLoss | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The `CLIPOutput` of a CLIPModel with loss, embeddings (b, D) and the towers' outputs, and logits None.
+    """Return a CLIPModel's `CLIPOutput` with loss, embeddings (b, D) and the towers' outputs. Its logits are None.
 
     Args:
-        model: a `transformers.CLIPModel`; the other arguments are those of its `forward`.
-        loss: what the normalised embeddings go to; this process's batch by itself unless given.
+        model: a `transformers.CLIPModel`. The other arguments are those of its `forward`.
+        loss: the loss of the normalised embeddings. Default: `ClipLoss` on this process's batch.
     """
     modeling = importlib.import_module("transformers.models.clip.modeling_clip")
     vision = model.get_image_features(
@@ -56,11 +57,11 @@ def clip_output(
 
 
 def install(loss: ClipLoss | None = None) -> None:
-    """Makes every CLIPModel compute its loss by `loss`; called again, it replaces the loss.
+    """Make every CLIPModel compute its loss by `loss`. A further call replaces the loss.
 
     Args:
-        loss: `ClipLoss(rank=..., world_size=...)` for the global batch; this process's batch by itself unless given,
-            as in transformers.
+        loss: `ClipLoss(rank=..., world_size=...)` for the global batch. Default: `ClipLoss` on this process's batch, as
+            in transformers.
 
     Raises:
         ImportError: transformers is not installed.
@@ -71,7 +72,7 @@ def install(loss: ClipLoss | None = None) -> None:
     original = _original = _original or model_class.forward
     with_loss = can_return_tuple(functools.partial(clip_output, loss=loss))
 
-    # The signature stays the original's: the Trainer reads from it which columns and labels the model takes.
+    # The Trainer reads the model's columns and labels from the signature, so it must stay the original's.
     @functools.wraps(original)
     def forward(
         self: Any,
@@ -92,7 +93,7 @@ def install(loss: ClipLoss | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Gives CLIPModel its own `forward` back."""
+    """Restore CLIPModel's own `forward`."""
     global _original
     if _original is not None:
         importlib.import_module("transformers.models.clip.modeling_clip").CLIPModel.forward = _original

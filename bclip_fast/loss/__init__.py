@@ -1,15 +1,15 @@
 """Losses over all ranks, with open_clip's constructors, keywords and return forms.
 
-Every rank returns the loss of the global batch. After data-parallel averaging (DDP, DeepSpeed, FSDP), the gradients of
-the towers, of logit_scale and of logit_bias are those of that global loss, whatever the ranks' batch sizes. If the loss
-is scaled before `backward`, all ranks must use the same factor.
+Every rank returns the loss of the global batch. Data-parallel averaging (DDP, DeepSpeed, FSDP) then gives the gradients
+of that loss for the towers, logit_scale and logit_bias. The ranks' batch sizes may differ. If the loss is scaled before
+`backward`, all ranks must use the same factor.
 
 Only text features travel: one gather, an O(B) reduction of column sums, and one reduce-scatter of gradients. `forward`
 never holds more than `chunk_size` rows of the similarity matrix. DistillClipLoss holds four such chunks.
 
 If a rank is lost, the other ranks raise a `CollectiveError` after the process group's timeout, which
-`torch.distributed.init_process_group` or `new_group` sets. The error names the collective that failed. NCCL's watchdog
-ends the process itself unless TORCH_NCCL_BLOCKING_WAIT=1 is set; its log then names the collective.
+`torch.distributed.init_process_group` or `new_group` sets. The error names the collective that failed. With NCCL, set
+TORCH_NCCL_BLOCKING_WAIT=1. Otherwise its watchdog ends the process, and only its log names the collective.
 
 The losses are differentiable once: second derivatives raise a RuntimeError.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,20 +9,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bclip_fast.ops import linear
-from bclip_fast.ops.contrastive import as_scalar, check_options, clip_loss, default_chunk_size
+from bclip_fast.ops.contrastive import clip_loss
+from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
+from bclip_fast.ops.contrastive.checks import as_scalar, check_options, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient, positive_logits
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
-from bclip_fast.ops.dispatch import kernels
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
 from .collectives import (
     ColumnRanges,
     DistributedLoss,
-    GatherRows,
     GroupIds,
     Ranks,
     checked_smoothing,
     gather_groups,
+    gather_rows,
     sum_over_ranks,
 )
 
@@ -32,8 +33,8 @@ class ClipLoss(DistributedLoss):
     """open_clip's ClipLoss in O(B * D) memory, with the gradient of the global loss.
 
     Args:
-        local_loss, gather_with_grad: open_clip's ways to gather. `forward` returns the loss and the gradient of the
-            global batch with all four combinations; open_clip does so only with gather_with_grad=True.
+        local_loss, gather_with_grad: open_clip's ways to gather. All four combinations give the loss and the
+            gradient of the global batch. In open_clip, only gather_with_grad=True does.
             `get_logits` and `get_ground_truth` return the shapes that local_loss selects.
         cache_labels: whether `get_ground_truth` keeps its labels. `forward` doesn't need them.
         rank, world_size: this process's rank and the number of ranks. `forward` raises ValueError if the process
@@ -106,8 +107,8 @@ class ClipLoss(DistributedLoss):
         images, texts = image_features, text_features
         if ranks.size > 1:
             image_sizes, text_sizes = ranks.batch_sizes(image_features, text_features)
-            images = GatherRows.apply(image_features, ranks, image_sizes, "image features")
-            texts = GatherRows.apply(text_features, ranks, text_sizes, "text features")
+            images = gather_rows(image_features, ranks, image_sizes, "image features")
+            texts = gather_rows(text_features, ranks, text_sizes, "text features")
         image_rows, text_rows = (image_features, text_features) if self.local_loss else (images, texts)
         per_image, per_text = linear(logit_scale * image_rows, texts), linear(logit_scale * text_rows, images)
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
@@ -180,7 +181,7 @@ class ClipLoss(DistributedLoss):
         image, text = image.to(dtype), text.to(dtype)
         paired = text[: len(image)]
         # The mean over all pairs is the product of the means, so sums of D numbers replace the similarity matrix.
-        # Images are smoothed over all texts; texts that have an image, over all images.
+        # Images are smoothed over all texts. Texts that have an image are smoothed over all images.
         sizes = image.new_tensor([len(image), len(text)])
         sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), sizes
         image_sum, text_sum, paired_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
@@ -197,7 +198,7 @@ class _GlobalClipLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image_input: Tensor,
         text_input: Tensor,
@@ -215,15 +216,15 @@ class _GlobalClipLoss(torch.autograd.Function):
         ranges = ColumnRanges(ranks.rank, text_sizes)
         wait_for_texts = ranks.start_gather(text, text_sizes, "text features")
         chunk_size = chunk_size or default_chunk_size(len(image), ranges.total, image.device)
-        tile = partial(kernels("contrastive", backend).forward, chunk_size=chunk_size)
+        forward = load_backend("contrastive", backend).forward
         sharpness = scale + hardness if hardness else scale
         positive_offset = 0 if image_ids is None else None
-        rows, local_columns = tile(image, text, sharpness, positive_offset)
+        rows, local_columns = forward(ContrastiveCall(image, text, sharpness, positive_offset, chunk_size))
         texts = wait_for_texts()
         columns = local_columns.new_empty(ranges.total)
         columns[ranges.local] = local_columns
         for part in ranges.remote:
-            remote_rows, columns[part] = tile(image, texts[part], sharpness, None)
+            remote_rows, columns[part] = forward(ContrastiveCall(image, texts[part], sharpness, None, chunk_size))
             rows = torch.logaddexp(rows, remote_rows)
         columns = ranks.merge_lse(columns, "column sums")
         groups = positive_grad = None
@@ -254,17 +255,18 @@ class _GlobalClipLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, texts, scale, rows_lse, columns_lse, positive_grad, image_input, _ = ctx.saved_tensors
         ranges, wide, features = ctx.ranges, accumulation_dtype(image), image_input.dtype
         # Data-parallel engines average over ranks. The factor turns that average into the sum of the chain rule.
         weight = grad * ctx.ranks.size * ctx.weight
-        backward = kernels("contrastive", ctx.backend).backward
+        backward = load_backend("contrastive", ctx.backend).backward
 
         def tile(part: slice, positive_offset: int | None, positive_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            saved = rows_lse, columns_lse[part], weight, positive_grad, ctx.chunk_size, wide
             groups = None if ctx.groups is None else ctx.groups.among(part)
-            return backward(image, texts[part], scale, positive_offset, *saved, hardness=ctx.hardness, groups=groups)
+            call = ContrastiveCall(image, texts[part], scale, positive_offset, ctx.chunk_size, groups=groups)
+            upstream = SoftmaxGradient(rows_lse, columns_lse[part], weight, positive_grad, ctx.hardness)
+            return backward(call, upstream, wide)
 
         # A locked text tower (LiT) needs no reduction of its gradients. It is locked on all ranks or on none.
         with_text = ctx.needs_input_grad[1]

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bclip_fast.ops import tuning
-from bclip_fast.ops.contrastive import LIMITS, check_features, check_pairs, checked_groups, class_of, operands_of
-from bclip_fast.ops.contrastive.loss_terms import Groups
+from bclip_fast.ops import record_files, tuning
+from bclip_fast.ops.contrastive import LIMITS
+from bclip_fast.ops.contrastive.checks import check_features, check_pairs, checked_groups, operand_dtype_of
+from bclip_fast.ops.contrastive.groups import Groups
+from bclip_fast.ops.contrastive.limits import shape_class
 from bclip_fast.ops.dispatch import choose
 
 # torch 2.13 renamed both functions.
@@ -84,13 +86,13 @@ class DistributedLoss(nn.Module):
         return ranks
 
     def _share_backends(self, ranks: Ranks, device: torch.device) -> None:
-        """Make every rank choose backends by rank 0's tuning records, whatever its own machine measured."""
+        """Make every rank choose backends by rank 0's tuning records, not by its local ones."""
         records = {}
         if self.rank == 0:
             indices = {"cpu": 0, device.type: device.index or 0}
-            records = {kind: tuning.to_json(tuning.of_device(kind, index)) for kind, index in indices.items()}
+            records = {kind: record_files.to_json(tuning.of_device(kind, index)) for kind, index in indices.items()}
         records = ranks.broadcast_object(records, device, "broadcast of backends")
-        shared_records = {kind: tuning.from_json(record) for kind, record in records.items()}
+        shared_records = {kind: record_files.from_json(record) for kind, record in records.items()}
         for record in shared_records.values():
             record.origin = "the record of rank 0"
         tuning.install(shared_records)
@@ -99,7 +101,7 @@ class DistributedLoss(nn.Module):
         """Return the ranks, the features in one dtype, and the dtype in which the kernels multiply them."""
         ranks = self._checked_ranks(image)
         image, text = promote_under_autocast(image, text)
-        return ranks, image, text, operands_of(image, self.operand_dtype)
+        return ranks, image, text, operand_dtype_of(image, self.operand_dtype)
 
     def _checked_ids(self, image: Tensor, text: Tensor, groups: GroupIds | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the group ids of images and texts, or (None, None), after checking them and the features."""
@@ -111,7 +113,7 @@ class DistributedLoss(nn.Module):
 
     def _choose_backend(self, operator: str, image: Tensor, text: Tensor, dtype: torch.dtype) -> str:
         inputs = image, text, dtype, self.deterministic
-        return choose(operator, LIMITS, self.backend, *inputs, dtype=dtype, shapes=class_of(text))
+        return choose(operator, LIMITS, self.backend, *inputs, dtype=dtype, shapes=shape_class(text))
 
 
 class Ranks:
@@ -224,30 +226,35 @@ class Ranks:
         return highest + self.sum((lse - highest).exp(), name).log()
 
 
-class GatherRows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """`Ranks.gather`. Its backward sums the gradients of all ranks and returns each row's to the rank of that row."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:
         ctx.ranks, ctx.sizes, ctx.name = ranks, sizes, name
         return ranks.gather(rows, sizes, name)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.ranks.reduce(grad.contiguous(), ctx.sizes, f"gradients of {ctx.name}"), None, None, None
+
+
+def gather_rows(rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:
+    """`Ranks.gather`, differentiable into the rows of every rank."""
+    return _GatherRows.apply(rows, ranks, sizes, name)
 
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over ranks, for a loss that every rank then computes alike."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
         ctx.num_ranks = ranks.size
         return ranks.sum(value.clone(), "feature sums")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.
         return grad * ctx.num_ranks, None
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bclip_fast.ops.contrastive import LIMITS, as_scalar, check_features, default_chunk_size
+from bclip_fast.ops.contrastive import LIMITS
+from bclip_fast.ops.contrastive.checks import as_scalar, check_features, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
 from bclip_fast.ops.dispatch import Limits, choose
 
 from .clip import ClipLoss
@@ -82,14 +83,17 @@ class DistillClipLoss(ClipLoss):
 class _GlobalDistillLoss(torch.autograd.Function):
     """Contrastive loss and distillation under a constant teacher, for b local images and the B texts of all ranks.
 
-    With the student's logits S, the teacher's Z, and the log-sum-exps R, U of their rows and Q, V of their columns,
+    S are the student's logits, Z the teacher's. R and U are the log-sum-exps of their rows, Q and V those of their
+    columns. Then:
+
         distill = (sum_i (R_i - sum_j exp(Z_ij - U_i) * S_ij) + sum_j (Q_j - sum_i exp(Z_ij - V_j) * S_ij)) / (2 * B)
-        d distill / d S_ij = (exp(S_ij - R_i) - exp(Z_ij - U_i) + exp(S_ij - Q_j) - exp(Z_ij - V_j)) / (2 * B).
+        d distill / d S_ij = (exp(S_ij - R_i) - exp(Z_ij - U_i) + exp(S_ij - Q_j) - exp(Z_ij - V_j)) / (2 * B)
+
     Each pair's difference is formed before any sum, because student and teacher nearly agree where both are sure.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image: Tensor,
         text: Tensor,
@@ -150,7 +154,7 @@ class _GlobalDistillLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:
         (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
          teacher_columns, positive_grad, _) = ctx.saved_tensors  # fmt: skip
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.

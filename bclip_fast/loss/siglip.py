@@ -1,4 +1,4 @@
-"""SigLipLoss, the sigmoid loss: every pair of an image and a text is a binary decision of its own."""
+"""SigLipLoss, the sigmoid loss: every pair of an image and a text is a separate binary decision."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bclip_fast.ops import linear
-from bclip_fast.ops.contrastive import as_scalar, default_chunk_size, siglip_loss
+from bclip_fast.ops.contrastive import siglip_loss
+from bclip_fast.ops.contrastive.call import ContrastiveCall
+from bclip_fast.ops.contrastive.checks import as_scalar, default_chunk_size
 from bclip_fast.ops.contrastive.loss_terms import siglip_gradient_dtype
-from bclip_fast.ops.cuda_device import differentiable_once, without_autocast
-from bclip_fast.ops.dispatch import kernels
+from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
 from .collectives import (
@@ -30,8 +32,8 @@ from .collectives import (
 class SigLipLoss(DistributedLoss):
     """open_clip's SigLipLoss (Zhai et al. 2023, arXiv 2303.15343) in O(B * D) memory.
 
-    Every rank returns the sum over all pairs divided by the number of images of all ranks. open_clip returns the part
-    of each rank divided by that rank's images. With equal batches its mean over ranks is our loss.
+    Every rank returns the sum over all pairs divided by the number of images of all ranks. In open_clip, a rank returns
+    its own part divided by its own images. With equal batches the mean of those parts is our loss.
 
     Args:
         cache_labels: no effect, as in open_clip.
@@ -162,7 +164,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         image_input: Tensor,
         text_input: Tensor,
@@ -181,7 +183,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         image_sizes, text_sizes = ranks.batch_sizes(image, text)
         ranges, weight = ColumnRanges(ranks.rank, text_sizes), 1 / sum(image_sizes)
         chunk_size = chunk_size or default_chunk_size(len(image), ranges.total, image.device)
-        siglip = kernels("contrastive", backend).siglip
+        siglip = load_backend("contrastive", backend).siglip
         groups = None
         wait_for_texts = ranks.start_gather(text, text_sizes, "text features")
         if image_ids is not None and text_ids is not None:
@@ -189,9 +191,8 @@ class _GlobalSigLipLoss(torch.autograd.Function):
 
         def tile(text: Tensor, part: slice, positive_offset: int | None) -> tuple[Tensor, ...]:
             tile_groups = None if groups is None else groups.among(part)
-            return siglip(
-                image, text, scale, bias, positive_offset, weight, chunk_size, wide, with_gradients, groups=tile_groups
-            )
+            call = ContrastiveCall(image, text, scale, positive_offset, chunk_size, bias=bias, groups=tile_groups)
+            return siglip(call, weight, wide, with_gradients)
 
         tiles = {ranges.local.start: tile(text, ranges.local, 0 if groups is None else None)}
         texts = wait_for_texts()
@@ -219,7 +220,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.
         factor = grad * ctx.num_ranks
         image_grad, text_grad, scale_grad, bias_grad = (

@@ -1,1 +1,1 @@
-"""The two towers, their tokenizer, and the key maps of checkpoints."""
+"""The two towers, their tokenizer, and their weights and configurations on disk."""

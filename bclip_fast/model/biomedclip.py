@@ -1,4 +1,4 @@
-"""BiomedCLIP: the two towers, the logit scale, and the presets of the paper's model and its ablations."""
+"""BiomedCLIP: an image tower, a text tower and the logit scale."""
 
 from __future__ import annotations
 
@@ -10,41 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from .packed import Packed
 from .resnet import ResNetTower
 from .text import TextConfig, text_tower
-from .transformer import Pooled, check_range
+from .transformer import PreProjection, check_range
 from .vision import VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
 class BiomedClipConfig:
-    """Sizes of the whole model; the defaults are the published BiomedCLIP."""
+    """Sizes of the model. The defaults are those of the published BiomedCLIP."""
 
     embed_dim: int = 512
     """Width of the shared embedding."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     quick_gelu: bool = False
-    """OpenAI's approximate GELU in the towers of kind clip and gpt, as its checkpoints want it."""
+    """Use OpenAI's approximate GELU in towers of kind clip and gpt. OpenAI's checkpoints need it."""
     init_logit_scale: float = math.log(1 / 0.07)
-    """Initial learned logarithm of the logit scale."""
+    """Initial value of the learned logarithm of the logit scale."""
     init_logit_bias: float | None = None
-    """Initial logit bias of the sigmoid loss; None: the model has no bias."""
+    """Initial logit bias of the sigmoid loss. None: the model has no bias."""
 
     def __post_init__(self) -> None:
         check_range("embed_dim", self.embed_dim, 1, 16384)
         if self.quick_gelu and self.vision.kind != "clip" and self.text.kind != "gpt":
-            raise UserError(
-                "quick_gelu is True, but the exact GELU is all that vision.kind vit and text.kind bert have"
-            )
+            raise UserError("quick_gelu=True requires vision.kind clip or text.kind gpt: other towers use exact GELU")
 
 
 class BiomedClip(nn.Module):
-    """Image and text tower with one learned logit scale.
+    """An image tower, a text tower and one learned logit scale.
 
-    The parameters `logit_scale` (the logarithm) and, if configured, `logit_bias` are scalars.
+    The parameters `logit_scale` (a logarithm) and `logit_bias` (if configured) are scalars.
     """
 
     def __init__(self, config: BiomedClipConfig) -> None:
@@ -61,26 +60,36 @@ class BiomedClip(nn.Module):
         if config.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
 
-    def encode_image(self, image: Tensor | Pooled, normalize: bool = True) -> Tensor:
-        """(B, 3, S, S) as `Preprocess` gives it, or raw uint8 (B, S, S, 3) or (B, 3, S, S) -> (B, embed_dim), of unit
-        length if normalize."""
+    def encode_image(self, image: Tensor | PreProjection, normalize: bool = True) -> Tensor:
+        """Embed images -> (B, embed_dim).
+
+        Args:
+            image: (B, 3, S, S) from `Preprocess`, or raw uint8 (B, S, S, 3) or (B, 3, S, S).
+            normalize: scale the embeddings to unit length.
+        """
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Packed | Tensor | Pooled, normalize: bool = True) -> Tensor:
-        """What `Tokenizer.packed` gives, or (B, L) int64 as `Tokenizer` gives it -> (B, embed_dim), of unit length if
-        normalize. Padded ids are packed first, for which an accelerator has to wait."""
+    def encode_text(self, text: Packed | Tensor | PreProjection, normalize: bool = True) -> Tensor:
+        """Embed captions -> (B, embed_dim).
+
+        Args:
+            text: the output of `Tokenizer.packed`, or (B, L) int64 from `Tokenizer`. Padded ids are packed first,
+                which waits for an accelerator.
+            normalize: scale the embeddings to unit length.
+        """
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
-        self, image: Tensor | Pooled | None = None, text: Packed | Tensor | Pooled | None = None
+        self, image: Tensor | PreProjection | None = None, text: Packed | Tensor | PreProjection | None = None
     ) -> dict[str, Tensor | None]:
-        """What open_clip's CustomTextCLIP returns with `output_dict`: features of unit length and exp(logit_scale).
+        """Embed images and captions, and return them like open_clip's CustomTextCLIP with `output_dict`.
 
         Returns:
-            image_features and text_features (B, embed_dim), None where no input was given; logit_scale (), the
-            factor itself; logit_bias () where the model has one.
+            image_features, text_features: (B, embed_dim) of unit length, or None without an input.
+            logit_scale: exp of the parameter, a scalar.
+            logit_bias: a scalar. Absent if the model has none.
         """
         output: dict[str, Tensor | None] = {
             "image_features": None if image is None else self.encode_image(image),
@@ -92,28 +101,29 @@ class BiomedClip(nn.Module):
         return output
 
     def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
-        """Recomputes each layer in the backward pass of training instead of keeping its activations.
+        """Recompute each layer in the backward pass of training, instead of keeping its activations.
 
-        offload: what it is recomputed from waits on the host.
+        offload: keep the inputs of the recomputed layers on the host.
         """
         for tower in (self.visual, self.text):
             tower.grad_checkpointing, tower.offload_activations = enable, offload
 
     def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
-        """Has torch.compile make one graph of each layer, for batches and captions of any length.
+        """Compile each layer to one graph by torch.compile, for any batch size and caption length.
 
-        cuda_graphs: those of the image tower, for each batch size that comes, replayed as CUDA graphs.
-        options: torch.compile's.
+        Args:
+            cuda_graphs: replay the image tower's layers as CUDA graphs, one set for each batch size.
+            options: further arguments of torch.compile.
 
         Raises:
-            UserError: CUDA graphs of a ResNet, whose statistics move; that was never tried.
+            UserError: cuda_graphs with a ResNet. Its running statistics change, and nobody has tried that.
         """
         if isinstance(self.visual, VisionTower):
             self.visual.cuda_graphs = cuda_graphs
         elif cuda_graphs:
-            raise UserError("engine.cuda_graphs: not with vision.kind resnet, whose batch norms keep statistics")
+            raise UserError("engine.cuda_graphs=True isn't supported with vision.kind resnet: turn it off")
         else:
-            # Its blocks differ in their shapes, and are of one function, of which torch compiles 8 variants by itself.
+            # The blocks share one function but differ in their shapes. By default torch compiles 8 variants of it.
             limits: Any = torch._dynamo.config
             limits.cache_size_limit = max(limits.cache_size_limit, 8 * len(self.visual.layers))
         for layer in self.visual.layers:

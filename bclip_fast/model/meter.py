@@ -1,15 +1,16 @@
-"""METER's co-attention head for visual question answering (arXiv 2111.02387) on the towers of a BiomedCLIP."""
+"""METER's co-attention head for visual question answering (arXiv 2111.02387), on the towers of a BiomedCLIP."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.processor import lacks_bfloat16
+from bclip_fast.ops.processor import lacks_bfloat16
+
 from .biomedclip import BiomedClip
 from .packed import Packed
 from .text import BertTower, pack
@@ -21,12 +22,12 @@ NORM_EPS = 1e-12
 
 @dataclass(frozen=True)
 class MeterConfig:
-    """Sizes of the head; the defaults are METER's."""
+    """Sizes of the head. The defaults are METER's."""
 
     num_answers: int
     width: int = 768
     layers: int = 6
-    """Co-attention layers a stream."""
+    """Number of co-attention layers in each stream."""
     heads: int = 12
     mlp_ratio: float = 4.0
     dropout: float = 0.1
@@ -37,18 +38,18 @@ class MeterConfig:
         check_range("meter.dropout", self.dropout, 0.0, 0.9)
 
 
-def _mix(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
-    """torch's attention, (B, H, N, d) over (B, H, M, d); in float32 on a CPU that has no bfloat16 instructions."""
-    dtype, options = query.dtype, dict(attn_mask=seen, dropout_p=dropout)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """torch's attention of (B, H, N, d) over (B, H, M, d), in float32 on a CPU without bfloat16 instructions."""
+    dtype = query.dtype
     if dtype != torch.bfloat16 or not lacks_bfloat16(query.device):
-        return F.scaled_dot_product_attention(query, key, value, **options)  # type: ignore[arg-type]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options)  # type: ignore[arg-type]
-        return mixed.to(dtype)
+        query, key, value = query.float(), key.float(), value.float()
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout).to(dtype)
 
 
 class _Attention(nn.Module):
-    """x + attention(x over y), normed after: BERT's."""
+    """BERT's attention, x + attention(x over y) followed by the norm."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -58,18 +59,18 @@ class _Attention(nn.Module):
         self.proj = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, y: Tensor, seen: Tensor | None) -> Tensor:
-        """(B, N, D) over (B, M, D); seen: (B, 1, 1, M) bool, the tokens of y that are not padding."""
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, D) over (B, M, D). mask: (B, 1, 1, M) bool, true at the tokens of y that aren't padding."""
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        mixed = _mix(query, key, value, seen, dropout)
-        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
-        return self.norm(x + F.dropout(mixed, self.dropout, self.training))
+        attended = _sdpa(query, key, value, mask, dropout)
+        attended = self.proj(attended.transpose(1, 2).flatten(2))
+        return self.norm(x + F.dropout(attended, self.dropout, self.training))
 
 
 class CrossLayer(nn.Module):
-    """Self-attention, cross-attention, MLP, each with its residual and norm: METER's BertCrossLayer."""
+    """METER's BertCrossLayer: self-attention, cross-attention and MLP, each with its residual and norm."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -79,13 +80,14 @@ class CrossLayer(nn.Module):
         self.fc2 = Linear(mlp_width(config.width, config.mlp_ratio), config.width)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, y: Tensor, x_seen: Tensor | None, y_seen: Tensor | None) -> Tensor:
-        x = self.cross(self.own(x, x, x_seen), y, y_seen)
+    def forward(self, x: Tensor, y: Tensor, x_mask: Tensor | None, y_mask: Tensor | None) -> Tensor:
+        """Update the stream x (B, N, D) from itself and from the other stream y (B, M, D)."""
+        x = self.cross(self.own(x, x, x_mask), y, y_mask)
         return self.norm(x + F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training))
 
 
 class Fusion(nn.Module):
-    """Two streams of co-attention layers, each layer from the states that the one before gave both."""
+    """Two streams of co-attention layers. Each layer reads both streams' outputs of the previous layer."""
 
     def __init__(self, config: MeterConfig, image_width: int, text_width: int) -> None:
         super().__init__()
@@ -95,11 +97,11 @@ class Fusion(nn.Module):
         self.text_layers = nn.ModuleList(CrossLayer(config) for _ in range(config.layers))
         self.image_pool, self.text_pool = (Linear(config.width, config.width) for _ in range(2))
 
-    def forward(self, images: Tensor, texts: Tensor, seen: Tensor) -> Tensor:
-        """(B, N, Di), (B, L, Dt), seen (B, L) bool -> (B, 2 width), the pooled first tokens side by side."""
+    def forward(self, images: Tensor, texts: Tensor, text_mask: Tensor) -> Tensor:
+        """(B, N, Di), (B, L, Dt) and text_mask (B, L) bool -> (B, 2 width): the pooled first tokens, concatenated."""
         kinds = self.kinds(torch.arange(2, device=images.device))
         text, image = self.text_in(texts) + kinds[0], self.image_in(images) + kinds[1]
-        mask = seen[:, None, None]
+        mask = text_mask[:, None, None]
         for text_layer, image_layer in zip(self.text_layers, self.image_layers, strict=True):
             text, image = text_layer(text, image, mask, None), image_layer(image, text, None, mask)
         return torch.cat([self.text_pool(text[:, 0]).tanh(), self.image_pool(image[:, 0]).tanh()], dim=1)
@@ -108,18 +110,25 @@ class Fusion(nn.Module):
 class VqaModel(nn.Module):
     """Towers, fusion and a classifier over the answers of the training set.
 
-    lr_scales: METER's learning rates relative to the towers', by prefix of a parameter's name.
+    lr_scales: METER's learning rates relative to those of the towers, by prefix of a parameter's name.
     """
 
-    lr_scales = {"classifier.": 50.0, "fusion.": 5.0}
+    lr_scales: ClassVar[dict[str, float]] = {"classifier.": 50.0, "fusion.": 5.0}
 
     def __init__(
         self, clip: BiomedClip, config: MeterConfig, answers: tuple[str, ...], *, freeze: bool = False
     ) -> None:
-        """freeze: the towers keep their weights. Raises ValueError unless there are num_answers answers."""
+        """Build the head on `clip`.
+
+        Args:
+            freeze: lock the towers' weights.
+
+        Raises:
+            ValueError: the number of answers isn't num_answers, or a tower is neither a ViT nor BERT.
+        """
         super().__init__()
         if len(answers) != config.num_answers:
-            raise ValueError(f"{len(answers)} answers for a head of {config.num_answers}")
+            raise ValueError(f"{len(answers)} answers were passed for num_answers={config.num_answers}")
         if not isinstance(clip.text, BertTower):
             raise ValueError("METER's head reads the tokens of a BERT text tower; this model has another")
         if not isinstance(clip.visual, VisionTower):
@@ -136,40 +145,44 @@ class VqaModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         self.clip = clip
-        # What only the contrastive embedding reads gets no gradient here.
+        # Parameters that only the contrastive embedding reads would get no gradient here.
         for name, parameter in clip.named_parameters():
             unread = name.startswith(("logit_", "visual.head.", "text.proj."))
             parameter.requires_grad_(not (freeze or unread))
 
     def forward(self, image: Tensor, text: Packed | Tensor) -> dict[str, Tensor]:
-        """Images as `BiomedClip` takes them and their questions -> logits (B, num_answers)."""
+        """Images as `BiomedClip` takes them, and their questions -> logits (B, num_answers)."""
         tower: Any = self.clip.text
         if isinstance(text, Tensor):
             text = pack(text, text != tower.config.pad_id)[0]
-        states = self.clip.visual(image, tokens=True)
-        words = tower(text, tokens=True)
+        image_states = self.clip.visual(image, tokens=True)
+        text_states = tower(text, tokens=True)
         lengths = text.lengths
-        seen = torch.arange(text.max_seqlen, device=words.device) < lengths[:, None]
-        padded = words.new_zeros(len(lengths), text.max_seqlen, words.shape[1])
-        padded = padded.index_put((text.owners, text.positions), words)
-        return {"logits": self.classifier(self.fusion(states, padded, seen))}
+        mask = torch.arange(text.max_seqlen, device=text_states.device) < lengths[:, None]
+        padded = text_states.new_zeros(len(lengths), text.max_seqlen, text_states.shape[1])
+        padded = padded.index_put((text.owners, text.positions), text_states)
+        return {"logits": self.classifier(self.fusion(image_states, padded, mask))}
 
     def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
+        """The embeddings of the underlying `BiomedClip`."""
         return self.clip.encode_image(image, normalize)
 
     def encode_text(self, text: Packed | Tensor, normalize: bool = True) -> Tensor:
+        """The embeddings of the underlying `BiomedClip`."""
         return self.clip.encode_text(text, normalize)
 
     def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
+        """As `BiomedClip.set_grad_checkpointing`. The head isn't recomputed."""
         self.clip.set_grad_checkpointing(enable, offload)
 
     def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
+        """As `BiomedClip.compile_layers`. The head isn't compiled."""
         self.clip.compile_layers(cuda_graphs, **options)
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """METER's: binary cross-entropy over all answers, summed over answers and averaged over questions.
+    """METER's loss: binary cross-entropy, summed over answers and averaged over questions.
 
-    logits, targets: (B, A); targets in [0, 1], soft where a question has several answers.
+    logits, targets: (B, A). Targets lie in [0, 1], and are soft where a question has several answers.
     """
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float()) * logits.shape[1]

@@ -1,9 +1,11 @@
-"""`open_clip_config.json` and the small files it points to, from and to our configuration.
+"""`open_clip_config.json` and the small files that it points to: writing them from our configuration and reading them.
 
 open_clip names its towers: a timm model and a Hugging Face model. The published sizes have public names. For any other
-size timm reads `config.json` of a `local-dir:` folder, and transformers that of any folder, so `write` describes the
-towers in `vision/` and `text/` beside `open_clip_config.json`, by relative path: such a checkpoint opens in open_clip
-where the checkpoint's folder is the working directory (`open_clip.create_model("local-dir:.")`, timm >= 1.0.16).
+size timm reads `config.json` of a `local-dir:` folder, and transformers that of any folder. So `write` describes such
+towers in `vision/` and `text/` beside `open_clip_config.json`, by relative path.
+
+To open such a checkpoint in open_clip (timm >= 1.0.16), make its folder the working directory and call
+`open_clip.create_model("local-dir:.")`.
 """
 
 from __future__ import annotations
@@ -13,10 +15,20 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from .biomedclip import BiomedClipConfig
 from .text import TextConfig
-from .tower_config import PUBMEDBERT, TIMM_MODELS, Json, bert_config, bert_json, is_pubmedbert, timm_json, timm_vit
+from .tower_config import (
+    PUBMEDBERT,
+    TIMM_MODELS,
+    Json,
+    bert_config,
+    is_pubmedbert,
+    read_bert_config,
+    read_timm_config,
+    timm_config,
+)
 from .transformer import MAX_LAYERS, check_range
 from .vision import VisionConfig
 
@@ -27,34 +39,17 @@ _PUBMEDBERT_NAMES = {
     for corpus in ("abstract", "abstract-fulltext")
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w-][\w.-]*")
-
 _CLIP_SIZES = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
 
 
 def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, Json]:
-    """Relative path -> JSON of the files that describe the model.
+    """Describe the model: relative path -> JSON of each file.
 
     Args:
-        published_tokenizer: the vocabulary is PubMedBERT's, so that its public name may stand for it.
+        published_tokenizer: the vocabulary is PubMedBERT's, so the file may name it by its public name.
     """
     files: dict[str, Json] = {}
-    if config.vision.kind == "resnet":
-        vision: Json = {"image_size": config.vision.image_size, "layers": list(config.vision.blocks or ())}
-        vision |= {"width": config.vision.width, "patch_size": None}
-        vision["head_width"] = 32 * config.vision.width // config.vision.heads
-    elif config.vision.kind == "clip":
-        vision = {name: getattr(config.vision, name) for name in _CLIP_SIZES}
-        vision["head_width"] = config.vision.width // config.vision.heads
-    else:
-        vision = {
-            "timm_model_name": _timm_name(config.vision, files),
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "image_size": config.vision.image_size,
-        }
-    if config.vision.patch_dropout:
-        vision["patch_dropout"] = config.vision.patch_dropout
+    vision = _vision_json(config.vision, files)
     tokenizer_name = PUBMEDBERT if published_tokenizer else "."
     if config.text.kind == "bert":
         text: Json = {
@@ -79,28 +74,28 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
 
 
 def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> BiomedClipConfig:
-    """Our configuration from the content of an open_clip_config.json, in either spelling of its keys.
+    """Return our configuration from the content of an open_clip_config.json, in either spelling of its keys.
 
     Args:
         config: the parsed file.
-        read_json: gives a JSON file of the checkpoint by its relative path.
-        hub_json: gives `config.json` of a repository of the hub.
+        read_json: returns a JSON file of the checkpoint by its relative path.
+        hub_json: returns `config.json` of a repository on the hub.
 
     Raises:
-        UserError: a key or value that this package's towers cannot express; the message names it.
+        UserError: a key or value that our towers can't express. The message names it.
     """
     model = _Section("model_cfg", _table(config, "model_cfg"))
     vision_section = _Section("vision_cfg", model.take_table("vision_cfg"))
-    timm = "timm_model_name" in vision_section.left
-    vision = _read_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
+    timm = "timm_model_name" in vision_section.remaining
+    vision = _read_timm_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
     text_section = _Section("text_cfg", model.take_table("text_cfg"))
-    if "hf_model_name" in text_section.left:
+    if "hf_model_name" in text_section.remaining:
         text = _read_bert(text_section, read_json, hub_json)
     else:
         text = _read_gpt(text_section)
     quick_gelu = model.take("quick_gelu", False)
     if not isinstance(quick_gelu, bool):
-        raise UserError(f"{CONFIG_FILE}: model_cfg.quick_gelu is {quick_gelu!r}; supported is True or False")
+        raise UserError(f"{CONFIG_FILE}: model_cfg.quick_gelu={quick_gelu!r} must be True or False")
     model.take("custom_text", None)
     defaults = BiomedClipConfig()
     result = BiomedClipConfig(
@@ -119,67 +114,86 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
 
 
 def tokenizer_name(config: Json) -> str | None:
-    """The hub repository that holds the tokenizer, where the configuration names one."""
+    """The hub repository of the tokenizer, if the configuration names one."""
     name = _table(_table(config, "model_cfg"), "text_cfg").get("hf_tokenizer_name")
     return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
 
 
 class _Section:
-    """One table of the file; what nobody has taken at the end is an error, so that no setting is ignored."""
+    """A table of the file. Keys that remain when reading finishes are an error, so that no setting is ignored."""
 
     _REQUIRED = object()
 
     def __init__(self, name: str, content: Json) -> None:
         self.name = name
-        self.left = dict(content)
+        self.remaining = dict(content)
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        if key not in self.left and default is self._REQUIRED:
+        if key not in self.remaining and default is self._REQUIRED:
             raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
-        return self.left.pop(key, default)
+        return self.remaining.pop(key, default)
 
     def take_table(self, key: str) -> Json:
-        if key not in self.left:
-            raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
-        return _table({key: self.left.pop(key)}, key)
+        return _table({key: self.take(key)}, key)
 
     def take_either(self, key: str, old_key: str, default: Any) -> Any:
-        """A key that open_clip renamed in 2.23."""
+        """Take a key that open_clip renamed in 2.23."""
         value, old_value = self.take(key, None), self.take(old_key, None)
         if value is not None and old_value is not None and value != old_value:
-            raise UserError(f"{CONFIG_FILE}: {self.name} has {key} {value!r} and {old_key} {old_value!r}")
+            raise UserError(f"{CONFIG_FILE}: {self.name}.{key}={value!r} contradicts {old_key}={old_value!r}")
         return next((item for item in (value, old_value) if item is not None), default)
 
     def expect(self, key: str, *values: Any) -> None:
-        """The first value is what a missing key means."""
-        found = self.take(key, values[0])
-        if found not in values or isinstance(found, bool) != isinstance(values[0], bool):
+        """Take a key whose value must be one of `values`. The first is the meaning of a missing key."""
+        value = self.take(key, values[0])
+        if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
             supported = " or ".join(repr(value) for value in values)
-            raise UserError(f"{CONFIG_FILE}: {self.name}.{key} is {found!r}; supported is {supported}")
+            raise UserError(f"{CONFIG_FILE}: {self.name}.{key}={value!r} must be {supported}")
 
     def finish(self) -> None:
-        if self.left:
-            names = ", ".join(sorted(map(str, self.left)))
+        if self.remaining:
+            names = ", ".join(sorted(map(str, self.remaining)))
             raise UserError(f"{CONFIG_FILE}: {self.name} has unsupported keys: {names}")
 
 
 def _table(config: Any, key: str) -> Json:
     value = config.get(key) if isinstance(config, Mapping) else None
     if not isinstance(value, dict):
-        raise UserError(f"{CONFIG_FILE}: {key} is missing or no table")
+        raise UserError(f"{CONFIG_FILE}: {key} is missing or isn't a table")
     return value
 
 
+def _vision_json(config: VisionConfig, files: dict[str, Json]) -> Json:
+    if config.kind == "resnet":
+        vision: Json = {"image_size": config.image_size, "layers": list(config.blocks or ())}
+        vision |= {"width": config.width, "patch_size": None, "head_width": 32 * config.width // config.heads}
+    elif config.kind == "clip":
+        vision = {name: getattr(config, name) for name in _CLIP_SIZES}
+        vision["head_width"] = config.width // config.heads
+    else:
+        vision = {
+            "timm_model_name": _timm_name(config, files),
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": config.image_size,
+        }
+    if config.patch_dropout:
+        vision["patch_dropout"] = config.patch_dropout
+    return vision
+
+
 def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
+    """timm's name of the tower. If timm has none, add a file that describes it and return the name of its folder."""
     sizes = dataclasses.replace(vision, patch_dropout=0.0)
-    for name, known in TIMM_MODELS.items():
-        if known == sizes:
+    for name, published in TIMM_MODELS.items():
+        if published == sizes:
             return name
-    files["vision/config.json"] = timm_json(vision)
+    files["vision/config.json"] = timm_config(vision)
     return "local-dir:./vision"
 
 
-def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionConfig:
+def _read_timm_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionConfig:
     name = section.take("timm_model_name")
     section.expect("timm_pool", "avg", "", "token")
     section.expect("timm_proj", "linear")
@@ -191,27 +205,28 @@ def _read_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionC
     image_size = section.take("image_size", None)
     section.finish()
     if not isinstance(name, str):
-        raise UserError(f"{CONFIG_FILE}: timm_model_name is {name!r}")
+        raise UserError(f"{CONFIG_FILE}: timm_model_name={name!r} must be a string")
     if name.startswith("local-dir:"):
-        vision = timm_vit(read_json(f"{_relative(name.removeprefix('local-dir:'))}/config.json"))
-    elif (plain := name.partition(".")[0]) in TIMM_MODELS:
-        vision = TIMM_MODELS[plain]
+        path = f"{_inner_folder(name.removeprefix('local-dir:'))}/config.json"
+        vision = read_timm_config(read_json(path), path)
+    elif (base_name := name.partition(".")[0]) in TIMM_MODELS:
+        vision = TIMM_MODELS[base_name]
     else:
-        raise UserError(f"{CONFIG_FILE}: timm_model_name {name!r} is not supported; known are {', '.join(TIMM_MODELS)}")
+        raise UserError(f"{CONFIG_FILE}: timm_model_name={name!r} must be one of {', '.join(TIMM_MODELS)}")
     if image_size not in (None, vision.image_size):
-        raise UserError(f"{CONFIG_FILE}: image_size {image_size!r} is not that of {name}, {vision.image_size}")
+        raise UserError(f"{CONFIG_FILE}: image_size={image_size!r} must be that of {name}, {vision.image_size}")
     return dataclasses.replace(vision, patch_dropout=patch_dropout)
 
 
 def _read_clip_vision(section: _Section) -> VisionConfig:
-    """open_clip's own towers, as OpenAI's models have them; what its ViT can do beyond isn't supported."""
+    """open_clip's own towers with the settings of OpenAI's models. Its ViT's other settings aren't supported."""
     defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
     sizes = {name: section.take(name, default) for name, default in defaults.items()}
     head_width = section.take("head_width", 64)
     section.expect("pool_type", "tok")
     section.finish()
     check_range(f"{CONFIG_FILE}: vision_cfg.width", sizes["width"], 1, 16384)
-    # A number of layers makes it a ViT, a list, by stage, a ResNet.
+    # A number of layers means a ViT. A list, with a number for each stage, means a ResNet.
     resnet = isinstance(sizes["layers"], list)
     width = sizes["width"] * 32 if resnet else sizes["width"]
     check_range(f"{CONFIG_FILE}: vision_cfg.head_width", head_width, 1, width)
@@ -224,9 +239,10 @@ def _read_clip_vision(section: _Section) -> VisionConfig:
 
 
 def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
+    """PubMedBERT's name for a tower of its sizes. For others, add a file that describes it and return its folder."""
     if is_pubmedbert(text):
         return PUBMEDBERT
-    files["text/config.json"] = bert_json(text)
+    files["text/config.json"] = bert_config(text)
     return "./text"
 
 
@@ -240,16 +256,16 @@ def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Ca
     section.expect("output_tokens", False)
     section.finish()
     if pooler != "cls_last_hidden_state_pooler":
-        raise UserError(f"{CONFIG_FILE}: hf_pooler_type is {pooler!r}; supported is 'cls_last_hidden_state_pooler'")
+        raise UserError(f"{CONFIG_FILE}: hf_pooler_type={pooler!r} must be 'cls_last_hidden_state_pooler'")
     if not isinstance(name, str):
-        raise UserError(f"{CONFIG_FILE}: hf_model_name is {name!r}")
+        raise UserError(f"{CONFIG_FILE}: hf_model_name={name!r} must be a string")
     if name in _PUBMEDBERT_NAMES:
         text = TextConfig()
     elif _HUB_ID.fullmatch(name):
-        text = bert_config(hub_json(name), name)
+        text = read_bert_config(hub_json(name), name)
     else:
-        path = f"{_relative(name)}/config.json"
-        text = bert_config(read_json(path), path)
+        path = f"{_inner_folder(name)}/config.json"
+        text = read_bert_config(read_json(path), path)
     return dataclasses.replace(text, context_length=context_length, projection=projection)
 
 
@@ -285,7 +301,7 @@ def _read_gpt(section: _Section) -> TextConfig:
         projection="linear",
     )
     if pool_type not in ("argmax", "eos"):
-        raise UserError(f"{CONFIG_FILE}: pool_type is {pool_type!r}; supported is 'argmax' or 'eos'")
+        raise UserError(f"{CONFIG_FILE}: pool_type={pool_type!r} must be 'argmax' or 'eos'")
     section.expect("proj_type", "linear")
     section.expect("proj_bias", False)
     section.expect("no_causal_mask", False)
@@ -295,9 +311,9 @@ def _read_gpt(section: _Section) -> TextConfig:
     return text
 
 
-def _relative(path: str) -> str:
-    """A folder inside the checkpoint's own. A configuration must not make us read anything else."""
+def _inner_folder(path: str) -> str:
+    """Return the normalised path of a folder inside the checkpoint's. A configuration must not make us read others."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith(("/", "~")) or ".." in parts or "\\" in path or not parts:
-        raise UserError(f"{CONFIG_FILE}: {path!r} does not name a folder inside the checkpoint's folder")
+        raise UserError(f"{CONFIG_FILE}: {path!r} must name a folder inside the checkpoint's folder")
     return "/".join(parts)

@@ -1,10 +1,11 @@
-"""The presets of the paper's model, its ablations and the quickstart."""
+"""Model presets: the paper's model and its ablations, OpenAI's models and the quickstart's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from .biomedclip import BiomedClipConfig
 from .text import TextConfig
 from .vision import VisionConfig
@@ -24,7 +25,7 @@ _GPT = TextConfig(
 
 
 def _presets() -> dict[str, BiomedClipConfig]:
-    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, clip_rn50, and quickstart."""
+    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, clip_rn50 and quickstart."""
     bert = TextConfig()
     texts = {"": bert, "_ctx77": replace(bert, context_length=77), "_gpt77": _GPT}
     presets = {}
@@ -35,7 +36,7 @@ def _presets() -> dict[str, BiomedClipConfig]:
             size = "" if image_size == 224 else f"_{image_size}"
             for suffix, text in texts.items():
                 presets[f"biomedclip_{letter}16{size}{suffix}"] = BiomedClipConfig(vision=vision, text=text)
-    # OpenAI's CLIP ViT-B/16 and RN50, from which table S8 of the paper continues.
+    # OpenAI's CLIP ViT-B/16 and RN50. Table S8 of the paper continues training from them.
     presets["clip_b16"] = BiomedClipConfig(vision=VisionConfig(kind="clip"), text=_GPT, quick_gelu=True)
     rn50 = VisionConfig(kind="resnet", patch_size=32, width=64, layers=16, heads=32, blocks=(3, 4, 6, 3))
     presets["clip_rn50"] = BiomedClipConfig(embed_dim=1024, vision=rn50, text=_GPT, quick_gelu=True)
@@ -60,7 +61,7 @@ PRESETS = _presets()
 
 
 def preset(name: str) -> BiomedClipConfig:
-    """The preset of that name. Raises UserError naming the known ones."""
+    """Return the preset of that name. Raises UserError, listing the presets, if it is unknown."""
     if name not in PRESETS:
         raise UserError(f"model preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Reading checkpoint files from untrusted sources."""
+"""Reading checkpoint files from untrusted sources: no code of the file runs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
 
 State = dict[str, Tensor]
 
-# A pickled number, with which torch.save's files began before they were archives.
+# The pickled number with which torch.save's files began before they were zip archives.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 def read_checkpoint(path: Path, *, legacy: bool = False) -> State:
-    """The tensors of a `.safetensors` file or of a PyTorch checkpoint, on the CPU. No code of the file is run.
+    """Read the tensors of a `.safetensors` file or of a PyTorch checkpoint, on the CPU.
 
-    A PyTorch checkpoint may be the state dict or hold it under "state_dict" (open_clip's training checkpoints), with or
-    without the "module." prefix of DistributedDataParallel. `legacy` also takes what PyTorch wrote before 1.6, as some
-    of the first checkpoints on the hub are.
+    A PyTorch checkpoint may be the state dict itself or hold it under "state_dict", as open_clip's training checkpoints
+    do. A "module." prefix of DistributedDataParallel is removed.
+
+    Args:
+        legacy: also accept the format that PyTorch wrote before 1.6. Some of the first checkpoints on the hub have it.
 
     Raises:
-        UserError: the file is missing, broken, of an old or compressed format, or holds anything but plain weights.
+        UserError: the file is missing, broken or compressed, has an old format, or holds anything but plain weights.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
@@ -35,11 +37,11 @@ def read_checkpoint(path: Path, *, legacy: bool = False) -> State:
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not state:
-        raise UserError(f"checkpoint {path} holds no state dict")
+        raise UserError(f"checkpoint {path} doesn't hold a state dict")
     for name, tensor in state.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not isinstance(name, str) or not plain:
-            raise UserError(f"checkpoint {path} holds {name!r}, which is no plain tensor; it must hold weights alone")
+            raise UserError(f"checkpoint {path} holds {name!r}, which isn't a plain tensor; it must hold only weights")
     if all(name.startswith("module.") for name in state):
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return dict(state)
@@ -52,22 +54,23 @@ def _read_safetensors(path: Path) -> State:
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
+        raise UserError(f"checkpoint {path} isn't a complete safetensors file: {error}") from error
 
 
 def _read_torch(path: Path, legacy: bool) -> Any:
-    packed: list[str] = []
+    compressed: list[str] = []
     try:
         if not (legacy and path.open("rb").read(len(_LEGACY_START)) == _LEGACY_START):
             with zipfile.ZipFile(path) as archive:
-                packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+                entries = archive.infolist()
+                compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(
-            f"checkpoint {path} is broken, or older than PyTorch 1.6 and to be saved again: {error}"
+            f"checkpoint {path} is broken, or was saved by PyTorch before 1.6 and must be saved again: {error}"
         ) from error
-    if packed:
-        # torch.save never compresses; a compressed entry could unpack to any size.
-        raise UserError(f"checkpoint {path} has compressed entries ({packed[0]}); torch.save writes none")
+    if compressed:
+        # torch.save never compresses, and a compressed entry could unpack to any size.
+        raise UserError(f"checkpoint {path} has compressed entries ({compressed[0]}); torch.save doesn't write any")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises UnpicklingError, RuntimeError, EOFError, KeyError, ...

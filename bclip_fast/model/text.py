@@ -1,6 +1,6 @@
-"""The text towers: BERT with the projection of BiomedCLIP, and the GPT-style tower of its ablation.
+"""The text towers: BERT with BiomedCLIP's projection, and the GPT-style tower of its ablation.
 
-Both compute on packed tokens; padded ids are packed first, which changes no result.
+Both compute on packed tokens. Padded ids are packed first, which doesn't change any result.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..ops import linear
+from bclip_fast.errors import UserError
+from bclip_fast.ops import linear
+
 from .packed import Packed
 from .transformer import (
     MAX_TOKENS,
     Linear,
     Norm,
-    Pooled,
     PostNormLayer,
     PreNormLayer,
+    PreProjection,
     Sequences,
     Tower,
     check_range,
@@ -34,36 +35,38 @@ GPT_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text tower; the defaults are PubMedBERT with 256 tokens."""
+    """Sizes of the text tower. The defaults are those of PubMedBERT with 256 tokens."""
 
     kind: Literal["bert", "gpt"] = "bert"
-    """bert: post-norm, bidirectional, first token read. gpt: pre-norm, causal, end token read."""
+    """bert: post-norm layers, bidirectional, reads the first token. gpt: pre-norm layers, causal, reads the end
+    token."""
     context_length: int = 256
-    """Tokens that a caption is cut to and padded to."""
+    """Number of tokens to which captions are truncated and padded."""
     vocab_size: int = 30522
-    """Rows of the embedding table; PubMedBERT's is larger than its vocabulary."""
+    """Number of rows of the embedding table. PubMedBERT's has more rows than its vocabulary has tokens."""
     width: int = 768
     layers: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
     max_positions: int = 512
-    """Rows of BERT's position table; the gpt tower has context_length of them."""
+    """Number of rows of BERT's position table. The gpt tower has context_length rows."""
     dropout: float = 0.1
-    """After the embeddings and each sublayer of bert, in training."""
+    """Dropout after bert's embeddings and sublayers, in training."""
     attention_dropout: float = 0.1
-    """Of bert's attention weights, in training."""
+    """Dropout of bert's attention weights, in training."""
     pad_id: int = 0
     end_id: int | None = None
-    """gpt: the token whose output is read, at its first position; None reads at the highest id, as CLIP does."""
+    """The token whose output gpt reads, at its first position. None: the highest id, as in CLIP."""
     projection: Literal["mlp", "linear"] = "mlp"
-    """bert: width -> (width + embed_dim) // 2 -> embed_dim with GELU, or one linear layer; neither has biases."""
+    """bert's projection, without biases. mlp: width -> (width + embed_dim) // 2 -> embed_dim with GELU. linear: one
+    layer."""
 
     def __post_init__(self) -> None:
         check_sizes("text", self.width, self.layers, self.heads, self.mlp_ratio)
         if self.kind not in ("bert", "gpt"):
-            raise UserError(f"text.kind is {self.kind!r}; choose bert or gpt")
+            raise UserError(f"text.kind={self.kind!r} must be bert or gpt")
         if self.projection not in ("mlp", "linear"):
-            raise UserError(f"text.projection is {self.projection!r}; choose mlp or linear")
+            raise UserError(f"text.projection={self.projection!r} must be mlp or linear")
         check_range("text.context_length", self.context_length, 2, MAX_TOKENS)
         check_range("text.vocab_size", self.vocab_size, 2, 10_000_000)
         check_range("text.max_positions", self.max_positions, 2, MAX_TOKENS)
@@ -72,24 +75,24 @@ class TextConfig:
             check_range("text.end_id", self.end_id, 0, self.vocab_size - 1)
         if self.kind == "bert" and self.context_length > self.max_positions:
             raise UserError(
-                f"text.context_length {self.context_length} exceeds text.max_positions {self.max_positions}"
+                f"text.context_length={self.context_length} must not exceed text.max_positions={self.max_positions}"
             )
         for name in ("dropout", "attention_dropout"):
             check_range(f"text.{name}", getattr(self, name), 0.0, 0.99)
 
 
-def pack(ids: Tensor, wanted: Tensor) -> tuple[Packed, Tensor]:
-    """(B, L) ids and which of them to keep, bool -> those, and (T,) int64 their columns.
+def pack(ids: Tensor, kept: Tensor) -> tuple[Packed, Tensor]:
+    """Pack the tokens of padded ids (B, L) at which `kept` (B, L) is true. Also return their columns, (T,) int64.
 
-    Waits for an accelerator to count them: pack in the loader.
+    Counting the tokens waits for an accelerator, so pack in the loader.
     """
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    bounds = torch.nn.functional.pad(wanted.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return Packed(ids[wanted], bounds, ids.shape[1]), columns[wanted]
+    bounds = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Packed(ids[kept], bounds, ids.shape[1]), columns[kept]
 
 
 class BertTower(Tower):
-    """Hugging Face's BertModel without pooler, the first token's last hidden state, and the projection."""
+    """Hugging Face's BertModel without its pooler, and the projection of the first token's last hidden state."""
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
@@ -119,11 +122,13 @@ class BertTower(Tower):
             )
         else:
             self.proj = Linear(width, embed_dim, bias=False)
-        self._initialise()
+        self._init_weights()
 
-    def _initialise(self) -> None:
-        """BERT's: normal, zero biases; 0.02 for embeddings, and for linear layers at width 768; the projection keeps
-        PyTorch's."""
+    def _init_weights(self) -> None:
+        """BERT's: normal weights and zero biases. Embeddings use 0.02; linear layers, too, at width 768.
+
+        The projection keeps PyTorch's initialisation.
+        """
         for module in [*self.children(), *self.layers.modules()]:
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -132,39 +137,42 @@ class BertTower(Tower):
                 nn.init.normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, text: Packed | Tensor | Pooled, *, tokens: bool = False) -> Tensor:
-        """n captions, packed or (n, L) int64 padded with pad_id -> (n, embed_dim), not normalised.
+    def forward(self, text: Packed | Tensor | PreProjection, *, tokens: bool = False) -> Tensor:
+        """Embed n captions -> (n, embed_dim), not normalised to unit length.
 
-        With `tokens`, the states of all T tokens, packed as they come, instead: (T, width).
+        Padding inside a row keeps its position, and no token attends to it. A row of nothing but padding keeps its
+        first token.
 
-        Padding inside a row keeps its position and is attended to by none; a row of padding alone keeps its first.
+        Args:
+            text: packed captions, or (n, L) int64 padded with pad_id.
+            tokens: return the states of all T tokens, in packed order, instead: (T, width).
         """
-        if isinstance(text, Pooled):
+        if isinstance(text, PreProjection):
             return self.proj(text.states)
         check_text(text, self.config.max_positions)
         if isinstance(text, Packed):
             positions = text.positions
         else:
-            wanted = text != self.config.pad_id
-            wanted[:, :1] = True
-            text, positions = pack(text, wanted)
-        # Looked up through their modules, although row 0 of the token types is all that is read: ZeRO-3 gathers a
-        # parameter only where its own module runs.
+            kept = text != self.config.pad_id
+            kept[:, :1] = True
+            text, positions = pack(text, kept)
+        # Token types are always 0, but their module looks row 0 up: ZeRO-3 gathers a parameter only where its own
+        # module runs.
         x = self.word_embeddings(text.ids) + self.position_embeddings(positions)
         x = x + self.token_type_embeddings(torch.zeros_like(positions[:1]))
         normed, stream = self.embedding_norm(x, post=True)
         stream = self.dropout(stream)
         normed = stream.to(normed.dtype)
         sequences = Sequences(text.max_seqlen, text.cu_seqlens)
-        first = text.cu_seqlens[:-1].long()
+        first_rows = text.cu_seqlens[:-1].long()
         for layer in self.layers:
-            rows = first if layer is self.layers[-1] and not tokens else None
-            normed, stream = self.run(layer, normed, stream, sequences, rows)
-        return normed if tokens else self.proj(self.keep(normed))
+            rows = first_rows if layer is self.layers[-1] and not tokens else None
+            normed, stream = self.run_layer(layer, normed, stream, sequences, rows)
+        return normed if tokens else self.proj(self.store_pre_projection(normed))
 
 
 class GptTower(Tower):
-    """CLIP's text transformer: causal, GELU, final norm, the end token's output, a projection matrix."""
+    """CLIP's text transformer: causal layers, final norm, and the end token's output times a projection matrix."""
 
     def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
@@ -177,10 +185,10 @@ class GptTower(Tower):
         )
         self.norm = Norm(width, GPT_NORM_EPS)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
-        self._initialise()
+        self._init_weights()
 
-    def _initialise(self) -> None:
-        """CLIP's: standard deviations that fall with width and depth."""
+    def _init_weights(self) -> None:
+        """CLIP's: standard deviations that decrease with width and depth."""
         width, depth = self.config.width, self.config.layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
@@ -194,43 +202,47 @@ class GptTower(Tower):
             for projection in (layer.qkv, layer.proj):
                 nn.init.zeros_(projection.bias)
 
-    def forward(self, text: Packed | Tensor | Pooled) -> Tensor:
-        """n captions, packed or (n, L) int64, L up to context_length -> (n, embed_dim), not normalised."""
-        if isinstance(text, Pooled):
+    def forward(self, text: Packed | Tensor | PreProjection) -> Tensor:
+        """Embed n captions, packed or (n, L) int64 with L <= context_length -> (n, embed_dim), not normalised."""
+        if isinstance(text, PreProjection):
             return linear(text.states, self.projection.T)
         check_text(text, self.config.context_length)
         if isinstance(text, Tensor):
-            # Nothing attends to what comes after it.
-            end = self._key(text).argmax(dim=-1, keepdim=True)
+            # Causal attention never reads what comes after the end token.
+            end = self._end_score(text).argmax(dim=-1, keepdim=True)
             text = pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
         stream: Tensor = self.token_embedding(text.ids) + self.pos_embed[text.positions]
         branch: Tensor | None = None
         sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
         for layer in self.layers:
-            rows = self._ends(text) if layer is self.layers[-1] else None
-            stream, branch = self.run(layer, stream, branch, sequences, rows)
-        return linear(self.keep(self.norm(stream, branch)[0]), self.projection.T)
+            rows = self._end_rows(text) if layer is self.layers[-1] else None
+            stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
+        return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
 
-    def _key(self, ids: Tensor) -> Tensor:
-        """What is highest where the end token is."""
+    def _end_score(self, ids: Tensor) -> Tensor:
+        """A score per token that is highest at the end token."""
         return ids if self.config.end_id is None else (ids == self.config.end_id).long()
 
-    def _ends(self, text: Packed) -> Tensor:
-        """(n,) int64: the token where each caption's key is highest for the first time."""
-        key, owners, places = self._key(text.ids), text.owners, torch.arange(len(text.ids), device=text.ids.device)
-        lowest = torch.zeros_like(text.cu_seqlens[1:], dtype=torch.int64)
-        highest = lowest.scatter_reduce(0, owners, key, "amax", include_self=False)[owners]
-        beyond = torch.full_like(lowest, len(places))
-        return beyond.scatter_reduce(0, owners, torch.where(key == highest, places, len(places)), "amin")
+    def _end_rows(self, text: Packed) -> Tensor:
+        """(n,) int64: the row of each caption's first token with the highest score."""
+        scores, owners = self._end_score(text.ids), text.owners
+        row_numbers = torch.arange(len(text.ids), device=text.ids.device)
+        zeros = torch.zeros_like(text.cu_seqlens[1:], dtype=torch.int64)
+        highest = zeros.scatter_reduce(0, owners, scores, "amax", include_self=False)[owners]
+        no_row = torch.full_like(zeros, len(row_numbers))
+        candidates = torch.where(scores == highest, row_numbers, len(row_numbers))
+        return no_row.scatter_reduce(0, owners, candidates, "amin")
 
 
-def check_text(text: Packed | Tensor, longest: int) -> None:
+def check_text(text: Packed | Tensor, max_tokens: int) -> None:
+    """Raise UserError unless the captions have a shape and length that a tower takes."""
     if isinstance(text, Packed):
-        if text.max_seqlen > longest:
-            raise UserError(f"a caption has up to {text.max_seqlen} tokens; this model takes {longest}")
-    elif text.dim() != 2 or text.shape[1] > longest:
-        raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {longest})")
+        if text.max_seqlen > max_tokens:
+            raise UserError(f"a caption has up to {text.max_seqlen} tokens; this model takes {max_tokens}")
+    elif text.dim() != 2 or text.shape[1] > max_tokens:
+        raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {max_tokens})")
 
 
 def text_tower(config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> BertTower | GptTower:
+    """Build the tower of the configured kind."""
     return BertTower(config, embed_dim) if config.kind == "bert" else GptTower(config, embed_dim, quick_gelu)

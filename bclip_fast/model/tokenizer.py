@@ -1,7 +1,8 @@
-"""WordPiece token ids on the `tokenizers` library, equal to Hugging Face's BertTokenizer id for id.
+"""WordPiece token ids from the `tokenizers` library, identical to those of Hugging Face's BertTokenizer.
 
-open_clip repairs a text before it tokenizes it (ftfy, HTML entities, white space), and so BiomedCLIP was trained: curly
-quotes are straight there. `clean` does the same; it changes the ids of 5 to 10 % of the captions of PMC articles.
+open_clip cleans a text before it tokenizes it: ftfy, HTML entities, white space. BiomedCLIP was trained on such text,
+in which curly quotes are straight. `clean` does the same. It changes the ids of 5 to 10 % of the captions of PMC
+articles.
 """
 
 from __future__ import annotations
@@ -20,55 +21,52 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from ..errors import UserError
+from bclip_fast.errors import UserError
+
 from .packed import Packed
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
-# ftfy and html leave any text alone that is printable ASCII without entities: most captions skip their cost.
+# ftfy and html don't change printable ASCII without entities, so most captions skip their cost.
 _NEEDS_REPAIR = re.compile(r"[^\t\n\r -~]|&")
 
 
 def clean(text: str) -> str:
-    """open_clip's cleaning: encoding repaired and quotes straightened by ftfy, entities decoded, single spaces."""
+    """Clean a text as open_clip does: ftfy repairs its encoding and quotes, entities are decoded, spaces are single."""
     if _NEEDS_REPAIR.search(text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split())
 
 
 class Tokenizer:
-    """Captions to token ids, padded or packed; each is first repaired by `clean`.
+    """Converts captions to token ids, padded or packed. `clean` cleans each caption first.
 
     Attributes:
-        context_length: tokens that a caption is cut to and padded to.
-        vocab_size: number of tokens; every id is below it.
-        pad_id: the id that fills a row behind its last token.
+        context_length: number of tokens to which captions are truncated and padded.
+        vocab_size: number of tokens. Every id is below it.
+        pad_id: the id that fills a row after its last token.
     """
 
     def __init__(self, fast: FastTokenizer, context_length: int = 256) -> None:
-        if context_length < 2:
-            raise UserError(f"context_length is {context_length}; it must be at least 2")
+        self.context_length = _checked_length(context_length)
         self.fast = fast
-        # Cutting and padding are done here: the library would keep them as state that threads share.
+        # This class truncates and pads. The library would keep both as state that threads share.
         self.fast.no_truncation()
         self.fast.no_padding()
-        self.context_length = context_length
         self.vocab_size: int = 1 + max(fast.get_vocab(with_added_tokens=True).values(), default=-1)
-        # CLIP's byte-pair tokenizer has no padding token, and open_clip fills its rows with 0.
+        # CLIP's byte-pair tokenizer doesn't have a padding token, and open_clip fills its rows with 0.
         self.pad_id: int = fast.token_to_id(PAD) or 0
         if len(fast.encode("").ids) != 2:
-            raise UserError("the tokenizer adds no start and end token; its file needs a post_processor")
+            raise UserError("the tokenizer doesn't add start and end tokens; its file needs a post_processor")
 
     def encode(self, texts: list[str], context_length: int | None = None) -> list[list[int]]:
-        """The token ids of each text: start, pieces, end; a text of more than context_length loses its last pieces."""
-        length = context_length or self.context_length
-        if length < 2:
-            raise UserError(f"context_length is {length}; it must be at least 2")
+        """Token ids of each text: start, pieces, end. Beyond context_length, the last pieces are dropped."""
+        length = _checked_length(context_length or self.context_length)
         encodings = self.fast.encode_batch_fast([clean(text) for text in texts])
         return [ids if len(ids) <= length else [*ids[: length - 1], ids[-1]] for ids in (e.ids for e in encodings)]
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """(number of texts, context_length) int64: `encode`d, each row filled with pad_id."""
+        """(number of texts, context_length) int64: the ids of `encode`, each row filled with pad_id."""
         rows = self.encode([texts] if isinstance(texts, str) else list(texts), context_length)
         ids = torch.full((len(rows), context_length or self.context_length), self.pad_id, dtype=torch.int64)
         for row, tokens in zip(ids, rows, strict=True):
@@ -76,7 +74,7 @@ class Tokenizer:
         return ids
 
     def packed(self, texts: list[str], context_length: int | None = None) -> Packed:
-        """The same without padding, for `BiomedClip.encode_text`."""
+        """The ids of `encode` without padding, for `BiomedClip.encode_text`."""
         rows = self.encode(texts, context_length)
         return Packed.of(
             torch.tensor([token for row in rows for token in row], dtype=torch.int64), list(map(len, rows))
@@ -84,10 +82,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str, context_length: int = 256) -> Tokenizer:
-        """From a `tokenizer.json` or a BERT `vocab.txt` (uncased, as PubMedBERT's).
+        """Load a `tokenizer.json` or a BERT `vocab.txt` (uncased, like PubMedBERT's).
 
         Raises:
-            UserError: the file can't be read or is no tokenizer.
+            UserError: the file can't be read or isn't a tokenizer.
         """
         path = Path(path)
         if path.suffix == ".txt":
@@ -98,7 +96,7 @@ class Tokenizer:
             raise UserError(f"tokenizer file {path} cannot be read: {error}") from error
         try:
             fast = FastTokenizer.from_str(text)
-        except Exception as error:  # the library raises no narrower type
+        except Exception as error:  # the library doesn't raise a narrower type
             raise UserError(f"{path} is not a tokenizer.json: {error}") from error
         return cls(fast, context_length)
 
@@ -106,24 +104,24 @@ class Tokenizer:
     def train(
         cls, captions: Iterable[str], vocab_size: int, context_length: int = 256, min_frequency: int = 2
     ) -> Tokenizer:
-        """Learns an uncased WordPiece vocabulary of at most vocab_size tokens; [PAD] is 0, as in PubMedBERT.
+        """Learn an uncased WordPiece vocabulary of at most vocab_size tokens. [PAD] has id 0, as in PubMedBERT.
 
         Raises:
-            UserError: there is nothing to learn from.
+            UserError: the captions hold no text.
         """
         if vocab_size < 15:
-            raise UserError(f"vocab_size is {vocab_size}; it must be at least 15")
+            raise UserError(f"vocab_size={vocab_size} must be at least 15")
         fast = _wordpiece({})
         texts = [clean(caption) for caption in captions]
-        first, continuing = _characters(fast, texts, at_most=vocab_size // 3)
-        # Left alone, the library numbers continuing characters in the order of a hash table, breaks ties by these
-        # numbers, and lets the characters exceed the size: naming them is what makes every run give one vocabulary.
+        initial, continuing = _characters(fast, texts, at_most=vocab_size // 3)
+        # By default the library numbers continuing characters in the order of a hash table and breaks ties by these
+        # numbers. It also lets the characters exceed the vocabulary's size. Naming them makes every run equal.
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
             special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in continuing)],
-            initial_alphabet=first,
-            limit_alphabet=len(first),
+            initial_alphabet=initial,
+            limit_alphabet=len(initial),
             show_progress=False,
         )
         fast.train_from_iterator(texts, trainer)
@@ -133,17 +131,23 @@ class Tokenizer:
         return cls(_wordpiece(vocabulary), context_length)
 
     def save(self, folder: Path | str) -> None:
-        """Writes `tokenizer.json` and the `tokenizer_config.json` by which transformers' AutoTokenizer loads it."""
+        """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.fast.save(str(folder / "tokenizer.json"))
-        known = dict(pad_token=PAD, unk_token=UNK, cls_token=CLS, sep_token=SEP, mask_token=MASK)
+        special = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
         }
-        config |= {name: token for name, token in known.items() if self.fast.token_to_id(token) is not None}
+        config |= {name: token for name, token in special.items() if self.fast.token_to_id(token) is not None}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _checked_length(context_length: int) -> int:
+    if context_length < 2:
+        raise UserError(f"context_length={context_length} must be at least 2")
+    return context_length
 
 
 def _wordpiece(vocabulary: dict[str, int]) -> FastTokenizer:
@@ -160,15 +164,15 @@ def _wordpiece(vocabulary: dict[str, int]) -> FastTokenizer:
 
 
 def _characters(fast: FastTokenizer, texts: list[str], at_most: int) -> tuple[list[str], list[str]]:
-    """The most frequent characters, and those of them that also continue a word; both in the order of code points."""
-    everywhere: Counter[str] = Counter()
+    """The most frequent characters, and those of them that also continue a word. Both lists follow the code points."""
+    counts: Counter[str] = Counter()
     continuing: set[str] = set()
     for text in texts:
         for word, _ in fast.pre_tokenizer.pre_tokenize_str(fast.normalizer.normalize_str(text)):
-            everywhere.update(word)
+            counts.update(word)
             continuing.update(word[1:])
-    kept = sorted(sorted(everywhere, key=lambda character: (-everywhere[character], character))[:at_most])
-    return kept, [character for character in kept if character in continuing]
+    frequent = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:at_most])
+    return frequent, [character for character in frequent if character in continuing]
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
@@ -181,5 +185,5 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     vocabulary = {line.rstrip("\r"): index for index, line in enumerate(lines)}
     missing = [token for token in (PAD, UNK, CLS, SEP) if token not in vocabulary]
     if missing:
-        raise UserError(f"vocabulary file {path} lacks {', '.join(missing)}; it is no BERT vocab.txt")
+        raise UserError(f"vocabulary file {path} lacks {', '.join(missing)}; it isn't a BERT vocab.txt")
     return vocabulary

@@ -1,8 +1,8 @@
-"""The two kinds of transformer layer, pre-norm (ViT, GPT) and post-norm (BERT), on the tokens of all sequences.
+"""The two kinds of transformer layer, pre-norm (ViT, GPT) and post-norm (BERT), and the base class of the towers.
 
-Tokens are rows of one (T, D) matrix, so that no row is ever padding. What is added to the stream is handed on beside
-it and added by the next norm, `ops.add_norm`, in one pass. Under autocast the stream stays in float32 while each norm
-gives what the next matmul takes.
+Tokens of all sequences are the rows of one (T, D) matrix, so no row is ever padding. A layer returns its residual
+stream and the branch that is still to be added. The next norm, `ops.add_norm`, adds both in one pass. Under autocast
+the stream stays in float32, and each norm returns the dtype of the next matmul.
 """
 
 from __future__ import annotations
@@ -18,50 +18,51 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
-from ..ops import add_norm, fused_attention, gelu, linear, pooled_attention, varlen_attention
+from bclip_fast.errors import UserError
+from bclip_fast.ops import add_norm, fused_attention, gelu, linear, single_query_attention, varlen_attention
 
-# A checkpoint's configuration is untrusted: these bounds keep it from asking for absurd amounts of memory.
+# A checkpoint's configuration is untrusted. These bounds keep it from requesting absurd amounts of memory.
 MAX_WIDTH = 16384
 MAX_LAYERS = 256
 MAX_TOKENS = 65536
 
 
 def linear_std(width: int) -> float:
-    """Spread of a linear layer's initial weights: BERT's and timm's 0.02 at width 768, more in narrow towers.
+    """Standard deviation of a linear layer's initial weights: BERT's and timm's 0.02 at width 768, more if narrower.
 
-    With 0.02 at width 128 a text tower needs several times the steps to tell one plane from another.
+    With 0.02 at width 128, a text tower needs several times as many steps to tell one imaging plane from another.
     """
     return 0.02 * math.sqrt(768 / width)
 
 
-def check_sizes(where: str, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
-    """Raises UserError unless the sizes describe a transformer of sane size."""
-    check_range(f"{where}.width", width, 1, MAX_WIDTH)
-    check_range(f"{where}.layers", layers, 1, MAX_LAYERS)
-    check_range(f"{where}.heads", heads, 1, width)
+def check_sizes(section: str, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
+    """Raise UserError unless the sizes describe a transformer of reasonable size."""
+    check_range(f"{section}.width", width, 1, MAX_WIDTH)
+    check_range(f"{section}.layers", layers, 1, MAX_LAYERS)
+    check_range(f"{section}.heads", heads, 1, width)
     if width % heads:
-        raise UserError(f"{where}.width {width} is not a multiple of {where}.heads {heads}")
-    check_range(f"{where}.mlp_ratio", mlp_ratio, 1.0 / width, 64)
+        raise UserError(f"{section}.width={width} must be a multiple of {section}.heads={heads}")
+    check_range(f"{section}.mlp_ratio", mlp_ratio, 1.0 / width, 64)
 
 
 def check_range(name: str, value: float, lowest: float, highest: float) -> None:
-    """Raises UserError unless lowest <= value <= highest, and value is a whole number where lowest is an int."""
+    """Raise UserError unless lowest <= value <= highest. If `lowest` is an int, the value must be one, too."""
     kinds = int if isinstance(lowest, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value <= highest:
-        whole = "a whole number" if kinds is int else "a number"
-        raise UserError(f"{name} is {value!r}; it must be {whole} from {lowest:g} to {highest:g}")
+        number = "a whole number" if kinds is int else "a number"
+        raise UserError(f"{name}={value!r} must be {number} from {lowest:g} to {highest:g}")
 
 
 def mlp_width(width: int, mlp_ratio: float) -> int:
+    """Width of the hidden layer of an MLP."""
     return round(width * mlp_ratio)
 
 
 class Sequences(NamedTuple):
-    """Which rows of a (T, D) matrix attend to one another.
+    """The rows of a (T, D) matrix that attend to one another.
 
-    cu_seqlens: (n + 1,) int32 as in `ops.varlen_attention`, or None where every sequence has max_seqlen tokens.
-    causal: a token attends to itself and those before it only.
+    cu_seqlens: (n + 1,) int32 as in `ops.varlen_attention`, or None if every sequence has max_seqlen tokens.
+    causal: a token attends only to itself and to those before it.
     """
 
     max_seqlen: int
@@ -69,89 +70,96 @@ class Sequences(NamedTuple):
     causal: bool = False
 
     def attend(self, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-        """(T, 3, H, d) -> (T, H * d)."""
+        """Attention of every token: (T, 3, H, d) -> (T, H * d)."""
         if self.cu_seqlens is None:
             qkv = qkv.unflatten(0, (-1, self.max_seqlen))
             return fused_attention(qkv, causal=self.causal, dropout_p=dropout_p).flatten(0, 1).flatten(1)
-        options = dict(causal=self.causal, dropout_p=dropout_p)
-        return varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, **options).flatten(1)  # type: ignore[arg-type]
+        return varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, causal=self.causal, dropout_p=dropout_p).flatten(
+            1
+        )
 
     def attend_from(self, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0) -> Tensor:
-        """What one token of each sequence, rows (n,), gets: (n, H, d) and (T, 2, H, d) -> (n, H * d)."""
-        bounds, step = self.cu_seqlens, self.max_seqlen
-        if bounds is None:
-            bounds = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
-        return pooled_attention(query, key_value, rows, bounds, causal=self.causal, dropout_p=dropout_p).flatten(1)
+        """Attention of one token of each sequence, rows (n,): (n, H, d) and (T, 2, H, d) -> (n, H * d)."""
+        cu_seqlens, step = self.cu_seqlens, self.max_seqlen
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
+        attended = single_query_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)
+        return attended.flatten(1)
 
 
-class Pooled(NamedTuple):
-    """states (n, width): what a tower projected of n inputs, given in their place to be projected again."""
+class PreProjection(NamedTuple):
+    """Features (n, width) of n inputs, as a tower computed them before its projection.
+
+    A tower takes them in place of the inputs and only projects them.
+    """
 
     states: Tensor
 
 
 class Tower(nn.Module):
-    """What the towers have in common: a row of layers between what precedes and what follows them."""
+    """Base class of the towers: a list of layers between an embedding and a projection."""
 
     layers: nn.ModuleList
     grad_checkpointing = False
     offload_activations = False
-    """What a layer is recomputed from waits on the host for its backward pass."""
+    """Keep the inputs of recomputed layers on the host until the backward pass."""
     num_locked = 0
-    """Groups that are not trained: what precedes the layers, then the layers one by one, the norm or the attention pool
-    behind the last with it."""
+    """Number of locked groups, from the input on. The first group precedes the layers, and each layer is a group. The
+    final norm or attention pool belongs to the last layer's group."""
 
-    pooled: Tensor | None = None
-    """(n, width): what was projected last, if all before the projection is locked and so gives the same again."""
+    pre_projection: Tensor | None = None
+    """(n, width): the features projected last. Set only if everything before the projection is locked, so that the
+    same inputs give the same features again."""
 
     def lock(self, unlocked: int = 0) -> None:
-        """Takes all groups but the last `unlocked` out of training (LiT, arXiv 2111.07991); the projection stays in.
+        """Lock all groups except the last `unlocked` (LiT, arXiv 2111.07991). The projection stays trainable.
 
-        open_clip's groups. Locked parameters get no gradient, and nothing is kept for a backward pass that ends behind
-        them; locked layers stay in evaluation mode, and so do the dropout of the embeddings and that of patches.
+        The groups are open_clip's. Locked parameters get no gradient, and autograd saves nothing for them. Locked
+        layers stay in evaluation mode. Dropout after the embeddings and patch dropout stay off.
         """
         check_range("unlocked groups", unlocked, 0, len(self.layers))
         self.num_locked = 1 + len(self.layers) - unlocked
         for name, parameter in self.named_parameters():
-            place = place_of(name, len(self.layers))
-            last = place - 1 if name.startswith(("norm.", "pool.")) else place
-            parameter.requires_grad_(last >= self.num_locked)
+            depth = layer_depth(name, len(self.layers))
+            group = depth - 1 if name.startswith(("norm.", "pool.")) else depth
+            parameter.requires_grad_(group >= self.num_locked)
         self.train(self.training)
 
-    def keep(self, states: Tensor) -> Tensor:
-        """What is about to be projected, which is kept where that is worth it."""
+    def store_pre_projection(self, states: Tensor) -> Tensor:
+        """Return the features that are about to be projected, after storing them if all layers are locked."""
         if self.num_locked > len(self.layers):
-            self.pooled = states.detach()
+            self.pre_projection = states.detach()
         return states
 
-    def run(self, layer: nn.Module, *inputs: Any) -> Any:
-        """layer(*inputs), in training recomputed in the backward pass where that is set."""
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Any:
+        """Return layer(*inputs). With gradient checkpointing, the backward pass of training recomputes it."""
         if not (self.grad_checkpointing and layer.training):
             return layer(*inputs)
         with save_on_cpu(inputs[0].is_cuda) if self.offload_activations else contextlib.nullcontext():
-            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=partial(self.contexts, layer))
+            return checkpoint(layer, *inputs, use_reentrant=False, context_fn=partial(self.recompute_contexts, layer))
 
-    def contexts(self, layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Around a layer that will be recomputed, and around its recomputation."""
+    def recompute_contexts(self, layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The contexts of a layer's first run and of its recomputation."""
         return contextlib.nullcontext(), contextlib.nullcontext()
 
     def train(self, mode: bool = True) -> Tower:
+        """Set the training mode of everything that isn't locked."""
         super().train(mode and not self.num_locked)
         for layer in self.layers[max(0, self.num_locked - 1) :]:
             layer.train(mode)
         return self
 
 
-def place_of(name: str, num_layers: int) -> int:
-    """Where in a tower a parameter is read: 0 before the layers, i + 1 in layer i, num_layers + 1 behind them."""
-    first, _, rest = name.partition(".")
-    if first == "layers":
+def layer_depth(name: str, num_layers: int) -> int:
+    """Depth at which a tower reads a parameter: 0 before the layers, i + 1 in layer i, num_layers + 1 after them."""
+    module, _, rest = name.partition(".")
+    if module == "layers":
         return int(rest.partition(".")[0]) + 1
-    return num_layers + 1 if first in ("norm", "pool", "head", "proj", "projection") else 0
+    return num_layers + 1 if module in ("norm", "pool", "head", "proj", "projection") else 0
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm of a sum that may be wider than what it is multiplied with next: `ops.add_norm` with its parameters."""
+    """LayerNorm of a sum, `ops.add_norm` with its parameters. The sum may be in a wider dtype than the next matmul."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps)
@@ -159,9 +167,9 @@ class Norm(nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, stream: Tensor, branch: Tensor | None = None, dropout_p: float = 0.0, *, post: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(T, D) stream and, unless None, branch -> (normed in the matmuls' dtype, the new stream).
+        """Norm the sum of a (T, D) stream and an optional branch -> (normed in the matmuls' dtype, the new stream).
 
-        The new stream is stream + dropout(branch), or, if `post`, that sum normed.
+        The new stream is stream + dropout(branch). With `post`, it is that sum after the norm.
         """
         kind = stream.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
@@ -172,41 +180,43 @@ class Linear(nn.Linear):
     """`ops.linear` with its parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
         return linear(x, self.weight, self.bias)
 
 
 class QueryKeyValue(Linear):
-    """The projection to queries, keys and values; given `rows`, the queries are of these rows alone."""
+    """The projection to queries, keys and values."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:  # type: ignore[override]
-        """(T, D) -> (T, 3 D), or ((n, D), (T, 2 D)) given (n,) rows."""
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:
+        """(T, D) -> (T, 3 D). With rows (n,), only they get queries: ((n, D), (T, 2 D))."""
         if rows is None:
             return super().forward(x)
         sizes = [x.shape[1], 2 * x.shape[1]]
-        (query, key_value), (query_bias, bias) = self.weight.split(sizes), self.bias.split(sizes)
-        return linear(x[rows], query, query_bias), linear(x, key_value, bias)
+        query_weight, key_value_weight = self.weight.split(sizes)
+        query_bias, key_value_bias = self.bias.split(sizes)
+        return linear(x[rows], query_weight, query_bias), linear(x, key_value_weight, key_value_bias)
 
 
 def attend(
     qkv: nn.Module, heads: int, normed: Tensor, sequences: Sequences, rows: Tensor | None, dropout_p: float = 0.0
 ) -> Tensor:
-    """(T, D) -> (T, D), or (n, D) of one row of each sequence."""
+    """Project and attend: (T, D) -> (T, D), or (n, D) for one row of each sequence."""
     if rows is None:
         return sequences.attend(qkv(normed).unflatten(-1, (3, heads, -1)), dropout_p)
     if isinstance(qkv, QueryKeyValue):
         query, key_value = qkv(normed, rows)
     else:  # an adapter around it, such as LoRA's
-        whole = qkv(normed)
-        query, key_value = whole[rows, : normed.shape[1]], whole[:, normed.shape[1] :]
+        projected = qkv(normed)
+        query, key_value = projected[rows, : normed.shape[1]], projected[:, normed.shape[1] :]
     query, key_value = query.unflatten(-1, (heads, -1)), key_value.unflatten(-1, (2, heads, -1))
     return sequences.attend_from(rows, query, key_value, dropout_p)
 
 
-def approximate_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), the "quick" GELU with which OpenAI trained CLIP; off by up to 0.02."""
+def quick_gelu_activation(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), OpenAI's "quick" GELU. It differs from the exact GELU by up to 0.02."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -216,7 +226,7 @@ class PreNormLayer(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float, quick_gelu: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.activation = approximate_gelu if quick_gelu else gelu
+        self.activation = quick_gelu_activation if quick_gelu else gelu
         self.norm1 = Norm(width, norm_eps)
         self.qkv = QueryKeyValue(width)
         self.proj = Linear(width, width)
@@ -227,11 +237,10 @@ class PreNormLayer(nn.Module):
     def forward(
         self, stream: Tensor, branch: Tensor | None, sequences: Sequences, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The layer of x = stream + branch, (T, D) each: again a stream and a branch, whose sum is its output.
+        """Apply the layer to stream + branch, (T, D) each -> a stream and a branch whose sum is the output.
 
-        rows: (n,) int64, of each sequence the token whose output is wanted; then the result is (n, D) each. Every token
-        is a key of theirs, but the query, the projection and the MLP of the others are never read after the last layer:
-        skipping them is exact.
+        rows: (n,) int64, one token of each sequence. Only their outputs are computed, (n, D) each, while every token
+            still serves as a key. In the last layer this is exact: nothing reads the other tokens' outputs.
         """
         normed, stream = self.norm1(stream, branch)
         attended = attend(self.qkv, self.heads, normed, sequences, rows)
@@ -267,8 +276,10 @@ class PostNormLayer(nn.Module):
     def forward(
         self, normed: Tensor, stream: Tensor, sequences: Sequences, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(T, D) twice: x in the matmuls' dtype and in the stream's; the result likewise, or (n, D) of `rows`, as in
-        `PreNormLayer`."""
+        """Apply the layer to x, (T, D) in the matmuls' dtype and again in the stream's -> the output in both dtypes.
+
+        rows: as in `PreNormLayer`. The outputs are then (n, D).
+        """
         dropout, attention_dropout = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
         attended = attend(self.qkv, self.heads, normed, sequences, rows, attention_dropout)
         if rows is not None:

@@ -1,8 +1,9 @@
-"""The operators, each with a reference that defines it and backends that are chosen in `dispatch`."""
+"""The operators. A reference defines each operator, and `dispatch` chooses the backend of each call."""
 
-from ..errors import BackendError
+from bclip_fast.errors import BackendError
+
 from . import image
-from .attention import fused_attention, pooled_attention, varlen_attention
+from .attention import fused_attention, single_query_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, use_backend
 from .matmul import linear
@@ -17,8 +18,8 @@ __all__ = [
     "gelu",
     "image",
     "linear",
-    "pooled_attention",
     "siglip_loss",
+    "single_query_attention",
     "use_backend",
     "varlen_attention",
 ]

@@ -1,7 +1,7 @@
-"""Convolutions in bfloat16 by float32 products, on a CPU that has no instructions for bfloat16.
+"""Convolutions in bfloat16 by float32 products, on a CPU without instructions for bfloat16.
 
-There torch's bfloat16 convolution is 5 to 20 times slower than the float32 one. The backward pass keeps the bfloat16
-input, so a step takes no more memory than with such instructions.
+There torch's bfloat16 convolution is 5 to 20 times slower than its float32 convolution. The backward pass keeps the
+bfloat16 input, so a step takes no more memory than on a CPU with such instructions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .processor import lacks_bfloat16
 def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """`F.conv2d` without a bias: (B, C, H, W) and (N, C, h, w) -> (B, N, H', W') in x's dtype, or in autocast's.
 
-    A CPU without bfloat16 instructions multiplies bfloat16 x in float32 by the weight as it is, and rounds the result.
+    A CPU without bfloat16 instructions multiplies bfloat16 x in float32 by the unrounded weight, and rounds the result.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -39,13 +39,13 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:2], False]
+        needs_grad = [*ctx.needs_input_grad[:2], False]
         x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-            grad.float(), x.float(), weight.float(), None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, wanted
+            grad.float(), x.float(), weight.float(), None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, needs_grad
         )
         return (
-            x_grad.to(x.dtype) if wanted[0] else None,
-            weight_grad.to(weight.dtype) if wanted[1] else None,
+            x_grad.to(x.dtype) if needs_grad[0] else None,
+            weight_grad.to(weight.dtype) if needs_grad[1] else None,
             None,
             None,
         )

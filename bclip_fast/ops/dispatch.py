@@ -1,9 +1,9 @@
-"""The one place where a backend is chosen.
+"""The one place that chooses a backend.
 
-`auto` takes the first backend that gives no reason against, in the order of the device's record (`tuning`): those that
-agree with the reference on this device, the fastest first. Without a record a kernel for a GPU is compared with the
-reference once, before its first use. A named backend is used or refused with its reason, never replaced. The nearest
-name wins: the argument, then `with use_backend(...)`, then the variable BCLIP_BACKEND.
+`auto` takes the first backend that gives no reason against the call, in the order of the device's record (`tuning`).
+A record lists the backends that agree with the reference on this device, the fastest first. Without a record, a GPU
+kernel is compared with the reference once, before its first use. A named backend is used or refused with its reason,
+never replaced. The nearest name wins: the argument, then `with use_backend(...)`, then the variable BCLIP_BACKEND.
 """
 
 from __future__ import annotations
@@ -20,30 +20,32 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
-from . import tuning
+from bclip_fast.errors import BackendError
+
+from . import processor, tuning
+from .backend_names import BACKENDS as BACKENDS
 from .cuda_device import CUDA_HOST
+from .dtypes import dtype_name
 
 log = logging.getLogger(__name__)
 
-# The order where nothing has been measured. `torch` is a kernel of torch's library where `reference` is none.
-BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")
-
-# Compiled for the device they meet, so that a new device, driver or compiler may break them.
+# Compiled for the device on first use, so a new device, driver or compiler may break them.
 _CHECKED = ("triton", "cuda")
 
-# An operator's limits: per backend, a function of the call's inputs that returns None or the reason against.
+# An operator's limits: per backend, a function of the call's inputs that returns None or the reason against the call.
 Limits = Mapping[str, Callable[..., "str | None"]]
 
 _NEEDS = {"cuda": "bclip_fast._cuda", "triton": "triton", "cpu": "bclip_fast._cpu"}
 MISSING = {name: f"{module} is not installed" for name, module in _NEEDS.items() if find_spec(module) is None}
 if CUDA_HOST is not None:
     MISSING.pop("cuda", None)
+if processor.ISA_ERROR is not None:
+    log.warning("the cpu backend is off: %s", processor.ISA_ERROR)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What `choose` decided for a call. `refusals` has the reason of each backend that cannot run it."""
+    """The choice for a call. `refusals` has the reason of each backend that cannot run it."""
 
     operator: str
     device: torch.device
@@ -55,7 +57,27 @@ class Decision:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        return self.operator, tuning.short(self.dtype), self.shapes
+        """The key of the call's entry in a record."""
+        return self.operator, dtype_name(self.dtype), self.shapes
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One question to the dispatcher."""
+
+    operator: str
+    limits: Limits
+    inputs: tuple[object, ...]
+    kind: str
+    index: int
+    dtype: torch.dtype | None
+    shapes: str
+    names: tuple[str, ...]
+    auto: bool
+
+    def refusal(self, name: str) -> str | None:
+        """The reason why backend `name` cannot run the call, or None."""
+        return why_not(self.limits, name, *self.inputs)
 
 
 class _Explained(Exception):
@@ -64,31 +86,33 @@ class _Explained(Exception):
         self.decision = decision
 
 
-def _checked(name: str, where: str) -> str:
+def _known(name: str, source: str) -> str:
     if name != "auto" and name not in BACKENDS:
-        raise BackendError(f"{where} names the unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+        raise BackendError(f"{source} names the unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     return name
 
 
-_asked = _checked(os.environ.get("BCLIP_BACKEND", "auto"), "BCLIP_BACKEND")
+_requested = _known(os.environ.get("BCLIP_BACKEND", "auto"), "BCLIP_BACKEND")
 _explaining = ""
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator inside the block on backend `name` (or "auto"), for the whole process."""
-    global _asked
-    before, _asked = _asked, _checked(name, "use_backend")
+    """Runs every operator inside the block on backend `name` (or "auto"), in the whole process."""
+    global _requested
+    previous, _requested = _requested, _known(name, "use_backend")
     try:
         yield
     finally:
-        _asked = before
+        _requested = previous
 
 
 def why_not(limits: Limits, name: str, *inputs: object) -> str | None:
     """The reason why backend `name` cannot run the call, or None."""
     if name not in limits:
         return "not implemented"
+    if name == "cpu" and processor.ISA_ERROR is not None:
+        return processor.ISA_ERROR
     return MISSING.get(name) or limits[name](*inputs)
 
 
@@ -105,116 +129,109 @@ def choose(
     """The backend that runs this call.
 
     Args:
-        inputs: what the limits ask about; the first is a tensor on the call's device, or a file on the CPU.
-        library: the operator's reference is a kernel of torch's library, tuned for every device. A name given for all
-            operators then stands for kernels of ours where there are any; the rest of the calls are the library's.
-        dtype: under which the record keeps such calls, that of the first input unless given.
-        shapes: the class of shapes under which the record keeps them.
-        otherwise: the order where nothing is known.
+        inputs: arguments of the limits. The first is a tensor on the call's device, or a file on the CPU.
+        library: True if the operator's reference is a kernel of torch's library, tuned for every device. A name for all
+            operators then selects our kernels if they can run; the library runs the other calls.
+        dtype: dtype in the key of the record's entry. The first input's by default.
+        shapes: class of shapes in that key.
+        otherwise: order of backends without an entry.
 
     Raises:
-        BackendError: no backend, or not the one named, can run it.
-        UserError: BCLIP_TUNE names a file that is no record.
+        BackendError: no backend, or not the named one, can run the call.
+        UserError: BCLIP_TUNE names a file that is not a record.
     """
-    asked = _asked if backend == "auto" else _checked(backend, "backend=")
+    name = _requested if backend == "auto" else _known(backend, "backend=")
     first = inputs[0]
     kind, index = "cpu", 0
     if isinstance(first, Tensor):
         kind, index, dtype = first.device.type, first.device.index or 0, dtype or first.dtype
-    if asked == "auto":
+    if name == "auto":
         names = tuning.order(operator, kind, index, dtype, shapes, otherwise)
     else:
-        names = (asked, "reference") if library and backend == "auto" else (asked,)
+        names = (name, "reference") if library and backend == "auto" else (name,)
     if _explaining:
-        raise _Explained(_explain(operator, limits, kind, index, dtype, shapes, names, asked == "auto", *inputs))
+        choice = _Choice(operator, limits, inputs, kind, index, dtype, shapes, names, name == "auto")
+        raise _Explained(_explain(choice))
     refusals = []
-    for name in names:
-        reason = why_not(limits, name, *inputs)
-        if reason is None and asked == "auto" and name in _CHECKED:
-            reason = _fault(operator, name, kind, index, dtype)
+    for candidate in names:
+        reason = why_not(limits, candidate, *inputs)
+        if reason is None and name == "auto" and candidate in _CHECKED:
+            reason = _fault(operator, candidate, kind, index, dtype)
         if reason is None:
-            return name
-        refusals.append(f"{name}: {reason}")
+            return candidate
+        refusals.append(f"{candidate}: {reason}")
     raise BackendError(f"{operator} cannot run: " + "; ".join(refusals))
 
 
-def kernels(operator: str, backend: str) -> ModuleType:
-    """The module with the backend's kernels, imported when first run."""
+def load_backend(operator: str, backend: str) -> ModuleType:
+    """The module of the backend's kernels, imported on first use. `operator` is its folder below `ops`, dotted."""
     return importlib.import_module(f"bclip_fast.ops.{operator}.{backend}")
 
 
 def explain(call: Callable[[], object], *, check: bool = False) -> Decision:
-    """What `call`, one call of an operator, would be run by. Nothing is run but, with `check`, outstanding checks.
+    """The dispatcher's decision for `call`, a function that makes one call of an operator.
 
-    Not for several threads at a time.
+    The call doesn't run. With `check`, the comparisons with the reference that are still due do run. Not thread-safe.
     """
     global _explaining
     _explaining = "check" if check else "look"
     try:
         call()
-    except _Explained as found:
-        return found.decision
+    except _Explained as explained:
+        return explained.decision
     finally:
         _explaining = ""
     raise ValueError("the call reached no operator")
 
 
-def _explain(
-    operator: str,
-    limits: Limits,
-    kind: str,
-    index: int,
-    dtype: torch.dtype | None,
-    shapes: str,
-    names: tuple[str, ...],
-    auto: bool,
-    *inputs: object,
-) -> Decision:
+def _explain(choice: _Choice) -> Decision:
     global _explaining
     check, _explaining = _explaining == "check", ""
-    refusals, chosen = {}, None
-    for name in (*names, *(name for name in BACKENDS if name not in names)):
-        reason = why_not(limits, name, *inputs)
-        if reason is None and auto and name in _CHECKED:
-            reason = _verdict(operator, name, kind, index, dtype)
-            if reason is None and check and chosen is None and name in names:
-                reason = _fault(operator, name, kind, index, dtype)
+    device_key = choice.kind, choice.index, choice.dtype
+    refusals: dict[str, str] = {}
+    chosen = None
+    for name in (*choice.names, *(name for name in BACKENDS if name not in choice.names)):
+        reason = choice.refusal(name)
+        if reason is None and choice.auto and name in _CHECKED:
+            reason = _verdict(choice.operator, name, *device_key)
+            if reason is None and check and chosen is None and name in choice.names:
+                reason = _fault(choice.operator, name, *device_key)
         if reason:
             refusals[name] = reason
-        elif chosen is None and name in names:
+        elif chosen is None and name in choice.names:
             chosen = name
-    device = torch.device(kind) if kind != "cuda" else torch.device(kind, index)
-    return Decision(operator, device, dtype, shapes, names, refusals, chosen)
+    device = torch.device(choice.kind) if choice.kind != "cuda" else torch.device(choice.kind, choice.index)
+    return Decision(choice.operator, device, choice.dtype, choice.shapes, choice.names, refusals, chosen)
 
 
 def _verdict(operator: str, backend: str, kind: str, index: int, dtype: torch.dtype | None) -> str | None:
-    """What an earlier check found: "" for no fault, None where there was no check."""
-    return tuning.of_device(kind, index).checks.get((operator, tuning.short(dtype), backend))
+    """The result of an earlier check: "" for no fault, None for no check."""
+    return tuning.of_device(kind, index).checks.get((operator, dtype_name(dtype), backend))
 
 
 def _fault(operator: str, backend: str, kind: str, index: int, dtype: torch.dtype | None) -> str | None:
-    """What is wrong with a kernel on this device, or None; compared with the reference the first time it is asked."""
+    """The fault of a kernel on this device, or None. The first question compares the kernel with the reference."""
     verdict = _verdict(operator, backend, kind, index, dtype)
     if verdict is None:
         if tuning.mode() == "off" or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
-        # Here, because the cases call the operators.
+        # Imported late, because the trials call the operators.
         trials = importlib.import_module("bclip_fast.ops.trials")
         device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
         verdict, keep = trials.check(operator, backend, device, dtype)
         if verdict:
             log.warning(
-                "%s in %s fails its check on %s with the backend %s, which `auto` does not take here: %s. "
-                "Please report it together with what `bclip doctor` prints",
+                "%s in %s fails its check on %s with the backend %s, so `auto` does not take it here: %s. "
+                "Please report it together with the output of `bclip doctor`",
                 operator,
-                tuning.short(dtype),
+                dtype_name(dtype),
                 tuning.of_device(kind, index).fingerprint["name"],
                 backend,
                 verdict,
             )
-        tuning.note_check(kind, index, (operator, tuning.short(dtype), backend), verdict, keep=keep)
+        tuning.note_check(kind, index, (operator, dtype_name(dtype), backend), verdict, keep=keep)
     return f"fails its check on this device: {verdict}" if verdict else None
 
 
-# As `tuning.order`.
+# As for `tuning.order`.
 _fault._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Whether the processor multiplies bfloat16 in hardware, and the precision that follows from it.
 
-Without such instructions torch's bfloat16 products are 5 to 95 times slower than float32 ones, so the operators
-multiply in float32 there and round the results.
+Without such instructions torch's bfloat16 products are 5 to 95 times slower than its float32 products. The operators
+then multiply in float32 and round the results.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 # Flags of /proc/cpuinfo, best first: x86's matrix unit, x86's vector unit, arm64.
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "arm64 BF16"}
 
-# Environment variables that hold an x86 processor to older instructions, and their values that exclude bfloat16.
+# Environment variables that restrict an x86 processor to older instructions, and their values that exclude bfloat16.
 _ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-_HOLDS = {
+_RESTRICTIONS = {
     "BCLIP_CPU_ISA": ("PLAIN", "AVX2"),
     "ATEN_CPU_CAPABILITY": ("DEFAULT", "AVX2"),
     "ONEDNN_MAX_CPU_ISA": _ONEDNN,
@@ -28,17 +28,17 @@ _HOLDS = {
 
 
 def bfloat16_instructions(flags: Collection[str], environment: Mapping[str, str]) -> tuple[str, str]:
-    """The instructions that multiply bfloat16, or "", and a sentence that says so, or why there are none.
+    """The instructions that multiply bfloat16, or "", and a clause with the reason.
 
     Args:
-        flags: the processor's, as in /proc/cpuinfo.
-        environment: its variables may hold an x86 processor to older instructions.
+        flags: flags of the processor, as in /proc/cpuinfo.
+        environment: environment variables, which may restrict an x86 processor to older instructions.
     """
     name = next((name for flag, name in _INSTRUCTIONS.items() if flag in flags), "")
     if not name:
         return "", "the processor has no bfloat16 instructions"
     if "bf16" not in flags:
-        for variable, values in _HOLDS.items():
+        for variable, values in _RESTRICTIONS.items():
             value = environment.get(variable, "")
             if value.upper() in values:
                 return "", f"{variable}={value} excludes the processor's bfloat16 instructions ({name})"
@@ -48,11 +48,11 @@ def bfloat16_instructions(flags: Collection[str], environment: Mapping[str, str]
 def _flags() -> set[str]:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
-    return set(found.split(":", 1)[1].split())
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return set(flags.split(":", 1)[1].split())
 
 
-def _ask_for_amx() -> tuple[bool, str | None]:
+def _read_amx() -> tuple[bool, str | None]:
     if find_spec("bclip_fast._cpu") is None:
         return False, None
     from bclip_fast import _cpu
@@ -63,11 +63,11 @@ def _ask_for_amx() -> tuple[bool, str | None]:
         return False, str(error)
 
 
-# Whether our kernels use the matrix unit of x86, and what is wrong with BCLIP_CPU_ISA, if anything. Asked once, because
-# traced code can't ask C++.
-HAS_AMX, ISA_ERROR = _ask_for_amx()
+# Whether our kernels use the matrix unit of x86, and the error in BCLIP_CPU_ISA, if any. Read once, because traced code
+# can't call C++.
+HAS_AMX, ISA_ERROR = _read_amx()
 
-# Found once: libraries read these variables only at their start, and traced code can't ask.
+# Read once: libraries read these variables only when they start, and traced code can't read files.
 BFLOAT16_INSTRUCTIONS, BFLOAT16_REASON = bfloat16_instructions(_flags(), os.environ)
 
 
@@ -77,10 +77,9 @@ def lacks_bfloat16(device: torch.device) -> bool:
 
 
 def native_precision(device: torch.device) -> tuple[Literal["bf16", "fp32"], str]:
-    """What precision `auto` stands for on this device: "bf16" where it multiplies bfloat16 in hardware, else "fp32".
+    """The precision `auto` on this device, and the reason as a clause.
 
-    Returns:
-        The precision, and the reason as a clause.
+    It is "bf16" on a device that multiplies bfloat16 in hardware, else "fp32".
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)

@@ -1,15 +1,18 @@
-"""Calls of csrc/ranking.h: which dot products exceed a bound. No operator: what it returns has no shape beforehand."""
+"""Calls of csrc/ranking.h, which finds dot products above a bound.
+
+They are not operators, because the shape of the result depends on the values.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .cuda_device import address
+from .pointers import address
 
 
 def has_matrix_unit() -> bool:
-    """Whether `screen` runs here: bfloat16 on the matrix unit of x86 (AMX)."""
+    """Whether this processor has the matrix unit of x86 (AMX) for bfloat16, which `screen` needs."""
     from bclip_fast import _cpu
 
     return _cpu.has_amx()
@@ -24,21 +27,23 @@ def screen(
     column_counts: Tensor,
     most: int,
 ) -> Tensor | None:
-    """Adds to the counts of each row and column the dot products above its higher bound.
+    """Counts the dot products above the high bound of each row and column, and adds them to the counts.
 
     Args:
         left, right: (n, D) and (m, D) bfloat16, contiguous.
-        row_bounds, column_bounds: low and high, float32 (n,) and (m,).
+        row_bounds, column_bounds: low and high bounds, float32 (n,) and (m,).
         row_counts, column_counts: int64 (n,) and (m,).
+        most: limit of the number of pairs between bounds.
 
     Returns:
-        int64 (P,), for each pair between the bounds 4 (i m + j), + 1 where row i's are meant, + 2 where column j's.
-        None if there are more than `most`: the counts mean nothing then.
+        int64 (P,): one code per pair (i, j) whose product lies between the bounds: `4 * (i * m + j)`, plus 1 if it is
+        within row i's bounds, plus 2 if within column j's. None if there are more than `most`; then the counts are
+        invalid.
     """
     from bclip_fast import _cpu
 
     (n, width), m = left.shape, len(right)
-    found = _cpu.amx_screen(
+    codes = _cpu.amx_screen(
         address(left, torch.bfloat16, n, width),
         address(right, torch.bfloat16, m, width),
         n,
@@ -51,13 +56,16 @@ def screen(
         most,
         torch.get_num_threads(),
     )
-    if len(found) > 8 * most:
+    if len(codes) > 8 * most:
         return None
-    return torch.frombuffer(bytearray(found), dtype=torch.int64) if found else torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(bytearray(codes), dtype=torch.int64) if codes else torch.empty(0, dtype=torch.int64)
 
 
 def dot_products(left: Tensor, right: Tensor, pairs: Tensor) -> Tensor:
-    """(P,) float64: the dot products of rows i of (n, D) and j of (m, D), float32, for pairs i m + j, int64 (P,)."""
+    """(P,) float64: dot products of row i of `left` (n, D) and row j of `right` (m, D), both float32.
+
+    `pairs` is int64 (P,), with i * m + j for each pair.
+    """
     from bclip_fast import _cpu
 
     (n, width), m = left.shape, len(right)

@@ -1,1 +1,1 @@
-"""What a run needs: memory, time and disk, estimated before it starts (`bclip plan`)."""
+"""The estimate of a run's memory, operations and time before it starts (`bclip plan`)."""

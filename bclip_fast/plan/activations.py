@@ -1,8 +1,8 @@
-"""What a training step holds at its peak, without holding it: the model itself runs on tensors that have no storage.
+"""The memory that a training step needs for activations. The model itself runs on tensors without storage.
 
-So the bytes of activations are those that the operators save for their backward passes and what lives for a moment
-between them, for any model, precision and length of captions, and no second description of the towers has to agree
-with them. What a kernel takes inside itself isn't seen; our own take some MiB.
+The measurement counts the tensors that the operators save for their backward passes, and the temporary tensors. So it
+holds for any model, precision and length of captions, without a second description of the towers. It ignores memory
+that a kernel allocates inside itself. Our own kernels take some MiB.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
 from bclip_fast.ops import processor
 
-Gradients = Literal["grow", "there", "taken"]
+Gradients = Literal["allocated", "present", "collected"]
+"""How the gradients exist: the backward pass allocates them, an earlier micro-batch did, or the engine collects each in
+its buffers."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a micro-batch beyond weights, inputs and what else lives from step to step.
+    """Bytes of a micro-batch. Weights, inputs and other memory that lasts from step to step are not included.
 
-    image, text: kept for the backward pass, by tower. embed: at the peak of a pass without one, where gradients are
-    "there" from others. step: at the peak of forward and backward, with the gradients that appear meanwhile.
+    image, text: saved for the backward pass, by tower.
+    embed: peak of a forward pass without graph, while the gradients are "present".
+    step: peak of forward and backward pass, with the gradients that the backward pass allocates.
     """
 
     image: int
@@ -46,102 +49,111 @@ class Activations:
     step: int
 
 
-def activations(
+def measure_activations(
     model: BiomedClip,
     lengths: Sequence[int],
     *,
     precision: str,
-    gradients: Gradients = "grow",
+    gradients: Gradients = "allocated",
     accelerator: bool = False,
 ) -> Activations:
-    """Of len(lengths) pairs whose captions have so many tokens, on their way through `model`, which may be on "meta".
+    """The activations of a micro-batch.
 
     Args:
-        gradients: "grow" as each is computed, are "there" from a micro-batch before, or are "taken" away at once, as
-            by an engine that collects them in buffers of its own.
-        accelerator: torch casts the weights of linear layers and keeps the copies until the backward pass is through;
-            on a CPU with AMX, or without bfloat16 instructions, our operator spares them.
+        model: model, which may be on the device "meta".
+        lengths: number of tokens of each pair's caption.
+        accelerator: whether torch casts the weights of linear layers and keeps the copies until the end of the backward
+            pass. On a CPU with AMX, or without bfloat16 instructions, our operator needs no copies.
     """
-    with _without_storage(model, lengths, precision, accelerator, gradients) as (network, held, encode):
-        if gradients == "there":
+    with _fake_model(model, lengths, precision, accelerator, gradients) as (_, meter, encode):
+        if gradients == "present":
             with torch.no_grad():
-                _ = encode[0](), encode[1]()
-        embed, held.peak = held.peak, held.now
-        image, text, outputs = _forward(held, encode)
+                _outputs = encode[0](), encode[1]()
+        embed, meter.peak = meter.peak, meter.now
+        image, text, outputs = _forward(meter, encode)
         outputs = [tensor for tensor in outputs if tensor.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
-        return Activations(image, text, embed, held.peak)
+        return Activations(image, text, embed, meter.peak)
 
 
-def kept(model: BiomedClip, lengths: Sequence[int], *, precision: str, accelerator: bool = False) -> tuple[int, int]:
-    """`image` and `text` of `activations`, without the backward pass."""
-    with _without_storage(model, lengths, precision, accelerator) as (_, held, encode):
-        image, text, _ = _forward(held, encode)
+def measure_saved(
+    model: BiomedClip, lengths: Sequence[int], *, precision: str, accelerator: bool = False
+) -> tuple[int, int]:
+    """`image` and `text` of `measure_activations`, without the backward pass."""
+    with _fake_model(model, lengths, precision, accelerator) as (_, meter, encode):
+        image, text, _ = _forward(meter, encode)
         return image, text
 
 
-Encode = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+_Encode = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
-def _forward(held: _Held, encode: Encode) -> tuple[int, int, list[Tensor]]:
-    before = held.now
+def _forward(meter: MemoryMeter, encode: _Encode) -> tuple[int, int, list[Tensor]]:
+    start = meter.now
     outputs = [encode[0]()]
-    between = held.now
+    after_image = meter.now
     outputs.append(encode[1]())
-    return between - before, held.now - between, outputs
+    return after_image - start, meter.now - after_image, outputs
 
 
 @contextlib.contextmanager
-def _without_storage(
-    model: BiomedClip, lengths: Sequence[int], precision: str, accelerator: bool, gradients: Gradients = "grow"
-) -> Iterator[tuple[BiomedClip, _Held, Encode]]:
-    """A copy of the model in training, what counts its bytes, and how it embeds images and captions."""
+def _fake_model(
+    model: BiomedClip, lengths: Sequence[int], precision: str, accelerator: bool, gradients: Gradients = "allocated"
+) -> Iterator[tuple[BiomedClip, MemoryMeter, _Encode]]:
+    """Yields (model, byte counter, encode functions) for a copy of the model in train mode whose tensors have no
+    storage.
+    """
     network = copy.deepcopy(model).train()
-    # An accelerator takes the library's products, whatever this machine's CPU would take.
-    plain = functools.partial(ops.linear, backend="reference")
+    # An accelerator always uses the library's products.
+    library_linear = functools.partial(ops.linear, backend="reference")
     with contextlib.ExitStack() as stack:
         if accelerator:
-            for user in (transformer, vision, text_towers):
-                stack.enter_context(mock.patch.object(user, "linear", plain))
+            for source in (transformer, vision, text_towers):
+                stack.enter_context(mock.patch.object(source, "linear", library_linear))
             stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
         for module in network.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    # Not by to_empty: the mode takes no tensor on "meta" from outside.
-                    module._parameters[name] = _fake(parameter, gradients)
+                    # to_empty would fail, because the mode accepts no "meta" tensor from outside.
+                    module._parameters[name] = _fake_parameter(parameter, gradients)
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty(buffer.shape)
         side = model.config.vision.image_size
         images = torch.empty((len(lengths), side, side, 3), dtype=torch.uint8)
         text = Packed.of(torch.empty(sum(lengths), dtype=torch.int64), lengths)
-        held = stack.enter_context(_Held(network, images, *text[:2]))
-        # Half precisions take the same room, and operators for a CPU know one of them.
+        meter = stack.enter_context(MemoryMeter(network, images, *text[:2]))
+        # Both half precisions take the same memory, and the CPU's operators support bfloat16.
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"))
-        yield network, held, (lambda: network.encode_image(images), lambda: network.encode_text(text))
+        yield network, meter, (lambda: network.encode_image(images), lambda: network.encode_text(text))
 
 
-def _fake(parameter: Tensor, gradients: Gradients) -> nn.Parameter:
+def _fake_parameter(parameter: Tensor, gradients: Gradients) -> nn.Parameter:
     fake = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
-    if fake.requires_grad and gradients == "there":
+    if fake.requires_grad and gradients == "present":
         fake.grad = torch.empty_like(fake)
-    if fake.requires_grad and gradients == "taken":
-        fake.register_post_accumulate_grad_hook(_take)
+    if fake.requires_grad and gradients == "collected":
+        fake.register_post_accumulate_grad_hook(_drop_grad)
     return fake
 
 
-class _Held(TorchDispatchMode):
-    """Bytes of the storages that operators make and that still live; those of `known` count for nothing.
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of the storages that operators create.
 
-    now, peak: at this moment and at most so far.
+    now: bytes of the live storages.
+    peak: largest value of `now` so far.
+
+    Args:
+        network: module whose parameters, buffers and gradients do not count.
+        ignored: other tensors that do not count.
     """
 
-    def __init__(self, network: nn.Module, *known: Tensor) -> None:
+    def __init__(self, network: nn.Module, *ignored: Tensor) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
         gradients = (p.grad for p in network.parameters() if p.grad is not None)
-        for tensor in (*known, *network.parameters(), *network.buffers(), *gradients):
+        for tensor in (*ignored, *network.parameters(), *network.buffers(), *gradients):
             self._seen.add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,5 +171,5 @@ class _Held(TorchDispatchMode):
         self.now -= size
 
 
-def _take(parameter: Tensor) -> None:
+def _drop_grad(parameter: Tensor) -> None:
     parameter.grad = None

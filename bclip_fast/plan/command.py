@@ -1,26 +1,33 @@
-"""`bclip plan`, and `bclip train`, which plans when its configuration says `dry_run`."""
+"""`bclip plan`, and `bclip train`, which prints the plan if its configuration has `dry_run`."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bclip_fast.hardware import cluster_of
+from bclip_fast.errors import UserError
+from bclip_fast.hardware import GIB, Cluster, cluster_of
 from bclip_fast.train import trainer
 from bclip_fast.train.config import TrainConfig
 
-from . import estimate as estimates
+from .estimate import build_plan, resolve_config, saved_by_text_layout
+from .samples import samples_of
+from .types import Plan, largest_stage
 
 
-def run(config: TrainConfig) -> estimates.Plan:
+def run(config: TrainConfig) -> Plan:
     """Print the plan of a run.
 
     Raises:
-        UserError: a batch that the ranks cannot share, or a run that does not fit into the memory of the cluster.
+        UserError: the ranks cannot share the batch, or the run does not fit into the memory of the cluster.
     """
     config = config.resolved()
-    plan = estimates.make(config, estimates.samples_of(config), cluster_of(config.cluster))
-    estimates.show(config, plan)
-    estimates.refuse(config, plan)
+    plan = build_plan(config, samples_of(config), cluster_of(config.cluster))
+    show(config, plan)
+    check_fits(config, plan)
     return plan
 
 
@@ -30,3 +37,168 @@ def train(config: TrainConfig) -> Path:
         run(config)
         return Path(config.run)
     return trainer.train(config)
+
+
+def check_fits(config: TrainConfig, plan: Plan) -> None:
+    """Check that the run fits into the memory of the cluster.
+
+    Raises:
+        UserError: it does not fit. The message names the largest part, and the settings that would help.
+    """
+    for owner, phases, peak, limit in (
+        ("a rank", plan.memory, plan.peak, plan.cluster.device.memory),
+        ("a rank's share of its host", plan.host, plan.host_peak, plan.cluster.host_memory),
+    ):
+        if not limit or peak <= limit:
+            continue
+        phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
+        part = max(parts, key=lambda name: parts[name])
+        remedies = []
+        for setting, changed in _memory_savers(config, plan.cluster):
+            other = build_plan(changed, plan.samples, plan.cluster)
+            lower = other.peak if phases is plan.memory else other.host_peak
+            if lower < 0.98 * peak:
+                remedies.append((lower, f"{setting}: {_size(lower)}{'' if lower <= limit else ', still too much'}"))
+        raise UserError(
+            f"this run does not fit: {owner} needs {_size(peak)} but has {_size(limit)}; the largest part, "
+            f"{_size(parts[part])} in phase {phase}, is: {part}. "
+            + (
+                "These settings help: " + "; ".join(text for _, text in sorted(remedies))
+                if remedies
+                else "Use more or larger devices"
+            )
+        )
+
+
+def _memory_savers(config: TrainConfig, cluster: Cluster) -> list[tuple[str, TrainConfig]]:
+    """Settings that save memory and don't change what the model learns, each with the changed configuration."""
+    engine, data = config.engine, config.data
+    savers: list[tuple[str, TrainConfig]] = []
+    sizes = [config.first_batch_size, *(size for _, size in config.batch_schedule)]
+    rank_batch = min(size // cluster.ranks for size in sizes)
+    micro = config.micro_batch_size or rank_batch
+    smaller = [size for size in (micro // 2, micro // 4, micro // 8) if size]
+    smaller = [size for size in smaller if not micro % size and not rank_batch % size]
+    savers += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
+    if not cluster.cpu and engine.grad_checkpointing and not engine.offload_activations:
+        savers.append(("engine.offload_activations=true", _with_engine(config, offload_activations=True)))
+    if not cluster.cpu and engine.name == "deepspeed" and engine.zero_stage and not engine.offload_optimizer:
+        savers.append(("engine.offload_optimizer=true", _with_engine(config, offload_optimizer=True)))
+    if not engine.grad_checkpointing:
+        savers.append(("engine.grad_checkpointing=true", _with_engine(config, grad_checkpointing=True)))
+    if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 1):
+        savers.append(("engine.zero_stage=1", _with_engine(config, name="deepspeed", zero_stage=1)))
+    if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 2):
+        savers.append(("engine.zero_stage=2", _with_engine(config, name="deepspeed", zero_stage=2)))
+    if cluster.ranks == 1 and engine.name == "deepspeed" and engine.zero_stage:
+        savers.append(("engine.zero_stage=0", _with_engine(config, zero_stage=0)))
+    if config.checkpoint.background:
+        changed = replace(config, checkpoint=replace(config.checkpoint, background=False))
+        savers.append(("checkpoint.background=false", changed))
+    if data.prefetch_batches > 0:
+        savers.append(("data.prefetch_batches=0", replace(config, data=replace(data, prefetch_batches=0))))
+    return savers
+
+
+def _with_engine(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return replace(config, engine=replace(config.engine, **changes))
+
+
+def show(config: TrainConfig, plan: Plan) -> None:
+    """Print a plan as text and tables."""
+    from rich.console import Console
+
+    console = Console() if os.isatty(1) else Console(width=120)
+    for part in (_heading(config, plan), *_tables(resolve_config(config, plan.cluster), plan)):
+        console.print(part)
+        console.print()
+
+
+def _heading(config: TrainConfig, plan: Plan) -> str:
+    cluster, counts = plan.cluster, plan.parameters
+    auto = config.engine.precision == "auto"
+    precision = f"{cluster.precision} (auto): {cluster.precision_reason}" if auto else config.engine.precision
+    steps = sum(stage.num_steps for stage in plan.stages)
+    seen = sum(stage.num_steps * stage.batch_size for stage in plan.stages)
+    time = "unknown" if plan.hours is None else f"{plan.hours:,.1f} h, {plan.hours * cluster.ranks:,.0f} device-hours"
+    holes = " (holes of the heap not counted)" if cluster.cpu else ""
+    return "\n".join(
+        [
+            f"World       {cluster.ranks} rank(s) on {cluster.nodes} node(s), {cluster.device.name}, "
+            f"{_size(cluster.device.memory)} a rank{holes}, links of {cluster.link / 1e9:.3g} GB/s",
+            f"Precision   {precision}",
+            f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
+            f"Parameters  image tower {counts['image tower']:,}, text tower {counts['text tower']:,}; "
+            f"trained {counts['trained']:,}",
+            f"Length      {steps:,} steps, {seen:,} pairs seen",
+            f"Time        {time}; {plan.rates}; links by data sheet, without waits",
+        ]
+    )
+
+
+def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
+    largest = largest_stage(plan.stages)
+    head = ["from epoch", "steps", "batch", "of a rank", "micro-batch"]
+    flops = _union(stage.flops for stage in plan.stages)
+    yield _table(
+        "Steps and their TFLOP, all ranks",
+        [*head, *flops],
+        [
+            [
+                *map(str, (stage.first_epoch, stage.num_steps, stage.batch_size, stage.rank_batch, stage.micro_batch)),
+                *(f"{stage.flops.get(name, 0) / 1e12:,.1f}" for name in flops),
+            ]
+            for stage in plan.stages
+        ],
+    )
+    if plan.hours is not None:
+        parts = _union(stage.seconds or {} for stage in plan.stages)
+        yield _table(
+            "Seconds a step",
+            [*head[:1], *parts, "step", "hours"],
+            [
+                [
+                    str(stage.first_epoch),
+                    *(f"{seconds.get(name, 0):.3g}" for name in parts),
+                    f"{sum(seconds.values()):.3g}",
+                    f"{stage.hours:,.1f}",
+                ]
+                for stage in plan.stages
+                if (seconds := stage.seconds)
+            ],
+        )
+    for title, phases, limit in (
+        ("Memory of a rank, GiB by phase of a step", plan.memory, plan.cluster.device.memory),
+        ("Memory of a rank on its host, GiB", plan.host, plan.cluster.host_memory),
+    ):
+        if phases:
+            parts = _union(phases.values())
+            rows = [[name, *(f"{phase.get(name, 0) / GIB:.2f}" for phase in phases.values())] for name in parts]
+            total = ["sum", *(f"{sum(phase.values()) / GIB:.2f}" for phase in phases.values())]
+            bound = f"; there are {limit / GIB:.2f}" if limit else ""
+            yield _table(title + bound, ["part", *phases], [*rows, total])
+    saved = saved_by_text_layout(config, plan.samples, plan.cluster, largest)
+    yield _table(
+        f"Kept for the backward pass of {largest.micro_batch} pairs, GiB",
+        ["text", "image tower", "text tower"],
+        [[name, *(f"{count / GIB:.2f}" for count in counts)] for name, counts in saved.items()],
+    )
+
+
+def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -1,19 +1,19 @@
-"""Loading and saving whole checkpoints in open_clip's layout, from the hub, a folder, or a run of ours."""
+"""Load and save checkpoints in open_clip's layout: model, preprocessing and tokenizer together."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
-from bclip_fast.errors import UserError, first_line
+from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing
 from bclip_fast.io.hashing import sha256
 from bclip_fast.model import open_clip_config, tower_config, weights
@@ -23,16 +23,16 @@ from bclip_fast.model.safe_load import read_checkpoint
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
+from .sources import Hub, Source, hub_json, read_json, source_of
+
 log = logging.getLogger(__name__)
 
-HUB_PREFIX = "hf-hub:"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Of the vocabulary in the order of its ids, a line each: that of PubMedBERT's vocab.txt.
+# SHA-256 of PubMedBERT's vocab.txt: one token per line, in the order of the ids.
 _PUBMEDBERT_VOCABULARY = "7b36651908a88bc38bda41b728b2a598191e0d3b553cbacf7b1e5f026d5b5b9f"
-_MAX_JSON_BYTES = 1 << 20
 
 
 def load(
@@ -42,31 +42,31 @@ def load(
     precision: str = "fp32",
     image_size: int | None = None,
 ) -> tuple[BiomedClip, Preprocess, Tokenizer]:
-    """A trained model with its preprocessing and tokenizer, in evaluation mode.
+    """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
     Args:
         name_or_path: `hf-hub:ORG/NAME[@REVISION]`; a folder with open_clip_config.json, weights and tokenizer; or the
             folder of a training run, whose `model/` is read.
-        device: where the model goes.
-        precision: fp32, bf16 or fp16, the dtype of the weights; the logit scale stays in float32.
-        image_size: another input size in pixels, a multiple of the patch size: the position embeddings are resized.
+        device: device of the model.
+        precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
+        image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
 
     Raises:
-        UserError: a file is missing, broken or unsafe, or a key of configuration or weights is missing, left over or
-            of another shape; the message names it.
+        UserError: a file is missing, damaged or unsafe; a key of the configuration or the weights is missing, unknown
+            or of a wrong shape. The message names it.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    source = _source(name_or_path)
+        raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    source = source_of(name_or_path)
     content = read_json(source.get([CONFIG_FILE]))
-    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
     preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
     tokenizer = _tokenizer(source, content, config)
-    # The shapes are checked on the meta device before any memory is spent on what a configuration asks for.
+    # Check the shapes on the meta device first: a configuration may ask for any amount of memory.
     with torch.device("meta"):
         model = BiomedClip(config)
     path = source.get(WEIGHT_FILES)
-    state = weights.from_open_clip(read_checkpoint(path), model, where=str(path))
+    state = weights.from_open_clip(read_checkpoint(path), model, source=str(path))
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
         preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
@@ -79,17 +79,17 @@ def load(
     model.to(device=device, dtype=PRECISIONS[precision])
     for name, value in scalars.items():
         getattr(model, name).data = value.to(device)
-    model.visual.set_pixels(preprocess_config.mean, preprocess_config.std)
+    model.visual.set_normalization(preprocess_config.mean, preprocess_config.std)
     log.info("loaded %s (%s)", name_or_path, path.name)
     return model.eval(), Preprocess(preprocess_config), tokenizer
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint that `load` takes."""
-    source = _source(name_or_path)
+    """Load only the tokenizer of a checkpoint. Takes the same names as `load`."""
+    source = source_of(name_or_path)
     content = read_json(source.get([CONFIG_FILE]))
     return _tokenizer(
-        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), _hub_json)
+        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
     )
 
 
@@ -101,21 +101,23 @@ def save(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes open_clip's layout: open_clip_config.json, open_clip_model.safetensors, tokenizer files.
+    """Write open_clip's layout: open_clip_config.json, open_clip_model.safetensors and the tokenizer's files.
 
-    The published sizes are written under their public names and open in open_clip anywhere. Other sizes are described
-    by `vision/config.json` and `text/config.json`, which open_clip finds where `folder` is the working directory.
+    Published sizes get their public names, so that open_clip can load them anywhere. `vision/config.json` and
+    `text/config.json` describe other sizes. open_clip finds these files if `folder` is the working directory.
 
     Args:
-        folder: made if it isn't there; files of the same name are replaced, the weights last and at once.
-        state_dict: the model's whole state, where its own parameters are sharded over ranks.
+        folder: created if it is missing. Files of the same name are replaced, the weights last and atomically.
+        state_dict: state of the complete model, if the parameters of `model` are sharded over ranks.
 
     Raises:
-        UserError: the three don't fit each other.
+        UserError: model, preprocess and tokenizer do not fit each other.
     """
     config = model.config
     if preprocess.config.size != config.vision.image_size:
-        raise UserError(f"preprocess gives {preprocess.config.size} px, the model takes {config.vision.image_size}")
+        raise UserError(
+            f"preprocess gives images of {preprocess.config.size} px, but the model takes {config.vision.image_size} px"
+        )
     _check_vocabulary(tokenizer, config)
     folder = Path(folder)
     files = open_clip_config.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
@@ -133,14 +135,14 @@ def save(
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
-    """Writes the towers as transformers loads them, since no single class of its has both as BiomedCLIP has.
+    """Write each tower for transformers, which has no class for both towers of BiomedCLIP together.
 
-        vision/   ViTModel, whose pooler_output is the image's embedding; preprocessor_config.json
-        text/     BertModel and the tokenizer, or of a gpt tower CLIPTextModelWithProjection, whose text_embeds it is
-        projections.safetensors   text_projection. of BERT, which its first token's last hidden state goes through:
-                                  `0.weight`, GELU, `2.weight`, or `weight` alone; logit_scale, the logarithm
+        vision/   ViTModel, whose pooler_output is the image embedding; preprocessor_config.json
+        text/     BertModel and the tokenizer; a gpt tower becomes CLIPTextModelWithProjection with text_embeds
+        projections.safetensors   logit_scale (its logarithm), and text_projection of a BERT, which maps the last
+                                  hidden state of the first token: `0.weight`, GELU, `2.weight`, or `weight` only
 
-    Embeddings aren't normalised. Raises OSError or SafetensorError where nothing can be written.
+    The embeddings are not normalised. Raises OSError or SafetensorError if a file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -154,11 +156,11 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
     save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
     tokenizer.save(folder / "text")
-    square, whole = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
+    square, is_squashed = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
     content = {
         "image_processor_type": "CLIPImageProcessor",
-        "size": square if whole else {"shortest_edge": pixels.size},
-        "do_center_crop": not whole,
+        "size": square if is_squashed else {"shortest_edge": pixels.size},
+        "do_center_crop": not is_squashed,
         "crop_size": square,
         "resample": {"bicubic": 3, "bilinear": 2}[pixels.interpolation],
         "image_mean": list(pixels.mean),
@@ -167,89 +169,17 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-class Source(Protocol):
-    """Where the files of one checkpoint are."""
-
-    def get(self, names: Sequence[str]) -> Path:
-        """The first of these files that is there. Raises UserError if none is."""
-        ...
-
-
-class Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def get(self, names: Sequence[str]) -> Path:
-        for name in names:
-            if (self.path / name).is_file():
-                return self.path / name
-        raise UserError(f"{self.path} holds no {' or '.join(names)}")
-
-
-class Hub:
-    def __init__(self, name: str) -> None:
-        self.repository, _, revision = name.partition("@")
-        self.revision = revision or None
-
-    def get(self, names: Sequence[str]) -> Path:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-        absent: Exception | None = None
-        for name in names:
-            try:
-                return Path(hf_hub_download(self.repository, name, revision=self.revision))
-            except EntryNotFoundError as error:  # not in the repository, or no network and not in the cache
-                absent = error
-            except HFValidationError as error:
-                raise UserError(f"{self.repository!r} is no repository id of the hub (org/name): {error}") from error
-            except OSError as error:  # unknown repository, no permission, connection
-                raise UserError(f"hf-hub:{self.repository}: {name} cannot be fetched: {first_line(error)}") from error
-        raise UserError(f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(absent)}") from absent
-
-
-def _source(name_or_path: str | Path) -> Source:
-    name = str(name_or_path)
-    if name.startswith(HUB_PREFIX):
-        return Hub(name.removeprefix(HUB_PREFIX))
-    folder = Path(name_or_path)
-    for path in (folder, folder / "model"):
-        if (path / CONFIG_FILE).is_file():
-            return Folder(path)
-    if not folder.is_dir():
-        raise UserError(f"{name} is not a folder; a model of the hub is named hf-hub:ORG/NAME")
-    raise UserError(f"{name} holds no {CONFIG_FILE}, neither does {folder / 'model'}")
-
-
-def _hub_json(name: str) -> dict[str, Any]:
-    return read_json(Hub(name).get(["config.json"]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes; that is no configuration")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
-
-
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
-    """preprocess_cfg, where absent keys mean open_clip's defaults, which are BiomedCLIP's."""
+    """Read preprocess_cfg. Missing keys have open_clip's defaults, which are BiomedCLIP's too."""
     if not isinstance(content, dict):
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg is {content!r}, no table")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg must be a table, not {content!r}")
     content = dict(content)
     size = content.pop("size", image_size)
     if size not in (image_size, [image_size, image_size]):
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} is not the model's, {image_size}")
+        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} must be the model's, {image_size}")
     if content.pop("mode", "RGB") != "RGB":
         raise UserError(f"{CONFIG_FILE}: preprocess_cfg mode must be RGB")
-    content.pop("fill_color", None)  # read only by resize_mode longest
+    content.pop("fill_color", None)  # only resize_mode longest uses it
     unknown = content.keys() - {"mean", "std", "interpolation", "resize_mode"}
     if unknown:
         raise UserError(f"{CONFIG_FILE}: preprocess_cfg has unsupported keys: {', '.join(sorted(unknown))}")
@@ -274,8 +204,8 @@ def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig
     except UserError as error:
         name = open_clip_config.tokenizer_name(content)
         if name is None:
-            raise UserError(f"{error}; save the tokenizer beside the weights") from error
-        log.info("the checkpoint has no tokenizer file of its own; fetching that of %s", name)
+            raise UserError(f"{error}; save the tokenizer next to the weights") from error
+        log.info("the checkpoint has no tokenizer file; downloading the tokenizer of %s", name)
         path = Hub(name).get(TOKENIZER_FILES)
     tokenizer = Tokenizer.from_file(path, context_length=config.text.context_length)
     _check_vocabulary(tokenizer, config)
@@ -285,7 +215,7 @@ def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig
 def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
     if tokenizer.vocab_size > config.text.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the text tower embeds only {config.text.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text tower embeds only {config.text.vocab_size}"
         )
 
 

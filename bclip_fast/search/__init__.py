@@ -1,1 +1,1 @@
-"""An index of images, its queries, and a page to search it."""
+"""An index of images, its queries, and a web page to search it."""

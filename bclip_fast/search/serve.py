@@ -1,8 +1,8 @@
-"""`bclip serve INDEX`: a web page to search an index with words or a picture, for oneself: on the loopback by default.
+"""`bclip serve INDEX`: a web page to search an index with words or an image. By default, only this machine reaches it.
 
-A request brings words, a picture and a number, never a path. The page runs no script and loads nothing; captions and
-keys are escaped, pictures decoded and encoded anew. A Host that is not ours is refused, so that no foreign name that
-points here reads along (DNS rebinding), and so are forms posted by other sites. What is asked is not logged.
+A request holds words, an image and a number, never a path. The page runs no script and loads nothing. Captions and keys
+are escaped, and images are decoded and encoded again. The server rejects foreign Host names, against DNS rebinding, and
+forms from other sites. It does not log queries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from werkzeug.wrappers import Request, Response
 
 from bclip_fast.errors import UserError
 
-from .index import MAX_HITS, OpenConfig, Searcher, page
+from .searcher import MAX_HITS, OpenConfig, Searcher, page
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +33,24 @@ HEADERS = {
 }
 
 
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(OpenConfig):
-    """Serves a page to search an index."""
+    """Serve a page to search an index."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Any but the loopback's lets whoever reaches this machine see the pictures."""
+    """Address to listen on. With any address except the loopback, everyone who reaches this machine sees the images."""
     port: int = 8000
-    """0 takes a free one."""
+    """Port to listen on. 0: any free port."""
     k: int = 24
-    """Hits on a page, unless it asks for another number."""
+    """Hits on a page, unless the request asks for another number."""
 
     def __post_init__(self) -> None:
+        """Check the fields. Raises UserError."""
         if not 1 <= self.k <= MAX_HITS or not 0 <= self.port < 65536:
-            raise UserError(f"k is {self.k}, port {self.port}: must be 1 to {MAX_HITS} and 0 to 65535")
+            raise UserError(f"k={self.k} must be 1 to {MAX_HITS}, and port={self.port} must be 0 to 65535")
 
 
 class _Request(Request):
@@ -56,18 +60,14 @@ class _Request(Request):
 
 
 class App:
-    """The page as a WSGI application.
+    """The page as a WSGI application."""
 
-    Args:
-        hosts: the names a request may call this server by; empty: any.
-    """
-
-    def __init__(
-        self, searcher: Searcher, k: int = 24, hosts: Iterable[str] = ("127.0.0.1", "localhost", "[::1]")
-    ) -> None:
+    def __init__(self, searcher: Searcher, k: int = 24, hosts: Iterable[str] = LOOPBACK_HOSTS) -> None:
+        """hosts: allowed values of a request's Host header. Empty: all."""
         self.searcher, self.k, self.hosts = searcher, k, list(hosts)
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        """Answer a request, as WSGI defines it."""
         request = _Request(environ)
         request.trusted_hosts = self.hosts
         try:
@@ -78,7 +78,7 @@ class App:
         return response(environ, start_response)
 
     def _respond(self, request: Request) -> Response:
-        _ = request.host  # raises where it isn't one of ours
+        _ = request.host  # raises for a host that is not allowed
         if request.path != "/":
             raise NotFound
         if request.method not in ("GET", "HEAD", "POST"):
@@ -92,8 +92,8 @@ class App:
                 file = request.files.get("image")
                 query = file.filename or "" if file else ""
                 if not (content := file.read() if file else b""):
-                    raise UserError("choose a picture first")
-                hits = self.searcher.picture(content, k, query)
+                    raise UserError("choose an image first")
+                hits = self.searcher.image(content, k, query)
             else:
                 hits = self.searcher.text(query, k) if query else []
         except UserError as error:
@@ -109,18 +109,18 @@ def _number(text: str | None, default: int) -> int:
     return int(text)
 
 
-def make(config: ServeConfig, searcher: Searcher) -> BaseWSGIServer:
-    """A server that listens already; `port` is its port. Raises UserError: it can't listen."""
+def start_server(config: ServeConfig, searcher: Searcher) -> BaseWSGIServer:
+    """Return a server that already listens, on its attribute `port`. Raises UserError if it cannot listen."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listening = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         raise UserError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from error
-    hosts = ["127.0.0.1", "localhost", "[::1]"]
+    hosts: Iterable[str] = LOOPBACK_HOSTS
     address = ipaddress.ip_address(listening.getsockname()[0])
     if not address.is_loopback:
-        log.warning("%s is not the loopback: whoever reaches it sees the pictures and captions of this index", address)
-        hosts = []
+        log.warning("%s is not the loopback: everyone who reaches it sees the images and captions", address)
+        hosts = ()
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     with listening:  # the server duplicates the descriptor
         app: Callable[..., Any] = App(searcher, config.k, hosts)
@@ -128,10 +128,10 @@ def make(config: ServeConfig, searcher: Searcher) -> BaseWSGIServer:
 
 
 def run(config: ServeConfig) -> None:
-    """The command: serves until it is interrupted."""
-    server = make(config, Searcher(config))
+    """Run the command: serve until an interrupt."""
+    server = start_server(config, Searcher(config))
     host = f"[{config.host}]" if ":" in config.host else config.host
-    log.info("http://%s:%d/ (Ctrl+C ends it)", host, server.port)
+    log.info("http://%s:%d/ (Ctrl+C stops it)", host, server.port)
     try:
         server.serve_forever()
     finally:

@@ -1,10 +1,10 @@
-"""The backends of a run: rank 0's choices, which all ranks take and RUN/backends.json keeps.
+"""The backends of a run: all ranks take rank 0's choices, and RUN/backends.json keeps them.
 
-So a resumed run goes on with them, whatever the machine's own record says by then.
+So a resumed run goes on with the same backends, even if the machine's tuning record has changed.
 
-The file maps each kind of device to a record (ops/tuning.py) with an order of backends for every call. Where the first
-of an order cannot run any more, on another machine or after a reinstallation, the next one does, and a warning says
-that the run is no longer bit for bit what it would have been.
+The file maps each kind of device to a record (ops/record_files.py) that orders the backends of every call. If the first
+backend of an order cannot run any more, on another machine or after a reinstallation, the next one does. A warning then
+says that the run no longer continues bit for bit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import write_text
-from bclip_fast.ops import trials, tuning
-from bclip_fast.ops.tuning import Entry, Record
+from bclip_fast.ops import fingerprint, record_files, trials, tuning
+from bclip_fast.ops.record_files import Entry, Record
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,15 @@ FILE = "backends.json"
 
 
 def of_run(folder: Path, *, resumed: bool, keep: bool = True) -> AbstractContextManager[None]:
-    """All ranks take rank 0's choices inside the block. Collective.
+    """Context manager in which all ranks use rank 0's choices. Collective.
 
     Args:
-        folder: where backends.json is, if `resumed`, or is to be written, if `keep`.
+        folder: folder of backends.json.
+        resumed: read backends.json if it exists.
+        keep: write backends.json if it was not read.
 
     Raises:
-        UserError: on every rank, a file that is damaged, or a folder that takes none.
+        UserError: on every rank, if the file is damaged or cannot be written.
     """
     return tuning.in_force(from_json(distributed.run_on_rank0(lambda: _settle(folder, resumed, keep))))
 
@@ -46,14 +48,12 @@ def _settle(folder: Path, resumed: bool, keep: bool) -> dict[str, Any]:
     path = folder / FILE
     if resumed and path.exists():
         recorded = read(path)
-        _tell_differences(recorded)
+        _warn_of_differences(recorded)
         return to_json(recorded)
     data = to_json({device.type: current(device) for device in _devices()})
     if resumed:
         log.warning(
-            "%s is missing, so the run goes on with this machine's backends and may not be bit for bit what it would "
-            "have been",
-            path,
+            "%s is missing, so the run goes on with this machine's backends and may not continue bit for bit", path
         )
     if not keep:
         return data
@@ -68,7 +68,7 @@ def read(path: Path) -> dict[str, Record]:
     """The records of a file, by kind of device.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -76,41 +76,43 @@ def read(path: Path) -> dict[str, Record]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): delete it to go on with this machine's backends, no longer bit for bit"
+            f"{path} is damaged ({error}); delete it to go on with this machine's backends, but not bit for bit"
         ) from error
 
 
 def current(device: torch.device) -> Record:
-    """What `auto` takes on the device as of now, for every call; kernels that are still to be checked, are."""
+    """The current choices of `auto` on the device, for every call. Check the kernels that are not checked yet."""
     record = tuning.of_device(device.type, device.index or 0)
-    found = {}
+    entries = {}
     for decision in trials.decisions(device, check=True):
         usable = [name for name in decision.order if name not in decision.refusals]
-        found[decision.key] = Entry(tuple(usable))
-    return dataclasses.replace(record, entries={**record.entries, **found}, checks=dict(record.checks))
+        entries[decision.key] = Entry(tuple(usable))
+    return dataclasses.replace(record, entries={**record.entries, **entries}, checks=dict(record.checks))
 
 
 def to_json(records: Mapping[str, Record]) -> dict[str, Any]:
-    return {kind: tuning.to_json(record) for kind, record in records.items()}
+    """The content of backends.json."""
+    return {kind: record_files.to_json(record) for kind, record in records.items()}
 
 
 def from_json(data: Mapping[str, Any]) -> dict[str, Record]:
-    found = {kind: tuning.from_json(record) for kind, record in data.items()}
-    for record in found.values():
-        record.origin = "what the run has recorded"
-    return found
+    """The inverse of `to_json`."""
+    records = {kind: record_files.from_json(record) for kind, record in data.items()}
+    for record in records.values():
+        record.origin = "the run's record"
+    return records
 
 
 def _devices() -> list[torch.device]:
-    """What a rank computes on, and the CPU, on which it reads pictures."""
+    """The device of a rank's computation, and the CPU, which decodes its images."""
     devices = [torch.device("cpu")]
     if torch.cuda.is_available() and torch.cuda.device_count():
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     return devices
 
 
-def _tell_differences(recorded: Mapping[str, Record]) -> None:
-    """Warns of calls that the recorded backend cannot run here."""
+def _warn_of_differences(recorded: Mapping[str, Record]) -> None:
+    """Log a warning about calls whose recorded backend cannot run here."""
     with tuning.in_force(recorded):
         for device in _devices():
             record = recorded.get(device.type)
@@ -124,10 +126,12 @@ def _tell_differences(recorded: Mapping[str, Record]) -> None:
                     call = ", ".join(filter(None, decision.key))
                     replaced.append(f"{call}: {decision.chosen} in place of {entry.order[0]} ({reason})")
             if replaced:
-                differing = tuning.differences(record.fingerprint, tuning.fingerprint(device.type, device.index or 0))
+                differing = fingerprint.differences(
+                    record.fingerprint, fingerprint.fingerprint(device.type, device.index or 0)
+                )
                 log.warning(
-                    "the run continues with other backends, so it is no longer bit for bit what it would have been: "
-                    "%s. The run / this machine: %s",
+                    "the run goes on with other backends, so it does not continue bit for bit: %s. "
+                    "Differences (the run / this machine): %s",
                     "; ".join(replaced),
-                    differing or "the same",
+                    differing or "none",
                 )

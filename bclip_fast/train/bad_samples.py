@@ -1,4 +1,4 @@
-"""What the ranks agree on about their data before each step: damaged samples are counted, a failure stops them all."""
+"""Agreement of the ranks before each step: they count the damaged samples, and the failure of one stops all."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ log = logging.getLogger(__name__)
 
 NAME = "bad_samples.jsonl"
 _NUM_SHOWN = 20
-# More than the damaged samples that all ranks can meet in a step.
+# Weight of a stop in the sum of `agree`: larger than the number of damaged samples of all ranks in a step.
 _STOP = 1 << 40
 
 
 class BadSamples:
-    """RUN/bad_samples.jsonl: a line for each time that a damaged sample was met in a batch that was trained on.
+    """RUN/bad_samples.jsonl: one line for each damaged sample in each batch of the training.
 
-    Keys of a line: step, rank, epoch, position, index, key, shard, reason. Lines are in the order of training, whatever
-    was prefetched, and lines of later steps than `first_step` are removed, so a resumed run's file becomes that of an
-    uninterrupted one. Made on every rank at once.
+    A line has the keys step, rank, epoch, position, index, key, shard and reason. The lines follow the order of
+    training, not that of prefetching. So a resumed run ends with the same file as an uninterrupted one. Build it on
+    every rank.
 
     Args:
-        folder: the run folder.
-        limit: different samples, over all ranks and steps, that may be damaged.
+        folder: run folder.
+        first_step: step after which the run continues. Lines of later steps are removed.
+        limit: largest number of different damaged samples, over all ranks and steps.
     """
 
     def __init__(self, folder: Path, first_step: int, limit: int) -> None:
@@ -45,29 +46,33 @@ class BadSamples:
 
     @property
     def num_bad(self) -> int:
-        """Different samples, over all ranks."""
+        """Number of different damaged samples, over all ranks."""
         return len(self._bad)
 
     def close(self) -> None:
+        """Close the file."""
         self._lines.close()
 
-    def agree(self, step: int, found: list[BadRecord], problem: str | None, stop: bool = False) -> bool:
-        """Tells all ranks what this one met in the batch of a step, and whether it was told to stop.
+    def agree(self, step: int, bad: list[BadRecord], problem: str | None, stop: bool = False) -> bool:
+        """Report this rank's state before a step to all ranks. Collective. Without news, it sends one number.
 
-        Collective: one number travels if there is nothing to tell.
+        Args:
+            bad: damaged samples of this rank's batch.
+            problem: error of this rank, if it has no batch.
+            stop: whether a signal asked this rank to stop.
 
         Returns:
-            Whether a rank was told to stop; the step is then not to be made, and nothing of it is noted.
+            Whether any rank was asked to stop. Then nothing is recorded, and the step must not be made.
 
         Raises:
-            UserError: on every rank, where a rank has a `problem` instead of a batch, or too many samples are damaged.
+            UserError: on every rank, if any rank has a problem, or if too many samples are damaged.
         """
-        num_stops, num_found = divmod(distributed.total(stop * _STOP + len(found) + (problem is not None)), _STOP)
-        if num_stops or not num_found:
+        num_stops, num_reports = divmod(distributed.total(stop * _STOP + len(bad) + (problem is not None)), _STOP)
+        if num_stops or not num_reports:
             return num_stops > 0
         rank = distributed.rank()
-        own = [{"step": step, "rank": rank, **dataclasses.asdict(record)} for record in found]
-        gathered = distributed.all_gather_object((problem, own))
+        local_records = [{"step": step, "rank": rank, **dataclasses.asdict(record)} for record in bad]
+        gathered = distributed.all_gather_object((problem, local_records))
         records = sorted((line for _, lines in gathered for line in lines), key=lambda line: line["position"])
         if distributed.is_main() and records:
             for record in records:
@@ -80,7 +85,7 @@ class BadSamples:
         if len(self._bad) > self._limit:
             shown = "; ".join(list(self._bad.values())[:_NUM_SHOWN])
             raise UserError(
-                f"{len(self._bad)} samples are damaged, data.max_bad_samples is {self._limit}: {shown} "
+                f"{len(self._bad)} samples are damaged, more than data.max_bad_samples={self._limit}: {shown} "
                 f"({self._path} lists all)"
             )
         return False

@@ -1,17 +1,17 @@
-"""Checkpoints that are whole or absent: written aside, hashed, renamed; read only where every hash agrees.
+"""Checkpoints that are complete or absent: written to a partial folder, hashed, renamed, and read if every hash agrees.
 
     checkpoints/step-00001000/
-      model.safetensors       the fp32 parameters and buffers, under the model's names
+      model.safetensors       fp32 parameters and buffers, under the model's names
       optimizer.safetensors   AdamW's moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
-      ema.safetensors         the average of the trained parameters, where the run keeps one
-      state.json              step, position in the data, updates made, loss scale, model configuration, what else the
-                              trainer's rules remember (the last losses, the best validation)
-      manifest.json           size and SHA-256 of the others; written last
+      ema.safetensors         EMA of the trainable parameters, if the run has one
+      state.json              step, position in the data, number of updates, loss scale, model configuration, and the
+                              state of the trainer's rules (the last losses, the best validation)
+      manifest.json           size and SHA-256 of the other files. Written last.
 
-They hold no pickle, so reading one runs no code, and nothing of the engine or the number of ranks: what DeepSpeed's
-universal checkpoints are made for, by a conversion after the run, is so from the start; those hold pickles, and the
-trainer's state of DeepSpeed instead of ours, so they are neither read nor written. Random states need no place here:
-the trainer seeds each step from (seed, step, rank).
+A checkpoint holds no pickle, so reading one runs no code. It does not depend on the engine or on the number of ranks,
+so it needs no conversion such as that of DeepSpeed's universal checkpoints. Those hold pickles and DeepSpeed's own
+trainer state, and this module neither reads nor writes them. Random states are not stored, because the trainer seeds
+each step from (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import json
 import logging
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,17 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-\d{8,}")
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-_AVERAGE = "ema.safetensors"
+_EMA = "ema.safetensors"
 
 
 @dataclass
 class Checkpoint:
-    """What a run continues from. `data` is ShardSampler.state_dict(), `model_config` the configuration as JSON."""
+    """The state from which a run continues.
+
+    data: state of the sampler.
+    model_config: configuration of the model, as JSON.
+    rest: state of the trainer's rules.
+    """
 
     step: int
     model: dict[str, Tensor]
@@ -59,10 +63,15 @@ class Checkpoint:
 def save(
     folder: Path, checkpoint: Checkpoint, *, keep: int = 0, keep_every_steps: int = 0, best: int | None = None
 ) -> Path:
-    """Writes `folder`/step-XXXXXXXX, then removes all but the `keep` newest (0: none are removed), those of every
-    `keep_every_steps` steps, and that of step `best`.
+    """Write `folder`/step-XXXXXXXX, then remove old checkpoints. Only one process may call it.
 
-    Called by one process. Raises UserError where it cannot be written; older checkpoints are then untouched.
+    Args:
+        keep: number of newest checkpoints to keep. 0 removes none.
+        keep_every_steps: keep the checkpoints of all multiples of this number of steps.
+        best: step of another checkpoint to keep.
+
+    Raises:
+        UserError: the checkpoint cannot be written. Older checkpoints are then untouched.
     """
     from safetensors.torch import save_file
 
@@ -80,100 +89,54 @@ def save(
         "model_config": checkpoint.model_config,
         "rest": checkpoint.rest,
     }
-    with written(target, "; older checkpoints are untouched"):
-        # Processes that were killed leave partial folders behind.
+    with explain_write_errors(target, "; older checkpoints are untouched"):
+        # Killed processes leave partial folders behind.
         for stale in folder.glob(".step-*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
-        # A folder of this name exists only if it is broken and the run resumed from an older checkpoint.
+        # If the target exists, it is damaged, and the run was resumed from an older checkpoint.
         with replacing_folder(target) as partial:
             save_file({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}, partial / _FILES[0])
             save_file({name: tensor.contiguous() for name, tensor in moments.items()}, partial / _FILES[1])
             if checkpoint.ema:
-                save_file({name: tensor.contiguous() for name, tensor in checkpoint.ema.items()}, partial / _AVERAGE)
+                save_file({name: tensor.contiguous() for name, tensor in checkpoint.ema.items()}, partial / _EMA)
             _write_json(partial / _FILES[2], state)
             _write_json(partial / "manifest.json", {path.name: _describe(path) for path in partial.iterdir()})
-    for old in steps(folder)[keep:] if keep else []:
-        step = int(old.name[5:])
+    for path in list_checkpoints(folder)[keep:] if keep else []:
+        step = step_of(path)
         if step != best and not (keep_every_steps and step % keep_every_steps == 0):
-            shutil.rmtree(old)
+            shutil.rmtree(path)
     return target
 
 
 @contextlib.contextmanager
-def written(target: Path, note: str = "") -> Iterator[None]:
+def explain_write_errors(target: Path, note: str = "") -> Iterator[None]:
     """Turn a failure to write `target` into a UserError whose message ends with `note`."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: cannot be written: {error}{note}") from error
-
-
-class Writer:
-    """Has checkpoints written one at a time, by a thread where `background` is true, by the caller elsewhere.
-
-    A write that fails with UserError is logged as a warning and forgotten when the next succeeds: a disk that is full
-    for a while doesn't end a run.
-    """
-
-    def __init__(self, background: bool) -> None:
-        self._background = background
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def submit(self, write: Callable[[], object]) -> None:
-        """Starts `write()`, once the one before has ended."""
-        self.wait()
-        # A daemon: what is killed while it writes leaves no whole checkpoint, and need not be waited for.
-        self._thread = threading.Thread(target=self._run, args=(write,), name="bclip-checkpoint", daemon=True)
-        self._thread.start()
-        if not self._background:
-            self.wait()
-
-    def wait(self) -> None:
-        """Returns when nothing is being written. Raises what is no UserError."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None and not isinstance(self._error, UserError):
-            raise self._error
-
-    def finish(self) -> None:
-        """Waits for the last checkpoint. Raises the UserError with which it failed."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-            self._error = None
-        except UserError as error:
-            log.warning("%s; training goes on, the next checkpoint is tried when it is due", error)
-            self._error = error
-        except Exception as error:
-            self._error = error
+        raise UserError(f"{target} cannot be written: {error}{note}") from error
 
 
 def load_latest(folder: Path) -> Checkpoint:
-    """The newest checkpoint that is whole; a broken one is passed over with a warning that says what is wrong.
+    """Read the newest intact checkpoint. Skip a damaged one with a warning that names the damage.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds no intact checkpoint.
     """
-    names = steps(folder)
-    for path in names:
+    paths = list_checkpoints(folder)
+    for path in paths:
         if problem := verify(path):
             log.warning("%s is not used: %s", path, problem)
             continue
         return read(path)
-    found = f"none of its {len(names)} is whole" if names else "it holds none"
-    raise UserError(f"{folder}: no checkpoint to resume from, {found}; begin in another folder")
+    problem = f"all {len(paths)} checkpoints are damaged" if paths else "the folder holds no checkpoint"
+    raise UserError(f"{folder}: cannot resume, because {problem}; start in another folder")
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None where every file has the size and the hash of the manifest."""
+    """The damage of a checkpoint. None if every file has the size and the hash in the manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         for name in {*_FILES, *manifest}:
@@ -182,7 +145,7 @@ def verify(path: Path) -> str | None:
             if size != manifest[name]["size"]:
                 return f"{name} has {size} bytes, should have {manifest[name]['size']}"
             if _describe(file) != manifest[name]:
-                return f"{name} is corrupt, its SHA-256 is not that of the manifest"
+                return f"{name} is corrupt: its SHA-256 differs from the manifest"
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
@@ -191,7 +154,11 @@ def verify(path: Path) -> str | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint that `verify` passed. Raises UserError where its format is another."""
+    """Read a checkpoint that passed `verify`.
+
+    Raises:
+        UserError: its format has another version.
+    """
     from safetensors.torch import load_file
 
     state = json.loads((path / "state.json").read_bytes())
@@ -203,29 +170,34 @@ def read(path: Path) -> Checkpoint:
         moments.setdefault(name, {})[moment] = tensor
     optimizer = OptimizerState(state["optimizer"]["num_steps"], moments, state["optimizer"]["loss_scale"])
     model = load_file(path / "model.safetensors")
-    ema = load_file(path / _AVERAGE) if (path / _AVERAGE).is_file() else {}
+    ema = load_file(path / _EMA) if (path / _EMA).is_file() else {}
     rest = state.get("rest", {})
     return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], rest, ema)
 
 
-def first_difference(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "model") -> str | None:
-    """`model.text.width is 128 there and 256 here` for the first key in which two configurations differ."""
-    for name in sorted({*saved, *own}):
-        there, here = saved.get(name), own.get(name)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            if difference := first_difference(there, here, f"{prefix}.{name}"):
+def first_difference(saved: Mapping[str, Any], config: Mapping[str, Any], prefix: str = "model") -> str | None:
+    """`model.text.width is 128, but this run has 256`, for the first key with different values. None if all agree."""
+    for name in sorted({*saved, *config}):
+        saved_value, value = saved.get(name), config.get(name)
+        if isinstance(saved_value, Mapping) and isinstance(value, Mapping):
+            if difference := first_difference(saved_value, value, f"{prefix}.{name}"):
                 return difference
-        elif there != here:
-            return f"{prefix}.{name} is {there} there and {here} here"
+        elif saved_value != value:
+            return f"{prefix}.{name} is {saved_value}, but this run has {value}"
     return None
 
 
-def steps(folder: Path) -> list[Path]:
-    """The checkpoints, newest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _describe(path: Path) -> dict[str, Any]:

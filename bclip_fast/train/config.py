@@ -1,4 +1,4 @@
-"""The configuration of a pretraining run; the defaults are BiomedCLIP's."""
+"""The configuration of a pretraining run. Its defaults are BiomedCLIP's."""
 
 from __future__ import annotations
 
@@ -12,163 +12,183 @@ from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.presets import preset
 
-from .engine.deepspeed import EngineConfig
+from .engine import EngineConfig
 from .loss_spikes import SpikeConfig
 from .schedule import OptimConfig
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on, and how it is read."""
+    """The training data, and the way to read them."""
 
     shards: str = ""
-    """Folder written by `bclip ingest build`, or the URL of a copy of it (s3://, https://, whatever fsspec reads)."""
+    """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// and all that fsspec
+    reads)."""
     split: str = "train"
     tokenizer: str = ""
-    """tokenizer.json or vocab.txt, or `train`: a WordPiece vocabulary learned from the captions of the split. Empty:
-    that of init.model or init.text, and without them `train`."""
+    """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the captions of the split. If empty,
+    the tokenizer of init.model or init.text, or `train` without them."""
     shuffle_block: int = 8192
-    """Samples shuffled together; larger mixes better and reads less sequentially."""
+    """Number of samples that are shuffled together. A larger block mixes better, but reads less sequentially."""
     augment: bool = True
-    """Random resized crops; False takes the centre crop of evaluation."""
+    """Take random resized crops. False takes the centre crop of evaluation."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the image's area in a crop."""
     loader: Literal["native", "dali"] = "native"
-    """What decodes and resizes: our code on the CPU, or NVIDIA DALI, on the GPU where there is one; same batches."""
+    """Decoder of the images: native is our code on the CPU. dali is NVIDIA DALI, on the GPU if there is one. Both give
+    the same batches."""
     num_threads: int = 2
-    """Threads a rank that decode images."""
+    """Threads per rank that decode images."""
     prefetch_batches: int = 2
-    """Batches prepared ahead; from a URL, read ahead."""
+    """Number of batches to prepare ahead. From a URL, also the number to read ahead."""
     spool_above_mib: int = 0
-    """With micro-batches, a rank's pairs wait in so much memory, and what is more in a file, to be embedded a second
-    time: 150 kB a pair at 224 pixels, in 0.08 ms."""
+    """Memory (MiB per rank) for the batch while its micro-batches wait for GradCache's second forward pass. The rest
+    goes to a temporary file. A 224-pixel pair takes 150 kB."""
     spool_dir: str = ""
-    """Folder of that file, which no other process sees; empty: the system's for temporary files."""
+    """Folder of that temporary file, which other processes cannot see. If empty, the system's folder for temporary
+    files."""
     max_bad_samples: int = 100
-    """Different samples, over all ranks, that may turn out damaged and are replaced (bad_samples.jsonl of the run lists
-    them); one more stops the run. 0: the first stops it. A shard that can't be read always does."""
+    """Largest number of different damaged samples, over all ranks. The run replaces them and lists them in
+    bad_samples.jsonl. One more stops it, so 0 stops it at the first. An unreadable shard always stops it."""
     timeout_s: float = 300.0
-    """A rank whose batch isn't ready this long after it was asked for stops the run, naming what is being read."""
+    """Seconds that a rank waits for a batch. After that, the run stops with an error that names the file it reads."""
     read: ReadConfig = field(default_factory=ReadConfig)
 
     def __post_init__(self) -> None:
         if self.max_bad_samples < 0:
-            raise UserError(f"data.max_bad_samples={self.max_bad_samples}: must not be negative")
+            raise UserError(f"data.max_bad_samples={self.max_bad_samples} must not be negative")
         if self.spool_above_mib < 0:
-            raise UserError(f"data.spool_above_mib={self.spool_above_mib}: must not be negative")
+            raise UserError(f"data.spool_above_mib={self.spool_above_mib} must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale={self.crop_scale}: need 0 < smallest <= largest <= 1")
+            raise UserError(f"data.crop_scale={self.crop_scale} must satisfy 0 < smallest <= largest <= 1")
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What the weights are at the start of a run; what isn't named here is drawn at random."""
+    """Initial weights of a run. All other weights are drawn at random."""
 
     model: str = ""
-    """A whole model to continue from: a run folder, a folder in open_clip's layout, or hf-hub:ORG/NAME."""
+    """Model with both towers: a run folder, a folder in open_clip's layout, or hf-hub:ORG/NAME."""
     vision: str = ""
-    """An ImageNet ViT in timm's or transformers' layout: hf-hub:ORG/NAME, a folder or a file of weights."""
+    """ImageNet ViT in timm's or transformers' layout: hf-hub:ORG/NAME, a folder, or a file with weights."""
     text: str = ""
-    """A BERT in transformers' layout, likewise, with its vocabulary beside it."""
+    """BERT in transformers' layout: hf-hub:ORG/NAME, a folder, or a file with weights. The vocabulary is beside the
+    weights."""
 
     def __post_init__(self) -> None:
         if self.model and (self.vision or self.text):
-            raise UserError("init.model is a whole model, and init.vision and init.text are parts of one: give either")
+            raise UserError(
+                "init.model sets both towers and cannot be combined with init.vision or init.text; remove init.model, "
+                "or the others"
+            )
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Retrieval on held-out pairs, and zero-shot tasks, while training and after the last step."""
+    """Validation during training and after the last step: retrieval on held-out pairs, and zero-shot tasks."""
 
     every_steps: int = 0
-    """0: never."""
+    """Interval in steps. 0 turns it off."""
     every_epochs: int = 0
-    """Besides `every_steps`; 0: never."""
+    """Interval in epochs, in addition to `every_steps`. 0 turns it off."""
     split: str = "val"
     batch_size: int = 64
     zero_shot: tuple[str, ...] = ()
-    """Zero-shot tasks as of `bclip eval --task`: of the package (pcam, lc25000_lung, ...), or TOML files."""
+    """Zero-shot tasks, as for `bclip eval --task`: names of the package's tasks (pcam, lc25000_lung, ...), or TOML
+    files."""
     zero_shot_data: str = ""
-    """Folder of the tasks' data, as of `bclip eval --data`; empty: the shards of the run."""
+    """Folder with the data of the zero-shot tasks, as for `bclip eval --data`. If empty, the shards of the run."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.every_epochs < 0:
             raise UserError(
-                f"validation.every_steps={self.every_steps}, validation.every_epochs={self.every_epochs}: "
+                f"validation.every_steps={self.every_steps} and validation.every_epochs={self.every_epochs} "
                 "must not be negative"
             )
         if self.zero_shot and not self.every_steps and not self.every_epochs:
-            raise UserError("validation.zero_shot needs validation.every_steps or validation.every_epochs")
+            raise UserError(
+                "validation.zero_shot needs an interval; set validation.every_steps or validation.every_epochs"
+            )
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where figures go besides the terminal, metrics.jsonl and TensorBoard, which is used where it is installed."""
+    """Additional logs of the metrics. The terminal, metrics.jsonl and (if installed) TensorBoard always get them."""
 
     wandb: bool = False
-    """Weights & Biases (pip install wandb); WANDB_MODE=offline keeps its files in the run folder."""
+    """Log to Weights & Biases, too (pip install wandb). WANDB_MODE=offline keeps its files in the run folder."""
     wandb_project: str = "bclip_fast"
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When to write checkpoints, and which ones to keep."""
+
     every_steps: int = 1000
-    """Besides the one at the end; 0: only that."""
+    """Interval in steps. The last step always has a checkpoint. 0 writes only that one."""
     keep: int = 2
-    """How many of the newest are kept; 0: all."""
+    """Number of newest checkpoints to keep. 0 keeps all."""
     keep_every_steps: int = 0
-    """Those of multiples of this many steps are kept for ever; 0: none."""
+    """Interval, in steps, of the checkpoints that are never deleted. 0 turns this off."""
     best: str = ""
-    """A figure of the validation, such as `image to text R@5`: the checkpoint of its highest value, or with a minus in
-    front of its lowest, is kept, and one written whenever it improves. Empty: none."""
+    """Validation metric, such as `image to text R@5`. The run writes a checkpoint whenever the metric reaches a new
+    highest value, and keeps the best one. A leading minus selects the lowest value. Empty turns this off."""
     background: bool = True
-    """Write while training goes on: rank 0 holds a copy of weights and optimiser states in host memory till then."""
+    """Write checkpoints while training goes on. Until a checkpoint is written, rank 0 holds a copy of weights and
+    optimiser states in host memory."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep", "keep_every_steps"):
             if getattr(self, name) < 0:
-                raise UserError(f"checkpoint.{name}={getattr(self, name)}: must not be negative")
+                raise UserError(f"checkpoint.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A pretraining run; the defaults are BiomedCLIP's."""
+    """A pretraining run. The defaults are BiomedCLIP's."""
 
     run: str = "runs/train"
-    """Folder of the run."""
+    """Run folder."""
     resume: bool = False
-    """Continue from the newest whole checkpoint of the run folder, and begin where there is none, so that a launcher
-    restarts a run by the command that began it. Without it a folder with checkpoints is refused."""
+    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run. So a
+    launcher can restart a run with the command that started it. Without --resume, a folder with checkpoints is an
+    error."""
     dry_run: bool = False
-    """As `bclip plan`: print what the run would take on the ranks of the cluster section, and refuse what can't fit."""
+    """Same as `bclip plan`: print the memory and time that the run needs on the cluster section's ranks, and fail if
+    it does not fit."""
     seed: int = 0
     epochs: int = 32
     max_steps: int = 0
-    """Length in steps; 0: what `epochs` gives."""
+    """Length in steps. 0 trains for `epochs`."""
     batch_size: int = 4096
-    """Pairs in the contrastive batch, over all ranks."""
+    """Pairs in the global batch, over all ranks."""
     batch_schedule: tuple[tuple[int, int], ...] = ()
-    """(epoch, pairs): the contrastive batch from that epoch on, such as [[0, 4096], [8, 65536]]."""
+    """(epoch, pairs): size of the global batch from this epoch on, such as [[0, 4096], [8, 65536]]."""
     micro_batch_size: int = 0
-    """Pairs that a rank embeds at a time; 0: its whole share of the batch. Exact, whatever it is, in the memory of one
-    micro-batch; where there is more than one, the towers run forward twice. Batch norms (RN50) are of these pairs."""
+    """Pairs that a rank embeds at one time (GradCache). 0 embeds the rank's share of the batch at once. The gradient is
+    exact for any size, in the memory of one micro-batch. With several micro-batches, the towers run forward twice.
+    Batch norms (RN50) normalise by a micro-batch."""
     ema_decay: float = 0.0
-    """Of the moving average of the weights, such as 0.9999; 0: none. It is validated as they are and saved beside them,
-    in the run's model_ema/. 4 bytes a weight, on rank 0, or over all ranks under ZeRO 3."""
+    """Decay of the exponential moving average (EMA) of the weights, such as 0.9999. 0 keeps no EMA. The EMA is
+    validated like the weights and saved in the run's model_ema/. It takes 4 bytes a weight on rank 0, or over all ranks
+    under ZeRO 3."""
     patch_dropout_until: float = 1.0
-    """Share of the steps with `model.vision.patch_dropout`; the rest sees whole images, as FLIP's last steps do."""
+    """Share of the steps that use `model.vision.patch_dropout`. The later steps see complete images, like FLIP's last
+    steps."""
     timeout_s: float = 1800.0
-    """A collective that takes longer ends the run: a rank is lost. Above data.timeout_s and what a validation takes,
-    during which the other ranks wait."""
+    """Seconds after which a collective fails, because a rank is lost. Set it above data.timeout_s and above the
+    duration of a validation, for which the other ranks wait."""
     lock_image: bool = False
-    """LiT (arXiv 2111.07991): the image tower keeps its weights, but for its projection and the groups named next."""
+    """Lock the image tower (LiT, arXiv 2111.07991): only its projection and its unlocked groups are trained."""
     lock_image_unlocked_groups: int = 0
-    """How many groups at the end are trained all the same: the layers, the last with the norm behind it."""
+    """Number of layer groups, counted from the output, that stay trainable when the tower is locked. The last group
+    includes the final norm."""
     lock_text: bool = False
-    """The same of the text tower."""
+    """Lock the text tower: only its projection and its unlocked layers are trained."""
     lock_text_unlocked_layers: int = 0
+    """Number of layers, counted from the output, that stay trainable when the text tower is locked."""
     preset: str = "biomedclip_b16"
-    """Name of a model; empty: the model section says it all."""
+    """Name of a model. If empty, the model section describes the model."""
     model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -182,36 +202,39 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.max_steps < 0:
-            raise UserError(f"epochs={self.epochs}, max_steps={self.max_steps}: need at least 1 and 0")
+            raise UserError(f"epochs={self.epochs} must be at least 1, and max_steps={self.max_steps} at least 0")
         if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size}: must be at least 1")
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
         if self.timeout_s <= 0:
-            raise UserError(f"timeout_s={self.timeout_s}: must be above 0")
+            raise UserError(f"timeout_s={self.timeout_s} must be above 0")
         if self.micro_batch_size < 0:
-            raise UserError(f"micro_batch_size={self.micro_batch_size}: must not be negative")
+            raise UserError(f"micro_batch_size={self.micro_batch_size} must not be negative")
         if any(epoch < 0 for epoch, _ in self.batch_schedule):
-            raise UserError(f"batch_schedule={self.batch_schedule}: epochs must not be negative")
+            raise UserError(f"batch_schedule={self.batch_schedule} must not have negative epochs")
         if not 0 <= self.patch_dropout_until <= 1:
-            raise UserError(f"patch_dropout_until={self.patch_dropout_until}: must lie in [0, 1]")
+            raise UserError(f"patch_dropout_until={self.patch_dropout_until} must lie in [0, 1]")
         if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay}: must lie in [0, 1)")
-        for lock, rest in (("lock_image", "lock_image_unlocked_groups"), ("lock_text", "lock_text_unlocked_layers")):
-            if getattr(self, rest) < 0 or (getattr(self, rest) and not getattr(self, lock)):
-                raise UserError(f"{rest}={getattr(self, rest)}: must not be negative, and needs {lock}")
+            raise UserError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+        for lock, name in (("lock_image", "lock_image_unlocked_groups"), ("lock_text", "lock_text_unlocked_layers")):
+            unlocked = getattr(self, name)
+            if unlocked < 0 or (unlocked and not getattr(self, lock)):
+                raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
 
     @property
     def first_batch_size(self) -> int:
-        """The global batch in epoch 0."""
+        """The global batch size in epoch 0."""
         return dict(self.batch_schedule).get(0, self.batch_size)
 
     def resolved(self) -> TrainConfig:
-        """The same with the preset spelled out in the model section."""
+        """This configuration with the preset written out in the model section."""
         if not self.preset:
             return self
         if self.model != BiomedClipConfig():
-            raise UserError(f'preset={self.preset} and a model section are both given; preset = "" takes the section')
+            raise UserError(
+                f'preset={self.preset} conflicts with the model section; set preset = "" to use the section'
+            )
         return dataclasses.replace(self, preset="", model=preset(self.preset))
 
     def with_precision(self, precision: Precision) -> TrainConfig:
-        """The same with "auto" resolved."""
+        """This configuration with precision "auto" resolved."""
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, precision=precision))

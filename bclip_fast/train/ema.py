@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained weights, in fp32."""
+"""The exponential moving average (EMA) of the trainable weights, in fp32."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .engine.deepspeed import Engine
+from .engine import Engine
 
 log = logging.getLogger(__name__)
 
 
-class Average:
-    """average <- decay * average + (1 - decay) * weight after each update, beginning at the weights as they are.
+class Ema:
+    """The EMA of the weights: ema <- decay * ema + (1 - decay) * weight after each update.
 
-    Rank 0 keeps it whole, which costs it 4 bytes a weight and no communication; under ZeRO 3 each rank keeps that of
-    its own shard. Locked weights have none, being their own average; the statistics of batch norms have one.
+    Rank 0 stores it unsharded, which takes 4 bytes a weight and no communication. Under ZeRO 3, each rank stores the
+    EMA of its shard. Locked weights have no EMA, because they never change. The statistics of batch norms have one.
 
     Args:
-        decay: in (0, 1).
-        saved: what `state` gave on rank 0, on every rank; a weight that isn't in it begins as it is.
+        decay: factor in (0, 1).
+        saved: `state()` of rank 0, passed on every rank. A weight that is missing in it starts at its current value.
     """
 
     def __init__(self, engine: Engine, decay: float, saved: Mapping[str, Tensor]) -> None:
         self._engine, self._decay = engine, decay
-        self._average = {
-            name: engine.own_part(name, saved[name]) if name in saved else weight.clone()
-            for name, weight in engine.own_weights().items()
+        self._ema = {
+            name: engine.local_shard(name, saved[name]) if name in saved else weight.clone()
+            for name, weight in engine.local_weights().items()
         }
-        log.info("average of weights, decay %g, %s", decay, "continued" if saved else "from the weights as they are")
+        log.info("EMA with decay %g, %s", decay, "resumed" if saved else "starting at the current weights")
 
     @torch.no_grad()
     def update(self) -> None:
-        if self._average:
-            weights = self._engine.own_weights()
-            torch._foreach_lerp_(list(self._average.values()), list(weights.values()), 1 - self._decay)
+        """Move the EMA towards the current weights."""
+        if self._ema:
+            weights = self._engine.local_weights()
+            torch._foreach_lerp_(list(self._ema.values()), list(weights.values()), 1 - self._decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The average by the name of the weight, whole, on the CPU; empty except on rank 0. Collective."""
-        return self._engine.whole_weights(self._average)
+        """The gathered EMA by name of the weight, on the CPU. Empty except on rank 0. Collective."""
+        return self._engine.gather_weights(self._ema)

@@ -1,4 +1,4 @@
-"""`bclip train export RUN --out DIR`: a model in the layout of open_clip or of transformers."""
+"""`bclip train export RUN --out DIR`: writes a model in the layout of open_clip or of transformers."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Writes a trained model for other software."""
+    """Write a trained model for other software."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, RUN/model_ema, a folder in open_clip's layout, or hf-hub:ID."""
+    """Model: a run folder, RUN/model_ema, a folder in open_clip's layout, or hf-hub:ID."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write; made if it isn't there."""
+    """Folder to write. It is created if necessary."""
     format: Literal["open_clip", "hf"] = "open_clip"
-    """open_clip: one folder as the hub has it. hf: vision/ and text/ for transformers, and projections.safetensors."""
+    """open_clip writes one folder, as on the hub. hf writes vision/ and text/ for transformers, and
+    projections.safetensors."""
     step: int = 0
-    """Of the run, the checkpoint of this step instead of the newest."""
+    """Step of the checkpoint to export. 0 exports the newest. Needs a run folder."""
 
 
 def run(config: ExportConfig) -> None:
-    """The command.
+    """Run `bclip train export`.
 
     Raises:
-        UserError: no such model or checkpoint, or nothing can be written.
+        UserError: the model or checkpoint does not exist, or the folder cannot be written.
     """
     model, preprocess, tokenizer = pretrained.load(config.model)
     if config.step:
         path = Path(config.model) / "checkpoints" / f"step-{config.step:08d}"
         if problem := checkpoints.verify(path):
-            kept = [int(found.name[5:]) for found in reversed(checkpoints.steps(path.parent))]
-            raise UserError(f"{path} cannot be exported: {problem}; the run holds steps {kept}")
+            steps = [checkpoints.step_of(other) for other in reversed(checkpoints.list_checkpoints(path.parent))]
+            raise UserError(f"{path} cannot be exported: {problem}; the run has checkpoints of steps {steps}")
         model.load_state_dict(checkpoints.read(path).model)
-    with checkpoints.written(config.out):
+    with checkpoints.explain_write_errors(config.out):
         save = pretrained.save if config.format == "open_clip" else pretrained.save_transformers
         save(config.out, model, preprocess, tokenizer)
     log.info("wrote %s", config.out)

@@ -1,4 +1,4 @@
-"""Which steps are not taken: a loss or a gradient that isn't finite, or one far above those of the last updates."""
+"""Loss spikes: steps without an update, because the loss or the gradient norm is not finite or is far too high."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from typing import Any
 
 from bclip_fast.errors import UserError
 
-from .engine.deepspeed import StepResult
+from .engine import StepResult
 
-# A curve that has flattened to its rounding errors must not make spikes of them.
-_LEAST_DEVIATION = 0.01
+# Smallest median absolute deviation, as a share of the median. Without it, the rounding errors of a flat curve would
+# be spikes.
+_MIN_DEVIATION = 0.01
 
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """Steps that are skipped: nothing is updated, the step counts, the data go on. One whose loss or gradient isn't
-    finite always is."""
+    """Steps to skip. A skipped step updates nothing, but it counts, and its samples are consumed. Steps whose loss or
+    gradient is not finite are always skipped."""
 
     window: int = 128
-    """Updates that a step is held against; the two limits wait until there are that many."""
+    """Number of last updates to which a step is compared. The limits apply as soon as there are so many updates."""
     loss: float = 16.0
-    """A loss above the window's median + this many median absolute deviations is a spike; 0: none is."""
+    """Limit of the loss: the window's median + this many median absolute deviations. 0 turns this off."""
     grad_norm: float = 64.0
-    """Likewise a norm of the gradient, before clipping."""
+    """Limit of the gradient norm before clipping, in the same way. 0 turns this off."""
     max_skipped: int = 10
-    """More skipped steps than this among the last `window` stop the run and leave dumps/step-XXXXXXXX."""
+    """Largest number of skipped steps among the last `window`. With more, the run stops and writes
+    dumps/step-XXXXXXXX."""
 
     def __post_init__(self) -> None:
         if self.window < 1 or min(self.loss, self.grad_norm, self.max_skipped) < 0:
             raise UserError(
-                f"spikes.window={self.window}, spikes.loss={self.loss}, spikes.grad_norm={self.grad_norm}, "
-                f"spikes.max_skipped={self.max_skipped}: need window at least 1, the others not negative"
+                f"spikes.window={self.window} must be at least 1, and spikes.loss={self.loss}, "
+                f"spikes.grad_norm={self.grad_norm} and spikes.max_skipped={self.max_skipped} must not be negative"
             )
 
 
-class Spikes:
-    """The rule. Every rank comes to the same answer: the loss leaves an all-reduce, and so do the gradients, or their
-    norm, so all hold the same numbers.
+class LossSpikes:
+    """Decides which steps to skip.
 
-    A window is of one global batch size, as the loss of an untrained model is its logarithm: another size begins anew.
+    Every rank decides alike, because loss and gradient norm come from all-reduces and so are the same on all ranks. A
+    change of the global batch size B clears the window, because the loss depends on it: an untrained model has ln B.
     """
 
     def __init__(self, config: SpikeConfig) -> None:
@@ -52,10 +54,10 @@ class Spikes:
         self._norms: list[float] = []
         self._steps: list[int] = []
         self.num_skipped = 0
-        """Since the run began."""
+        """Number of skipped steps since the start of the run."""
 
     def limit(self, loss: float, batch_size: int) -> float:
-        """The largest gradient norm that may update in a step of this loss and global batch; -1: none may."""
+        """The largest gradient norm that may update in a step with this loss and global batch size. -1 if none may."""
         if batch_size != self._batch_size:
             self._batch_size, self._losses, self._norms = batch_size, [], []
         return self._limit(self._norms, self._config.grad_norm) if self._is_sound(loss) else -1.0
@@ -68,10 +70,13 @@ class Spikes:
             return math.inf
         median = statistics.median(values)
         deviation = statistics.median(abs(value - median) for value in values)
-        return median + factor * max(deviation, _LEAST_DEVIATION * abs(median))
+        return median + factor * max(deviation, _MIN_DEVIATION * abs(median))
 
     def observe(self, step: int, loss: float, result: StepResult) -> str | None:
-        """Takes note of a step, from 1: why it was skipped, None where it wasn't or fp16's scale was at fault."""
+        """Record a step, counted from 1. Return why it was skipped.
+
+        None if it was not skipped, or only because of fp16's loss scale.
+        """
         if result.overflow and math.isfinite(loss):
             return None
         if not result.skipped:
@@ -79,21 +84,23 @@ class Spikes:
             self._losses, self._norms = [*self._losses, loss][-size:], [*self._norms, result.grad_norm][-size:]
             return None
         self.num_skipped += 1
-        self._steps = [old for old in [*self._steps, step] if old > step - self._config.window]
+        self._steps = [skipped for skipped in [*self._steps, step] if skipped > step - self._config.window]
         name, value, values, factor = "loss", loss, self._losses, self._config.loss
         if self._is_sound(loss):
-            name, value, values, factor = "gradient's norm", result.grad_norm, self._norms, self._config.grad_norm
+            name, value, values, factor = "gradient norm", result.grad_norm, self._norms, self._config.grad_norm
         limit = self._limit(values, factor)
-        return f"the {name} is {value:.6g}" + (f", the limit {limit:.6g}" if math.isfinite(value) else "")
+        return f"the {name} is {value:.6g}" + (f", above the limit {limit:.6g}" if math.isfinite(value) else "")
 
     @property
     def too_many(self) -> bool:
+        """Whether too many of the last steps were skipped."""
         return len(self._steps) > self._config.max_skipped
 
     def __str__(self) -> str:
         return f"{len(self._steps)} of the last {self._config.window} steps were skipped, the last one"
 
     def state_dict(self) -> dict[str, Any]:
+        """The window and the skipped steps, as JSON."""
         return {
             "batch_size": self._batch_size,
             "losses": self._losses,
@@ -103,6 +110,7 @@ class Spikes:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`."""
         size = self._config.window
         self._batch_size, self.num_skipped = state["batch_size"], state["skipped"]
         self._losses, self._norms = state["losses"][-size:], state["grad_norms"][-size:]

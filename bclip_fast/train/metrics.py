@@ -1,11 +1,25 @@
-"""Where the figures of a run go: metrics.jsonl, TensorBoard where it is installed, Weights & Biases, the terminal."""
+"""The metrics of a run: metrics.jsonl, events.jsonl, TensorBoard and Weights & Biases.
+
+A step's line of metrics.jsonl has these keys:
+
+    step, epoch, samples, loss, lr, logit_scale
+    grad_norm                               before clipping
+    samples_per_second, tokens_per_second   over all ranks; the tokens are estimated from those of rank 0
+    mfu                                     of rank 0, if the peak rate of its device is known
+    step_seconds
+    data_wait_seconds, forward_seconds, loss_seconds, backward_seconds, optimizer_seconds
+                                            parts of step_seconds on rank 0 (step_timer.py); backward includes
+                                            GradCache's second forward pass
+    communication_seconds                   see Engine.communication
+    peak_memory_bytes                       peak of rank 0 so far, on its GPU if it has one
+    bad_samples                             number of different damaged samples so far, over all ranks
+    skipped                                 number of steps so far that the section `spikes` skipped
+"""
 
 from __future__ import annotations
 
 import logging
-import sys
-import time
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +31,20 @@ from .config import LogConfig
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 15.0
-
 
 class MetricsLog:
-    """Appends a JSON object a line to RUN/metrics.jsonl, the same scalars to RUN/tb and Weights & Biases, and what
-    happens to a run besides steps to RUN/events.jsonl.
+    """Writes the metrics of each step to RUN/metrics.jsonl, RUN/tb and Weights & Biases, and events to
+    RUN/events.jsonl.
 
     Args:
-        folder: the run folder.
-        first_step: lines of later steps, which a run that stopped after its last checkpoint leaves, are removed. Events
-            stay: they tell of those steps too.
-        config: wandb or not.
-        settings: the run's configuration, for Weights & Biases.
+        folder: run folder.
+        first_step: step after which the run continues. Lines of later steps are removed: a run that stopped after its
+            last checkpoint left them. Their events stay.
+        config: whether to use Weights & Biases.
+        settings: configuration of the run, for Weights & Biases.
 
     Raises:
-        UserError: wandb is wanted and not installed, or can't be started.
+        UserError: `config.wandb` is set, but wandb is not installed or cannot be started.
     """
 
     def __init__(
@@ -40,12 +52,13 @@ class MetricsLog:
     ) -> None:
         path = folder / METRICS
         truncate_after_step(path, first_step)
-        self._wandb = _wandb(folder, config, settings or {}) if config is not None and config.wandb else None
+        self._wandb = _start_wandb(folder, config, settings or {}) if config is not None and config.wandb else None
         self._lines = JsonLinesWriter(path)
         self._events = JsonLinesWriter(folder / EVENTS)
-        self._board = _tensorboard(folder / "tb", first_step)
+        self._board = _start_tensorboard(folder / "tb", first_step)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Write one line of metrics. `record` has a key "step"."""
         self._lines.write(record)
         scalars = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
         if self._board is not None:
@@ -53,17 +66,20 @@ class MetricsLog:
                 for name, value in scalars.items():
                     self._board.add_scalar(name, value, record["step"])
             except OSError as error:
-                log.warning("TensorBoard's file cannot be written: %s; it ends here, metrics.jsonl doesn't", error)
+                log.warning(
+                    "TensorBoard's file cannot be written: %s; only metrics.jsonl has the rest of the run", error
+                )
                 self._board = None
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
     def event(self, step: int, kind: str, **facts: Any) -> None:
-        """A line of events.jsonl: step, event, time (UTC) and what there is to say about it."""
+        """Write one line of events.jsonl: step, event, time (UTC) and `facts`."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._events.write({"step": step, "event": kind, "time": now, **facts})
 
     def close(self) -> None:
+        """Close the files and end the wandb run."""
         self._lines.close()
         self._events.close()
         if self._board is not None:
@@ -72,90 +88,38 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def _tensorboard(folder: Path, first_step: int) -> Any:
+def _start_tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log.info("TensorBoard is not installed; metrics go to metrics.jsonl alone")
+        log.info("TensorBoard is not installed, so only metrics.jsonl has the metrics")
         return None
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
-def _wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
-    """The wandb run that belongs to this run folder: RUN/wandb_id keeps its name, so that a resumed run goes on in it.
+def _start_wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
+    """The wandb run of this run folder. RUN/wandb_id holds its id, so that a resumed run continues it.
 
-    wandb keeps steps in order: lines that a resumed run writes a second time, the same as before, it leaves out.
+    wandb requires increasing steps. A resumed run repeats some lines with the same values, and wandb drops them.
     """
     try:
         import wandb
     except ImportError as error:
-        raise UserError(f"log.wandb: {error}; pip install wandb, or leave log.wandb out") from error
+        raise UserError(f"log.wandb=true: {error}; pip install wandb, or set log.wandb=false") from error
     path = folder / "wandb_id"
-    known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    run_id = path.read_text(encoding="utf-8").strip() if path.is_file() else None
     try:
         run = wandb.init(
             project=config.wandb_project,
             name=folder.name,
-            id=known,
+            id=run_id,
             resume="allow",
             dir=str(folder),
             config=settings,
         )
     except Exception as error:
-        raise UserError(f"log.wandb: wandb can't be started ({error}); WANDB_MODE=offline needs no network") from error
+        raise UserError(
+            f"log.wandb=true: wandb cannot be started ({error}); set WANDB_MODE=offline to run without network"
+        ) from error
     path.write_text(run.id + "\n", encoding="utf-8")
     return run
-
-
-class Progress:
-    """A bar where stderr is a terminal, a line now and then elsewhere.
-
-    Args:
-        first_sample, num_samples: where the run begins and ends; time goes by samples, since batches may grow.
-    """
-
-    def __init__(self, num_steps: int, first_sample: int, num_samples: int) -> None:
-        self._num_steps, self._first_sample, self._num_samples = num_steps, first_sample, num_samples
-        self._start = time.monotonic()
-        self._last_line = -_SECONDS_BETWEEN_LINES
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn("training"),
-                progress.BarColumn(bar_width=None),
-                progress.TimeRemainingColumn(),
-                progress.TextColumn("{task.fields[figures]}"),
-                console=Console(stderr=True),
-                expand=True,
-            )
-            self._task = self._bar.add_task("training", total=num_samples, completed=first_sample, figures="")
-            self._bar.start()
-
-    def update(self, record: dict[str, Any]) -> None:
-        step, figures = record["step"], describe(record)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record["samples"], figures=f"{step}/{self._num_steps}  {figures}")
-        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
-            self._last_line = time.monotonic()
-            rate = (record["samples"] - self._first_sample) / (self._last_line - self._start)
-            left = timedelta(seconds=round((self._num_samples - record["samples"]) / rate))
-            log.info("step %d of %d  %s  %s left", step, self._num_steps, figures, left)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def describe(record: dict[str, Any]) -> str:
-    """The figures of a step in one line."""
-    parts = [
-        "loss {loss:.4f}  scale {logit_scale:.1f}  gradient {grad_norm:.3g}".format(**record),
-        "{samples_per_second:,.0f} samples/s  {tokens_per_second:,.0f} tokens/s".format(**record),
-    ]
-    if "mfu" in record:
-        parts.append("MFU {mfu:.0%}".format(**record))
-    parts.append(f"waited {record['data_wait_seconds'] / record['step_seconds']:.0%}")
-    return "  ".join(parts)

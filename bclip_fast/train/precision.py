@@ -1,7 +1,7 @@
-"""The precision that `engine.precision = "auto"` stands for, the same on all ranks and in all steps of a run.
+"""The precision for `engine.precision = "auto"`, the same on all ranks and in all steps of a run.
 
-bf16 is multiplied in hardware by GPUs of sm_80 or newer and by processors with AMX, AVX512-BF16 or arm64 BF16. Other
-processors compute it in fp32 and round the results, which takes as long as fp32 and is less exact.
+GPUs of sm_80 or newer multiply bf16 in hardware, and so do processors with AMX, AVX512-BF16 or arm64 BF16. Other
+processors compute in fp32 and round the results: bf16 takes as long as fp32 there, and is less exact.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from bclip_fast.ops.processor import native_precision
 log = logging.getLogger(__name__)
 
 
-def resolve(asked: Precision | Literal["auto"], run: Path | None = None) -> Precision:
-    """The precision of all ranks: the one asked for, or for "auto" bf16 if every rank's device has it, else fp32.
+def resolve_precision(precision: Precision | Literal["auto"], run: Path | None = None) -> Precision:
+    """The precision of all ranks: `precision`, or for "auto" bf16 if every rank's device has it, else fp32.
 
-    Collective for "auto"; all ranks take rank 0's word. Logs the choice and its reason.
+    Log the choice and its reason. Collective for "auto".
 
     Args:
-        run: folder of a run that continues. "auto" keeps that run's precision; another one that is asked for is a
-            warning, as the run then doesn't continue exactly.
+        run: folder of a resumed run. "auto" keeps its precision. Another precision logs a warning, because the run then
+            does not continue exactly.
 
     Raises:
-        UserError: the run's config.toml can't be read.
+        UserError: the run's config.toml cannot be read.
     """
     earlier = None if run is None else _precision_of(run)
-    if asked != "auto":
-        if earlier not in (None, asked) and distributed.is_main():
-            log.warning("engine.precision is %s, but %s was computed in %s so far", asked, run, earlier)
-        return asked
+    if precision != "auto":
+        if earlier not in (None, precision) and distributed.is_main():
+            log.warning("engine.precision is %s, but %s was computed in %s so far", precision, run, earlier)
+        return precision
     native, reason = native_precision(distributed.device())
-    where = f"on rank {distributed.rank()} ({socket.gethostname()}) " if distributed.world_size() > 1 else ""
-    answers = distributed.all_gather_object((native, where + reason, earlier))
-    # One rank without bf16 would hold up all others.
+    prefix = f"on rank {distributed.rank()} ({socket.gethostname()}) " if distributed.world_size() > 1 else ""
+    answers = distributed.all_gather_object((native, prefix + reason, earlier))
+    # All ranks would wait for a single rank without bf16.
     native, reason, _ = next((answer for answer in answers if answer[0] == "fp32"), answers[0])
     chosen: Any = answers[0][2] or native
     if distributed.is_main():
@@ -54,7 +54,7 @@ def resolve(asked: Precision | Literal["auto"], run: Path | None = None) -> Prec
 
 
 def _precision_of(run: Path) -> str | None:
-    """What the run in this folder computes in, by its config.toml; None where that doesn't say it."""
+    """The precision in the run's config.toml. None if the file is missing or holds no precision."""
     path = run / "config.toml"
-    found = config_files.read_toml(path).get("engine", {}).get("precision") if path.is_file() else None
-    return found if found in ("fp32", "bf16", "fp16") else None
+    precision = config_files.read_toml(path).get("engine", {}).get("precision") if path.is_file() else None
+    return precision if precision in ("fp32", "bf16", "fp16") else None

@@ -1,19 +1,20 @@
-"""The step at which a run gave up, whole enough to be computed again: `bclip train replay RUN/dumps/step-XXXXXXXX`.
+"""`bclip train replay RUN/dumps/step-XXXXXXXX`: computes the step again at which a run gave up.
 
     dumps/step-00001000/
-      config.toml               of the run, resolved
+      config.toml               resolved configuration of the run
       backends.json             the run's choice of backends
       model.safetensors         the weights before the step, which made no update
-      batch-0000.safetensors    what rank 0 was given: N.images (b, S, S, 3) uint8, N.ids (T,) and N.lengths (b,) int64
-                                of its micro-batch N; a file a rank
-      state.json                the step, its loss and gradient norm, the share of patches dropped; by rank and
-                                micro-batch the seed of its random numbers and its keys; written last
+      batch-0000.safetensors    the batch of rank 0: N.images (b, S, S, 3) uint8, N.ids (T,) and N.lengths (b,) int64
+                                of its micro-batch N. Each rank has such a file.
+      state.json                step, loss, gradient norm and share of dropped patches; by rank and micro-batch, the
+                                seed of the random numbers and the keys of the samples. Written last.
 
-It holds no pickle, so computing one again runs no code of its maker's.
+A dump holds no pickle, so its replay runs no code from the dump's author.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import shutil
@@ -28,16 +29,21 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
+from bclip_fast.loss import ClipLoss
 
 from . import backends
 from .config import TrainConfig
+from .engine import build_engine
+from .grad_cache import GradCache
+from .init_weights import new_model
+from .spill import SpillBuffer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Computes the step of a dump again, on as many ranks as made it, and logs its loss and gradient norm."""
+    """Compute the step of a dump again, on as many ranks as wrote it, and log its loss and gradient norm."""
 
     dump: tyro.conf.Positional[Path]
     """RUN/dumps/step-XXXXXXXX."""
@@ -45,9 +51,14 @@ class ReplayConfig:
 
 @dataclass
 class Dump:
-    """config: the run's. step: its number from 1. loss, grad_norm: what the run found; the norm is before clipping.
+    """A step with its inputs and results.
 
-    batches: this rank's micro-batches, each with the seed of its random numbers. model: the weights, on rank 0.
+    config: configuration of the run.
+    step: number of the step, from 1.
+    loss, grad_norm: results of the run. The norm is before clipping.
+    patch_dropout: share of dropped patches.
+    batches: micro-batches of this rank, each with the seed of its random numbers.
+    model: weights. Only rank 0 needs them.
     """
 
     config: TrainConfig
@@ -59,11 +70,11 @@ class Dump:
     model: dict[str, Tensor]
 
 
-def write(run: Path, dump: Dump) -> Path:
-    """Writes RUN/dumps/step-XXXXXXXX and returns it. Collective; the weights are needed on rank 0 alone.
+def write_dump(run: Path, dump: Dump) -> Path:
+    """Write RUN/dumps/step-XXXXXXXX and return it. Collective.
 
     Raises:
-        UserError: on every rank, where one can't write.
+        UserError: on every rank, if one of them cannot write.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -78,33 +89,33 @@ def write(run: Path, dump: Dump) -> Path:
         save_file(tensors, folder / f"batch-{rank:04d}.safetensors")
         if distributed.is_main():
             (folder / "config.toml").write_text(config_files.to_toml(dump.config), encoding="utf-8")
-            if (chosen := run / backends.FILE).exists():
-                shutil.copyfile(chosen, folder / backends.FILE)
+            if (choices := run / backends.FILE).exists():
+                shutil.copyfile(choices, folder / backends.FILE)
             save_file({name: tensor.contiguous() for name, tensor in dump.model.items()}, folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         problem = f"rank {rank}: {error}"
     batches = [{"seed": seed, "epoch": batch.epoch, "keys": batch.keys} for batch, seed in dump.batches]
-    told = distributed.all_gather_object((problem, batches))
-    if problems := [text for text, _ in told if text]:
-        raise UserError(f"{folder}: cannot be written: {'; '.join(problems)}")
+    all_ranks = distributed.all_gather_object((problem, batches))
+    if problems := [text for text, _ in all_ranks if text]:
+        raise UserError(f"{folder} cannot be written: {'; '.join(problems)}")
     state = {
         "step": dump.step,
-        # As text, for JSON has no NaN.
+        # JSON has no NaN, so these numbers are text.
         "loss": repr(dump.loss),
         "grad_norm": repr(dump.grad_norm),
         "patch_dropout": dump.patch_dropout,
-        "ranks": [batches for _, batches in told],
+        "ranks": [batches for _, batches in all_ranks],
     }
     if distributed.is_main():
         (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
-def read(folder: Path) -> Dump:
-    """This rank's part of a dump.
+def read_dump(folder: Path) -> Dump:
+    """Read this rank's part of a dump.
 
     Raises:
-        UserError: no dump, or one of another number of ranks.
+        UserError: the folder is not a complete dump, or another number of ranks wrote it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -114,17 +125,53 @@ def read(folder: Path) -> Dump:
         num_ranks, rank = len(state["ranks"]), distributed.rank()
         if num_ranks != distributed.world_size():
             raise UserError(
-                f"{folder} was made by {num_ranks} rank(s), here are {distributed.world_size()}: "
+                f"{folder} needs {num_ranks} rank(s), but {distributed.world_size()} are running: "
                 f"torchrun --nproc-per-node {num_ranks} -m bclip_fast.cli train replay {folder}"
             )
         tensors = load_file(folder / f"batch-{rank:04d}.safetensors")
         batches = []
-        for i, told in enumerate(state["ranks"][rank]):
+        for i, facts in enumerate(state["ranks"][rank]):
             images, ids, lengths = (tensors[f"{i}.{name}"] for name in ("images", "ids", "lengths"))
-            batches.append((Batch(images, ids, lengths.tolist(), told["keys"], told["epoch"]), told["seed"]))
+            batches.append((Batch(images, ids, lengths.tolist(), facts["keys"], facts["epoch"]), facts["seed"]))
         model = load_file(folder / "model.safetensors")
         config = config_files.from_toml(TrainConfig, folder / "config.toml")
-        found = float(state["loss"]), float(state["grad_norm"])
-        return Dump(config, state["step"], *found, state["patch_dropout"], batches, model)
+        results = float(state["loss"]), float(state["grad_norm"])
+        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder} is no whole dump of a step: {error}") from error
+        raise UserError(f"{folder} is not a complete step dump: {error}") from error
+
+
+def replay(config: ReplayConfig) -> int:
+    """Compute a dumped step again, and log its loss and gradient norm. Return 1 if they differ from the run's, else 0.
+
+    On one or two ranks, on the run's type of CPU and with as many threads, they are bitwise equal. On more ranks, sums
+    run in another order: the first step of a process sends its gradients in other pieces than later steps. A replay in
+    fp16 starts with the initial loss scale.
+    """
+    distributed.init()
+    atexit.register(distributed.shutdown)
+    with backends.of_run(config.dump, resumed=True, keep=False):
+        return _replay(config)
+
+
+def _replay(config: ReplayConfig) -> int:
+    dump = read_dump(config.dump)
+    model = new_model(dump.config)
+    model.load_state_dict(dump.model)
+    model.visual.patch_dropout = dump.patch_dropout
+    engine = build_engine(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
+    loss_fn = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
+    data = dump.config.data
+    spill = SpillBuffer(data.spool_above_mib << 20, data.spool_dir)
+    cache = GradCache(engine, loss_fn, len(dump.batches), spill)
+    for batch, seed in dump.batches:
+        cache.add(batch, seed)
+    loss = float(cache.loss())
+    cache.backward()
+    norm = engine.step(0.0, -1.0).grad_norm
+    engine.close()
+    pairs = {"loss": (dump.loss, loss), "grad_norm": (dump.grad_norm, norm)}
+    for name, (in_run, again) in pairs.items():
+        log.info("step %d  %s %r in the run, %r computed again", dump.step, name, in_run, again)
+    # Compare text, because NaN is not equal to itself.
+    return int(any(repr(in_run) != repr(again) for in_run, again in pairs.values()))

@@ -1,12 +1,13 @@
-"""`bclip train report RUN [RUN ...]`: curves, figures, settings and events of runs on one page.
+"""`bclip train report RUN [RUN ...]`: curves, metrics, settings and events of runs on one page.
 
-One HTML file without script or network, made from what the run folders hold:
-metrics.jsonl, events.jsonl, bad_samples.jsonl and config.toml. It can be written while a run goes on.
+The page is one HTML file without scripts or network access. It shows metrics.jsonl, events.jsonl, bad_samples.jsonl and
+config.toml of the run folders. You can write it while a run goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 import statistics
@@ -30,7 +31,7 @@ from .config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-# Key of metrics.jsonl -> title of its chart.
+# Chart titles by key of metrics.jsonl.
 _CURVES = {
     "loss": "Loss",
     "lr": "Learning rate",
@@ -41,9 +42,9 @@ _CURVES = {
     "mfu": "MFU",
 }
 _NOISY = ("loss", "grad_norm", "samples_per_second", "tokens_per_second", "mfu")
-# Parts of a step, in the order of the step; the last is inside the backward pass.
+# Parts of a step, in their order.
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
-# What a figure of validation is called behind its direction or task.
+# End of the name of a validation metric. Before it stands the direction or the task.
 _SHARE = re.compile(r" (R@\d+|(balanced )?accuracy|AUROC(, macro)?)$")
 _EVENTS = {"start": "started", "resume": "resumed", "skip": "skipped", "stop": "stopped by a signal", "error": "ended"}
 _PREFIXES = (VALIDATION, VALIDATION_EMA)
@@ -53,17 +54,17 @@ _MAX_EVENTS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReportConfig:
-    """Writes a page about runs of `bclip train`."""
+    """Write a page about runs of `bclip train`."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders; several are drawn together, and of their settings the differences are shown."""
+    """Run folders. Several runs share the charts, and their differing settings are listed first."""
     out: str = ""
-    """File to write; default: report.html in the run, for several runs/train-report.html."""
+    """File to write. By default report.html in the run folder, or runs/train-report.html for several runs."""
 
 
 @dataclass
 class Run:
-    """What a run folder holds; steps: the lines of steps; validations: those of validation."""
+    """The content of a run folder. steps and validations are the lines of metrics.jsonl, by kind."""
 
     name: str
     folder: Path
@@ -75,13 +76,17 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Run:
-        """Raises UserError for a folder without metrics.jsonl, or lines that aren't JSON."""
+        """Read a run folder.
+
+        Raises:
+            UserError: the folder has no metrics.jsonl, or a line is not JSON.
+        """
         if not (folder / METRICS).is_file():
-            raise UserError(f"{folder}: no run of bclip train, metrics.jsonl is missing")
+            raise UserError(f"{folder} is not a run of bclip train: metrics.jsonl is missing")
         lines = {}
         for file in (METRICS, EVENTS, bad_samples.NAME):
-            found = read_metrics(folder / file) if (folder / file).is_file() else []
-            lines[file] = [line for line in found if is_finite(line.get("step"))]
+            records = read_metrics(folder / file) if (folder / file).is_file() else []
+            lines[file] = [line for line in records if is_finite(line.get("step"))]
         metrics = lines[METRICS]
         steps = [line for line in metrics if "loss" in line]
         if not steps:
@@ -91,22 +96,27 @@ class Run:
         return cls(name, folder, steps, validations, lines[EVENTS], lines[bad_samples.NAME], settings)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Steps and finite values of a figure."""
+        """The steps and the finite values of a metric."""
         lines = self.validations if key.startswith(_PREFIXES) else self.steps
         points = [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
         return [step for step, _ in points], [value for _, value in points]
 
     def late(self, key: str) -> float | None:
-        """The median of a figure over the last tenth of the run, at most `_LAST` steps."""
+        """The median of a metric over the last tenth of the run, but at most the last `_LAST` steps."""
         values = self.series(key)[1]
         values = values[-max(1, min(_LAST, len(values) // 10)) :]
         return statistics.median(values) if values else None
 
 
 def run(config: TrainReportConfig) -> None:
+    """Run `bclip train report`.
+
+    Raises:
+        UserError: a folder is not a run.
+    """
     folders = [Path(name) for name in config.runs]
     if not folders:
-        raise UserError("give the folder of a run: bclip train report RUN")
+        raise UserError("no run folder; write bclip train report RUN")
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -116,7 +126,7 @@ def run(config: TrainReportConfig) -> None:
 
 
 def render(runs: list[Run]) -> str:
-    """The page."""
+    """The HTML page."""
     templates = environment()
     templates.filters["seconds"] = _seconds
     differing, same = _settings(runs)
@@ -139,18 +149,18 @@ def _facts(run: Run) -> dict[str, str]:
     last = run.steps[-1]
     starts = [event for event in run.events if event["event"] in ("start", "resume")]
     ranks = dict.fromkeys(str(event.get("ranks", "?")) for event in starts)
-    spent = sum(line.get("step_seconds", 0.0) for line in run.steps)
+    step_seconds = sum(line.get("step_seconds", 0.0) for line in run.steps)
     facts = {
         "Steps": f"{last['step']:,}",
         "Samples": f"{last['samples']:,}",
         "Epoch": str(last["epoch"]),
-        "Time in steps": str(timedelta(seconds=round(spent))),
+        "Time in steps": str(timedelta(seconds=round(step_seconds))),
     }
     return facts | ({"Ranks": ", then ".join(ranks)} if ranks else {})
 
 
 def _figures(runs: list[Run]) -> list[dict[str, Any]]:
-    """Rows of final figures: name, and a text a run."""
+    """Rows of final metrics: a name, and one text per run."""
     rows: list[tuple[str, Callable[[Run], str | None]]] = [
         ("Loss", lambda run: _number(run.late("loss"))),
         ("Logit scale", lambda run: _number(run.late("logit_scale"))),
@@ -160,15 +170,19 @@ def _figures(runs: list[Run]) -> list[dict[str, Any]]:
         ("Steps skipped", lambda run: _count(run.steps[-1].get("skipped"))),
         ("Damaged samples", lambda run: _count(run.steps[-1].get("bad_samples"))),
     ]
-    for key in _validation_keys(runs):
-        rows.append((_title(key), lambda run, key=key: _number((run.series(key)[1] or [None])[-1])))  # type: ignore[misc]
-    found = [{"name": name, "values": [value(run) for run in runs]} for name, value in rows]
-    return [row for row in found if any(value is not None for value in row["values"])]
+    rows += [(_title(key), functools.partial(_last_value, key=key)) for key in _validation_keys(runs)]
+    table = [{"name": name, "values": [value(run) for run in runs]} for name, value in rows]
+    return [row for row in table if any(value is not None for value in row["values"])]
+
+
+def _last_value(run: Run, key: str) -> str | None:
+    values = run.series(key)[1]
+    return _number(values[-1]) if values else None
 
 
 def _curves(runs: list[Run]) -> list[dict[str, Any]]:
-    found = [_curve(runs, key, title) for key, title in _CURVES.items()]
-    return [curve for curve in found if curve]
+    curves = [_curve(runs, key, title) for key, title in _CURVES.items()]
+    return [curve for curve in curves if curve]
 
 
 def _curve(runs: list[Run], key: str, title: str) -> dict[str, Any] | None:
@@ -186,12 +200,12 @@ def _curve(runs: list[Run], key: str, title: str) -> dict[str, Any] | None:
 
 
 def _validation_keys(runs: list[Run]) -> list[str]:
-    found = dict.fromkeys(key for run in runs for line in run.validations for key in line)
-    return [key for key in found if key.startswith(_PREFIXES)]
+    keys = dict.fromkeys(key for run in runs for line in run.validations for key in line)
+    return [key for key in keys if key.startswith(_PREFIXES)]
 
 
 def _validation_curves(runs: list[Run]) -> list[dict[str, Any]]:
-    """A chart a figure; of a lone run, the shares of one task or direction together."""
+    """One chart per metric. For a single run, the shares of a task or direction are in one chart."""
     keys = _validation_keys(runs)
     if len(runs) > 1:
         return [curve for key in keys if (curve := _curve(runs, key, _title(key)))]
@@ -214,15 +228,15 @@ def _split(runs: list[Run]) -> list[dict[str, Any]]:
     """The median seconds of each part of a run's last steps, and their shares of the step."""
     rows = []
     for run in runs:
-        whole = run.late("step_seconds")
+        total = run.late("step_seconds")
         parts = [run.late(f"{part}_seconds") for part in _PARTS]
-        if whole is None or None in parts:
+        if total is None or None in parts:
             continue
-        known = [part for part in parts if part is not None]
-        scale = max(whole, sum(known))
+        seconds = [part for part in parts if part is not None]
+        scale = max(total, sum(seconds))
         rows.append({
-            "name": run.name, "seconds": [*known, max(0.0, whole - sum(known)), whole],
-            "shares": [part / scale for part in known], "communication": run.late("communication_seconds"),
+            "name": run.name, "seconds": [*seconds, max(0.0, total - sum(seconds)), total],
+            "shares": [part / scale for part in seconds], "communication": run.late("communication_seconds"),
         })  # fmt: skip
     return rows
 
@@ -234,7 +248,7 @@ def _split_curve(run: Run) -> Any:
 
 
 def _events(runs: list[Run]) -> list[dict[str, Any]]:
-    """A block a run: rows of step, time, what; of what happens often a summary."""
+    """One block per run: rows of step, time and event. Frequent events are summarised in the notes."""
     blocks = []
     for run in runs:
         rows = [_event(event) for event in run.events if event["event"] != "checkpoint"]
@@ -259,8 +273,8 @@ def _event(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of settings that differ, between runs or, of a lone run, from the defaults; and the others."""
-    # As a run writes them: the model spelled out.
+    """Rows of settings that differ between the runs, and the other rows. A single run is compared with the defaults."""
+    # A run writes its model section in full, without a preset.
     defaults = {key: _text(value) for key, value in _flat(dataclasses.asdict(TrainConfig(preset="")))}
     columns = [{key: _text(value) for key, value in run.settings.items()} for run in runs]
     differing: list[dict[str, Any]] = []
@@ -287,8 +301,8 @@ def _text(value: Any) -> str:
 
 
 def _title(key: str) -> str:
-    of_average = " (average)" if key.startswith(VALIDATION_EMA) else ""
-    return key.removeprefix(VALIDATION).removeprefix(VALIDATION_EMA).replace("_", " ") + of_average
+    suffix = " (average)" if key.startswith(VALIDATION_EMA) else ""
+    return key.removeprefix(VALIDATION).removeprefix(VALIDATION_EMA).replace("_", " ") + suffix
 
 
 def _number(value: float | None) -> str | None:

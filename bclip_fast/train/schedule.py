@@ -1,7 +1,8 @@
-"""Learning rate as a function of the step, and which parameters decay: open_clip's rules."""
+"""Functions of the step: learning rate, patch dropout and seeds. Groups of parameters, by open_clip's rules."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,54 +12,60 @@ from typing import Any, Literal
 from torch import nn
 
 from bclip_fast.errors import UserError
-from bclip_fast.model.transformer import place_of
+from bclip_fast.model.transformer import layer_depth
 
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW; the defaults are BiomedCLIP's (table S9 of the paper)."""
+    """AdamW and its learning rate. The defaults are BiomedCLIP's (table S9 of the paper)."""
 
     lr: float = 5e-4
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the run."""
     warmup_steps: int = 2000
-    """Steps of linear warm-up; at most the run's length."""
+    """Steps of linear warm-up, at most the length of the run."""
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
     weight_decay: float = 0.2
-    """Of matrices and larger; biases, norms and the logit scale don't decay."""
+    """Weight decay of matrices and larger tensors. Biases, norms and the logit scale do not decay."""
     layer_decay: float = 1.0
-    """Learning rate of a layer relative to the layer above it, in both towers; 1: all learn at the same rate."""
+    """Ratio of a layer's learning rate to that of the layer above it, in both towers. 1 gives all layers the same
+    rate."""
     decay: Literal["cosine", "linear"] = "cosine"
-    """From the peak to min_lr."""
+    """Shape of the decay from lr to min_lr."""
     batch_lr: Literal["none", "sqrt", "linear"] = "none"
-    """How the rate follows batch_schedule: by the batch over the first one, or by its root. The paper names none."""
+    """How the learning rate follows batch_schedule: in proportion to the batch size (linear), or to its square root.
+    The paper names no rule."""
     grad_clip_norm: float = 0.0
-    """Largest norm of the whole gradient; 0 leaves it as it is."""
+    """Largest norm of the gradient of all parameters. 0 turns clipping off."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
-            raise UserError(f"optim.lr={self.lr}, optim.min_lr={self.min_lr}: need 0 <= min_lr <= lr, lr above 0")
+            raise UserError(f"optim.lr={self.lr} must be above 0, and optim.min_lr={self.min_lr} must lie in [0, lr]")
         for name in ("warmup_steps", "weight_decay", "grad_clip_norm"):
             if getattr(self, name) < 0:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must not be negative")
+                raise UserError(f"optim.{name}={getattr(self, name)} must not be negative")
         if not 0 < self.layer_decay <= 1:
-            raise UserError(f"optim.layer_decay={self.layer_decay}: must lie in (0, 1]")
+            raise UserError(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
             raise UserError(
-                f"optim.beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}: need betas in [0, 1), eps above 0"
+                f"optim.beta1={self.beta1} and optim.beta2={self.beta2} must lie in [0, 1), and "
+                f"optim.eps={self.eps} must be above 0"
             )
 
 
 def learning_rate(step: float, num_steps: float, config: OptimConfig, batch_ratio: float = 1.0) -> float:
-    """The rate of step 0 <= step < num_steps: rising to lr, then half a cosine or a line from lr to min_lr.
+    """The learning rate of step 0 <= step < num_steps: a linear warm-up to lr, then a decay to min_lr.
 
-    Where the batch changes during a run, steps are counted in the first batch size, so that the curve is one over
-    samples, and `batch_ratio` is the batch over the first one.
+    If the batch size changes during a run, count steps in units of the first batch size. Then the curve is a function
+    of the samples.
+
+    Args:
+        batch_ratio: current batch size divided by the first one.
     """
     warmup = min(config.warmup_steps, num_steps)
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[config.batch_lr]
@@ -66,35 +73,52 @@ def learning_rate(step: float, num_steps: float, config: OptimConfig, batch_rati
     if step < warmup:
         return peak * min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)
-    share = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + (peak - config.min_lr) * share
+    remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (peak - config.min_lr) * remaining
+
+
+def patch_dropout(step: float, num_steps: float, rate: float, until: float) -> float:
+    """The share of patches dropped in step 0 <= step < num_steps: `rate` in the first `until` of the steps, then 0."""
+    return rate if step < until * num_steps else 0.0
+
+
+def step_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The seed of a micro-batch's random numbers, 63 bits. `micro_batch` counts over all ranks."""
+    digest = hashlib.sha256(f"{seed} {step} {micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 _IN_TOWER = re.compile(r"(.*\b(?:visual|text)\.)(.+)")
 
 
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
-    """Factor of the learning rate by parameter: BEiT's rule (arXiv 2106.08254), layer_decay_rate in its code.
+    """Factor of the learning rate for each parameter of a tower: BEiT's rule (arXiv 2106.08254).
 
-    decay^(L + 1 - place) in a tower of L layers: place 0 holds the embeddings, i + 1 layer i, and L + 1 norm and
-    projection, which learn at the full rate as whatever is in no tower does.
+    The factor is decay^(L + 1 - depth) in a tower of L layers. The embeddings have depth 0, layer i has depth i + 1,
+    and norm and projection have depth L + 1. Parameters outside of the towers are missing: they keep the full rate.
     """
-    inside = {name: match.groups() for name in names if (match := _IN_TOWER.fullmatch(name))}
-    depth = {tower: 0 for tower, _ in inside.values()}
-    for tower, rest in inside.values():
+    in_towers = {name: match.groups() for name in names if (match := _IN_TOWER.fullmatch(name))}
+    depths = {tower: 0 for tower, _ in in_towers.values()}
+    for tower, rest in in_towers.values():
         if rest.startswith("layers."):
-            depth[tower] = max(depth[tower], place_of(rest, 0))
-    return {name: decay ** (depth[tower] + 1 - place_of(rest, depth[tower])) for name, (tower, rest) in inside.items()}
+            depths[tower] = max(depths[tower], layer_depth(rest, 0))
+    return {
+        name: decay ** (depths[tower] + 1 - layer_depth(rest, depths[tower]))
+        for name, (tower, rest) in in_towers.items()
+    }
 
 
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr_scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for torch.optim.AdamW: matrices decay, the rest doesn't; the logit scale has bounds of its own.
+    """Groups of the trainable parameters for `engine.optimizer.AdamW`, without empty groups.
 
-    open_clip's rule: no decay for parameters of fewer than 2 dimensions. "bounds" of a group are what `optimizer.AdamW`
-    clamps its parameters to after each step: the scale stays in [1, 100]. "lr_scale" multiplies the learning rate of
-    parameters whose name begins with a key of `lr_scales`, and by config.layer_decay. Empty groups are left out.
+    Weight decay follows open_clip's rule: biases and parameters of fewer than 2 dimensions do not decay. The logit
+    scale has its own group. Its "bounds" make the optimiser clamp the scale to [1, 100] after each step. The "lr_scale"
+    of a group is its factor of the learning rate, from `lr_scales` and config.layer_decay.
+
+    Args:
+        lr_scales: factor of the learning rate by prefix of the parameter's name.
     """
     parameters = list(parameters)
     layers = layer_scales((name for name, _ in parameters), config.layer_decay)

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop: it finishes the step, writes a checkpoint and exits with EXIT_STOPPED."""
+"""Signals that stop a run. It finishes the step, writes a checkpoint and exits with EXIT_STOPPED."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75
-"""sysexits.h's EX_TEMPFAIL: stopped by a signal with a checkpoint written; the same command goes on."""
+"""Exit status (EX_TEMPFAIL of sysexits.h): a signal stopped the run after a checkpoint. Run it again to continue."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals:
-    """Takes note of SIGTERM, SIGUSR1 and the first SIGINT, with which schedulers, launchers and people stop a run.
+    """Context manager that records SIGTERM, SIGUSR1 and the first SIGINT. At its end it restores the former handlers.
 
-    A second SIGINT is a KeyboardInterrupt at once. A context manager, which gives the former handlers back; outside
-    the main thread, where Python lets nobody set any, it takes note of nothing.
+    Schedulers, launchers and people stop a run with these signals. A second SIGINT raises KeyboardInterrupt at once.
+    Outside the main thread, Python allows no handlers, so nothing is recorded.
     """
 
     def __init__(self) -> None:
         self.received: str = ""
-        """The name of the first that came, empty before."""
+        """Name of the first signal. Empty before it."""
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._former = {number: signal.signal(number, self._record) for number in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""How long the parts of a step take."""
+"""Timing of the parts of a training step."""
 
 from __future__ import annotations
 
@@ -9,39 +9,45 @@ from typing import Any
 import torch
 
 
-class StepClock:
-    """`start()`, then `mark(part)` where a part ends, then `seconds()`: {"forward_seconds": 0.31, ...}.
+class StepTimer:
+    """Call `start()`, then `lap(part)` at the end of each part, then `seconds()`.
 
-    On a GPU the marks are events of its stream, which nothing waits for: `seconds()` are those of the step before,
-    whose events have passed by the time that the host has read this step's loss; the first step has none. A part that
-    is marked more than once is added up; `leave_out()` ends what belongs to none.
+    `seconds()` returns {"forward_seconds": 0.31, ...}. Laps of the same part are added up. `skip()` ends an interval
+    that belongs to no part.
+
+    On a GPU, the laps are events of its stream, and nothing waits for them. There `seconds()` returns the times of the
+    step before: its events have passed once the host has read this step's loss. The first step has no times.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self._before: list[tuple[str, Any]] = []
+        self._laps: list[tuple[str, Any]] = []
+        self._laps_before: list[tuple[str, Any]] = []
 
     def start(self) -> None:
-        self._marks = [("", self._now())]
+        """Start a step."""
+        self._laps = [("", self._now())]
 
-    def mark(self, part: str) -> None:
-        self._marks.append((part, self._now()))
+    def lap(self, part: str) -> None:
+        """End a part of the step."""
+        self._laps.append((part, self._now()))
 
-    def leave_out(self) -> None:
-        self.mark("")
+    def skip(self) -> None:
+        """End an interval that no part includes."""
+        self.lap("")
 
     def seconds(self) -> dict[str, float]:
-        marks = self._marks
+        """The seconds of each part."""
+        laps = self._laps
         if self._on_gpu:
-            marks, self._before = self._before, marks
-        found: dict[str, float] = {}
-        for (_, start), (part, end) in itertools.pairwise(marks):
+            laps, self._laps_before = self._laps_before, laps
+        seconds: dict[str, float] = {}
+        for (_, start), (part, end) in itertools.pairwise(laps):
             if not part:
                 continue
-            took = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
-            found[f"{part}_seconds"] = found.get(f"{part}_seconds", 0.0) + took
-        return found
+            elapsed = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+            seconds[f"{part}_seconds"] = seconds.get(f"{part}_seconds", 0.0) + elapsed
+        return seconds
 
     def _now(self) -> Any:
         if not self._on_gpu:

@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "csrc/cpu/parallel.h"
 
 #include <algorithm>
 #include <atomic>
@@ -21,21 +21,23 @@ using Team = void (*)(void (*function)(void*), void* argument, unsigned threads,
 #ifdef __linux__
 const pid_t kLoadedBy = getpid();
 
-// The threads of torch's own operators, by the entry point of the OpenMP runtime that torch loads for the whole process
-// (GCC's, which LLVM's and Intel's have too). They wait actively for a while after each operator, and threads of ours
-// would share the cores with them: a fifth of a training step. None without torch; none in a forked child either, where
-// the runtime takes the parent's threads for its own and would wait for them forever.
+// The thread team of torch's own operators: the entry point of the OpenMP runtime that torch loads
+// for the whole process. It is GCC's entry point, which the runtimes of LLVM and Intel have too.
+// Those threads spin for a while after each operator. Threads of ours would share the cores with
+// them, which costs a fifth of a training step. Null without torch. Null in a forked child too,
+// because the runtime there would wait forever for the parent's threads.
 Team team() {
-  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return getpid() == kLoadedBy ? found : nullptr;
+  static const Team entry = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return getpid() == kLoadedBy ? entry : nullptr;
 }
 #else
 Team team() { return nullptr; }
 #endif
 
-// Consecutive tasks. Each thread begins with a range of its own, so that neighbours in memory are written by one thread
-// (two that write to new memory side by side wait for one another in the kernel, which maps it page by page), and then
-// takes what is left of the others', so that none waits for a thread that shares its core with another process.
+// Consecutive tasks. Each thread starts with its range, so that one thread writes neighbouring
+// memory. Two threads that write to neighbouring new pages wait for each other, because Linux maps
+// the pages one by one. After its range, a thread takes tasks from the other ranges, because their
+// threads may share a core with another process.
 struct alignas(64) Range {
   std::atomic<int64_t> next;
   int64_t end;
@@ -44,21 +46,21 @@ struct alignas(64) Range {
 }  // namespace
 
 void parallel(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  const int64_t wanted = std::clamp<int64_t>(threads, 1, std::max<int64_t>(count, 1));
-  std::vector<Range> ranges(wanted);
-  for (int64_t i = 0; i < wanted; ++i) {
-    ranges[i].next = count * i / wanted;
-    ranges[i].end = count * (i + 1) / wanted;
+  const int64_t team_size = std::clamp<int64_t>(threads, 1, std::max<int64_t>(count, 1));
+  std::vector<Range> ranges(team_size);
+  for (int64_t i = 0; i < team_size; ++i) {
+    ranges[i].next = count * i / team_size;
+    ranges[i].end = count * (i + 1) / team_size;
   }
   std::atomic<int64_t> arrived{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   std::mutex error_mutex;
   auto work = [&] {
-    const int64_t own = arrived.fetch_add(1);
+    const int64_t first = arrived.fetch_add(1);
     try {
-      for (int64_t i = 0; i < wanted; ++i) {
-        Range& range = ranges[(own + i) % wanted];
+      for (int64_t i = 0; i < team_size; ++i) {
+        Range& range = ranges[(first + i) % team_size];
         for (int64_t index; !failed && (index = range.next.fetch_add(1)) < range.end;) task(index);
       }
     } catch (...) {
@@ -67,16 +69,16 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)>& ta
       if (!error) error = std::current_exception();
     }
   };
-  if (const Team run = wanted > 1 ? team() : nullptr) {
+  if (const Team run = team_size > 1 ? team() : nullptr) {
     run([](void* work_of_all) { (*static_cast<decltype(work)*>(work_of_all))(); }, &work,
-        static_cast<unsigned>(wanted), 0);
+        static_cast<unsigned>(team_size), 0);
   } else {
     std::vector<std::thread> helpers;
-    helpers.reserve(std::max<int64_t>(0, wanted));
+    helpers.reserve(std::max<int64_t>(0, team_size));
     try {
-      for (int64_t i = 1; i < wanted; ++i) helpers.emplace_back(work);
+      for (int64_t i = 1; i < team_size; ++i) helpers.emplace_back(work);
     } catch (const std::system_error&) {
-      // No more threads to be had: those there are do the work.
+      // The system has no more threads, so the existing ones do the work.
     }
     work();
     for (auto& helper : helpers) helper.join();

@@ -1,5 +1,6 @@
-// Runs tasks 0 .. count-1 on up to `threads` threads, the caller's among them. Which thread runs a task isn't fixed, so
-// a task may write only what belongs to it alone. The first exception of a task is thrown again here.
+// Runs the tasks 0 to count - 1 on up to `threads` threads, one of them the caller's. Any thread
+// may run any task, so no two tasks may write the same memory. Rethrows the first exception of a
+// task.
 #pragma once
 
 #include <cstdint>

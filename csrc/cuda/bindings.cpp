@@ -1,17 +1,19 @@
 #include <pybind11/pybind11.h>
 
-#include "device.h"
-#include "operators.h"
+#include "csrc/cuda/device.h"
+#include "csrc/cuda/register.h"
 
 namespace py = pybind11;
 
 namespace {
 
 py::dict device(int index) {
-  const auto found = bclip::cuda::device(index);
-  return py::dict(py::arg("name") = found.name, py::arg("capability") = py::make_tuple(found.major, found.minor),
-                  py::arg("memory_bytes") = found.memory_bytes, py::arg("block_bytes") = found.block_bytes,
-                  py::arg("refusal") = found.refusal);
+  const auto properties = bclip::cuda::device(index);
+  return py::dict(py::arg("name") = properties.name,
+                  py::arg("capability") = py::make_tuple(properties.major, properties.minor),
+                  py::arg("memory_bytes") = properties.memory_bytes,
+                  py::arg("block_bytes") = properties.block_bytes,
+                  py::arg("refusal") = properties.refusal);
 }
 
 }  // namespace
@@ -19,7 +21,8 @@ py::dict device(int index) {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels on raw pointers; the wrappers in bclip_fast.ops make every check.";
   module.attr("architectures") = BCLIP_CUDA_ARCHS;
-  module.def("device", &device, "As in csrc/cuda/device.h; RuntimeError with the driver's reason where there is none.");
+  module.def("device", &device,
+             "As in csrc/cuda/device.h; Raises RuntimeError with the driver's reason.");
   module.def("count_devices", &bclip::cuda::count_devices);
-  bclip::cuda::define_operators(module);
+  bclip::cuda::register_operators(module);
 }

@@ -1,4 +1,4 @@
-#include "device.h"
+#include "csrc/cuda/device.h"
 
 #include <stdexcept>
 
@@ -7,7 +7,8 @@
 namespace bclip::cuda {
 namespace {
 
-// Compiled for every architecture of the build: a device that has no image of it can run none of our kernels.
+// This kernel is compiled for every architecture of the build. A device without an image of it can
+// run none of our kernels.
 __global__ void probe() {}
 
 void check(cudaError_t error) {
@@ -21,7 +22,7 @@ Device device(int index) {
   check(cudaGetDevice(&before));
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, index));
-  // Where it is the current one already, as in a process that works on one, nothing is set: setting makes a context.
+  // cudaSetDevice creates a context, so it is called only for a device other than the current one.
   if (index != before) check(cudaSetDevice(index));
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);

@@ -1,12 +1,14 @@
-// The vocabulary of our kernels. A kernel names nothing of CUDA but __global__, __device__ and __launch_bounds__; all
-// else is said in these words, which have two meanings: instructions of a GPU from sm_80 on, below, and in
-// host/device.h a machine of fibers that checks what a GPU doesn't. So every kernel is tested where there is no GPU.
+// The device functions that our kernels are written in. Of CUDA itself, a kernel uses only the
+// keywords __global__, __device__ and __launch_bounds__. The functions have two implementations.
+// Those below are instructions of GPUs from sm_80 on. Those of emulator/device.h run on a CPU and
+// detect faults that a GPU ignores. So every kernel is tested without a GPU.
 //
-// Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With
-// g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
-//   A (16 x 16), 4 registers: rows g, g + 8, g, g + 8; columns 2t, 2t, 2t + 8, 2t + 8 and the next;
-//   B (16 x 8), 2 registers:  rows 2t, 2t + 8 and the next; column g;
-//   C (16 x 8), 4 floats:     row g, columns 2t and 2t + 1; row g + 8, the same.
+// Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating
+// point type"). With g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
+//   A (16 x 16), 4 registers: rows g, g + 8, g, g + 8;
+//                             columns 2t, 2t, 2t + 8, 2t + 8 and the next column of each;
+//   B (16 x 8), 2 registers:  rows 2t, 2t + 8 and the next row of each; column g;
+//   C (16 x 8), 4 floats:     row g, columns 2t and 2t + 1; row g + 8, the same columns.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +23,7 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// 16 bytes, the width of all that moves between global and shared memory.
+// 16 bytes: the width of every transfer between global and shared memory.
 struct alignas(16) Quad {
   uint32_t words[4];
 };
@@ -35,8 +37,8 @@ struct Launch {
 
 }  // namespace bclip::cuda
 
-#ifdef BCLIP_ON_HOST
-#include "host/device.h"
+#ifdef BCLIP_CUDA_EMULATOR
+#include "csrc/cuda/emulator/device.h"
 #else
 
 #include <stdexcept>
@@ -55,7 +57,8 @@ __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
-// The value of lane `lane ^ mask`, of lane `source`. All lanes of the warp take part, as in all that follows.
+// The value of lane `lane ^ mask`, and of lane `source`. All lanes of the warp must call these
+// functions, and those below.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
@@ -67,7 +70,7 @@ __device__ __forceinline__ T shuffle(T value, int source) {
 
 extern __shared__ Quad block_memory[];
 
-// An array in the block's shared memory, from a byte on.
+// An array in the shared memory of the block. It begins at byte `byte`.
 template <class T>
 struct Shared {
   int byte;
@@ -90,8 +93,9 @@ struct Shared {
   }
 };
 
-// ldmatrix.x4: four 8 x 8 matrices; `index` is where row lane % 8 of matrix lane / 8 begins. A lane gets of each matrix
-// row lane / 4, columns 2 (lane % 4) and the next; transposed, column lane / 4 and these rows.
+// ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix (lane /
+// 8). From each matrix a lane gets row lane / 4, columns 2 (lane % 4) and the next. Transposed, it
+// gets column lane / 4 and these rows.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from, int index) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -100,7 +104,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from,
                : "memory");
 }
 template <class T>
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Shared<T> from, int index) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Shared<T> from,
+                                                         int index) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(from.address(index))
@@ -109,30 +114,38 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], Shar
 
 // sum += A B
 template <class T>
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1);
 template <>
-__device__ __forceinline__ void multiply<Half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply<Half>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
-__device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+__device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32_t (&a)[4],
+                                                   uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes from global to shared memory, zeros unless wanted; there for this thread once waited for, for the others
-// after a barrier that follows. wait_for_copies<n> waits for all but the last n groups.
+// Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read
+// them after wait_for_copies, other threads after a barrier that follows. wait_for_copies<n> waits
+// for all but the last n groups.
 template <class T>
-__device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* from, bool wanted) {
+__device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(to.address(index)), "l"(__cvta_generic_to_global(from)), "r"(wanted ? 16 : 0)
+               : "r"(to.address(index)), "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int N>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
@@ -144,12 +157,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
-__device__ __forceinline__ uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
-// Rounded by itself: a compiler fuses other products with the sums they go into.
+// A product that is rounded by itself. Compilers fuse ordinary products with the sums that follow.
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
-// Two numbers in a register, the first in the lower half; rounded to nearest even.
+// Two numbers in a register, the first in the lower half, rounded to nearest even.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>
@@ -186,11 +198,13 @@ void launch(void (*kernel)(Arguments), const Launch& where, Arguments arguments)
   if (where.blocks == 0) return;
   if (where.blocks >= int64_t(1) << 31) throw std::invalid_argument("more blocks than a grid has");
   if (where.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, where.shared_bytes));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               where.shared_bytes));
   }
   void* list[] = {&arguments};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(where.blocks), dim3(where.threads), list,
-                         where.shared_bytes, static_cast<cudaStream_t>(where.stream)));
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(where.blocks),
+                         dim3(where.threads), list, where.shared_bytes,
+                         static_cast<cudaStream_t>(where.stream)));
 }
 
 }  // namespace bclip::cuda

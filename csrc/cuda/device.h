@@ -1,4 +1,4 @@
-// What the CUDA module can say of the machine, for `bclip doctor`.
+// The properties of the GPUs, for `bclip doctor`.
 #pragma once
 
 #include <string>
@@ -7,15 +7,16 @@ namespace bclip::cuda {
 
 struct Device {
   std::string name;
-  int major;             // compute capability
+  int major;  // compute capability
   int minor;
   size_t memory_bytes;
-  int block_bytes;       // of shared memory that a block of threads may ask for
-  std::string refusal;   // why this build's kernels cannot run on it; empty when they can
+  int block_bytes;      // shared memory that a block of threads may request
+  std::string refusal;  // the reason why this build's kernels can't run on the device, or empty
 };
 
-// Both throw std::runtime_error with the driver's reason when there is no usable driver or device. To know the refusal
-// takes a context, some hundred MiB of the device's memory: a process that works on one device asks for that one.
+// Both throw std::runtime_error with the driver's reason if a usable driver or device is missing.
+// device() needs a context, which takes some hundred MiB of the device's memory. So a process
+// should ask only for the device that it uses.
 Device device(int index);
 int count_devices();
 

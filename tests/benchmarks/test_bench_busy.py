@@ -1,4 +1,4 @@
-"""`bclip bench busy`: each kind of work is measured in turns, and other processes end with their turn."""
+"""Tests of `bclip bench busy`: turns of work, the other processes, and wait policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from synthetic import write_shards
 
-from bclip_fast.benchmarks import busy
+from bclip_fast.benchmarks import busy, busy_work
 from bclip_fast.benchmarks.busy import BusyConfig, company
 from bclip_fast.benchmarks.report import BenchConfig, run
 from bclip_fast.errors import UserError
@@ -21,7 +21,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("data") / "shards", num_samples=16)
 
 
-def test_training_is_measured_idle_and_in_company(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_busy_training_has_rows_idle_and_beside_others(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = BusyConfig(
         ("train",), ("idle", "short"), ("bclip",), shards=str(shards), batch_size=4, seconds=0.01, settle_seconds=0,
         rounds=1,
@@ -37,11 +39,11 @@ def test_training_is_measured_idle_and_in_company(shards: Path, tmp_path: Path, 
 
 
 class Stopped(Exception):
-    pass
+    """Ends the work after its turns."""
 
 
 class ThreeTurns:
-    """Stands in for the connection to the process that measures: three turns, and what was sent for each."""
+    """A connection to a measuring process that asks for three turns and records the answers."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[float, float] | None] = []
@@ -55,27 +57,27 @@ class ThreeTurns:
         self.sent.append(result)
 
 
-def test_loader_counts_the_samples_of_a_turn(shards: Path):
+def test_load_one_batch_per_turn_counts_its_samples(shards: Path):
     connection = ThreeTurns()
     with pytest.raises(Stopped):
-        busy._load(BusyConfig(shards=str(shards), batch_size=4), busy.Turns(connection))
+        busy_work.load(str(shards), 4, busy_work.Turns(connection))
     assert connection.sent[0] is None and [units for units, _ in connection.sent[1:]] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("task", ["attention", "loss", "linear", "pointwise"])
-def test_kernel_gives_finite_results(task: str):
-    results = busy._kernel(task, 2)()
+def test_kernel_call_results_are_finite(task: str):
+    results = busy_work.make_kernel_call(task, 2)()
     assert len(results) > 1 and all(torch.isfinite(result).all() for result in results if result is not None)
 
 
 def children() -> set[int]:
-    """The processes that this one has started and not yet waited for."""
+    """Return the ids of child processes that this process has not waited for."""
     tasks = Path("/proc/self/task").iterdir()
     return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
 
 
 @pytest.mark.parametrize("kind", ["one", "short"])
-def test_company_ends_with_its_block(kind: busy.Company):
+def test_company_end_of_block_kills_processes(kind: busy.Company):
     before = children()
     with company(kind):
         (started,) = children() - before
@@ -84,9 +86,9 @@ def test_company_ends_with_its_block(kind: busy.Company):
         os.killpg(started, 0)
 
 
-def test_policy_sets_its_variables_for_its_process_alone(monkeypatch: pytest.MonkeyPatch):
+def test_only_variables_end_of_block_restores_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    with busy._environment(busy._variables("GOMP_SPINCOUNT=7")):
+    with busy.only_variables(busy.policy_variables("GOMP_SPINCOUNT=7")):
         assert os.environ["GOMP_SPINCOUNT"] == "7" and "OMP_WAIT_POLICY" not in os.environ
     assert os.environ["OMP_WAIT_POLICY"] == "active" and "GOMP_SPINCOUNT" not in os.environ
 
@@ -96,10 +98,10 @@ def test_policy_sets_its_variables_for_its_process_alone(monkeypatch: pytest.Mon
     [
         ({"batch_size": 1}, r"busy\.batch_size=1"),
         ({"tasks": ()}, r"busy\.tasks is empty"),
-        ({"company": ("one",)}, "needs idle"),
+        ({"company": ("one",)}, "add idle"),
         ({"policies": ("lazy",)}, "'lazy' is neither one of torch, bclip, passive"),
     ],
 )
-def test_bad_settings_are_named(options: dict, message: str):
+def test_busy_config_bad_field_is_named(options: dict, message: str):
     with pytest.raises(UserError, match=message):
         BusyConfig(**options)

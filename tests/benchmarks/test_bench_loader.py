@@ -1,4 +1,4 @@
-"""`bclip bench loader`: its contenders read the same samples, and what isn't installed is left out with its reason."""
+"""Tests of `bclip bench loader`: the samples of its contenders, and missing peers."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ from bclip_fast.errors import UserError
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Smooth pictures: the mean of noise would depend on the resampling.
+    # Smooth images, because the mean of noise would depend on the resampling.
     return write_shards(tmp_path_factory.mktemp("data") / "shards", num_samples=26, noise=1)
 
 
-def test_every_loader_gives_the_samples_of_a_pass(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_loader_every_contender_gives_all_samples(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("webdataset")
     import_open_clip()
     config = LoaderConfig(shards=str(shards), size=32, batch_size=4, rounds=1, workers=1)
     assert run(BenchConfig("loader", tmp_path, loader=config)) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     names = [row["contender"] for row in rows]
-    assert (
-        names[0] == "webdataset + open_clip"
-        and names[-1] == "ours"
-        and set(names) <= set(loader.contenders(Source(config, ShardDataset(shards), [], lambda texts: [])))
-    )
+    assert (names[0], names[-1]) == ("webdataset + open_clip", "ours")
+    assert set(names) <= set(loader.contenders(Source(config, ShardDataset(shards), [], lambda texts: [])))
     for row in rows:
         assert row["samples"] == 24 and row["samples_per_second"] == pytest.approx(24 / row["seconds"])
         assert row["speedup"] == pytest.approx(rows[0]["seconds"] / row["seconds"])
     assert "samples/s" in capsys.readouterr().out
 
 
-def test_real_articles_become_shards(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Some of them: a folder where what is read as the shared data has two of its articles."""
+def test_figures_to_shards_two_articles_holds_their_pairs(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """BCLIP_SHARED_DATA is a folder with two of the real articles."""
     rows = [json.loads(line) for line in (shared_data / "pmc_articles/pairs.jsonl").read_text().splitlines()]
     pairs = [row for row in rows if "/rendered/" in f"/{row['image']}"]
     articles = sorted({row["pmcid"] for row in pairs})[:2]
@@ -56,23 +55,23 @@ def test_real_articles_become_shards(shared_data: Path, tmp_path: Path, monkeypa
     folder = loader.figures_to_shards(LoaderConfig(max_short_side=100), tmp_path / "shards")
     dataset = ShardDataset(folder)
     expected = [row for row in pairs if row["pmcid"] in articles]
-    found = {dataset.caption(index) for index in range(len(dataset))}
+    captions = {dataset.caption(index) for index in range(len(dataset))}
     assert len(dataset) == len(expected) > 2 and len({row["pmcid"] for row in expected}) == 2
-    assert {"".join(row["caption"].split()) for row in expected} == {"".join(text.split()) for text in found}
+    assert {"".join(row["caption"].split()) for row in expected} == {"".join(text.split()) for text in captions}
     assert all(min(ops.image.peek_size(sample.image)) <= 100 for sample in dataset)
 
 
-def test_pixels_that_are_others_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch):
-    real = loader.our_pass
+def test_measure_loader_wrong_pixels_raises(shards: Path, monkeypatch: pytest.MonkeyPatch):
+    our_pass = loader.our_pass
     monkeypatch.setattr(loader, "contenders", lambda source: {
-        "black": lambda: lambda: (torch.zeros_like(images) for images in real(source, loader.Loader)()),
-        "ours": lambda: real(source, loader.Loader),
+        "black": lambda: lambda: (torch.zeros_like(images) for images in our_pass(source, loader.Loader)()),
+        "ours": lambda: our_pass(source, loader.Loader),
     })  # fmt: skip
     with pytest.raises(AssertionError, match="the pixels of black are"):
         measure_loader(LoaderConfig(shards=str(shards), size=32, batch_size=4, rounds=1))
 
 
-def test_a_rival_that_is_missing_is_named(
+def test_measure_loader_missing_peer_is_logged(
     shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setitem(sys.modules, "webdataset", None)
@@ -82,7 +81,7 @@ def test_a_rival_that_is_missing_is_named(
     assert "webdataset + open_clip is not measured: the peer webdataset is not installed" in caplog.text
 
 
-def test_bad_settings(shards: Path):
+def test_loader_bad_number_is_refused(shards: Path):
     with pytest.raises(UserError, match=r"loader\.size=0"):
         LoaderConfig(size=0)
     with pytest.raises(UserError, match="the shards hold 26 samples"):

@@ -1,4 +1,4 @@
-"""`bclip bench retrieval`: every contender's ranks are brute force's, and a rank that isn't stops it."""
+"""Tests of `bclip bench retrieval`: its check by brute force."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _small_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
 
 
-def test_contenders_agree_with_brute_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_retrieval_every_contender_passes_brute_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("faiss")
     config = RetrievalConfig(pairs=3000, dim=64, noise=2.0, rival_queries=500, checked=5)
     assert run(BenchConfig("retrieval", tmp_path, retrieval=config)) == 0
@@ -33,19 +33,19 @@ def test_contenders_agree_with_brute_force(tmp_path: Path, capsys: pytest.Captur
     assert "s for all" in capsys.readouterr().out
 
 
-def test_a_wrong_rank_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = retrieval.rank
+def test_retrieval_wrong_rank_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = retrieval.rank
 
     def wrong(*args, **options):
-        one, other = real(*args, **options)
-        return one, replace(other, num_better=other.num_better + 1)
+        of_images, of_texts = rank(*args, **options)
+        return of_images, replace(of_texts, num_better=of_texts.num_better + 1)
 
     monkeypatch.setattr(bench.retrieval, "rank", wrong)
     with pytest.raises(AssertionError, match="rank of "):
         bench.measure_retrieval(RetrievalConfig(pairs=200, dim=16, rival_queries=0))
 
 
-def test_bad_settings() -> None:
+def test_retrieval_config_bad_number_is_refused() -> None:
     for settings in (
         dict(pairs=0),
         dict(queries=9, pairs=8),

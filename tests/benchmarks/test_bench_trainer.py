@@ -1,4 +1,4 @@
-"""`bclip bench trainer`: both trainers make their steps, and the parts of a step are those of the whole."""
+"""Tests of `bclip bench trainer`: the steps of both trainers, and the parts of a step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bclip_fast.errors import UserError
 
 
 @pytest.mark.long
-def test_where_the_time_of_both_trainers_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    # Two processes that import open_clip, timm and transformers.
+def test_trainer_both_trainers_parts_sum_to_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # Slow, because two processes import open_clip, timm and transformers.
     for module in ("webdataset", "open_clip_train"):
         pytest.importorskip(module)
     import_open_clip()
@@ -31,20 +31,20 @@ def test_where_the_time_of_both_trainers_goes(tmp_path: Path, capsys: pytest.Cap
         assert row["samples_per_second"] == pytest.approx(8 / row["step_seconds"])
         seconds = {part: row[f"{part}_seconds"] for part in PARTS}
         assert all(seconds[part] > 0 for part in ("forward", "loss", "backward", "optimizer")), seconds
-        # Of a backward pass before this one, and no part of it.
+        # The waiting time belongs to an earlier backward pass.
         assert seconds.pop("communication") >= 0
-        # Of one step; what belongs to no part is little.
+        # Little time belongs to no part.
         assert 0.3 * row["step_seconds"] < sum(seconds.values()) <= row["step_seconds"], row
     assert "open_clip / ours" in capsys.readouterr().out
 
 
-def test_a_trainer_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_trainer_missing_peer_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "open_clip_train", None)
     with pytest.raises(UserError, match="open_clip with its trainer needs"):
         run(BenchConfig("trainer", tmp_path))
 
 
 @pytest.mark.parametrize("settings", [dict(ranks=0), dict(steps=0), dict(batch_size=3), dict(rounds=0)])
-def test_bad_settings(settings: dict[str, int]):
-    with pytest.raises(UserError, match="need at least 1 each, and a batch that the ranks divide"):
+def test_trainer_config_bad_number_is_refused(settings: dict[str, int]):
+    with pytest.raises(UserError, match="each must be at least 1, and the ranks must divide the batch"):
         TrainerConfig(**settings)

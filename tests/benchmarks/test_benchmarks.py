@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: what it calls true, what it refuses, and what its table says."""
+"""Tests of the benchmark suite: the truth of contrastive cases, refusals, errors, tables and plots."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ import pytest
 import torch
 
 from bclip_fast.benchmarks import cases, measure, report
+from bclip_fast.benchmarks.cases import contrastive
 from bclip_fast.ops.contrastive import reference
 
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a rival may run here")
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU peer may run here")
 
 
 def small(monkeypatch, maker, dtype=torch.float32):
-    """A case of 8 copies of 5 pairs, as large ones are built."""
-    monkeypatch.setattr(cases, "LARGEST_DENSE", 5)
+    """Return a case with 8 copies of 5 pairs, built like those of large batches."""
+    monkeypatch.setattr(contrastive, "LARGEST_DENSE", 5)
     return maker(40, 24, dtype)
 
 
 @pytest.mark.parametrize(
-    ("maker", "dense"), [(cases.contrastive_case, reference.dense), (cases.siglip_case, reference.dense_siglip)]
+    ("maker", "dense"),
+    [(contrastive.contrastive_case, reference.dense), (contrastive.siglip_case, reference.dense_siglip)],
 )
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_the_truth_by_symmetry_is_the_dense_one(maker, dense, dtype, monkeypatch):
+def test_truth_by_symmetry_equals_dense_truth(maker, dense, dtype, monkeypatch):
     case = small(monkeypatch, maker, dtype)
     inputs = case.make_inputs()
-    assert len(torch.unique(inputs[0].detach(), dim=0)) == 40, "every pair is a different one"
+    assert len(torch.unique(inputs[0].detach(), dim=0)) == 40, "all pairs must be different"
     double = [value.detach().double().requires_grad_() for value in inputs]
-    for own, true in zip(measure.truth_of(case, inputs), cases.with_gradients(dense)(*double), strict=True):
-        torch.testing.assert_close(own, true, rtol=1e-12, atol=1e-14)
+    for value, true in zip(measure.truth_of(case, inputs), cases.with_gradients(dense)(*double), strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-14)
 
 
-def test_large_batches_are_powers_of_two_times_a_small_problem():
-    assert [cases.num_copies(batch) for batch in (1, 8192, 16384, 65536)] == [1, 1, 2, 8]
+def test_num_copies_batch_is_not_a_power_of_two_raises():
+    assert [contrastive.num_copies(batch) for batch in (1, 8192, 16384, 65536)] == [1, 1, 2, 8]
     for batch in (8193, 24576):
         with pytest.raises(AssertionError, match="power of two"):
-            cases.num_copies(batch)
+            contrastive.num_copies(batch)
 
 
-@pytest.mark.parametrize("maker", [cases.contrastive_case, cases.siglip_case])
-def test_what_can_run_agrees_with_the_truth(maker, monkeypatch):
+@pytest.mark.parametrize("maker", [contrastive.contrastive_case, contrastive.siglip_case])
+def test_contenders_error_is_rounding(maker, monkeypatch):
     case = small(monkeypatch, maker)
     inputs = case.make_inputs()
     truth = measure.truth_of(case, inputs)
@@ -52,23 +54,24 @@ def test_what_can_run_agrees_with_the_truth(maker, monkeypatch):
 
 
 @no_cuda
-def test_rivals_for_gpus_say_that_there_is_none():
-    case, sigmoid = cases.contrastive_case(64, 16, torch.float32), cases.siglip_case(64, 16, torch.float32)
-    for made in (case.contenders["inf-cl x2"], case.contenders["memeff"], sigmoid.contenders["siglip-kernel"]):
+def test_gpu_peers_without_gpu_are_unavailable():
+    softmax, sigmoid = (make(64, 16, torch.float32) for make in (contrastive.contrastive_case, contrastive.siglip_case))
+    peers = softmax.contenders["inf-cl x2"], softmax.contenders["memeff"], sigmoid.contenders["siglip-kernel"]
+    for make_peer in peers:
         with pytest.raises(cases.Unavailable, match="needs CUDA"):
-            made()
+            make_peer()
 
 
-def test_a_dense_rival_is_refused_where_its_matrices_exceed_the_free_memory(monkeypatch):
-    monkeypatch.setattr(cases, "free_bytes", lambda: 20 * 2**30)
-    large = cases.contrastive_case(65536, 512, torch.float32)
+def test_dense_contender_matrices_exceed_free_memory_is_unavailable(monkeypatch):
+    monkeypatch.setattr(contrastive, "free_bytes", lambda: 20 * 2**30)
+    large = contrastive.contrastive_case(65536, 512, torch.float32)
     with pytest.raises(cases.Unavailable, match="4 matrices of 65536 x 65536 float32 are about 64 GiB, and 20 GiB"):
         large.contenders["torch dense"]()
-    cases.contrastive_case(8192, 512, torch.float32).contenders["torch dense"]()
+    contrastive.contrastive_case(8192, 512, torch.float32).contenders["torch dense"]()
     assert 0 < measure.peak_extra_bytes(lambda: torch.ones(1 << 23))[0] < 2**30
 
 
-def test_a_result_that_a_rival_does_not_compute_is_left_out_and_a_wrong_one_is_an_error():
+def test_error_of_ignores_missing_and_refuses_wrong_results():
     without_scale = cases.with_gradients(lambda image, text, scale: reference.dense(image, text, 3.0), num_constants=1)
     inputs = [torch.randn(4, 3, requires_grad=True) for _ in range(2)] + [torch.tensor(3.0, requires_grad=True)]
     results, truth = without_scale(*inputs), cases.with_gradients(reference.dense)(*inputs)
@@ -89,7 +92,7 @@ def row(contender, batch, seconds, extra_bytes, **others):
     }  # fmt: skip
 
 
-def test_the_table_holds_ratios_to_open_clip_and_says_what_was_compared(capsys):
+def test_table_shows_ratios_to_open_clip_and_compared_results(capsys):
     report.show(
         [
             row("ours:cpu", 64, 0.2, 1e6),
@@ -106,40 +109,41 @@ def test_the_table_holds_ratios_to_open_clip_and_says_what_was_compared(capsys):
     assert ("torch dense", "1200.00", "1.50", "1 GFLOP/s", "8%", "4", "2.00", "1.0e-06") in cells
 
 
-def test_matmul_rate_without_bf16_instructions_is_of_float32_and_the_table_says_so(monkeypatch, capsys):
+def test_matmul_rate_without_bf16_instructions_is_float32(monkeypatch, capsys):
     monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
     for has_bf16, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(measure, "lacks_bfloat16", lambda device, lacks=not has_bf16: lacks)
         assert measure.matmul_rate(torch.float32)["matmul_dtype"] == "float32"
-        found = measure.matmul_rate(torch.bfloat16)
-        assert found["matmul_dtype"] == expected and found["matmul_flops_per_second"] > 0
-        report.show([row("ours:cpu", 64, 0.2, 1e6, **found | {"dtype": "bfloat16"})])
+        rate = measure.matmul_rate(torch.bfloat16)
+        assert rate["matmul_dtype"] == expected and rate["matmul_flops_per_second"] > 0
+        report.show([row("ours:cpu", 64, 0.2, 1e6, **rate | {"dtype": "bfloat16"})])
         assert ("no bf16 instructions" in capsys.readouterr().out) == (not has_bf16)
 
 
-def test_time_and_memory_are_drawn_against_the_batch(tmp_path):
+def test_plot_scaling_draws_every_curve(tmp_path):
     rows = [row(name, batch, batch / 1e3, 1e6) for name in ("ours:cpu", "open_clip") for batch in (64, 128)]
     report.plot_scaling([*rows, row("memeff", 64, 1.0, None, curve="clip, bfloat16")], tmp_path / "scaling.svg")
-    drawn = (tmp_path / "scaling.svg").read_text()
+    svg = (tmp_path / "scaling.svg").read_text()
     for words in ("clip, float32", "clip, bfloat16", "peak extra memory", "memeff"):
-        assert f"<!-- {words}" in drawn
+        assert f"<!-- {words}" in svg
 
 
 TINY = """
 import pathlib, sys, torch
 from bclip_fast.benchmarks import cases, measure, report
-cases.LARGEST_DENSE = 32
+from bclip_fast.benchmarks.cases import contrastive
+contrastive.LARGEST_DENSE = 32
 measure.MATMUL_SIZE = 64
-cases.CASES[:] = [cases.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]
+cases.CASES[:] = [contrastive.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]
 only, large = sys.argv[2:]
 sys.exit(report.run(report.BenchConfig("contrastive", pathlib.Path(sys.argv[1]), only=only, large=large == "large")))
 """
 
 
 @no_cuda
-def test_the_suite_measures_what_it_is_asked_for(tmp_path):
+def test_suite_selection_measures_only_selected(tmp_path):
     def bench(only, large):
-        # As a worker of xdist's, pytest-benchmark measures nothing.
+        # pytest-benchmark measures nothing in a worker of pytest-xdist.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         command = [sys.executable, "-c", TINY, tmp_path, only, large]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -147,7 +151,7 @@ def test_the_suite_measures_what_it_is_asked_for(tmp_path):
         return done, [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
 
     done, rows = bench("64 and cpu", "")
-    assert "takes minutes a call: --large" in done.stdout and "UserError: no figure for" in done.stderr and not rows
+    assert "takes minutes per call: --large" in done.stdout and "UserError: no results for" in done.stderr and not rows
     done, rows = bench("cpu or dense", "large")
     assert done.returncode == 0, done.stdout + done.stderr
     measured = [(row["contender"], row["batch"], row["curve"]) for row in rows]
@@ -155,4 +159,4 @@ def test_the_suite_measures_what_it_is_asked_for(tmp_path):
     assert measured == [(name, batch, "clip, float32") for batch in (32, 64) for name in names]
     for row in rows:
         assert 0 < row["error"] < 1e-5 and row["num_compared"] == row["num_results"] == 4
-        assert (row["min"] == row["seconds"] == row["max"]) == (row["batch"] == 64), "measured once where large"
+        assert (row["min"] == row["seconds"] == row["max"]) == (row["batch"] == 64), "a large case must run once"

@@ -1,3 +1,5 @@
+"""Tests of the command line: help, mistakes, missing packages, `bclip doctor`."""
+
 from __future__ import annotations
 
 import subprocess
@@ -13,7 +15,10 @@ from bclip_fast.ops.dispatch import MISSING
 
 
 def bclip(*args, missing=()):
-    """The command in a process of its own that has imported torch, which takes longer than the rest."""
+    """Run the command in a process of the fork server, which has already imported torch.
+
+    missing: packages that the process cannot import.
+    """
     with tempfile.TemporaryDirectory() as folder:
         process = fork_server().Process(target=_main, args=(args, folder, missing))
         process.start()
@@ -28,14 +33,14 @@ def _main(args, folder, missing):
     sys.exit(cli.main(args))
 
 
-def test_version_and_usage():
+def test_version_and_usage_are_printed():
     done = subprocess.run([sys.executable, "-m", "bclip_fast.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == f"bclip_fast {__version__}"
     assert all(name in bclip().stdout for name in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_explains_itself(name):
+def test_help_every_command_shows_usage(name):
     done = bclip(*name.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert "usage: bclip " + name in done.stdout
@@ -52,14 +57,14 @@ def test_every_command_explains_itself(name):
         (["eval", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )
-def test_a_mistake_gives_one_line_and_exit_code_2(args, words):
+def test_user_error_prints_one_line_and_exits_with_2(args, words):
     done = bclip(*args)
     assert done.returncode == 2
     assert words in done.stderr.splitlines()[0]
     assert "Traceback" not in done.stderr
 
 
-def test_an_unknown_backend_in_the_environment_gives_one_line_and_exit_code_2(monkeypatch):
+def test_unknown_backend_variable_prints_one_line_and_exits_with_2(monkeypatch):
     monkeypatch.setenv("BCLIP_BACKEND", "none_such")
     done = subprocess.run(
         [sys.executable, "-m", "bclip_fast.cli", "doctor"], capture_output=True, text=True, timeout=120, check=False
@@ -69,19 +74,19 @@ def test_an_unknown_backend_in_the_environment_gives_one_line_and_exit_code_2(mo
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_missing_package_is_named_with_its_extra():
+def test_missing_package_error_names_its_extra():
     done = bclip("doctor", missing=["tyro"])
     assert done.returncode == 2
     assert done.stderr.strip() == "bclip doctor needs the package tyro: pip install 'bclip_fast[model]'"
 
 
-def test_doctor_tells_each_backend_and_why_not():
+def test_doctor_names_every_backend_and_refusal():
     out = bclip("doctor").stdout
     for name in ("cuda", "triton", "cpu", "torch", "reference"):
         assert f"\n  {name}" in out
-    assert "What the next call takes on cpu\n  by the package's " in out
+    assert "Backends of the next call on cpu\n  by the package's " in out
     linear = out.partition("\n  linear ")[2].partition("\n  pooled_attention")[0]
     assert ("not cpu: " in linear) == ("cpu" in MISSING)
-    # Why a kernel for a GPU doesn't take tensors of the CPU.
+    # The reason why a GPU kernel refuses tensors of the CPU.
     assert "not triton: " in out.partition("\n  gelu ")[2].partition("\n  image")[0]
     assert "no device: " in out or "device 0: " in out or "_cuda: not built" in out

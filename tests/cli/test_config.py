@@ -1,3 +1,5 @@
+"""Tests of configurations from TOML files and flags."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -37,19 +39,19 @@ def write(folder, text, name="c.toml"):
     return str(path)
 
 
-def test_files_from_left_to_right_then_flags(tmp_path):
+def test_parse_later_files_and_flags_override(tmp_path):
     first = write(tmp_path, 'steps = 5\nkind = "b"\n[inner]\nlr = 0.5\nbetas = [0.1, 0.2]')
     second = write(tmp_path, "steps = 7\noffset = -9\nresume = true", "d.toml")
     config = parse(Config, [first, second, "--inner.lr", "1e-4"], prog="t")
     assert config == Config(inner=Inner(lr=1e-4, betas=(0.1, 0.2)), steps=7, offset=-9, resume=True, kind="b")
 
 
-def test_a_switch_is_a_bare_flag(tmp_path):
+def test_parse_bare_flag_sets_boolean(tmp_path):
     assert parse(Config, ["--resume"], prog="t").resume
     assert not parse(Config, [write(tmp_path, "resume = true"), "--no-resume"], prog="t").resume
 
 
-def test_round_trip(tmp_path):
+def test_to_toml_round_trip_is_equal(tmp_path):
     config = Config(path=Path("/a b"), inner=Inner(lr=3e-7, names=("x", "y z")), steps=3, resume=True)
     assert from_toml(Config, write(tmp_path, to_toml(config))) == config
 
@@ -65,24 +67,24 @@ def test_round_trip(tmp_path):
         ("steps = ", "not valid TOML"),
     ],
 )
-def test_a_wrong_key_or_value_in_a_file_is_named(tmp_path, text, words):
+def test_parse_bad_file_error_names_file_and_key(tmp_path, text, words):
     path = write(tmp_path, text)
     with pytest.raises(UserError) as error:
         parse(Config, [path], prog="t")
     assert words in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_named():
+def test_parse_missing_file_is_named():
     with pytest.raises(UserError, match="nowhere.toml does not exist"):
         parse(Config, ["nowhere.toml"], prog="t")
 
 
-def test_an_unknown_flag_is_named():
+def test_parse_unknown_flag_is_named():
     with pytest.raises(UserError, match="--stepss"):
         parse(Config, ["--stepss", "1"], prog="t")
 
 
-def test_the_published_configuration_is_the_papers():
+def test_biomedclip_b16_equals_paper():
     """Table S9 of arXiv 2303.00915."""
     from bclip_fast.train.config import TrainConfig
 
@@ -96,7 +98,7 @@ def test_the_published_configuration_is_the_papers():
 @pytest.mark.parametrize(
     "path", sorted(Path(__file__).parents[2].glob("bclip_fast/configs/*.toml")), ids=lambda p: p.name
 )
-def test_every_configuration_of_the_package_is_valid(path):
+def test_package_configurations_are_valid(path):
     from bclip_fast.train.config import TrainConfig
 
     parse(TrainConfig, [path.name], prog="bclip train").resolved()

@@ -1,4 +1,4 @@
-"""The main job, on a handful of made-up articles: every stage is the real one, only small."""
+"""Tests of `bclip quickstart` on 20 small synthetic articles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def articles(tmp_path_factory) -> Path:
     return folder
 
 
-def test_articles_to_a_report(articles, tmp_path, capsys):
+def test_run_articles_give_report_and_resume(articles, tmp_path, capsys):
     config = QuickstartConfig(out=tmp_path / "q", articles=articles, epochs=2)
     run(config)
     printed = capsys.readouterr().out.splitlines()
@@ -52,7 +52,7 @@ def test_articles_to_a_report(articles, tmp_path, capsys):
     assert {figure["name"] for figure in figures} >= {"image to text R@5", "text to image R@5"}
     assert all(figure["chance"] > 0 for figure in figures)
     assert (tmp_path / "q/run/metrics.jsonl").read_text().count('"loss"') >= 2
-    # A finished one is kept; what was interrupted is continued without building or training again.
+    # A second run keeps the finished folder. An interrupted run resumes without a new dataset or training.
     before = (tmp_path / "q/results.json").stat().st_mtime_ns
     run(config)
     assert (tmp_path / "q-2/results.json").is_file() and (tmp_path / "q/results.json").stat().st_mtime_ns == before
@@ -64,7 +64,7 @@ def test_articles_to_a_report(articles, tmp_path, capsys):
     assert (tmp_path / "q-2/results.json").is_file() and model.stat().st_mtime_ns == trained, lines
 
 
-def test_too_few_articles_to_hold_any_out(articles, tmp_path):
+def test_run_too_few_articles_is_refused(articles, tmp_path):
     few = tmp_path / "few"
     few.mkdir()
     (few / "PMC1").symlink_to(articles / "PMC1")
@@ -73,7 +73,7 @@ def test_too_few_articles_to_hold_any_out(articles, tmp_path):
 
 
 class caplog_at_info(logging.Handler):
-    """The package's log lines, for the message of a failed assertion."""
+    """Collects the package's log lines for the message of a failed assertion."""
 
     def __enter__(self) -> list[str]:
         self.lines: list[str] = []

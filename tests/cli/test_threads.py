@@ -1,4 +1,4 @@
-"""The C++ kernels run on the threads of torch's operators, and these sleep early while others want the cores."""
+"""Tests of the threads that the C++ kernels share with torch, which sleep early while others need the cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from bclip_fast import threads
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernels start threads of their own")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux do the kernels use torch's threads")
 
 FORK = """
 import os, torch
@@ -22,36 +22,37 @@ x = torch.randn(300_000)
 expected = ops.gelu(x, backend="cpu").numpy().tobytes()
 child = os.fork()
 if child == 0:
-    # The OpenMP runtime thinks that its second thread is still there.
+    # The OpenMP runtime believes that its second thread still exists.
     os._exit(0 if ops.gelu(x, backend="cpu").numpy().tobytes() == expected else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 @linux_only
-def test_torch_has_loaded_the_runtime_for_all():
+def test_torch_import_loads_openmp_for_all():
     import torch  # noqa: F401
 
-    assert ctypes.CDLL(None).GOMP_parallel, "our threads would compete with those of torch"
+    assert ctypes.CDLL(None).GOMP_parallel, "our threads would compete with torch's"
 
 
 @linux_only
-def test_a_forked_child_has_threads_too():
+def test_forked_child_kernels_still_run():
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "0\n"
 
 
-def samples(seconds: float, own: float, idle: float, num_cpus: int = 2) -> list[threads.Sample]:
-    """Two, between which this process and the processors' idling took so long."""
-    return [threads.Sample(10.0, 5.0, 7.0, num_cpus), threads.Sample(10.0 + seconds, 5.0 + own, 7.0 + idle, num_cpus)]
+def samples(seconds: float, process: float, idle: float, num_cpus: int = 2) -> list[threads.Sample]:
+    """Return two samples. process, idle: seconds of this process, and of idle processors, between them."""
+    first = threads.Sample(10.0, 5.0, 7.0, num_cpus)
+    return [first, threads.Sample(10.0 + seconds, 5.0 + process, 7.0 + idle, num_cpus)]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "own", "idle", "expected"),
+    ("seconds", "process", "idle", "expected"),
     [(1.0, 2.0, 0.0, 0.0), (1.0, 0.5, 1.5, 0.0), (0.5, 0.5, 0.0, 1.0), (2.0, 1.0, 1.0, 1.0)],
 )
-def test_cores_of_others_are_neither_ours_nor_idle(seconds, own, idle, expected):
-    assert threads.cores_of_others(*samples(seconds, own, idle)) == pytest.approx(expected)
+def test_cores_of_others_excludes_ours_and_idle(seconds, process, idle, expected):
+    assert threads.cores_of_others(*samples(seconds, process, idle)) == pytest.approx(expected)
 
 
 def test_sample_counts_idle_and_iowait_of_our_cpus_only(tmp_path):
@@ -60,11 +61,11 @@ def test_sample_counts_idle_and_iowait_of_our_cpus_only(tmp_path):
         "cpu  9 9 9 999 9 9 9 9 0 0\ncpu0 1 1 1 300 20 1 1 1 0 0\ncpu1 1 1 1 500 0 1 1 1 0 0\n"
         "cpu10 1 1 1 70 10 1 1 1 0 0\nintr 5 0\nctxt 7\n"
     )
-    found = threads.sample(frozenset({0, 10}), stat)
-    assert found.counted == 2 and found.idle * os.sysconf("SC_CLK_TCK") == pytest.approx(400)
+    sample = threads.sample(frozenset({0, 10}), stat)
+    assert sample.counted == 2 and sample.idle * os.sysconf("SC_CLK_TCK") == pytest.approx(400)
 
 
-def test_cpus_that_a_sandbox_reports_as_zero_give_no_others(tmp_path):
+def test_cores_of_others_counters_are_zero_gives_none(tmp_path):
     stat = tmp_path / "stat"
     stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\n")
     before = threads.sample(frozenset({0, 1}), stat)
@@ -74,26 +75,26 @@ def test_cpus_that_a_sandbox_reports_as_zero_give_no_others(tmp_path):
 
 
 @pytest.fixture
-def asked_for(monkeypatch) -> list[int]:
-    """How many idle threads the watch has asked for, each time, and 0 for an end."""
-    asked: list[int] = []
+def requests(monkeypatch) -> list[int]:
+    """The numbers of idle threads that the watch started, in order. 0 stands for a stop."""
+    counts: list[int] = []
 
     class Recorded:
         def __init__(self, count: int) -> None:
             self.count = count
 
         def start(self) -> None:
-            asked.append(self.count)
+            counts.append(self.count)
 
         def stop(self) -> None:
-            asked.append(0)
+            counts.append(0)
 
     monkeypatch.setattr(threads, "IdleThreads", Recorded)
-    return asked
+    return counts
 
 
 def looks(watch: threads.Watch, others: list[float], num_threads: int, num_cpus: int) -> None:
-    """A look a second, between which others used so many cores."""
+    """Let the watch look once a second. others: cores that other processes use in each second."""
     clock = idle = 0.0
     watch.look(threads.Sample(clock, 0.0, idle, num_cpus), num_threads, num_cpus)
     for cores in others:
@@ -101,27 +102,27 @@ def looks(watch: threads.Watch, others: list[float], num_threads: int, num_cpus:
         watch.look(threads.Sample(clock, 0.0, idle, num_cpus), num_threads, num_cpus)
 
 
-def test_watch_yields_while_others_use_a_core_and_stops_after_calm(asked_for):
+def test_watch_yields_to_others_and_stops_after_calm(requests):
     watch = threads.Watch()
     looks(watch, [0.0, 0.1, 1.0, 1.0, 0.0, 1.0, 0.0], 2, 2)
-    assert asked_for == [1] and watch.yielding
+    assert requests == [1] and watch.yielding
     looks(watch, [0.0, 0.0], 2, 2)
-    assert asked_for == [1, 0] and not watch.yielding
+    assert requests == [1, 0] and not watch.yielding
 
 
 @pytest.mark.parametrize(
     ("others", "num_threads", "num_cpus", "expected"),
     [
-        (1.0, 1, 2, []),  # a single thread waits for none
-        (4.0, 4, 8, []),  # they use the cores that we leave
-        (5.0, 4, 8, [5]),  # 4 + 5 threads are more than 8 processors
-        (95.9, 2, 96, []),  # it would take 95 idle threads
+        (1.0, 1, 2, []),  # a single thread never waits
+        (4.0, 4, 8, []),  # they use the cores that we do not need
+        (5.0, 4, 8, [5]),  # 4 + 5 threads exceed 8 processors
+        (95.9, 2, 96, []),  # 95 idle threads would be needed
         (1.5, 4, 2, [1]),  # more threads than processors
     ],
 )
-def test_watch_adds_as_many_threads_as_exceed_the_processors(asked_for, others, num_threads, num_cpus, expected):
+def test_watch_starts_threads_beyond_processors(requests, others, num_threads, num_cpus, expected):
     looks(threads.Watch(), [others, others], num_threads, num_cpus)
-    assert asked_for == expected
+    assert requests == expected
 
 
 SWITCHES = """
@@ -148,8 +149,8 @@ while len(os.listdir("/proc/self/task")) > before:
 
 
 @linux_only
-def test_openmp_threads_sleep_at_each_barrier_while_there_are_idle_threads():
-    # The runtime's own number of turns; with it the watch, which a busy machine would wake, isn't started.
+def test_idle_threads_make_openmp_sleep_at_each_barrier():
+    # This is the runtime's default. Setting it keeps the watch, which a busy machine would wake, from starting.
     variables = {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "300000"}
     done = subprocess.run(
         [sys.executable, "-c", SWITCHES],
@@ -168,7 +169,7 @@ def without_choice() -> dict[str, str]:
 
 @linux_only
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "5"}], ids=str)
-def test_import_starts_the_watch_unless_the_user_has_chosen(chosen):
+def test_import_starts_watch_unless_user_chose(chosen):
     code = "import bclip_fast, threading; print('bclip-watch' in [thread.name for thread in threading.enumerate()])"
     output = subprocess.check_output([sys.executable, "-c", code], env=without_choice() | chosen, text=True)
     assert output == f"{not chosen}\n"
@@ -184,6 +185,6 @@ def test_import_starts_the_watch_unless_the_user_has_chosen(chosen):
         ("none", {}, "no OpenMP runtime"),
     ],
 )
-def test_description_names_the_runtime_and_what_the_user_has_chosen(runtime, chosen, expected, monkeypatch):
+def test_describe_names_runtime_and_users_choice(runtime, chosen, expected, monkeypatch):
     monkeypatch.setattr(threads, "_runtime", lambda: runtime)
     assert expected in threads.describe(chosen)

@@ -1,4 +1,4 @@
-"""The built CUDA module, read without a GPU: no spills, tensor-core instructions, the committed report of resources."""
+"""Tests of the compiled CUDA module, without a GPU: spills, tensor-core instructions, and the resource report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from bclip_fast.ops.dispatch import MISSING
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", "")),
-    pytest.mark.skipif(cuda_resources.cuobjdump() is None, reason="no cuobjdump, of the toolkit or of Triton"),
+    pytest.mark.skipif(
+        cuda_resources.cuobjdump() is None, reason="cuobjdump is missing: install the CUDA toolkit or Triton"
+    ),
 ]
 
 
@@ -23,7 +25,7 @@ def kernels():
     return cuda_resources.kernels()
 
 
-def test_every_kernel_is_there_for_every_architecture(kernels):
+def test_kernels_exist_for_every_architecture(kernels):
     names = {kernel.name for kernel in kernels}
     architectures = {kernel.architecture for kernel in kernels}
     assert len(kernels) == len(names) * len(architectures)
@@ -37,30 +39,30 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
     assert {f"image_resize<{kind}>" for kind in ("uint8", "float", "Half", "Bfloat16")} <= names
 
 
-def test_no_kernel_spills(kernels):
+def test_kernels_spill_no_registers(kernels):
     assert {kernel.name: kernel.spilled for kernel in kernels if kernel.spilled} == {}
 
 
-def test_every_kernel_that_multiplies_matrices_does_it_on_tensor_cores(kernels):
+def test_matrix_kernels_use_tensor_cores(kernels):
     few = [kernel.name for kernel in kernels if kernel.matrix_instructions < 32]
     assert [name for name in few if not name.startswith("image")] == []
 
 
-def test_as_many_blocks_fit_as_the_kernels_were_laid_out_for(kernels):
+def test_kernels_reach_intended_occupancy(kernels):
     for kernel in (kernel for kernel in kernels if kernel.architecture in ("80", "90", "90a")):
         one = re.search(r"attention_backward<\w+, \d+, 8|attention_forward<\w+, 128", kernel.name)
         assert kernel.blocks >= (1 if one else 2), kernel
 
 
-def test_the_committed_report_is_of_these_kernels(kernels):
-    """By name: another nvcc gives other registers."""
+def test_report_lists_built_kernels(kernels):
+    """It compares only names, because another nvcc allocates other registers."""
     written = re.findall(r"^\| (\w+<.*?>) \| (\w+) \|.*\| 0 \| [\d.]+ \|", cuda_resources.REPORT.read_text(), re.M)
     built = [(kernel.name, kernel.architecture) for kernel in kernels if kernel.architecture in ("80", "90a")]
     assert sorted(written) == sorted(built)
 
 
-def test_it_stands_alone():
-    """CUDA's runtime is in it, and nothing of torch: one file for every torch, and small enough for a wheel."""
+def test_module_needs_no_cuda_or_torch_library():
+    """It contains CUDA's runtime and nothing of torch, so it works with every torch. It is small enough for a wheel."""
     from bclip_fast import _cuda
 
     done = subprocess.run(["readelf", "-d", _cuda.__file__], capture_output=True, text=True, check=True)
@@ -72,8 +74,8 @@ def test_it_stands_alone():
     assert [path.name for path in sources if re.search(r"#include\s*[<\"](torch|ATen|c10)", path.read_text())] == []
 
 
-def test_a_pictures_weights_are_rounded_as_pillow_rounds_them():
-    """No product of its doubles is fused with a sum; the quotients are whole instructions here."""
+def test_image_weights_round_like_pillow():
+    """Its products of doubles are not fused with sums, and a quotient is one instruction."""
     from bclip_fast import _cuda
 
     done = subprocess.run(
@@ -83,12 +85,12 @@ def test_a_pictures_weights_are_rounded_as_pillow_rounds_them():
     assert weigh.count("mul.rn.f64") > 10 and "div.rn.f64" in weigh and "fma.rn.f64" not in weigh
 
 
-def test_there_is_ptx_for_devices_to_come():
+def test_module_has_ptx_for_newer_devices():
     from bclip_fast import _cuda
 
     done = subprocess.run(
         [cuda_resources.cuobjdump(), "--list-ptx", _cuda.__file__], capture_output=True, text=True, check=True
     )
-    found = set(re.findall(r"\.sm_(\w+)\.ptx", done.stdout))
+    versions = set(re.findall(r"\.sm_(\w+)\.ptx", done.stdout))
     plain = [name for name in _cuda.architectures.split(";") if name.isdigit()]
-    assert found == {*plain[:1]} or not plain
+    assert versions == {*plain[:1]} or not plain

@@ -1,11 +1,11 @@
-"""Exact counts from products in low precision: every step gives what float64 gives, and its error bound holds."""
+"""Exact counts from low-precision products: every step equals float64, and no error exceeds its bound."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_eval import unit
+from colours import unit_rows
 from torch import Tensor
 
 from bclip_fast.eval import exact_ranks, retrieval
@@ -13,6 +13,8 @@ from bclip_fast.ops import ranking
 
 TOLERANCE = retrieval.TIE_TOLERANCE
 needs_amx = pytest.mark.skipif(not ranking.has_matrix_unit(), reason="no matrix unit (AMX) here")
+
+
 STEPS = [
     pytest.param(("bfloat16", "float64"), marks=needs_amx),
     pytest.param(("bfloat16x3", "float64"), marks=needs_amx),
@@ -31,13 +33,13 @@ def brute_force(queries: Tensor, candidates: Tensor, rows: Tensor, columns: Tens
 
 
 def related(num: int, dim: int, noise: float) -> tuple[Tensor, Tensor]:
-    texts = unit(num, dim, 1)
-    return F.normalize(texts + noise * unit(num, dim, 2), dim=1), texts
+    texts = unit_rows(num, dim, 1)
+    return F.normalize(texts + noise * unit_rows(num, dim, 2), dim=1), texts
 
 
 def close(num: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Scores that differ by 1e-5 and less, which bfloat16 cannot tell apart, among some that are equal."""
-    middle, texts = unit(1, dim, 3), unit(num, dim, 4)
+    """Return rows whose scores differ by at most 1e-5, which bfloat16 cannot resolve, or not at all."""
+    middle, texts = unit_rows(1, dim, 3), unit_rows(num, dim, 4)
     rows = F.normalize(middle + 3e-3 * texts, dim=1)
     rows[::7] = rows[0]
     return rows, rows.flip(0).roll(3, 0).contiguous()
@@ -46,41 +48,63 @@ def close(num: int, dim: int) -> tuple[Tensor, Tensor]:
 DATA = {
     "related": related(400, 96, 1.0),
     "weakly related": related(400, 96, 6.0),
-    "unrelated": (unit(515, 33, 5), unit(515, 33, 6)),
+    "unrelated": (unit_rows(515, 33, 5), unit_rows(515, 33, 6)),
     "close": close(600, 64),
-    "one point": (unit(1, 40, 7).expand(300, 40), unit(1, 40, 7).expand(300, 40)),
+    "one point": (unit_rows(1, 40, 7).expand(300, 40), unit_rows(1, 40, 7).expand(300, 40)),
     "few numbers": (torch.eye(16)[torch.arange(320) % 16], torch.eye(16)[torch.arange(320) // 20]),
-    "one pair": (unit(1, 1, 8), unit(1, 1, 9)),
+    "one pair": (unit_rows(1, 1, 8), unit_rows(1, 1, 9)),
 }
 
 
 @pytest.mark.parametrize("allowed", STEPS)
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("chunks", [(8192, 131072), (97, 130)])
-def test_every_step_counts_what_float64_counts(name: str, allowed: tuple[str, ...], chunks: tuple[int, int]) -> None:
+def test_count_every_step_equals_float64(name: str, allowed: tuple[str, ...], chunks: tuple[int, int]) -> None:
     queries, candidates = DATA[name]
-    own = (queries.double() * candidates.double()).sum(1)
-    found = exact_ranks.count(
-        queries, candidates, own, own, TOLERANCE, allowed=allowed, query_chunk=chunks[0], candidate_chunk=chunks[1]
+    bounds = (queries.double() * candidates.double()).sum(1)
+    counts = exact_ranks.count(
+        queries,
+        candidates,
+        bounds,
+        bounds,
+        TOLERANCE,
+        allowed=allowed,
+        query_chunk=chunks[0],
+        candidate_chunk=chunks[1],
     )
-    for counted, true in zip(found, brute_force(queries, candidates, own, own), strict=True):
-        assert torch.equal(counted, true)
+    for actual, expected in zip(counts, brute_force(queries, candidates, bounds, bounds), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_count_undecided_tile_skips_the_step_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    screen = exact_ranks._screen
+    monkeypatch.setattr(exact_ranks, "_screen", lambda *args: tried.append(1) or screen(*args))
+    queries, candidates = DATA["one point"]
+    bounds = torch.ones(300, dtype=torch.float64)
+    counts = exact_ranks.count(
+        queries, candidates, bounds, bounds, TOLERANCE, allowed=("float32", "float64"), query_chunk=100
+    )
+    # Only the first of three tiles tries float32.
+    assert len(tried) == 1
+    assert counts[0][1].tolist() == [300] * 300
+    assert not counts[0][0].any()
 
 
 @pytest.mark.parametrize("step", [*(pytest.param(name, marks=needs_amx) for name in exact_ranks.STEPS[:2]), "float32"])
 @pytest.mark.parametrize("name", ["related", "unrelated", "close", "few numbers"])
-def test_no_product_errs_more_than_its_bound(name: str, step: str) -> None:
+def test_error_bound_covers_every_product(name: str, step: str) -> None:
     left, right = exact_ranks.Chunk(DATA[name][0], True), exact_ranks.Chunk(DATA[name][1], False)
-    bound = exact_ranks.error_bound(left.low(step), right.low(step))
-    # What the hardware multiplies, here without its rounding of sums: the bound has room for both.
-    computed = left.low(step).numbers.double() @ right.low(step).numbers.double().T
+    bound = exact_ranks.error_bound(left.low_precision(step), right.low_precision(step))
+    # The hardware multiplies these numbers and also rounds the sums. The bound covers both errors.
+    computed = left.low_precision(step).numbers.double() @ right.low_precision(step).numbers.double().T
     error = float((computed - left.rows.double() @ right.rows.double().T).abs().max())
     assert error <= bound <= {"bfloat16": 9e-3, "bfloat16x3": 2e-4, "float32": 5e-5}[step]
 
 
 @needs_amx
-def test_the_screen_lists_what_lies_between_the_bounds() -> None:
-    """Against its definition, on sizes that divide nothing; the numbers are such that every sum is exact."""
+def test_screen_lists_pairs_between_the_bounds() -> None:
+    """Compare with the definition on odd sizes. The numbers are small integers, so every sum is exact."""
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randint(-4, 5, (size, 70), generator=generator).bfloat16() for size in (1061, 777))
     scores = left.double() @ right.double().T
@@ -102,9 +126,9 @@ def test_the_screen_lists_what_lies_between_the_bounds() -> None:
     assert ranking.screen(left, right, bounds[0], bounds[1], *counts, len(pairs) - 1) is None
 
 
-def test_dot_products_are_those_of_float64() -> None:
+def test_dot_products_equal_float64() -> None:
     for width in (1, 15, 16, 33, 512):
-        left, right = unit(9, width, 1), unit(5, width, 2)
+        left, right = unit_rows(9, width, 1), unit_rows(5, width, 2)
         pairs = torch.tensor([44, 0, 7, 7, 31])
         expected = (left.double() @ right.double().T).view(-1)[pairs]
         assert torch.allclose(ranking.dot_products(left, right, pairs), expected, rtol=0, atol=1e-15)
@@ -113,38 +137,8 @@ def test_dot_products_are_those_of_float64() -> None:
         ranking.dot_products(left, right, torch.tensor([45]))
 
 
-def test_a_step_that_leaves_too_much_open_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    screen = exact_ranks._screen
-    monkeypatch.setattr(exact_ranks, "_screen", lambda *args: tried.append(1) or screen(*args))
-    queries, candidates = DATA["one point"]
-    own = torch.ones(300, dtype=torch.float64)
-    found = exact_ranks.count(queries, candidates, own, own, TOLERANCE, allowed=("float32", "float64"), query_chunk=100)
-    # Once, for the first of three tiles.
-    assert len(tried) == 1 and found[0][1].tolist() == [300] * 300 and not found[0][0].any()
-
-
-def test_groups_that_overlap_count_a_pair_once() -> None:
-    """Two groups, members in both; against all pairs at once, for all queries and for some."""
-    generator = torch.Generator().manual_seed(11)
-    groups = [torch.randint(0, most, (120,), generator=generator) for most in (25, 40)]
-    texts = unit(120, 6, 12)[torch.randint(0, 60, (120,), generator=generator)]
-    images = F.normalize(texts + 0.5 * unit(120, 6, 13), dim=1)
-    for num in (120, 50):
-        right = ((groups[0][:, None] == groups[0]) | (groups[1][:, None] == groups[1]))[:num]
-        scores = (images.double() @ texts.double().T)[:num]
-        found = retrieval.rank(images, texts, groups, num_queries=num)
-        for ranks, scores_, right_ in zip(found, (scores, scores.T[:num]), (right, right.T[:num]), strict=True):
-            best = scores_.masked_fill(~right_, -2).amax(1, keepdim=True)
-            level = (scores_ - best).abs() <= TOLERANCE
-            assert torch.equal(ranks.num_better, (~right_ & (scores_ > best + TOLERANCE)).sum(1))
-            assert torch.equal(ranks.num_tied, level.sum(1))
-            assert torch.equal(ranks.num_tied_correct, (level & right_).sum(1))
-            assert torch.equal(ranks.num_correct, right_.sum(1))
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (3, 127), (128, 128), (257, 300), (1024, 1), (1, 32640)])
-def test_counts_of_a_tile(shape: tuple[int, int]) -> None:
+def test_count_true_equals_sum(shape: tuple[int, int]) -> None:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.9
     for dim in (0, 1):
         assert torch.equal(exact_ranks.count_true(mask, dim), mask.sum(dim))

@@ -1,8 +1,9 @@
-// Mutated JPEGs through every entry of csrc/image.h, to be built with -fsanitize=address,undefined:
+// Feeds mutated JPEGs to every function of csrc/image.h. Build it with
+// -fsanitize=address,undefined.
 //   jpeg SEED FIRST RUNS FILE...
-// Run i depends on SEED, i and the files only, so FIRST = i, RUNS = 1 repeats a failure. A signal ends the program when a
-// run takes more than ten seconds of CPU time. The sanitizers see writes of libjpeg itself only in a libjpeg that is
-// built with them.
+// Run i depends only on SEED, i and the files, so FIRST = i and RUNS = 1 repeat a failure. A signal
+// ends the program if a run takes more than ten seconds of CPU time. The sanitizers detect faults
+// inside libjpeg only if libjpeg is built with them.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -19,8 +20,8 @@
 
 #include <sys/time.h>
 
-#include "../../csrc/contrastive.h"
-#include "../../csrc/image.h"
+#include "csrc/cpu/simd/isa.h"
+#include "csrc/image.h"
 
 namespace {
 
@@ -33,12 +34,12 @@ int64_t below(Random& random, int64_t bound) {
   return static_cast<int64_t>(random() % static_cast<uint64_t>(std::max<int64_t>(1, bound)));
 }
 
-// Where segments begin: markers, whether or not they are inside entropy-coded data.
+// The positions of markers, where segments begin. Some may be inside entropy-coded data.
 std::vector<size_t> markers(const std::string& data) {
-  std::vector<size_t> found;
+  std::vector<size_t> positions;
   for (size_t i = 0; i + 1 < data.size(); ++i)
-    if (data[i] == '\xff' && data[i + 1] != 0 && data[i + 1] != '\xff') found.push_back(i);
-  return found;
+    if (data[i] == '\xff' && data[i + 1] != 0 && data[i + 1] != '\xff') positions.push_back(i);
+  return positions;
 }
 
 std::string mutated(Random& random, const std::vector<std::string>& files) {
@@ -48,15 +49,18 @@ std::string mutated(Random& random, const std::vector<std::string>& files) {
     const auto starts = markers(data);
     switch (below(random, 6)) {
       case 0:  // bits
-        for (int64_t n = 1 + below(random, 8); n > 0; --n) data[below(random, data.size())] ^= 1 << below(random, 8);
+        for (int64_t n = 1 + below(random, 8); n > 0; --n)
+          data[below(random, data.size())] ^= 1 << below(random, 8);
         break;
-      case 1:  // an end too early
+      case 1:  // truncation
         data.resize(below(random, data.size()));
         break;
       case 2:  // a byte of a header: sizes, sampling factors, tables, scans
         if (!starts.empty()) {
-          const size_t at = starts[below(random, std::min<int64_t>(starts.size(), 24))] + 1 + below(random, 24);
-          if (at < data.size()) data[at] = static_cast<char>(below(random, 4) ? random() : 255 * below(random, 2));
+          const size_t at =
+              starts[below(random, std::min<int64_t>(starts.size(), 24))] + 1 + below(random, 24);
+          if (at < data.size())
+            data[at] = static_cast<char>(below(random, 4) ? random() : 255 * below(random, 2));
         }
         break;
       case 3: {  // a part of another file, at a marker of this one
@@ -67,17 +71,20 @@ std::string mutated(Random& random, const std::vector<std::string>& files) {
         const std::string part = other.substr(from, 2 + below(random, 600));
         const size_t at = starts[below(random, starts.size())];
         data = below(random, 2) ? data.substr(0, at) + part + data.substr(at)
-                                : data.substr(0, at) + part + data.substr(std::min(data.size(), at + part.size()));
+                                : data.substr(0, at) + part +
+                                      data.substr(std::min(data.size(), at + part.size()));
         break;
       }
-      case 4: {  // a part again, or not at all
+      case 4: {  // a part repeated, or removed
         const size_t from = below(random, data.size()), length = below(random, data.size() - from);
-        data = below(random, 2) ? data.substr(0, from) + data.substr(from + length) : data + data.substr(from, length);
+        data = below(random, 2) ? data.substr(0, from) + data.substr(from + length)
+                                : data + data.substr(from, length);
         break;
       }
       default: {  // noise
         const size_t from = below(random, data.size());
-        for (size_t i = from; i < std::min(data.size(), from + 32); ++i) data[i] = static_cast<char>(random());
+        for (size_t i = from; i < std::min(data.size(), from + 32); ++i)
+          data[i] = static_cast<char>(random());
       }
     }
     if (data.size() > 1 << 18) data.resize(1 << 18);
@@ -85,9 +92,10 @@ std::string mutated(Random& random, const std::vector<std::string>& files) {
   return data;
 }
 
-// A copy of just the size, so that a read beyond its end is one beyond an allocation.
+// A copy with its exact size, so that a read after its end is outside the allocation.
 struct Exact {
-  explicit Exact(const std::string& data) : bytes(new char[data.size()]), view(bytes.get(), data.size()) {
+  explicit Exact(const std::string& data)
+      : bytes(new char[data.size()]), view(bytes.get(), data.size()) {
     std::memcpy(bytes.get(), data.data(), data.size());
   }
   std::unique_ptr<char[]> bytes;
@@ -124,18 +132,13 @@ void run(Random& random, const std::vector<std::string>& files, Counts& counts) 
   const auto crop = static_cast<bclip::cpu::Crop>(below(random, 3));
   const bool bicubic = below(random, 2), exact = below(random, 2);
   const std::unique_ptr<uint8_t[]> out(new uint8_t[int64_t{6} * side * side]);
-  const auto errors = bclip::cpu::decode_resize(
-      {one.view, two.view}, {side, crop, boxes, bicubic, exact, kMaxPixels}, out.get(), 1 + below(random, 50) / 49);
+  const auto errors = bclip::cpu::decode_resize({one.view, two.view},
+                                                {side, crop, boxes, bicubic, exact, kMaxPixels},
+                                                out.get(), 1 + below(random, 50) / 49);
   counts.resized += 2 - static_cast<int64_t>(errors.size());
 }
 
 }  // namespace
-
-// Chosen by contrastive.cpp otherwise.
-std::string bclip::cpu::instruction_set() {
-  if (const char* asked = std::getenv("BCLIP_CPU_ISA")) return asked;
-  return __builtin_cpu_supports("avx512dq") ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "plain";
-}
 
 extern "C" void __asan_on_error() { std::fprintf(stderr, "run %ld\n", current_run); }
 
@@ -152,14 +155,16 @@ int main(int argc, char** argv) {
   for (current_run = first; current_run < first + runs; ++current_run) {
     std::seed_seq key{seed, current_run};
     Random random(key);
-    // CPU time: a busy machine must not look like a slow decoder.
+    // CPU time, so that a busy machine doesn't look like a slow decoder.
     const itimerval limit{{0, 0}, {10, 0}};
     setitimer(ITIMER_PROF, &limit, nullptr);
     const std::clock_t begin = std::clock();
     run(random, files, counts);
     slowest = std::max(slowest, std::clock() - begin);
   }
-  std::printf("%ld runs of 2 files on %s: headers %ld, decoded %ld, refused %ld, resized %ld; slowest %.2f s\n",
-              current_run - first, bclip::cpu::instruction_set().c_str(), counts.read, counts.decoded, counts.refused,
-              counts.resized, static_cast<double>(slowest) / CLOCKS_PER_SEC);
+  std::printf(
+      "%ld runs of 2 files on %s: headers %ld, decoded %ld, refused %ld, resized %ld; slowest %.2f "
+      "s\n",
+      current_run - first, bclip::cpu::instruction_set().c_str(), counts.read, counts.decoded,
+      counts.refused, counts.resized, static_cast<double>(slowest) / CLOCKS_PER_SEC);
 }

@@ -1,6 +1,6 @@
-"""Mutated JPEGs through the decoder under AddressSanitizer and UBSan, on each instruction set.
+"""Decode mutated JPEGs under AddressSanitizer and UBSan, on each instruction set.
 
-BCLIP_FUZZ_RUNS sets the number of runs, of two files each; it replaces both numbers below.
+BCLIP_FUZZ_RUNS sets the number of runs, of two files each, and replaces both numbers below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "g++")
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-std=c++17", "-pthread"]
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-O1",
+    "-g",
+    "-std=c++17",
+    "-pthread",
+    f"-I{ROOT}",
+]
 RUNS = os.environ.get("BCLIP_FUZZ_RUNS")
 FEW, MANY = RUNS or "2000", RUNS or "20000"
 
@@ -37,7 +45,8 @@ def program(tmp_path_factory) -> Path:
     done = compiled(probe, "-o", folder / "probe", "-ljpeg")
     if done.returncode:
         pytest.skip(f"no libjpeg, or no sanitizers: {done.stderr.strip().splitlines()[-1]}")
-    sources = [*sorted((ROOT / "csrc/cpu").glob("image*.cpp")), ROOT / "csrc/cpu/parallel.cpp"]
+    sources = [path for path in sorted((ROOT / "csrc/cpu/image").glob("*.cpp")) if path.name != "register.cpp"]
+    sources += [ROOT / "csrc/cpu/parallel.cpp", ROOT / "csrc/cpu/simd/isa.cpp"]
     done = compiled(Path(__file__).with_name("jpeg.cpp"), *sources, "-o", folder / "jpeg", "-ljpeg")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "jpeg"
@@ -45,7 +54,7 @@ def program(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory) -> list[Path]:
-    """Small valid files of every kind that the decoder treats apart; and the odd ones where they are on disk."""
+    """Small valid files of every kind that the decoder distinguishes, and the shared odd files if they exist."""
     folder = tmp_path_factory.mktemp("seeds")
     noise = np.random.default_rng(0).integers(0, 256, (150, 170, 4), dtype=np.uint8)
     y, x = np.mgrid[0:150, 0:170]

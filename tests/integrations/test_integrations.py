@@ -1,3 +1,5 @@
+"""Our losses in open_clip, transformers and sentence-transformers."""
+
 from __future__ import annotations
 
 import argparse
@@ -30,20 +32,21 @@ def trainer(open_clip):
 
 
 @pytest.fixture
-def undone():
+def uninstalled():
     yield
     into_open_clip.uninstall()
     into_transformers.uninstall()
 
 
 def arguments(**changed):
-    """What open_clip's trainer has parsed, as far as one step reads it."""
-    values = dict(
-        model="tiny", distill=False, siglip=False, local_loss=False, gather_with_grad=False, rank=0, world_size=1,
-        horovod=False, loss_dist_impl=None, device="cpu", precision="fp32", accum_freq=1, skip_scheduler=True,
-        grad_clip_norm=None, log_every_n_steps=1, batch_size=6, wandb=False, distributed=False, local_rank=0,
-        coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0,
-    )  # fmt: skip
+    """The arguments of open_clip's trainer that one step reads."""
+    values = {
+        "model": "tiny", "distill": False, "siglip": False, "local_loss": False, "gather_with_grad": False, "rank": 0,
+        "world_size": 1, "horovod": False, "loss_dist_impl": None, "device": "cpu", "precision": "fp32",
+        "accum_freq": 1, "skip_scheduler": True, "grad_clip_norm": None, "log_every_n_steps": 1, "batch_size": 6,
+        "wandb": False, "distributed": False, "local_rank": 0, "coca_caption_loss_weight": 2.0,
+        "coca_contrastive_loss_weight": 1.0,
+    }  # fmt: skip
     return argparse.Namespace(**{**values, **changed})
 
 
@@ -56,7 +59,7 @@ def tiny_model(open_clip, args, seed):
 
 
 def after_one_step(open_clip, trainer, args):
-    """The loss class that create_loss chose, and gradients and weights after a step of open_clip's own trainer."""
+    """Return the loss class of create_loss, and gradients and weights after a step of open_clip's own trainer."""
     loss = open_clip.create_loss(args)
     model = tiny_model(open_clip, args, seed=1)
     batches = [(torch.randn(6, 3, 32, 32), torch.randint(1, 50, (6, 8))) for _ in range(args.accum_freq)]
@@ -69,15 +72,16 @@ def after_one_step(open_clip, trainer, args):
 
 
 @pytest.mark.parametrize("changed", [{}, {"accum_freq": 2}, {"siglip": True}, {"distill": True}], ids=str)
-def test_a_step_of_open_clips_trainer_is_the_same(open_clip, trainer, changed, undone):
+def test_open_clips_trainer_step_is_unchanged(open_clip, trainer, changed, uninstalled):
     args = arguments(**changed)
     theirs, gradients, weights = after_one_step(open_clip, trainer, args)
     into_open_clip.install()
-    ours, own_gradients, own_weights = after_one_step(open_clip, trainer, args)
-    assert theirs.__module__ == "open_clip.loss" and ours is getattr(bclip_fast, theirs.__name__)
-    for own, true in zip(own_gradients + own_weights, gradients + weights, strict=True):
-        # By norm: two fp32 computations agree to rounding of the whole, not of each element that nearly cancels.
-        assert (own - true).norm() <= 2e-5 * true.norm()
+    ours, our_gradients, our_weights = after_one_step(open_clip, trainer, args)
+    assert theirs.__module__ == "open_clip.loss"
+    assert ours is getattr(bclip_fast, theirs.__name__)
+    for our_tensor, true in zip(our_gradients + our_weights, gradients + weights, strict=True):
+        # Compare norms: where elements nearly cancel, two float32 computations agree only as a whole.
+        assert (our_tensor - true).norm() <= 2e-5 * true.norm()
 
 
 def names_of(packages):
@@ -85,7 +89,7 @@ def names_of(packages):
     return {(name, key): id(value) for name, module in modules.items() for key, value in vars(module).items()}
 
 
-def test_install_twice_and_uninstall_leave_no_trace(open_clip, trainer, undone):
+def test_install_twice_and_uninstall_restores_all_names(open_clip, trainer, uninstalled):
     packages = ("open_clip", "open_clip_train")
     before = names_of(packages)
     into_open_clip.install()
@@ -100,7 +104,7 @@ def test_install_twice_and_uninstall_leave_no_trace(open_clip, trainer, undone):
     assert names_of(packages) == before
 
 
-def test_uninstall_reaches_modules_imported_since(open_clip, undone, monkeypatch):
+def test_uninstall_reaches_modules_imported_after_install(open_clip, uninstalled, monkeypatch):
     into_open_clip.install()
     late = type(sys)("open_clip.late")
     late.ClipLoss = sys.modules["open_clip.loss"].ClipLoss
@@ -109,7 +113,7 @@ def test_uninstall_reaches_modules_imported_since(open_clip, undone, monkeypatch
     assert late.ClipLoss is sys.modules["open_clip.loss"].ClipLoss is not bclip_fast.ClipLoss
 
 
-def test_transformers_clip_model_gets_its_loss_from_embeddings(undone):
+def test_transformers_clip_model_computes_loss_from_embeddings(uninstalled):
     transformers = pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(1)
     shared = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -132,12 +136,13 @@ def test_transformers_clip_model_gets_its_loss_from_embeddings(undone):
     into_transformers.install()
     into_transformers.install()
     assert inspect.signature(transformers.CLIPModel.forward) == inspect.signature(original)
-    ours, own_gradients = run()
-    assert ours.logits_per_image is None and ours.logits_per_text is None
-    pairs = [(own_gradients, gradients)]
+    ours, our_gradients = run()
+    assert ours.logits_per_image is None
+    assert ours.logits_per_text is None
+    pairs = [(our_gradients, gradients)]
     pairs += [(getattr(ours, name), getattr(theirs, name)) for name in ("loss", "image_embeds", "text_embeds")]
-    for own, true in pairs:
-        torch.testing.assert_close(own, true, rtol=1e-9, atol=1e-12)
+    for our_tensor, true in pairs:
+        torch.testing.assert_close(our_tensor, true, rtol=1e-9, atol=1e-12)
     as_tuple, _ = run(return_dict=False)
     assert isinstance(as_tuple, tuple)
     torch.testing.assert_close(as_tuple[0], theirs.loss)
@@ -150,7 +155,7 @@ def test_transformers_clip_model_gets_its_loss_from_embeddings(undone):
 
 
 def cosine_cross_entropies(queries, positives, negatives, scale):
-    """Independent of the package: by loops over pairs, in float64. (query_to_doc, doc_to_query)"""
+    """Return the (query_to_doc, doc_to_query) losses by loops over pairs in float64, without our package."""
     candidates = [*positives, *(row for part in negatives for row in part)]
     terms = []
     for rows, columns in [(queries, candidates), (positives, list(queries))]:
@@ -166,7 +171,7 @@ def cosine_cross_entropies(queries, positives, negatives, scale):
 @pytest.mark.parametrize(
     "directions", [("query_to_doc",), ("doc_to_query",), ("query_to_doc", "doc_to_query")], ids=len
 )
-def test_multiple_negatives_ranking(directions, num_negatives):
+def test_ranking_loss_and_gradients_equal_definition(directions, num_negatives):
     columns = torch.randn(2 + num_negatives, 7, 5, dtype=torch.float64).requires_grad_()
     queries, positives, *negatives = columns
     terms = dict(zip(sbert.DIRECTIONS, cosine_cross_entropies(queries, positives, negatives, 20.0), strict=True))
@@ -185,8 +190,8 @@ def test_multiple_negatives_ranking(directions, num_negatives):
 
 @pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
 @pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query")], ids=len)
-def test_ranking_weighs_hard_negatives(mode, directions):
-    """By the pair: strength * cosine, a constant, on what the mode names, and for queries alone."""
+def test_ranking_hardness_equals_definition(mode, directions):
+    """Hardness adds strength * cosine, as a constant, to the documents that the mode names, only for queries."""
     columns = torch.randn(4, 5, 6, dtype=torch.float64).requires_grad_()
     queries, *documents = columns
     candidates = [(row, index, part) for part, rows in enumerate(documents) for index, row in enumerate(rows)]
@@ -196,8 +201,8 @@ def test_ranking_weighs_hard_negatives(mode, directions):
         for row, owner, part in candidates:
             cosine = F.cosine_similarity(query, row, dim=0)
             in_batch, hard = owner != index, owner == index and part > 0
-            weighs = {"in_batch_negatives": in_batch, "hard_negatives": hard, "all_negatives": in_batch or hard}[mode]
-            scores.append(20 * cosine + (9 * cosine.detach() if weighs else 0))
+            weighted = {"in_batch_negatives": in_batch, "hard_negatives": hard, "all_negatives": in_batch or hard}[mode]
+            scores.append(20 * cosine + (9 * cosine.detach() if weighted else 0))
         losses.append(torch.stack(scores).logsumexp(0) - scores[index])
     terms = [torch.stack(losses).mean()]
     if len(directions) == 2:
@@ -212,7 +217,7 @@ def test_ranking_weighs_hard_negatives(mode, directions):
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-def test_ranking_has_sentence_transformers_defaults():
+def test_ranking_defaults_equal_sentence_transformers():
     queries, documents = torch.randn(2, 6, 4)
     loss = sbert.MultipleNegativesRankingLoss(nn.Identity())
     scores = 20.0 * F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
@@ -223,15 +228,18 @@ def test_ranking_has_sentence_transformers_defaults():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: sbert.multiple_negatives_ranking_loss(x, x, directions=("doc",)), "directions must be some of"),
+        (lambda x: sbert.multiple_negatives_ranking_loss(x, x, directions=("doc",)), "must be some of"),
         (lambda x: sbert.multiple_negatives_ranking_loss(x, x[:1]), "as many rows, got 2 and 1"),
         (lambda x: sbert.multiple_negatives_ranking_loss(x, [x, x], backend="cpu"), "backend='cpu'"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, directions=sbert.DIRECTIONS), "per_direction"),
-        (lambda x: sbert.multiple_negatives_ranking_loss(x, x, hardness_mode="hard"), "hardness_mode must be one of"),
-        (lambda x: sbert.MultipleNegativesRankingLoss(x, partition_mode="all"), "partition_mode must be joint"),
+        (
+            lambda x: sbert.multiple_negatives_ranking_loss(x, x, hardness_mode="hard"),
+            "hardness_mode='hard' must be one of",
+        ),
+        (lambda x: sbert.MultipleNegativesRankingLoss(x, partition_mode="all"), "partition_mode='all' must be joint"),
         (lambda x: sbert.MultipleNegativesRankingLoss(nn.Identity())([{"sentence_embedding": x}]), "two columns"),
     ],
 )
-def test_what_ranking_does_not_do_is_named(call, words):
+def test_ranking_unsupported_arguments_raise(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.eye(2))

@@ -76,7 +76,8 @@ def test_autocast_multiplies_in_half_precision_and_sums_in_float32(loss):
     torch.testing.assert_close(mixed, value)
     assert value.dtype == torch.float32
     for gradient in torch.autograd.grad(value, (image, text)):
-        assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
 def test_autocast_gradient_error_at_most_half_of_open_clips(theirs):
@@ -111,7 +112,8 @@ def test_distillation_saves_no_similarity_matrix():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
         sum(DistillClipLoss()(image, text, 10.0, image.detach(), text.detach(), 5.0)).backward()
-    assert saved and max(saved) <= size * 4
+    assert saved
+    assert max(saved) <= size * 4
 
 
 @pytest.mark.parametrize("loss", [ClipLoss(label_smoothing=0.1), SigLipLoss()], ids=lambda loss: type(loss).__name__)

@@ -197,12 +197,15 @@ def on_three(rank):
         "rank": lambda: ClipLoss(**{**options, "rank": 2 - rank})(*features),
         "width": lambda: ClipLoss(**options)(torch.zeros(2, 3 + rank), torch.zeros(2, 3 + rank), 1.0),
     }
-    for name, call in calls.items():
-        try:
-            call()
-        except ValueError as error:
-            result[name] = str(error)
-    return result
+    return result | {name: value_error_of(call) for name, call in calls.items()}
+
+
+def value_error_of(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the call raised no ValueError")
 
 
 def test_three_ranks_and_sub_group_give_global_gradient():

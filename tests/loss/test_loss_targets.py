@@ -117,12 +117,11 @@ def order_of_calls(rank):
     definitions = {name: getattr(reference, name) for name in ("forward", "backward", "siglip")}
 
     def kernel(name):
-        def call(image, text, scale, *args, **options):
-            positive_offset = args[1] if name == "siglip" else args[0]
-            calls.append("remote tile" if positive_offset is None else "local tile")
-            return definitions[name](image, text, scale, *args, **options)
+        def run(call, *args):
+            calls.append("remote tile" if call.positive_offset is None else "local tile")
+            return definitions[name](call, *args)
 
-        return call
+        return run
 
     def collective(name, original):
         def call(output, *args, **options):

@@ -1,4 +1,4 @@
-"""bfloat16 on a processor without instructions for it: nothing multiplies bfloat16, and the numbers are bfloat16's."""
+"""bfloat16 on a processor without bfloat16 instructions: products run in float32, results are those of bfloat16."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from synthetic import tiny_model
-from test_model import GPT
-from test_resnet import CONFIG as RESNET
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from towers import GPT, RESNET
 
 from bclip_fast.loss import ClipLoss, SigLipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
@@ -32,17 +31,17 @@ def _without_bfloat16(monkeypatch: pytest.MonkeyPatch, unmeasured: None) -> None
 
 
 class Products(TorchDispatchMode):
-    """The library's products of bfloat16 operands, by name."""
+    """Records the names of torch's products of bfloat16 operands."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name
         halves = any(isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 for leaf in tree_leaves((args, kwargs)))
         if halves and name.startswith("aten::") and any(part in name for part in PRODUCTS):
-            self.found.append(name)
+            self.names.append(name)
         return function(*args, **(kwargs or {}))
 
 
@@ -91,38 +90,38 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_a_training_step_multiplies_no_bfloat16(name: str, checkpointing: bool) -> None:
+def test_training_step_has_no_bfloat16_products(name: str, checkpointing: bool) -> None:
     model, loss = MODELS[name]()
     model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
     with Products() as products:
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(model.train())
         value.backward()
-    assert value.isfinite() and products.found == []
+    assert value.isfinite()
+    assert products.names == []
 
 
-def test_the_check_sees_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorder_sees_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "AVX512-BF16")
     model, loss = clip_model(RESNET)
     with Products() as products, torch.autocast("cpu", torch.bfloat16):
         loss(model).backward()
-    assert {"aten::mm", "aten::convolution", "aten::convolution_backward"} <= set(products.found)
+    assert {"aten::mm", "aten::convolution", "aten::convolution_backward"} <= set(products.names)
 
 
 @pytest.mark.parametrize("name", ["vit and bert", "resnet and gpt"])
-def test_weights_in_bfloat16_are_multiplied_in_float32(name: str) -> None:
+def test_bfloat16_weights_are_multiplied_in_float32(name: str) -> None:
     model = MODELS[name]()[0].bfloat16()
     config: Any = model.config
     with Products() as products:
         output: Any = model(images(config), ids(config))
         logits = SigLipLoss().get_logits(output["image_features"], output["text_features"], 10.0)
-    assert logits.dtype == torch.bfloat16 and products.found == []
+    assert logits.dtype == torch.bfloat16
+    assert products.names == []
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_as_near_to_float32_as_those_of_bfloat16_products(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_error_close_to_that_of_bfloat16_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss = MODELS[name]()
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -130,13 +129,13 @@ def test_gradients_are_as_near_to_float32_as_those_of_bfloat16_products(
     def gradients(enabled: bool) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             value = loss(model)
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-        return [value.detach(), *(gradient for gradient in found if gradient is not None)]
+        grads = torch.autograd.grad(value, parameters, allow_unused=True)
+        return [value.detach(), *(gradient for gradient in grads if gradient is not None)]
 
-    def distance(found: list[Tensor]) -> float:
-        return sum(float((one - two).norm() ** 2) for one, two in zip(found, exact, strict=True)) ** 0.5
+    def distance(values: list[Tensor]) -> float:
+        return sum(float((one - two).norm() ** 2) for one, two in zip(values, exact, strict=True)) ** 0.5
 
     exact, ours = gradients(False), gradients(True)
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "AVX512-BF16")
-    usual = gradients(True)
-    assert 0 < distance(ours) <= 1.5 * distance(usual)
+    with_instructions = gradients(True)
+    assert 0 < distance(ours) <= 1.5 * distance(with_instructions)

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from judged import judge_attention
+from judged import bounds_of, judge_attention
 from oracle import every_backend, every_backend_and
 from pairwise import pairwise
 
 from bclip_fast import ops
+from bclip_fast.ops import philox
 from bclip_fast.ops.attention import reference
+from bclip_fast.ops.attention.call import AttentionCall
 
-SHAPES = [(2, 197, 3, 64), (1, 1, 1, 32), (3, 13, 2, 64)]  # (B, N, H, d): BiomedCLIP's, one token, primes
+SHAPES = [(2, 197, 3, 64), (1, 1, 1, 32), (3, 13, 2, 64)]  # (B, N, H, d): BiomedCLIP's shape, one token, primes
 BACKENDS = every_backend_and("attention", torch.float32, torch.bfloat16)
 LENGTHS = [[5, 1, 0, 17], [0, 0], [256, 1, 33, 78, 64], []]
 
@@ -21,10 +23,6 @@ def sdpa(qkv, key_mask=None, causal=False):
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
-
-
-def bounds_of(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def seed_of(dropout_p):
@@ -38,10 +36,10 @@ def seed_of(dropout_p):
     causal=[False, True],
     dropout_p=[0.0, 0.3],
 )
-def test_matches_reference(backend, dtype, shape, masked, causal, dropout_p, nan_filled):
+def test_fused_attention_is_as_accurate_as_eager(backend, dtype, shape, masked, causal, dropout_p, nan_filled):
     batch, tokens, heads, dim = shape
     mask = torch.rand(batch, tokens) < 0.7 if masked else None
-    options = dict(causal=causal, dropout_p=dropout_p, seed=seed_of(dropout_p))
+    options = {"causal": causal, "dropout_p": dropout_p, "seed": seed_of(dropout_p)}
 
     def kernel(qkv):
         return ops.fused_attention(qkv.unflatten(0, (batch, tokens)), mask, **options, backend=backend).flatten(0, 1)
@@ -56,7 +54,7 @@ def test_matches_reference(backend, dtype, shape, masked, causal, dropout_p, nan
     causal=[False, True],
     dropout_p=[0.0, 0.3],
 )
-def test_varlen_matches_reference(backend, dtype, lengths, causal, dropout_p, nan_filled):
+def test_varlen_attention_is_as_accurate_as_eager(backend, dtype, lengths, causal, dropout_p, nan_filled):
     seed, bounds = seed_of(dropout_p), bounds_of(lengths)
     options = {"causal": causal, "dropout_p": dropout_p, "seed": seed, "scale": 0.3, "backend": backend}
     if not sum(lengths):
@@ -74,20 +72,21 @@ def test_varlen_matches_reference(backend, dtype, lengths, causal, dropout_p, na
 @pytest.mark.parametrize("cu_seqlens", [None, bounds_of([5, 1, 0, 8])], ids=["dense", "varlen"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_formulas_are_the_gradient_of_the_definition(cu_seqlens, dropout_p, causal):
+def test_reference_formulas_give_the_gradient_of_the_definition(cu_seqlens, dropout_p, causal):
     qkv = torch.randn(14, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(14) % 3 > 0 if cu_seqlens is None else None
     inputs = cu_seqlens, mask, 7 if cu_seqlens is None else 9, causal, dropout_p, seed_of(dropout_p), 0.7
-    truth = reference.attention(qkv, *inputs)
+    truth = reference.attention(AttentionCall(qkv, *inputs))
     upstream = torch.randn_like(truth)
-    out, lse = reference.forward(qkv.detach(), *inputs)
+    call = AttentionCall(qkv.detach(), *inputs)
+    out, lse = reference.forward(call)
     torch.testing.assert_close(out, truth.detach(), rtol=1e-13, atol=1e-13)
-    own = reference.backward(upstream, qkv.detach(), out, lse, *inputs)
+    own = reference.backward(call, upstream, out, lse)
     torch.testing.assert_close(own, torch.autograd.grad(truth, qkv, upstream)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_reference_is_scaled_dot_product_attention(causal):
+def test_reference_equals_scaled_dot_product_attention(causal):
     qkv = torch.randn(2, 11, 3, 2, 16, dtype=torch.float64)
     torch.testing.assert_close(ops.fused_attention(qkv, causal=causal, backend="reference"), sdpa(qkv, None, causal))
     mask = torch.arange(11) < torch.tensor([[4], [11]])
@@ -96,12 +95,13 @@ def test_reference_is_scaled_dot_product_attention(causal):
 
 
 @pairwise(backend_and_dtype=BACKENDS)
-def test_a_row_without_keys_is_zero_and_has_no_gradient(backend, dtype, nan_filled):
+def test_row_without_keys_is_zero_and_has_no_gradient(backend, dtype, nan_filled):
     qkv = torch.randn(2, 5, 3, 2, 32).to(dtype).requires_grad_()
     mask = torch.tensor([[True] * 5, [False] * 5])
     out = ops.fused_attention(qkv, mask, backend=backend)
     out.sum().backward()
-    assert (out[1] == 0).all() and (qkv.grad[1] == 0).all()
+    assert (out[1] == 0).all()
+    assert (qkv.grad[1] == 0).all()
     assert qkv.grad.isfinite().all()
 
 
@@ -117,13 +117,13 @@ def test_a_row_without_keys_is_zero_and_has_no_gradient(backend, dtype, nan_fill
         ),
     ],
 )
-def test_philox_has_the_published_answers(counter, key, words):
-    assert [int(word) for word in reference.philox(tuple(map(torch.tensor, counter)), tuple(key))] == words
+def test_philox_gives_the_published_answers(counter, key, words):
+    assert [int(word) for word in philox.philox(tuple(map(torch.tensor, counter)), tuple(key))] == words
 
 
 @pytest.mark.parametrize("backend", every_backend("attention"))
-def test_the_same_weights_are_dropped_in_every_backend(backend):
-    # With keys of zero and values of the unit matrix the output is the weights themselves, here 1/N or 0.
+def test_dropout_drops_the_same_weights_in_every_backend(backend):
+    # With zero keys and the unit matrix as values, the output is the weights themselves: 1/N or 0 here.
     lengths, heads, seed = [32, 5, 17], 3, torch.tensor(2**33 + 7)
     qkv = torch.zeros(sum(lengths), 3, heads, 32)
     bounds = bounds_of(lengths)
@@ -132,7 +132,8 @@ def test_the_same_weights_are_dropped_in_every_backend(backend):
     out = ops.varlen_attention(qkv, bounds, 32, dropout_p=0.25, seed=seed, backend=backend)
     for start, length in zip(bounds.tolist(), lengths, strict=False):
         rows = slice(start, start + length)
-        mask = reference.dropout_mask(rows, (1, length), qkv, 0.25, seed)[0].transpose(0, 1)
+        call = AttentionCall(qkv, bounds, None, 32, False, 0.25, seed, 1.0)
+        mask = reference.dropout_mask(call, rows, (1, length), qkv.dtype)[0].transpose(0, 1)
         torch.testing.assert_close(out[rows, :, :length], (mask / length).float())
         assert 0.5 < (mask > 0).double().mean() < 0.95
 
@@ -155,7 +156,7 @@ def test_checkpointing_drops_the_same_weights_again():
     for checkpointed in (False, True):
         torch.manual_seed(3)
         leaf = qkv.clone().requires_grad_()
-        attend = lambda qkv: ops.fused_attention(qkv, dropout_p=0.5)  # noqa: E731
+        attend = partial(ops.fused_attention, dropout_p=0.5)
         out = torch.utils.checkpoint.checkpoint(attend, leaf, use_reentrant=False) if checkpointed else attend(leaf)
         grads.append(torch.autograd.grad(out.square().sum(), leaf)[0])
     assert torch.equal(*grads)
@@ -163,17 +164,17 @@ def test_checkpointing_drops_the_same_weights_again():
 
 @pytest.mark.parametrize("backend", every_backend("attention"))
 @pytest.mark.parametrize("varlen", [False, True])
-def test_registration(backend, varlen):
+def test_opcheck_accepts_the_registration(backend, varlen):
     qkv = torch.randn(12, 3, 2, 32, requires_grad=True)
     mask = None if varlen else torch.arange(12) % 5 > 0
     inputs = bounds_of([7, 5]) if varlen else None, mask, 7 if varlen else 6, True, 0.2, torch.tensor(3), 0.5, backend
     torch.library.opcheck(torch.ops.bclip.attention.default, (qkv, *inputs))
-    saved = torch.randn(12, 2, 32), qkv.detach(), *torch.ops.bclip.attention(qkv.detach(), *inputs)
-    torch.library.opcheck(torch.ops.bclip.attention_backward.default, (*saved, *inputs))
+    saved = torch.randn(12, 2, 32), *torch.ops.bclip.attention(qkv.detach(), *inputs)
+    torch.library.opcheck(torch.ops.bclip.attention_backward.default, (*saved, qkv.detach(), *inputs))
 
 
 @pytest.mark.parametrize("backend", every_backend("attention"))
-def test_compiles_without_a_graph_break(backend):
+def test_compile_has_no_graph_break(backend):
 
     def attend(qkv):
         return ops.fused_attention(qkv, dropout_p=0.1, seed=4, backend=backend)
@@ -185,7 +186,7 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close(*grads)
 
 
-def test_one_graph_serves_every_batch_of_sequences():
+def test_compile_with_dynamic_shapes_makes_one_graph():
     compiles = 0
 
     def count(graph, inputs):
@@ -193,7 +194,7 @@ def test_one_graph_serves_every_batch_of_sequences():
         compiles += 1
         return graph
 
-    # A trained tower's batch: other lengths, another number of sequences, another longest one.
+    # Batches of a training run differ in their lengths, in the number of sequences and in the longest one.
     batches = [[5, 9, 2], [11, 3, 8, 4], [2, 2], [7, 30, 1]]
     compiled = torch.compile(
         lambda qkv, bounds, longest: ops.varlen_attention(qkv, bounds, longest, dropout_p=0.1),
@@ -231,6 +232,6 @@ QKV = torch.zeros(4, 3, 1, 4)
         (lambda: ops.varlen_attention(QKV, bounds_of([6, -2]), 9), "cu_seqlens"),
     ],
 )
-def test_bad_arguments_are_named(call, words):
+def test_bad_argument_raises_an_error_that_names_it(call, words):
     with pytest.raises(ValueError, match=words):
         call()

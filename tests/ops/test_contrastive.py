@@ -8,7 +8,9 @@ from oracle import every_backend, every_backend_and
 from pairwise import pairwise
 
 from bclip_fast import ops
-from bclip_fast.ops.contrastive import _clip_loss, _siglip_loss, reference
+from bclip_fast.ops.contrastive import reference
+from bclip_fast.ops.contrastive.clip_op import clip_loss
+from bclip_fast.ops.contrastive.siglip_op import siglip_loss
 
 BACKENDS = every_backend_and("contrastive", torch.float32, torch.bfloat16)
 SHAPES = [(64, 512), (1, 8), (37, 13)]  # (B, D)
@@ -19,7 +21,7 @@ def features(rows, width, dtype=torch.float32):
 
 
 @pairwise(backend_and_dtype=BACKENDS, shape=SHAPES, scale=[14.3, 100.0])
-def test_matches_reference(backend, dtype, shape, scale, nan_filled):
+def test_clip_loss_is_as_accurate_as_eager(backend, dtype, shape, scale, nan_filled):
     judge_clip_loss(
         lambda *inputs: ops.clip_loss(*inputs, chunk_size=10, backend=backend),
         lambda: [*features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
@@ -27,15 +29,15 @@ def test_matches_reference(backend, dtype, shape, scale, nan_filled):
 
 
 @pytest.mark.parametrize("backend", every_backend("contrastive"))
-def test_losses_of_many_draws_are_as_accurate_as_eagers(backend):
-    """A loss and the gradient of its scale are single numbers, whose errors have a size in many draws only."""
+def test_losses_over_many_draws_are_as_accurate_as_eager(backend):
+    """A loss and the gradient of its scale are single numbers, so only many draws show the size of their errors."""
     scalars = [torch.tensor(50.0), torch.tensor(-10.0)]
     for judge, loss in ((judge_clip_loss, ops.clip_loss), (judge_siglip_loss, ops.siglip_loss)):
         judge(lambda *inputs, loss=loss: loss(*inputs, backend=backend), lambda: features(7, 5) + scalars, draws=100)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 37, 1000])
-def test_any_chunk_size_gives_the_same_in_float64(chunk_size):
+def test_chunk_size_does_not_change_the_float64_loss(chunk_size):
     image, text = features(37, 13, torch.float64)
     scale = torch.tensor(50.0, dtype=torch.float64)
     assert torch.isclose(
@@ -43,23 +45,23 @@ def test_any_chunk_size_gives_the_same_in_float64(chunk_size):
     )
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_equal_finite_differences():
     image, text = (tensor.requires_grad_() for tensor in features(5, 3, torch.float64))
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *a: ops.clip_loss(*a, chunk_size=2), [image, text, scale])
 
 
-def test_registration():
+def test_clip_loss_opcheck_accepts_the_registration():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, False, "reference"))
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, True, "cpu"))
+    torch.library.opcheck(clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, False, "reference"))
+    torch.library.opcheck(clip_loss, (image, text, scale, None, None, 9, 0.0, 4, torch.float32, True, "cpu"))
     ids = torch.arange(9) // 2
-    torch.library.opcheck(_clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, torch.bfloat16, False, "reference"))
-    torch.library.opcheck(_clip_loss, (image, text, scale, None, None, 6, 3.0, 4, torch.float32, False, "reference"))
+    torch.library.opcheck(clip_loss, (image, text, scale, ids, ids, 9, 0.0, 4, torch.bfloat16, False, "reference"))
+    torch.library.opcheck(clip_loss, (image, text, scale, None, None, 6, 3.0, 4, torch.float32, False, "reference"))
 
 
-def test_compiles_without_a_graph_break():
+def test_clip_loss_compile_has_no_graph_break():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     compiled = torch.compile(lambda *a: ops.clip_loss(*a), fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(ops.clip_loss(image, text, 20.0), [image, text])
@@ -71,30 +73,34 @@ def test_compiles_without_a_graph_break():
     ("image", "text", "words"),
     [
         (torch.zeros(3, 4), torch.zeros(3, 5), r"\(b, D\)"),
-        (torch.zeros(3, 4), torch.zeros(2, 4), "as many rows, or text more, got 3 and 2: pass positive="),
+        (
+            torch.zeros(3, 4),
+            torch.zeros(2, 4),
+            "at least as many rows as image, got 3 images and 2 texts: pass positive=",
+        ),
         (torch.zeros(0, 4), torch.zeros(0, 4), "at least one row"),
         (torch.zeros(3, 0), torch.zeros(3, 0), "one column"),
         (torch.zeros(3, 4).to(torch.float8_e5m2), torch.zeros(3, 4).to(torch.float8_e5m2), "float8"),
         (torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.half), "dtype"),
     ],
 )
-def test_bad_arguments_are_named(image, text, words):
+def test_bad_argument_raises_an_error_that_names_it(image, text, words):
     with pytest.raises(ValueError, match=words):
         ops.clip_loss(image, text, 1.0)
 
 
 @pairwise(backend_and_dtype=BACKENDS, shape=SHAPES)
-def test_siglip_matches_reference(backend, dtype, shape, nan_filled):
+def test_siglip_loss_is_as_accurate_as_eager(backend, dtype, shape, nan_filled):
     judge_siglip_loss(
         lambda *inputs: ops.siglip_loss(*inputs, chunk_size=10, backend=backend),
         lambda: [*features(*shape, dtype), torch.tensor(10.0), torch.tensor(-10.0)],
     )
 
 
-def test_siglip_registration_and_compile():
+def test_siglip_loss_registers_and_compiles():
     image, text = (tensor.requires_grad_() for tensor in features(9, 4))
     scale = torch.tensor(10.0, requires_grad=True)
-    torch.library.opcheck(_siglip_loss, (image, text, scale, None, None, None, 4, torch.float32, True, "reference"))
+    torch.library.opcheck(siglip_loss, (image, text, scale, None, None, None, 4, torch.float32, True, "reference"))
     compiled = torch.compile(lambda *a: ops.siglip_loss(*a), fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(ops.siglip_loss(image, text, scale, -5.0), [image, text, scale])
     for ours, theirs in zip(
@@ -104,21 +110,21 @@ def test_siglip_registration_and_compile():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_siglip_registration_without_gradients(dtype):
+def test_siglip_loss_registration_without_gradients_passes(dtype):
     image, text = features(9, 4, dtype)
     for backend in ("cpu", "reference"):
         options = (None, None, None, 4, torch.bfloat16, False, backend)
-        torch.library.opcheck(_siglip_loss, (image, text, torch.tensor(10.0), *options))
+        torch.library.opcheck(siglip_loss, (image, text, torch.tensor(10.0), *options))
 
 
-def test_compiles_with_sizes_that_change():
+def test_clip_loss_compiles_with_dynamic_sizes():
     compiled = torch.compile(lambda *a: ops.clip_loss(*a), fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (9, 12):
         image, text = features(rows, 4)
         torch.testing.assert_close(compiled(image, text, 20.0), ops.clip_loss(image, text, 20.0))
 
 
-def test_siglip_without_gradients_computes_the_loss_alone():
+def test_siglip_loss_without_gradients_equals_the_dense_loss():
     image, text = features(9, 4)
     with torch.no_grad():
         loss = ops.siglip_loss(image, text, 10.0, -10.0)
@@ -126,14 +132,14 @@ def test_siglip_without_gradients_computes_the_loss_alone():
 
 
 def pairs(cosine, rows=150, width=96):
-    """float32 images and texts, the cosine of each pair as given (float64 until the last rounding)."""
+    """float32 images and texts, with the given cosine of each pair (float64 until the last rounding)."""
     image, other = features(rows, width, torch.float64)
     across = F.normalize(other - (other * image).sum(1, keepdim=True) * image)
     return image.float(), (cosine * image + (1 - cosine**2) ** 0.5 * across).float()
 
 
 def exact(image, text, scale):
-    """`reference.dense` whose own rounding stays relative where the softmax is 1 to float64's last digit."""
+    """`reference.dense` with a relative rounding error even if the softmax is 1 to the last digit of float64."""
     logits = scale * image @ text.T
     positive = logits.diagonal()
     negatives = logits.masked_fill(torch.eye(len(image), dtype=torch.bool), float("-inf"))
@@ -152,27 +158,27 @@ def errors(ours, truth):
 @pytest.mark.parametrize("backend", every_backend("contrastive"))
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 @pytest.mark.parametrize("cosine", [0.0, 0.3, 0.55, 0.95])
-def test_float32_gradients_to_five_digits(backend, scale, cosine):
-    """Random, aligned and, at scale 100, saturated pairs: 1 - p is 1e-7 at 0.55, and 1e-24 at 0.95."""
+def test_float32_gradients_have_five_digits(backend, scale, cosine):
+    """Random, aligned and, at scale 100, saturated pairs: 1 - p is 1e-7 at a cosine of 0.55, and 1e-24 at 0.95."""
     inputs = [*pairs(cosine), torch.tensor(scale)]
     wide = [tensor.double() for tensor in inputs]
     truth = gradients_of(exact, wide)
     if scale == 100 and cosine >= 0.55:
         logits = wide[2] * wide[0] @ wide[1].T
-        astray = -torch.expm1(logits.diagonal() - logits.logsumexp(1)).mean()
-        assert astray < 1e-6
+        wrong = -torch.expm1(logits.diagonal() - logits.logsumexp(1)).mean()
+        assert wrong < 1e-6
     assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", every_backend("contrastive"))
-def test_negatives_below_the_smallest_float_leave_exact_zeros(backend):
-    """Antipodal pairs at scale 100: a negative is exp(-200) of its positive."""
+def test_negatives_below_the_smallest_float_give_exact_zeros(backend):
+    """The pairs are antipodal at scale 100, so a negative is exp(-200) of its positive."""
     image = F.normalize(torch.ones(1, 8)) * torch.tensor([[1.0], [-1.0]])
     inputs = [image, image, torch.tensor(100.0)]
     assert ops.clip_loss(*inputs, backend=backend) == 0
     for gradient in gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs):
         assert torch.equal(gradient, torch.zeros_like(gradient))
-    # A little nearer, all of it is there again: exp(-80) is 1.8e-35.
+    # At a scale of 40 nothing is lost: exp(-80) is 1.8e-35.
     inputs[2] = torch.tensor(40.0)
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
     assert truth[2].abs() > 1e-38
@@ -181,23 +187,23 @@ def test_negatives_below_the_smallest_float_leave_exact_zeros(backend):
 
 
 @pytest.mark.parametrize("backend", every_backend("contrastive"))
-def test_a_cone_of_low_cosines(backend):
-    """All cosines near -0.8 at scale 100: every exponential with an offset from the scale alone is zero."""
+def test_cone_of_low_cosines_gives_accurate_gradients(backend):
+    """All cosines are near -0.8 at scale 100, so an offset by the scale makes every exponential zero."""
     axis = F.normalize(torch.randn(1, 96))
     across = torch.randn(150, 96)
     across = F.normalize(across - (across @ axis.T) * axis)
     inputs = [-0.8 * axis + 0.6 * across, F.normalize(axis + 0.01 * torch.randn(150, 96)), torch.tensor(100.0)]
     assert (inputs[0] @ inputs[1].T).max() < -0.6
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
-    # Triton's log-sum-exps are float32 inside the kernels, where a step at 80 is 8e-6, and here all err alike.
+    # Triton's kernels hold log-sum-exps in float32, with a step of 8e-6 at 80. Here all have the same error.
     allowed = 5e-5 if backend == "triton" else 1e-5
     assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= allowed
 
 
 @pytest.mark.parametrize("backend", every_backend("contrastive", torch.bfloat16))
 @pytest.mark.parametrize("cosine", [0.0, 0.3])
-def test_bfloat16_features_at_scale_100_beat_logits_in_bfloat16(backend, cosine):
-    """open_clip's step under autocast rounds its logits to bfloat16, a quarter apart at 64."""
+def test_bfloat16_features_at_scale_100_beat_autocast(backend, cosine):
+    """open_clip's step under autocast rounds its logits to bfloat16, whose step is a quarter at 64."""
     image, text = (part.bfloat16() for part in pairs(cosine))
     inputs = [image, text, torch.tensor(100.0)]
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
@@ -213,7 +219,7 @@ def test_bfloat16_features_at_scale_100_beat_logits_in_bfloat16(backend, cosine)
 
 @pairwise(backend_and_dtype=every_backend_and("contrastive", torch.float16, torch.bfloat16))
 def test_siglip_gradients_survive_until_the_gradient_scaler(backend, dtype):
-    """Gradients of 1e-8 are lost in float16, were they rounded before the scaler's factor is known."""
+    """float16 would lose gradients of 1e-8 if they were rounded before the scaler's factor is known."""
     image, text = features(64, 32, dtype)
     inputs = [image, text, torch.tensor(1e-5), torch.tensor(-7.0)]
     upstream = torch.tensor(65536.0)

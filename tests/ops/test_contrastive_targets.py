@@ -1,4 +1,4 @@
-"""The contrastive operators where rows don't just belong to rows: given positives, groups, weighted negatives."""
+"""The options of the contrastive operators: positives by index, groups, and weighted negatives."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def same_of(positive, num_texts):
     return positive[:, None] == torch.arange(num_texts)
 
 
-def given(rows, columns):
-    """Ids with groups of many sizes, among them images without a text and texts without an image."""
+def random_ids(rows, columns):
+    """Ids of groups of many sizes, with some images without a text and some texts without an image."""
     return torch.randint(0, rows // 2, (rows,)) * 7 - 9, torch.randint(1, rows // 2 + 4, (columns,)) * 7 - 9
 
 
 @pytest.mark.parametrize("hardness", [0.0, 4.5, -50.0])
 @pytest.mark.parametrize("shape", [(9, 47), (12, 47), (12, 12)], ids=str)
-def test_pairs_are_the_definition(shape, hardness):
+def test_pairs_match_the_definition(shape, hardness):
     image, text = features(*shape, 6)
     scale = torch.tensor(50.0)
     same = torch.eye(*shape, dtype=torch.bool)
@@ -63,9 +63,9 @@ def test_pairs_are_the_definition(shape, hardness):
 
 
 @pytest.mark.parametrize("shape", [(30, 30), (20, 45), (45, 20), (1, 1)], ids=str)
-def test_groups_are_the_definition(shape):
+def test_groups_match_the_definition(shape):
     image, text = features(*shape, 6)
-    ids = given(*shape) if shape[0] > 1 else (torch.zeros(1, dtype=torch.int64),) * 2
+    ids = random_ids(*shape) if shape[0] > 1 else (torch.zeros(1, dtype=torch.int64),) * 2
     same = ids[0][:, None] == ids[1]
     inputs = [image, text, torch.tensor(20.0)]
     close(lambda *a: ops.clip_loss(*a, groups=ids, chunk_size=7), lambda *a: dense(*a, same), inputs)
@@ -73,7 +73,7 @@ def test_groups_are_the_definition(shape):
     close(lambda *a: ops.siglip_loss(*a, groups=ids, chunk_size=7), lambda *a: dense_siglip(*a, same), inputs)
 
 
-def test_one_tensor_of_groups_and_groups_of_one():
+def test_one_tensor_of_groups_and_groups_of_one_pair_match():
     image, text = features(12, 12, 5)
     scale = torch.tensor(9.0)
     ids = torch.arange(12).int() // 3
@@ -83,7 +83,7 @@ def test_one_tensor_of_groups_and_groups_of_one():
     close(lambda *a: ops.clip_loss(*a, groups=torch.randperm(12)), lambda *a: ops.clip_loss(*a), [image, text, scale])
 
 
-def test_siglip_with_given_positives():
+def test_siglip_with_positives_matches_the_definition():
     inputs = [*features(9, 47, 6), torch.tensor(10.0), torch.tensor(-5.0)]
     same = same_of(POSITIVE, 47)
     close(lambda *a: ops.siglip_loss(*a, positive=POSITIVE), lambda *a: dense_siglip(*a, same), inputs)
@@ -91,10 +91,10 @@ def test_siglip_with_given_positives():
     close(lambda *a: ops.siglip_loss(*a), lambda *a: dense_siglip(*a, same), inputs)
 
 
-# More than a tile of 512 columns, and a tile of 128 rows.
+# More columns than a tile of 512, and more rows than a tile of 128.
 @pairwise(backend_and_dtype=every_backend_and("contrastive", *DTYPES), shape=[(131, 531), (70, 67)])
-def test_groups_on_every_backend(backend, dtype, shape, nan_filled):
-    ids = given(*shape)
+def test_groups_are_as_accurate_as_eager(backend, dtype, shape, nan_filled):
+    ids = random_ids(*shape)
     same = ids[0][:, None] == ids[1]
     options = {"groups": ids, "backend": backend, "chunk_size": 50}
     scalars = [torch.tensor(10.0), torch.tensor(-5.0)]
@@ -105,7 +105,7 @@ def test_groups_on_every_backend(backend, dtype, shape, nan_filled):
 
 
 @pairwise(backend_and_dtype=every_backend_and("contrastive", *DTYPES))
-def test_rectangles_and_hardness_on_every_backend(backend, dtype, nan_filled):
+def test_rectangles_and_hardness_are_as_accurate_as_eager(backend, dtype, nan_filled):
     positive = torch.randperm(531)[:140]
     positive[::7] = -1
     options = {"positive": positive, "hardness": 9.0, "backend": backend, "chunk_size": 50}
@@ -119,8 +119,8 @@ def test_rectangles_and_hardness_on_every_backend(backend, dtype, nan_filled):
     judge_clip_loss(lambda *a: ops.clip_loss(*a, backend=backend), lambda: draw(50.0), same)
 
 
-def test_images_and_texts_without_a_loss_may_be_alike():
-    """Their logit is beyond every log-sum-exp; its exponential must not become inf * 0."""
+def test_equal_images_and_texts_without_a_loss_give_no_nan():
+    """Their logit exceeds every log-sum-exp, and its exponential must not become inf * 0."""
 
     def draw():
         image, text = (0.01 * part.float() for part in features(20, 30, 8))
@@ -142,7 +142,7 @@ IDS = torch.arange(4)
     [
         ({"positive": torch.tensor([0, 1, 1, 2])}, r"images 1 and 2 have the same text 1; .* groups="),
         ({"positive": torch.tensor([0, 1, 6, 2])}, "below 6"),
-        ({"positive": torch.tensor([-1] * 4)}, "one at least"),
+        ({"positive": torch.tensor([-1] * 4)}, "at least one row of text"),
         ({"positive": torch.tensor([0, 1])}, r"positive must be 4 int64, got torch.int64 \(2,\)"),
         ({"positive": IDS, "groups": (IDS, torch.arange(6))}, "pass one of them"),
         ({"groups": IDS}, r"groups of the texts must be 6 integers, got torch.int64 \(4,\)"),
@@ -152,6 +152,6 @@ IDS = torch.arange(4)
         ({"hardness": float("nan")}, "hardness must be a finite number"),
     ],
 )
-def test_what_does_not_fit_is_named(options, words):
+def test_bad_option_raises_an_error_that_names_it(options, words):
     with pytest.raises(ValueError, match=words):
         ops.clip_loss(torch.eye(4), torch.eye(6, 4), 1.0, **options)

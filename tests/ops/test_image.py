@@ -16,7 +16,7 @@ from PIL import Image
 from bclip_fast import ops
 
 MODES = ["RGB", "L", "CMYK"]
-# Built with libjpeg-turbo.
+# Tests that need a build with libjpeg-turbo.
 decodes = collected_if("cpu" in every_backend("image"))
 
 
@@ -37,10 +37,11 @@ def jpeg(mode="RGB", size=(53, 37), **options) -> bytes:
     mode=MODES,
     options=[{}, {"progressive": True}, {"subsampling": 0, "quality": 95}, {"quality": 20}],
 )
-def test_matches_reference(backend, mode, options, nan_filled):
+def test_decoded_pixels_equal_pillows(backend, mode, options, nan_filled):
     data = jpeg(mode, **options)
     pixels = ops.image.decode(data, backend=backend)
-    assert pixels.shape == (37, 53, 3) and pixels.dtype == torch.uint8
+    assert pixels.shape == (37, 53, 3)
+    assert pixels.dtype == torch.uint8
     expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(pixels.numpy(), expected)
     assert ops.image.peek_size(data, backend=backend) == (37, 53)
@@ -65,13 +66,13 @@ def test_exif_orientation_is_not_applied():
     ],
     ids=["empty", "html", "header", "half", "tail", "png"],
 )
-def test_broken_files_are_refused(backend, data, words):
+def test_broken_file_raises_an_error(backend, data, words):
     with pytest.raises(ValueError, match=words):
         ops.image.decode(data, backend=backend)
 
 
 @pytest.mark.parametrize("backend", every_backend("image"))
-def test_a_bomb_is_refused_from_its_header(backend):
+def test_bomb_is_refused_from_its_header(backend):
     data = bytearray(jpeg())
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
@@ -79,7 +80,7 @@ def test_a_bomb_is_refused_from_its_header(backend):
         ops.image.decode(bytes(data), backend=backend)
 
 
-def test_threads_decode_side_by_side():
+def test_concurrent_decodes_give_the_same_pixels():
     files = [jpeg(quality=quality) for quality in (30, 60, 90)]
     expected = [ops.image.decode(data) for data in files]
     wrong: list[int] = []
@@ -97,7 +98,7 @@ def test_threads_decode_side_by_side():
     assert not wrong
 
 
-def test_agrees_with_pillow_on_real_figures(shared_data):
+def test_real_figures_decode_to_pillows_pixels(shared_data):
     files = sorted((shared_data / "pmc_articles").rglob("*.jpg"))[::12]
     assert len(files) > 40
     for path in files:
@@ -107,7 +108,7 @@ def test_agrees_with_pillow_on_real_figures(shared_data):
 
 
 def test_odd_jpegs_never_crash_and_agree_with_pillow(shared_data):
-    """Hostile and damaged files: Pillow's verdict but for a handful, and its pixels where both accept."""
+    """Hostile and damaged files get Pillow's verdict, with few exceptions, and its pixels if both accept."""
     manifest = [json.loads(line) for line in (shared_data / "images_odd/manifest.jsonl").read_text().splitlines()]
     paths = sorted(shared_data / "images_odd" / row["file"] for row in manifest)
     counts = {"equal": 0, "differ": 0, "both refuse": 0, "one refuses": 0}
@@ -127,8 +128,9 @@ def test_odd_jpegs_never_crash_and_agree_with_pillow(shared_data):
         else:
             counts["equal" if torch.equal(ours, theirs) else "differ"] += 1
     assert counts["equal"] > 100
-    # Lossless JPEG, ends inside the last block, and files that Pillow's own parser rejects before libjpeg sees them.
-    assert counts["one refuses"] <= 12 and counts["differ"] <= 3, counts
+    # Exceptions: lossless JPEG, ends inside the last block, and files that Pillow's parser rejects before libjpeg does.
+    assert counts["one refuses"] <= 12, counts
+    assert counts["differ"] <= 3, counts
 
 
 OPTIONS = [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "restart_marker_blocks": 5}]
@@ -148,13 +150,14 @@ def assert_equal(files, size, **options):
     ours, errors = ops.image.decode_resize(files, size, backend="cpu", **options)
     expected, expected_errors = ops.image.decode_resize(files, size, backend="reference", **options)
     assert errors == expected_errors == {}
-    assert ours.shape == (len(files), size, size, 3) and ours.dtype == torch.uint8
+    assert ours.shape == (len(files), size, size, 3)
+    assert ours.dtype == torch.uint8
     assert torch.equal(ours, expected), (ours.int() - expected.int()).abs().flatten(1).amax(1)
 
 
 @decodes
 @pairwise(mode=MODES, options=OPTIONS, interpolation=["bicubic", "bilinear"])
-def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
+def test_resized_pixels_equal_pillows(mode, options, interpolation, nan_filled):
     files = [jpeg(mode, size, **options) for size in SIZES]
     for size in (1, 2, 31, 64, 97, 224):
         for crop in ("center", "squash", boxes_in(files, size)):
@@ -162,7 +165,7 @@ def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
 
 
 @pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 13 changed the order of the two passes")
-def test_the_reference_is_one_call_of_pillow():
+def test_reference_equals_one_call_of_pillow():
     files = [jpeg(size=size) for size in SIZES]
     for size in (1, 50, 97):
         squashed, _ = ops.image.decode_resize(files, size, crop="squash", backend="reference")
@@ -172,40 +175,43 @@ def test_the_reference_is_one_call_of_pillow():
 
 
 @decodes
-def test_every_crop_of_a_file_is_a_crop_of_the_whole():
-    """No row or column is another one for not being decoded beside its neighbours."""
+def test_crop_equals_the_crop_of_the_decoded_image():
+    """Decoding a part of the rows and columns doesn't change their pixels."""
     for options in OPTIONS:
         data = jpeg(size=(75, 61), quality=60, **options)
-        whole = ops.image.decode(data)
+        image = ops.image.decode(data)
         boxes = [(top, left, 9, 9) for top in range(53) for left in range(67)]
         ours, errors = ops.image.decode_resize([data] * len(boxes), 9, crop=boxes)
         assert not errors
         for pixels, (top, left, height, width) in zip(ours, boxes, strict=True):
-            assert torch.equal(pixels, whole[top : top + height, left : left + width]), (options, top, left)
+            assert torch.equal(pixels, image[top : top + height, left : left + width]), (options, top, left)
 
 
 @pytest.mark.parametrize("backend", every_backend("image"))
-def test_a_broken_file_is_an_error_of_its_own(backend):
+def test_broken_file_does_not_affect_the_others(backend):
     good, bomb = jpeg(size=(80, 60)), jpeg(size=(400, 300))
     files = [good, b"", good[:-200], good, bomb, b"<html>", good]
     boxes = [(0, 0, 60, 80)] * 6 + [(1, 0, 60, 80)]
     out = torch.full((7, 32, 32, 3), 7, dtype=torch.uint8)
     images, errors = ops.image.decode_resize(files, 32, crop=boxes, out=out, max_pixels=100_000, backend=backend)
-    assert images is out and list(errors) == [1, 2, 4, 5, 6]
+    assert images is out
+    assert list(errors) == [1, 2, 4, 5, 6]
     for index, words in {1: "not a JPEG", 2: "cannot be decoded", 4: "400x300 pixels exceeds", 5: "not a JPEG"}.items():
         assert words in errors[index]
-    assert errors[6] == "box (top 1, left 0, height 60, width 80) is not inside the picture of 80x60 pixels"
+    assert errors[6] == "box (top 1, left 0, height 60, width 80) is not inside the image of 80x60 pixels"
     assert not images[list(errors)].any()
     expected, _ = ops.image.decode_resize([good], 32, backend="reference", crop="squash")
-    assert torch.equal(images[0], expected[0]) and torch.equal(images[3], expected[0])
+    assert torch.equal(images[0], expected[0])
+    assert torch.equal(images[3], expected[0])
 
 
 @decodes
-def test_what_is_below_the_crop_is_not_read():
+def test_data_below_the_crop_is_not_read():
     data = jpeg(size=(200, 400))
     cut = data[: len(data) // 2]
     images, errors = ops.image.decode_resize([data, cut], 64, crop=[(0, 0, 64, 64)] * 2, backend="cpu")
-    assert not errors and torch.equal(images[0], images[1])
+    assert not errors
+    assert torch.equal(images[0], images[1])
     assert list(ops.image.decode_resize([cut], 64, backend="cpu")[1]) == [0]
 
 
@@ -218,28 +224,30 @@ def test_what_is_below_the_crop_is_not_read():
         ({"interpolation": "lanczos"}, "choose bicubic or bilinear"),
         ({"crop": "middle"}, "choose center, squash or boxes"),
         ({"crop": [(0, 0, 1, 1)] * 2}, r"need \(1, 4\)"),
-        ({"threads": 0}, "at least one"),
+        ({"threads": 0}, "threads=0 must be at least 1"),
         ({"out": torch.empty(1, 8, 8, 3)}, "out must be contiguous uint8"),
         ({"out": torch.empty(1, 8, 16, 3, dtype=torch.uint8)[:, :, ::2]}, "out must be contiguous uint8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_are_refused(arguments, words):
+def test_bad_argument_raises_an_error_that_names_it(arguments, words):
     with pytest.raises(ValueError, match=words):
         ops.image.decode_resize([jpeg()], **{"size": 8, **arguments})
 
 
-def test_threads_share_a_batch():
+def test_number_of_threads_does_not_change_results():
     files = [jpeg(size=(60 + 7 * index, 90)) if index % 5 else b"?" for index in range(40)]
-    alone = ops.image.decode_resize(files, 48, threads=1)
+    single = ops.image.decode_resize(files, 48, threads=1)
     for threads in (2, 5, 64):
         images, errors = ops.image.decode_resize(files, 48, threads=threads)
-        assert torch.equal(images, alone[0]) and errors == alone[1] and len(errors) == 8
+        assert torch.equal(images, single[0])
+        assert errors == single[1]
+        assert len(errors) == 8
     assert ops.image.decode_resize([], 48)[0].shape == (0, 48, 48, 3)
 
 
 @decodes
-def test_real_figures_are_resized_as_pillow_resizes_them(shared_data):
+def test_real_figures_resize_to_pillows_pixels(shared_data):
     paths = sorted((shared_data / "pmc_articles").rglob("*.jpg"))
     files = [path.read_bytes() for path in paths[:: max(1, len(paths) // 300)][:300]]
     assert len(files) == 300
@@ -248,11 +256,14 @@ def test_real_figures_are_resized_as_pillow_resizes_them(shared_data):
     exact, _ = ops.image.decode_resize(files, 224)
     fast, errors = ops.image.decode_resize(files, 224, exact=False)
     distances = (exact.float() - fast.float()).abs().mean((1, 2, 3))
-    assert not errors and distances.mean() < 0.7 and distances.quantile(0.9) < 2 and distances.max() < 5
+    assert not errors
+    assert distances.mean() < 0.7
+    assert distances.quantile(0.9) < 2
+    assert distances.max() < 5
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_odd_files_are_resized_as_pillow_resizes_them_or_refused(shared_data, exact):
+def test_odd_files_resize_to_pillows_pixels_or_are_refused(shared_data, exact):
     manifest = [json.loads(line) for line in (shared_data / "images_odd/manifest.jsonl").read_text().splitlines()]
     paths = [shared_data / "images_odd" / row["file"] for row in manifest]
     files = [path.read_bytes() for path in sorted(paths) if path.is_file()]
@@ -263,10 +274,11 @@ def test_odd_files_are_resized_as_pillow_resizes_them_or_refused(shared_data, ex
         both = [index for index in range(len(files)) if index not in errors and index not in refused]
         distances = (ours[both].float() - expected[both].float()).abs().flatten(1)
         if exact:
-            # As of `decode`.
+            # The exceptions are those of `decode`.
             assert (distances.amax(1) > 0).sum() <= 3, [
                 sorted(paths)[both[i]].name for i in distances.amax(1).nonzero()
             ]
-        # As of `decode`; the centre leaves out damage below it.
-        assert len(both) > 100 and len(errors.keys() ^ refused.keys()) <= (20 if crop == "center" else 12)
+        # The exceptions are those of `decode`; the centre crop also skips damage below it.
+        assert len(both) > 100
+        assert len(errors.keys() ^ refused.keys()) <= (20 if crop == "center" else 12)
         assert all(index in errors for index, data in enumerate(files) if data[:2] != b"\xff\xd8")

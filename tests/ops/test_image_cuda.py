@@ -1,5 +1,8 @@
-"""Squares of pixels by nvJPEG and our kernel, without a GPU: the kernel's meaning on the host, and in the library's
-place one of ours that has its functions and libjpeg's pixels (support/fake_nvjpeg.cpp)."""
+"""Squares of pixels by nvJPEG and our kernel, without a GPU.
+
+The kernel runs on the host. A library with nvJPEG's functions and libjpeg's pixels replaces nvJPEG
+(support/fake_nvjpeg.cpp).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import cuda_host
+import cuda_emulator
 import pytest
 import torch
-from cuda_host import hosted, outside
+from cuda_emulator import hosted, outside
 from inside import num_passed
 from oracle import collected_if, compared
 from pairwise import pairwise
@@ -20,9 +23,9 @@ from bclip_fast import ops
 from bclip_fast.ops.cuda_device import cuda_module
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, LIMITS, cuda
 
-ON_GPU = cuda_host.ON_GPU
+ON_GPU = cuda_emulator.ON_GPU
 DEVICE = "cuda" if ON_GPU else "cpu"
-# nvJPEG's pixels are its own: what follows compares with libjpeg's, which the library of the tests gives.
+# Tests that compare with libjpeg's pixels, which the replacement gives and nvJPEG doesn't.
 faked = collected_if("BCLIP_NVJPEG" in os.environ)
 
 
@@ -40,29 +43,31 @@ def library(tmp_path_factory):
 
 
 @outside
-def test_on_the_host(library):
-    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_host.environment()) >= 25
+def test_suite_passes_on_the_host(library):
+    assert num_passed([Path(__file__).name], "", BCLIP_NVJPEG=library, **cuda_emulator.environment()) >= 25
 
 
 @outside
-def test_on_the_host_under_the_sanitizers(library):
-    sanitized = cuda_host.environment(sanitized=True)
+def test_suite_passes_on_the_host_under_sanitizers(library):
+    sanitized = cuda_emulator.environment(sanitized=True)
     assert num_passed([Path(__file__).name], "broken or normalized or extreme", BCLIP_NVJPEG=library, **sanitized) >= 5
 
 
 @outside
-def test_without_a_gpu_the_reason_is_said(monkeypatch):
+def test_missing_gpu_is_refused_with_a_reason(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ops.BackendError, match="cuda: "):
             ops.image.decode_resize([jpeg()], 8, backend="cuda")
         assert "CUDA device" in LIMITS["cuda"](b"")
-    # The CPU's backends normalise just the same.
+    # The backends of the CPU normalise in the same way.
     ours, errors = ops.image.decode_resize_normalize([jpeg(), b"?"], 8, device="cpu", dtype=torch.bfloat16)
-    assert ours.shape == (2, 3, 8, 8) and ours.dtype == torch.bfloat16 and list(errors) == [1]
+    assert ours.shape == (2, 3, 8, 8)
+    assert ours.dtype == torch.bfloat16
+    assert list(errors) == [1]
 
 
 @hosted
-def test_without_a_library_the_reason_is_said(monkeypatch, tmp_path):
+def test_missing_library_is_refused_with_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("BCLIP_NVJPEG", str(tmp_path / "libnvjpeg.so.13"))
     cuda._library.cache_clear()
     try:
@@ -88,9 +93,9 @@ def squares(files, size, **options):
 
 @hosted
 @pairwise(interpolation=["bicubic", "bilinear"], mode=MODES, options=OPTIONS)
-def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
+def test_resized_pixels_equal_pillows(mode, options, interpolation, nan_filled):
     if ON_GPU and mode != "CMYK" and "progressive" not in options:
-        pytest.skip("nvJPEG's pixels are its own")
+        pytest.skip("nvJPEG's pixels differ from libjpeg's")
     files = [jpeg(mode, size, **options) for size in SIZES]
     for size in (1, 27):
         for crop in ("center", "squash", boxes_in(files, size)):
@@ -98,53 +103,58 @@ def test_resized_pixels_are_pillows(mode, options, interpolation, nan_filled):
             expected, _ = ops.image.decode_resize(
                 files, size, crop=crop, interpolation=interpolation, backend="reference"
             )
-            assert not errors and torch.equal(ours, expected), (ours.int() - expected.int()).abs().flatten(1).amax(1)
+            assert not errors
+            assert torch.equal(ours, expected), (ours.int() - expected.int()).abs().flatten(1).amax(1)
 
 
 @hosted
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_decoded_pixels_are_nearly_libjpegs(mode, options):
+def test_decoded_pixels_are_close_to_libjpegs(mode, options):
     files = [jpeg(mode, size, quality=95, **options) for size in SIZES]
     ours, errors = squares(files, 24)
     expected, _ = ops.image.decode_resize(files, 24, backend="reference")
     distances = (ours.float() - expected.float()).abs().flatten(1)
-    assert not errors and distances.mean(1).max() < 2, distances.mean(1)
+    assert not errors
+    assert distances.mean(1).max() < 2, distances.mean(1)
 
 
 @faked
 @pytest.mark.parametrize("crop", ["center", "squash"])
-def test_extreme_shapes(crop, nan_filled):
+def test_extreme_shapes_equal_pillows_pixels(crop, nan_filled):
     files = [jpeg(size=size) for size in [(2000, 3), (3, 2000), (900, 1100), (1, 1)]]
     ours, errors = squares(files, 5, crop=crop)
     expected, _ = ops.image.decode_resize(files, 5, crop=crop, backend="reference")
-    assert not errors and torch.equal(ours, expected)
+    assert not errors
+    assert torch.equal(ours, expected)
 
 
 @faked
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_normalized_levels(dtype, nan_filled):
+def test_normalized_levels_are_accurate(dtype, nan_filled):
     files = [jpeg(size=size) for size in SIZES[:4]] + [b"?"]
     ours, errors = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device=DEVICE, backend="cuda")
     levels, _ = ops.image.decode_resize(files, 21, backend="reference")
-    assert list(errors) == [4] and ours.shape == (5, 3, 21, 21) and ours.dtype == dtype
+    assert list(errors) == [4]
+    assert ours.shape == (5, 3, 21, 21)
+    assert ours.dtype == dtype
 
     def normalized(kind):
         mean, std = (torch.tensor(values, dtype=kind).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (levels.permute(0, 3, 1, 2).to(kind) / 255 - mean) / std
 
     truth, eager = normalized(torch.float64), normalized(dtype)
-    # A level, mean and deviation of at most 1, 1 and 4: each of three operations and two constants rounds once in
-    # float32, and the result once in its own dtype.
+    # Level and mean are at most 1, and their difference over the deviation is at most 4. Each of three operations and
+    # two constants rounds once in float32, and the result once in its dtype.
     unit, own = (torch.finfo(kind).eps / 2 for kind in (torch.float32, dtype))
     bounds = 5 * unit * (truth.abs() + 4) + own * truth.abs()
     theirs, _ = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device="cpu", backend="reference")
-    for found in (ours.cpu(), theirs):
-        assert list(compared([found], [[eager]], [truth], [bounds], truth.numel())) == []
+    for result in (ours.cpu(), theirs):
+        assert list(compared([result], [[eager]], [truth], [bounds], truth.numel())) == []
 
 
 @faked
-def test_broken_and_refused_files(monkeypatch):
+def test_broken_and_refused_files_match_the_reference(monkeypatch):
     good, bomb = jpeg(size=(80, 60)), jpeg(size=(400, 300))
     refused, twin = jpeg(size=(80, 60), comment=b"refuse"), jpeg("L", (53, 37))
     damaged = bytearray(refused)
@@ -163,7 +173,8 @@ def test_broken_and_refused_files(monkeypatch):
     for held in (cuda.BATCH_BYTES, 20_000):
         monkeypatch.setattr(cuda, "BATCH_BYTES", held)
         ours, errors = squares(files, 16, crop=boxes, max_pixels=100_000)
-        assert list(errors) == list(reasons) and torch.equal(ours, expected)
+        assert list(errors) == list(reasons)
+        assert torch.equal(ours, expected)
         for index in (4, 6):
             assert errors[index] == reasons[index]
     assert squares([], 16)[0].shape == (0, 16, 16, 3)
@@ -171,8 +182,8 @@ def test_broken_and_refused_files(monkeypatch):
 
 
 @hosted
-def test_only_plain_files_go_to_the_library():
-    # Component ids R, G, B: no conversion of colours.
+def test_library_gets_only_plain_files():
+    # Component ids R, G and B mean that colours are not converted.
     rgb = bytearray(jpeg(subsampling=0))
     frame = rgb.index(b"\xff\xc0") + 10
     for component, letter in enumerate(b"RGB"):
@@ -180,8 +191,8 @@ def test_only_plain_files_go_to_the_library():
     adobe = b"\xff\xd8\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00" + jpeg()[2:]
     plain = [jpeg(), jpeg("L"), jpeg(subsampling=0), jpeg(subsampling=1, restart_marker_blocks=5), jpeg(comment=b"?")]
     others = [b"", b"\xff\xd8\xff\xd9", jpeg("CMYK"), jpeg(progressive=True), jpeg()[:-1], bytes(rgb), adobe]
-    found = cuda_module().plain_jpegs(plain + others)
-    assert found == [(37, 53)] * len(plain) + [(0, 0)] * len(others)
-    whole = jpeg()
+    sizes = cuda_module().plain_jpegs(plain + others)
+    assert sizes == [(37, 53)] * len(plain) + [(0, 0)] * len(others)
+    data = jpeg()
     for end in range(0, 700, 7):
-        assert cuda_module().plain_jpegs([whole[:end]]) == [(0, 0)]
+        assert cuda_module().plain_jpegs([data[:end]]) == [(0, 0)]

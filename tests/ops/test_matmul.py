@@ -13,7 +13,7 @@ from bclip_fast.ops import matmul, processor
 from bclip_fast.ops.convolution import conv2d
 from bclip_fast.ops.matmul import _linear, reference
 
-# (T, K, N): multiples of no panel, depths of one block and of several, and more rows and columns than a task has.
+# (T, K, N): no multiples of a panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
 
 
@@ -29,7 +29,7 @@ with_amx = collected_if(processor.HAS_AMX)
 
 @pytest.fixture
 def without_bfloat16(monkeypatch, unmeasured) -> None:
-    """The choices of a processor that has no bfloat16 instructions, and that nobody measured."""
+    """The choices on a processor without bfloat16 instructions and without measurements."""
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
     monkeypatch.setattr(processor, "HAS_AMX", False)
     monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
@@ -41,9 +41,9 @@ def without_bfloat16(monkeypatch, unmeasured) -> None:
     bias=[True, False],
     weight=[torch.bfloat16, torch.float32],
 )
-def test_matches_reference(backend, shape, bias, weight, nan_filled):
+def test_linear_is_as_accurate_as_eager(backend, shape, bias, weight, nan_filled):
     def draw():
-        # The truth has the weight that is multiplied, which is the rounded one.
+        # The kernel multiplies the rounded weight, so the truth takes it too.
         x, w, *b = inputs(shape, weight, bias)
         return [x, w.bfloat16().to(weight), *b]
 
@@ -57,7 +57,7 @@ def test_matches_reference(backend, shape, bias, weight, nan_filled):
 
 
 @with_cpu
-def test_a_masters_gradient_is_not_rounded():
+def test_gradient_of_a_float32_weight_is_not_rounded():
     x, weight, bias = inputs((500, 64, 96), torch.float32)
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     upstream = torch.randn(500, 96).bfloat16()
@@ -67,8 +67,8 @@ def test_a_masters_gradient_is_not_rounded():
         assert (gradient - true).abs().max() < 1e-6 * true.abs().max() * 8
 
 
-def test_autocast_keeps_the_results_and_casts_what_it_casts():
-    # Parameters that bfloat16 holds: products in float32 don't round them.
+def test_autocast_casts_inputs_like_torch():
+    # bfloat16 holds these parameters exactly, because products in float32 don't round them.
     x, weight, bias = inputs((40, 64, 96))
     weight, bias = weight.float(), bias.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -89,9 +89,7 @@ def test_autocast_keeps_the_results_and_casts_what_it_casts():
         (False, "", 1, "cpu"),
     ],
 )
-def test_auto_unmeasured_takes_the_faster_backend_of_the_processor(
-    amx, instructions, rows, expected, monkeypatch, unmeasured
-):
+def test_auto_without_measurements_takes_the_faster_backend(amx, instructions, rows, expected, monkeypatch, unmeasured):
     monkeypatch.setattr(processor, "HAS_AMX", amx)
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     taken = []
@@ -108,9 +106,9 @@ def test_auto_unmeasured_takes_the_faster_backend_of_the_processor(
 @with_cpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=str)
-def test_float32_products_err_at_most_twice_eager_and_keep_dtypes(weight, autocast, without_bfloat16, nan_filled):
+def test_float32_products_are_as_accurate_as_eager_and_keep_dtypes(weight, autocast, without_bfloat16, nan_filled):
     def draw():
-        # More rows than a block of one thread has; weights that bfloat16 holds, since eager rounds them.
+        # More rows than the block of one thread, and weights that bfloat16 holds exactly, because eager rounds them.
         x, w, *b = inputs((1100, 40, 70), weight)
         return [x, w.bfloat16().to(weight), *b]
 
@@ -128,7 +126,7 @@ def test_float32_products_err_at_most_twice_eager_and_keep_dtypes(weight, autoca
 
 @with_cpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(autocast, without_bfloat16):
+def test_float32_convolution_is_as_accurate_as_eager_and_saves_bfloat16(autocast, without_bfloat16):
     x, weight = torch.randn(3, 8, 9, 7).bfloat16(), torch.randn(6, 8, 3, 3).bfloat16()
     if autocast:
         weight = weight.float()
@@ -144,48 +142,51 @@ def test_convolution_in_float32_errs_at_most_twice_eager_and_keeps_bfloat16(auto
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         out = kernel(x.requires_grad_(), weight.requires_grad_())
-    assert out.dtype == torch.bfloat16 and {t.dtype for t in saved} == {x.dtype, weight.dtype}
+    assert out.dtype == torch.bfloat16
+    assert {t.dtype for t in saved} == {x.dtype, weight.dtype}
     assert [g.dtype for g in torch.autograd.grad(out.sum(), [x, weight])] == [x.dtype, weight.dtype]
-    # One gradient alone.
+    # A gradient for the weight only.
     x = x.detach()
     assert torch.autograd.grad(kernel(x, weight).sum(), [weight])[0].shape == weight.shape
 
 
 @with_cpu
-def test_strided_inputs_gradients_and_more_dimensions():
+def test_strided_inputs_and_more_dimensions_give_the_same_results():
     x, weight, bias = inputs((60, 40, 48))
     plain = ops.linear(x, weight, bias, backend="cpu")
     tensors = [x.T.contiguous().T.unflatten(0, (5, 3, 4)), weight.T.contiguous().T, bias.repeat(2)[48:]]
     strided = [tensor.requires_grad_() for tensor in tensors]
     out = ops.linear(*strided, backend="cpu")
     assert torch.equal(out.flatten(0, 2), plain)
-    # Its gradient is one number, expanded.
+    # The gradient of a sum is one number, expanded.
     out.sum().backward()
     torch.testing.assert_close(strided[0].grad[0, 0, 0], weight.float().sum(0).bfloat16(), rtol=2**-7, atol=2**-5)
     assert torch.equal(strided[2].grad, torch.full((48,), 60.0).bfloat16())
 
 
 @with_cpu
-@pytest.mark.parametrize("wanted", range(3))
-def test_gradients_of_some_inputs_alone(wanted):
+@pytest.mark.parametrize("index", range(3))
+def test_gradient_of_one_input_equals_that_of_all(index):
     tensors = inputs((50, 40, 48))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
-    tensors[wanted].requires_grad_()
-    (own,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[wanted]])
-    torch.testing.assert_close(own, every[wanted], rtol=2**-7, atol=0)
+    tensors[index].requires_grad_()
+    (own,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[index]])
+    torch.testing.assert_close(own, every[index], rtol=2**-7, atol=0)
 
 
 @with_cpu
-def test_no_rows():
+def test_empty_input_gives_empty_output_and_zero_gradients():
     x, weight, bias = (tensor.requires_grad_() for tensor in inputs((0, 40, 48)))
     out = ops.linear(x, weight, bias, backend="cpu")
     out.sum().backward()
-    assert out.shape == (0, 48) and not weight.grad.any() and not bias.grad.any()
+    assert out.shape == (0, 48)
+    assert not weight.grad.any()
+    assert not bias.grad.any()
 
 
 @with_amx
-def test_results_do_not_depend_on_threads():
+def test_number_of_threads_does_not_change_results():
     tensors = [tensor.requires_grad_() for tensor in inputs((700, 900, 840), torch.float32)]
     results, before = [], torch.get_num_threads()
     try:
@@ -199,14 +200,14 @@ def test_results_do_not_depend_on_threads():
 
 
 @with_cpu
-def test_registration():
+def test_opcheck_accepts_the_registration():
     for weight in (torch.bfloat16, torch.float32):
         x, w, b = (tensor.requires_grad_() for tensor in inputs((6, 40, 24), weight))
         torch.library.opcheck(_linear, (x, w, b, "cpu"))
         torch.library.opcheck(_linear, (x.unflatten(0, (2, 3)), w, None, "cpu"))
 
 
-def test_compiles_without_a_graph_break():
+def test_compile_has_no_graph_break():
     x, weight, bias = inputs((6, 40, 24))
     compiled = torch.compile(lambda x: ops.gelu(ops.linear(x, weight, bias)), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), ops.gelu(ops.linear(x, weight, bias)))
@@ -220,20 +221,20 @@ def test_compiles_without_a_graph_break():
         (lambda x, w: ops.linear(x, w, x[0]), "bias must be"),
     ],
 )
-def test_bad_arguments_are_named(call, words):
+def test_bad_argument_raises_an_error_that_names_it(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.zeros(2, 4), torch.zeros(3, 4))
 
 
-def test_a_named_backend_is_never_replaced():
+def test_named_backend_is_never_replaced():
     with pytest.raises(ops.BackendError, match="float32"):
         ops.linear(torch.zeros(2, 4), torch.zeros(3, 4), backend="cpu")
 
 
 @with_amx
-def test_the_kernel_sums_a_transposed_left_operand_alone():
+def test_kernel_refuses_sums_of_an_untransposed_left_operand():
     _cpu = pytest.importorskip("bclip_fast._cpu")
     one = torch.zeros(32, 32)
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):
-        _cpu.amx_product(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)
+        _cpu.linear(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)

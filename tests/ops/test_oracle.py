@@ -1,4 +1,4 @@
-"""The oracle passes kernels that compute as ours do, and rejects each of them with one fault, on any processor."""
+"""The oracle passes kernels that compute like ours, and rejects each of them with one injected fault."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from arithmetic import Arithmetic, Faulty
-from formulas import add_norm, attention, clip_loss, gelu, linear, pooled_attention, siglip_loss
+from formulas import add_norm, attention, clip_loss, gelu, linear, siglip_loss, single_query_attention
 from oracle import compared, expected, factor_of, faults
 from targets import dense, dense_siglip
 
 from bclip_fast.ops.attention import reference
-from bclip_fast.ops.attention.single_query import reference as pooled
+from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
+from bclip_fast.ops.attention.single_query import reference as single_query
 from bclip_fast.ops.contrastive import reference as contrastive
 from bclip_fast.ops.pointwise import reference as pointwise
 
 SEED = torch.tensor(2**40 + 5)
-# Attention that spreads over many keys, where an error of the sums over keys shows, and attention to few of them, where
-# one of the outputs and of their products with the upstream gradient does.
+# Scale and lengths. Attention that spreads over many keys shows an error in sums over keys. Attention to few keys shows
+# an error in the outputs and in their products with the upstream gradient.
 SPREAD, SHARP = (0.12, [40, 60]), (0.4, [14, 31])
 
 
@@ -28,9 +29,9 @@ def attends(scale, lengths, packed=False, causal=False, dropout_p=0.0):
     rows = sum(lengths)
     options = bounds, None, max(lengths) if packed else rows, causal, dropout_p, SEED if dropout_p else None, scale
     return (
-        lambda *parts: reference.attention(torch.stack(parts, 1), *options),
+        lambda *parts: reference.attention(AttentionCall(torch.stack(parts, 1), *options)),
         lambda dtype: [torch.randn(rows, 2, 64).to(dtype) for _ in range(3)],
-        attention(*options),
+        attention(options),
     )
 
 
@@ -38,9 +39,9 @@ def pools(scale, lengths, causal=False, dropout_p=0.0):
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     options = bounds[1:].long() - 1, bounds, causal, dropout_p, SEED if dropout_p else None, scale
     return (
-        lambda query, *pairs: pooled.attention(query, torch.stack(pairs, 1), *options),
+        lambda query, *pairs: single_query.attention(SingleQueryCall(query, torch.stack(pairs, 1), *options)),
         lambda dtype: [torch.randn(rows, 4, 64).to(dtype) for rows in (len(lengths), sum(lengths), sum(lengths))],
-        pooled_attention(*options),
+        single_query_attention(options),
     )
 
 
@@ -71,14 +72,14 @@ def normalizes(post, dropout_p):
 
 
 GROUPS = (torch.arange(37) % 11)[:, None] == (torch.arange(41) + 2) % 13
-# Of each operator the settings in which a fault has its chances.
+# The settings of each operator. A fault must fail in at least one of them.
 OPERATORS = {
     "attention dense": [attends(*SPREAD), attends(*SHARP)],
     "attention causal": [attends(*SPREAD, causal=True), attends(*SHARP, causal=True)],
     "attention packed": [attends(*SPREAD, packed=True), attends(*SHARP, packed=True)],
     "attention dropout": [attends(*SPREAD, packed=True, dropout_p=0.3), attends(*SHARP, packed=True, dropout_p=0.3)],
-    "pooled attention": [pools(*SPREAD), pools(*SHARP)],
-    "pooled attention dropout": [pools(*SPREAD, True, 0.3), pools(*SHARP, True, 0.3)],
+    "single-query attention": [pools(*SPREAD), pools(*SHARP)],
+    "single-query attention dropout": [pools(*SPREAD, True, 0.3), pools(*SHARP, True, 0.3)],
     "clip_loss": [contrasts(contrastive.dense, clip_loss(), 14.3)],
     "clip_loss groups": [contrasts(lambda *a: dense(*a, GROUPS), clip_loss(GROUPS), 20.0, columns=41)],
     "siglip_loss": [contrasts(contrastive.dense_siglip, siglip_loss(), 10.0, -5.0)],
@@ -89,32 +90,34 @@ OPERATORS = {
     "linear": [(F.linear, lambda dtype: [torch.randn(*s).to(dtype) for s in ((70, 40), (48, 40), (48,))], linear)],
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# By how much the exponential's factor log2(e) is off: some units of what the scores are rounded to.
+# Relative errors of the exponential's factor log2(e): some units of the scores' rounding.
 SHIFTS = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_right_kernel_passes_and_each_planted_fault_is_found(operator, dtype):
+def test_right_kernel_passes_and_each_injected_fault_fails(operator, dtype):
     kinds = [dtype] if dtype.itemsize == 2 else [torch.bfloat16, torch.float16]
     missed = []
     for definition, draw, formula in OPERATORS[operator]:
-        cases = expected(definition, lambda draw=draw: draw(dtype), formula, 13 if "pooled" in operator else 6)
+        cases = expected(definition, lambda draw=draw: draw(dtype), formula, 13 if "single-query" in operator else 6)
 
-        def found(arithmetic, cases=cases, formula=formula):
+        def faults_of(arithmetic, cases=cases, formula=formula):
             return faults(cases, [formula(arithmetic, case.inputs, case.upstream) for case in cases])
 
-        assert found(Arithmetic()) == []
-        here = set()
+        assert faults_of(Arithmetic()) == []
+        undetected = set()
         for kind in [*kinds, "lost term", SHIFTS[dtype]]:
-            found(right := Faulty(kind))
-            here |= {(kind, site, right.num_sites) for site in range(right.num_sites) if not found(Faulty(kind, site))}
-        missed.append(here)
+            faults_of(right := Faulty(kind))
+            undetected |= {
+                (kind, site, right.num_sites) for site in range(right.num_sites) if not faults_of(Faulty(kind, site))
+            }
+        missed.append(undetected)
     assert set.intersection(*missed) == set()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_kernel_that_errs_three_times_as_much_is_rejected(operator):
+def test_kernel_with_three_times_eagers_error_fails(operator):
     definition, draw, formula = OPERATORS[operator][0]
     cases = expected(definition, lambda: draw(torch.float32), formula)
     for place, true in enumerate(cases[0].truth):
@@ -125,8 +128,8 @@ def test_kernel_that_errs_three_times_as_much_is_rejected(operator):
         )
 
 
-def test_kernel_that_errs_as_much_as_eager_passes():
-    """On another processor eager's results are others: their errors have the same size and other signs."""
+def test_kernel_with_eagers_error_passes():
+    """Another processor gives other results of eager. Their errors have the same size and other signs."""
     for settings in OPERATORS.values():
         definition, draw, formula = settings[0]
         cases = expected(definition, lambda draw=draw: draw(torch.float32), formula)
@@ -137,5 +140,5 @@ def test_kernel_that_errs_as_much_as_eager_passes():
 
 
 @pytest.mark.parametrize(("count", "factor"), [(100, 2), (10**6, 2), (3, 240), (10, 13), (99, 4)])
-def test_factor_of_few_numbers_is_larger(count, factor):
+def test_factor_for_few_errors_is_larger(count, factor):
     assert factor_of(count) == pytest.approx(factor, rel=0.15)

@@ -13,7 +13,14 @@ from torch import Tensor
 from bclip_fast import ops
 from bclip_fast.ops.pointwise import _add_norm, _gelu, reference
 
-SHAPES = [(5, 768), (197, 64), (33, 50), (9, 3), (70, 17), (0, 32)]  # (T, D): multiples of no vector and no block too
+SHAPES = [
+    (5, 768),
+    (197, 64),
+    (33, 50),
+    (9, 3),
+    (70, 17),
+    (0, 32),
+]  # (T, D): some are no multiples of a vector or block
 EPS = 1e-6
 
 
@@ -23,7 +30,7 @@ def inputs(shape: tuple[int, int], stream: torch.dtype, branch: torch.dtype | No
 
 
 def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """Both outputs, weighted differently, so that no gradient can stand in for another."""
+    """Both outputs, weighted differently, so that swapped gradients fail."""
     return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])
 
 
@@ -42,7 +49,7 @@ KERNELS = [
 
 
 @pairwise(backend_and_stream_and_branch=KERNELS, shape=SHAPES, post=[False, True], dropout_p=[0.0, 0.3])
-def test_matches_reference(backend, stream, branch, shape, post, dropout_p, nan_filled):
+def test_add_norm_is_as_accurate_as_eager(backend, stream, branch, shape, post, dropout_p, nan_filled):
     if 0 in shape:
         tensors = inputs(shape, stream, branch)
         with torch.no_grad():
@@ -60,12 +67,12 @@ def test_matches_reference(backend, stream, branch, shape, post, dropout_p, nan_
 
     def definition(x, y, weight, bias):
         normed, total = reference.add_norm(x, y, weight, bias, EPS, dropout_p if y is not None else 0.0, seed)
-        # As eager code under autocast: the norm's result is rounded for the matmul that takes it.
+        # Eager code under autocast also rounds the norm's result, for the next matmul.
         rounded = normed.to(low) if x.dtype == stream else normed
         return rounded, normed if post else total
 
     def kernel(x, y, weight, bias):
-        options = dict(dropout_p=dropout_p, seed=seed, post=post, dtype=low, backend=backend)
+        options = {"dropout_p": dropout_p, "seed": seed, "post": post, "dtype": low, "backend": backend}
         return ops.add_norm(x, y, weight, bias, EPS, **options)
 
     formula = formulas.add_norm(EPS, dropout_p, seed, post, low)
@@ -74,7 +81,7 @@ def test_matches_reference(backend, stream, branch, shape, post, dropout_p, nan_
 
 
 @pairwise(backend_and_dtype=every_backend_and("pointwise", torch.float32, torch.bfloat16))
-def test_gelu_matches_torchs(backend, dtype, nan_filled):
+def test_gelu_is_as_accurate_as_torchs(backend, dtype, nan_filled):
     every = torch.linspace(-20, 20, 70001)
     special = torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])
     formula = None if backend == "reference" else formulas.gelu
@@ -83,14 +90,14 @@ def test_gelu_matches_torchs(backend, dtype, nan_filled):
             lambda x: ops.gelu(x, backend=backend), F.gelu, lambda x=x: [x.to(dtype)], formula, draws=1
         )
     assert ops.gelu(torch.tensor([float("nan")], dtype=dtype), backend=backend).isnan()
-    infinite = torch.full((40,), float("inf"), dtype=dtype)  # whole vectors, and some left over
-    # torch's own vectors make it NaN, its single numbers don't.
-    found = ops.gelu(infinite, backend=backend)
-    assert torch.equal(found, infinite) if backend == "cpu" else not found.isfinite().any()
+    infinite = torch.full((40,), float("inf"), dtype=dtype)  # complete vectors and a rest
+    # torch's vectorized code gives NaN, its scalar code doesn't.
+    out = ops.gelu(infinite, backend=backend)
+    assert torch.equal(out, infinite) if backend == "cpu" else not out.isfinite().any()
 
 
 @pytest.mark.parametrize("backend", every_backend("pointwise"))
-def test_a_row_far_from_zero_keeps_its_digits(backend):
+def test_norm_of_a_row_far_from_zero_keeps_its_digits(backend):
     weight, bias = torch.ones(768), torch.zeros(768)
     assert_as_accurate_as_eager(
         lambda x: ops.add_norm(x, None, weight, bias, 1e-12, backend=backend)[0],
@@ -100,7 +107,7 @@ def test_a_row_far_from_zero_keeps_its_digits(backend):
     )
 
 
-def test_dropout_is_philox_and_keeps_its_share():
+def test_dropout_follows_philox_and_keeps_its_share():
     # Random123's known answer for counter and key zero.
     words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     for word, share in zip(words, [w / 2**32 for w in words], strict=True):
@@ -113,19 +120,20 @@ def test_dropout_is_philox_and_keeps_its_share():
 
 
 @pytest.mark.parametrize("backend", every_backend("pointwise"))
-def test_dropout_follows_the_generator(backend):
+def test_dropout_without_a_seed_follows_torchs_generator(backend):
     tensors = [*inputs((40, 96), torch.float32, torch.float32), EPS]
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         results.append(ops.add_norm(*tensors, dropout_p=0.4, backend=backend)[1])
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
     dropped = results[0] == tensors[0]
     assert 0.3 < dropped.float().mean() < 0.5
     torch.testing.assert_close((results[0] - tensors[0])[~dropped], tensors[1][~dropped] / 0.6)
 
 
-def test_results_do_not_depend_on_threads():
+def test_number_of_threads_does_not_change_results():
     tensors = [tensor.requires_grad_() for tensor in inputs((500, 96), torch.float32, torch.bfloat16)]
     grads, before = [], torch.get_num_threads()
     try:
@@ -138,7 +146,7 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(one, three) for one, three in zip(*grads, strict=True))
 
 
-def test_strided_inputs_and_gradients():
+def test_strided_inputs_give_the_same_results():
     x, y, weight, bias = inputs((12, 40), torch.float32, torch.float32)
     plain = ops.add_norm(x, y, weight, bias, EPS, backend="cpu")[0]
     strided = x.T.contiguous().T.requires_grad_()
@@ -147,7 +155,7 @@ def test_strided_inputs_and_gradients():
     assert strided.grad.isfinite().all()
 
 
-def test_registration():
+def test_opcheck_accepts_the_registration():
     x, y, weight, bias = (tensor.requires_grad_() for tensor in inputs((6, 40), torch.float32, torch.bfloat16))
     for branch, wide in ((y, True), (y, False), (None, True)):
         arguments = (x, branch, weight, bias, EPS, 0.1 if wide else 0.0, torch.tensor(3) if wide else None)
@@ -155,7 +163,7 @@ def test_registration():
     torch.library.opcheck(_gelu, (x, "cpu"))
 
 
-def test_compiles_without_a_graph_break():
+def test_compile_has_no_graph_break():
     x, y, weight, bias = inputs((6, 40), torch.float32, torch.bfloat16)
 
     def layer(x, y):
@@ -170,18 +178,18 @@ def test_compiles_without_a_graph_break():
     ("call", "words"),
     [
         (lambda x, w: ops.add_norm(x[0], None, w, w, EPS), "stream must be"),
-        (lambda x, w: ops.add_norm(x, x[:1], w, w, EPS), "branch must be"),
+        (lambda x, w: ops.add_norm(x, x[:1], w, w, EPS), "branch must have the stream's shape"),
         (lambda x, w: ops.add_norm(x, None, w[1:], w, EPS), "weight and bias must be"),
         (lambda x, w: ops.add_norm(x, x, w, w, EPS, dropout_p=1.0), "dropout_p"),
         (lambda x, w: ops.gelu(x.long()), "floating point"),
     ],
 )
-def test_bad_arguments_are_named(call, words):
+def test_bad_argument_raises_an_error_that_names_it(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.zeros(2, 4), torch.zeros(4))
 
 
-def test_a_named_backend_is_never_replaced():
+def test_named_backend_is_never_replaced():
     x = torch.zeros(2, 4, dtype=torch.float64)
     with pytest.raises(ops.BackendError, match="float64"):
         ops.gelu(x, backend="cpu")

@@ -21,20 +21,20 @@ pytest.importorskip("triton")
 ours = pytest.importorskip("bclip_fast.ops.pointwise.triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
+# Triton reads the variable when it defines kernels, so a process has either interpreted or compiled kernels.
 interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
 @compiled
-def test_under_the_interpreter():
-    """What this file marks as interpreted, and every test of the operators that takes a backend and few rows."""
+def test_suite_passes_under_the_interpreter():
+    """Runs the tests that this file marks as interpreted, and the tests with few rows that take a backend."""
     assert num_passed(["test_pointwise.py", Path(__file__).name], "triton and not 197", TRITON_INTERPRET="1") >= 15
 
 
 @interpreted
 @pytest.mark.parametrize("stream_dtype", [torch.float32, torch.float16], ids=str)
-def test_triton_float16_branch(stream_dtype, nan_filled):
-    """A half-precision branch beside a stream of either precision, with both of the norm's results in use."""
+def test_triton_float16_branch_is_as_accurate_as_eager(stream_dtype, nan_filled):
+    """The branch is float16, the stream float32 or float16, and both results of the norm are used."""
     seed = torch.tensor(-(2**40) + 5)
     options = {"dropout_p": 0.3, "seed": seed, "post": True, "dtype": torch.float16}
 
@@ -54,7 +54,7 @@ def test_triton_float16_branch(stream_dtype, nan_filled):
 
 
 @interpreted
-def test_triton_drops_the_same_elements_bit_for_bit():
+def test_triton_dropout_drops_the_elements_of_the_reference():
     seed = torch.tensor(2**62 + 3)
     stream, branch = torch.zeros(19, 70), torch.ones(19, 70)
     _, total = ops.add_norm(stream, branch, stream[0], stream[0], 1e-6, dropout_p=0.4, seed=seed, backend="triton")
@@ -62,8 +62,8 @@ def test_triton_drops_the_same_elements_bit_for_bit():
 
 
 @interpreted
-def test_triton_sums_over_more_rows_than_programs(monkeypatch):
-    """The gradients of weight and bias where each program takes several rows, and not all as many."""
+def test_triton_more_rows_than_programs_are_as_accurate_as_eager(monkeypatch):
+    """Each program takes several rows, and some take more than others."""
     monkeypatch.setattr(ours, "MAX_PROGRAMS", 3)
     assert_as_accurate_as_eager(
         lambda x, w, b: ops.add_norm(x, None, w, b, 1e-6, backend="triton")[0],
@@ -73,7 +73,7 @@ def test_triton_sums_over_more_rows_than_programs(monkeypatch):
     )
 
 
-def test_limits_say_why():
+def test_limits_give_reasons():
     limits = LIMITS["triton"]
     assert "9000" in limits(torch.ones(1, 9000), torch.ones(9000))
     assert "float64" in limits(torch.ones(2, 4, dtype=torch.float64))
@@ -84,8 +84,8 @@ def test_limits_say_why():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dim", [768, 1024, 8192])
 @pytest.mark.parametrize("name", ["_add_norm_kernel", "_add_norm_backward_kernel"])
-def test_norms_compile_without_spills(name, dim, capability, tmp_path):
-    """As the post-norm text tower has them: a float32 stream, a bfloat16 branch, dropout, both results."""
+def test_norm_kernels_compile_without_spills(name, dim, capability, tmp_path):
+    """The post-norm text tower has a float32 stream, a bfloat16 branch, dropout, and uses both results."""
     kernel = getattr(ours, name)
     types = dict.fromkeys(["branch", "normed", "grad", "branch_grad"], f"*{TYPES[torch.bfloat16]}")
     types = dict.fromkeys(kernel.arg_names, "*fp32") | types
@@ -97,7 +97,7 @@ def test_norms_compile_without_spills(name, dim, capability, tmp_path):
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["_gelu_kernel", "_gelu_backward_kernel"])
-def test_gelu_compiles_without_spills(name, capability, tmp_path):
+def test_gelu_kernels_compile_without_spills(name, capability, tmp_path):
     kernel = getattr(ours, name)
     types = {**dict.fromkeys(["x", "out", "grad"], f"*{TYPES[torch.bfloat16]}"), "size": "i32"}
     constants = {"BLOCK": ours.GELU_BLOCK, "enable_fp_fusion": True}

@@ -1,4 +1,4 @@
-"""Which processors multiply bfloat16, and what precision `auto` is there."""
+"""Detection of bfloat16 instructions, and the precision that `auto` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from bclip_fast.ops import processor
 from bclip_fast.ops.processor import bfloat16_instructions, native_precision
 
-ZEN4 = "fma avx2 avx512f avx512_bf16".split()
+ZEN4 = ["fma", "avx2", "avx512f", "avx512_bf16"]
 AVX2 = {
     "BCLIP_CPU_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -37,26 +37,28 @@ AVX2 = {
         (ZEN4, {"DNNL_MAX_CPU_ISA": "AVX2"}, "", "DNNL_MAX_CPU_ISA=AVX2"),
     ],
 )
-def test_instructions_follow_flags_and_variables(flags, environment, name, words):
-    found, reason = bfloat16_instructions(flags, environment)
-    assert found == name and words in reason
+def test_bfloat16_instructions_follow_flags_and_variables(flags, environment, name, words):
+    result, reason = bfloat16_instructions(flags, environment)
+    assert result == name
+    assert words in reason
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [("AMX", "bf16"), ("", "fp32")])
-def test_precision_of_a_processor(instructions, precision, monkeypatch):
+def test_precision_follows_the_processors_instructions(instructions, precision, monkeypatch):
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     assert native_precision(torch.device("cpu")) == (precision, processor.BFLOAT16_REASON)
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 0), "bf16")])
-def test_precision_of_a_gpu(capability, precision, monkeypatch):
+def test_precision_follows_the_gpus_capability(capability, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
-    found, reason = native_precision(torch.device("cuda", 0))
-    assert found == precision and f"NVIDIA T4 (sm_{capability[0]}{capability[1]})" in reason
+    result, reason = native_precision(torch.device("cuda", 0))
+    assert result == precision
+    assert f"NVIDIA T4 (sm_{capability[0]}{capability[1]})" in reason
 
 
-def test_a_process_held_to_avx2_multiplies_bfloat16_in_float32():
+def test_process_restricted_to_avx2_multiplies_bfloat16_in_float32():
     pytest.importorskip("bclip_fast._cpu")
     code = """
 import torch
@@ -67,7 +69,7 @@ print(processor.lacks_bfloat16(torch.device("cpu")), processor.native_precision(
 print(torch.equal(ops.linear(x, weight), (x.float() @ weight.T).bfloat16()))
 """
     environment = {**os.environ, **AVX2, "OMP_NUM_THREADS": "1"}
-    options = dict(capture_output=True, text=True, check=False, env=environment)
+    options = {"capture_output": True, "text": True, "check": False, "env": environment}
     done = subprocess.run([sys.executable, "-c", code], **options)
     if "BCLIP_CPU_ISA is 'avx2'" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled ahead of time for sm_80 and sm_90."""
+"""The contrastive Triton kernels without a GPU: interpreted, and compiled ahead of time for sm_80 and sm_90."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
-from judged import judge_clip_loss, judge_siglip_loss
+from judged import assert_close, judge_clip_loss, judge_rectangle, judge_siglip_loss
 from oracle import collected_if
 from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.contrastive import LIMITS, gpu_tiles, reference
+from bclip_fast.ops.contrastive.call import ContrastiveCall
 from bclip_fast.ops.dispatch import BackendError
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 ours = pytest.importorskip("bclip_fast.ops.contrastive.triton")
+kernels = pytest.importorskip("bclip_fast.ops.contrastive.triton_kernels")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton reads the variable where kernels are defined, so a process has either interpreted or compiled kernels.
+# Triton reads the variable when it defines kernels, so a process has either interpreted or compiled kernels.
 interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
@@ -32,8 +34,8 @@ def features(num_rows, width, dtype=torch.float32, aligned=None):
 
 
 @compiled
-def test_under_the_interpreter():
-    """What this file marks as interpreted, and every test of the operators that takes a backend."""
+def test_suite_passes_under_the_interpreter():
+    """Runs the tests that this file marks as interpreted, and every test of the operators that takes a backend."""
     files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name
     assert num_passed(files, "triton", TRITON_INTERPRET="1") >= 25
 
@@ -41,7 +43,7 @@ def test_under_the_interpreter():
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "scale"), [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3)], ids=str)
-def test_clip_on_prime_shapes(dtype, shape, scale, nan_filled):
+def test_clip_loss_of_prime_shapes_is_as_accurate_as_eager(dtype, shape, scale, nan_filled):
     judge_clip_loss(
         lambda *a: ops.clip_loss(*a, chunk_size=67, backend="triton"),
         lambda: [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
@@ -51,7 +53,7 @@ def test_clip_on_prime_shapes(dtype, shape, scale, nan_filled):
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
-def test_siglip_on_prime_shapes(dtype, shape, nan_filled):
+def test_siglip_loss_of_prime_shapes_is_as_accurate_as_eager(dtype, shape, nan_filled):
     scalars = [torch.tensor(10.0), torch.tensor(-10.0)]
     inputs = [features(*shape, dtype), features(*shape, dtype), *scalars]
     judge_siglip_loss(
@@ -64,74 +66,44 @@ def test_siglip_on_prime_shapes(dtype, shape, nan_filled):
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3 if dtype == torch.float16 else 2e-6, atol=0)
 
 
-def rectangle(aligned=False, scale=30.0):
-    """41 images against 151 texts, the first belonging to text 97; not contiguous, as slices of wider tensors."""
-    text = features(151, 23)
-    image = features(41, 23, aligned=text[97 : 97 + 41] if aligned else None)
-    image, text = F.pad(image, (0, 5))[:, :23], F.pad(text, (0, 3))[:, :23]
-    return image, text, torch.tensor(scale), torch.tensor(-2.0)
-
-
-def close(ours, truth, tolerance):
-    for own, true in zip(ours, truth, strict=True):
-        finite = true.isfinite()
-        assert torch.equal(own[~finite].double(), true[~finite])
-        assert (own[finite].double() - true[finite]).norm() <= tolerance * true[finite].norm() + 1e-12
-
-
 @interpreted
 @pytest.mark.parametrize("chunk_size", [1, 13, 64])
-def test_rectangle_against_the_reference(chunk_size, nan_filled):
-    image, text, scale, bias = rectangle()
-    wide = [tensor.double() for tensor in (image, text, scale, bias)]
-    weight, positive_grad = torch.tensor(-0.3), torch.randn(41) / 10
-    for first in (97, None):
-        sums = reference.forward(*wide[:3], first, 64)
-        close(ours.forward(image, text, scale, first, chunk_size), sums, 1e-6)
-        # Some rows and columns have no loss.
-        rows_lse, columns_lse = sums[0] + 0.5, sums[1] + 1
-        rows_lse[3:9], columns_lse[::5] = torch.inf, torch.inf
-        saved = first, rows_lse, columns_lse
-        truth = reference.backward(*wide[:3], *saved, weight.double(), positive_grad, 64, torch.float64)
-        own = ours.backward(image, text, scale, *saved, weight, positive_grad, chunk_size, torch.float32)
-        close(own, truth, 1e-5)
-
-        truth = reference.siglip(*wide, first, 0.1, 64, torch.float64, True)
-        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, torch.float32, True), truth, 1e-5)
-        close(ours.siglip(image, text, scale, bias, first, 0.1, chunk_size, torch.float32, False)[:1], truth[:1], 1e-6)
+def test_rectangle_matches_the_reference(chunk_size, nan_filled):
+    for positive_offset in (97, None):
+        judge_rectangle(ours, features, positive_offset, chunk_size, 1e-5)
 
 
 @interpreted
-def test_triton_more_rows_than_one_launch():
+def test_triton_more_rows_than_one_launch_match_the_reference():
     image, text = features(151, 7), features(157, 7)
-    truth = reference.forward(image.double(), text.double(), torch.tensor(5.0), 3, 64)
-    close(ours.forward(image, text, torch.tensor(5.0), 3, 1), truth, 1e-6)
+    truth = reference.forward(ContrastiveCall(image.double(), text.double(), torch.tensor(5.0), 3, 64))
+    assert_close(ours.forward(ContrastiveCall(image, text, torch.tensor(5.0), 3, 1)), truth, 1e-6)
 
 
 @interpreted
-def test_triton_rows_far_below_the_rest_of_their_tile():
-    """Logits from -90 to 100 in one tile: exp(S - highest) is zero for whole rows."""
+def test_triton_rows_far_below_the_rest_of_their_tile_are_accurate():
+    """One tile has logits from -90 to 100, so exp(S - highest) is zero in complete rows."""
     direction = features(1, 31)
     image = torch.cat([features(20, 31, aligned=direction), features(20, 31, aligned=-direction)])
     text = features(40, 31, aligned=direction)
     scale = torch.tensor(100.0)
-    truth = reference.forward(image.double(), text.double(), scale.double(), 0, 64)
+    truth = reference.forward(ContrastiveCall(image.double(), text.double(), scale.double(), 0, 64))
     assert truth[0].max() - truth[0].min() > 150
-    close(ours.forward(image, text, scale, 0, 64), truth, 1e-6)
-    # All cosines near -0.8: every exponential with an offset from the scale alone would be zero.
+    assert_close(ours.forward(ContrastiveCall(image, text, scale, 0, 64)), truth, 1e-6)
+    # All cosines are near -0.8, so an offset by the scale would make every exponential zero.
     judge_clip_loss(lambda *a: ops.clip_loss(*a, backend="triton"), lambda: [image, text, scale, torch.tensor(0.0)])
 
 
 @interpreted
-def test_triton_float16_keeps_small_probabilities():
-    """A gradient tile that underflows would pass within eager's tolerance; so the bound here is relative."""
+def test_triton_float16_small_probabilities_survive():
+    """A gradient tile that underflows would pass within eager's tolerance, so the bound here is relative."""
     image, text = features(139, 64, torch.float16), features(139, 64, torch.float16)
     scale = torch.tensor(20.0)
     leaves = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
     ours = torch.autograd.grad(ops.clip_loss(*leaves, backend="triton"), leaves)
     wide = [tensor.double().requires_grad_() for tensor in (image, text, scale)]
     truth = torch.autograd.grad(reference.dense(*wide), wide)
-    close(ours, [tensor.detach() for tensor in truth], 1e-3)
+    assert_close(ours, [tensor.detach() for tensor in truth], 1e-3)
 
 
 @interpreted
@@ -144,11 +116,11 @@ def test_triton_zero_upstream_gradient_gives_zeros():
 
 
 @interpreted
-def test_triton_log1p_to_the_last_digits():
+def test_triton_log1p_is_accurate_to_its_last_digits():
     @triton.jit
     def kernel(x, y, SIZE: tl.constexpr):
         places = tl.arange(0, SIZE)
-        tl.store(y + places, ours._log1p(tl.load(x + places)))
+        tl.store(y + places, kernels._log1p(tl.load(x + places)))
 
     x = torch.cat([torch.logspace(-30, 0, 1023), torch.zeros(1)])
     y = torch.empty_like(x)
@@ -160,17 +132,19 @@ def test_triton_log1p_to_the_last_digits():
 def test_bfloat16_operands_are_exact_in_float16():
     features = (torch.randn(50, 30) * 1e6).bfloat16()
     operand, unit = gpu_tiles.operand(features)
-    assert operand.dtype == torch.float16 and 0.5 <= operand.abs().max() < 1
+    assert operand.dtype == torch.float16
+    assert 0.5 <= operand.abs().max() < 1
     large = features.abs() >= features.abs().max() * 2.0**-13
     assert torch.equal((operand.double() * unit)[large], features.double()[large])
     zeros, unit = gpu_tiles.operand(torch.zeros(3, 4, dtype=torch.bfloat16))
-    assert not zeros.any() and unit == 1
+    assert not zeros.any()
+    assert unit == 1
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradients_from_given_tiles(dtype):
-    """All but the kernel, which bfloat16 cannot run in the interpreter: chunks, units, scales, widths."""
+def test_gradients_from_given_tiles_are_accurate(dtype):
+    """Chunks, units, scales and widths without the kernel, because the interpreter cannot run bfloat16."""
     image, text = 300 * features(37, 21, dtype), 0.01 * features(53, 21, dtype)
     tile = torch.rand(37, 53)
 
@@ -179,20 +153,24 @@ def test_gradients_from_given_tiles(dtype):
         partials.fill_(0.5)
 
     padded = (gpu_tiles.padded(part, 16) for part in (image, text))
-    image_grad, text_grad, sums = gpu_tiles.gradients(*padded, 21, torch.tensor(-3.0), 10, dtype, (64, 128), 2, launch)
-    assert image_grad.dtype == text_grad.dtype == dtype and image_grad.is_contiguous() and text_grad.is_contiguous()
+    call = ContrastiveCall(*padded, torch.tensor(1.0), None, 10)
+    image_grad, text_grad, sums = gpu_tiles.gradients(call, 21, torch.tensor(-3.0), dtype, (64, 128), 2, launch)
+    assert image_grad.dtype == text_grad.dtype == dtype
+    assert image_grad.is_contiguous()
+    assert text_grad.is_contiguous()
     assert sums.tolist() == [2.0, 2.0]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
-    close([image_grad], [-3 * tile.double() @ text.double()], tolerance)
-    close([text_grad], [-3 * tile.double().T @ image.double()], tolerance)
+    assert_close([image_grad], [-3 * tile.double() @ text.double()], tolerance)
+    assert_close([text_grad], [-3 * tile.double().T @ image.double()], tolerance)
 
 
-def test_limits_say_why():
+def test_limits_give_reasons():
     limits = LIMITS["triton"]
     ones = torch.ones(3, 4)
     assert "float64" in limits(ones.double(), ones.double())
     if INTERPRETED:
-        assert limits(ones, ones) is None and limits(ones.half(), ones.half()) is None
+        assert limits(ones, ones) is None
+        assert limits(ones.half(), ones.half()) is None
         assert "bfloat16" in limits(ones.bfloat16(), ones.bfloat16())
         assert "2049" in limits(torch.ones(1, 2049), torch.ones(1, 2049))
     else:
@@ -215,7 +193,7 @@ GROUPS = ["row_ids", "column_ids", "row_shares", "column_shares"]
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_compile_without_spills(name, dtype, capability, tmp_path):
+def test_kernel_compiles_without_spills(name, dtype, capability, tmp_path):
     assert spilled(name, dtype, 512, True, capability, tmp_path) == 0
 
 
@@ -229,7 +207,7 @@ def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp
 
 
 def spilled(name, dtype, width, with_bias, capability, folder):
-    kernel = getattr(ours, name.split()[0])
+    kernel = getattr(kernels, name.split()[0])
     constants = {**ours.configuration(dtype, width, name == "_backward_kernel of groups"), **KERNELS[name]}
     absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}

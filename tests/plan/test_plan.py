@@ -1,4 +1,4 @@
-"""The plan of a run against the run, the overlays against the paper's tables."""
+"""Plans are compared with real runs, and the configuration overlays with the paper's tables."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from bclip_fast.hardware import GIB, Cluster, ClusterConfig, cluster_of
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
-from bclip_fast.plan import activations, estimate
+from bclip_fast.plan import activations, command, estimate
+from bclip_fast.plan.samples import PMC_15M, samples_of
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.trainer import train
 
 VIT_B = "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k"
 PUBMEDBERT = "hf-hub:microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 
-# arXiv 2303.00915 v3, supplementary tables: image width, pixels, text kind, context, epochs, batches, parts that start
-# from other weights.
+# arXiv 2303.00915 v3, supplementary tables: image width, pixels, text kind, context length, epochs, batch schedule, and
+# the parts with pretrained weights.
 TABLES = {
     "s1_gpt_77": (768, 224, "gpt", 77, 8, [(0, 4096)], "vision"),
     "s1_pubmedbert_77": (768, 224, "bert", 77, 8, [(0, 4096)], "vision text"),
@@ -52,7 +53,7 @@ TABLES = {
     "s8_own_init": (768, 224, "bert", 256, 32, [(0, 4096)], "vision text"),
 }
 MACHINES = ("gpu1", "a100_80g_x8", "h100_x8", "nodes4")
-# Fields that change what is learned, or how it is reported, in no way.
+# Fields that change neither the result nor the metrics.
 SPEED = ("micro_batch_size", "engine", "cluster")
 
 
@@ -61,7 +62,7 @@ def load(*names: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_an_overlay_is_its_row_of_the_paper(name: str):
+def test_overlay_equals_row_of_paper(name: str):
     width, pixels, kind, context, epochs, batches, starts = TABLES[name]
     config = load(name)
     vision, text = config.model.vision, config.model.text
@@ -71,17 +72,19 @@ def test_an_overlay_is_its_row_of_the_paper(name: str):
     assert (text.kind, text.context_length, config.epochs) == (kind, context, epochs)
     assert (list(config.batch_schedule) or [(0, config.batch_size)]) == batches
     assert " ".join(part for part in ("model", "vision", "text") if getattr(config.init, part)) == starts
-    # All else is table S9's.
+    # Everything else comes from table S9.
     assert dataclasses.replace(load(), optim=config.optim).optim == load().optim
 
 
-def test_the_published_run_starts_as_published_and_validates_every_epoch():
+def test_published_config_has_published_init_and_validates_every_epoch():
     config = load()
     assert (config.init.vision, config.init.text, config.init.model) == (VIT_B, PUBMEDBERT, "")
-    assert config.validation.every_epochs == 1 and config.data.augment and config.data.crop_scale == (0.9, 1.0)
+    assert config.validation.every_epochs == 1
+    assert config.data.augment
+    assert config.data.crop_scale == (0.9, 1.0)
 
 
-def test_every_row_has_an_overlay_and_every_overlay_is_short():
+def test_every_row_has_a_short_overlay():
     overlays = {path.stem for path in CONFIGS.glob("s[1-8]_*.toml")}
     assert overlays == set(TABLES)
     for name in (*overlays, *MACHINES):
@@ -90,7 +93,7 @@ def test_every_row_has_an_overlay_and_every_overlay_is_short():
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_a_machine_changes_nothing_of_what_is_learned(name: str):
+def test_machine_overlay_keeps_hyperparameters(name: str):
     base, config = load(), load(name)
     same = {field: getattr(base, field) for field in SPEED}
     data = dataclasses.replace(config.data, num_threads=base.data.num_threads)
@@ -103,25 +106,26 @@ def gpus(ranks: int = 8, gib: float = 80, nodes: int = 1, host: float = 0) -> Cl
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_the_longest_run_of_the_paper_fits_each_machine(name: str):
+def test_longest_run_of_paper_fits_each_machine(name: str):
     config = load("s7_4k_64k", name)
-    made = estimate.make(config, estimate.PMC_15M, cluster_of(config.cluster))
-    estimate.refuse(config, made)
-    assert [stage.num_steps for stage in made.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
-    assert sum(made.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
-    assert made.hours is not None and made.rates.startswith("NOT MEASURED")
-    assert made.stages[1].flops["forward"] == pytest.approx(16 * made.stages[0].flops["forward"])
-    assert made.stages[1].flops["loss"] == pytest.approx(256 * made.stages[0].flops["loss"])
+    plan = estimate.build_plan(config, PMC_15M, cluster_of(config.cluster))
+    command.check_fits(config, plan)
+    assert [stage.num_steps for stage in plan.stages] == [8 * (13_900_000 // 4096), 32 * (13_900_000 // 65536)]
+    assert sum(plan.parameters[tower] for tower in ("image tower", "text tower")) == 195_902_720
+    assert plan.hours is not None
+    assert plan.rates.startswith("NOT MEASURED")
+    assert plan.stages[1].flops["forward"] == pytest.approx(16 * plan.stages[0].flops["forward"])
+    assert plan.stages[1].flops["loss"] == pytest.approx(256 * plan.stages[0].flops["loss"])
 
 
-def test_what_cannot_fit_is_refused_with_what_helps():
-    # Two layers, as many as show it.
+def test_run_that_does_not_fit_is_refused_with_remedies():
+    # Two layers are enough for the message.
     shallow = {name: dataclasses.replace(getattr(load().model, name), layers=2) for name in ("vision", "text")}
-    whole = dataclasses.replace(load("gpu1"), model=BiomedClipConfig(**shallow), micro_batch_size=0)
-    made = estimate.make(whole, estimate.PMC_15M, gpus(1, gib=30))
+    config = dataclasses.replace(load("gpu1"), model=BiomedClipConfig(**shallow), micro_batch_size=0)
+    plan = estimate.build_plan(config, PMC_15M, gpus(1, gib=30))
     with pytest.raises(UserError) as error:
-        estimate.refuse(whole, made)
-    assert "goes to: image tower's activations" in str(error.value)
+        command.check_fits(config, plan)
+    assert "is: image tower's activations" in str(error.value)
     for knob in ("micro_batch_size=2048", "engine.grad_checkpointing=true"):
         assert knob in str(error.value)
 
@@ -129,73 +133,75 @@ def test_what_cannot_fit_is_refused_with_what_helps():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 4100}, "batch_size=4100 is not a positive multiple of the 8 ranks"),
+        ({"batch_size": 4100}, "batch_size=4100 must be a positive multiple of the 8 ranks"),
         ({"micro_batch_size": 300}, "micro_batch_size=300 does not divide the 512 pairs of a rank"),
     ],
 )
-def test_shares_that_do_not_divide_are_refused(changes: dict[str, Any], words: str):
+def test_indivisible_batch_is_an_error(changes: dict[str, Any], words: str):
     config = dataclasses.replace(load(), **changes)
     with pytest.raises(UserError, match=words):
-        estimate.make(config, estimate.PMC_15M, gpus())
+        estimate.build_plan(config, PMC_15M, gpus())
 
 
-def test_zero_shards_what_the_plan_says():
-    """8 bytes a parameter of moments and 4 of master weights, over the ranks; stage 3 the weights, too."""
+def test_planned_memory_follows_zero_stage():
+    """Moments take 8 bytes a parameter, and master weights 4. The ranks share them, and in stage 3 also the weights."""
     model = tiny_model()
     number = 4 * sum(parameter.numel() for parameter in BiomedClip(model).parameters())
     for stage, optimiser in ((0, 2 * number), (1, 3 * number / 8), (2, 3 * number / 8), (3, 2 * number / 8)):
         config = dataclasses.replace(load(), model=model, engine=EngineConfig(zero_stage=stage), micro_batch_size=64)
-        parts = estimate.make(config, estimate.PMC_15M, gpus()).memory["update"]
+        parts = estimate.build_plan(config, PMC_15M, gpus()).memory["update"]
         assert parts["optimiser"] == pytest.approx(optimiser)
         assert parts["weights"] == pytest.approx(number / (8 if stage == 3 else 1))
 
 
-def test_what_is_offloaded_waits_on_the_host():
+def test_offloaded_memory_is_planned_on_host():
     number = 4 * sum(parameter.numel() for parameter in BiomedClip(tiny_model()).parameters())
     engine = EngineConfig(zero_stage=2, grad_checkpointing=True, offload_optimizer=True, offload_activations=True)
     config = dataclasses.replace(load(), model=tiny_model(), engine=engine)
-    made = estimate.make(config, estimate.PMC_15M, gpus())
-    assert made.host["step"]["optimiser"] == pytest.approx(5 * number / 8) and made.host["step"]["activations"] > 0
-    assert "optimiser" not in made.memory["update"]
-    with pytest.raises(UserError, match="from a GPU"):
-        estimate.make(config, estimate.PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
+    plan = estimate.build_plan(config, PMC_15M, gpus())
+    assert plan.host["step"]["optimiser"] == pytest.approx(5 * number / 8)
+    assert plan.host["step"]["activations"] > 0
+    assert "optimiser" not in plan.memory["update"]
+    with pytest.raises(UserError, match="requires GPUs"):
+        estimate.build_plan(config, PMC_15M, cluster_of(ClusterConfig(1, 1, "cpu")))
 
 
 def counted(model: BiomedClip, lengths: list[int]) -> tuple[int, int, int]:
-    """(kept, peak, gradients): bytes of storages in a real step, the weights and inputs not among them."""
+    """(saved, peak, gradients): bytes of the storages in a real step, without weights and inputs."""
     side = model.config.vision.image_size
     images = torch.zeros((len(lengths), side, side, 3), dtype=torch.uint8)
     text = Packed.of(torch.ones(sum(lengths), dtype=torch.int64), lengths)
-    with activations._Held(model, images, *text[:2]) as held:
+    with activations.MemoryMeter(model, images, *text[:2]) as meter:
         output = model(images, text)
-        kept, held.peak = held.now, held.now
+        saved, meter.peak = meter.now, meter.now
         (output["image_features"].sum() + output["text_features"].sum()).backward()
-    return kept, held.peak, sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
+    return saved, meter.peak, sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_without_storage_are_those_of_a_real_step(checkpointing: bool):
+def test_measured_activations_equal_real_step(checkpointing: bool):
     model = BiomedClip(tiny_model(dropout=0.1)).train()
     model.set_grad_checkpointing(checkpointing)
     lengths = [12, 3, 7, 5] * 8
-    found = activations.activations(model, lengths, precision="fp32")
-    kept, peak, gradients = counted(model, lengths)
-    # A real forward pass gives features of unit norm and the scale besides, and its sums.
+    measured = activations.measure_activations(model, lengths, precision="fp32")
+    saved, peak, gradients = counted(model, lengths)
+    # A real forward pass also stores normalised features, the logit scale, and the sums of the test.
     features = 32 * model.config.embed_dim * 4
-    assert found.image + found.text <= kept <= found.image + found.text + 6 * features
-    assert abs(found.step - peak) <= 6 * features
-    taken = activations.activations(model, lengths, precision="fp32", gradients="taken")
-    there = activations.activations(model, lengths, precision="fp32", gradients="there")
-    assert max(taken.step, there.step) <= found.step <= taken.step + gradients
-    assert 0 < there.embed < there.image + there.text or checkpointing
+    assert measured.image + measured.text <= saved <= measured.image + measured.text + 6 * features
+    assert abs(measured.step - peak) <= 6 * features
+    collected = activations.measure_activations(model, lengths, precision="fp32", gradients="collected")
+    present = activations.measure_activations(model, lengths, precision="fp32", gradients="present")
+    assert max(collected.step, present.step) <= measured.step <= collected.step + gradients
+    assert 0 < present.embed < present.image + present.text or checkpointing
 
 
-def test_a_locked_tower_keeps_nothing():
+def test_locked_tower_saves_no_activations():
     model = BiomedClip(tiny_model()).train()
     model.visual.lock(0)
-    free = activations.activations(BiomedClip(tiny_model()), [5] * 16, precision="fp32")
-    locked = activations.activations(model, [5] * 16, precision="fp32")
-    assert locked.image < 0.2 * free.image and locked.text == free.text
+    free = activations.measure_activations(BiomedClip(tiny_model()), [5] * 16, precision="fp32")
+    locked = activations.measure_activations(model, [5] * 16, precision="fp32")
+    assert locked.image < 0.2 * free.image
+    assert locked.text == free.text
 
 
 RUN = """
@@ -208,7 +214,7 @@ sys.exit(code)
 
 
 def measured_peak(config: TrainConfig, folder: Path, ranks: int) -> int:
-    """The most that a rank of a run has resident, in fresh processes."""
+    """The peak of a rank's resident memory, in new processes."""
     file = folder / "config.toml"
     file.write_text(config_files.to_toml(config))
     with socket.socket() as free:
@@ -218,7 +224,13 @@ def measured_peak(config: TrainConfig, folder: Path, ranks: int) -> int:
     for rank in range(ranks):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         if ranks > 1:
-            launched = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="localhost", MASTER_PORT=port)
+            launched = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+            }
             environment.update({name: str(value) for name, value in launched.items()})
         command = [sys.executable, "-c", RUN, str(file)]
         processes.append(
@@ -233,22 +245,22 @@ def measured_peak(config: TrainConfig, folder: Path, ranks: int) -> int:
 
 
 def shallow() -> BiomedClipConfig:
-    """Two layers of each tower of the published model."""
+    """The published model with two layers per tower."""
     vision, text = (dataclasses.replace(getattr(BiomedClipConfig(), name), layers=2) for name in ("vision", "text"))
     return BiomedClipConfig(vision=vision, text=text)
 
 
 PUBLISHED = preset("biomedclip_b16")
 CASES: dict[str, tuple[dict[str, Any], EngineConfig, int]] = {
-    "two layers": (dict(model=shallow(), batch_size=8), EngineConfig(name="ddp", precision="fp32"), 1),
+    "two layers": ({"model": shallow(), "batch_size": 8}, EngineConfig(name="ddp", precision="fp32"), 1),
     "micro-batches": (
-        dict(model=PUBLISHED, batch_size=16, micro_batch_size=4), EngineConfig(name="ddp", precision="bf16"), 1,
+        {"model": PUBLISHED, "batch_size": 16, "micro_batch_size": 4}, EngineConfig(name="ddp", precision="bf16"), 1,
     ),
     "checkpointed": (
-        dict(model=PUBLISHED, batch_size=8),
+        {"model": PUBLISHED, "batch_size": 8},
         EngineConfig(zero_stage=0, precision="bf16", grad_checkpointing=True), 1,
     ),
-    "zero 1 on two ranks": (dict(model=PUBLISHED, batch_size=8), EngineConfig(zero_stage=1, precision="bf16"), 2),
+    "zero 1 on two ranks": ({"model": PUBLISHED, "batch_size": 8}, EngineConfig(zero_stage=1, precision="bf16"), 2),
 }  # fmt: skip
 
 
@@ -257,27 +269,27 @@ def compare(name: str, folder: Path) -> None:
     shards = write_shards(folder / "shards", num_samples=256)
     config = tiny_run(folder / "run", shards, engine=engine, max_steps=2, cluster=ClusterConfig(1, ranks), **settings)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
-    made = estimate.make(config, estimate.samples_of(config), cluster_of(config.cluster))
+    plan = estimate.build_plan(config, samples_of(config), cluster_of(config.cluster))
     peak = measured_peak(config, folder, ranks)
-    print(f"{name}: {peak / GIB:.2f} GiB measured, {made.peak / GIB:.2f} planned, {made.peak / peak - 1:+.1%}")
-    assert abs(made.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in made.memory.items()}
+    print(f"{name}: {peak / GIB:.2f} GiB measured, {plan.peak / GIB:.2f} planned, {plan.peak / peak - 1:+.1%}")
+    assert abs(plan.peak / peak - 1) <= 0.15, {key: sum(parts.values()) for key, parts in plan.memory.items()}
 
 
 @pytest.mark.parametrize(
     "name", ["two layers", *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])]
 )
-def test_planned_memory_is_within_15_percent_of_the_measured_peak(name: str, tmp_path: Path):
-    """Where weights are the most of it; where activations are, holes of the C library's heap come on top (plan.py)."""
+def test_planned_memory_is_within_15_percent_of_measured_peak(name: str, tmp_path: Path):
+    """These models are dominated by weights. With many activations, the heap's holes would add memory (estimate.py)."""
     compare(name, tmp_path)
 
 
-def test_a_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_dry_run_prints_plan_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tiny_run(tmp_path / "run", write_shards(tmp_path / "shards"))
     (tmp_path / "config.toml").write_text(config_files.to_toml(config))
     (tmp_path / "dry_run.toml").write_text("dry_run = true\n")
     outputs = []
-    for command in ("plan", "train --dry_run", "train dry_run.toml"):
-        name, *changes = command.replace("dry_run.toml", str(tmp_path / "dry_run.toml")).split()
+    for line in ("plan", "train --dry_run", "train dry_run.toml"):
+        name, *changes = line.replace("dry_run.toml", str(tmp_path / "dry_run.toml")).split()
         assert cli.main([name, str(tmp_path / "config.toml"), *changes]) == 0
         assert not (tmp_path / "run").exists()
         outputs.append(capsys.readouterr().out)
@@ -287,6 +299,6 @@ def test_a_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.Capt
         assert words in shown
 
 
-def test_the_trainer_refuses_a_dry_run(tmp_path: Path):
+def test_trainer_refuses_dry_run(tmp_path: Path):
     with pytest.raises(UserError, match="plan"):
         train(TrainConfig(run=str(tmp_path / "run"), dry_run=True))

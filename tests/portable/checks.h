@@ -1,7 +1,7 @@
-// Shared by the checks: inputs, outputs, and the comparison with loops in double precision.
+// Shared parts of the checks: inputs, outputs, and the comparison with loops in double precision.
 //
-// Every bound is derived, not measured: the unit roundoff, times the number of roundings on the way to a result, times
-// the size of the terms, to first order in the unit roundoff.
+// Every bound is derived and not measured. To first order, it is the unit roundoff times the number
+// of roundings on the way to a result, times the size of the terms.
 #pragma once
 
 #include <algorithm>
@@ -15,25 +15,26 @@
 
 namespace checks {
 
-constexpr double kUnit = 0x1p-24;      // of float
-constexpr double kHalfUnit = 0x1p-8;   // of bfloat16
-constexpr double kExp = 1e-7;          // relative error of the kernels' exponentials, from csrc/cpu
+constexpr double kUnit = 0x1p-24;     // unit roundoff of float
+constexpr double kHalfUnit = 0x1p-8;  // unit roundoff of bfloat16
+// Relative error of the kernels' exponentials, from csrc/cpu/simd/math.h.
+constexpr double kExp = 1e-7;
 constexpr int64_t kThreads = 3;
 
-// What the reference is given instead of the kernel's inputs, to prove that the comparison would notice.
+// A fault in the inputs of the reference, to prove that the comparison detects errors.
 enum class Fault {
   kNone,
   kEntries,   // one entry in five of each input differs by 1/2
-  kRounding,  // each input is cut off to bfloat16, as if a float kernel computed in bfloat16
+  kRounding,  // each input is truncated to bfloat16, as if a float kernel computed in bfloat16
 };
 
 extern Fault fault;
 extern std::string instruction_set;
 
-// Compares one result with its exact value; `quantity` names the check and the result.
+// Compares one result with its exact value. `quantity` names the check and the result.
 void compare(const std::string& quantity, double value, double exact, double bound);
 
-// For a property that no fault of the reference can break.
+// Checks a property that no fault of the reference can break.
 void expect(const std::string& property, bool holds);
 
 template <typename Call>
@@ -94,7 +95,9 @@ class Random {
     return word ^ word >> 31;
   }
 
-  double uniform(double low, double high) { return low + (high - low) * static_cast<double>(bits() >> 11) * 0x1p-53; }
+  double uniform(double low, double high) {
+    return low + (high - low) * static_cast<double>(bits() >> 11) * 0x1p-53;
+  }
 
   int64_t below(int64_t end) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(end)); }
 
@@ -102,15 +105,16 @@ class Random {
   uint64_t state_;
 };
 
-// Numbers for a kernel, between margins that hold NaN (or a pattern, where the type has none): reading beyond the end
-// shows in the results, writing there in `intact`. The first number is not aligned to more than its size.
+// Values for a kernel, between margins of NaN (or of a pattern, for a type without NaN). A read
+// outside shows in the results, a write outside in intact(). The first value is aligned to no more
+// than its size.
 template <typename T>
 class Buffer {
  public:
-  // Unwritten: NaN throughout.
+  // Holds only NaN.
   explicit Buffer(int64_t size) : size_(size), memory_(size + 2 * kMargin + 1, unwritten()) {}
 
-  // Values of a distribution.
+  // Holds uniformly distributed values.
   Buffer(int64_t size, Random& random, double low, double high) : Buffer(size) {
     for (int64_t i = 0; i < size; ++i) data()[i] = stored<T>(random.uniform(low, high));
   }
@@ -125,7 +129,9 @@ class Buffer {
 
   bool intact() const {
     const T pattern = unwritten();
-    const auto is_pattern = [&](const T& value) { return std::memcmp(&value, &pattern, sizeof value) == 0; };
+    const auto is_pattern = [&](const T& value) {
+      return std::memcmp(&value, &pattern, sizeof value) == 0;
+    };
     return std::all_of(memory_.begin(), memory_.begin() + kMargin + 1, is_pattern) &&
            std::all_of(memory_.end() - kMargin, memory_.end(), is_pattern);
   }
@@ -170,8 +176,9 @@ inline uint32_t philox(uint64_t seed, uint32_t index, uint32_t row, uint32_t thi
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t one = uint64_t{0xD2511F53} * counter[0], two = uint64_t{0xCD9E8D57} * counter[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(two >> 32) ^ counter[1] ^ low, static_cast<uint32_t>(two),
-                              static_cast<uint32_t>(one >> 32) ^ counter[3] ^ high, static_cast<uint32_t>(one)};
+    const uint32_t next[4] = {
+        static_cast<uint32_t>(two >> 32) ^ counter[1] ^ low, static_cast<uint32_t>(two),
+        static_cast<uint32_t>(one >> 32) ^ counter[3] ^ high, static_cast<uint32_t>(one)};
     std::copy_n(next, 4, counter);
     low += 0x9E3779B9;
     high += 0xBB67AE85;
@@ -180,7 +187,7 @@ inline uint32_t philox(uint64_t seed, uint32_t index, uint32_t row, uint32_t thi
 }
 
 void check_attention();
-void check_pooled_attention();
+void check_single_query_attention();
 void check_contrastive();
 void check_pointwise();
 void check_ranking();

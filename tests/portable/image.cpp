@@ -1,11 +1,11 @@
-// Resampling against integer loops, bit for bit. With libjpeg (BCLIP_JPEG), also whole images, against a decoder used
-// directly and Pillow's resize written out.
-#include "../../csrc/image.h"
+// Compares resampling with integer loops, bit for bit. With libjpeg (BCLIP_JPEG) it also compares
+// whole images with a direct use of the decoder and a plain implementation of Pillow's resize.
+#include "csrc/image.h"
 
 #include <cstdio>
 
-#include "../../csrc/cpu/image_kernels.h"
-#include "../../csrc/image_edges.h"
+#include "csrc/cpu/image/image_kernels.h"
+#include "csrc/image_edges.h"
 #include "checks.h"
 
 #ifdef BCLIP_JPEG
@@ -24,12 +24,13 @@ uint8_t rounded(int64_t sum) {
   return static_cast<uint8_t>(std::clamp<int64_t>((sum + (int64_t{1} << 21)) >> 22, 0, 255));
 }
 
-// The portable kernels, whatever the processor: decode_resize takes those of BCLIP_CPU_ISA.
+// Checks the portable kernels on any processor, while decode_resize() uses those of BCLIP_CPU_ISA.
 void check_resampling() {
-  const ResampleKernels& kernels = bclip::cpu::kPlainResample;
+  const ResampleKernels& kernels = bclip::cpu::portable::kResample;
   Random random(11);
   const int64_t groups = 9, quads = 3, width = 4 * groups, size = 22, padded = 24;
-  std::vector<std::vector<uint8_t>> rows(12, std::vector<uint8_t>(3 * width + bclip::cpu::kPadding));
+  std::vector<std::vector<uint8_t>> rows(12,
+                                         std::vector<uint8_t>(3 * width + bclip::cpu::kPadding));
   for (auto& row : rows)
     for (uint8_t& byte : row) byte = static_cast<uint8_t>(random.below(256));
   std::vector<int> first;
@@ -38,13 +39,16 @@ void check_resampling() {
   for (int64_t i = 0; i < padded; ++i) {
     first.push_back(static_cast<int>(random.below(groups - quads + 1)));
     for (int64_t k = 0; k < 4 * quads; ++k)
-      coefficients.push_back(static_cast<int32_t>(random.uniform(-0.2, 0.4) * (1 << bclip::cpu::kPrecision)));
-    for (int64_t q = 0; q < quads; ++q) packed.push_back(kernels.pack(&coefficients[4 * (i * quads + q)]));
+      coefficients.push_back(
+          static_cast<int32_t>(random.uniform(-0.2, 0.4) * (1 << bclip::cpu::kPrecision)));
+    for (int64_t q = 0; q < quads; ++q)
+      packed.push_back(kernels.pack(&coefficients[4 * (i * quads + q)]));
   }
   Buffer<float> as_numbers(static_cast<int64_t>(rows.size()) * 3 * width);
-  for (int64_t i = 0; i < as_numbers.size(); ++i) as_numbers[i] = rows[i / (3 * width)][i % (3 * width)];
+  for (int64_t i = 0; i < as_numbers.size(); ++i)
+    as_numbers[i] = rows[i / (3 * width)][i % (3 * width)];
   const std::vector<double> bytes = exact(as_numbers);
-  // A planted fault of 1/2 becomes 64 levels.
+  // An injected fault of 1/2 becomes 64 levels.
   const auto byte = [&](int64_t row, int64_t at) {
     const double value = bytes[row * 3 * width + at];
     return static_cast<int64_t>(value) + (value != std::floor(value) ? 64 : 0);
@@ -57,8 +61,9 @@ void check_resampling() {
     from[i] = rows[4 + i].data();
     to[i] = out.data() + i * (3 * padded + bclip::cpu::kPadding);
   }
-  kernels.along(from, Taps{first.data(), packed.data(), static_cast<int>(padded), static_cast<int>(quads)},
-                static_cast<int>(groups), scratch.data(), to);
+  kernels.along(
+      from, Taps{first.data(), packed.data(), static_cast<int>(padded), static_cast<int>(quads)},
+      static_cast<int>(groups), scratch.data(), to);
   for (int64_t row = 0; row < 4; ++row)
     for (int64_t i = 0; i < padded; ++i)
       for (int64_t color = 0; color < 3; ++color) {
@@ -84,14 +89,15 @@ void check_resampling() {
 
 using Pixels = std::vector<uint8_t>;  // (height, width, 3)
 
-Pixels picture(int height, int width) {
+Pixels test_image(int height, int width) {
   Random random(static_cast<uint64_t>(height) * 1000 + width);
   Pixels pixels(static_cast<size_t>(height) * width * 3);
   for (int y = 0; y < height; ++y)
     for (int x = 0; x < width; ++x)
       for (int color = 0; color < 3; ++color)
-        pixels[(static_cast<size_t>(y) * width + x) * 3 + color] = static_cast<uint8_t>(
-            128 + 90 * std::sin(0.13 * x * (color + 1) + 0.02 * y) + 30 * std::cos(0.3 * y) + random.uniform(-4, 4));
+        pixels[(static_cast<size_t>(y) * width + x) * 3 + color] =
+            static_cast<uint8_t>(128 + 90 * std::sin(0.13 * x * (color + 1) + 0.02 * y) +
+                                 30 * std::cos(0.3 * y) + random.uniform(-4, 4));
   return pixels;
 }
 
@@ -149,9 +155,10 @@ double cubic(double x) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
 }
 
-// `count` lines of `length` RGB pixels, `next` bytes apart along the line and `line` from one to the next, to `size`.
-Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next, const bclip::Edge& edge, int64_t size,
-              bool lines_are_rows) {
+// Resizes `count` lines of RGB pixels to `size` pixels each. Pixels of a line are `next` bytes
+// apart, lines are `line` bytes apart.
+Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next,
+              const bclip::Edge& edge, int64_t size, bool lines_are_rows) {
   Pixels result(count * size * 3);
   const double scale = static_cast<double>(edge.length) / static_cast<double>(edge.resized);
   const double stretch = std::max(scale, 1.0), reach = 2 * stretch;
@@ -179,23 +186,26 @@ Pixels resize(const Pixels& pixels, int64_t count, int64_t line, int64_t next, c
   return result;
 }
 
-void check_pictures() {
+void check_images() {
   struct Size {
     int height, width;
   };
-  // Taller, wider, smaller than the result, and so flat that the height is resized first.
+  // Images that are taller, wider and smaller than the result, and one whose height is resized
+  // first.
   for (const Size of : {Size{83, 61}, Size{57, 131}, Size{19, 23}, Size{211, 35}}) {
     const std::string name = "image " + std::to_string(of.width) + "x" + std::to_string(of.height);
-    const std::string file = encode(picture(of.height, of.width), of.height, of.width);
+    const std::string file = encode(test_image(of.height, of.width), of.height, of.width);
     const bclip::cpu::ImageSize size = bclip::cpu::jpeg_size(file);
     expect(name + ": its size is read", size.height == of.height && size.width == of.width);
     const Pixels expected = decode(file, of.height, of.width);
-    Pixels found(expected.size());
-    bclip::cpu::decode_jpeg(file, found.data(), of.height, of.width);
-    for (size_t i = 0; i < found.size(); ++i) compare(name + ": decoded", found[i], expected[i], 0);
+    Pixels result(expected.size());
+    bclip::cpu::decode_jpeg(file, result.data(), of.height, of.width);
+    for (size_t i = 0; i < result.size(); ++i)
+      compare(name + ": decoded", result[i], expected[i], 0);
 
     constexpr int kSize = 32;
-    const auto [vertical, horizontal] = bclip::edges(kSize, bclip::cpu::Crop::kSquash, nullptr, of.height, of.width);
+    const auto [vertical, horizontal] =
+        bclip::edges(kSize, bclip::cpu::Crop::kSquash, nullptr, of.height, of.width);
     Pixels square;
     if (bclip::is_down_first(vertical, horizontal)) {
       square = resize(expected, of.width, 3, int64_t{3} * of.width, vertical, kSize, false);
@@ -204,11 +214,14 @@ void check_pictures() {
       square = resize(expected, of.height, int64_t{3} * of.width, 3, horizontal, kSize, true);
       square = resize(square, kSize, 3, 3 * kSize, vertical, kSize, false);
     }
-    const std::vector<std::string_view> files = {file, std::string_view(file).substr(0, file.size() / 2), file};
+    const std::vector<std::string_view> files = {
+        file, std::string_view(file).substr(0, file.size() / 2), file};
     Pixels squares(3 * kSize * kSize * 3, 0xA5);
     const auto errors = bclip::cpu::decode_resize(
-        files, {kSize, bclip::cpu::Crop::kSquash, nullptr, true, true, 1 << 20}, squares.data(), kThreads);
-    expect(name + ": the truncated file is named, no other", errors.size() == 1 && errors[0].first == 1);
+        files, {kSize, bclip::cpu::Crop::kSquash, nullptr, true, true, 1 << 20}, squares.data(),
+        kThreads);
+    expect(name + ": the truncated file is named, no other",
+           errors.size() == 1 && errors[0].first == 1);
     for (size_t i = 0; i < square.size(); ++i) {
       compare(name + ": resized", squares[i], square[i], 0);
       compare(name + ": resized", squares[2 * square.size() + i], square[i], 0);
@@ -218,7 +231,9 @@ void check_pictures() {
 
 #else
 
-void check_pictures() { std::printf("images: not checked, as libjpeg for this target was not found\n"); }
+void check_images() {
+  std::printf("images: not checked, as libjpeg for this target was not result\n");
+}
 
 #endif
 
@@ -226,7 +241,7 @@ void check_pictures() { std::printf("images: not checked, as libjpeg for this ta
 
 void check_image() {
   check_resampling();
-  check_pictures();
+  check_images();
 }
 
 }  // namespace checks

@@ -1,14 +1,16 @@
-// Runs the C++ kernels of the CPU without Python or torch, and compares them with loops in double precision.
+// Compares the CPU kernels with loops in double precision, without Python or torch.
 //
 //   checks                   fails unless every result is within its bound
-//   checks --fault=entries   gives the references altered inputs, and fails unless every quantity exceeds its bound
-//   checks --fault=rounding  gives the references inputs in bfloat16, and fails unless every fp32 quantity does
+//   checks --fault=entries   gives the references altered inputs, and fails unless every quantity
+//                            exceeds its bound
+//   checks --fault=rounding  gives the references inputs in bfloat16, and fails unless every fp32
+//                            quantity exceeds its bound
 //
-// BCLIP_CPU_ISA names the instruction set, as for the package.
+// BCLIP_CPU_ISA chooses the instruction set, as in the package.
 #include <cstdio>
 #include <map>
 
-#include "../../csrc/contrastive.h"
+#include "csrc/cpu/simd/isa.h"
 #include "checks.h"
 
 namespace checks {
@@ -31,12 +33,12 @@ std::map<std::string, bool> properties;
 void compare(const std::string& quantity, double value, double exact, double bound) {
   Quantity& all = quantities[quantity];
   ++all.count;
-  // Equal values, infinite ones included, agree whatever the bound.
+  // Equal values agree for any bound, also infinite ones.
   const double error = value == exact ? 0 : std::abs(value - exact);
   if (!(error <= bound)) {
     if (all.wrong++ == 0 && fault == Fault::kNone)
-      std::printf("FAILED %s: %.9g instead of %.9g, error %.3g, allowed %.3g\n", quantity.c_str(), value, exact, error,
-                  bound);
+      std::printf("FAILED %s: %.9g instead of %.9g, error %.3g, allowed %.3g\n", quantity.c_str(),
+                  value, exact, error, bound);
     return;
   }
   if (error > 0) all.worst = std::max(all.worst, error / bound);
@@ -58,12 +60,13 @@ int main(int count, char** arguments) {
   } else if (argument == "--fault=rounding") {
     fault = Fault::kRounding;
   } else if (!argument.empty()) {
-    std::fprintf(stderr, "unknown argument %s; known: --fault=entries, --fault=rounding\n", argument.c_str());
+    std::fprintf(stderr, "unknown argument %s; known: --fault=entries, --fault=rounding\n",
+                 argument.c_str());
     return 2;
   }
   instruction_set = bclip::cpu::instruction_set();
   check_attention();
-  check_pooled_attention();
+  check_single_query_attention();
   check_contrastive();
   check_pointwise();
   check_ranking();
@@ -73,12 +76,13 @@ int main(int count, char** arguments) {
   if (fault == Fault::kNone) {
     for (const auto& [name, quantity] : quantities) {
       std::printf("%-58s %6lld values, at most %.2f of the bound%s\n", name.c_str(),
-                  static_cast<long long>(quantity.count), quantity.worst, quantity.wrong ? ", FAILED" : "");
+                  static_cast<long long>(quantity.count), quantity.worst,
+                  quantity.wrong ? ", FAILED" : "");
       failed += quantity.wrong > 0;
     }
     for (const auto& [name, holds] : properties) failed += !holds;
-    std::printf("%s: %zu quantities and %zu properties, %d failed\n", instruction_set.c_str(), quantities.size(),
-                properties.size(), failed);
+    std::printf("%s: %zu quantities and %zu properties, %d failed\n", instruction_set.c_str(),
+                quantities.size(), properties.size(), failed);
   } else {
     int missed = 0, noticed = 0;
     for (const auto& [name, quantity] : quantities) {
@@ -87,8 +91,8 @@ int main(int count, char** arguments) {
       (quantity.wrong ? noticed : missed) += 1;
       if (!quantity.wrong) std::printf("MISSED %s\n", name.c_str());
     }
-    std::printf("%s %s: noticed in %d quantities, missed in %d\n", instruction_set.c_str(), argument.c_str(), noticed,
-                missed);
+    std::printf("%s %s: noticed in %d quantities, missed in %d\n", instruction_set.c_str(),
+                argument.c_str(), noticed, missed);
     failed = missed + (noticed == 0);
   }
   return failed ? 1 : 0;

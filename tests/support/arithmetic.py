@@ -1,9 +1,9 @@
-"""Arithmetics for the operators' formulas (formulas.py): a kernel's own, one with a fault, and bounds on its error.
+"""Arithmetics for the operators' formulas (formulas.py): a kernel's, one with an injected fault, and error bounds.
 
-`Arithmetic` computes as a kernel does: sums, products and exponentials in float32, and what is stored, such as an
-operand of a matrix product or a result, in the dtype that the formula names. `Faulty` does the same with one fault at
-one place. `Bounds` carries along with every number how far a right kernel may be from it: a running error analysis
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.3) that holds for any order of sums.
+`Arithmetic` computes like a kernel: sums, products and exponentials in float32. Stored numbers, such as an operand of a
+matrix product or a result, have the dtype that the formula names. `Faulty` does the same with one fault at one place.
+`Bounds` tracks the largest error of a right kernel beside every number. This running error analysis (Higham, Accuracy
+and Stability of Numerical Algorithms, 2nd edition, section 3.3) holds for any order of sums.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ U = UNIT[torch.float32]
 
 
 def growth(terms: int) -> float:
-    """gamma_n = n u / (1 - n u): the relative error of a float32 sum of n terms, in any order. Tensor cores cut off
-    where others round, which costs no more than one unit per addition."""
+    """gamma_n = n u / (1 - n u): the largest relative error of a float32 sum of n terms, in any order.
+
+    Tensor cores truncate instead of rounding, which costs at most one unit per addition.
+    """
     return (terms + 2) * U / (1 - (terms + 2) * U)
 
 
 class Arithmetic:
-    """Numbers are float32 tensors."""
+    """Arithmetic on float32 tensors."""
 
     def start(self) -> None:
-        """The formula begins, or begins again with another sequence."""
+        """Called when the formula begins, and again for each further sequence."""
 
     def load(self, tensor: Tensor) -> Any:
         return tensor.float()
@@ -43,12 +45,12 @@ class Arithmetic:
         return number.sum(dim, keepdim=True)
 
     def exp(self, number: Any, offset: Any, size: float = 0.0) -> Any:
-        """exp(number - offset). A kernel may take another offset and a factor instead, of at most `size`."""
+        """exp(number - offset). A kernel may use another offset of at most `size`, and a factor, instead."""
         near = offset.float()
         return (number - near).clamp(max=80.0).exp() * (near - offset).exp().float()
 
     def log(self, number: Any) -> Any:
-        """In float64: the rounding of a log-sum-exp is that of every exponential in its row."""
+        """The logarithm in float64, because the rounding of a log-sum-exp is that of every exponential in its row."""
         return number.double().log()
 
     def rsqrt(self, number: Any) -> Any:
@@ -59,7 +61,7 @@ class Arithmetic:
         return number.relu() + small.log1p(), torch.where(number > 0, 1.0, small) / (1 + small)
 
     def normal_cdf(self, number: Any) -> Any:
-        """Abramowitz and Stegun 7.1.26, as the C++ kernels and torch's vectors have it."""
+        """Abramowitz and Stegun 7.1.26, like the C++ kernels and torch's vectorized code."""
         distance = number.abs() * 0.5**0.5
         t = 1 / (1 + 0.3275911 * distance)
         terms = zip((0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429), range(1, 6), strict=True)
@@ -78,10 +80,12 @@ class Arithmetic:
 
 
 class Faulty(Arithmetic):
-    """A kernel with one fault, at the `site`-th place where its kind can occur; with site -1 a kernel without one.
+    """A kernel with one injected fault.
 
-    fault: a dtype, in which a sum is then accumulated; "lost term", the last one of each sum; or a number, by
-        which the exponential's factor log2(e) is off.
+    Args:
+        fault: a dtype in which a sum is accumulated; "lost term", which drops the last term of a sum; or the relative
+            error of the exponential's factor log2(e).
+        site: index of the fault's place among all places of its kind. -1 for no fault.
     """
 
     def __init__(self, fault: torch.dtype | str | float, site: int = -1) -> None:
@@ -91,7 +95,7 @@ class Faulty(Arithmetic):
         self.num_sites = 0
 
     def _here(self, terms: int = 0) -> bool:
-        """`terms`: those of a sum, which one by itself is not; 0 for an exponential."""
+        """Whether the fault occurs at this place. `terms` is the number of terms of a sum, or 0 for an exponential."""
         if isinstance(self.fault, float) != (terms == 0) or terms == 1:
             return False
         self.num_sites += 1
@@ -126,7 +130,7 @@ class Faulty(Arithmetic):
 
 
 class Approximate:
-    """A float64 value, and how far from it a float32 kernel may be."""
+    """A float64 value and the largest error of a float32 kernel."""
 
     def __init__(self, value: Tensor, error: Tensor | None = None) -> None:
         self.value = value
@@ -140,7 +144,7 @@ class Approximate:
 
     @staticmethod
     def rounded(value: Tensor, error: Tensor) -> Approximate:
-        """The result of one operation. A second unit is for a constant in it, which is rounded too."""
+        """The result of one operation. The second unit is for a constant in it, which is rounded too."""
         return Approximate(value, error + 2 * U * value.abs())
 
     def __add__(self, other: Any) -> Approximate:
@@ -169,7 +173,7 @@ class Approximate:
     def __truediv__(self, other: Any) -> Approximate:
         other = self.of(other)
         value, least = self.value / other.value, other.value.abs() - other.error
-        assert (least > 0).all(), "the error analysis divides by what may be zero"
+        assert (least > 0).all(), "the error analysis divides by a number that may be zero"
         return self.rounded(value, (self.error + value.abs() * other.error) / least)
 
     def __getitem__(self, index: Any) -> Approximate:
@@ -187,7 +191,7 @@ class Approximate:
 
 
 class Bounds(Arithmetic):
-    """Numbers are `Approximate`."""
+    """Arithmetic on `Approximate` numbers."""
 
     def load(self, tensor: Tensor) -> Approximate:
         return Approximate(tensor.double())
@@ -195,7 +199,7 @@ class Bounds(Arithmetic):
     def stored(self, number: Approximate, dtype: torch.dtype) -> Approximate:
         if dtype == torch.float32:
             return number
-        # Half the smallest subnormal number besides, where the result is smaller than all normal ones.
+        # Results below the smallest normal number also err by half the smallest subnormal number.
         information = torch.finfo(dtype)
         rounding = UNIT[dtype] * (number.value.abs() + number.error) + information.smallest_normal * information.eps / 2
         return Approximate(number.value, number.error + rounding)
@@ -212,8 +216,8 @@ class Bounds(Arithmetic):
         return Approximate(number.value.sum(dim, keepdim=True), sizes.sum(dim, keepdim=True))
 
     def exp(self, number: Any, offset: Any, size: float = 0.0) -> Approximate:
-        """As 2^(number * log2(e) - offset * log2(e)), each product and the difference rounded, which makes three units
-        of their sizes; and eight for the exponential itself."""
+        """2^(number * log2(e) - offset * log2(e)). Rounding both products and the difference costs three units of their
+        sizes, and the exponential itself costs eight units."""
         number, offset = Approximate.of(number), Approximate.of(offset)
         value = (number.value - offset.value).clamp(max=80.0).exp()
         argument = number.error + offset.error + 3 * U * (number.value.abs() + offset.value.abs() + size)
@@ -228,7 +232,7 @@ class Bounds(Arithmetic):
         return Approximate(value, value * (number.error / (number.value - number.error) / 2 + 4 * U))
 
     def softplus_and_sigmoid(self, number: Approximate) -> tuple[Approximate, Approximate]:
-        """By their slopes, at most 1 and 1/4 and near the tail as small as the sigmoid itself."""
+        """Bounds by the slopes, which are at most 1 and 1/4, and as small as the sigmoid itself in the tail."""
         softplus, sigmoid = torch.nn.functional.softplus(number.value, threshold=50), number.value.sigmoid()
         argument = number.error + 3 * U * number.value.abs()
         steepest = (number.value + argument).sigmoid()
@@ -238,8 +242,10 @@ class Bounds(Arithmetic):
         )
 
     def normal_cdf(self, number: Approximate) -> Approximate:
-        """The series is within 0.75e-7 of it, which is 1.3 units. It adds terms with six roundings each, whose
-        halves are 2.25 at most together. The slope is at most 0.4."""
+        """The series errs by at most 0.75e-7, which is 1.3 units. Its terms have six roundings each.
+
+        Half the sum of the terms' sizes is at most 2.25, and the slope is at most 0.4.
+        """
         return Approximate(torch.special.ndtr(number.value), 0.4 * number.error + (1.3 + 6 * 2.25) * U)
 
     def cat(self, numbers: list[Approximate]) -> Approximate:

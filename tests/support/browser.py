@@ -1,8 +1,9 @@
-"""Chromium without a window, driven over its debugging pipe: keys are pressed, and the page says what it is then."""
+"""Headless Chromium for tests of pages, controlled over its debugging pipe."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import select
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 _KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowRight": 39, "ArrowDown": 40}
-# What leaves the window, but for what scrolls in a frame of its own, or the words of a chart that leave it.
+# Lists the elements that stick out of the window, and the words that stick out of a chart. Ignores scrollable frames.
 _OUTSIDE = """[...document.querySelectorAll('body *')].filter(e => {
   const box = e.getBoundingClientRect(), chart = e.closest('svg');
   const frame = e.tagName == 'text' ? chart.getBoundingClientRect() : {left: 0, right: innerWidth};
@@ -27,7 +28,7 @@ _FOCUSABLE = "a[href], button, input:not([type=hidden]), select, textarea, summa
 
 
 def find() -> str:
-    """Chromium's path; the test is skipped where there is none."""
+    """Return Chromium's path. Skips the test if Chromium is not installed."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if path := shutil.which(name):
             return path
@@ -35,22 +36,22 @@ def find() -> str:
 
 
 class Browser:
-    """A page. Use it in a `with`."""
+    """A page of a new Chromium process. Use it in a `with` statement."""
 
     def __init__(self) -> None:
         path = find()
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
+        (chromium_in, self._out), (self._in, chromium_out) = os.pipe(), os.pipe()
         # Chromium reads commands from descriptor 3 and writes answers to 4.
-        command = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$0" "$@"'
+        command = f'exec 3<&{chromium_in} 4>&{chromium_out}; exec "$0" "$@"'
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars"]
         flags.append(f"--user-data-dir={self._profile.name}")
         self._process = subprocess.Popen(
             ["bash", "-c", command, path, *flags, "about:blank"],
-            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=(chromium_in, chromium_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
+        os.close(chromium_in)
+        os.close(chromium_out)
         self._number, self._data, self._session = 0, b"", None
         self.events: list[dict[str, Any]] = []
         pages = [target for target in self("Target.getTargets")["targetInfos"] if target["type"] == "page"]
@@ -70,7 +71,7 @@ class Browser:
         self._profile.cleanup()
 
     def __call__(self, method: str, **params: Any) -> dict[str, Any]:
-        """Calls a method of the DevTools protocol; what happens meanwhile is kept in `events`."""
+        """Call a method of the DevTools protocol and return its result. Keeps the events in between in `events`."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         os.write(
@@ -93,12 +94,12 @@ class Browser:
         return json.loads(line)
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        """The parameters of the next such event, or of one that has come since the last was waited for."""
+        """Return the parameters of the first such event after the last one that was returned."""
         while True:
-            for i, one in enumerate(self.events):
-                if one["method"] == event:
+            for i, candidate in enumerate(self.events):
+                if candidate["method"] == event:
                     del self.events[: i + 1]
-                    return one["params"]
+                    return candidate["params"]
             self.events.append(self._read())
 
     def open(self, address: str, *, width: int = 1000, height: int = 900, dark: bool = False) -> None:
@@ -110,7 +111,7 @@ class Browser:
         self.wait_for("Page.loadEventFired")
 
     def ask(self, expression: str, *, wait: bool = False) -> Any:
-        """The JSON-ready value of a JavaScript expression, or with `wait` that of its promise."""
+        """Return the JSON value of a JavaScript expression. wait: return the value of its promise."""
         answer = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=wait)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -123,62 +124,63 @@ class Browser:
         self("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def shot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Save the whole page as a PNG."""
         data = self("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def tab_order(self) -> list[dict[str, Any]]:
-        """Of a page just opened, what Tab reaches one after another: its place among all controls, box and outline."""
+        """Return the controls that Tab reaches, in this order: position among all controls, box and outline.
+
+        The page must just have been opened.
+        """
         self.ask(f"window.controls = [...document.querySelectorAll(`{_FOCUSABLE}`)], document.activeElement.blur()")
-        found: list[dict[str, Any]] = []
+        reached: list[dict[str, Any]] = []
         for _ in range(self.ask("controls.length") + 1):
             self.press("Tab")
-            one = self.ask(
+            control = self.ask(
                 """(() => { const e = document.activeElement, r = e.getBoundingClientRect(), s = getComputedStyle(e);
                 return {place: controls.indexOf(e), name: e.id || e.getAttribute('aria-label') || e.textContent.trim(),
                 tag: e.tagName, top: r.top + scrollY, left: r.left, bottom: r.bottom + scrollY, width: r.width,
                 inView: r.bottom > 0 && r.top < innerHeight,
                 outline: s.outlineStyle == 'none' ? 0 : parseFloat(s.outlineWidth)} })()"""
             )
-            if one["place"] < 0 or (found and one["place"] == found[0]["place"]):
+            if control["place"] < 0 or (reached and control["place"] == reached[0]["place"]):
                 break
-            if not found or one["place"] != found[-1]["place"]:  # a field may have parts of its own
-                found.append(one)
-        return found
+            if not reached or control["place"] != reached[-1]["place"]:  # Tab may stop at several parts of a field
+                reached.append(control)
+        return reached
 
 
 def check_drawn(browser: Browser, address: str, folder: Path) -> list[np.ndarray]:
-    """The page in a narrow and a wide window, light and dark: nothing sticks out, no word of a chart is cut, no error.
+    """Check a page in a narrow and a wide window, light and dark: no errors, no overflow, no cut words in charts.
 
-    Returns the wide pages' pixels, (H, W, 3) float of light and dark.
+    Returns the pixels of the wide page, light and dark, as (H, W, 3) float.
     """
     shots = []
     for width in (400, 1400):
         for dark in (False, True):
             browser.open(address, width=width, dark=dark)
-            complaints = [
-                one for one in browser.events if one["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")
-            ]
-            assert not complaints
+            errors = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+            assert not errors
             assert browser.ask("document.documentElement.scrollWidth") == width
             assert browser.ask(_OUTSIDE) == []
             browser.shot(folder / "shot.png")
-            with Image.open(folder / "shot.png") as picture:
-                shots.append(np.asarray(picture.convert("RGB"), dtype=float))
-    light, dark_ = (shot[5:20, 5:20].mean() for shot in shots[2:])
-    assert dark_ < 60 and light > 200 and min(shot.std() for shot in shots) > 5
+            with Image.open(folder / "shot.png") as image:
+                shots.append(np.asarray(image.convert("RGB"), dtype=float))
+    light_level, dark_level = (shot[5:20, 5:20].mean() for shot in shots[2:])
+    assert dark_level < 60 and light_level > 200 and min(shot.std() for shot in shots) > 5
     return shots[2:]
 
 
 def check_keyboard(browser: Browser) -> list[dict[str, Any]]:
-    """Tab reaches every control, in the order in which they are seen, and shows where it is. Returns the controls."""
+    """Check that Tab reaches every visible control in reading order with a visible outline. Returns the controls."""
     order = browser.tab_order()
     hidden = browser.ask("controls.filter(e => !e.checkVisibility()).map(e => controls.indexOf(e))")
     assert sorted(one["place"] for one in order) == sorted(set(range(browser.ask("controls.length"))) - set(hidden))
-    for one in order:
-        assert one["outline"] >= 2 and one["inView"], f"focus on {one} is not seen"
-    for one, two in zip(order, order[1:], strict=False):
-        # In the cards of a row the same link may stand a line or two higher or lower.
-        beside = two["left"] >= one["left"] + one["width"] - 1 and two["bottom"] > one["top"] - 40
-        assert two["top"] >= one["bottom"] - 1 or beside, f"{two} comes after {one}"
+    for control in order:
+        assert control["outline"] >= 2 and control["inView"], f"the focus on {control} is invisible"
+    for control, after in itertools.pairwise(order):
+        # The same link of two cards in a row may be a line or two higher or lower.
+        is_beside = after["left"] >= control["left"] + control["width"] - 1 and after["bottom"] > control["top"] - 40
+        assert after["top"] >= control["bottom"] - 1 or is_beside, f"{after} comes after {control}"
     return order

@@ -1,4 +1,4 @@
-"""Damage single samples of shards in place. Sizes and fingerprints stay the same."""
+"""Damage to single samples of shards, in place, so that sizes and fingerprints stay the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ KINDS = ("pixels", "header", "place", "meta", "caption")
 
 
 def spoil(folder: Path | str, index: int, kind: str = "pixels", split: str = "train") -> str:
-    """Damage a sample. Return its key. REASONS holds the reader's message for each kind of damage."""
+    """Damage a sample and return its key. `REASONS[kind]` is part of the error that reports it."""
     key, shard = ShardDataset(folder, split).name_of(index)
     path = Path(folder) / shard
     entries = json.loads(path.with_suffix(".index.json").read_text())["samples"]
     entry = next(entry for entry in entries if entry["key"] == key)
     offset, size = {
-        # pixels: half of the scan, which leaves the JPEG header intact. place: the header in the tar.
+        # In this order: half of the scan behind a correct header, the whole JPEG, the tar header, JSON and caption.
         "pixels": (entry["jpg"][0] + entry["jpg"][1] // 2, entry["jpg"][1] - entry["jpg"][1] // 2),
         "header": entry["jpg"],
         "place": (entry["jpg"][0] - 512, 100),

@@ -1,5 +1,6 @@
-// What bclip_fast calls of nvJPEG, on libjpeg and the host's memory, for tests. A file with the comment "refuse" fails,
-// and with it its batch; what a batch had decoded is spoilt, as nvJPEG promises nothing of it.
+// What bclip_fast calls of nvJPEG, on libjpeg and the host's memory, for tests. A file with the
+// comment "refuse" fails, and with it its batch; what a batch had decoded is spoilt, as nvJPEG
+// promises nothing of it.
 #include <csetjmp>
 #include <cstdio>
 #include <cstring>
@@ -24,7 +25,8 @@ int batch_size = -1;
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-EXPORTED int nvjpegCreateEx(int backend, void* device, void* pinned, unsigned flags, void** handle) {
+EXPORTED int nvjpegCreateEx(int backend, void* device, void* pinned, unsigned flags,
+                            void** handle) {
   *handle = &batch_size;
   return backend == 0 && !device && !pinned && flags == 36 ? 0 : 2;
 }
@@ -38,12 +40,15 @@ EXPORTED int nvjpegJpegStateDestroy(void* state) {
   return 0;
 }
 
-EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length, int format, Image* to, void*) {
+EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length, int format,
+                          Image* to, void*) {
   if (format != 5) return 2;
   jpeg_decompress_struct jpeg;
   Failure failure;
   jpeg.err = jpeg_std_error(&failure.manager);
-  failure.manager.error_exit = [](j_common_ptr any) { std::longjmp(reinterpret_cast<Failure*>(any->err)->back, 1); };
+  failure.manager.error_exit = [](j_common_ptr any) {
+    std::longjmp(reinterpret_cast<Failure*>(any->err)->back, 1);
+  };
   failure.manager.emit_message = [](j_common_ptr any, int level) {
     if (level < 0) any->err->error_exit(any);
   };
@@ -55,7 +60,8 @@ EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length
   jpeg_mem_src(&jpeg, file, length);
   jpeg_save_markers(&jpeg, JPEG_COM, 100);
   jpeg_read_header(&jpeg, TRUE);
-  if (jpeg.marker_list && !std::memcmp(jpeg.marker_list->data, "refuse", 6)) std::longjmp(failure.back, 1);
+  if (jpeg.marker_list && !std::memcmp(jpeg.marker_list->data, "refuse", 6))
+    std::longjmp(failure.back, 1);
   jpeg.out_color_space = JCS_RGB;
   jpeg.dct_method = JDCT_ISLOW;
   jpeg_start_decompress(&jpeg);
@@ -69,8 +75,8 @@ EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length
 }
 
 // Of a file with the comment "grow" it tells more than its header.
-EXPORTED int nvjpegGetImageInfo(void*, const unsigned char* file, size_t length, int* components, int* subsampling,
-                                int* widths, int* heights) {
+EXPORTED int nvjpegGetImageInfo(void*, const unsigned char* file, size_t length, int* components,
+                                int* subsampling, int* widths, int* heights) {
   *components = *subsampling = 0;
   for (size_t at = 2; at + 9 < length; at += 2 + (file[at + 2] << 8 | file[at + 3])) {
     if (file[at + 1] == 0xfe && !std::memcmp(file + at + 4, "grow", 4)) ++*heights;
@@ -87,11 +93,12 @@ EXPORTED int nvjpegDecodeBatchedInitialize(void*, void*, int batch, int threads,
   return batch > 0 && threads > 0 && format == 5 ? 0 : 2;
 }
 
-EXPORTED int nvjpegDecodeBatched(void* handle, void* state, const unsigned char* const* files, const size_t* lengths,
-                                 Image* to, void* stream) {
+EXPORTED int nvjpegDecodeBatched(void* handle, void* state, const unsigned char* const* files,
+                                 const size_t* lengths, Image* to, void* stream) {
   for (int i = 0; i < batch_size; ++i) {
     if (const int status = nvjpegDecode(handle, state, files[i], lengths[i], 5, &to[i], stream)) {
-      for (int spoilt = 0; spoilt < i; ++spoilt) std::memset(to[spoilt].channel[0], 99, to[spoilt].pitch[0]);
+      for (int spoilt = 0; spoilt < i; ++spoilt)
+        std::memset(to[spoilt].channel[0], 99, to[spoilt].pitch[0]);
       return status;
     }
   }

@@ -1,8 +1,8 @@
-"""The operators' formulas, outputs and gradients, over an arithmetic (support/arithmetic.py).
+"""The operators' formulas, for outputs and gradients, over an arithmetic (arithmetic.py).
 
-They say which numbers a kernel may round to the inputs' dtype: operands of a matrix product and results. All sums,
-exponentials and what lies between are float32. A formula takes (arithmetic, inputs, upstream gradient) and returns the
-output and the gradient of each input.
+They define which numbers a kernel may round to the inputs' dtype: operands of a matrix product, and results. All other
+numbers are float32. A formula takes (arithmetic, inputs, upstream gradient) and returns the output and the gradient of
+each input.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from arithmetic import Arithmetic
 from torch import Tensor
 
 from bclip_fast.ops.attention import reference
+from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
 from bclip_fast.ops.pointwise.reference import dropout_mask
 
 Formula = Callable[[Arithmetic, Sequence[Tensor], Tensor], list[Any]]
@@ -24,13 +25,13 @@ Formula = Callable[[Arithmetic, Sequence[Tensor], Tensor], list[Any]]
 def _attention(
     arithmetic: Arithmetic, tensors: Sequence[Tensor], visible: Tensor, mask: Tensor, scale: float
 ) -> list[Any]:
-    """Of queries, keys, values and the upstream gradient, (batch, H, N, d) each; in the same layout."""
+    """Output and gradients from queries, keys, values and the upstream gradient, all (batch, H, N, d)."""
     arithmetic.start()
     dtype = tensors[0].dtype
     query, key, value, grad = (arithmetic.load(tensor) for tensor in tensors)
     mask = mask.to(arithmetic.value(query).dtype)
     scores = arithmetic.dot(query, key.mT) * scale
-    # A row that sees no key has the weights 0 / 1.
+    # A row without visible keys has the weights 0 / 1.
     seen = visible.any(-1, keepdim=True)
     highest = arithmetic.value(scores).masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
     highest = torch.where(seen, highest, 0.0)
@@ -38,7 +39,7 @@ def _attention(
     sums = arithmetic.total(exponentials, -1) + (~seen).to(mask.dtype)
     out = arithmetic.dot(arithmetic.stored(exponentials / sums * mask, dtype), value)
     out = arithmetic.stored(out, dtype)
-    # The backward pass has the log-sum-exps in float32, and the output as it was stored.
+    # The backward pass reads the log-sum-exps in float32, and the stored output.
     lse = arithmetic.stored(arithmetic.log(sums) + highest, torch.float32)
     weights = arithmetic.exp(scores, lse) * visible
     delta = arithmetic.total(grad * out, -1)
@@ -52,52 +53,49 @@ def _attention(
     return [out, *(arithmetic.stored(part, dtype) for part in grads)]
 
 
-def attention(
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> Formula:
-    """Of queries, keys and values (T, H, d). Errors grow with the depth d of two dot products, with the number of keys
-    in the softmax's sum and two more dot products, and with the scores, which are exponents."""
+def attention(options: Sequence[Any]) -> Formula:
+    """The formula for queries, keys and values (T, H, d). `options` are the fields of `AttentionCall` after qkv.
+
+    Errors grow with the depth d of two dot products, with the number of keys in the softmax's sum and two more dot
+    products, and with the scores, which are exponents.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], grad: Tensor) -> list[Any]:
         sequences = []
-        for rows, shape in reference._batches(len(grad), cu_seqlens, max_seqlen):
+        call = AttentionCall(torch.stack(list(inputs), 1), *options)
+        for rows, shape in reference.batches(call):
             mask = torch.ones((), device=grad.device)
-            if seed is not None:
-                mask = reference.dropout_mask(rows, shape, torch.stack(list(inputs), 1).double(), dropout_p, seed)
-            visible = reference._visible(key_mask, rows, shape, causal, grad.device)
+            if call.seed is not None:
+                mask = reference.dropout_mask(call, rows, shape, torch.float64)
+            visible = reference.visible_keys(call, rows, shape)
             heads = [tensor[rows].unflatten(0, shape).transpose(1, 2) for tensor in (*inputs, grad)]
-            results = _attention(arithmetic, heads, visible, mask, scale)
+            results = _attention(arithmetic, heads, visible, mask, call.scale)
             sequences.append([result.transpose(1, 2).reshape(-1, *grad.shape[1:]) for result in results])
         return [arithmetic.cat(list(parts)) for parts in zip(*sequences, strict=True)]
 
     return formula
 
 
-def pooled_attention(
-    rows: Tensor, cu_seqlens: Tensor, causal: bool, dropout_p: float, seed: Tensor | None, scale: float
-) -> Formula:
-    """Of queries (n, H, d), keys and values (T, H, d); errors grow as in `attention`."""
+def single_query_attention(options: Sequence[Any]) -> Formula:
+    """The formula for queries (n, H, d), keys and values (T, H, d).
+
+    `options` are the fields of `SingleQueryCall` after key_value. Errors grow as in `attention`.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], grad: Tensor) -> list[Any]:
         query, key, value = inputs
-        bounds, sequences = cu_seqlens.tolist(), []
-        for i, row in enumerate(rows.tolist()):
+        call = SingleQueryCall(query, torch.stack([key, value], 1), *options)
+        bounds, sequences = call.cu_seqlens.tolist(), []
+        for i, row in enumerate(call.rows.tolist()):
             keys = slice(bounds[i], bounds[i + 1])
-            visible = torch.arange(keys.start, keys.stop, device=grad.device) <= (row if causal else keys.stop)
+            visible = torch.arange(keys.start, keys.stop, device=grad.device) <= (row if call.causal else keys.stop)
             mask = torch.ones((), device=grad.device)
-            if seed is not None:
-                place = torch.tensor([[row]], device=grad.device)
-                mask = reference.dropout_factors(
-                    place, query.shape[1], keys.stop - keys.start, query.double(), dropout_p, seed
-                )
+            if call.seed is not None:
+                rows, size = torch.tensor([[row]], device=grad.device), keys.stop - keys.start
+                heads = query.shape[1]
+                mask = reference.dropout_factors(rows, heads, size, torch.float64, call.dropout_p, call.seed)
             heads = [part[None].transpose(1, 2) for part in (query[i, None], key[keys], value[keys], grad[i, None])]
-            results = _attention(arithmetic, heads, visible.view(1, 1, 1, -1), mask, scale)
+            results = _attention(arithmetic, heads, visible.view(1, 1, 1, -1), mask, call.scale)
             sequences.append([result.transpose(1, 2).reshape(-1, *grad.shape[1:]) for result in results])
         return [arithmetic.cat(list(parts)) for parts in zip(*sequences, strict=True)]
 
@@ -107,7 +105,7 @@ def pooled_attention(
 def _contrastive_grads(
     arithmetic: Arithmetic, features: Sequence[Any], scale: Any, grad: Any, cosines: Any, upstream: Any, dtype: Any
 ) -> list[Any]:
-    """The gradients of features and scale, for that of the logits; they may be rounded before `upstream` comes."""
+    """The gradients of features and scale from that of the logits. They may be rounded before `upstream` comes."""
     image, text = features
     scale_grad = arithmetic.total(arithmetic.total(grad * cosines, 1), 0).reshape(()) * upstream
     operand = arithmetic.stored(grad, dtype)
@@ -117,9 +115,11 @@ def _contrastive_grads(
 
 
 def clip_loss(same: Tensor | None = None, hardness: float = 0.0) -> Formula:
-    """Of image (b, D), text (B, D), scale () and perhaps a bias (), with the positives `same` (b, B), or those of the
-    diagonal. Errors grow with the depth D, with the number of pairs in a sum, and with the logits, which are exponents:
-    a kernel may take them from an offset that is as large as the largest of them can be, or 88 more."""
+    """The formula for image (b, D), text (B, D), scale () and perhaps a bias (). `same` (b, B) marks the positives.
+
+    By default the positives are the diagonal. Errors grow with the depth D, with the number of pairs in a sum, and with
+    the logits, which are exponents. A kernel may subtract them from an offset up to the largest possible logit plus 88.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
         arithmetic.start()
@@ -151,8 +151,10 @@ def clip_loss(same: Tensor | None = None, hardness: float = 0.0) -> Formula:
 
 
 def siglip_loss(same: Tensor | None = None) -> Formula:
-    """Of image (b, D), text (B, D), scale () and bias (). Errors grow with the depth D, the number of pairs in a sum,
-    and the logits, which are exponents."""
+    """The formula for image (b, D), text (B, D), scale () and bias ().
+
+    Errors grow with the depth D, the number of pairs in a sum, and the logits, which are exponents.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
         arithmetic.start()
@@ -171,9 +173,11 @@ def siglip_loss(same: Tensor | None = None) -> Formula:
 
 
 def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.dtype) -> Formula:
-    """Of stream (T, D), perhaps a branch (T, D), weight and bias (D,). The output is what goes to the matmuls, in
-    `low`, and below it half of the stream that goes on. Errors grow with D in a row's sums, with T in those of the
-    gradients of weight and bias, and with the inverse of a row's deviation."""
+    """The formula for stream (T, D), perhaps a branch (T, D), weight and bias (D,).
+
+    The output is the input of the matmuls, in `low`, and below it half of the stream that continues. Errors grow with D
+    in a row's sums, with T in the gradients of weight and bias, and with the inverse of a row's deviation.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
         arithmetic.start()
@@ -197,7 +201,7 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
         second = second * 0.5
         own = first + second if post else first
         if post and low == stream:
-            # Both outputs are one tensor, and its gradients are added in its dtype.
+            # Both outputs are one tensor, so torch adds its gradients in its dtype.
             own = arithmetic.stored(own, low)
         scaled = own * weight
         means = arithmetic.total(scaled, 1) / width, arithmetic.total(scaled * normed, 1) / width
@@ -214,7 +218,7 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
 
 
 def gelu(arithmetic: Arithmetic, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
-    """Of x, of any shape. Phi is within a few units of 1, so that the result is within as many of x."""
+    """The formula for x of any shape. Phi errs by a few units of 1, so the result errs by as many units of x."""
     arithmetic.start()
     x, grad, dtype = arithmetic.load(inputs[0]), arithmetic.load(upstream), inputs[0].dtype
     share = arithmetic.normal_cdf(x)
@@ -225,8 +229,10 @@ def gelu(arithmetic: Arithmetic, inputs: Sequence[Tensor], upstream: Tensor) -> 
 
 
 def linear(arithmetic: Arithmetic, inputs: Sequence[Tensor], upstream: Tensor) -> list[Any]:
-    """Of x (T, K), weight (N, K) and perhaps a bias (N,). Errors grow with the depths K, N and T of the products, and
-    what is multiplied is rounded to x's dtype."""
+    """The formula for x (T, K), weight (N, K) and perhaps a bias (N,).
+
+    Errors grow with the depths K, N and T of the products. Operands are rounded to x's dtype.
+    """
     arithmetic.start()
     dtype, grad = inputs[0].dtype, arithmetic.load(upstream)
     x, weight, *biases = (arithmetic.load(tensor) for tensor in inputs)

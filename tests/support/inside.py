@@ -1,4 +1,4 @@
-"""Tests of some files in a process of their own, whose environment says what they run on."""
+"""Tests that run in a new process with other environment variables."""
 
 from __future__ import annotations
 
@@ -11,22 +11,15 @@ from pathlib import Path
 
 
 def num_passed(files: Iterable[str], selected: str, **environment: str) -> int:
-    """How many of tests/ops' `files` pass among those that `selected` (pytest's -k) names; all of them must.
+    """Run tests of `files` in tests/ops, all of which must pass. Returns their number.
 
-    Covering arrays only (support/pairwise.py): what is marked `long` is left out.
+    selected: expression for pytest's -k. environment: variables of the process. Tests marked `long` do not run.
     """
     folder = Path(__file__).parents[1] / "ops"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-    # Triton's interpreter is numpy, which warns of what overflows.
-    command += [
-        "-W",
-        "ignore::RuntimeWarning",
-        "-m",
-        "not long",
-        "-k",
-        selected,
-        *(str(folder / name) for name in files),
-    ]
+    # Triton's interpreter uses NumPy, which warns of overflows.
+    command += ["-W", "ignore::RuntimeWarning", "-m", "not long", "-k", selected]
+    command += [str(folder / name) for name in files]
     options = dict(cwd=folder.parents[1], capture_output=True, text=True, timeout=600)
     done = subprocess.run(command, env={**os.environ, **environment}, **options)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-20_000:]

@@ -1,19 +1,25 @@
-"""The oracle, with the definition and the formula of each operator."""
+"""The oracle with the definition and the formula of each operator."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import formulas
 import torch
+import torch.nn.functional as F
 from oracle import assert_as_accurate_as_eager
 from targets import dense, dense_siglip
 from torch import Tensor
 
 from bclip_fast.ops.attention import reference
-from bclip_fast.ops.attention.single_query import reference as pooled
+from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
+from bclip_fast.ops.attention.single_query import reference as single_query
 from bclip_fast.ops.contrastive import reference as contrastive
+from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 
 Draw = Callable[[], Sequence[Tensor]]
 
@@ -21,29 +27,67 @@ Draw = Callable[[], Sequence[Tensor]]
 def judge_attention(
     kernel: Callable[[Tensor], Tensor], options: tuple[Any, ...], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """`kernel` of qkv (T, 3, H, d), with `options` as `reference.attention` has them and the `shape` (T, H, d)."""
+    """Judges `kernel`, a function of qkv (T, 3, H, d).
+
+    Args:
+        options: the fields of `AttentionCall` after qkv.
+        shape: (T, H, d).
+    """
     assert_as_accurate_as_eager(
         lambda *parts: kernel(torch.stack(parts, 1)),
-        lambda *parts: reference.attention(torch.stack(parts, 1), *options),
+        lambda *parts: reference.attention(AttentionCall(torch.stack(parts, 1), *options)),
         lambda: [torch.randn(shape).to(dtype) for _ in range(3)],
-        formulas.attention(*options),
+        formulas.attention(options),
     )
 
 
-def judge_pooled_attention(
+SEED = torch.tensor(-(2**40) + 12345)
+
+
+def bounds_of(lengths: Sequence[int]) -> Tensor:
+    """cu_seqlens of sequences with these lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def judge_attention_operator(
+    backend: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    dropout_p: float,
+) -> None:
+    """Judges `bclip::attention` with `shape` (T, H, d), and compares its log-sum-exps with the reference."""
+    options = cu_seqlens, key_mask, max_seqlen, causal, dropout_p, SEED if dropout_p else None, 0.2
+    judge_attention(lambda qkv: torch.ops.bclip.attention(qkv, *options, backend)[0], options, shape, dtype)
+    qkv = torch.randn(shape[0], 3, *shape[1:]).to(dtype)
+    lse = torch.ops.bclip.attention(qkv, *options, backend)[1]
+    truth = reference.forward(AttentionCall(qkv.double(), *options))[1]
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def judge_single_query_attention(
     kernel: Callable[[Tensor, Tensor], Tensor],
     options: tuple[Any, ...],
     num_rows: int,
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> None:
-    """`kernel` of queries (n, H, d), and keys and values (T, 2, H, d), with the `shape` (n, H, d)."""
+    """Judges `kernel`, a function of queries (n, H, d) and keys and values (T, 2, H, d).
+
+    Args:
+        options: the fields of `SingleQueryCall` after key_value.
+        num_rows: T.
+        shape: (n, H, d).
+    """
     assert_as_accurate_as_eager(
         lambda query, *pairs: kernel(query, torch.stack(pairs, 1)),
-        lambda query, *pairs: pooled.attention(query, torch.stack(pairs, 1), *options),
+        lambda query, *pairs: single_query.attention(SingleQueryCall(query, torch.stack(pairs, 1), *options)),
         lambda: [torch.randn(rows, *shape[1:]).to(dtype) for rows in (shape[0], num_rows, num_rows)],
-        formulas.pooled_attention(*options),
-        # Sequences of hundreds of keys, with one query each, have too few rows for the smallest factor.
+        formulas.single_query_attention(options),
+        # Few sequences of hundreds of keys have too few queries for the smallest factor.
         4 if num_rows > 300 else None,
     )
 
@@ -55,7 +99,10 @@ def judge_clip_loss(
     hardness: float = 0.0,
     draws: int | None = None,
 ) -> None:
-    """`kernel` of image, text, scale and perhaps a bias; `same` (b, B) marks the positives, unless they pair up."""
+    """Judges `kernel`, a function of image, text, scale and perhaps a bias.
+
+    `same` (b, B) marks the positives. By default image i belongs to text i.
+    """
     definition = contrastive.dense if same is None else lambda *inputs: dense(*inputs, same, hardness)
     assert_as_accurate_as_eager(kernel, definition, draw, formulas.clip_loss(same, hardness), draws)
 
@@ -63,6 +110,48 @@ def judge_clip_loss(
 def judge_siglip_loss(
     kernel: Callable[..., Tensor], draw: Draw, same: Tensor | None = None, draws: int | None = None
 ) -> None:
-    """`kernel` of image, text, scale and bias."""
+    """Judges `kernel`, a function of image, text, scale and bias."""
     definition = contrastive.dense_siglip if same is None else lambda *inputs: dense_siglip(*inputs, same)
     assert_as_accurate_as_eager(kernel, definition, draw, formulas.siglip_loss(same), draws)
+
+
+def assert_close(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> None:
+    """Asserts that the norm of each error is at most `tolerance` of the truth's norm, where the truth is finite."""
+    for result, true in zip(results, truth, strict=True):
+        finite = true.isfinite()
+        assert torch.equal(result[~finite].double(), true[~finite])
+        assert (result[finite].double() - true[finite]).norm() <= tolerance * true[finite].norm() + 1e-12
+
+
+def judge_rectangle(
+    backend: ModuleType,
+    features: Callable[[int, int], Tensor],
+    positive_offset: int | None,
+    chunk_size: int,
+    tolerance: float,
+) -> None:
+    """Compares all functions of a contrastive backend with the reference, for 41 images against 151 texts.
+
+    The features are slices of wider tensors.
+
+    Args:
+        features: function that draws features of (rows, width).
+        tolerance: tolerance of the gradients.
+    """
+    text = F.pad(features(151, 23), (0, 3))[:, :23]
+    image = F.pad(features(41, 23), (0, 5))[:, :23]
+    scale, bias, weight = torch.tensor(30.0), torch.tensor(-2.0), torch.tensor(-0.3)
+    call = ContrastiveCall(image, text, scale, positive_offset, chunk_size, bias=bias)
+    wide = image.double(), text.double(), scale.double()
+    exact_call = ContrastiveCall(*wide, positive_offset, 64, bias=bias.double())
+    sums = contrastive.forward(exact_call)
+    assert_close(backend.forward(call), sums, 1e-6)
+    # Some rows and columns have no loss.
+    rows_lse, columns_lse = sums[0] + 0.5, sums[1] + 1
+    rows_lse[3:9], columns_lse[::5] = torch.inf, torch.inf
+    upstream = SoftmaxGradient(rows_lse, columns_lse, weight, torch.randn(41) / 10)
+    truth = contrastive.backward(exact_call, replace(upstream, weight=weight.double()), torch.float64)
+    assert_close(backend.backward(call, upstream, torch.float32), truth, tolerance)
+    truth = contrastive.siglip(exact_call, 0.1, torch.float64, True)
+    assert_close(backend.siglip(call, 0.1, torch.float32, True), truth, tolerance)
+    assert_close(backend.siglip(call, 0.1, torch.float32, False)[:1], truth[:1], 1e-6)

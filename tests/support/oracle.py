@@ -1,18 +1,21 @@
-"""How a kernel is judged: the single definition of "close enough", the same on every processor.
+"""The judge of all kernels: the single definition of "close enough", the same on every processor.
 
-Truth is the operator's definition in float64. A kernel passes if, in its output and in every gradient,
+The truth is the operator's definition in float64. A kernel passes if its output and every gradient pass two criteria:
 
-- the norm of its error, over a few draws of the inputs, is at most twice that of eager PyTorch in the same dtype, or of
-  the operator's formula in float32 (formulas.py), or of rounding the truth to the result's dtype. In float32 the larger
-  one counts: eager's and the formula's are alike, but where few terms cancel, eager is exact by accident. In half
-  precision eager rounds what a kernel doesn't, and the formula counts, if it errs less;
-- no element is further from the truth than the formula allows, a bound that is derived and not
-  measured: unit roundoff, times the growth that each operation has, times the size of what it adds.
+- The norm of the error over a few draws of the inputs is at most twice a usual error. That is the error of eager
+PyTorch
+  in the same dtype, of the operator's formula in float32 (formulas.py), or of rounding the truth to the result's dtype.
+  In float32 the largest one counts: eager and the formula have similar errors, but eager is exact by accident if few
+  terms cancel. In half precision eager rounds numbers that a kernel doesn't, so the smaller of eager's and the
+  formula's error counts.
+- No element is further from the truth than the formula allows. This bound is derived, not measured: unit roundoff,
+times
+  the growth of each operation, times the size of its terms.
 
 The norm finds a kernel that is systematically worse. Numbers of one row share the errors of its softmax or mean, so
-that there are only as many errors as rows. Where these are few, as with the losses of some draws, the factor is larger:
-one in a million is the chance that two equal kernels differ as much. The bound finds what goes wrong in one place.
-It is also what judges a result that is zero because its terms cancel.
+there are only as many independent errors as rows. With few rows, as for the losses of some draws, the factor is larger:
+two equal kernels differ by that much with a chance of one in a million. The bound finds a fault in a single place. It
+also judges a result that is zero because its terms cancel.
 """
 
 from __future__ import annotations
@@ -29,16 +32,16 @@ from formulas import Formula
 from torch import Tensor
 
 from bclip_fast.ops import attention, contrastive, image, matmul, pointwise
-from bclip_fast.ops.attention import single_query as pooled
+from bclip_fast.ops.attention import single_query
 from bclip_fast.ops.cuda_device import CUDA_HOST
 from bclip_fast.ops.dispatch import BACKENDS, Limits, why_not
 
 Function = Callable[..., Tensor]
 HALF = torch.bfloat16, torch.float16
-# Each operator's limits, and inputs that they allow in every dtype that the backend takes at all.
+# Limits of each operator, and inputs that they allow in every dtype that the backend supports.
 OPERATORS: dict[str, tuple[Limits, Callable[[torch.dtype], list[Any]]]] = {
     "attention": (attention.LIMITS, lambda dtype: [torch.zeros(1, 3, 1, 64, dtype=dtype)]),
-    "pooled attention": (pooled.LIMITS, lambda dtype: [torch.zeros(1, 1, 64, dtype=dtype)]),
+    "single-query attention": (single_query.LIMITS, lambda dtype: [torch.zeros(1, 1, 64, dtype=dtype)]),
     "contrastive": (contrastive.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)] * 2),
     "pointwise": (pointwise.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)]),
     "linear": (matmul.LIMITS, lambda dtype: [torch.zeros(1, 8, dtype=dtype)] * 2),
@@ -46,20 +49,22 @@ OPERATORS: dict[str, tuple[Limits, Callable[[torch.dtype], list[Any]]]] = {
 }
 FACTOR = 2.0
 FEW, CHANCE = 100, 1e-6
-# Small inputs are drawn more often than DRAWS[0] times, until their rows are enough for the factor. An interpreter or
-# emulator adds up in one order on every machine, and is a thousand times slower.
+# The least and the largest number of draws. Small inputs are drawn more often, until their rows suffice for the factor.
+# An interpreter or emulator sums in the same order on every machine, and is a thousand times slower.
 EMULATED = CUDA_HOST is not None or os.environ.get("TRITON_INTERPRET") == "1"
 DRAWS = (1, 5) if EMULATED else (3, 30)
-# A truth as far below its bound as float64's rounding is below float32's has cancelled.
+# The ratio of truth and bound below which the truth's terms have cancelled: float64's rounding over float32's.
 CANCELLED = 2.0**-24
-# Below float32's normal numbers a kernel may take zero.
+# A kernel may flush numbers below float32's normal ones to zero.
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One draw: what goes in, and, for the output and each gradient, the truth, results of usual accuracy, by eager
-    PyTorch and perhaps by the formula, and the bound on errors."""
+    """One draw: the inputs and the upstream gradient, and three lists for the output and each gradient.
+
+    The lists are the truth, the usual results (by eager PyTorch and perhaps by the formula), and bounds on the errors.
+    """
 
     inputs: list[Tensor]
     upstream: Tensor
@@ -71,16 +76,17 @@ class Expected:
 def expected(
     definition: Function, draw: Callable[[], Sequence[Tensor]], formula: Formula | None, draws: int | None = None
 ) -> list[Expected]:
-    found: list[Expected] = []
-    while len(found) < (draws or DRAWS[0]):
-        torch.manual_seed(len(found))
+    """Draws inputs and computes the expected results of each draw."""
+    cases: list[Expected] = []
+    while len(cases) < (draws or DRAWS[0]):
+        torch.manual_seed(len(cases))
         inputs = list(draw())
         draws = draws or min(max(DRAWS[0], -(-FEW // max(1, _rows(inputs[0])))), DRAWS[1])
         with torch.no_grad():
             usual = definition(*inputs)
-        # A single number's gradient is not 1, so that a kernel which forgets it shows.
+        # The gradient of a single number is not 1, so that a kernel which ignores it fails.
         upstream = torch.randn(usual.shape) if usual.dim() else torch.rand(()) + 0.5
-        # Exact in every dtype that it may be rounded to on its way back.
+        # Rounded to the lowest dtype, so that it is exact in every dtype of the backward pass.
         lowest = min((tensor.dtype for tensor in inputs), key=lambda dtype: dtype.itemsize)
         upstream = upstream.to(lowest).to(usual)
         truth = results_of(definition, [tensor.double() for tensor in inputs], upstream)
@@ -88,8 +94,8 @@ def expected(
         if formula is not None:
             bounds = [number.error + TINY for number in formula(Bounds(), inputs, upstream)]
             results.append(formula(Arithmetic(), inputs, upstream))
-        found.append(Expected(inputs, upstream, truth, results, bounds))
-    return found
+        cases.append(Expected(inputs, upstream, truth, results, bounds))
+    return cases
 
 
 def results_of(function: Function, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -99,13 +105,13 @@ def results_of(function: Function, inputs: Sequence[Tensor], upstream: Tensor) -
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output))]
 
 
-def faults(cases: Sequence[Expected], found: Sequence[Sequence[Tensor]]) -> list[str]:
-    """What is wrong with the results `found` for each case: a line for each result and criterion that fails."""
+def faults(cases: Sequence[Expected], all_results: Sequence[Sequence[Tensor]]) -> list[str]:
+    """The faults of the results of each case: a line for each result and criterion that fails."""
     lines = []
     for place in range(len(cases[0].truth)):
         usual = [[results[place] for results in case.usual] for case in cases]
         bounds = None if cases[0].bounds is None else [case.bounds[place] for case in cases]
-        own, truth = [results[place] for results in found], [case.truth[place] for case in cases]
+        own, truth = [results[place] for results in all_results], [case.truth[place] for case in cases]
         name = f"gradient {place - 1}" if place else "output"
         rows = sum(min(_rows(case.inputs[0]), _rows(case.truth[place])) for case in cases)
         half = any(tensor.dtype.itemsize == 2 for tensor in cases[0].inputs)
@@ -121,7 +127,7 @@ def compared(
     rows: int,
     counts: Callable[[list[float]], float] = max,
 ) -> Iterable[str]:
-    """What is wrong with one result in several draws, with `rows` in all; which of the usual errors `counts`."""
+    """The faults of one result over several draws with `rows` in total. `counts` picks among the usual errors."""
     for mine, true in zip(own, truth, strict=True):
         if mine.shape != true.shape:
             yield f"shape {tuple(mine.shape)}, should be {tuple(true.shape)}"
@@ -132,7 +138,7 @@ def compared(
     errors = [mine.double() - true for mine, true in zip(own, truth, strict=True)]
     size = _norm(truth)
     if size > (0.0 if bounds is None else CANCELLED * _norm(bounds)):
-        # What rounding costs, also where the truth happens to need none: at least 1 / sqrt(12) of the last digit.
+        # The error of rounding: at least 1 / sqrt(12) of the last digit, even if the truth needs no rounding.
         roundings = _norm([true.to(mine.dtype).double() - true for mine, true in zip(own, truth, strict=True)])
         roundings = max(roundings, size * torch.finfo(own[0].dtype).eps / 2 / 12**0.5)
         others = [
@@ -146,14 +152,14 @@ def compared(
         excess = (error.abs() / bound).max() if error.numel() else torch.zeros(())
         if not excess <= 1:
             place = tuple(int(one) for one in torch.unravel_index((error.abs() / bound).argmax(), error.shape))
-            yield f"error {error[place].abs():.3g} at {place}, where at most {bound[place]:.3g} can be right"
+            yield f"error {error[place].abs():.3g} at {place}, but the bound is {bound[place]:.3g}"
 
 
 def factor_of(count: int) -> float:
-    """How much larger the norm of so many errors may be.
+    """The factor by which the norm of `count` errors may exceed the usual norm.
 
     The squared ratio of two norms of n independent normal errors of one size exceeds x with a probability below
-    2 / (n B(n/2, n/2)) x^(-n/2) (the F distribution's density, without what it has but powers of x).
+    2 / (n B(n/2, n/2)) x^(-n/2), by the F distribution's density with only its powers of x.
     """
     if count >= FEW:
         return FACTOR
@@ -176,9 +182,9 @@ def assert_as_accurate_as_eager(
     formula: Formula | None,
     draws: int | None = None,
 ) -> None:
-    """Judges `kernel`, a function of the inputs that `draw` makes, as the module says.
+    """Judges `kernel`, a function of the inputs that `draw` makes, by the criteria of this module.
 
-    formula: None where the kernel is the library's own.
+    `formula` is None if the kernel is the library's own.
     """
     cases = expected(definition, draw, formula, draws)
     lines = faults(cases, [results_of(kernel, case.inputs, case.upstream) for case in cases])
@@ -186,9 +192,10 @@ def assert_as_accurate_as_eager(
 
 
 def every_backend(operator: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The backends that run the operator in `dtype` here. No others are collected: the report's header names them.
+    """The backends that run the operator in `dtype` here. Tests of other backends are not collected.
 
-    Torch's own kernels are not among them: their rounding is torch's affair, and test_sdpa.py has what we ask of them.
+    The report's header names the other backends. torch's own kernels are left out, because their rounding is not ours;
+    test_sdpa.py tests them.
     """
     limits, inputs = OPERATORS[operator]
     ours = [name for name in BACKENDS if name in limits and name != "torch"]
@@ -196,16 +203,17 @@ def every_backend(operator: str, dtype: torch.dtype = torch.float32) -> list[str
 
 
 def every_backend_and(operator: str, *dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
+    """Pairs of a backend and a dtype that it runs here."""
     return [(name, dtype) for dtype in dtypes for name in every_backend(operator, dtype)]
 
 
 def collected_if(condition: bool) -> Callable[[Any], Any]:
-    """A decorator of tests that belong to some processes only. In others they are not collected, and no skip either."""
+    """A decorator that collects a test only if `condition` holds, and otherwise leaves no skip behind."""
     return lambda test: test if condition else None
 
 
 def absent_backends() -> str:
-    """One line: which backends this process has no tests of, and why."""
+    """One line: the backends without tests in this process, and the reasons."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for operator, (limits, inputs) in OPERATORS.items():
         for name in limits:

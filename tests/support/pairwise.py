@@ -1,7 +1,7 @@
-"""Covering arrays: few cases in which every two values of different parameters meet.
+"""Covering arrays: few cases that together contain every pair of values of different parameters.
 
-Faults that need three parameters at once are rare (Kuhn, Wallace and Gallo 2004, "Software fault interactions and
-implications for software testing"); the full product has them, and runs under the marker `long`.
+Faults that depend on three parameters at once are rare (Kuhn, Wallace and Gallo 2004, "Software fault interactions and
+implications for software testing"). The full product covers them, and runs under the marker `long`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ Case = tuple[Any, ...]
 
 
 def covering(values: Sequence[Sequence[Any]], allowed: Callable[[Case], bool] = lambda case: True) -> list[Case]:
-    """Of the product of `values`, cases that hold every pair of values which any allowed case holds.
+    """Cases of the product of `values` that contain every pair of values that any allowed case contains.
 
-    Greedy and deterministic: the case with the most new pairs comes next, the first of several.
+    The choice is greedy and deterministic: the first case with the most new pairs comes next.
     """
     places = itertools.product(*(range(len(one)) for one in values))
     cases = [place for place in places if allowed(_values_at(values, place))]
-    wanted = {pair for case in cases for pair in _pairs(case)}
+    missing = {pair for case in cases for pair in _pairs(case)}
     chosen = []
-    while wanted:
-        best = max(cases, key=lambda case: len(wanted & _pairs(case)))
-        wanted -= _pairs(best)
+    while missing:
+        best = max(cases, key=lambda case: len(missing & _pairs(case)))
+        missing -= _pairs(best)
         chosen.append(best)
-    # In the product's order. A single parameter has no pairs.
+    # Cases keep the product's order. A single parameter has no pairs.
     return [_values_at(values, place) for place in (sorted(chosen) if len(values) > 1 else cases)]
 
 
@@ -41,9 +41,9 @@ def _pairs(case: Case) -> set[Any]:
 
 
 def pairwise(allowed: Callable[..., bool] | None = None, **values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Like `pytest.mark.parametrize`, over a covering array of the values; the rest of the product is `long`.
+    """`pytest.mark.parametrize` over a covering array of the values. The rest of the product is marked `long`.
 
-    A name such as `backend_and_dtype` stands for the arguments backend and dtype, whose values are pairs. `allowed`
+    A name such as `backend_and_dtype` stands for two arguments, backend and dtype, and its values are pairs. `allowed`
     takes the arguments by name.
     """
     names = [name.split("_and_") for name in values]

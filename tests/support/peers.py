@@ -1,4 +1,4 @@
-"""Peers for tests; a test is skipped, with the reason, without them."""
+"""Peers for tests. A test without its peer is skipped with the reason."""
 
 from __future__ import annotations
 

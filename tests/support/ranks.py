@@ -1,4 +1,4 @@
-"""Runs a function on n gloo ranks of this machine and returns each rank's result."""
+"""Functions on several gloo ranks of this machine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PRELOADED = [
 
 
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Starts processes that have imported PRELOADED; a test process imports them once, in its server.
+    """Return a context whose processes start with the modules of PRELOADED. Its server imports them once.
 
-    conftest.py starts the server ahead of the tests: its children have the environment that it started with.
+    conftest.py starts the server before the tests, because its children inherit the server's environment.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -31,9 +31,9 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
 
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Returns `function(rank, *args)` of each rank.
+    """Return the result of `function(rank, *args)` of each rank.
 
-    function: importable (defined at the top level of a module); its result must be what torch.save takes.
+    function: function at the top level of a module. Its result must be something that torch.save accepts.
     """
     with tempfile.TemporaryDirectory() as folder:
         method = fork_server().get_start_method()

@@ -1,4 +1,4 @@
-"""What a Triton kernel takes of a GPU, from compiling it ahead of time: no GPU is needed."""
+"""The GPU resources of a Triton kernel, read from its compiled code without a GPU."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-# What `make test` compiles for. sm_90 has more shared memory and the same registers, so sm_80 is the tighter one.
+# `make test` compiles only for sm_80. sm_90 has as many registers and more shared memory, so sm_80 has tighter limits.
 CAPABILITIES = [80, pytest.param(90, marks=pytest.mark.long)]
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Resources(NamedTuple):
-    registers: int  # of a thread
-    spilled: int  # bytes of a thread's stack, where registers that don't fit go
-    shared: int  # bytes of a program
+    """Registers per thread, bytes of registers spilled per thread, and bytes of shared memory per program."""
+
+    registers: int
+    spilled: int
+    shared: int
 
 
 def compiled_resources(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, folder: Path
 ) -> Resources:
-    """Compiles for sm_<capability>; what `constants` writes in lower case and the kernel doesn't take is an option.
+    """Compile a kernel for sm_<capability> and return its resources.
 
-    Arguments that `types` doesn't name are i32. Pointers and strides are multiples of 16, as the launcher finds them.
+    types: types of arguments. An argument without a type is an i32.
+    constants: compile-time constants, and the compiler's options, which are names that the kernel does not have.
+    Pointers and strides count as multiples of 16, as in real launches.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -37,13 +41,13 @@ def compiled_resources(
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or "stride" in arg]
-    place = kernel.arg_names.index
+    position = kernel.arg_names.index
     binary = triton.compile(
         ASTSource(
             kernel,
             signature,
-            {(place(arg),): value for arg, value in constants.items()},
-            {(place(arg),): [["tt.divisibility", 16]] for arg in aligned},
+            {(position(arg),): value for arg, value in constants.items()},
+            {(position(arg),): [["tt.divisibility", 16]] for arg in aligned},
         ),
         target=GPUTarget("cuda", capability, 32),
         options=options,

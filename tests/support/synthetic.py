@@ -17,7 +17,7 @@ from bclip_fast.model.text import TextConfig
 from bclip_fast.model.vision import VisionConfig
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, DataConfig, TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.schedule import OptimConfig
 
 COLOURS = {
@@ -28,7 +28,7 @@ PLACES = {"left": (20, 12), "right": (20, 36), "top": (10, 24), "bottom": (30, 2
 
 
 def write_shards(folder: Path, num_samples: int = 96, num_val: int = 32, seed: int = 0, noise: int = 40) -> Path:
-    """Coloured squares on noise, 40 x 48 px; the caption names colour and place, 32 different ones in turn."""
+    """Write images of coloured squares on noise, 40 x 48 pixels. 32 captions, in turn, name colour and place."""
     generator = np.random.default_rng(seed)
     yy, xx = np.mgrid[:40, :48]
     with ShardWriter(folder, max_shard_bytes=30_000) as writer:
@@ -47,7 +47,7 @@ def write_shards(folder: Path, num_samples: int = 96, num_val: int = 32, seed: i
 def tiny_model(dropout: float = 0.0, width: int = 32) -> BiomedClipConfig:
     return BiomedClipConfig(
         embed_dim=24,
-        # Near the top of the range: at CLIP's 1 / 0.07 an untrained tower's logits hardly differ from one another.
+        # Near the top of the range, because at CLIP's 1 / 0.07 the logits of an untrained tower are almost equal.
         init_logit_scale=math.log(50),
         vision=VisionConfig(image_size=32, patch_size=8, width=width, layers=2, heads=2),
         text=TextConfig(
@@ -58,7 +58,7 @@ def tiny_model(dropout: float = 0.0, width: int = 32) -> BiomedClipConfig:
 
 
 def tiny_run(run: Path, shards: Path, **changes: Any) -> TrainConfig:
-    """Six fp32 steps of 16 pairs with a checkpoint at each third."""
+    """Return the configuration of six fp32 steps of 16 pairs, with a checkpoint after every third step."""
     settings: dict[str, Any] = dict(
         run=str(run),
         preset="",

@@ -1,9 +1,8 @@
-"""Damage while training: samples are replaced alike on any ranks, storage that fails stops every rank by name."""
+"""Damage during training: all ranks replace samples alike, and a storage failure stops every rank with its name."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import threading
@@ -14,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 from damage import KINDS, REASONS, spoil
-from loaders import loader, take
+from loaders import by_key, loader, take
 from ranks import on_ranks
+from run_results import bad_sample_lines, loss_curve
 from synthetic import tiny_run, weights, write_shards
 
 from bclip_fast import distributed
-from bclip_fast.data.loader import Batch
 from bclip_fast.data.sampler import NUM_FALLBACKS, ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.storage import ReadConfig, ReadError
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.train.config import DataConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.trainer import train
 
 QUICK = ReadConfig(attempts=2)
@@ -39,52 +38,49 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spoilt(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """40 samples with one of each damage and a pair of which one is the other's first reserve; kind by key."""
+    """40 samples with one damage of each kind, and two more damaged ones, of which one is the other's first fallback.
+
+    Returns the folder, and the kind of damage by key.
+    """
     folder = shutil.copytree(sound, tmp_path_factory.mktemp("spoilt") / "shards")
     dataset = ShardDataset(folder)
     stream = ShardSampler(dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1)
     first = stream.sample(0, 11)
     chain = [first, next(stream.fallbacks(0, 11))]
     others = [i for i in range(0, 40, 7) if i not in chain][: len(KINDS)]
-    found = {spoil(folder, index, kind): kind for index, kind in zip(others, KINDS, strict=True)}
-    return folder, {**found, **{spoil(folder, index): "pixels" for index in chain}}
-
-
-def by_key(batches: list[Batch]) -> list[tuple[Any, ...]]:
-    """A global batch as a set: with shares of equal cost, which rank has a sample depends on their number."""
-    rows = [
-        (key, image.numpy().tobytes(), tuple(ids.tolist()))
-        for batch in batches
-        for key, image, ids in zip(batch.keys, batch.images, batch.ids.split(batch.lengths), strict=True)
-    ]
-    return sorted(rows)
+    kinds = {spoil(folder, index, kind): kind for index, kind in zip(others, KINDS, strict=True)}
+    return folder, {**kinds, **{spoil(folder, index): "pixels" for index in chain}}
 
 
 def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, str]], sound: Path):
     folder, kinds = spoilt
     before = threading.active_count()
     with loader(ShardDataset(folder)) as source, loader(ShardDataset(sound)) as clean:
-        found, whole = take(source, 5), take(clean, 5)
+        batches, clean_batches = take(source, 5), take(clean, 5)
     assert threading.active_count() == before
-    assert {bad.key for batch in found for bad in batch.bad} == set(kinds)
+    assert {bad.key for batch in batches for bad in batch.bad} == set(kinds)
     dataset, stream = ShardDataset(folder), source.sampler
-    for number, (batch, other) in enumerate(zip(found, whole, strict=True)):
-        assert len(batch.keys) == len(batch.images) == len(batch.lengths) == 8 and not other.bad
+    for number, (batch, other) in enumerate(zip(batches, clean_batches, strict=True)):
+        assert len(batch.keys) == len(batch.images) == len(batch.lengths) == 8
+        assert not other.bad
         assert not set(batch.keys) & set(kinds)
         replaced = {bad.position for bad in batch.bad}
         for row, key in enumerate(batch.keys):
             position = 8 * number + row
             tried = [bad.index for bad in batch.bad if bad.position == position]
             if position not in replaced:
-                assert key == other.keys[row] and torch.equal(batch.images[row], other.images[row])
+                assert key == other.keys[row]
+                assert torch.equal(batch.images[row], other.images[row])
                 continue
-            wanted = [stream.sample(0, position), *stream.fallbacks(0, position)]
-            assert tried == wanted[: len(tried)] and dataset.name_of(wanted[len(tried)])[0] == key
+            candidates = [stream.sample(0, position), *stream.fallbacks(0, position)]
+            assert tried == candidates[: len(tried)]
+            assert dataset.name_of(candidates[len(tried)])[0] == key
         for bad in batch.bad:
-            assert bad.epoch == 0 and REASONS[kinds[bad.key]] in bad.reason
+            assert bad.epoch == 0
+            assert REASONS[kinds[bad.key]] in bad.reason
             assert (bad.key, bad.shard) == dataset.name_of(bad.index)
-    assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in found)
-    # A tokenizer is learned from the captions that can be read.
+    assert any(len([bad for bad in batch.bad if bad.position == 11]) == 2 for batch in batches)
+    # A tokenizer is trained on the readable captions.
     spoilt_caption = next(key for key, kind in kinds.items() if kind == "caption")
     sample = next(sample for sample in ShardDataset(sound) if sample.key == spoilt_caption)
     expected = list(ShardDataset(sound).captions())
@@ -94,15 +90,15 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
 
 @pytest.mark.parametrize("cost", [False, True])
 def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]], cost: bool):
-    """Keys, pixels and replacements are those of one uninterrupted rank, stopped anywhere, continued on 1, 2, 4."""
+    """After a stop at any batch, 1, 2 and 4 ranks continue with the samples of an uninterrupted rank."""
     dataset = ShardDataset(spoilt[0])
     costs = {"cost": dataset.caption_bytes} if cost else {}
     with loader(dataset, stream=costs) as source:
-        states, whole = [source.state_dict()], []
+        states, batches = [source.state_dict()], []
         for _ in range(7):
-            whole.append(next(source))
+            batches.append(next(source))
             states.append(source.state_dict())
-    assert sum(len(batch.bad) for batch in whole[:5]) >= 7
+    assert sum(len(batch.bad) for batch in batches[:5]) >= 7
     for world_size in (1, 2, 4):
         for stop, state in enumerate(states[:-1]):
             ranks = []
@@ -110,9 +106,9 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                 with loader(dataset, rank, world_size, stream=costs) as source:
                     source.load_state_dict(state)
                     ranks.append(take(source, min(2, 7 - stop)))
-                    # So that it may be stopped here again and go on at yet another number of ranks.
+                    # So the run can stop again here, and continue on another number of ranks.
                     assert source.state_dict() == states[stop + len(ranks[-1])]
-            for batch, parts in zip(whole[stop:], zip(*ranks, strict=True), strict=False):
+            for batch, parts in zip(batches[stop:], zip(*ranks, strict=True), strict=False):
                 assert {len(part.keys) for part in parts} == {8 // world_size}
                 assert by_key(list(parts)) == by_key([batch])
                 bad = sorted((bad for part in parts for bad in part.bad), key=lambda bad: bad.position)
@@ -121,7 +117,7 @@ def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]
                     assert [key for part in parts for key in part.keys] == batch.keys
 
 
-def test_only_so_many_reserves_are_tried(sound: Path, tmp_path: Path):
+def test_too_many_damaged_fallbacks_are_an_error(sound: Path, tmp_path: Path):
     folder = shutil.copytree(sound, tmp_path / "shards")
     for index in range(40):
         spoil(folder, index)
@@ -134,7 +130,7 @@ def test_only_so_many_reserves_are_tried(sound: Path, tmp_path: Path):
         next(source)
 
 
-def test_a_read_that_fails_once_is_tried_again(sound: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_read_is_retried(sound: Path, monkeypatch: pytest.MonkeyPatch):
     with loader(ShardDataset(sound)) as source:
         expected = take(source, 3)
     real, failed = os.pread, set()
@@ -147,8 +143,10 @@ def test_a_read_that_fails_once_is_tried_again(sound: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "pread", pread)
     with loader(ShardDataset(sound, read=QUICK)) as source:
-        found = take(source, 3)
-    assert failed and by_key(found) == by_key(expected) and not any(batch.bad for batch in found)
+        batches = take(source, 3)
+    assert failed
+    assert by_key(batches) == by_key(expected)
+    assert not any(batch.bad for batch in batches)
 
 
 def cut(path: Path) -> None:
@@ -156,10 +154,10 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault, words",
+    ("fault", "words"),
     [(cut, r"ends before byte \d+ \(truncated\?\)"), (Path.unlink, "cannot be read, bytes .*No such file")],
 )
-def test_a_shard_that_is_cut_or_gone_stops_the_loader_by_name(sound: Path, tmp_path: Path, fault, words: str):
+def test_truncated_or_missing_shard_is_an_error(sound: Path, tmp_path: Path, fault, words: str):
     dataset = ShardDataset(shutil.copytree(sound, tmp_path / "shards"), read=QUICK)
     path = tmp_path / "shards" / "train-000001.tar"
     fault(path)
@@ -173,9 +171,7 @@ def test_a_shard_that_is_cut_or_gone_stops_the_loader_by_name(sound: Path, tmp_p
 
 
 @pytest.mark.parametrize("where", ["sample", "index"])
-def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
-    sound: Path, monkeypatch: pytest.MonkeyPatch, where: str
-):
+def test_stuck_read_times_out_and_loader_closes(sound: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     release = threading.Event()
     dataset = ShardDataset(sound)
     name = "_read" if where == "sample" else "_read_all"
@@ -189,11 +185,11 @@ def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
     monkeypatch.setattr(dataset.storage, name, stuck)
     before = threading.active_count()
     source = loader(dataset, timeout_s=0.5, prefetch_batches=6)
-    words = r"no batch within timeout_s=0\.5: reading .*train-000001\.(tar, bytes \d+|index\.json, the whole)"
+    words = r"no batch within timeout_s=0\.5: reading .*train-000001\.(tar, bytes \d+|index\.json, the whole file)"
     with pytest.raises(UserError, match=words):
         take(source, 6)
     source.close()
-    # Neither the error nor close() waited for the read, which goes on. Its thread ends as soon as the read does.
+    # Neither the error nor close() waited for the read. Its thread ends as soon as the read ends.
     release.set()
     for _ in range(1200):
         if threading.active_count() == before:
@@ -202,7 +198,7 @@ def test_a_stuck_read_is_an_error_in_time_and_closing_does_not_hang(
     assert threading.active_count() == before
 
 
-def test_a_slow_thread_that_reads_nothing_is_named_so(sound: Path):
+def test_slow_tokenizer_is_named_in_timeout(sound: Path):
     release = threading.Event()
 
     def slow(captions: list[str]) -> list[list[int]]:
@@ -215,30 +211,21 @@ def test_a_slow_thread_that_reads_nothing_is_named_so(sound: Path):
         release.set()
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    path = run / "bad_samples.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def without_rank(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "rank"} for record in records]
-
-
-def curve(run: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
 
 
 def data(shards: Path, **changes: Any) -> DataConfig:
     return DataConfig(str(shards), shuffle_block=32, read=QUICK, **changes)
 
 
-# Of 96 samples: the batch of 16 of each of 6 steps is an epoch.
+# Indices of damaged samples, of 96. An epoch has 6 steps of 16 samples.
 SPOILT = (5, 40, 41, 77)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with shards that have 4 damaged samples and a run of one rank on them, 9 steps of an epoch of 6."""
+    """A folder with shards that have 4 damaged samples, and with a run of one rank on them. It has 9 steps."""
     root = tmp_path_factory.mktemp("trained")
     write_shards(root / "shards")
     shutil.copytree(root / "shards", root / "sound")
@@ -248,21 +235,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_run_survives_lists_them_and_resumes_to_the_same(trained: Path, tmp_path: Path):
+def test_run_with_damaged_samples_lists_them_and_resumes_bitwise(trained: Path, tmp_path: Path):
     run = trained / "one"
-    records = lines(run)
+    records = bad_sample_lines(run)
     assert {record["index"] for record in records} == set(SPOILT)
     assert [record["step"] for record in records] == sorted(record["step"] for record in records)
-    assert {record["epoch"] for record in records} == {0, 1} and {record["rank"] for record in records} == {0}
+    assert {record["epoch"] for record in records} == {0, 1}
+    assert {record["rank"] for record in records} == {0}
     assert records[0].keys() == {"step", "rank", "epoch", "position", "index", "key", "shard", "reason"}
     counts = [record["bad_samples"] for record in read_metrics(run / "metrics.jsonl")]
-    assert counts == sorted(counts) and counts[5] == counts[-1] == len(SPOILT)
+    assert counts == sorted(counts)
+    assert counts[5] == counts[-1] == len(SPOILT)
     assert counts == [len({r["index"] for r in records if r["step"] <= step}) for step in range(1, 10)]
     part = shutil.copytree(run, tmp_path / "part")
     for step in (6, 9):
         shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
     train(tiny_run(part, trained / "shards", max_steps=9, data=data(trained / "shards"), resume=True))
-    assert curve(part) == curve(run) and lines(part) == records
+    assert loss_curve(part) == loss_curve(run)
+    assert bad_sample_lines(part) == records
     assert all(torch.equal(tensor, weights(run)[name]) for name, tensor in weights(part).items())
 
 
@@ -271,16 +261,16 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     engine = EngineConfig(name="ddp", precision="fp32")
     config = tiny_run(root / "two", root / "shards", max_steps=9, data=data(root / "shards"), engine=engine)
     train(config)
-    found: dict[str, Any] = {}
-    # Rank 1's copy alone is damaged.
-    own = root / ("shards" if rank == 1 else "sound")
-    train(dataclasses.replace(config, run=str(root / "uneven"), data=data(own)))
+    errors: dict[str, Any] = {}
+    # Only rank 1's copy is damaged.
+    local_shards = root / ("shards" if rank == 1 else "sound")
+    train(dataclasses.replace(config, run=str(root / "uneven"), data=data(local_shards)))
 
     def refusal(name: str, shards: Path, **changes: Any) -> None:
         try:
             train(dataclasses.replace(config, run=str(root / name), data=data(shards, **changes)))
         except UserError as error:
-            found[name] = str(error)
+            errors[name] = str(error)
         distributed.barrier()
 
     refusal("limited", root / "shards", max_bad_samples=2)
@@ -297,21 +287,23 @@ def _on_two_ranks(rank: int, folder: str) -> dict[str, Any]:
     if rank == 1:
         ShardDataset.fetch = lambda self, indices: lambda: time.sleep(5)  # type: ignore
     refusal("stuck", root / "sound", timeout_s=1.0)
-    return found
+    return errors
 
 
-def test_two_ranks_stay_in_step(trained: Path):
-    found = on_ranks(2, _on_two_ranks, str(trained))
-    one, two = lines(trained / "one"), lines(trained / "two")
-    assert without_rank(two) == without_rank(one) and {record["rank"] for record in two} == {0, 1}
-    # What differs is the order of fp32 sums: the measured bound of test_engine_ranks.
-    torch.testing.assert_close(curve(trained / "two"), curve(trained / "one"), rtol=0, atol=2e-5)
-    uneven = lines(trained / "uneven")
-    assert uneven == [record for record in two if record["rank"] == 1] and 0 < len(uneven) < len(two)
-    assert len(curve(trained / "uneven")) == 9
-    for part in found:
-        assert "3 samples are damaged, data.max_bad_samples is 2: sample sample" in part["limited"]
-        assert str(trained / "limited" / "bad_samples.jsonl") in part["limited"]
-        assert f"rank 1: {trained / 'short' / 'train-000002.tar'}: ends before byte" in part["cut"]
-        assert "rank 1: no batch within timeout_s=1" in part["stuck"]
-    assert len(curve(trained / "limited")) < 6
+def test_two_ranks_agree_on_damaged_samples(trained: Path):
+    errors_of_ranks = on_ranks(2, _on_two_ranks, str(trained))
+    one, two = bad_sample_lines(trained / "one"), bad_sample_lines(trained / "two")
+    assert without_rank(two) == without_rank(one)
+    assert {record["rank"] for record in two} == {0, 1}
+    # The order of fp32 sums differs. The tolerance is that of test_engine_ranks.py.
+    torch.testing.assert_close(loss_curve(trained / "two"), loss_curve(trained / "one"), rtol=0, atol=2e-5)
+    uneven = bad_sample_lines(trained / "uneven")
+    assert uneven == [record for record in two if record["rank"] == 1]
+    assert 0 < len(uneven) < len(two)
+    assert len(loss_curve(trained / "uneven")) == 9
+    for errors in errors_of_ranks:
+        assert "3 samples are damaged, more than data.max_bad_samples=2: sample sample" in errors["limited"]
+        assert str(trained / "limited" / "bad_samples.jsonl") in errors["limited"]
+        assert f"rank 1: {trained / 'short' / 'train-000002.tar'}: ends before byte" in errors["cut"]
+        assert "rank 1: no batch within timeout_s=1" in errors["stuck"]
+    assert len(loss_curve(trained / "limited")) < 6

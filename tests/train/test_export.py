@@ -1,4 +1,4 @@
-"""`bclip train export`: transformers gives the embeddings that we do, from its own image processor and tokenizer on."""
+"""`bclip train export`: transformers gives our embeddings with its own image processor and tokenizer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train import checkpoint
-from bclip_fast.train.engine.deepspeed import OptimizerState
+from bclip_fast.train.engine.optimizer import OptimizerState
 
 CAPTIONS = ["a red square at the left", "cells", "a blue square at the top of the picture, and much more"]
 
 
 @pytest.fixture(autouse=True)
 def _torchvision() -> None:
-    """transformers imports it where it is installed; ours lacks its operators."""
+    """transformers imports torchvision if it is installed. This stub has no operators."""
     import_torchvision()
 
 
@@ -35,7 +35,7 @@ def saved(folder: Path, config: BiomedClipConfig) -> BiomedClip:
     torch.manual_seed(1)
     model = BiomedClip(config).eval()
     with torch.no_grad():
-        # Biases begin at zero and norms at one, where a mistaken name wouldn't show.
+        # Initial biases are zero and norms are one. With these values, the test would not notice swapped names.
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     tokenizer = Tokenizer.train(CAPTIONS * 3, config.text.vocab_size, config.text.context_length)
@@ -57,7 +57,7 @@ def image_embedding(folder: Path, picture: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("projection", ["mlp", "linear"])
-def test_transformers_gives_our_embeddings(tmp_path: Path, picture: Image.Image, projection: str):
+def test_exported_model_gives_same_embeddings_in_transformers(tmp_path: Path, picture: Image.Image, projection: str):
     from transformers import AutoModel, AutoTokenizer
 
     tiny = tiny_model()
@@ -69,7 +69,7 @@ def test_transformers_gives_our_embeddings(tmp_path: Path, picture: Image.Image,
     with torch.no_grad():
         image = model.encode_image(preprocess(picture)[None], normalize=False)
         text = model.encode_text(tokenizer(CAPTIONS), normalize=False)
-        # The processor rounds what it resizes to bytes in between.
+        # The processor rounds the resized image to bytes.
         torch.testing.assert_close(image_embedding(out, picture), image, rtol=0, atol=2e-2)
         exact = AutoModel.from_pretrained(out / "vision").eval()(preprocess(picture)[None]).pooler_output
         torch.testing.assert_close(exact, image, rtol=0, atol=1e-5)
@@ -77,19 +77,20 @@ def test_transformers_gives_our_embeddings(tmp_path: Path, picture: Image.Image,
             CAPTIONS, padding=True, truncation=True, return_tensors="pt"
         )
         bert, info = AutoModel.from_pretrained(out / "text", add_pooling_layer=False, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
         hidden = bert.eval()(**tokens).last_hidden_state[:, 0]
     rest = load_file(out / "projections.safetensors")
     if projection == "mlp":
-        found = F.gelu(hidden @ rest["text_projection.0.weight"].T) @ rest["text_projection.2.weight"].T
+        projected = F.gelu(hidden @ rest["text_projection.0.weight"].T) @ rest["text_projection.2.weight"].T
     else:
-        found = hidden @ rest["text_projection.weight"].T
-    torch.testing.assert_close(found, text, rtol=0, atol=1e-5)
+        projected = hidden @ rest["text_projection.weight"].T
+    torch.testing.assert_close(projected, text, rtol=0, atol=1e-5)
     assert float(rest["logit_scale"]) == float(model.logit_scale.detach())
 
 
 @pytest.mark.parametrize("end_id", [None, 7])
-def test_a_gpt_tower_is_clips(tmp_path: Path, end_id: int | None):
+def test_exported_gpt_tower_gives_same_embeddings_as_clip(tmp_path: Path, end_id: int | None):
     from transformers import CLIPTextModelWithProjection
 
     text = TextConfig(
@@ -104,13 +105,14 @@ def test_a_gpt_tower_is_clips(tmp_path: Path, end_id: int | None):
     for row, end in enumerate((3, 8, 5)):
         ids[row, end], ids[row, end + 1 :] = 95 if end_id is None else end_id, 0
     theirs, info = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / "text", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     with torch.no_grad():
         expected = model.encode_text(ids, normalize=False)
         torch.testing.assert_close(theirs.eval()(input_ids=ids).text_embeds, expected, rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_of_an_earlier_step_in_open_clips_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_export_of_earlier_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tiny_model()
     earlier = saved(tmp_path / "run" / "model", config).state_dict()
     earlier["logit_scale"] = torch.tensor(1.25)

@@ -1,4 +1,4 @@
-"""A step over cached embeddings is the step of the whole batch, dropout and all, whoever computes it."""
+"""GradCache computes the step of the whole batch, with dropout, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,43 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
 
-from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train.engine import deepspeed as engines
-from bclip_fast.train.engine.deepspeed import Engine, EngineConfig
-from bclip_fast.train.grad_cache import CachedBatch, Spool, embed
-from bclip_fast.train.schedule import OptimConfig
+from bclip_fast.train.engine import Engine, EngineConfig, build_engine
+from bclip_fast.train.grad_cache import GradCache, SpillBuffer, embed
 from bclip_fast.train.trainer import train
-
-NUM_PARTS, ROWS = 8, 4
-ENGINES = {"ddp": EngineConfig(name="ddp", precision="fp32")} | {
-    f"zero{stage}": EngineConfig(zero_stage=stage, precision="fp32") for stage in (0, 1, 2, 3)
-}
-# A first step of AdamW is the sign of the gradient wherever eps is small, rounding noise included: at the published
-# eps of 1e-6 one element in 6,000 moved by 2e-6 instead.
-OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, grad_clip_norm=1.0, eps=1e-3)
-
-
-def micro_batches() -> list[tuple[Batch, int]]:
-    """Each with the seed of its random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    parts = []
-    for number in range(NUM_PARTS):
-        images = torch.randint(0, 256, (ROWS, 32, 32, 3), dtype=torch.uint8, generator=generator)
-        lengths = torch.randint(1, 12, (ROWS,), generator=generator).tolist()
-        ids = torch.randint(5, 90, (sum(lengths),), generator=generator)
-        parts.append((Batch(images, ids, lengths, [""] * ROWS, 0), 100 + number))
-    return parts
-
-
-def spool() -> Spool:
-    """Of which a part of the images goes to a file."""
-    return Spool(3 * ROWS * 32 * 32 * 3)
 
 
 def make(config: EngineConfig, checkpointing: bool = False, locked: Sequence[str] = (), kind: str = "bert") -> Engine:
@@ -57,11 +30,11 @@ def make(config: EngineConfig, checkpointing: bool = False, locked: Sequence[str
     for tower in locked:
         model.get_submodule(tower).lock()  # type: ignore[operator]
     model.set_grad_checkpointing(checkpointing)
-    return engines.make(model, config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model, config, OPTIM, NUM_PARTS * ROWS)
 
 
 def whole_batch(**options: Any) -> dict[str, Any]:
-    """The step with all activations kept: what the towers give for each part, concatenated, in one graph."""
+    """The step without GradCache: one graph over the concatenated embeddings of all micro-batches."""
     engine = make(ENGINES["ddp"], **options)
     parts = [embed(engine, *part) for part in micro_batches()]
     image, text = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -72,26 +45,28 @@ def whole_batch(**options: Any) -> dict[str, Any]:
 
 
 def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
-    """Of the first step all results, of it and of a second with a single micro-batch how often gradients travelled."""
+    """Results of a step, and numbers of gradient collectives of this step and of one with a single micro-batch."""
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
     parts = micro_batches()[rank * share : (rank + 1) * share]
-    found: dict[str, Any] = {}
-    for own, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
-        cached = CachedBatch(engine, ClipLoss(rank=rank, world_size=num_ranks), len(own), spool())
-        for part in own:
+    results: dict[str, Any] = {}
+    for micro_batches_of_step, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
+        cached = GradCache(
+            engine, ClipLoss(rank=rank, world_size=num_ranks), len(micro_batches_of_step), spill_buffer()
+        )
+        for part in micro_batches_of_step:
             cached.add(*part)
         loss = float(cached.loss())
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             cached.backward()
         result = engine.step(OPTIM.lr)
-        # The raw events: summing up 10,000 of them in Python would take longer than the step.
+        # Use the raw events, because the profiler's summary of 10,000 events takes longer than the step.
         assert profile.profiler is not None
         events = profile.profiler.kineto_results.events()
-        found[name] = sum(_is_reduction(event.name()) for event in events)
-        found = {"loss": loss, "grad_norm": result.grad_norm, "weights": engine.model_state()} | found
+        results[name] = sum(_is_reduction(event.name()) for event in events)
+        results = {"loss": loss, "grad_norm": result.grad_norm, "weights": engine.model_state()} | results
     engine.close()
-    return found
+    return results
 
 
 def _is_reduction(event: str) -> bool:
@@ -100,7 +75,7 @@ def _is_reduction(event: str) -> bool:
 
 def steps(rank: int, num_ranks: int) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = str(rank)
-    # Recomputing layers is the model's matter but under ZeRO 3, which gathers them again.
+    # Checkpointing concerns only the model, except under ZeRO 3, which gathers the weights again.
     return {name: cached_step(rank, num_ranks, config, name in ("ddp", "zero3")) for name, config in ENGINES.items()}
 
 
@@ -110,21 +85,21 @@ def expected() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
-def test_the_step_of_the_whole_batch(num_ranks: int, expected: dict[str, Any]):
-    for name, found in on_ranks(num_ranks, steps, num_ranks)[0].items():
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6), name
+def test_grad_cache_step_equals_whole_batch(num_ranks: int, expected: dict[str, Any]):
+    for name, results in on_ranks(num_ranks, steps, num_ranks)[0].items():
+        assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
+        assert results["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6), name
         for key, tensor in expected["weights"].items():
-            off = float((found["weights"][key] - tensor).abs().max())
+            off = float((results["weights"][key] - tensor).abs().max())
             assert off <= 1e-6, f"{name}: {key} is off by {off:.2g}"
         if num_ranks > 1:
-            assert found["collectives"] == found["collectives of one"] > 0, name
+            assert results["collectives"] == results["collectives of one"] > 0, name
 
 
-def test_a_step_without_the_replay_of_random_numbers_is_another(expected: dict[str, Any]):
-    """What the test above compares would tell masks that differ between the two passes."""
+def test_other_random_numbers_in_second_pass_change_gradient(expected: dict[str, Any]):
+    """The comparison of the test above would notice dropout masks that differ between the two passes."""
     engine = make(ENGINES["ddp"])
-    cached = CachedBatch(engine, ClipLoss(), NUM_PARTS, spool())
+    cached = GradCache(engine, ClipLoss(), NUM_PARTS, spill_buffer())
     for part in micro_batches():
         cached.add(*part)
     cached.loss()
@@ -133,14 +108,14 @@ def test_a_step_without_the_replay_of_random_numbers_is_another(expected: dict[s
     assert engine.step(OPTIM.lr).grad_norm != pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
-def test_one_micro_batch_is_embedded_once():
+def test_single_micro_batch_is_embedded_once():
     engine = make(ENGINES["ddp"])
     part = micro_batches()[0]
     calls = []
     engine.module.register_forward_hook(lambda *_: calls.append(1))
     for num_parts, expected_calls in ((1, 1), (2, 4)):
         calls.clear()
-        cached = CachedBatch(engine, ClipLoss(), num_parts, spool())
+        cached = GradCache(engine, ClipLoss(), num_parts, spill_buffer())
         for _ in range(num_parts):
             cached.add(*part)
         cached.loss()
@@ -149,7 +124,7 @@ def test_one_micro_batch_is_embedded_once():
 
 
 @pytest.mark.parametrize(
-    "name, locked, kind",
+    ("name", "locked", "kind"),
     [
         ("ddp", ["visual"], "bert"),
         ("ddp", ["text"], "bert"),
@@ -159,8 +134,8 @@ def test_one_micro_batch_is_embedded_once():
         ("zero3", ["text"], "gpt"),
     ],
 )
-def test_a_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str):
-    """Up to its projection, which is trained: the same step, the random numbers of the other tower included."""
+def test_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str):
+    """The tower is locked up to its projection. The step is the same, including the other tower's random numbers."""
     expected = whole_batch(locked=locked, kind=kind)
     engine = make(ENGINES[name], locked=locked, kind=kind)
     calls = dict.fromkeys(("visual", "text"), 0)
@@ -170,7 +145,7 @@ def test_a_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str
             calls[tower] += 1
 
         engine._model.get_submodule(f"{tower}.layers.0").register_forward_hook(count)
-    cached = CachedBatch(engine, ClipLoss(), NUM_PARTS, spool())
+    cached = GradCache(engine, ClipLoss(), NUM_PARTS, spill_buffer())
     for part in micro_batches():
         cached.add(*part)
     assert float(cached.loss()) == pytest.approx(expected["loss"], rel=1e-6)
@@ -183,35 +158,40 @@ def test_a_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str
 
 
 def peaks(rank: int, folder: str) -> list[float]:
-    """MiB, at most so far, after a step of 64 pairs in micro-batches of 16, and then after one of 1024."""
+    """Peak memory (MiB) after a step of 64 pairs in micro-batches of 16, and after a step of 1024 pairs."""
     root = Path(folder)
     model = replace(tiny_model(), vision=replace(tiny_model().vision, image_size=128, patch_size=32))
-    found: list[float] = []
+    peaks_mib: list[float] = []
     for size in (64, 1024):
         config = tiny_run(root / str(size), root / "shards", model=model, batch_size=size, micro_batch_size=16)
-        train(replace(config, max_steps=1), on_step=lambda record: found.append(record["peak_memory_bytes"] / 2**20))
-    return found
+        train(
+            replace(config, max_steps=1), on_step=lambda record: peaks_mib.append(record["peak_memory_bytes"] / 2**20)
+        )
+    return peaks_mib
 
 
-def test_memory_does_not_grow_with_the_batch(tmp_path: Path):
-    """Nothing is kept of all pairs but features: their images would be 48 MiB, what the towers keep for a backward pass
-    more. Measured: 17 to 21 MiB, the loss's chunk of similarities and the heaps of a second run's threads."""
+def test_memory_does_not_grow_with_batch(tmp_path: Path):
+    """Only the features of all pairs are in memory. All images would take 48 MiB, and the towers' activations more.
+
+    The measured difference of 17 to 21 MiB is the loss's chunk of similarities, and the heaps of more threads.
+    """
     write_shards(tmp_path / "shards", num_samples=1024, num_val=0)
     ((small, large),) = on_ranks(1, peaks, str(tmp_path))
     assert large < small + 32, f"{small:.0f} MiB at 64 pairs, {large:.0f} at 1024"
 
 
-def test_a_spool_gives_back_what_it_kept(tmp_path: Path):
+def test_spill_buffer_returns_equal_batches(tmp_path: Path):
     batches = [batch for batch, _ in micro_batches()]
     for limit in (0, 2 * batches[0].images.nbytes + (1 << 10), 1 << 30):
-        place = Spool(limit, str(tmp_path))
+        place = SpillBuffer(limit, str(tmp_path))
         for turn in (batches, batches[::-1]):
             place.clear()
             kept = [place.add(batch) for batch in turn]
             for back, batch in zip(kept, turn, strict=True):
-                again = back()
-                assert torch.equal(again.images, batch.images) and torch.equal(again.ids, batch.ids)
-                assert replace(again, images=batch.images, ids=batch.ids) == batch
+                loaded = back()
+                assert torch.equal(loaded.images, batch.images)
+                assert torch.equal(loaded.ids, batch.ids)
+                assert replace(loaded, images=batch.images, ids=batch.ids) == batch
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="no room for the images of a batch in /nowhere.*data.spool_dir"):
-        Spool(0, "/nowhere").add(batches[0])
+    with pytest.raises(UserError, match=r"cannot write the images of a batch to /nowhere.*data.spool_dir"):
+        SpillBuffer(0, "/nowhere").add(batches[0])

@@ -1,4 +1,4 @@
-"""What a run starts from: towers of timm and transformers as they save them, whole models, and what doesn't fit."""
+"""Initial weights: towers in timm's and transformers' layouts, complete models, and weights that do not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from peers import import_open_clip
 from safetensors.torch import load_file, save_file
 from synthetic import tiny_model, tiny_run, weights, write_shards
-from test_model import GPT, SMALL, padded_ids, shaken
+from towers import GPT, SMALL, padded_ids, shaken
 
 from bclip_fast import pretrained
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
@@ -24,16 +24,20 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.config import InitConfig
-from bclip_fast.train.init_weights import initialise
+from bclip_fast.train.init_weights import init_model
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 
 WEIGHTS = "open_clip_model.safetensors"
 VISION, TEXT = SMALL.vision, SMALL.text
-BERT: dict[str, Any] = dict(
-    hidden_size=TEXT.width, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, vocab_size=100,
-    max_position_embeddings=24,
-)  # fmt: skip
+BERT: dict[str, Any] = {
+    "hidden_size": TEXT.width,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 24,
+}
 
 
 def timm_vit(size: int = 32) -> torch.nn.Module:
@@ -58,7 +62,7 @@ def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BERT with its heads of pretraining, and a vocab.txt."""
+    """A BERT with its pretraining heads, and a vocab.txt."""
     from transformers import BertConfig, BertForPreTraining
 
     folder = tmp_path_factory.mktemp("bert")
@@ -76,19 +80,20 @@ def check_vision(ours: BiomedClip, theirs: Callable[[torch.Tensor], torch.Tensor
 
 
 @pytest.mark.parametrize("file", ["", "model.safetensors", "pytorch_model.bin"])
-def test_vision_from_timm(timm_folder: Path, caplog: pytest.LogCaptureFixture, file: str) -> None:
+def test_init_vision_loads_timm(timm_folder: Path, caplog: pytest.LogCaptureFixture, file: str) -> None:
     ours, theirs = BiomedClip(SMALL), timm_vit()
     theirs.load_state_dict(load_file(timm_folder / "model.safetensors"))
     head = ours.visual.head.weight.detach().clone()
     with caplog.at_level(logging.INFO):
-        initialise(ours, InitConfig(vision=str(timm_folder / file)))
+        init_model(ours, InitConfig(vision=str(timm_folder / file)))
     check_vision(ours, theirs.forward_features)
     assert torch.equal(ours.visual.head.weight, head)
-    assert "dropped head.bias, head.weight" in caplog.text and "at random: head.weight" in caplog.text
+    assert "dropped head.bias, head.weight" in caplog.text
+    assert "random: head.weight" in caplog.text
 
 
-def test_vision_at_another_image_size(timm_folder: Path) -> None:
-    """Position embeddings as timm resizes them, the class token's kept."""
+def test_init_vision_resizes_position_embeddings_like_timm(timm_folder: Path) -> None:
+    """The position embeddings are resized as in timm, without the class token's."""
     theirs = timm_vit(48)
     from timm.layers import resample_abs_pos_embed
 
@@ -96,13 +101,13 @@ def test_vision_at_another_image_size(timm_folder: Path) -> None:
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
     theirs.load_state_dict(state)
     ours = BiomedClip(dataclasses.replace(SMALL, vision=dataclasses.replace(VISION, image_size=48)))
-    initialise(ours, InitConfig(vision=str(timm_folder)))
+    init_model(ours, InitConfig(vision=str(timm_folder)))
     assert torch.equal(ours.visual.pos_embed[:, :1], state["pos_embed"][:, :1])
     check_vision(ours, theirs.forward_features)
 
 
 @pytest.mark.parametrize("head", ["ViTForImageClassification", "ViTModel"])
-def test_vision_from_transformers(tmp_path: Path, head: str) -> None:
+def test_init_vision_loads_transformers(tmp_path: Path, head: str) -> None:
     import transformers
 
     config = transformers.ViTConfig(
@@ -112,19 +117,21 @@ def test_vision_from_transformers(tmp_path: Path, head: str) -> None:
     theirs: Any = shaken(getattr(transformers, head)(config)).eval()
     theirs.save_pretrained(tmp_path)
     ours = BiomedClip(SMALL)
-    initialise(ours, InitConfig(vision=str(tmp_path)))
+    init_model(ours, InitConfig(vision=str(tmp_path)))
     trunk = theirs.vit if head == "ViTForImageClassification" else theirs
     check_vision(ours, lambda image: trunk(pixel_values=image).last_hidden_state)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "old names, old file"])
-def test_text_from_transformers(bert_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str) -> None:
+def test_init_text_loads_transformers(
+    bert_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
     from transformers import BertModel
 
     theirs: Any = BertModel.from_pretrained(bert_folder).eval()
     folder = bert_folder
     if form != "safetensors":
-        # As TensorFlow's conversion named norms, and as PyTorch saved before 1.6.
+        # Use the names of norms that TensorFlow's conversion wrote, and the file format before PyTorch 1.6.
         state = load_file(bert_folder / "model.safetensors")
         for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
             state = {name.replace(new, old): tensor for name, tensor in state.items()}
@@ -135,8 +142,8 @@ def test_text_from_transformers(bert_folder: Path, tmp_path: Path, caplog: pytes
         assert any("gamma" in name for name in state)
     ours = BiomedClip(SMALL).eval()
     with caplog.at_level(logging.INFO):
-        initialise(ours, InitConfig(text=str(folder)))
-    for word in ("cls.predictions.bias", "pooler.dense.weight", "at random: proj.0.weight, proj.2.weight"):
+        init_model(ours, InitConfig(text=str(folder)))
+    for word in ("cls.predictions.bias", "pooler.dense.weight", "random: proj.0.weight, proj.2.weight"):
         assert word in caplog.text
     ids = padded_ids([20, 3, 11])
     with torch.no_grad():
@@ -144,7 +151,7 @@ def test_text_from_transformers(bert_folder: Path, tmp_path: Path, caplog: pytes
         torch.testing.assert_close(ours.text(ids, tokens=True), states[ids != 0], rtol=1e-5, atol=1e-5)
 
 
-def test_what_does_not_fit_is_named(timm_folder: Path, bert_folder: Path, tmp_path: Path) -> None:
+def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp_path: Path) -> None:
     def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **settings: Any) -> str:
         target = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(folder, target)
@@ -166,56 +173,63 @@ def test_what_does_not_fit_is_named(timm_folder: Path, bert_folder: Path, tmp_pa
         (SMALL, InitConfig(vision=changed(timm_folder, lambda s: s.pop("norm.bias"))), "it lacks norm.bias"),
         (SMALL, InitConfig(vision=changed(timm_folder, lambda s: s.update(scaled))), "has blocks.0.ls1.gamma, which"),
         (deeper, InitConfig(vision=str(timm_folder)), "it lacks blocks.3.attn.proj.bias"),
-        (twelve, InitConfig(vision=str(timm_folder)), "a tower of 4 heads, but model.vision.heads is 12"),
+        (twelve, InitConfig(vision=str(timm_folder)), "has 4 heads, but model.vision.heads=12"),
         (SMALL, InitConfig(vision=changed(timm_folder, same, architecture="resnet50")), "describes 'resnet50'"),
-        (SMALL, InitConfig(vision=str(bert_folder)), "it describes 'bert'; supported is a plain ViT"),
+        (SMALL, InitConfig(vision=str(bert_folder)), "describes 'bert'; it must describe a plain ViT"),
         (SMALL, InitConfig(vision=str(bert_folder / "model.safetensors")), "it lacks blocks.0"),
-        (gpt, InitConfig(text=str(bert_folder)), "a BERT, but model.text.kind is gpt"),
+        (gpt, InitConfig(text=str(bert_folder)), "must be a BERT, but model.text.kind is gpt"),
         (fewer, InitConfig(text=str(bert_folder)), r"word_embeddings.weight is .*\(100, 32\), but .*\(96, 32\)"),
-        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act is 'relu'"),
-        (SMALL, InitConfig(text=changed(bert_folder, same, num_attention_heads=4)), "a tower of 4 heads"),
+        (SMALL, InitConfig(text=changed(bert_folder, same, hidden_act="relu")), "hidden_act='relu' must be 'gelu'"),
+        (
+            SMALL,
+            InitConfig(text=changed(bert_folder, same, num_attention_heads=4)),
+            "has 4 heads, but model.text.heads=2",
+        ),
         (SMALL, InitConfig(text=str(tmp_path / "none")), "neither a file nor a folder"),
         (SMALL, InitConfig(vision=str(tmp_path)), "holds no config.json"),
     ]:
         with pytest.raises(UserError, match=words):
-            initialise(BiomedClip(config), init)
-    with pytest.raises(UserError, match="init.model is a whole model"):
+            init_model(BiomedClip(config), init)
+    with pytest.raises(UserError, match=r"init.model sets both towers"):
         InitConfig(model="a", text="b")
 
 
-def test_whole_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_init_model_loads_both_towers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = Tokenizer.train(["axial brain MRI", "chest radiograph"] * 3, 100, context_length=20)
     start = shaken(BiomedClip(SMALL))
     pretrained.save(tmp_path / "start", start, Preprocess(PreprocessConfig(size=32)), tokenizer)
-    own = dataclasses.replace(
+    other = dataclasses.replace(
         SMALL,
         vision=dataclasses.replace(VISION, image_size=48, patch_dropout=0.5),
         text=dataclasses.replace(TEXT, dropout=0.0, context_length=12),
         init_logit_bias=-10.0,
     )
-    model = BiomedClip(own)
+    model = BiomedClip(other)
     with caplog.at_level(logging.INFO):
-        initialise(model, InitConfig(model=str(tmp_path / "start")))
-    assert "dropped: nothing; as configured: logit_bias" in caplog.text
-    found, expected = model.state_dict(), start.state_dict()
-    assert float(found.pop("logit_bias").detach()) == -10.0 and found.pop("visual.pos_embed").shape == (1, 37, 48)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        init_model(model, InitConfig(model=str(tmp_path / "start")))
+    assert "dropped: nothing; initialised by config: logit_bias" in caplog.text
+    actual, expected = model.state_dict(), start.state_dict()
+    assert float(actual.pop("logit_bias").detach()) == -10.0
+    assert actual.pop("visual.pos_embed").shape == (1, 37, 48)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
     wider = dataclasses.replace(SMALL, embed_dim=32)
-    with pytest.raises(UserError, match="model.embed_dim is 24 there and 32 here; let preset or the model section"):
-        initialise(BiomedClip(wider), InitConfig(model=str(tmp_path / "start")))
+    with pytest.raises(
+        UserError, match=r"its model.embed_dim is 24, but this run has 32; change preset or the model section"
+    ):
+        init_model(BiomedClip(wider), InitConfig(model=str(tmp_path / "start")))
     config = json.loads((tmp_path / "start" / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
     (tmp_path / "start" / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"takes pixels of mean \(0.5, 0.5, 0.5\)"):
-        initialise(BiomedClip(SMALL), InitConfig(model=str(tmp_path / "start")))
+    with pytest.raises(UserError, match=r"expects pixels of mean \(0.5, 0.5, 0.5\)"):
+        init_model(BiomedClip(SMALL), InitConfig(model=str(tmp_path / "start")))
 
 
-def test_openai_clips_own_towers(tmp_path: Path) -> None:
-    """open_clip's CLIP with its own ViT and QuickGELU: read, computed, continued from, written back."""
+def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
+    """open_clip's CLIP with OpenAI's ViT and QuickGELU is read, computed, used as initial weights, and written back."""
     open_clip = import_open_clip()
-    vision = dict(image_size=32, patch_size=8, width=48, layers=2, head_width=12)
-    text = dict(context_length=20, vocab_size=100, width=32, heads=2, layers=2)
-    model_cfg = dict(embed_dim=24, quick_gelu=True, vision_cfg=vision, text_cfg=text)
+    vision = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 12}
+    text = {"context_length": 20, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
+    model_cfg = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
     theirs = shaken(open_clip.model.CLIP(**model_cfg)).eval()
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / WEIGHTS)
@@ -228,9 +242,9 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
 
     def check(ours: BiomedClip, theirs: Any) -> None:
         with torch.no_grad():
-            for given in (pixels, image):
+            for input_image in (pixels, image):
                 torch.testing.assert_close(
-                    ours.encode_image(given), theirs.encode_image(pixels, normalize=True), rtol=1e-5, atol=1e-5
+                    ours.encode_image(input_image), theirs.encode_image(pixels, normalize=True), rtol=1e-5, atol=1e-5
                 )
             torch.testing.assert_close(
                 ours.encode_text(ids), theirs.encode_text(ids, normalize=True), rtol=1e-5, atol=1e-5
@@ -238,12 +252,12 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
 
     check(ours, theirs)
     exact = dataclasses.replace(ours.config, quick_gelu=False)
-    with pytest.raises(UserError, match="model.quick_gelu is True there and False here"):
-        initialise(BiomedClip(exact), InitConfig(model=str(tmp_path)))
-    # Another image size, and back to open_clip.
+    with pytest.raises(UserError, match=r"its model.quick_gelu is True, but this run has False"):
+        init_model(BiomedClip(exact), InitConfig(model=str(tmp_path)))
+    # Load it at another image size, and write it for open_clip.
     larger = dataclasses.replace(ours.config, vision=dataclasses.replace(ours.config.vision, image_size=48))
     model = BiomedClip(larger)
-    initialise(model, InitConfig(model=str(tmp_path)))
+    init_model(model, InitConfig(model=str(tmp_path)))
     assert model.visual.pos_embed.shape == (1, 37, 48)
     pretrained.save(tmp_path / "again", ours, preprocess, tokenizer)
     written = json.loads((tmp_path / "again" / "open_clip_config.json").read_text())["model_cfg"]
@@ -253,28 +267,28 @@ def test_openai_clips_own_towers(tmp_path: Path) -> None:
     assert pretrained.load(tmp_path / "again")[0].config == ours.config
     with pytest.raises(UserError, match="ViTModel has no norm before its layers"):
         pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
-    with pytest.raises(UserError, match="quick_gelu is True, but the exact GELU"):
+    with pytest.raises(UserError, match="quick_gelu=True requires"):
         dataclasses.replace(SMALL, quick_gelu=True)
-    with pytest.raises(UserError, match="a plain ViT, but model.vision.kind is not vit"):
-        initialise(BiomedClip(ours.config), InitConfig(vision="anything"))
+    with pytest.raises(UserError, match=r"must be a plain ViT, but model.vision.kind is"):
+        init_model(BiomedClip(ours.config), InitConfig(vision="anything"))
 
 
-def test_from_the_hub(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_init_text_downloads_from_hub(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
 
     def download(repository: str, name: str, revision: str | None = None) -> str:
-        asked.append((repository, name, revision))
+        requests.append((repository, name, revision))
         return str(bert_folder / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model = BiomedClip(SMALL)
-    initialise(model, InitConfig(text="hf-hub:org/bert@abc"))
+    init_model(model, InitConfig(text="hf-hub:org/bert@abc"))
     expected = load_file(bert_folder / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.word_embeddings.weight, expected)  # type: ignore[union-attr, arg-type]
-    assert asked == [("org/bert", "config.json", "abc"), ("org/bert", "model.safetensors", "abc")]
+    assert requests == [("org/bert", "config.json", "abc"), ("org/bert", "model.safetensors", "abc")]
 
 
-def test_a_run_starts_from_it_and_a_resumed_run_does_not(bert_folder: Path, tmp_path: Path) -> None:
+def test_run_reads_init_weights_but_resumed_run_does_not(bert_folder: Path, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     model = dataclasses.replace(tiny_model(), text=dataclasses.replace(TEXT, context_length=12, dropout=0.0))
     slow = OptimConfig(lr=1e-9, warmup_steps=0)
@@ -287,7 +301,7 @@ def test_a_run_starts_from_it_and_a_resumed_run_does_not(bert_folder: Path, tmp_
     assert Tokenizer.from_file(run / "tokenizer" / "tokenizer.json").vocab_size == 16
     shutil.rmtree(start)
     train(dataclasses.replace(config, resume=True, max_steps=2))
-    # A run as a start: its weights, and its tokenizer unless another is asked for.
+    # A run that starts from another run takes its weights, and its tokenizer unless another is configured.
     second = tiny_run(tmp_path / "next", shards, model=model, init=InitConfig(model=str(run)), optim=slow, max_steps=1)
     after = weights(train(second))
     torch.testing.assert_close(after, weights(run), rtol=0, atol=1e-6)

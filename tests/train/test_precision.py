@@ -1,4 +1,4 @@
-"""What `engine.precision = "auto"` stands for: on ranks, in runs that continue, in plans; and that of embeddings."""
+"""The precision for `engine.precision = "auto"` on ranks, in resumed runs, in plans, and for embeddings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from bclip_fast.eval.embed import Embedder
 from bclip_fast.hardware import ClusterConfig
 from bclip_fast.ops import processor
 from bclip_fast.plan import command, estimate
+from bclip_fast.plan.samples import PMC_15M
 from bclip_fast.train.config import TrainConfig
-from bclip_fast.train.engine.deepspeed import EngineConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig
-from bclip_fast.train.precision import resolve
+from bclip_fast.train.precision import resolve_precision
 from bclip_fast.train.trainer import train
 
 AUTO = EngineConfig(name="ddp")
@@ -34,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def imitate(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
-    """A processor with these bfloat16 instructions, or with none."""
+    """Imitate a processor with these bfloat16 instructions, or without any."""
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", instructions)
     monkeypatch.setattr(processor, "BFLOAT16_REASON", f"it has {instructions or 'none'}")
     if not instructions:
@@ -51,32 +52,32 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [("AVX512-BF16", "bf16"), ("", "fp32")])
-def test_auto_follows_the_processor_and_logs_the_reason(instructions, precision, monkeypatch, caplog):
+def test_auto_precision_follows_processor_and_logs_reason(instructions, precision, monkeypatch, caplog):
     imitate(monkeypatch, instructions)
     caplog.set_level(logging.INFO)
-    assert resolve("auto") == precision
+    assert resolve_precision("auto") == precision
     assert f"engine.precision auto: {precision}, because it has" in caplog.text
-    assert resolve("fp16") == "fp16"
+    assert resolve_precision("fp16") == "fp16"
 
 
 def precision_on_ranks(rank: int, without: int) -> torch.Tensor:
     processor.BFLOAT16_INSTRUCTIONS = "" if rank == without else "AMX"
-    return torch.tensor(["fp32", "bf16"].index(resolve("auto")))
+    return torch.tensor(["fp32", "bf16"].index(resolve_precision("auto")))
 
 
 @pytest.mark.parametrize(("without", "expected"), [(1, 0), (2, 1)], ids=["mixed", "alike"])
-def test_ranks_take_bf16_only_if_all_have_it(without, expected):
+def test_ranks_select_bf16_only_if_all_have_it(without, expected):
     assert [int(choice) for choice in on_ranks(2, precision_on_ranks, without)] == [expected] * 2
 
 
-def test_defaults_and_configurations_of_the_package_are_auto():
+def test_default_precision_is_auto():
     assert EngineConfig().precision == FinetuneConfig(model="", data="").engine.precision == "auto"
     for name in ("biomedclip_b16.toml", "pmc_small.toml"):
         assert config_files.parse(TrainConfig, [name], prog="test").engine.precision == "auto"
 
 
 @pytest.mark.parametrize("begun", ["fp32", "bf16"])
-def test_a_run_records_its_precision_and_keeps_it_on_another_processor(begun, shards, tmp_path, monkeypatch, caplog):
+def test_run_keeps_precision_on_another_processor(begun, shards, tmp_path, monkeypatch, caplog):
     with_bf16, without = ("AVX512-BF16", "fp32"), ("", "bf16")
     (first, _), (second, other) = (with_bf16, without) if begun == "bf16" else (without, with_bf16)
     caplog.set_level(logging.INFO)
@@ -87,31 +88,32 @@ def test_a_run_records_its_precision_and_keeps_it_on_another_processor(begun, sh
     imitate(monkeypatch, second)
     other = {"fp32": "bf16", "bf16": "fp32"}[begun]
     train(replace(config, resume=True, max_steps=6))
-    assert precision_of(run) == begun and len(losses(run)) == 6
+    assert precision_of(run) == begun
+    assert len(losses(run)) == 6
     assert f"auto: {begun}, as in {run} so far; a new run here takes {other}, because" in caplog.text
     train(replace(config, resume=True, max_steps=7, engine=replace(AUTO, precision=other)))
     assert f"engine.precision is {other}, but {run} was computed in {begun} so far" in caplog.text
     assert precision_of(run) == other
 
 
-def test_a_plan_has_the_precision_of_the_cluster(monkeypatch, capsys):
+def test_plan_takes_precision_of_cluster(monkeypatch, capsys):
     imitate(monkeypatch, "")
     config = TrainConfig(preset="", model=tiny_model(), engine=AUTO, batch_size=16)
     for device, precision in (("h100", "bf16"), ("cpu", "fp32")):
         planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80))
-        found = command.run(planned)
-        assert found.memory == estimate.make(planned.with_precision(precision), estimate.PMC_15M, found.world).memory
+        plan = command.run(planned)
+        assert plan.memory == estimate.build_plan(planned.with_precision(precision), PMC_15M, plan.cluster).memory
         assert f"Precision   {precision} (auto): " in capsys.readouterr().out
 
 
-def test_a_config_that_cannot_be_read_stops_a_resume(tmp_path):
+def test_unreadable_config_stops_resume(tmp_path):
     (tmp_path / "config.toml").write_text("engine = [")
     with pytest.raises(UserError, match="not valid TOML"):
-        resolve("auto", tmp_path)
+        resolve_precision("auto", tmp_path)
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [("AMX", "bf16"), ("", "fp32")])
-def test_embeddings_follow_the_processor_too(instructions, precision, monkeypatch):
+def test_embedder_precision_follows_processor(instructions, precision, monkeypatch):
     imitate(monkeypatch, instructions)
-    made = Embedder(nn.Identity(), lambda image: image, lambda texts: texts, precision="auto")
-    assert made.precision == precision
+    embedder = Embedder(nn.Identity(), lambda image: image, lambda texts: texts, precision="auto")
+    assert embedder.precision == precision

@@ -1,4 +1,4 @@
-"""`bclip train report`: what the run folders hold is on the page, one run or several, in light and dark."""
+"""`bclip train report`: the page shows one or several runs, in light and dark."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page import Page
 from synthetic import tiny_model
-from test_report import Page
 
 from bclip_fast import cli
 from bclip_fast.config import to_toml
@@ -58,31 +58,41 @@ def words(page: Page) -> str:
     return " ".join(page.text.split())
 
 
-def test_a_run_on_a_page(tmp_path: Path):
+def test_report_shows_run(tmp_path: Path):
     run = write_run(tmp_path / "mine")
     assert cli.main(["train", "report", str(run)]) == 0
     page = Page(run / "report.html")
     text = words(page)
-    assert not page.stack and "<script" not in page.source and f"sample {ATTACK} replaced: broken" in text
+    assert not page.stack
+    assert "<script" not in page.source
+    assert f"sample {ATTACK} replaced: broken" in text
     names = [str(attributes["aria-label"]) for attributes in page.all("svg")]
     titles = ["Loss", "Learning rate", "Logit scale", "Norm of the gradient", "Samples a second", "Tokens a second"]
     assert [name.split(":")[0] for name in names] == [*titles, "image to text", ATTACK, "Seconds of a step"]
     assert "R@1 from 0.125 at step 100 to 0.125 at step 200; R@5 from 0.25" in names[6]
     assert all(part.replace("_", " ") in names[-1] for part in (*PARTS, "communication"))
-    assert "1 step not finite" in text and "chance, ln 32" in text
-    # Odd steps take twice as long, so the median of 20 lies between.
-    assert "backward0.7550.0 %" in text and "the rest0.0453.0 %" in text and "whole step1.5" in text
-    assert "image to text R@50.5" in text and "Tokens a second4321" in text and "Steps skipped1" in text
-    assert "Ranks2, then 4" in text and "2 checkpoints were written, the last after step 120." in text
-    found = [text.index(event) for event in ("started, ranks 2", "skipped: the loss is nan", "stopped by a signal")]
-    assert found == sorted(found)
-    # Of the settings, those that someone chose stand first.
+    assert "1 step not finite" in text
+    assert "chance, ln 32" in text
+    # Odd steps take twice as long, so the median of 20 steps lies between.
+    assert "backward0.7550.0 %" in text
+    assert "the rest0.0453.0 %" in text
+    assert "whole step1.5" in text
+    assert "image to text R@50.5" in text
+    assert "Tokens a second4321" in text
+    assert "Steps skipped1" in text
+    assert "Ranks2, then 4" in text
+    assert "2 checkpoints were written, the last after step 120." in text
+    positions = [text.index(event) for event in ("started, ranks 2", "skipped: the loss is nan", "stopped by a signal")]
+    assert positions == sorted(positions)
+    # Settings that differ from the defaults come first.
     first, _, others = text.partition("other settings")
-    assert "batch_size32" in first and "optim.lr0.001" in first
-    assert "optim.beta1" not in first and "optim.beta10.9" in others
+    assert "batch_size32" in first
+    assert "optim.lr0.001" in first
+    assert "optim.beta1" not in first
+    assert "optim.beta10.9" in others
 
 
-def test_several_runs_are_drawn_together(tmp_path: Path):
+def test_report_of_several_runs_shares_charts(tmp_path: Path):
     runs = [write_run(tmp_path / name, lr, steps) for name, lr, steps in (("slow", 1e-4, 150), ("fast", 1e-2, 200))]
     out = tmp_path / "both.html"
     report.run(report.TrainReportConfig(runs=tuple(map(str, runs)), out=str(out)))
@@ -91,12 +101,14 @@ def test_several_runs_are_drawn_together(tmp_path: Path):
     assert names[1] == "Learning rate: slow from 1e-4 at step 1 to 1e-4 at step 150; fast from 0.01 at step 1 to 0.01 at step 200"  # fmt: skip  # noqa: E501
     text = words(page)
     differing = text[text.index("Differing between the runs") : text.index("other settings")]
-    assert "optim.lr0.00010.01" in differing and "batch_size" not in differing
-    assert "Samples4,8006,400" in text and "image to text R@50.250.5" in text
+    assert "optim.lr0.00010.01" in differing
+    assert "batch_size" not in differing
+    assert "Samples4,8006,400" in text
+    assert "image to text R@50.250.5" in text
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="no run of bclip train"):
+def test_report_of_folder_without_run_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match="is not a run of bclip train"):
         report.run(report.TrainReportConfig(runs=(str(tmp_path),)))
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("")
@@ -104,21 +116,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path):
         report.run(report.TrainReportConfig(runs=(str(run),)))
 
 
-def test_a_chart_of_several_lines_names_them():
+def test_chart_of_several_lines_names_them():
     series = {f"run {i}": ([1.0, 2.0], [float(i), 2.0 * i]) for i in range(10)} | {"<b>": ([1.0], [1.0])}
     drawing = str(chart.line_chart(series, title="t"))
     assert [f"run {i}" in drawing for i in range(10)] == 8 * [True] + 2 * [False]
     assert drawing.count('class="s7"') == 2
     drawing = str(chart.line_chart({"<b>": ([1.0], [1.0]), "a": ([1.0], [2.0])}, title="t"))
-    assert "<b>" not in drawing and "&lt;b&gt;" in drawing and drawing.count("<circle") == 2
+    assert "<b>" not in drawing
+    assert "&lt;b&gt;" in drawing
+    assert drawing.count("<circle") == 2
 
 
-def test_the_page_in_a_browser(tmp_path: Path):
+def test_report_renders_in_light_and_dark(tmp_path: Path):
     import numpy as np
     from PIL import Image
 
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    browser = next((path for path in found if path), None)
+    paths = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    browser = next((path for path in paths if path), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
     run = write_run(tmp_path / "run")
@@ -128,12 +142,13 @@ def test_the_page_in_a_browser(tmp_path: Path):
         shot = tmp_path / f"{scheme}.png"
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,1600"]
         flags += [f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}"]
-        done = subprocess.run(
+        result = subprocess.run(
             [browser, *flags, (run / "report.html").as_uri()], capture_output=True, text=True, timeout=120
         )
-        assert "CONSOLE" not in done.stderr, done.stderr
-        with Image.open(shot) as picture:
-            shots.append(np.asarray(picture.convert("L"), dtype=float))
+        assert "CONSOLE" not in result.stderr, result.stderr
+        with Image.open(shot) as image:
+            shots.append(np.asarray(image.convert("L"), dtype=float))
     dark, light = (shot[5:20, 5:20].mean() for shot in shots)
-    assert dark < 60 and light > 200
+    assert dark < 60
+    assert light > 200
     assert all(shot.std() > 5 for shot in shots), "something is drawn"

@@ -1,58 +1,58 @@
-"""What an evaluation reads: images with captions, labels or both, from shards, a folder of classes or a CSV file."""
+"""The data of evaluations: images with captions or labels, from shards, folders, CSV files and public data sets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import UserError
+from bclip_fast.errors import UserError
 
 READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til", "pictures")
+"""Names of the readers, as in the key `dataset` of a task file."""
 
 
 class EvalDataset(Protocol):
-    """N samples in a fixed order. Raises UserError, naming the file, for what cannot be read."""
+    """N samples in a fixed order. Every method raises UserError, with the file's name, if it cannot read a file."""
 
     path: str
     split: str
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what is in it: the same data, wherever it lies, has the same fingerprint."""
+        """SHA-256 of the contents. It does not depend on the location of the data."""
 
     @property
     def label_kinds(self) -> tuple[str, ...]:
-        """The names that `labels` knows."""
+        """The names that `labels` accepts."""
 
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> str:
-        """The name of sample i in reports and errors."""
+        """Return the name of sample i in reports and errors."""
 
     def image(self, i: int) -> bytes:
-        """The encoded image."""
+        """Return the encoded image of sample i."""
 
     def captions(self) -> list[str] | None:
-        """All N captions; None where the data have none."""
+        """Return all N captions, or None if the data have no captions."""
 
     def labels(self, kind: str) -> list[str | None]:
-        """All N labels of one kind; None for a sample without."""
+        """Return all N labels of one kind. A sample without a label has None."""
 
 
-def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = "", name: str = "") -> EvalDataset:
-    """The data at `path`: shards (a folder with dataset.json, or its URL), a .csv or .npz, a folder with one per class.
+def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: str = "", name: str = "") -> EvalDataset:
+    """Open the data at `path`: a folder of shards or its URL, a .csv, an .npz, or a folder with one folder per class.
 
     Args:
-        reader: one of `READERS`; auto tells by what lies there, `pictures` takes all below a folder, without labels.
-        where: where the public data set can be had, for the error.
-        name: of the task, where one folder may hold the data of several.
+        reader: one of `READERS`. `auto` chooses by the files. `pictures` takes all images of a folder without labels.
+        download_url: source of the public data set, for error messages.
+        name: name of the task. It selects the data if one folder holds those of several tasks.
 
     Raises:
-        UserError: nothing there, nothing in it, a split it doesn't have; one line that says what was expected and where
-            to get it.
+        UserError: missing or empty data, or an unknown split. The message names the expected files and their source.
     """
     from .arrays import open_medmnist, open_pcam
-    from .folder import FolderDataset, PictureDataset, TilDataset
+    from .folder import FolderDataset, TilDataset, UnlabelledDataset
     from .pairs import PairDataset
     from .rsna import RsnaDataset
     from .shards import ShardEvalDataset
@@ -60,35 +60,35 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, where: str = ""
 
     if "://" in str(path):
         return ShardEvalDataset(path, split)
-    place = Path(path)
-    if not place.exists():
-        source = f"; get it from {where}" if where else ""
+    location = Path(path)
+    source = f"; get it from {download_url}" if download_url else ""
+    if not location.exists():
         raise UserError(
-            f"data {path} does not exist: give a folder of shards, a folder of images by class, or a .csv file{source}"
+            f"data {path} does not exist; pass a folder of shards, a folder of images by class, or a .csv file{source}"
         )
     if reader == "pcam":
-        return open_pcam(place, split, where)
+        return open_pcam(location, split, download_url)
     if reader == "medmnist":
-        return open_medmnist(place, split, where, name)
+        return open_medmnist(location, split, download_url, name)
     if reader == "rsna":
-        return RsnaDataset(place, split, where)
+        return RsnaDataset(location, split, download_url)
     if reader == "tcga_til":
-        return TilDataset(place, split, where)
+        return TilDataset(location, split, download_url)
     if reader == "pictures":
-        return PictureDataset(place)
+        return UnlabelledDataset(location)
     if reader != "auto":
-        raise UserError(f"unknown data set reader {reader!r}: use one of {', '.join(READERS)}")
-    if place.is_file():
-        if place.suffix.lower() == ".npz":
-            return open_medmnist(place, split, where)
-        if place.suffix.lower() != ".csv":
-            raise UserError(f"data {path} is a file but not a .csv: give a folder or a CSV with columns path,label")
-        return CsvDataset(place, split)
-    if (place / "dataset.json").is_file():
-        return ShardEvalDataset(place, split)
-    if PairDataset.is_one(place):
-        return PairDataset(place)
+        raise UserError(f"unknown data set reader {reader!r}; use one of {', '.join(READERS)}")
+    if location.is_file():
+        if location.suffix.lower() == ".npz":
+            return open_medmnist(location, split, download_url)
+        if location.suffix.lower() != ".csv":
+            raise UserError(f"data {path} is a file but not a .csv; pass a folder or a CSV with columns path,label")
+        return CsvDataset(location, split)
+    if (location / "dataset.json").is_file():
+        return ShardEvalDataset(location, split)
+    if PairDataset.matches(location):
+        return PairDataset(location)
     try:
-        return FolderDataset(place, split)
+        return FolderDataset(location, split)
     except UserError as error:
-        raise UserError(f"{error}; get it from {where}" if where else str(error)) from None
+        raise UserError(f"{error}{source}") from None

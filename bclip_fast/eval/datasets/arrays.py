@@ -1,4 +1,4 @@
-"""Images that lie in one array: PatchCamelyon's HDF5 files and MedMNIST's .npz files."""
+"""Images in one array: PatchCamelyon's HDF5 files and MedMNIST's .npz files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import UserError, first_line
-from ...io.hashing import blocks, sha256_of_parts
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.io.hashing import blocks, sha256_of_parts
 
 _SPLITS = {"val": "valid", "validation": "valid", "dev": "valid"}
 _MEDMNIST = (
@@ -23,14 +23,17 @@ _MEDMNIST = (
 
 
 class ArrayDataset:
-    """Images (N, H, W) or (N, H, W, 3) uint8 with label kind `class`; see `EvalDataset`.
-
-    files: what the fingerprint covers. labels: N values, several of a sample joined by `|`, "" where none is given.
-    """
+    """Images (N, H, W) or (N, H, W, 3) uint8 with label kind `class`. See `EvalDataset`."""
 
     label_kinds: tuple[str, ...] = ("class",)
 
     def __init__(self, path: str, split: str, files: Sequence[Path], images: Any, labels: list[str]) -> None:
+        """Wrap the images.
+
+        Args:
+            files: files that the fingerprint covers.
+            labels: N values. Multi-label samples join their classes with `|`. "" means no class.
+        """
         self.path, self.split = path, split
         self._files, self._images, self._labels = files, images, labels
 
@@ -39,25 +42,30 @@ class ArrayDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the split's name and of the files."""
         return sha256_of_parts(itertools.chain([self.split], *map(blocks, self._files)))
 
     def key(self, i: int) -> str:
+        """Return SPLIT/NUMBER."""
         return f"{self.split}/{i}"
 
     def image(self, i: int) -> bytes:
+        """Return the image as BMP."""
         return as_bmp(self._images[i])
 
     def captions(self) -> None:
+        """Return None: the arrays have no captions."""
         return None
 
     def labels(self, kind: str) -> list[str | None]:
+        """Return the labels of kind `class`."""
         if kind != "class":
-            raise UserError(f"label {kind!r} is unknown: {self.path} has the label 'class' alone")
+            raise UserError(f"label {kind!r} is unknown; the only label of {self.path} is 'class'")
         return list(self._labels)
 
 
 def as_bmp(pixels: np.ndarray) -> bytes:
-    """An uncompressed picture of (H, W) or (H, W, 3) uint8: it costs a copy and loses nothing."""
+    """Encode (H, W) or (H, W, 3) uint8 without compression. It costs one copy and is lossless."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -65,69 +73,78 @@ def as_bmp(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def open_pcam(place: Path, split: str, where: str) -> ArrayDataset:
-    """PatchCamelyon as published: camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 of a folder.
+def open_pcam(folder: Path, split: str, download_url: str) -> ArrayDataset:
+    """Open PatchCamelyon as published: camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5.
 
     Raises:
-        UserError: a file that is missing, packed, or without what it should hold.
+        UserError: a file that is missing, compressed, or without the expected array.
     """
     import h5py
 
     name = _SPLITS.get(split, split)
-    paths = [place / f"camelyonpatch_level_2_split_{name}_{part}.h5" for part in "xy"]
+    paths = [folder / f"camelyonpatch_level_2_split_{name}_{part}.h5" for part in "xy"]
     arrays = []
     for path, key, shape in zip(paths, "xy", ((96, 96, 3), (1, 1, 1)), strict=True):
-        wanted = f"needs an HDF5 file with {key!r} (N, {', '.join(map(str, shape))}) uint8; get it from {where}"
+        needs = f"needs an HDF5 file with {key!r} (N, {', '.join(map(str, shape))}) uint8; get it from {download_url}"
         if not path.is_file():
-            packed = path.with_name(path.name + ".gz").is_file()
-            raise UserError(f"{path} is {'still packed: gunzip it' if packed else 'not there'}; PatchCamelyon {wanted}")
+            if path.with_name(path.name + ".gz").is_file():
+                raise UserError(f"{path} is still compressed: gunzip it; PatchCamelyon {needs}")
+            raise UserError(f"{path} is missing; PatchCamelyon {needs}")
         try:
             file = h5py.File(path, "r")
             array = file[key]
         except (OSError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)}); PatchCamelyon {wanted}") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}); PatchCamelyon {needs}") from error
         if array.shape[1:] != shape or array.dtype != np.uint8 or not len(array):
-            raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {wanted}")
+            raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {needs}")
         if key == "y":
             array = array[:]
             file.close()
         arrays.append(array)
     if len(arrays[0]) != len(arrays[1]):
         raise UserError(
-            f"{paths[0]} has {len(arrays[0])} images, {paths[1].name} {len(arrays[1])} labels; get both anew"
+            f"{paths[0]} has {len(arrays[0])} images but {paths[1].name} has {len(arrays[1])} labels; "
+            f"get both again from {download_url}"
         )
     labels = [str(int(value)) for value in arrays[1].ravel()]
-    return ArrayDataset(str(place), name, paths, arrays[0], labels)
+    return ArrayDataset(str(folder), name, paths, arrays[0], labels)
 
 
-def open_medmnist(place: Path, split: str, where: str, name: str = "") -> ArrayDataset:
-    """A 2D set of MedMNIST: NAME.npz (or NAME_64.npz, _128, _224), or a folder that holds it.
+def open_medmnist(path: Path, split: str, download_url: str, name: str = "") -> ArrayDataset:
+    """Open a 2D set of MedMNIST: NAME.npz (or NAME_64.npz, _128, _224), or a folder with one such file.
 
-    Several labels, as ChestMNIST's, are joined by `|`. Raises UserError as `open_pcam` does.
+    Multi-label samples (ChestMNIST) join their labels with `|`.
+
+    Args:
+        name: name of the task, which starts with the name of the set. Any other name allows every set.
+
+    Raises:
+        UserError: no file or several files in the folder, or a file without the expected arrays.
     """
-    if place.is_dir():
-        # A task is called after its set, as pathmnist and chestmnist_probe are, or in its user's way.
-        names = [each for each in _MEDMNIST if name.startswith(each)] or list(_MEDMNIST)
-        found = [path for each in names for path in sorted(place.glob(f"{each}*.npz"))]
-        if len(found) != 1:
-            wanted = f"{names[0] if len(names) == 1 else 'MedMNIST'}*.npz"
-            raise UserError(f"{place} holds {len(found) or 'no'} {wanted}: give the folder of one: {where}")
-        place = found[0]
+    if path.is_dir():
+        names = [set_name for set_name in _MEDMNIST if name.startswith(set_name)] or list(_MEDMNIST)
+        files = [file for set_name in names for file in sorted(path.glob(f"{set_name}*.npz"))]
+        if len(files) != 1:
+            pattern = f"{names[0] if len(names) == 1 else 'MedMNIST'}*.npz"
+            raise UserError(
+                f"{path} holds {len(files) or 'no'} {pattern}; pass a folder with one such file from {download_url}"
+            )
+        path = files[0]
     key = {"valid": "val"}.get(_SPLITS.get(split, split), split)
-    wanted = f"MedMNIST needs {key}_images (N, S, S[, 3]) uint8 and {key}_labels (N, L); get it from {where}"
+    needs = f"MedMNIST needs {key}_images (N, S, S[, 3]) uint8 and {key}_labels (N, L); get it from {download_url}"
     try:
-        with np.load(place, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{place} cannot be read ({first_line(error)}); {wanted}") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); {needs}") from error
     shape = images.shape[1:]
     if (
         images.dtype != np.uint8 or len(shape) not in (2, 3) or shape[0] != shape[1] or shape[2:] not in ((), (3,))
         or labels.ndim != 2 or len(labels) != len(images) or not len(labels)
     ):  # fmt: skip
-        raise UserError(f"{place} holds {key} images {images.shape} {images.dtype}, labels {labels.shape}; {wanted}")
+        raise UserError(f"{path} holds {key} images {images.shape} {images.dtype}, labels {labels.shape}; {needs}")
     if labels.shape[1] > 1:
         values = ["|".join(str(i) for i in np.flatnonzero(row)) for row in labels]
     else:
         values = [str(int(value)) for value in labels[:, 0]]
-    return ArrayDataset(str(place), key, [place], images, values)
+    return ArrayDataset(str(path), key, [path], images, values)

@@ -1,29 +1,32 @@
-"""A folder of images, each beside a text file of the same name: `scan.jpg` and `scan.txt`."""
+"""A folder of images with a text file of the same name next to each: `scan.jpg` and `scan.txt`."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
 
-from ...data.images import IMAGE_SUFFIXES
-from ...errors import UserError
-from ...io.hashing import sha256, sha256_of_parts
+from bclip_fast.data.images import IMAGE_SUFFIXES
+from bclip_fast.errors import UserError
+from bclip_fast.io.hashing import sha256, sha256_of_parts
+
+from .files import read_image
 
 
 class PairDataset:
-    """Pairs in the order of their paths, all of them in split `all`; see `EvalDataset`."""
+    """Pairs in the order of their paths, all in split `all`. See `EvalDataset`."""
 
     label_kinds: tuple[str, ...] = ()
     split = "all"
 
     @staticmethod
-    def is_one(root: Path) -> bool:
-        """Whether an image of the folder itself has a text beside it."""
+    def matches(root: Path) -> bool:
+        """Return whether an image directly in the folder has a text file."""
         return any(
             path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file() for path in root.iterdir()
         )
 
     def __init__(self, root: Path) -> None:
+        """Read all texts. Raises UserError if one is missing or empty."""
         self.path, self._root = str(root), root
         self._images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         self._captions = []
@@ -42,21 +45,23 @@ class PairDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of keys, images and captions."""
         return sha256_of_parts(
             f"{self.key(i)}\0{sha256(self.image(i))}\0{caption}\n" for i, caption in enumerate(self._captions)
         )
 
     def key(self, i: int) -> str:
+        """Return the path within the folder."""
         return self._images[i].relative_to(self._root).as_posix()
 
     def image(self, i: int) -> bytes:
-        try:
-            return self._images[i].read_bytes()
-        except OSError as error:
-            raise UserError(f"image {self._images[i]} cannot be read: {error.strerror}") from error
+        """Return the contents of the file."""
+        return read_image(self._images[i])
 
     def captions(self) -> list[str]:
+        """Return the texts without surrounding white space."""
         return list(self._captions)
 
     def labels(self, kind: str) -> list[str | None]:
-        raise UserError(f"label {kind!r} is unknown: {self.path} holds images with texts and no labels")
+        """Raise UserError: the pairs have no labels."""
+        raise UserError(f"label {kind!r} is unknown; {self.path} holds images with texts but without labels")

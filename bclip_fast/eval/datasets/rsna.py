@@ -1,16 +1,19 @@
-"""RSNA pneumonia: stage_2_train_labels.csv and a DICOM file a patient, split as GLoRIA splits it."""
+"""RSNA pneumonia: stage_2_train_labels.csv and one DICOM file per patient, with GLoRIA's splits."""
 
 from __future__ import annotations
 
 import csv
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
 
-from ...errors import UserError, first_line
-from ...io.hashing import sha256, sha256_of_parts
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.io.hashing import sha256, sha256_of_parts
+
 from .arrays import as_bmp
+from .files import read_image
 
 LABELS = "stage_2_train_labels.csv"
 IMAGES = "stage_2_train_images"
@@ -18,32 +21,35 @@ NUM_PATIENTS = 26684
 
 
 class RsnaDataset:
-    """One split; label kind `class`: 1 where the patient has a box, 0 elsewhere; see `EvalDataset`.
+    """One split with label kind `class`: 1 for patients with a box, 0 for others. See `EvalDataset`.
 
-    The split is derived from the public CSV alone: patients in the order of their identifiers, then scikit-learn's
-    `train_test_split` twice with random_state 0, 30 % and half of that (GLoRIA's preprocess_datasets.py). On the whole
-    file it gives 18,678, 4,003 and 4,003: the paper's train and dev.
+    The public CSV file determines the splits. The patients, sorted by identifier, go twice through scikit-learn's
+    `train_test_split` with random_state 0: 30 %, then half of these (GLoRIA's preprocess_datasets.py). The complete
+    file gives 18,678, 4,003 and 4,003 patients, which match the paper's train and dev.
     """
 
     label_kinds: tuple[str, ...] = ("class",)
 
-    def __init__(self, root: Path, split: str, where: str) -> None:
+    def __init__(self, root: Path, split: str, download_url: str) -> None:
+        """Read the labels. Raises UserError for missing files, wrong columns or an unknown split."""
         file, self._images = root / LABELS, root / IMAGES
-        wanted = f"RSNA pneumonia needs {LABELS} (columns patientId, Target) beside {IMAGES}/; get it from {where}"
+        needs = (
+            f"RSNA pneumonia needs {LABELS} (columns patientId, Target) next to {IMAGES}/; get it from {download_url}"
+        )
         try:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 rows = [(row["patientId"], row["Target"]) for row in csv.DictReader(lines, strict=True)]
         except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({first_line(error)}); {wanted}") from error
-        if bad := next((target for _, target in rows if target not in ("0", "1")), None):
-            raise UserError(f"{file} has the Target {bad!r}, must be 0 or 1; {wanted}")
+            raise UserError(f"{file} cannot be read ({first_line(error)}); {needs}") from error
+        if invalid := next((target for _, target in rows if target not in ("0", "1")), None):
+            raise UserError(f"{file} has the Target {invalid!r}, must be 0 or 1; {needs}")
         if not self._images.is_dir():
-            raise UserError(f"{self._images} is not there; {wanted}")
+            raise UserError(f"{self._images} is missing; {needs}")
         positive = {patient for patient, target in rows if target == "1"}
         splits = split_patients(sorted({patient for patient, _ in rows}))
         split = {"valid": "val", "validation": "val", "dev": "val"}.get(split, split)
         if split not in splits:
-            raise UserError(f"{file} has no split {split!r}: there are {', '.join(splits)}")
+            raise UserError(f"{file} has no split {split!r}; its splits are {', '.join(splits)}")
         self.path, self.split = str(root), split
         self._samples = [(patient, str(int(patient in positive))) for patient in splits[split]]
 
@@ -52,34 +58,35 @@ class RsnaDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of patients, labels and DICOM files."""
         return sha256_of_parts(
             f"{patient}\0{label}\0{sha256(self._read(patient))}\n" for patient, label in self._samples
         )
 
     def key(self, i: int) -> str:
+        """Return the patient's identifier."""
         return self._samples[i][0]
 
     def _read(self, patient: str) -> bytes:
-        path = self._images / f"{patient}.dcm"
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}, a patient of {LABELS}, cannot be read: {error.strerror}") from error
+        return read_image(self._images / f"{patient}.dcm", f", a patient of {LABELS},")
 
     def image(self, i: int) -> bytes:
+        """Return the image as BMP."""
         return dicom_as_bmp(self._read(self.key(i)), self._images / f"{self.key(i)}.dcm")
 
     def captions(self) -> None:
+        """Return None: the patients have no captions."""
         return None
 
     def labels(self, kind: str) -> list[str | None]:
+        """Return the labels of kind `class`."""
         if kind != "class":
-            raise UserError(f"label {kind!r} is unknown: {self.path} has the label 'class' alone")
+            raise UserError(f"label {kind!r} is unknown; the only label of {self.path} is 'class'")
         return [label for _, label in self._samples]
 
 
 def split_patients(patients: list[str]) -> dict[str, list[str]]:
-    """train 70 %, val 15 %, test 15 % of the sorted identifiers."""
+    """Split sorted identifiers: train 70 %, val 15 %, test 15 %. Raises UserError for fewer than 4 patients."""
     from sklearn.model_selection import train_test_split
 
     if len(patients) < 4:
@@ -92,9 +99,10 @@ def split_patients(patients: list[str]) -> dict[str, list[str]]:
 
 
 def dicom_as_bmp(data: bytes, path: Path) -> bytes:
-    """A grey DICOM picture in 8 bits: 8-bit pixels as they are, deeper ones by window or else by their own range."""
-    import io
+    """Convert a grey DICOM image to 8 bits: 8-bit pixels unchanged, deeper ones by their window or their value range.
 
+    path: for error messages. Raises UserError if the data cannot be decoded.
+    """
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
@@ -108,5 +116,5 @@ def dicom_as_bmp(data: bytes, path: Path) -> bytes:
         if header.PhotometricInterpretation == "MONOCHROME1":
             pixels = 255 - pixels
         return as_bmp(pixels)
-    except Exception as error:  # pydicom raises what its decoders raise
+    except Exception as error:  # pydicom passes on any exception of its decoders
         raise UserError(f"{path} cannot be decoded as DICOM: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""A CSV file with a header: `path` and any of `label`, other label columns, `caption`, `split`."""
+"""A CSV file with a header: `path` and any of `caption`, `split`, `label` and other label columns."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import csv
 import functools
 from pathlib import Path
 
-from ...errors import UserError
-from ...io.hashing import sha256, sha256_of_parts
+from bclip_fast.errors import UserError
+from bclip_fast.io.hashing import sha256, sha256_of_parts
+
+from .files import read_image
 
 _PATH_COLUMNS = ("path", "image")
 _CAPTION_COLUMN = "caption"
@@ -15,13 +17,14 @@ _SPLIT_COLUMN = "split"
 
 
 class CsvDataset:
-    """Rows in file order; every column but the path, `caption` and `split` is a label kind; see `EvalDataset`.
+    """Rows in file order. Every column except the path, `caption` and `split` is a label kind. See `EvalDataset`.
 
-    Paths are relative to the CSV file's folder. With a `split` column only the rows of that split are used, without
-    one all rows are. An empty cell means that the sample has no such label.
+    Paths are relative to the CSV file's folder. With a `split` column, only the rows of that split are used. An empty
+    cell means that the sample has no such label.
     """
 
     def __init__(self, file: Path, split: str) -> None:
+        """Read and check all rows. Raises UserError with the line number."""
         try:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 reader = csv.DictReader(lines, strict=True)
@@ -39,7 +42,7 @@ class CsvDataset:
         for number, row in rows:
             if None in row or None in row.values():
                 raise UserError(
-                    f"data {file}, line {number}: {len(columns)} columns are named, but this line has fewer or more"
+                    f"data {file}, line {number}: the header names {len(columns)} columns, the line has more or fewer"
                 )
             if not row[path_column]:
                 raise UserError(f"data {file}, line {number}: column {path_column!r} is empty")
@@ -73,27 +76,28 @@ class CsvDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of images and cells."""
         return sha256_of_parts(
             "\0".join([sha256(self.image(i)), *(f"{name}={row[name]}" for name in sorted(row))]) + "\n"
             for i, row in enumerate(self._rows)
         )
 
     def key(self, i: int) -> str:
+        """Return the path as the file has it."""
         return self._rows[i][self._path_column]
 
     def image(self, i: int) -> bytes:
-        path = self._folder / self.key(i)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"image {path}, named in {self.path}, cannot be read: {error.strerror}") from error
+        """Return the contents of the image file."""
+        return read_image(self._folder / self.key(i), f", named in {self.path},")
 
     def captions(self) -> list[str] | None:
+        """Return the column `caption`, or None if the file does not have it."""
         return [row[_CAPTION_COLUMN] for row in self._rows] if self._has_captions else None
 
     def labels(self, kind: str) -> list[str | None]:
+        """Return the column `kind`, with None for empty cells."""
         if kind not in self.label_kinds:
             raise UserError(
-                f"label {kind!r} is not a column of {self.path}: there are {', '.join(self.label_kinds) or 'none'}"
+                f"label {kind!r} is not a column of {self.path}; its labels are {', '.join(self.label_kinds) or 'none'}"
             )
         return [row[kind] or None for row in self._rows]

@@ -1,13 +1,16 @@
-"""The tasks: one small file each, `NAME.toml` here or anywhere, with data, protocol, metric and published figures.
+"""The tasks: one file `NAME.toml` each, here or anywhere, with data, protocol, metric and published scores.
 
     title, protocol ("retrieval", "zero_shot", "probe" or "vqa")
-    dataset      how to read the data: see `datasets.READERS`; auto tells by what lies there
-    folder       where under --data they may lie, beside --data itself
-    split, label, multi_label, metric (the figure published), num_samples (of the published test set), where, about
+    dataset      reader of the data: one of `datasets.READERS`; auto: depends on the files
+    folder       subfolder of --data with the data, if it exists
+    split, label, multi_label
+    metric       name of the published metric; num_samples: size of the published test set
+    where        address of the public data; about: remarks for the report
     [prompts]    as in a prompt file
-    [[published]] model, figure, value in per cent, source: shown beside ours, marked as published, never as measured
+    [[published]] model, figure (name of the metric), value in per cent, source
 
-The protocols' own names are tasks too, for data of one's own.
+The report shows published scores next to ours and marks them as published. The names of the protocols are tasks too,
+for users' data.
 """
 
 from __future__ import annotations
@@ -17,28 +20,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import read_toml
-from ...errors import UserError
-from ..prompts import PromptSet, read_prompts
+from bclip_fast.config import read_toml
+from bclip_fast.errors import UserError
+from bclip_fast.eval.prompts import PromptSet, read_prompts
 
 FOLDER = Path(__file__).parent
 PROTOCOLS = ("retrieval", "zero_shot", "probe", "vqa")
 _REQUIRED = {"title": str, "protocol": str}
+# Keys of a task file whose field has another name.
+_FIELDS = {"where": "download_url", "about": "description"}
 
 
 @dataclass(frozen=True)
-class Published:
-    """A figure that someone printed; `value` in per cent."""
+class PublishedScore:
+    """A score from a publication.
+
+    metric: name of the metric. value: the score in per cent.
+    """
 
     model: str
-    figure: str
+    metric: str
     value: float
     source: str
+
+    @staticmethod
+    def from_table(table: dict[str, Any]) -> PublishedScore:
+        """Read an entry of `[[published]]`. Raises KeyError or TypeError for a wrong set of keys."""
+        if unknown := table.keys() - {"model", "figure", "value", "source"}:
+            raise TypeError(unknown)
+        return PublishedScore(table["model"], table["figure"], table["value"], table["source"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry as it is in results.json."""
+        return {"model": self.model, "figure": self.metric, "value": self.value, "source": self.source}
 
 
 @dataclass(frozen=True)
 class Task:
-    """See the file format above; empty fields are left to the caller's settings."""
+    """A task, as the file format above describes it. The caller's settings replace empty fields."""
 
     name: str
     title: str
@@ -50,46 +69,52 @@ class Task:
     multi_label: bool = False
     metric: str = ""
     num_samples: int = 0
-    where: str = ""
-    about: str = ""
+    download_url: str = ""
+    description: str = ""
     prompts: PromptSet | None = None
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedScore, ...] = ()
 
-    def place(self, data: str) -> str:
-        """Where the task's data lie: `data`/folder if it is there, else `data` itself."""
-        inner = Path(data) / self.folder
-        return str(inner) if self.folder and inner.is_dir() else data
+    def resolve_data_dir(self, data: str) -> str:
+        """Return the path of the task's data: `data`/folder if that folder exists, else `data`."""
+        subfolder = Path(data) / self.folder
+        return str(subfolder) if self.folder and subfolder.is_dir() else data
 
 
 def names() -> list[str]:
-    """Every task of the package, protocols first."""
+    """Return the names of the protocols and of the package's tasks."""
     return [*PROTOCOLS, *sorted(path.stem for path in FOLDER.glob("*.toml"))]
 
 
 def load(name: str) -> Task:
-    """A protocol's name, a task of the package, or the path of a .toml file.
+    """Load a task by the name of a protocol, the name of a task of the package, or the path of a .toml file.
 
     Raises:
-        UserError: unknown, unreadable, or with a key that is missing, unknown or of the wrong type.
+        UserError: an unknown name; an unreadable file; a key that is missing, unknown or of the wrong type.
     """
     if name in PROTOCOLS:
         return Task(name, name.replace("_", " "), name)
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
-        raise UserError(f"unknown task {name!r}: use {', '.join(names())} or the path of a TOML file")
+        raise UserError(f"unknown task {name!r}; use {', '.join(names())} or the path of a TOML file")
     table = read_toml(path, "task file")
     if table.get("protocol") not in PROTOCOLS:
         raise UserError(
             f"task file {path}: protocol is {table.get('protocol')!r}, must be one of {', '.join(PROTOCOLS)}"
         )
+    if "title" not in table:
+        raise UserError(f"task file {path}: key 'title' is missing")
     prompts = read_prompts(table.pop("prompts"), f"task file {path}") if "prompts" in table else None
     rows = table.pop("published", [])
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Task)} | _REQUIRED
+    types: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Task)} | _REQUIRED
+    types |= {key: types.pop(field) for key, field in _FIELDS.items()}
     for key, value in table.items():
-        if key not in kinds or key == "name" or type(value) is not kinds[key]:
+        if key not in types or key == "name" or type(value) is not types[key]:
             raise UserError(f"task file {path}: key {key!r} is unknown or of the wrong type")
     try:
-        published = tuple(Published(**row) for row in rows)
-        return Task(name=path.stem, prompts=prompts, published=published, **table)
-    except TypeError as error:
-        raise UserError(f"task file {path}: {error}") from error
+        published = tuple(PublishedScore.from_table(row) for row in rows)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"task file {path}: each [[published]] needs the keys model, figure, value and source, and no others"
+        ) from error
+    fields = {_FIELDS.get(key, key): value for key, value in table.items()}
+    return Task(name=path.stem, prompts=prompts, published=published, **fields)

@@ -1,9 +1,11 @@
-"""Checks that both operators of attention make."""
+"""Checks that both attention operators make."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from bclip_fast.ops.philox import seed_tensor
 
 
 def cpu_limits(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
@@ -20,7 +22,7 @@ def cpu_limits(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) ->
 def checked_dropout(
     name: str, operand: Tensor, dropout_p: float, seed: Tensor | int | None, scale: float | None
 ) -> tuple[Tensor | None, float]:
-    """Seed (None without dropout) and scale as the backends take them, for the operand `name`, (..., d)."""
+    """Seed (None without dropout) and scale as the backends take them, for the operand `name` of shape (..., d)."""
     if not operand.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {operand.dtype}")
     if operand.shape[-1] == 0:
@@ -29,10 +31,29 @@ def checked_dropout(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
         raise ValueError(f"seed must be a 0-dimensional int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
-    return seed, operand.shape[-1] ** -0.5 if scale is None else scale
+    scale = operand.shape[-1] ** -0.5 if scale is None else scale
+    return seed_tensor(seed) if dropout_p else None, scale
+
+
+def check_sequences(cu_seqlens: Tensor, num_rows: int, max_seqlen: int) -> None:
+    """Raises ValueError unless the sequences own all rows and none is longer than `max_seqlen`."""
+    bounds = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != num_rows or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {num_rows}, got {bounds[:4]} ... {bounds[-1]}")
+    longest = max(lengths, default=0)
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but the longest sequence has {longest} tokens")
+
+
+def check_rows(rows: Tensor, cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raises ValueError unless the sequences own all tokens and each row lies in its sequence."""
+    starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {num_tokens}, got {int(cu_seqlens[0])} to {cu_seqlens[-1]}"
+        )
+    outside = ((rows < starts) | (rows >= stops)).nonzero()
+    if len(outside):
+        i = int(outside[0])
+        raise ValueError(f"rows[{i}] is {rows[i]}, but sequence {i} owns rows {starts[i]} to {stops[i]}")

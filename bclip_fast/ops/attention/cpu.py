@@ -1,7 +1,7 @@
-"""The operator on the CPU: C++ for all of it (csrc/attention.h), one head of one sequence at a time on each thread.
+"""The operator on the CPU: all of it in C++ (csrc/attention.h). Each thread runs one head of one sequence at a time.
 
-`bclip tune` compares it with torch's scaled_dot_product_attention on the machine at hand. Without AMX bfloat16 is
-multiplied in float32, without AVX-512 by narrower vectors of the same code.
+`bclip tune` compares it with torch's scaled_dot_product_attention on this machine. Without AMX it multiplies bfloat16
+in float32, and without AVX-512 the same code uses narrower vectors.
 """
 
 from __future__ import annotations
@@ -10,52 +10,32 @@ import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
+from bclip_fast.ops.pointers import address
 
-from ..cuda_device import address
+from .call import AttentionCall, unsigned_seed
 
 DTYPES = torch.bfloat16, torch.float32
 
-# What multiplies, the best that the machine has.
+# Per dtype: the best instruction set that this machine has for its products.
 INSTRUCTION_SETS = {dtype: _cpu.attention_instruction_sets(dtype == torch.bfloat16)[0] for dtype in DTYPES}
 
 
-def forward(
-    qkv: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
-    call, (qkv, *_) = _call(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
+    compiled, (qkv, *_) = _compiled_call(call)
     out = torch.empty(qkv[:, 0].shape, dtype=qkv.dtype)
     lse = torch.empty(qkv.shape[2], qkv.shape[0], dtype=torch.float32)
-    _cpu.attention_forward(call, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+    _cpu.attention_forward(compiled, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> Tensor:
+def backward(call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """As `reference.backward`."""
-    call, (qkv, *_) = _call(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
+    compiled, (qkv, *_) = _compiled_call(call)
     grad_out, shape = grad_out.contiguous(), qkv[:, 0].shape
     grad_qkv = torch.empty_like(qkv)
     _cpu.attention_backward(
-        call,
+        compiled,
         address(grad_out, qkv.dtype, *shape),
         address(out, qkv.dtype, *shape),
         address(lse, torch.float32, qkv.shape[2], qkv.shape[0]),
@@ -65,25 +45,16 @@ def backward(
     return grad_qkv
 
 
-def _call(
-    qkv: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[_cpu.Attention, tuple[Tensor, ...]]:
-    """What the C++ functions take, and the tensors whose addresses it holds, first of them qkv."""
-    rows, _, heads, dim = qkv.shape
-    qkv = qkv.contiguous()
-    if cu_seqlens is None:
-        bounds = torch.arange(0, rows + 1, max(1, max_seqlen), dtype=torch.int32)
+def _compiled_call(call: AttentionCall) -> tuple[_cpu.Attention, tuple[Tensor, ...]]:
+    """The argument of the C++ functions, and the tensors that must outlive it, qkv first."""
+    rows, _, heads, dim = call.qkv.shape
+    qkv = call.qkv.contiguous()
+    if call.cu_seqlens is None:
+        bounds = torch.arange(0, rows + 1, max(1, call.max_seqlen), dtype=torch.int32)
     else:
-        bounds = cu_seqlens.contiguous()
-    mask = None if key_mask is None else key_mask.contiguous()
-    call = _cpu.Attention(
+        bounds = call.cu_seqlens.contiguous()
+    mask = None if call.key_mask is None else call.key_mask.contiguous()
+    compiled = _cpu.Attention(
         INSTRUCTION_SETS[qkv.dtype],
         address(qkv, qkv.dtype, rows, 3, heads, dim),
         qkv.dtype == torch.bfloat16,
@@ -93,9 +64,9 @@ def _call(
         address(bounds, torch.int32, len(bounds)),
         len(bounds) - 1,
         0 if mask is None else address(mask, torch.bool, rows),
-        causal,
-        scale,
-        dropout_p,
-        0 if seed is None else int(seed) % 2**64,
+        call.causal,
+        call.scale,
+        call.dropout_p,
+        unsigned_seed(call.seed),
     )
-    return call, (qkv, bounds) if mask is None else (qkv, bounds, mask)
+    return compiled, (qkv, bounds) if mask is None else (qkv, bounds, mask)

@@ -1,7 +1,7 @@
-"""The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/attention_*.cu); not yet measured on one.
+"""The operator in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/attention/); not yet measured on one.
 
-Rows of up to 256 scores (128 for a head dimension above 64) are held in registers as a whole; longer ones go through
-chunks of them.
+Registers hold complete rows of up to 256 scores, or 128 for a head dimension above 64. Longer rows are processed in
+chunks.
 """
 
 from __future__ import annotations
@@ -11,64 +11,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda_device import aligned, cuda_address, cuda_block_bytes, cuda_module, cuda_stream
+from bclip_fast.ops.cuda_device import cuda_block_bytes, cuda_module, cuda_stream
+from bclip_fast.ops.philox import gpu_arguments
+from bclip_fast.ops.pointers import aligned, cuda_address
 
-# Two for a multiprocessor of an H100, nearly: fewer leave a GPU idle.
+from .call import AttentionCall
+
+# Nearly two thread blocks per multiprocessor of an H100. Fewer leave a GPU idle.
 FEW_BLOCKS = 256
 
-# A block of threads takes so many queries at a time.
+# Queries that a thread block takes at a time.
 STRIP = 64
 
 
-def forward(
-    qkv: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
+    qkv = call.qkv
     rows, _, heads, dim = qkv.shape
     out = torch.empty(rows, heads, dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
     if not rows:
         return out, lse
-    call, held = _call(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
-    splits = 1 if held["sequences"] * heads >= FEW_BLOCKS else -(-max_seqlen // STRIP)
+    compiled, _tensors = _compiled_call(call)
+    splits = 1 if call.num_sequences() * heads >= FEW_BLOCKS else -(-call.max_seqlen // STRIP)
     with torch.cuda.device_of(qkv):
-        cuda_module().attention_forward(call, out.data_ptr(), lse.data_ptr(), splits)
+        cuda_module().attention_forward(compiled, out.data_ptr(), lse.data_ptr(), splits)
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> Tensor:
+def backward(call: AttentionCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """As `reference.backward`."""
+    qkv = call.qkv
     rows, _, heads, dim = qkv.shape
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not rows:
         return grad_qkv
-    call, held = _call(qkv, cu_seqlens, key_mask, max_seqlen, causal, dropout_p, seed, scale)
+    compiled, _tensors = _compiled_call(call)
     grad_out, module = aligned(grad_out), cuda_module()
     workspace = None
-    if max_seqlen > module.attention_backward_keys(dim, max_seqlen, cuda_block_bytes(qkv)):
+    if call.max_seqlen > module.attention_backward_keys(dim, call.max_seqlen, cuda_block_bytes(qkv)):
         workspace = torch.empty(rows, heads, dim, dtype=torch.float32, device=qkv.device)
     with torch.cuda.device_of(qkv):
         module.attention_backward(
-            call,
+            compiled,
             grad_out.data_ptr(),
             cuda_address(out, qkv.dtype, qkv.device, rows, heads, dim),
             *grad_out.stride()[:2],
@@ -79,25 +64,14 @@ def backward(
     return grad_qkv
 
 
-def _call(
-    qkv: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Any, dict[str, Any]]:
-    """What the C++ functions take, and what must live as long as it: the tensors whose addresses it holds."""
-    rows, _, heads, dim = qkv.shape
-    qkv, bounds, mask = aligned(qkv), cu_seqlens, key_mask
-    sequences = rows // max_seqlen if bounds is None else len(bounds) - 1
+def _compiled_call(call: AttentionCall) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The argument of the C++ functions, and the tensors that must outlive it."""
+    rows, _, heads, dim = call.qkv.shape
+    qkv, bounds, mask, sequences = aligned(call.qkv), call.cu_seqlens, call.key_mask, call.num_sequences()
     bounds = None if bounds is None else bounds.contiguous()
     mask = None if mask is None else mask.contiguous()
-    # Read on the device, where a graph may replay the call.
-    seed = None if seed is None else seed.to(qkv.device, non_blocking=True)
-    call = cuda_module().Attention(
+    seed, threshold, keep_scale = gpu_arguments(qkv.device, call.dropout_p, call.seed)
+    compiled = cuda_module().Attention(
         qkv.data_ptr(),
         qkv.dtype == torch.bfloat16,
         *qkv.stride()[:3],
@@ -106,14 +80,14 @@ def _call(
         heads,
         dim,
         0 if bounds is None else cuda_address(bounds, torch.int32, qkv.device, sequences + 1),
-        max_seqlen,
+        call.max_seqlen,
         0 if mask is None else cuda_address(mask, torch.bool, qkv.device, rows),
-        causal,
-        scale,
+        call.causal,
+        call.scale,
         0 if seed is None else cuda_address(seed, torch.int64, qkv.device),
-        0 if seed is None else int(dropout_p * 2**32),
-        1.0 if seed is None else 1 / (1 - dropout_p),
+        threshold,
+        keep_scale,
         cuda_block_bytes(qkv),
         cuda_stream(qkv),
     )
-    return call, {"sequences": sequences, "tensors": (qkv, bounds, mask, seed)}
+    return compiled, (qkv, bounds, mask, seed)

@@ -1,7 +1,7 @@
 """torch's own scaled_dot_product_attention on our layouts, as the backend "torch".
 
-It has no dropout, since which weights are dropped is defined (reference.py) and torch draws its own. Unlike the other
-backends it is ordinary torch code: its gradient is autograd's.
+It has no dropout: reference.py defines which weights are dropped, and torch draws others. Unlike the other backends it
+is ordinary torch code, so autograd gives its gradient.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cuda_device import without_autocast
+from bclip_fast.ops.custom_op import without_autocast
+
+from .call import AttentionCall, SingleQueryCall
 
 
 def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
-    """The reason against it, for an operand (..., d)."""
+    """The reason against this backend for an operand (..., d), or None."""
     if dropout_p > 0.0:
         return "torch's dropout doesn't drop the weights that `seed` names"
     if packed and operand.device.type == "cpu" and torch.compiler.is_compiling():
@@ -24,7 +26,7 @@ def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> st
 
 @without_autocast
 def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """(B, N, H, d) of qkv (B, N, 3, H, d); key_mask (B, N) bool or None. A row without keys gives zeros."""
+    """(B, N, H, d) for qkv (B, N, 3, H, d) and key_mask (B, N) bool or None. A row without visible keys is zero."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if key_mask is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale).transpose(1, 2)
@@ -34,63 +36,75 @@ def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> T
     return _masked(query, key, value, visible, scale).transpose(1, 2)
 
 
-@without_autocast
-def packed(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
-    """(T, H, d) of qkv (T, 3, H, d): sequence by sequence on the CPU, elsewhere padded, which waits for no device."""
-    if qkv.device.type == "cpu":
-        return packed_one_by_one(qkv, cu_seqlens, causal, scale)
-    return packed_padded(qkv, cu_seqlens, max_seqlen, causal, scale)
+def packed(call: AttentionCall) -> Tensor:
+    """(T, H, d): one sequence after another on the CPU. Elsewhere padded, which never waits for the device."""
+    return (packed_one_by_one if call.qkv.device.type == "cpu" else packed_padded)(call)
 
 
-def packed_one_by_one(qkv: Tensor, cu_seqlens: Tensor, causal: bool, scale: float) -> Tensor:
-    bounds = cu_seqlens.tolist()
-    pairs = zip(bounds, bounds[1:], strict=False)
-    parts = [dense(qkv[None, start:stop], None, causal, scale)[0] for start, stop in pairs if stop > start]
-    return torch.cat(parts) if parts else qkv[:, 0].clone()
+def packed_one_by_one(call: AttentionCall) -> Tensor:
+    """`packed` by one product per sequence."""
+    parts = [dense(sequence[None], None, call.causal, call.scale)[0] for sequence in _sequences(call)]
+    return torch.cat(parts) if parts else call.qkv[:, 0].clone()
 
 
-def packed_padded(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, scale: float) -> Tensor:
+def _sequences(call: AttentionCall) -> list[Tensor]:
+    """The rows of each sequence that isn't empty."""
+    assert call.cu_seqlens is not None
+    bounds = call.cu_seqlens.tolist()
+    return [call.qkv[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
+
+
+def packed_padded(call: AttentionCall) -> Tensor:
+    """`packed` by one masked product over sequences that are padded to `max_seqlen`."""
+    qkv, cu_seqlens, max_seqlen = call.qkv, call.cu_seqlens, call.max_seqlen
+    assert cu_seqlens is not None
     if len(qkv) == 0:
         return qkv[:, 0].clone()
     starts, stops = cu_seqlens[:-1, None], cu_seqlens[1:, None]
     rows = starts + torch.arange(max_seqlen, device=qkv.device)
     visible = (rows < stops)[:, None, None, :]
-    if causal:
+    if call.causal:
         visible = visible & visible.new_ones(max_seqlen, max_seqlen).tril()
     query, key, value = qkv[rows.clamp(max=len(qkv) - 1)].permute(2, 0, 3, 1, 4).unbind(0)
-    out = _masked(query, key, value, visible, scale).transpose(1, 2)
+    out = _masked(query, key, value, visible, call.scale).transpose(1, 2)
     tokens = torch.arange(len(qkv), device=qkv.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
     return out[sequence, tokens - cu_seqlens[sequence]]
 
 
-@without_autocast
-def pooled(query: Tensor, key_value: Tensor, rows: Tensor, cu_seqlens: Tensor, causal: bool, scale: float) -> Tensor:
-    """(n, H, d) of query (n, H, d) and key_value (T, 2, H, d); sequence by sequence on the CPU alone, as `packed`."""
-    stops = rows + 1 if causal else cu_seqlens[1:].long()
-    if query.device.type == "cpu":
-        return pooled_one_by_one(query, key_value, cu_seqlens[:-1], stops, scale)
-    return pooled_masked(query, key_value, cu_seqlens[:-1], stops, scale)
+def single_query(call: SingleQueryCall) -> Tensor:
+    """(n, H, d): one sequence after another on the CPU, elsewhere by one masked product."""
+    return (single_query_one_by_one if call.query.device.type == "cpu" else single_query_masked)(call)
 
 
-def pooled_one_by_one(query: Tensor, key_value: Tensor, starts: Tensor, stops: Tensor, scale: float) -> Tensor:
+def single_query_one_by_one(call: SingleQueryCall) -> Tensor:
+    """`single_query` by one product per sequence."""
     parts = []
-    for one, start, stop in zip(query, starts.tolist(), stops.tolist(), strict=True):
-        key, value = key_value[None, start:stop].permute(2, 0, 3, 1, 4).unbind(0)
-        parts.append(F.scaled_dot_product_attention(one[None, :, None], key, value, scale=scale)[0, :, 0])
-    return torch.stack(parts) if parts else query.clone()
+    starts, stops = call.cu_seqlens[:-1].tolist(), call.visible_stops().tolist()
+    for query, start, stop in zip(call.query, starts, stops, strict=True):
+        key, value = call.key_value[None, start:stop].permute(2, 0, 3, 1, 4).unbind(0)
+        out = _attend(query[None, :, None], key, value, None, call.scale)
+        parts.append(out[0, :, 0])
+    return torch.stack(parts) if parts else call.query.clone()
 
 
-def pooled_masked(query: Tensor, key_value: Tensor, starts: Tensor, stops: Tensor, scale: float) -> Tensor:
-    # The longest sequence isn't known without waiting for the device: a query meets all rows, most of them masked.
-    row = torch.arange(len(key_value), device=query.device)
-    visible = (row >= starts[:, None]) & (row < stops[:, None])
-    key, value = key_value[None].permute(2, 0, 3, 1, 4).unbind(0)
-    return _masked(query.transpose(0, 1)[None], key, value, visible, scale)[0].transpose(0, 1)
+def single_query_masked(call: SingleQueryCall) -> Tensor:
+    """`single_query` by one product of every query with all rows, most of them masked.
+
+    The longest sequence isn't known without waiting for the device.
+    """
+    row = torch.arange(len(call.key_value), device=call.query.device)
+    visible = (row >= call.cu_seqlens[:-1, None]) & (row < call.visible_stops()[:, None])
+    key, value = call.key_value[None].permute(2, 0, 3, 1, 4).unbind(0)
+    return _masked(call.query.transpose(0, 1)[None], key, value, visible, call.scale)[0].transpose(0, 1)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
-    # torch's releases differ in what a row without keys gives: here it sees all, and is then defined as zero.
+    # torch releases disagree about rows without visible keys. Such a row sees all keys here and is then set to zero.
     empty = ~visible.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible | empty, scale=scale)
-    return out.masked_fill(empty, 0.0)
+    return _attend(query, key, value, visible | empty, scale).masked_fill(empty, 0.0)
+
+
+@without_autocast
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

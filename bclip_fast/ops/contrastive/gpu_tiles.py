@@ -1,4 +1,4 @@
-"""What surrounds kernels that compute S by tiles on a GPU: partial results, chunks of rows of G, library matmuls."""
+"""Code around kernels that compute S by tiles on a GPU: partial results, chunks of rows of G, library matmuls."""
 
 from __future__ import annotations
 
@@ -9,42 +9,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call import ContrastiveCall
 from .loss_terms import log_sum_exp
 
-# G / w is at most 2 in size, float16 ends at 65504.
+# |G / w| is at most 2, and the largest float16 is 65504.
 GRADIENT_SCALE = 2.0**14
 
-# Products of two float16 matrices in float32; torch has them from 2.8 on, for CUDA.
+# Whether torch multiplies two float16 matrices into float32. It does on CUDA from 2.8 on.
 _HAS_WIDE_MATMUL = "dtype" in torch.ops.aten.mm.overloads()
 
 Shape = tuple[int, int]
 
 
 def padded(features: Tensor, multiple: int) -> Tensor:
-    """Contiguous, with zeros up to a width that is a multiple: full, aligned loads for every D."""
+    """Contiguous features, padded with zeros to a width that is a multiple, so kernels load full, aligned vectors."""
     missing = -features.shape[1] % multiple
     return F.pad(features, (0, missing)) if missing else features.contiguous()
 
 
 def num_tiles(rows: Tensor, columns: Tensor, tile: Shape) -> tuple[int, int]:
+    """The numbers of tiles along rows and columns of S."""
     return -(-len(rows) // tile[0]), -(-len(columns) // tile[1])
 
 
 def log_sum_exps(
-    image: Tensor,
-    text: Tensor,
-    chunk_size: int,
-    tile: Shape,
-    dtype: torch.dtype,
-    launch: Callable[[int, Tensor, Tensor, Tensor], None],
+    call: ContrastiveCall, tile: Shape, dtype: torch.dtype, launch: Callable[[int, Tensor, Tensor, Tensor], None]
 ) -> tuple[Tensor, Tensor]:
-    """(r (b,), q (B,)) in float64 as `reference.forward`, of what `launch(start, rows, row_partials, column_partials)`
-    writes for the rows from `start` on: (column tiles, rows) and (row tiles, B) in `dtype`.
+    """(r (b,), q (B,)) in float64 as in `reference.forward`, from the partial results of a kernel.
+
+    Args:
+        tile: rows and columns of a tile.
+        launch: function (start, rows, row_partials, column_partials) that runs the kernel on the rows from `start` on.
+            It writes log-sum-exps per tile: (column tiles, rows) and (row tiles, B) in `dtype`.
     """
+    image, text = call.image, call.text
     rows_lse = torch.empty(len(image), dtype=torch.float64, device=image.device)
     columns_lse = torch.full((len(text),), float("-inf"), dtype=torch.float64, device=image.device)
-    # The partial results of so many rows take the memory of chunk_size rows of S.
-    num_rows_at_once = chunk_size * tile[0] // 2
+    # The partial results of this many rows take the memory of chunk_size rows of S.
+    num_rows_at_once = call.chunk_size * tile[0] // 2
     for start in range(0, len(image), num_rows_at_once):
         rows = image[start : start + num_rows_at_once]
         row_tiles, column_tiles = num_tiles(rows, text, tile)
@@ -58,28 +60,30 @@ def log_sum_exps(
 
 
 def gradients(
-    image: Tensor,
-    text: Tensor,
+    call: ContrastiveCall,
     width: int,
     factor: Tensor,
-    chunk_size: int,
     dtype: torch.dtype,
     tile: Shape,
     num_partials: int,
     launch: Callable[[int, Tensor, Tensor, Tensor, float], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dI, dT in `dtype`, sums of the partial results (num_partials,)), chunk_size rows of G at a time.
+    """(dI, dT in `dtype`, sums of the partial results (num_partials,)), from chunk_size rows of G at a time.
 
-    `launch(start, rows, grad, partials, unit)` writes rows of unit * G / w, and a row of partial results for each tile;
-    dI = factor * G / w @ T, dT likewise, of which the first `width` columns are returned.
+    dI = factor * G / w @ T and dT = factor * (G / w).T @ I. The first `width` columns of both are returned.
+
+    Args:
+        launch: function (start, rows, grad, partials, unit) that runs the kernel on the rows from `start` on. It writes
+            rows of unit * G / w, and a row of partial results for each tile.
     """
+    image, text, chunk_size = call.image, call.text, call.chunk_size
     in_float32 = image.dtype == torch.float32
     unit = 1.0 if in_float32 else GRADIENT_SCALE
     (image_operand, image_unit), (text_operand, text_unit) = operand(image), operand(text)
     image_factor = factor * text_unit / unit
     text_factor = factor * image_unit / unit
 
-    # Library matmuls want rows that start at multiples of 16 bytes.
+    # Library matmuls are faster if rows start at multiples of 16 bytes.
     grads = torch.empty(
         min(chunk_size, len(image)),
         -(-len(text) // 16) * 16,
@@ -104,23 +108,25 @@ def gradients(
 
 
 def siglip_results(
-    image: Tensor,
-    text: Tensor,
+    call: ContrastiveCall,
     width: int,
-    scale: Tensor,
     weight: float,
-    chunk_size: int,
     dtype: torch.dtype,
     tile: Shape,
     with_gradients: bool,
     launch: Callable[[int, Tensor, Tensor | None, Tensor, float], None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `reference.siglip` returns. `launch` as in `gradients`, whose partial results are those of the gradients of
-    scale and bias and of the loss, each over the weight; without gradients it is called once, with no G to write."""
+    """The results of `reference.siglip`.
+
+    `launch` is that of `gradients`. Its partial results are those of the gradients of scale and bias and of the loss,
+    each divided by the weight. Without gradients it runs once, and its `grad` is None.
+    """
     if with_gradients:
-        image_grad, text_grad, sums = gradients(image, text, width, scale * weight, chunk_size, dtype, tile, 3, launch)
+        factor = call.scale * weight
+        image_grad, text_grad, sums = gradients(call, width, factor, dtype, tile, 3, launch)
         scale_grad, bias_grad, loss = (weight * total for total in sums)
         return loss, image_grad, text_grad, scale_grad, bias_grad
+    image, text = call.image, call.text
     partials = torch.empty(math.prod(num_tiles(image, text, tile)), 3, dtype=torch.float32, device=image.device)
     with torch.cuda.device_of(image):
         launch(0, image, None, partials, 1.0)
@@ -129,7 +135,7 @@ def siglip_results(
 
 
 def operand(features: Tensor) -> tuple[Tensor, Tensor | float]:
-    """(operand of the library matmuls, unit) with features = operand * unit."""
+    """(operand of the library matmuls, unit), with features = operand * unit."""
     if features.dtype != torch.bfloat16:
         return features, 1.0
     largest = torch.linalg.vector_norm(features, float("inf"), dtype=torch.float32)

@@ -1,18 +1,18 @@
-"""libjpeg-turbo through `_cpu`: the header is read, the output allocated here, the rows decoded straight into it."""
+"""libjpeg-turbo through `_cpu`, which decodes rows straight into memory that is allocated here."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
+from bclip_fast.ops.pointers import address
 
-from ..cuda_device import address
+from .call import ResizeCall
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
+    """(H, W, 3) uint8 RGB pixels."""
     height, width = _cpu.jpeg_size(data)
     if width * height > max_pixels:
         raise ValueError(f"JPEG of {width}x{height} pixels exceeds the limit of {max_pixels} pixels")
@@ -22,31 +22,23 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 
 def peek_size(data: bytes) -> tuple[int, int]:
+    """(height, width)"""
     return _cpu.jpeg_size(data)
 
 
-def decode_resize(
-    jpegs: Sequence[bytes],
-    size: int,
-    crop: str,
-    boxes: Tensor | None,
-    interpolation: str,
-    threads: int,
-    exact: bool,
-    out: Tensor,
-    max_pixels: int,
-) -> dict[int, str]:
-    """Writes `out`; see image.h."""
+def decode_resize(call: ResizeCall) -> dict[int, str]:
+    """Writes `call.out` (csrc/image.h), and returns the error of each bad file by index."""
+    number, size = len(call.jpegs), call.size
     return dict(
         _cpu.decode_resize(
-            list(jpegs),
+            list(call.jpegs),
             size,
-            getattr(_cpu.Crop, crop),
-            0 if boxes is None else address(boxes, torch.int64, len(jpegs), 4),
-            interpolation == "bicubic",
-            exact,
-            max_pixels,
-            address(out, torch.uint8, len(jpegs), size, size, 3),
-            threads,
+            getattr(_cpu.Crop, call.crop),
+            0 if call.boxes is None else address(call.boxes, torch.int64, number, 4),
+            call.interpolation == "bicubic",
+            call.exact,
+            call.max_pixels,
+            address(call.out, torch.uint8, number, size, size, 3),
+            call.threads,
         )
     )

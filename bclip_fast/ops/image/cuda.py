@@ -1,13 +1,14 @@
-"""nvJPEG and the kernels of csrc/cuda/image.cu on NVIDIA GPUs from sm_80 on; not yet run on one.
+"""nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on; not yet run on one.
 
-nvJPEG is given baseline files whose colours it reads as libjpeg does (csrc/cuda/nvjpeg.h), all at once; the CPU decodes
-the rest and what nvJPEG refuses. The library is BCLIP_NVJPEG's file, or one of a wheel, of CUDA_HOME or of the system.
+nvJPEG decodes all baseline files at once whose colours it reads like libjpeg (csrc/cuda/image/nvjpeg.h). The CPU
+decodes the other files, and those that nvJPEG refuses. The library is the file BCLIP_NVJPEG, or that of a wheel, of
+CUDA_HOME or of the system.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -17,90 +18,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda_device import address, cuda_address, cuda_module, cuda_stream
-from . import decode
+from bclip_fast.ops.cuda_device import cuda_module, cuda_stream
+from bclip_fast.ops.pointers import address, cuda_address
 
-# Decoded pixels that are held at a time, unless one picture has more.
+from . import decode
+from .call import ResizeCall
+
+# Bytes of decoded pixels in memory at a time, unless a single image has more.
 BATCH_BYTES = 2**30
 
-# nvJPEG's own alignment isn't documented; this is that of CUDA's allocations.
+# nvJPEG doesn't document its alignment, so this is the alignment of CUDA's allocations.
 ALIGNMENT = 256
+
+# Either the size (height, width) that nvJPEG will decode to, or pixels that the CPU decoded.
+Source = tuple[int, int] | Tensor
 
 
 def library_refusal(device: torch.device) -> str | None:
-    """The reason why there is no nvJPEG on this device, or None."""
-    found = _library(device)
-    return found if isinstance(found, str) else None
+    """The reason why nvJPEG is not available on this device, or None."""
+    library = _library(device)
+    return library if isinstance(library, str) else None
 
 
-def decode_resize(
-    jpegs: Sequence[bytes],
-    size: int,
-    crop: str,
-    boxes: Tensor | None,
-    interpolation: str,
-    threads: int,
-    exact: bool,
-    out: Tensor,
-    max_pixels: int,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> dict[int, str]:
-    """Writes `out`, (n, size, size, 3) uint8 or, with mean and std, (n, 3, size, size); `exact` doesn't matter."""
-    files = list(jpegs)
+def decode_resize(call: ResizeCall) -> dict[int, str]:
+    """Writes `call.out`, and returns the error of each bad file by index. It ignores `exact`."""
+    files = list(call.jpegs)
     errors: dict[int, str] = {}
-    # Either the size that nvJPEG will decode to, or what the CPU decoded.
-    sources: dict[int, tuple[int, int] | Tensor] = {}
+    sources: dict[int, Source] = {}
     for index, (height, width) in enumerate(cuda_module().plain_jpegs(files)):
-        if height * width > max_pixels:
-            errors[index] = f"JPEG of {width}x{height} pixels exceeds the limit of {max_pixels} pixels"
+        if height * width > call.max_pixels:
+            errors[index] = f"JPEG of {width}x{height} pixels exceeds the limit of {call.max_pixels} pixels"
         elif height:
             sources[index] = height, width
-    with ThreadPoolExecutor(threads) as pool, torch.cuda.device_of(out):
+    with ThreadPoolExecutor(call.threads) as pool, torch.cuda.device_of(call.out):
         others = [index for index in range(len(files)) if index not in sources and index not in errors]
-        _decode_on_cpu(pool, files, others, max_pixels, sources, errors)
-        for own in _batches(len(files), sources):
-            part = slice(own.start, own.stop)
-            square = _Squares(size, crop, None if boxes is None else boxes[part], interpolation, out[part], mean, std)
-            held = {i - own.start: sources.pop(i) for i in own if i in sources}
+        _decode_on_cpu(pool, files, others, call.max_pixels, sources, errors)
+        for batch in _batches(len(files), sources):
+            squares = _Squares(call, slice(batch.start, batch.stop), pool)
+            batch_sources = {i - batch.start: sources.pop(i) for i in batch if i in sources}
             try:
-                square.write(files[part], held, pool, max_pixels, threads)
+                squares.write(files[batch.start : batch.stop], batch_sources)
             finally:
-                # nvJPEG may still read the files, which are the caller's.
-                if out.is_cuda:
-                    torch.cuda.current_stream(out.device).synchronize()
-            errors |= {own.start + index: reason for index, reason in square.errors.items()}
+                # nvJPEG may still read the files, which belong to the caller.
+                if call.out.is_cuda:
+                    torch.cuda.current_stream(call.out.device).synchronize()
+            errors |= {batch.start + index: reason for index, reason in squares.errors.items()}
     return dict(sorted(errors.items()))
 
 
 class _Squares:
-    """A batch of neighbours on its way through the device."""
+    """Consecutive files of a call on their way through the device."""
 
-    def __init__(
-        self,
-        size: int,
-        crop: str,
-        boxes: Tensor | None,
-        interpolation: str,
-        out: Tensor,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-    ) -> None:
-        self.size, self.crop, self.boxes, self.bicubic = size, crop, boxes, interpolation == "bicubic"
-        self.out, self.errors = out, dict[int, str]()
+    def __init__(self, call: ResizeCall, part: slice, pool: ThreadPoolExecutor) -> None:
+        self.call, self.pool, self.bicubic = call, pool, call.interpolation == "bicubic"
+        self.boxes = None if call.boxes is None else call.boxes[part]
+        self.out, self.errors = call.out[part], dict[int, str]()
         self.factor, self.shift = [0.0] * 3, [0.0] * 3
-        if mean is not None and std is not None:
-            self.factor = [1 / (255 * deviation) for deviation in std]
-            self.shift = [-center / deviation for center, deviation in zip(mean, std, strict=True)]
+        if call.mean is not None and call.std is not None:
+            self.factor = [1 / (255 * deviation) for deviation in call.std]
+            self.shift = [-center / deviation for center, deviation in zip(call.mean, call.std, strict=True)]
 
-    def write(
-        self,
-        files: list[bytes],
-        sources: dict[int, tuple[int, int] | Tensor],
-        pool: ThreadPoolExecutor,
-        max_pixels: int,
-        threads: int,
-    ) -> None:
+    def write(self, files: list[bytes], sources: dict[int, Source]) -> None:
+        """Decodes and resizes the files into `out`."""
         module, device, stream = cuda_module(), self.out.device, cuda_stream(self.out)
         places, total = [(-1, 0, 0)] * len(files), 0
         for index, source in sources.items():
@@ -113,23 +92,25 @@ class _Squares:
             places[index] = -1, 0, 0
             del sources[index]
         pixels = torch.empty(total, dtype=torch.uint8, device=device)
-        given = [index for index, source in sources.items() if not isinstance(source, Tensor)]
+        undecoded = [index for index, source in sources.items() if not isinstance(source, Tensor)]
         refused = _library_of(device).decode(
-            [files[index] for index in given],
-            [pixels.data_ptr() + places[index][0] for index in given],
-            [places[index][2] for index in given],
-            threads,
+            [files[index] for index in undecoded],
+            [pixels.data_ptr() + places[index][0] for index in undecoded],
+            [places[index][2] for index in undecoded],
+            self.call.threads,
             stream,
         )
-        again = [given[position] for position in refused]
-        _decode_on_cpu(pool, files, again, max_pixels, sources, self.errors)
+        again = [undecoded[position] for position in refused]
+        _decode_on_cpu(self.pool, files, again, self.call.max_pixels, sources, self.errors)
         for index, source in sources.items():
             offset, height, width = places[index]
             if index in self.errors:
                 places[index] = -1, 0, 0
             elif isinstance(source, Tensor):
                 if source.shape != (height, width, 3):
-                    raise RuntimeError(f"a JPEG whose size is {source.shape[:2]}, or {height, width}")
+                    raise RuntimeError(
+                        f"a JPEG has the size {tuple(source.shape[:2])}, but its header says {height, width}"
+                    )
                 pixels[offset : offset + source.numel()].copy_(source.flatten())
         plan, words, _ = self._plan(places)
         table = torch.frombuffer(bytearray(plan), dtype=torch.uint8).to(device)
@@ -139,7 +120,7 @@ class _Squares:
             table.data_ptr(),
             weights.data_ptr(),
             len(files),
-            self.size,
+            self.call.size,
             self.bicubic,
             self.factor,
             self.shift,
@@ -150,18 +131,19 @@ class _Squares:
 
     def _plan(self, places: list[tuple[int, int, int]]) -> Any:
         boxes = 0 if self.boxes is None else address(self.boxes, torch.int64, len(places), 4)
-        return cuda_module().plan_images(places, self.size, self.crop, boxes, self.bicubic)
+        return cuda_module().plan_images(places, self.call.size, self.call.crop, boxes, self.bicubic)
 
 
-def _batches(count: int, sources: dict[int, tuple[int, int] | Tensor]) -> Iterator[range]:
-    start, held = 0, 0
+def _batches(count: int, sources: dict[int, Source]) -> Iterator[range]:
+    """Ranges of files whose pixels fit into BATCH_BYTES."""
+    start, num_bytes = 0, 0
     for index in range(count):
         source = sources.get(index, (0, 0))
-        own = source.numel() if isinstance(source, Tensor) else 3 * source[0] * source[1]
-        if held and held + own > BATCH_BYTES:
+        size = source.numel() if isinstance(source, Tensor) else 3 * source[0] * source[1]
+        if num_bytes and num_bytes + size > BATCH_BYTES:
             yield range(start, index)
-            start, held = index, 0
-        held += own
+            start, num_bytes = index, 0
+        num_bytes += size
     if start < count:
         yield range(start, count)
 
@@ -171,7 +153,7 @@ def _decode_on_cpu(
     files: list[bytes],
     indices: list[int],
     max_pixels: int,
-    sources: dict[int, tuple[int, int] | Tensor],
+    sources: dict[int, Source],
     errors: dict[int, str],
 ) -> None:
     def decoded(index: int) -> Tensor | str:
@@ -188,15 +170,15 @@ def _decode_on_cpu(
 
 
 def _library_of(device: torch.device) -> Any:
-    found = _library(device)
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+    library = _library(device)
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
 
 
 @cache
 def _library(device: torch.device) -> Any:
-    """nvJPEG on this device, or the reason why there is none."""
+    """nvJPEG on this device, or the reason why it is not available."""
     refusals = []
     for path in _paths():
         try:
@@ -214,10 +196,10 @@ def _paths() -> list[str]:
     wheels = find_spec("nvidia")
     folders = [Path(place) for place in (wheels.submodule_search_locations or ())] if wheels else []
     home = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
-    found = []
+    paths = []
     for major in majors:
         name = f"libnvjpeg.so.{major}"
         places = [folder / part / "lib" for folder in folders for part in (f"cu{major}", "nvjpeg")]
-        found += [str(place / name) for place in (*places, home / "lib64") if (place / name).exists()]
-        found.append(name)
-    return found
+        paths += [str(place / name) for place in (*places, home / "lib64") if (place / name).exists()]
+        paths.append(name)
+    return paths

@@ -1,13 +1,17 @@
-"""The linear layer, in bfloat16 with weights that may be float32 masters."""
+"""The linear layer, in bfloat16 with bfloat16 weights or float32 master weights."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import processor
-from ..dispatch import BACKENDS, MISSING, Limits, choose, kernels
+from bclip_fast.ops import custom_op, processor
+from bclip_fast.ops.dispatch import BACKENDS, Limits, choose, load_backend
+
 from . import reference
+from .call import LinearCall, LinearGradientCall
 
 __all__ = ["LIMITS", "linear"]
 
@@ -25,22 +29,22 @@ def _cpu_limits(x: Tensor, *parameters: Tensor) -> str | None:
             return "a parameter is empty"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return f"autocast asks for {torch.get_autocast_dtype('cpu')}"
-    return MISSING.get("cpu") or processor.ISA_ERROR
+    return None
 
 
 LIMITS: Limits = {"cpu": _cpu_limits, "reference": lambda *inputs: None}
 
 
-# With fewer rows most of the time is spent on reading the weights, and the library is faster than the matrix unit.
+# With fewer rows, reading the weights dominates, and torch's library is faster than the matrix unit.
 _MANY_ROWS = 512
 _LIBRARY_FIRST = ("reference", "cpu")
 
 
 def _library_is_faster(x: Tensor, few_rows: bool) -> bool:
-    """Whether torch's bfloat16 product is tried before the cpu backend where nothing has been measured.
+    """Whether `auto` without measurements tries torch's bfloat16 product before the cpu backend.
 
-    The cpu backend wins where AMX multiplies many rows, and where the library has no instructions for bfloat16. With
-    AVX512-BF16 alone the library is 2.5 times as fast as products in float32, from 4 rows to thousands.
+    The cpu backend wins if AMX multiplies many rows, or if the library has no instructions for bfloat16. With
+    AVX512-BF16 but no AMX, the library is 2.5 times as fast as products in float32, from 4 rows to thousands.
     """
     if processor.lacks_bfloat16(x.device):
         return False
@@ -48,22 +52,22 @@ def _library_is_faster(x: Tensor, few_rows: bool) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """x W^T + b: `F.linear`, and in bfloat16 on a CPU with AMX, or without bfloat16 instructions, faster.
+    """x W^T + b: `F.linear`, but faster in bfloat16 on a CPU that has AMX, or no bfloat16 instructions at all.
 
     Args:
-        x: (..., K), any floating dtype. Autocast casts it as it casts the input of `F.linear`.
-        weight: (N, K), in x's dtype or wider. The cpu backend returns its gradient in its own dtype, never rounded to
-            x's. AMX and the library multiply the weight rounded to x's dtype. A CPU without bfloat16 instructions
-            multiplies in float32, by a float32 weight as it is.
+        x: (..., K), any floating dtype. Autocast casts it like the input of `F.linear`.
+        weight: (N, K), in x's dtype or wider. The cpu backend returns its gradient in the weight's dtype, never rounded
+            to x's. AMX and the library multiply the weight rounded to x's dtype. A CPU without bfloat16 instructions
+            multiplies in float32, by the unrounded weight.
         bias: (N,) or None. The cpu backend adds it to the sum before rounding.
-        backend: "auto", "cpu" or "reference". What the cpu backend doesn't take the library runs, also where another
-            backend is named for all operators.
+        backend: "auto", "cpu" or "reference". The library runs the calls that the cpu backend doesn't take, even if
+            another backend is named for all operators.
 
     Returns:
-        (..., N) in x's dtype, or in autocast's, where that casts x. Differentiable once.
+        (..., N) in x's dtype, or in autocast's if autocast casts x. Differentiable once.
 
     Raises:
-        ValueError: shapes that don't fit; the message names them.
+        ValueError: shapes don't fit; the message names them.
         BackendError: the named backend cannot run this call.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
@@ -76,58 +80,55 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     few = x.numel() < _MANY_ROWS * x.shape[-1]
     shapes, otherwise = "few rows" if few else "many rows", _LIBRARY_FIRST if _library_is_faster(x, few) else BACKENDS
     backend = choose("linear", LIMITS, backend, *inputs, library=True, shapes=shapes, otherwise=otherwise)
-    return reference.linear(x, weight, bias) if backend == "reference" else _linear(x, weight, bias, backend)
+    if backend == "reference":
+        return reference.linear(x, weight, bias)
+    return custom_op.run(_linear, x, weight, bias, backend)
 
 
-@torch.library.custom_op("bclip::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return kernels("matmul", backend).linear(x, weight, bias)
+def _forward(*inputs: Any) -> Tensor:
+    return load_backend("matmul", inputs[-1]).linear(LinearCall(*inputs[:-1]))
 
 
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, each in its own dtype; empty if not needed."""
+    return load_backend("matmul", inputs[-1]).linear_backward(LinearGradientCall(*inputs[:-1]))
 
 
-@torch.library.custom_op("bclip::linear_backward", mutates_args=())
-def _linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_dtype: torch.dtype | None,
-    x_wanted: bool,
-    weight_wanted: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, each in its own dtype; nothing for those not wanted."""
-    return kernels("matmul", backend).linear_backward(grad, x, weight, bias_dtype, x_wanted, weight_wanted)
+def _gradients_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = LinearGradientCall(*inputs[:-1])
+    x, weight = call.x, call.weight
+    bias = weight.new_empty(weight.shape[0] if call.bias_dtype else 0, dtype=call.bias_dtype or torch.float32)
+    return (
+        x.new_empty(x.shape if call.x_needs_grad else (0,)),
+        weight.new_empty(weight.shape if call.weight_needs_grad else (0,)),
+        bias,
+    )
 
 
-@_linear_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_dtype: torch.dtype | None,
-    x_wanted: bool,
-    weight_wanted: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bias = weight.new_empty(weight.shape[0] if bias_dtype else 0, dtype=bias_dtype or torch.float32)
-    return x.new_empty(x.shape if x_wanted else (0,)), weight.new_empty(weight.shape if weight_wanted else (0,)), bias
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.backend = inputs
     ctx.bias_dtype = bias.dtype if bias is not None else None
     ctx.save_for_backward(x, weight)
 
 
-def _gradient(ctx, grad):  # type: ignore[no-untyped-def]
-    x_wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[:3]
-    bias_dtype = ctx.bias_dtype if bias_wanted else None
-    x, weight, bias = _linear_backward(grad, *ctx.saved_tensors, bias_dtype, x_wanted, weight_wanted, ctx.backend)
-    return x if x_wanted else None, weight if weight_wanted else None, bias if bias_dtype else None, None
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    bias_dtype = ctx.bias_dtype if needs_bias else None
+    x, weight, bias = _linear_backward(grad, *ctx.saved_tensors, bias_dtype, needs_x, needs_weight, ctx.backend)
+    return x if needs_x else None, weight if needs_weight else None, bias if bias_dtype else None, None
 
 
-_linear.register_autograd(_gradient, setup_context=_setup)
+_linear = custom_op.define(
+    "linear",
+    f"({custom_op.arguments(LinearCall)}, str backend) -> Tensor",
+    _forward,
+    lambda x, weight, bias, backend: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    setup=_setup,
+    gradient=_gradient,
+)
+_linear_backward = custom_op.define(
+    "linear_backward",
+    f"({custom_op.arguments(LinearGradientCall)}, str backend) -> (Tensor, Tensor, Tensor)",
+    _gradients,
+    _gradients_fake,
+)

@@ -1,9 +1,9 @@
-"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/linear.h), else by float32 products of torch's
-library, whose results are rounded to bfloat16.
+"""The bfloat16 linear layer on a CPU: on the matrix unit of x86 (csrc/matmul.h), else by float32 products.
 
-The matrix unit's three products read their operands as they lie. Float32 products take a float32 weight as it is and a
-bfloat16 one upcast once a call; rows are upcast in blocks that stay in the cache. Eager PyTorch casts a float32 weight
-first and its gradient afterwards, and sums the bias's gradient in a pass of its own.
+The matrix unit's three products read their operands in place. Otherwise torch's library multiplies in float32, and the
+results are rounded to bfloat16. A bfloat16 weight is upcast once per call, and rows are upcast in blocks that stay in
+the cache. Eager PyTorch casts a float32 weight first and its gradient afterwards, and sums the bias's gradient in a
+separate pass.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
+from bclip_fast.ops.pointers import address
 
-from ..cuda_device import address
+from .call import LinearCall, LinearGradientCall
 
-# Rows that a block of float32 products has a thread: fewer leave cores idle, more leave the cache.
+# Rows per thread in a block of float32 products. Fewer rows leave cores idle, more rows overflow the cache.
 _ROWS_A_THREAD = 512
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(call: LinearCall) -> Tensor:
+    """x W^T + b in x's dtype."""
+    x, weight, bias = call.x, call.weight, call.bias
     rows, result = x.reshape(-1, x.shape[-1]), x.new_empty(*x.shape[:-1], len(weight))
     added, out = None if bias is None else bias.float(), result.view(-1, len(weight))
     if _cpu.has_amx():
         added = None if added is None else added.contiguous()
-        _amx_product(rows.contiguous(), weight.contiguous(), out, right_transposed=True, bias=added)
+        _linear(rows.contiguous(), weight.contiguous(), out, right_transposed=True, bias=added)
     else:
         right = weight.float().T
         for block, part, products in _blocks(rows, len(weight)):
@@ -35,30 +38,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, x_wanted: bool, weight_wanted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward(call: LinearGradientCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, each in its own dtype; empty if not needed."""
+    grad, x, weight, bias_dtype = call.grad, call.x, call.weight, call.bias_dtype
     width = x.shape[-1]
     rows, grad = x.reshape(-1, width), grad.reshape(-1, len(weight))
-    x_grad = x.new_empty(x.shape if x_wanted else (0,))
-    weight_grad = weight.new_empty(weight.shape if weight_wanted else (0,))
+    x_grad = x.new_empty(x.shape if call.x_needs_grad else (0,))
+    weight_grad = weight.new_empty(weight.shape if call.weight_needs_grad else (0,))
     sums = torch.empty(len(weight) if bias_dtype else 0, dtype=torch.float32)
     if _cpu.has_amx():
         rows, grad = rows.contiguous(), grad.contiguous()
-        if x_wanted:
-            _amx_product(grad, weight.contiguous(), x_grad.view(-1, width))
-        if weight_wanted:
-            _amx_product(grad, rows, weight_grad, left_transposed=True, left_sums=sums if bias_dtype else None)
+        if call.x_needs_grad:
+            _linear(grad, weight.contiguous(), x_grad.view(-1, width))
+        if call.weight_needs_grad:
+            _linear(grad, rows, weight_grad, left_transposed=True, left_sums=sums if bias_dtype else None)
         elif bias_dtype:
             torch.sum(grad, 0, dtype=torch.float32, out=sums)
     else:
-        right = weight.float() if x_wanted else weight
+        right = weight.float() if call.x_needs_grad else weight
         total = weight_grad if weight_grad.dtype == torch.float32 else weight_grad.float()
         total.zero_(), sums.zero_()
         for block, part, products in _blocks(grad, width):
-            if x_wanted:
+            if call.x_needs_grad:
                 x_grad.view(-1, width)[block] = torch.mm(part, right, out=products)
-            if weight_wanted:
+            if call.weight_needs_grad:
                 total.addmm_(part.T, products.copy_(rows[block]))
             if bias_dtype:
                 sums += part.sum(0)
@@ -68,7 +71,7 @@ def linear_backward(
 
 
 def _blocks(left: Tensor, columns: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of (T, K) in blocks of n rows: which rows they are, the rows in float32, and memory for (n, columns) products."""
+    """Blocks of n rows of `left` (T, K): their slice, the rows in float32, and memory for (n, columns) products."""
     size = min(len(left), _ROWS_A_THREAD * torch.get_num_threads())
     wide = left.new_empty(size, left.shape[1], dtype=torch.float32)
     products = left.new_empty(size, columns, dtype=torch.float32)
@@ -78,7 +81,7 @@ def _blocks(left: Tensor, columns: int) -> Iterator[tuple[slice, Tensor, Tensor]
         yield block, wide[:count].copy_(left[block]), products[:count]
 
 
-def _amx_product(
+def _linear(
     left: Tensor,
     right: Tensor,
     result: Tensor,
@@ -89,8 +92,8 @@ def _amx_product(
     left_sums: Tensor | None = None,
 ) -> None:
     (rows, columns), depth = result.shape, left.shape[0 if left_transposed else 1]
-    workspace = torch.empty(_cpu.product_workspace(columns, depth), dtype=torch.bfloat16)
-    _cpu.amx_product(
+    workspace = torch.empty(_cpu.linear_workspace(columns, depth), dtype=torch.bfloat16)
+    _cpu.linear(
         rows,
         columns,
         depth,

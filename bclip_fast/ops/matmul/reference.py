@@ -1,4 +1,4 @@
-"""The definition: torch's own."""
+"""The definition: torch's own linear layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b; autocast casts by its own rules, and without it weight and bias follow x."""
+    """x W^T + b. Autocast casts by its own rules; without autocast, weight and bias are cast to x's dtype."""
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

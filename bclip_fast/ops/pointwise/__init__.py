@@ -1,14 +1,20 @@
-"""What a transformer layer does between its matmuls: residual + dropout + LayerNorm, and GELU, in one pass each."""
+"""The steps of a transformer layer between its matmuls: residual + dropout + LayerNorm, and GELU, in one pass each."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cuda_device import triton_refusal
-from ..dispatch import Limits, choose, kernels
+from bclip_fast.ops import custom_op
+from bclip_fast.ops.cuda_device import triton_refusal
+from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.philox import seed_tensor
+
 from . import reference
+from .call import AddNormCall, AddNormGradientCall
 
 __all__ = ["LIMITS", "add_norm", "gelu"]
 
@@ -25,7 +31,7 @@ def _cpu_limits(*inputs: Tensor) -> str | None:
 
 
 def _triton_limits(*inputs: Tensor) -> str | None:
-    # A row of add_norm is held whole; gelu has one input and no rows.
+    # A program of add_norm holds a complete row. gelu has one input and no rows.
     if len(inputs) > 1 and inputs[0].shape[1] > 8192:
         return f"D is {inputs[0].shape[1]}, more than 8192"
     return next(filter(None, map(triton_refusal, inputs)), None)
@@ -33,20 +39,20 @@ def _triton_limits(*inputs: Tensor) -> str | None:
 
 LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda *inputs: None}
 
-# More numbers than this are a large tensor to the record of times; fewer, and a call costs more than its work.
+# Above this number of elements a tensor is large. In a smaller one, a call's overhead exceeds its work.
 _LARGE = 1 << 17
 
 
-def _class_of(x: Tensor) -> str:
+def _size_class(x: Tensor) -> str:
     return "large" if x.numel() > _LARGE else "small"
 
 
 def _norm_class(stream: Tensor, dropout_p: float, seeded: bool) -> str:
     if dropout_p == 0.0:
-        return _class_of(stream)
+        return _size_class(stream)
     if seeded:
         return "seeded dropout"  # never measured: the reference computes its random numbers one by one
-    return "dropout, large" if stream.numel() > _LARGE else "dropout, small"
+    return f"dropout, {_size_class(stream)}"
 
 
 def add_norm(
@@ -62,29 +68,30 @@ def add_norm(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of s = stream + dropout(branch), and the stream that goes on: s, or, if `post`, the norm's result.
+    """LayerNorm of s = stream + dropout(branch), and the stream that continues: s, or the norm's result if `post`.
 
     Args:
-        stream: (T, D), any floating dtype, in which s is kept.
+        stream: (T, D), any floating dtype. s has the same dtype.
         branch: (T, D), any floating dtype, or None.
-        weight, bias: (D,) of the norm.
-        dropout_p: probability with which an element of the branch is dropped, the rest scaled by 1/(1-p).
-        seed: which elements are dropped, the same ones in every backend: an int or a 0-dimensional int64 tensor. Unless
-            given, the backend draws from torch's generators, so `torch.manual_seed` fixes it and checkpointing repeats.
-        dtype: of the normed result, the stream's unless given.
+        weight, bias: (D,) parameters of the norm.
+        dropout_p: probability of dropping an element of the branch. The other elements are scaled by 1/(1-p).
+        seed: seed of the dropped elements, the same elements in every backend: an int or a 0-dimensional int64 tensor.
+            By default the backend draws from torch's generators, so `torch.manual_seed` fixes the elements and
+            activation checkpointing repeats them.
+        dtype: dtype of the normed result. The stream's by default.
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
         (normed (T, D) in `dtype`, stream (T, D) in the stream's dtype). Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability that doesn't fit; the message names it.
+        ValueError: a shape, dtype or probability doesn't fit; the message names it.
         BackendError: the named backend cannot run this call.
     """
     if stream.dim() != 2 or not stream.is_floating_point():
         raise ValueError(f"stream must be (T, D) and floating, got {tuple(stream.shape)} {stream.dtype}")
     if branch is not None and branch.shape != stream.shape:
-        raise ValueError(f"branch must be {tuple(stream.shape)} as the stream, got {tuple(branch.shape)}")
+        raise ValueError(f"branch must have the stream's shape {tuple(stream.shape)}, got {tuple(branch.shape)}")
     if weight.shape != stream.shape[1:] or bias.shape != stream.shape[1:]:
         raise ValueError(
             f"weight and bias must be ({stream.shape[1]},), got {tuple(weight.shape)} and {tuple(bias.shape)}"
@@ -98,16 +105,15 @@ def add_norm(
     shapes = _norm_class(stream, dropout_p, seed is not None)
     normed_like = stream.new_empty(0, dtype=dtype)
     backend = choose("add_norm", LIMITS, backend, *inputs, normed_like, dtype=dtype, shapes=shapes)
-    if dropout_p > 0.0 and seed is None and backend != "reference":
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    elif isinstance(seed, int):
-        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
+    drawn = dropout_p > 0.0 and backend != "reference"
+    philox_seed = seed_tensor(seed) if drawn or seed is not None else None
     if backend == "reference":
-        normed, total = reference.add_norm(stream, branch, weight, bias, eps, dropout_p, seed)
+        normed, total = reference.add_norm(stream, branch, weight, bias, eps, dropout_p, philox_seed)
         return normed.to(dtype), normed if post else total
-    # Where both are wanted in one dtype they are one tensor.
+    # If both results have one dtype, they are one tensor.
     wide = post and dtype != stream.dtype
-    normed, total, wide_normed = _add_norm(stream, branch, weight, bias, eps, dropout_p, seed, dtype, wide, backend)
+    flat = stream, branch, weight, bias, eps, dropout_p, philox_seed, dtype, wide
+    normed, total, wide_normed = custom_op.run(_add_norm, *flat, backend)
     if post:
         return normed, wide_normed if wide else normed
     return normed, stream if branch is None else total
@@ -122,97 +128,51 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
-    backend = choose("gelu", LIMITS, backend, x, shapes=_class_of(x))
-    return F.gelu(x) if backend == "reference" else _gelu(x, backend)
+    backend = choose("gelu", LIMITS, backend, x, shapes=_size_class(x))
+    return F.gelu(x) if backend == "reference" else custom_op.run(_gelu, x, backend)
 
 
-@torch.library.custom_op("bclip::add_norm", mutates_args=())
-def _add_norm(
-    stream: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-    wide: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed in dtype; the sum, or nothing without a branch; normed in the stream's dtype, if wide, or nothing)"""
-    return kernels("pointwise", backend).add_norm(stream, branch, weight, bias, eps, dropout_p, seed, dtype, wide)
+def _shape_if(condition: bool, like: Tensor) -> torch.Size:
+    return like.shape if condition else torch.Size((0,))
 
 
-@_add_norm.register_fake
-def _(
-    stream: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-    wide: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    normed = stream.new_empty(stream.shape, dtype=dtype)
-    return normed, stream.new_empty(_if(branch is not None, stream)), stream.new_empty(_if(wide, stream))
+def _add_norm_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed in `dtype`; the sum, empty without a branch; normed in the stream's dtype, empty unless `wide`."""
+    return load_backend("pointwise", inputs[-1]).add_norm(AddNormCall(*inputs[:-1]))
 
 
-def _if(wanted: bool, like: Tensor) -> torch.Size:
-    return like.shape if wanted else torch.Size((0,))
+def _add_norm_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, stream = AddNormCall(*inputs[:-1]), inputs[0]
+    normed = stream.new_empty(stream.shape, dtype=call.dtype)
+    total = stream.new_empty(_shape_if(call.branch is not None, stream))
+    return normed, total, stream.new_empty(_shape_if(call.wide, stream))
 
 
-@torch.library.custom_op("bclip::add_norm_backward", mutates_args=())
-def _add_norm_backward(
-    grad: Tensor | None,
-    total_grad: Tensor | None,
-    wide_grad: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    branch_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the stream, of the branch (nothing where it is the stream's, or there is none), weight and bias."""
-    return kernels("pointwise", backend).add_norm_backward(
-        grad, total_grad, wide_grad, total, weight, eps, dropout_p, seed, branch_dtype
-    )
+def _add_norm_gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of stream, branch (empty without `branch_dtype`), weight and bias."""
+    return load_backend("pointwise", inputs[-1]).add_norm_backward(AddNormGradientCall(*inputs[:-1]))
 
 
-@_add_norm_backward.register_fake
-def _(
-    grad: Tensor | None,
-    total_grad: Tensor | None,
-    wide_grad: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    branch_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    apart = branch_dtype is not None
-    branch = total.new_empty(_if(apart, total), dtype=branch_dtype or total.dtype)
+def _add_norm_gradients_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = AddNormGradientCall(*inputs[:-1])
+    total, weight, separate = call.total, call.weight, call.branch_dtype is not None
+    branch = total.new_empty(_shape_if(separate, total), dtype=call.branch_dtype or total.dtype)
     return total.new_empty(total.shape), branch, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _add_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    stream, branch, weight, _, ctx.eps, ctx.dropout_p, seed, _, ctx.wide, ctx.backend = inputs
-    # An output that nothing uses has no gradient to be read. (Traced code materializes it all the same.)
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call = AddNormCall(*inputs[:-1])
+    # An unused output's gradient stays None and is never read. Traced code materializes it anyway.
     ctx.set_materialize_grads(False)
-    ctx.has_branch = branch is not None
-    # The branch's gradient is the stream's unless dropout or another dtype sets it apart.
-    apart = branch is not None and (ctx.dropout_p > 0.0 or branch.dtype != stream.dtype)
-    ctx.branch_dtype = branch.dtype if apart else None
-    ctx.save_for_backward(stream if branch is None else output[1], weight, seed)
+    ctx.has_branch, ctx.wide, ctx.backend = call.branch is not None, call.wide, inputs[-1]
+    # The branch's gradient is the stream's, unless dropout or another dtype separates them.
+    separate = call.branch is not None and (call.dropout_p > 0.0 or call.branch.dtype != call.stream.dtype)
+    ctx.branch_dtype = call.branch.dtype if separate and call.branch is not None else None
+    ctx.eps, ctx.dropout_p = call.eps, call.dropout_p
+    ctx.save_for_backward(call.stream if call.branch is None else output[1], call.weight, call.seed)
 
 
-def _add_norm_gradient(ctx, grad, total_grad, wide_grad):  # type: ignore[no-untyped-def]
+def _add_norm_gradient(ctx: Any, grad: Any, total_grad: Any, wide_grad: Any) -> tuple[Any, ...]:
     total, weight, seed = ctx.saved_tensors
     total_grad, wide_grad = (total_grad if ctx.has_branch else None), (wide_grad if ctx.wide else None)
     stream, branch, weight_grad, bias_grad = _add_norm_backward(
@@ -220,39 +180,41 @@ def _add_norm_gradient(ctx, grad, total_grad, wide_grad):  # type: ignore[no-unt
     )
     if ctx.branch_dtype is None:
         branch = stream if ctx.has_branch else None
-    return stream, branch, weight_grad, bias_grad, None, None, None, None, None, None
+    return stream, branch, weight_grad, bias_grad, *[None] * 6
 
 
-_add_norm.register_autograd(_add_norm_gradient, setup_context=_add_norm_setup)
+_add_norm = custom_op.define(
+    "add_norm",
+    f"({custom_op.arguments(AddNormCall)}, str backend) -> (Tensor, Tensor, Tensor)",
+    _add_norm_forward,
+    _add_norm_fake,
+    setup=_add_norm_setup,
+    gradient=_add_norm_gradient,
+)
+_add_norm_backward = custom_op.define(
+    "add_norm_backward",
+    f"({custom_op.arguments(AddNormGradientCall)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_norm_gradients,
+    _add_norm_gradients_fake,
+)
 
 
-@torch.library.custom_op("bclip::gelu", mutates_args=())
-def _gelu(x: Tensor, backend: str) -> Tensor:
-    return kernels("pointwise", backend).gelu(x)
-
-
-@_gelu.register_fake
-def _(x: Tensor, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("bclip::gelu_backward", mutates_args=())
-def _gelu_backward(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    return kernels("pointwise", backend).gelu_backward(grad, x)
-
-
-@_gelu_backward.register_fake
-def _(grad: Tensor, x: Tensor, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _gelu_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _gelu_setup(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     x, ctx.backend = inputs
     ctx.save_for_backward(x)
 
 
-def _gelu_gradient(ctx, grad):  # type: ignore[no-untyped-def]
-    return _gelu_backward(grad, *ctx.saved_tensors, ctx.backend), None
-
-
-_gelu.register_autograd(_gelu_gradient, setup_context=_gelu_setup)
+_gelu_backward = custom_op.define(
+    "gelu_backward",
+    "(Tensor grad, Tensor x, str backend) -> Tensor",
+    lambda grad, x, backend: load_backend("pointwise", backend).gelu_backward(grad, x),
+    lambda grad, x, backend: x.new_empty(x.shape),
+)
+_gelu = custom_op.define(
+    "gelu",
+    "(Tensor x, str backend) -> Tensor",
+    lambda x, backend: load_backend("pointwise", backend).gelu(x),
+    lambda x, backend: x.new_empty(x.shape),
+    setup=_gelu_setup,
+    gradient=lambda ctx, grad: (_gelu_backward(grad, *ctx.saved_tensors, ctx.backend), None),
+)

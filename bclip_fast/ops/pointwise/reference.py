@@ -1,7 +1,8 @@
-"""The definitions, in plain PyTorch; their gradients come from autograd and so are an independent oracle.
+"""The definitions, in plain PyTorch. Their gradients come from autograd, so they are an independent oracle.
 
-Dropout keeps element (t, j) of a (T, D) branch unless word j % 4 of Philox4x32-10 at counter (j // 4, t, 0, 0) and key
-(seed's low 32 bits, its high 32 bits) is below floor(dropout_p * 2^32); what is kept is divided by 1 - dropout_p.
+Dropout drops element (t, j) of a (T, D) branch if word j % 4 of Philox4x32-10 is below floor(dropout_p * 2^32). The
+counter is (j // 4, t, 0, 0), and the key is (low 32 bits of the seed, high 32 bits). Other elements are divided by
+1 - dropout_p.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..philox import philox
+from bclip_fast.ops.philox import key_of, philox, threshold_of
 
 
 def add_norm(
@@ -22,7 +23,7 @@ def add_norm(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(normed, stream + dropout(branch)), both in the stream's dtype; without a seed it is torch's own dropout."""
+    """(normed, stream + dropout(branch)), both in the stream's dtype. Without a seed, torch's own dropout runs."""
     if branch is not None:
         if seed is None:
             branch = F.dropout(branch, dropout_p) if dropout_p else branch
@@ -34,12 +35,13 @@ def add_norm(
 
 
 def gelu(x: Tensor) -> Tensor:
+    """x * Phi(x)"""
     return F.gelu(x)
 
 
 def dropout_mask(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """(rows, columns) bool, True where kept."""
-    key, zero = int(seed), torch.zeros((), dtype=torch.int64)
+    """(rows, columns) bool, True for an element that dropout keeps."""
+    zero = torch.zeros((), dtype=torch.int64)
     counter = (torch.arange(-(-columns // 4))[None, :], torch.arange(rows)[:, None], zero, zero)
-    words = torch.stack(philox(counter, (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF)), -1)
-    return words.flatten(1)[:, :columns] >= int(dropout_p * 2**32)
+    words = torch.stack(philox(counter, key_of(seed)), -1)
+    return words.flatten(1)[:, :columns] >= threshold_of(dropout_p)

@@ -1,9 +1,9 @@
-"""The operators in Triton, for NVIDIA GPUs from sm_80 on: each reads its inputs once and writes its results once.
+"""The operators in Triton, for NVIDIA GPUs from sm_80 on. Each reads its inputs once and writes its results once.
 
-A program of `add_norm` holds a row in registers: mean and variance are those of the row as it is stored, in two passes
-over registers. The backward has at most 512 programs, each taking every 512th row and summing the gradients of weight
-and bias over its own, so that what torch then adds up is small; no atomics, so the sums come out the same every time.
-One call of Philox decides on four elements. All arithmetic is float32.
+A program of `add_norm` holds a row in registers and computes mean and variance of the stored row in two passes over
+them. The backward has at most 512 programs. Each takes every 512th row and sums the gradients of weight and bias over
+its rows, so torch then adds up little. There are no atomics, so sums are the same every time. One call of Philox
+decides about four elements. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of a norm's backward: nearly four for a multiprocessor of an H100.
+from bclip_fast.ops.philox import gpu_arguments
+
+from .call import AddNormCall, AddNormGradientCall
+
+# Programs of a norm's backward: nearly four per multiprocessor of an H100.
 MAX_PROGRAMS = 512
 
 GELU_BLOCK = 2048
@@ -23,18 +27,18 @@ GELU_BLOCK = 2048
 
 @triton.jit
 def _kept(seed, threshold, row, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(WIDTH,) bool, False where dropout takes the element."""
+    """(WIDTH,) bool, False for an element that dropout drops."""
     quads = tl.arange(0, WIDTH // 4).to(tl.uint32)
     row = row.to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(seed), quads, row, row * 0, row * 0)
     least = threshold.to(tl.uint32)
-    # The last dimension of a join counts fastest: a, b, c, d.
+    # A join's last dimension varies fastest, so the order is a, b, c, d.
     return tl.reshape(tl.join(tl.join(a >= least, c >= least), tl.join(b >= least, d >= least)), (WIDTH,))
 
 
 @triton.jit
 def _standardised(values, inside, eps, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """((x - mean) / deviation, 1 / deviation) of a row in float32 that is zero outside."""
+    """((x - mean) / deviation, 1 / deviation) of a float32 row that is zero outside."""
     centred = tl.where(inside, values - tl.sum(values, 0) / DIM, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / DIM + eps)
     return centred * inverse, inverse
@@ -57,7 +61,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program for a row; `total` and `wide_normed` may be None."""
+    """One program per row; `total` and `wide_normed` may be None."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < DIM
@@ -97,7 +101,7 @@ def _add_norm_backward_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """partials (2, programs, DIM): gradients of weight and bias over a program's rows. Any gradient may be None."""
+    """partials (2, programs, DIM): gradients of weight and bias over a program's rows. Upstream ones may be None."""
     columns = tl.arange(0, WIDTH)
     inside = columns < DIM
     scales = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -153,84 +157,72 @@ def _gelu_backward_kernel(grad, x, out, size, BLOCK: tl.constexpr):  # type: ign
 
 
 def configuration(dim: int) -> dict[str, Any]:
-    """Fixed; reasoned, not yet tuned on a GPU: 8 elements a thread, as few warps as rows of that width leave."""
+    """Launch options, fixed and not yet tuned on a GPU: 8 elements per thread, and the warps that a row then needs."""
     width = max(128, triton.next_power_of_2(dim))
     return {"DIM": dim, "WIDTH": width, "num_warps": min(max(width // 256, 1), 16), "enable_fp_fusion": True}
 
 
-def add_norm(
-    stream: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-    wide: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stream, weight, bias = stream.contiguous(), weight.contiguous(), bias.contiguous()
-    branch = None if branch is None else branch.contiguous()
+def add_norm(call: AddNormCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed in `dtype`; the sum, empty without a branch; normed in the stream's dtype, empty unless `wide`."""
+    stream, weight, bias = call.stream.contiguous(), call.weight.contiguous(), call.bias.contiguous()
+    branch = None if call.branch is None else call.branch.contiguous()
     rows, dim = stream.shape
-    normed = torch.empty(stream.shape, dtype=dtype, device=stream.device)
+    normed = torch.empty(stream.shape, dtype=call.dtype, device=stream.device)
     total = stream.new_empty(stream.shape if branch is not None else (0,))
-    wide_normed = stream.new_empty(stream.shape if wide else (0,))
+    wide_normed = stream.new_empty(stream.shape if call.wide else (0,))
     if stream.numel():
-        outputs = (total if branch is not None else None), normed, (wide_normed if wide else None)
-        inputs = stream, branch, weight, bias, *outputs, *_dropout(stream, dropout_p, seed), eps
+        outputs = (total if branch is not None else None), normed, (wide_normed if call.wide else None)
+        dropout = gpu_arguments(stream.device, call.dropout_p, call.seed)
         with torch.cuda.device_of(stream):
-            _add_norm_kernel[(rows,)](*inputs, DROPOUT=seed is not None, **configuration(dim))
+            _add_norm_kernel[(rows,)](
+                stream,
+                branch,
+                weight,
+                bias,
+                *outputs,
+                *dropout,
+                call.eps,
+                DROPOUT=call.seed is not None,
+                **configuration(dim),
+            )
     return normed, total, wide_normed
 
 
-def add_norm_backward(
-    grad: Tensor | None,
-    total_grad: Tensor | None,
-    wide_grad: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, weight = total.contiguous(), weight.contiguous()
-    grads = [None if part is None else part.contiguous() for part in (grad, wide_grad, total_grad)]
+def add_norm_backward(call: AddNormGradientCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of stream, branch (empty without `branch_dtype`), weight and bias."""
+    total, weight = call.total.contiguous(), call.weight.contiguous()
+    grads = [None if part is None else part.contiguous() for part in (call.grad, call.wide_grad, call.total_grad)]
     rows, dim = total.shape
     stream_grad = torch.empty_like(total)
-    apart = branch_dtype is not None
-    branch_grad = torch.empty(total.shape if apart else (0,), dtype=branch_dtype or total.dtype, device=total.device)
+    separate = call.branch_dtype is not None
+    branch_shape = total.shape if separate else (0,)
+    branch_grad = torch.empty(branch_shape, dtype=call.branch_dtype or total.dtype, device=total.device)
     programs = min(triton.cdiv(rows, 8), MAX_PROGRAMS)
     partials = torch.empty(2, programs, dim, dtype=torch.float32, device=total.device)
     if total.numel():
-        outputs = stream_grad, (branch_grad if apart else None), partials
-        inputs = *grads, total, weight, *outputs, *_dropout(total, dropout_p, seed), eps, rows
+        outputs = stream_grad, (branch_grad if separate else None), partials
+        dropout = gpu_arguments(total.device, call.dropout_p, call.seed)
+        inputs = *grads, total, weight, *outputs, *dropout, call.eps, rows
         with torch.cuda.device_of(total):
-            _add_norm_backward_kernel[(programs,)](*inputs, DROPOUT=seed is not None, **configuration(dim))
+            _add_norm_backward_kernel[(programs,)](*inputs, DROPOUT=call.seed is not None, **configuration(dim))
     weight_grad, bias_grad = partials.sum(1).to(weight.dtype).unbind(0)
     return stream_grad, branch_grad, weight_grad, bias_grad.clone()
 
 
 def gelu(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _gelu_kernel[(triton.cdiv(x.numel(), GELU_BLOCK),)](x, out, x.numel(), BLOCK=GELU_BLOCK)
-    return out
+    """x * Phi(x)"""
+    return _launch_gelu(_gelu_kernel, x)
 
 
 def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    grad, x = grad.contiguous(), x.contiguous()
-    out = torch.empty_like(x)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _gelu_backward_kernel[(triton.cdiv(x.numel(), GELU_BLOCK),)](grad, x, out, x.numel(), BLOCK=GELU_BLOCK)
+    """The gradient of `x`."""
+    return _launch_gelu(_gelu_backward_kernel, grad, x)
+
+
+def _launch_gelu(kernel: Any, *inputs: Tensor) -> Tensor:
+    inputs = tuple(tensor.contiguous() for tensor in inputs)
+    out = torch.empty_like(inputs[-1])
+    if size := out.numel():
+        with torch.cuda.device_of(out):
+            kernel[(triton.cdiv(size, GELU_BLOCK),)](*inputs, out, size, BLOCK=GELU_BLOCK)
     return out
-
-
-def _dropout(like: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """(seed, threshold, factor of what is kept). The seed is read on the device, where a graph may replay the call."""
-    if seed is None:
-        return None, 0, 1.0
-    return seed.to(like.device, non_blocking=True), int(dropout_p * 2**32), 1 / (1 - dropout_p)

@@ -1,4 +1,4 @@
-"""AdamW, its state, and the loss scale of fp16, whichever engine drives them."""
+"""AdamW, its state, and the loss scale of fp16, for both engines."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ from bclip_fast.train.schedule import OptimConfig, parameter_groups
 
 @dataclass
 class OptimizerState:
-    """AdamW's state by parameter name, whole and fp32, on the CPU; `num_steps` updates were made."""
+    """The gathered fp32 state of AdamW on the CPU.
+
+    num_steps: number of updates.
+    moments: `exp_avg` and `exp_avg_sq` by parameter name.
+    loss_scale: state of fp16's loss scale. Empty for other precisions.
+    """
 
     num_steps: int
     moments: dict[str, dict[str, Tensor]]
     loss_scale: dict[str, Any]
 
 
-class Guarded(torch.optim.Optimizer):
-    """An AdamW, named beside it as a base, which then clamps the parameters of a group that has "bounds" = (low, high)
-    to them.
+class GatedOptimizer(torch.optim.Optimizer):
+    """Mixin for an AdamW class. A step does nothing if `allowed()` is false.
 
-    Inside the optimiser it works on whatever the engine hands it: whole parameters or ZeRO's flat shards. Where
-    `allowed()` is false a step does nothing.
+    After each step, it clamps the parameters of every group that has a `bounds = (low, high)` entry. It works on the
+    tensors that the engine passes: parameters, or ZeRO's flat shards.
     """
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
     def step(self, closure: Any = None) -> Any:
+        """Update the parameters and clamp them, if `allowed()` is true."""
         if not self.allowed():
             return None
         result = super().step(closure)
@@ -44,56 +49,68 @@ class Guarded(torch.optim.Optimizer):
         return result
 
     def set_state(self, parameter: Tensor, num_steps: int, moments: Mapping[str, Tensor]) -> None:
-        """Of a parameter that `num_steps` updates were made of."""
-        self.state[parameter] = {"step": self._count(num_steps, parameter), **moments}
+        """Set the state of a parameter after `num_steps` updates."""
+        self.state[parameter] = {"step": self._step_count(num_steps, parameter), **moments}
 
-    def _count(self, num_steps: int, parameter: Tensor) -> Any:
+    def _step_count(self, num_steps: int, parameter: Tensor) -> Any:
         return num_steps
 
 
-class AdamW(Guarded, torch.optim.AdamW):
-    """torch's fused one."""
+class AdamW(GatedOptimizer, torch.optim.AdamW):
+    """torch's fused AdamW."""
 
     def __init__(self, groups: Any, **options: Any) -> None:
         super().__init__(groups, fused=True, **options)
 
-    def _count(self, num_steps: int, parameter: Tensor) -> Any:
+    def _step_count(self, num_steps: int, parameter: Tensor) -> Any:
         return torch.tensor(float(num_steps), device=parameter.device)
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, kind: Callable[..., Guarded] = AdamW) -> Guarded:
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig, optimizer_class: Callable[..., GatedOptimizer] = AdamW
+) -> GatedOptimizer:
+    """The optimiser of the model's trainable parameters, in the groups of `parameter_groups`."""
     groups = parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None))
-    return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    return optimizer_class(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of each group to `lr` times its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def is_within(norm: float, limit: float) -> bool:
+    """Whether the norm is finite and at most `limit`."""
     return math.isfinite(norm) and norm <= limit
 
 
 class LossScale:
-    """The dynamic scale of fp16's loss: torch.amp.GradScaler's rule and state, for an overflow known on every rank."""
+    """The dynamic loss scale of fp16, with the rule and state of torch.amp.GradScaler.
+
+    GradScaler detects overflows by itself. Here, `update` takes a flag that is the same on every rank.
+    """
 
     def __init__(self) -> None:
         self._state = torch.amp.GradScaler("cpu").state_dict()
 
     @property
     def value(self) -> float:
+        """The factor of the loss."""
         return self._state["scale"]
 
     def update(self, overflow: bool) -> None:
+        """Lower the scale after an overflow, and raise it after enough steps without one."""
         state = self._state
-        good = 0 if overflow else state["_growth_tracker"] + 1
-        grown = good == state["growth_interval"]
-        state["scale"] *= state["backoff_factor"] if overflow else state["growth_factor"] if grown else 1.0
-        state["_growth_tracker"] = 0 if grown else good
+        num_good_steps = 0 if overflow else state["_growth_tracker"] + 1
+        grows = num_good_steps == state["growth_interval"]
+        state["scale"] *= state["backoff_factor"] if overflow else state["growth_factor"] if grows else 1.0
+        state["_growth_tracker"] = 0 if grows else num_good_steps
 
     def state_dict(self) -> dict[str, Any]:
+        """The state in GradScaler's format."""
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
         self._state = dict(state)

@@ -1,18 +1,21 @@
-"""One token of each sequence attends to all of it: the last layer of a tower that gives one vector a sequence."""
+"""One token of each sequence attends to all its tokens, as in the last layer of a tower with one output token."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...cuda_device import triton_refusal, without_autocast
-from ...dispatch import Limits, choose, kernels
-from ...dtypes import accumulation_dtype
-from .. import sdpa
-from ..checks import checked_dropout, cpu_limits
+from bclip_fast.ops import custom_op
+from bclip_fast.ops.attention import sdpa
+from bclip_fast.ops.attention.call import SingleQueryCall
+from bclip_fast.ops.attention.checks import check_rows, checked_dropout, cpu_limits
+from bclip_fast.ops.cuda_device import triton_refusal
+from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.dtypes import accumulation_dtype
 
-__all__ = ["LIMITS", "pooled_attention"]
-
+__all__ = ["LIMITS", "single_query_attention"]
 
 LIMITS: Limits = {
     "triton": lambda query, dropout_p=0.0, packed=True: triton_refusal(query),
@@ -22,7 +25,7 @@ LIMITS: Limits = {
 }
 
 
-def pooled_attention(
+def single_query_attention(
     query: Tensor,
     key_value: Tensor,
     rows: Tensor,
@@ -34,23 +37,22 @@ def pooled_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`varlen_attention` for one query of each sequence, which is all that is computed: `out[rows]`, bit for bit the
-    same weights dropped.
+    """`varlen_attention(...)[rows]`, computed for one query per sequence, with exactly the same weights dropped.
 
     Args:
-        query: (n, H, d), any floating dtype: of row rows[i] of the tokens.
+        query: (n, H, d), any floating dtype: query i belongs to row rows[i] of the tokens.
         key_value: (T, 2, H, d) in the same dtype: keys and values of the tokens of all sequences.
-        rows: (n,) int64, sequence i's own row, cu_seqlens[i] <= rows[i] < cu_seqlens[i + 1].
+        rows: (n,) int64, with cu_seqlens[i] <= rows[i] < cu_seqlens[i + 1].
         cu_seqlens: (n + 1,) int32, rising from 0 to T: sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1].
-        causal: the query attends to its own row and those before.
+        causal: whether a query attends only to its own row and earlier rows.
         dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:
         (n, H, d) in the dtype of `query`. Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or probability that doesn't fit; the message names it. What cu_seqlens and rows hold
-            is looked at on the CPU alone: on a GPU that would wait for the device.
+        ValueError: a shape, dtype or probability doesn't fit; the message names it. The values of cu_seqlens and rows
+            are checked only on the CPU, because reading them on a GPU would wait for the device.
         BackendError: the named backend cannot run this call.
     """
     if query.dim() != 3 or key_value.dim() != 4 or key_value.shape[1:] != (2, *query.shape[1:]):
@@ -68,110 +70,67 @@ def pooled_attention(
                 f"{index.device}"
             )
     seed, scale = checked_dropout("query", query, dropout_p, seed, scale)
+    # Tuning records, `bclip tune --operators` and saved graphs know the operator by its first name.
     backend = choose("pooled_attention", LIMITS, backend, query, dropout_p, True)
     if backend == "torch":
         if rows.device.type == "cpu":
-            _check_rows(rows, cu_seqlens, len(key_value))
-        return sdpa.pooled(query, key_value, rows, cu_seqlens, causal, scale)
-    return _pooled(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale, backend)[0]
+            check_rows(rows, cu_seqlens, len(key_value))
+        return sdpa.single_query(SingleQueryCall(query, key_value, rows, cu_seqlens, causal, 0.0, None, scale))
+    flat = query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale
+    return custom_op.run(_attention, *flat, backend)[0]
 
 
-def _check_rows(rows: Tensor, cu_seqlens: Tensor, tokens: int) -> None:
-    starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {tokens}, got {int(cu_seqlens[0])} to {cu_seqlens[-1]}")
-    outside = ((rows < starts) | (rows >= stops)).nonzero()
-    if len(outside):
-        i = int(outside[0])
-        raise ValueError(f"rows[{i}] is {rows[i]}, but sequence {i} owns rows {starts[i]} to {stops[i]}")
-
-
-@torch.library.custom_op("bclip::pooled_attention", mutates_args=())
-@without_autocast
-def _pooled(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@custom_op.without_autocast
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exps) as in `reference.forward`."""
-    if rows.device.type == "cpu":
-        _check_rows(rows, cu_seqlens, len(key_value))
-    options = causal, dropout_p, seed, scale
-    return kernels("attention.single_query", backend).forward(query, key_value, rows, cu_seqlens, *options)
+    call = SingleQueryCall(*inputs[:-1])
+    if call.rows.device.type == "cpu":
+        check_rows(call.rows, call.cu_seqlens, len(call.key_value))
+    return load_backend("attention.single_query", inputs[-1]).forward(call)
 
 
-@_pooled.register_fake
-def _(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    exact = accumulation_dtype(query)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=exact)
+def _forward_fake(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulation_dtype(query))
 
 
-@torch.library.custom_op("bclip::pooled_attention_backward", mutates_args=())
-@without_autocast
-def _pooled_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key_value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@custom_op.without_autocast
+def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     """The gradients of `query` and `key_value`."""
-    options = causal, dropout_p, seed, scale
-    run = kernels("attention.single_query", backend).backward
-    return run(grad_out, query, key_value, out, lse, rows, cu_seqlens, *options)
+    backend = load_backend("attention.single_query", inputs[-1])
+    return backend.backward(SingleQueryCall(*inputs[:-1]), grad_out, out, lse)
 
 
-@_pooled_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key_value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-    backend: str,
+def _backward_fake(
+    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key_value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    # Contiguous whatever the inputs' layout, as the kernels allocate them.
+    # Contiguous for any layout of the inputs, because the kernels allocate them.
     return query.new_empty(query.shape), key_value.new_empty(key_value.shape)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key_value, rows, cu_seqlens, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key_value, *output, rows, cu_seqlens, seed)
+    ctx.save_for_backward(*output, query, key_value, rows, cu_seqlens, seed)
 
 
-def _gradient(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
-    return *_pooled_backward(grad, *tensors, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend), *[None] * 7
+    options = ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend
+    return *_attention_backward(grad, *tensors, *options), *[None] * 7
 
 
-_pooled.register_autograd(_gradient, setup_context=_setup)
+_ARGUMENTS = f"{custom_op.arguments(SingleQueryCall)}, str backend"
+_attention = custom_op.define(
+    "pooled_attention",
+    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup=_setup,
+    gradient=_gradient,
+)
+_attention_backward = custom_op.define(
+    "pooled_attention_backward",
+    f"(Tensor grad_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

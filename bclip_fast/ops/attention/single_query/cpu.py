@@ -1,4 +1,4 @@
-"""C++ for one query of each sequence (csrc/pooled_attention.h): keys and values are read once each way."""
+"""One query per sequence in C++ (csrc/single_query_attention.h): each pass reads keys and values once."""
 
 from __future__ import annotations
 
@@ -6,47 +6,27 @@ import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
+from bclip_fast.ops.attention.call import SingleQueryCall, unsigned_seed
+from bclip_fast.ops.attention.cpu import INSTRUCTION_SETS
+from bclip_fast.ops.pointers import address
 
-from ...cuda_device import address
-from ..cpu import INSTRUCTION_SETS
 
-
-def forward(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
-    call, _held = _call(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale)
-    out, lse = torch.empty(query.shape, dtype=query.dtype), torch.empty(query.shape[:2], dtype=torch.float32)
-    _cpu.pooled_attention_forward(call, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+    compiled, _tensors = _compiled_call(call)
+    shape = call.query.shape
+    out, lse = torch.empty(shape, dtype=call.query.dtype), torch.empty(shape[:2], dtype=torch.float32)
+    _cpu.single_query_attention_forward(compiled, out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key_value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.backward`."""
-    call, _held = _call(query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale)
-    grad_out, dtype, shape = grad_out.contiguous(), query.dtype, query.shape
-    query_grad, grad = torch.empty(shape, dtype=dtype), torch.empty(key_value.shape, dtype=dtype)
-    _cpu.pooled_attention_backward(
-        call,
+    compiled, _tensors = _compiled_call(call)
+    grad_out, dtype, shape = grad_out.contiguous(), call.query.dtype, call.query.shape
+    query_grad, grad = torch.empty(shape, dtype=dtype), torch.empty(call.key_value.shape, dtype=dtype)
+    _cpu.single_query_attention_backward(
+        compiled,
         address(grad_out, dtype, *shape),
         address(out, dtype, *shape),
         address(lse, torch.float32, *shape[:2]),
@@ -57,21 +37,12 @@ def backward(
     return query_grad, grad
 
 
-def _call(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[_cpu.PooledAttention, tuple[Tensor, ...]]:
-    """What the C++ functions take, and the tensors whose addresses it holds."""
-    held = tuple(tensor.contiguous() for tensor in (query, key_value, rows, cu_seqlens))
-    query, key_value, rows, cu_seqlens = held
+def _compiled_call(call: SingleQueryCall) -> tuple[_cpu.SingleQueryAttention, tuple[Tensor, ...]]:
+    """The argument of the C++ functions, and the tensors that must outlive it."""
+    tensors = tuple(tensor.contiguous() for tensor in (call.query, call.key_value, call.rows, call.cu_seqlens))
+    query, key_value, rows, cu_seqlens = tensors
     sequences, heads, dim = query.shape
-    call = _cpu.PooledAttention(
+    compiled = _cpu.SingleQueryAttention(
         INSTRUCTION_SETS[query.dtype],
         address(query, query.dtype, sequences, heads, dim),
         address(key_value, query.dtype, len(key_value), 2, heads, dim),
@@ -82,9 +53,9 @@ def _call(
         dim,
         address(cu_seqlens, torch.int32, sequences + 1),
         address(rows, torch.int64, sequences),
-        causal,
-        scale,
-        dropout_p,
-        0 if seed is None else int(seed) % 2**64,
+        call.causal,
+        call.scale,
+        call.dropout_p,
+        unsigned_seed(call.seed),
     )
-    return call, held
+    return compiled, tensors

@@ -1,16 +1,14 @@
-"""The definition (`attention`): rows of the whole operator's. And `forward` and `backward`, its formulas for one query.
+"""The definition (`attention`), rows of the full operator's output, and the formulas of every backend for one query.
 
-For each sequence, whose visible rows are all, or if causal those up to its own, with keys and values K, V (k, d):
+Each sequence has keys and values K, V (k, d): its visible rows. These are all rows, or, if causal, the rows up to the
+query's own. Then
     s = scale * K @ q,  L = logsumexp(s),  p = exp(s - L),  o = (p * m) @ V,
     dV = outer(p * m, do),  ds = p * (m * (V @ do) - do @ o),  dK = scale * outer(ds, q),  dq = scale * ds @ K.
 
-A backend's functions take by position
-    query (n, H, d), key_value (T, 2, H, d), of any strides; rows (n,) int64, cu_seqlens (n + 1,) int32, checked where
-    they are on the CPU; causal, dropout_p, seed () int64 or None iff p = 0, scale
-and return
-    forward -> out (n, H, d) in query's dtype, L (n, H) float32 (float64 for float64), both contiguous;
-    backward(grad_out (n, H, d) of any strides, query, key_value, out, L, *the rest as above) -> the gradients of query
-    and key_value, contiguous; those of a row that isn't visible are zero.
+Every backend has these two functions. On the CPU, `rows` and `cu_seqlens` have been checked.
+    forward(call) -> out (n, H, d) in query's dtype, L (n, H) float32 (float64 for float64), both contiguous;
+    backward(call, grad_out (n, H, d) of any strides, out, L) -> the gradients of query and key_value, contiguous. They
+    are zero for a row that isn't visible.
 """
 
 from __future__ import annotations
@@ -20,94 +18,67 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import reference
+from bclip_fast.ops.attention import reference
+from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
+from bclip_fast.ops.dtypes import widened
 
 
-def attention(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """(n, H, d): the definition in query's dtype; its gradient comes from autograd and so is an independent oracle."""
-    queries = torch.zeros_like(key_value[:, 0]).index_copy(0, rows, query)
-    qkv = torch.cat([queries[:, None], key_value], 1)
-    options = None, int(cu_seqlens.diff().max()), causal, dropout_p, seed, scale
-    return reference.attention(qkv, cu_seqlens, *options)[rows]
+def attention(call: SingleQueryCall) -> Tensor:
+    """(n, H, d): the definition in query's dtype. Autograd gives its gradient, so it is an independent oracle."""
+    queries = torch.zeros_like(call.key_value[:, 0]).index_copy(0, call.rows, call.query)
+    qkv = torch.cat([queries[:, None], call.key_value], 1)
+    longest = int(call.cu_seqlens.diff().max())
+    every_query = AttentionCall(qkv, call.cu_seqlens, None, longest, call.causal, call.dropout_p, call.seed, call.scale)
+    return reference.attention(every_query)[call.rows]
 
 
-def forward(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(o, L), computed in float32, or float64 for float64."""
-    wide, pairs = reference.exact(query), reference.exact(key_value)
+def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
+    """(o, L), computed in float32, or in float64 for float64."""
+    query, wide, pairs = call.query, widened(call.query), widened(call.key_value)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=wide.dtype, device=query.device)
-    for i, row, seen in _visible(rows, cu_seqlens, causal):
-        key, value = pairs[seen].permute(1, 2, 0, 3)
-        scores = scale * (key @ wide[i, :, :, None])[..., 0]
+    for i, row, visible in _visible_rows(call):
+        key, value = pairs[visible].permute(1, 2, 0, 3)
+        scores = call.scale * (key @ wide[i, :, :, None])[..., 0]
         lse[i] = scores.logsumexp(-1)
         weights = (scores - lse[i, :, None]).exp()
-        if seed is not None:
-            weights = weights * _mask(weights, row, dropout_p, seed)
+        if call.seed is not None:
+            weights = weights * _mask(call, weights, row)
         out[i] = (weights[:, None] @ value)[:, 0].to(out.dtype)
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key_value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `query` and `key_value`, computed in float32, or float64 for float64."""
-    wide, pairs = reference.exact(query), reference.exact(key_value)
-    out_grad, delta = reference.exact(grad_out), (reference.exact(grad_out) * reference.exact(out)).sum(-1)
+def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `query` and `key_value`, computed in float32, or in float64 for float64."""
+    query, key_value = call.query, call.key_value
+    wide, pairs = widened(query), widened(key_value)
+    out_grad, delta = widened(grad_out), (widened(grad_out) * widened(out)).sum(-1)
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad = torch.zeros(key_value.shape, dtype=key_value.dtype, device=query.device)
-    for i, row, seen in _visible(rows, cu_seqlens, causal):
-        key, value = pairs[seen].permute(1, 2, 0, 3)
-        weights = (scale * (key @ wide[i, :, :, None])[..., 0] - lse[i, :, None]).exp()
+    for i, row, visible in _visible_rows(call):
+        key, value = pairs[visible].permute(1, 2, 0, 3)
+        weights = (call.scale * (key @ wide[i, :, :, None])[..., 0] - lse[i, :, None]).exp()
         kept, weights_grad = weights, (value @ out_grad[i, :, :, None])[..., 0]
-        if seed is not None:
-            mask = _mask(weights, row, dropout_p, seed)
+        if call.seed is not None:
+            mask = _mask(call, weights, row)
             kept, weights_grad = kept * mask, weights_grad * mask
-        scores_grad = scale * weights * (weights_grad - delta[i, :, None])
+        scores_grad = call.scale * weights * (weights_grad - delta[i, :, None])
         query_grad[i] = (scores_grad[:, None] @ key)[:, 0].to(query.dtype)
-        grad[seen, 0] = (scores_grad.T[..., None] * wide[i]).to(grad.dtype)
-        grad[seen, 1] = (kept.T[..., None] * out_grad[i]).to(grad.dtype)
+        grad[visible, 0] = (scores_grad.T[..., None] * wide[i]).to(grad.dtype)
+        grad[visible, 1] = (kept.T[..., None] * out_grad[i]).to(grad.dtype)
     return query_grad, grad
 
 
-def _visible(rows: Tensor, cu_seqlens: Tensor, causal: bool) -> Iterator[tuple[int, int, slice]]:
-    """(sequence, its own row, the rows that this one sees)"""
-    starts = cu_seqlens[:-1].tolist()
-    stops = (rows + 1 if causal else cu_seqlens[1:]).tolist()
-    for i, (row, start, stop) in enumerate(zip(rows.tolist(), starts, stops, strict=True)):
+def _visible_rows(call: SingleQueryCall) -> Iterator[tuple[int, int, slice]]:
+    """(sequence, the query's row, the rows that the query sees)"""
+    starts, stops = call.cu_seqlens[:-1].tolist(), call.visible_stops().tolist()
+    for i, (row, start, stop) in enumerate(zip(call.rows.tolist(), starts, stops, strict=True)):
         yield i, row, slice(start, stop)
 
 
-def _mask(weights: Tensor, row: int, dropout_p: float, seed: Tensor) -> Tensor:
+def _mask(call: SingleQueryCall, weights: Tensor, row: int) -> Tensor:
     """M for the weights (H, k) of a row."""
     heads, keys = weights.shape
-    return reference.dropout_factors(
-        torch.tensor([row], device=weights.device)[:, None], heads, keys, weights, dropout_p, seed
-    )[0, :, 0]
+    assert call.seed is not None
+    query = torch.tensor([[row]], device=weights.device)
+    return reference.dropout_factors(query, heads, keys, weights.dtype, call.dropout_p, call.seed)[0, :, 0]

@@ -1,23 +1,30 @@
-"""Triton kernels of `reference.py`: a program for a sequence and a head goes once through its keys and values, with a
-running maximum forward; no atomics. Two operations a number read: nothing here is for tensor cores."""
+"""One query per sequence in Triton, for NVIDIA GPUs from sm_80 on.
+
+A program per sequence and head reads its keys and values once, forward with a running maximum. There are no atomics.
+The kernels do two operations per number they read, so tensor cores would not help.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton import dropout_arguments, kept_weights, load_rows, store_rows
+from bclip_fast.ops.attention.call import SingleQueryCall
+from bclip_fast.ops.attention.triton_kernels import kept_weights, load_rows, store_rows
+from bclip_fast.ops.philox import gpu_arguments
 
 KEYS = 64
 
 
-# Signatures by the line, not by the argument.
+# Signatures fill their lines here, as in attention/triton_kernels.py.
 # fmt: off
 @triton.jit
 def _span(cu_seqlens, rows, sequence, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(first row, own row) as int64, (number of rows, number of them that are seen) as int32"""
+    """(first row, the query's row) as int64, (number of rows, number of visible rows) as int32"""
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     row = tl.load(rows + sequence)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
@@ -49,7 +56,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     head = (program % HEADS).to(tl.int32)
     sequence = program // HEADS
     start, row, _, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
-    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
+    vector = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
     key_value += start * stride_token + head * stride_head
     result = tl.zeros((WIDTH,), tl.float32)
     highest = -1e30
@@ -57,8 +64,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, seen, KEYS):
         keys = first + tl.arange(0, KEYS)
         key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        # The backward computes the same scores: what they are rounded by cancels there.
-        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        # The backward computes the same scores, so their rounding errors cancel there.
+        scores = tl.where(keys < seen, tl.sum(key * vector[None, :], 1) * scale, float("-inf"))
         higher = tl.maximum(tl.max(scores, 0), highest)
         weights = tl.exp(scores - higher)
         fading = tl.exp(highest - higher)
@@ -83,7 +90,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     head = (program % HEADS).to(tl.int32)
     sequence = program // HEADS
     start, row, length, seen = _span(cu_seqlens, rows, sequence, CAUSAL)
-    own = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
+    vector = _vector(query + sequence * stride_query + head * stride_head, DIM, WIDTH)
     out_grad = _vector(grad_out + program * DIM, DIM, WIDTH)
     delta = tl.sum(out_grad * _vector(out + program * DIM, DIM, WIDTH), 0)
     row_lse = tl.load(lse + program)
@@ -94,7 +101,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         keys = first + tl.arange(0, KEYS)
         key = load_rows(key_value, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
         value = load_rows(key_value + stride_part, keys, seen, stride_token, DIM, WIDTH).to(tl.float32)
-        scores = tl.where(keys < seen, tl.sum(key * own[None, :], 1) * scale, float("-inf"))
+        scores = tl.where(keys < seen, tl.sum(key * vector[None, :], 1) * scale, float("-inf"))
         weights = tl.exp(scores - row_lse)
         dropped = weights
         weights_grad = tl.sum(value * out_grad[None, :], 1)
@@ -105,74 +112,60 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             weights_grad = tl.where(kept, weights_grad * keep_scale, 0.0)
         scores_grad = weights * (weights_grad - delta) * scale
         result += tl.sum(key * scores_grad[:, None], 0)
-        # Rows that aren't seen have weight 0, and so zeros are stored.
-        store_rows(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * own[None, :], DIM, WIDTH)
+        # Invisible rows have weight 0, so their gradients are stored as zeros.
+        store_rows(grad, keys, length, 2 * HEADS * DIM, scores_grad[:, None] * vector[None, :], DIM, WIDTH)
         store_rows(grad + HEADS * DIM, keys, length, 2 * HEADS * DIM, dropped[:, None] * out_grad[None, :], DIM, WIDTH)
     _put(query_grad + program * DIM, result, DIM, WIDTH)
 # fmt: on
 
 
-def forward(
-    query: Tensor,
-    key_value: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
     """As `reference.forward`."""
-    query, key_value = _operands(query, key_value)
+    query, key_value = _operands(call)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
-    inputs = query, key_value, rows, cu_seqlens, out, lse, *dropout_arguments(query, dropout_p, seed), scale
-    if len(query):
-        with torch.cuda.device_of(query):
-            _forward_kernel[(lse.numel(),)](*inputs, *_strides(query, key_value), **_options(query, causal, seed))
+    _launch(_forward_kernel, call, query, key_value, out, lse)
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key_value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seed: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def backward(call: SingleQueryCall, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """As `reference.backward`."""
-    query, key_value = _operands(query, key_value)
+    query, key_value = _operands(call)
     query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grad = torch.empty(key_value.shape, dtype=query.dtype, device=query.device)
-    inputs = query, key_value, rows, cu_seqlens, out, lse, grad_out.contiguous(), query_grad, grad
-    options = _options(query, causal, seed)
-    if len(query):
-        with torch.cuda.device_of(query):
-            _backward_kernel[(lse.numel(),)](
-                *inputs, *dropout_arguments(query, dropout_p, seed), scale, *_strides(query, key_value), **options
-            )
+    _launch(_backward_kernel, call, query, key_value, out, lse, grad_out.contiguous(), query_grad, grad)
     return query_grad, grad
 
 
-def _operands(query: Tensor, key_value: Tensor) -> tuple[Tensor, Tensor]:
-    """With heads and their elements side by side, as the kernels read them."""
-    packed = query.shape[-1], 1
-    return tuple(  # type: ignore[return-value]
-        tensor if tensor.stride()[-2:] == packed else tensor.contiguous() for tensor in (query, key_value)
+def _launch(kernel: Any, call: SingleQueryCall, query: Tensor, key_value: Tensor, *tensors: Tensor) -> None:
+    """Runs one program per sequence and head."""
+    num_sequences, heads, dim = query.shape
+    if not num_sequences:
+        return
+    strides = query.stride(0), key_value.stride(0), key_value.stride(1), dim
+    with torch.cuda.device_of(query):
+        kernel[(num_sequences * heads,)](
+            query,
+            key_value,
+            call.rows,
+            call.cu_seqlens,
+            *tensors,
+            *gpu_arguments(query.device, call.dropout_p, call.seed),
+            call.scale,
+            *strides,
+            CAUSAL=call.causal,
+            DROPOUT=call.seed is not None,
+            HEADS=heads,
+            DIM=dim,
+            WIDTH=triton.next_power_of_2(dim),
+            KEYS=KEYS,
+        )
+
+
+def _operands(call: SingleQueryCall) -> tuple[Tensor, Tensor]:
+    """Query, keys and values with contiguous heads and elements, as the kernels read them."""
+    packed = call.query.shape[-1], 1
+    query, key_value = (
+        tensor if tensor.stride()[-2:] == packed else tensor.contiguous() for tensor in (call.query, call.key_value)
     )
-
-
-def _strides(query: Tensor, key_value: Tensor) -> tuple[int, int, int, int]:
-    return query.stride(0), key_value.stride(0), key_value.stride(1), query.shape[-1]
-
-
-def _options(query: Tensor, causal: bool, seed: Tensor | None) -> dict[str, int | bool]:
-    heads, dim = query.shape[1:]
-    width = triton.next_power_of_2(dim)
-    return {"CAUSAL": causal, "DROPOUT": seed is not None, "HEADS": heads, "DIM": dim, "WIDTH": width, "KEYS": KEYS}
+    return query, key_value

@@ -1,0 +1,219 @@
+"""Questions about images: VQA-RAD, SLAKE, or a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.eval.tasks import Task
+from bclip_fast.io.hashing import sha256, sha256_of_parts
+
+from .files import read_image
+
+RAD_FILE = "VQA_RAD_Dataset_Public.json"
+_RAD_IMAGES = ("images", "VQA_RAD Image Folder")
+_SPLITS = {"val": "validate", "valid": "validate", "validation": "validate", "dev": "validate"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image.
+
+    key: name in reports. answer: normalised reference answer. kind: open or closed.
+    """
+
+    key: str
+    image: Path
+    text: str
+    answer: str
+    kind: str
+
+
+class VqaDataset:
+    """The questions of one split, in file order. An `EvalDataset` with `questions`."""
+
+    label_kinds: tuple[str, ...] = ()
+
+    def __init__(self, path: str, split: str, questions: Sequence[Question]) -> None:
+        """path: file or folder of the data, for reports."""
+        self.path, self.split, self.questions = path, split, list(questions)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of images, questions and answers."""
+        hashes = {path: sha256(read_image(path)) for path in dict.fromkeys(q.image for q in self.questions)}
+        return sha256_of_parts("\0".join([hashes[q.image], q.text, q.answer, q.kind]) + "\n" for q in self.questions)
+
+    def key(self, i: int) -> str:
+        """Return the question's key."""
+        return self.questions[i].key
+
+    def image(self, i: int) -> bytes:
+        """Return the contents of the image file."""
+        return read_image(self.questions[i].image)
+
+    def captions(self) -> None:
+        """Return None: questions are not captions."""
+        return None
+
+    def labels(self, kind: str) -> list[str | None]:
+        """Raise UserError: questions have no labels."""
+        raise UserError(f"label {kind!r} is unknown; {self.path} holds questions, which have no labels")
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Return the distinct answers in alphabetical order."""
+        return tuple(sorted({q.answer for q in self.questions}))
+
+    def common_answers(self) -> tuple[str, str]:
+        """Return the most frequent answer to open and to closed questions. On ties, the alphabet decides."""
+        counts = [Counter(sorted(q.answer for q in self.questions if q.kind == kind)) for kind in ("open", "closed")]
+        return tuple(count.most_common(1)[0][0] if count else "" for count in counts)  # type: ignore[return-value]
+
+
+def normalise(answer: object) -> str:
+    """Convert an answer to lower case with single spaces and without a final full stop: `"Yes. "` becomes `yes`."""
+    return " ".join(str(answer).lower().split()).rstrip(" .")
+
+
+def open_dataset(path: str, split: str, task: Task) -> VqaDataset:
+    """Open the published folder of VQA-RAD or SLAKE, or a CSV file.
+
+    The CSV has the columns image, question, answer[, answer_type, split].
+
+    Raises:
+        UserError: a missing or unexpected file. The message names the expected file and its source.
+    """
+    location = Path(path)
+    if task.dataset == "vqa_rad":
+        return rad(location, split, task.download_url)
+    if task.dataset == "slake":
+        return slake(location, split, task.download_url)
+    if not location.is_file() or location.suffix.lower() != ".csv":
+        raise UserError(
+            f"task {task.name!r} needs a .csv with columns image,question,answer[,answer_type,split]; {path} is not one"
+        )
+    return _table(location, split)
+
+
+def rad(root: Path, split: str, download_url: str = "osf.io/89kps", *, images: bool = True) -> VqaDataset:
+    """Open VQA-RAD: 3,064 questions in train, 451 in test, 2,780 in train_clean.
+
+    The test split has the rows whose phrase_type begins with `test`, each with its `question`. The train split has the
+    1,797 other rows. It also has the 1,267 rewrites that any row holds as `question_frame`, with the row's answer. The
+    field counts like this (MEVF's script, M3AE, ARL), although 284 of the rewrites belong to test rows. train_clean
+    leaves those out.
+
+    images: False skips the check for missing image files.
+    """
+    file = root / RAD_FILE
+    rows = _json_rows(file, ("qid", "image_name", "question", "answer", "answer_type", "phrase_type"), download_url)
+    folder = next((root / name for name in _RAD_IMAGES if (root / name).is_dir()), root / _RAD_IMAGES[0])
+
+    def question(row: dict[str, Any], text: str, suffix: str = "") -> Question:
+        kind = str(row["answer_type"]).strip().lower()
+        if kind not in ("open", "closed"):
+            raise UserError(f"{file}, qid {row['qid']}: answer_type is {row['answer_type']!r}, must be OPEN or CLOSED")
+        return Question(
+            f"{row['qid']}{suffix}", folder / row["image_name"], text.strip(), normalise(row["answer"]), kind
+        )
+
+    is_test = [str(row["phrase_type"]).startswith("test") for row in rows]
+    if split not in ("train", "train_clean", "test"):
+        raise UserError(f"VQA-RAD has no split {split!r}; its splits are train, train_clean and test")
+    in_split = [row for row, in_test in zip(rows, is_test, strict=True) if in_test == (split == "test")]
+    questions = [question(row, row["question"]) for row in in_split]
+    if split != "test":
+        questions += [
+            question(row, row["question_frame"], "-framed")
+            for row, in_test in zip(rows, is_test, strict=True)
+            if _has_text(row.get("question_frame")) and (split == "train" or not in_test)
+        ]
+    return _checked(VqaDataset(str(root), split, questions), images, download_url)
+
+
+def slake(root: Path, split: str, download_url: str = "", *, images: bool = True) -> VqaDataset:
+    """Open SLAKE's English questions: 4,919 in train, 1,053 in validate, 1,061 in test. The images are in imgs/.
+
+    images: False skips the check for missing image files.
+    """
+    split = _SPLITS.get(split, split)
+    if split not in ("train", "validate", "test"):
+        raise UserError(f"SLAKE has no split {split!r}; its splits are train, validate and test")
+    rows = _json_rows(
+        root / f"{split}.json", ("qid", "img_name", "question", "answer", "answer_type", "q_lang"), download_url
+    )
+    questions = [
+        Question(
+            str(row["qid"]),
+            root / "imgs" / row["img_name"],
+            row["question"].strip(),
+            normalise(row["answer"]),
+            str(row["answer_type"]).strip().lower(),
+        )
+        for row in rows
+        if row["q_lang"] == "en"
+    ]
+    return _checked(VqaDataset(str(root), split, questions), images, download_url)
+
+
+def _table(file: Path, split: str) -> VqaDataset:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines, strict=True))
+        if rows and "split" in rows[0]:
+            rows = [row for row in rows if row["split"] == split]
+        questions = [
+            Question(
+                str(i),
+                file.parent / row["image"],
+                row["question"],
+                normalise(row["answer"]),
+                row.get("answer_type", "open").strip().lower(),
+            )
+            for i, row in enumerate(rows)
+        ]
+    except (OSError, csv.Error, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{file}: needs columns image, question, answer[, answer_type, split]: {error}") from error
+    return _checked(VqaDataset(str(file), split, questions), True, "your data")
+
+
+def _has_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() not in ("", "NULL")
+
+
+def _json_rows(file: Path, keys: Sequence[str], download_url: str) -> list[dict[str, Any]]:
+    source = f"get it from {download_url}" if download_url else "get the published file"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        missing = next((key for row in rows for key in keys if key not in row), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as a JSON list of questions ({first_line(error)}); {source}") from error
+    if missing is not None or not isinstance(rows, list) or not rows:
+        raise UserError(f"{file}: a question lacks {missing!r}, which all must have; {source}")
+    return rows
+
+
+def _checked(data: VqaDataset, images: bool, source: str) -> VqaDataset:
+    if not data.questions:
+        raise UserError(f"{data.path} has no question in split {data.split!r}")
+    if invalid := next((q for q in data.questions if q.kind not in ("open", "closed") or not q.text), None):
+        raise UserError(
+            f"{data.path}, question {invalid.key}: its type is {invalid.kind!r}, must be open or closed, "
+            "and its text must not be empty"
+        )
+    missing = sorted({q.image for q in data.questions if not q.image.is_file()}) if images else []
+    if missing:
+        raise UserError(
+            f"{data.path}: {missing[0]} and {len(missing) - 1} more images are missing; get them from {source}"
+        )
+    return data

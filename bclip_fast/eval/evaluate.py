@@ -1,0 +1,131 @@
+"""Evaluate models on tasks from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bclip_fast import distributed
+from bclip_fast.errors import UserError
+from bclip_fast.hardware import environment_report, pick_device
+from bclip_fast.pretrained.any_model import Model, load_model
+
+from . import tasks
+from .config import EvalConfig
+from .datasets import EvalDataset, open_dataset
+from .datasets.vqa import open_dataset as open_questions
+from .embed import Embedder
+from .embedding_cache import EmbeddingCache, default_folder
+from .labels import Inputs, default_label_kinds
+from .protocols import PROTOCOLS, describe
+
+
+def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
+    """Evaluate a model on tasks.
+
+    Args:
+        model: name of a model, as for `load_model`; or (model, preprocess, tokenizer) of any CLIP-like model.
+        tasks: task names, as in `EvalConfig.task`.
+        settings: other fields of `EvalConfig`, such as `data`.
+
+    Returns:
+        JSON-ready dict with `model`, `tasks`, `config`, `environment` and `time`. `tasks` maps the name of a task to
+        its result:
+
+            figures   the metrics: name, value, chance, chance_is, unit, higher_is_better, num_samples, interval
+            task      the description of the task and the published scores
+            samples   one column for each quantity that the task records for every sample
+
+    Raises:
+        UserError: unknown data, split, label or prompt set; a damaged image; an embedding with NaN.
+    """
+    return Evaluation(EvalConfig(task=tuple(tasks), **settings)).run(model)
+
+
+class Evaluation:
+    """Tasks with their open data sets. Any number of models can be evaluated on them.
+
+    data: data set of each result. `run` fills it.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        """Open every data set once."""
+        self.config = config
+        self.data: dict[str, EvalDataset] = {}
+        self._open: dict[tuple[str, str, str, str], EvalDataset] = {}
+        if config.task:
+            selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
+        else:
+            selected = [tasks.load(name) for name in _possible_tasks(open_dataset(config.data, config.split), config)]
+        self.tasks = [(task, self._dataset(task, task.split or config.split)) for task in selected]
+
+    def _dataset(self, task: tasks.Task, split: str) -> EvalDataset:
+        path, name = task.resolve_data_dir(self.config.data), task.name if task.dataset == "medmnist" else ""
+        key = path, split, task.dataset, name
+        if key not in self._open:
+            if task.protocol == "vqa":
+                self._open[key] = open_questions(path, split, task)
+            else:
+                self._open[key] = open_dataset(path, split, task.dataset, download_url=task.download_url, name=name)
+        return self._open[key]
+
+    def run(self, model: Model) -> dict[str, Any]:
+        """Evaluate one model. Return the dict that `evaluate` describes."""
+        config = self.config
+        device = pick_device(config.device)
+        network, preprocess, tokenizer = load_model(model, device) if isinstance(model, str) else model
+        network = network.to(device)
+        folder = None if config.cache == "none" else Path(config.cache) if config.cache != "auto" else default_folder()
+        embedder = Embedder(
+            network,
+            preprocess,
+            tokenizer,
+            device=device,
+            precision=config.precision,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            progress=config.progress and distributed.is_main(),
+            cache=EmbeddingCache(folder),
+            cache_dtype=config.keep,
+        )
+        description = _describe(network)
+        results: dict[str, Any] = {}
+        for task, data in self.tasks:
+            inputs = Inputs(embedder, task, data, config, lambda split, task=task: self._dataset(task, split))  # type: ignore[misc]
+            for name, result in PROTOCOLS[task.protocol](inputs).items():
+                results[name] = result | {"task": describe(task, data)}
+                self.data[name] = data
+        return {
+            "model": description | {"path": model if isinstance(model, str) else None},
+            "tasks": results,
+            "config": dataclasses.asdict(config),
+            "environment": environment_report(device),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
+    names = ["retrieval"] if data.captions() is not None else []
+    if config.label or default_label_kinds(data) or not names:
+        names.append("zero_shot")
+    return names
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    parameter = getattr(model, "logit_scale", None)
+    scale = None
+    if isinstance(parameter, Tensor) and parameter.numel() == 1:
+        scale = float(parameter.detach().exp())
+        if not math.isfinite(scale):
+            raise UserError(f"the model's logit_scale is {scale}, so its weights are damaged; use another checkpoint")
+    return {
+        "class": type(model).__name__,
+        "num_parameters": sum(weight.numel() for weight in model.parameters()),
+        "logit_scale": scale,
+    }

@@ -1,0 +1,115 @@
+"""The files of a checkpoint, from a folder or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from bclip_fast.errors import UserError, first_line
+from bclip_fast.model.open_clip_config import CONFIG_FILE
+
+HUB_PREFIX = "hf-hub:"
+_MAX_JSON_BYTES = 1 << 20
+
+
+class Source(Protocol):
+    """Access to the files of one checkpoint."""
+
+    def get(self, names: Sequence[str]) -> Path:
+        """Return the path of the first of these files that exists. Raises UserError if none exists."""
+        ...
+
+
+class Folder:
+    """A local folder. See `Source`."""
+
+    def __init__(self, path: Path) -> None:
+        """path: need not exist."""
+        self.path = path
+
+    def get(self, names: Sequence[str]) -> Path:
+        """Return the path of the first of these files that exists. Raises UserError if none exists."""
+        for name in names:
+            if (self.path / name).is_file():
+                return self.path / name
+        raise UserError(f"{self.path} holds no {' or '.join(names)}")
+
+
+class Hub:
+    """A repository of the Hugging Face hub. See `Source`."""
+
+    def __init__(self, name: str) -> None:
+        """name: ORG/NAME[@REVISION]."""
+        self.repository, _, revision = name.partition("@")
+        self.revision = revision or None
+
+    def get(self, names: Sequence[str]) -> Path:
+        """Download the first of these files that exists, unless it is cached. Raises UserError."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        last_error: EntryNotFoundError | None = None
+        for name in names:
+            path_or_error = self._download(name)
+            if isinstance(path_or_error, Path):
+                return path_or_error
+            last_error = path_or_error
+        raise UserError(
+            f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(last_error)}"
+        ) from last_error
+
+    def _download(self, name: str) -> Any:
+        """Return the path of a file, or the EntryNotFoundError. Raises UserError for all other errors."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+        try:
+            return Path(hf_hub_download(self.repository, name, revision=self.revision))
+        except EntryNotFoundError as error:  # not in the repository, or neither in the cache nor reachable
+            return error
+        except HFValidationError as error:
+            raise UserError(
+                f"{self.repository!r} is not a repository id of the hub; use ORG/NAME: {first_line(error)}"
+            ) from error
+        except OSError as error:  # unknown repository, no permission, no connection
+            reason = first_line(error)
+            raise UserError(f"hf-hub:{self.repository}: {name} cannot be downloaded: {reason}") from error
+
+
+def source_of(name_or_path: str | Path) -> Source:
+    """Return the source of a checkpoint: hf-hub:ORG/NAME, its folder, or the run folder with its `model/`.
+
+    Raises:
+        UserError: a folder without open_clip_config.json.
+    """
+    name = str(name_or_path)
+    if name.startswith(HUB_PREFIX):
+        return Hub(name.removeprefix(HUB_PREFIX))
+    folder = Path(name_or_path)
+    for path in (folder, folder / "model"):
+        if (path / CONFIG_FILE).is_file():
+            return Folder(path)
+    if not folder.is_dir():
+        raise UserError(f"{name} is not a folder; for a model of the hub, use hf-hub:ORG/NAME")
+    raise UserError(f"{name} holds no {CONFIG_FILE}, and neither does {folder / 'model'}")
+
+
+def hub_json(name: str) -> dict[str, Any]:
+    """Return config.json of the hub's repository `name`. Raises UserError."""
+    return read_json(Hub(name).get(["config.json"]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 1 MiB. Raises UserError."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, too large for a configuration")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content

@@ -1,0 +1,228 @@
+"""`bclip search`: find the images of an index that are nearest to a text or an image."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from bclip_fast.data.images import IMAGE_SUFFIXES
+from bclip_fast.errors import UserError
+from bclip_fast.eval.datasets import EvalDataset
+from bclip_fast.html import page as html_page
+from bclip_fast.io.atomic import write_text
+from bclip_fast.io.hashing import sha256_of_file
+from bclip_fast.pretrained.any_model import Model
+
+from .index import FIELDS, INDEX, METADATA, ROWS, ModelSettings, build_embedder, embed_probe, open_images
+
+log = logging.getLogger(__name__)
+
+MAX_HITS, MAX_QUERY = 200, 4000
+# Largest distance of a probe's cosine from 1: other machines round differently, and half precision rounds more.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenConfig(ModelSettings):
+    """An index, and the new places of its model and images if they were moved."""
+
+    folder: tyro.conf.Positional[str]
+    """A folder that bclip embed wrote."""
+    model: str | None = None
+    """The model, if it was moved. Default: the path or name in the index."""
+    data: str | None = None
+    """The images, if they were moved. Default: the path in the index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(OpenConfig):
+    """Find the images of an index that are nearest to a text or an image."""
+
+    query: tyro.conf.Positional[str]
+    """Words, or the path of an image."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """Number of hits."""
+    gallery: str | None = None
+    """HTML page to write, with the images of the hits."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image near a query.
+
+    score: cosine of image and query. fields: all of `FIELDS`. Unknown ones are empty.
+    """
+
+    row: int
+    score: float
+    key: str
+    caption: str | None
+    fields: dict[str, str]
+
+    @property
+    def article(self) -> str | None:
+        """URL of the article, built from its number. The data's own text never becomes a link."""
+        if re.fullmatch(r"PMC\d{1,12}", number := self.fields["pmcid"]):
+            return f"https://pmc.ncbi.nlm.nih.gov/articles/{number}/"
+        if re.fullmatch(r"10\.\d{4,9}/\S{1,300}", doi := self.fields["doi"]):
+            return f"https://doi.org/{quote(doi, safe='/')}"
+        return None
+
+    @property
+    def licence_url(self) -> str | None:
+        """URL of the licence, if it is a Creative Commons licence."""
+        url = self.fields["licence_url"]
+        return url if re.fullmatch(r"https?://creativecommons\.org/[\w./-]{1,100}", url) else None
+
+
+class Searcher:
+    """An index with its model. Several threads may query it."""
+
+    def __init__(self, config: OpenConfig, model: Model | None = None) -> None:
+        """Open an index.
+
+        Args:
+            config: the index's folder. Its model and data replace those that the index names.
+            model: replaces `config.model`.
+
+        Raises:
+            UserError: a folder that is not a complete index, or a model other than the index's.
+        """
+        import faiss
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.folder = Path(config.folder)
+        problem = f"{self.folder} is not a complete index of bclip embed"
+        try:
+            schema = pq.read_schema(self.folder / ROWS)
+            self.metadata: dict[str, Any] = json.loads((schema.metadata or {})[METADATA])
+            self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS])
+            if sha256_of_file(self.folder / INDEX) != self.metadata["sha256"]:
+                raise UserError(f"{problem}: {ROWS} was written with another {INDEX}; run bclip embed again")
+            self._index = faiss.read_index(str(self.folder / INDEX))
+            expected_probe = torch.tensor(self.metadata["probe"])
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{problem} ({' '.join(str(error).split())[:200]})") from error
+        if self._index.ntotal != self._rows.num_rows or expected_probe.shape != (2, self._index.d):
+            raise UserError(
+                f"{problem}: it has {self._index.ntotal} embeddings for {self._rows.num_rows} images; "
+                "run bclip embed again"
+            )
+        self._data_path = config.data or self.metadata["data"]
+        self._lock = threading.Lock()
+        self.embedder = build_embedder(model or config.model or self.metadata["model"], config, 1)
+        probe = embed_probe(self.embedder)
+        tolerance = max(_TOLERANCE[self.embedder.precision], _TOLERANCE.get(self.metadata["precision"], 0))
+        if probe.shape != expected_probe.shape or float((probe * expected_probe).sum(1).min()) < 1 - tolerance:
+            raise UserError(f"{self.folder} was made with another model; pass its --model or run bclip embed again")
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def text(self, query: str, k: int = 10) -> list[Hit]:
+        """Return the k images nearest to a text, best first. Raises UserError for an empty text or a wrong k."""
+        if not query.strip() or len(query) > MAX_QUERY:
+            raise UserError(f"a query must have 1 to {MAX_QUERY} characters, this one has {len(query.strip())}")
+        with self._lock:
+            return self._nearest(self.embedder.texts([query]), k)
+
+    def image(self, content: bytes, k: int = 10, name: str = "query") -> list[Hit]:
+        """Return the k images nearest to an encoded image. Raises UserError for a damaged image or a wrong k."""
+        with self._lock:
+            return self._nearest(self.embedder.image(content, name), k)
+
+    def _nearest(self, query: Tensor, k: int) -> list[Hit]:
+        if not 1 <= k <= MAX_HITS:
+            raise UserError(f"k={k} must be 1 to {MAX_HITS}")
+        vector = np.ascontiguousarray(query.cpu().float().numpy())
+        scores, rows = self._index.search(vector, min(k, len(self)))
+        # HNSW and IVF return -1 for each missing neighbour.
+        return [
+            self._hit(row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True) if row >= 0
+        ]
+
+    def _hit(self, row: int, score: float) -> Hit:
+        record = self._rows.slice(row, 1).to_pylist()[0]
+        return Hit(row, score, record["key"], record["caption"], {field: record[field] or "" for field in FIELDS})
+
+    @functools.cached_property
+    def _data(self) -> EvalDataset:
+        data = open_images(self._data_path, self.metadata["split"])
+        if len(data) != len(self):
+            raise UserError(
+                f"{self._data_path} has {len(data)} images, but {self.folder} has {len(self)}; run bclip embed again"
+            )
+        return data
+
+    def thumbnail(self, hit: Hit) -> str:
+        """Return a `data:` URL of the hit's image, decoded and encoded again.
+
+        Raises:
+            UserError: the data were moved or changed, or the image cannot be decoded.
+        """
+        with self._lock:
+            data = self._data
+        if data.key(hit.row) != hit.key:
+            raise UserError(
+                f"{self._data_path}: image {hit.row} is {data.key(hit.row)}, not {hit.key}; run bclip embed again"
+            )
+        return html_page.thumbnail(data.image(hit.row), lambda: hit.key)
+
+
+def run(config: SearchConfig) -> None:
+    """Run the command: print the hits and write the gallery."""
+    path = Path(config.query)
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    try:
+        content = path.read_bytes() if is_image else b""
+    except OSError as error:
+        raise UserError(f"image {path} cannot be read: {error.strerror}") from error
+    searcher = Searcher(config)
+    hits = searcher.image(content, config.k, str(path)) if is_image else searcher.text(config.query, config.k)
+    _print(hits)
+    if config.gallery:
+        write_text(Path(config.gallery), page(searcher, hits, query=config.query))
+        log.info("gallery in %s", config.gallery)
+
+
+def page(searcher: Searcher, hits: list[Hit], *, query: str = "", error: str = "", form: int = 0) -> str:
+    """Return an HTML page with the hits.
+
+    form: number of hits in the page's query forms. 0 leaves the forms out, for a file.
+    """
+    rows = [{"hit": hit, **_thumbnail(searcher, hit)} for hit in hits]
+    template = html_page.environment().get_template("search.html")
+    return template.render(searcher=searcher, rows=rows, query=query, error=error, form=form, max_hits=MAX_HITS)
+
+
+def _thumbnail(searcher: Searcher, hit: Hit) -> dict[str, str | None]:
+    try:
+        return {"image": searcher.thumbnail(hit), "problem": None}
+    except UserError as error:  # show the problem in place of this image, and the other images as usual
+        return {"image": None, "problem": str(error)}
+
+
+def _print(hits: list[Hit]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table("#", "cosine", Column("image", overflow="fold"), "caption", "licence", "article")
+    for i, hit in enumerate(hits, 1):
+        caption = " ".join((hit.caption or "").split())
+        cells = (hit.key, caption[:160], hit.fields["licence"], hit.article or "")
+        table.add_row(str(i), f"{hit.score:.3f}", *map(escape, cells))
+    Console().print(table)

@@ -1,0 +1,158 @@
+"""The interface of an engine, and the parts that DDP and DeepSpeed share.
+
+Both engines keep fp32 parameters, compute under autocast and use the same optimiser. They export the optimiser state
+by parameter name. So a checkpoint fits any engine, ZeRO stage and number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bclip_fast import distributed
+from bclip_fast.model.packed import Packed
+from bclip_fast.model.transformer import PreProjection
+
+from .optimizer import OptimizerState
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of an update.
+
+    grad_norm: norm of the averaged gradient of all parameters, before clipping.
+    skipped: True if nothing was updated, because the norm is not finite or above the limit.
+    overflow: True if the step was skipped because the loss scale of fp16 was too large. It is smaller now.
+    """
+
+    grad_norm: float
+    skipped: bool
+    overflow: bool = False
+
+
+class Engine(ABC):
+    """A model with its optimiser, on all ranks.
+
+    A training step is `engine(image, text)`, a loss, `backward(loss)` or `accumulate`, and `step(lr, limit)`.
+    """
+
+    device: torch.device
+    module: nn.Module
+    """The module that runs forward. Its parameters may be sharded, and their names may have a prefix."""
+    _model: nn.Module
+    _saved_buffers: list[Tensor]
+    """Copies of the model's buffers after the last update. Each rank has its own values: training never reads them."""
+
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
+        """Run the model forward."""
+        return self.module(image, text)
+
+    def pre_projection(self) -> tuple[Tensor | None, Tensor | None]:
+        """The last pre-projection features (b, width) of the image and the text tower.
+
+        None for a tower that trains a layer before its projection.
+        """
+        model: Any = self._model
+        return model.visual.pre_projection, model.text.pre_projection
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of the loss, averaged over the ranks."""
+
+    @abstractmethod
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Compute the gradients of the sum of the losses, averaged over the ranks.
+
+        Args:
+            losses: functions that run forward and return a scalar loss. Each is called after the backward pass of the
+                one before.
+
+        The ranks communicate once, at the end. Until then each rank holds its gradients unsharded, under ZeRO 2 and 3
+        too.
+        """
+
+    def is_trainable(self, prefix: str) -> bool:
+        """Whether a trainable parameter of the model has a name with this prefix."""
+        return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
+
+    def step(self, lr: float, limit: float = math.inf) -> StepResult:
+        """Clip the gradients, update the weights and clear the gradients.
+
+        If the norm of the gradient is not finite or above `limit`, update nothing and restore the statistics of batch
+        norms from before the step.
+
+        Args:
+            lr: learning rate.
+            limit: largest norm that may update, the same on all ranks.
+        """
+        result = self._step(lr, limit)
+        if buffers := list(self._model.buffers()):
+            target, source = (buffers, self._saved_buffers) if result.skipped else (self._saved_buffers, buffers)
+            torch._foreach_copy_(target, source)
+        return result
+
+    @abstractmethod
+    def _step(self, lr: float, limit: float) -> StepResult:
+        """The part of `step` that concerns the parameters."""
+
+    def communication(self) -> dict[str, float]:
+        """The metric communication_seconds: how long the second-to-last backward pass waited for gradient all-reduces.
+
+        It lags one step so that reading it never synchronises. Empty under DeepSpeed, which doesn't report it.
+        """
+        return {}
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Tensor]:
+        """The gathered fp32 state of the model on the CPU, under the model's names. Empty except on rank 0. Collective.
+
+        The buffers, statistics of batch norms, are those of rank 0.
+        """
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """The fp32 trainable weights and buffers whose EMA this rank stores.
+
+        Rank 0 stores all of them, except under ZeRO 3, where every rank stores its own shard.
+        """
+        if not distributed.is_main():
+            return {}
+        weights = {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
+        return weights | dict(self._model.named_buffers())
+
+    def local_shard(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of a gathered tensor that corresponds to `local_weights()[name]`, as a copy on its device."""
+        weight = attrgetter(name)(self._model)
+        return tensor.to(weight.device, torch.float32, copy=True).view_as(weight)
+
+    def gather_weights(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `local_shard`: gathered tensors on the CPU. Empty except on rank 0. Collective."""
+        return {name: to_cpu(tensor) for name, tensor in shards.items()}
+
+    @abstractmethod
+    def optimizer_state(self) -> OptimizerState:
+        """The gathered state of the optimiser. Its moments are empty except on rank 0. Collective."""
+
+    @abstractmethod
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Restore `optimizer_state()`. Every rank passes the gathered state.
+
+        Load the model's weights before you build the engine.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the engine's memory. The engine cannot be used afterwards."""
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """A detached fp32 copy on the CPU."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,70 @@
+"""The input of a run: dataset, sampler and loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bclip_fast import distributed
+from bclip_fast.data.loader import Loader
+from bclip_fast.data.sampler import ShardSampler
+from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.transform import Preprocess
+from bclip_fast.errors import UserError
+from bclip_fast.model.tokenizer import Tokenizer
+
+from .config import DataConfig, TrainConfig
+
+
+def open_dataset(config: DataConfig) -> ShardDataset:
+    """The training split.
+
+    Raises:
+        UserError: no shards are configured, or they cannot be read.
+    """
+    if not config.shards:
+        raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
+    return ShardDataset(config.shards, config.split, config.read)
+
+
+def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
+    """The sampler of this rank."""
+    return ShardSampler(
+        dataset.shard_sizes,
+        dataset.fingerprint,
+        batch_size=config.batch_size,
+        schedule=config.batch_schedule,
+        micro_batch_size=config.micro_batch_size,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        shuffle_block=config.data.shuffle_block,
+        # The cost of a sample is its number of tokens. An English token has 4 to 5 bytes.
+        cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
+    )
+
+
+def build_loader(
+    config: DataConfig,
+    dataset: ShardDataset,
+    sampler: ShardSampler,
+    tokenizer: Tokenizer,
+    preprocess: Preprocess,
+    device: torch.device,
+) -> Loader:
+    """The loader that `config.loader` names."""
+    arguments = (dataset, tokenizer.encode, sampler, preprocess)
+    options: dict[str, Any] = {
+        "augment": config.augment,
+        "crop_scale": config.crop_scale,
+        "num_threads": config.num_threads,
+        "prefetch_batches": config.prefetch_batches,
+        "pin_memory": device.type == "cuda",
+        "timeout_s": config.timeout_s,
+    }
+    if config.loader == "native":
+        return Loader(*arguments, **options)
+    from bclip_fast.data.dali_loader import DaliLoader
+
+    return DaliLoader(*arguments, device_id=device.index if device.type == "cuda" else None, **options)

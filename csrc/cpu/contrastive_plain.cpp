@@ -1,8 +1,0 @@
-// The kernels for whatever the compiler targets by itself.
-#include "contrastive_tile.h"
-
-namespace bclip::cpu {
-
-const ContrastiveKernels kPlainKernels = {"plain", &::exponential_sums, &::softmax_gradient, &::sigmoid_gradient};
-
-}  // namespace bclip::cpu

@@ -1,8 +1,0 @@
-// The kernels for whatever the compiler targets by itself.
-#include "pointwise_tile.h"
-
-namespace bclip::cpu {
-
-const PointwiseKernels kPlainPointwise = {&::add_norm, &::add_norm_backward, &::gelu, &::gelu_backward};
-
-}  // namespace bclip::cpu

@@ -1,0 +1,110 @@
+// Log-sum-exps of the rows and of the columns of each tile of S. One exponential serves both, with
+// the highest logit of the tile as its offset. If the sum of some row or column is so small that it
+// loses digits, the tile is computed again, with the maximum of each row and of each column. No two
+// threads write the same partial result, so atomics aren't needed.
+#include "csrc/cuda/contrastive/contrastive.cuh"
+
+namespace bclip::cuda {
+namespace {
+
+struct Arguments {
+  Features features;
+  PartialSums sums;
+};
+
+// After the pipeline, its memory holds sums of rows, of columns and of the block, and the vote of
+// the block.
+constexpr int kRows = 0, kColumns = kRows + 2 * kSide * 4, kBlock = kColumns + 2 * kSide * 4,
+              kVote = kBlock + 16;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
+  const Features& features = arguments.features;
+  const TilePlace tile = place_of_block(features);
+  const Shared<float> row_memory{kRows}, column_memory{kColumns}, block_memory{kBlock},
+      vote_memory{kVote};
+  Products products;
+  multiply_tile<T>(products, features, tile);
+
+  const float factor = *features.scale * kLog2E;
+  const int shift = positives_of(features, tile);
+  float highest = -1e30f;
+  products.each([&](int, int, int row, int column, float& number) {
+    const bool counted = row < tile.rows && column < tile.columns && column != row + shift;
+    number = counted ? number * factor : -infinity();
+    highest = fmaxf(highest, number);
+  });
+  highest = fold_block(highest, block_memory, Greater());
+
+  float rows[8] = {}, columns[16] = {};
+  products.each([&](int i, int j, int, int, float& number) {
+    const float exponential = exp2_fast(number - highest);
+    rows[i] += exponential;
+    columns[j] += exponential;
+  });
+  fold_rows(rows, row_memory, Add());
+  fold_columns(columns, column_memory, Add());
+  block_barrier();
+  const int thread = thread_index();
+  float row_sum = folded(row_memory, thread, Add()),
+        column_sum = folded(column_memory, thread, Add());
+  float row_offset = highest, column_offset = highest;
+  // Terms that flush to zero are below 1e-37 of the highest, far below the last digit of a sum that
+  // passes.
+  const float least =
+      fminf(thread < tile.rows ? row_sum : 1.0f, thread < tile.columns ? column_sum : 1.0f);
+  if (fold_block(least, vote_memory, Less()) < 1e-20f) {
+    float row_highest[8], column_highest[16];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row_highest[i] = -1e30f;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) column_highest[j] = -1e30f;
+    products.each([&](int i, int j, int, int, float& number) {
+      row_highest[i] = fmaxf(row_highest[i], number);
+      column_highest[j] = fmaxf(column_highest[j], number);
+    });
+    fold_rows(row_highest, row_memory, Greater());
+    fold_columns(column_highest, column_memory, Greater());
+    block_barrier();
+    row_offset = folded(row_memory, thread, Greater());
+    column_offset = folded(column_memory, thread, Greater());
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      row_highest[i] = folded(row_memory, Products::row_of(i / 2, i % 2), Greater());
+      rows[i] = 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      column_highest[j] = folded(column_memory, Products::column_of(j / 2) + j % 2, Greater());
+      columns[j] = 0.0f;
+    }
+    products.each([&](int i, int j, int, int, float& number) {
+      rows[i] += exp2_fast(number - row_highest[i]);
+      columns[j] += exp2_fast(number - column_highest[j]);
+    });
+    block_barrier();
+    fold_rows(rows, row_memory, Add());
+    fold_columns(columns, column_memory, Add());
+    block_barrier();
+    row_sum = folded(row_memory, thread, Add());
+    column_sum = folded(column_memory, thread, Add());
+  }
+  if (thread < tile.rows) {
+    arguments.sums.rows[int64_t(tile.column / kSide) * features.rows + tile.row + thread] =
+        (row_offset + log2_fast(row_sum)) * kLn2;
+  }
+  if (thread < tile.columns) {
+    arguments.sums.columns[int64_t(tile.row / kSide) * features.columns + tile.column + thread] =
+        (column_offset + log2_fast(column_sum)) * kLn2;
+  }
+}
+
+}  // namespace
+
+void contrastive_forward(const Features& features, const PartialSums& sums) {
+  launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>,
+         {blocks_of(features), kThreads, kPipelineBytes, features.stream},
+         Arguments{features, sums});
+}
+
+}  // namespace bclip::cuda

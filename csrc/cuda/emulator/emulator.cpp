@@ -1,0 +1,394 @@
+#include "csrc/cuda/emulator/emulator.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+#ifndef __x86_64__
+#error "The CUDA emulator, which only tests use, switches stacks on x86-64."
+#endif
+
+// void bclip_switch(void** from, void* to): saves the registers that the System V ABI reserves for
+// the caller, and switches stacks.
+asm(R"(
+.text
+.type bclip_switch, @function
+bclip_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size bclip_switch, . - bclip_switch
+)");
+extern "C" void bclip_switch(void** from, void* to) asm("bclip_switch");
+
+namespace bclip::cuda::emulator {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kNobody = -1, kSeveral = -2, kWholeWarp = -3;
+
+struct Copy {
+  int64_t byte;
+  const void* from;
+  size_t size;
+};
+
+struct Fiber {
+  std::unique_ptr<char[]> memory = std::make_unique<char[]>(kStackBytes);
+  void* stack = nullptr;
+  void* fake_stack = nullptr;
+  bool ended = false;
+  Site site{};
+  const char* name = "";
+  void* brought = nullptr;
+  std::vector<std::vector<Copy>> copies;  // the last group is still open
+};
+
+// The last write and the last reads of two bytes of shared memory. For the reads of one epoch of
+// the block it records the warp, or that several warps read. Within the warp it records the thread,
+// or that several read since its last barrier.
+struct Cell {
+  int writer, write_warp;
+  uint32_t write_block_epoch, write_warp_epoch;
+  int reader, read_warp;
+  uint32_t read_block_epoch, read_warp_epoch;
+  bool in_flight;
+};
+
+// The state of the block that runs. Each thread of the process has its own emulator.
+struct Emulator {
+  static Emulator& current() {
+    static thread_local Emulator emulator;
+    return emulator;
+  }
+
+  std::vector<Fiber> fibers;
+  std::vector<int> ready;
+  int running = 0, threads = 0, block_waiting = 0;
+  int64_t block = 0;
+  std::vector<int> warp_waiting;
+  std::vector<uint32_t> warp_epochs;
+  uint32_t block_epoch = 0;
+  std::vector<unsigned char> shared;
+  std::vector<Cell> cells;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr error;
+  void *stack = nullptr, *fake_stack = nullptr;
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  uint64_t random = 1;
+};
+
+// The next random number: SplitMix64 (Steele, Lea and Flood 2014).
+uint64_t draw() {
+  uint64_t z = (Emulator::current().random += 0x9e3779b97f4a7c15);
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
+
+Fiber& self() { return Emulator::current().fibers[Emulator::current().running]; }
+
+std::string at(Site site) {
+  const char* name = std::strrchr(site.file, '/');
+  return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+[[noreturn]] void fail(Site site, const std::string& what) {
+  Emulator& state = Emulator::current();
+  throw std::runtime_error(at(site) + ": block " + std::to_string(state.block) + ", thread " +
+                           std::to_string(state.running) + ": " + what);
+}
+
+void leave() {
+  Emulator& state = Emulator::current();
+  Fiber& fiber = self();
+  __sanitizer_start_switch_fiber(&fiber.fake_stack, state.bottom, state.bytes);
+  bclip_switch(&fiber.stack, state.stack);
+  __sanitizer_finish_switch_fiber(self().fake_stack, &state.bottom, &state.bytes);
+}
+
+void start() {
+  Emulator& state = Emulator::current();
+  __sanitizer_finish_switch_fiber(nullptr, &state.bottom, &state.bytes);
+  try {
+    (*state.body)();
+    for (const auto& group : self().copies) {
+      if (!group.empty()) throw std::runtime_error("a thread ended without waiting for its copies");
+    }
+  } catch (...) {
+    state.error = std::current_exception();
+  }
+  self().ended = true;
+  leave();
+  std::abort();
+}
+
+void prepare(Fiber& fiber) {
+  const auto top = (reinterpret_cast<uintptr_t>(fiber.memory.get()) + kStackBytes) & ~uintptr_t(15);
+  void** slot = reinterpret_cast<void**>(top) - 2;
+  *slot = reinterpret_cast<void*>(&start);
+  fiber.stack = slot - 6;
+  fiber.ended = false;
+  fiber.copies.assign(1, {});
+}
+
+void enter(int thread) {
+  Emulator& state = Emulator::current();
+  state.running = thread;
+  Fiber& fiber = self();
+  __sanitizer_start_switch_fiber(&state.fake_stack, fiber.memory.get(), kStackBytes);
+  bclip_switch(&state.stack, fiber.stack);
+  __sanitizer_finish_switch_fiber(state.fake_stack, nullptr, nullptr);
+}
+
+std::string describe_waiting() {
+  Emulator& state = Emulator::current();
+  std::string result;
+  for (int thread = 0; thread < state.threads; ++thread) {
+    const Fiber& fiber = state.fibers[thread];
+    if (fiber.ended) continue;
+    result += result.empty() ? "" : ", ";
+    result += "thread " + std::to_string(thread) + " at " + fiber.name + " in " + at(fiber.site);
+    if (result.size() > 300) return result + " ...";
+  }
+  return result;
+}
+
+void run_block() {
+  Emulator& state = Emulator::current();
+  std::fill(state.shared.begin(), state.shared.end(), 0xff);  // NaN in every floating type
+  std::fill(state.cells.begin(), state.cells.end(),
+            Cell{kNobody, 0, 0, 0, kNobody, 0, 0, 0, false});
+  state.block_waiting = 0;
+  state.block_epoch = 1;
+  state.warp_waiting.assign(state.threads / 32, 0);
+  state.warp_epochs.assign(state.threads / 32, 1);
+  state.ready.resize(state.threads);
+  std::iota(state.ready.begin(), state.ready.end(), 0);
+  for (int thread = 0; thread < state.threads; ++thread) prepare(state.fibers[thread]);
+  while (!state.ready.empty()) {
+    std::swap(state.ready[draw() % state.ready.size()], state.ready.back());
+    const int next = state.ready.back();
+    state.ready.pop_back();
+    enter(next);
+    if (state.error) std::rethrow_exception(std::exchange(state.error, nullptr));
+  }
+  const std::string waiting = describe_waiting();
+  if (!waiting.empty()) {
+    throw std::runtime_error("block " + std::to_string(state.block) +
+                             ": threads wait for others that ended or wait elsewhere: " + waiting);
+  }
+}
+
+template <class Visit>
+void each_cell(Site site, int64_t byte, size_t size, Visit&& visit) {
+  Emulator& state = Emulator::current();
+  if (byte < 0 || byte + int64_t(size) > int64_t(state.shared.size())) {
+    fail(site, "byte " + std::to_string(byte) + " is outside the " +
+                   std::to_string(state.shared.size()) + " bytes of shared memory");
+  }
+  if (byte % int64_t(size))
+    fail(site, "byte " + std::to_string(byte) + " isn't a multiple of the access's size");
+  for (int64_t cell = byte / 2; cell < (byte + int64_t(size) + 1) / 2; ++cell)
+    visit(state.cells[cell]);
+}
+
+void check_write_before(Site site, const Cell& cell, int thread, bool reading) {
+  Emulator& state = Emulator::current();
+  const std::string verb = reading ? "reads" : "writes";
+  if (cell.in_flight)
+    fail(site, verb + " what a copy is still to write: wait_for_copies is missing");
+  if (cell.writer == kNobody) {
+    if (reading) fail(site, "reads shared memory that nobody wrote");
+    return;
+  }
+  const int warp = state.running / 32;
+  const bool ordered =
+      cell.writer == thread || cell.write_block_epoch != state.block_epoch ||
+      (cell.write_warp == warp && cell.write_warp_epoch != state.warp_epochs[warp]);
+  if (!ordered)
+    fail(site,
+         verb + " what thread " + std::to_string(cell.writer) + " wrote: a barrier is missing");
+}
+
+void check_reads_before(Site site, const Cell& cell, int thread) {
+  Emulator& state = Emulator::current();
+  if (cell.reader == kNobody || cell.read_block_epoch != state.block_epoch) return;
+  const int warp = state.running / 32;
+  const bool ordered = cell.read_warp == warp &&
+                       (cell.read_warp_epoch != state.warp_epochs[warp] || cell.reader == thread);
+  if (!ordered) fail(site, "overwrites what others may still read: a barrier is missing");
+}
+
+void note_read(Site site, int64_t byte, size_t size, int thread) {
+  Emulator& state = Emulator::current();
+  const int warp = state.running / 32;
+  const uint32_t warp_epoch = state.warp_epochs[warp];
+  each_cell(site, byte, size, [&](Cell& cell) {
+    check_write_before(site, cell, thread, true);
+    const bool first = cell.reader == kNobody || cell.read_block_epoch != state.block_epoch;
+    if (first || (cell.read_warp == warp && cell.read_warp_epoch != warp_epoch)) {
+      cell.reader = thread;
+    } else if (cell.reader != thread) {
+      cell.reader = kSeveral;
+    }
+    cell.read_warp = first || cell.read_warp == warp ? warp : kSeveral;
+    cell.read_block_epoch = state.block_epoch;
+    cell.read_warp_epoch = warp_epoch;
+  });
+}
+
+void note_write(Site site, int64_t byte, size_t size, bool in_flight) {
+  Emulator& state = Emulator::current();
+  const int warp = state.running / 32;
+  each_cell(site, byte, size, [&](Cell& cell) {
+    check_write_before(site, cell, state.running, false);
+    check_reads_before(site, cell, state.running);
+    cell = {state.running, warp, state.block_epoch, state.warp_epochs[warp], kNobody, 0, 0, 0,
+            in_flight};
+  });
+}
+
+}  // namespace
+
+int thread() { return Emulator::current().running; }
+int64_t block() { return Emulator::current().block; }
+
+void meet_block(Site site) {
+  Emulator& state = Emulator::current();
+  Fiber& fiber = self();
+  fiber.site = site;
+  fiber.name = "block_barrier";
+  if (++state.block_waiting < state.threads) return leave();
+  for (int other = 0; other < state.threads; ++other) {
+    const Site other_site = state.fibers[other].site;
+    if (other_site.line != site.line || std::strcmp(other_site.file, site.file)) {
+      fail(site, "thread " + std::to_string(other) + " meets this barrier at " + at(other_site));
+    }
+    if (other != state.running) state.ready.push_back(other);
+  }
+  state.block_waiting = 0;
+  ++state.block_epoch;
+}
+
+void meet_warp(Site site, const char* name, void* brought, void (*act)(void* const (&all)[32])) {
+  Emulator& state = Emulator::current();
+  const int warp = state.running / 32;
+  Fiber& fiber = self();
+  fiber.site = site;
+  fiber.name = name;
+  fiber.brought = brought;
+  if (++state.warp_waiting[warp] < 32) return leave();
+  void* all[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Fiber& other = state.fibers[warp * 32 + lane];
+    if (other.site.line != site.line || std::strcmp(other.site.file, site.file) ||
+        std::strcmp(other.name, name)) {
+      fail(site, std::string(name) + " meets lane " + std::to_string(lane) + " at " + other.name +
+                     " in " + at(other.site) + ": the warp's lanes have parted");
+    }
+    all[lane] = other.brought;
+    if (warp * 32 + lane != state.running) state.ready.push_back(warp * 32 + lane);
+  }
+  state.warp_waiting[warp] = 0;
+  act(all);
+}
+
+void order_warp() { ++Emulator::current().warp_epochs[Emulator::current().running / 32]; }
+
+void read(Site site, int64_t byte, void* to, size_t size) {
+  Emulator& state = Emulator::current();
+  note_read(site, byte, size, state.running);
+  std::memcpy(to, &state.shared[byte], size);
+}
+
+void read_as_warp(Site site, int64_t byte, void* to, size_t size) {
+  Emulator& state = Emulator::current();
+  note_read(site, byte, size, kWholeWarp);
+  std::memcpy(to, &state.shared[byte], size);
+}
+
+void write(Site site, int64_t byte, const void* from, size_t size) {
+  Emulator& state = Emulator::current();
+  note_write(site, byte, size, false);
+  std::memcpy(&state.shared[byte], from, size);
+}
+
+void copy_later(Site site, int64_t byte, const void* from, size_t size) {
+  note_write(site, byte, size, true);
+  self().copies.back().push_back({byte, from, size});
+}
+
+void close_copies() { self().copies.emplace_back(); }
+
+// Copies as late as a GPU may, so that a change of the source in between shows.
+void finish_copies(size_t groups_left) {
+  Emulator& state = Emulator::current();
+  auto& copies = self().copies;
+  while (copies.size() - 1 > groups_left) {
+    for (const Copy& copy : copies.front()) {
+      if (copy.from) {
+        std::memcpy(&state.shared[copy.byte], copy.from, copy.size);
+      } else {
+        std::memset(&state.shared[copy.byte], 0, copy.size);
+      }
+      const int warp = state.running / 32;
+      each_cell({}, copy.byte, copy.size, [&](Cell& cell) {
+        cell.in_flight = false;
+        cell.write_block_epoch = state.block_epoch;
+        cell.write_warp_epoch = state.warp_epochs[warp];
+      });
+    }
+    copies.erase(copies.begin());
+  }
+}
+
+void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
+  Emulator& state = Emulator::current();
+  if (threads % 32 || threads < 32 || threads > 1024)
+    throw std::invalid_argument("threads come in warps of 32");
+  if (shared_bytes > kMostSharedBytes)
+    throw std::invalid_argument("more shared memory than a block of sm_90 has");
+  state.threads = threads;
+  if (state.fibers.size() < size_t(threads)) state.fibers.resize(threads);
+  state.shared.resize(shared_bytes);
+  state.cells.resize((shared_bytes + 1) / 2);
+  state.body = &body;
+  std::vector<int64_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  for (int64_t last = blocks - 1; last > 0; --last)
+    std::swap(order[last], order[draw() % (last + 1)]);
+  for (const int64_t block : order) {
+    state.block = block;
+    run_block();
+  }
+}
+
+void set_seed(uint64_t seed) { Emulator::current().random = seed; }
+
+}  // namespace bclip::cuda::emulator

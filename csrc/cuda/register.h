@@ -1,0 +1,29 @@
+// The Python bindings of the operators. Each operator's register.cpp adds its own to a module: to
+// `_cuda`, and to the module of the emulator.
+#pragma once
+
+#include <cstdint>
+
+#include <pybind11/pybind11.h>
+
+namespace bclip::cuda {
+
+namespace py = pybind11;
+
+// The pointer for an address from Python, where 0 stands for null.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void register_attention(py::module_& module);
+void register_contrastive(py::module_& module);
+void register_image(py::module_& module);
+
+inline void register_operators(py::module_& module) {
+  register_attention(module);
+  register_contrastive(module);
+  register_image(module);
+}
+
+}  // namespace bclip::cuda
