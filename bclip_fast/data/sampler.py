@@ -119,7 +119,7 @@ class ShardSampler:
     def _begin_stage(self, epoch: int, size: int) -> None:
         if size < 1 or size % self._world_size:
             raise UserError(
-                f"batch_size={size} is not a positive multiple of the {self._world_size} ranks; it is the global batch"
+                f"batch_size={size} must be a positive multiple of the {self._world_size} ranks; it is the global batch"
             )
         if self.num_samples < size:
             raise UserError(

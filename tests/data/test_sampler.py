@@ -153,7 +153,7 @@ def test_state_with_other_value_is_refused():
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(UserError, match="batch_size=8 is not a positive multiple of the 3 ranks"):
+    with pytest.raises(UserError, match="batch_size=8 must be a positive multiple of the 3 ranks"):
         make_sampler(0, 3)
     with pytest.raises(UserError, match="batch_size=200 is larger than the dataset's 116 samples"):
         make_sampler(batch_size=200)
