@@ -84,7 +84,7 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
         ["bash", str(CONFIGS / "slurm.sbatch"), *args],
         env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    request = folder / "asked"
+    request = folder / "request"
     return result, request.read_text().split()[0] if request.is_file() else ""
 
 
