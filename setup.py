@@ -14,10 +14,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")
-# PTX for later devices, which compile it themselves. The PTX of an architecture with a letter runs on no other one.
+# PTX for later devices, which compile it themselves. The PTX of an architecture with a letter runs only there.
 PTX = next((arch for arch in ARCHS if arch.isdigit()), ARCHS[0])
 CXX = os.environ.get("CXX", "g++")
-# A source *_isa.cpp is compiled once for each. Its object is empty if the compiler lacks the instruction set.
+# Each source *_isa.cpp is compiled for all of these. The object is empty if the compiler lacks the instruction set.
 ISAS = "avx512", "avx2", "portable"
 JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
 JPEG_HELP = """jpeglib.h of libjpeg-turbo is missing: bclip_fast decodes images with it.
@@ -50,8 +50,8 @@ class BuildWithNinja(build_ext):
         extensions = sorted(self.extensions, key=lambda extension: extension.name, reverse=True)
         with open(objects / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Under build isolation the headers have a new path each time. ninja ignores the age of system headers, and
-            # the name of the link contains their version.
+            # Under build isolation the headers have a new path each time, which would rebuild everything, so the build
+            # uses a link. Its name contains the version, because ninja ignores the age of system headers.
             headers = objects / f"pybind11-{pybind11.__version__}"
             headers.unlink(missing_ok=True)
             headers.symlink_to(pybind11.get_include())

@@ -37,8 +37,8 @@ struct DecodeResize {
   Crop crop;
   const int64_t* boxes;  // (n, 4) top, left, height, width for kBoxes, else null
   bool bicubic;          // else bilinear
-  // Without it, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its
-  // size. One that is somewhat larger gets its chroma upsampled without smoothing.
+  // If false, an image that is much larger than the result is decoded at 1/2, 1/4 or 1/8 of its
+  // size. The chroma of an image that is only somewhat larger is upsampled without smoothing.
   bool exact;
   int64_t max_pixels;  // an image with more pixels is an error
 };

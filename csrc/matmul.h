@@ -19,13 +19,14 @@ struct LinearProduct {
   int64_t rows, columns, depth;
   const uint16_t* left;  // (rows, depth) bfloat16; (depth, rows) if left_transposed
   bool left_transposed;
-  // (depth, columns); (columns, depth) if right_transposed; bfloat16, or float if right_in_single.
+  // (depth, columns), or (columns, depth) if right_transposed. bfloat16, or float if
+  // right_in_single.
   const void* right;
   bool right_transposed, right_in_single;
   const float* bias;  // (columns,), added to each row; or null
   void* result;       // written; bfloat16, or float if result_in_single
   bool result_in_single;
-  // (rows,), written: the sums over the depth of a transposed left operand; or null.
+  // (rows,) or null. Written: the sums over the depth of a transposed left operand.
   float* left_sums;
   uint16_t* workspace;  // linear_workspace() elements for the right operand, aligned to 64 bytes
 };

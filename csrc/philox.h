@@ -16,7 +16,7 @@ namespace bclip {
 constexpr int kPhiloxRounds = 10;
 // The factors for words 0 and 2 in each round.
 constexpr uint32_t kPhiloxFactor0 = 0xD2511F53, kPhiloxFactor2 = 0xCD9E8D57;
-// From one round's key to the next.
+// The differences between one round's key and the next.
 constexpr uint32_t kPhiloxStep0 = 0x9E3779B9, kPhiloxStep1 = 0xBB67AE85;
 
 struct PhiloxWords {

@@ -27,7 +27,7 @@ struct Screen {
 // precision, where numbers below 2^-126 become zero.
 std::vector<int64_t> amx_screen(const Screen& screen, int64_t most, int threads);
 
-// out_p = sum_k left[i, k] right[j, k] in double precision, for each of the pairs i columns + j.
+// out[p] = sum_k left[i, k] right[j, k] in double precision, where pairs[p] = i columns + j.
 void dot_products(const float* left, const float* right, int64_t columns, int64_t width,
                   const int64_t* pairs, int64_t count, double* out, int threads);
 

@@ -35,6 +35,7 @@ _CODE = re.compile(r"``[^`]+``|`[^`]+`|https?://\S+|\]\([^)]*\)|(?<![\w*])\*[^*\
 _INDENTED = re.compile(r"(?:^|\n)\n( {4,}.*\n?)+")
 _FENCED = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$", re.DOTALL | re.MULTILINE)
 _HASH_COMMENTS = {".toml", ".sbatch", ".yml", ".yaml", ""}  # "": a Makefile
+_PRAGMA = re.compile(r"namespace \w|type: ignore|noqa|fmt: |clang-format ")
 _CPP = re.compile(r'//[^\n]*(?:\n[ \t]*//[^\n]*)*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"(?:\s*"(?:[^"\\\n]|\\.)*")*', re.DOTALL)
 
 
@@ -121,7 +122,7 @@ def sentences(path: Path) -> Iterator[Sentence]:
             position = text.index(piece, position)
             line = start + text.count("\n", 0, position)
             words = re.sub(r"^(?:[-*+>|#]+|\d+\.) *", "", " ".join(piece.split())).strip("| ")
-            if len(re.findall(r"(?<![\w<])[A-Za-z]{2,}(?![\w<(])", words)) >= 3:
+            if len(re.findall(r"(?<![\w<])[A-Za-z]{2,}(?![\w<(])", words)) >= 3 and not _PRAGMA.match(words):
                 yield Sentence(path, line, words, is_message)
 
 

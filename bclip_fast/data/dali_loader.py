@@ -158,9 +158,15 @@ class DaliLoader(Loader):
             side = [config.size, config.size]
             return fn.slice(images, start=geometry[2:4], shape=side, axes=[0, 1], device=device)
 
-        options: dict[str, Any] = dict(batch_size=self.sampler.max_batch_size, num_threads=self._dali_threads)
-        options |= dict(device_id=self._device_id, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False)
-        pipeline = pipeline_def(**options)(graph)()
+        definition = pipeline_def(
+            batch_size=self.sampler.max_batch_size,
+            num_threads=self._dali_threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=1,
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        pipeline = definition(graph)()
         pipeline.build()
         return pipeline
 

@@ -1,6 +1,6 @@
-"""The quickstart's data: real biomedical images that Python packages ship, with captions.
+"""Build the quickstart's dataset from real biomedical images that Python packages contain.
 
-Packages (extra `quickstart`) and what is taken from them:
+The packages (extra `quickstart`), their images and licences:
 
 =================  ===================================================  =========================
 package            images                                               licence
@@ -15,8 +15,8 @@ mahotas            fluorescent nuclei                                   MIT
 wsidicom-data      H&E tile of OpenSlide's CMU-1                        Apache-2.0; slide CC0
 =================  ===================================================  =========================
 
-Volumes are split by blocks of slices (`samples_volumes`), pictures by non-overlapping parts
-(`samples_pictures`); captions of both splits come from the same rules (`samples_captions`).
+The splits divide volumes by blocks of slices (`volumes`), and images by parts that don't overlap (`photographs`).
+Captions of both splits follow the same rules (`captions`).
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ __all__ = ["LABELS", "LabelSummary", "build", "summarize_labels"]
 
 log = logging.getLogger(__name__)
 
-SIDE = 112  # pixels; the quickstart's model sees 64 to 96
+SIDE = 112  # pixels. The quickstart's model sees 64 to 96.
 SKIPPED_FILE = "skipped.json"
-_PER_MODALITY = {"train": 240, "val": 28}  # crops, shared evenly among a modality's pictures
-_MAX_TRAIN_ONLY = 60  # crops of a picture of which nothing is held out
+# Number of crops, divided evenly among the images of a modality.
+_PER_MODALITY = {"train": 240, "val": 28}
+# Limit for the crops of an image without a held-out part.
+_MAX_TRAIN_ONLY = 60
 _MODULES = {
     "nilearn": "nilearn",
     "pydicom": "pydicom",
@@ -63,7 +65,13 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """Classes of one kind among some samples: chance is 1 / number of classes."""
+    """The classes of one kind of label among some samples.
+
+    Attributes:
+        counts: number of samples of each class.
+        chance: 1 / number of classes.
+        majority: share of the most frequent class.
+    """
 
     counts: dict[str, int]
     chance: float
@@ -71,9 +79,9 @@ class LabelSummary:
 
 
 def summarize_labels(metas: Iterable[Mapping[str, Any]]) -> dict[str, LabelSummary]:
-    """For each kind of `LABELS` the classes present in the metas of a split, most frequent first.
+    """Return the classes of each kind of `LABELS` in the metadata of samples, most frequent first.
 
-    Samples to which a kind does not apply are not counted.
+    Samples without a label of a kind don't count.
     """
     counters: dict[str, Counter[str]] = {kind: Counter() for kind in LABELS}
     for meta in metas:
@@ -102,10 +110,10 @@ def _folder(package: str) -> Path:
 
 
 def _jpeg(image: Image.Image, random: np.random.Generator, split: str) -> bytes:
-    """Baseline RGB JPEG of SIDE x SIDE; training slices of volumes ("L") get another gamma."""
-    vary = image.mode == "L" and split == "train"
+    """Return a baseline RGB JPEG of SIDE x SIDE. Training slices of volumes (mode "L") get a random gamma."""
+    has_random_gamma = image.mode == "L" and split == "train"
     image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    if vary:
+    if has_random_gamma:
         gamma = float(np.exp(random.uniform(-0.25, 0.25)))
         image = image.point([round(255 * (level / 255) ** gamma) for level in range(256)])
     buffer = io.BytesIO()
@@ -142,73 +150,79 @@ def _volume_samples(seed: int) -> Iterator[tuple[str, Sample]]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """So many crops of one picture for one split."""
+    """A number of crops of one source for one split. `images`: its images with their facts."""
 
     source: photographs.Source
-    pictures: list[tuple[np.ndarray, Facts]]
+    images: list[tuple[np.ndarray, Facts]]
     split: str
     count: int
 
 
-def _plan_pictures(skipped: list[dict[str, str]]) -> list[_Plan]:
-    """Decode all pictures and share each modality's crops among them."""
+def _plan_crops(skipped: list[dict[str, str]]) -> list[_Plan]:
+    """Decode all images and divide the crops of each modality among them."""
     loaded = defaultdict(list)
     for source in photographs.SOURCES:
         path = _folder(source.package) / source.path
         try:
-            pictures = photographs.load(source, path)
-        # A decoder that is missing, or a file that another version of the package lacks.
+            images = photographs.load(source, path)
+        # A decoder may be missing, or another version of the package may lack the file.
         except (OSError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             log.warning("skipping %s of %s: %s", source.path, source.package, reason)
             skipped.append({"package": source.package, "file": source.path, "reason": reason})
             continue
-        loaded[pictures[0][1].modality].append((source, pictures))
+        loaded[images[0][1].modality].append((source, images))
     plans = []
     for entries in loaded.values():
         for split, total in _PER_MODALITY.items():
-            used = [entry for entry in entries if split == "train" or entry[0].side is not None]
-            for place, (source, pictures) in enumerate(used):
-                count = total // len(used) + (place < total % len(used))
+            sources = [entry for entry in entries if split == "train" or entry[0].side is not None]
+            for i, (source, images) in enumerate(sources):
+                count = total // len(sources) + (i < total % len(sources))
                 if source.side is None:
                     count = min(count, _MAX_TRAIN_ONLY)
-                plans.append(_Plan(source, pictures, split, count))
+                plans.append(_Plan(source, images, split, count))
     return plans
 
 
-def _picture_samples(plan: _Plan, seed: int) -> Iterator[tuple[str, Sample]]:
+def _crop_samples(plan: _Plan, seed: int) -> Iterator[tuple[str, Sample]]:
     source, split = plan.source, plan.split
     number = photographs.SOURCES.index(source)
     random = np.random.default_rng([seed, 3000 + number, split == "val"])
     origin = _origin(source.package, source.path)
-    cuts = photographs.crops(source, plan.pictures, split, plan.count, seed)
+    cuts = photographs.crops(source, plan.images, split, plan.count, seed)
     for index, (image, facts, meta) in enumerate(cuts):
         key = f"{source.name}-{split}-{index:04d}"
         yield split, _sample(key, split, image, facts, {**origin, **meta}, random)
 
 
 def build(out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Write the splits "train" and "val" as shards below `out`, the same bytes for the same seed.
+    """Write the splits "train" and "val" as shards below `out`. The same seed gives the same bytes.
 
-    Meta of every sample: source, version, file; the labels of the kinds of `LABELS` that apply;
-    for slices volume, axis, slice_index, position_mm; for crops picture, frame, box and part
-    ([top, left, height, width] in pixels). `progress(stage, done, total)` is called now and then.
-    Files that cannot be read are logged and listed in `skipped.json` ([{package, file, reason}]).
-    UserError: a package is missing.
+    The metadata of each sample has source, version, file, and its labels of the kinds in `LABELS`. A slice also has
+    volume, axis, slice_index and position_mm. A crop has `picture` (name of the source), frame, box and part, the last
+    two as [top, left, height, width] in pixels.
+
+    `skipped.json` lists unreadable files as [{package, file, reason}].
+
+    Args:
+        progress: function of (stage, number of finished items, number of items). It is called from time to time.
+
+    Raises:
+        UserError: a package is missing.
     """
     for package in _MODULES:
         _folder(package)
     report = progress or (lambda stage, done, total: None)
     skipped: list[dict[str, str]] = []
-    plans = _plan_pictures(skipped)
+    plans = _plan_crops(skipped)
     total = volumes.count() + sum(plan.count for plan in plans)
-    cuts = chain(_volume_samples(seed), *(_picture_samples(plan, seed) for plan in plans))
+    cuts = chain(_volume_samples(seed), *(_crop_samples(plan, seed) for plan in plans))
     samples: list[tuple[str, Sample]] = []
     for entry in cuts:
         samples.append(entry)
         if len(samples) % 50 == 0 or len(samples) == total:
             report("cutting images", len(samples), total)
-    # Neighbours in the shards should not be neighbours in a volume.
+    # Shuffle, so that neighbours in a volume are not neighbours in the shards.
     order = np.random.default_rng([seed, 4000]).permutation(total)
     with ShardWriter(out) as writer:
         for done, i in enumerate(order, start=1):
@@ -222,7 +236,7 @@ def build(out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None]
 
 def _log_summary(samples: list[tuple[str, Sample]], skipped: list[dict[str, str]]) -> None:
     for split in ("train", "val"):
-        metas = [sample.meta for which, sample in samples if which == split]
+        metas = [sample.meta for sample_split, sample in samples if sample_split == split]
         counts = summarize_labels(metas)["modality"].counts
         listed = ", ".join(f"{value} {count}" for value, count in counts.items())
         log.info("%s: %s samples (%s)", split, len(metas), listed)

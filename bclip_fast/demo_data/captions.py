@@ -1,4 +1,4 @@
-"""What is known of a sample picture, and the sentence that says it."""
+"""Facts about a sample image, and captions that state them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import numpy as np
 from bclip_fast.config import read_toml
 
 _PROMPT_SETS = Path(__file__).parents[1] / "eval" / "prompt_sets"
-# Label kind -> label -> noun phrases that fit "a photo of ...". Captions and prompts use the same phrases.
+# For each kind and label: noun phrases that fit "a photo of ...". Captions and prompts use the same phrases.
 LABELS: dict[str, dict[str, list[str]]] = {
     kind: table["classes"] for kind, table in read_toml(_PROMPT_SETS / "sample_images.toml").items()
 }
 
-_TERSE = 0.4  # share of captions; prompts of zero-shot classification are terse too
+# Share of terse captions. The prompts of zero-shot classification are terse too.
+_TERSE = 0.4
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What headers, geometry and documentation say; the keys of `LABELS`, None where unknown.
+    """Facts from headers, geometry and documentation.
 
-    `details` are further phrases ("slice thickness 5 mm"), a few of which a caption names.
+    The fields that are kinds of `LABELS` hold a label, or None if it is unknown. `details` are further phrases, such as
+    "slice thickness 5 mm". A caption uses at most two of them.
     """
 
     modality: str
@@ -34,7 +36,7 @@ class Facts:
     details: tuple[str, ...] = ()
 
     def labels(self) -> dict[str, str]:
-        """The label of each kind that applies."""
+        """Return the labels by kind, without unknown ones."""
         values = {kind: getattr(self, kind) for kind in LABELS}
         return {kind: value for kind, value in values.items() if value is not None}
 
@@ -52,7 +54,7 @@ def _noun(facts: Facts, random: np.random.Generator) -> str:
 
 
 def _article(phrase: str) -> str:
-    # MRI and MR are spoken as letters; no noun here begins with a silent h or a long u but these.
+    # MRI, MR and X-ray start with the name of a letter. "ultra" is the only noun here that starts with a u.
     vowel = phrase[0].lower() in "aeio" or phrase.startswith(("MR", "ultra", "X-ray"))
     return f"{'an' if vowel else 'a'} {phrase}"
 
@@ -62,8 +64,8 @@ def _capital(text: str) -> str:
 
 
 def _abridged(facts: Facts, random: np.random.Generator) -> Facts:
-    known = [kind for kind in ("plane", "body_part", "stain") if getattr(facts, kind) is not None]
-    kept = _pick(known, random) if known else None
+    kinds = [kind for kind in ("plane", "body_part", "stain") if getattr(facts, kind) is not None]
+    kept = _pick(kinds, random) if kinds else None
     return replace(
         facts,
         details=(),
@@ -74,9 +76,9 @@ def _abridged(facts: Facts, random: np.random.Generator) -> Facts:
 
 
 def compose(facts: Facts, random: np.random.Generator) -> str:
-    """One caption: modality, plane, body part and stain, and up to two details.
+    """Return a caption with modality, plane, body part, stain, and up to two details.
 
-    Two in five are terse, as many captions are: it names the modality and one thing more.
+    Two in five captions are terse: they state the modality and one other fact.
     """
     if random.random() < _TERSE:
         facts = _abridged(facts, random)
@@ -88,8 +90,8 @@ def compose(facts: Facts, random: np.random.Generator) -> str:
         joiner = _pick(["stained with", "with", "showing"], random)
         stain = f" {joiner} {_pick(LABELS['stain'][facts.stain], random)}"
     num_details = min(len(facts.details), int(random.integers(0, 3)))
-    chosen = random.permutation(len(facts.details))[:num_details]
-    details = [facts.details[i] for i in sorted(chosen)]
+    indices = random.permutation(len(facts.details))[:num_details]
+    details = [facts.details[i] for i in sorted(indices)]
 
     if facts.plane is None:
         subject = f"{noun}{of_part}{stain}"

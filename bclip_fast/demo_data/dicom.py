@@ -1,4 +1,4 @@
-"""A DICOM file as 8-bit RGB pictures in display orientation, and what its header says of it."""
+"""Convert a DICOM file to 8-bit RGB images in display orientation, with the facts in its header."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from .captions import Facts
 
-# BodyPartExamined and, where it is missing, US ImageType value 3 (C.8.5.6.1.1), to our labels.
+# Our labels for BodyPartExamined, or, if it is missing, for value 3 of the US ImageType (C.8.5.6.1.1).
 _BODY_PARTS = {
     "HEAD": "head",
     "CHEST": "chest",
@@ -27,8 +27,10 @@ _APPLICATIONS = {
     "TEE": "transesophageal echocardiogram",
     "ABDOM/RAD": "abdominal examination",
 }
-_OBLIQUE_DEGREES = 25.0  # a plane tilted more than this from the body's axes has no plain name
-_SOFT_TISSUE = (40.0, 400.0)  # centre and width in HU, where a CT header gives none
+# A plane with a larger tilt from the body's axes counts as oblique.
+_OBLIQUE_DEGREES = 25.0
+# (centre, width) of the default windows of a CT, in HU.
+_SOFT_TISSUE = (40.0, 400.0)
 _BONE = (500.0, 2000.0)
 
 
@@ -55,18 +57,18 @@ def _body_part(header: Any) -> str | None:
         return "lower leg"
     if _text(header, "StudyDescription").upper() == "SHOULDER":
         return "shoulder"
-    # OM: slices are counted from the orbitomeatal line, which only heads have.
+    # OM: positions are relative to the orbitomeatal line of the head.
     if _text(header, "PositionReferenceIndicator") == "OM":
         return "head"
     return _BODY_PARTS.get(_image_type(header).upper())
 
 
 def orientation(header: Any) -> tuple[str | None, float, bool, bool]:
-    """(plane or None if oblique or unknown, tilt in degrees, flip rows, flip columns).
+    """Return (plane, or None if it is oblique or unknown, tilt in degrees, flip rows, flip columns).
 
-    Flips bring the picture to the usual display: anterior or superior up, patient's right (in
-    sagittal planes: anterior) at the left. From ImageOrientationPatient, C.7.6.2.1.1 (LPS axes),
-    or for projections from PatientOrientation, C.7.6.1.1.1.
+    The flips give the usual display: anterior or superior is up, and the patient's right (in sagittal planes: anterior)
+    is on the left. The source is ImageOrientationPatient (C.7.6.2.1.1, LPS axes), or PatientOrientation (C.7.6.1.1.1)
+    for projections.
     """
     cosines = header.get("ImageOrientationPatient")
     if cosines is None:
@@ -118,6 +120,7 @@ def _details(header: Any, tilt: float, plane: str | None) -> list[str]:
 
 
 def header_facts(header: Any, extra_detail: str = "") -> Facts:
+    """Return the facts in a DICOM header."""
     plane, tilt, _, _ = orientation(header)
     if plane is None and _image_type(header).upper() == "AXIAL":
         plane = "axial"
@@ -135,22 +138,23 @@ def header_facts(header: Any, extra_detail: str = "") -> Facts:
 
 
 def _windows(header: Any) -> list[tuple[str, tuple[float, float] | None]]:
-    """(words, (centre, width) or None for percentiles); a CT is shown in a bone window as well."""
+    """Return (description, (centre, width)) of each window. None: use percentiles. A CT also gets a bone window."""
     centre, width = header.get("WindowCenter"), header.get("WindowWidth")
-    named: tuple[float, float] | None = None
+    window: tuple[float, float] | None = None
     if centre is not None and width is not None:
-        # Several windows: the first is the one to show.
+        # If there are several windows, use the first.
         first = [value[0] if hasattr(value, "__len__") else value for value in (centre, width)]
-        named = (float(first[0]), float(first[1]))
+        window = (float(first[0]), float(first[1]))
     if _text(header, "Modality") != "CT":
-        return [("", named)]
-    named = named or _SOFT_TISSUE
-    return [(f"window {named[0]:g}/{named[1]:g} HU", named), ("bone window", _BONE)]
+        return [("", window)]
+    window = window or _SOFT_TISSUE
+    return [(f"window {window[0]:g}/{window[1]:g} HU", window), ("bone window", _BONE)]
 
 
 def _to_8_bit(values: np.ndarray, window: tuple[float, float] | None, *, fixed: bool) -> np.ndarray:
-    """The window's ramp; unless `fixed`, no wider than what the values use (radiographs come
-    with windows over the whole range of the detector).
+    """Apply the linear ramp of a window. Unless `fixed`, limit it to the range of the values.
+
+    Windows of radiographs often cover the full range of the detector.
     """
     low, high = np.percentile(values, [0.5, 99.5])
     if window is not None:
@@ -161,10 +165,10 @@ def _to_8_bit(values: np.ndarray, window: tuple[float, float] | None, *, fixed: 
 
 
 def read(path: Path, frames: tuple[int, ...] = (0,)) -> list[tuple[np.ndarray, Facts]]:
-    """Pictures (H, W, 3) uint8 with their facts: one for each frame and, for CT, window.
+    """Return an image (H, W, 3) uint8 with its facts for each frame and, for CT, each window.
 
-    YBR becomes RGB, palettes are applied, MONOCHROME1 is inverted, window and rescale applied.
-    Raises what pydicom raises where a decoder is missing or the file is broken.
+    The function converts YBR to RGB, applies palette, rescale and window, and inverts MONOCHROME1. If a decoder is
+    missing or the file is broken, pydicom's exception passes through.
     """
     import pydicom
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
@@ -172,24 +176,24 @@ def read(path: Path, frames: tuple[int, ...] = (0,)) -> list[tuple[np.ndarray, F
     header = pydicom.dcmread(path)
     _, _, flip_rows, flip_columns = orientation(header)
     interpretation = header.PhotometricInterpretation
-    pictures = []
+    images = []
     for frame in frames:
         pixels = pixel_array(header, index=frame)
-        shown: list[tuple[str, np.ndarray]] = []
+        views: list[tuple[str, np.ndarray]] = []
         if interpretation == "PALETTE COLOR":
             colours = apply_color_lut(pixels, header)
-            shown.append(("", (colours >> 8 if colours.dtype == np.uint16 else colours)))
+            views.append(("", (colours >> 8 if colours.dtype == np.uint16 else colours)))
         elif pixels.ndim == 3:
-            shown.append(("", pixels))
+            views.append(("", pixels))
         else:
             values = np.asarray(apply_modality_lut(pixels, header), dtype=np.float32)
-            for words, window in _windows(header):
+            for description, window in _windows(header):
                 grey = _to_8_bit(values, window, fixed=header.Modality == "CT")
                 grey = 255 - grey if interpretation == "MONOCHROME1" else grey
-                shown.append((words, np.repeat(grey[:, :, None], 3, axis=2)))
-        for words, picture in shown:
-            picture = picture[::-1] if flip_rows else picture
-            picture = picture[:, ::-1] if flip_columns else picture
-            facts = header_facts(header, words)
-            pictures.append((np.ascontiguousarray(picture, dtype=np.uint8), facts))
-    return pictures
+                views.append((description, np.repeat(grey[:, :, None], 3, axis=2)))
+        for description, image in views:
+            image = image[::-1] if flip_rows else image
+            image = image[:, ::-1] if flip_columns else image
+            facts = header_facts(header, description)
+            images.append((np.ascontiguousarray(image, dtype=np.uint8), facts))
+    return images

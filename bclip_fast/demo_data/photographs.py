@@ -1,14 +1,14 @@
-"""Square crops of single pictures: DICOM, photographs and micrographs that packages ship.
+"""Square crops of single images: DICOM files, photographs and micrographs that packages contain.
 
-Each picture's region of interest is cut by a straight line into a training part and a held-out
-part with a gap between them; a crop lies wholly in one of the two. So held-out crops show other
-tissue, but of the same picture: what is measured is recognition within these pictures.
+A straight line divides the region of interest of each image into a training part and a held-out part, with a gap
+between them. A crop lies completely in one of the two. Held-out crops therefore show other tissue, but of the same
+image, so the validation measures recognition within these images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,30 @@ from PIL import Image
 from . import dicom
 from .captions import Facts
 
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels of the picture
-_GAP = 0.03  # of the region's extent, on each side of which the two parts lie
+# (top, left, height, width) in pixels of the image.
+Box = tuple[int, int, int, int]
+# Gap between the two parts, as a share of the region's extent.
+_GAP = 0.03
 _MAX_TRIES = 200
-_LEAST_CONTRAST = 7.0  # standard deviation of a crop's grey values; less is an empty picture
-_ORIENTED = frozenset({"MR", "CT", "CR", "US", "NM", "fundus"})  # the others may be turned
+# Least standard deviation of a crop's grey values. Below it, the crop counts as empty.
+_LEAST_CONTRAST = 7.0
+# Modalities with a usual orientation. Images of the others may be rotated.
+_ORIENTED = frozenset({"MR", "CT", "CR", "US", "NM", "fundus"})
 
 
 @dataclass(frozen=True)
 class Source:
-    """One picture in an installed package.
+    """One image file in an installed package.
 
-    `facts` is None where the DICOM header gives them. `region` excludes burned-in text and empty
-    margins. `side` is where the held-out part lies, None: all training. `smallest` is the
-    smallest crop relative to the smaller part's shorter side, `content` the least fraction of a
-    crop's pixels that are neither black nor white. `stretch` gives the percentiles that become
-    black and white.
+    Attributes:
+        facts: facts about the image. None: the DICOM header states them.
+        region: part of the image to use, without burned-in text and empty margins.
+        side: side of the held-out part. None: all of the image is for training.
+        fraction: held-out share of the region.
+        frames: frames of the DICOM file to use.
+        smallest: least side of a crop, relative to the shorter side of the smaller part.
+        content: least share of a crop's pixels that are neither black nor white.
+        stretch: percentiles of the pixels that become black and white.
     """
 
     name: str
@@ -123,7 +131,7 @@ SOURCES: tuple[Source, ...] = (
         content=0.15,
         stretch=(1, 98.5),  # a few dividing cells are far brighter than the rest
     ),
-    # One cell in an empty field: no second part shows a cell, so it is a training picture only.
+    # One cell in an empty field. As no second part shows a cell, the image is only for training.
     Source(
         "phase-cell",
         "scikit-image",
@@ -137,7 +145,7 @@ SOURCES: tuple[Source, ...] = (
 
 
 def load(source: Source, path: Path) -> list[tuple[np.ndarray, Facts]]:
-    """The pictures (H, W, 3) uint8 of a source; raises what the decoder raises."""
+    """Return the images (H, W, 3) uint8 of a source. The decoder's exceptions pass through."""
     if source.facts is None:
         return dicom.read(path, source.frames)
     with Image.open(path) as image:
@@ -149,26 +157,26 @@ def load(source: Source, path: Path) -> list[tuple[np.ndarray, Facts]]:
 
 
 def parts(source: Source, height: int, width: int) -> dict[str, Box]:
-    """The boxes of "train" and, unless the source is for training only, "val"."""
+    """Return the boxes of "train" and, if there is a held-out part, "val"."""
     top, left, rows, columns = source.region or (0, 0, height, width)
     if source.side is None:
         return {"train": (top, left, rows, columns)}
     extent = rows if source.side in ("top", "bottom") else columns
-    held, gap = int(extent * source.fraction), max(2, int(extent * _GAP))
-    kept = extent - held - gap
+    held_out, gap = int(extent * source.fraction), max(2, int(extent * _GAP))
+    kept = extent - held_out - gap
     if source.side == "bottom":
-        train, val = (top, left, kept, columns), (top + kept + gap, left, held, columns)
+        train, val = (top, left, kept, columns), (top + kept + gap, left, held_out, columns)
     elif source.side == "top":
-        train, val = (top + held + gap, left, kept, columns), (top, left, held, columns)
+        train, val = (top + held_out + gap, left, kept, columns), (top, left, held_out, columns)
     elif source.side == "left":
-        train, val = (top, left + held + gap, rows, kept), (top, left, rows, held)
+        train, val = (top, left + held_out + gap, rows, kept), (top, left, rows, held_out)
     else:
-        train, val = (top, left, rows, kept), (top, left + kept + gap, rows, held)
+        train, val = (top, left, rows, kept), (top, left + kept + gap, rows, held_out)
     return {"train": train, "val": val}
 
 
-def _place(box: Box, height: int, width: int) -> str:
-    """Where in the whole picture the crop's centre lies, in words."""
+def _describe_position(box: Box, height: int, width: int) -> str:
+    """Describe the position of the crop's centre in the image. The words become part of captions."""
     down = min(2, int(3 * (box[0] + box[2] / 2) / height))
     across = min(2, int(3 * (box[1] + box[3] / 2) / width))
     rows, columns = ("upper", "middle", "lower"), ("left", "central", "right")
@@ -179,7 +187,7 @@ def _place(box: Box, height: int, width: int) -> str:
 
 def _draw_box(part: Box, sizes: tuple[float, float], random: np.random.Generator) -> Box:
     top, left, height, width = part
-    size = int(round(float(random.uniform(*sizes))))
+    size = round(float(random.uniform(*sizes)))
     return (
         top + int(random.integers(height - size + 1)),
         left + int(random.integers(width - size + 1)),
@@ -188,39 +196,39 @@ def _draw_box(part: Box, sizes: tuple[float, float], random: np.random.Generator
     )
 
 
-def _shows_something(pixels: np.ndarray, content: float) -> bool:
+def _has_content(pixels: np.ndarray, content: float) -> bool:
     grey = pixels[::4, ::4].mean(axis=2)
     return bool(grey.std() >= _LEAST_CONTRAST and ((grey > 20) & (grey < 245)).mean() >= content)
 
 
 def crops(
-    source: Source, pictures: list[tuple[np.ndarray, Facts]], split: str, count: int, seed: int
+    source: Source, images: list[tuple[np.ndarray, Facts]], split: str, count: int, seed: int
 ) -> Iterator[tuple[Image.Image, Facts, dict[str, Any]]]:
-    """`count` square crops of one part with their facts and meta."""
+    """Yield `count` square crops of one part with their facts and metadata."""
     number = [other.name for other in SOURCES].index(source.name)
     random = np.random.default_rng([seed, 1000 + number, split == "val"])
-    height, width = pictures[0][0].shape[:2]
+    height, width = images[0][0].shape[:2]
     boxes = parts(source, height, width)
     part = boxes[split]
-    # Both splits at one scale: the smaller part bounds the crops, a little less so in training.
+    # The smaller part bounds the crops of both splits, so that their scales agree. Training crops may be 25 % larger.
     bound = min(min(box[2:]) for box in boxes.values())
     largest = min(1.25 * bound, *part[2:]) if split == "train" else bound
     sizes = (source.smallest * bound, largest)
     for _ in range(count):
-        which = int(random.integers(len(pictures)))
-        pixels, facts = pictures[which]
+        frame = int(random.integers(len(images)))
+        pixels, facts = images[frame]
         for _ in range(_MAX_TRIES):
             box = _draw_box(part, sizes, random)
             crop = pixels[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-            if _shows_something(crop, source.content):
+            if _has_content(crop, source.content):
                 break
         else:
-            raise ValueError(f"no crop of the {split} part shows anything")
+            raise ValueError(f"{source.name}: all {_MAX_TRIES} crops of the {split} part are empty")
         image = Image.fromarray(crop)
         if facts.modality not in _ORIENTED:
             image = Image.fromarray(np.rot90(crop, int(random.integers(4))).copy())
         else:
-            where = _place(box, height, width)
-            facts = Facts(**{**facts.__dict__, "details": (*facts.details, where)})
-        meta = {"picture": source.name, "box": list(box), "part": list(part), "frame": which}
+            position = _describe_position(box, height, width)
+            facts = replace(facts, details=(*facts.details, position))
+        meta = {"picture": source.name, "box": list(box), "part": list(part), "frame": frame}
         yield image, facts, meta

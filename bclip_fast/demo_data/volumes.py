@@ -1,11 +1,10 @@
-"""Slices of the MNI152 template (T1, grey matter, white matter) that nilearn ships.
+"""Slices of the MNI152 template (T1, grey matter, white matter) in nilearn.
 
-The template is ICBM152 2009a: 1 mm voxels, RAS axes, origin at the anterior commissure, and here
-the exactly left-right symmetric variant. So sagittal slices are taken from one hemisphere alone
-(the other would repeat them) and captions never name a side.
+The template is ICBM152 2009a: 1 mm voxels, RAS axes, origin at the anterior commissure. This is the symmetric variant,
+whose hemispheres are mirror images. Sagittal slices therefore come from one hemisphere, and captions never name a side.
 
-Held out: contiguous blocks of slices, the same in all three maps, each `GAP_MM` away from the
-nearest training slice. A held-out slice still crosses the training slices of the other two planes.
+The held-out slices are contiguous blocks, the same in all three maps, at least `GAP_MM` from any training slice. A
+held-out slice still crosses training slices of the other two planes.
 """
 
 from __future__ import annotations
@@ -24,19 +23,22 @@ MAPS = {
     "GM": "datasets/data/mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz",
     "WM": "datasets/data/mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz",
 }
-GAP_MM = 5  # a training slice is at least this far from every held-out one
-# plane: (voxel axis, first and last mm with brain, held-out blocks in mm with both ends, step)
+# Least distance between a training slice and a held-out slice.
+GAP_MM = 5
+# For each plane: voxel axis, first and last mm with brain, held-out blocks in mm (inclusive), and their step.
 PLANES: dict[str, tuple[int, int, int, tuple[tuple[int, int], ...], int]] = {
     "axial": (2, -58, 74, ((-40, -32), (-4, 4), (32, 40)), 4),
     "coronal": (1, -98, 66, ((-74, -66), (-28, -20), (20, 28)), 4),
     "sagittal": (0, 0, 64, ((14, 22), (44, 52)), 2),
 }
 TRAIN_PER_MAP_AND_PLANE = 160
-_CENTRE_MM = (0.0, -17.0, 8.0)  # of the brain in the template
-_SIDE_MM = 190.0  # of the square that is shown: the whole head's width and length
+# Centre of the brain in the template.
+_CENTRE_MM = (0.0, -17.0, 8.0)
+# Side of the square crop. It contains the width and length of the head.
+_SIDE_MM = 190.0
 
 _LANDMARKS: dict[str, tuple[tuple[int, int, str], ...]] = {
-    # Ranges of MNI millimetres in which the structure is surely cut.
+    # Ranges of MNI millimetres in which every slice shows the structure.
     "axial": (
         (-45, -30, "at the level of the cerebellum"),
         (-16, -9, "at the level of the midbrain"),
@@ -66,7 +68,7 @@ _DIRECTIONS = {
 
 
 def split_positions(plane: str) -> tuple[list[int], list[int]]:
-    """Millimetres of the training slices and of the held-out slices of a plane."""
+    """Return the positions of the training slices and of the held-out slices of a plane, in mm."""
     _, first, last, blocks, step = PLANES[plane]
     val = [mm for low, high in blocks for mm in range(low, high + 1, step)]
     train = [
@@ -76,12 +78,13 @@ def split_positions(plane: str) -> tuple[list[int], list[int]]:
 
 
 def count() -> int:
-    """The number of samples of all maps."""
-    held = sum(len(split_positions(plane)[1]) for plane in PLANES)
-    return len(MAPS) * (held + len(PLANES) * TRAIN_PER_MAP_AND_PLANE)
+    """Return the number of samples of all maps."""
+    num_held_out = sum(len(split_positions(plane)[1]) for plane in PLANES)
+    return len(MAPS) * (num_held_out + len(PLANES) * TRAIN_PER_MAP_AND_PLANE)
 
 
 def slice_facts(name: str, plane: str, position_mm: int) -> Facts:
+    """Return the facts about a slice of the map `name`."""
     axis_letter = "xyz"[PLANES[plane][0]]
     signed = f"{position_mm:+d}" if position_mm else "0"
     details = [f"MNI {axis_letter} = {signed} mm"]
@@ -93,14 +96,12 @@ def slice_facts(name: str, plane: str, position_mm: int) -> Facts:
         details.append(f"{abs(position_mm)} mm {direction} the anterior commissure")
     else:
         details.append("at the anterior commissure")
-    for low, high, words in _LANDMARKS[plane]:
-        if low <= position_mm <= high:
-            details.append(words)
+    details += [words for low, high, words in _LANDMARKS[plane] if low <= position_mm <= high]
     return Facts("MR", body_part="head", plane=plane, sequence=name, details=tuple(details))
 
 
 class Volume:
-    """One map on its voxel grid; `cut` gives slices as a radiologist sees them."""
+    """One map of the template. `cut` returns slices in radiological orientation."""
 
     def __init__(self, path: Path) -> None:
         import nibabel
@@ -109,16 +110,18 @@ class Volume:
         self.affine = np.asarray(image.affine)
         voxels = np.asanyarray(image.dataobj).astype(np.float32)
         self.voxels = (voxels * (255.0 / voxels.max())).round().astype(np.uint8)
-        # Rotated grids would need interpolation, and "slice" would mean something else.
+        # In a rotated grid, slices would need interpolation.
         if np.any(np.abs(self.affine[:3, :3] - np.diag(np.diag(self.affine)[:3])) > 1e-6):
             raise ValueError(f"{path.name}: the voxel grid is not aligned with the body's axes")
 
     def index(self, axis: int, position_mm: float) -> int:
-        return int(round((position_mm - self.affine[axis, 3]) / self.affine[axis, axis]))
+        """Return the voxel index of a position."""
+        return round((position_mm - self.affine[axis, 3]) / self.affine[axis, axis])
 
     def cut(self, plane: str, position_mm: float, side_mm: float, shift_mm: tuple[float, float]) -> Image.Image:
-        """A square of side_mm around the brain: superior (axial: anterior) up, sagittal with
-        the face to the left. Outside the grid is black.
+        """Return a square of `side_mm` around the brain, moved by `shift_mm`. Pixels outside the grid are black.
+
+        Superior (in axial slices: anterior) is up. The face in sagittal slices is on the left.
         """
         axis = PLANES[plane][0]
         across, up = [other for other in range(3) if other != axis]
@@ -137,18 +140,18 @@ class Volume:
 
 
 def slices(name: str, path: Path, seed: int) -> Iterator[tuple[str, Image.Image, Facts, dict[str, Any]]]:
-    """(split, greyscale square, facts, meta) of every sample of one map.
+    """Yield (split, grey square image, facts, metadata) of every sample of one map.
 
-    Training slices repeat with other framings (190 +- 10 mm, shifted by up to 6 mm).
+    Training slices occur several times, with random sides (190 +- 10 mm) and shifts (up to 6 mm).
     """
     volume = Volume(path)
     for plane, (axis, *_) in PLANES.items():
         random = np.random.default_rng([seed, axis, list(MAPS).index(name)])
         train, val = split_positions(plane)
-        chosen = [(mm, "val") for mm in val]
-        while len(chosen) < len(val) + TRAIN_PER_MAP_AND_PLANE:
-            chosen += [(train[i], "train") for i in random.permutation(len(train))]
-        for mm, split in chosen[: len(val) + TRAIN_PER_MAP_AND_PLANE]:
+        positions = [(mm, "val") for mm in val]
+        while len(positions) < len(val) + TRAIN_PER_MAP_AND_PLANE:
+            positions += [(train[i], "train") for i in random.permutation(len(train))]
+        for mm, split in positions[: len(val) + TRAIN_PER_MAP_AND_PLANE]:
             side, shift = _SIDE_MM, (0.0, 0.0)
             if split == "train":
                 side += float(random.uniform(-10, 10))

@@ -117,14 +117,15 @@ def _num_articles(path: Path, root: Path) -> int:
     """
     try:
         with _open_regular_file(path, root) as file:
-            tar = tarfile.open(fileobj=_BoundedStream(file, os.fstat(file.fileno()).st_size), mode="r:")
-            count = 0
-            for number, info in enumerate(tar):
-                count += info.name.lower().endswith(XML_SUFFIXES)
-                tar.members = []  # type: ignore[attr-defined]
-                if number > MAX_ARCHIVE_MEMBERS:
-                    return 0
-            return count
+            stream = _BoundedStream(file, os.fstat(file.fileno()).st_size)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                count = 0
+                for number, info in enumerate(tar):
+                    count += info.name.lower().endswith(XML_SUFFIXES)
+                    tar.members = []  # type: ignore[attr-defined]
+                    if number > MAX_ARCHIVE_MEMBERS:
+                        return 0
+                return count
     except (tarfile.TarError, OSError, EOFError, SourceError):
         return 0
 
@@ -259,12 +260,12 @@ class _TarArchive:
         self._file, self._package = file, package
         # (offset, size) by name. If a name repeats, the last member counts, as for tar.
         self._members: dict[str, tuple[int, int]] = {}
-        tar = tarfile.open(fileobj=file, mode="r:")
-        for number, info in enumerate(tar):
-            if number >= MAX_ARCHIVE_MEMBERS:
-                raise SourceError(f"archive of more than {MAX_ARCHIVE_MEMBERS} files")
-            self._add(info)
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for number, info in enumerate(tar):
+                if number >= MAX_ARCHIVE_MEMBERS:
+                    raise SourceError(f"archive of more than {MAX_ARCHIVE_MEMBERS} files")
+                self._add(info)
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
         # An archive ends with a block of zeros. Without this check, a cut between two members would pass for the end.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -49,9 +49,9 @@ def run(
         while True:
             suspects = []
             for task in islice(waiting, _TASKS_PER_WORKER * workers - len(running)):
-                try:
-                    running[pool.submit(function, task)] = task
-                except BrokenProcessPool:
+                if (submitted := _submit(pool, function, task)) is not None:
+                    running[submitted] = task
+                else:
                     suspects.append(task)
             if not running and not suspects:
                 return
@@ -92,6 +92,14 @@ def _pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], task: Any) -> Future[Any] | None:
+    """Submit a task. Return None if the pool is broken."""
+    try:
+        return pool.submit(function, task)
+    except BrokenProcessPool:
+        return None
 
 
 def _exit_with_parent() -> None:

@@ -159,15 +159,23 @@ def _fetch_version(
             (out / version.xml_key).unlink()
             return _Outcome(rejects=[*rejects, (article, version.name, problem + parse_error)])
     for key, md5 in version.media.items():
-        try:
-            has_changed |= _mirror_object(out, store, key, md5)[1]
-        except SourceError as error:
-            rejects.append((article, key, str(error)))
+        is_new, problem = _mirror_image(out, store, key, md5)
+        has_changed |= is_new
+        if problem:
+            rejects.append((article, key, problem))
     metadata = out / f"metadata/{version.name}.json"
     if has_changed or not metadata.exists() or metadata.read_bytes() != version.raw:
         write_bytes(metadata, version.raw, sync=True)
         return _Outcome(fetched=1, rejects=rejects)
     return _Outcome(rejects=rejects)
+
+
+def _mirror_image(out: Path, store: Store, key: str, md5: str) -> tuple[bool, str]:
+    """Mirror an image. Return whether it had to be fetched, and why it is unusable (usually empty)."""
+    try:
+        return _mirror_object(out, store, key, md5)[1], ""
+    except SourceError as error:
+        return False, str(error)
 
 
 def _mirror_object(out: Path, store: Store, key: str, md5: str) -> tuple[bytes, bool]:

@@ -10,16 +10,18 @@ from lxml import etree
 
 _MATH = "{http://www.w3.org/1998/Math/MathML}"
 # On the page, the content of these elements starts and ends a line. A space therefore separates it from its neighbours.
-_BLOCKS = frozenset(
-    "p title subtitle caption list list-item label def-list def-item def term disp-formula disp-formula-group "
-    "disp-quote break sec table tr td th verse-group verse-line statement preformat".split()
-)
+_BLOCKS = frozenset((
+    "p", "title", "subtitle", "caption", "list", "list-item", "label", "def-list", "def-item", "def", "term",
+    "disp-formula", "disp-formula-group", "disp-quote", "break", "sec", "table", "tr", "td", "th",
+    "verse-group", "verse-line", "statement", "preformat",
+))  # fmt: skip
 # Identifiers, credits and descriptions, which are not part of the running text, and objects with their own captions.
-_SKIPPED = frozenset(
-    "object-id index-term alt-text long-desc permissions copyright-statement copyright-year license related-object "
-    "supplementary-material media graphic inline-graphic inline-supplementary-material table-wrap fig fig-group "
-    "processing-meta annotation annotation-xml".split()
-)
+_SKIPPED = frozenset((
+    "object-id", "index-term", "alt-text", "long-desc", "permissions", "copyright-statement", "copyright-year",
+    "license", "related-object", "supplementary-material", "media", "graphic", "inline-graphic",
+    "inline-supplementary-material", "table-wrap", "fig", "fig-group", "processing-meta", "annotation",
+    "annotation-xml",
+))  # fmt: skip
 # Versions of one formula in order of preference: the text of the first is closest to the printed formula.
 _FORMULA_PREFERENCE = ("math", "textual-form", "tex-math")
 _TEX_DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)

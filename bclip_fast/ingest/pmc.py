@@ -20,11 +20,11 @@ import itertools
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -254,7 +254,8 @@ def _versions(store: Store, inventory: str, prefix: str) -> Iterator[int]:
 def _inventory_keys(store: Store, inventory: str) -> Iterator[str]:
     if inventory != "latest":
         try:
-            yield from _csv_keys(lambda: open(inventory, "rb"))
+            with open(inventory, "rb") as file:
+                yield from _csv_keys(file)
         except OSError as error:
             raise SourceError(f"{inventory}: cannot be read: {error}") from None
         return
@@ -267,16 +268,14 @@ def _inventory_keys(store: Store, inventory: str) -> Iterator[str]:
     except (ValueError, KeyError, TypeError):
         raise SourceError(f"{manifests[-1]}: broken manifest") from None
     for key, md5 in files:
-        data = store.read(key, md5, _MAX_INVENTORY_BYTES)
-        yield from _csv_keys(lambda data=data: io.BytesIO(data))  # type: ignore[misc]
+        yield from _csv_keys(io.BytesIO(store.read(key, md5, _MAX_INVENTORY_BYTES)))
 
 
-def _csv_keys(open_csv: Callable[[], Any]) -> Iterator[str]:
+def _csv_keys(file: IO[bytes]) -> Iterator[str]:
     """Yield the keys of an S3 inventory: rows `bucket, key, ...` without a header, where keys are percent-encoded."""
-    with open_csv() as file:
-        start = file.read(2)
-        file.seek(0)
-        content = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
-        for row in csv.reader(io.TextIOWrapper(content, "utf-8")):
-            if len(row) > 1:
-                yield urllib.parse.unquote_plus(row[1])
+    start = file.read(2)
+    file.seek(0)
+    content: Any = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
+    for row in csv.reader(io.TextIOWrapper(content, "utf-8")):
+        if len(row) > 1:
+            yield urllib.parse.unquote_plus(row[1])

@@ -152,9 +152,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise SanitizeError("image holds values that are no numbers")
-    if image.mode == "F" and 0 <= low and high <= 1:
+    if image.mode == "F" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    elif image.mode != "F" and 0 <= low and high <= 65535:
+    elif image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0
     scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)
     return Image.fromarray(np.rint(scaled).astype(np.uint8))

@@ -129,7 +129,10 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.backend = backend
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """Return the loss of columns (queries, documents, hard negatives...). `labels` is ignored, as there."""
+        """Return the loss of columns (queries, documents, hard negatives...).
+
+        Ignore `labels`, as sentence-transformers does.
+        """
         queries, *documents = [self.model(features)["sentence_embedding"] for features in sentence_features]
         if not documents:
             raise ValueError("the dataset must have at least two columns: queries and their documents")

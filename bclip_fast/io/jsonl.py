@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 from pathlib import Path
@@ -27,6 +28,7 @@ class JsonLinesWriter:
         self._waiting = b""
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
         with self._lock:
             quiet = bool(self._waiting)
             self._waiting += json.dumps(record).encode() + b"\n"
@@ -40,6 +42,7 @@ class JsonLinesWriter:
                     log.warning("%s cannot be written: %s; its lines wait in memory", self._path, error)
 
     def close(self) -> None:
+        """Close the file. The next write opens it again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -49,14 +52,20 @@ def truncate_after_step(path: Path, last_step: int) -> None:
     """Remove the lines whose "step" is later than `last_step`, and incomplete lines."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s: a line that is cut or not ours is removed", path)
-    write_text(path, "".join(kept))
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    write_text(path, "".join(line + "\n" for line in lines if _step_of(line, path) <= last_step))
+
+
+def _step_of(line: str, path: Path) -> float:
+    """Return the step of a line, or infinity for an incomplete or foreign line."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        step = None
+    if isinstance(step, int | float):
+        return step
+    log.warning("%s: removing an incomplete or foreign line", path)
+    return math.inf
 
 
 def read_lines(path: Path) -> list[Any]:

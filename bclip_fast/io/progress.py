@@ -8,9 +8,11 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Count `num` items more as done. `what`: a new name for the bar."""
+    """The function that moves a progress bar."""
 
-    def __call__(self, num: int = 1, what: str | None = None) -> None: ...
+    def __call__(self, num: int = 1, what: str | None = None) -> None:
+        """Count `num` more items. Rename the bar if `what` is given."""
+        ...
 
 
 @contextlib.contextmanager
@@ -25,8 +27,8 @@ def track(
     """Show a progress bar while the block runs. Yield the function that moves it.
 
     Args:
-        what: name of the bar.
-        total: number of items. Without it there is no bar, only the number of items so far before `what`.
+        what: name of the items.
+        total: number of items. None: show the number of finished items in place of a bar.
         show: whether to show anything.
         transient: remove the bar when the block ends.
         elapsed: show the time since the start, in place of the time to the end.

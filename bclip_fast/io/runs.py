@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..config import read_toml
-from ..errors import UserError
+from bclip_fast.config import read_toml
+from bclip_fast.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             if i == len(lines) - 1:
-                log.warning("%s: the last line is cut and is left out", path)
+                log.warning("%s: skipping the incomplete last line", path)
                 break
             raise UserError(f"{path}, line {i + 1}: not JSON ({error})") from error
         if isinstance(record, dict):
@@ -56,4 +56,5 @@ def chance_loss(run_folder: Path) -> tuple[float, str] | None:
 
 
 def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number. Booleans are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -23,8 +23,8 @@ const pid_t kLoadedBy = getpid();
 
 // The thread team of torch's own operators: the entry point of the OpenMP runtime that torch loads
 // for the whole process. It is GCC's entry point, which the runtimes of LLVM and Intel have too.
-// Those threads spin for a while after each operator. Threads of ours would share the cores with
-// them, which costs a fifth of a training step. Null without torch. Null in a forked child too,
+// Those threads spin for a while after each operator. Other threads would compete with them for the
+// cores, which costs a fifth of a training step. Null without torch. Null in a forked child too,
 // because the runtime there would wait forever for the parent's threads.
 Team team() {
   static const Team entry = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

@@ -1,10 +1,11 @@
-// The device functions that our kernels are written in. Of CUDA itself, a kernel uses only the
+// The device functions that our kernels call. The kernels use nothing else of CUDA except the
 // keywords __global__, __device__ and __launch_bounds__. The functions have two implementations.
 // Those below are instructions of GPUs from sm_80 on. Those of emulator/device.h run on a CPU and
 // detect faults that a GPU ignores. So every kernel is tested without a GPU.
 //
 // Fragments are those of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating
-// point type"). With g = lane / 4 and t = lane % 4 a lane holds, two neighbours to a register,
+// point type"). With g = lane / 4 and t = lane % 4, a lane holds these elements. A register of A or
+// B holds two neighbours.
 //   A (16 x 16), 4 registers: rows g, g + 8, g, g + 8;
 //                             columns 2t, 2t, 2t + 8, 2t + 8 and the next column of each;
 //   B (16 x 8), 2 registers:  rows 2t, 2t + 8 and the next row of each; column g;
@@ -70,7 +71,7 @@ __device__ __forceinline__ T shuffle(T value, int source) {
 
 extern __shared__ Quad block_memory[];
 
-// An array in the shared memory of the block. It begins at byte `byte`.
+// An array in the shared memory of the block. It starts at offset `byte`.
 template <class T>
 struct Shared {
   int byte;
@@ -94,8 +95,8 @@ struct Shared {
 };
 
 // ldmatrix.x4: four 8 x 8 matrices. `index` is the first element of row lane % 8 of matrix (lane /
-// 8). From each matrix a lane gets row lane / 4, columns 2 (lane % 4) and the next. Transposed, it
-// gets column lane / 4 and these rows.
+// 8). From each matrix, a lane gets two elements of row lane / 4: in column 2 (lane % 4) and in the
+// next. From a transposed matrix, it gets the elements of column lane / 4 in these two rows.
 template <class T>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Shared<T> from, int index) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -134,8 +135,8 @@ __device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32
 }
 
 // Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read
-// them after wait_for_copies, other threads after a barrier that follows. wait_for_copies<n> waits
-// for all but the last n groups.
+// them after wait_for_copies. Other threads may read them after a later barrier. wait_for_copies<n>
+// waits for all but the last n groups.
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> to, int index, const T* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

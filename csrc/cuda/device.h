@@ -15,8 +15,8 @@ struct Device {
 };
 
 // Both throw std::runtime_error with the driver's reason if a usable driver or device is missing.
-// device() needs a context, which takes some hundred MiB of the device's memory. So a process
-// should ask only for the device that it uses.
+// A call of device() creates a context, which takes several hundred MiB of the device's memory. So
+// a process should call it only for the device that it uses.
 Device device(int index);
 int count_devices();
 

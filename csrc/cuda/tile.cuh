@@ -27,9 +27,9 @@ struct Tile {
     return index(row, column & ~7) + (column & 7);
   }
 
-  // Fragments of the 16 x 16 block at (row, column). The left operand is taken as stored or
-  // transposed. The right operand is two fragments of 8 columns. Its columns, or its rows, are rows
-  // in memory.
+  // Fragments of the 16 x 16 block at (row, column). The left operand is read as stored or
+  // transposed. The right operand has two fragments of 8 columns, whose columns or rows are rows in
+  // memory.
   __device__ __forceinline__ void load_left(uint32_t (&to)[4], int row, int column) const {
     const int lane = lane_index();
     load_matrices(to, memory, index(row + lane % 16, column + lane / 16 * 8));
@@ -49,8 +49,8 @@ struct Tile {
     load_matrices_transposed(to, memory, index(row + lane % 16, column + lane / 16 * 8));
   }
 
-  // Copies rows [0, rows) from global memory, with zeros from row `length` on. This is thread
-  // number `thread` of `threads` that share the work.
+  // Copies rows [0, rows) from global memory, with zeros from row `length` on. The caller is thread
+  // number `thread` of the `threads` that share the work.
   __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length,
                                             int thread, int threads) const {
     for (int chunk = thread; chunk < rows * (kColumns / 8); chunk += threads) {

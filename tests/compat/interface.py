@@ -30,7 +30,7 @@ from bclip_fast.cli import COMMANDS, main
 HERE = Path(__file__).parent
 RECORD = HERE / "interface.json"
 
-# Keys that are there on some machines only.
+# Keys that exist on some machines only.
 _OPTIONAL_KEYS = ("mfu", "communication_seconds", "cuda")
 # Objects whose keys are the versions, libraries or backends of a machine.
 _OPEN_OBJECTS = ("environment", "fingerprint", "ms")
@@ -92,7 +92,7 @@ def _options(parser: Any) -> dict[str, Any]:
 
 
 def _fields(configuration: type, instance: Any = None) -> dict[str, Any]:
-    """Type and default of each field, or the fields of a section; `instance`: the default of the section."""
+    """Type and default of each field, or the fields of a section. `instance` is the default of the section."""
     hints = typing.get_type_hints(configuration, include_extras=True)
     described: dict[str, Any] = {}
     for field in dataclasses.fields(configuration):

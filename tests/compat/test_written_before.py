@@ -72,7 +72,7 @@ def lines_of(path: str) -> list[dict[str, Any]]:
 
 
 def losses(run: str) -> dict[int, float]:
-    """The loss by step, each once."""
+    """The loss of each step. No step occurs twice."""
     found = [line for line in lines_of(f"{run}/metrics.jsonl") if "loss" in line]
     assert len({line["step"] for line in found}) == len(found)
     return {line["step"]: line["loss"] for line in found}
@@ -96,7 +96,7 @@ def figures(evaluation: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dataset", ["shards", "ingest"])
-def test_shards_verify(bclip, dataset: str):
+def test_earlier_shards_pass_verification(bclip, dataset: str):
     bclip("ingest verify", dataset)
 
 
@@ -124,7 +124,7 @@ def test_interrupted_build_of_other_settings_begins_again(bclip):
     assert json.loads(Path("interrupted/dataset.json").read_text())["ingest"]["config"]["seed"] == 0
 
 
-def test_pages_about_earlier_files(bclip):
+def test_reports_show_earlier_files(bclip):
     bclip("ingest report", "ingest")
     bclip("train report", "train_ddp", "train_zero1", "train_accumulated", "--out", "train.html")
     page = Path("train.html").read_text()
@@ -181,7 +181,7 @@ def test_finetuning_resumes_to_the_recorded_losses(bclip, run: str):
 
 
 def _finetune_flags(run: str) -> list[str]:
-    """The command line of a fine-tuning run, from its config.toml: a positional argument has no place in a file."""
+    """The command line of a fine-tuning run, from its config.toml, because a file cannot hold a positional argument."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -3,12 +3,11 @@
     python tests/compat/write.py FOLDER
 
 FOLDER must not exist. The commands run in it with relative paths, one thread and float32. A run that a test has to
-resume is killed while it writes its second checkpoint. A path that a file holds in spite of that becomes `@HERE@`,
-which the tests replace. `expected.json` holds the numbers that the tests compare with.
+resume is killed while it writes its second checkpoint. An absolute path in a file becomes `@HERE@`, which the tests
+replace. `expected.json` holds the numbers that the tests compare with.
 
-To keep a set of a later version beside this one, run the script at that version, commit the folder as
-`tests/compat/written_VERSION` and add it to SETS in `test_written_before.py`.
-"""
+To keep a set of a later version beside this one, run the script at that version. Commit the folder as
+`tests/compat/written_VERSION`, and add it to SETS in `test_written_before.py`."""
 
 from __future__ import annotations
 
@@ -95,8 +94,8 @@ def main(folder: Path) -> None:
     _write_tables()
     Path("train.toml").write_text(_TRAIN)
 
-    # Shards: of the Python writer, of the command, and of builds that were killed at the fourth article and at the
-    # second shard.
+    # Write shards with the Python writer, with the command, and with builds that are killed at the fourth article and
+    # at the second shard.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from synthetic import write_shards
 
@@ -105,7 +104,7 @@ def main(folder: Path) -> None:
     killed("00000003", "ingest build", "articles", "-o", "interrupted", *INGEST)
     killed("test-000000", "ingest build", "articles", "-o", "planned", *INGEST)
 
-    # Runs of the trainer, each with a checkpoint after step 2 and the metrics of 4 steps.
+    # Train runs. Each has a checkpoint after step 2 and the metrics of 4 steps.
     for name, flags in RUNS.items():
         killed("step-00000004", "train", "train.toml", "--run", name, *flags)
         bclip("train", "train.toml", "--run", "whole", *flags)
@@ -116,7 +115,7 @@ def main(folder: Path) -> None:
         if path.name not in ("dumps", "events.jsonl", "metrics.jsonl"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # Fine-tuning: killed runs to resume, and a finished one to evaluate.
+    # Fine-tune: killed runs to resume, and finished ones to evaluate.
     for name, flags in FINETUNED.items():
         killed("step-00000004", "finetune", "train_ddp", "--run", name, *flags)
         bclip("finetune", "train_ddp", "--run", "whole", *flags)
@@ -126,7 +125,7 @@ def main(folder: Path) -> None:
     shutil.rmtree(Path("answers_finished", "checkpoints"))
     bclip("finetune", "train_ddp", "--run", "pairs_finished", *FINETUNED["pairs"])
 
-    # Everything that reads a run.
+    # Run every command that reads a run.
     bclip("train export", "train_ddp", "--out", "exported")
     bclip("eval", "train_ddp", "--out", "evaluated", "--cache", "embeddings", *EVAL)
     bclip("eval", "answers_finished", "--out", "evaluated_answers", "--cache", "none", *EVAL_ANSWERS)
@@ -222,7 +221,7 @@ def _jpeg(pixels: np.ndarray, size: tuple[int, int]) -> bytes:
 
 
 def _write_articles(folder: Path) -> None:
-    """Six articles of two figures under two licences; one figure has no image, one image occurs twice."""
+    """Six articles of two figures under two licences. One figure has no image, and one image occurs twice."""
     generator = np.random.default_rng(0)
     first = b""
     for number in range(1, 7):

@@ -1,4 +1,4 @@
-"""DALI's batches are the native loader's: the same samples and crops, nearly the same pixels, the same resume."""
+"""The DALI loader's batches equal those of `Loader`: samples, crops and resume exactly, pixels nearly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from damage import spoil
+from loaders import have_same_samples
 from PIL import Image
-from run_results import bad_sample_lines as lines
-from run_results import loss_curve as curve
+from run_results import bad_sample_lines, loss_curve
 from synthetic import tiny_run, write_shards
 
 from bclip_fast.data.loader import Batch, Loader
@@ -27,45 +27,49 @@ from bclip_fast.train.config import DataConfig
 from bclip_fast.train.trainer import train
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'bclip_fast[dali]'")
-from bclip_fast.data.dali_loader import DaliLoader  # noqa: E402
+from bclip_fast.data.dali_loader import DaliLoader
 
-# Between DALI's float resampling and Pillow's fixed point, in levels of 255: data-and-decoding.md measured mean 0.10 to
-# 0.31 and a 99th percentile of 1 to 4.
-MEAN, P99 = 0.35, 4
+# Limits for the difference between DALI's floating-point resampling and Pillow's fixed-point resampling, in levels of
+# 255. Measured values: mean 0.10 to 0.31, 99th percentile 1 to 4.
+MAX_MEAN, MAX_P99 = 0.35, 4
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
-    """Smooth pictures, wide and high, smaller and larger than the result, grey ones, one with an EXIF orientation."""
+    """Smooth images: wide, high, smaller and larger than the result, some grey, one with an EXIF orientation."""
     generator = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("data") / "shards"
     with ShardWriter(folder, max_shard_bytes=200_000) as writer:
         for i in range(36):
             height, width = int(generator.integers(40, 400)), int(generator.integers(40, 400))
             noise = Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-            picture = noise.resize((width, height), Image.Resampling.BICUBIC)
+            image = noise.resize((width, height), Image.Resampling.BICUBIC)
             exif = Image.Exif()
             exif[0x112] = 6 if i == 5 else 1
             data = io.BytesIO()
-            picture.convert("L" if i % 7 == 3 else "RGB").save(data, "JPEG", quality=90, exif=exif)
-            writer.write(Sample(f"picture{i}", data.getvalue(), f"caption {i}"), "train")
+            image.convert("L" if i % 7 == 3 else "RGB").save(data, "JPEG", quality=90, exif=exif)
+            writer.write(Sample(f"image{i}", data.getvalue(), f"caption {i}"), "train")
     return ShardDataset(folder)
 
 
-def loader(cls: type[Loader], dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> Any:
-    stream = ShardSampler(
+def make_loader(cls: type[Loader], dataset: ShardDataset, rank: int = 0, world_size: int = 1, **changes: Any) -> Any:
+    sampler = ShardSampler(
         dataset.shard_sizes, dataset.fingerprint, batch_size=8, seed=1, rank=rank, world_size=world_size
     )
     config = PreprocessConfig(size=96, **changes.pop("preprocess", {}))
-    return cls(dataset, lambda texts: [[len(text)] for text in texts], stream, Preprocess(config), **changes)
+    return cls(dataset, lambda texts: [[len(text)] for text in texts], sampler, Preprocess(config), **changes)
 
 
-def assert_near(found: Batch, expected: Batch) -> None:
-    assert found.keys == expected.keys and found.epoch == expected.epoch and torch.equal(found.ids, expected.ids)
-    assert found.images.shape == expected.images.shape and found.images.dtype == torch.uint8
-    off = (found.images.int() - expected.images.int()).abs().float()
-    for key, row in zip(found.keys, off, strict=True):
-        assert row.mean() <= MEAN and row.quantile(0.99) <= P99, f"{key}: {row.mean():.3f} {row.quantile(0.99)}"
+def assert_near(batch: Batch, expected: Batch) -> None:
+    assert batch.keys == expected.keys
+    assert batch.epoch == expected.epoch
+    assert torch.equal(batch.ids, expected.ids)
+    assert batch.images.shape == expected.images.shape
+    assert batch.images.dtype == torch.uint8
+    difference = (batch.images.int() - expected.images.int()).abs().float()
+    for key, row in zip(batch.keys, difference, strict=True):
+        assert row.mean() <= MAX_MEAN, key
+        assert row.quantile(0.99) <= MAX_P99, key
 
 
 @pytest.mark.parametrize(
@@ -82,61 +86,66 @@ def assert_near(found: Batch, expected: Batch) -> None:
 def test_both_loaders_give_the_same_batches(
     dataset: ShardDataset, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
-    with loader(DaliLoader, dataset, **dict(changes)) as dali, loader(Loader, dataset, **dict(changes)) as native:
+    with (
+        make_loader(DaliLoader, dataset, **dict(changes)) as dali,
+        make_loader(Loader, dataset, **dict(changes)) as native,
+    ):
         for _ in range(9):
             assert_near(next(dali), next(native))
     assert "DALI failed a batch" not in caplog.text
 
 
-def test_resume_is_exact_at_every_batch(dataset: ShardDataset):
-    """At two ranks: pixels bit for bit, whatever DALI had been fed before."""
+def test_resume_at_any_batch_is_exact(dataset: ShardDataset):
+    """On two ranks, pixels are equal bit for bit, no matter which batches DALI decoded before."""
     for rank in range(2):
-        with loader(DaliLoader, dataset, rank, 2) as source:
-            states, whole = [], []
+        with make_loader(DaliLoader, dataset, rank, 2) as source:
+            states, batches = [], []
             for _ in range(6):
                 states.append(source.state_dict())
-                whole.append(next(source))
-        with loader(DaliLoader, dataset, rank, 2, num_threads=1) as source:
+                batches.append(next(source))
+        with make_loader(DaliLoader, dataset, rank, 2, num_threads=1) as source:
             for stop in (3, 0, 5, 1, 4, 2):
                 source.load_state_dict(states[stop])
-                found = next(source)
-                assert found.keys == whole[stop].keys and torch.equal(found.images, whole[stop].images)
-                assert found.epoch == whole[stop].epoch and torch.equal(found.ids, whole[stop].ids)
-        # And what one loader began, the other continues.
-        with loader(Loader, dataset, rank, 2) as source:
+                assert have_same_samples([next(source)], [batches[stop]])
+        # The other loader continues from the same state.
+        with make_loader(Loader, dataset, rank, 2) as source:
             source.load_state_dict(states[4])
-            assert_near(whole[4], next(source))
+            assert_near(batches[4], next(source))
 
 
-def test_a_batch_that_dali_fails_is_recovered(dataset: ShardDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_damaged_images_are_replaced_after_dali_fails(
+    dataset: ShardDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     folder = shutil.copytree(dataset.root, tmp_path / "shards")
-    # Cut after a while, no JPEG at all, another sample's place in the tar.
+    # A truncated JPEG, bytes that are not a JPEG, and a wrong offset in the index.
     keys = {spoil(folder, index, kind) for index, kind in [(4, "pixels"), (11, "header"), (20, "place")]}
-    spoilt = ShardDataset(folder)
-    with loader(DaliLoader, spoilt) as dali, loader(Loader, spoilt) as native:
+    damaged = ShardDataset(folder)
+    with make_loader(DaliLoader, damaged) as dali, make_loader(Loader, damaged) as native:
         for _ in range(9):
-            found, expected = next(dali), next(native)
-            assert_near(found, expected)
-            assert found.bad == expected.bad
-            keys -= {bad.key for bad in found.bad}
-    assert not keys and "DALI failed a batch" in caplog.text
+            batch, expected = next(dali), next(native)
+            assert_near(batch, expected)
+            assert batch.bad == expected.bad
+            keys -= {bad.key for bad in batch.bad}
+    assert not keys
+    assert "DALI failed a batch" in caplog.text
 
 
-def test_training_with_dali(tmp_path: Path):
+def test_training_with_dali_gives_nearly_the_same_losses(tmp_path: Path):
     shards = write_shards(tmp_path / "shards")
     spoil(shards, 7)
     settings = DataConfig(str(shards), shuffle_block=32)
     native = train(tiny_run(tmp_path / "native", shards, data=settings))
     dali = train(tiny_run(tmp_path / "dali", shards, data=dataclasses.replace(settings, loader="dali")))
-    assert [line["key"] for line in lines(dali)] == [line["key"] for line in lines(native)] != []
-    torch.testing.assert_close(curve(dali), curve(native), rtol=0, atol=0.05)
+    keys = [[line["key"] for line in bad_sample_lines(run)] for run in (native, dali)]
+    assert keys[0] == keys[1] != []
+    torch.testing.assert_close(loss_curve(dali), loss_curve(native), rtol=0, atol=0.05)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_gpu_gives_nearly_the_same_pixels(dataset: ShardDataset):
-    with loader(DaliLoader, dataset, device_id=0) as dali, loader(Loader, dataset) as native:
+def test_gpu_gives_nearly_the_same_pixels(dataset: ShardDataset):
+    with make_loader(DaliLoader, dataset, device_id=0) as dali, make_loader(Loader, dataset) as native:
         for _ in range(9):
-            found = next(dali)
-            assert found.images.device.type == "cuda"
-            assert_near(dataclasses.replace(found, images=found.images.cpu()), next(native))
+            batch = next(dali)
+            assert batch.images.device.type == "cuda"
+            assert_near(dataclasses.replace(batch, images=batch.images.cpu()), next(native))

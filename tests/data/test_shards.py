@@ -1,8 +1,7 @@
-"""Shards: what is written comes back, to other readers too; what is broken is named; nothing half-done remains."""
+"""Shards: our reader and others return the written samples, damage has a name, and failed writes leave nothing."""
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -13,10 +12,10 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from articles import read_tree
+from shard_samples import jpeg, samples, split_of, write_dataset
 
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset
@@ -25,58 +24,30 @@ from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
 
 
-def jpeg(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 255, (24, 20 + number % 9, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def samples(count: int = 20) -> list[Sample]:
-    return [
-        Sample(f"key_{i}", jpeg(i), f"caption {i} \u03b1", {"number": i, "half": i / 2, "parts": [i, {"a": None}]})
-        for i in range(count)
-    ]
-
-
-def split_of(i: int) -> str:
-    return "val" if i % 5 == 0 else "train"
-
-
-def write(out: Path, **options) -> Path:
-    with ShardWriter(out, max_shard_bytes=9000, **options) as writer:
-        for i, sample in enumerate(samples()):
-            writer.write(sample, split_of(i))
-    return out
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    return write(tmp_path / "dataset")
+    return write_dataset(tmp_path / "dataset")
 
 
-def test_samples_come_back_in_order(dataset):
+def test_dataset_returns_samples_in_order(dataset):
     for split in ("train", "val"):
         expected = [sample for i, sample in enumerate(samples()) if split_of(i) == split]
-        found = ShardDataset(dataset, split)
-        assert len(found) == sum(found.shard_sizes) == len(expected)
-        assert list(found) == expected
-        assert [found.caption(i) for i in range(len(found))] == [sample.caption for sample in expected]
-        assert found[-1] == expected[-1]
+        reader = ShardDataset(dataset, split)
+        assert len(reader) == sum(reader.shard_sizes) == len(expected)
+        assert list(reader) == expected
+        assert [reader.caption(i) for i in range(len(reader))] == [sample.caption for sample in expected]
+        assert reader[-1] == expected[-1]
         with pytest.raises(IndexError):
-            found[len(found)]
+            reader[len(reader)]
     assert len(ShardDataset(dataset).shard_sizes) > 2
     assert verify(dataset) == []
 
 
-def test_every_file_is_the_same_in_a_second_run(dataset, tmp_path):
-    again = write(tmp_path / "again")
-    names = sorted(path.name for path in dataset.iterdir())
-    assert names == sorted(path.name for path in again.iterdir())
-    assert [(dataset / name).read_bytes() for name in names] == [(again / name).read_bytes() for name in names]
+def test_writer_second_run_gives_same_files(dataset, tmp_path):
+    assert read_tree(write_dataset(tmp_path / "again")) == read_tree(dataset)
 
 
-def test_fingerprint_is_that_of_the_split_and_changes_with_its_content(dataset, tmp_path):
+def test_fingerprint_depends_on_content_of_split(dataset, tmp_path):
     train, val = ShardDataset(dataset), ShardDataset(dataset, "val")
     assert train.fingerprint != val.fingerprint
     with ShardWriter(tmp_path / "other", max_shard_bytes=9000) as writer:
@@ -87,64 +58,66 @@ def test_fingerprint_is_that_of_the_split_and_changes_with_its_content(dataset, 
     assert ShardDataset(tmp_path / "other", "val").fingerprint == val.fingerprint
 
 
-def test_tarfile_and_the_index_agree(dataset):
+def test_index_agrees_with_tarfile(dataset):
     for path in dataset.glob("*.tar"):
         index = json.loads(path.with_name(path.stem + ".index.json").read_text())
         with tarfile.open(path) as tar:
-            found = [(info.name, info.offset_data, info.size, info.mtime) for info in tar]
+            members = [(info.name, info.offset_data, info.size, info.mtime) for info in tar]
         expected = [
             (f"{entry['key']}.{member}", *entry[member], 0)
             for entry in index["samples"]
             for member in ("jpg", "txt", "json")
         ]
-        assert found == expected
+        assert members == expected
 
 
-def test_gnu_tar_reads_a_shard(dataset):
+def test_gnu_tar_reads_shard(dataset):
     path = sorted(dataset.glob("*.tar"))[0]
     listed = subprocess.run(["tar", "tf", str(path)], capture_output=True, text=True, check=True)
-    assert listed.stderr == "" and len(listed.stdout.split()) % 3 == 0
+    assert listed.stderr == ""
+    assert len(listed.stdout.split()) % 3 == 0
 
 
-def test_webdataset_reads_the_shards(dataset):
+def test_webdataset_reads_shards(dataset):
     webdataset = pytest.importorskip("webdataset")
     urls = [str(path) for path in sorted(dataset.glob("train-*.tar"))]
-    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    items = list(webdataset.WebDataset(urls, shardshuffle=False))
     expected = list(ShardDataset(dataset))
-    assert [(item["__key__"], item["jpg"], item["txt"].decode()) for item in found] == [
+    assert [(item["__key__"], item["jpg"], item["txt"].decode()) for item in items] == [
         (sample.key, sample.image, sample.caption) for sample in expected
     ]
 
 
-def test_manifest_has_a_row_a_sample(dataset):
+def test_manifest_has_a_row_for_each_sample(dataset):
     rows = pq.read_table(dataset / "manifest.parquet").to_pylist()
     assert [row["key"] for row in rows] == [sample.key for sample in samples()]
     row = rows[6]
-    found = ShardDataset(dataset, row["split"])
-    before = [int(path.stem.split("-")[1]) for path in dataset.glob("train-*.tar") if path.stem < row["shard"]]
-    position = sum(found.shard_sizes[number] for number in before) + row["position"]
-    assert found[position].key == row["key"] and found[position].caption == row["caption"]
+    reader = ShardDataset(dataset, row["split"])
+    earlier_shards = [int(path.stem.split("-")[1]) for path in dataset.glob("train-*.tar") if path.stem < row["shard"]]
+    position = sum(reader.shard_sizes[number] for number in earlier_shards) + row["position"]
+    assert (reader[position].key, reader[position].caption) == (row["key"], row["caption"])
     assert (row["number"], row["half"], json.loads(row["parts"])) == (6, 3.0, [6, {"a": None}])
     assert json.loads(row["meta"]) == samples()[6].meta
 
 
-def test_reads_are_safe_between_threads_after_pickling_and_after_fork(dataset):
-    found = ShardDataset(dataset)
-    expected = list(found)
+def test_dataset_reads_in_threads_after_pickling_and_after_fork(dataset):
+    reader = ShardDataset(dataset)
+    expected = list(reader)
     with ThreadPoolExecutor(8) as pool:
-        order = [i % len(found) for i in range(400)]
-        assert all(sample == expected[i] for i, sample in zip(order, pool.map(found.__getitem__, order), strict=True))
-    assert list(pickle.loads(pickle.dumps(found))) == expected
+        order = [i % len(reader) for i in range(400)]
+        assert all(sample == expected[i] for i, sample in zip(order, pool.map(reader.__getitem__, order), strict=True))
+    assert list(pickle.loads(pickle.dumps(reader))) == expected
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe()
-    process = context.Process(target=lambda: send.send(list(found) == expected))
+    process = context.Process(target=lambda: send.send(list(reader) == expected))
     process.start()
-    assert receive.poll(30) and receive.recv()
+    assert receive.poll(30)
+    assert receive.recv()
     process.join()
 
 
 @pytest.mark.parametrize(
-    "bad, words",
+    ("sample", "words"),
     [
         (Sample("a.b", jpeg(1), "x"), "A-Z"),
         (Sample("\u00e4", jpeg(1), "x"), "A-Z"),
@@ -157,48 +130,59 @@ def test_reads_are_safe_between_threads_after_pickling_and_after_fork(dataset):
         (Sample("new", jpeg(1), "x", {"a": object()}), "cannot be stored"),
     ],
 )
-def test_a_bad_sample_is_refused_and_leaves_nothing(tmp_path, bad, words):
-    with pytest.raises(UserError, match=words), ShardWriter(tmp_path / "out") as writer:
-        writer.write(samples(1)[0], "train")
-        writer.write(bad, "val")
+def test_writer_invalid_sample_is_refused_and_leaves_nothing(tmp_path, sample, words):
+    with pytest.raises(UserError, match=words):
+        write_train_and_val(tmp_path / "out", samples(1)[0], sample)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exception_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "out") as writer:
+def write_train_and_val(out: Path, train: Sample, val: Sample) -> None:
+    with ShardWriter(out) as writer:
+        writer.write(train, "train")
+        writer.write(val, "val")
+
+
+def write_and_fail(out: Path, **options) -> None:
+    with ShardWriter(out, **options) as writer:
         writer.write(samples(1)[0], "train")
         raise RuntimeError
+
+
+def test_writer_exception_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError):
+        write_and_fail(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="has no samples"), ShardWriter(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_dataset_is_replaced_only_on_demand(dataset):
-    before = ShardDataset(dataset).fingerprint
+def test_writer_replaces_finished_dataset_only_with_overwrite(dataset):
+    fingerprint = ShardDataset(dataset).fingerprint
     with pytest.raises(UserError, match="already holds"):
         ShardWriter(dataset)
-    with pytest.raises(RuntimeError), ShardWriter(dataset, overwrite=True):
-        raise RuntimeError
-    assert ShardDataset(dataset).fingerprint == before
+    with pytest.raises(RuntimeError):
+        write_and_fail(dataset, overwrite=True)
+    assert ShardDataset(dataset).fingerprint == fingerprint
     with ShardWriter(dataset, overwrite=True) as writer:
         writer.write(samples(1)[0], "train")
-    assert len(ShardDataset(dataset)) == 1 and verify(dataset) == []
+    assert len(ShardDataset(dataset)) == 1
+    assert verify(dataset) == []
     assert [path.name for path in dataset.parent.iterdir()] == [dataset.name]
 
 
-def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+def test_writer_never_replaces_other_files(tmp_path):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(UserError, match="not a dataset"):
         ShardWriter(tmp_path, overwrite=True)
 
 
-KILLED = """
+KILLED_WRITER = """
 import os, sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 from pathlib import Path
 from bclip_fast.data.shards.writer import ShardWriter
-from test_shards import samples
+from shard_samples import samples
 with ShardWriter(Path({out!r}), max_shard_bytes=9000) as writer:
     for sample in samples():
         writer.write(sample, "train")
@@ -207,17 +191,20 @@ with ShardWriter(Path({out!r}), max_shard_bytes=9000) as writer:
 """
 
 
-def test_a_killed_run_leaves_no_dataset_and_is_cleared_by_the_next(tmp_path):
+def test_writer_killed_leaves_no_dataset_and_next_run_cleans_up(tmp_path):
     out = tmp_path / "dataset"
-    code = KILLED.format(tests=str(Path(__file__).parent), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    assert done.returncode == -9
-    assert not out.exists() and list(tmp_path.iterdir()) != []
-    write(out)
-    assert verify(out) == [] and list(tmp_path.iterdir()) == [out]
+    root = Path(__file__).parents[2]
+    code = KILLED_WRITER.format(support=str(root / "tests/support"), out=str(out))
+    process = subprocess.run([sys.executable, "-c", code], cwd=root)
+    assert process.returncode == -9
+    assert not out.exists()
+    assert list(tmp_path.iterdir()) != []
+    write_dataset(out)
+    assert verify(out) == []
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_two_writers_of_one_dataset_are_refused(tmp_path):
+def test_second_writer_of_dataset_is_refused(tmp_path):
     with ShardWriter(tmp_path / "out") as writer:
         with pytest.raises(UserError, match="another process"), ShardWriter(tmp_path / "out"):
             pass
@@ -225,24 +212,24 @@ def test_two_writers_of_one_dataset_are_refused(tmp_path):
     assert len(ShardDataset(tmp_path / "out")) == 1
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1024)
 
 
-def flip(path: Path, offset: int) -> None:
+def flip_bit(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x10
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    ("damage", "words"),
     [
         (lambda d: (d / "dataset.json").unlink(), "dataset.json is missing"),
         (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: cannot be read"),
         (lambda d: (d / "dataset.json").write_text("{}"), "does not describe a dataset"),
         (lambda d: (d / "train-000001.tar").unlink(), "train-000001.tar is missing"),
-        (lambda d: cut(d / "train-000001.tar"), r"train-000001.tar has \d+ bytes.*truncated"),
+        (lambda d: truncate(d / "train-000001.tar"), r"train-000001.tar has \d+ bytes.*truncated"),
         (lambda d: (d / "train-000001.index.json").unlink(), "train-000001.index.json is missing"),
         (lambda d: (d / "train-000001.index.json").write_text("{"), "train-000001.index.json: cannot be read"),
         (lambda d: (d / "train-000001.index.json").write_text("{}"), "train-000001.index.json: corrupt index"),
@@ -250,16 +237,16 @@ def flip(path: Path, offset: int) -> None:
             lambda d: (d / "train-000001.index.json").write_bytes((d / "train-000000.index.json").read_bytes()),
             "name or hash differ",
         ),
-        (lambda d: flip(d / "train-000001.tar", 3), "not at the offset in the index"),
+        (lambda d: flip_bit(d / "train-000001.tar", 3), "not at the offset in the index"),
     ],
 )
-def test_damage_is_named(dataset, damage, words):
+def test_dataset_damage_is_named(dataset, damage, words):
     damage(dataset)
     with pytest.raises(UserError, match=words):
         list(ShardDataset(dataset))
 
 
-def test_a_shifted_index_is_noticed(dataset):
+def test_shifted_index_is_detected(dataset):
     path = dataset / "train-000000.index.json"
     index = json.loads(path.read_text())
     index["samples"][0]["jpg"][0] += 64
@@ -270,22 +257,22 @@ def test_a_shifted_index_is_noticed(dataset):
     assert any("not at the offset in the index" in problem for problem in verify(dataset))
 
 
-def test_missing_folder_and_split_are_named(dataset):
+def test_missing_folder_or_split_is_named(dataset):
     with pytest.raises(UserError, match="no such folder"):
         ShardDataset(dataset / "nowhere")
     with pytest.raises(UserError, match="no split 'test'; it has train, val"):
         ShardDataset(dataset, "test")
 
 
-def test_verify_finds_every_kind_of_damage(dataset):
+def test_verify_lists_every_kind_of_damage(dataset):
     image = json.loads((dataset / "train-000000.index.json").read_text())["samples"][0]["jpg"]
-    flip(dataset / "train-000000.tar", image[0] + 1)  # the JPEG's first marker
-    cut(dataset / "train-000001.tar")
+    flip_bit(dataset / "train-000000.tar", image[0] + 1)  # the first marker of the JPEG
+    truncate(dataset / "train-000001.tar")
     (dataset / "val-000000.index.json").unlink()
     (dataset / "train-000009.tar").write_bytes(b"")
     table = pq.read_table(dataset / "manifest.parquet")
     pq.write_table(table.slice(1), dataset / "manifest.parquet")
-    found = "\n".join(verify(dataset))
+    problems = "\n".join(verify(dataset))
     for words in (
         "train-000000.tar: its SHA-256",
         "key_1.jpg: cannot be decoded",
@@ -294,15 +281,15 @@ def test_verify_finds_every_kind_of_damage(dataset):
         "train-000009.tar: dataset.json does not list it",
         "manifest.parquet: its rows",
     ):
-        assert words in found
+        assert words in problems
 
 
-def test_threads_that_open_a_shard_at_once_each_read_it(tmp_path):
-    """A descriptor that loses the race into the cache must not close before it was read."""
+def test_threads_open_the_same_shard_at_once(tmp_path):
+    """Several threads open a file, but only one descriptor enters the cache. The others must stay open too."""
     with ShardWriter(tmp_path / "many", max_shard_bytes=1) as writer:
         for sample in samples(12):
             writer.write(sample, "train")
     with ThreadPoolExecutor(4) as pool:
         for _ in range(30):
             fresh = ShardDataset(tmp_path / "many")
-            list(pool.map(lambda i: fresh[i].key, [number % 12 for number in range(48)]))  # noqa: B023
+            list(pool.map(lambda i, dataset=fresh: dataset[i].key, [number % 12 for number in range(48)]))

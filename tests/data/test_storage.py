@@ -1,22 +1,20 @@
-"""Shards behind a URL: the folder's samples, whatever the server does, or an error that names the shard."""
+"""Shards at a URL: the same samples as from the folder, or an error that names the shard."""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loaders import by_key, loader, take
-from run_results import loss_curve as curve
+from range_server import Server
+from run_results import loss_curve
 from synthetic import tiny_run
 
 from bclip_fast.data import storage
@@ -32,76 +30,18 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
+def _short_delays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "_FIRST_DELAY_S", 0.01)
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a folder with Range; `fault(path, count)` says what goes wrong with the count-th request of a shard."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.fault = lambda path, count: ""
-        self.delay_s = 0.0
-        self.counts: dict[str, int] = {}
-        self.ranges: list[tuple[str, int]] = []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/data"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        name = self.path.removeprefix("/data/")
-        path = self.server.folder / name
-        with self.server.lock:
-            count = self.server.counts[name] = self.server.counts.get(name, 0) + 1
-        fault = self.server.fault(name, count)
-        time.sleep(self.server.delay_s)
-        if fault.isdigit() or not path.is_file():
-            self.send_error(int(fault or 404))
-            return
-        data, status = path.read_bytes(), 200
-        if (wanted := self.headers.get("Range")) and fault != "no range":
-            start, end = map(int, wanted.removeprefix("bytes=").split("-"))
-            data, status = data[start : end + 1], 206
-        with self.server.lock:
-            self.server.ranges.append((name, len(data)))
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data) // 2 if fault == "short" else len(data)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            if fault == "trickle":
-                for byte in data:
-                    self.wfile.write(bytes([byte]))
-                    self.wfile.flush()
-                    time.sleep(0.05)
-            self.wfile.write(data[: len(data) // 2] if fault in ("drop", "short") else data)
-            if fault == "drop":
-                self.wfile.flush()
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
 
 
 @pytest.fixture
 def server(shards: Path) -> Iterator[Server]:
     pytest.importorskip("aiohttp", reason="fsspec reads http:// by aiohttp, which is not installed")
-    with Server(shards) as found:
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
+    with Server(shards) as http_server:
+        thread = threading.Thread(target=http_server.serve_forever, daemon=True)
         thread.start()
-        yield found
-        found.shutdown()
+        yield http_server
+        http_server.shutdown()
 
 
 @pytest.fixture
@@ -113,31 +53,33 @@ def memory(shards: Path) -> Iterator[str]:
     system.rm("/bclip", recursive=True)
 
 
-def same_batches(shards: Path, dataset: ShardDataset, count: int = 6) -> None:
-    with loader(ShardDataset(shards)) as near, loader(dataset) as far:
-        expected, found = take(near, count), take(far, count)
-    assert [batch.keys for batch in found] == [batch.keys for batch in expected] and by_key(found) == by_key(expected)
+def assert_same_batches(shards: Path, dataset: ShardDataset, count: int = 6) -> None:
+    with loader(ShardDataset(shards)) as local, loader(dataset) as remote:
+        expected, batches = take(local, count), take(remote, count)
+    assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
+    assert by_key(batches) == by_key(expected)
 
 
-def test_memory_and_file_urls(shards: Path, memory: str, monkeypatch: pytest.MonkeyPatch):
+def test_memory_and_file_urls_give_the_folders_samples(shards: Path, memory: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("bclip_fast.data.shards.reader._CHUNK", 40)
     for url in (memory, f"file://{shards}", f"file://{shards}/"):
         dataset = ShardDataset(url)
         assert dataset.fingerprint == ShardDataset(shards).fingerprint
-        same_batches(shards, dataset)
+        assert_same_batches(shards, dataset)
         assert list(dataset.captions()) == list(ShardDataset(shards).captions())
-        assert list(dataset) == list(ShardDataset(shards)) and dataset.caption(3) == ShardDataset(shards).caption(3)
+        assert list(dataset) == list(ShardDataset(shards))
+        assert dataset.caption(3) == ShardDataset(shards).caption(3)
         assert list(pickle.loads(pickle.dumps(dataset)))[:2] == list(dataset)[:2]
     assert open_dataset(memory, "val").captions() == open_dataset(str(shards), "val").captions()
 
 
-def test_a_run_from_a_url_is_that_from_the_folder(shards: Path, memory: str, tmp_path: Path):
-    near = train(tiny_run(tmp_path / "near", shards))
-    far = train(tiny_run(tmp_path / "far", shards, data=DataConfig(shards=memory, shuffle_block=32)))
-    assert curve(far) == curve(near)
+def test_training_from_url_equals_training_from_folder(shards: Path, memory: str, tmp_path: Path):
+    local = train(tiny_run(tmp_path / "local", shards))
+    remote = train(tiny_run(tmp_path / "remote", shards, data=DataConfig(shards=memory, shuffle_block=32)))
+    assert loss_curve(remote) == loss_curve(local)
 
 
-def test_missing_things_are_named(memory: str):
+def test_missing_url_or_file_is_named(memory: str):
     for url, words in [
         ("memory://nowhere", "memory://nowhere/dataset.json is missing"),
         ("nonsense://x/y", "nonsense://x/y: Protocol not known"),
@@ -153,16 +95,17 @@ def test_missing_things_are_named(memory: str):
         dataset.fetch([dataset.shard_sizes[0]])
 
 
-def test_a_damaged_sample_comes_back_as_such(shards: Path, memory: str):
+def test_fetch_damaged_sample_returns_bad_sample(shards: Path, memory: str):
     system = fsspec.filesystem("memory")
     data = bytearray(system.cat_file("/bclip/train-000000.tar"))
     data[:100] = b"\xff" * 100
     system.pipe_file("/bclip/train-000000.tar", bytes(data))
-    bad, good = ShardDataset(memory).fetch([0, 1])()
-    assert isinstance(bad, BadSample) and isinstance(good, Sample)
+    first, second = ShardDataset(memory).fetch([0, 1])()
+    assert isinstance(first, BadSample)
+    assert isinstance(second, Sample)
 
 
-def test_ranges_are_merged():
+def test_merge_ranges_respects_gap_and_span():
     spans = [(0, 10, 20), (1, 0, 5), (0, 25, 30), (0, 40, 50), (0, 10, 20), (0, 50, 59)]
     assert merge_ranges(spans, 5, 100) == [(0, 10, 30), (0, 40, 59), (1, 0, 5)]
     assert merge_ranges(spans, 10, 100) == [(0, 10, 59), (1, 0, 5)]
@@ -171,30 +114,30 @@ def test_ranges_are_merged():
 
 
 @pytest.mark.parametrize("max_gap_kib", [0, 1, 256])
-def test_merged_or_not_the_samples_are_the_same(shards: Path, memory: str, max_gap_kib: int):
-    near, far = ShardDataset(shards), ShardDataset(memory, read=ReadConfig(max_gap_kib=max_gap_kib))
+def test_fetch_gap_does_not_change_samples(shards: Path, memory: str, max_gap_kib: int):
+    local, remote = ShardDataset(shards), ShardDataset(memory, read=ReadConfig(max_gap_kib=max_gap_kib))
     for indices in ([5, 2, 5, 90, 1, 89], list(range(96)), [7]):
-        assert far.fetch(indices)() == near.fetch(indices)()
+        assert remote.fetch(indices)() == local.fetch(indices)()
 
 
-def test_http_reads_few_merged_ranges(shards: Path, server: Server):
+def test_fetch_over_http_merges_ranges(shards: Path, server: Server):
     dataset = ShardDataset(server.url)
     dataset.fetch(range(96))()
     tars = [size for name, size in server.ranges if name.endswith(".tar")]
     assert len(tars) == len(dataset.shard_sizes) < 20
-    same_batches(shards, dataset)
+    assert_same_batches(shards, dataset)
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "drop", "short", "trickle"])
-def test_what_fails_now_and_then_is_tried_again(shards: Path, server: Server, fault: str):
+def test_read_transient_faults_are_repeated(shards: Path, server: Server, fault: str):
     server.fault = lambda name, count: fault if count % 2 and name.startswith("train") else ""
     dataset = ShardDataset(server.url, read=ReadConfig(attempts=8, timeout_s=0.5 if fault == "trickle" else 30))
-    same_batches(shards, dataset)
+    assert_same_batches(shards, dataset)
     assert sum(server.counts.values()) > 12
 
 
 @pytest.mark.parametrize(
-    "fault, words",
+    ("fault", "words"),
     [
         ("500", r"500.*\(3 attempts\)"),
         ("404", "cannot be read"),
@@ -205,7 +148,7 @@ def test_what_fails_now_and_then_is_tried_again(shards: Path, server: Server, fa
         ("no range", "ignores Range requests"),
     ],
 )
-def test_what_always_fails_is_an_error_that_names_the_shard(server: Server, fault: str, words: str):
+def test_read_permanent_fault_is_an_error_with_the_shard(server: Server, fault: str, words: str):
     server.fault = lambda name, count: fault if name == "train-000001.tar" else ""
     source = loader(ShardDataset(server.url, read=ReadConfig(attempts=3, timeout_s=0.3)))
     with pytest.raises(ReadError, match=rf"{server.url}/train-000001\.tar: .*{words}"):
@@ -213,66 +156,69 @@ def test_what_always_fails_is_an_error_that_names_the_shard(server: Server, faul
     if fault in ("404", "403", "no range"):
         reads = server.counts["train-000001.tar"]
         time.sleep(0.3)
-        assert server.counts["train-000001.tar"] == reads, "what can't succeed is not tried again"
+        assert server.counts["train-000001.tar"] == reads, "a final error must not be repeated"
 
 
-def test_a_server_that_does_not_answer_is_an_error_after_the_timeout(server: Server):
-    """The server answers only when the test is over."""
-    over = threading.Event()
-    server.fault = lambda name, count: (over.wait(600) and "") or "" if name == "train-000001.tar" else ""
+def test_loader_silent_server_is_an_error_after_the_timeout(server: Server):
+    """The server answers only at the end of the test."""
+    end_of_test = threading.Event()
+    server.fault = lambda name, count: (end_of_test.wait(600) and "") or "" if name == "train-000001.tar" else ""
     source = loader(ShardDataset(server.url), timeout_s=0.7)
     try:
         with pytest.raises(UserError, match=r"no batch within timeout_s=0\.7: reading .*/train-000001\.tar, bytes"):
             take(source, 12)
     finally:
-        over.set()
+        end_of_test.set()
 
 
-def test_batches_are_read_ahead(server: Server):
-    """While the first batch is in use, the loader makes the requests of the next four."""
+def test_loader_reads_batches_ahead(server: Server):
+    """While the first batch is in use, the loader requests the samples of the next four."""
     dataset = ShardDataset(server.url, read=ReadConfig(max_gap_kib=0))
 
     def num_requests() -> int:
         return sum(server.counts.values())
 
-    before = num_requests()
+    first_count = num_requests()
     with loader(dataset, prefetch_batches=1) as source:
         take(source, 12)
-    of_12_to_14_batches, before = num_requests() - before, num_requests()
+    # The first loader requested 12 to 14 batches.
+    num_for_batches, second_count = num_requests() - first_count, num_requests()
     with loader(dataset, prefetch_batches=4) as source:
         next(source)
         deadline = time.monotonic() + 60
-        while num_requests() - before < of_12_to_14_batches / 4:
-            assert time.monotonic() < deadline, "the reads wait for the next batch to be asked for"
+        while num_requests() - second_count < num_for_batches / 4:
+            assert time.monotonic() < deadline, "the loader reads no batches ahead"
             time.sleep(0.01)
 
 
-def downloads(server: Server) -> int:
+def num_downloads(server: Server) -> int:
     return sum(name.endswith(".tar") for name, _ in server.ranges)
 
 
-def test_the_cache_downloads_a_shard_once(shards: Path, server: Server, tmp_path: Path):
+def test_cache_downloads_each_shard_once(shards: Path, server: Server, tmp_path: Path):
     read = ReadConfig(cache_dir=str(tmp_path / "cache"))
-    same_batches(shards, ShardDataset(server.url, read=read), 12)
-    assert downloads(server) == len(list(shards.glob("train-*.tar"))) == len(list((tmp_path / "cache").glob("*.tar")))
+    assert_same_batches(shards, ShardDataset(server.url, read=read), 12)
+    assert (
+        num_downloads(server) == len(list(shards.glob("train-*.tar"))) == len(list((tmp_path / "cache").glob("*.tar")))
+    )
     dataset = ShardDataset(server.url, read=read)
     assert list(pickle.loads(pickle.dumps(dataset))) == list(ShardDataset(shards))
-    assert downloads(server) == len(list(shards.glob("train-*.tar")))
+    assert num_downloads(server) == len(list(shards.glob("train-*.tar")))
 
 
-def test_the_cache_is_bounded_and_what_it_drops_comes_again(shards: Path, server: Server, tmp_path: Path):
+def test_cache_is_bounded_and_downloads_removed_shards_again(shards: Path, server: Server, tmp_path: Path):
     largest = max(path.stat().st_size for path in shards.glob("*.tar"))
     read = ReadConfig(cache_dir=str(tmp_path), cache_gib=2.5 * largest / (1 << 30))
-    same_batches(shards, ShardDataset(server.url, read=read), 12)
+    assert_same_batches(shards, ShardDataset(server.url, read=read), 12)
     for _ in range(2):
         assert list(ShardDataset(server.url, read=read)) == list(ShardDataset(shards))
         assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= 2.5 * largest
-    assert downloads(server) > len(list(shards.glob("train-*.tar")))
+    assert num_downloads(server) > len(list(shards.glob("train-*.tar")))
     with pytest.raises(UserError, match=r"cache_gib=1e-09 is too small: a shard of http"):
         ShardDataset(server.url, read=ReadConfig(cache_dir=str(tmp_path), cache_gib=1e-9))
 
 
-def test_a_wrong_copy_is_never_used(shards: Path, server: Server, tmp_path: Path):
+def test_cache_rejects_copy_with_wrong_hash(shards: Path, server: Server, tmp_path: Path):
     server.folder = tmp_path / "data"
     server.folder.mkdir()
     for path in shards.iterdir():
@@ -283,27 +229,28 @@ def test_a_wrong_copy_is_never_used(shards: Path, server: Server, tmp_path: Path
     dataset = ShardDataset(server.url, read=ReadConfig(cache_dir=str(tmp_path / "cache")))
     with pytest.raises(ReadError, match=r"train-000000\.tar: its SHA-256 differs from dataset\.json"):
         dataset[0]
-    assert not list((tmp_path / "cache").glob("*.tar")) and not list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def _read_all(url: str, folder: str, results: Any) -> None:
     results.put([sample.key for sample in ShardDataset(url, read=ReadConfig(cache_dir=folder))])
 
 
-def test_processes_share_a_cache(shards: Path, server: Server, tmp_path: Path):
+def test_cache_is_shared_by_processes(shards: Path, server: Server, tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_read_all, args=(server.url, str(tmp_path), results)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    keys = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert found == [[sample.key for sample in ShardDataset(shards)]] * 2
-    assert downloads(server) == len(list(shards.glob("train-*.tar")))
+    assert keys == [[sample.key for sample in ShardDataset(shards)]] * 2
+    assert num_downloads(server) == len(list(shards.glob("train-*.tar")))
 
 
-def test_s3(shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_s3_url_gives_the_folders_samples(shards: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("s3fs")
     moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
     for name, value in [
@@ -321,7 +268,7 @@ def test_s3(shards: Path, monkeypatch: pytest.MonkeyPatch):
         for path in shards.iterdir():
             system.pipe_file(f"figures/sets/{path.name}", path.read_bytes())
         dataset = ShardDataset("s3://figures/sets")
-        same_batches(shards, dataset)
+        assert_same_batches(shards, dataset)
         system.rm_file("figures/sets/train-000000.tar")
         with pytest.raises(ReadError, match=r"s3://figures/sets/train-000000\.tar: cannot be read"):
             dataset.fetch([0])()
@@ -329,7 +276,7 @@ def test_s3(shards: Path, monkeypatch: pytest.MonkeyPatch):
         service.stop()
 
 
-def test_a_forked_process_reads_too(shards: Path, server: Server):
+def test_forked_process_reads_from_url(shards: Path, server: Server):
     dataset = ShardDataset(server.url)
     expected = dataset[0].key
     receive, send = os.pipe()

@@ -1,4 +1,4 @@
-"""Preprocessing against open_clip's own, and the random crop against its definition."""
+"""Preprocessing compared with open_clip's, and the random crop compared with torchvision's."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from bclip_fast.data.transform import (
 from bclip_fast.errors import UserError
 
 
-def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def noise_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     channels = len(Image.new(mode, (1, 1)).getbands())
     shape = (height, width, channels) if channels > 1 else (height, width)
     return Image.fromarray(np.random.default_rng(width * height).integers(0, 256, shape, dtype=np.uint8), mode)
 
 
-def theirs(**settings):
+def open_clip_preprocess(**settings):
     open_clip = import_open_clip()
     config = open_clip.transform.PreprocessCfg(**settings)
     return open_clip.transform.image_transform_v2(config, is_train=False)
@@ -35,18 +35,18 @@ def theirs(**settings):
 
 def real_images(folder: Path, count: int) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    chosen = []
+    selected = []
     for path in paths[:: max(1, len(paths) // (4 * count))]:
         with Image.open(path) as image:
             if image.mode == "RGB":
-                chosen.append(path)
-        if len(chosen) == count:
-            return chosen
-    pytest.fail(f"only {len(chosen)} RGB images below {folder}")
+                selected.append(path)
+        if len(selected) == count:
+            return selected
+    pytest.fail(f"only {len(selected)} RGB images below {folder}")
 
 
-def test_equals_open_clip_on_real_images(shared_data: Path) -> None:
-    expected, ours = theirs(), Preprocess()
+def test_preprocess_real_images_equal_open_clip(shared_data: Path) -> None:
+    expected, ours = open_clip_preprocess(), Preprocess()
     paths = real_images(shared_data / "pmc_articles", 24) + real_images(shared_data / "classification", 6)
     sizes = set()
     for path in paths:
@@ -59,9 +59,9 @@ def test_equals_open_clip_on_real_images(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     "size", [(224, 224), (225, 224), (224, 227), (100, 37), (37, 100), (1, 9), (500, 333), (223, 640)]
 )
-def test_equals_open_clip_on_awkward_sizes(size: tuple[int, int]) -> None:
-    image = noise(*size)
-    assert torch.equal(Preprocess()(image), theirs()(image))
+def test_preprocess_odd_sizes_equal_open_clip(size: tuple[int, int]) -> None:
+    image = noise_image(*size)
+    assert torch.equal(Preprocess()(image), open_clip_preprocess()(image))
 
 
 @pytest.mark.parametrize(
@@ -73,50 +73,52 @@ def test_equals_open_clip_on_awkward_sizes(size: tuple[int, int]) -> None:
         {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)},
     ],
 )
-def test_equals_open_clip_with_other_settings(settings: dict) -> None:
-    image = noise(310, 205)
-    assert torch.equal(Preprocess(PreprocessConfig(**settings))(image), theirs(**settings)(image))
+def test_preprocess_other_settings_equal_open_clip(settings: dict) -> None:
+    image = noise_image(310, 205)
+    assert torch.equal(Preprocess(PreprocessConfig(**settings))(image), open_clip_preprocess(**settings)(image))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
-def test_other_modes_are_converted_before_the_resize(mode: str) -> None:
-    image = noise(300, 250, mode)
-    assert torch.equal(Preprocess()(image), theirs()(image.convert("RGB")))
+def test_preprocess_other_modes_are_converted_before_the_resize(mode: str) -> None:
+    image = noise_image(300, 250, mode)
+    assert torch.equal(Preprocess()(image), open_clip_preprocess()(image.convert("RGB")))
 
 
-def test_a_palette_image_is_resized_in_colours() -> None:
+def test_preprocess_palette_image_is_resized_in_colours() -> None:
     smooth = Image.linear_gradient("L").resize((600, 600)).convert("RGB")
     palette = smooth.quantize(64)
     difference = (Preprocess()(palette) - Preprocess()(smooth)).abs().max()
     assert difference < 0.2
-    # open_clip resizes the indices, nearest neighbour: what the docstring warns of.
-    assert not torch.equal(Preprocess()(palette), theirs()(palette))
+    # open_clip resizes the colour indices by nearest neighbour, see the docstring of Preprocess.
+    assert not torch.equal(Preprocess()(palette), open_clip_preprocess()(palette))
 
 
-def test_16_bit_images_are_scaled_not_clipped() -> None:
+def test_preprocess_16_bit_image_is_scaled_not_clipped() -> None:
     values = np.linspace(0, 40000, 300 * 300).reshape(300, 300).astype(np.uint16)
     pixels = Preprocess().to_uint8(Image.fromarray(values))
     assert pixels.float().mean() == pytest.approx(127.5, abs=2)
     assert Preprocess().to_uint8(Image.new("I;16", (30, 30), 700)).unique().tolist() == [0]
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused() -> None:
+def test_preprocess_image_too_large_for_memory_is_refused() -> None:
     with pytest.raises(UserError, match="100000 x 1 pixels"):
         Preprocess()(Image.new("RGB", (100_000, 1)))
 
 
-def test_uint8_and_normalize_give_what_the_call_gives() -> None:
-    images = [noise(300, 260), noise(224, 301)]
+def test_to_uint8_and_normalize_equal_the_call() -> None:
+    images = [noise_image(300, 260), noise_image(224, 301)]
     ours = Preprocess()
     batch = torch.stack([ours.to_uint8(image) for image in images])
-    assert batch.dtype == torch.uint8 and batch.shape == (2, 224, 224, 3)
+    assert batch.dtype == torch.uint8
+    assert batch.shape == (2, 224, 224, 3)
     assert torch.equal(normalize(batch), torch.stack([ours(image) for image in images]))
     half = normalize(batch, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half.is_contiguous()
+    assert half.dtype == torch.bfloat16
+    assert half.is_contiguous()
     assert torch.equal(half, normalize(batch).bfloat16())
 
 
-def test_shortest_edge_rule_is_torchvisions() -> None:
+def test_shortest_edge_size_equals_torchvision() -> None:
     functional = import_torchvision().transforms.functional
     for width, height in [(500, 333), (333, 500), (1000, 3), (224, 224), (641, 479)]:
         expected = functional._compute_resized_output_size((height, width), [224])
@@ -134,12 +136,12 @@ def test_shortest_edge_rule_is_torchvisions() -> None:
         {"resize_mode": "longest"},
     ],
 )
-def test_bad_settings_are_refused(settings: dict) -> None:
+def test_preprocess_config_invalid_settings_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         PreprocessConfig(**settings)
 
 
-def test_crop_box_is_a_function_of_its_arguments_alone() -> None:
+def test_crop_box_depends_only_on_its_arguments() -> None:
     keys = [(seed, epoch, sample) for seed in (0, 1) for epoch in (0, 1) for sample in range(50)]
     boxes = {key: random_resized_crop_box(300, 400, *key, scale=(0.3, 1.0)) for key in keys}
     for key in reversed(keys):
@@ -149,36 +151,38 @@ def test_crop_box_is_a_function_of_its_arguments_alone() -> None:
 
 @pytest.mark.parametrize("size", [(300, 400), (1, 1), (1, 1000), (1000, 1), (7, 5), (224, 224)])
 @pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0)])
-def test_crop_box_lies_inside_and_keeps_its_bounds(size: tuple[int, int], scale: tuple[float, float]) -> None:
+def test_crop_box_stays_inside_the_image_and_its_bounds(size: tuple[int, int], scale: tuple[float, float]) -> None:
     for sample in range(200):
         top, left, height, width = random_resized_crop_box(*size, 0, 0, sample, scale)
-        assert 0 <= top and 0 <= left and height >= 1 and width >= 1
-        assert top + height <= size[0] and left + width <= size[1]
+        assert min(top, left) >= 0
+        assert min(height, width) >= 1
+        assert top + height <= size[0]
+        assert left + width <= size[1]
         if min(size) > 100:
             assert scale[0] * 0.98 <= height * width / (size[0] * size[1]) <= 1.0
             assert 0.74 <= width / height <= 1.35
 
 
-def test_crop_box_is_distributed_as_torchvisions() -> None:
+def test_crop_box_distribution_equals_torchvision() -> None:
     transforms = import_torchvision().transforms
     count, image = 4000, torch.zeros(1, 300, 420)
     expected = torch.tensor(
         [transforms.RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
     ).double()
     ours = torch.tensor([random_resized_crop_box(300, 420, 5, 3, i, (0.3, 1.0)) for i in range(count)]).double()
-    # Means of 4000 draws: five standard errors of their difference.
+    # Allow five standard errors of the difference between means of 4000 draws.
     allowed = 5 * expected.std(0) * math.sqrt(2 / count)
     assert ((ours.mean(0) - expected.mean(0)).abs() < allowed).all()
     assert torch.allclose(ours.std(0), expected.std(0), rtol=0.1)
 
 
-def test_crop_of_a_strip_falls_back_to_the_allowed_ratio() -> None:
+def test_crop_box_of_narrow_image_has_an_allowed_ratio() -> None:
     assert random_resized_crop_box(100, 1000, 0, 0, 0, (0.9, 1.0)) == (0, 433, 100, 133)
     assert random_resized_crop_box(1000, 100, 0, 0, 0, (0.9, 1.0)) == (433, 0, 133, 100)
 
 
-def test_bad_crops_are_refused() -> None:
+def test_crop_box_invalid_arguments_are_refused() -> None:
     with pytest.raises(UserError, match="0 x 5"):
         random_resized_crop_box(0, 5, 0, 0, 0)
-    with pytest.raises(UserError, match="rising"):
+    with pytest.raises(UserError, match="increasing"):
         random_resized_crop_box(5, 5, 0, 0, 0, scale=(1.0, 0.5))

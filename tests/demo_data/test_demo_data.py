@@ -1,4 +1,4 @@
-"""The quickstart's embedded data: no leak between the splits, captions that tell the truth."""
+"""The quickstart's data: no leak between the splits, and captions that state facts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     calls: list[tuple[str, int, int]] = []
     build.build(out, seed=0, progress=lambda *call: calls.append(call))
     for stage in ("cutting images", "writing shards"):
-        done = [(count, total) for name, count, total in calls if name == stage]
-        assert done == sorted(done) and done[-1][0] == done[-1][1] > 2000
+        counts = [(count, total) for name, count, total in calls if name == stage]
+        assert counts == sorted(counts)
+        assert counts[-1][0] == counts[-1][1] > 2000
     return out
 
 
@@ -42,15 +43,14 @@ def splits(built: Path) -> dict[str, list[Sample]]:
     return {split: list(ShardDataset(built, split)) for split in ("train", "val")}
 
 
-def test_is_a_dataset(built: Path, splits: dict[str, list[Sample]]) -> None:
+def test_build_writes_intact_dataset(built: Path, splits: dict[str, list[Sample]]) -> None:
     assert verify(built) == []
-    assert 2000 <= len(splits["train"]) <= 4000 and 200 <= len(splits["val"]) <= 500
+    assert 2000 <= len(splits["train"]) <= 4000
+    assert 200 <= len(splits["val"]) <= 500
     assert json.loads((built / build.SKIPPED_FILE).read_text()) == []
 
 
-def test_images_are_small_baseline_jpegs_that_show_something(
-    splits: dict[str, list[Sample]],
-) -> None:
+def test_images_are_small_baseline_jpegs_with_content(splits: dict[str, list[Sample]]) -> None:
     for sample in splits["train"][::7] + splits["val"]:
         with Image.open(io.BytesIO(sample.image)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (112, 112))
@@ -58,23 +58,23 @@ def test_images_are_small_baseline_jpegs_that_show_something(
             assert np.asarray(image).std() > 4, sample.key
 
 
-def test_every_class_of_val_is_trained_and_counted(splits: dict[str, list[Sample]]) -> None:
+def test_val_classes_occur_in_train_and_are_counted(splits: dict[str, list[Sample]]) -> None:
     train = build.summarize_labels(sample.meta for sample in splits["train"])
     val = build.summarize_labels(sample.meta for sample in splits["val"])
     assert set(val) == set(LABELS)
-    assert len(val["modality"].counts) >= 7 and set(val["plane"].counts) == set(LABELS["plane"])
+    assert len(val["modality"].counts) >= 7
+    assert set(val["plane"].counts) == set(LABELS["plane"])
     for kind, summary in val.items():
         assert summary.chance == 1 / len(summary.counts)
         assert summary.majority == max(summary.counts.values()) / sum(summary.counts.values())
         for value, count in summary.counts.items():
-            assert value in LABELS[kind] and count >= 10
+            assert value in LABELS[kind]
+            assert count >= 10
             assert train[kind].counts[value] >= 5 * count
 
 
-def test_held_out_slices_are_millimetres_from_training_slices(
-    splits: dict[str, list[Sample]],
-) -> None:
-    # Across maps: a held-out position must be unseen in T1, grey and white matter alike.
+def test_held_out_slices_keep_their_distance_from_training_slices(splits: dict[str, list[Sample]]) -> None:
+    # A held-out position must not occur in any training map: T1, grey matter or white matter.
     positions: dict[str, dict[int, set[int]]] = {split: defaultdict(set) for split in splits}
     for split, members in splits.items():
         for sample in members:
@@ -83,12 +83,13 @@ def test_held_out_slices_are_millimetres_from_training_slices(
     for axis in range(3):
         train, val = positions["train"][axis], positions["val"][axis]
         assert min(abs(a - b) for a in train for b in val) >= volumes.GAP_MM
-        assert len(train) > 30 and len(val) >= 9
-    # The template is left-right symmetric: one hemisphere only, or slices would come twice.
+        assert len(train) > 30
+        assert len(val) >= 9
+    # The hemispheres of the template are mirror images, so slices may only come from one.
     assert min(min(positions[split][0]) for split in splits) >= 98
 
 
-def test_held_out_crops_touch_no_training_crop(splits: dict[str, list[Sample]]) -> None:
+def test_held_out_crops_keep_their_distance_from_training_crops(splits: dict[str, list[Sample]]) -> None:
     boxes: dict[str, dict[str, list[list[int]]]] = defaultdict(lambda: defaultdict(list))
     for split, members in splits.items():
         for sample in members:
@@ -98,39 +99,40 @@ def test_held_out_crops_touch_no_training_crop(splits: dict[str, list[Sample]]) 
     for name, by_split in boxes.items():
         for top, left, height, width in by_split["val"]:
             for other in by_split["train"]:
-                apart = (
+                is_separate = (
                     top >= other[0] + other[2] + 2
                     or other[0] >= top + height + 2
                     or left >= other[1] + other[3] + 2
                     or other[1] >= left + width + 2
                 )
-                assert apart, (name, other)
+                assert is_separate, (name, other)
 
 
-def test_no_two_sources_are_copies_of_one_picture(splits: dict[str, list[Sample]]) -> None:
+def test_sources_are_different_images(splits: dict[str, list[Sample]]) -> None:
     images = {split: {sample.image for sample in members} for split, members in splits.items()}
     assert not images["train"] & images["val"]
     files = [(source.package, source.path) for source in photographs.SOURCES]
     assert len(set(files)) == len(files)
 
 
-def _named(kind: str, value: str, caption: str) -> bool:
+def _names_label(kind: str, value: str, caption: str) -> bool:
     words = [*LABELS[kind][value], *([value] if kind == "plane" else [])]
     return any(word.lower() in caption.lower() for word in words)
 
 
-def test_captions_name_their_own_labels_and_no_other(splits: dict[str, list[Sample]]) -> None:
+def test_captions_name_only_their_labels(splits: dict[str, list[Sample]]) -> None:
     complete = 0
     for sample in splits["train"] + splits["val"]:
-        wanted = {kind for kind in ("plane", "stain", "body_part") if kind in sample.meta}
-        complete += all(_named(kind, sample.meta[kind], sample.caption) for kind in wanted)
+        kinds = {kind for kind in ("plane", "stain", "body_part") if kind in sample.meta}
+        complete += all(_names_label(kind, sample.meta[kind], sample.caption) for kind in kinds)
         for kind in ("plane", "stain", "body_part"):
-            named = {value for value in LABELS[kind] if _named(kind, value, sample.caption)}
-            own = sample.meta.get(kind)
-            assert named <= ({own} if own else set()), (kind, sample.caption)
-        modalities = {value for value in LABELS["modality"] if _named("modality", value, sample.caption)}
+            named = {value for value in LABELS[kind] if _names_label(kind, value, sample.caption)}
+            label = sample.meta.get(kind)
+            assert named <= ({label} if label else set()), (kind, sample.caption)
+        modalities = {value for value in LABELS["modality"] if _names_label("modality", value, sample.caption)}
         if sample.meta.get("sequence") in ("GM", "WM"):
-            assert "MRI" in sample.caption and modalities == set()
+            assert "MRI" in sample.caption
+            assert modalities == set()
         else:
             assert modalities <= {sample.meta["modality"]}
         for value, phrase in (("GM", "grey"), ("WM", "white"), ("T1", "T1")):
@@ -138,32 +140,33 @@ def test_captions_name_their_own_labels_and_no_other(splits: dict[str, list[Samp
             assert (phrase in sample.caption.replace("Grey", "grey").replace("White", "white")) == is_map, (
                 sample.caption
             )
-        assert sample.caption[0].isupper() and sample.caption.endswith(".")
-        assert "  " not in sample.caption and "None" not in sample.caption
+        assert sample.caption[0].isupper()
+        assert sample.caption.endswith(".")
+        assert not any(text in sample.caption for text in ("  ", "None"))
     assert 0.7 < complete / sum(len(members) for members in splits.values()) < 0.9
 
 
-def test_captions_state_the_position_of_the_slice(splits: dict[str, list[Sample]]) -> None:
-    stated = 0
+def test_captions_state_the_right_position(splits: dict[str, list[Sample]]) -> None:
+    num_positions = 0
     for sample in splits["val"]:
         if "= " in sample.caption and "volume" in sample.meta:
             number = sample.caption.split("= ")[1].split(" mm")[0]
             assert int(number) == sample.meta["position_mm"]
             letter = sample.caption.split(" =")[0][-1]
             assert "xyz".index(letter) == sample.meta["axis"]
-            stated += 1
-    assert stated > 20
+            num_positions += 1
+    assert num_positions > 20
     assert "32 mm below the anterior commissure" in (volumes.slice_facts("T1", "axial", -32).details)
     assert "70 mm posterior to the anterior commissure" in (volumes.slice_facts("T1", "coronal", -70).details)
 
 
-def test_captions_vary() -> None:
+def test_compose_gives_many_captions() -> None:
     facts = Facts("CT", "head", "axial", details=("slice thickness 5 mm", "120 kVp"))
     captions = {compose(facts, np.random.default_rng(seed)) for seed in range(200)}
     assert len(captions) > 60
 
 
-def test_slices_are_shown_upright_with_the_face_to_the_left() -> None:
+def test_cut_slice_is_upright_with_the_face_on_the_left() -> None:
     folder = Path(next(iter(importlib.util.find_spec("nilearn").submodule_search_locations)))
     volume = volumes.Volume(folder / volumes.MAPS["WM"])
 
@@ -172,14 +175,14 @@ def test_slices_are_shown_upright_with_the_face_to_the_left() -> None:
         assert pixels.shape == (190, 190)
         return pixels.reshape(2, 95, 2, 95).sum(axis=(1, 3))
 
-    # Below z = -45 mm there is cerebellum and brain stem, which lie behind the centre.
+    # Below z = -45 mm, the brain consists of cerebellum and brain stem, which are posterior to the centre.
     axial = quarters("axial", -50)
     assert axial[1].sum() > 5 * axial[0].sum()
-    # At y = 0 the hemispheres' white matter lies above the temporal lobes'.
+    # At y = 0, most white matter is in the hemispheres, superior to the temporal lobes.
     coronal = quarters("coronal", 0)
     assert coronal[0].sum() > 1.2 * coronal[1].sum()
     assert coronal[:, 0].sum() == pytest.approx(coronal[:, 1].sum(), rel=0.03)
-    # The lowest brain tissue in a sagittal slice is cerebellum: at the right of the picture.
+    # The lowest brain tissue in a sagittal slice is the cerebellum, on the right of the image.
     lowest = np.asarray(volume.cut("sagittal", 20, 190.0, (0.0, 0.0)), dtype=float)[145:]
     assert lowest[:, 95:].sum() > 5 * lowest[:, :95].sum()
     assert volume.affine[0, 3] + volume.index(0, 14) * volume.affine[0, 0] == 14
@@ -211,7 +214,7 @@ def _write_dicom(path: Path, pixels: np.ndarray, **tags: object) -> Path:
     return path
 
 
-def test_dicom_window_rescale_and_bone_window(tmp_path: Path) -> None:
+def test_read_ct_applies_rescale_and_both_windows(tmp_path: Path) -> None:
     values = np.array([[-1000, -160, 40], [140, 239, 1000]], dtype=np.int16)
     path = _write_dicom(
         tmp_path / "ct.dcm",
@@ -226,25 +229,28 @@ def test_dicom_window_rescale_and_bone_window(tmp_path: Path) -> None:
         ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
     )
     (soft, soft_facts), (bone, bone_facts) = dicom.read(path)
-    # By hand from C.11.2.1.2.1: black up to 40 - 0.5 - 199.5, white from 40 - 0.5 + 199.5.
+    # From C.11.2.1.2.1: black up to 40 - 0.5 - 199.5, white from 40 - 0.5 + 199.5.
     expected = np.clip((values.astype(float) + 160) / 399, 0, 1) * 255
     np.testing.assert_allclose(soft[:, :, 0], expected, atol=0.51)
-    assert soft.shape == (2, 3, 3) and (soft[..., 0] == soft[..., 2]).all()
-    assert bone[1, 2, 0] < 255 and bone_facts.details[0] == "bone window"
+    assert soft.shape == (2, 3, 3)
+    assert (soft[..., 0] == soft[..., 2]).all()
+    assert bone[1, 2, 0] < 255
+    assert bone_facts.details[0] == "bone window"
     assert (soft_facts.modality, soft_facts.body_part) == ("CT", "head")
-    assert soft_facts.plane == "axial" and "slice thickness 5 mm" in soft_facts.details
+    assert soft_facts.plane == "axial"
+    assert "slice thickness 5 mm" in soft_facts.details
 
 
-def test_dicom_monochrome1_is_inverted_and_ybr_becomes_rgb(tmp_path: Path) -> None:
+def test_read_monochrome1_is_inverted_and_ybr_becomes_rgb(tmp_path: Path) -> None:
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
     tags = {"Modality": "CR", "PhotometricInterpretation": "MONOCHROME1", "ViewPosition": "PA"}
-    [(picture, facts)] = dicom.read(_write_dicom(tmp_path / "cr.dcm", ramp, **tags))
-    assert picture[0, 0, 0] == 255 and picture[7, 7, 0] == 0
+    [(image, facts)] = dicom.read(_write_dicom(tmp_path / "cr.dcm", ramp, **tags))
+    assert (image[0, 0, 0], image[7, 7, 0]) == (255, 0)
     assert facts.details == ("posteroanterior (PA) view",)
     red = np.zeros((4, 4, 3), dtype=np.uint8) + np.array([76, 85, 255], dtype=np.uint8)
     tags = {"Modality": "US", "PhotometricInterpretation": "YBR_FULL"}
-    [(picture, _)] = dicom.read(_write_dicom(tmp_path / "us.dcm", red, **tags))
-    np.testing.assert_allclose(picture[0, 0], [255, 0, 0], atol=3)
+    [(image, _)] = dicom.read(_write_dicom(tmp_path / "us.dcm", red, **tags))
+    np.testing.assert_allclose(image[0, 0], [255, 0, 0], atol=3)
 
 
 @pytest.mark.parametrize(
@@ -259,36 +265,36 @@ def test_dicom_monochrome1_is_inverted_and_ybr_becomes_rgb(tmp_path: Path) -> No
         ([1, 0, 0, 0, 0.707107, -0.707107], None, False, False),
     ],
 )
-def test_dicom_orientation(
+def test_read_image_has_display_orientation(
     tmp_path: Path, cosines: list[float], plane: str | None, flip_rows: bool, flip_columns: bool
 ) -> None:
     pixels = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
     path = _write_dicom(tmp_path / "mr.dcm", pixels, Modality="MR", ImageOrientationPatient=cosines)
-    [(picture, facts)] = dicom.read(path)
+    [(image, facts)] = dicom.read(path)
     assert facts.plane == plane
     assert ("oblique plane" in facts.details) == (plane is None)
-    corner = picture[-1 if flip_rows else 0, -1 if flip_columns else 0, 0]
-    assert corner == 0 == picture.min()
+    corner = image[-1 if flip_rows else 0, -1 if flip_columns else 0, 0]
+    assert corner == 0 == image.min()
 
 
-def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+def _use_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volumes, "TRAIN_PER_MAP_AND_PLANE", 2)
     monkeypatch.setattr(build, "_PER_MODALITY", {"train": 2, "val": 1})
     small = [source for source in photographs.SOURCES if source.name in ("skull-base-ct", "microaneurysms", "ihc")]
     monkeypatch.setattr(photographs, "SOURCES", tuple(small))
 
 
-def test_the_seed_decides_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _shrink(monkeypatch)
-    prints = []
+def test_build_bytes_depend_on_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use_few_samples(monkeypatch)
+    fingerprints = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         build.build(tmp_path / name, seed=seed)
-        prints.append(ShardDataset(tmp_path / name, "train").fingerprint)
-    assert prints[0] == prints[1] != prints[2]
+        fingerprints.append(ShardDataset(tmp_path / name, "train").fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_files_that_cannot_be_read_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _shrink(monkeypatch)
+def test_build_lists_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use_few_samples(monkeypatch)
     truncated = photographs.Source("broken", "pydicom", "data/test_files/MR_truncated.dcm", side=None)
     missing = replace(photographs.SOURCES[0], name="missing", path="data/missing.dcm")
     sources = (*photographs.SOURCES, truncated, missing)
@@ -296,11 +302,12 @@ def test_files_that_cannot_be_read_are_listed(tmp_path: Path, monkeypatch: pytes
     build.build(tmp_path / "out")
     skipped = json.loads((tmp_path / "out" / build.SKIPPED_FILE).read_text())
     assert [entry["file"] for entry in skipped] == [truncated.path, missing.path]
-    assert "pixel data" in skipped[0]["reason"] and "FileNotFound" in skipped[1]["reason"]
+    assert "pixel data" in skipped[0]["reason"]
+    assert "FileNotFound" in skipped[1]["reason"]
     assert "CT" in {sample.meta["modality"] for sample in ShardDataset(tmp_path / "out")}
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_names_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(build._MODULES, "mahotas", "no_such_module_here")
     with pytest.raises(UserError, match=r"mahotas.*bclip_fast\[quickstart\]"):
         build.build(tmp_path / "out")

@@ -30,7 +30,7 @@ red = "red"
 blue = "blue"
 [[published]]
 model = "Someone's"
-metric = "accuracy"
+figure = "accuracy"
 value = 65.23
 source = "a paper"
 """

@@ -63,7 +63,7 @@ def write_pcam(folder: Path, split: str, names: list[str]) -> None:
         file["y"] = np.array([int(name == "blue") for name in names], np.uint8).reshape(-1, 1, 1, 1)
 
 
-def test_pcam_labels_images_and_metrics(tmp_path: Path) -> None:
+def test_pcam_labels_images_and_metrics_equal_the_written_data(tmp_path: Path) -> None:
     names = ["red", "blue", "blue", "red", "blue"]
     write_pcam(tmp_path / "pcam", "test", names)
     data = open_dataset(str(tmp_path / "pcam"), "test", "pcam")
@@ -207,7 +207,7 @@ def test_rsna_splits_depend_only_on_the_public_csv(tmp_path: Path) -> None:
     assert splits["train"] == train
 
 
-def test_rsna_images_and_labels(tmp_path: Path) -> None:
+def test_rsna_images_and_labels_equal_the_written_ones(tmp_path: Path) -> None:
     (tmp_path / rsna.IMAGES).mkdir()
     lines = ["patientId,x,y,width,height,Target"]
     for i in range(10):

@@ -126,7 +126,7 @@ def test_measure_choices_do_not_depend_on_the_test_set() -> None:
     assert is_independent_of_test_labels(blobs(45, 6, 3.0))
 
 
-def test_measure_planted_leak_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_injected_leak_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the test above must fail if the test set chooses the epochs, by ELEVATER's rule or by a bug."""
     test = blobs(45, 6, 3.0)
     assert not is_independent_of_test_labels(test, "elevater")

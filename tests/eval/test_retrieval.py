@@ -115,7 +115,7 @@ def test_measure_perfect_embeddings_score_one_with_same_chance() -> None:
 def test_measure_duplicate_captions_have_hypergeometric_chance() -> None:
     rows = unit_rows(6, 8, 6)
     result = retrieval.measure(rows, rows, ["a", "a ", "b", "c", "d", "e"], duplicates="captions")
-    # Two queries have 2 correct answers among 6, four have 1. Five draws of six cannot miss both of two.
+    # Two queries have 2 correct answers among 6, and four have 1. Five draws from six cannot miss both correct answers.
     two = 1 - math.comb(4, 1) / math.comb(6, 1)
     assert result["figures"][0]["chance"] == pytest.approx((2 * two + 4 / 6) / 6)
     assert result["figures"][1]["chance"] == pytest.approx((2 * 1 + 4 * 5 / 6) / 6)

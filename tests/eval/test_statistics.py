@@ -37,7 +37,7 @@ def test_auroc_and_roc_points_equal_scikit_learn(num: int, ties: bool) -> None:
     assert auc(*points.T) == pytest.approx(statistics.auroc(labels, scores))
 
 
-def test_auroc_degenerate_scores() -> None:
+def test_auroc_degenerate_scores_give_half_none_or_an_error() -> None:
     assert statistics.auroc(np.array([True, False, True]), np.zeros(3)) == 0.5
     assert statistics.auroc(np.array([True, True]), np.array([0.1, 0.2])) is None
     assert statistics.roc_points(np.array([False, False]), np.array([0.1, 0.2])) == []

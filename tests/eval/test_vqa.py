@@ -65,7 +65,7 @@ def test_rad_missing_or_invalid_files_raise(tmp_path: Path) -> None:
         vqa_data.rad(tmp_path, "val")
 
 
-def test_normalise_and_token_f1_examples() -> None:
+def test_normalise_and_token_f1_give_expected_values() -> None:
     assert vqa_data.normalise("  Left  Lung. ") == "left lung"
     assert vqa_data.normalise(5) == "5"
     assert vqa.token_f1("left lung", "left lung") == 1

@@ -79,7 +79,7 @@ def test_measure_single_class_has_no_auroc_and_nan_raises() -> None:
         zero_shot.measure(labels, labels, ["a", "b"], scores * torch.nan)
 
 
-def test_measure_degenerate_labels() -> None:
+def test_measure_degenerate_labels_give_valid_json_or_an_error() -> None:
     one = zero_shot.measure(torch.zeros(4, dtype=torch.long), torch.tensor([0, 0, 1, 0]), ["a", "b"])
     assert [m["value"] for m in one["figures"]] == [0.75, 0.75]
     assert [m["chance"] for m in one["figures"]] == [1.0, 0.5]

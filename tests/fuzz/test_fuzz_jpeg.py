@@ -77,7 +77,7 @@ def seeds(tmp_path_factory) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
 @pytest.mark.parametrize("num_runs", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
-def test_no_mutated_file_leaves_its_memory(program, seeds, name, num_runs):
+def test_mutated_files_cause_no_memory_error(program, seeds, name, num_runs):
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     if {"avx512": "avx512_vnni", "avx2": "avx2"}.get(name, "") not in ["", *flags]:
         pytest.skip(f"this processor has no {name}")

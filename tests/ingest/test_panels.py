@@ -1,23 +1,21 @@
-"""Panels of composite figures: captions by rule, layouts by drawing, both on composites labelled by eye."""
+"""Panels of composite figures: rules for captions, drawn layouts, and precision on composites labelled by eye."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+from articles import article_xml, encode_image, manifest_rows, write_files
 from PIL import Image
-from test_ingest import article, put
 
 from bclip_fast.ingest.build import IngestConfig, build
 from bclip_fast.ingest.panels import layout, split_caption, split_panels
 
 
 @pytest.mark.parametrize(
-    "caption, expected",
+    ("caption", "expected"),
     [
         ("Cells. (a) Control. (b) Treated.", {"A": "Cells. Control.", "B": "Cells. Treated."}),
         ("(A) One; (B) two; and (C) three.", {"A": "One", "B": "two", "C": "three."}),
@@ -28,7 +26,7 @@ from bclip_fast.ingest.panels import layout, split_caption, split_panels
         ("A. Heart. B. Lung as in A. only", {"A": "Heart.", "B": "Lung as in A. only"}),
         ("Views. Left: axial. Right: sagittal.", {"left": "Views. axial.", "right": "Views. sagittal."}),
         ("Top panel: raw. Bottom panel: filtered.", {"top": "raw.", "bottom": "filtered."}),
-        # Labels behind their text, out of order, with a gap, repeated, or without text of their own.
+        # Labels after their text, out of order, with a gap, repeated, or without text.
         ("A cell (a) and a nucleus (b).", {}),
         ("Cells. (b) One. (a) Two.", {}),
         ("Cells. (a) One. (c) Two.", {}),
@@ -39,11 +37,11 @@ from bclip_fast.ingest.panels import layout, split_caption, split_panels
         ("", {}),
     ],
 )
-def test_captions_are_split_where_one_style_explains_them(caption, expected):
+def test_split_caption_needs_one_style_of_labels(caption, expected):
     assert split_caption(caption) == expected
 
 
-def drawn(
+def draw_panels(
     boxes: list[tuple[int, int, int, int]], size: tuple[int, int] = (600, 400), background: int = 255
 ) -> Image.Image:
     pixels = np.full((size[1], size[0], 3), background, np.uint8)
@@ -59,22 +57,22 @@ GRID = [(10, 10, 290, 190), (310, 10, 590, 190), (10, 210, 290, 390), (310, 210,
 SHORT = [*GRID[:2], (160, 210, 440, 390)]
 
 
-def is_around(found: list[Box], boxes: list[Box]) -> bool:
-    """Whether each box holds its panel, and no more of the figure than half a gap."""
-    margin = (np.array(boxes) - np.array(found)) * [1, 1, -1, -1]
-    return bool((margin >= -1).all() and (margin <= 10).all())
+def assert_around(boxes: list[Box], panels: list[Box]) -> None:
+    """Check that each box contains its panel, and at most half a gap around it."""
+    margin = (np.array(panels) - np.array(boxes)) * [1, 1, -1, -1]
+    assert margin.min() >= -1
+    assert margin.max() <= 10
 
 
 @pytest.mark.parametrize("background", [255, 0])
 @pytest.mark.parametrize("boxes", [ROW, GRID, SHORT, GRID[:2]])
-def test_layouts_with_clear_gaps_are_found(boxes, background):
+def test_layout_clear_gaps_give_boxes(boxes, background):
     labels = list("ABCD"[: len(boxes)])
-    found = layout(drawn(boxes, background=background), labels)
-    assert len(found) == len(boxes) and is_around(found, boxes)
+    assert_around(layout(draw_panels(boxes, background=background), labels), boxes)
 
 
 @pytest.mark.parametrize(
-    "boxes, labels",
+    ("boxes", "labels"),
     [
         (GRID, "ABC"),
         (ROW, "AB"),
@@ -86,56 +84,59 @@ def test_layouts_with_clear_gaps_are_found(boxes, background):
         (GRID[:1] + GRID[2:], "ABC"),  # one above, two below
     ],
 )
-def test_layouts_in_doubt_give_nothing(boxes, labels):
-    assert layout(drawn(boxes), list(labels)) == []
+def test_layout_unclear_gives_no_boxes(boxes, labels):
+    assert layout(draw_panels(boxes), list(labels)) == []
 
 
-def test_places_need_the_layout_they_name():
-    assert len(layout(drawn(GRID[:2]), ["left", "right"])) == 2
-    assert layout(drawn(GRID[:2]), ["top", "bottom"]) == []
-    assert len(layout(drawn([GRID[0], GRID[2]]), ["upper", "lower"])) == 2
-    assert layout(drawn(GRID[:2]), ["right", "left"]) == []
+def test_layout_must_fit_labels_that_name_positions():
+    assert len(layout(draw_panels(GRID[:2]), ["left", "right"])) == 2
+    assert layout(draw_panels(GRID[:2]), ["top", "bottom"]) == []
+    assert len(layout(draw_panels([GRID[0], GRID[2]]), ["upper", "lower"])) == 2
+    assert layout(draw_panels(GRID[:2]), ["right", "left"]) == []
 
 
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_panels_become_pairs_beside_the_whole_figure(tmp_path):
-    xml = article(("f", "Cells. (a) Control. (b) Treated."), ("g", "No labels."), number=5)
-    put(tmp_path / "in", {"x.nxml": xml, "f.png": encoded(drawn(GRID[:2])), "g.png": encoded(drawn(GRID))})
+def test_build_panels_become_pairs_in_addition_to_the_figure(tmp_path):
+    xml = article_xml(("f", "Cells. (a) Control. (b) Treated."), ("g", "No labels."), number=5)
+    images = {"f.png": draw_panels(GRID[:2]), "g.png": draw_panels(GRID)}
+    files = {name: encode_image(image, "PNG") for name, image in images.items()}
+    write_files(tmp_path / "in", {"x.nxml": xml, **files})
     config = IngestConfig(str(tmp_path / "in"), tmp_path / "out", workers=1, panels=True, max_short_side=0)
     build(config)
-    rows = {row["key"]: row for row in pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()}
+    rows = manifest_rows(tmp_path / "out")
     assert sorted(rows) == ["PMC5_f1", "PMC5_f1_pA", "PMC5_f1_pB", "PMC5_f2"]
-    assert rows["PMC5_f1"]["caption"] == "Cells. (a) Control. (b) Treated." and rows["PMC5_f1"]["panel"] is None
+    assert rows["PMC5_f1"]["caption"] == "Cells. (a) Control. (b) Treated."
+    assert rows["PMC5_f1"]["panel"] is None
     panel = rows["PMC5_f1_pB"]
     assert (panel["panel"], panel["caption"], panel["figure"]) == ("B", "Cells. Treated.", "F1")
     left, top, right, bottom = json.loads(panel["panel_box"])
-    assert is_around([(left, top, right, bottom)], [GRID[1]])
+    assert_around([(left, top, right, bottom)], [GRID[1]])
     assert (panel["width"], panel["height"]) == (right - left, bottom - top)
 
 
 def overlap(one: tuple[int, ...], two: tuple[int, ...]) -> float:
-    """Intersection over union."""
+    """Return the intersection over union."""
     sides = [max(0, min(one[i + 2], two[i + 2]) - max(one[i], two[i])) for i in (0, 1)]
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, two)]
     return sides[0] * sides[1] / (sum(areas) - sides[0] * sides[1])
 
 
-def test_precision_and_recall_on_labelled_composites(shared_data):
-    """50 figures whose captions name panels, drawn by chance. How many panels each has, and whether a panel that was
-    found is the one its letter names, was judged by eye; a box that nobody judged counts as wrong."""
+def test_split_panels_labelled_composites_precision_and_recall(shared_data):
+    """The data are 50 random figures whose captions name panels.
+
+    A person counted the panels of each figure, and judged whether each box shows the panel of its letter. A box without
+    a judgement counts as wrong.
+    """
     folder = shared_data / "pmc_articles"
     captions = {row["image"]: row["caption"] for row in map(json.loads, (folder / "pairs.jsonl").open())}
-    emitted = right = there = 0
+    num_boxes = num_right = num_panels = 0
     for row in json.loads((Path(__file__).with_name("panels.json")).read_text()):
-        there += len(row["panels"])
+        num_panels += len(row["panels"])
         for panel in split_panels((folder / row["image"]).read_bytes(), captions[row["image"]]):
-            emitted += 1
+            num_boxes += 1
             box = row["boxes"].get(panel.label)
-            right += box is not None and overlap(panel.box, box) > 0.7
-    print(f"{right} of {emitted} right (precision {right / emitted:.3f}), {there} panels (recall {right / there:.3f})")
-    assert there == 185 and right / emitted >= 0.9 and right / there >= 0.2
+            num_right += box is not None and overlap(panel.box, box) > 0.7
+    precision, recall = num_right / num_boxes, num_right / num_panels
+    print(f"{num_right} of {num_boxes} boxes are right ({precision=:.3f}), {num_panels} panels ({recall=:.3f})")
+    assert num_panels == 185
+    assert precision >= 0.9
+    assert recall >= 0.2

@@ -1,4 +1,4 @@
-"""Images made plain: every mode by its rule, good JPEGs untouched, bad and hostile files refused with a reason."""
+"""Sanitised images: a rule for every mode, unchanged bytes of good JPEGs, and reasons against bad or hostile files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from articles import encode_image as encode
 from PIL import Image
 
 from bclip_fast.ingest import sanitize as module
 from bclip_fast.ingest.sanitize import SanitizeError, sanitize
 
 
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def decode(data: bytes) -> np.ndarray:
-    """The pixels, after the checks that hold for every output."""
+    """Return the pixels, after the checks that apply to every output."""
     image = Image.open(io.BytesIO(data))
     assert (image.format, image.mode) == ("JPEG", "RGB")
-    assert "progressive" not in image.info and not image.getexif()
+    assert "progressive" not in image.info
+    assert not image.getexif()
     return np.asarray(image).astype(int)
 
 
@@ -43,7 +39,7 @@ RGB = Image.fromarray(gradient())
 GREY = Image.fromarray(gradient()[..., 0])
 
 
-def test_a_fine_jpeg_passes_byte_for_byte():
+def test_sanitize_good_jpeg_keeps_its_bytes():
     data = encode(RGB, "JPEG", quality=61)
     result = sanitize(data)
     assert result.data == data
@@ -60,7 +56,7 @@ def test_a_fine_jpeg_passes_byte_for_byte():
     ],
     ids=["progressive", "turned by EXIF", "grey", "CMYK"],
 )
-def test_other_jpegs_are_encoded_again_with_the_same_pixels(data):
+def test_sanitize_other_jpeg_keeps_its_pixels(data):
     result = sanitize(data)
     assert result.data != data
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
@@ -91,7 +87,7 @@ COLUMNS = np.repeat(gradient()[..., 1:2], 3, -1).astype(int)
 
 
 @pytest.mark.parametrize(
-    "data, expected, limit",
+    ("data", "expected", "limit"),
     [
         (encode(RGB, "PNG"), gradient(), 3),
         (encode(RGB, "WEBP", lossless=True), gradient(), 3),
@@ -114,14 +110,14 @@ COLUMNS = np.repeat(gradient()[..., 1:2], 3, -1).astype(int)
         (encode(RGB.convert("CMYK"), "TIFF"), np.asarray(RGB.convert("CMYK").convert("RGB")), 3),
     ],
 )
-def test_every_mode_by_its_rule(data, expected, limit):
-    found = decode(sanitize(data).data)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).mean() < limit
+def test_sanitize_mode_follows_its_rule(data, expected, limit):
+    pixels = decode(sanitize(data).data)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < limit
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_the_shorter_side_is_bounded_and_never_enlarged(kind):
+def test_sanitize_shorter_side_is_bounded_and_never_enlarged(kind):
     image = Image.fromarray(gradient(900, 1500))
     data = encode(image, kind)
     result = sanitize(data, max_short_side=384)
@@ -130,8 +126,8 @@ def test_the_shorter_side_is_bounded_and_never_enlarged(kind):
     expected = np.asarray(image.resize((640, 384), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(decode(result.data) - expected).mean() < 3
     assert sanitize(data, max_short_side=900).height == 900
-    whole = sanitize(data, max_short_side=0)
-    assert (whole.width, whole.height) == (1500, 900)
+    unlimited = sanitize(data, max_short_side=0)
+    assert (unlimited.width, unlimited.height) == (1500, 900)
 
 
 def bomb_png(side: int) -> bytes:
@@ -144,7 +140,7 @@ def bomb_png(side: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "data, reason",
+    ("data", "reason"),
     [
         (b"", "not an image"),
         (b"<html><body>Not found</body></html>", "not an image"),
@@ -160,13 +156,13 @@ def bomb_png(side: int) -> bytes:
         (encode(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "no numbers"),
     ],
 )
-def test_bad_files_are_refused_with_a_reason(data, reason):
+def test_sanitize_bad_file_is_refused_with_reason(data, reason):
     with pytest.raises(SanitizeError, match=reason) as caught:
         sanitize(data)
     assert "\n" not in str(caught.value)
 
 
-def test_the_limit_on_bytes(monkeypatch):
+def test_sanitize_too_many_bytes_is_refused(monkeypatch):
     monkeypatch.setattr(module, "MAX_BYTES", 100)
     with pytest.raises(SanitizeError, match="larger than"):
         sanitize(encode(RGB, "PNG"))
@@ -187,25 +183,25 @@ for name in names:
     except SanitizeError as error:
         answer = str(error)
     print(json.dumps([name, answer]))
-# Not ru_maxrss: it starts at what the parent held when it forked.
+# ru_maxrss would include the memory of the parent at the fork.
 print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))
 """
 
 
-def test_odd_and_hostile_files_in_bounded_cpu_time_and_memory(shared_data):
-    """A few hundred files of other projects' test suites, against Pillow's own verdict on each."""
+def test_sanitize_odd_and_hostile_files_in_bounded_time_and_memory(shared_data):
+    """Compare the results for 400 files of other projects' test suites with Pillow's."""
     folder = shared_data / "images_odd"
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     rows = random.Random(0).sample(rows, 400)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", ODD, str(folder)],
         input=json.dumps([row["file"] for row in rows]),
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    *answers, memory = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr[-2000:]
+    *answers, memory = process.stdout.splitlines()
     assert int(memory) < 2 << 20  # KiB
     refused = 0
     for row, (name, answer) in zip(rows, map(json.loads, answers), strict=True):
@@ -214,6 +210,6 @@ def test_odd_and_hostile_files_in_bounded_cpu_time_and_memory(shared_data):
             continue
         refused += 1
         if row["ok"]:
-            # Beyond Pillow's verdict we refuse what is no figure and formats that articles do not use.
+            # sanitize also refuses formats that articles don't use, and images that cannot be figures.
             assert answer.startswith(("not an image", "image of a single", "image of too many")), (row, answer)
     assert 50 < refused < 350

@@ -31,7 +31,7 @@ def test_one_process_equals_definition(theirs):
     assert_global([results | {"distill": single_process(sizes, distill)}], sizes, theirs)
 
 
-def test_one_process_equals_open_clips_arguments_and_forms(theirs):
+def test_one_process_accepts_open_clips_arguments_and_forms(theirs):
     image, text = F.normalize(torch.randn(2, 7, 16), dim=-1)
     scale, bias = torch.tensor(20.0), torch.tensor(-3.0)
     captions = {"logits": torch.randn(7, 5, 9), "labels": torch.randint(0, 9, (7, 5))}

@@ -66,7 +66,7 @@ def half_precision(losses, dtype, rank=0, world_size=1):
 
 
 def second_derivatives(rank=0, world_size=1):
-    """By loss class and dtype of the products, the error of a second derivative in the image features."""
+    """The error that a second derivative in the image features raises, by loss class and dtype of the products."""
     errors = {}
     ranks = {"rank": rank, "world_size": world_size}
     teacher = [*torch.randn(2, 4, 3), 2.0]
@@ -130,7 +130,7 @@ def test_two_ranks_every_mode_gives_global_gradient():
     if not results[0]["theirs"]:
         pytest.skip("our losses passed; open_clip is not installed to compare with")
     truth = single_process(sizes)
-    towers = slice(3, 7)  # after loss, scale and bias: weight and bias of both
+    towers = slice(3, 7)  # weight and bias of both towers, after loss, scale and bias
     half = single_process(sizes, half_missing)
     for result in results:
         theirs = result["theirs"]

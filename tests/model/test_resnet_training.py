@@ -36,7 +36,7 @@ from bclip_fast.train.trainer import train
 
 
 def test_running_statistics_change_once_per_micro_batch() -> None:
-    """They change in a pass with a graph: neither without one, nor in a recomputation, nor in a locked tower."""
+    """The statistics change only in a pass with a graph, and neither in a recomputation nor in a locked tower."""
     model = resnet_tower().train()
     image, expected = torch.randn(4, 3, 64, 64), resnet_tower()
     expected.load_state_dict(model.state_dict())
@@ -58,7 +58,7 @@ def test_running_statistics_change_once_per_micro_batch() -> None:
     locked = resnet_tower()
     locked.load_state_dict(model.state_dict())
     assert not any(map(torch.equal, after, before))
-    # One change goes a tenth of the way to the statistics of the batch.
+    # Each update moves the statistics a tenth of the way to those of the batch.
     norm, once = model.stem.conv1.norm, before[0] * 0.9
     pixels = model.stem.conv1.conv(image).mean((0, 2, 3))
     torch.testing.assert_close(norm.running_mean, once + 0.1 * pixels.detach())

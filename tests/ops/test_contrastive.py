@@ -139,7 +139,7 @@ def pairs(cosine, rows=150, width=96):
 
 
 def exact(image, text, scale):
-    """`reference.dense` with a relative rounding error even if the softmax is 1 to the last digit of float64."""
+    """`reference.dense`, but accurate to the last digits even if float64 rounds the softmax to 1."""
     logits = scale * image @ text.T
     positive = logits.diagonal()
     negatives = logits.masked_fill(torch.eye(len(image), dtype=torch.bool), float("-inf"))
@@ -178,7 +178,7 @@ def test_negatives_below_the_smallest_float_give_exact_zeros(backend):
     assert ops.clip_loss(*inputs, backend=backend) == 0
     for gradient in gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs):
         assert torch.equal(gradient, torch.zeros_like(gradient))
-    # At a scale of 40 nothing is lost: exp(-80) is 1.8e-35.
+    # At a scale of 40 nothing underflows: exp(-80) is 1.8e-35.
     inputs[2] = torch.tensor(40.0)
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
     assert truth[2].abs() > 1e-38
@@ -195,7 +195,7 @@ def test_cone_of_low_cosines_gives_accurate_gradients(backend):
     inputs = [-0.8 * axis + 0.6 * across, F.normalize(axis + 0.01 * torch.randn(150, 96)), torch.tensor(100.0)]
     assert (inputs[0] @ inputs[1].T).max() < -0.6
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
-    # Triton's kernels hold log-sum-exps in float32, with a step of 8e-6 at 80. Here all have the same error.
+    # Triton's kernels hold log-sum-exps in float32, with a step of 8e-6 at 80. Here all rows have the same error.
     allowed = 5e-5 if backend == "triton" else 1e-5
     assert max(errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)) <= allowed
 

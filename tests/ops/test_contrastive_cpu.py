@@ -129,7 +129,7 @@ def test_number_of_threads_does_not_change_results(products):
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         results.append([*cpu.forward(call)])
-        if _cpu.has_amx():  # a matmul of the library gives no such guarantee
+        if _cpu.has_amx():  # the library's matmul doesn't guarantee this
             results[-1] += cpu.backward(call, upstream, torch.bfloat16)
     torch.set_num_threads(before)
     for other in results[1:]:

@@ -120,7 +120,7 @@ def test_rectangles_and_hardness_are_as_accurate_as_eager(backend, dtype, nan_fi
 
 
 def test_equal_images_and_texts_without_a_loss_give_no_nan():
-    """Their logit exceeds every log-sum-exp, and its exponential must not become inf * 0."""
+    """The logit of the last image and text exceeds every log-sum-exp. Its exponential must not become inf * 0."""
 
     def draw():
         image, text = (0.01 * part.float() for part in features(20, 30, 8))

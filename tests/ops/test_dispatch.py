@@ -91,7 +91,7 @@ def test_environment_variable_names_a_backend():
 
 
 def test_required_backends_are_present():
-    """With BCLIP_REQUIRE_BACKENDS=cuda,triton a missing backend is a failure, so that green never means "skipped"."""
+    """With BCLIP_REQUIRE_BACKENDS=cuda,triton, a missing backend fails, so that no test is skipped silently."""
     required = [name for name in os.environ.get("BCLIP_REQUIRE_BACKENDS", "cpu").split(",") if name]
     missing = {name: dispatch.MISSING[name] for name in required if name in dispatch.MISSING}
     assert not missing

@@ -108,7 +108,7 @@ def test_real_figures_decode_to_pillows_pixels(shared_data):
 
 
 def test_odd_jpegs_never_crash_and_agree_with_pillow(shared_data):
-    """Hostile and damaged files get Pillow's verdict, with few exceptions, and its pixels if both accept."""
+    """With few exceptions, both backends accept the same hostile and damaged files, and give the same pixels."""
     manifest = [json.loads(line) for line in (shared_data / "images_odd/manifest.jsonl").read_text().splitlines()]
     paths = sorted(shared_data / "images_odd" / row["file"] for row in manifest)
     counts = {"equal": 0, "differ": 0, "both refuse": 0, "one refuses": 0}
@@ -128,7 +128,7 @@ def test_odd_jpegs_never_crash_and_agree_with_pillow(shared_data):
         else:
             counts["equal" if torch.equal(ours, theirs) else "differ"] += 1
     assert counts["equal"] > 100
-    # Exceptions: lossless JPEG, ends inside the last block, and files that Pillow's parser rejects before libjpeg does.
+    # Exceptions: lossless JPEG, files that end inside the last block, and files that only Pillow's parser rejects.
     assert counts["one refuses"] <= 12, counts
     assert counts["differ"] <= 3, counts
 
@@ -278,7 +278,7 @@ def test_odd_files_resize_to_pillows_pixels_or_are_refused(shared_data, exact):
             assert (distances.amax(1) > 0).sum() <= 3, [
                 sorted(paths)[both[i]].name for i in distances.amax(1).nonzero()
             ]
-        # The exceptions are those of `decode`; the centre crop also skips damage below it.
+        # The exceptions are those of `decode`. The centre crop also ignores damage below it.
         assert len(both) > 100
         assert len(errors.keys() ^ refused.keys()) <= (20 if crop == "center" else 12)
         assert all(index in errors for index, data in enumerate(files) if data[:2] != b"\xff\xd8")

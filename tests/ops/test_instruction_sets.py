@@ -1,4 +1,4 @@
-"""The instruction sets of the C++ kernels: the choice, and a short run on each that this processor has.
+"""The instruction sets of the C++ kernels: the selection, and a short run on each one that this processor has.
 
 `make test-avx2` and `make test-portable` run all of the operators' tests that way.
 """

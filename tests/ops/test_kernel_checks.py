@@ -51,7 +51,7 @@ def test_wrong_kernel_is_not_used_and_warns_once(triton_gelu, caplog, fault, wor
     assert line.startswith("gelu in float32 fails its check on ") and "with the backend triton" in line
     assert words in line and "bclip doctor" in line
     assert any("not triton: fails its check on this device" in line or words in line for line in doctor.lines())
-    # The record keeps the result, so there is no second check or warning.
+    # The record keeps the result, so neither the check nor the warning comes again.
     calls = triton_gelu.calls
     tuning.reset()
     ops.gelu(x)

@@ -13,7 +13,7 @@ from bclip_fast.ops import matmul, processor
 from bclip_fast.ops.convolution import conv2d
 from bclip_fast.ops.matmul import _linear, reference
 
-# (T, K, N): no multiples of a panel, depths of one block and of several, and more rows and columns than a task has.
+# (T, K, N). Sizes around a panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
 
 
@@ -29,7 +29,7 @@ with_amx = collected_if(processor.HAS_AMX)
 
 @pytest.fixture
 def without_bfloat16(monkeypatch, unmeasured) -> None:
-    """The choices on a processor without bfloat16 instructions and without measurements."""
+    """Choose backends as on a processor without bfloat16 instructions and without measurements."""
     monkeypatch.setattr(processor, "BFLOAT16_INSTRUCTIONS", "")
     monkeypatch.setattr(processor, "HAS_AMX", False)
     monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)

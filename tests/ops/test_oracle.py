@@ -19,8 +19,8 @@ from bclip_fast.ops.contrastive import reference as contrastive
 from bclip_fast.ops.pointwise import reference as pointwise
 
 SEED = torch.tensor(2**40 + 5)
-# Scale and lengths. Attention that spreads over many keys shows an error in sums over keys. Attention to few keys shows
-# an error in the outputs and in their products with the upstream gradient.
+# The scale of the scores, and the lengths of the sequences. Attention that spreads over many keys shows an error in
+# sums over keys. Attention to few keys shows an error in the outputs and in their products with the upstream gradient.
 SPREAD, SHARP = (0.12, [40, 60]), (0.4, [14, 31])
 
 
@@ -90,7 +90,7 @@ OPERATORS = {
     "linear": [(F.linear, lambda dtype: [torch.randn(*s).to(dtype) for s in ((70, 40), (48, 40), (48,))], linear)],
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative errors of the exponential's factor log2(e): some units of the scores' rounding.
+# Relative errors of the exponential's factor log2(e): a few times the rounding of the scores.
 SHIFTS = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 
 
@@ -129,7 +129,7 @@ def test_kernel_with_three_times_eagers_error_fails(operator):
 
 
 def test_kernel_with_eagers_error_passes():
-    """Another processor gives other results of eager. Their errors have the same size and other signs."""
+    """On another processor, eager's errors have the same size but other signs."""
     for settings in OPERATORS.values():
         definition, draw, formula = settings[0]
         cases = expected(definition, lambda draw=draw: draw(torch.float32), formula)

@@ -18,7 +18,7 @@ def test_covering_array_holds_every_pair_of_values(sizes):
     assert pairs(few) == pairs(itertools.product(*values))
     assert len(few) == len(set(few))
     assert set(few) <= set(itertools.product(*values))
-    # The least possible number is the product of the two largest sizes. Greedy arrays have little more.
+    # The least possible number is the product of the two largest sizes. A greedy array is only slightly larger.
     least = sorted(sizes)[-1] * (sorted(sizes)[-2] if len(sizes) > 1 else 1)
     assert least <= len(few) <= 1.5 * least + 2
     assert few == covering(values)

@@ -20,7 +20,7 @@ SHAPES = [
     (9, 3),
     (70, 17),
     (0, 32),
-]  # (T, D): some are no multiples of a vector or block
+]  # (T, D); some aren't multiples of a vector or block
 EPS = 1e-6
 
 
@@ -30,7 +30,7 @@ def inputs(shape: tuple[int, int], stream: torch.dtype, branch: torch.dtype | No
 
 
 def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """Both outputs, weighted differently, so that swapped gradients fail."""
+    """Both outputs with different weights, so that the test detects swapped gradients."""
     return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])
 
 
@@ -90,8 +90,8 @@ def test_gelu_is_as_accurate_as_torchs(backend, dtype, nan_filled):
             lambda x: ops.gelu(x, backend=backend), F.gelu, lambda x=x: [x.to(dtype)], formula, draws=1
         )
     assert ops.gelu(torch.tensor([float("nan")], dtype=dtype), backend=backend).isnan()
-    infinite = torch.full((40,), float("inf"), dtype=dtype)  # complete vectors and a rest
-    # torch's vectorized code gives NaN, its scalar code doesn't.
+    infinite = torch.full((40,), float("inf"), dtype=dtype)  # several vectors and a part of one
+    # For infinity, torch's vectorized code gives NaN, but its scalar code doesn't.
     out = ops.gelu(infinite, backend=backend)
     assert torch.equal(out, infinite) if backend == "cpu" else not out.isfinite().any()
 

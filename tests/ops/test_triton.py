@@ -144,7 +144,7 @@ def test_bfloat16_operands_are_exact_in_float16():
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_from_given_tiles_are_accurate(dtype):
-    """Chunks, units, scales and widths without the kernel, because the interpreter cannot run bfloat16."""
+    """Test chunks, units, scales and widths without the kernel, because the interpreter cannot run bfloat16."""
     image, text = 300 * features(37, 21, dtype), 0.01 * features(53, 21, dtype)
     tile = torch.rand(37, 53)
 

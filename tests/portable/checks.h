@@ -106,8 +106,8 @@ class Random {
 };
 
 // Values for a kernel, between margins of NaN (or of a pattern, for a type without NaN). A read
-// outside shows in the results, a write outside in intact(). The first value is aligned to no more
-// than its size.
+// outside changes the results, and intact() detects a write outside. The first value is aligned to
+// no more than its size.
 template <typename T>
 class Buffer {
  public:

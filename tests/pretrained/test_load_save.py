@@ -59,7 +59,7 @@ def test_save_other_sizes_open_in_open_clip(config, tokenizer, tmp_path, monkeyp
 
 
 @torch.no_grad()
-def test_load_open_clips_clip_layout_of_a_gpt_tower(checkpoint: Path, tokenizer: Tokenizer) -> None:
+def test_load_gpt_tower_in_open_clips_top_level_layout_is_equal(checkpoint: Path, tokenizer: Tokenizer) -> None:
     config = replace(SMALL, text=GPT)
     model = shaken(BiomedClip(config)).eval()
     save(checkpoint, model, Preprocess(PreprocessConfig(size=32)), tokenizer)

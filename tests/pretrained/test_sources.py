@@ -29,7 +29,7 @@ def hub(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_load_from_the_hub(hub: Path, checkpoint: Path) -> None:
+def test_load_hub_revision_equals_checkpoint(hub: Path, checkpoint: Path) -> None:
     (hub / "org" / "name").mkdir(parents=True)
     checkpoint.rename(hub / "org" / "name" / "v2")
     assert load("hf-hub:org/name@v2")[0].config == SMALL
@@ -50,7 +50,7 @@ def test_load_missing_tokenizer_is_downloaded_or_raises(hub: Path, checkpoint: P
     assert load(checkpoint)[2](["brain"], 4).tolist() == [[2, 4, 3, 0]]
 
 
-def test_load_text_tower_of_the_hub(hub: Path, checkpoint: Path) -> None:
+def test_load_text_tower_size_comes_from_the_hub(hub: Path, checkpoint: Path) -> None:
     edit_json(checkpoint / CONFIG, in_section("text_cfg", "hf_model_name", "org/bert"))
     with pytest.raises(UserError, match=r"hf-hub:org/bert gave no config.json"):
         load(checkpoint)

@@ -13,7 +13,7 @@ from bclip_fast.search.searcher import OpenConfig, Searcher
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """40 pairs. Their metadata hold valid and malicious links, and the first caption a script."""
+    """40 pairs. Their metadata hold valid and malicious links. The first caption holds a script."""
     metas = [
         {"licence": "CC BY", "licence_url": "https://creativecommons.org/licenses/by/4.0/", "pmcid": "PMC123"},
         {"licence": "CC0", "licence_url": "javascript:alert(1)", "doi": "10.1234/a b"},

@@ -117,7 +117,7 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start"
 
 
-def test_commands_on_a_folder_of_images(start: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_commands_embed_and_search_a_folder_of_images(start: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(cli.log, "configure", lambda *args, **options: None)
     images, out, gallery = tmp_path / "images", tmp_path / "out", tmp_path / "hits.html"
     (images / "deep").mkdir(parents=True)

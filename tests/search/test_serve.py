@@ -106,7 +106,7 @@ def test_page_in_chromium_is_drawn_with_labels_and_texts(address: str, tmp_path:
         check_drawn(browser, address, tmp_path)
         browser.open(address + "?q=a+red+square")
         dom = browser.ask("document.documentElement.outerHTML")
-    # Every field has a label and every image a text. The page has a language, a title and one main heading.
+    # Every field has a label, and every image has a text. The page has a language, a title and one main heading.
     tree = html.fromstring(dom)
     labels = set(tree.xpath("//label/@for"))
     assert {e.get("id") for e in tree.xpath("//input[@type!='hidden']")} == labels == {"q", "k", "image"}

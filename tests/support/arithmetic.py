@@ -45,7 +45,7 @@ class Arithmetic:
         return number.sum(dim, keepdim=True)
 
     def exp(self, number: Any, offset: Any, size: float = 0.0) -> Any:
-        """exp(number - offset). A kernel may use another offset of at most `size`, and a factor, instead."""
+        """exp(number - offset). A kernel may subtract another offset of at most `size`, and correct by a factor."""
         near = offset.float()
         return (number - near).clamp(max=80.0).exp() * (near - offset).exp().float()
 
@@ -83,8 +83,8 @@ class Faulty(Arithmetic):
     """A kernel with one injected fault.
 
     Args:
-        fault: a dtype in which a sum is accumulated; "lost term", which drops the last term of a sum; or the relative
-            error of the exponential's factor log2(e).
+        fault: a dtype in which a sum is accumulated, or "lost term", or the relative error of the exponential's factor
+            log2(e). "lost term" drops the last term of a sum.
         site: index of the fault's place among all places of its kind. -1 for no fault.
     """
 

@@ -131,7 +131,7 @@ class Browser:
     def tab_order(self) -> list[dict[str, Any]]:
         """Return the controls that Tab reaches, in this order: position among all controls, box and outline.
 
-        The page must just have been opened.
+        Call it before anything else takes the focus.
         """
         self.ask(f"window.controls = [...document.querySelectorAll(`{_FOCUSABLE}`)], document.activeElement.blur()")
         reached: list[dict[str, Any]] = []
@@ -180,7 +180,7 @@ def check_keyboard(browser: Browser) -> list[dict[str, Any]]:
     for control in order:
         assert control["outline"] >= 2 and control["inView"], f"the focus on {control} is invisible"
     for control, after in itertools.pairwise(order):
-        # The same link of two cards in a row may be a line or two higher or lower.
+        # The same link in two neighbouring cards may be a line or two higher or lower.
         is_beside = after["left"] >= control["left"] + control["width"] - 1 and after["bottom"] > control["top"] - 40
         assert after["top"] >= control["bottom"] - 1 or is_beside, f"{after} comes after {control}"
     return order

@@ -1,6 +1,6 @@
-// What bclip_fast calls of nvJPEG, on libjpeg and the host's memory, for tests. A file with the
-// comment "refuse" fails, and with it its batch; what a batch had decoded is spoilt, as nvJPEG
-// promises nothing of it.
+// The functions of nvJPEG that bclip_fast calls, for tests: libjpeg decodes to the host's memory. A
+// file with the comment "refuse" fails, and so does its batch. The images that the batch has
+// already decoded are then overwritten, because nvJPEG doesn't define them.
 #include <csetjmp>
 #include <cstdio>
 #include <cstring>
@@ -74,7 +74,7 @@ EXPORTED int nvjpegDecode(void*, void*, const unsigned char* file, size_t length
   return 0;
 }
 
-// Of a file with the comment "grow" it tells more than its header.
+// For a file with the comment "grow", it reports a greater height than the header does.
 EXPORTED int nvjpegGetImageInfo(void*, const unsigned char* file, size_t length, int* components,
                                 int* subsampling, int* widths, int* heights) {
   *components = *subsampling = 0;

@@ -71,7 +71,10 @@ def siglip_smoothed(image, text, scale, bias):
 
 
 def half_missing(image, text, scale, bias):
-    """The loss whose gradient open_clip's local_loss without gather_with_grad has: each term misses one operand's."""
+    """A loss with the gradient of open_clip's local_loss without gather_with_grad.
+
+    Each term misses the gradient of one operand.
+    """
     labels = torch.arange(len(image))
     per_image, per_text = scale * image @ text.detach().T + bias, scale * text @ image.detach().T + bias
     return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
@@ -92,7 +95,7 @@ def single_process(sizes, definition=reference.dense):
 def averaged(rank, sizes, call):
     """Loss, and gradients after DDP's averaging, of this rank's part of the batch.
 
-    call: takes the inputs and the features.
+    call: function of the inputs and the features.
     """
     image, text = (parts[rank] for parts in data(sizes))
     towers = nn.parallel.DistributedDataParallel(Towers())
@@ -100,7 +103,7 @@ def averaged(rank, sizes, call):
 
 
 def results_of(rank, sizes, losses, clip=True, **extras):
-    """By name, the losses and averaged gradients of every loss class of the module `losses`."""
+    """The losses and averaged gradients of every loss class in the module `losses`, by name."""
     options = {"rank": rank, "world_size": len(sizes), **extras}
 
     def distill(inputs, image, text, scale, bias):

@@ -1,21 +1,19 @@
-"""The judge of all kernels: the single definition of "close enough", the same on every processor.
+"""The oracle: the only definition of "close enough" for all kernels, the same on every processor.
 
 The truth is the operator's definition in float64. A kernel passes if its output and every gradient pass two criteria:
 
-- The norm of the error over a few draws of the inputs is at most twice a usual error. That is the error of eager
-PyTorch
-  in the same dtype, of the operator's formula in float32 (formulas.py), or of rounding the truth to the result's dtype.
-  In float32 the largest one counts: eager and the formula have similar errors, but eager is exact by accident if few
-  terms cancel. In half precision eager rounds numbers that a kernel doesn't, so the smaller of eager's and the
-  formula's error counts.
+- The norm of the error over a few draws of the inputs is at most twice a usual error. Usual errors are those of eager
+  PyTorch in the same dtype, and of the operator's formula in float32 (formulas.py). In float32 the larger of the two
+  counts: they are similar, but eager is exact by accident if few terms cancel. In half precision, eager rounds numbers
+  that a kernel doesn't, so the smaller one counts. The error of rounding the truth to the result's dtype is always
+  allowed.
 - No element is further from the truth than the formula allows. This bound is derived, not measured: unit roundoff,
-times
-  the growth of each operation, times the size of its terms.
+  times the growth of each operation, times the size of its terms.
 
 The norm finds a kernel that is systematically worse. Numbers of one row share the errors of its softmax or mean, so
-there are only as many independent errors as rows. With few rows, as for the losses of some draws, the factor is larger:
-two equal kernels differ by that much with a chance of one in a million. The bound finds a fault in a single place. It
-also judges a result that is zero because its terms cancel.
+there are only as many independent errors as rows. With few rows, the factor is larger than two. It is so large that two
+equal kernels exceed it with a chance of one in a million. The bound finds a fault in a single place. It also judges a
+result that is zero because its terms cancel.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Expected:
-    """One draw: the inputs and the upstream gradient, and three lists for the output and each gradient.
+    """One draw: the inputs, the upstream gradient, and three lists, with an element for the output and each gradient.
 
     The lists are the truth, the usual results (by eager PyTorch and perhaps by the formula), and bounds on the errors.
     """
@@ -158,9 +156,8 @@ def compared(
 def factor_of(count: int) -> float:
     """The factor by which the norm of `count` errors may exceed the usual norm.
 
-    The squared ratio of two norms of n independent normal errors of one size exceeds x with a probability below
-    2 / (n B(n/2, n/2)) x^(-n/2), by the F distribution's density with only its powers of x.
-    """
+    Take two norms of n independent normal errors of one size. Their squared ratio exceeds x with a probability below 2
+    / (n B(n/2, n/2)) x^(-n/2). This follows from the powers of x in the density of the F distribution."""
     if count >= FEW:
         return FACTOR
     log_beta = 2 * math.lgamma(count / 2) - math.lgamma(count)

@@ -15,6 +15,6 @@ def loss_curve(run: Path) -> list[float]:
 
 
 def bad_sample_lines(run: Path) -> list[dict[str, Any]]:
-    """Return the records of bad_samples.jsonl. Without the file, return none."""
+    """Return the records of bad_samples.jsonl, or an empty list if the file is missing."""
     path = run / "bad_samples.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

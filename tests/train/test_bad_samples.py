@@ -89,7 +89,7 @@ def test_damaged_samples_are_replaced_and_listed(spoilt: tuple[Path, dict[str, s
 
 
 @pytest.mark.parametrize("cost", [False, True])
-def test_resume_at_every_batch_and_world_size(spoilt: tuple[Path, dict[str, str]], cost: bool):
+def test_resume_at_every_batch_and_world_size_gives_same_samples(spoilt: tuple[Path, dict[str, str]], cost: bool):
     """After a stop at any batch, 1, 2 and 4 ranks continue with the samples of an uninterrupted rank."""
     dataset = ShardDataset(spoilt[0])
     costs = {"cost": dataset.caption_bytes} if cost else {}
@@ -219,13 +219,13 @@ def data(shards: Path, **changes: Any) -> DataConfig:
     return DataConfig(str(shards), shuffle_block=32, read=QUICK, **changes)
 
 
-# Indices of damaged samples, of 96. An epoch has 6 steps of 16 samples.
+# Indices of the damaged samples among 96. An epoch has 6 steps of 16 samples.
 SPOILT = (5, 40, 41, 77)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards that have 4 damaged samples, and with a run of one rank on them. It has 9 steps."""
+    """A folder with shards that have 4 damaged samples, and with a run of 9 steps of one rank on them."""
     root = tmp_path_factory.mktemp("trained")
     write_shards(root / "shards")
     shutil.copytree(root / "shards", root / "sound")

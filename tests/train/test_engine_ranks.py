@@ -187,7 +187,7 @@ def test_zero3_run_exports_its_model(root: Path, held: list[dict[str, Any]]):
 def test_refusal_is_raised_on_every_rank(root: Path, held: list[dict[str, Any]]):
     for part in held:
         assert "batch_size=15 must be a positive multiple of the 2 ranks" in part["refused"]
-        assert f"{root / 'ddp'}: holds a run already" in part["refused on rank 0"]
+        assert f"{root / 'ddp'} holds a run already" in part["refused on rank 0"]
     assert not (root / "uneven").exists()
 
 

@@ -112,7 +112,7 @@ def test_exported_gpt_tower_gives_same_embeddings_as_clip(tmp_path: Path, end_id
         torch.testing.assert_close(theirs.eval()(input_ids=ids).text_embeds, expected, rtol=0, atol=1e-5)
 
 
-def test_export_of_earlier_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_export_earlier_checkpoint_has_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tiny_model()
     earlier = saved(tmp_path / "run" / "model", config).state_dict()
     earlier["logit_scale"] = torch.tensor(1.25)

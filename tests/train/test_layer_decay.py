@@ -27,7 +27,7 @@ def test_layer_scales_follow_beit() -> None:
     assert scales["visual.norm.bias"] == scales["visual.head.weight"] == scales["text.proj.2.weight"] == 1
     assert scales["text.embedding_norm.weight"] == 0.5**4
     assert "logit_scale" not in scales
-    # These are timm's factors. timm's groups of its own trunk differ only in the norm.
+    # These are timm's factors. For timm's trunk, timm's groups differ only in the norm.
     assert set(layer_scales([f"clip.{name}" for name in names], 0.5).values()) == set(scales.values())
     groups = parameter_groups(BiomedClip(SMALL).named_parameters(), OptimConfig(layer_decay=0.5))
     assert sorted({group["lr_scale"] for group in groups}) == [0.5**4, 0.5**3, 0.5**2, 0.5, 1]

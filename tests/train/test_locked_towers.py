@@ -55,8 +55,8 @@ def test_lock_selects_same_weights_as_open_clip(unlocked: int) -> None:
     text_tower.transformer, text_tower.config = BertModel(bert, add_pooling_layer=False), bert
     image_tower.lock(unlocked)
     if unlocked:
-        # open_clip 3.3.0 raises a KeyError, because it looks up BERT's layers under another name. Lock as it intends
-        # to.
+        # open_clip 3.3.0 raises a KeyError, because it looks up BERT's layers under another name. Lock the layers as
+        # open_clip intends to.
         for module in [text_tower.transformer.embeddings, *text_tower.transformer.encoder.layer][:-unlocked]:
             module.requires_grad_(False)
     else:

@@ -103,7 +103,7 @@ def test_zero3_gathers_weights_layer_by_layer() -> None:
 def host_steps(settings: EngineConfig, limits: list[float], begin: Any = None) -> list[Any]:
     """(norm, AdamW's state, weights) after each step.
 
-    begin: such a state to start from.
+    begin: state of AdamW to start from.
     """
     torch.manual_seed(0)
     # The loss drives the logit scale to its bound, so start near it.

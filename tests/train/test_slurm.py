@@ -45,7 +45,7 @@ def test_slurm_variables_become_launcher_variables(monkeypatch: pytest.MonkeyPat
         ("rack[2-3]node[08,10]", "rack2node08"),
     ],
 )  # fmt: skip
-def test_first_host_of_slurm_list(nodes: str, host: str):
+def test_first_host_is_read_from_slurm_list(nodes: str, host: str):
     assert distributed.first_host(nodes) == host
 
 
@@ -84,7 +84,7 @@ def _sbatch(folder: Path, bclip: str, *args: str) -> tuple[subprocess.CompletedP
         ["bash", str(CONFIGS / "slurm.sbatch"), *args],
         env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    request = folder / "asked"
+    request = folder / "request"
     return result, request.read_text().split()[0] if request.is_file() else ""
 
 

@@ -267,7 +267,8 @@ def test_half_precision_stays_near_fp32(shards: Path, tmp_path: Path):
     exact = curves.pop(("ddp", 0, "fp32"))
     for (name, stage, precision), losses in curves.items():
         assert losses != exact
-        # fp16 skips its first updates until the loss scale fits. Only the losses before can be compared.
+        # fp16 skips its first updates until the loss scale fits. Only the losses before its first update can be
+        # compared.
         count = 1 if precision == "fp16" else 6
         torch.testing.assert_close(losses[:count], exact[:count], rtol=0, atol=0.1, msg=f"{name} {stage} {precision}")
     # DeepSpeed keeps autocast in globals of the process. An fp32 run after a half-precision run must still be fp32.

@@ -58,7 +58,7 @@ def words(page: Page) -> str:
     return " ".join(page.text.split())
 
 
-def test_report_shows_run(tmp_path: Path):
+def test_report_shows_curves_and_events_of_run(tmp_path: Path):
     run = write_run(tmp_path / "mine")
     assert cli.main(["train", "report", str(run)]) == 0
     page = Page(run / "report.html")

@@ -61,7 +61,7 @@ def _read_json(storage: Storage, name: str, remedy: str) -> Any:
     try:
         return storage.json(name)
     except FileNotFoundError:
-        raise UserError(f"{storage.path(name)}: is missing; {remedy}") from None
+        raise UserError(f"{storage.path(name)} is missing; {remedy}") from None
     except ReadError as error:
         raise ReadError(f"{error}; {remedy}") from None
 

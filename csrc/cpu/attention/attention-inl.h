@@ -21,7 +21,7 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-// Panels of queries at a time: their P and dS for 256 keys stay in L2.
+// The number of query panels in a strip. Their P and dS for 256 keys stay in L2.
 constexpr int64_t kStripPanels = 8;
 
 template <class Engine, class Stored>
@@ -29,7 +29,7 @@ struct HeadKernels {
   using Element = typename Engine::Element;
   using Put = void (*)(const Element* block, Element* to);
 
-  // How a matrix (rows, dim) in memory is packed into blocks, of itself or of its transpose.
+  // A way to pack a matrix (rows, dim), or its transpose, into blocks.
   struct Packing {
     Put put;  // null for a left operand, whose blocks are copied as they are
     Element* to;
@@ -75,8 +75,8 @@ struct HeadKernels {
         visible[key] = key < rows && (!masked || head.key_mask[key]) ? -1 : 0;
     }
 
-    // The number of panels of keys that some query of the panel sees, and of the first ones that
-    // each query sees whole.
+    // panels() counts the key panels that at least one query of the panel sees. whole() counts the
+    // key panels at the start in which every query sees every key.
     int64_t panels(int64_t query_panel) const { return causal ? query_panel + 1 : panels_of(rows); }
     int64_t whole(int64_t query_panel) const {
       return masked ? 0 : causal ? query_panel : rows / kPanel;

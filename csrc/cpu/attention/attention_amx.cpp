@@ -41,7 +41,7 @@ struct AmxEngine {
     }
   }
 
-  // transpose() takes a pair of neighbours for one 32-bit element.
+  // transpose() treats two neighbours as one 32-bit element.
   static void right_of_transpose(const uint16_t* block, uint16_t* to) {
     for (int half = 0; half < 2; ++half)
       transpose(block + half * kBlock / 2, kLanes, to + half * kBlock / 2, kLanes);

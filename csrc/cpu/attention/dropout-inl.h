@@ -10,8 +10,8 @@ namespace bclip::cpu::BCLIP_ISA {
 namespace {
 
 // The weights of a head that dropout keeps. The first two rounds of Philox and half of the third
-// depend on either the key or the query, so they are computed once. Eight counters, which decide
-// about 32 keys, go at a time.
+// depend on either the key or the query, so they are computed once. Each step computes eight
+// counters, which decide about 32 keys.
 class HeadDropout {
  public:
   static int64_t bytes(const Head& head) {

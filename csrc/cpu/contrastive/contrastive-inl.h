@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kRowsAtOnce = 4;
 
-// Whether the positive of `row` is among the 16 columns from `column` on. Writes its lane.
+// Whether the positive of `row` is among the 16 columns from `column` on. Writes the positive's
+// lane to `lane`.
 BCLIP_INLINE bool holds_positive(const Tile& tile, int64_t row, int64_t column, int64_t& lane) {
   lane = tile.first + row - column;
   return static_cast<uint64_t>(lane) < kLanes;
@@ -38,7 +39,7 @@ BCLIP_INLINE void sum_rows(const Tile& tile, int64_t row, const Factor& factor, 
 }
 
 void exponential_sums(const Tile& tile, double factor, float offset, float* rows, double* columns) {
-  // So few rows can be summed in single precision without harm.
+  // Single precision is accurate enough for the sums of this many rows.
   constexpr int64_t kRowsInSingle = 256;
   const Factor split(factor);
   alignas(64) float partial[kTileColumns];

@@ -29,10 +29,11 @@ namespace amx {
 
 namespace {
 
-constexpr int64_t kColumnsAtOnce = 2048;  // columns of a forward task, at least
-// Ranges of rows, and of columns: the number of partial sums of a row or column.
+constexpr int64_t kColumnsAtOnce = 2048;  // the least number of columns of a forward task
+// The largest number of ranges of rows, and of ranges of columns. A row or column has one partial
+// sum for each range.
 constexpr int64_t kMostRanges = 32;
-// Rows over which a column is summed in single precision.
+// The number of rows over which a column is summed in single precision.
 constexpr int64_t kRowsInSingle = 256;
 
 // The lane of the positive of row i, or -1 if it is outside this tile.
@@ -109,7 +110,7 @@ class ExponentialSums {
   int64_t column_ = 0, count_ = 0;
 };
 
-// A bit for each of the 16 columns from `column` on that is in the group of row `row` of Q.
+// A mask of the 16 columns from `column` on: those in the group of row `row` of Q.
 BCLIP_INLINE __mmask16 same_group(const QueryGroups& groups, int64_t row, int64_t column,
                                   __mmask16 present) {
   const __m512i ids = _mm512_maskz_loadu_epi32(present, groups.key + column);
@@ -266,8 +267,8 @@ void finish(const Features& query, int64_t begin, int64_t end, const float* resu
   }
 }
 
-// Runs a consumer from make_consumer() over each kQueryRows rows of Q, and then keep(number of the
-// task, consumer).
+// Runs a consumer from make_consumer() over each block of kQueryRows rows of Q. Then calls
+// keep(number of the task, consumer).
 template <typename MakeConsumer, typename Keep>
 void gradient_of(const Features& query, const Features& key, int64_t shift,
                  const AmxGradients& gradients, void* gradient, int threads,

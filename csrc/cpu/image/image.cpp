@@ -147,8 +147,8 @@ double cubic(double x) {
 
 double triangle(double x) { return x < 1 ? 1 - x : 0; }
 
-// The coefficients for an edge that is decoded at 1 / `reduced` of its length. Sums and roundings
-// have Pillow's order.
+// The coefficients for an edge that is decoded at 1 / `reduced` of its length. The order of sums
+// and roundings is Pillow's.
 class Axis {
  public:
   Axis(const Edge& edge, int reduced, int size, bool bicubic, int align) {
@@ -206,7 +206,7 @@ class Axis {
   const Quad* quads(int i) const { return quads_.data() + static_cast<size_t>(i) * num_quads; }
   int length() const { return ends.back(); }
 
-  int base = 0;  // the pixel of the decoded image from which the other members count
+  int base = 0;  // the pixel of the decoded image to which other members are relative
   int count = 0;
   int num_quads = 0;
   std::vector<int> ends;  // end of each output's window
@@ -216,10 +216,10 @@ class Axis {
   std::vector<Quad> quads_;
 };
 
-// Whether an approximation may decode at 1 / `reduced` of the size. Fewer decoded pixels are faster
-// but less exact. On figures at 224 pixels, 1.25 decoded pixels for each pixel of the result err by
-// half a level in the mean. With 1.5 pixels the error is a quarter of a level, and with 1 pixel
-// nearly one level.
+// Whether the approximate mode may decode at 1 / `reduced` of the size. Fewer decoded pixels are
+// faster but less exact. On figures at 224 pixels, 1.25 decoded pixels for each pixel of the result
+// give a mean error of half a level. With 1.5 pixels the error is a quarter of a level, and with 1
+// pixel nearly one level.
 bool has_spare_pixels(const Edge& edge, int reduced) {
   return static_cast<double>(edge.length) >= 1.25 * static_cast<double>(reduced * edge.resized);
 }
@@ -321,8 +321,9 @@ void decode_resize_one(std::string_view data, const DecodeResize& options, int64
   jpeg.do_fancy_upsampling = !may_reduce(reduced);
   reader.start();
   int first_column = along.base;
-  // Chroma upsampling reads neighbouring columns, so two more columns on each side keep the edge of
-  // the crop away. The smoothing of a progressive file reads further, so such a file isn't cropped.
+  // Chroma upsampling reads neighbouring columns. With two more columns on each side, the decoder's
+  // edge doesn't change the pixels of the crop. The smoothing of a progressive file reads further,
+  // so such a file isn't cropped.
   const int left = std::max(0, along.base - 2);
   const int right = std::min(static_cast<int>(jpeg.output_width), along.base + along.length() + 2);
   if (!jpeg.progressive_mode && right - left < static_cast<int>(jpeg.output_width)) {

@@ -41,7 +41,8 @@ struct ResampleKernels {
                  uint8_t* out);
 };
 
-// Each instruction set's unit defines its own. On AVX-512 without VNNI the kernels of AVX2 run.
+// The source file of each instruction set defines its own kernels. On AVX-512 without VNNI the
+// kernels of AVX2 run.
 namespace portable {
 extern const ResampleKernels kResample;
 }

@@ -22,7 +22,7 @@ namespace {
 
 // The longest depth that is one block, so that no sums go to memory in between.
 constexpr int64_t kWholeSteps = 24;
-// For a longer depth: 32 rows of the left operand are 32 KiB and stay in L1.
+// The block of a longer depth. Its 32 rows of the left operand are 32 KiB and stay in L1.
 constexpr int64_t kBlockSteps = 16;
 
 // The largest task, in panels. Each row of tasks reads the whole right operand from L3, so tasks
@@ -32,8 +32,7 @@ struct Shape {
 };
 constexpr Shape kShape = {12, 16}, kTransposedShape = {8, 24};
 
-// The size of equal parts of `size`, in the smallest number of parts that keeps each at `most` or
-// less.
+// The size of one part, if `size` is divided into the fewest equal parts of at most `most`.
 int64_t even_share(int64_t size, int64_t most) {
   const int64_t parts = std::max<int64_t>((size + most - 1) / most, 1);
   return std::max<int64_t>((size + parts - 1) / parts, 1);
@@ -162,9 +161,9 @@ struct Finisher {
   }
 };
 
-// The memory of a thread: packed steps of the left operand, and 32 x 32 sums, as many as any
-// product needs. Threads keep it, because the kernel needs more time to map the pages than a small
-// product takes.
+// The memory of a thread, large enough for any product: packed steps of the left operand, and
+// blocks of 32 x 32 sums. Threads keep it, because Linux needs more time to map the pages than a
+// small product takes.
 struct Memory {
   const Scratch<uint16_t> left{kShape.tall * kWholeSteps * kStep};
   const Scratch<float> sums{kShape.tall * kShape.wide * kStep};
@@ -219,7 +218,7 @@ void multiply_block(const LinearProduct& product, int64_t begin, int64_t end, in
             for (int64_t i = 0; i < kPanel; ++i) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
           }
           if (fetches) {
-            // One of wide * count, which share count * 32 rows.
+            // There are wide * count moments. Each prefetches its share of count * 32 cache lines.
             const int64_t moment = (other - from) * count + step;
             for (int64_t i = moment * kPanel / wide; i < (moment + 1) * kPanel / wide; ++i)
               _mm_prefetch(reinterpret_cast<const char*>(source(kPanel + i % kPanel, i / kPanel)),

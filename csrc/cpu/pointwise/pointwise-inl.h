@@ -16,8 +16,8 @@ BCLIP_INLINE Values row_of(const Values& values, int64_t index) {
           values.half};
 }
 
-// `count` values as floats, with zeros after them up to a whole vector. Uses `buffer` unless memory
-// holds them like that.
+// `count` values as floats, with zeros after them up to a whole vector. Returns their address in
+// memory if they have this form there, else fills and returns `buffer`.
 BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffer) {
   const int64_t whole = count / kLanes * kLanes;
   if (!from.half && whole == count) return static_cast<const float*>(from.at);
@@ -35,7 +35,8 @@ BCLIP_INLINE const float* floats(const Values& from, int64_t count, float* buffe
   return buffer;
 }
 
-// The address for `count` floats, in whole vectors, that settle() then stores to `to`.
+// The address to which the caller writes `count` floats, in whole vectors. settle() then stores
+// them to `to`.
 BCLIP_INLINE float* place(const Values& to, int64_t count, float* buffer) {
   return to.half || count % kLanes ? buffer : static_cast<float*>(to.at);
 }
@@ -56,8 +57,8 @@ BCLIP_INLINE void settle(const Values& to, int64_t count, const float* from) {
   std::memcpy(halves + whole, last, (count - whole) * sizeof(uint16_t));
 }
 
-// Writes `keep` of one row: 0 or `kept` for each column, rounded up to 32 columns. Eight counters
-// go at a time.
+// Writes `keep` of one row: 0 or `kept` for each column, rounded up to 32 columns. Computes eight
+// counters at a time.
 void fill_keep(const Dropout& dropout, int64_t row, int64_t columns, float* keep) {
   const Lanes kept = Set(dropout.kept);
   for (int64_t start = 0; start < columns; start += 2 * kLanes) {

@@ -11,7 +11,7 @@ namespace bclip::cpu {
 
 namespace {
 
-// Rows of a task: sums over rows are first taken within tasks, then over tasks.
+// Rows of a task. A sum over rows is computed within each task first, and then over the tasks.
 constexpr int64_t kRows = 32;
 constexpr int64_t kValues = 16384;  // values of a task of gelu
 

@@ -53,7 +53,7 @@ void dot_products(const float* left, const float* right, int64_t columns, int64_
 
 }  // namespace bclip::cpu
 
-// From here on the code is for the matrix unit.
+// The rest of this file is compiled for the matrix unit.
 #include "csrc/cpu/simd/target.h"
 
 #ifdef BCLIP_ISA_AVAILABLE

@@ -10,7 +10,8 @@ namespace bclip::bindings {
 
 namespace {
 
-// As bytes: a list of millions of Python's numbers would take longer than they took to find.
+// Returns bytes, because making a list of millions of Python integers would take longer than the
+// search.
 py::bytes amx_screen(uintptr_t left, uintptr_t right, int64_t num_rows, int64_t num_columns,
                      int64_t width, uintptr_t row_low, uintptr_t row_high, uintptr_t column_low,
                      uintptr_t column_high, uintptr_t row_counts, uintptr_t column_counts,

@@ -37,9 +37,9 @@ class AmxSession {
   const unsigned mode_;
 };
 
-// The place of 32 rows of a left operand. `low` is the first row and `high` the seventeenth. 32 k
-// of a row are contiguous. Rows are `stride` bytes apart, and the next 32 k are `next` elements
-// away.
+// The addresses of 32 rows of a left operand. `low` is the first row and `high` the seventeenth. A
+// row has 32 contiguous elements for each step. Rows are `stride` bytes apart, and steps are `next`
+// elements apart.
 struct Rows {
   Rows(const uint16_t* packed)
       : low(packed), high(packed + kStep / 2), stride(2 * kPanel), next(kStep) {}
@@ -57,8 +57,8 @@ struct Rows {
 BCLIP_INLINE void amx_spacer() { asm volatile(".rept 12\n\tnop\n\t.endr"); }
 
 // result (32, 32) = or += left (32, 32 steps) right (32 steps, 32). Calls work(step) after each
-// step. The right operand is loaded with a streaming hint, so that the left operand stays in L1:
-// that saves a third of the time. stride: elements between rows of the result.
+// step. The right operand is loaded with a streaming hint. The left operand then stays in L1, which
+// saves a third of the time. `stride` counts the elements between rows of the result.
 template <typename Work>
 BCLIP_INLINE void multiply(Rows left, const uint16_t* right, int64_t steps, float* result, bool add,
                            const Work& work, int64_t stride = kPanel) {
@@ -116,7 +116,7 @@ struct Features {
   const uint16_t* data;
   int64_t count, width;
 
-  // A bit for each of the 32 columns from k on that exists.
+  // A mask of the 32 columns from k on: those that exist.
   __mmask32 columns(int64_t k) const { return width - k >= kPanel ? ~0u : (1u << (width - k)) - 1; }
 
   // 32 elements of a row from column k on, with zeros outside the matrix.

@@ -21,11 +21,11 @@ int64_t block_rows(int64_t width, int64_t count) {
                   std::max<int64_t>(kPanel, kBlockElements / padded(width) / kPanel * kPanel));
 }
 
-// The place of 32 x 32 dot products: rows of Q from `row` on, with rows of K from `column` on.
+// The position of 32 x 32 dot products: rows of Q from `row` on, and rows of K from `column` on.
 struct TilePosition {
   int64_t row, column;
-  uint32_t columns;  // a bit for each of these rows of K that exists
-  // Row i of Q has its positive at column lane + i of the 32, if that is one of them.
+  uint32_t columns;  // a mask of the rows of K that exist
+  // The positive of row i of Q is in column lane + i, if this number is from 0 to 31.
   int64_t lane;
 };
 
@@ -107,8 +107,8 @@ void for_each_tile(const Features& query, int64_t begin, int64_t end, const Feat
   }
 }
 
-// Calls task(number, memory) for each number below `count`. A thread uses one memory for all its
-// tasks.
+// Calls task(number, memory) for each number below `count`. A thread uses the same memory for all
+// of its tasks.
 template <typename Task>
 void with_memory(int64_t count, int threads, int64_t query_rows, int64_t key_rows, int64_t width,
                  bool with_gradient, const Task& task) {

@@ -16,7 +16,7 @@
 
 namespace bclip::cpu {
 
-// From worst to best.
+// In order of increasing speed.
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
 // "plain", "avx2" or "avx512": the values of BCLIP_CPU_ISA.
@@ -30,8 +30,8 @@ std::string instruction_set();  // its name
 // Whether the 8-bit dot products of AVX-512 may be used.
 bool has_vnni();
 
-// Whether the matrix unit may be used: the processor has it, AVX-512 is in use, and Linux grants
-// the permission, which the first call requests.
+// Whether the matrix unit may be used. The processor must have it, AVX-512 must be in use, and
+// Linux must grant permission, which the first call requests.
 bool has_amx();
 
 // Declares a constant that the unit of each instruction set defines in its namespace (target.h).

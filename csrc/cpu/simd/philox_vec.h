@@ -9,8 +9,8 @@ namespace bclip::cpu::BCLIP_ISA {
 
 namespace {
 
-// The order of the eight counters for which Interleaved() returns the words in the order of the
-// counters.
+// If the lanes hold the eight counters in this order, Interleaved() returns the words in ascending
+// order of the counters.
 constexpr uint64_t kPhiloxOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 struct PhiloxVec {

@@ -9,8 +9,7 @@
 
 namespace bclip::cpu {
 
-// At least `bytes` bytes, aligned to 64, that belong to the calling thread. A later call may move
-// them.
+// Memory of the calling thread: at least `bytes` bytes, aligned to 64. A later call may move it.
 char* thread_scratch(int64_t bytes);
 
 // Hands out pieces of a scratch, each aligned to 64 bytes. Without memory it only counts the bytes.

@@ -1,7 +1,7 @@
 // Vectors of sixteen 32-bit numbers, in registers of the target's own width. If one register holds
-// them all, a vector is the compiler's vector extension, else a pair of narrower vectors. GCC 12
-// would keep a vector that is wider than the registers in memory, and copy it eight bytes at a
-// time. The operations have Highway's names.
+// them all, a vector is one of the compiler's vector extension. Otherwise it is a pair of narrower
+// vectors. GCC 12 would keep a vector that is wider than the registers in memory, and copy it eight
+// bytes at a time. The operations have Highway's names.
 //
 // Include it after target.h. All of it has internal linkage and is inlined.
 #pragma once
@@ -23,8 +23,8 @@ constexpr int kRegisterBytes = 16;
 #endif
 
 // Two vectors as one with twice as many elements. It has the operators of the compiler's vectors,
-// which act element by element. A scalar counts for all elements, and a comparison yields -1 or 0
-// in each.
+// which act element by element. A scalar operand applies to every element. A comparison yields -1
+// or 0 in each element.
 template <class Half, class T>
 struct Pair {
   Half low, high;

@@ -25,7 +25,7 @@ struct Layout {
                        kKeys = kWarps * kKeysPerWarp;
   static constexpr int kRows = Tile<T, kDim>::bytes(kStrip);
   static constexpr int kKey = 0, kValue = Tile<T, kDim>::bytes(kKeys), kQuery = 2 * kValue;
-  // Both twice, since the next strip is copied during the work on this one.
+  // Q and dO have two buffers each, because the next strip is copied during the work on this one.
   static constexpr int kGrad = kQuery + 2 * kRows;
   static constexpr int kScoresGrad = kGrad + 2 * kRows,
                        kDelta = kScoresGrad + Tile<T, kStrip>::bytes(kKeys);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
       block_barrier();
       const Tile<T, kDim> queries{{Places::kQuery + stage * Places::kRows}},
           grads{{Places::kGrad + stage * Places::kRows}};
-      // Four lanes to a row.
+      // Four lanes share a row.
       for (int index = thread_index(); index < kStrip * 4; index += kThreads) {
         const int row = index / 4;
         float delta = 0.0f;
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
           for (int half = 0; half < 2; ++half) {
             const int column = strip + half * 8 + place * 2;
             const Pair delta = deltas.load_as<Pair>(column), high = row_lse.load_as<Pair>(column);
-            // A bit for each of (row, row + 8) x (column, column + 1), in the order of the
-            // fragment.
+            // One bit for each element of (row, row + 8) x (column, column + 1), in the fragment's
+            // order.
             uint32_t kept = 0xf;
             if (kDropout) {
               // Lane 8 q + i draws for quad q of the 16 keys and query i of the 8.
@@ -291,8 +291,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
   }
 }
 
-// Returns act(layout for these sizes). If a block may have less than the 129.5 KiB for 256 keys of
-// 64 elements (sm_86, sm_89 and sm_120 allow 99 KiB), keys go through in chunks of 128.
+// Returns act(layout for these sizes). 256 keys of 64 elements need 129.5 KiB. If a block may use
+// less (99 KiB on sm_86, sm_89 and sm_120), it processes the keys in chunks of 128.
 template <class T, class Act>
 auto with_layout(int dim, int max_length, int block_bytes, Act&& act) {
   switch (dim) {

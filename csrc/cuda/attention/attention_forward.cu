@@ -1,6 +1,6 @@
 // A block of 4 warps computes every splits-th strip of 64 queries of a sequence and head. A warp
 // holds the scores of its 16 queries with up to kKeys keys in registers. For a sequence of at most
-// kKeys rows, K and V are loaded once and the softmax needs one pass, so the warps don't wait for
+// kKeys rows, K and V are loaded once and the softmax needs one pass. The warps then don't wait for
 // each other. Longer sequences go through chunks of kKeys keys with a running maximum (Milakov and
 // Gimelshein 2018, arXiv 1805.02867). Keys after the end of the sequence cost nothing beyond the
 // next multiple of 16.

@@ -177,8 +177,8 @@ __device__ __forceinline__ float fold_block(float value, Shared<float> memory, F
   return fold(fold(memory.load(0), memory.load(1)), fold(memory.load(2), memory.load(3)));
 }
 
-// The shift for which row i of the tile has its positive in column i + shift. Outside the tile, any
-// value that no column has.
+// The positive of row i of the tile is in column i + shift. If the tile holds no positive, the
+// shift leads to no column.
 __device__ __forceinline__ int positives_of(const Features& features, const TilePlace& tile) {
   const int64_t shift = features.first + tile.row - tile.column;
   return shift > -kSide && shift < kSide ? static_cast<int>(shift) : 4 * kSide;

@@ -34,20 +34,20 @@ struct Groups {
 };
 
 struct GradientTile {
-  // (b, stride) float16: scale * G / w, written up to the stride. Null for only the loss of a
-  // sigmoid.
+  // (b, stride) float16: scale * G / w, written up to the stride. Null if the caller needs only the
+  // sigmoid's loss.
   void* grad;
   int64_t stride;  // at least B, a multiple of 8
   float scale;
-  // A row for each tile, written: the sum of G / w * (I T^T). For the sigmoid also the sum of G /
-  // w, and loss / w.
+  // Written, one row for each tile: the sum of G / w * (I T^T). The sigmoid adds the sum of G / w,
+  // and loss / w.
   float* partials;
 };
 
 // exp(-R_i) = 2^-near * rest, for rows and columns. An infinite `near` means an infinite R.
 struct Normalizers {
   const float *rows_near, *rows_rest, *columns_near, *columns_rest;
-  const float* positive_grad;  // (b,), of G / w; unused without positives
+  const float* positive_grad;  // (b,): G / w at the positives; unused without positives
 };
 
 void contrastive_softmax(const Features& features, const Normalizers& normalizers,

@@ -1,7 +1,7 @@
 // Log-sum-exps of the rows and of the columns of each tile of S. One exponential serves both, with
-// the highest logit of the tile as its offset. If the sum of some row or column is so small that it
-// loses digits, the tile is computed again, with the maximum of each row and of each column. No two
-// threads write the same partial result, so atomics aren't needed.
+// the highest logit of the tile as its offset. If a row or column has so small a sum that it loses
+// digits, the tile is computed again. Each row and column then has its own maximum as its offset.
+// No two threads write the same partial result, so atomics aren't needed.
 #include "csrc/cuda/contrastive/contrastive.cuh"
 
 namespace bclip::cuda {
@@ -12,8 +12,8 @@ struct Arguments {
   PartialSums sums;
 };
 
-// After the pipeline, its memory holds sums of rows, of columns and of the block, and the vote of
-// the block.
+// After the pipeline, its memory holds the sums of rows, columns and the block, and the block's
+// least sum.
 constexpr int kRows = 0, kColumns = kRows + 2 * kSide * 4, kBlock = kColumns + 2 * kSide * 4,
               kVote = kBlock + 16;
 

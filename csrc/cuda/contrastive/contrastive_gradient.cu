@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential, unless
-  // the R and Q of the tile are so far apart that no m serves both. A row without a loss has an
+  // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential. It fails
+  // if the R and Q of the tile are so far apart that no m serves both. A row without a loss has an
   // infinite R and the factor zero.
   const int thread = thread_index();
   const bool has_row = thread < tile.rows, has_column = thread < tile.columns;

@@ -15,7 +15,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-// A default argument that is the place of the call in the source.
+// A default argument that holds the file and line of the call.
 #define BCLIP_SITE emulator::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace bclip::cuda {
@@ -179,12 +179,12 @@ add_products(Columns& sums, const float* a, const Columns* b) {
   Columns cut = __builtin_convertvector(units, Columns);
   const Words rounded = __builtin_convertvector(cut, Words);
   const Words away = (rounded < 0 ? -rounded : rounded) > (units < 0 ? -units : units);
-  // Subtracts one last place where the conversion rounded away from zero.
+  // Subtracts one unit in the last place where the conversion rounded away from zero.
   cut = (Columns)((Words)cut + away) * (Columns)unit;
   sums = total - total == 0 ? cut : total;
 }
 
-// A number from -most to most that depends on the bits of x.
+// A pseudo-random number from -most to most, determined by the bits of x.
 inline int error_of(float x, int most) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -252,9 +252,9 @@ void wait_for_copies() {
   emulator::finish_copies(N);
 }
 
-// ex2.approx.ftz and lg2.approx with the largest errors that the CUDA C++ programming guide allows
-// ("Mathematical functions", intrinsics): 2 units in the last place, or 2^-22 for logarithms of 0.5
-// to 2. Subnormal results are zero.
+// Like ex2.approx.ftz and lg2.approx, with the largest errors that the CUDA C++ programming guide
+// allows ("Mathematical functions", intrinsics). These are 2 units in the last place, or 2^-22 for
+// logarithms of 0.5 to 2. Subnormal results are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f

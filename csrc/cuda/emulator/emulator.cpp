@@ -68,9 +68,9 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // the last group is still open
 };
 
-// The last write and the last reads of two bytes of shared memory. For the reads of one epoch of
-// the block it records the warp, or that several warps read. Within the warp it records the thread,
-// or that several read since its last barrier.
+// The last write and the last reads of two bytes of shared memory. `read_warp` is the warp that
+// read since the last barrier of the block, or kSeveral. `reader` is the thread that read since the
+// last barrier of that warp, or kSeveral.
 struct Cell {
   int writer, write_warp;
   uint32_t write_block_epoch, write_warp_epoch;

@@ -5,9 +5,9 @@
 // It is stricter than a GPU. It reports these errors, as std::runtime_error with the place in the
 // source:
 //  - an access to shared memory that isn't ordered with an access of another thread. Only a barrier
-//    of the block, or of the warp that the two threads share, orders them. __syncthreads and
-//    __syncwarp are the only barriers, so counting them is exact. ldmatrix reads for the whole
-//    warp, so it needs a barrier even after writes of the same warp;
+//    of the block, or of the warp that the two threads share, orders them. Counting these barriers
+//    is exact, because a kernel has only __syncthreads and __syncwarp. A read by ldmatrix is for
+//    the whole warp, so it needs a barrier even after writes of the same warp;
 //  - a read of shared memory before it is written, and an access outside its bounds;
 //  - an access to memory that a copy_async in flight will write, and a thread that ends without
 //    waiting for its copies;
@@ -40,12 +40,12 @@ int64_t block();
 
 // Waits for all threads of the block.
 void meet_block(Site site);
-// Waits for all lanes of the warp. The last one calls act() with the data that each lane brought,
-// in the order of lanes.
+// Waits for all lanes of the warp. The last lane calls act() with the data of all lanes, in their
+// order.
 void meet_warp(Site site, const char* name, void* brought, void (*act)(void* const (&all)[32]));
 void order_warp();  // called by act(): orders the lanes' earlier accesses before their later ones
 
-// Accesses to shared memory, from its byte `byte` on.
+// Accesses to shared memory from byte `byte` on.
 void read(Site site, int64_t byte, void* to, size_t size);
 void write(Site site, int64_t byte, const void* from, size_t size);
 // A read on behalf of the whole warp.

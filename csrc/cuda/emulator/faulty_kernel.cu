@@ -1,4 +1,4 @@
-// A kernel with a fault to choose, which the emulator must detect.
+// A kernel with a selectable fault, which the emulator must detect.
 #include "csrc/cuda/emulator/faulty_kernel.h"
 
 #include "csrc/cuda/device.cuh"

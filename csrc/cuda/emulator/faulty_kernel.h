@@ -1,4 +1,4 @@
-// A small matrix product with a fault to choose, for the tests of the emulator.
+// A small matrix product with a selectable fault, for the tests of the emulator.
 #pragma once
 
 namespace bclip::cuda::emulator {

@@ -20,7 +20,7 @@ inline Place place_in_c(int lane, int i) {
   return {lane / 4 + (i < 2 ? 0 : 8), lane % 4 * 2 + (i & 1)};
 }
 
-// In an 8 x 8 matrix that ldmatrix loads, with i = 0 or 1.
+// The place of element i, 0 or 1, in an 8 x 8 matrix that ldmatrix loads.
 inline Place place_in_matrix(int lane, int i, bool transposed) {
   const Place place{lane / 4, lane % 4 * 2 + i};
   return transposed ? Place{place.column, place.row} : place;

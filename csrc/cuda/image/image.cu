@@ -23,8 +23,8 @@ __device__ inline double filter(double x, bool bicubic) {
   return x < 2 ? product(product(product(x - 5, x) + 8, x) - 4, a) : 0;
 }
 
-// A thread computes an output of an axis. Sums and roundings have Pillow's order. Products without
-// product() are by a power of two, which is exact.
+// A thread computes an output of an axis. The order of sums and roundings is Pillow's. Products
+// without product() are by a power of two, which is exact.
 __global__ void __launch_bounds__(kThreads) weigh(ImageResize call) {
   const int64_t index = block_index() * kThreads + thread_index();
   if (index >= call.count * 2 * call.size) return;

@@ -11,14 +11,14 @@
 
 namespace bclip::cuda {
 
-// A block of threads computes a tile of 16 x 16 pixels from chunks of 32 lines of 16 pixels of 4
-// bytes.
+// A block of threads computes a tile of 16 x 16 pixels. It reads chunks of 32 lines of 16 pixels,
+// with 4 bytes for each pixel.
 constexpr int kImageSide = 16, kImageChunk = 32, kImageThreads = kImageSide * kImageSide;
 constexpr int kImageSharedBytes = kImageSide * kImageChunk * 4;
 
 // One axis of an image. Each output has 2 + `taps` words in the table of weights, from `words` on.
-// They are the first pixel of its window, counted from `start`, the number of pixels, and their
-// coefficients times 2^22.
+// The first word is the first pixel of its window, counted from `start`. The second is the number
+// of pixels. The others are their coefficients times 2^22.
 struct Axis {
   int64_t start, length, resized, offset;  // as Edge of image_edges.h
   int64_t step;                            // bytes from pixel to pixel
@@ -26,7 +26,7 @@ struct Axis {
 };
 
 struct ImageLayout {
-  // Offset of its first byte in the batch; rows of RGB without gaps. -1: a square of zeros.
+  // Offset of the first byte in the batch, or -1 for a square of zeros. Rows of RGB have no gaps.
   int64_t pixels;
   Axis first, second;  // in the order of the passes
   int64_t along_first;
@@ -35,7 +35,7 @@ struct ImageLayout {
 struct ImagePlan {
   std::vector<ImageLayout> images;
   int64_t words = 0;  // words of the table of weights
-  // Index and reason of each image that its box isn't inside of.
+  // The index of each image that doesn't contain its box, and the reason.
   std::vector<std::pair<int64_t, std::string>> errors;
 };
 

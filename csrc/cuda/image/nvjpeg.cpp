@@ -56,7 +56,7 @@ std::pair<int, int> plain_size(std::string_view file) {
           luma != 0x41)
         return kUnsuitable;
       for (int i = 0; i < components; ++i) {
-        // Components of RGB have letters as names.
+        // The ids of RGB components are letters.
         if (byte(body + 6 + 3 * i) > 3) return kUnsuitable;
       }
     } else if (marker > 0xc0 && marker < 0xd0 && marker != 0xc4 && marker != 0xc8) {

@@ -1,5 +1,5 @@
-// nvJPEG. It is loaded at its first use, so neither the build nor the import needs it. nvjpeg.cpp
-// declares its functions as the documentation of CUDA 12 and 13 does.
+// nvJPEG. It is loaded at its first use, so neither the build nor the import needs it. The
+// declarations in nvjpeg.cpp follow the documentation of CUDA 12 and 13.
 #pragma once
 
 #include <cstdint>
