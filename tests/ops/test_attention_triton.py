@@ -123,7 +123,7 @@ def test_triton_dropout_drops_the_weights_of_the_reference(tokens, first, dtype)
 def test_limits_give_reasons():
     limits = LIMITS["triton"]
     qkv = torch.ones(3, 3, 1, 32)
-    assert "d is 48" in limits(torch.ones(3, 3, 1, 48))
+    assert "d=48" in limits(torch.ones(3, 3, 1, 48))
     assert "float64" in limits(qkv.double())
     if INTERPRETED:
         assert limits(qkv) is None
