@@ -198,11 +198,11 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
 
         first, second = (arithmetic.load(part) for part in upstream.chunk(2))
         second = second * 0.5
-        own = first + second if post else first
+        result_grad = first + second if post else first
         if post and low == stream:
             # Both outputs are one tensor, so torch adds its gradients in its dtype.
-            own = arithmetic.stored(own, low)
-        scaled = own * weight
+            result_grad = arithmetic.stored(result_grad, low)
+        scaled = result_grad * weight
         means = arithmetic.total(scaled, 1) / width, arithmetic.total(scaled * normed, 1) / width
         total_grad = (scaled - means[0] - normed * means[1]) * inverse
         if not post:
@@ -210,7 +210,7 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
         grads = [arithmetic.stored(total_grad, stream)]
         if len(inputs) == 4:
             grads.append(arithmetic.stored(total_grad * mask, inputs[1].dtype))
-        grads += [arithmetic.total(part, 0)[0] for part in (own * normed, own)]
+        grads += [arithmetic.total(part, 0)[0] for part in (result_grad * normed, result_grad)]
         return [out, *grads]
 
     return formula
