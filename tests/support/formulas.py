@@ -56,8 +56,9 @@ def _attention(
 def attention(options: Sequence[Any]) -> Formula:
     """The formula for queries, keys and values (T, H, d). `options` are the fields of `AttentionCall` after qkv.
 
-    Errors grow with the depth d of two dot products, and with the number of keys in the softmax's sum and in two more
-    dot products. They also grow with the scores, which are exponents."""
+    Errors grow with the depth d of two dot products. They also grow with the number of keys, in the softmax's sum and
+    in two more dot products, and with the scores, which are exponents.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], grad: Tensor) -> list[Any]:
         sequences = []

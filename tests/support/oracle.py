@@ -156,7 +156,8 @@ def factor_of(count: int) -> float:
     """The factor by which the norm of `count` errors may exceed the usual norm.
 
     Take two norms of n independent normal errors of one size. Their squared ratio exceeds x with a probability below 2
-    / (n B(n/2, n/2)) x^(-n/2). This follows from the powers of x in the density of the F distribution."""
+    / (n B(n/2, n/2)) x^(-n/2). This follows from the powers of x in the density of the F distribution.
+    """
     if count >= FEW:
         return FACTOR
     log_beta = 2 * math.lgamma(count / 2) - math.lgamma(count)
