@@ -1,4 +1,4 @@
-"""Make open_clip train with our losses, by one line, for users who can't edit its imports.
+"""Make open_clip train with our losses by a single call, for users who can't edit its imports.
 
     from bclip_fast.integrations import open_clip
 

@@ -94,7 +94,7 @@ def requests(monkeypatch) -> list[int]:
 
 
 def looks(watch: threads.Watch, others: list[float], num_threads: int, num_cpus: int) -> None:
-    """Let the watch look once a second. others: cores that other processes use in each second."""
+    """Let the watch sample once a second. others: cores that other processes use in each second."""
     clock = idle = 0.0
     watch.look(threads.Sample(clock, 0.0, idle, num_cpus), num_threads, num_cpus)
     for cores in others:

@@ -166,8 +166,8 @@ _RUNS = (
 
 def files(folder: Path) -> dict[str, Any]:
     """The files that the commands leave in `folder`, by path: keys and types, columns, tensors."""
-    given = ("articles", "shards", "tables", "train_ddp", "train.toml")
-    for name in given:
+    inputs = ("articles", "shards", "tables", "train_ddp", "train.toml")
+    for name in inputs:
         copy = shutil.copytree if (HERE / "written" / name).is_dir() else shutil.copy
         copy(HERE / "written" / name, folder / name)
     before = os.getcwd()
@@ -176,7 +176,7 @@ def files(folder: Path) -> dict[str, Any]:
         for status, arguments in _RUNS:
             if main(arguments) != status:
                 raise RuntimeError(f"bclip {' '.join(arguments)} didn't end with {status}")
-        paths = sorted(path for path in Path().rglob("*") if path.is_file() and path.parts[0] not in given)
+        paths = sorted(path for path in Path().rglob("*") if path.is_file() and path.parts[0] not in inputs)
         described: dict[str, Any] = {}
         first: dict[str, str] = {}
         for path in paths:

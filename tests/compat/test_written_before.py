@@ -73,9 +73,9 @@ def lines_of(path: str) -> list[dict[str, Any]]:
 
 def losses(run: str) -> dict[int, float]:
     """The loss of each step. No step occurs twice."""
-    found = [line for line in lines_of(f"{run}/metrics.jsonl") if "loss" in line]
-    assert len({line["step"] for line in found}) == len(found)
-    return {line["step"]: line["loss"] for line in found}
+    records = [line for line in lines_of(f"{run}/metrics.jsonl") if "loss" in line]
+    assert len({line["step"] for line in records}) == len(records)
+    return {line["step"]: line["loss"] for line in records}
 
 
 def norms(run: str) -> dict[str, float]:
@@ -256,8 +256,8 @@ def test_index_gives_the_recorded_hits(bclip):
         flags = ("--model", "train_ddp", "--data", "ingest", "--gallery", "gallery.html")
         printed = bclip("search", "index", query, "-k", "20", *flags)
         rows = [[cell.strip() for cell in line.split("\u2502")] for line in printed.splitlines()]
-        found = {row[3]: float(row[2]) for row in rows if len(row) > 4 and row[1].isdigit()}
-        assert found == pytest.approx(hits, abs=0.002)
+        cosines = {row[3]: float(row[2]) for row in rows if len(row) > 4 and row[1].isdigit()}
+        assert cosines == pytest.approx(hits, abs=0.002)
         assert Path("gallery.html").read_text().count("<img ") == len(hits)
 
 

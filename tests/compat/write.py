@@ -7,7 +7,8 @@ resume is killed while it writes its second checkpoint. An absolute path in a fi
 replace. `expected.json` holds the numbers that the tests compare with.
 
 To keep a set of a later version beside this one, run the script at that version. Commit the folder as
-`tests/compat/written_VERSION`, and add it to SETS in `test_written_before.py`."""
+`tests/compat/written_VERSION`, and add it to SETS in `test_written_before.py`.
+"""
 
 from __future__ import annotations
 

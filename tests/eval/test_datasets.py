@@ -121,7 +121,7 @@ def test_medmnist_multi_label_gives_macro_auroc(tmp_path: Path) -> None:
     write_medmnist(tmp_path / "chestmnist.npz", test_labels=np.array([[1, 0], [0, 1], [0, 0]], np.uint8))
     result = evaluate_task(write_task(tmp_path, "auto", multi_label=True), tmp_path / "chestmnist.npz")["mine"]
     assert result["samples"]["label"] == ["0", "1", ""]
-    # The third image is blue without a label. It ties with the second, which costs half a pair of class 1.
+    # The third image is blue without a label. Its score equals the second's, so the AUROC of class 1 loses half a pair.
     assert [row["auroc"] for row in result["per_class"]] == [1, 0.75]
     assert result["figures"][0]["name"] == "AUROC, macro"
     assert result["figures"][0]["value"] == 0.875

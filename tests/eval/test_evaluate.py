@@ -30,7 +30,7 @@ def test_evaluate_shards_gives_retrieval_and_zero_shot(shards: Path) -> None:
     assert results["tasks"]["retrieval"]["task"]["data"]["fingerprint"] == open_dataset(str(shards), "val").fingerprint
     assert results["model"]["logit_scale"] == pytest.approx(10)
     result = results["tasks"]["retrieval"]
-    # There are 20 pairs of 4 colours with 3 captions each: the colour of a caption leaves 5 images.
+    # There are 20 pairs of 4 colours with 3 captions each, so 5 images match the colour of a caption.
     assert result["num_distinct_captions"] == 12
     assert result["figures"][5]["name"] == "text to image R@5"
     assert result["figures"][5]["value"] > 0.9

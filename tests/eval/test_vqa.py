@@ -20,7 +20,7 @@ def test_rad_splits_have_the_published_sizes(shared_data: Path) -> None:
     assert len(test) == tasks.load("vqa_rad").num_samples
     assert sorted({q.kind for q in test.questions}) == ["closed", "open"]
     assert [sum(q.kind == kind for q in test.questions) for kind in ("open", "closed")] == [179, 272]
-    # The train split of the field contains rewrites of test questions.
+    # The usual train split contains rewrites of test questions.
     rows = {q.key for q in test.questions}
     assert sum(q.key.removesuffix("-framed") in rows for q in vqa_data.rad(root, "train").questions) == 284
     assert not any(q.key.removesuffix("-framed") in rows for q in vqa_data.rad(root, "train_clean").questions)

@@ -75,7 +75,7 @@ std::string mutated(Random& random, const std::vector<std::string>& files) {
                                       data.substr(std::min(data.size(), at + part.size()));
         break;
       }
-      case 4: {  // a part repeated, or removed
+      case 4: {  // a part, repeated or removed
         const size_t from = below(random, data.size()), length = below(random, data.size() - from);
         data = below(random, 2) ? data.substr(0, from) + data.substr(from + length)
                                 : data + data.substr(from, length);

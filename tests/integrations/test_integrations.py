@@ -39,7 +39,7 @@ def uninstalled():
 
 
 def arguments(**changed):
-    """The arguments of open_clip's trainer that one step reads."""
+    """The arguments of open_clip's trainer that a step reads."""
     values = {
         "model": "tiny", "distill": False, "siglip": False, "local_loss": False, "gather_with_grad": False, "rank": 0,
         "world_size": 1, "horovod": False, "loss_dist_impl": None, "device": "cpu", "precision": "fp32",
@@ -191,7 +191,7 @@ def test_ranking_loss_and_gradients_equal_definition(directions, num_negatives):
 @pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
 @pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query")], ids=len)
 def test_ranking_hardness_equals_definition(mode, directions):
-    """Hardness adds strength * cosine, as a constant, to the documents that the mode names, only for queries."""
+    """For queries, hardness adds the constant strength * cosine to the scores of the documents that the mode names."""
     columns = torch.randn(4, 5, 6, dtype=torch.float64).requires_grad_()
     queries, *documents = columns
     candidates = [(row, index, part) for part, rows in enumerate(documents) for index, row in enumerate(rows)]

@@ -165,7 +165,7 @@ def test_four_ranks_equal_and_unequal_batches_give_global_gradient():
 
 
 def compiled_on_two(rank):
-    """The eager and the compiled loss: a compiler easily loses an all-reduce inside an autograd function."""
+    """The eager and the compiled loss. A compiler easily loses an all-reduce inside an autograd function."""
     generator = torch.Generator().manual_seed(rank)
     features = [F.normalize(torch.randn(5, 16, generator=generator), dim=-1) for _ in range(2)]
     results = []

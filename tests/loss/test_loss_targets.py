@@ -35,7 +35,7 @@ def pairs(image_sizes, text_sizes):
 
 
 def smoothed(image, text, scale, same, amount=0.1):
-    """F.cross_entropy's smoothing: images over all texts, and texts that have an image over all images."""
+    """The loss with F.cross_entropy's smoothing: of images over all texts, and of paired texts over all images."""
     logits, columns = scale * image @ text.T, same.int().argmax(1)
     return (
         F.cross_entropy(logits, columns, label_smoothing=amount)
@@ -102,7 +102,7 @@ def cone(num):
 
 
 def in_float32(rank):
-    """Gradients on two ranks: of a cone of low cosines, and of a float16 SigLIP loss, 1e-8 before scaling."""
+    """Gradients on two ranks for a cone of low cosines, and for a float16 SigLIP loss (1e-8 before scaling)."""
     rows = slice(20 * rank, 20 * rank + 20)
     leaves = [part[rows].clone().requires_grad_() for part in cone(40)] + [torch.tensor(100.0, requires_grad=True)]
     low = torch.autograd.grad(ClipLoss(rank=rank, world_size=2)(*leaves), leaves)

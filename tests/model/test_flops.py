@@ -47,7 +47,7 @@ def test_forward_flops_equal_torchs_count(patch_dropout: float):
     ],
 )
 def test_step_flops_exclude_backward_of_locked_layers(image: int, text: int | None, missing: int):
-    """Lock all but `image` and `text` of two layers. torch counts everything outside our attention operator."""
+    """Keep `image` and `text` of two layers trainable. PyTorch counts everything outside our attention operator."""
     config = tiny_model()
     model = BiomedClip(config).train()
     model.visual.lock(image)

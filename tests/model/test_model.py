@@ -43,7 +43,7 @@ def test_presets_cover_paper_ablations() -> None:
     with torch.device("meta"):
         sizes = {letter: BiomedClip(preset(f"biomedclip_{letter}16")) for letter in "smb"}
     millions = {k: sum(p.numel() for p in m.visual.parameters()) / 1e6 for k, m in sizes.items()}
-    # Table S2 of the paper: 22, 39 and 86 million.
+    # Table S2 of the paper: 22, 39 and 86 million parameters.
     assert millions == pytest.approx({"s": 22, "m": 39, "b": 86}, abs=0.7)
     assert preset("biomedclip_b16_384").vision.num_patches == 576
     assert preset("biomedclip_b16_ctx77").text.context_length == 77

@@ -33,7 +33,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 def peer(ours: BiomedClip) -> Any:
-    """open_clip's CLIP of the same sizes and weights, its text tower under `text.`."""
+    """open_clip's CLIP with the same sizes and weights, and with its text tower under `text.`."""
     open_clip = import_open_clip()
     vision, text = ours.config.vision, ours.config.text
     theirs = open_clip.model.CustomTextCLIP(

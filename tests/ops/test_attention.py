@@ -81,8 +81,8 @@ def test_reference_formulas_give_the_gradient_of_the_definition(cu_seqlens, drop
     call = AttentionCall(qkv.detach(), *inputs)
     out, lse = reference.forward(call)
     torch.testing.assert_close(out, truth.detach(), rtol=1e-13, atol=1e-13)
-    own = reference.backward(call, upstream, out, lse)
-    torch.testing.assert_close(own, torch.autograd.grad(truth, qkv, upstream)[0], rtol=1e-12, atol=1e-12)
+    actual = reference.backward(call, upstream, out, lse)
+    torch.testing.assert_close(actual, torch.autograd.grad(truth, qkv, upstream)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])

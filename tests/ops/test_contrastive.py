@@ -152,7 +152,7 @@ def gradients_of(function, inputs):
 
 
 def errors(ours, truth):
-    return [((own.double() - true).norm() / true.norm()).item() for own, true in zip(ours, truth, strict=True)]
+    return [((actual.double() - true).norm() / true.norm()).item() for actual, true in zip(ours, truth, strict=True)]
 
 
 @pytest.mark.parametrize("backend", every_backend("contrastive"))
@@ -182,8 +182,8 @@ def test_negatives_below_the_smallest_float_give_exact_zeros(backend):
     inputs[2] = torch.tensor(40.0)
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
     assert truth[2].abs() > 1e-38
-    own = gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs)
-    assert ((own[2].double() - truth[2]) / truth[2]).abs() <= 1e-5
+    actual = gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs)
+    assert ((actual[2].double() - truth[2]) / truth[2]).abs() <= 1e-5
 
 
 @pytest.mark.parametrize("backend", every_backend("contrastive"))
@@ -214,7 +214,7 @@ def test_bfloat16_features_at_scale_100_beat_autocast(backend, cosine):
 
     ours = errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)
     theirs = errors(gradients_of(autocast_step, inputs), truth)
-    assert all(own <= 0.4 * other for own, other in zip(ours[:2], theirs[:2], strict=True)), (ours, theirs)
+    assert all(actual <= 0.4 * other for actual, other in zip(ours[:2], theirs[:2], strict=True)), (ours, theirs)
 
 
 @pairwise(backend_and_dtype=every_backend_and("contrastive", torch.float16, torch.bfloat16))

@@ -93,7 +93,7 @@ def test_rectangular_tile_of_ranks_matches_the_reference(dtype, first, columns, 
     for ours, true in zip(cpu.forward(call), truth, strict=True):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, true, rtol=0, atol=1e-5)
-    # Gradients as if other ranks had more rows of the columns, and some rows and columns had no loss.
+    # Compute gradients as if other ranks held further rows, and as if some rows and columns had no loss.
     rows, columns = truth[0] + 0.5, truth[1] + 1
     rows[3:9], columns[::5] = torch.inf, torch.inf
     positive_grad = torch.linspace(-1, -2, 70)
@@ -101,10 +101,10 @@ def test_rectangular_tile_of_ranks_matches_the_reference(dtype, first, columns, 
     true = reference.backward(exact_call, upstream, torch.float64)
     for result in (dtype, torch.float32):
         ours = cpu.backward(call, SoftmaxGradient(rows, columns, weight, positive_grad), result)
-        assert [own.dtype for own in ours] == [result, result, torch.float32]
-        for own, exact in zip(ours, true, strict=True):
+        assert [actual.dtype for actual in ours] == [result, result, torch.float32]
+        for actual, exact in zip(ours, true, strict=True):
             tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
-            assert (own.double() - exact).norm() <= tolerance * exact.norm()
+            assert (actual.double() - exact).norm() <= tolerance * exact.norm()
 
 
 def test_siglip_tile_without_positives_matches_the_reference(products):
@@ -114,8 +114,8 @@ def test_siglip_tile_without_positives_matches_the_reference(products):
     exact_call = ContrastiveCall(*wide[:3], None, 64, bias=wide[3])
     truth = reference.siglip(exact_call, 0.1, torch.float64, True)
     ours = cpu.siglip(ContrastiveCall(image, text, scale, None, 64, bias=bias), 0.1, torch.bfloat16, True)
-    for own, exact in zip(ours, truth, strict=True):
-        assert (own.double() - exact).norm() <= 2.0**-7 * exact.norm()
+    for actual, exact in zip(ours, truth, strict=True):
+        assert (actual.double() - exact).norm() <= 2.0**-7 * exact.norm()
 
 
 def test_number_of_threads_does_not_change_results(products):
@@ -153,8 +153,8 @@ def test_offset_that_underflows_gives_way_to_the_running_maximum(scale, monkeypa
     monkeypatch.setattr(cpu, "_with_running_maximum", lambda *a: calls.append(1) or original(*a))
     call = ContrastiveCall(image, text, torch.tensor(scale), 0, 64)
     exact_call = ContrastiveCall(image.double(), text.double(), torch.tensor(scale).double(), 0, 64)
-    for own, exact in zip(cpu.forward(call), reference.forward(exact_call), strict=True):
-        torch.testing.assert_close(own.double(), exact, rtol=1e-6, atol=2e-5)
+    for actual, exact in zip(cpu.forward(call), reference.forward(exact_call), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-6, atol=2e-5)
     assert bool(calls) == (scale > 0)
     judge_clip_loss(clip, lambda: [*cone(60, -0.8), torch.tensor(scale)])
 
@@ -228,7 +228,7 @@ def test_default_dtype_and_device_of_torch_do_not_change_results(dtype):
                 torch.set_default_dtype(torch.float32)
             assert value.dtype == torch.float32
             assert value.device.type == "cpu"
-            assert all(torch.equal(own, true) for own, true in zip(gradients, truth, strict=True))
+            assert all(torch.equal(actual, true) for actual, true in zip(gradients, truth, strict=True))
 
 
 def test_gradient_of_the_scale_is_summed_before_g_is_rounded(products):
@@ -236,9 +236,9 @@ def test_gradient_of_the_scale_is_summed_before_g_is_rounded(products):
     image, text = (part.bfloat16() for part in cone(200, -0.8))
     inputs = [image, text, torch.tensor(100.0, requires_grad=True)]
     exact = torch.tensor(100.0, dtype=torch.float64, requires_grad=True)
-    (own,) = torch.autograd.grad(clip(*inputs), inputs[2:])
+    (actual,) = torch.autograd.grad(clip(*inputs), inputs[2:])
     (true,) = torch.autograd.grad(reference.dense(image.double(), text.double(), exact), exact)
-    assert (own.double() - true).abs() <= 1e-4 * true.abs()
+    assert (actual.double() - true).abs() <= 1e-4 * true.abs()
 
 
 @pytest.mark.parametrize("texts", [37, 300])

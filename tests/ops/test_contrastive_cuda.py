@@ -144,8 +144,8 @@ def test_cuda_gradients_of_a_saturated_batch_are_accurate(dtype):
     assert 1e-11 < truth < 1e-7
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
     ours, exact = (torch.autograd.grad(value, by) for value, by in ((1e8 * loss, leaves), (1e8 * truth, wide)))
-    for own, true in zip(ours, exact, strict=True):
-        assert (own.double() - true).norm() <= (1e-3 if dtype == torch.float16 else 4e-3) * true.norm()
+    for actual, true in zip(ours, exact, strict=True):
+        assert (actual.double() - true).norm() <= (1e-3 if dtype == torch.float16 else 4e-3) * true.norm()
 
 
 @pytest.mark.skipif(not ON_GPU, reason="only a GPU captures graphs")

@@ -93,9 +93,9 @@ def test_gradients_of_rounded_operands_are_not_rounded(backend, name):
     """The float32 features are times 2**-12, so float16 gradients would be zero. The rounded features are the truth."""
     image, text = (part * 2.0**-12 for part in features(40, 24))
     scale = torch.tensor(20.0 * 2**-12)
-    own = results_of(lambda *a: LOSSES[name](*a, operand_dtype=torch.float16, backend=backend), image, text, scale)
+    actual = results_of(lambda *a: LOSSES[name](*a, operand_dtype=torch.float16, backend=backend), image, text, scale)
     truth = results_of(LOSSES[name], image.half().double(), text.half().double(), scale.double())
-    for ours, true in zip(own, truth, strict=True):
+    for ours, true in zip(actual, truth, strict=True):
         assert ours.dtype == torch.float32
         assert (ours.double() - true).norm() <= 1e-3 * true.norm()
-    assert 0 < own[1].abs().max() < 6e-8
+    assert 0 < actual[1].abs().max() < 6e-8

@@ -26,8 +26,8 @@ def close(ours, definition, inputs):
         leaves = [tensor.double().clone().requires_grad_() for tensor in inputs]
         loss = function(*leaves)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
-    for own, true in zip(*results, strict=True):
-        torch.testing.assert_close(own, true, rtol=1e-11, atol=1e-14)
+    for actual, true in zip(*results, strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-11, atol=1e-14)
 
 
 POSITIVE = torch.tensor([5, -1, 0, 7, 30, -1, 2, 11, 44])  # the texts of nine images

@@ -146,8 +146,8 @@ def test_normalized_levels_are_accurate(dtype, nan_filled):
     truth, eager = normalized(torch.float64), normalized(dtype)
     # Level and mean are at most 1, and their difference over the deviation is at most 4. Each of three operations and
     # two constants rounds once in float32, and the result once in its dtype.
-    unit, own = (torch.finfo(kind).eps / 2 for kind in (torch.float32, dtype))
-    bounds = 5 * unit * (truth.abs() + 4) + own * truth.abs()
+    unit, rounding = (torch.finfo(kind).eps / 2 for kind in (torch.float32, dtype))
+    bounds = 5 * unit * (truth.abs() + 4) + rounding * truth.abs()
     theirs, _ = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device="cpu", backend="reference")
     for result in (ours.cpu(), theirs):
         assert list(compared([result], [[eager]], [truth], [bounds], truth.numel())) == []

@@ -86,7 +86,7 @@ def copies_in_pieces(loop):
 @pytest.mark.parametrize("instruction_set", ["plain", "avx2", "avx512"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_inner_loops_copy_no_vector_through_general_registers(kernel, instruction_set):
-    # The unit of an instruction set keeps its functions in a namespace of this name, mangled.
+    # The functions of an instruction set are in this namespace, whose name is mangled.
     namespace = {"plain": "8portable", "avx2": "4avx2", "avx512": "6avx512"}[instruction_set]
     functions = functions_by_source()[f"{kernel}_isa.cpp"]
     functions = [(start, end) for name, start, end in functions if name.startswith(f"_ZN5bclip3cpu{namespace}")]

@@ -171,8 +171,8 @@ def test_gradient_of_one_input_equals_that_of_all(index):
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     every = torch.autograd.grad(ops.linear(*leaves, backend="cpu").square().sum(), leaves)
     tensors[index].requires_grad_()
-    (own,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[index]])
-    torch.testing.assert_close(own, every[index], rtol=2**-7, atol=0)
+    (actual,) = torch.autograd.grad(ops.linear(*tensors, backend="cpu").square().sum(), [tensors[index]])
+    torch.testing.assert_close(actual, every[index], rtol=2**-7, atol=0)
 
 
 @with_cpu

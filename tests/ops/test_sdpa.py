@@ -1,4 +1,4 @@
-"""torch's attention as a backend: also the functions that a GPU takes, here on the CPU, and the refusals."""
+"""torch's attention as a backend: its results and its refusals. The functions for GPUs run on the CPU here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
 from bclip_fast.ops.attention.single_query import reference as single_query_reference
 
 
-def assert_same_with_gradients(own, definition, leaves):
-    outputs = own(*leaves), definition(*leaves)
+def assert_same_with_gradients(backend, definition, leaves):
+    outputs = backend(*leaves), definition(*leaves)
     torch.testing.assert_close(*outputs)
     upstream = torch.randn_like(outputs[0])
     gradients = (torch.autograd.grad(output, leaves, upstream) for output in outputs)

@@ -279,7 +279,7 @@ def compare(name: str, folder: Path) -> None:
     "name", ["two layers", *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])]
 )
 def test_planned_memory_is_within_15_percent_of_measured_peak(name: str, tmp_path: Path):
-    """These models are dominated by weights. With many activations, the heap's holes would add memory (estimate.py)."""
+    """These models are dominated by weights. Many activations would fragment the heap (estimate.py)."""
     compare(name, tmp_path)
 
 

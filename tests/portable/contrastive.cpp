@@ -211,7 +211,7 @@ void check_sigmoid(const Case& of, bool grouped) {
   sigmoid.with_gradients = false;
   const Dots before(with);
   const SigmoidSums loss_only = sigmoid_gradient(unchanged.block(), sigmoid, 1);
-  expect(name + ": without gradients the products stay",
+  expect(name + ": without gradients the products do not change",
          unchanged.numbers.same_bits(before.numbers));
   expect(name + ": without gradients the loss is the same", loss_only.loss == sums.loss);
 

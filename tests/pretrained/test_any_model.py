@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_load_model_open_clip_names_give_the_models_scores(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    """Load by a file of weights and by a tag, whose download is replaced by a copy of the file."""
+    """Load by a file of weights, and by a tag. A copy of the file replaces the download of the tag."""
     open_clip = import_open_clip()
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", TINY)
     torch.manual_seed(3)

@@ -83,11 +83,11 @@ def module() -> ModuleType:
 
 def environment(sanitized: bool = False) -> dict[str, str]:
     """The environment of a process whose CUDA backend is the emulator. `sanitized`: with the sanitizers' runtime."""
-    found = {"BCLIP_CUDA_HOST": str(path(sanitized))}
+    variables = {"BCLIP_CUDA_HOST": str(path(sanitized))}
     if sanitized:
         compiler, names = os.environ.get("CXX", "g++"), ("libasan.so", "libstdc++.so")
         libraries = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True) for name in names]
         # Python and torch never free some of their memory, so leaks aren't reported.
-        found |= {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
-        found |= {"UBSAN_OPTIONS": "print_stacktrace=1"}
-    return found
+        variables |= {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
+        variables |= {"UBSAN_OPTIONS": "print_stacktrace=1"}
+    return variables

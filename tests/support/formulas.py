@@ -56,8 +56,9 @@ def _attention(
 def attention(options: Sequence[Any]) -> Formula:
     """The formula for queries, keys and values (T, H, d). `options` are the fields of `AttentionCall` after qkv.
 
-    Errors grow with the depth d of two dot products, and with the number of keys in the softmax's sum and in two more
-    dot products. They also grow with the scores, which are exponents."""
+    Errors grow with the depth d of two dot products. They also grow with the number of keys, in the softmax's sum and
+    in two more dot products, and with the scores, which are exponents.
+    """
 
     def formula(arithmetic: Arithmetic, inputs: Sequence[Tensor], grad: Tensor) -> list[Any]:
         sequences = []
@@ -198,11 +199,11 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
 
         first, second = (arithmetic.load(part) for part in upstream.chunk(2))
         second = second * 0.5
-        own = first + second if post else first
+        result_grad = first + second if post else first
         if post and low == stream:
             # Both outputs are one tensor, so torch adds its gradients in its dtype.
-            own = arithmetic.stored(own, low)
-        scaled = own * weight
+            result_grad = arithmetic.stored(result_grad, low)
+        scaled = result_grad * weight
         means = arithmetic.total(scaled, 1) / width, arithmetic.total(scaled * normed, 1) / width
         total_grad = (scaled - means[0] - normed * means[1]) * inverse
         if not post:
@@ -210,7 +211,7 @@ def add_norm(eps: float, dropout_p: float, seed: Tensor, post: bool, low: torch.
         grads = [arithmetic.stored(total_grad, stream)]
         if len(inputs) == 4:
             grads.append(arithmetic.stored(total_grad * mask, inputs[1].dtype))
-        grads += [arithmetic.total(part, 0)[0] for part in (own * normed, own)]
+        grads += [arithmetic.total(part, 0)[0] for part in (result_grad * normed, result_grad)]
         return [out, *grads]
 
     return formula

@@ -3,10 +3,9 @@
 The truth is the operator's definition in float64. A kernel passes if its output and every gradient pass two criteria:
 
 - The norm of the error over a few draws of the inputs is at most twice a usual error. Usual errors are those of eager
-  PyTorch in the same dtype, and of the operator's formula in float32 (formulas.py). In float32 the larger of the two
-  counts: they are similar, but eager is exact by accident if few terms cancel. In half precision, eager rounds numbers
-  that a kernel doesn't, so the smaller one counts. The error of rounding the truth to the result's dtype is always
-  allowed.
+  PyTorch in the same dtype, and of the operator's formula in float32 (formulas.py). In float32 the larger one counts,
+  because eager is exact by accident if few terms cancel. In half precision, eager rounds numbers that a kernel doesn't,
+  so the smaller one counts. The error of rounding the truth to the result's dtype is always allowed.
 - No element is further from the truth than the formula allows. This bound is derived, not measured: unit roundoff,
   times the growth of each operation, times the size of its terms.
 
@@ -109,16 +108,16 @@ def faults(cases: Sequence[Expected], all_results: Sequence[Sequence[Tensor]]) -
     for place in range(len(cases[0].truth)):
         usual = [[results[place] for results in case.usual] for case in cases]
         bounds = None if cases[0].bounds is None else [case.bounds[place] for case in cases]
-        own, truth = [results[place] for results in all_results], [case.truth[place] for case in cases]
+        actual, truth = [results[place] for results in all_results], [case.truth[place] for case in cases]
         name = f"gradient {place - 1}" if place else "output"
         rows = sum(min(_rows(case.inputs[0]), _rows(case.truth[place])) for case in cases)
         half = any(tensor.dtype.itemsize == 2 for tensor in cases[0].inputs)
-        lines += [f"{name}: {line}" for line in compared(own, usual, truth, bounds, rows, min if half else max)]
+        lines += [f"{name}: {line}" for line in compared(actual, usual, truth, bounds, rows, min if half else max)]
     return lines
 
 
 def compared(
-    own: Sequence[Tensor],
+    actual: Sequence[Tensor],
     usual: Sequence[Sequence[Tensor]],
     truth: Sequence[Tensor],
     bounds: Sequence[Tensor] | None,
@@ -126,19 +125,19 @@ def compared(
     counts: Callable[[list[float]], float] = max,
 ) -> Iterable[str]:
     """The faults of one result over several draws with `rows` in total. `counts` picks among the usual errors."""
-    for mine, true in zip(own, truth, strict=True):
+    for mine, true in zip(actual, truth, strict=True):
         if mine.shape != true.shape:
             yield f"shape {tuple(mine.shape)}, should be {tuple(true.shape)}"
             return
         if (mine.isnan() & ~true.isnan()).any():
             yield "NaN in the result: unwritten memory or an invalid operation"
             return
-    errors = [mine.double() - true for mine, true in zip(own, truth, strict=True)]
+    errors = [mine.double() - true for mine, true in zip(actual, truth, strict=True)]
     size = _norm(truth)
     if size > (0.0 if bounds is None else CANCELLED * _norm(bounds)):
         # The error of rounding: at least 1 / sqrt(12) of the last digit, even if the truth needs no rounding.
-        roundings = _norm([true.to(mine.dtype).double() - true for mine, true in zip(own, truth, strict=True)])
-        roundings = max(roundings, size * torch.finfo(own[0].dtype).eps / 2 / 12**0.5)
+        roundings = _norm([true.to(mine.dtype).double() - true for mine, true in zip(actual, truth, strict=True)])
+        roundings = max(roundings, size * torch.finfo(actual[0].dtype).eps / 2 / 12**0.5)
         others = [
             _norm([one.double() - true for one, true in zip(way, truth, strict=True)])
             for way in zip(*usual, strict=True)
@@ -157,7 +156,8 @@ def factor_of(count: int) -> float:
     """The factor by which the norm of `count` errors may exceed the usual norm.
 
     Take two norms of n independent normal errors of one size. Their squared ratio exceeds x with a probability below 2
-    / (n B(n/2, n/2)) x^(-n/2). This follows from the powers of x in the density of the F distribution."""
+    / (n B(n/2, n/2)) x^(-n/2). This follows from the powers of x in the density of the F distribution.
+    """
     if count >= FEW:
         return FACTOR
     log_beta = 2 * math.lgamma(count / 2) - math.lgamma(count)

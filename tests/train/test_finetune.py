@@ -38,7 +38,7 @@ FAST = OptimConfig(lr=1e-4, warmup_steps=2, weight_decay=0.01, decay="linear")
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    """A small model whose tokenizer knows the words of the questions."""
+    """A small model, with the words of the questions in its vocabulary."""
     texts = ["what colour is the square", "is it red", "is it blue", "is it green", "is it grey", "a dark square"]
     words = Tokenizer.train(texts * 3, 100, context_length=20)
     torch.manual_seed(1)

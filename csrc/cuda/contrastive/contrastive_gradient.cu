@@ -1,4 +1,4 @@
-// Tiles of G. Each tile computes its part of S again, once. For the softmax, G follows from the
+// Tiles of G. Each tile recomputes its part of S once. For the softmax, G follows from the
 // log-sum-exps of the forward pass. For the sigmoid, the tile also computes its loss. G / w is in
 // [-2, 2]. It is written in float16 times a power of two, through shared memory, so that stores are
 // whole cache lines.

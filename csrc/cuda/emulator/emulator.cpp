@@ -346,7 +346,7 @@ void copy_later(Site site, int64_t byte, const void* from, size_t size) {
 
 void close_copies() { self().copies.emplace_back(); }
 
-// Copies as late as a GPU may, so that a change of the source in between shows.
+// Copies as late as a GPU may. A change of the source before then changes the result.
 void finish_copies(size_t groups_left) {
   Emulator& state = Emulator::current();
   auto& copies = self().copies;

@@ -100,7 +100,7 @@ std::vector<std::pair<int, int>> plain_jpegs(const std::vector<std::string_view>
 }
 
 NvJpeg::NvJpeg(const std::string& path) {
-  // The library and its functions are never released, because it keeps threads and memory.
+  // The library and its functions are never released, because the library keeps threads and memory.
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) throw std::runtime_error(dlerror());
   functions_ = new Functions{
