@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
+from judged import joined
 from oracle import assert_as_accurate_as_eager, collected_if
 from resources import CAPABILITIES, TYPES, compiled_resources
-from test_pointwise import joined
 
 from bclip_fast import ops
 from bclip_fast.ops.pointwise import LIMITS, reference

@@ -155,3 +155,8 @@ def judge_rectangle(
     truth = contrastive.siglip(exact_call, 0.1, torch.float64, True)
     assert_close(backend.siglip(call, 0.1, torch.float32, True), truth, tolerance)
     assert_close(backend.siglip(call, 0.1, torch.float32, False)[:1], truth[:1], 1e-6)
+
+
+def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """Both outputs, weighted differently, so that swapped gradients fail."""
+    return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])
