@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from inside import num_passed
-from judged import assert_close, judge_clip_loss, judge_rectangle, judge_siglip_loss
+from judged import (
+    assert_close,
+    features,
+    judge_clip_loss,
+    judge_clip_operator,
+    judge_rectangle,
+    judge_siglip_operator,
+)
 from oracle import collected_if
 from resources import CAPABILITIES, TYPES, compiled_resources
 
@@ -28,11 +34,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
-def features(num_rows, width, dtype=torch.float32, aligned=None):
-    rows = torch.randn(num_rows, width, dtype=torch.float64)
-    return F.normalize(rows if aligned is None else aligned + 0.1 * rows).to(dtype)
-
-
 @compiled
 def test_suite_passes_under_the_interpreter():
     """Runs the tests that this file marks as interpreted, and every test of the operators that takes a backend."""
@@ -44,26 +45,14 @@ def test_suite_passes_under_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "scale"), [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3)], ids=str)
 def test_clip_loss_of_prime_shapes_is_as_accurate_as_eager(dtype, shape, scale, nan_filled):
-    judge_clip_loss(
-        lambda *a: ops.clip_loss(*a, chunk_size=67, backend="triton"),
-        lambda: [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
-    )
+    judge_clip_operator("triton", shape, scale, dtype)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
 def test_siglip_loss_of_prime_shapes_is_as_accurate_as_eager(dtype, shape, nan_filled):
-    scalars = [torch.tensor(10.0), torch.tensor(-10.0)]
-    inputs = [features(*shape, dtype), features(*shape, dtype), *scalars]
-    judge_siglip_loss(
-        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend="triton"),
-        lambda: [features(*shape, dtype), features(*shape, dtype), *scalars],
-    )
-    with torch.no_grad():
-        loss = ops.siglip_loss(*inputs, backend="triton")
-    truth = reference.dense_siglip(*(tensor.double() for tensor in inputs))
-    torch.testing.assert_close(loss.double(), truth, rtol=1e-3 if dtype == torch.float16 else 2e-6, atol=0)
+    judge_siglip_operator("triton", shape, dtype, 1e-3 if dtype == torch.float16 else 2e-6)
 
 
 @interpreted
