@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from inside import num_passed
+from interpreter import INTERPRETED, compiled, interpreted
 from judged import (
     assert_close,
     features,
@@ -16,7 +16,6 @@ from judged import (
     judge_rectangle,
     judge_siglip_operator,
 )
-from oracle import collected_if
 from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
@@ -28,10 +27,6 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 ours = pytest.importorskip("bclip_fast.ops.contrastive.triton")
 kernels = pytest.importorskip("bclip_fast.ops.contrastive.triton_kernels")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton reads the variable when it defines kernels, so a process has either interpreted or compiled kernels.
-interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
 @compiled
