@@ -76,13 +76,9 @@ $(VENV)/dev.done: $(VENV)/torch.done $(SOURCES)
 	$(BIN)/pip install -q --no-deps open_clip_torch timm torchvision==0.28.0
 	@touch $@
 
-# Packages that pip cannot install. Root with apt-get installs them. Otherwise make names them and stops.
-define SYSTEM_PACKAGES
-missing=""; \
-$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || missing="$$missing python3-venv"; \
-test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
-command -v g++ >/dev/null || missing="$$missing g++"; \
-printf '#include <stdio.h>\n#include <jpeglib.h>\n' | gcc -xc -fsyntax-only - 2>/dev/null || missing="$$missing libjpeg-dev"; \
+# Installs the system packages that the shell variable `missing` names, if make runs as root with apt-get.
+# Otherwise make names them and stops.
+define INSTALL_MISSING
 if [ -n "$$missing" ]; then \
   if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
     apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
@@ -92,6 +88,16 @@ if [ -n "$$missing" ]; then \
     exit 1; \
   fi; \
 fi
+endef
+
+# Packages that pip cannot install.
+define SYSTEM_PACKAGES
+missing=""; \
+$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || missing="$$missing python3-venv"; \
+test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
+command -v g++ >/dev/null || missing="$$missing g++"; \
+printf '#include <stdio.h>\n#include <jpeglib.h>\n' | gcc -xc -fsyntax-only - 2>/dev/null || missing="$$missing libjpeg-dev"; \
+$(INSTALL_MISSING)
 endef
 
 # Tests for other instruction sets. `make test` runs on the best one of this processor.
@@ -121,13 +127,5 @@ define ARM64_PACKAGES
 missing=""; \
 command -v aarch64-linux-gnu-g++ >/dev/null || missing="$$missing g++-aarch64-linux-gnu"; \
 command -v qemu-aarch64-static >/dev/null || command -v qemu-aarch64 >/dev/null || missing="$$missing qemu-user-static"; \
-if [ -n "$$missing" ]; then \
-  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
-  else \
-    echo "These system packages are missing:$$missing"; \
-    echo "On Debian or Ubuntu, ask an administrator to run: apt-get install$$missing"; \
-    exit 1; \
-  fi; \
-fi
+$(INSTALL_MISSING)
 endef

@@ -26,6 +26,7 @@ Or build without the fast image decoder: BCLIP_JPEG=0."""
 
 
 def nvcc() -> str | None:
+    """Return the path of nvcc. None: build no CUDA module."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     program = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     requested = os.environ.get("BCLIP_CUDA")
@@ -35,6 +36,7 @@ def nvcc() -> str | None:
 
 
 def has_jpeg_headers() -> bool:
+    """Return whether the compiler finds the headers of libjpeg-turbo."""
     source = "#include <cstdio>\n#include <jpeglib.h>\nint main() { jpeg_crop_scanline; }"
     check = subprocess.run([CXX, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True)
     return check.returncode == 0
@@ -44,6 +46,7 @@ class BuildWithNinja(build_ext):
     """Build all modules in one run of ninja. Objects stay in build/, because pip's own folders are new each time."""
 
     def build_extensions(self) -> None:
+        """Write build.ninja, run ninja, and copy the modules to their places."""
         objects = Path("build", sys.implementation.cache_tag).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         # The slowest files come first, so that no core waits for them at the end.

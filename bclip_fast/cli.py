@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import log
-from .errors import BackendError, UserError
-from .version import __version__
+from bclip_fast import log
+from bclip_fast.errors import BackendError, UserError
+from bclip_fast.version import __version__
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, command: Command, args: list[str]) -> int:
-    from . import config
+    from bclip_fast import config
 
     parsed = config.parse(_load(command.config), args, prog=f"bclip {name}")
     result = _load(command.function)(parsed)

@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from .errors import UserError
+from bclip_fast.errors import UserError
 
 T = TypeVar("T")
 

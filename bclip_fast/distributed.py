@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import UserError, first_line
+from bclip_fast.errors import UserError, first_line
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ from importlib.util import find_spec
 
 import torch
 
-from . import threads
-from .errors import UserError
-from .ops import BACKENDS, fingerprint, record_files, trials, tuning
-from .ops.dispatch import MISSING, Decision
-from .ops.record_files import Record
-from .version import __version__
+from bclip_fast import threads
+from bclip_fast.errors import UserError
+from bclip_fast.ops import BACKENDS, fingerprint, record_files, trials, tuning
+from bclip_fast.ops.dispatch import MISSING, Decision
+from bclip_fast.ops.record_files import Record
+from bclip_fast.version import __version__
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bclip_fast import config as config_files
+from bclip_fast import eval as evaluation
 from bclip_fast.demo_data import build as samples
+from bclip_fast.errors import UserError
 from bclip_fast.ingest import build
-
-from . import config as config_files
-from . import eval as evaluation
-from .errors import UserError
-from .io.progress import Advance, track
-from .train.config import TrainConfig
-from .train.trainer import train
+from bclip_fast.io.progress import Advance, track
+from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.trainer import train
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import UserError
-from .io.progress import track
-from .ops import fingerprint, record_files, trial_cases, trials, tuning
-from .ops.dispatch import BACKENDS, use_backend
-from .ops.record_files import Entry, Key, Record
-from .ops.trial_cases import Trial
+from bclip_fast.errors import UserError
+from bclip_fast.io.progress import track
+from bclip_fast.ops import fingerprint, record_files, trial_cases, trials, tuning
+from bclip_fast.ops.dispatch import BACKENDS, use_backend
+from bclip_fast.ops.record_files import Entry, Key, Record
+from bclip_fast.ops.trial_cases import Trial
 
 log = logging.getLogger(__name__)
 

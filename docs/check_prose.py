@@ -40,6 +40,8 @@ _CPP = re.compile(r'//[^\n]*(?:\n[ \t]*//[^\n]*)*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"(
 
 
 class Sentence(NamedTuple):
+    """A sentence and its place. is_message: it is the string of a message."""
+
     path: Path
     line: int
     text: str
@@ -74,9 +76,8 @@ def python_texts(source: str, with_messages: bool) -> Iterator[Text]:
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "x" for part in node.values)
             if with_messages:
                 yield from _message(node.lineno, text)
-        elif with_messages and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node not in docstrings and node not in parts:
-                yield from _message(node.lineno, node.value)
+        elif with_messages and isinstance(node, ast.Constant) and node not in docstrings and node not in parts:
+            yield from _message(node.lineno, str(node.value))
     comment, start, last = "", 0, -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -116,6 +117,7 @@ def texts(path: Path) -> Iterator[Text]:
 
 
 def sentences(path: Path) -> Iterator[Sentence]:
+    """Yield the sentences of a file in their order. Fragments of fewer than three words do not count."""
     for start, text, is_message in sorted(texts(path)):
         position = 0
         for piece in _split(text):
@@ -131,6 +133,7 @@ def _split(text: str) -> Iterable[str]:
 
 
 def files(paths: list[Path]) -> list[Path]:
+    """Return the files with prose below the paths, without hidden folders and build outputs."""
     suffixes = {".py", ".md", ".h", ".cpp", ".cu", ".cuh", *_HASH_COMMENTS} - {""}
     candidates = [path for root in paths for path in ([root] if root.is_file() else sorted(root.rglob("*")))]
     hidden = re.compile(r"(?:^|/)(?:\.\w|build/)")
@@ -139,11 +142,13 @@ def files(paths: list[Path]) -> list[Path]:
 
 
 def package(path: Path) -> str:
+    """Return the name of the group that the summary counts a file in."""
     depth = 2 if path.parts[0] in ("bclip_fast", "csrc") else 1
     return "/".join(path.parts[:-1][:depth]) or "top level"
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, default=[Path(".")])
     parser.add_argument("--summary", action="store_true", help="print only the counts per package")

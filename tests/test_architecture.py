@@ -35,8 +35,6 @@ MAX_LINES = 350
 MAX_NATIVE_LINES = 600
 # Python files that may be longer, with the reason.
 LONG_FILES: dict[str, str] = {}
-# Test modules that still import from another test module.
-IMPORT_TESTS = {"ops/test_image_cuda.py", "ops/test_pointwise_triton.py"}
 OPERATORS = ["attention", "contrastive", "image", "matmul", "pointwise"]
 # Folders of tests that mirror no package.
 OTHER_TESTS = {"benchmarks", "cli", "compat", "csrc", "fuzz", "portable", "support"}
@@ -136,9 +134,7 @@ def imported_names(path: Path) -> set[str]:
 
 def test_test_modules_import_from_support_only():
     names = {path.stem for path in TEST_MODULES}
-    importing = {path.relative_to(TESTS).as_posix() for path in TEST_MODULES if names & imported_names(path)}
-    assert sorted(importing - IMPORT_TESTS) == []
-    assert sorted(IMPORT_TESTS - importing) == [], "remove these names from IMPORT_TESTS"
+    assert [relative(path) for path in TEST_MODULES if names & imported_names(path)] == []
 
 
 def test_test_folders_mirror_the_package():

@@ -1,0 +1,1 @@
+"""Example configurations: TOML files, and Slurm scripts."""

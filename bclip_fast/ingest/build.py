@@ -26,7 +26,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bclip_fast.data.shards.format import to_json
-from bclip_fast.data.shards.writer import Staging, write_description, write_manifest
+from bclip_fast.data.shards.manifest import write_manifest
+from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing, write_text
 from bclip_fast.io.progress import track

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from bclip_fast.data.shards.format import to_json
-from bclip_fast.data.shards.writer import ManifestRows, ShardFile
+from bclip_fast.data.shards.manifest import ManifestRows
+from bclip_fast.data.shards.writer import ShardFile
 from bclip_fast.io.atomic import write_text
 
 from . import executors

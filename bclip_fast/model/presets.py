@@ -40,20 +40,10 @@ def _presets() -> dict[str, BiomedClipConfig]:
     presets["clip_b16"] = BiomedClipConfig(vision=VisionConfig(kind="clip"), text=_GPT, quick_gelu=True)
     rn50 = VisionConfig(kind="resnet", patch_size=32, width=64, layers=16, heads=32, blocks=(3, 4, 6, 3))
     presets["clip_rn50"] = BiomedClipConfig(embed_dim=1024, vision=rn50, text=_GPT, quick_gelu=True)
-    presets["quickstart"] = BiomedClipConfig(
-        embed_dim=128,
-        vision=VisionConfig(image_size=80, patch_size=16, width=160, layers=4, heads=5),
-        text=TextConfig(
-            context_length=48,
-            vocab_size=2048,
-            width=128,
-            layers=3,
-            heads=4,
-            max_positions=64,
-            dropout=0.0,
-            attention_dropout=0.0,
-        ),
-    )
+    vision = VisionConfig(image_size=80, patch_size=16, width=160, layers=4, heads=5)
+    text = TextConfig(context_length=48, vocab_size=2048, width=128, layers=3, heads=4, max_positions=64)
+    text = replace(text, dropout=0.0, attention_dropout=0.0)
+    presets["quickstart"] = BiomedClipConfig(embed_dim=128, vision=vision, text=text)
     return presets
 
 

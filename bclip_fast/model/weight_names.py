@@ -11,6 +11,8 @@ from .vision import VisionConfig
 
 Keys = dict[str, tuple[str, ...]]
 """Our parameter -> the other library's parameters that equal it when concatenated along their first axis."""
+# Our modules of a layer after the projection to query, key and value. Each transformer names its own in this order.
+_MODULES = ("norm1", "proj", "norm2", "fc1", "fc2")
 
 
 def key_map(config: BiomedClipConfig) -> Keys:
@@ -80,7 +82,7 @@ def _conv_norm(ours: str, conv: str, norm: str) -> Keys:
 def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
     """The layers of open_clip's own transformer."""
     keys: Keys = {}
-    modules = {"norm1": "ln_1", "proj": "attn.out_proj", "norm2": "ln_2", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+    modules = dict(zip(_MODULES, ("ln_1", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"), strict=True))
     for i in range(layers):
         for kind in ("weight", "bias"):
             keys[f"{ours}{i}.qkv.{kind}"] = (f"{theirs}{i}.attn.in_proj_{kind}",)
@@ -154,13 +156,8 @@ def transformers_vit_keys(layers: int) -> Keys:
     keys: Keys = {"cls_token": ("embeddings.cls_token",), "pos_embed": ("embeddings.position_embeddings",)}
     keys |= _weight_and_bias("patch_embed", "embeddings.patch_embeddings.projection")
     keys |= _weight_and_bias("norm", "layernorm")
-    modules = {
-        "norm1": "layernorm_before",
-        "proj": "attention.output.dense",
-        "norm2": "layernorm_after",
-        "fc1": "intermediate.dense",
-        "fc2": "output.dense",
-    }
+    names = "layernorm_before", "attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense"
+    modules = dict(zip(_MODULES, names, strict=True))
     qkv = "attention.attention.query", "attention.attention.key", "attention.attention.value"
     return keys | _layer_keys("layers.", "encoder.layer.", layers, modules, qkv)
 
@@ -174,13 +171,8 @@ def transformers_clip_text_keys(layers: int) -> Keys:
         "text.projection": ("text_projection.weight",),
     }
     keys |= _weight_and_bias("text.norm", model + "final_layer_norm")
-    modules = {
-        "norm1": "layer_norm1",
-        "proj": "self_attn.out_proj",
-        "norm2": "layer_norm2",
-        "fc1": "mlp.fc1",
-        "fc2": "mlp.fc2",
-    }
+    names = "layer_norm1", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"
+    modules = dict(zip(_MODULES, names, strict=True))
     qkv = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
     return keys | _layer_keys("text.layers.", f"{model}encoder.layers.", layers, modules, qkv)
 

@@ -41,19 +41,16 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.model.transformer import Linear
 from bclip_fast.pretrained import vqa_head
 
 from . import backends, run_folder
 from . import checkpoint as checkpoints
 from .engine import EngineConfig, build_engine
+from .lora import add_lora
 from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
 
 log = logging.getLogger(__name__)
-
-# The linear layers of both towers' blocks. LoRA leaves the patch projection and the output projections as they are.
-_LORA_TARGETS = ("qkv", "proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,7 @@ def finetune(config: FinetuneConfig) -> Path:
     is_resumed = run_folder.check_unused(run, config.resume)
     torch.manual_seed(config.seed)
     clip.requires_grad_(True)
-    adapter = _add_lora(clip, config) if config.lora_rank else None
+    adapter = add_lora(clip, config.lora_rank, config.lora_alpha) if config.lora_rank else None
     model = objective.model(clip)
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
@@ -332,20 +329,3 @@ class _Loop:
         pretrained.save(self.run / "model", clip.float().cpu(), self.preprocess, self.tokenizer)
         self.objective.save(self.run, self.model, state)
         log.info("wrote %s", self.run / "model")
-
-
-def _add_lora(clip: BiomedClip, config: FinetuneConfig) -> Any:
-    """Add peft's LoRA to the towers' blocks and freeze all other weights. Return the adapter, which can merge it."""
-    if clip.config.vision.kind == "resnet":
-        raise UserError(f"lora_rank={config.lora_rank} needs transformers, but vision.kind is resnet; set lora_rank=0")
-    import peft
-
-    lora = peft.LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=rf".*layers\.\d+\.({'|'.join(_LORA_TARGETS)})"
-    )
-    adapted = peft.LoraModel(clip, lora, "default")
-    for module in adapted.modules():
-        # peft's two factors are plain nn.Linear. Our Linear selects the fastest bfloat16 product on each CPU.
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-    return adapted

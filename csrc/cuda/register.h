@@ -2,19 +2,9 @@
 // `_cuda`, and to the module of the emulator.
 #pragma once
 
-#include <cstdint>
-
-#include <pybind11/pybind11.h>
+#include "csrc/bindings.h"
 
 namespace bclip::cuda {
-
-namespace py = pybind11;
-
-// The pointer for an address from Python, where 0 stands for null.
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void register_attention(py::module_& module);
 void register_contrastive(py::module_& module);

@@ -29,7 +29,8 @@ def bclip(*args, missing=()):
 
 def _main(args, folder, missing):
     sys.modules.update(dict.fromkeys(missing))
-    sys.stdout, sys.stderr = (open(Path(folder) / name, "w") for name in ("stdout", "stderr"))
+    # The end of the process closes the files, after a traceback.
+    sys.stdout, sys.stderr = (open(Path(folder) / name, "w") for name in ("stdout", "stderr"))  # noqa: SIM115
     sys.exit(cli.main(args))
 
 

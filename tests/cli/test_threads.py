@@ -70,7 +70,7 @@ def test_cores_of_others_counters_are_zero_gives_none(tmp_path):
     stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\n")
     before = threads.sample(frozenset({0, 1}), stat)
     assert before.counted == 0
-    now = threads.Sample(before.clock + 1, before.own + 1, before.idle, before.counted)
+    now = threads.Sample(before.clock + 1, before.process_time + 1, before.idle, before.counted)
     assert threads.cores_of_others(before, now) <= 0
 
 
@@ -179,9 +179,9 @@ def test_import_starts_watch_unless_user_chose(chosen):
 @pytest.mark.parametrize(
     ("runtime", "chosen", "expected"),
     [
-        ("gcc", {}, "sleeps early while other processes want the cores"),
+        ("gcc", {}, "sleeps early while other processes need the cores"),
         ("gcc", {"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY=active; without it"),
-        ("llvm", {"OMP_WAIT_POLICY": "active"}, "give their cores away"),
+        ("llvm", {"OMP_WAIT_POLICY": "active"}, "waiting threads yield their cores"),
         ("none", {}, "no OpenMP runtime"),
     ],
 )

@@ -32,7 +32,7 @@ PRECISION = 1e-5
 
 
 @pytest.fixture(params=SETS)
-def before(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def before(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of a set as the current folder, with one thread."""
     folder = tmp_path / "before"
     shutil.copytree(Path(__file__).parent / request.param, folder)
@@ -43,8 +43,8 @@ def before(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "160")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
-    return folder
+    yield folder
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -259,8 +259,9 @@ def _write_tables() -> None:
             (folder / file).write_bytes(_jpeg(np.full((8, 8, 3), colour) * (1 - 0.06 * shade), (40, 36)))
             pairs.append(f"{file},a {name} square {shade},{name},{'train' if shade < 4 else 'test'}")
         questions.append(f"{name}.jpg,what colour is it,{name},open,train")
-        for other in list(_COLOURS)[:3]:
-            questions.append(f"{name}.jpg,is it {other},{'yes' if other == name else 'no'},closed,train")
+        questions += [
+            f"{name}.jpg,is it {other},{'yes' if other == name else 'no'},closed,train" for other in list(_COLOURS)[:3]
+        ]
     (folder / "pairs.csv").write_text("\n".join(pairs) + "\n")
     (folder / "questions.csv").write_text("\n".join(questions) + "\n")
 

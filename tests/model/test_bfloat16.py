@@ -17,7 +17,7 @@ from bclip_fast.loss import ClipLoss, SigLipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
 from bclip_fast.ops import processor
-from bclip_fast.train.finetune import FinetuneConfig, _add_lora
+from bclip_fast.train.lora import add_lora
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "scaled_dot_product", "matmul", "mv", "dot")
 
@@ -68,7 +68,7 @@ def clip_model(config: BiomedClipConfig) -> tuple[nn.Module, Callable[[Any], Ten
 def lora() -> tuple[nn.Module, Callable[[Any], Tensor]]:
     pytest.importorskip("peft")
     model, loss = clip_model(tiny_model())
-    _add_lora(model, FinetuneConfig(model="", data="", lora_rank=2))
+    add_lora(model, 2, 16)
     return model, loss
 
 

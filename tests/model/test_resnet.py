@@ -26,8 +26,8 @@ from bclip_fast.model.resnet import ResNetTower
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig, resize_positions
 from bclip_fast.train.config import InitConfig
-from bclip_fast.train.finetune import FinetuneConfig, _add_lora
 from bclip_fast.train.init_weights import init_model
+from bclip_fast.train.lora import add_lora
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -271,6 +271,6 @@ def test_heads_and_adapters_of_a_vit_refuse_resnet() -> None:
     with pytest.raises(ValueError, match="reads the tokens of a ViT"):
         VqaModel(BiomedClip(config), MeterConfig(1), ("yes",))
     with pytest.raises(UserError, match=r"lora_rank=4 needs transformers, but vision.kind is resnet"):
-        _add_lora(BiomedClip(RESNET), FinetuneConfig(model="", data="", lora_rank=4))
+        add_lora(BiomedClip(RESNET), 4, 16)
     with pytest.raises(UserError, match=r"must be a plain ViT, but model.vision.kind is resnet"):
         init_model(BiomedClip(config), InitConfig(vision="anything"))

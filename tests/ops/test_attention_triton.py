@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from inside import num_passed
+from interpreter import INTERPRETED, compiled, interpreted
 from judged import SEED, bounds_of, judge_attention_operator
-from oracle import collected_if
 from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
@@ -21,10 +20,6 @@ from bclip_fast.ops.dispatch import BackendError
 pytest.importorskip("triton")
 ours = pytest.importorskip("bclip_fast.ops.attention.triton")
 kernels = pytest.importorskip("bclip_fast.ops.attention.triton_kernels")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton reads the variable when it defines kernels, so a process has either interpreted or compiled kernels.
-interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
 @compiled

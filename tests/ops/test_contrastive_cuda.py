@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import cuda_emulator
+import judged
 import pytest
 import torch
 import torch.nn.functional as F
 from cuda_emulator import ON_GPU, hosted, outside
 from inside import num_passed
-from judged import assert_close, judge_clip_loss, judge_rectangle, judge_siglip_loss
+from judged import (
+    assert_close,
+    judge_clip_loss,
+    judge_clip_operator,
+    judge_rectangle,
+    judge_siglip_operator,
+)
 
 from bclip_fast import ops
 from bclip_fast.ops import cuda_device
@@ -36,8 +43,7 @@ def test_suite_passes_on_the_host_under_sanitizers():
 
 
 def features(num_rows, width, dtype=torch.float16, aligned=None):
-    rows = torch.randn(num_rows, width, dtype=torch.float64)
-    return F.normalize(rows if aligned is None else aligned + 0.1 * rows).to(dtype)
+    return judged.features(num_rows, width, dtype, aligned)
 
 
 @hosted
@@ -48,26 +54,14 @@ def features(num_rows, width, dtype=torch.float16, aligned=None):
     ids=str,
 )
 def test_cuda_clip_loss_of_odd_shapes_is_as_accurate_as_eager(dtype, shape, scale, nan_filled):
-    judge_clip_loss(
-        lambda *a: ops.clip_loss(*a, chunk_size=67, backend="cuda"),
-        lambda: [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
-    )
+    judge_clip_operator("cuda", shape, scale, dtype)
 
 
 @hosted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
 def test_cuda_siglip_loss_of_odd_shapes_is_as_accurate_as_eager(dtype, shape, nan_filled):
-    scalars = [torch.tensor(10.0), torch.tensor(-10.0)]
-    inputs = [features(*shape, dtype), features(*shape, dtype), *scalars]
-    judge_siglip_loss(
-        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend="cuda"),
-        lambda: [features(*shape, dtype), features(*shape, dtype), *scalars],
-    )
-    with torch.no_grad():
-        loss = ops.siglip_loss(*inputs, backend="cuda")
-    truth = reference.dense_siglip(*(tensor.double() for tensor in inputs))
-    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=0)
+    judge_siglip_operator("cuda", shape, dtype, 2e-6)
 
 
 @hosted

@@ -2,34 +2,21 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import threading
 
 import numpy as np
 import PIL
 import pytest
 import torch
+from jpegs import MODES, OPTIONS, SIZES, boxes_in, jpeg
 from oracle import collected_if, every_backend
 from pairwise import pairwise
 from PIL import Image
 
 from bclip_fast import ops
 
-MODES = ["RGB", "L", "CMYK"]
 # Tests that need a build with libjpeg-turbo.
 decodes = collected_if("cpu" in every_backend("image"))
-
-
-def jpeg(mode="RGB", size=(53, 37), **options) -> bytes:
-    width, height = size
-    y, x = np.mgrid[0:height, 0:width]
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    noise = np.random.default_rng(0).integers(0, 40, (height, width, channels))
-    pixels = (np.stack([x * 3 + y * (c + 1) for c in range(channels)], -1) + noise) % 256
-    image = Image.fromarray(pixels.astype(np.uint8)[..., 0 if channels == 1 else slice(None)], mode)
-    out = io.BytesIO()
-    image.save(out, "JPEG", **options)
-    return out.getvalue()
 
 
 @pairwise(
@@ -83,19 +70,18 @@ def test_bomb_is_refused_from_its_header(backend):
 def test_concurrent_decodes_give_the_same_pixels():
     files = [jpeg(quality=quality) for quality in (30, 60, 90)]
     expected = [ops.image.decode(data) for data in files]
-    wrong: list[int] = []
+    wrong: list[bool] = []
 
     def work(index: int) -> None:
-        for _ in range(50):
-            if not torch.equal(ops.image.decode(files[index]), expected[index]):
-                wrong.append(index)
+        wrong.extend(not torch.equal(ops.image.decode(files[index]), expected[index]) for _ in range(50))
 
     threads = [threading.Thread(target=work, args=(index % 3,)) for index in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(wrong) == 300
+    assert not any(wrong)
 
 
 def test_real_figures_decode_to_pillows_pixels(shared_data):
@@ -131,19 +117,6 @@ def test_odd_jpegs_never_crash_and_agree_with_pillow(shared_data):
     # Exceptions: lossless JPEG, files that end inside the last block, and files that only Pillow's parser rejects.
     assert counts["one refuses"] <= 12, counts
     assert counts["differ"] <= 3, counts
-
-
-OPTIONS = [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1, "restart_marker_blocks": 5}]
-SIZES = [(53, 37), (37, 53), (1, 1), (300, 7), (7, 300), (401, 299), (224, 224), (90, 700)]  # width, height
-
-
-def boxes_in(files, seed=0):
-    draw, boxes = random.Random(seed), []
-    for data in files:
-        height, width = ops.image.peek_size(data)
-        size = draw.randint(1, height), draw.randint(1, width)
-        boxes.append((draw.randint(0, height - size[0]), draw.randint(0, width - size[1]), *size))
-    return boxes
 
 
 def assert_equal(files, size, **options):

@@ -15,9 +15,9 @@ import pytest
 import torch
 from cuda_emulator import hosted, outside
 from inside import num_passed
+from jpegs import MODES, OPTIONS, SIZES, boxes_in, jpeg
 from oracle import collected_if, compared
 from pairwise import pairwise
-from test_image import MODES, OPTIONS, SIZES, boxes_in, jpeg
 
 from bclip_fast import ops
 from bclip_fast.ops.cuda_device import cuda_module

@@ -6,6 +6,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from judged import joined
 from oracle import assert_as_accurate_as_eager, every_backend, every_backend_and
 from pairwise import pairwise
 from torch import Tensor
@@ -27,11 +28,6 @@ EPS = 1e-6
 def inputs(shape: tuple[int, int], stream: torch.dtype, branch: torch.dtype | None) -> list[Tensor]:
     tensors = [torch.randn(shape).to(stream), torch.rand(shape[1]) + 0.5, torch.randn(shape[1])]
     return tensors if branch is None else [tensors[0], torch.randn(shape).to(branch), *tensors[1:]]
-
-
-def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """Both outputs with different weights, so that the test detects swapped gradients."""
-    return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])
 
 
 # The dtypes of stream and branch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import formulas
@@ -10,19 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
-from oracle import assert_as_accurate_as_eager, collected_if
+from interpreter import INTERPRETED, compiled, interpreted
+from judged import joined
+from oracle import assert_as_accurate_as_eager
 from resources import CAPABILITIES, TYPES, compiled_resources
-from test_pointwise import joined
 
 from bclip_fast import ops
 from bclip_fast.ops.pointwise import LIMITS, reference
 
 pytest.importorskip("triton")
 ours = pytest.importorskip("bclip_fast.ops.pointwise.triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton reads the variable when it defines kernels, so a process has either interpreted or compiled kernels.
-interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
 
 
 @compiled

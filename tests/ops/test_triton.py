@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from inside import num_passed
-from judged import assert_close, judge_clip_loss, judge_rectangle, judge_siglip_loss
-from oracle import collected_if
+from interpreter import INTERPRETED, compiled, interpreted
+from judged import (
+    assert_close,
+    features,
+    judge_clip_loss,
+    judge_clip_operator,
+    judge_rectangle,
+    judge_siglip_operator,
+)
 from resources import CAPABILITIES, TYPES, compiled_resources
 
 from bclip_fast import ops
@@ -22,15 +27,6 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 ours = pytest.importorskip("bclip_fast.ops.contrastive.triton")
 kernels = pytest.importorskip("bclip_fast.ops.contrastive.triton_kernels")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton reads the variable when it defines kernels, so a process has either interpreted or compiled kernels.
-interpreted, compiled = collected_if(INTERPRETED), collected_if(not INTERPRETED)
-
-
-def features(num_rows, width, dtype=torch.float32, aligned=None):
-    rows = torch.randn(num_rows, width, dtype=torch.float64)
-    return F.normalize(rows if aligned is None else aligned + 0.1 * rows).to(dtype)
 
 
 @compiled
@@ -44,26 +40,14 @@ def test_suite_passes_under_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "scale"), [((137, 67), 14.3), ((131, 19), 100.0), ((1, 2), 14.3)], ids=str)
 def test_clip_loss_of_prime_shapes_is_as_accurate_as_eager(dtype, shape, scale, nan_filled):
-    judge_clip_loss(
-        lambda *a: ops.clip_loss(*a, chunk_size=67, backend="triton"),
-        lambda: [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
-    )
+    judge_clip_operator("triton", shape, scale, dtype)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
 def test_siglip_loss_of_prime_shapes_is_as_accurate_as_eager(dtype, shape, nan_filled):
-    scalars = [torch.tensor(10.0), torch.tensor(-10.0)]
-    inputs = [features(*shape, dtype), features(*shape, dtype), *scalars]
-    judge_siglip_loss(
-        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend="triton"),
-        lambda: [features(*shape, dtype), features(*shape, dtype), *scalars],
-    )
-    with torch.no_grad():
-        loss = ops.siglip_loss(*inputs, backend="triton")
-    truth = reference.dense_siglip(*(tensor.double() for tensor in inputs))
-    torch.testing.assert_close(loss.double(), truth, rtol=1e-3 if dtype == torch.float16 else 2e-6, atol=0)
+    judge_siglip_operator("triton", shape, dtype, 1e-3 if dtype == torch.float16 else 2e-6)
 
 
 @interpreted

@@ -6,9 +6,6 @@ namespace checks {
 
 namespace {
 
-using bclip::cpu::Attention;
-using bclip::cpu::AttentionGradient;
-
 struct Case {
   const char* name;
   std::vector<int64_t> lengths;

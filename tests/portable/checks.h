@@ -13,7 +13,12 @@
 #include <string>
 #include <vector>
 
+namespace bclip::cpu {}
+
 namespace checks {
+
+// The contracts of csrc/*.h.
+using namespace bclip::cpu;
 
 constexpr double kUnit = 0x1p-24;     // unit roundoff of float
 constexpr double kHalfUnit = 0x1p-8;  // unit roundoff of bfloat16

@@ -8,13 +8,6 @@ namespace checks {
 
 namespace {
 
-using bclip::cpu::Block;
-using bclip::cpu::Groups;
-using bclip::cpu::Sigmoid;
-using bclip::cpu::SigmoidSums;
-using bclip::cpu::Softmax;
-using bclip::cpu::Sums;
-
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kNoPositives = int64_t{1} << 40;

@@ -16,10 +16,6 @@ namespace checks {
 
 namespace {
 
-using bclip::cpu::Quad;
-using bclip::cpu::ResampleKernels;
-using bclip::cpu::Taps;
-
 uint8_t rounded(int64_t sum) {
   return static_cast<uint8_t>(std::clamp<int64_t>((sum + (int64_t{1} << 21)) >> 22, 0, 255));
 }

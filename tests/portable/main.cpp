@@ -64,7 +64,7 @@ int main(int count, char** arguments) {
                  argument.c_str());
     return 2;
   }
-  instruction_set = bclip::cpu::instruction_set();
+  checks::instruction_set = bclip::cpu::instruction_set();
   check_attention();
   check_single_query_attention();
   check_contrastive();
@@ -81,7 +81,7 @@ int main(int count, char** arguments) {
       failed += quantity.wrong > 0;
     }
     for (const auto& [name, holds] : properties) failed += !holds;
-    std::printf("%s: %zu quantities and %zu properties, %d failed\n", instruction_set.c_str(),
+    std::printf("%s: %zu quantities and %zu properties, %d failed\n", checks::instruction_set.c_str(),
                 quantities.size(), properties.size(), failed);
   } else {
     int missed = 0, noticed = 0;
@@ -91,7 +91,7 @@ int main(int count, char** arguments) {
       (quantity.wrong ? noticed : missed) += 1;
       if (!quantity.wrong) std::printf("MISSED %s\n", name.c_str());
     }
-    std::printf("%s %s: noticed in %d quantities, missed in %d\n", instruction_set.c_str(),
+    std::printf("%s %s: noticed in %d quantities, missed in %d\n", checks::instruction_set.c_str(),
                 argument.c_str(), noticed, missed);
     failed = missed + (noticed == 0);
   }

@@ -6,11 +6,6 @@ namespace checks {
 
 namespace {
 
-using bclip::cpu::AddNorm;
-using bclip::cpu::AddNormGradient;
-using bclip::cpu::Dropout;
-using bclip::cpu::Values;
-
 template <typename Stored>
 Values values(const Buffer<Stored>& buffer) {
   return {const_cast<Stored*>(buffer.data()), sizeof(Stored) == 2};

@@ -6,9 +6,6 @@ namespace checks {
 
 namespace {
 
-using bclip::cpu::SingleQueryAttention;
-using bclip::cpu::SingleQueryAttentionGradient;
-
 struct Case {
   const char* name;
   std::vector<int64_t> lengths, rows;  // rows count within their sequence

@@ -54,7 +54,8 @@ def path(sanitized: bool = False) -> Path:
             def compiled(rule: str, optimised: str, place: str, sources: list[Path]) -> list[str]:
                 command = f"{compiler} {options} {optimised} -MMD -MF $out.d -x c++ -c $in -o $out"
                 ninja.rule(rule, command, depfile="$out.d", deps="gcc")
-                return sum((ninja.build(f"{place}/{one.relative_to(CUDA)}.o", rule, str(one)) for one in sources), [])
+                objects = {one: f"{place}/{one.relative_to(CUDA)}.o" for one in sources}
+                return [path for one, target in objects.items() for path in ninja.build(target, rule, str(one))]
 
             sources = [path for path in sorted(CUDA.rglob("*.c[pu]*")) if path.suffix != ".cuh"]
             sources = [one for one in sources if one.relative_to(CUDA).as_posix() not in DEVICE_ALONE]

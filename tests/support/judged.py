@@ -15,6 +15,7 @@ from oracle import assert_as_accurate_as_eager
 from targets import dense, dense_siglip
 from torch import Tensor
 
+from bclip_fast import ops
 from bclip_fast.ops.attention import reference
 from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
 from bclip_fast.ops.attention.single_query import reference as single_query
@@ -115,6 +116,34 @@ def judge_siglip_loss(
     assert_as_accurate_as_eager(kernel, definition, draw, formulas.siglip_loss(same), draws)
 
 
+def features(num_rows: int, width: int, dtype: torch.dtype = torch.float32, aligned: Tensor | None = None) -> Tensor:
+    """Random rows of length 1, near `aligned` if that is given."""
+    rows = torch.randn(num_rows, width, dtype=torch.float64)
+    return F.normalize(rows if aligned is None else aligned + 0.1 * rows).to(dtype)
+
+
+def judge_clip_operator(backend: str, shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
+    """Judges `ops.clip_loss` of features with `shape` (b, D)."""
+    judge_clip_loss(
+        lambda *a: ops.clip_loss(*a, chunk_size=67, backend=backend),
+        lambda: [features(*shape, dtype), features(*shape, dtype), torch.tensor(scale), torch.tensor(-3.0)],
+    )
+
+
+def judge_siglip_operator(backend: str, shape: tuple[int, int], dtype: torch.dtype, rtol: float) -> None:
+    """Judges `ops.siglip_loss` of features with `shape` (b, D), and compares the loss without gradients."""
+    scalars = [torch.tensor(10.0), torch.tensor(-10.0)]
+    inputs = [features(*shape, dtype), features(*shape, dtype), *scalars]
+    judge_siglip_loss(
+        lambda *a: ops.siglip_loss(*a, chunk_size=67, backend=backend),
+        lambda: [features(*shape, dtype), features(*shape, dtype), *scalars],
+    )
+    with torch.no_grad():
+        loss = ops.siglip_loss(*inputs, backend=backend)
+    truth = contrastive.dense_siglip(*(tensor.double() for tensor in inputs))
+    torch.testing.assert_close(loss.double(), truth, rtol=rtol, atol=0)
+
+
 def assert_close(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> None:
     """Asserts that the norm of each error is at most `tolerance` of the truth's norm, where the truth is finite."""
     for result, true in zip(results, truth, strict=True):
@@ -125,7 +154,7 @@ def assert_close(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: 
 
 def judge_rectangle(
     backend: ModuleType,
-    features: Callable[[int, int], Tensor],
+    draw: Callable[[int, int], Tensor],
     positive_offset: int | None,
     chunk_size: int,
     tolerance: float,
@@ -135,11 +164,11 @@ def judge_rectangle(
     The features are slices of wider tensors.
 
     Args:
-        features: function that draws features of (rows, width).
+        draw: function that draws features of (rows, width).
         tolerance: tolerance of the gradients.
     """
-    text = F.pad(features(151, 23), (0, 3))[:, :23]
-    image = F.pad(features(41, 23), (0, 5))[:, :23]
+    text = F.pad(draw(151, 23), (0, 3))[:, :23]
+    image = F.pad(draw(41, 23), (0, 5))[:, :23]
     scale, bias, weight = torch.tensor(30.0), torch.tensor(-2.0), torch.tensor(-0.3)
     call = ContrastiveCall(image, text, scale, positive_offset, chunk_size, bias=bias)
     wide = image.double(), text.double(), scale.double()
@@ -155,3 +184,8 @@ def judge_rectangle(
     truth = contrastive.siglip(exact_call, 0.1, torch.float64, True)
     assert_close(backend.siglip(call, 0.1, torch.float32, True), truth, tolerance)
     assert_close(backend.siglip(call, 0.1, torch.float32, False)[:1], truth[:1], 1e-6)
+
+
+def joined(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """Both outputs, weighted differently, so that swapped gradients fail."""
+    return torch.cat([outputs[0].to(outputs[1].dtype), 0.5 * outputs[1]])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.presets import preset
 from bclip_fast.model.resnet import BatchNorm, ResNetTower
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.vision import VisionConfig
@@ -17,18 +19,7 @@ SMALL = BiomedClipConfig(
     vision=VisionConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4),
     text=TextConfig(context_length=20, vocab_size=100, width=32, layers=3, heads=2, max_positions=24),
 )
-GPT = TextConfig(
-    kind="gpt",
-    context_length=20,
-    vocab_size=100,
-    width=32,
-    layers=3,
-    heads=2,
-    max_positions=20,
-    dropout=0.0,
-    attention_dropout=0.0,
-    projection="linear",
-)
+GPT = replace(preset("clip_b16").text, context_length=20, vocab_size=100, width=32, layers=3, heads=2, max_positions=20)
 RESNET_VISION = VisionConfig(
     kind="resnet", image_size=64, patch_size=32, width=8, layers=6, heads=4, blocks=(1, 2, 1, 2)
 )  # fmt: skip

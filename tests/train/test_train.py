@@ -41,7 +41,7 @@ def test_learning_rate_follows_open_clip():
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[12] == pytest.approx(1.0)
     assert rates[19] == pytest.approx(1 + math.cos(math.pi * 15 / 16))
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
     ends = OptimConfig(lr=2.0, min_lr=0.5, warmup_steps=0)
     assert learning_rate(0, 10, ends) == 2.0
     assert learning_rate(9, 10, ends) > 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def checked_dropout(
 def check_sequences(cu_seqlens: Tensor, num_rows: int, max_seqlen: int) -> None:
     """Raise ValueError unless the sequences own all rows and none is longer than `max_seqlen`."""
     bounds = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != num_rows or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must rise from 0 to T = {num_rows}, got {bounds[:4]} ... {bounds[-1]}")
     longest = max(lengths, default=0)

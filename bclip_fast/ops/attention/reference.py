@@ -26,6 +26,7 @@ Every backend has these two functions. On the CPU, the caller has checked `cu_se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -112,7 +113,7 @@ def dropout_factors(query: Tensor, heads: int, keys: int, dtype: torch.dtype, dr
 def batches(call: AttentionCall) -> Iterator[tuple[slice, tuple[int, int]]]:
     """(rows, (batch, tokens)) of sequences to compute together: all of them, or one non-empty sequence at a time."""
     bounds = [0, len(call.qkv)] if call.cu_seqlens is None else call.cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         if stop > start:
             tokens = call.max_seqlen if call.cu_seqlens is None else stop - start
             yield slice(start, stop), ((stop - start) // tokens, tokens)

@@ -6,6 +6,8 @@ is ordinary torch code, so autograd gives its gradient.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,7 +53,7 @@ def _sequences(call: AttentionCall) -> list[Tensor]:
     """The rows of each non-empty sequence."""
     assert call.cu_seqlens is not None
     bounds = call.cu_seqlens.tolist()
-    return [call.qkv[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False) if stop > start]
+    return [call.qkv[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
 def packed_padded(call: AttentionCall) -> Tensor:

@@ -54,6 +54,7 @@ def load_rows(base, rows, length, stride, DIM: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def store_rows(base, rows, length, stride, values, DIM: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write `values` to the rows below `length` of a matrix at `base`."""
     places = base + (rows * stride)[:, None] + tl.arange(0, WIDTH)[None, :]
     tl.store(places, values.to(base.dtype.element_ty), mask=_inside(rows, length, DIM, WIDTH))
 
@@ -325,8 +326,7 @@ def _key_backward_kernel(  # type: ignore[no-untyped-def]
     keys = first_key + tl.arange(0, KEYS)
     key = load_rows(qkv + stride_part, keys, length, stride_token, DIM, WIDTH)
     value = load_rows(qkv + 2 * stride_part, keys, length, stride_token, DIM, WIDTH)
-    key_grad = tl.zeros((KEYS, WIDTH), tl.float32)
-    value_grad = tl.zeros((KEYS, WIDTH), tl.float32)
+    key_grad, value_grad = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
     # The scores are transposed, so that P and dS are left operands without another transpose.
     for first_query in range(first_key // QUERIES * QUERIES if CAUSAL else 0, length, QUERIES):
         queries = first_query + tl.arange(0, QUERIES)

@@ -19,9 +19,9 @@ def _library_limits(
     image: Tensor, text: Tensor, dtype: torch.dtype | None = None, deterministic: bool = False
 ) -> str | None:
     """cuBLAS gives the same bits from run to run only with a workspace configuration (NVIDIA, cuBLAS, 2.1.4)."""
-    if deterministic and image.device.type == "cuda":
-        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-            return "deterministic=True needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before CUDA starts"
+    is_configured = os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
+    if deterministic and image.device.type == "cuda" and not is_configured:
+        return "deterministic=True needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment before CUDA starts"
     return None
 
 

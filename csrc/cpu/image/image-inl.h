@@ -9,6 +9,7 @@
 //       4k..4k+3 of each row as quads
 //   add(Sums, Bytes, Quad): adds a quad of bytes times the coefficients to each sum
 //   round_to_bytes(const Sums[4]): lane by lane, the sums of that lane of all four, in order
+//   pack(coefficients): the Quad of four coefficients
 #pragma once
 
 namespace bclip::cpu::BCLIP_ISA {
@@ -59,5 +60,7 @@ void across(const uint8_t* const* rows, const Quad* quads, int num_quads, int64_
 }
 
 }  // namespace
+
+const ResampleKernels kResample = {&pack, &along, &across};
 
 }  // namespace bclip::cpu::BCLIP_ISA

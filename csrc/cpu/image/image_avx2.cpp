@@ -121,10 +121,4 @@ Quad pack(const int32_t* coefficients) {
 
 #include "csrc/cpu/image/image-inl.h"
 
-namespace bclip::cpu::avx2 {
-
-const ResampleKernels kResample = {&pack, &along, &across};
-
-}  // namespace bclip::cpu::avx2
-
 #endif

@@ -84,10 +84,4 @@ Quad pack(const int32_t* coefficients) {
 
 #include "csrc/cpu/image/image-inl.h"
 
-namespace bclip::cpu::portable {
-
-const ResampleKernels kResample = {&pack, &along, &across};
-
-}  // namespace bclip::cpu::portable
-
 #endif

@@ -100,10 +100,4 @@ Quad pack(const int32_t* coefficients) {
 
 #include "csrc/cpu/image/image-inl.h"
 
-namespace bclip::cpu::vnni {
-
-const ResampleKernels kResample = {&pack, &along, &across};
-
-}  // namespace bclip::cpu::vnni
-
 #endif
