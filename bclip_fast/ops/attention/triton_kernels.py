@@ -3,13 +3,12 @@
 Row kernels take sequences of at most 256 tokens, which includes every image and caption of BiomedCLIP. One program per
 sequence and head loads its K and V once and loops over blocks of queries. Registers hold all scores of a query, so the
 softmax needs no running maximum. The backward also sums dK and dV in registers and writes each dQ once: five matrix
-products, while two kernels would need seven. A program takes 64, 128 or 256 keys, the least number that holds its
-sequence.
+products, while two kernels would need seven. A program takes the least of 64, 128 and 256 keys that holds its sequence.
 
 Block kernels take the other calls: longer sequences, masks, backward passes with d other than 64, and float32. The
 tiles of float32 must be small because it has no tensor cores. The forward has one program per block of queries and a
 running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). The backward has one kernel by queries for dQ and one
-by keys for dK and dV.  Each computes the scores again (Dao 2023, arXiv 2307.08691).
+by keys for dK and dV. Each computes the scores again (Dao 2023, arXiv 2307.08691).
 
 Scores, softmax and sums are float32. float32 inputs are multiplied in float32, never TF32. P and dS are rounded to the
 inputs' dtype. Exponentials are powers of two, with log2(e) in the scale. One call of Philox gives the random numbers of
