@@ -1,8 +1,9 @@
-"""Devices with memory, links and peak rates, clusters for plans, and the environment of this process."""
+"""Data sheets of devices, the cluster of a plan, and a report of this process's environment."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -16,13 +17,15 @@ import torch
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.ops.processor import native_precision
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 GIB = 1 << 30
 _VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
 _TERA = 1e12
 # Prefix of torch.cuda.get_device_name -> peak FLOP/s of dense matmuls. The first matching prefix counts.
-# First bf16 and fp16 on the tensor cores, then fp32 without them, which is torch's default for float32.
+# The first rate is for bf16 and fp16 on tensor cores. The second is for fp32 without them, which is torch's default.
 # Source: NVIDIA's data sheets. A100: June 2021. H100: whitepaper v1.04, table 2. H100 NVL: data sheet of 2024, half of
 # the rates "with sparsity". H200: data sheet of 2024.
 _PEAKS = {
@@ -72,7 +75,7 @@ class ClusterConfig:
     memory_gib: float = 0.0
     """Memory of a device in GiB, or of all ranks of a node together on a CPU. 0: the device's memory."""
     host_memory_gib: float = 0.0
-    """Host memory of a node in GiB. 0: this machine's if the device is this machine's, else unchecked."""
+    """Host memory of a node in GiB. 0: this machine's memory if `device` is empty or cpu. Otherwise host memory is not checked."""
 
     def __post_init__(self) -> None:
         """Check the fields. Raises UserError."""
@@ -110,7 +113,7 @@ class Cluster:
 
     @property
     def link(self) -> float:
-        """Bytes per second that a ring of all ranks moves through each rank."""
+        """Bandwidth of each rank in a ring all-reduce, in bytes per second."""
         return min(self.device.link, self.device.network) if self.nodes > 1 else self.device.link
 
 
@@ -121,13 +124,16 @@ def cluster_of(config: ClusterConfig) -> Cluster:
     ranks = config.devices_per_node or (torch.cuda.device_count() if is_local and not cpu else 1)
     host = config.host_memory_gib * GIB or (_host_memory() if is_local or cpu else 0.0)
     if cpu:
-        # Rates of gloo between processes of one machine, and over a network of 10 Gbit/s: orders of magnitude.
+        # Rates of gloo between processes of one machine, and over a network of 10 Gbit/s. They are rough values.
         device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
         return Cluster(config.nodes, ranks, device, True, device.memory, *native_precision(torch.device("cpu")))
     if is_local:
         name = device_name(torch.device("cuda", 0))
         memory = torch.cuda.get_device_properties(0).total_memory
-        similar = next((device for device in DEVICES.values() if device.name == name), DEVICES["a100-80"])
+        similar = next((device for device in DEVICES.values() if device.name == name), None)
+        if similar is None:
+            similar = DEVICES["a100-80"]
+            log.warning("no data sheet of %s: the plan assumes the link and network of %s", name, similar.name)
         device = Device(name, memory, similar.link, similar.network)
         precision = native_precision(torch.device("cuda", 0))
     else:
@@ -156,7 +162,7 @@ def _host_memory() -> float:
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """Return the peak rate of a device in "fp32", "bf16" or "fp16". None without a data sheet, as for a CPU."""
+    """Return the peak rate of a device in "fp32", "bf16" or "fp16". None if it has no data sheet here."""
     rates = next((rates for name, rates in _PEAKS.items() if device_name.startswith(name)), None)
     return None if rates is None else rates[precision == "fp32"]
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written under a partial name, then renamed."""
+"""Write files and folders atomically: under a temporary name, which is renamed at the end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = False, shared: bool = False) -> Iterator[Path]:
-    """Yield a partial path beside `path`, to be written as a file. Rename it to `path` when the block ends.
+    """Yield a temporary path next to `path` for the caller to write. Rename it to `path` when the block ends.
 
-    After an exception the partial file is removed and `path` stays as it was. The parent folder is created.
+    After an exception, the temporary file is removed and `path` stays as it was. The parent folder is created.
 
     Args:
         sync: flush the file to disk before the rename.
-        shared: several processes may write `path` at once, so each uses its own partial name. Otherwise a partial
-            file that a killed process left behind is overwritten by the next write.
+        shared: give each process its own temporary name, so that several can write `path` at once. If False, the
+            next write overwrites the temporary file of a killed process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = f".{os.getpid()}" if shared else ""
@@ -57,13 +57,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Write a small file as `replacing` does. Several processes may write it at once."""
+    """Write a small file through `replacing`. Several processes may write it at once."""
     with replacing(path, sync=sync, shared=True) as partial:
         partial.write_bytes(data)
 
 
 def write_text(path: Path, text: str, *, sync: bool = False) -> None:
-    """Write the text as UTF-8 as `write_bytes` does. A lone surrogate becomes a question mark."""
+    """Write the text, encoded as UTF-8, through `write_bytes`. A lone surrogate becomes a question mark."""
     write_bytes(path, text.encode(errors="replace"), sync=sync)
 
 

@@ -21,11 +21,11 @@ NUM_PATIENTS = 26684
 
 
 class RsnaDataset:
-    """One split with label kind `class`: 1 for patients with a box, 0 for others. See `EvalDataset`.
+    """One split. The only label kind, `class`, is 1 for patients with a bounding box and 0 for the rest.
 
-    The public CSV file determines the splits. The patients, sorted by identifier, go twice through scikit-learn's
-    `train_test_split` with random_state 0: 30 %, then half of these (GLoRIA's preprocess_datasets.py). The complete
-    file gives 18,678, 4,003 and 4,003 patients, which match the paper's train and dev.
+    The public CSV file determines the splits. scikit-learn's `train_test_split` (random_state 0) sets aside 30 % of
+    the sorted patients, then halves that part (GLoRIA's preprocess_datasets.py). The complete file gives 18,678, 4,003
+    and 4,003 patients. The first two equal the paper's train and dev.
     """
 
     label_kinds: tuple[str, ...] = ("class",)
@@ -42,7 +42,7 @@ class RsnaDataset:
         except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read ({first_line(error)}); {needs}") from error
         if invalid := next((target for _, target in rows if target not in ("0", "1")), None):
-            raise UserError(f"{file} has the Target {invalid!r}, must be 0 or 1; {needs}")
+            raise UserError(f"{file} has Target {invalid!r}, but it must be 0 or 1; {needs}")
         if not self._images.is_dir():
             raise UserError(f"{self._images} is missing; {needs}")
         positive = {patient for patient, target in rows if target == "1"}
@@ -99,7 +99,7 @@ def split_patients(patients: list[str]) -> dict[str, list[str]]:
 
 
 def dicom_as_bmp(data: bytes, path: Path) -> bytes:
-    """Convert a grey DICOM image to 8 bits: 8-bit pixels unchanged, deeper ones by their window or their value range.
+    """Convert a grey DICOM image to 8 bits. Deeper pixels are windowed if the file has a window, then scaled.
 
     path: for error messages. Raises UserError if the data cannot be decoded.
     """
