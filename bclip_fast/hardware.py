@@ -75,7 +75,8 @@ class ClusterConfig:
     memory_gib: float = 0.0
     """Memory of a device in GiB, or of all ranks of a node together on a CPU. 0: the device's memory."""
     host_memory_gib: float = 0.0
-    """Host memory of a node in GiB. 0: this machine's memory if `device` is empty or cpu. Otherwise host memory is not checked."""
+    """Host memory of a node in GiB. 0: this machine's memory if `device` is empty or cpu. Otherwise nothing checks host
+    memory."""
 
     def __post_init__(self) -> None:
         """Check the fields. Raises UserError."""
