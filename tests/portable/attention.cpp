@@ -149,10 +149,7 @@ void check_refusals() {
 }  // namespace
 
 void check_attention() {
-  for (const Case& of : kCases) {
-    check<float>(of);
-    check<uint16_t>(of);
-  }
+  for_each_dtype(kCases, [](const Case& of, auto stored) { check<decltype(stored)>(of); });
   check_nan();
   check_refusals();
 }

@@ -191,6 +191,15 @@ inline uint32_t philox(uint64_t seed, uint32_t index, uint32_t row, uint32_t thi
   return counter[index % 4];
 }
 
+// Calls check(a case, 0 in the type of the elements) for each case in float and bfloat16.
+template <typename Case, typename Check>
+void for_each_dtype(const std::vector<Case>& cases, const Check& check) {
+  for (const Case& of : cases) {
+    check(of, float());
+    check(of, uint16_t());
+  }
+}
+
 void check_attention();
 void check_single_query_attention();
 void check_contrastive();

@@ -311,12 +311,10 @@ void check_refusals() {
 }  // namespace
 
 void check_pointwise() {
-  for (const Case& of : kCases) {
-    check_add_norm<float>(of);
-    check_add_norm<uint16_t>(of);
-    check_add_norm_backward<float>(of);
-    check_add_norm_backward<uint16_t>(of);
-  }
+  for_each_dtype(kCases, [](const Case& of, auto stored) {
+    check_add_norm<decltype(stored)>(of);
+    check_add_norm_backward<decltype(stored)>(of);
+  });
   check_gelu<float>();
   check_gelu<uint16_t>();
   check_nan();

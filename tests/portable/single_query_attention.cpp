@@ -122,10 +122,7 @@ void check_refusals() {
 }  // namespace
 
 void check_single_query_attention() {
-  for (const Case& of : kCases) {
-    check<float>(of);
-    check<uint16_t>(of);
-  }
+  for_each_dtype(kCases, [](const Case& of, auto stored) { check<decltype(stored)>(of); });
   check_refusals();
 }
 
