@@ -64,7 +64,9 @@ class BuildWithNinja(build_ext):
                     self._write(ninja, extension, f"-isystem {headers}")
             # BIN_DIR is empty under pip's build isolation, where the program is on the PATH.
             program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
-            subprocess.run([program or "ninja", "-C", str(objects)], check=True)
+            # Ninja would try to join make's jobserver, whose pipe Python has closed.
+            environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+            subprocess.run([program or "ninja", "-C", str(objects)], check=True, env=environment)
             for extension in extensions:
                 output = Path(self.get_ext_fullpath(extension.name))
                 output.parent.mkdir(parents=True, exist_ok=True)
