@@ -234,7 +234,7 @@ def test_rsna_images_and_labels_equal_the_written_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a patient of stage_2_train_labels.csv, cannot be read"):
         data.image(0)
     (tmp_path / rsna.LABELS).write_text("patientId,Target\np1,2\n")
-    assert_refused("Target '2', must be 0 or 1", tmp_path, "test", "rsna")
+    assert_refused("Target '2', but it must be 0 or 1", tmp_path, "test", "rsna")
     (tmp_path / rsna.LABELS).write_text("patient,Target\np1,1\n")
     assert_refused("columns patientId, Target.*the shelf", tmp_path, "test", "rsna", download_url="the shelf")
 
