@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IngestConfig:
-    """Options of `bclip ingest build`."""
+    """Convert JATS articles and their images to WebDataset shards of figure-caption pairs."""
 
     source: tyro.conf.Positional[str]
     """Folder of articles, mirror, or address of a bucket. A folder holds `*.nxml` or `*.xml` files with their images,
