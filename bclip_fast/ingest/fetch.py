@@ -35,7 +35,7 @@ _ARTICLES_AHEAD = 4
 
 @dataclass(frozen=True)
 class FetchConfig:
-    """Options of `bclip ingest fetch`."""
+    """Mirror articles of PubMed Central's bucket and check every object."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """Folder of the mirror. It may hold an unfinished mirror."""

@@ -30,7 +30,7 @@ _LONGEST_CAPTION = 400
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Options of `bclip ingest report`."""
+    """Write an HTML page about a dataset: counts, sizes, captions, rejects and a gallery."""
 
     dataset: tyro.conf.Positional[Path]
     """Folder that `bclip ingest build` wrote."""

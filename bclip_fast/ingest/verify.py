@@ -20,7 +20,7 @@ from .parts import SPLITS
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Options of `bclip ingest verify`."""
+    """Re-read a dataset and list its problems."""
 
     dataset: tyro.conf.Positional[Path]
     """Folder that `bclip ingest build` wrote."""
