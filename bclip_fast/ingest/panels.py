@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from .sanitize import FORMATS, MAX_PIXELS, to_rgb
+from bclip_fast.data.image_files import ImageError, open_image
+
+from .sanitize import MAX_PIXELS
 
 MAX_PANELS = 12
 # The layout is determined on a copy whose longer side has at most this many pixels.
@@ -65,13 +66,10 @@ def split_panels(data: bytes, caption: str) -> list[Panel]:
     parts = split_caption(caption)
     if not parts:
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                return []
-            opened.load()
-            image = to_rgb(opened)
+    try:
+        image = open_image(data, MAX_PIXELS).rgb()
+    except ImageError:
+        return []
     boxes = layout(image, list(parts))
     panels = []
     for (label, text), box in zip(parts.items(), boxes, strict=False):

@@ -19,18 +19,19 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.images import open_image
-from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
+from bclip_fast.data.image_files import read_rgb
+from bclip_fast.data.transform import Preprocess, random_resized_crop_box
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
@@ -51,6 +52,8 @@ from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
 
 log = logging.getLogger(__name__)
+
+_TRIES = 32  # replacements of a damaged image before the run stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,9 @@ class FinetuneConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
     num_workers: int = 2
+    on_bad_image: Literal["skip", "stop"] = "skip"
+    """What follows when an image cannot be decoded. skip: another sample, drawn by the seed, takes its place, and the
+    log names it. stop: an error that names it."""
     checkpoint_every: int = 0
     """Interval of checkpoints in steps. The last step always has a checkpoint. 0 writes only that one."""
     optim: OptimConfig = field(
@@ -213,13 +219,14 @@ class _Loop:
             raise UserError(
                 f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
             )
+        self._bad: set[int] = set()
         self.steps_per_epoch = num_samples // config.batch_size
         self.num_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         # Everything that determines the result. A checkpoint with another identity belongs to another run.
         data = {"data": objective.data.fingerprint, "texts": sha256("\0".join(objective.texts))}
-        ignored = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "epochs")
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+        machine = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "on_bad_image")
+        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*machine, "epochs")}
         self.identity = json.loads(json.dumps(data | settings, default=list))
         saved = None
         if config.resume and run_folder.has_checkpoints(self.run):
@@ -242,8 +249,8 @@ class _Loop:
             next_batch = self._load_batch(pool, self.step)
             while self.step < self.num_steps:
                 start = time.perf_counter()
-                rows, futures = next_batch
-                images = torch.stack([future.result() for future in futures])
+                samples = [future.result() for future in next_batch]
+                rows, images = [row for row, _ in samples], torch.stack([image for _, image in samples])
                 if self.step + 1 < self.num_steps:
                     next_batch = self._load_batch(pool, self.step + 1)
                 record = self._train_step(rows, images)
@@ -267,17 +274,29 @@ class _Loop:
         batch = order[number * self.config.batch_size :][: self.config.batch_size].tolist()
         return batch[distributed.rank() :: distributed.world_size()]
 
-    def _load_batch(self, pool: ThreadPoolExecutor, step: int) -> tuple[list[int], list[Any]]:
-        """This rank's samples of a step, and the futures of their images."""
-        if step >= self.num_steps:
-            return [], []
-        rows = self._rows(step)
-        epoch = step // self.steps_per_epoch
-        return rows, [pool.submit(self._load_image, row, epoch) for row in rows]
+    def _load_batch(self, pool: ThreadPoolExecutor, step: int) -> list[Future[tuple[int, Tensor]]]:
+        """The futures of this rank's samples of a step."""
+        rows = self._rows(step) if step < self.num_steps else []
+        return [pool.submit(self._load_sample, row, step // self.steps_per_epoch) for row in rows]
+
+    def _load_sample(self, row: int, epoch: int) -> tuple[int, Tensor]:
+        """A row and its image. If that cannot be decoded, those of a row drawn by (seed, epoch, row)."""
+        others = np.random.default_rng((self.config.seed, epoch, row)).integers(len(self.objective.texts), size=_TRIES)
+        for candidate in (row, *others.tolist()):
+            try:
+                return candidate, self._load_image(candidate, epoch)
+            except UserError as error:
+                if self.config.on_bad_image == "stop":
+                    raise
+                if candidate not in self._bad:
+                    self._bad.add(candidate)
+                    log.warning("replaced a sample: %s", error)
+                problem = error
+        raise UserError(f"{_TRIES + 1} images in a row cannot be decoded, so the data are at fault: {problem}")
 
     def _load_image(self, row: int, epoch: int) -> Tensor:
         """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model."""
-        image = to_rgb(open_image(self.objective.data.image(row), lambda: self.objective.data.key(row)))
+        image = read_rgb(self.objective.data.image(row), lambda: self.objective.data.key(row))
         if self.config.crop_scale != (1, 1):
             top, left, height, width = random_resized_crop_box(
                 image.height, image.width, self.config.seed, epoch, row, self.config.crop_scale

@@ -200,7 +200,7 @@ def test_hostile_articles_become_rejects_in_bounded_memory_and_time(tmp_path):
     assert reasons["t.tar/evil.jpg"] == "not a regular file"
     assert [reason for article, _, _, reason in rejects if article == "PMC1"] == [
         "unsafe href",
-        "not an image of a known format",
+        "not an image of a known format: an HTML page, which is not supported; convert it to PNG",
         "link out of the source folder",
         "image of too many pixels",
     ]

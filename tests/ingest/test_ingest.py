@@ -18,6 +18,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.ingest.assign import Splits
 from bclip_fast.ingest.build import IngestConfig, build
 
+NOT_SUPPORTED = "which is not supported; convert it to PNG"
+
 
 def test_build_figures_find_their_images(tmp_path):
     write_files(
@@ -46,7 +48,11 @@ def test_build_figures_find_their_images(tmp_path):
         ("F8", "plain", "no caption"),
         ("F9", "../b/other", "unsafe href"),
         ("F10", "/etc/hostname", "unsafe href"),
-        ("F11", "broken.jpg", "not an image of a known format"),
+        (
+            "F11",
+            "broken.jpg",
+            "not an image of a known format: an HTML page, which is not supported; convert it to PNG",
+        ),
     ]
     rows = manifest_rows(tmp_path / "out")
     assert rows["PMC5_f1"]["file"] == "plain.jpg"  # the JPEG, not its thumbnail

@@ -67,7 +67,7 @@ def test_searcher_other_model_or_data_or_damaged_index_raises(index: Path, shard
     with ShardWriter(tmp_path / "fewer") as writer:
         writer.write(Sample("x", jpeg((1, 2, 3)), "one"), "val")
     moved = Searcher(OpenConfig(folder=str(index), data=str(tmp_path / "fewer")), colour_model())
-    with pytest.raises(UserError, match=r"has 1 images, but .* has 40; run bclip embed again"):
+    with pytest.raises(UserError, match=r"has 1 images, but .* is of 40; run bclip embed again"):
         moved.thumbnail(moved.text("red")[0])
     with ShardWriter(tmp_path / "renamed") as writer:
         for i in range(40):
