@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +13,10 @@ import torch
 from fake_cuda import DEFAULT_STREAM, DeviceTensor, FakeCuda, fake_cuda
 from synthetic import write_shards
 
+from bclip_fast.data.dali_loader import DaliLoader
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
-
-dali = pytest.importorskip("nvidia.dali.plugin.pytorch", reason="DALI is not installed: pip install 'bclip_fast[dali]'")
-from bclip_fast.data.dali_loader import DaliLoader
 
 SIZE = 24
 
@@ -63,7 +62,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         target.copy_(source)
 
     feeds: list[Any] = []
-    monkeypatch.setattr(dali, "feed_ndarray", feed)
+    for name in ("nvidia", "nvidia.dali", "nvidia.dali.plugin", "nvidia.dali.plugin.pytorch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["nvidia.dali.plugin.pytorch"].feed_ndarray = feed  # type: ignore[attr-defined]
     with fake_cuda() as fake:
         fake.feeds = feeds  # type: ignore[attr-defined]
         SimulatedLoader.gpu = fake
@@ -90,6 +91,7 @@ def test_feeder_copies_and_waits_only_on_its_stream(dataset: ShardDataset, gpu: 
     with make_loader(dataset, 0) as loader:
         for _ in range(3):
             batch = next(loader)
+            assert "default" not in {transfer.stream for transfer in gpu.transfers}
             images: Any = batch.images
             assert images.device == torch.device("cuda", 0)
             # The allocator may not give the memory to another tensor while the trainer's stream reads it.

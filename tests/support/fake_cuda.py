@@ -4,14 +4,14 @@ A tensor on the simulated GPU is a `DeviceTensor`. Python sees a tensor on cuda:
 `memory` on the CPU, and every operator computes there. Within `fake_cuda()`, torch creates such tensors for
 device="cuda:0", and the returned `FakeCuda` records each transfer:
 
-- "read": the host reads a number of the device (`item`, `tolist`, `if tensor`), or an operator's result has a shape that
+- "read": the host reads a number of the device (`item`, `tolist`, `if tensor`), or the shape of an operator's result
   depends on numbers of the device (`nonzero`). The host waits for all queued work.
 - "to host", "to device": a copy that the host waits for.
 - "async to host", "async to device": a copy without a wait, which needs pinned memory.
 - "wait": a wait for an event, a stream or the device.
 
-Each transfer names its stream, "default" or the number of another one. A `DeviceTensor` knows the stream on which it was
-allocated, and those that `record_stream` named. Another thread must enter the `FakeCuda` itself.
+Each transfer names its stream, "default" or the number of another one. A `DeviceTensor` knows the stream on which it
+was allocated, and those that `record_stream` named. Another thread must enter the `FakeCuda` itself.
 
 Operators with tensors of both devices raise RuntimeError, except for those that CUDA accepts. An asynchronous copy to
 the host takes place only when the host waits for an event after it. Before that, the destination holds NaN.
@@ -78,6 +78,9 @@ class DeviceTensor(torch.Tensor):
         self.allocated_on = _current_stream()
         self.recorded_streams: list[_Stream] = []
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DeviceTensor({self.memory})"
+
     def record_stream(self, stream: _Stream) -> None:  # type: ignore[override]
         """Note a stream that uses the tensor."""
         self.recorded_streams.append(stream)
@@ -121,10 +124,9 @@ def _to(function: Any, name: str, args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return tensor.to(*rest, **options) if rest or options else tensor
     dtype = next((value for value in rest if isinstance(value, torch.dtype)), kwargs.get("dtype"))
+    is_async = kwargs.get("non_blocking", False)
     with torch._C.DisableTorchFunctionSubclass():
-        return aten._to_copy(
-            tensor, dtype=dtype or tensor.dtype, device=torch.device(device), non_blocking=kwargs.get("non_blocking", False)
-        )
+        return aten._to_copy(tensor, dtype=dtype or tensor.dtype, device=torch.device(device), non_blocking=is_async)
 
 
 class FakeCuda(TorchDispatchMode):
@@ -184,7 +186,7 @@ class FakeCuda(TorchDispatchMode):
         if packet is aten._to_copy:
             return self._copy(function, args[0], to_device, kwargs)
         if packet is aten.copy_ and len({isinstance(tensor, DeviceTensor) for tensor in args[:2]}) == 2:
-            return self._copy_into(args[0], args[1], len(args) > 2 and args[2] or kwargs.get("non_blocking", False))
+            return self._copy_into(args[0], args[1], (len(args) > 2 and args[2]) or kwargs.get("non_blocking", False))
         if packet in _READS and on_device and not (packet is aten.repeat_interleave and "output_size" in kwargs):
             self.record("read", name)
         if packet in (aten.index, aten.index_put_, aten.index_put, aten._unsafe_index):
@@ -224,8 +226,8 @@ class FakeCuda(TorchDispatchMode):
         if isinstance(source, DeviceTensor) == to_device:
             return DeviceTensor(memory) if to_device else memory
         if to_device:
-            pinned = self.is_pinned(source)
-            self.record("async to device" if is_async and (pinned or source.dim() == 0) else "to device", function.name())
+            is_async = is_async and (self.is_pinned(source) or source.dim() == 0)
+            self.record("async to device" if is_async else "to device", function.name())
             return DeviceTensor(memory)
         if is_async:
             self.record("async to host", function.name())
