@@ -131,6 +131,9 @@ class FakeCuda(TorchDispatchMode):
     def wait(self, operator: str, stream: Stream | None = None) -> None:
         """Let the host wait: all queued copies take place."""
         self.record("wait", operator, stream)
+        self._run_queue()
+
+    def _run_queue(self) -> None:
         with self._lock:
             while self._queue:
                 self._queue.pop(0)()
@@ -200,6 +203,9 @@ class FakeCuda(TorchDispatchMode):
     def _copy(self, function: Any, source: Tensor, to_device: bool, kwargs: dict[str, Any]) -> Tensor:
         is_async = kwargs.pop("non_blocking", False)
         kwargs.pop("pin_memory", None)
+        if to_device:
+            # The device takes its copies in order, so it has made those to the host already.
+            self._run_queue()
         memory = function(_memory_of(source), **kwargs)
         if isinstance(source, DeviceTensor) == to_device:
             return DeviceTensor(memory) if to_device else memory
@@ -215,7 +221,8 @@ class FakeCuda(TorchDispatchMode):
 
     def _copy_into(self, target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
         if isinstance(target, DeviceTensor):
-            is_async = source.dim() == 0 or (non_blocking and self.is_pinned(source))
+            is_async = non_blocking and (self.is_pinned(source) or source.dim() == 0)
+            self._run_queue()
             self.record("async to device" if is_async else "to device", "aten::copy_")
             target.memory.copy_(source)
         elif non_blocking and self.is_pinned(target):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, DeviceTensor, FakeCuda, Transfer, fake_cuda
+from processes import DROPOUT
 from runs import are_equal, column, records, saved_steps
 from synthetic import tiny_model, tiny_run, weights
 from towers import RESNET_VISION
@@ -22,6 +23,7 @@ from bclip_fast.ops.dispatch import use_backend
 from bclip_fast.train import backends, step_results, trainer
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import ValidationConfig
+from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.grad_cache import GradCache
 from bclip_fast.train.loss_spikes import SpikeConfig
 from bclip_fast.train.signals import EXIT_STOPPED
@@ -85,8 +87,10 @@ def transfers_of_steps(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[
     return steps
 
 
+OFFLOADED = EngineConfig(name="ddp", precision="fp32", grad_checkpointing=True, offload_activations=True)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "one micro-batch": {},
+    "dropout": {"model": DROPOUT, "max_steps": 3},
+    "offloaded activations": {"engine": OFFLOADED, "max_steps": 3},
     "micro-batches and EMA": {"micro_batch_size": 4, "ema_decay": 0.5},
     "resnet and EMA": {
         "micro_batch_size": 8,
@@ -120,8 +124,10 @@ def test_step_on_gpu_waits_only_for_step_before(
     assert waits == [[LATE_READ] * number for number in expected_waits]
     # The images and both tensors of the captions, in each pass over each micro-batch.
     passes = 2 * 16 // config.micro_batch_size if config.micro_batch_size else 1
-    kinds = [[transfer.kind for transfer in step if not transfer.blocks] for step in steps]
-    assert kinds == [3 * passes * ["async to device"]] * len(steps)
+    copied = [[transfer for transfer in step if transfer.where == "train/transfers.py:to_device"] for step in steps]
+    assert [len(transfers) for transfers in copied] == [3 * passes] * len(steps)
+    offloads = [sum(transfer.kind == "async to host" for transfer in step) for step in steps]
+    assert all(offloads) == (config.engine is OFFLOADED)
 
 
 @pytest.fixture
