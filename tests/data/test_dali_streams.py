@@ -1,4 +1,4 @@
-"""DALI on a GPU copies its batches on a stream of its own, here with a simulated GPU and without DALI's decoder."""
+"""The loader with DALI on a GPU copies its batches on a separate stream: a simulated GPU without DALI's decoder."""
 
 from __future__ import annotations
 

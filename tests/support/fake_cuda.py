@@ -4,8 +4,8 @@ A tensor on the simulated GPU is a `DeviceTensor`. Python sees a tensor on cuda:
 `memory` on the CPU, and every operator computes there. Within `fake_cuda()`, torch creates such tensors for
 device="cuda:0", and the returned `FakeCuda` records each transfer:
 
-- "read": the host reads a number of the device (`item`, `tolist`, `if tensor`), or the shape of an operator's result
-  depends on numbers of the device (`nonzero`). The host waits for all queued work.
+- "read": the host reads a number of the device (`item`, `tolist`, `if tensor`), or needs it for the shape of an
+  operator's result (`nonzero`). The host waits for all queued work.
 - "to host", "to device": a copy that the host waits for.
 - "async to host", "async to device": a copy without a wait, which needs pinned memory.
 - "wait": a wait for an event, a stream or the device.

@@ -116,10 +116,11 @@ class Engine(ABC):
     def start_step(self, lr: float, limit: float = math.inf, allowed: Tensor | None = None) -> StepTensors:
         """Clip the gradients, update the weights and clear the gradients, without a wait for the device.
 
-        If the norm of the gradient is not finite or above `limit`, or `allowed` is false, update nothing and restore
-        the statistics of batch norms from before the step. The device decides that. Two engines make the host wait
-        nevertheless: DeepSpeed's ZeRO 1 to 3 reads whether the norm is finite, and an optimiser on the host reads the
-        decision.
+        Refuse the update if the norm of the gradient is not finite or above `limit`, or if `allowed` is false. Then
+        the weights stay, and the statistics of batch norms are restored from before the step. The device decides that.
+
+        Two engines make the host wait nevertheless. DeepSpeed's ZeRO 1 to 3 reads whether the norm is finite. An
+        optimiser on the host reads the decision.
 
         Args:
             lr: learning rate.
