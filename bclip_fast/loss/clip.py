@@ -25,6 +25,7 @@ from .collectives import (
     checked_smoothing,
     gather_groups,
     gather_rows,
+    num_rows,
     sum_over_ranks,
 )
 
@@ -182,8 +183,7 @@ class ClipLoss(DistributedLoss):
         paired = text[: len(image)]
         # The mean over all pairs is the product of the means, so sums of D numbers replace the similarity matrix.
         # Images are smoothed over all texts. Texts that have an image are smoothed over all images.
-        sizes = image.new_tensor([len(image), len(text)])
-        sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), sizes
+        sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), num_rows(image, text)
         image_sum, text_sum, paired_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
         num_images, num_texts = sizes.unbind()
         image_mean, text_means = image_sum / num_images, text_sum / num_texts + paired_sum / num_images

@@ -25,6 +25,7 @@ from .collectives import (
     Ranks,
     checked_smoothing,
     gather_groups,
+    num_rows,
     sum_over_ranks,
 )
 
@@ -148,8 +149,8 @@ class SigLipLoss(DistributedLoss):
         dtype = accumulation_dtype(image)
         image, text = image.to(dtype), text.to(dtype)
         positives = (image * text[: len(image)]).sum()
-        sizes = image.new_tensor([len(image), len(text)])
-        image_sum, text_sum, positive_sum, sizes = sum_over_ranks(ranks, image.sum(0), text.sum(0), positives, sizes)
+        sums = image.sum(0), text.sum(0), positives, num_rows(image, text)
+        image_sum, text_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
         num_images, num_texts = sizes.unbind()
         gap = as_scalar(logit_scale, image) * (positive_sum - image_sum @ text_sum / 2)
         if logit_bias is not None:

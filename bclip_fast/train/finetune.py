@@ -45,10 +45,11 @@ from bclip_fast.pretrained import vqa_head
 
 from . import backends, run_folder
 from . import checkpoint as checkpoints
-from .engine import EngineConfig, build_engine
+from .engine import EngineConfig, StepResult, build_engine
 from .lora import add_lora
 from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
+from .transfers import AsyncRead, to_device
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class _Questions:
 
     def loss(self, output: dict[str, Tensor], rows: Sequence[int]) -> Tensor:
         logits = output["logits"]
-        targets = nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]).to(logits.device)
+        targets = to_device(nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]), logits.device)
         return vqa_loss(logits, targets)
 
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
@@ -289,17 +290,20 @@ class _Loop:
     def _train_step(self, rows: list[int], images: Tensor) -> dict[str, Any]:
         config, device = self.config, self.engine.device
         torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
-        text: Packed = self.tokenizer.packed([self.objective.texts[row] for row in rows]).to(device)
-        output = self.engine(images.to(device), text)
+        packed = self.tokenizer.packed([self.objective.texts[row] for row in rows])
+        text = Packed(*(to_device(part, device) for part in packed[:2]), packed.max_seqlen)
+        output = self.engine(to_device(images, device), text)
         loss = self.objective.loss(output, rows)
-        value = float(loss.detach())
+        self.engine.backward(loss)
+        lr = learning_rate(self.step, self.num_steps, config.optim)
+        # The device refuses the update if the loss is not finite, so the host reads everything once, after the step.
+        outcome = self.engine.start_step(lr, allowed=loss.detach().isfinite())
+        value, *numbers = AsyncRead([loss, *outcome.scalars]).numbers()
+        result = StepResult.of(*numbers)
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.step + 1}; lower optim.lr, or set engine.precision=fp32"
             )
-        self.engine.backward(loss)
-        lr = learning_rate(self.step, self.num_steps, config.optim)
-        result = self.engine.step(lr)
         if result.skipped:
             log.warning("step %d is skipped: the gradient is not finite", self.step + 1)
         self.step += 1
