@@ -78,7 +78,7 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(dI (b, D), dT (B, D), ds) for G as above. dI and dT are in `dtype`, ds in the accumulation dtype.
 
-    The groups' shares are those of G / w.
+    The positives' gradients and the groups' shares are those of G / w.
     """
     image, text, scale, groups, weight = call.image, call.text, call.scale, call.groups, upstream.weight
     wide = accumulation_dtype(image)
@@ -95,7 +95,7 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
         grad = (logits - rows_near[chunk, None]).exp_().mul_(weight * rows_rest[chunk, None])
         grad += logits.sub_(columns_near).exp_().mul_(weight * columns_rest)
         if call.positive_offset is not None:
-            grad.diagonal(call.positive_offset + start).copy_(upstream.positive_grad[chunk])
+            grad.diagonal(call.positive_offset + start).copy_(weight * upstream.positive_grad[chunk])
         if groups is not None:
             shares = weight * (groups.row_shares[chunk, None] + groups.column_shares)
             grad -= shares.to(wide).where(groups.rows[chunk, None] == groups.columns, 0.0)

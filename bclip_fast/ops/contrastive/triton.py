@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.pointers import aligned
+
 from . import triton_kernels as kernels
 from .call import ContrastiveCall, SoftmaxGradient
-from .gpu_tiles import gradients, log_sum_exps, padded, siglip_results
-from .groups import Groups
+from .gpu_tiles import (
+    RowParts,
+    gradient_rows,
+    gradients,
+    group_tensors,
+    log_sum_exps,
+    padded,
+    siglip_results,
+)
 
 
 def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict[str, Any]:
@@ -43,18 +52,19 @@ def _tile(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _with_operands(call: ContrastiveCall) -> ContrastiveCall:
-    """The call with features as the kernels read them."""
-    return replace(call, image=padded(call.image, 16), text=padded(call.text, 16))
+    """The call with features and scalars as the kernels read them.
+
+    Kernels and library matmuls are chosen by alignment, and other ones may round differently. So features at any
+    address are read from an aligned one.
+    """
+    bias = None if call.bias is None else call.bias.float()
+    image, text = aligned(padded(call.image, 16)), aligned(padded(call.text, 16))
+    return replace(call, image=image, text=text, scale=call.scale.float(), bias=bias)
 
 
 def _first_positive(call: ContrastiveCall, start: int) -> int:
     """The row of text that belongs to image `start`, or 0 for a tile without positives, whose kernels ignore it."""
     return 0 if call.positive_offset is None else call.positive_offset + start
-
-
-def _ids(groups: Groups | None, start: int) -> tuple[Tensor | None, Tensor | None]:
-    """The ids of the rows from `start` on, and those of the columns."""
-    return (None, None) if groups is None else (groups.rows[start:], groups.columns)
 
 
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
@@ -81,29 +91,30 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `reference.backward`."""
-    groups, weight, scale = call.groups, upstream.weight, call.scale
-    # The kernel computes G / w, whose range is known. At w = 0 all gradients are zero, and 0 / 0 must not turn them
-    # into NaN.
-    positive_grad = torch.where(weight == 0, 0.0, upstream.positive_grad / weight)
-    sharpness = scale + upstream.hardness if upstream.hardness else scale
+    width, call = call.image.shape[1], _with_operands(call)
+    sharpness = call.scale + upstream.hardness if upstream.hardness else call.scale
     # The error of half-precision features exceeds that of a log-sum-exp in float32.
     exact = torch.float64 if call.image.dtype == torch.float32 else torch.float32
     rows_lse, columns_lse = upstream.rows_lse.to(exact).contiguous(), upstream.columns_lse.to(exact).contiguous()
-
-    width, call = call.image.shape[1], _with_operands(call)
-    config = configuration(call.image.dtype, call.image.shape[1], groups is not None)
+    # The kernel ignores the positives' gradients if there are none.
+    positive_grad = rows_lse if call.positive_offset is None else upstream.positive_grad.float().contiguous()
+    row_ids, column_ids, row_shares, column_shares = group_tensors(call.groups, with_shares=True)
+    of_rows = RowParts(gradient_rows(call), rows_lse, positive_grad, row_ids, row_shares)
+    config = configuration(call.image.dtype, call.image.shape[1], call.groups is not None)
 
     def launch(start: int, rows: Tensor, grad: Tensor, partials: Tensor, unit: float) -> None:
+        rows_lse, positive_grad, row_ids, row_shares = of_rows.at(start)
         kernels._backward_kernel[(len(partials),)](
             rows,
             call.text,
             sharpness,
-            rows_lse[start:],
+            rows_lse,
             columns_lse,
-            positive_grad[start:],
-            *_ids(groups, start),
-            None if groups is None else groups.row_shares[start:].float(),
-            None if groups is None else groups.column_shares.float(),
+            positive_grad,
+            row_ids,
+            column_ids,
+            row_shares,
+            column_shares,
             grad,
             partials,
             len(rows),
@@ -115,8 +126,9 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
             **config,
         )
 
-    image_grad, text_grad, sums = gradients(call, width, scale * weight, dtype, _tile(config), 1, launch)
-    return image_grad, text_grad, weight * sums[0]
+    factor = call.scale * upstream.weight
+    image_grad, text_grad, sums = gradients(call, width, factor, dtype, _tile(config), 1, launch)
+    return image_grad, text_grad, upstream.weight * sums[0]
 
 
 def siglip(
@@ -125,6 +137,8 @@ def siglip(
     """Same contract as `reference.siglip`."""
     width, call = call.image.shape[1], _with_operands(call)
     config = configuration(call.image.dtype, call.image.shape[1])
+    row_ids, column_ids, *_ = group_tensors(call.groups, with_shares=False)
+    of_rows = RowParts(gradient_rows(call) if with_gradients else len(call.image), row_ids)
 
     def launch(start: int, rows: Tensor, grad: Tensor | None, partials: Tensor, unit: float) -> None:
         kernels._siglip_kernel[(len(partials),)](
@@ -132,7 +146,8 @@ def siglip(
             call.text,
             call.scale,
             call.bias,
-            *_ids(call.groups, start),
+            *of_rows.at(start),
+            column_ids,
             grad,
             partials,
             len(rows),
