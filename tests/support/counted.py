@@ -65,6 +65,9 @@ class Watch(TorchDispatchMode):
         """The operators that run a kernel: neither views nor allocations."""
         return [each for each in self.operations if not each.is_view and not each.allocates]
 
+    def arguments(self, *args: Any) -> None:
+        """Called with the arguments of each kernel of Triton. A test may replace it."""
+
     @property
     def names(self) -> Counter[str]:
         """How often each operator ran."""
@@ -116,7 +119,11 @@ class _Launcher:
         self.name, self.watch = name, watch
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.watch.launched(self.name)
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.watch.launched(self.name)
+            self.watch.arguments(*args)
+
+        return launch
 
 
 @pytest.fixture

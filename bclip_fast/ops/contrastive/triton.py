@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.cuda_device import compute_capability
 from bclip_fast.ops.pointers import aligned
 
 from . import triton_kernels as kernels
@@ -23,14 +24,19 @@ from .gpu_tiles import (
 )
 
 
-def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict[str, Any]:
-    """Tile sizes and launch options of every kernel.
+def configuration(
+    dtype: torch.dtype, width: int, grouped: bool = False, capability: tuple[int, int] = (8, 0)
+) -> dict[str, Any]:
+    """Tile sizes and launch options of every kernel, on a GPU of this compute capability.
 
     They are fixed, so results don't depend on a tuning run. They have not been tuned on a GPU yet. A tile of 128 x 128
     reads a third less from L2 than a tile of 64 x 128. On tensor cores, 16 warps hold its accumulators in 32 registers
-    per thread, which leaves 96 for the exponentials. With 8 warps, registers would spill. The softmax's gradient with
-    groups also holds ids and shares, so it takes half the tile. Plain float32 multiplications are so slow that L2
-    doesn't matter, so float32 takes a smaller tile, with registers to spare.
+    per thread, which leaves 96 for the exponentials. On sm_80, registers would spill with 8 warps. On sm_90 they don't,
+    because its tensor cores read both operands from shared memory. There, four warps multiply together: 8 warps do so
+    in steps of 64 x 128 x 16, 16 warps in steps of 64 x 64 x 16, which read the images' operand twice as often.
+
+    The softmax's gradient with groups also holds ids and shares, so it takes half the tile. Plain float32
+    multiplications are so slow that L2 doesn't matter, so float32 takes a smaller tile, with registers to spare.
     """
     in_float32 = dtype == torch.float32
     largest = 16 if in_float32 else 64
@@ -40,11 +46,19 @@ def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict
         "BLOCK_WIDTH": next(size for size in (64, 32, 16) if size <= largest and width % size == 0),
         # A constant, like the block sizes, because a model has one D.
         "WIDTH": width,
-        "num_warps": 8 if in_float32 else 16,
+        "num_warps": 8 if in_float32 or capability[0] == 9 else 16,
         "num_stages": 3,
         # Fused multiplications and additions are Triton's default, which 3.10 changes.
         "enable_fp_fusion": True,
     }
+
+
+def _configuration(call: ContrastiveCall, grouped: bool = False) -> dict[str, Any]:
+    """The configuration of the call's features, on their device."""
+    image = call.image
+    # The interpreter has no capability.
+    capability = compute_capability(image.device.index or 0) if image.is_cuda else (8, 0)
+    return configuration(image.dtype, image.shape[1], grouped, capability)
 
 
 def _tile(config: dict[str, Any]) -> tuple[int, int]:
@@ -70,7 +84,7 @@ def _first_positive(call: ContrastiveCall, start: int) -> int:
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.forward`."""
     call = _with_operands(call)
-    config = configuration(call.image.dtype, call.image.shape[1])
+    config = _configuration(call)
 
     def launch(start: int, rows: Tensor, row_partials: Tensor, column_partials: Tensor) -> None:
         kernels._forward_kernel[(len(row_partials) * len(column_partials),)](
@@ -100,7 +114,7 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
     positive_grad = rows_lse if call.positive_offset is None else upstream.positive_grad.float().contiguous()
     row_ids, column_ids, row_shares, column_shares = group_tensors(call.groups, with_shares=True)
     of_rows = RowParts(gradient_rows(call), rows_lse, positive_grad, row_ids, row_shares)
-    config = configuration(call.image.dtype, call.image.shape[1], call.groups is not None)
+    config = _configuration(call, call.groups is not None)
 
     def launch(start: int, rows: Tensor, grad: Tensor, partials: Tensor, unit: float) -> None:
         rows_lse, positive_grad, row_ids, row_shares = of_rows.at(start)
@@ -136,7 +150,7 @@ def siglip(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same contract as `reference.siglip`."""
     width, call = call.image.shape[1], _with_operands(call)
-    config = configuration(call.image.dtype, call.image.shape[1])
+    config = _configuration(call)
     row_ids, column_ids, *_ = group_tensors(call.groups, with_shares=False)
     of_rows = RowParts(gradient_rows(call) if with_gradients else len(call.image), row_ids)
 
