@@ -230,10 +230,10 @@ class _GlobalClipLoss(torch.autograd.Function):
         groups = positive_grad = None
         if image_ids is not None and text_ids is not None:
             groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
-            loss = (groups.row_weights * rows).sum()
-            loss = loss + (groups.column_weights[ranges.local] * columns[ranges.local]).sum()
-            loss = loss - groups.positives(image, texts, scale)
-            rows, columns = groups.raised(rows, columns)
+            lse, sizes = torch.cat([rows, columns]), [len(image), ranges.total]
+            of_rows, of_columns = (groups.weights * lse).split(sizes)
+            loss = of_rows.sum() + of_columns[ranges.local].sum() - groups.positives(image, texts, scale)
+            rows, columns = groups.raised(lse).split(sizes)
             ctx.weight = groups.weight
         else:
             positive = positive_logits(image, text[: len(image)], scale)
@@ -249,7 +249,7 @@ class _GlobalClipLoss(torch.autograd.Function):
         # The inputs are there for differentiable_once, which connects the gradients with them.
         ctx.save_for_backward(image, texts, scale, rows, columns, positive_grad, image_input, text_input)
         ctx.ranks, ctx.chunk_size, ctx.backend, ctx.hardness = ranks, chunk_size, backend, hardness
-        ctx.text_sizes, ctx.ranges, ctx.groups = text_sizes, ranges, groups
+        ctx.text_sizes, ctx.ranges, ctx.groups = text_sizes, ranges, None if groups is None else groups.tile
         return ranks.sum(loss, "the loss").to(scale.dtype)
 
     @staticmethod
@@ -279,7 +279,7 @@ class _GlobalClipLoss(torch.autograd.Function):
                 texts_grad[part] = text_grad
         wait_for_grad = ctx.ranks.start_reduce(texts_grad, ctx.text_sizes, "text gradients") if with_text else None
         if ctx.groups is None:
-            image_grad, text_grad, scale_grad = tile(ranges.local, 0, (weight * positive_grad).to(wide))
+            image_grad, text_grad, scale_grad = tile(ranges.local, 0, positive_grad)
         else:
             image_grad, text_grad, scale_grad = tile(ranges.local, None, rows_lse)
         for remote_image_grad, remote_scale_grad in remote_grads:

@@ -188,7 +188,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         groups = None
         wait_for_texts = ranks.start_gather(text, text_sizes, "text features")
         if image_ids is not None and text_ids is not None:
-            groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
+            groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes).tile
 
         def tile(text: Tensor, part: slice, positive_offset: int | None) -> tuple[Tensor, ...]:
             tile_groups = None if groups is None else groups.among(part)
@@ -200,7 +200,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         tiles |= {part.start: tile(texts[part], part, None) for part in ranges.remote}
         losses, image_grads, _, scale_grads, bias_grads = zip(*tiles.values(), strict=True)
         text_grads = [outputs[2] for _, outputs in sorted(tiles.items(), key=itemgetter(0))]
-        loss = torch.stack(losses).sum()
+        loss = torch.stack(losses).sum().to(scale.dtype)
         if not with_gradients:
             return ranks.sum(loss, "the loss")
         wait_for_grad = None

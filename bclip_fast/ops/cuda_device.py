@@ -80,6 +80,20 @@ def cuda_stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def compute_capability(index: int) -> tuple[int, int]:
+    """(major, minor) of GPU `index`. The driver is asked once, because every call of an operator needs the answer."""
+    return _capability(index)
+
+
+# A constant to torch.compile, as `_cuda_limits`.
+compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """The reason why no Triton kernel can take this tensor in `dtype` (by default the tensor's), or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,6 +104,6 @@ def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | No
         return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
     if not interpreted and tensor.device.type != "cuda":
         return f"device is {tensor.device.type}, not cuda"
-    if not interpreted and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if not interpreted and compute_capability(tensor.device.index or 0) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None

@@ -115,14 +115,13 @@ def test_triton_log1p_is_accurate_to_its_last_digits():
 @compiled
 def test_bfloat16_operands_are_exact_in_float16():
     features = (torch.randn(50, 30) * 1e6).bfloat16()
-    operand, unit = gpu_tiles.operand(features)
+    (operand, zeros), units = gpu_tiles.operands(features, torch.zeros(3, 4, dtype=torch.bfloat16))
     assert operand.dtype == torch.float16
     assert 0.5 <= operand.abs().max() < 1
     large = features.abs() >= features.abs().max() * 2.0**-13
-    assert torch.equal((operand.double() * unit)[large], features.double()[large])
-    zeros, unit = gpu_tiles.operand(torch.zeros(3, 4, dtype=torch.bfloat16))
+    assert torch.equal((operand.double() * units[0])[large], features.double()[large])
     assert not zeros.any()
-    assert unit == 1
+    assert units[1] == 1
 
 
 @compiled
@@ -192,7 +191,8 @@ def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp
 
 def spilled(name, dtype, width, with_bias, capability, folder):
     kernel = getattr(kernels, name.split()[0])
-    constants = {**ours.configuration(dtype, width, name == "_backward_kernel of groups"), **KERNELS[name]}
+    grouped = name == "_backward_kernel of groups"
+    constants = {**ours.configuration(dtype, width, grouped, divmod(capability, 10)), **KERNELS[name]}
     absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
     if name != "_forward_kernel":
