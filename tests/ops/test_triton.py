@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import launches
 import pytest
 import torch
 from inside import num_passed
@@ -16,7 +17,8 @@ from judged import (
     judge_rectangle,
     judge_siglip_operator,
 )
-from resources import CAPABILITIES, TYPES, compiled_resources
+from launches import CONTRASTIVE_VARIANTS
+from resources import CAPABILITIES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.contrastive import LIMITS, gpu_tiles, reference
@@ -162,20 +164,10 @@ def test_limits_give_reasons():
             ops.clip_loss(ones, ones, 1.0, backend="triton")
 
 
-KERNELS = {
-    "_forward_kernel": {"HAS_POSITIVES": True},
-    "_backward_kernel": {"HAS_POSITIVES": True},
-    "_siglip_kernel": {"HAS_POSITIVES": True, "WITH_GRADIENTS": True},
-    "_backward_kernel of groups": {"HAS_POSITIVES": False},
-    "_siglip_kernel of groups": {"HAS_POSITIVES": False, "WITH_GRADIENTS": True},
-}
-GROUPS = ["row_ids", "column_ids", "row_shares", "column_shares"]
-
-
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", CONTRASTIVE_VARIANTS)
 def test_kernel_compiles_without_spills(name, dtype, capability, tmp_path):
     assert spilled(name, dtype, 512, True, capability, tmp_path) == 0
 
@@ -184,23 +176,10 @@ def test_kernel_compiles_without_spills(name, dtype, capability, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 512), (torch.float16, 96), (torch.float16, 80)], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", CONTRASTIVE_VARIANTS)
 def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp_path):
     assert spilled(name, dtype, width, False, capability, tmp_path) == 0
 
 
 def spilled(name, dtype, width, with_bias, capability, folder):
-    kernel = getattr(kernels, name.split()[0])
-    grouped = name == "_backward_kernel of groups"
-    constants = {**ours.configuration(dtype, width, grouped, divmod(capability, 10)), **KERNELS[name]}
-    absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(GROUPS))
-    constants |= {argument: None for argument in absent if argument in kernel.arg_names}
-    if name != "_forward_kernel":
-        constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else gpu_tiles.GRADIENT_SCALE
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(GROUPS[:2], "*i32")
-    types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}"}
-    types |= dict.fromkeys(["row_partials", "column_partials"], "*fp64")
-    types |= dict.fromkeys(["rows_lse", "columns_lse"], "*fp64" if dtype == torch.float32 else "*fp32")
-    types |= {"grad": "*fp32" if dtype == torch.float32 else "*fp16"}
-    types |= dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32")
-    return compiled_resources(kernel, types, constants, capability, folder).spilled
+    return compiled_resources(*launches.contrastive(name, dtype, width, capability, with_bias), capability, folder).spilled
