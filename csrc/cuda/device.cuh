@@ -158,6 +158,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // A product that is rounded by itself. Compilers fuse ordinary products with the sums that follow.
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
