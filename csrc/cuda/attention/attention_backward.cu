@@ -108,7 +108,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
         if (first + row < length) {
 #pragma unroll
           for (int part = 0; part < kDim / 32; ++part) {
-            const int column = part * 32 + index % 4 * 8;
+            // Two rows share a wave of 128 bytes, and even rows read its other half.
+            const int half = grads.kOdd ? part : part ^ (row & 1);
+            const int column = half * 32 + index % 4 * 8;
             const Quad grad = grads.memory.template load_as<Quad>(grads.index(row, column));
             const Quad out =
                 *reinterpret_cast<const Quad*>(out_rows + (first + row) * out_stride + column);
