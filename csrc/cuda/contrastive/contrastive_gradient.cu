@@ -34,8 +34,9 @@ struct Ids {
 
   __device__ __forceinline__ void load(const Groups& groups, const TilePlace& tile) const {
     const int thread = thread_index();
-    rows.store(thread, thread < tile.rows ? groups.rows[tile.row + thread] : -1);
-    columns.store(thread, thread < tile.columns ? groups.columns[tile.column + thread] : -2);
+    rows.store(thread, thread < tile.rows ? load_global(&groups.rows[tile.row + thread]) : -1);
+    columns.store(thread,
+                  thread < tile.columns ? load_global(&groups.columns[tile.column + thread]) : -2);
   }
 };
 
@@ -57,8 +58,8 @@ __device__ __forceinline__ void store_gradient(Products& gradients, const Gradie
   for (int chunk = thread_index(); chunk < tile.rows * (kSide / 8); chunk += kThreads) {
     const int row = chunk / (kSide / 8), column = chunk % (kSide / 8) * 8;
     if (tile.column + column >= to.stride) continue;
-    *reinterpret_cast<Quad*>(grad + row * to.stride + column) =
-        staged.memory.load_as<Quad>(staged.index(row, column));
+    store_global(reinterpret_cast<Quad*>(grad + row * to.stride + column),
+                 staged.memory.load_as<Quad>(staged.index(row, column)));
   }
 }
 
@@ -82,10 +83,12 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   // infinite R and the factor zero.
   const int thread = thread_index();
   const bool has_row = thread < tile.rows, has_column = thread < tile.columns;
-  const float row = has_row ? normalizers.rows_near[tile.row + thread] : infinity();
-  const float column = has_column ? normalizers.columns_near[tile.column + thread] : infinity();
-  const float row_rest = has_row ? normalizers.rows_rest[tile.row + thread] : 0.0f;
-  const float column_rest = has_column ? normalizers.columns_rest[tile.column + thread] : 0.0f;
+  const float row = has_row ? load_global(&normalizers.rows_near[tile.row + thread]) : infinity();
+  const float column =
+      has_column ? load_global(&normalizers.columns_near[tile.column + thread]) : infinity();
+  const float row_rest = has_row ? load_global(&normalizers.rows_rest[tile.row + thread]) : 0.0f;
+  const float column_rest =
+      has_column ? load_global(&normalizers.columns_rest[tile.column + thread]) : 0.0f;
   const float lowest = fold_block(fminf(row, column), block_memory, Less());
   block_barrier();
   const auto finite = [](float near) { return near == infinity() ? -infinity() : near; };
@@ -99,12 +102,13 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const Ids ids;
   if (groups.rows) {
     ids.load(groups, tile);
-    row_shares.store(thread, has_row ? groups.row_shares[tile.row + thread] : 0.0f);
-    column_shares.store(thread, has_column ? groups.column_shares[tile.column + thread] : 0.0f);
+    row_shares.store(thread, has_row ? load_global(&groups.row_shares[tile.row + thread]) : 0.0f);
+    column_shares.store(
+        thread, has_column ? load_global(&groups.column_shares[tile.column + thread]) : 0.0f);
   }
   block_barrier();
 
-  const float factor = *features.scale * kLog2E;
+  const float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
   float sum = 0.0f;
   products.each([&](int, int, int row, int column, float& number) {
@@ -115,7 +119,9 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
                           : exp2_fast(logit - row_near.load(row)) * row_factor +
                                 exp2_fast(logit - column_near.load(column)) * column_factor;
     const bool counted = row < tile.rows && column < tile.columns;
-    if (column == row + shift && counted) gradient = normalizers.positive_grad[tile.row + row];
+    if (column == row + shift && counted)
+      gradient = load_global(&normalizers.positive_grad[tile.row + row]);
+    rejoin_lanes();
     if (groups.rows && ids.rows.load(row) == ids.columns.load(column)) {
       gradient -= row_shares.load(row) + column_shares.load(column);
     }
@@ -125,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   store_gradient(products, arguments.tile, tile);
   block_barrier();
   sum = fold_block(sum, block_memory, Add());
-  if (thread == 0) arguments.tile.partials[block_index()] = sum;
+  if (thread == 0) store_global(&arguments.tile.partials[block_index()], sum);
 }
 
 template <class T>
@@ -142,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
     ids.load(groups, tile);
     block_barrier();
   }
-  const float scale = *features.scale, bias = arguments.bias ? *arguments.bias : 0.0f;
+  const float scale = load_global(features.scale),
+              bias = arguments.bias ? load_global(arguments.bias) : 0.0f;
   const int shift = positives_of(features, tile);
   float loss = 0.0f, sum = 0.0f, product_sum = 0.0f;
   products.each([&](int, int, int row, int column, float& number) {
@@ -168,7 +175,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
   }
   if (thread_index() == 0) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) arguments.tile.partials[block_index() * 3 + i] = totals[i];
+    for (int i = 0; i < 3; ++i)
+      store_global(&arguments.tile.partials[block_index() * 3 + i], totals[i]);
   }
 }
 
