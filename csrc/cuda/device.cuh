@@ -134,6 +134,20 @@ __device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Every access of a kernel to global memory, except copy_async. The emulator counts their sectors.
+template <class T>
+__device__ __forceinline__ T load_global(const T* from) {
+  return *from;
+}
+template <class T>
+__device__ __forceinline__ void store_global(T* to, T value) {
+  *to = value;
+}
+// Marks the end of a loop or branch that some lanes leave earlier than others. It is no
+// instruction. The emulator pairs the accesses of the lanes between two marks, or between a mark
+// and a function of the whole warp, by their order.
+__device__ __forceinline__ void rejoin_lanes() {}
+
 // Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read
 // them after wait_for_copies. Other threads may read them after a later barrier. wait_for_copies<n>
 // waits for all but the last n groups.

@@ -65,8 +65,8 @@ struct Tile {
                                              int threads) const {
     for (int chunk = thread; chunk < length * (kColumns / 8); chunk += threads) {
       const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
-      *reinterpret_cast<Quad*>(to + row * stride + column) =
-          memory.template load_as<Quad>(index(row, column));
+      store_global(reinterpret_cast<Quad*>(to + row * stride + column),
+                   memory.template load_as<Quad>(index(row, column)));
     }
   }
 };

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
 
   // In the units of ln 2, the logits are the products times `factor`. A plain tile keeps products,
   // whose order is that of the logits. Other tiles keep logits, of which some are minus infinity.
-  float factor = *features.scale * kLog2E;
+  float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
   float highest = -1e30f;
   if (is_plain(tile, shift) && factor > 0.0f) {
@@ -100,12 +100,12 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
     column_sum = folded(column_memory, thread, Add());
   }
   if (thread < tile.rows) {
-    arguments.sums.rows[int64_t(tile.column / kSide) * features.rows + tile.row + thread] =
-        (row_offset + log2_fast(row_sum)) * kLn2;
+    const int64_t index = int64_t(tile.column / kSide) * features.rows + tile.row + thread;
+    store_global(&arguments.sums.rows[index], (row_offset + log2_fast(row_sum)) * kLn2);
   }
   if (thread < tile.columns) {
-    arguments.sums.columns[int64_t(tile.row / kSide) * features.columns + tile.column + thread] =
-        (column_offset + log2_fast(column_sum)) * kLn2;
+    const int64_t index = int64_t(tile.row / kSide) * features.columns + tile.column + thread;
+    store_global(&arguments.sums.columns[index], (column_offset + log2_fast(column_sum)) * kLn2);
   }
 }
 

@@ -34,8 +34,9 @@ struct Ids {
 
   __device__ __forceinline__ void load(const Groups& groups, const TilePlace& tile) const {
     const int thread = thread_index();
-    rows.store(thread, thread < tile.rows ? groups.rows[tile.row + thread] : -1);
-    columns.store(thread, thread < tile.columns ? groups.columns[tile.column + thread] : -2);
+    rows.store(thread, thread < tile.rows ? load_global(&groups.rows[tile.row + thread]) : -1);
+    columns.store(thread,
+                  thread < tile.columns ? load_global(&groups.columns[tile.column + thread]) : -2);
   }
 };
 
@@ -63,8 +64,8 @@ __device__ __forceinline__ void store_gradient(const Products& gradients, const 
   for (int chunk = thread_index(); chunk < tile.rows * (kSide / 8); chunk += kThreads) {
     const int row = chunk / (kSide / 8), column = chunk % (kSide / 8) * 8;
     if (tile.column + column >= to.stride) continue;
-    *reinterpret_cast<Quad*>(grad + row * to.stride + column) =
-        staged.memory.load_as<Quad>(staged.index(row, column));
+    store_global(reinterpret_cast<Quad*>(grad + row * to.stride + column),
+                 staged.memory.load_as<Quad>(staged.index(row, column)));
   }
 }
 
@@ -89,10 +90,13 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const int thread = thread_index();
   const float unit = arguments.tile.scale;
   const bool has_row = thread < tile.rows, has_column = thread < tile.columns;
-  const float row = has_row ? normalizers.rows_near[tile.row + thread] : infinity();
-  const float column = has_column ? normalizers.columns_near[tile.column + thread] : infinity();
-  const float row_rest = has_row ? normalizers.rows_rest[tile.row + thread] * unit : 0.0f;
-  const float column_rest = has_column ? normalizers.columns_rest[tile.column + thread] * unit : 0.0f;
+  const float row = has_row ? load_global(&normalizers.rows_near[tile.row + thread]) : infinity();
+  const float column =
+      has_column ? load_global(&normalizers.columns_near[tile.column + thread]) : infinity();
+  const float row_rest =
+      has_row ? load_global(&normalizers.rows_rest[tile.row + thread]) * unit : 0.0f;
+  const float column_rest =
+      has_column ? load_global(&normalizers.columns_rest[tile.column + thread]) * unit : 0.0f;
   const float lowest = fold_block(fminf(row, column), block_memory, Less());
   block_barrier();
   float highest = fold_block(fmaxf(row, column), block_memory, Greater());
@@ -111,12 +115,13 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const Ids ids;
   if (groups.rows) {
     ids.load(groups, tile);
-    row_shares.store(thread, has_row ? groups.row_shares[tile.row + thread] : 0.0f);
-    column_shares.store(thread, has_column ? groups.column_shares[tile.column + thread] : 0.0f);
+    row_shares.store(thread, has_row ? load_global(&groups.row_shares[tile.row + thread]) : 0.0f);
+    column_shares.store(
+        thread, has_column ? load_global(&groups.column_shares[tile.column + thread]) : 0.0f);
   }
   block_barrier();
 
-  const float factor = *features.scale * kLog2E;
+  const float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
   float sums[4] = {};
   if (near && every_loss && is_plain(tile, shift) && !groups.rows) {
@@ -140,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
                                  exp2_fast(logit - column_near.load(column)) * column_factor;
       const bool counted = row < tile.rows && column < tile.columns;
       if (column == row + shift && counted)
-        gradient = normalizers.positive_grad[tile.row + row] * unit;
+        gradient = load_global(&normalizers.positive_grad[tile.row + row]) * unit;
+      rejoin_lanes();
       if (groups.rows && ids.rows.load(row) == ids.columns.load(column)) {
         gradient -= (row_shares.load(row) + column_shares.load(column)) * unit;
       }
@@ -150,9 +156,8 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   }
   store_gradient(products, arguments.tile, tile);
   block_barrier();
-  const float sum =
-      fold_block(total(sums), block_memory, Add()) / unit;
-  if (thread == 0) arguments.tile.partials[block_index()] = sum;
+  const float sum = fold_block(total(sums), block_memory, Add()) / unit;
+  if (thread == 0) store_global(&arguments.tile.partials[block_index()], sum);
 }
 
 // log(1 + x) for x >= 0, to a relative 3e-7. Below 1 it is x times the Chebyshev interpolant of
@@ -210,8 +215,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
     block_barrier();
   }
   // Logits are in units of ln 2, and G in those of the output.
-  const float scale = *features.scale * kLog2E,
-              bias = (arguments.bias ? *arguments.bias : 0.0f) * kLog2E;
+  const float scale = load_global(features.scale) * kLog2E,
+              bias = (arguments.bias ? load_global(arguments.bias) : 0.0f) * kLog2E;
   const float per_unit = 1.0f / arguments.tile.scale;
   const int shift = positives_of(features, tile);
   SigmoidSums sums;
@@ -243,7 +248,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
   }
   if (thread_index() == 0) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) arguments.tile.partials[block_index() * 3 + i] = totals[i];
+    for (int i = 0; i < 3; ++i)
+      store_global(&arguments.tile.partials[block_index() * 3 + i], totals[i]);
   }
 }
 

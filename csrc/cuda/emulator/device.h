@@ -240,6 +240,16 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }
 
 template <class T>
+T load_global(const T* from, BCLIP_SITE) {
+  return *from;
+}
+template <class T>
+void store_global(T* to, T value, BCLIP_SITE) {
+  *to = value;
+}
+inline void rejoin_lanes() {}
+
+template <class T>
 void copy_async(Shared<T> to, int index, const T* from, bool valid, BCLIP_SITE) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || to.place(index) % 16) {
     throw std::runtime_error("copy_async: an address isn't a multiple of 16");
