@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
     column_offset = folded(column_memory, thread, Greater()) * factor;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      row_highest[i] =
-          folded(row_memory, Products::row_of(i / 2, i % 2), Greater()) * factor;
+      row_highest[i] = folded(row_memory, Products::row_of(i / 2, i % 2), Greater()) * factor;
       rows[i] = 0.0f;
     }
 #pragma unroll

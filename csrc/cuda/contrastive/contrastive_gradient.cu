@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
   } else {
     products.each([&](int, int j, int row, int column, float& number) {
       const float product = number, logit = product * scale + bias;
-      const bool positive = column == row + shift ||
-                            (groups.rows && ids.rows.load(row) == ids.columns.load(column));
+      const bool positive =
+          column == row + shift || (groups.rows && ids.rows.load(row) == ids.columns.load(column));
       const bool counted = row < tile.rows && column < tile.columns;
       // A logit of minus infinity has neither a loss nor a gradient.
       number = sums.add(j % 4, !counted ? -infinity() : positive ? -logit : logit, per_unit);
@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
     });
   }
   if (arguments.tile.grad) store_gradient(products, arguments.tile, tile);
-  const float values[3] = {total(sums.products) * per_unit, total(sums.gradients) * per_unit, sums.loss()};
+  const float values[3] = {total(sums.products) * per_unit, total(sums.gradients) * per_unit,
+                           sums.loss()};
   float totals[3];
 #pragma unroll
   for (int i = 0; i < 3; ++i) {

@@ -263,9 +263,9 @@ void wait_for_copies() {
 }
 
 // Like ex2.approx.ftz, lg2.approx and rcp.approx.ftz, with the largest errors that the CUDA C++
-// programming guide and the PTX ISA allow ("Mathematical functions", intrinsics; "rcp"). These are 2
-// units in the last place, or 2^-22 for logarithms of 0.5 to 2, or 1 unit for reciprocals. Subnormal
-// arguments of reciprocals, and subnormal results, are zero.
+// programming guide and the PTX ISA allow ("Mathematical functions", intrinsics; "rcp"). These are
+// 2 units in the last place, or 2^-22 for logarithms of 0.5 to 2, or 1 unit for reciprocals.
+// Subnormal arguments of reciprocals, and subnormal results, are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f
