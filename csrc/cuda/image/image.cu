@@ -64,6 +64,13 @@ __device__ inline void put(T* to, float value) {
   store_global(&to->bits, uint16_t(pack<T>(value, 0.0f)));
 }
 
+// The index in shared memory of pixel i of line j of a chunk. The first pass stores 32 lines or 16
+// pixels at once, and the second reads lines that are a step of the resize apart. Lines permute
+// their pixels, so that these are in different banks.
+__device__ inline int place_of(int line, int pixel) {
+  return line * kSide + (pixel ^ (line / 2 & (kSide - 1)));
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
   constexpr int kHalf = 1 << (kPrecision - 1);
@@ -114,13 +121,13 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
           blue += load_global(&from[2]) * coefficient;
         }
         rejoin_lanes();
-        between.store(j * kSide + i,
+        between.store(place_of(j, i),
                       uint32_t(level_of(red) | level_of(green) << 8 | level_of(blue) << 16));
       }
       block_barrier();
       const int stop = high < start + kChunk ? high : start + kChunk;
       for (int x = low > start ? low : start; x < stop; ++x) {
-        const uint32_t pixel = between.load((x - start) * kSide + column_in_chunk);
+        const uint32_t pixel = between.load(place_of(x - start, column_in_chunk));
         const int coefficient = load_global(&taps_of_output[2 + x - low]);
         for (int c = 0; c < 3; ++c) sums[c] += int(pixel >> 8 * c & 255) * coefficient;
       }
