@@ -6,6 +6,7 @@ The kernel runs on the host. A library with nvJPEG's functions and libjpeg's pix
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 from pathlib import Path
@@ -179,6 +180,26 @@ def test_broken_and_refused_files_match_the_reference(monkeypatch):
             assert errors[index] == reasons[index]
     assert squares([], 16)[0].shape == (0, 16, 16, 3)
     assert squares([b""], 16)[1].keys() == {0}
+
+
+@faked
+@pytest.mark.parametrize("others", [[], [jpeg(comment=b"refuse")]], ids=["batch", "file by file"])
+def test_decodes_on_two_streams_do_not_share_memory(others):
+    """The replacement's streams write pixels only when somebody waits for them."""
+    path = os.environ["BCLIP_NVJPEG"]
+    replacement, decoder = ctypes.CDLL(path), cuda_module().NvJpeg(path)
+    replacement.fake_stream.restype = ctypes.c_void_p
+    streams = [replacement.fake_stream(index) for index in range(2)]
+    files = [jpeg(size=(80, 60), quality=quality) for quality in (90, 70, 50, 30)]
+    pixels, rest = torch.zeros(len(files), 60, 80, 3, dtype=torch.uint8), torch.zeros(53, 37, 3, dtype=torch.uint8)
+    for index, (file, stream) in enumerate(zip(files, [*streams, streams[1], streams[0]], strict=True)):
+        addresses = [rest.data_ptr()] * len(others) + [pixels[index].data_ptr()]
+        refused = decoder.decode([*others, file], addresses, [53] * len(others) + [80], 1, stream)
+        assert refused == [0] * len(others)
+    for stream in streams:
+        replacement.fake_synchronize(ctypes.c_void_p(stream))
+    for written, file in zip(pixels, files, strict=True):
+        assert torch.equal(written, ops.image.decode(file))
 
 
 @hosted

@@ -182,4 +182,5 @@ def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp
 
 
 def spilled(name, dtype, width, with_bias, capability, folder):
-    return compiled_resources(*launches.contrastive(name, dtype, width, capability, with_bias), capability, folder).spilled
+    launch = launches.contrastive(name, dtype, width, capability, with_bias)
+    return compiled_resources(*launch, capability, folder).spilled

@@ -27,7 +27,7 @@ def _triton_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) ->
 
 
 # Shared memory, in bytes, that a thread block needs for each head dimension. The backward pass needs the most.
-CUDA_BLOCK_BYTES = {32: 83456, 64: 82944, 96: 123904, 128: 148480}
+CUDA_BLOCK_BYTES = {32: 83456, 64: 82944, 96: 115712, 128: 148480}
 
 
 def _cuda_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
