@@ -178,7 +178,12 @@ def test_build_real_articles_pairs_every_figure_with_an_image(shared_data, tmp_p
     with caplog.at_level("INFO", logger="bclip_fast.ingest.build"):
         captions, rejects = run_build(articles, tmp_path / "one", **options)
     assert len(captions) == len(pairs) == 558
-    assert Counter(reason for _, _, reason in rejects) == {"image missing": 68}
+    assert Counter(reason.partition(":")[0] for _, _, reason in rejects) == {
+        "image missing": 68,
+        "outside a figure": 39,
+        "image of a formula": 11,
+        "image in running text": 1,
+    }
     assert "155 articles, 558 pairs" in caplog.text
     assert "68 image missing" in caplog.text
     rows = manifest_rows(tmp_path / "one").values()
