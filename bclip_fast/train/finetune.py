@@ -39,7 +39,6 @@ from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
-from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.pretrained import vqa_head
 
@@ -49,7 +48,7 @@ from .engine import EngineConfig, StepResult, build_engine
 from .lora import add_lora
 from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
-from .transfers import AsyncRead, to_device
+from .transfers import AsyncRead, packed_to_device, to_device
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +290,7 @@ class _Loop:
         config, device = self.config, self.engine.device
         torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
         packed = self.tokenizer.packed([self.objective.texts[row] for row in rows])
-        text = Packed(*(to_device(part, device) for part in packed[:2]), packed.max_seqlen)
+        text = packed_to_device(packed, device)
         output = self.engine(to_device(images, device), text)
         loss = self.objective.loss(output, rows)
         self.engine.backward(loss)

@@ -29,7 +29,7 @@ from bclip_fast.model.transformer import PreProjection
 
 from .engine import Engine
 from .spill import SpillBuffer
-from .transfers import to_device
+from .transfers import packed_to_device, to_device
 
 
 class Embedded(NamedTuple):
@@ -54,10 +54,9 @@ def embed(engine: Engine, batch: Batch, seed: int, pre_projection: Sequence[Tens
     """
     torch.manual_seed(seed)
     image, text = (None if features is None else PreProjection(features) for features in pre_projection)
-    packed = Packed.of(batch.ids, batch.lengths)
     output = engine(
         image or to_device(batch.images, engine.device),
-        text or Packed(*(to_device(part, engine.device) for part in packed[:2]), packed.max_seqlen),
+        text or packed_to_device(Packed.of(batch.ids, batch.lengths), engine.device),
     )
     return Embedded(output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias"))
 

@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.model.packed import Packed
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, for which the host doesn't wait. A GPU copies without a wait only from pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def packed_to_device(text: Packed, device: torch.device) -> Packed:
+    """`to_device` for packed captions."""
+    return Packed(to_device(text.ids, device), to_device(text.cu_seqlens, device), text.max_seqlen)
 
 
 class AsyncRead:

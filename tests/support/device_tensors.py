@@ -47,9 +47,11 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, memory: Tensor) -> DeviceTensor:
-        return torch.Tensor._make_wrapper_subclass(
-            cls, memory.size(), strides=memory.stride(), storage_offset=memory.storage_offset(), dtype=memory.dtype
-        )
+        # torch refuses views of a normal tensor that are inference tensors.
+        with torch.inference_mode(False):
+            return torch.Tensor._make_wrapper_subclass(
+                cls, memory.size(), strides=memory.stride(), storage_offset=memory.storage_offset(), dtype=memory.dtype
+            )
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
@@ -97,8 +99,9 @@ def _to(function: Any, name: str, args: Any, kwargs: Any) -> Any:
     device = next((torch.device(value) for value in rest if isinstance(value, str | torch.device)), None)
     device = device or kwargs.get("device")
     if device is None or torch.device(device).type == "cuda":
-        rest = [value for value in rest if not isinstance(value, str | torch.device)]
-        options = {key: value for key, value in kwargs.items() if key != "device"}
+        dtype = next((value for value in rest if isinstance(value, torch.dtype)), None)
+        options = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking")}
+        rest = [] if dtype is None else [dtype]
         with torch._C.DisableTorchFunctionSubclass():
             return tensor.to(*rest, **options) if rest or options else tensor
     dtype = next((value for value in rest if isinstance(value, torch.dtype)), kwargs.get("dtype"))

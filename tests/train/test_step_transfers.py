@@ -91,7 +91,11 @@ OFFLOADED = EngineConfig(name="ddp", precision="fp32", grad_checkpointing=True, 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"model": DROPOUT, "max_steps": 3},
     "offloaded activations": {"engine": OFFLOADED, "max_steps": 3},
-    "micro-batches and EMA": {"micro_batch_size": 4, "ema_decay": 0.5},
+    "micro-batches, EMA, validation": {
+        "micro_batch_size": 4,
+        "ema_decay": 0.5,
+        "validation": ValidationConfig(every_steps=3, batch_size=8),
+    },
     "resnet and EMA": {
         "micro_batch_size": 8,
         "ema_decay": 0.5,
