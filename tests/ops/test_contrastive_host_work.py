@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counted import Watch, watch  # noqa: F401
+from counted import Watch, watched_losses
 from torch.nn.functional import normalize
 
 from bclip_fast import ops
@@ -24,6 +24,11 @@ CASES = [
     ("triton", torch.bfloat16),
     ("triton", torch.float32),
 ]
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return watched_losses(monkeypatch)
 
 
 def on_meta(*shape, dtype=torch.float32):
@@ -98,9 +103,9 @@ def test_loss_over_ranks_launches_few_kernels(loss, grouped, backend, dtype, num
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_positive_logits_launch_few_kernels_on_a_gpu(dtype, size):
     (image, text), scale = features(size, dtype), on_meta()
-    with torch.no_grad(), Watch() as watch:
+    with torch.no_grad(), Watch() as counted:
         positive_logits(image, text, scale)
-    assert len(watch.operations) <= 20
+    assert len(counted.operations) <= 20
 
 
 @pytest.mark.parametrize(("size", "width"), [(50, 24), (1 << 10, 3)])

@@ -126,8 +126,7 @@ class _Launcher:
         return launch
 
 
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+def watched_losses(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """A `Watch`. The backends `cuda` and `triton` of the losses run on meta tensors, with kernels that do nothing."""
     watch = Watch()
     for name in ("cuda", "triton"):

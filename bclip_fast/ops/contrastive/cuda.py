@@ -51,7 +51,9 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
     sharpness = call.scale + upstream.hardness if upstream.hardness else call.scale
     num_rows, num_columns = len(call.image), len(call.text)
     near, rest = _nearest(torch.cat([upstream.rows_lse, upstream.columns_lse]))
-    (rows_near, columns_near), (rows_rest, columns_rest) = (each.split([num_rows, num_columns]) for each in (near, rest))
+    (rows_near, columns_near), (rows_rest, columns_rest) = (
+        each.split([num_rows, num_columns]) for each in (near, rest)
+    )
     positive_grad = None if call.positive_offset is None else upstream.positive_grad.float().contiguous()
     row_ids, column_ids, row_shares, column_shares = group_tensors(call.groups, with_shares=True)
     of_rows = RowParts(gradient_rows(call), rows_near, rows_rest, positive_grad, row_ids, row_shares)
@@ -110,7 +112,7 @@ def _address(tensor: Tensor | None, dtype: torch.dtype, device: torch.device, *s
 
 
 def _nearest(lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(near, rest) of a float64 tensor, in float32 with exp(-lse) = 2^-near * rest, which is exact although `near` is rounded."""
+    """(near, rest) in float32 with exp(-lse) = 2^-near * rest, exact although `near` is rounded. `lse` is float64."""
     bits = lse / math.log(2)
     near = bits.float()
     # A row without a loss has an infinite log-sum-exp, and inf - inf is NaN.

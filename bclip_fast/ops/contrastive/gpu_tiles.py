@@ -110,7 +110,7 @@ def gradients(
     num_partials: int,
     launch: Callable[[int, Tensor, Tensor, Tensor, float], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dI, dT in `dtype`, float64 sums of the partial results (num_partials,)), from `gradient_rows` rows of G at a time.
+    """(dI, dT in `dtype`, sums of the partial results (num_partials,) in float64), from `gradient_rows` rows at a time.
 
     dI = factor * G / w @ T and dT = factor * (G / w).T @ I. The first `width` columns of both are returned. Each chunk
     of rows costs our kernel and two matmuls. The second one adds to dT in place: it reads and writes 4 bytes for each
