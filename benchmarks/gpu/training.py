@@ -133,11 +133,12 @@ def train_engine(device: str) -> None:
         losses.append(float(cache.loss()))
         cache.backward()
         timer.lap("backward")
+        seconds = timer.finish()
         result = engine.step(1e-3 if TINY else 1e-4)
         assert math.isfinite(losses[-1]), losses
         assert math.isfinite(result.grad_norm), result
         assert not result.skipped, result
-        print(f"step {step + 1}: loss {losses[-1]:.4f}, norm {result.grad_norm:.3f}, {timer.seconds()}", flush=True)
+        print(f"step {step + 1}: loss {losses[-1]:.4f}, norm {result.grad_norm:.3f}, {seconds()}", flush=True)
     print(f"{STEPS * size * MICRO_BATCHES / (time.perf_counter() - start):.0f} pairs/s, with the first step")
     assert min(losses[-3:]) < losses[0], f"the loss does not fall: {losses}"
     state, moments = engine.model_state(), engine.optimizer_state().moments

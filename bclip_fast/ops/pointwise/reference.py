@@ -30,7 +30,8 @@ def add_norm(
         if seed is None:
             branch = F.dropout(branch, dropout_p) if dropout_p else branch
         else:
-            kept = dropout_mask(*branch.shape, dropout_p, seed, branch.device)
+            rows, columns = branch.shape
+            kept = dropout_mask(rows, columns, dropout_p, seed, branch.device)
             branch = branch * (kept / (1 - dropout_p)).to(branch.dtype)
         stream = stream + branch.to(stream.dtype)
     return F.layer_norm(stream, stream.shape[1:], weight.to(stream.dtype), bias.to(stream.dtype), eps), stream
