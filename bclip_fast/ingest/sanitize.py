@@ -65,7 +65,7 @@ def sanitize(data: bytes, *, max_short_side: int = 384, jpeg_quality: int = JPEG
         return _sanitize(image, data, max_short_side, jpeg_quality)
     except ImageError as error:
         reason = str(error)
-        known = reason.startswith(("not an image", "image of", "image larger"))
+        known = reason.startswith(("not an image", "image in a", "image of", "image larger"))
         raise SanitizeError(reason if known else f"image cannot be decoded: {reason}") from None
 
 

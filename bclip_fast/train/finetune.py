@@ -40,20 +40,20 @@ from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
-from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.pretrained import vqa_head
 
 from . import backends, run_folder
 from . import checkpoint as checkpoints
-from .engine import EngineConfig, build_engine
+from .engine import EngineConfig, StepResult, build_engine
 from .lora import add_lora
 from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
+from .transfers import AsyncRead, packed_to_device, to_device
 
 log = logging.getLogger(__name__)
 
-_TRIES = 32  # replacements of a damaged image before the run stops
+_TRIES = 32  # replacements of a damaged image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,7 @@ class FinetuneConfig:
     """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
     num_workers: int = 2
     on_bad_image: Literal["skip", "stop"] = "skip"
-    """What follows when an image cannot be decoded. skip: another sample, drawn by the seed, takes its place, and the
-    log names it. stop: an error that names it."""
+    """Damaged images. skip: a sample drawn by the seed takes their place, and the log names them. stop: an error."""
     checkpoint_every: int = 0
     """Interval of checkpoints in steps. The last step always has a checkpoint. 0 writes only that one."""
     optim: OptimConfig = field(
@@ -193,7 +192,7 @@ class _Questions:
 
     def loss(self, output: dict[str, Tensor], rows: Sequence[int]) -> Tensor:
         logits = output["logits"]
-        targets = nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]).to(logits.device)
+        targets = to_device(nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]), logits.device)
         return vqa_loss(logits, targets)
 
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
@@ -249,11 +248,10 @@ class _Loop:
             next_batch = self._load_batch(pool, self.step)
             while self.step < self.num_steps:
                 start = time.perf_counter()
-                samples = [future.result() for future in next_batch]
-                rows, images = [row for row, _ in samples], torch.stack([image for _, image in samples])
+                rows, images = zip(*(future.result() for future in next_batch), strict=True)
                 if self.step + 1 < self.num_steps:
                     next_batch = self._load_batch(pool, self.step + 1)
-                record = self._train_step(rows, images)
+                record = self._train_step(rows, torch.stack(images))
                 record["samples_per_second"] = config.batch_size / (time.perf_counter() - start)
                 if metrics is not None:
                     metrics.write(record)
@@ -276,12 +274,14 @@ class _Loop:
 
     def _load_batch(self, pool: ThreadPoolExecutor, step: int) -> list[Future[tuple[int, Tensor]]]:
         """The futures of this rank's samples of a step."""
-        rows = self._rows(step) if step < self.num_steps else []
-        return [pool.submit(self._load_sample, row, step // self.steps_per_epoch) for row in rows]
+        epoch = step // self.steps_per_epoch
+        return [pool.submit(self._load_sample, row, epoch) for row in self._rows(step) if step < self.num_steps]
 
     def _load_sample(self, row: int, epoch: int) -> tuple[int, Tensor]:
         """A row and its image. If that cannot be decoded, those of a row drawn by (seed, epoch, row)."""
-        others = np.random.default_rng((self.config.seed, epoch, row)).integers(len(self.objective.texts), size=_TRIES)
+        others = np.random.default_rng((abs(self.config.seed), epoch, row)).integers(
+            len(self.objective.texts), size=_TRIES
+        )
         for candidate in (row, *others.tolist()):
             try:
                 return candidate, self._load_image(candidate, epoch)
@@ -305,20 +305,22 @@ class _Loop:
             image = image.resize((size, size), 3, (left, top, left + width, top + height))
         return self.preprocess(image)
 
-    def _train_step(self, rows: list[int], images: Tensor) -> dict[str, Any]:
+    def _train_step(self, rows: Sequence[int], images: Tensor) -> dict[str, Any]:
         config, device = self.config, self.engine.device
         torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
-        text: Packed = self.tokenizer.packed([self.objective.texts[row] for row in rows]).to(device)
-        output = self.engine(images.to(device), text)
+        text = packed_to_device(self.tokenizer.packed([self.objective.texts[row] for row in rows]), device)
+        output = self.engine(to_device(images, device), text)
         loss = self.objective.loss(output, rows)
-        value = float(loss.detach())
+        self.engine.backward(loss)
+        lr = learning_rate(self.step, self.num_steps, config.optim)
+        # The device refuses the update if the loss is not finite, so the host reads everything once, after the step.
+        outcome = self.engine.start_step(lr, allowed=loss.detach().isfinite())
+        value, *numbers = AsyncRead([loss, *outcome.scalars]).numbers()
+        result = StepResult.of(*numbers)
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.step + 1}; lower optim.lr, or set engine.precision=fp32"
             )
-        self.engine.backward(loss)
-        lr = learning_rate(self.step, self.num_steps, config.optim)
-        result = self.engine.step(lr)
         if result.skipped:
             log.warning("step %d is skipped: the gradient is not finite", self.step + 1)
         self.step += 1

@@ -134,6 +134,20 @@ __device__ __forceinline__ void multiply<Bfloat16>(float (&sum)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Every access of a kernel to global memory, except copy_async. The emulator counts their sectors.
+template <class T>
+__device__ __forceinline__ T load_global(const T* from) {
+  return *from;
+}
+template <class T>
+__device__ __forceinline__ void store_global(T* to, T value) {
+  *to = value;
+}
+// Marks the end of a loop or branch that some lanes leave earlier than others. It is no
+// instruction. The emulator pairs the accesses of the lanes between two marks, or between a mark
+// and a function of the whole warp, by their order.
+__device__ __forceinline__ void rejoin_lanes() {}
+
 // Copies 16 bytes from global to shared memory, or writes zeros if not `valid`. The thread may read
 // them after wait_for_copies. Other threads may read them after a later barrier. wait_for_copies<n>
 // waits for all but the last n groups.
@@ -158,6 +172,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // A product that is rounded by itself. Compilers fuse ordinary products with the sums that follow.
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }

@@ -5,14 +5,15 @@
 
 namespace bclip::cuda {
 
-// Rows of kColumns elements of 2 bytes. ldmatrix reads the same chunk of 16 bytes from 8 rows.
-// Chunks are permuted within a row, so that these 8 are in different groups of banks. If a row
-// isn't a power of two, padding has the same effect.
+// Rows of kColumns elements of 2 bytes. ldmatrix reads the same chunk of 16 bytes from 8 rows, and
+// copies take 8 chunks one after another. Chunks are permuted within a row, so that these 8 are in
+// different groups of banks: a wave of 128 bytes is one access.
 template <class T, int kColumns>
 struct Tile {
-  static constexpr bool kPower = (kColumns & (kColumns - 1)) == 0;
-  static constexpr int kStride = kPower ? kColumns : kColumns + 8;
-  static_assert(kColumns % 32 == 0 && (kPower || kStride / 8 % 2 == 1));
+  // A row of an odd number of half waves starts at the first or the second half of a wave in turn.
+  static constexpr bool kOdd = kColumns % 64 != 0;
+  static constexpr int kStride = kColumns;
+  static_assert(kColumns % 32 == 0);
   Shared<T> memory;
 
   __host__ __device__ static constexpr int bytes(int rows) { return rows * kStride * 2; }
@@ -20,7 +21,7 @@ struct Tile {
   // The index of the first element of a chunk, where `column` is a multiple of 8.
   __device__ __forceinline__ static int index(int row, int column) {
     const int chunk = column / 8;
-    const int place = !kPower ? chunk : kColumns == 32 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7);
+    const int place = kOdd ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7);
     return row * kStride + place * 8;
   }
   __device__ __forceinline__ static int index_of_pair(int row, int column) {
@@ -64,8 +65,8 @@ struct Tile {
                                              int threads) const {
     for (int chunk = thread; chunk < length * (kColumns / 8); chunk += threads) {
       const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
-      *reinterpret_cast<Quad*>(to + row * stride + column) =
-          memory.template load_as<Quad>(index(row, column));
+      store_global(reinterpret_cast<Quad*>(to + row * stride + column),
+                   memory.template load_as<Quad>(index(row, column)));
     }
   }
 };

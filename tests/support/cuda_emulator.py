@@ -26,7 +26,7 @@ ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"
 # Tests of kernels run on a GPU, or on the emulator in a process whose BCLIP_CUDA_HOST is the path of its module.
 hosted = collected_if(CUDA_HOST is not None or ON_GPU)
 outside = collected_if(CUDA_HOST is None and not ON_GPU)
-DEVICE_ALONE = ("bindings.cpp", "device.cu")
+DEVICE_ALONE = ("bindings.cpp", "device.cu", "stream.cu")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Optimising sanitized code would take longer than the tests gain by it.
 VARIANTS = {"plain": ("-O2", ""), "sanitized": (f"-O0 -g1 {SANITIZERS}", SANITIZERS)}

@@ -27,8 +27,10 @@ RULES = 1
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs, and that of ops.image
+# In order of preference among versions of one image. PMC's GIFs are thumbnails of its full-size JPEGs.
 IMAGE_SUFFIXES = (
-    ".bmp", ".dcm", ".dicom", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".tif", ".tiff", ".gif", ".webp", ".bmp", ".dib", ".dcm",
+    ".dicom",
 )  # fmt: skip
 # Pillow's formats whose decoders start no programs (as EPS does) and call only libraries that Pillow includes.
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP")
@@ -170,7 +172,5 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         if name == "TIFF":
             raise ImageError(f"TIFF of an unsupported layout: {tiff.REMEDY}") from None
         raise ImageError(
-            f"not an image of a known format: {name}, which is not supported; convert it to PNG"
-            if name
-            else "not an image of a known format"
+            f"image in a format that is not read: {name}" if name else "not an image of a known format"
         ) from None

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 _SIGNATURES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF8", "GIF"),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
     (b"II+\0", "TIFF"),
@@ -14,20 +11,25 @@ _SIGNATURES = (
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
-    (b"%!PS", "PostScript (EPS)"),
-    (b"\xc5\xd0\xd3\xc6", "PostScript (EPS)"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"%PDF", "PDF"),
-    (b"8BPS", "Photoshop (PSD)"),
-    (b"\xd7\xcd\xc6\x9a", "Windows metafile (WMF)"),
-    (b"\x01\0\0\0\x6c\0\0\0", "Windows metafile (EMF)"),
+    (b"8BPS", "Photoshop"),
+    (b"II\xbc\x01", "JPEG XR"),
+    (b"P4", "PNM"),
+    (b"P5", "PNM"),
+    (b"P6", "PNM"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
     (b"\x1f\x8b", "gzip"),
-    (b"PK\x03\x04", "ZIP"),
+    (b"PK\x03\x04", "zip"),
 )
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
 
 
 def name_of_format(data: bytes) -> str | None:
-    """Return the name of a file's format, or None if it is unknown.
+    """Return the name of the format of a file that `decode` does not read, or None if it is unknown.
+
+    TIFF is among them, because only some of its layouts are read.
 
     >>> name_of_format(b"%PDF-1.7")
     'PDF'
@@ -36,12 +38,14 @@ def name_of_format(data: bytes) -> str | None:
         if data.startswith(signature):
             return name
     if data[4:8] == b"ftyp":
-        return _BRANDS.get(data[8:12], "a video or image of the MP4 family")
-    start = data[:1024].lstrip().lower()
+        return _BRANDS.get(data[8:12], "MP4 or another container")
+    if data[40:44] == b" EMF":
+        return "EMF"
+    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in start:
         return "SVG"
     if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page"
+        return "HTML"
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "a Git LFS pointer (run `git lfs pull`)"
+        return "Git LFS pointer (run `git lfs pull`)"
     return None

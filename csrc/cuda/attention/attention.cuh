@@ -15,10 +15,13 @@ struct Sequence {
   int length;
 };
 
+// Rows of a sequence after the first max_length do not count: the launch and its workspace have no
+// room for them, and the host does not know the lengths.
 __device__ __forceinline__ Sequence sequence_of(const Attention& attention, int64_t index) {
   if (!attention.bounds) return {index * attention.max_length, attention.max_length};
-  const int64_t start = attention.bounds[index];
-  return {start, static_cast<int>(attention.bounds[index + 1] - start)};
+  const int64_t start = load_global(&attention.bounds[index]);
+  const int length = static_cast<int>(load_global(&attention.bounds[index + 1]) - start);
+  return {start, min(length, attention.max_length)};
 }
 
 // Four bits, one for each of the keys from 4 * quad on: whether dropout keeps the weight. The
@@ -36,8 +39,8 @@ __device__ __forceinline__ void store_visible(Shared<float> visible, const Atten
                                               int threads) {
   for (int key = thread_index(); key < keys; key += threads) {
     const bool inside = first + key < sequence.length;
-    const bool seen =
-        inside && (!attention.key_mask || attention.key_mask[sequence.start + first + key]);
+    const bool seen = inside && (!attention.key_mask ||
+                                 load_global(&attention.key_mask[sequence.start + first + key]));
     visible.store(key, seen ? 1.0f : 0.0f);
   }
 }

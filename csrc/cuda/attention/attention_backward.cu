@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
            head * kDim;
   };
   const auto lse = [&](int row) {
-    return gradient.lse[head * attention.rows + sequence.start + row];
+    return load_global(&gradient.lse[head * attention.rows + sequence.start + row]);
   };
   const float factor = attention.scale * kLog2E,
               keep_scale = kDropout ? attention.keep_scale : 1.0f;
@@ -108,10 +108,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
         if (first + row < length) {
 #pragma unroll
           for (int part = 0; part < kDim / 32; ++part) {
-            const int column = part * 32 + index % 4 * 8;
+            // Two rows share a wave of 128 bytes, and even rows read its other half.
+            const int half = grads.kOdd ? part : part ^ (row & 1);
+            const int column = half * 32 + index % 4 * 8;
             const Quad grad = grads.memory.template load_as<Quad>(grads.index(row, column));
-            const Quad out =
-                *reinterpret_cast<const Quad*>(out_rows + (first + row) * out_stride + column);
+            const Quad out = load_global(
+                reinterpret_cast<const Quad*>(out_rows + (first + row) * out_stride + column));
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
               const Pair one = unpack<T>(grad.words[word]), other = unpack<T>(out.words[word]);
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
               // Lane 8 q + i draws for quad q of the 16 keys and query i of the 8.
               const uint32_t query =
                   static_cast<uint32_t>(sequence.start) + first + strip + half * 8 + lane % 8;
-              const uint32_t drawn = kept_of_quad(*attention.seed, attention.threshold,
+              const uint32_t drawn = kept_of_quad(load_global(attention.seed), attention.threshold,
                                                   (chunk + row) / 4 + lane / 8, query, head);
               const int source = group / 4 * 8 + place * 2;
               kept = 0;
@@ -247,14 +249,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
         for (int column = 0; column < kPartColumns / 8; ++column) {
           Pair value{sum[column][i], sum[column][i + 1]};
           if (!begins) {
-            const Pair before = *reinterpret_cast<const Pair*>(added + column * 8);
+            const Pair before = load_global(reinterpret_cast<const Pair*>(added + column * 8));
             value = {value.low + before.low, value.high + before.high};
           }
           if (ends) {
-            *reinterpret_cast<uint32_t*>(to + column * 8) =
-                pack<T>(value.low * attention.scale, value.high * attention.scale);
+            store_global(reinterpret_cast<uint32_t*>(to + column * 8),
+                         pack<T>(value.low * attention.scale, value.high * attention.scale));
           } else {
-            *reinterpret_cast<Pair*>(added + column * 8) = value;
+            store_global(reinterpret_cast<Pair*>(added + column * 8), value);
           }
         }
       }

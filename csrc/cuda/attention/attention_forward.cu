@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
   const int64_t stride = attention.token_stride;
   const bool whole = length <= kKeys;
   const float factor = attention.scale * kLog2E;
-  const uint64_t seed = kDropout ? *attention.seed : 0;
+  const uint64_t seed = kDropout ? load_global(attention.seed) : 0;
 
   const auto copy_queries = [&](int first) {
     const int from = first + warp * 16;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
       sums[row] += shuffle_xor(sums[row], 2);
       const int query_row = from + group + row * 8;
       if (place == 0 && query_row < length)
-        lse[query_row] = (highest[row] + log2_fast(sums[row])) * kLn2;
+        store_global(&lse[query_row], (highest[row] + log2_fast(sums[row])) * kLn2);
       const float unit =
           (kDropout ? attention.keep_scale : 1.0f) / (sums[row] == 0.0f ? 1.0f : sums[row]);
 #pragma unroll

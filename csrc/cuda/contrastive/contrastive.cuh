@@ -166,6 +166,20 @@ __device__ __forceinline__ float folded(Shared<float> memory, int index, Fold fo
   return fold(memory.load(index), memory.load(kSide + index));
 }
 
+// The values of the rows, and of the columns, of each thread.
+__device__ __forceinline__ void row_values(float (&to)[8], Shared<float> memory) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = memory.load(Products::row_of(i / 2, i % 2));
+}
+__device__ __forceinline__ void column_values(float (&to)[16], Shared<float> memory) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const Pair pair = memory.load_as<Pair>(Products::column_of(j));
+    to[2 * j] = pair.low;
+    to[2 * j + 1] = pair.high;
+  }
+}
+
 // Folds a value over the block, and returns the result in each thread. `memory` takes 4 floats, and
 // is free again after another barrier.
 template <class Fold>
@@ -182,6 +196,12 @@ __device__ __forceinline__ float fold_block(float value, Shared<float> memory, F
 __device__ __forceinline__ int positives_of(const Features& features, const TilePlace& tile) {
   const int64_t shift = features.first + tile.row - tile.column;
   return shift > -kSide && shift < kSide ? static_cast<int>(shift) : 4 * kSide;
+}
+
+// Whether the tile is complete and holds no positive. Nearly all tiles of a large batch are such.
+// They take a shorter path without conditions for each element.
+__device__ __forceinline__ bool is_plain(const TilePlace& tile, int shift) {
+  return tile.rows == kSide && tile.columns == kSide && shift >= kSide;
 }
 
 inline int64_t blocks_of(const Features& features) {

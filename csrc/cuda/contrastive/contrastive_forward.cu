@@ -26,19 +26,27 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  const float factor = *features.scale * kLog2E;
+  // In the units of ln 2, the logits are the products times `factor`. A plain tile keeps products,
+  // whose order is that of the logits. Other tiles keep logits, of which some are minus infinity.
+  float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
   float highest = -1e30f;
-  products.each([&](int, int, int row, int column, float& number) {
-    const bool counted = row < tile.rows && column < tile.columns && column != row + shift;
-    number = counted ? number * factor : -infinity();
-    highest = fmaxf(highest, number);
-  });
+  if (is_plain(tile, shift) && factor > 0.0f) {
+    products.each([&](int, int, int, int, float& number) { highest = fmaxf(highest, number); });
+    highest *= factor;
+  } else {
+    products.each([&](int, int, int row, int column, float& number) {
+      const bool counted = row < tile.rows && column < tile.columns && column != row + shift;
+      number = counted ? number * factor : -infinity();
+      highest = fmaxf(highest, number);
+    });
+    factor = 1.0f;
+  }
   highest = fold_block(highest, block_memory, Greater());
 
   float rows[8] = {}, columns[16] = {};
   products.each([&](int i, int j, int, int, float& number) {
-    const float exponential = exp2_fast(number - highest);
+    const float exponential = exp2_fast(fmaf(number, factor, -highest));
     rows[i] += exponential;
     columns[j] += exponential;
   });
@@ -66,21 +74,22 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
     fold_rows(row_highest, row_memory, Greater());
     fold_columns(column_highest, column_memory, Greater());
     block_barrier();
-    row_offset = folded(row_memory, thread, Greater());
-    column_offset = folded(column_memory, thread, Greater());
+    row_offset = folded(row_memory, thread, Greater()) * factor;
+    column_offset = folded(column_memory, thread, Greater()) * factor;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      row_highest[i] = folded(row_memory, Products::row_of(i / 2, i % 2), Greater());
+      row_highest[i] = folded(row_memory, Products::row_of(i / 2, i % 2), Greater()) * factor;
       rows[i] = 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      column_highest[j] = folded(column_memory, Products::column_of(j / 2) + j % 2, Greater());
+      column_highest[j] =
+          folded(column_memory, Products::column_of(j / 2) + j % 2, Greater()) * factor;
       columns[j] = 0.0f;
     }
     products.each([&](int i, int j, int, int, float& number) {
-      rows[i] += exp2_fast(number - row_highest[i]);
-      columns[j] += exp2_fast(number - column_highest[j]);
+      rows[i] += exp2_fast(fmaf(number, factor, -row_highest[i]));
+      columns[j] += exp2_fast(fmaf(number, factor, -column_highest[j]));
     });
     block_barrier();
     fold_rows(rows, row_memory, Add());
@@ -90,12 +99,12 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
     column_sum = folded(column_memory, thread, Add());
   }
   if (thread < tile.rows) {
-    arguments.sums.rows[int64_t(tile.column / kSide) * features.rows + tile.row + thread] =
-        (row_offset + log2_fast(row_sum)) * kLn2;
+    const int64_t index = int64_t(tile.column / kSide) * features.rows + tile.row + thread;
+    store_global(&arguments.sums.rows[index], (row_offset + log2_fast(row_sum)) * kLn2);
   }
   if (thread < tile.columns) {
-    arguments.sums.columns[int64_t(tile.row / kSide) * features.columns + tile.column + thread] =
-        (column_offset + log2_fast(column_sum)) * kLn2;
+    const int64_t index = int64_t(tile.row / kSide) * features.columns + tile.column + thread;
+    store_global(&arguments.sums.columns[index], (column_offset + log2_fast(column_sum)) * kLn2);
   }
 }
 

@@ -190,11 +190,11 @@ inline int error_of(float x, int most) {
   std::memcpy(&bits, &x, 4);
   return static_cast<int>((bits * 0x9e3779b9u >> 16) % (2 * most + 1)) - most;
 }
-// y with an error of up to 2 units in the last place.
-inline float last_places(float y, float x) {
+// y with an error of up to `most` units in the last place.
+inline float last_places(float y, float x, int most = 2) {
   uint32_t bits;
   std::memcpy(&bits, &y, 4);
-  bits += error_of(x, 2);
+  bits += error_of(x, most);
   std::memcpy(&y, &bits, 4);
   return y;
 }
@@ -240,6 +240,16 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }
 
 template <class T>
+T load_global(const T* from, BCLIP_SITE) {
+  return *from;
+}
+template <class T>
+void store_global(T* to, T value, BCLIP_SITE) {
+  *to = value;
+}
+inline void rejoin_lanes() {}
+
+template <class T>
 void copy_async(Shared<T> to, int index, const T* from, bool valid, BCLIP_SITE) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || to.place(index) % 16) {
     throw std::runtime_error("copy_async: an address isn't a multiple of 16");
@@ -252,9 +262,10 @@ void wait_for_copies() {
   emulator::finish_copies(N);
 }
 
-// Like ex2.approx.ftz and lg2.approx, with the largest errors that the CUDA C++ programming guide
-// allows ("Mathematical functions", intrinsics). These are 2 units in the last place, or 2^-22 for
-// logarithms of 0.5 to 2. Subnormal results are zero.
+// Like ex2.approx.ftz, lg2.approx and rcp.approx.ftz, with the largest errors that the CUDA C++
+// programming guide and the PTX ISA allow ("Mathematical functions", intrinsics; "rcp"). These are
+// 2 units in the last place, or 2^-22 for logarithms of 0.5 to 2, or 1 unit for reciprocals.
+// Subnormal arguments of reciprocals, and subnormal results, are zero.
 inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f
@@ -266,6 +277,12 @@ inline float log2_fast(float x) {
   if (!std::isfinite(y)) return y;
   return x >= 0.5f && x <= 2.0f ? y + emulator::error_of(x, 1) * 0x1p-22f
                                 : emulator::last_places(y, x);
+}
+inline float reciprocal_fast(float x) {
+  constexpr float kLeast = std::numeric_limits<float>::min();
+  const float y = 1.0f / (std::fabs(x) < kLeast ? std::copysign(0.0f, x) : x);
+  if (std::fabs(y) < kLeast) return std::copysign(0.0f, y);
+  return std::isfinite(y) ? emulator::last_places(y, x, 1) : y;
 }
 inline double product(double a, double b) { return a * b; }
 inline int min(int a, int b) { return a < b ? a : b; }

@@ -29,25 +29,27 @@ __global__ void __launch_bounds__(kThreads) weigh(ImageResize call) {
   const int64_t index = block_index() * kThreads + thread_index();
   if (index >= call.count * 2 * call.size) return;
   const ImageLayout& image = call.images[index / (2 * call.size)];
-  if (image.pixels < 0) return;
+  if (load_global(&image.pixels) < 0) return;
   const Axis& axis = index / call.size % 2 ? image.second : image.first;
-  const int64_t output = index % call.size;
-  const double scale = double(axis.length) / double(axis.resized), stretch = scale > 1 ? scale : 1;
+  const int64_t output = index % call.size, length = load_global(&axis.length);
+  const double scale = double(length) / double(load_global(&axis.resized)),
+               stretch = scale > 1 ? scale : 1;
   const double reach = (call.bicubic ? 2 : 1) * stretch,
-               center = product(double(axis.offset + output) + 0.5, scale);
+               center = product(double(load_global(&axis.offset) + output) + 0.5, scale);
   const int begin = int(center - reach + 0.5), end = int(center + reach + 0.5);
-  const int low = begin < 0 ? 0 : begin, high = end > axis.length ? int(axis.length) : end;
+  const int low = begin < 0 ? 0 : begin, high = end > length ? int(length) : end;
   const auto weight = [&](int x) {
     return filter(product(x - center + 0.5, 1 / stretch), call.bicubic);
   };
   double sum = 0;
   for (int x = low; x < high; ++x) sum += weight(x);
-  int32_t* const words = call.weights + axis.words + output * (2 + axis.taps);
-  words[0] = low;
-  words[1] = high - low;
+  int32_t* const words =
+      call.weights + load_global(&axis.words) + output * (2 + load_global(&axis.taps));
+  store_global(&words[0], low);
+  store_global(&words[1], high - low);
   for (int x = low; x < high; ++x) {
     const double normal = (sum != 0 ? weight(x) / sum : weight(x)) * (1 << kPrecision);
-    words[2 + x - low] = int32_t(normal < 0 ? normal - 0.5 : normal + 0.5);
+    store_global(&words[2 + x - low], int32_t(normal < 0 ? normal - 0.5 : normal + 0.5));
   }
 }
 
@@ -56,10 +58,17 @@ __device__ inline int level_of(int sum) {
   return level < 0 ? 0 : level > 255 ? 255 : level;
 }
 
-__device__ inline void put(float* to, float value) { *to = value; }
+__device__ inline void put(float* to, float value) { store_global(to, value); }
 template <class T>
 __device__ inline void put(T* to, float value) {
-  to->bits = uint16_t(pack<T>(value, 0.0f));
+  store_global(&to->bits, uint16_t(pack<T>(value, 0.0f)));
+}
+
+// The index in shared memory of pixel i of line j of a chunk. The first pass stores 32 lines or 16
+// pixels at once, and the second reads lines that are a step of the resize apart. Lines permute
+// their pixels, so that these are in different banks.
+__device__ inline int place_of(int line, int pixel) {
+  return line * kSide + (pixel ^ (line / 2 & (kSide - 1)));
 }
 
 template <class T>
@@ -74,45 +83,52 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
   const bool inside = row < size && column < size;
   const ImageLayout& image = call.images[index];
   int levels[3] = {};
-  if (image.pixels >= 0) {
-    const bool along = image.along_first;
+  const int64_t pixels = load_global(&image.pixels);
+  if (pixels >= 0) {
+    const bool along = load_global(&image.along_first);
     const Axis &first = image.first, &second = image.second;
     const auto words = [&](const Axis& axis, int output) {
-      return call.weights + axis.words + output * (2 + axis.taps);
+      return call.weights + load_global(&axis.words) + output * (2 + load_global(&axis.taps));
     };
     const int first_origin = along ? left : top, second_origin = along ? top : left;
     const int column_in_chunk = along ? column - left : row - top;
     const int32_t* const last =
         words(second, (second_origin + kSide < size ? second_origin + kSide : size) - 1);
-    const int begin = words(second, second_origin)[0], end = last[0] + last[1];
+    const int begin = load_global(words(second, second_origin)),
+              end = load_global(&last[0]) + load_global(&last[1]);
     const int32_t* const taps_of_output =
         words(second, inside ? (along ? row : column) : second_origin);
-    const int low = taps_of_output[0], high = inside ? low + taps_of_output[1] : low;
+    const int low = load_global(&taps_of_output[0]),
+              high = inside ? low + load_global(&taps_of_output[1]) : low;
     int sums[3] = {kHalf, kHalf, kHalf};
     for (int start = begin; start < end; start += kChunk) {
       for (int at = thread_index(); at < kSide * kChunk; at += kThreads) {
+        rejoin_lanes();
         // Neighbouring threads read neighbouring pixels of a row.
         const int i = along ? at % kSide : at / kChunk, j = along ? at / kSide : at % kChunk;
         if (first_origin + i >= size || start + j >= end) continue;
         const int32_t* const taps = words(first, first_origin + i);
-        const int count = taps[1];
-        const uint8_t* from = call.pixels + image.pixels + (first.start + taps[0]) * first.step +
-                              (second.start + start + j) * second.step;
+        const int count = load_global(&taps[1]);
+        const int64_t step = load_global(&first.step);
+        const uint8_t* from =
+            call.pixels + pixels + (load_global(&first.start) + load_global(&taps[0])) * step +
+            (load_global(&second.start) + start + j) * load_global(&second.step);
         int red = kHalf, green = kHalf, blue = kHalf;
-        for (int x = 0; x < count; ++x, from += first.step) {
-          const int coefficient = taps[2 + x];
-          red += from[0] * coefficient;
-          green += from[1] * coefficient;
-          blue += from[2] * coefficient;
+        for (int x = 0; x < count; ++x, from += step) {
+          const int coefficient = load_global(&taps[2 + x]);
+          red += load_global(&from[0]) * coefficient;
+          green += load_global(&from[1]) * coefficient;
+          blue += load_global(&from[2]) * coefficient;
         }
-        between.store(j * kSide + i,
+        rejoin_lanes();
+        between.store(place_of(j, i),
                       uint32_t(level_of(red) | level_of(green) << 8 | level_of(blue) << 16));
       }
       block_barrier();
       const int stop = high < start + kChunk ? high : start + kChunk;
       for (int x = low > start ? low : start; x < stop; ++x) {
-        const uint32_t pixel = between.load((x - start) * kSide + column_in_chunk);
-        const int coefficient = taps_of_output[2 + x - low];
+        const uint32_t pixel = between.load(place_of(x - start, column_in_chunk));
+        const int coefficient = load_global(&taps_of_output[2 + x - low]);
         for (int c = 0; c < 3; ++c) sums[c] += int(pixel >> 8 * c & 255) * coefficient;
       }
       block_barrier();
@@ -122,7 +138,9 @@ __global__ void __launch_bounds__(kThreads) resize(ImageResize call) {
   if (!inside) return;
   for (int c = 0; c < 3; ++c) {
     if constexpr (std::is_same_v<T, uint8_t>) {
-      static_cast<T*>(call.out)[((index * size + row) * size + column) * 3 + c] = T(levels[c]);
+      T* const to =
+          static_cast<T*>(call.out) + ((index * size + row) * size + column) * 3 + c;
+      store_global(to, T(levels[c]));
     } else {
       T* const to = static_cast<T*>(call.out) + ((index * 3 + c) * size + row) * size + column;
       put(to, float(levels[c]) * call.factor[c] + call.shift[c]);

@@ -7,12 +7,13 @@
 #include <stdexcept>
 
 namespace bclip::cuda {
-namespace {
 
-struct Image {
+struct NvJpeg::Image {
   unsigned char* channel[4];
   size_t pitch[4];
 };
+
+namespace {
 
 constexpr int kRgbInterleaved = 5, kDefaultBackend = 0;
 // As in libjpeg, a malformed stream is an error, and chroma is interpolated.
@@ -127,7 +128,14 @@ NvJpeg::NvJpeg(const std::string& path) {
     check(functions_->create_state(handle_, &state), "nvjpegJpegStateCreate");
 }
 
-NvJpeg::~NvJpeg() { release(); }
+NvJpeg::~NvJpeg() {
+  try {
+    last_work_.wait();
+  } catch (const std::runtime_error&) {
+    // A device that fails has no work to wait for.
+  }
+  release();
+}
 
 void NvJpeg::release() {
   for (void* state : states_) {
@@ -164,21 +172,33 @@ std::vector<int64_t> NvJpeg::decode(const std::vector<std::string_view>& files,
     images.push_back({{pixels[i]}, {size_t(3) * widths[i]}});
     indices.push_back(i);
   }
-  const int count = static_cast<int>(data.size());
-  if (!count) return refused;
+  if (data.empty()) return refused;
+  // The states hold memory that work on another stream may still use.
+  last_work_.wait();
+  const auto failed = decode_with_states(data, lengths, images, threads, stream);
+  last_work_.record(stream);
+  for (const int i : failed) refused.push_back(indices[i]);
+  return refused;
+}
+
+std::vector<int> NvJpeg::decode_with_states(const std::vector<const unsigned char*>& files,
+                                            const std::vector<size_t>& lengths,
+                                            std::vector<Image>& images, int threads, void* stream) {
+  std::vector<int> failed;
+  const int count = static_cast<int>(files.size());
   if (!functions_->initialize(handle_, states_[0], count, threads, kRgbInterleaved) &&
-      !functions_->decode_batch(handle_, states_[0], data.data(), lengths.data(), images.data(),
+      !functions_->decode_batch(handle_, states_[0], files.data(), lengths.data(), images.data(),
                                 stream)) {
-    return refused;
+    return failed;
   }
   // nvJPEG doesn't name the file that failed, so each file is decoded by itself.
   for (int i = 0; i < count; ++i) {
-    if (functions_->decode(handle_, states_[1], data[i], lengths[i], kRgbInterleaved, &images[i],
+    if (functions_->decode(handle_, states_[1], files[i], lengths[i], kRgbInterleaved, &images[i],
                            stream)) {
-      refused.push_back(indices[i]);
+      failed.push_back(i);
     }
   }
-  return refused;
+  return failed;
 }
 
 }  // namespace bclip::cuda

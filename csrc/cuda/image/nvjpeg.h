@@ -8,6 +8,8 @@
 #include <string_view>
 #include <vector>
 
+#include "csrc/cuda/stream.h"
+
 namespace bclip::cuda {
 
 // (height, width) of each file that nvJPEG decodes like libjpeg, on all of its backends. Such a
@@ -15,7 +17,8 @@ namespace bclip::cuda {
 // of full size. (0, 0) for any other file.
 std::vector<std::pair<int, int>> plain_jpegs(const std::vector<std::string_view>& files);
 
-// A decoder on the current device. Calls from several threads run one after another.
+// A decoder on the current device. Calls from several threads run one after another. A call first
+// waits for the work of the last one, on whatever stream, because both use the same memory.
 class NvJpeg {
  public:
   // Throws std::runtime_error if the library doesn't exist or finds no usable device.
@@ -32,12 +35,17 @@ class NvJpeg {
 
  private:
   struct Functions;
+  struct Image;
+  std::vector<int> decode_with_states(const std::vector<const unsigned char*>& files,
+                                      const std::vector<size_t>& lengths,
+                                      std::vector<Image>& images, int threads, void* stream);
   void release();
 
   std::mutex mutex_;
   const Functions* functions_;
   void* handle_ = nullptr;
   void* states_[2] = {};  // for batches, and for single files
+  StreamMark last_work_;
 };
 
 }  // namespace bclip::cuda
