@@ -279,9 +279,8 @@ class _Loop:
 
     def _load_sample(self, row: int, epoch: int) -> tuple[int, Tensor]:
         """A row and its image. If that cannot be decoded, those of a row drawn by (seed, epoch, row)."""
-        others = np.random.default_rng((abs(self.config.seed), epoch, row)).integers(
-            len(self.objective.texts), size=_TRIES
-        )
+        generator = np.random.default_rng((abs(self.config.seed), epoch, row))
+        others = generator.integers(len(self.objective.texts), size=_TRIES)
         for candidate in (row, *others.tolist()):
             try:
                 return candidate, self._load_image(candidate, epoch)
@@ -289,8 +288,8 @@ class _Loop:
                 if self.config.on_bad_image == "stop":
                     raise
                 if candidate not in self._bad:
-                    self._bad.add(candidate)
                     log.warning("replaced a sample: %s", error)
+                self._bad.add(candidate)
                 problem = error
         raise UserError(f"{_TRIES + 1} images in a row cannot be decoded, so the data are at fault: {problem}")
 
@@ -298,9 +297,8 @@ class _Loop:
         """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model."""
         image = read_rgb(self.objective.data.image(row), lambda: self.objective.data.key(row))
         if self.config.crop_scale != (1, 1):
-            top, left, height, width = random_resized_crop_box(
-                image.height, image.width, self.config.seed, epoch, row, self.config.crop_scale
-            )
+            place = self.config.seed, epoch, row, self.config.crop_scale
+            top, left, height, width = random_resized_crop_box(image.height, image.width, *place)
             size = self.preprocess.config.size
             image = image.resize((size, size), 3, (left, top, left + width, top + height))
         return self.preprocess(image)

@@ -252,3 +252,20 @@ def test_finetune_wrong_settings_raise_one_line(start: Path, table: Path, tmp_pa
         with pytest.raises(UserError, match=message) as caught:
             finetune(settings(start, table, changes.pop("run", tmp_path / "run"), **changes))  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def test_finetune_damaged_image_is_replaced_or_stops(start: Path, tmp_path: Path, caplog) -> None:
+    data = write_pairs(tmp_path)
+    (tmp_path / "p3.jpg").write_bytes(jpeg((9, 9, 9), 40)[:200])
+    changes = {"task": "", "epochs": 2, "checkpoint_every": 0}
+    with caplog.at_level("WARNING"):
+        finetune(settings(start, data, tmp_path / "run", **changes))
+    [message] = [record.message for record in caplog.records if "replaced a sample" in record.message]
+    assert "p3.jpg cannot be decoded" in message
+    assert (tmp_path / "run" / "model").is_dir()
+    with pytest.raises(UserError, match=r"image p3\.jpg cannot be decoded"):
+        finetune(settings(start, data, tmp_path / "stopped", on_bad_image="stop", **changes))
+    for i in range(16):
+        (tmp_path / f"p{i}.jpg").write_bytes(b"none")
+    with pytest.raises(UserError, match="33 images in a row cannot be decoded"):
+        finetune(settings(start, data, tmp_path / "none", **changes))
