@@ -181,7 +181,6 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
       const bool counted = row < tile.rows && column < tile.columns;
       if (column == row + shift && counted)
         gradient = load_global(&normalizers.positive_grad[tile.row + row]) * unit;
-      rejoin_lanes();
       if (groups.rows && ids.rows.load(row) == ids.columns.load(column)) {
         gradient -= (row_shares.load(row) + column_shares.load(column)) * unit;
       }
