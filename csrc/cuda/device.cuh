@@ -143,6 +143,14 @@ template <class T>
 __device__ __forceinline__ void store_global(T* to, T value) {
   *to = value;
 }
+// The compiler may split a plain store of 16 bytes.
+__device__ __forceinline__ void store_global(Quad* to, Quad value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(value.words[0]), "r"(value.words[1]),
+                 "r"(value.words[2]), "r"(value.words[3])
+               : "memory");
+}
 // Marks the end of a loop or branch that some lanes leave earlier than others. It is no
 // instruction. The emulator pairs the accesses of the lanes between two marks, or between a mark
 // and a function of the whole warp, by their order.

@@ -59,7 +59,7 @@ def test_cuda_clip_loss_of_odd_shapes_is_as_accurate_as_eager(dtype, shape, scal
 
 @hosted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(137, 67), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(137, 67), (1, 2), (258, 8)], ids=str)
 def test_cuda_siglip_loss_of_odd_shapes_is_as_accurate_as_eager(dtype, shape, nan_filled):
     judge_siglip_operator("cuda", shape, dtype, 2e-6)
 
@@ -89,12 +89,14 @@ def test_cuda_groups_match_the_reference(dtype, nan_filled):
     assert_close(cuda.siglip(call, 0.1, torch.float32, True), truth, 3e-4)
 
 
+# Complete tiles without positives take another path: the first 128 rows with the second 128 columns are one.
 @hosted
-def test_cuda_rows_far_below_the_rest_of_their_tile_are_accurate(nan_filled):
+@pytest.mark.parametrize("half", [20, 130])
+def test_cuda_rows_far_below_the_rest_of_their_tile_are_accurate(half, nan_filled):
     """One tile has logits from -90 to 100, so exp(S - highest) is zero in complete rows."""
     direction = features(1, 31)
-    image = torch.cat([features(20, 31, aligned=direction), features(20, 31, aligned=-direction)])
-    text, scale = features(40, 31, aligned=direction), torch.tensor(100.0)
+    image = torch.cat([features(half, 31, aligned=direction), features(half, 31, aligned=-direction)])
+    text, scale = features(2 * half, 31, aligned=direction), torch.tensor(100.0)
     truth = reference.forward(ContrastiveCall(image.double(), text.double(), scale.double(), 0, 64))
     assert truth[0].max() - truth[0].min() > 150
     assert_close(cuda.forward(ContrastiveCall(image, text, scale, 0, 64)), truth, 1e-6)
@@ -111,6 +113,32 @@ def test_cuda_pair_without_loss_has_no_gradient(nan_filled):
     grads = cuda.backward(ContrastiveCall(image, text, scale, None, 9), upstream, torch.float32)
     exact_call = ContrastiveCall(image.double(), text.double(), scale.double(), None, 9)
     assert_close(grads, reference.backward(exact_call, upstream, torch.float64), 1e-3)
+
+
+@hosted
+def test_cuda_negative_scale_matches_the_reference(nan_filled):
+    image, text, scale = features(256, 24), features(256, 24), torch.tensor(-20.0)
+    truth = reference.forward(ContrastiveCall(image.double(), text.double(), scale.double(), 0, 256))
+    assert_close(cuda.forward(ContrastiveCall(image, text, scale, 0, 256)), truth, 1e-6)
+
+
+@hosted
+@pytest.mark.parametrize("case", ["near", "far apart", "some without loss", "none with loss"])
+def test_cuda_softmax_gradient_of_complete_tiles_matches_the_reference(case, nan_filled):
+    """R and Q are at least the log-sum-exps. They are within 86 ln 2 of each other, or not, or infinite."""
+    image, text, scale = features(256, 24), features(256, 24), torch.tensor(20.0)
+    exact_call = ContrastiveCall(image.double(), text.double(), scale.double(), None, 256)
+    lse = list(reference.forward(exact_call))
+    if case == "far apart":
+        lse = [one + torch.linspace(0, 90, 256).double() for one in lse]
+    elif case == "some without loss":
+        lse[0][3], lse[1][200] = torch.inf, torch.inf
+    elif case == "none with loss":
+        lse[0][:], lse[1][128:] = torch.inf, torch.inf
+    upstream = SoftmaxGradient(*lse, torch.tensor(0.3), torch.empty(0))
+    grads = cuda.backward(ContrastiveCall(image, text, scale, None, 256), upstream, torch.float32)
+    exact = SoftmaxGradient(*lse, torch.tensor(0.3).double(), torch.empty(0))
+    assert_close(grads, reference.backward(exact_call, exact, torch.float64), 3e-4)
 
 
 @hosted

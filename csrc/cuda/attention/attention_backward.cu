@@ -191,6 +191,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward(Arguments arguments) 
               const float through = keeps ? weight_grad * keep_scale : 0.0f;
               score = keeps ? weight : 0.0f;
               weight_grad = seen ? weight * (through - (i % 2 ? delta.high : delta.low)) : 0.0f;
+              rejoin_lanes();
             }
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {

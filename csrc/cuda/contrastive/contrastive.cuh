@@ -55,8 +55,10 @@ struct Products {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           visit(2 * i + half, 2 * j, row_of(i, half), column_of(j), sums[i][j][2 * half]);
+          rejoin_lanes();
           visit(2 * i + half, 2 * j + 1, row_of(i, half), column_of(j) + 1,
                 sums[i][j][2 * half + 1]);
+          rejoin_lanes();
         }
       }
     }

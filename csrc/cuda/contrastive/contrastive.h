@@ -37,8 +37,8 @@ struct GradientTile {
   // (b, stride) float16: scale * G / w, written up to the stride. Null if the caller needs only the
   // sigmoid's loss.
   void* grad;
-  int64_t stride;  // at least B, a multiple of 8
-  float scale;
+  int64_t stride;          // at least B, a multiple of 8
+  float scale, per_scale;  // a power of two, and its inverse
   // Written, one row for each tile: the sum of G / w * (I T^T). The sigmoid adds the sum of G / w,
   // and loss / w.
   float* partials;

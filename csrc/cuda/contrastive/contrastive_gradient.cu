@@ -27,7 +27,7 @@ struct SigmoidArguments {
 // sums of the block.
 constexpr int kExtrasOffset = Tile<Half, kSide>::bytes(kSide), kExtraBytes = kSide * 4,
               kBlock = kExtrasOffset + 8 * kExtraBytes;
-static_assert(kBlock + 16 <= kPipelineBytes);
+static_assert(kBlock + 3 * 16 <= kPipelineBytes);
 
 struct Ids {
   Shared<int> rows{kExtrasOffset}, columns{kExtrasOffset + kExtraBytes};
@@ -44,28 +44,58 @@ __device__ __forceinline__ float total(const float (&parts)[4]) {
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-// Stores scale * G / w.
+// The lowest `low` and the highest `high` of the block. `memory` takes 4 pairs.
+__device__ __forceinline__ Pair range_of_block(Pair range, Shared<Pair> memory) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) {
+    range.low = fminf(range.low, shuffle_xor(range.low, mask));
+    range.high = fmaxf(range.high, shuffle_xor(range.high, mask));
+  }
+  if (lane_index() == 0) memory.store(warp_index(), range);
+  block_barrier();
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    const Pair other = memory.load(warp);
+    range.low = fminf(range.low, other.low);
+    range.high = fmaxf(range.high, other.high);
+  }
+  return range;
+}
+
+// Stores scale * G / w. The tile is complete if kComplete.
+template <bool kComplete>
 __device__ __forceinline__ void store_gradient(const Products& gradients, const GradientTile& to,
                                                const TilePlace& tile) {
   const Tile<Half, kSide> staged{{0}};
+  const int first = staged.index_of_pair(Products::row_of(0, 0), Products::column_of(0));
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    // Rows that are 8 apart have their chunks in the same order.
-    const int first = staged.index_of_pair(Products::row_of(0, 0), Products::column_of(j));
+  for (int i = 0; i < 8; ++i) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 8; ++j) {
+      // Chunk j is at the exclusive or of j and the place of chunk 0, and rows that are 8 apart
+      // permute their chunks alike.
       const float (&pair)[4] = gradients.sums[i / 2][j];
-      staged.memory.store_as<uint32_t>(first + i * 8 * staged.kStride,
+      staged.memory.store_as<uint32_t>((first ^ j * 8) + i * 8 * kSide,
                                        pack<Half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]));
     }
   }
   block_barrier();
-  Half* const grad = static_cast<Half*>(to.grad) + tile.row * to.stride + tile.column;
-  for (int chunk = thread_index(); chunk < tile.rows * (kSide / 8); chunk += kThreads) {
-    const int row = chunk / (kSide / 8), column = chunk % (kSide / 8) * 8;
-    if (tile.column + column >= to.stride) continue;
-    store_global(reinterpret_cast<Quad*>(grad + row * to.stride + column),
-                 staged.memory.load_as<Quad>(staged.index(row, column)));
+  // The block stores 8 rows at once. Loads from shared memory don't wait for each other, and only
+  // stores have a condition.
+  constexpr int kLanes = kSide / 8, kRows = kThreads / kLanes;
+  const int row = thread_index() / kLanes, column = thread_index() % kLanes * 8;
+  const int from = staged.index(row, column);
+  Quad chunks[kSide / kRows];
+#pragma unroll
+  for (int i = 0; i < kSide / kRows; ++i)
+    chunks[i] = staged.memory.load_as<Quad>(from + i * kRows * kSide);
+  // A sum of integers takes fewer instructions than the same sum of a pointer.
+  const int64_t place = (tile.row + row) * to.stride + tile.column + column;
+  auto address = reinterpret_cast<uintptr_t>(static_cast<Half*>(to.grad) + place);
+  const int rows = tile.column + column < to.stride ? tile.rows - row : 0;
+#pragma unroll
+  for (int i = 0; i < kSide; i += kRows, address += kRows * 2 * to.stride) {
+    if (kComplete || i < rows) store_global(reinterpret_cast<Quad*>(address), chunks[i / kRows]);
   }
 }
 
@@ -75,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const Normalizers& normalizers = arguments.normalizers;
   const Groups& groups = arguments.groups;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> block_memory{kBlock}, row_factors{kExtrasOffset + 2 * kExtraBytes},
+  const Shared<float> row_factors{kExtrasOffset + 2 * kExtraBytes},
       column_factors{kExtrasOffset + 3 * kExtraBytes};
   const Shared<float> row_near{kExtrasOffset + 4 * kExtraBytes},
       column_near{kExtrasOffset + 5 * kExtraBytes};
@@ -97,21 +127,25 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
       has_row ? load_global(&normalizers.rows_rest[tile.row + thread]) * unit : 0.0f;
   const float column_rest =
       has_column ? load_global(&normalizers.columns_rest[tile.column + thread]) * unit : 0.0f;
-  const float lowest = fold_block(fminf(row, column), block_memory, Less());
-  block_barrier();
-  float highest = fold_block(fmaxf(row, column), block_memory, Greater());
+  const Pair range = range_of_block({fminf(row, column), fmaxf(row, column)}, {kBlock});
+  const float lowest = range.low;
+  float highest = range.high;
   const bool every_loss = highest < infinity();
   if (!every_loss) {
     const auto finite = [](float near) { return near == infinity() ? -infinity() : near; };
-    block_barrier();
-    highest = fold_block(fmaxf(finite(row), finite(column)), block_memory, Greater());
+    highest = fold_block(fmaxf(finite(row), finite(column)), {kBlock + 2 * 16}, Greater());
   }
   const bool near = highest - lowest < 86.0f;
   const float middle = lowest == infinity() ? 0.0f : near ? (lowest + highest) * 0.5f : 0.0f;
-  row_factors.store(thread, near ? exp2_fast(middle - row) * row_rest : row_rest);
-  column_factors.store(thread, near ? exp2_fast(middle - column) * column_rest : column_rest);
-  row_near.store(thread, row);
-  column_near.store(thread, column);
+  if (near) {
+    row_factors.store(thread, exp2_fast(middle - row) * row_rest);
+    column_factors.store(thread, exp2_fast(middle - column) * column_rest);
+  } else {
+    row_factors.store(thread, row_rest);
+    column_factors.store(thread, column_rest);
+    row_near.store(thread, row);
+    column_near.store(thread, column);
+  }
   const Ids ids;
   if (groups.rows) {
     ids.load(groups, tile);
@@ -134,6 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
       number = exp2_fast(product * factor - middle) * (row_factor[i] + column_factor[j]);
       sums[j % 4] += number * product;
     });
+    store_gradient<true>(products, arguments.tile, tile);
   } else {
     products.each([&](int, int, int row, int column, float& number) {
       const float product = number, logit = product * factor;
@@ -146,17 +181,16 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
       const bool counted = row < tile.rows && column < tile.columns;
       if (column == row + shift && counted)
         gradient = load_global(&normalizers.positive_grad[tile.row + row]) * unit;
-      rejoin_lanes();
       if (groups.rows && ids.rows.load(row) == ids.columns.load(column)) {
         gradient -= (row_shares.load(row) + column_shares.load(column)) * unit;
       }
       number = counted ? gradient : 0.0f;
       sums[0] += number * product;
     });
+    store_gradient<false>(products, arguments.tile, tile);
   }
-  store_gradient(products, arguments.tile, tile);
-  block_barrier();
-  const float sum = fold_block(total(sums), block_memory, Add()) / unit;
+  // The range's memory isn't in use any more.
+  const float sum = fold_block(total(sums), {kBlock}, Add()) * arguments.tile.per_scale;
   if (thread == 0) store_global(&arguments.tile.partials[block_index()], sum);
 }
 
@@ -205,7 +239,6 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
   const Features& features = arguments.features;
   const Groups& groups = arguments.groups;
   const TilePlace tile = place_of_block(features);
-  const Shared<float> block_memory{kBlock};
   Products products;
   multiply_tile<T>(products, features, tile);
 
@@ -217,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
   // Logits are in units of ln 2, and G in those of the output.
   const float scale = load_global(features.scale) * kLog2E,
               bias = (arguments.bias ? load_global(arguments.bias) : 0.0f) * kLog2E;
-  const float per_unit = 1.0f / arguments.tile.scale;
+  const float per_unit = arguments.tile.per_scale;
   const int shift = positives_of(features, tile);
   SigmoidSums sums;
   if (is_plain(tile, shift) && !groups.rows) {
@@ -226,6 +259,7 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
       number = sums.add(j % 4, product * scale + bias, per_unit);
       sums.add_gradient(j % 4, number, product);
     });
+    if (arguments.tile.grad) store_gradient<true>(products, arguments.tile, tile);
   } else {
     products.each([&](int, int j, int row, int column, float& number) {
       const float product = number, logit = product * scale + bias;
@@ -235,17 +269,16 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
       // A logit of minus infinity has neither a loss nor a gradient.
       number = sums.add(j % 4, !counted ? -infinity() : positive ? -logit : logit, per_unit);
       if (positive) number = -number;
-      sums.add_gradient(j % 4, number, product);
+      sums.add_gradient(0, number, product);
     });
+    if (arguments.tile.grad) store_gradient<false>(products, arguments.tile, tile);
   }
-  if (arguments.tile.grad) store_gradient(products, arguments.tile, tile);
   const float values[3] = {total(sums.products) * per_unit, total(sums.gradients) * per_unit,
                            sums.loss()};
   float totals[3];
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    block_barrier();
-    totals[i] = fold_block(values[i], block_memory, Add());
+    totals[i] = fold_block(values[i], {kBlock + 16 * i}, Add());
   }
   if (thread_index() == 0) {
 #pragma unroll

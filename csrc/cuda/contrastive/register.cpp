@@ -19,7 +19,7 @@ Groups groups(uintptr_t rows, uintptr_t columns, uintptr_t row_shares, uintptr_t
 }
 
 GradientTile tile(uintptr_t grad, int64_t stride, float scale, uintptr_t partials) {
-  return {at<void>(grad), stride, scale, at<float>(partials)};
+  return {at<void>(grad), stride, scale, 1 / scale, at<float>(partials)};
 }
 
 Normalizers normalizers(uintptr_t rows_near, uintptr_t rows_rest, uintptr_t columns_near,

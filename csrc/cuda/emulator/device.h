@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "csrc/cuda/emulator/fragments.h"
+#include "csrc/cuda/emulator/counters.h"
 #include "csrc/cuda/emulator/emulator.h"
 
 #define __global__
@@ -25,8 +26,12 @@ inline int lane_index() { return emulator::thread() & 31; }
 inline int warp_index() { return emulator::thread() >> 5; }
 inline int64_t block_index() { return emulator::block(); }
 
-inline void block_barrier(BCLIP_SITE) { emulator::meet_block(site); }
+inline void block_barrier(BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kBlockBarrier);
+  emulator::meet_block(site);
+}
 inline void warp_barrier(BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kWarpBarrier);
   emulator::meet_warp(site, "warp_barrier", nullptr,
                       [](void* const(&)[32]) { emulator::order_warp(); });
 }
@@ -37,6 +42,7 @@ T shuffle(T value, int source, BCLIP_SITE) {
     T value, result;
     int source;
   } lane{value, {}, source};
+  emulator::count(site, emulator::Kind::kShuffle);
   emulator::meet_warp(site, "shuffle", &lane, [](void* const(&all)[32]) {
     for (void* one : all) {
       Lane& lane = *static_cast<Lane*>(one);
@@ -60,11 +66,13 @@ struct Shared {
   template <class Wide>
   Wide load_as(int index, BCLIP_SITE) const {
     Wide value;
+    emulator::count(site, emulator::Kind::kSharedLoad, place(index), nullptr, sizeof value);
     emulator::read(site, place(index), &value, sizeof value);
     return value;
   }
   template <class Wide>
   void store_as(int index, Wide value, BCLIP_SITE) const {
+    emulator::count(site, emulator::Kind::kSharedStore, place(index), nullptr, sizeof value);
     emulator::write(site, place(index), &value, sizeof value);
   }
 };
@@ -80,6 +88,7 @@ struct MatrixLane {
 
 inline void load_matrices(uint32_t (&to)[4], int64_t row, bool transposed, Site site) {
   MatrixLane lane{to, row, transposed, site};
+  count(site, Kind::kLoadMatrices, row, nullptr, 16);
   meet_warp(site, "load_matrices", &lane, [](void* const(&all)[32]) {
     uint16_t matrices[4][8][8];
     const auto lane_of = [&](int index) { return static_cast<MatrixLane*>(all[index]); };
@@ -208,6 +217,7 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     const uint32_t* a;
     uint32_t b[2];
   } lane{sum, a, {b0, b1}};
+  emulator::count(site, emulator::Kind::kMultiply);
   emulator::meet_warp(site, "multiply", &lane, [](void* const(&all)[32]) {
     float left[16][16];
     emulator::Columns right[16], sums[16];
@@ -241,19 +251,24 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 
 template <class T>
 T load_global(const T* from, BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kGlobalLoad, -1, from, sizeof(T));
   return *from;
 }
 template <class T>
 void store_global(T* to, T value, BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kGlobalStore, -1, to, sizeof(T));
   *to = value;
 }
-inline void rejoin_lanes() {}
+inline void rejoin_lanes() {
+  if (emulator::counting) emulator::rejoin_lane();
+}
 
 template <class T>
 void copy_async(Shared<T> to, int index, const T* from, bool valid, BCLIP_SITE) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || to.place(index) % 16) {
     throw std::runtime_error("copy_async: an address isn't a multiple of 16");
   }
+  emulator::count(site, emulator::Kind::kCopy, to.place(index), valid ? from : nullptr, 16);
   emulator::copy_later(site, to.place(index), valid ? from : nullptr, 16);
 }
 inline void commit_copies() { emulator::close_copies(); }
@@ -266,19 +281,22 @@ void wait_for_copies() {
 // programming guide and the PTX ISA allow ("Mathematical functions", intrinsics; "rcp"). These are
 // 2 units in the last place, or 2^-22 for logarithms of 0.5 to 2, or 1 unit for reciprocals.
 // Subnormal arguments of reciprocals, and subnormal results, are zero.
-inline float exp2_fast(float x) {
+inline float exp2_fast(float x, BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kExp2);
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f
          : x == 0.0f || !std::isfinite(y)      ? y
                                                : emulator::last_places(y, x);
 }
-inline float log2_fast(float x) {
+inline float log2_fast(float x, BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kLog2);
   const float y = std::log2(x);
   if (!std::isfinite(y)) return y;
   return x >= 0.5f && x <= 2.0f ? y + emulator::error_of(x, 1) * 0x1p-22f
                                 : emulator::last_places(y, x);
 }
-inline float reciprocal_fast(float x) {
+inline float reciprocal_fast(float x, BCLIP_SITE) {
+  emulator::count(site, emulator::Kind::kReciprocal);
   constexpr float kLeast = std::numeric_limits<float>::min();
   const float y = 1.0f / (std::fabs(x) < kLeast ? std::copysign(0.0f, x) : x);
   if (std::fabs(y) < kLeast) return std::copysign(0.0f, y);
@@ -291,7 +309,8 @@ inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Launch& where, Arguments arguments) {
-  emulator::run(where.blocks, where.threads, where.shared_bytes, [&] { kernel(arguments); });
+  emulator::run(reinterpret_cast<const void*>(kernel), where.blocks, where.threads,
+                where.shared_bytes, [&] { kernel(arguments); });
 }
 
 }  // namespace bclip::cuda

@@ -1,4 +1,5 @@
 #include "csrc/cuda/emulator/emulator.h"
+#include "csrc/cuda/emulator/counters.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -294,6 +295,9 @@ void meet_block(Site site) {
   }
   state.block_waiting = 0;
   ++state.block_epoch;
+  if (counting) {
+    for (int warp = 0; warp < state.threads / 32; ++warp) end_counted_warp(warp);
+  }
 }
 
 void meet_warp(Site site, const char* name, void* brought, void (*act)(void* const (&all)[32])) {
@@ -316,6 +320,7 @@ void meet_warp(Site site, const char* name, void* brought, void (*act)(void* con
     if (warp * 32 + lane != state.running) state.ready.push_back(warp * 32 + lane);
   }
   state.warp_waiting[warp] = 0;
+  if (counting) end_counted_warp(warp);
   act(all);
 }
 
@@ -368,7 +373,8 @@ void finish_copies(size_t groups_left) {
   }
 }
 
-void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body) {
+void run(const void* kernel, int64_t blocks, int threads, int shared_bytes,
+         const std::function<void()>& body) {
   Emulator& state = Emulator::current();
   if (threads % 32 || threads < 32 || threads > 1024)
     throw std::invalid_argument("threads come in warps of 32");
@@ -383,10 +389,13 @@ void run(int64_t blocks, int threads, int shared_bytes, const std::function<void
   std::iota(order.begin(), order.end(), 0);
   for (int64_t last = blocks - 1; last > 0; --last)
     std::swap(order[last], order[draw() % (last + 1)]);
+  begin_counted_launch(kernel, blocks, threads, shared_bytes);
   for (const int64_t block : order) {
     state.block = block;
     run_block();
+    end_counted_block(block);
   }
+  end_counted_launch();
 }
 
 void set_seed(uint64_t seed) { Emulator::current().random = seed; }

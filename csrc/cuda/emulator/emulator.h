@@ -55,8 +55,9 @@ void copy_later(Site site, int64_t byte, const void* from, size_t size);
 void close_copies();  // ends the current group of copies
 void finish_copies(size_t groups_left);
 
-// Runs body() for each thread of each block.
-void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body);
+// Runs body() for each thread of each block. `kernel` is the address of the kernel's function.
+void run(const void* kernel, int64_t blocks, int threads, int shared_bytes,
+         const std::function<void()>& body);
 
 // Seeds the order of threads and blocks, for this thread of the process.
 void set_seed(uint64_t seed);
