@@ -121,4 +121,4 @@ def triton_block_bytes(tensor: Tensor) -> int:
     """
     if tensor.device.type != "cuda":
         return max(_BLOCK_BYTES.values())
-    return _BLOCK_BYTES.get(torch.cuda.get_device_capability(tensor.device), _LEAST_BLOCK_BYTES)
+    return _BLOCK_BYTES.get(compute_capability(tensor.device.index or 0), _LEAST_BLOCK_BYTES)
