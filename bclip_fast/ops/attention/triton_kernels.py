@@ -26,7 +26,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _bounds(cu_seqlens, max_seqlen, sequence):  # type: ignore[no-untyped-def]
-    """(first row as int64, number of rows) of a sequence. Rows after max_seqlen, for which tiles lack room, don't count."""
+    """(first row as int64, number of rows) of a sequence. Tiles lack room for rows after the first max_seqlen."""
     if cu_seqlens is None:
         start = sequence.to(tl.int64) * max_seqlen
         length = max_seqlen
