@@ -1,4 +1,4 @@
-"""What our Triton kernels are compiled with in a model: arguments for `resources`, without tensors.
+"""Types and constants of our Triton kernels in a model: arguments for `resources`, without tensors.
 
 Each function returns (kernel, types of its arguments, constants and options). An argument without a type is an i32.
 """
