@@ -50,22 +50,23 @@ def process(package: Package, options: Options) -> Iterator[Event]:
     if options.tokenizer:
         _token_counter(options.tokenizer)  # a broken tokenizer ends the run, not each article
     try:
-        with _open(package, options) as archive:
+        with open_articles(package, options) as archive:
             for article in archive.articles():
-                yield from _process_file(archive, article, options)
+                yield from process_file(archive, article, options)
             for article_id, name, reason in archive.refused:
                 yield Reject(article_id, "", printable(name), reason)
     except SourceError as error:
         yield Reject("", "", printable(package.name), str(error))
 
 
-def _open(package: Package, options: Options) -> AbstractContextManager[ArticleArchive]:
+def open_articles(package: Package, options: Options) -> AbstractContextManager[ArticleArchive]:
+    """Open a package of any kind that has articles. Raises SourceError."""
     if package.kind == "objects":
         return open_objects(package, options.rules, options.connections)
     return open_package(package)
 
 
-def _process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
+def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
     """Yield the pairs and rejects of an XML file, which holds an article or a set of articles."""
     name = printable(files.xml_name)
     article_id = files.metadata.get("version", "").partition(".")[0]
