@@ -51,8 +51,11 @@ def process(package: Package, options: Options) -> Iterator[Event]:
         _token_counter(options.tokenizer)  # a broken tokenizer ends the run, not each article
     try:
         with open_articles(package, options) as archive:
-            for article in archive.articles():
-                yield from process_file(archive, article, options)
+            for files in archive.articles():
+                try:
+                    yield from process_file(archive, files, options)
+                except Exception as error:
+                    yield _internal_error(error, printable(files.xml_name))
             for article_id, name, reason in archive.refused:
                 yield Reject(article_id, "", printable(name), reason)
     except SourceError as error:
@@ -64,6 +67,17 @@ def open_articles(package: Package, options: Options) -> AbstractContextManager[
     if package.kind == "objects":
         return open_objects(package, options.rules, options.connections)
     return open_package(package)
+
+
+def _internal_error(error: Exception, place: str) -> Reject:
+    """Return a reject for a fault of this program, which must not end a run of a million articles.
+
+    Raise `error` again if it is not one: if the source failed, so that another run may succeed.
+    """
+    if isinstance(error, (FetchError, SourceError)):
+        raise error
+    log.debug("%s", place, exc_info=error)
+    return Reject("", "", place, f"internal error: {type(error).__name__} {first_line(error)}"[:200])
 
 
 def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
@@ -83,11 +97,8 @@ def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options)
             yield from _process_article(archive, files, read_article(element), place, images, options)
         except JatsError as error:
             yield Reject(article_id, "", place, str(error))
-        except (FetchError, SourceError):
-            raise
-        except Exception as error:  # a fault of this program must not end a run of a million articles
-            log.debug("%s", place, exc_info=True)
-            yield Reject(article_id, "", place, f"internal error: {type(error).__name__} {first_line(error)}"[:200])
+        except Exception as error:
+            yield _internal_error(error, place)
 
 
 def _process_article(
