@@ -2,9 +2,11 @@
 # make test: set everything up, lint and run the tests, in at most 6 minutes of test time on 2 cores.
 # make test-all: the same in random order, with the tests marked long (full products of options, many kills).
 # make test-avx2, make test-portable, make test-arm64: test the operators as on simpler processors.
-# make gpu: build, test and measure the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
+# make gpu: build, measure and test the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
+# make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in a minute.
 #
-# Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart or to pytest).
+# Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart, to pytest or to
+# benchmarks.gpu), OUT (folder of the results of make gpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -14,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compile while packages download, and lint while tests run.
 MAKEFLAGS += -j2
 
-.PHONY: quickstart test test-all lint pytest pytest-all bench gpu clean
+.PHONY: quickstart test test-all lint pytest pytest-all bench gpu gpu-rehearsal clean
 
 quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
@@ -43,8 +45,12 @@ lint: $(VENV)/objects.done $(VENV)/dev.done
 bench: $(VENV)/dev.done
 	$(BIN)/bclip bench all
 
+# OUT names the folder of the logs and results (build/gpu). ARGS=--dry-run lists the steps and what each needs.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-rehearsal: $(VENV)/objects.done $(VENV)/dev.done
+	$(BIN)/python -m benchmarks.gpu --rehearse $(ARGS)
 
 clean:
 	rm -rf $(VENV) build bclip_fast.egg-info bclip_fast/*.so

@@ -29,7 +29,7 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
     """Join the group that the environment of torchrun, deepspeed or srun describes. Without one, do nothing.
 
     Args:
-        backend: default nccl if CUDA is available, else gloo.
+        backend: default `default_backend()`.
         timeout_seconds: limit of this call and of every collective, after which a lost rank ends the others. With
             gloo they end in `explain_lost_ranks`. NCCL's watchdog ends the process, and its log names the collective.
 
@@ -46,9 +46,8 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
         raise UserError(f"RANK={os.environ['RANK']} is set but {', '.join(missing)} is not: launch with torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(timeout=timedelta(seconds=timeout_seconds), **group_options(backend))
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -56,6 +55,23 @@ def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
             f"at {address} within {timeout_seconds:g} s: {_reason(error)}"
         ) from error
     _store().set(_KEY.format("host", rank()), f"{socket.gethostname()}, process {os.getpid()}")
+
+
+def default_backend() -> str:
+    """The backends of the group. If CUDA is available: NCCL for tensors on GPUs, and gloo for messages of the hosts.
+
+    A message through NCCL makes the host wait for all work that its GPU has queued. gloo does not touch the GPU.
+    """
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def group_options(backend: str | None = None) -> dict[str, Any]:
+    """Keywords of `init_process_group`: the backend, by default `default_backend()`, and for NCCL this rank's GPU.
+
+    Without the GPU, torch guesses one in `barrier()`, and connects NCCL only in the first collective.
+    """
+    backend = backend or default_backend()
+    return {"backend": backend} | ({"device_id": device()} if "nccl" in backend else {})
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -116,12 +132,22 @@ def barrier() -> None:
         dist.barrier()
 
 
+def message_device(otherwise: torch.device, group: dist.ProcessGroup | None = None) -> torch.device:
+    """The device of the tensors in which hosts send each other numbers.
+
+    Args:
+        otherwise: GPU of this rank. It is the result only if the group has no backend for tensors on the CPU. Then
+            the host waits for the GPU at each message.
+        group: default: the group of all ranks.
+    """
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else otherwise
+
+
 def total(number: int) -> int:
     """Return the sum of a number over all ranks."""
     if world_size() == 1:
         return number
-    device = torch.device("cuda", local_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    value = torch.tensor(number, device=device)
+    value = torch.tensor(number, device=message_device(device()))
     dist.all_reduce(value)
     return int(value)
 

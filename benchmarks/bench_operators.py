@@ -1,4 +1,4 @@
-"""The benchmark suite: `pytest benchmarks -k contrastive --benchmark-json=out.json`.
+"""The benchmark suite: `pytest benchmarks -k contrastive --rows=out.jsonl`.
 
 `bclip bench` runs it and shows the results. `--large` adds the cases that take minutes per call.
 """
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bclip_fast.benchmarks.cases import CASES, DEVICE, Case, Inputs, Unavailable
+from bclip_fast.benchmarks.cases import CASES, DEVICE, TINY, Case, Inputs, Unavailable
 from bclip_fast.benchmarks.measure import (
+    append,
+    environment,
     error_of,
     matmul_rate,
     peak_extra_bytes,
@@ -48,9 +50,13 @@ def test_operator(case: Case, contender: str, benchmark: Any, request: pytest.Fi
         results = run(*inputs)  # warm up
         error = error_of(results, truth)  # raises before the timing if the results are wrong
         extra_bytes, results = peak_extra_bytes(lambda: run(*inputs))
-        benchmark.pedantic(run, inputs, rounds=5 if DEVICE.type == "cpu" else 20, iterations=1)
-    benchmark.group = case.id
-    benchmark.extra_info.update(
+        rounds = 1 if TINY else 5 if DEVICE.type == "cpu" else 20
+        benchmark.pedantic(run, inputs, rounds=rounds, iterations=1)
+    if benchmark.stats is None:  # pytest-benchmark measures nothing in a worker of pytest-xdist
+        return
+    times = benchmark.stats.stats
+    row = dict(
+        **environment(),
         operator=case.operator,
         case=case.name,
         contender=contender,
@@ -66,4 +72,8 @@ def test_operator(case: Case, contender: str, benchmark: Any, request: pytest.Fi
         batch=case.batch,
         dtype=str(case.dtype).removeprefix("torch."),
         **(matmul_rate(case.dtype) if case.flops else {}),
+        seconds=times.median,
+        min=times.min,
+        max=times.max,
     )
+    append([row], request.config.getoption("--rows"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import platform
@@ -10,7 +11,7 @@ import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from bclip_fast.hardware import device_name, results_name
 from bclip_fast.ops.processor import lacks_bfloat16
 
-from .cases import DEVICE, Case, Inputs
+from .cases import DEVICE, TINY, Case, Inputs
 
 
 def truth_of(case: Case, inputs: Inputs) -> list[Tensor]:
@@ -104,16 +105,16 @@ def _resident(name: str) -> int:
 
 
 # Rows of the square matmul. Tables compare every FLOP rate with its rate.
-MATMUL_SIZE = 8192 if DEVICE.type == "cuda" else 2048
+MATMUL_SIZE = 64 if TINY else 8192 if DEVICE.type == "cuda" else 2048
 
 
 def matmul_rate(dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
     """Return the best rate of torch's square matmul, in the columns `matmul_flops_per_second` and `matmul_dtype`.
 
     Every row measures it again, because a machine's speed drifts. On a CPU without bf16 instructions, the matmul is in
-    float32. torch emulates bf16 there, at about a hundredth of that rate.
+    float32. torch emulates bf16 there, at about a hundredth of that rate. The same holds for float16 on every CPU.
     """
-    if dtype == torch.bfloat16 and lacks_bfloat16(DEVICE):
+    if (dtype == torch.bfloat16 and lacks_bfloat16(DEVICE)) or (dtype == torch.float16 and DEVICE.type == "cpu"):
         dtype = torch.float32
     size = MATMUL_SIZE
     a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
@@ -130,54 +131,77 @@ def matmul_rate(dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
 
 def matmul_note(rows: list[dict[str, Any]]) -> str:
     """Return an addition to a table's title if the dtype of the reference matmul differs from the dtype of the rows."""
-    emulated = any(row["dtype"] in ("bf16", "bfloat16") and row.get("matmul_dtype") == "float32" for row in rows)
-    return "; compared with torch's float32 matmul, as this CPU has no bf16 instructions" if emulated else ""
+    emulated = {row["dtype"] for row in rows if row.get("matmul_dtype") == "float32"} - {"float32", "fp32"}
+    if not emulated:
+        return ""
+    short = "fp16" if emulated == {"float16"} else "bf16"
+    return f"; compared with torch's float32 matmul, as this CPU has no {short} instructions"
 
 
-def suite(words: str, large: bool = False) -> tuple[list[dict[str, Any]], int]:
+def suite(words: str, large: bool = False, folders: Sequence[Path] = ()) -> tuple[list[dict[str, Any]], int]:
     """Run the benchmark suite. Returns its rows and pytest's exit status.
 
     words: expression for pytest's -k, which selects cases and contenders.
     large: whether to run the cases that take minutes per call.
+    folders: folders whose <device>.jsonl gets each row as soon as it is measured.
     """
     import pytest
 
     package = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench.json"
-        args = [str(package / "bench_operators.py"), "-q", "-rs", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+        path = Path(folder) / "rows.jsonl"
+        args = [str(package / "bench_operators.py"), "-q", "-rs", "-p", "no:cacheprovider"]
         args += ["-p", "no:randomly"]  # the rows keep the order of the cases
         args += ["--benchmark-disable-gc", "--benchmark-quiet", f"--rootdir={package}", "-c", "/dev/null"]
+        args += [f"--rows={file}" for file in (path, *result_files(folders))]
         status = pytest.main([*args, "-k", words] + ["--large"] * large)
-        data = json.loads(path.read_text()) if path.is_file() and path.stat().st_size else {"benchmarks": []}
-    common = environment()
-    rows = []
-    for entry in data["benchmarks"]:
-        stats = entry["stats"]
-        rows.append(
-            {**common, **entry["extra_info"], "seconds": stats["median"], "min": stats["min"], "max": stats["max"]}
-        )
-    return rows, int(status)
+        lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines], int(status)
+
+
+def result_files(folders: Iterable[Path]) -> list[Path]:
+    """Return the path of this device's file <device>.jsonl in each folder."""
+    return [folder / results_name(device_name(DEVICE)) for folder in folders]
+
+
+# Rows of GPUs and CPUs, by device, in the source tree.
+RESULTS = Path(__file__).parent / "results"
 
 
 def record(rows: list[dict[str, Any]]) -> Path:
     """Append the rows of one device to results/<device>.jsonl of the source tree. Returns the file's path."""
-    path = Path(__file__).parent / "results" / results_name(rows[0]["device"])
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    path = RESULTS / results_name(rows[0]["device"])
+    append(rows, [path])
     return path
+
+
+def append(rows: Iterable[dict[str, Any]], paths: Iterable[Path]) -> None:
+    """Append rows to JSONL files. Afterwards the operating system has them, so a killed process loses none."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.writelines(lines)
+
+
+@functools.cache
+def commit() -> str:
+    """Return the commit of the source tree, or "unknown" without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def environment() -> dict[str, str]:
     """Return the columns that describe the machine, the versions and the commit of a row."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "device": device_name(DEVICE),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -240,7 +240,7 @@ class _Meter:
             self._clock.start()
             yield batch
             end = time.perf_counter()
-            seconds = {"step_seconds": end - start, "data_wait_seconds": data_wait, **self._clock.seconds()}
+            seconds = {"step_seconds": end - start, "data_wait_seconds": data_wait, **self._clock.finish()()}
             start = end
             self.records.append(seconds | self._communication())
             if len(self.records) == self._num_steps:

@@ -21,7 +21,7 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
-from .loader import Box, Loader
+from .loader import Batch, Box, Loader
 from .sampler import ShardSampler
 from .shards.reader import ShardDataset
 from .transform import Preprocess
@@ -41,7 +41,9 @@ class DaliLoader(Loader):
     replaces them. If DALI accepts a batch, its images count as intact, even those that `Loader` would refuse.
 
     Args:
-        device_id: number of the GPU that decodes and resizes, and that holds `Batch.images`. None: the CPU.
+        device_id: number of the GPU that decodes and resizes. None: the CPU. The GPU also holds `Batch.images`, unless
+            the rank's part of the batch is divided into micro-batches. GradCache keeps these on the host between its
+            two passes, so they come in the host's memory.
         num_threads: number of DALI's threads.
 
     Raises:
@@ -65,18 +67,37 @@ class DaliLoader(Loader):
             raise UserError(f"the DALI loader needs pip install 'bclip_fast[dali]': {error}") from error
         if num_threads < 1:
             raise UserError(f"num_threads={num_threads} must be at least 1")
-        self._device_id = device_id
+        self._device = None if device_id is None else torch.device("cuda", device_id)
+        # The trainer's stream would make each batch wait for the step in progress.
+        self._stream: Any = None if self._device is None else torch.cuda.Stream(self._device)
         self._dali_threads = num_threads
         self._lock = threading.Lock()
         self._pipeline: Any = None
         super().__init__(dataset, tokenize, sampler, preprocess, num_threads=_NUM_FEEDERS, **options)
         self._num_parts = 1
 
-    def _allocate(self, count: int) -> Tensor:
-        if self._device_id is None:
-            return super()._allocate(count)
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        if batch.images.is_cuda:
+            # The memory belongs to our stream. It may not be reused before the trainer's stream has read it.
+            batch.images.record_stream(torch.cuda.current_stream(self._device))
+        return batch
+
+    def _allocate(self, count: int, number: int) -> Tensor:
+        if self._device is None or self.sampler.num_micro_batches(number) > 1:
+            return super()._allocate(count, number)
         size = self._preprocess.config.size
-        return torch.empty((count, size, size, 3), dtype=torch.uint8, device=torch.device("cuda", self._device_id))
+        with torch.cuda.stream(self._stream):
+            return torch.empty((count, size, size, 3), dtype=torch.uint8, device=self._device)
+
+    def _fill(self, *arguments: Any) -> Any:
+        if self._device is None:
+            return super()._fill(*arguments)
+        with torch.cuda.stream(self._stream):
+            part = super()._fill(*arguments)
+        # This thread waits, and not the trainer. DALI will reuse its buffer, and the trainer uses another stream.
+        self._stream.synchronize()
+        return part
 
     def _decode_jpegs(self, out: Tensor, jpegs: list[bytes], boxes: list[Box] | None) -> dict[int, str]:
         reasons: dict[int, str] = {}
@@ -105,7 +126,7 @@ class DaliLoader(Loader):
                 self._run(out, rows, [jpegs[row] for row in rows], crops, geometries)
         except RuntimeError as error:
             log.warning("DALI failed a batch; decoding it without DALI: %s", _first_cause(error))
-            pixels = super()._allocate(len(jpegs))
+            pixels = torch.empty(out.shape, dtype=torch.uint8)
             reasons = super()._decode_jpegs(pixels, jpegs, boxes)
             out.copy_(pixels)
         return reasons
@@ -123,24 +144,26 @@ class DaliLoader(Loader):
             # DALI doesn't specify the state of a pipeline after a failure, so the next batch gets a new pipeline.
             self._pipeline = None
             raise
-        if self._device_id is None:
+        if self._device is None:
             out[rows] = torch.from_numpy(images.as_array())
             return
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        stream = torch.cuda.current_stream(out.device)
-        decoded = out if len(rows) == len(out) else torch.empty_like(out[: len(rows)])
-        feed_ndarray(images.as_tensor(), decoded, cuda_stream=stream)
-        if decoded is not out:
-            out[rows] = decoded
-        # DALI will reuse its buffer, and the batch may be used on another stream.
-        stream.synchronize()
+        is_whole = len(rows) == len(out)
+        decoded = out if is_whole and out.is_cuda else torch.empty_like(out[: len(rows)], device=self._device)
+        feed_ndarray(images.as_tensor(), decoded, cuda_stream=self._stream)
+        # The next run of the pipeline overwrites DALI's buffer, so copy within the lock.
+        self._stream.synchronize()
+        if is_whole and decoded is not out:
+            out.copy_(decoded, non_blocking=True)
+        elif decoded is not out:
+            out[rows] = decoded if out.is_cuda else decoded.cpu()
 
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
 
         config = self._preprocess.config
-        gpu = self._device_id is not None
+        gpu = self._device is not None
         device = "gpu" if gpu else "cpu"
         filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
@@ -161,7 +184,7 @@ class DaliLoader(Loader):
         definition = pipeline_def(
             batch_size=self.sampler.max_batch_size,
             num_threads=self._dali_threads,
-            device_id=self._device_id,
+            device_id=None if self._device is None else self._device.index,
             prefetch_queue_depth=1,
             exec_pipelined=False,
             exec_async=False,

@@ -194,7 +194,7 @@ class Loader:
     def _start(self, number: int, micro_batch: int) -> _Pending:
         epoch, positions = self.sampler.batch(number, micro_batch)
         indices = [self.sampler.sample(epoch, position) for position in positions]
-        images = self._allocate(len(indices))
+        images = self._allocate(len(indices), number)
         step = -(-len(indices) // self._num_parts)
         parts = []
         for start in range(0, len(indices), step):
@@ -203,7 +203,8 @@ class Loader:
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
         return _Pending(images, parts, epoch, micro_batch + 1 == self.sampler.num_micro_batches(number))
 
-    def _allocate(self, count: int) -> Tensor:
+    def _allocate(self, count: int, number: int) -> Tensor:
+        """Memory for `count` images of global batch `number`."""
         size = self._preprocess.config.size
         return torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=self._pin)
 

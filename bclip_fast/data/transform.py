@@ -13,6 +13,9 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, shortest_edge_size
 
+from .image_files import ImageConversion
+from .image_files.colours import to_rgb
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -31,6 +34,10 @@ class PreprocessConfig:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
     """shortest: the shorter edge becomes `size`, then a centre crop follows. squash: both edges become `size`."""
+    conversion: ImageConversion = "standard"
+    """standard: the rules of `data.image_files`, before the resize. open_clip: Pillow's convert("RGB") after the resize
+    and the crop, to repeat open_clip's published results. They differ for palettes, transparency, 1-bit and 16-bit
+    images, and turned photographs."""
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= 16384:
@@ -45,6 +52,8 @@ class PreprocessConfig:
             raise UserError(f"preprocess interpolation={self.interpolation!r} must be bicubic or bilinear")
         if self.resize_mode not in ("shortest", "squash"):
             raise UserError(f"preprocess resize_mode={self.resize_mode!r} must be shortest or squash")
+        if self.conversion not in ("standard", "open_clip"):
+            raise UserError(f"preprocess conversion={self.conversion!r} must be standard or open_clip")
 
 
 class Preprocess:
@@ -52,7 +61,7 @@ class Preprocess:
 
     This class converts to RGB first, and open_clip converts after the resize. RGB images give the same result. Some
     other modes come out wrong in open_clip. It resizes the colour indices of a palette image (P), does not antialias
-    a bilevel image (1), and clips a 16-bit image (I;16).
+    a bilevel image (1), and clips a 16-bit image (I;16). `PreprocessConfig.conversion` selects open_clip's order.
     """
 
     def __init__(self, config: PreprocessConfig | None = None) -> None:
@@ -74,13 +83,14 @@ class Preprocess:
         from PIL import Image as Pillow
 
         size = self.config.size
-        image = to_rgb(image)
+        if self.config.conversion == "standard":
+            image = to_rgb(image)
         height, width, top, left = self.geometry(image.height, image.width)
         target = (width, height)
         if target != image.size:
             bicubic = self.config.interpolation == "bicubic"
             image = image.resize(target, Pillow.Resampling.BICUBIC if bicubic else Pillow.Resampling.BILINEAR)
-        image = image.crop((left, top, left + size, top + size))
+        image = image.crop((left, top, left + size, top + size)).convert("RGB")
         return torch.from_numpy(np.array(image))
 
     def geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -97,23 +107,6 @@ class Preprocess:
             raise UserError(f"an image of {width} x {height} pixels is too narrow to be resized to {size}")
         # Like torchvision, Python's round() rounds half to even.
         return high, wide, round((high - size) / 2), round((wide - size) / 2)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB. 16-bit and float grey values are scaled from their range to 8 bits."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _grey_to_8_bits(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    from PIL import Image as Pillow
-
-    values = np.asarray(image, dtype=np.float64)
-    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return Pillow.fromarray(scaled.round().astype(np.uint8))
 
 
 def random_resized_crop_box(

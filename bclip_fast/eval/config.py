@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import tyro
 
+from bclip_fast.data.image_files import ImageConversion
 from bclip_fast.errors import UserError
 
 from . import probe, tasks
-from .embed import CacheDtype, Precision
+from .embed import CacheDtype, OnBadImage, Precision
 from .faiss_index import Index
 from .retrieval import Duplicates
 
@@ -61,6 +62,12 @@ class EvalConfig:
     """Images or texts per batch of the towers."""
     num_workers: int = 2
     """Threads that decode and resize images."""
+    image_conversion: ImageConversion = "standard"
+    """How image files become pixels. standard: the rules of docs/images.md. open_clip: as open_clip does, to repeat its
+    published results."""
+    on_bad_image: OnBadImage = "stop"
+    """What follows when an image cannot be decoded. stop: an error that names it. skip: the sample counts in no score,
+    and the log and results.json name it."""
     num_gallery_queries: int = 6
     """Example queries in the report, per direction of retrieval."""
     progress: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bclip_fast.data.images import open_image
+from bclip_fast.data.image_files import RULES, ImageConversion, read_rgb
+from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
 from bclip_fast.io.progress import track
 from bclip_fast.ops.processor import native_precision
 
 from . import embedding_cache
 from .datasets import EvalDataset
+from .datasets.subset import SubsetDataset
 from .embedding_cache import EmbeddingCache
 
 log = logging.getLogger(__name__)
 
 CacheDtype = Literal["fp32", "bf16", "fp16"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+OnBadImage = Literal["skip", "stop"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MIN_CACHED_TEXTS = 256
 
@@ -41,6 +45,9 @@ class Embedder:
             device multiplies it in hardware, else fp32. The attribute `precision` holds the choice.
         num_workers: threads that decode and preprocess images.
         progress: show a progress bar on stderr for work of more than one batch.
+        image_conversion: how files become images, see `data.image_files.read_rgb`.
+        on_bad_image: stop: an image that cannot be decoded is an error. skip: its embedding is NaN, and `readable`
+            leaves it out.
         cache: embeddings of earlier evaluations. None: keep embeddings only in memory.
         cache_dtype: number format of cached embeddings. The first use rounds them too, so that a second evaluation
             gives the same scores.
@@ -57,6 +64,8 @@ class Embedder:
         batch_size: int = 64,
         num_workers: int = 2,
         progress: bool = False,
+        image_conversion: ImageConversion = "standard",
+        on_bad_image: OnBadImage = "stop",
         cache: EmbeddingCache | None = None,
         cache_dtype: CacheDtype = "fp32",
     ) -> None:
@@ -73,6 +82,14 @@ class Embedder:
             raise UserError("precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
         if batch_size < 1 or num_workers < 1:
             raise UserError(f"batch_size={batch_size} and num_workers={num_workers} must be at least 1")
+        if image_conversion not in ("standard", "open_clip") or on_bad_image not in ("skip", "stop"):
+            raise UserError(
+                f"image_conversion={image_conversion!r} must be standard or open_clip, "
+                f"and on_bad_image={on_bad_image!r} skip or stop"
+            )
+        self.image_conversion, self.on_bad_image = image_conversion, on_bad_image
+        if image_conversion == "open_clip" and isinstance(preprocess, Preprocess):
+            self.preprocess = Preprocess(dataclasses.replace(preprocess.config, conversion="open_clip"))
         self.precision, self.batch_size, self.num_workers, self.progress = precision, batch_size, num_workers, progress
         self.cache, self.cache_dtype = cache or EmbeddingCache(None), cache_dtype
         self._in_memory: dict[tuple[str, ...], Tensor] = {}
@@ -81,10 +98,52 @@ class Embedder:
         """Embed all images of a data set: (N, D) float32 on the device, unit norm, in the order of the samples.
 
         Raises:
-            UserError: a damaged image, or an embedding that is not finite. The message names the sample.
+            UserError: a damaged image, unless `on_bad_image` is skip, or an embedding that is not finite. The message
+                names the sample.
         """
-        parts = ("images", data.fingerprint, self._preprocess_fingerprint)
-        return self._cached(parts, lambda: self.uncached_images(data))
+        if isinstance(data, SubsetDataset):
+            return self.images(data.base)[data.rows]
+        parts = ("images", data.fingerprint, f"{self._preprocess_fingerprint} {self.image_conversion} {RULES}")
+        rows = self._cached(parts, lambda: self.uncached_images(data))
+        if self.on_bad_image == "stop":
+            for i in _not_finite(rows):  # an earlier evaluation has skipped this image
+                self.read(data, i)
+        return rows
+
+    def readable(self, data: EvalDataset, rows: Tensor | None = None) -> tuple[EvalDataset, dict[str, str]]:
+        """Return the samples whose images can be decoded, and the reason of every other one by its key.
+
+        rows: embeddings of `data` by `uncached_images`. None: try to decode every image.
+
+        Raises:
+            UserError: no image can be decoded.
+        """
+        if self.on_bad_image == "stop":
+            return data, {}
+        reasons = {}
+        suspects = range(len(data)) if rows is None else _not_finite(rows)
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            for i, result in zip(suspects, pool.map(lambda i: self._try_to_read(data, i), suspects), strict=True):
+                if isinstance(result, UserError):
+                    reasons[i] = str(result)
+        if len(reasons) == len(data):
+            raise UserError(f"none of {len(data)} images can be decoded; the first one: {reasons[0]}")
+        kept = [i for i in range(len(data)) if i not in reasons]
+        return SubsetDataset(data, kept) if reasons else data, {data.key(i): reasons[i] for i in reasons}
+
+    def read(self, data: EvalDataset, i: int) -> Tensor:
+        """Decode and preprocess one image: float32 (3, H, W). Raises UserError, which names the sample."""
+        image = read_rgb(data.image(i), lambda: data.key(i), self.image_conversion)
+        try:
+            return self.preprocess(image)
+        except UserError as error:
+            raise UserError(f"image {data.key(i)}: {error}") from error
+
+    def _try_to_read(self, data: EvalDataset, i: int) -> Tensor | UserError:
+        try:
+            return self.read(data, i)
+        except UserError as error:
+            return error
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts: (n, D) float32 on the device, unit norm.
@@ -120,8 +179,8 @@ class Embedder:
     def uncached_images(self, data: EvalDataset) -> Tensor:
         """Embed all images of a data set as `images` does, without reading or writing the cache."""
 
-        def load(i: int) -> Tensor:
-            return self.preprocess(open_image(data.image(i), lambda: data.key(i)))
+        def load(i: int) -> Tensor | UserError:
+            return self.read(data, i) if self.on_bad_image == "stop" else self._try_to_read(data, i)
 
         with ThreadPoolExecutor(self.num_workers) as pool:
             starts = range(0, len(data), self.batch_size)
@@ -132,11 +191,19 @@ class Embedder:
     def image(self, content: bytes, name: str) -> Tensor:
         """Embed one encoded image: (1, D) float32 on the device, unit norm. Raises the errors of `images`, which call
         it `name`."""
-        pixels = self.preprocess(open_image(content, lambda: name))
+        pixels = self.preprocess(read_rgb(content, lambda: name, self.image_conversion))
         return self._run(iter([[pixels]]), self._encode_images, 1, "images", lambda i: name)
 
-    def _encode_images(self, batch: list[Tensor]) -> Tensor:
-        return self.model.encode_image(torch.stack(batch).to(self.device), normalize=True)
+    def _encode_images(self, batch: list[Tensor | UserError]) -> Tensor:
+        # A skipped image is embedded as a blank one, so that every batch has the same shape.
+        pixels = [self._blank if isinstance(image, UserError) else image for image in batch]
+        return self.model.encode_image(torch.stack(pixels).to(self.device), normalize=True)
+
+    @functools.cached_property
+    def _blank(self) -> Tensor:
+        from PIL import Image
+
+        return self.preprocess(Image.new("RGB", (256, 256)))
 
     def _embed_texts(self, texts: Sequence[str]) -> Tensor:
         def encode(batch: list[str]) -> Tensor:
@@ -171,7 +238,10 @@ class Embedder:
                         f"the model's embedding of {name(num_done + int(not_finite[0]))} holds NaN or infinity: "
                         "the weights are damaged or the precision is too low"
                     )
-                rows.append(F.normalize(embeddings, dim=1))
+                embeddings = F.normalize(embeddings, dim=1)
+                skipped = [i for i, item in enumerate(batch) if isinstance(item, UserError)]
+                embeddings[skipped] = torch.nan
+                rows.append(embeddings)
                 num_done += len(batch)
                 advance(len(batch))
         if not rows:
@@ -185,9 +255,19 @@ class Embedder:
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
 
-def _prefetch(
-    pool: ThreadPoolExecutor, load: Callable[[int], Tensor], spans: Iterator[range]
-) -> Iterator[list[Tensor]]:
+def log_skipped(reasons: dict[str, str], total: int) -> None:
+    """Log the skipped images with their reasons, at most 20 of them."""
+    if reasons:
+        shown = [f"  {reason}" for reason in list(reasons.values())[:20]]
+        shown += [f"  and {len(reasons) - 20} more"] if len(reasons) > 20 else []
+        log.warning("skipped %d of %d images, which cannot be decoded:\n%s", len(reasons), total, "\n".join(shown))
+
+
+def _not_finite(rows: Tensor) -> list[int]:
+    return (~torch.isfinite(rows).all(1)).nonzero().ravel().tolist()  # type: ignore[no-any-return]
+
+
+def _prefetch(pool: ThreadPoolExecutor, load: Callable[[int], Any], spans: Iterator[range]) -> Iterator[list[Any]]:
     """Yield batches of loaded images, and load exactly one batch ahead of the caller."""
     pending = None
     for span in spans:

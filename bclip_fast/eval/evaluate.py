@@ -20,7 +20,7 @@ from . import tasks
 from .config import EvalConfig
 from .datasets import EvalDataset, open_dataset
 from .datasets.vqa import open_dataset as open_questions
-from .embed import Embedder
+from .embed import Embedder, log_skipped
 from .embedding_cache import EmbeddingCache, default_folder
 from .labels import Inputs, default_label_kinds
 from .protocols import PROTOCOLS, describe
@@ -46,6 +46,25 @@ def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[s
         UserError: unknown data, split, label or prompt set, a damaged image, or an embedding with NaN.
     """
     return Evaluation(EvalConfig(task=tuple(tasks), **settings)).run(model)
+
+
+class _Readable:
+    """Leaves out the images that cannot be decoded, and collects them.
+
+    by_decoding: find them by decoding alone, for models without an image embedding.
+    """
+
+    def __init__(self, embedder: Embedder, *, by_decoding: bool) -> None:
+        self._embedder, self._by_decoding = embedder, by_decoding
+        self.skipped: dict[str, str] = {}
+
+    def part_of(self, data: EvalDataset) -> EvalDataset:
+        if self._embedder.on_bad_image == "stop":
+            return data
+        kept, reasons = self._embedder.readable(data, None if self._by_decoding else self._embedder.images(data))
+        self.skipped |= reasons
+        log_skipped(reasons, len(data))
+        return kept
 
 
 class Evaluation:
@@ -91,15 +110,25 @@ class Evaluation:
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             progress=config.progress and distributed.is_main(),
+            image_conversion=config.image_conversion,
+            on_bad_image=config.on_bad_image,
             cache=EmbeddingCache(folder),
             cache_dtype=config.keep,
         )
         description = _describe(network)
         results: dict[str, Any] = {}
         for task, data in self.tasks:
-            inputs = Inputs(embedder, task, data, config, lambda split, task=task: self._dataset(task, split))  # type: ignore[misc]
+            readable = _Readable(embedder, by_decoding=task.protocol == "vqa")
+
+            def open_split(split: str, task: tasks.Task = task, readable: _Readable = readable) -> EvalDataset:
+                return readable.part_of(self._dataset(task, split))
+
+            data = readable.part_of(data)
+            inputs = Inputs(embedder, task, data, config, open_split)
             for name, result in PROTOCOLS[task.protocol](inputs).items():
                 results[name] = result | {"task": describe(task, data)}
+                if readable.skipped:
+                    results[name]["skipped_images"] = readable.skipped
                 self.data[name] = data
         return {
             "model": description | {"path": model if isinstance(model, str) else None},

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bclip_fast.data.images import open_image
 from bclip_fast.errors import UserError
 from bclip_fast.model.meter import VqaModel
 
@@ -95,7 +94,7 @@ def predict(embedder: Embedder, data: VqaDataset) -> list[str]:
         with ThreadPoolExecutor(embedder.num_workers) as pool:
             for start in range(0, len(data), embedder.batch_size):
                 rows = range(start, min(start + embedder.batch_size, len(data)))
-                images = pool.map(lambda i: embedder.preprocess(open_image(data.image(i), lambda: data.key(i))), rows)
+                images = pool.map(lambda i: embedder.read(data, i), rows)
                 ids = embedder.tokenizer([data.questions[i].text for i in rows]).to(embedder.device)
                 with embedder.autocast():
                     logits = model(torch.stack(list(images)).to(embedder.device), ids)["logits"].float()

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from bclip_fast.data.images import open_image
+from bclip_fast.data.image_files import read_rgb
 
 from . import chart
 
@@ -66,7 +66,7 @@ def thumbnail(data: bytes, name: Callable[[], str]) -> str:
 
     Raises UserError, with the image's `name`, if the data cannot be decoded.
     """
-    image = open_image(data, name).convert("RGB")
+    image = read_rgb(data, name)
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

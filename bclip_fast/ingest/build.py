@@ -33,16 +33,20 @@ from bclip_fast.io.atomic import replacing, write_text
 from bclip_fast.io.progress import track
 
 from . import executors
-from .articles import FetchError, Package, SourceError, discover
+from .articles import FetchError, Package, SourceError
 from .assign import Shard, Splits, make_plan
 from .dataset import ShardTask, write_rejects, write_shard
+from .discovery import discover
 from .extract import Options, PartTask, extract_part
+from .file_names import printable
 from .object_store import is_address, is_mirror, open_store
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import Rules, discover_objects, select
 from .sanitize import JPEG_QUALITY
 
 log = logging.getLogger(__name__)
+
+_MAX_REJECTS_TO_COUNT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,8 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     package_list = work / "packages.jsonl"
     if not package_list.exists():
         with replacing(package_list) as partial, partial.open("w", encoding="utf-8") as file:
-            file.writelines(to_json(dataclasses.asdict(package)) + "\n" for package in _packages(config))
+            # ASCII, because a name that is not UTF-8 holds lone surrogates.
+            file.writelines(json.dumps(dataclasses.asdict(package)) + "\n" for package in _packages(config))
     with package_list.open(encoding="utf-8") as file:
         num_parts = sum(1 for _ in file)
     if not num_parts:
@@ -225,7 +230,7 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     for task, result in _with_progress("packages", results, num_left):
         if isinstance(result, executors.Crash):
             files = task.package.items or (task.package.name,)
-            rejects = (Reject("", "", file, "crash while reading the package") for file in files)
+            rejects = (Reject("", "", printable(file), "crash while reading the package") for file in files)
             write_part(parts, task.number, rejects)
         elif result:
             failures.append(result)
@@ -246,10 +251,12 @@ def _load_or_make_plan(config: IngestConfig, work: Path, num_parts: int) -> dict
         write_text(path, to_json(counts))
     counts = json.loads(path.read_bytes())
     if not counts["pairs"]:
-        kinds = Counter(reject.reason.partition(":")[0] for reject in part_rejects(work, num_parts))
+        rejects = list(islice(part_rejects(work, num_parts), _MAX_REJECTS_TO_COUNT))
+        kinds = Counter(reject.reason.partition(":")[0] for reject in rejects)
+        first = f" (the first: {rejects[0].file or rejects[0].article}: {rejects[0].reason})" if rejects else ""
         raise _NothingToBuildError(
             f"source={config.source} has no figure-caption pair in {counts['articles']} articles; "
-            f"rejects: {_format_counts(kinds)}"
+            f"rejects: {_format_counts(kinds)}{first}"
         )
     return counts
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def write_shard(task: ShardTask) -> None:
         tar = ShardFile(scratch, shard.split, shard.number)
         for record in plan[shard.start : shard.end]:
             pair = read_pair(work, record)
-            meta, extra = pair["meta"], {"mentions": pair["mentions"]}
+            meta = pair["meta"]
+            extra: dict[str, Any] = {name: pair[name] for name in ("mentions", "licence_text") if name in pair}
             if record["original"] >= 0:
                 extra["duplicate_of"] = key_of(work, plan[record["original"]])
                 extra["duplicate"] = "near" if record["near"] else "exact"

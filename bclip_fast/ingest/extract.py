@@ -6,18 +6,28 @@ import dataclasses
 import functools
 import hashlib
 import html
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .articles import ArticleArchive, ArticleFiles, FetchError, Package, SourceError, open_package
+from bclip_fast.errors import first_line
+
+from .articles import ArticleArchive, ArticleFiles, FetchError, Package, SourceError
+from .discovery import open_package
+from .file_names import printable
+from .image_formats import num_pixels
 from .image_names import ImageNames
-from .jats import Article, Figure, JatsError, parse
+from .jats import Article, JatsError, read_article, split
+from .jats_figures import Figure
+from .licences import Licence, with_metadata
 from .panels import split_panels
 from .parts import ArticleStart, Event, Pair, Reject, write_part
 from .pmc import Rules, open_objects
 from .sanitize import JPEG_QUALITY, SanitizeError, sanitize
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,13 +44,19 @@ class Options:
 
 def process(package: Package, options: Options) -> Iterator[Event]:
     """Yield all pairs and rejects of a package. They depend only on its files and the options. Raises FetchError."""
+    if package.kind == "unread":
+        yield Reject("", "", printable(package.name), package.items[0])
+        return
+    if options.tokenizer:
+        _token_counter(options.tokenizer)  # a broken tokenizer ends the run, not each article
     try:
         with _open(package, options) as archive:
             for article in archive.articles():
-                yield from _process_article(archive, article, options)
-            yield from (Reject(article_id, "", name, reason) for article_id, name, reason in archive.refused)
+                yield from _process_file(archive, article, options)
+            for article_id, name, reason in archive.refused:
+                yield Reject(article_id, "", printable(name), reason)
     except SourceError as error:
-        yield Reject("", "", package.name, str(error))
+        yield Reject("", "", printable(package.name), str(error))
 
 
 def _open(package: Package, options: Options) -> AbstractContextManager[ArticleArchive]:
@@ -49,72 +65,144 @@ def _open(package: Package, options: Options) -> AbstractContextManager[ArticleA
     return open_package(package)
 
 
-def _process_article(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
-    name = files.xml_name
+def _process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
+    """Yield the pairs and rejects of an XML file, which holds an article or a set of articles."""
+    name = printable(files.xml_name)
+    article_id = files.metadata.get("version", "").partition(".")[0]
     try:
-        article = parse(archive.read(name))
+        elements, problems = split(archive.read(files.xml_name))
     except (JatsError, SourceError) as error:
-        yield Reject(files.metadata.get("version", "").partition(".")[0], "", name, str(error))
+        yield Reject(article_id, "", name, str(error))
         return
-    identity = article.pmcid or article.doi or article.pmid or name.rpartition(".")[0]
-    yield ArticleStart(identity, name)
-    source_metadata = {key: value for key, value in files.metadata.items() if value != ""}
-    article_metadata = {"article": identity, **_article_metadata(article), **source_metadata}
-    if problem := options.rules.licence_problem(article_metadata.get("licence", "")):
-        yield Reject(identity, "", name, problem)
-        return
-    folder = name[: name.rfind("/") + 1]
+    yield from (Reject(article_id, "", name, f"article missing in the set: {problem}") for problem in problems)
     images = ImageNames(files.image_names)
+    for number, element in enumerate(elements, 1):
+        place = name if len(elements) == 1 else f"{name}#{number}"
+        try:
+            yield from _process_article(archive, files, read_article(element), place, images, options)
+        except JatsError as error:
+            yield Reject(article_id, "", place, str(error))
+        except (FetchError, SourceError):
+            raise
+        except Exception as error:  # a fault of this program must not end a run of a million articles
+            log.debug("%s", place, exc_info=True)
+            yield Reject(article_id, "", place, f"internal error: {type(error).__name__} {first_line(error)}"[:200])
+
+
+def _process_article(
+    archive: ArticleArchive, files: ArticleFiles, article: Article, place: str, images: ImageNames, options: Options
+) -> Iterator[Event]:
+    """Yield the pairs and rejects of an article. `place`: its file, and its number if the file is a set of articles."""
+    identity = article.pmcid or article.doi or article.pmid or _without_xml_suffix(place)
+    yield ArticleStart(identity, place)
+    licence = with_metadata(article.terms, files.metadata.get("licence", ""))
+    if problem := options.rules.licence_problem(licence.code, licence.problem):
+        yield Reject(identity, "", place, problem)
+        return
+    metadata = {"article": identity, **_article_metadata(article, licence, files.metadata)}
+    words = licence.text if licence.says_terms else ""
+    folder = files.xml_name[: files.xml_name.rfind("/") + 1]
     for figure in article.figures:
-        for number, file, reason in _images(figure, images, options.rules):
-            pairs: list[Pair] = []
-            if not reason:
-                caption = " ".join(filter(None, (figure.caption, figure.graphics[number].caption)))
-                suffix = f"f{figure.number}" + (f"_{number + 1}" if len(figure.graphics) > 1 else "")
-                try:
-                    data = archive.read(folder + file)
-                    meta = {**article_metadata, **_figure_metadata(figure), "file": file}
-                    pairs = list(_pairs(data, suffix, caption, meta, figure.mentions, options))
-                except (SanitizeError, SourceError) as error:
-                    reason = str(error)
+        for number, candidates, reason in _images(figure, images, options.rules):
             if reason:
-                yield Reject(identity, figure.id, file, reason)
-            yield from pairs
+                yield Reject(identity, figure.id, printable(candidates[0]), reason)
+                continue
+            caption = " ".join(filter(None, (figure.caption, figure.graphics[number].caption)))
+            suffix = f"f{figure.number}" + (f"_{number + 1}" if len(figure.graphics) > 1 else "")
+            pair = _Source(suffix, caption, {**metadata, **_figure_metadata(figure)}, figure.mentions, words)
+            yield from _first_usable(archive, folder, candidates, pair, figure, options)
+    for loose in article.loose_graphics:
+        yield Reject(identity, "", loose.href, loose.reason)
 
 
-def _images(figure: Figure, images: ImageNames, rules: Rules) -> Iterator[tuple[int, str, str]]:
-    """Yield (number of the graphic, file or href, reason to reject it) for every image of a figure."""
+def _without_xml_suffix(place: str) -> str:
+    stem, _, end = place.rpartition(".")
+    return f"{stem}{end[end.find('#') :] if '#' in end else ''}"
+
+
+def _images(figure: Figure, images: ImageNames, rules: Rules) -> Iterator[tuple[int, list[str], str]]:
+    """Yield (number of the graphic, files of its versions or its href, reason to reject it) for every image."""
     if not figure.graphics or figure.excluded:
-        yield 0, "", figure.excluded or "no graphic in the XML"
+        yield 0, [""], figure.excluded or "no graphic in the XML"
         return
     used_files: set[str] = set()
     for number, graphic in enumerate(figure.graphics):
         if not figure.caption and not graphic.caption:
-            yield number, graphic.hrefs[0], "no caption"
+            yield number, [graphic.hrefs[0]], "no caption"
             continue
         # Without its own licence, a figure has the article's licence.
         if figure.licence and (problem := rules.licence_problem(figure.licence)):
-            yield number, graphic.hrefs[0], f"figure's own {problem[:200]}"
+            yield number, [graphic.hrefs[0]], f"figure's own {problem[:200]}"
             continue
         try:
-            file = images.find(graphic.hrefs)
+            files = images.find_all(graphic.hrefs, graphic.thumbnails)
         except SourceError as error:
-            yield number, graphic.hrefs[0], str(error)
+            yield number, [graphic.hrefs[0]], str(error)
             continue
         # Some publishers list the versions of one image without `alternatives`.
-        if file not in used_files:
-            used_files.add(file)
-            yield number, file, ""
+        if files[0] not in used_files:
+            used_files.add(files[0])
+            yield number, files, ""
 
 
-def _pairs(
-    data: bytes, suffix: str, caption: str, meta: dict[str, Any], mentions: tuple[str, ...], options: Options
-) -> Iterator[Pair]:
+@dataclass(frozen=True)
+class _Source:
+    """The parts of a pair that don't depend on its image."""
+
+    suffix: str
+    caption: str
+    meta: dict[str, Any]
+    mentions: tuple[str, ...]
+    licence_text: str
+
+
+def _first_usable(
+    archive: ArticleArchive, folder: str, candidates: list[str], source: _Source, figure: Figure, options: Options
+) -> list[Event]:
+    """Return the pairs of the largest version of an image that can be decoded. If there is none, return a reject."""
+    failure: tuple[str, str] | None = None
+    for file, data, problem in _read_versions(archive, folder, candidates):
+        reason = problem
+        if not reason:
+            try:
+                return list(_pairs(data, file, source, options))
+            except SourceError as error:
+                reason = str(error)
+            except SanitizeError as error:
+                reason = str(error)
+        failure = failure or (file, reason)
+    assert failure is not None
+    return [Reject(source.meta["article"], figure.id, printable(failure[0]), failure[1])]
+
+
+def _read_versions(archive: ArticleArchive, folder: str, files: list[str]) -> list[tuple[str, bytes, str]]:
+    """Return (file, content, reason why it cannot be read) of an image's versions, the largest image first.
+
+    Versions with at least 90 % of the largest one's pixels count as equally large. The order of `files` decides then.
+    """
+    versions = []
+    for file in files:
+        try:
+            versions.append((file, archive.read(folder + file), ""))
+        except SourceError as error:
+            versions.append((file, b"", str(error)))
+    if len(versions) > 1:
+        pixels = {file: num_pixels(data) for file, data, _ in versions}
+        enough = 0.9 * max(pixels.values())
+        versions.sort(key=lambda version: -min(pixels[version[0]], enough))
+    return versions
+
+
+def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterator[Pair]:
     """Yield the complete figure, then its panels if the options ask for them."""
     image = sanitize(data, max_short_side=options.max_short_side, jpeg_quality=options.jpeg_quality)
     image_metadata = {item.name: getattr(image, item.name) for item in dataclasses.fields(image) if item.name != "data"}
-    meta |= image_metadata | {"source_sha256": hashlib.sha256(data).hexdigest(), "source_bytes": len(data)}
-    yield Pair(suffix, image, caption, meta | _token_count(caption, options), mentions)
+    hashes = {"source_sha256": hashlib.sha256(data).hexdigest(), "source_bytes": len(data)}
+    meta = {**source.meta, "file": printable(file), **image_metadata, **hashes}
+    caption = source.caption
+    yield Pair(
+        source.suffix, image, caption, meta | _token_count(caption, options), source.mentions, source.licence_text
+    )
     if not options.panels:
         return
     for panel in split_panels(data, caption):
@@ -127,10 +215,11 @@ def _pairs(
         }
         panel_metadata |= {"phash": part.phash, "source_sha256": hashlib.sha256(panel.image).hexdigest()}
         yield Pair(
-            f"{suffix}_p{panel.label}",
+            f"{source.suffix}_p{panel.label}",
             part,
             panel.caption,
             meta | panel_metadata | _token_count(panel.caption, options),
+            licence_text=source.licence_text,
         )
 
 
@@ -162,15 +251,18 @@ def _token_counter(path: str) -> Callable[[str], int]:
     return lambda text: special + len(tokenizer.encode(html.unescape(html.unescape(ftfy.fix_text(text)))).ids)
 
 
-def _article_metadata(article: Article) -> dict[str, Any]:
-    names = ["pmcid", "pmid", "doi", "title", "journal", "year", "citation", "licence", "licence_url"]
-    if not article.licence:  # a person must judge the text of the licence
-        names.append("licence_text")
-    return {name: value for name in names if (value := getattr(article, name))}
+def _article_metadata(article: Article, licence: Licence, stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of an article. `stated`: facts of the source, which count more than those of the XML."""
+    names = ("pmcid", "pmid", "doi", "title", "journal", "year", "citation")
+    values = {name: getattr(article, name) for name in names}
+    values |= {"licence_url": licence.url, "licence_conflict": licence.conflict}
+    values |= {name: value for name, value in stated.items() if value != ""} | {"licence": licence.code}
+    return {name: value for name, value in values.items() if value not in ("", None)}
 
 
 def _figure_metadata(figure: Figure) -> dict[str, Any]:
     values = {"figure": figure.id, "label": figure.label, "figure_licence": figure.licence}
+    values |= {"language": figure.language, "translation": figure.translation}
     return {"figure_number": figure.number, **{name: value for name, value in values.items() if value}}
 
 

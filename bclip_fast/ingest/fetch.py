@@ -24,7 +24,9 @@ from bclip_fast.io.hashing import md5_of
 from bclip_fast.io.progress import track
 
 from .articles import FetchError, SourceError
+from .file_names import printable
 from .jats import JatsError, parse
+from .licences import with_metadata
 from .object_store import HttpStore, Store, is_address
 from .pmc import PMC, Rules, Version, choose_version, select
 
@@ -148,21 +150,22 @@ def _fetch_version(
 ) -> _Outcome:
     article = version.name.partition(".")[0]
     xml, has_changed = _mirror_object(out, store, version.xml_key, version.xml_md5)
-    if not version.values["licence"]:
+    if rules.license != "all" or not version.values["licence"]:
+        stated = version.values["licence"]
         try:
-            code = parse(xml).licence
+            terms = with_metadata(parse(xml).terms, stated)
+            problem = rules.licence_problem(terms.code, terms.problem)
         except JatsError as error:
-            code, parse_error = "", f": {error}"
-        else:
-            parse_error = ""
-        if problem := rules.licence_problem(code):
+            problem = rules.licence_problem(stated, f"not stated: {error}")
+        if problem:
             (out / version.xml_key).unlink()
-            return _Outcome(rejects=[*rejects, (article, version.name, problem + parse_error)])
+            return _Outcome(rejects=[*rejects, (article, version.name, problem)])
+    rejects += [(article, printable(name), reason) for name, reason in version.refused]
     for key, md5 in version.media.items():
         is_new, problem = _mirror_image(out, store, key, md5)
         has_changed |= is_new
         if problem:
-            rejects.append((article, key, problem))
+            rejects.append((article, printable(key), problem))
     metadata = out / f"metadata/{version.name}.json"
     if has_changed or not metadata.exists() or metadata.read_bytes() != version.raw:
         write_bytes(metadata, version.raw, sync=True)

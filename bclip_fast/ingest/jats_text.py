@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 
 from lxml import etree
 
+from .citations import REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END, resolve_marks
+
 _MATH = "{http://www.w3.org/1998/Math/MathML}"
 # On the page, the content of these elements starts and ends a line. A space therefore separates it from its neighbours.
 _BLOCKS = frozenset((
@@ -24,6 +26,11 @@ _SKIPPED = frozenset((
 ))  # fmt: skip
 # Versions of one formula in order of preference: the text of the first is closest to the printed formula.
 _FORMULA_PREFERENCE = ("math", "textual-form", "tex-math")
+# Elements of MathML whose children, except the first, stand higher or lower.
+_SCRIPTED = frozenset(("msup", "msub", "msubsup", "mover", "munder", "munderover", "mmultiscripts"))
+# `ref-type`s of references to the literature.
+_REFERENCE_TYPES = ("bibr", "bib", "ref", "reference")
+_NUMBER_IN_BRACKETS = re.compile(r"\s*\[\d[\d\s,;\u2010-\u2013-]*\]\s*")
 _TEX_DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)
 # Soft hyphen, zero-width characters, word joiner, invisible mathematical operators, byte order mark.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
@@ -44,9 +51,11 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
 
     A space separates blocks (paragraphs, titles, list items...). Inline markup adds nothing. A formula with
     `alternatives` gives the text of one: MathML, else its textual form, else the body of its TeX. In MathML, white
-    space is not content, and a fraction becomes `a/b` or `(a+b)/c`.
+    space is not content, and a fraction becomes `a/b` or `(a+b)/c`. References to the literature and scripts follow the
+    rules of `citations`.
     """
     parts: list[str] = []
+    reference: etree._Element | None = None
     skipped = set(without)
     walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
     for event, node in walker:
@@ -59,6 +68,11 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
                 walker.skip_subtree()
             else:
                 skipped.update(_other_versions(node, name))
+                if reference is None and _is_reference(node, name):
+                    reference = node
+                    parts.append(REFERENCE)
+                if _is_script(node, name):
+                    parts.append(SCRIPT)
                 if name in _BLOCKS:
                     parts.append(" ")
                 if _is_part_of_fraction(node):
@@ -67,12 +81,36 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
             continue
         if name in _BLOCKS:
             parts.append(" ")
+        if event == "end" and _is_script(node, name):
+            parts.append(SCRIPT_END)
+        if node is reference:
+            reference = None
+            parts.append(REFERENCE_END)
         if event == "end" and _is_part_of_fraction(node) and _has_operator(node):
             parts.append(")")
         if node is not element:
             parent = node.getparent()
             parts.append(_text_inside(node.tail, parent, local_name(parent)))
-    return fold("".join(parts))
+    return fold(resolve_marks("".join(parts)))
+
+
+def _is_reference(node: etree._Element, name: str) -> bool:
+    """Return whether an element is a reference to the literature: an `xref`, or a superscript of references."""
+    if name == "xref":
+        return node.get("ref-type", "") in _REFERENCE_TYPES
+    if name != "sup":
+        return False
+    text = "".join(node.itertext())
+    if _NUMBER_IN_BRACKETS.fullmatch(text):
+        return True
+    return not any(map(str.isalpha, text)) and any(_is_reference(child, "xref") for child in node.iter("xref"))
+
+
+def _is_script(node: etree._Element, name: str) -> bool:
+    if name in ("sup", "sub"):
+        return True
+    parent = node.getparent()
+    return _is_math(parent) and local_name(parent) in _SCRIPTED and parent[0] is not node
 
 
 def _is_math(node: etree._Element | None) -> bool:

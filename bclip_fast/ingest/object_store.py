@@ -117,7 +117,7 @@ class HttpStore:
 
     def read(self, key: str, md5: str = "", limit: int = MAX_IMAGE_BYTES) -> bytes:
         """Return an object, see `Store.read`. Without `md5`, an ETag that is an MD5 takes its place."""
-        return self._request("/" + urllib.parse.quote(key), limit, md5)
+        return self._request("/" + urllib.parse.quote(key, errors="surrogateescape"), limit, md5)
 
     def _request(self, path: str, limit: int, md5: str) -> bytes:
         """Repeat a GET request until it succeeds or all attempts have failed."""

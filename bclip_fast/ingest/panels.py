@@ -5,21 +5,24 @@ Caption: the labels A, B, C, ... must come in order, each in front of its text (
 
 Image: it is cut along rows and columns of background, the widest first, into as many parts as the caption has labels.
 These gaps must be clearly wider than the remaining ones. The parts must form rows and columns of panels of similar
-size, in reading order, where the last row may be shorter. All other figures give no panels: precision matters more
-than recall.
+size, in reading order, where the last row may be shorter. In a grid of several rows and columns, the letters may run
+along the rows or down the columns, and the image decides by its printed letters (`panel_letters`). All other figures
+give no panels: precision matters more than recall.
 """
 
 from __future__ import annotations
 
 import io
 import re
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from .sanitize import FORMATS, MAX_PIXELS, to_rgb
+from bclip_fast.data.image_files import ImageError, open_image
+
+from .panel_letters import Box, read_order
+from .sanitize import MAX_PIXELS
 
 MAX_PANELS = 12
 # The layout is determined on a copy whose longer side has at most this many pixels.
@@ -55,7 +58,7 @@ class Panel:
     """A panel. `box`: (left, top, right, bottom) in pixels of the figure. `image`: PNG of the box."""
 
     label: str
-    box: tuple[int, int, int, int]
+    box: Box
     image: bytes
     caption: str
 
@@ -65,13 +68,10 @@ def split_panels(data: bytes, caption: str) -> list[Panel]:
     parts = split_caption(caption)
     if not parts:
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                return []
-            opened.load()
-            image = to_rgb(opened)
+    try:
+        image = open_image(data, MAX_PIXELS).rgb()
+    except ImageError:
+        return []
     boxes = layout(image, list(parts))
     panels = []
     for (label, text), box in zip(parts.items(), boxes, strict=False):
@@ -141,29 +141,48 @@ def _parts(caption: str, candidates: list[tuple[list[str], int, int]]) -> dict[s
     return parts
 
 
-def layout(image: Image.Image, labels: list[str]) -> list[tuple[int, int, int, int]]:
+def layout(image: Image.Image, labels: list[str]) -> list[Box]:
     """Return the boxes of the panels in reading order, one for each label. Empty if the layout is not clear."""
     scale = min(1.0, _WORKING_SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     pixels = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.int16)
-    best: list[tuple[int, int, int, int]] = []
     for background in (pixels.min(axis=2) >= _WHITE, pixels.max(axis=2) <= _BLACK):
         boxes, gap = _cut(~background, len(labels))
-        if boxes and _is_grid(boxes, labels):
+        rows = _grid(boxes, labels) if boxes else []
+        if rows:
             # The limit for artefacts also discards thin text at the edge. The text lies within half a gap.
-            best = [_padded(box, min(gap // 2, _MAX_PADDING), size) for box in boxes]
-            break
-    factors = image.width / size[0], image.height / size[1]
-    return [
-        (
-            int(left * factors[0]), int(top * factors[1]),
-            min(image.width, round(right * factors[0])), min(image.height, round(bottom * factors[1])),
-        )
-        for left, top, right, bottom in best
-    ]  # fmt: skip
+            padding = min(gap // 2, _MAX_PADDING)
+            enlarged = [[_enlarged(_padded(box, padding, size), size, image) for box in row] for row in rows]
+            return _in_order(image, enlarged, labels)
+    return []
 
 
-def _padded(box: tuple[int, int, int, int], by: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _in_order(image: Image.Image, rows: list[list[Box]], labels: list[str]) -> list[Box]:
+    """Return the panels in the order of their letters. Empty if the image doesn't show the order."""
+    by_rows = [box for row in rows for box in row]
+    if len(rows) == 1 or len(rows[0]) == 1 or _has_centred_last_row(rows):
+        return by_rows
+    order = read_order(image, rows, labels)
+    if order == "columns":
+        return [row[column] for column in range(len(rows[0])) for row in rows if column < len(row)]
+    return by_rows if order == "rows" else []
+
+
+def _has_centred_last_row(rows: list[list[Box]]) -> bool:
+    """Return whether the last row of two is shorter and lies between columns, so that there is no column to read."""
+    offsets = [abs(box[0] - above[0]) for box in rows[-1] for above in rows[0]]
+    width = max(box[2] for box in rows[0]) - rows[0][0][0]
+    return len(rows) == 2 and len(rows[-1]) < len(rows[0]) and min(offsets) > 2 * _MAX_COLUMN_OFFSET * width
+
+
+def _enlarged(box: Box, size: tuple[int, int], image: Image.Image) -> Box:
+    """Return a box of the working copy, whose size is `size`, in pixels of the image."""
+    across, down = image.width / size[0], image.height / size[1]
+    right, bottom = min(image.width, round(box[2] * across)), min(image.height, round(box[3] * down))
+    return int(box[0] * across), int(box[1] * down), right, bottom
+
+
+def _padded(box: Box, by: int, size: tuple[int, int]) -> Box:
     left, top, right, bottom = box
     return max(0, left - by), max(0, top - by), min(size[0], right + by), min(size[1], bottom + by)
 
@@ -172,13 +191,13 @@ def _padded(box: tuple[int, int, int, int], by: int, size: tuple[int, int]) -> t
 class _Part:
     """A part of the figure. `gap`: pixels of its widest inner gap, or 0. `span`: start and end of the gap on `axis`."""
 
-    box: tuple[int, int, int, int]
+    box: Box
     gap: float
     axis: int = 0
     span: tuple[int, int] = (0, 0)
 
 
-def _cut(ink: np.ndarray, count: int) -> tuple[list[tuple[int, int, int, int]], int]:
+def _cut(ink: np.ndarray, count: int) -> tuple[list[Box], int]:
     """Cut the part with the widest gap until there are `count` parts. Return their boxes and the narrowest gap.
 
     Return no boxes if the gaps are not clearly wider than the remaining ones.
@@ -208,7 +227,7 @@ def _cut(ink: np.ndarray, count: int) -> tuple[list[tuple[int, int, int, int]], 
     return [part.box for part in parts], int(narrowest)
 
 
-def _part(ink: np.ndarray, box: tuple[int, int, int, int]) -> _Part | None:
+def _part(ink: np.ndarray, box: Box) -> _Part | None:
     """Return the box shrunk to its ink, and its widest gap that leaves enough for a panel on both sides."""
     left, top, right, bottom = box
     inside = ink[top:bottom, left:right]
@@ -227,14 +246,14 @@ def _part(ink: np.ndarray, box: tuple[int, int, int, int]) -> _Part | None:
     return part
 
 
-def _is_grid(boxes: list[tuple[int, int, int, int]], labels: list[str]) -> bool:
-    """Sort `boxes` into reading order in place. Return whether they form rows and columns of similar panels."""
+def _grid(boxes: list[Box], labels: list[str]) -> list[list[Box]]:
+    """Return the panels in rows. Empty unless they form rows and columns of similar panels that fit the labels."""
     areas = np.array([(right - left) * (bottom - top) for left, top, right, bottom in boxes], float)
     left, top, right, bottom = np.array(boxes).T
     width, height = max(right) - min(left), max(bottom) - min(top)
     if areas.min() < _MIN_AREA_RATIO * areas.max() or areas.sum() < _MIN_FILL * width * height:
-        return False
-    rows: list[list[tuple[int, int, int, int]]] = []
+        return []
+    rows: list[list[Box]] = []
     for box in sorted(boxes, key=lambda box: box[1]):
         for row in rows:
             overlaps = [min(box[3], other[3]) - max(box[1], other[1]) for other in row]
@@ -244,21 +263,20 @@ def _is_grid(boxes: list[tuple[int, int, int, int]], labels: list[str]) -> bool:
                 row.append(box)
                 break
             if max(shares) > 0.2:
-                return False  # the box overlaps two rows, so the reading order is ambiguous
+                return []  # the box overlaps two rows, so the reading order is ambiguous
         else:
             rows.append([box])
     rows = [sorted(row) for row in rows]
     if any(len(row) != len(rows[0]) for row in rows[:-1]) or len(rows[-1]) > len(rows[0]):
-        return False
+        return []
     for row in rows[1:]:
         starts = [abs(box[0] - above[0]) for box, above in zip(row, rows[0], strict=False)]
         if len(row) == len(rows[0]) and max(starts) > _MAX_COLUMN_OFFSET * width:
-            return False
-    boxes[:] = [box for row in rows for box in row]
-    return _fits_labels(rows, labels)
+            return []
+    return rows if _fits_labels(rows, labels) else []
 
 
-def _fits_labels(rows: list[list[tuple[int, int, int, int]]], labels: list[str]) -> bool:
+def _fits_labels(rows: list[list[Box]], labels: list[str]) -> bool:
     """Return whether the layout fits the labels.
 
     Letters fit every layout. Positions need one row (left, middle, right) or one column (top, middle, bottom).

@@ -5,7 +5,7 @@ Its lines start with a letter, and tabs separate the fields (JSON never contains
 
     A  [identity, file]                                                 an article, to which the next pairs belong
     P  suffix, bytes of the caption, bytes of the metadata, offset and bytes of the image, CRC-32 of the image,
-       SHA-256 of the source, perceptual hash, and {"caption", "meta", "mentions"}
+       SHA-256 of the source, perceptual hash, and {"caption", "meta", "mentions", "licence_text"}
     R  [article, figure, file, reason]                                  a reject
     E  CRC-32 of all previous lines                                     the end
 
@@ -56,6 +56,7 @@ class Pair:
     Attributes:
         suffix: end of the key, unique within the article.
         mentions: paragraphs of the article that refer to the figure.
+        licence_text: words of the licence, if they state terms. Only the manifest has them.
     """
 
     suffix: str
@@ -63,6 +64,7 @@ class Pair:
     caption: str
     meta: dict[str, Any]
     mentions: tuple[str, ...] = ()
+    licence_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _line(event: Event, image_offset: int) -> bytes:
         fields = [event.suffix, len(event.caption.encode()), len(to_json(event.meta).encode())]
         fields += [image_offset, len(event.image.data)]
         fields += [zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash]
-        fields.append(to_json({"caption": event.caption, "meta": event.meta, "mentions": event.mentions}))
+        body = {"caption": event.caption, "meta": event.meta, "mentions": event.mentions}
+        fields.append(to_json({**body, **({"licence_text": event.licence_text} if event.licence_text else {})}))
         start, text = PAIR, "\t".join(map(str, fields))
     return start + text.encode() + b"\n"
 
@@ -164,7 +167,7 @@ def read_line(work: Path, record: np.ndarray) -> bytes:
 
 
 def read_pair(work: Path, record: np.ndarray) -> dict[str, Any]:
-    """Read a pair of the plan: `caption`, `meta`, `mentions`, `key`, and `crc` of its image."""
+    """Read a pair of the plan: `caption`, `meta`, `mentions`, `licence_text` (optional), `key`, `crc` of its image."""
     line = parse_pair(read_line(work, record))
     body: dict[str, Any] = json.loads(line.body)
     return {**body, "key": pair_key(body["meta"]["article"], line.suffix), "crc": line.image_crc}

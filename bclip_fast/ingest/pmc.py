@@ -28,12 +28,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from .articles import IMAGE_SUFFIXES, ArticleArchive, ArticleFiles, Package, SourceError
+from .articles import ArticleArchive, ArticleFiles, Package, SourceError
+from .image_formats import may_be_image
 from .object_store import METADATA_KEY, Store, shared_store
 
 PMC = "https://pmc-oa-opendata.s3.amazonaws.com"
-_COMMERCIAL = re.compile(r"CC0|CC BY(-SA|-ND)?")
-_NONCOMMERCIAL = re.compile(r"CC0|CC BY(-NC)?(-SA|-ND)?")
+_COMMERCIAL = re.compile(r"CC0|public domain|CC BY(-SA|-ND)?")
+_NONCOMMERCIAL = re.compile(r"CC0|public domain|CC BY(-NC)?(-SA|-ND)?")
 # Flags of the metadata and their defaults.
 _FLAGS = {"is_retracted": False, "is_manuscript": False, "is_pmc_openaccess": True, "is_historical_ocr": False}
 _VERSIONS_PER_ID = 1 << 16
@@ -49,19 +50,20 @@ class Rules:
     """The rules that say which articles may be used.
 
     Attributes:
-        license: "commercial" (CC0, CC BY, -SA, -ND), "noncommercial" (these and CC BY-NC...) or "all".
+        license: "commercial" (CC0, public domain, CC BY, -SA, -ND), "noncommercial" (these and CC BY-NC...) or "all".
         keep_retracted: whether retracted articles may be used.
     """
 
     license: str = "all"
     keep_retracted: bool = False
 
-    def licence_problem(self, code: str) -> str:
-        """Return why a licence is not allowed. Empty if it is allowed."""
+    def licence_problem(self, code: str, statement: str = "") -> str:
+        """Return why a licence is not allowed. Empty if it is allowed. `statement`: `Licence.problem`."""
         allowed = {"commercial": _COMMERCIAL, "noncommercial": _NONCOMMERCIAL}.get(self.license)
         if allowed is None or allowed.fullmatch(code):
             return ""
-        return f"licence not {self.license}: {code or 'not stated'}"
+        verdict = f"{code} ({statement})" if code and statement else code or statement or "not stated"
+        return f"licence not {self.license}: {verdict}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Version:
     """A version of an article.
 
     Attributes:
-        media: MD5 of each image, by key.
+        media: MD5 of each file that may be an image, by key.
+        refused: (name, reason) of each file with an invalid address in the metadata, unless it is no image.
         raw: the metadata file.
         values: the metadata's fields, under our names.
     """
@@ -80,11 +83,12 @@ class Version:
     xml_md5: str
     raw: bytes
     values: dict[str, Any] = field(default_factory=dict)
+    refused: tuple[tuple[str, str], ...] = ()
 
     def problem(self, rules: Rules) -> str:
         """Return why the rules exclude this version, or an empty string.
 
-        If the metadata name no licence, the caller must also check the licence in the XML.
+        The caller must also check the licence in the XML: the strictest one counts.
         """
         code = self.values["licence"]
         if self.values["retracted"] and not rules.keep_retracted:
@@ -107,7 +111,9 @@ def read_version(store: Store, name: str) -> Version:
         if metadata["pmcid"] != name.partition(".")[0] or not all(isinstance(value, bool) for value in flags.values()):
             raise ValueError
         xml_key, xml_md5 = _key_of(metadata["xml_url"], name)
-        media = dict(_key_of(url, name) for url in metadata.get("media_urls") or ())
+        urls = metadata.get("media_urls") or []
+        if not isinstance(urls, list):
+            raise ValueError
         texts = {key: metadata.get(key) or "" for key in ("license_code", "citation", "pmid", "doi")}
         texts = {key: " ".join(str(value).split())[:2000] for key, value in texts.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -121,15 +127,35 @@ def read_version(store: Store, name: str) -> Version:
         "open_access": flags["is_pmc_openaccess"],
         "ocr": flags["is_historical_ocr"],
     }
-    images = {key: md5 for key, md5 in media.items() if key.lower().endswith(IMAGE_SUFFIXES)}
-    return Version(name, xml_key, images, xml_md5, raw, values)
+    images: dict[str, str] = {}
+    refused = []
+    for url in urls:
+        try:
+            key, md5 = _key_of(url, name)
+        except (ValueError, TypeError, AttributeError):
+            # Supplementary files may have any address. Only an image's address matters.
+            if may_be_image(_file_of(str(url))):
+                refused.append((str(url)[:200], "invalid address in the metadata"))
+        else:
+            if may_be_image(key):
+                images[key] = md5
+    return Version(name, xml_key, images, xml_md5, raw, values, tuple(refused))
+
+
+def _file_of(url: str) -> str:
+    """Return the name of the file in a URL that may be invalid."""
+    return url.partition("?md5=")[0].rpartition("/")[2]
 
 
 def _key_of(url: str, version: str) -> tuple[str, str]:
-    """Return the key and MD5 of a URL in the metadata. Raises ValueError unless the file lies in `version`."""
-    parts = urllib.parse.urlsplit(url)
-    folder, _, file = urllib.parse.unquote(parts.path).rpartition("/")
-    md5 = urllib.parse.parse_qs(parts.query).get("md5", [""])[0].lower()
+    """Return the key and MD5 of a URL in the metadata. Raises ValueError unless the file lies in `version`.
+
+    A name may hold `#` or `?`, which the metadata don't escape, so the MD5 is the part after the last `?md5=`.
+    """
+    address, _, md5 = url.rpartition("?md5=")
+    md5 = md5.partition("&")[0].lower()
+    folder, _, file = address.rpartition("/")
+    file = urllib.parse.unquote(file, errors="surrogateescape")
     if folder.rpartition("/")[2] != version or not _FILE_NAME.fullmatch(file) or not _MD5.fullmatch(md5):
         raise ValueError(url)
     return f"{version}/{file}", md5
@@ -187,6 +213,7 @@ class _ObjectArchive:
                 self.refused.append((article, item, str(error)))
                 continue
             self.refused += others
+            self.refused += [(article, name, reason) for name, reason in version.refused]
             if problem := version.problem(self._rules):
                 self.refused.append((article, version.name, problem))
                 continue

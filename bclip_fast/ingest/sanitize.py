@@ -1,41 +1,25 @@
 """Convert any image of an article to a baseline RGB JPEG, or refuse it with a reason.
 
-A JPEG keeps its bytes if it is baseline, RGB, small enough, upright according to its EXIF, and completely decodable.
-Every other image is decoded (GIF: first frame, TIFF: first page), converted to 8-bit RGB, and encoded once:
-
-    alpha, transparent colour   over white
-    palette, 1-bit, grey        same appearance
-    16-bit grey                 v / 257, so that 65535 is white
-    32-bit integer, float       v / 257 within the range of 16 bits, 255 v within [0, 1], else from minimum to maximum
-    CMYK, YCbCr                 by Pillow's formula, without colour profiles
-    EXIF orientation            not applied: the pixels keep their order, the tag is removed
+A JPEG keeps its bytes if it is baseline, RGB, small enough, upright, and completely decodable by the decoder of the
+loaders. Every other image is decoded by `data.image_files`, which has the rules for every format, and encoded once.
 """
 
 from __future__ import annotations
 
 import io
-import struct
-import warnings
+import re
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
-# Formats whose decoders start no programs (as EPS does) and call only libraries that Pillow includes.
-FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP")
+from bclip_fast.data.image_files import ImageError, OpenImage, open_image
+from bclip_fast.ops.image import decode
+
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 2
 JPEG_QUALITY = 90
-_ORIENTATION = 0x0112
-# Exceptions of Pillow's plugins for corrupt input.
-_CORRUPT = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, ArithmeticError,
-    AttributeError, RuntimeError,
-)  # fmt: skip
-
-# Without this call, Pillow loads some formats only after an image has failed to open.
-Image.init()
 
 
 class SanitizeError(ValueError):
@@ -48,7 +32,7 @@ class SanitizedImage:
 
     Attributes:
         data: baseline RGB JPEG of `width` x `height` pixels.
-        source_format, source_mode, source_width, source_height: Pillow's description of the original.
+        source_format, source_mode, source_width, source_height: description of the original, see `OpenImage`.
         phash: perceptual hash, see `perceptual_hash`.
     """
 
@@ -70,52 +54,55 @@ def sanitize(data: bytes, *, max_short_side: int = 384, jpeg_quality: int = JPEG
         jpeg_quality: quality of an image that is encoded again.
 
     Raises:
-        SanitizeError: `data` is not an image in one of FORMATS, is truncated or corrupt, or exceeds a limit.
+        SanitizeError: `data` is not an image in a supported format, is truncated or corrupt, or exceeds a limit.
     """
     if len(data) > MAX_BYTES:
         raise SanitizeError(f"image larger than {MAX_BYTES >> 20} MiB")
-    # `_sanitize` refuses a decompression bomb by the size in its header, so Pillow's warning adds nothing.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _sanitize(image, data, max_short_side, jpeg_quality)
-        except Image.UnidentifiedImageError:
-            raise SanitizeError("not an image of a known format") from None
-        except Image.DecompressionBombError:
-            raise SanitizeError("image of too many pixels") from None
-        except MemoryError:
-            raise SanitizeError("image cannot be decoded: out of memory") from None
-        except SanitizeError:
-            raise
-        except _CORRUPT as error:
-            reason = " ".join(str(error).split())[:150] or type(error).__name__
-            raise SanitizeError(f"image cannot be decoded: {reason}") from None
+    try:
+        image = open_image(data, MAX_PIXELS)
+        if min(image.width, image.height) < MIN_SIDE:
+            raise SanitizeError("image of a single pixel row or column")
+        return _sanitize(image, data, max_short_side, jpeg_quality)
+    except ImageError as error:
+        reason = str(error)
+        known = reason.startswith(("not an image", "image in a", "image of", "image larger"))
+        raise SanitizeError(reason if known else f"image cannot be decoded: {reason}") from None
 
 
-def _sanitize(image: ImageFile.ImageFile, data: bytes, max_short_side: int, jpeg_quality: int) -> SanitizedImage:
-    source_format, source_mode = image.format or "", image.mode
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise SanitizeError("image of too many pixels")
-    if min(width, height) < MIN_SIDE:
-        raise SanitizeError("image of a single pixel row or column")
+def _sanitize(image: OpenImage, data: bytes, max_short_side: int, jpeg_quality: int) -> SanitizedImage:
+    width, height = image.width, image.height
+
+    def result(data: bytes, pixels: Image.Image) -> SanitizedImage:
+        phash = perceptual_hash(pixels)
+        return SanitizedImage(data, *pixels.size, image.format, image.mode, width, height, phash)
+
     shrink = 0 < max_short_side < min(width, height)
-    scale = max_short_side / min(width, height) if shrink else 1.0
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    if shrink and image.format == "JPEG" and image.mode in ("RGB", "L"):
-        # The decoder can scale by 1/2, 1/4 or 1/8. Keep at least twice the final size for the filter.
-        image.draft(None, (2 * size[0], 2 * size[1]))
-    image.load()
-    if not shrink and image.format == "JPEG" and image.mode == "RGB" and _is_baseline(data) and _is_upright(image):
-        return SanitizedImage(data, width, height, source_format, source_mode, width, height, perceptual_hash(image))
-    result = to_rgb(image)
+    if not shrink and image.format == "JPEG" and image.mode == "RGB" and _is_baseline(data) and image.is_upright:
+        pixels = _decoded_by_loaders(data)
+        if pixels is not None:
+            return result(data, pixels)
     if shrink:
-        result = result.resize(size, Image.Resampling.LANCZOS)
+        scale = max_short_side / min(width, height)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        # Keep at least twice the final size for the filter.
+        image.reduce_jpeg(2 * size[0], 2 * size[1])
+    pixels = image.rgb()
+    if shrink:
+        turned = (pixels.width > pixels.height) != (width > height)
+        pixels = pixels.resize(size[::-1] if turned else size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    result.save(buffer, "JPEG", quality=jpeg_quality)
-    phash = perceptual_hash(result)
-    return SanitizedImage(buffer.getvalue(), *result.size, source_format, source_mode, width, height, phash)
+    pixels.save(buffer, "JPEG", quality=jpeg_quality)
+    return result(buffer.getvalue(), pixels)
+
+
+def _decoded_by_loaders(data: bytes) -> Image.Image | None:
+    """Return the pixels of a JPEG, or None if a loader would refuse it, for example because its end is missing."""
+    if not _has_end(data):
+        return None
+    try:
+        return Image.fromarray(decode(data).numpy())
+    except ValueError:
+        return None
 
 
 _COSINES = np.cos(np.pi / 64 * np.outer(np.arange(16), np.arange(64) + 0.5))
@@ -137,36 +124,6 @@ def perceptual_hash(image: Image.Image) -> str:
     return np.packbits(waves > np.median(waves[1:])).tobytes().hex()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB. Raises SanitizeError for pixels that are not finite numbers."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_8_bit(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        opaque = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise SanitizeError("image holds values that are no numbers")
-    if image.mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    elif image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    scaled = (values - low) * (255.0 / (high - low) if high > low else 0.0)
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
-
-
-def _is_upright(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(_ORIENTATION, 1) == 1
-    except _CORRUPT:  # the pixels are intact, so encode them without the broken EXIF
-        return False
-
-
 def _is_baseline(data: bytes) -> bool:
     """Return whether the first frame header is SOF0 (8 bits a component). Pillow only detects progressive JPEGs."""
     position = 2
@@ -181,3 +138,27 @@ def _is_baseline(data: bytes) -> bool:
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return False
+
+
+_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
+
+
+def _has_end(data: bytes) -> bool:
+    """Return whether the scans of a JPEG are followed by its end marker. libjpeg-turbo only warns without it."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xD9:
+            return True
+        if marker == 0xFF:  # padding
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            position += 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            if marker == 0xDA:  # the entropy-coded data of a scan
+                match = _NEXT_MARKER.search(data, position)
+                if match is None:
+                    return False
+                position = match.end() - 2
+    return data[position : position + 2] == b"\xff\xd9"

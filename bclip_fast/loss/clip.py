@@ -25,6 +25,7 @@ from .collectives import (
     checked_smoothing,
     gather_groups,
     gather_rows,
+    num_rows,
     sum_over_ranks,
 )
 
@@ -182,8 +183,7 @@ class ClipLoss(DistributedLoss):
         paired = text[: len(image)]
         # The mean over all pairs is the product of the means, so sums of D numbers replace the similarity matrix.
         # Images are smoothed over all texts. Texts that have an image are smoothed over all images.
-        sizes = image.new_tensor([len(image), len(text)])
-        sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), sizes
+        sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), num_rows(image, text)
         image_sum, text_sum, paired_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
         num_images, num_texts = sizes.unbind()
         image_mean, text_means = image_sum / num_images, text_sum / num_texts + paired_sum / num_images
@@ -230,10 +230,10 @@ class _GlobalClipLoss(torch.autograd.Function):
         groups = positive_grad = None
         if image_ids is not None and text_ids is not None:
             groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
-            loss = (groups.row_weights * rows).sum()
-            loss = loss + (groups.column_weights[ranges.local] * columns[ranges.local]).sum()
-            loss = loss - groups.positives(image, texts, scale)
-            rows, columns = groups.raised(rows, columns)
+            lse, sizes = torch.cat([rows, columns]), [len(image), ranges.total]
+            of_rows, of_columns = (groups.weights * lse).split(sizes)
+            loss = of_rows.sum() + of_columns[ranges.local].sum() - groups.positives(image, texts, scale)
+            rows, columns = groups.raised(lse).split(sizes)
             ctx.weight = groups.weight
         else:
             positive = positive_logits(image, text[: len(image)], scale)
@@ -249,7 +249,7 @@ class _GlobalClipLoss(torch.autograd.Function):
         # The inputs are there for differentiable_once, which connects the gradients with them.
         ctx.save_for_backward(image, texts, scale, rows, columns, positive_grad, image_input, text_input)
         ctx.ranks, ctx.chunk_size, ctx.backend, ctx.hardness = ranks, chunk_size, backend, hardness
-        ctx.text_sizes, ctx.ranges, ctx.groups = text_sizes, ranges, groups
+        ctx.text_sizes, ctx.ranges, ctx.groups = text_sizes, ranges, None if groups is None else groups.tile
         return ranks.sum(loss, "the loss").to(scale.dtype)
 
     @staticmethod
@@ -279,7 +279,7 @@ class _GlobalClipLoss(torch.autograd.Function):
                 texts_grad[part] = text_grad
         wait_for_grad = ctx.ranks.start_reduce(texts_grad, ctx.text_sizes, "text gradients") if with_text else None
         if ctx.groups is None:
-            image_grad, text_grad, scale_grad = tile(ranges.local, 0, (weight * positive_grad).to(wide))
+            image_grad, text_grad, scale_grad = tile(ranges.local, 0, positive_grad)
         else:
             image_grad, text_grad, scale_grad = tile(ranges.local, None, rows_lse)
         for remote_image_grad, remote_scale_grad in remote_grads:

@@ -58,7 +58,7 @@ class CoCaLoss(ClipLoss):
             features = image_features, text_features
             contrastive = self.clip_loss_weight * self._clip_loss(*features, logit_scale, groups=groups)
         else:
-            contrastive = torch.tensor(0, device=logits.device)
+            contrastive = torch.zeros((), dtype=torch.int64, device=logits.device)
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
         if output_dict:
             return {"contrastive_loss": contrastive, "caption_loss": caption}

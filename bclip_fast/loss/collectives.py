@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bclip_fast.distributed import message_device
 from bclip_fast.ops import record_files, tuning
 from bclip_fast.ops.contrastive import LIMITS
 from bclip_fast.ops.contrastive.checks import check_features, check_pairs, checked_groups, operand_dtype_of
@@ -136,9 +137,11 @@ class Ranks:
         if self.size == 1:
             return [len(image)], [len(text)]
         local = [len(image), len(text), text.shape[1], text.element_size(), int(text.dtype == torch.bfloat16)]
-        gathered = torch.empty(self.size * len(local), dtype=torch.int64, device=text.device)
+        # On the CPU if possible: with NCCL, reading the answer would wait for all queued work of the GPU.
+        device = message_device(text.device, self.group)
+        gathered = torch.empty(self.size * len(local), dtype=torch.int64, device=device)
         with self._naming("all-gather of batch sizes"):
-            _all_gather(gathered, torch.tensor(local, device=text.device), group=self.group)
+            _all_gather(gathered, torch.tensor(local, device=device), group=self.group)
             rows = gathered.view(self.size, -1).tolist()
         for rank, row in enumerate(rows):
             if row[2:] != local[2:]:
@@ -153,7 +156,8 @@ class Ranks:
         values = [value]
         with self._naming(operation):
             source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-            dist.broadcast_object_list(values, src=source, group=self.group, device=device)
+            messages = message_device(device, self.group)
+            dist.broadcast_object_list(values, src=source, group=self.group, device=messages)
         return values[0]
 
     def gather(self, rows: Tensor, sizes: list[int], name: str) -> Tensor:
@@ -294,6 +298,14 @@ def gather_groups(
     images = ranks.gather(image_ids[:, None], image_sizes, "image groups")[:, 0]
     texts = ranks.gather(text_ids[:, None], text_sizes, "text groups")[:, 0]
     return Groups.of(image_ids, images, texts)
+
+
+def num_rows(*features: Tensor) -> Tensor:
+    """The number of rows of each tensor, as one tensor on their device, in their dtype.
+
+    Kernels write the numbers. A copy from the host would wait for the device.
+    """
+    return torch.stack([rows.new_full((), len(rows)) for rows in features])
 
 
 def checked_smoothing(label_smoothing: float) -> float:

@@ -25,6 +25,7 @@ from .collectives import (
     Ranks,
     checked_smoothing,
     gather_groups,
+    num_rows,
     sum_over_ranks,
 )
 
@@ -148,8 +149,8 @@ class SigLipLoss(DistributedLoss):
         dtype = accumulation_dtype(image)
         image, text = image.to(dtype), text.to(dtype)
         positives = (image * text[: len(image)]).sum()
-        sizes = image.new_tensor([len(image), len(text)])
-        image_sum, text_sum, positive_sum, sizes = sum_over_ranks(ranks, image.sum(0), text.sum(0), positives, sizes)
+        sums = image.sum(0), text.sum(0), positives, num_rows(image, text)
+        image_sum, text_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
         num_images, num_texts = sizes.unbind()
         gap = as_scalar(logit_scale, image) * (positive_sum - image_sum @ text_sum / 2)
         if logit_bias is not None:
@@ -187,7 +188,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         groups = None
         wait_for_texts = ranks.start_gather(text, text_sizes, "text features")
         if image_ids is not None and text_ids is not None:
-            groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
+            groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes).tile
 
         def tile(text: Tensor, part: slice, positive_offset: int | None) -> tuple[Tensor, ...]:
             tile_groups = None if groups is None else groups.among(part)
@@ -199,7 +200,7 @@ class _GlobalSigLipLoss(torch.autograd.Function):
         tiles |= {part.start: tile(texts[part], part, None) for part in ranges.remote}
         losses, image_grads, _, scale_grads, bias_grads = zip(*tiles.values(), strict=True)
         text_grads = [outputs[2] for _, outputs in sorted(tiles.items(), key=itemgetter(0))]
-        loss = torch.stack(losses).sum()
+        loss = torch.stack(losses).sum().to(scale.dtype)
         if not with_gradients:
             return ranks.sum(loss, "the loss")
         wait_for_grad = None

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bclip_fast.ops.convolution import conv2d
-from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD
 
 from .transformer import Linear, QueryKeyValue, Sequences, Tower, attend
-from .vision import VisionConfig, check_images
+from .vision import Normalization, VisionConfig, check_images
 
 
 class Block(NamedTuple):
@@ -175,7 +174,7 @@ class ResNetTower(Tower):
         super().__init__()
         self.config = config
         self.patch_dropout = 0.0
-        self.set_normalization(CLIP_MEAN, CLIP_STD)
+        self.normalization = Normalization()
         width = 32 * config.width
         self.stem = Stem(config.width)
         self.layers = nn.ModuleList(map(Bottleneck, blocks(config)))
@@ -190,7 +189,7 @@ class ResNetTower(Tower):
 
     def set_normalization(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         """Set the mean and standard deviation by which the tower normalises raw pixels."""
-        self.mean, self.std = mean, std
+        self.normalization.set(mean, std)
 
     def recompute_contexts(self, layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Change running statistics in the first run of a layer, not in its recomputation."""
@@ -209,8 +208,7 @@ class ResNetTower(Tower):
         if image.dtype == torch.uint8:
             # The first convolution can't absorb this: the zeros around the image are those of normalised pixels.
             image = image if image.shape[1] == 3 else image.permute(0, 3, 1, 2)
-            mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (self.mean, self.std))
-            image = (image / 255 - mean) / std
+            image = (image / 255 - self.normalization.mean) / self.normalization.std
         # Libraries have their fastest convolutions in this memory format.
         x = image.to(self.head.weight.dtype, memory_format=torch.channels_last)
         for layer in (self.stem, *self.layers):

@@ -6,7 +6,7 @@ The other image tower is in resnet.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,40 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
+class Normalization(nn.Module):
+    """The mean and the standard deviation of raw pixels, float32 (3, 1, 1), as constants on the model's device.
+
+    The forward pass must not create them, because the copy from the host would wait for a GPU. State dictionaries don't
+    hold them. A conversion of the model to half precision doesn't round them, and a model on the meta device has their
+    values too.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        device = torch.empty(0).device
+        device = torch.device("cpu") if device.type == "meta" else device
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(3, 1, 1, dtype=torch.float32, device=device), persistent=False)
+        self.set(CLIP_MEAN, CLIP_STD)
+
+    def set(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        """Set the mean and the standard deviation of each channel."""
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.tensor(values, device="cpu").view(3, 1, 1))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Normalization:
+        constants = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, constant in constants.items():
+            assert constant is not None
+            device = getattr(self, name).device
+            self._buffers[name] = constant if device.type == "meta" else constant.to(device)
+        return self
+
+
 class PatchEmbed(nn.Module):
     """The convolution of side and stride p, as one matmul over patches. Its parameters are those of timm's Conv2d.
 
@@ -115,7 +149,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, 3, patch_size, patch_size))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        self.normalization = Normalization()
         # PyTorch's initialisation of a convolution.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = (3 * patch_size**2) ** -0.5
@@ -131,10 +165,8 @@ class PatchEmbed(nn.Module):
         bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
         side = weight.shape[-1]
         if image.dtype == torch.uint8:
-            std = torch.tensor(self.std, device=weight.device).view(3, 1, 1)
-            mean = torch.tensor(self.mean, device=weight.device).view(3, 1, 1)
-            scaled = weight.float() / std
-            bias = bias + (scaled * (128 / 255 - mean)).sum((1, 2, 3)).to(bias.dtype)
+            scaled = weight.float() / self.normalization.std
+            bias = bias + (scaled * (128 / 255 - self.normalization.mean)).sum((1, 2, 3)).to(bias.dtype)
             weight = (scaled / 255).to(weight.dtype)
         if image.dtype == torch.uint8 and image.shape[1] != 3:
             # This order keeps the bytes of a patch's row next to each other.
@@ -177,7 +209,7 @@ class VisionTower(Tower):
 
     def set_normalization(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         """Set the mean and standard deviation by which the tower normalises raw pixels."""
-        self.patch_embed.mean, self.patch_embed.std = mean, std
+        self.patch_embed.normalization.set(mean, std)
 
     def _init_weights(self) -> None:
         """timm's: truncated normal weights and zero biases. Positions use 0.02; linear layers, too, at width 768."""

@@ -11,6 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+# Shared memory that a thread block may use, in bytes, by compute capability (CUDA C++ programming guide, technical
+# specifications per compute capability). Other GPUs count as the smallest from sm_80 on: sm_86, sm_89 and sm_120.
+_BLOCK_BYTES = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448, (11, 0): 232448}
+_LEAST_BLOCK_BYTES = 101376
+
 # The file of a module that runs the CUDA kernels on the CPU, for tests (csrc/cuda/emulator/emulator.h).
 CUDA_HOST = os.environ.get("BCLIP_CUDA_HOST")
 
@@ -80,6 +85,20 @@ def cuda_stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def compute_capability(index: int) -> tuple[int, int]:
+    """(major, minor) of GPU `index`. The driver is asked once, because every call of an operator needs the answer."""
+    return _capability(index)
+
+
+# A constant to torch.compile, as `_cuda_limits`.
+compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """The reason why no Triton kernel can take this tensor in `dtype` (by default the tensor's), or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,6 +109,16 @@ def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | No
         return "the interpreter (TRITON_INTERPRET=1) cannot multiply bfloat16"
     if not interpreted and tensor.device.type != "cuda":
         return f"device is {tensor.device.type}, not cuda"
-    if not interpreted and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if not interpreted and compute_capability(tensor.device.index or 0) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
+
+
+def triton_block_bytes(tensor: Tensor) -> int:
+    """Shared memory, in bytes, that a Triton program may use on the tensor's device. Triton's interpreter has plenty.
+
+    It depends on the compute capability alone, so torch.compile can trace it.
+    """
+    if tensor.device.type != "cuda":
+        return max(_BLOCK_BYTES.values())
+    return _BLOCK_BYTES.get(torch.cuda.get_device_capability(tensor.device), _LEAST_BLOCK_BYTES)

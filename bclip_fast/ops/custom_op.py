@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from .dtypes import has_autocast
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -140,7 +142,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(value for value in args if isinstance(value, Tensor)).device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not has_autocast(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

@@ -16,6 +16,16 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor))
 
 
+def has_autocast(device: str) -> bool:
+    """Whether torch has autocast on this kind of device."""
+    return torch.amp.is_autocast_available(device)
+
+
+# The mark of torch.compiler.assume_constant_result, whose import takes two seconds. Before torch 2.13, Dynamo cannot
+# trace the function.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def dtype_name(dtype: torch.dtype | None) -> str:
     """The name without its module, such as "float32". None gives ""."""
     return "" if dtype is None else str(dtype).removeprefix("torch.")

@@ -24,10 +24,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from bclip_fast.data.image_files import ImageConversion
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.eval.datasets.pairs import PairDataset
-from bclip_fast.eval.embed import Embedder, Precision
+from bclip_fast.eval.datasets.subset import SubsetDataset
+from bclip_fast.eval.embed import Embedder, OnBadImage, Precision, log_skipped
 from bclip_fast.eval.embedding_cache import PROBE_TEXT
 from bclip_fast.eval.faiss_index import build_index
 from bclip_fast.hardware import pick_device
@@ -71,6 +73,11 @@ class EmbedConfig(ModelSettings):
     """Images per batch of the image tower."""
     num_workers: int = 2
     """Threads that decode and resize images."""
+    image_conversion: ImageConversion = "standard"
+    """How image files become pixels. standard: the rules of docs/images.md. open_clip: as open_clip does."""
+    on_bad_image: OnBadImage = "skip"
+    """What follows when an image cannot be decoded. skip: the index leaves it out, and the log names it. stop: an
+    error that names it."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -93,9 +100,19 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
 
     data = open_images(config.data, config.split)
     embedder = build_embedder(
-        model or config.model, config, config.batch_size, num_workers=config.num_workers, progress=config.progress
+        model or config.model,
+        config,
+        config.batch_size,
+        num_workers=config.num_workers,
+        progress=config.progress,
+        image_conversion=config.image_conversion,
+        on_bad_image=config.on_bad_image,
     )
+    total = len(data)
     rows = embedder.uncached_images(data).cpu()
+    data, reasons = embedder.readable(data, rows)
+    kept = data.rows if isinstance(data, SubsetDataset) else list(range(total))
+    rows = rows[kept]
     out = Path(config.out)
     try:
         with replacing(out / INDEX, shared=True) as partial:
@@ -108,11 +125,13 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         "split": config.split,
         "index": config.index,
         "precision": embedder.precision,
+        "image_conversion": embedder.image_conversion,
+        "num_images": total,
         "sha256": sha256_of_file(out / INDEX),
         "probe": embed_probe(embedder).tolist(),
     }
     num, dim = rows.shape
-    columns: dict[str, Any] = {"key": pa.array([data.key(i) for i in range(num)])}
+    columns: dict[str, Any] = {"key": pa.array([data.key(i) for i in range(num)]), "row": pa.array(kept, pa.int64())}
     unknown: list[str | None] = [None] * num
     columns["caption"] = pa.array(data.captions() or unknown, pa.string())
     for field in FIELDS:
@@ -124,6 +143,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
             pq.write_table(table, partial)
     except OSError as error:
         raise UserError(f"cannot write the embeddings to {out}: {error}") from error
+    log_skipped(reasons, total)
     log.info("%d images in %s", num, out)
     return out
 

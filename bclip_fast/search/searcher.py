@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bclip_fast.data.images import IMAGE_SUFFIXES
+from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import EvalDataset
 from bclip_fast.html import page as html_page
@@ -62,7 +62,8 @@ class SearchConfig(OpenConfig):
 class Hit:
     """An image near a query.
 
-    score: cosine of image and query. fields: all of `FIELDS`. Unknown ones are empty.
+    row: number of the sample in the data. score: cosine of image and query. fields: all of `FIELDS`. Unknown ones are
+    empty.
     """
 
     row: int
@@ -109,7 +110,9 @@ class Searcher:
         try:
             schema = pq.read_schema(self.folder / ROWS)
             self.metadata: dict[str, Any] = json.loads((schema.metadata or {})[METADATA])
-            self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS])
+            # Indexes before version 0.1.0 have no column `row`: they hold every image of the data.
+            extra = [name for name in ("row",) if name in schema.names]
+            self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS, *extra])
             if sha256_of_file(self.folder / INDEX) != self.metadata["sha256"]:
                 raise UserError(f"{problem}: {ROWS} was written with another {INDEX}; run bclip embed again")
             self._index = faiss.read_index(str(self.folder / INDEX))
@@ -123,7 +126,10 @@ class Searcher:
             )
         self._data_path = config.data or self.metadata["data"]
         self._lock = threading.Lock()
-        self.embedder = build_embedder(model or config.model or self.metadata["model"], config, 1)
+        conversion = self.metadata.get("image_conversion", "standard")
+        self.embedder = build_embedder(
+            model or config.model or self.metadata["model"], config, 1, image_conversion=conversion
+        )
         probe = embed_probe(self.embedder)
         tolerance = max(_TOLERANCE[self.embedder.precision], _TOLERANCE.get(self.metadata["precision"], 0))
         if probe.shape != expected_probe.shape or float((probe * expected_probe).sum(1).min()) < 1 - tolerance:
@@ -156,14 +162,15 @@ class Searcher:
 
     def _hit(self, row: int, score: float) -> Hit:
         record = self._rows.slice(row, 1).to_pylist()[0]
+        row = record.get("row", row)
         return Hit(row, score, record["key"], record["caption"], {field: record[field] or "" for field in FIELDS})
 
     @functools.cached_property
     def _data(self) -> EvalDataset:
         data = open_images(self._data_path, self.metadata["split"])
-        if len(data) != len(self):
+        if len(data) != (num_images := self.metadata.get("num_images", len(self))):
             raise UserError(
-                f"{self._data_path} has {len(data)} images, but {self.folder} has {len(self)}; run bclip embed again"
+                f"{self._data_path} has {len(data)} images, but {self.folder} is of {num_images}; run bclip embed again"
             )
         return data
 
@@ -185,7 +192,7 @@ class Searcher:
 def run(config: SearchConfig) -> None:
     """Run the command: print the hits and write the gallery."""
     path = Path(config.query)
-    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES or _is_file(path)
     try:
         content = path.read_bytes() if is_image else b""
     except OSError as error:
@@ -196,6 +203,13 @@ def run(config: SearchConfig) -> None:
     if config.gallery:
         write_text(Path(config.gallery), page(searcher, hits, query=config.query))
         log.info("gallery in %s", config.gallery)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a long text is no valid path
+        return False
 
 
 def page(searcher: Searcher, hits: list[Hit], *, query: str = "", error: str = "", form: int = 0) -> str:

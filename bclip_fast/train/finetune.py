@@ -19,18 +19,19 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.images import open_image
-from bclip_fast.data.transform import Preprocess, random_resized_crop_box, to_rgb
+from bclip_fast.data.image_files import read_rgb
+from bclip_fast.data.transform import Preprocess, random_resized_crop_box
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
@@ -39,18 +40,20 @@ from bclip_fast.io.hashing import sha256
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
-from bclip_fast.model.packed import Packed
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.pretrained import vqa_head
 
 from . import backends, run_folder
 from . import checkpoint as checkpoints
-from .engine import EngineConfig, build_engine
+from .engine import EngineConfig, StepResult, build_engine
 from .lora import add_lora
 from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
+from .transfers import AsyncRead, packed_to_device, to_device
 
 log = logging.getLogger(__name__)
+
+_TRIES = 32  # replacements of a damaged image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ class FinetuneConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
     num_workers: int = 2
+    on_bad_image: Literal["skip", "stop"] = "skip"
+    """Damaged images. skip: a sample drawn by the seed takes their place, and the log names them. stop: an error."""
     checkpoint_every: int = 0
     """Interval of checkpoints in steps. The last step always has a checkpoint. 0 writes only that one."""
     optim: OptimConfig = field(
@@ -187,7 +192,7 @@ class _Questions:
 
     def loss(self, output: dict[str, Tensor], rows: Sequence[int]) -> Tensor:
         logits = output["logits"]
-        targets = nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]).to(logits.device)
+        targets = to_device(nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]), logits.device)
         return vqa_loss(logits, targets)
 
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
@@ -213,13 +218,14 @@ class _Loop:
             raise UserError(
                 f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
             )
+        self._bad: set[int] = set()
         self.steps_per_epoch = num_samples // config.batch_size
         self.num_steps = config.epochs * self.steps_per_epoch
         self.step = 0
         # Everything that determines the result. A checkpoint with another identity belongs to another run.
         data = {"data": objective.data.fingerprint, "texts": sha256("\0".join(objective.texts))}
-        ignored = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "epochs")
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ignored}
+        machine = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "on_bad_image")
+        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*machine, "epochs")}
         self.identity = json.loads(json.dumps(data | settings, default=list))
         saved = None
         if config.resume and run_folder.has_checkpoints(self.run):
@@ -242,11 +248,10 @@ class _Loop:
             next_batch = self._load_batch(pool, self.step)
             while self.step < self.num_steps:
                 start = time.perf_counter()
-                rows, futures = next_batch
-                images = torch.stack([future.result() for future in futures])
+                rows, images = zip(*(future.result() for future in next_batch), strict=True)
                 if self.step + 1 < self.num_steps:
                     next_batch = self._load_batch(pool, self.step + 1)
-                record = self._train_step(rows, images)
+                record = self._train_step(rows, torch.stack(images))
                 record["samples_per_second"] = config.batch_size / (time.perf_counter() - start)
                 if metrics is not None:
                     metrics.write(record)
@@ -267,39 +272,53 @@ class _Loop:
         batch = order[number * self.config.batch_size :][: self.config.batch_size].tolist()
         return batch[distributed.rank() :: distributed.world_size()]
 
-    def _load_batch(self, pool: ThreadPoolExecutor, step: int) -> tuple[list[int], list[Any]]:
-        """This rank's samples of a step, and the futures of their images."""
-        if step >= self.num_steps:
-            return [], []
-        rows = self._rows(step)
+    def _load_batch(self, pool: ThreadPoolExecutor, step: int) -> list[Future[tuple[int, Tensor]]]:
+        """The futures of this rank's samples of a step."""
         epoch = step // self.steps_per_epoch
-        return rows, [pool.submit(self._load_image, row, epoch) for row in rows]
+        return [pool.submit(self._load_sample, row, epoch) for row in self._rows(step) if step < self.num_steps]
+
+    def _load_sample(self, row: int, epoch: int) -> tuple[int, Tensor]:
+        """A row and its image. If that cannot be decoded, those of a row drawn by (seed, epoch, row)."""
+        generator = np.random.default_rng((abs(self.config.seed), epoch, row))
+        others = generator.integers(len(self.objective.texts), size=_TRIES)
+        for candidate in (row, *others.tolist()):
+            try:
+                return candidate, self._load_image(candidate, epoch)
+            except UserError as error:
+                if self.config.on_bad_image == "stop":
+                    raise
+                if candidate not in self._bad:
+                    log.warning("replaced a sample: %s", error)
+                self._bad.add(candidate)
+                problem = error
+        raise UserError(f"{_TRIES + 1} images in a row cannot be decoded, so the data are at fault: {problem}")
 
     def _load_image(self, row: int, epoch: int) -> Tensor:
         """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model."""
-        image = to_rgb(open_image(self.objective.data.image(row), lambda: self.objective.data.key(row)))
+        image = read_rgb(self.objective.data.image(row), lambda: self.objective.data.key(row))
         if self.config.crop_scale != (1, 1):
-            top, left, height, width = random_resized_crop_box(
-                image.height, image.width, self.config.seed, epoch, row, self.config.crop_scale
-            )
+            place = self.config.seed, epoch, row, self.config.crop_scale
+            top, left, height, width = random_resized_crop_box(image.height, image.width, *place)
             size = self.preprocess.config.size
             image = image.resize((size, size), 3, (left, top, left + width, top + height))
         return self.preprocess(image)
 
-    def _train_step(self, rows: list[int], images: Tensor) -> dict[str, Any]:
+    def _train_step(self, rows: Sequence[int], images: Tensor) -> dict[str, Any]:
         config, device = self.config, self.engine.device
         torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
-        text: Packed = self.tokenizer.packed([self.objective.texts[row] for row in rows]).to(device)
-        output = self.engine(images.to(device), text)
+        text = packed_to_device(self.tokenizer.packed([self.objective.texts[row] for row in rows]), device)
+        output = self.engine(to_device(images, device), text)
         loss = self.objective.loss(output, rows)
-        value = float(loss.detach())
+        self.engine.backward(loss)
+        lr = learning_rate(self.step, self.num_steps, config.optim)
+        # The device refuses the update if the loss is not finite, so the host reads everything once, after the step.
+        outcome = self.engine.start_step(lr, allowed=loss.detach().isfinite())
+        value, *numbers = AsyncRead([loss, *outcome.scalars]).numbers()
+        result = StepResult.of(*numbers)
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {self.step + 1}; lower optim.lr, or set engine.precision=fp32"
             )
-        self.engine.backward(loss)
-        lr = learning_rate(self.step, self.num_steps, config.optim)
-        result = self.engine.step(lr)
         if result.skipped:
             log.warning("step %d is skipped: the gradient is not finite", self.step + 1)
         self.step += 1

@@ -29,6 +29,7 @@ from bclip_fast.model.transformer import PreProjection
 
 from .engine import Engine
 from .spill import SpillBuffer
+from .transfers import packed_to_device, to_device
 
 
 class Embedded(NamedTuple):
@@ -54,8 +55,8 @@ def embed(engine: Engine, batch: Batch, seed: int, pre_projection: Sequence[Tens
     torch.manual_seed(seed)
     image, text = (None if features is None else PreProjection(features) for features in pre_projection)
     output = engine(
-        image or batch.images.to(engine.device, non_blocking=True),
-        text or Packed.of(batch.ids, batch.lengths).to(engine.device, non_blocking=True),
+        image or to_device(batch.images, engine.device),
+        text or packed_to_device(Packed.of(batch.ids, batch.lengths), engine.device),
     )
     return Embedded(output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias"))
 
@@ -68,8 +69,8 @@ class GradCache:
         spill: where to keep the images between the two passes. Unused with a single micro-batch.
     """
 
-    logit_scale: float
-    """The factor of the logits, known after `loss`."""
+    logit_scale: Tensor
+    """The factor of the logits, a scalar on the device. Set by `loss`."""
 
     def __init__(self, engine: Engine, loss: ClipLoss, num_micro_batches: int, spill: SpillBuffer) -> None:
         self._engine, self._loss, self._spill = engine, loss, spill
@@ -97,7 +98,7 @@ class GradCache:
     def loss(self) -> Tensor:
         """The scalar loss of the global batch. Collective, as `backward` is."""
         assert self._features is not None
-        self.logit_scale = float(self._features.logit_scale.detach())
+        self.logit_scale = self._features.logit_scale.detach()
         if self._num_micro_batches > 1:
             for name, tensor in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
                 if tensor is not None:

@@ -56,11 +56,15 @@ class LossSpikes:
         self.num_skipped = 0
         """Number of skipped steps since the start of the run."""
 
-    def limit(self, loss: float, batch_size: int) -> float:
-        """The largest gradient norm that may update in a step with this loss and global batch size. -1 if none may."""
+    def limits(self, batch_size: int) -> tuple[float, float]:
+        """The largest loss and the largest gradient norm that may update in a step with this global batch size.
+
+        Every step before it must have been observed. A loss or norm that is not finite never updates.
+        """
         if batch_size != self._batch_size:
             self._batch_size, self._losses, self._norms = batch_size, [], []
-        return self._limit(self._norms, self._config.grad_norm) if self._is_sound(loss) else -1.0
+        config = self._config
+        return self._limit(self._losses, config.loss), self._limit(self._norms, config.grad_norm)
 
     def _is_sound(self, loss: float) -> bool:
         return math.isfinite(loss) and loss <= self._limit(self._losses, self._config.loss)
@@ -90,6 +94,11 @@ class LossSpikes:
             name, value, values, factor = "gradient norm", result.grad_norm, self._norms, self._config.grad_norm
         limit = self._limit(values, factor)
         return f"the {name} is {value:.6g}" + (f", above the limit {limit:.6g}" if math.isfinite(value) else "")
+
+    def may_end_run(self, step: int) -> bool:
+        """Whether the run gives up if step number `step`, the next to be observed, is skipped."""
+        recent = sum(skipped > step - self._config.window for skipped in self._steps)
+        return self.too_many or recent >= self._config.max_skipped
 
     @property
     def too_many(self) -> bool:

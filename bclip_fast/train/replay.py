@@ -82,7 +82,7 @@ def write_dump(run: Path, dump: Dump) -> Path:
     folder, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
-        parts = {"images": batch.images.contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
+        parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
         tensors.update({f"{number}.{name}": tensor for name, tensor in parts.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)

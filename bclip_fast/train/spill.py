@@ -21,7 +21,7 @@ class SpillBuffer:
     """Keeps micro-batches in memory up to a limit, and the rest in an unnamed temporary file.
 
     Args:
-        limit: bytes of images and token ids in memory.
+        limit: bytes of images and token ids in memory, on the host or on the GPU where they are.
         folder: folder of the file. If empty, the system's folder for temporary files.
     """
 
@@ -52,7 +52,8 @@ class SpillBuffer:
                 self._file = tempfile.TemporaryFile(prefix="bclip-", dir=self._folder or None)  # noqa: SIM115
             self._file.seek(start)
             for tensor in tensors:
-                self._file.write(tensor.numpy().data)
+                # The images may be on a GPU. DaliLoader puts only those of undivided batches there.
+                self._file.write(tensor.cpu().numpy().data)
             # Flush here, where the error message names the full disk, and not in a later seek.
             self._file.flush()
         except OSError as error:
@@ -61,10 +62,16 @@ class SpillBuffer:
                 f"another data.spool_dir, or raise data.spool_above_mib to keep more in memory"
             ) from error
         images, ids = (tensor.shape for tensor in tensors)
-        return partial(self._read, start, images, ids, replace(batch, images=_EMPTY, ids=_EMPTY))
+        # Page-locked memory, if the batch came in it: its next copy to the GPU must not wait either.
+        pin = any(tensor.is_cuda or tensor.is_pinned() for tensor in tensors)
+        return partial(self._read, start, images, ids, pin, replace(batch, images=_EMPTY, ids=_EMPTY))
 
-    def _read(self, start: int, images: torch.Size, ids: torch.Size, rest: Batch) -> Batch:
-        batch = replace(rest, images=torch.empty(images, dtype=torch.uint8), ids=torch.empty(ids, dtype=torch.int64))
+    def _read(self, start: int, images: torch.Size, ids: torch.Size, pin: bool, rest: Batch) -> Batch:
+        batch = replace(
+            rest,
+            images=torch.empty(images, dtype=torch.uint8, pin_memory=pin),
+            ids=torch.empty(ids, dtype=torch.int64, pin_memory=pin),
+        )
         self._file.seek(start)
         for tensor in (batch.images, batch.ids):
             if self._file.readinto(tensor.numpy().data.cast("B")) != tensor.nbytes:

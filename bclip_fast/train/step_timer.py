@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 
 class StepTimer:
-    """Call `start()`, then `lap(part)` at the end of each part, then `seconds()`.
+    """Call `start()`, then `lap(part)` at the end of each part, then `finish()`.
 
-    `seconds()` returns {"forward_seconds": 0.31, ...}. Laps of the same part are added up. `skip()` ends an interval
-    that belongs to no part.
+    Laps of the same part are added up. `skip()` ends an interval that belongs to no part.
 
-    On a GPU, the laps are events of its stream, and nothing waits for them. There `seconds()` returns the times of the
-    step before: its events have passed once the host has read this step's loss. The first step has no times.
+    On a GPU, the laps are events of its stream, and nothing waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._laps: list[tuple[str, Any]] = []
-        self._laps_before: list[tuple[str, Any]] = []
 
     def start(self) -> None:
         """Start a step."""
@@ -36,11 +35,14 @@ class StepTimer:
         """End an interval that no part includes."""
         self.lap("")
 
-    def seconds(self) -> dict[str, float]:
-        """The seconds of each part."""
-        laps = self._laps
-        if self._on_gpu:
-            laps, self._laps_before = self._laps_before, laps
+    def finish(self) -> Callable[[], dict[str, float]]:
+        """Return a function that returns the seconds of each part of this step: {"forward_seconds": 0.31, ...}.
+
+        On a GPU, call it after the host has read a result that was queued after the last lap.
+        """
+        return partial(self._seconds, self._laps)
+
+    def _seconds(self, laps: list[tuple[str, Any]]) -> dict[str, float]:
         seconds: dict[str, float] = {}
         for (_, start), (part, end) in itertools.pairwise(laps):
             if not part:

@@ -42,17 +42,18 @@ from .background_writer import BackgroundWriter
 from .bad_samples import BadSamples
 from .config import TrainConfig
 from .ema import Ema
-from .engine import StepResult, build_engine
+from .engine import build_engine
 from .grad_cache import GradCache
 from .init_weights import init_model, new_model
 from .loss_spikes import LossSpikes
 from .metrics import MetricsLog
 from .progress import Progress
-from .replay import Dump, write_dump
 from .schedule import learning_rate, patch_dropout, step_seed
 from .signals import EXIT_STOPPED, Signals
 from .spill import SpillBuffer
+from .step_results import PendingStep, StepResults
 from .step_timer import StepTimer
+from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
 
@@ -158,13 +159,13 @@ class _Run:
         self.schedule = validation.ValidationSchedule(config.validation, self.run, self.num_steps)
         self.validator = validation.Validator(config.model, validate, self.preprocess, tokenizer, self.best)
         self.timer = StepTimer(device)
+        self.results = StepResults(config, self.engine, model, self.spikes, self.ema)
+        self.results.outputs = self.metrics, self.progress, on_step
         self.peak_flops = device_peak(device, config.engine.precision)
         self.saved_step = self.step if run_on_rank0(lambda: (self.run / "model").is_dir()) else -1
         self.position = self.loader.state_dict()
         self.writer = BackgroundWriter(config.checkpoint.background) if distributed.is_main() else None
         self.stopped = False
-        self.failure = ""
-        """Why the run gave up. Empty while it goes on."""
 
     def _open_log(self) -> None:
         run_folder.write_config(self.run, self.config)
@@ -184,32 +185,32 @@ class _Run:
             f"{engine.name} ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else engine.name,
         )
         while self.step < self.num_steps:
-            record = self._train_step()
-            if record is None:
+            self._train_step()
+            if self.stopped:
+                self.results.finish()
                 if self.metrics is not None:
                     self.metrics.event(self.step, "stop")
                 break
-            if self.metrics is not None and self.progress is not None:
-                self.metrics.write(record)
-                self.progress.update(record)
-                if self.on_step is not None:
-                    self.on_step(record)
-            if self.failure:
-                raise UserError(self.failure)
             epoch, epoch_before = self.sampler.locate(self.step)[0], self.sampler.locate(self.step - 1)[0]
             every = config.checkpoint.every_steps
             is_due = every > 0 and self.step % every == 0
             if self.schedule.is_due(self.step, epoch, epoch_before):
+                self.results.finish()
                 is_due |= self.validator.run(self.step, self.engine, self.ema, self.metrics)
                 self.schedule.last_step = self.step
             if is_due:
                 self._save()
+        self.results.finish()
         if self.step and self.saved_step != self.step:
             self._save()
         run_on_rank0(lambda: self.writer.finish() if self.writer else None)
 
-    def _train_step(self) -> dict[str, Any] | None:
-        """Train one step and return its line of metrics. None if a signal stops the run before the step."""
+    def _train_step(self) -> None:
+        """Train one step, or set `stopped` if a signal stops the run before the step.
+
+        On a GPU, the host queues the whole step without a wait. Only then does it read the results of the step before,
+        which set the limits of this update (loss_spikes.py). The device compares this step's loss and norm with them.
+        """
         start = time.perf_counter()
         config, step, timer = self.config, self.step, self.timer
         data_wait, lengths = 0.0, []
@@ -224,7 +225,7 @@ class _Run:
             batch = self._next_batch()
             if batch is None:
                 self.stopped = True
-                return None
+                return
             data_wait += time.perf_counter() - wait_start
             timer.skip()
             # The seed depends on (seed, step, micro-batch) and not on the rank. So a resumed run draws the same random
@@ -232,52 +233,50 @@ class _Run:
             cache.add(batch, step_seed(config.seed, step, distributed.rank() * num_parts + part))
             lengths += batch.lengths
             timer.lap("forward")
-        loss_tensor = cache.loss()
+        loss = cache.loss()
         timer.lap("loss")
-        loss = float(loss_tensor)
         cache.backward()
         timer.lap("backward")
+        self.results.finish()
         batch_size = self.sampler.batch_size_of(epoch)
         lr = learning_rate(*self._progress(), config.optim, batch_size / config.first_batch_size)
-        result = self.engine.step(lr, self.spikes.limit(loss, batch_size))
+        largest_loss, largest_norm = self.spikes.limits(batch_size)
+        timer.skip()
+        outcome = self.engine.start_step(lr, largest_norm, loss.isfinite() & (loss.double() <= largest_loss))
         timer.lap("optimizer")
-        if self.ema is not None and not result.skipped:
-            self.ema.update()
         self.step += 1
         self.position = self.loader.state_dict()
-        self._handle_skipped_step(cache, loss, result)
-        seconds = time.perf_counter() - start
-        return {
-            "step": self.step,
-            "epoch": epoch,
-            "samples": self.sampler.num_consumed,
-            "loss": loss,
-            "lr": lr,
-            "logit_scale": cache.logit_scale,
-            "grad_norm": result.grad_norm,
-            "samples_per_second": batch_size / seconds,
-            "tokens_per_second": sum(lengths) * distributed.world_size() / seconds,
-            **self._mfu(lengths, seconds),
-            "step_seconds": seconds,
-            "data_wait_seconds": data_wait,
-            **timer.seconds(),
-            **self.engine.communication(),
-            "peak_memory_bytes": peak_memory(self.engine.device),
-            "bad_samples": self.bad.num_bad,
-            "skipped": self.spikes.num_skipped,
-        }
+        self.results.add(
+            PendingStep(
+                step=self.step,
+                epoch=epoch,
+                samples=self.sampler.num_consumed,
+                batch_size=batch_size,
+                num_tokens=sum(lengths) * distributed.world_size(),
+                lr=lr,
+                start=start,
+                data_wait=data_wait,
+                parts=timer.finish(),
+                communication=self.engine.communication(),
+                peak_memory=peak_memory(self.engine.device),
+                num_bad=self.bad.num_bad,
+                least_seconds=self._least_seconds(lengths),
+                tensors=AsyncRead([loss, cache.logit_scale, *outcome.scalars]),
+            ),
+            cache,
+        )
+
+    def _least_seconds(self, lengths: list[int]) -> float | None:
+        """How long this rank's device takes for the step at its peak rate. None if the rate is unknown."""
+        if self.peak_flops is None:
+            return None
+        locked = self.model.visual.num_locked, self.model.text.num_locked
+        return flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout, locked) / self.peak_flops
 
     def _progress(self) -> tuple[float, float]:
         """Steps so far and in total, in units of the first batch size: a step of a larger batch counts more."""
         first = self.config.first_batch_size
         return self.sampler.samples_before(self.step) / first, self.sampler.samples_before(self.num_steps) / first
-
-    def _mfu(self, lengths: list[int], seconds: float) -> dict[str, float]:
-        if self.peak_flops is None:
-            return {}
-        locked = self.model.visual.num_locked, self.model.text.num_locked
-        count = flops.step_flops(self.config.model, lengths, self.model.visual.patch_dropout, locked)
-        return {"mfu": count / seconds / self.peak_flops}
 
     def _next_batch(self) -> Batch | None:
         """The next micro-batch. None if a signal asked any rank to stop.
@@ -292,28 +291,9 @@ class _Run:
         stop = self.bad.agree(self.step + 1, batch.bad if batch else [], problem, bool(self.signals.received))
         return None if stop else batch
 
-    def _handle_skipped_step(self, cache: GradCache, loss: float, result: StepResult) -> None:
-        """Log the last step if it was skipped. After too many skips, write a dump and set `failure`."""
-        reason = self.spikes.observe(self.step, loss, result)
-        if not result.skipped:
-            return
-        if self.metrics is not None:
-            reason = reason or "the fp16 gradient overflowed"
-            log.warning("step %d is skipped: %s", self.step, reason)
-            self.metrics.event(self.step, "skip", reason=reason)
-        if self.spikes.too_many:
-            # The step made no update, so the weights are those before the step.
-            dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
-            batches = list(cache.micro_batches())
-            folder = write_dump(self.run, Dump(self.config, self.step, loss, result.grad_norm, dropped, batches, state))
-            self.failure = (
-                f"{self.spikes} at step {self.step}: {reason}; lower optim.lr, set optim.grad_clip_norm, set "
-                f"engine.precision=fp32 or raise the limits of the section spikes, then resume from "
-                f"{self.run / 'checkpoints'}. `bclip train replay {folder}` computes the step again"
-            )
-
     def _save(self) -> None:
         """Start to write a checkpoint. Rank 0 copies the state after the previous checkpoint is written."""
+        self.results.finish()
         if self.writer is not None:
             self.writer.wait()
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
@@ -344,6 +324,7 @@ class _Run:
         self.bad.close()
         if self.metrics is not None and self.progress is not None:
             if error is not None:
+                self.results.finish_after_error()
                 self.metrics.event(self.step, "error", reason=f"{type(error).__name__}: {error}")
             self.metrics.close()
             self.progress.close()

@@ -41,7 +41,7 @@ def attention_case(
         **_common(name, (batch, tokens), heads, dim, dtype, batch * tokens**2),
         truth=with_gradients(truth),
         contenders={
-            **ours(attention.LIMITS, fused, torch.zeros(1, 1, 3, 1, dim, dtype=dtype, device=DEVICE)),
+            **ours(attention.LIMITS, fused, torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE), dropout_p, False),
             "torch sdpa": lambda: _comparable(lambda qkv: _sdpa(qkv, dropout_p), dropout_p),
         },
     )
@@ -83,7 +83,7 @@ def varlen_case(
         **_common(name, (total,), heads, dim, dtype, sum(length**2 for length in lengths)),
         truth=with_gradients(truth),
         contenders={
-            **ours(attention.LIMITS, packed, torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE)),
+            **ours(attention.LIMITS, packed, torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE), dropout_p, True),
             "torch sdpa padded": lambda: _comparable(padded, dropout_p),
             "torch sdpa one by one": lambda: _comparable(one_by_one, dropout_p),
             "torch varlen_attn": varlen_attn,

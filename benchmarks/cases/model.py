@@ -19,7 +19,6 @@ from bclip_fast.model import open_clip_config, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.flops import step_flops
 from bclip_fast.model.packed import Packed
-from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.tower_config import PUBMEDBERT
 
 from .case import peer, shared_data
@@ -145,6 +144,9 @@ def caption_lengths(config: StepConfig, context_length: int) -> list[int]:
     if config.lengths:
         rows = [line.split() for line in Path(config.lengths).read_text().splitlines() if line.strip()]
         return [min(int(tokens), context_length) for tokens, count in rows for _ in range(int(count))]
+    # The tokenizer needs packages that a machine with a GPU may lack.
+    from bclip_fast.model.tokenizer import Tokenizer
+
     folder = shared_data()
     tokenizer = Tokenizer.from_file(folder / "vocab" / "pubmedbert" / "vocab.txt", context_length)
     with open(folder / "pmc_articles" / "pairs.jsonl", encoding="utf-8") as lines:

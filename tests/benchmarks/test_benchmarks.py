@@ -12,6 +12,8 @@ import torch
 
 from bclip_fast.benchmarks import cases, measure, report
 from bclip_fast.benchmarks.cases import contrastive
+from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
+from bclip_fast.benchmarks.cases.pointwise import norm_case
 from bclip_fast.ops.contrastive import reference
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU peer may run here")
@@ -51,6 +53,25 @@ def test_contenders_error_is_rounding(maker, monkeypatch):
     truth = measure.truth_of(case, inputs)
     for name in ("ours:cpu", "ours:reference", "torch dense"):
         assert measure.error_of(case.contenders[name]()(*inputs), truth) < 2e-6
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_layer_contenders_error_is_rounding(dropout_p):
+    """A contender that the limits refuse is unavailable, and no other one is wrong or raises."""
+    made = [norm_case(10, 24, dropout_p)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        made.append(attention_case("images", 2, 5, 1, 32, dtype, dropout_p))
+        made.append(varlen_case("captions", [3, 1, 5], 1, 32, dtype, dropout_p))
+    for case in made:
+        inputs, errors = case.make_inputs(), {}
+        for name, make in case.contenders.items():
+            try:
+                contender = make()
+            except cases.Unavailable:
+                continue
+            errors[name] = measure.error_of(contender(*inputs), measure.truth_of(case, inputs))
+        assert "ours:reference" in errors
+        assert max(errors.values()) < (1e-5 if case.dtype == torch.float32 else 0.03), (case.id, errors)
 
 
 @no_cuda
@@ -118,6 +139,10 @@ def test_matmul_rate_without_bf16_instructions_is_float32(monkeypatch, capsys):
         assert rate["matmul_dtype"] == expected and rate["matmul_flops_per_second"] > 0
         report.show([row("ours:cpu", 64, 0.2, 1e6, **rate | {"dtype": "bfloat16"})])
         assert ("no bf16 instructions" in capsys.readouterr().out) == (not has_bf16)
+    rate = measure.matmul_rate(torch.float16)
+    assert rate["matmul_dtype"] == "float32", "torch emulates float16 products on a CPU"
+    report.show([row("ours:cpu", 64, 0.2, 1e6, **rate | {"dtype": "float16"})])
+    assert "no fp16 instructions" in capsys.readouterr().out
 
 
 def test_plot_scaling_draws_every_curve(tmp_path):
@@ -132,6 +157,8 @@ TINY = """
 import pathlib, sys, torch
 from bclip_fast.benchmarks import cases, measure, report
 from bclip_fast.benchmarks.cases import contrastive
+from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
+from bclip_fast.benchmarks.cases.pointwise import norm_case
 contrastive.LARGEST_DENSE = 32
 measure.MATMUL_SIZE = 64
 cases.CASES[:] = [contrastive.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]

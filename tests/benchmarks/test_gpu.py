@@ -1,48 +1,228 @@
-"""Tests of `make gpu` without a GPU: its steps, their time limits, and their commands."""
+"""Tests of `make gpu` without a GPU: a rehearsal of all steps, their limits, what they measure, and how they end."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import cuda_emulator
+import pytest
+import torch
+from _pytest.mark.expression import Expression
 
-from bclip_fast.benchmarks import gpu
-
-ROOT = Path(gpu.__file__).resolve().parents[1]
-
-
-def test_steps_time_limits_sum_to_less_than_9_minutes():
-    assert sum(step.seconds for step in gpu.steps()) < 9 * 60
-
-
-def test_steps_every_pytest_command_collects_tests():
-    """All commands run in one process, which imports torch once.
-
-    Without a GPU, pytest collects the kernels' tests only if the emulator runs them.
-    """
-    commands = [step.command for step in gpu.steps() if "pytest" in step.command]
-    assert len(commands) == 5
-    commands += [[*gpu.PYTEST, "benchmarks/bench_operators.py", "-k", gpu.MEASURED]]
-    arguments = [[*command[command.index("pytest") + 1 :], "--collect-only"] for command in commands]
-    code = f"import pytest, sys; sys.exit(any([pytest.main(arguments) for arguments in {arguments}]))"
-    environment = {**os.environ, **cuda_emulator.environment()}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^\d+(/\d+)? tests collected", done.stdout, re.M)) == len(commands), done.stdout
+from bclip_fast.benchmarks import cases, measure
+from bclip_fast.benchmarks.gpu import __main__ as command
+from bclip_fast.benchmarks.gpu import needs, runner, summary
+from bclip_fast.benchmarks.gpu.steps import LAYERS, LOSSES, ROOT, Setting, Step, environment, steps
 
 
-def test_main_failing_step_runs_and_reports_the_rest(monkeypatch, capsys):
-    steps = [("first", "pass", 9), ("second", "import sys; sys.exit(3)", 9), ("third", "import time; time.sleep(9)", 1)]
-    plan = [gpu.Step(name, [sys.executable, "-c", code], seconds) for name, code, seconds in steps]
-    monkeypatch.setattr(gpu, "steps", lambda: plan)
-    assert gpu.main() == 2
+@pytest.mark.slow
+def test_rehearsal_runs_every_step(tmp_path):
+    """It needs a minute: seventeen processes, each of which imports torch."""
+    program = [sys.executable, "-m", "benchmarks.gpu", "--rehearse"]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(program, cwd=ROOT, env={**variables, "OUT": str(tmp_path)}, capture_output=True, text=True)
+    log = (tmp_path / "gpu.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log[-20_000:]
+    plan = [step.name for step in steps(Setting(tmp_path, rehearsal=True))]
+    outcomes = {outcome["name"]: outcome for outcome in json.loads((tmp_path / "steps.json").read_text())}
+    assert sorted(outcomes) == sorted(plan)
+    assert all(f"==== {name}: " in log for name in plan)
+    assert [name for name, one in outcomes.items() if one["tests"] and not one["tests"]["passed"]] == ["dali"]
+    rows = summary.read_rows(tmp_path)
+    assert {row["operator"] for row in rows} == {"contrastive", "attention", "affine", "pointwise", "step"}
+    assert (tmp_path / "tuning.json").is_file()
+    # A lent machine returns at most eight files.
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return Setting(tmp_path / "out")
+
+
+def test_limits_sum_to_less_than_9_minutes_and_figures_come_first(setting):
+    plan = steps(setting)
+    assert sum(step.seconds for step in plan if not step.beside) < 9 * 60
+    names = [step.name for step in plan]
+    assert names[:2] == ["warm-up", "build"]
+    assert plan[0].beside, "no limit may include the first import of torch"
+    figures, tests = ["losses", "layers", "step"], ["kernels", "operators", "graphs"]
+    order = [names.index(name) for name in [*figures, *tests, "memcheck", "racecheck"]]
+    assert order == sorted(order)
+
+
+def test_steps_on_a_gpu_and_in_a_rehearsal_differ_only_in_their_sizes(setting):
+    """So a rehearsal checks the command lines."""
+    real = {step.name: step for step in steps(setting)}
+    rehearsed = {step.name: step for step in steps(Setting(setting.out, rehearsal=True))}
+    assert set(rehearsed) - set(real) == {"emulator"}
+    extra = ("--dry-run", "--device", "cpu", "cuda", "--sample", "--to", "-n", "--processes", "compute-sanitizer")
+    for name, step in real.items():
+        words = [
+            [word for word in one.command if word not in extra and not word.isdigit()]
+            for one in (step, rehearsed[name])
+        ]
+        words = [[word for word in one if "results" not in word and "fake_sanitizer" not in word] for one in words]
+        assert [word for word in words[0] if word != sys.executable] == [
+            word for word in words[1] if word != sys.executable
+        ]
+
+
+@pytest.mark.parametrize(
+    ("selected", "operators"), [(LOSSES, {"contrastive"}), (LAYERS, {"attention", "affine", "pointwise"})]
+)
+def test_measured_cases_hold_both_half_precisions_of_every_gpu_backend(selected, operators):
+    expression, measured = Expression.compile(selected), set()
+    for case in cases.CASES:
+        for contender in case.contenders:
+            name = f"{case.id}-{contender}"
+            if expression.evaluate(lambda word, name=name, **_: word.lower() in name.lower()):
+                measured.add((case.operator, case.dtype, contender))
+    assert {operator for operator, *_ in measured} == operators
+    assert not {contender for *_, contender in measured if "reference" in contender or "compiled" in contender}
+    for operator in operators & {"contrastive", "attention"}:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert {(operator, dtype, f"ours:{backend}") for backend in ("triton", "cuda")} <= measured
+    assert torch.float32 not in {dtype for _, dtype, _ in measured}
+
+
+def test_cases_names_spell_dtypes_as_torch_does():
+    for case in cases.CASES:
+        assert not {"bf16", "fp16", "fp32"} & set(case.name.split("-")), case.name
+
+
+def plan_of(*codes):
+    return [Step(name, [sys.executable, "-c", code], seconds, "") for name, code, seconds in codes]
+
+
+def test_main_failing_step_runs_and_reports_the_rest(monkeypatch, capsys, tmp_path):
+    codes = (
+        ("first", "pass", 9),
+        ("second", "print('why'); import sys; sys.exit(3)", 9),
+        ("third", "import time; time.sleep(60)", 1),
+    )
+    monkeypatch.setattr(command, "steps", lambda setting: plan_of(*codes))
+    monkeypatch.setattr(command, "environment", lambda setting: {})
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(
+        runner.Process, "wait", lambda self, limit, wait=runner.Process.wait: wait(self, min(limit, 2.0))
+    )
+    assert command.main([]) == 2
     output = capsys.readouterr().out
-    assert "first: ok" in output and "second: FAILED (3)" in output and "failed: second, third" in output
+    assert "== first: ok" in output
+    assert "== second: FAILED: exit status 3" in output
+    assert "why" in output
+    assert "== third: FAILED: stopped after" in output
+    assert "failed: second, third" in output
+    log = (tmp_path / "gpu.log").read_text()
+    assert log.index("==== first") < log.index("==== second") < log.index("why") < log.index("==== third")
+    assert [outcome["name"] for outcome in json.loads((tmp_path / "steps.json").read_text())] == [
+        "first",
+        "second",
+        "third",
+    ]
+    assert "stopped after" in (tmp_path / "table.txt").read_text()
+
+
+def test_step_uses_time_that_earlier_steps_left_over(tmp_path, monkeypatch):
+    limits, now = [], [0.0]
+
+    def wait(self, limit):
+        limits.append(limit)
+        now[0] += 4.0
+        self.process.kill()
+        self.process.wait()
+        return ""
+
+    monkeypatch.setattr(runner, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runner.Process, "wait", wait)
+    runner.run_steps(plan_of(("one", "pass", 10), ("two", "pass", 5), ("three", "pass", 1)), Setting(tmp_path), {})
+    assert limits == [10, 11, 8]
+
+
+def test_step_beside_others_ends_with_the_next_one(tmp_path):
+    slow, fast = plan_of(("slow", "print('warm')", 60), ("fast", "pass", 60))
+    slow = Step(slow.name, slow.command, slow.seconds, "", beside=True)
+    outcomes = runner.run_steps([slow, fast], Setting(tmp_path), dict(os.environ))
+    assert [(outcome.name, outcome.failure) for outcome in outcomes] == [("fast", ""), ("slow", "")]
+    assert "warm" in (tmp_path / "gpu.log").read_text()
+
+
+def test_step_without_selected_tests_fails(tmp_path):
+    """So does a step with a wrong option."""
+    setting = Setting(tmp_path, rehearsal=True)
+    files = ["tests/ops/test_dispatch.py", "tests/ops/test_processor.py"]
+    plan = [
+        Step("one file", setting.pytest(files, "required"), 1, ""),
+        Step("option", [*setting.pytest(files[:1], "required"), "--no-such-option"], 1, ""),
+    ]
+    outcomes = runner.run_steps(plan, setting, dict(os.environ))
+    assert [outcome.failure for outcome in outcomes] == ["exit status 4", "exit status 4"]
+    assert "no test is selected in" in (tmp_path / "gpu.log").read_text()
+
+
+def test_step_without_its_requirements_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(needs.PROGRAMS, "gpu", lambda: False)
+    plan = [Step("optional", ["no-such-program"], 1, "", ("no_such_module",)), Step("required", [], 1, "", ("gpu",))]
+    outcomes = runner.run_steps(plan, Setting(tmp_path), {})
+    assert [(one.failure, one.skipped) for one in outcomes] == [("", "no no_such_module"), ("no gpu", "")]
+    rehearsed = runner.run_steps(plan[:1], Setting(tmp_path, rehearsal=True), {})
+    assert rehearsed[0].failure == "no no_such_module"
+
+
+def test_dry_run_names_what_is_missing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(needs.PROGRAMS, "gpu", lambda: True)
+    monkeypatch.setitem(needs.PROGRAMS, "nvcc", lambda: False)
+    monkeypatch.setattr(needs, "is_installed", lambda name: name not in ("tyro", "nvidia.dali"))
+    assert command.main(["--dry-run"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["build"].endswith("fails: no nvcc")
+    assert lines["trainer"].endswith("does not run: no tyro")
+    assert lines["training"].endswith("has all")
+
+
+def test_rows_survive_a_killed_process(tmp_path):
+    path = tmp_path / "GPU.jsonl"
+    measure.append([{"case": "a"}], [path])
+    with open(path, "a") as file:
+        file.write('{"case": "b", "sec')
+    assert summary.read_rows(tmp_path) == [{"case": "a"}]
+
+
+def test_commit_without_git_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    measure.commit.cache_clear()
+    try:
+        assert measure.environment()["commit"] == "unknown"
+    finally:
+        measure.commit.cache_clear()
+
+
+def test_table_compares_ours_with_the_fastest_rival():
+    common = {"operator": "attention", "case": "vit", "flops": 8e9, "matmul_flops_per_second": 1e12, "error": 1e-3}
+    times = {"ours:triton": 0.04, "ours:cuda": 0.02, "ours:torch": 0.03, "torch sdpa": 0.05, "ours:reference": 9.0}
+    rows = [{**common, "contender": name, "seconds": seconds} for name, seconds in times.items()]
+    assert summary.figures(rows) == [["attention-vit", "cuda", "20.000", "torch", "1.50", "40%", "1e-03"]]
+    text = summary.table([runner.Outcome("build", "", 3.0), runner.Outcome("dali", "", 0.0, skipped="no DALI")], rows)
+    assert "not run: no DALI" in text
+
+
+def test_environment_builds_only_for_the_machines_gpu(tmp_path, monkeypatch):
+    """Without nvidia-smi for the shipped architectures, and without libjpeg's headers without the decoder."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("BCLIP_CUDA_ARCHS", "BCLIP_JPEG"):
+        monkeypatch.delenv(name, raising=False)
+    variables = environment(Setting(tmp_path))
+    assert (variables["BCLIP_CUDA_ARCHS"], variables["BCLIP_JPEG"]) == ("80;90a", "0")
+    program = tmp_path / "nvidia-smi"
+    for capability, expected in (("9.0", "90a"), ("8.9", "89"), ("[N/A]", "80;90a")):
+        program.write_text(f"#!/bin/sh\necho '{capability}'\n")
+        program.chmod(0o755)
+        assert environment(Setting(tmp_path))["BCLIP_CUDA_ARCHS"] == expected
 
 
 def alive(pid):
@@ -53,14 +233,16 @@ def alive(pid):
         return False
 
 
-def test_run_timeout_kills_grandchildren(tmp_path):
+def test_process_timeout_kills_grandchildren(tmp_path):
     """A sanitizer starts the program in a new process."""
     pid_file = tmp_path / "pid"
     child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert "timed out" in gpu.run(gpu.Step("slow", [sys.executable, "-c", code], 3), os.environ)
+    process = runner.Process(Step("slow", [sys.executable, "-c", code], 3, ""), os.environ, tmp_path / "log")
+    assert process.wait(3) == "stopped after 3 s"
     deadline = time.monotonic() + 20
     while alive(pid_file.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert "No such file" in gpu.run(gpu.Step("none", ["compute-sanitizer-that-isn't-there"], 3), os.environ)
+    nothing = runner.Process(Step("none", ["compute-sanitizer-that-isn't-there"], 3, ""), os.environ, tmp_path / "log")
+    assert "No such file" in nothing.wait(3)

@@ -78,10 +78,27 @@ def test_preprocess_other_settings_equal_open_clip(settings: dict) -> None:
     assert torch.equal(Preprocess(PreprocessConfig(**settings))(image), open_clip_preprocess(**settings)(image))
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_preprocess_other_modes_are_converted_before_the_resize(mode: str) -> None:
     image = noise_image(300, 250, mode)
     assert torch.equal(Preprocess()(image), open_clip_preprocess()(image.convert("RGB")))
+
+
+def test_preprocess_transparent_image_is_put_over_white() -> None:
+    image = noise_image(300, 250, "RGBA")
+    over_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert torch.equal(Preprocess()(image), open_clip_preprocess()(over_white))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
+def test_preprocess_open_clip_conversion_equals_open_clip(mode: str) -> None:
+    image = noise_image(300, 250)
+    if mode == "I;16":
+        image = Image.fromarray(np.linspace(0, 40000, 300 * 250).reshape(250, 300).astype(np.uint16))
+    elif mode != "RGB":
+        image = image.convert(mode)
+    ours = Preprocess(PreprocessConfig(conversion="open_clip"))
+    assert torch.equal(ours(image), open_clip_preprocess()(image))
 
 
 def test_preprocess_palette_image_is_resized_in_colours() -> None:
@@ -96,8 +113,8 @@ def test_preprocess_palette_image_is_resized_in_colours() -> None:
 def test_preprocess_16_bit_image_is_scaled_not_clipped() -> None:
     values = np.linspace(0, 40000, 300 * 300).reshape(300, 300).astype(np.uint16)
     pixels = Preprocess().to_uint8(Image.fromarray(values))
-    assert pixels.float().mean() == pytest.approx(127.5, abs=2)
-    assert Preprocess().to_uint8(Image.new("I;16", (30, 30), 700)).unique().tolist() == [0]
+    assert pixels.float().mean() == pytest.approx(255 * 20000 / 65535, abs=2)
+    assert Preprocess().to_uint8(Image.new("I;16", (30, 30), 700)).unique().tolist() == [round(255 * 700 / 1023)]
 
 
 def test_preprocess_image_too_large_for_memory_is_refused() -> None:

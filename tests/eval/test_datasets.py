@@ -11,7 +11,7 @@ import pytest
 from colours import COLOURS, colour_model, jpeg
 from PIL import Image
 
-from bclip_fast.data.images import open_image
+from bclip_fast.data.image_files import read_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import evaluate, report, tasks
 from bclip_fast.eval.datasets import open_dataset, rsna
@@ -69,7 +69,7 @@ def test_pcam_labels_images_and_metrics_equal_the_written_data(tmp_path: Path) -
     data = open_dataset(str(tmp_path / "pcam"), "test", "pcam")
     assert data.labels("class") == ["0", "1", "1", "0", "1"]
     assert len(data) == 5
-    assert open_image(data.image(1), str).getpixel((3, 3)) == COLOURS["blue"]
+    assert read_rgb(data.image(1), str).getpixel((3, 3)) == COLOURS["blue"]
     result = evaluate_task(write_task(tmp_path, "pcam", folder="pcam"), tmp_path)["mine"]
     assert [metric["name"] for metric in result["figures"]] == ["accuracy", "balanced accuracy", "AUROC"]
     assert [metric["value"] for metric in result["figures"]] == [1, 1, 1]
@@ -163,7 +163,7 @@ def test_pneumoniamnist_published_file_opens(shared_data: Path) -> None:
     labels = data.labels("class")
     assert (labels.count("0"), labels.count("1")) == (234, 390)
     assert len(data) == tasks.load("pneumoniamnist").num_samples
-    assert open_image(data.image(5), str).size == (28, 28)
+    assert read_rgb(data.image(5), str).size == (28, 28)
 
 
 def test_tcga_til_with_and_without_cancer_folders_opens(tmp_path: Path) -> None:
@@ -222,14 +222,14 @@ def test_rsna_images_and_labels_equal_the_written_ones(tmp_path: Path) -> None:
         for i, label in enumerate(data.labels("class")):
             number = int(data.key(i)[1:])
             assert label == str(number % 2)
-            assert np.asarray(open_image(data.image(i), str))[0, 3] == 3 + number
+            assert np.asarray(read_rgb(data.image(i), str))[0, 3, 0] == 3 + number
     assert sizes == {"train": 7, "val": 2, "test": 1}
     inverted = tmp_path / rsna.IMAGES / f"{data.key(0)}.dcm"
     write_dicom(inverted, np.array([[0, 1000], [2000, 4000]], np.uint16), PhotometricInterpretation="MONOCHROME1")
-    assert np.asarray(open_image(data.image(0), str)).tolist() == [[255, 191], [127, 0]]
+    assert np.asarray(read_rgb(data.image(0), str))[..., 0].tolist() == [[255, 191], [127, 0]]
     inverted.write_bytes(b"none")
-    with pytest.raises(UserError, match="cannot be decoded as DICOM"):
-        data.image(0)
+    with pytest.raises(UserError, match="image p1 cannot be decoded"):
+        read_rgb(data.image(0), lambda: "p1")
     inverted.unlink()
     with pytest.raises(UserError, match=r"a patient of stage_2_train_labels.csv, cannot be read"):
         data.image(0)

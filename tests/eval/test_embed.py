@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from colours import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
 from torch import Tensor, nn
 
-from bclip_fast.data.images import open_image
+from bclip_fast.data.image_files import read_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import embedding_cache, evaluate
 from bclip_fast.eval.datasets import open_dataset
@@ -25,7 +25,7 @@ def test_embedder_any_batch_size_keeps_order_norm_and_mode(shards: Path) -> None
         embedder = Embedder(model, preprocess, tokenizer, batch_size=batch_size, num_workers=3)
         rows[batch_size] = embedder.images(data)
     assert model.training
-    expected = torch.stack([preprocess(open_image(data.image(i), str)).mean((1, 2)) - 0.2 for i in range(20)])
+    expected = torch.stack([preprocess(read_rgb(data.image(i), str)).mean((1, 2)) - 0.2 for i in range(20)])
     for embeddings in rows.values():
         assert embeddings.dtype == torch.float32
         torch.testing.assert_close(embeddings, F.normalize(expected, dim=1))

@@ -10,7 +10,7 @@ import torch
 from colours import COLOURS, ColourModel, assert_refused, evaluate_with, jpeg
 
 from bclip_fast import config as configuration
-from bclip_fast.data.images import open_image
+from bclip_fast.data.image_files import read_rgb
 from bclip_fast.errors import UserError
 from bclip_fast.eval import EvalCommand, EvalConfig, run
 from bclip_fast.eval.datasets import open_dataset
@@ -117,12 +117,12 @@ def test_evaluate_damaged_image_error_names_it(folder: Path, content: bytes) -> 
     assert_refused(folder, "image red/1.jpg cannot be decoded", split="test")
 
 
-def test_open_image_too_many_pixels_raises_before_decoding() -> None:
+def test_read_rgb_too_many_pixels_raises_before_decoding() -> None:
     header = bytearray(jpeg((1, 2, 3)))
     at = header.index(b"\xff\xc0") + 5
     header[at : at + 4] = b"\x75\x30\x75\x30"
-    with pytest.raises(UserError, match=r"bomb.jpg.*(30000 x 30000|exceeds limit)"):
-        open_image(bytes(header), lambda: "bomb.jpg")
+    with pytest.raises(UserError, match=r"bomb.jpg.*(too many pixels|exceeds limit)"):
+        read_rgb(bytes(header), lambda: "bomb.jpg")
 
 
 def test_command_repeated_flags_are_collected() -> None:
@@ -142,3 +142,28 @@ def test_command_default_data_is_the_runs_shards(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('[data]\nshards = "/nowhere/shards"\n')
     with pytest.raises(UserError, match="/nowhere/shards"):
         run(EvalCommand(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("cache", ["none", "kept"])
+def test_evaluate_skipped_image_counts_nowhere_and_is_named(folder: Path, tmp_path: Path, cache: str, caplog) -> None:
+    (folder / "test" / "red" / "1.jpg").write_bytes(jpeg((200, 0, 0))[:100])
+    settings = {"data": str(folder), "split": "test", "task": ("zero_shot",), "progress": False}
+    settings["cache"] = cache if cache == "none" else str(tmp_path / cache)
+    for _ in range(2):  # the second evaluation reads the cache
+        caplog.clear()
+        results = evaluate_with(EvalConfig(**settings, on_bad_image="skip"))
+        result = results["tasks"]["zero_shot/class"]
+        assert result["confusion"] == [[3, 0], [0, 2]]
+        assert list(result["skipped_images"]) == ["red/1.jpg"]
+        assert "cannot be decoded" in result["skipped_images"]["red/1.jpg"]
+        assert "red/1.jpg" not in result["samples"]["key"]
+        assert "skipped 1 of 6 images" in caplog.text
+        with pytest.raises(UserError, match="image red/1.jpg cannot be decoded"):
+            evaluate_with(EvalConfig(**settings))
+
+
+def test_evaluate_without_readable_image_raises(folder: Path) -> None:
+    for path in (folder / "test").rglob("*.jpg"):
+        path.write_bytes(b"none")
+    with pytest.raises(UserError, match="none of 6 images can be decoded"):
+        evaluate_with(EvalConfig(data=str(folder), split="test", progress=False, on_bad_image="skip"))

@@ -23,7 +23,7 @@ from articles import (
 from ingest_runs import ENVIRONMENT, run_build
 from PIL import Image
 
-from bclip_fast.ingest import articles
+from bclip_fast.ingest import articles, discovery, tar_archives
 from bclip_fast.ingest.build import IngestConfig, build
 
 
@@ -84,7 +84,8 @@ def test_truncated_tar_at_any_length_gives_no_pair(tmp_path):
 
 def test_archives_over_the_limits_become_rejects(tmp_path, monkeypatch):
     monkeypatch.setattr(articles, "MAX_IMAGE_BYTES", 1 << 20)
-    monkeypatch.setattr(articles, "MAX_ARCHIVE_BYTES", 64 << 20)
+    monkeypatch.setattr(tar_archives, "MAX_IMAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(tar_archives, "MAX_ARCHIVE_BYTES", 64 << 20)
     root = tmp_path / "in"
     xml = article_xml(("f", "too large an image"), ("g", "good"), number=1)
     write_tar(root / "a.tar.gz", {"x.nxml": xml, "f.jpg": bytes(2 << 20), "g.jpg": red_image()})
@@ -140,13 +141,14 @@ def test_broken_repeated_and_linked_articles_become_rejects(tmp_path):
 
 
 def test_large_plain_archive_becomes_several_units_of_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(articles, "_XMLS_PER_ARCHIVE_UNIT", 4)
+    monkeypatch.setattr(discovery, "XMLS_PER_UNIT", 4)
+    monkeypatch.setattr(tar_archives, "XMLS_PER_UNIT", 4)
     loose = write_articles(tmp_path / "loose", 10)
     files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted(loose.glob("*/*"))}
     write_tar(tmp_path / "bulk/all.tar", files, "w")
     write_tar(tmp_path / "zipped/all.tar.gz", files)
-    assert [package.first for package in articles.discover(tmp_path / "bulk")] == [0, 4, 8]
-    assert len(list(articles.discover(tmp_path / "zipped"))) == 1
+    assert [package.first for package in discovery.discover(tmp_path / "bulk")] == [0, 4, 8]
+    assert len(list(discovery.discover(tmp_path / "zipped"))) == 1
     for name in ("loose", "bulk", "zipped"):
         build(IngestConfig(str(tmp_path / name), tmp_path / f"out-{name}", workers=1, test_fraction=0.2))
     rows = [manifest_rows(tmp_path / f"out-{name}") for name in ("loose", "bulk", "zipped")]
@@ -200,7 +202,7 @@ def test_hostile_articles_become_rejects_in_bounded_memory_and_time(tmp_path):
     assert reasons["t.tar/evil.jpg"] == "not a regular file"
     assert [reason for article, _, _, reason in rejects if article == "PMC1"] == [
         "unsafe href",
-        "not an image of a known format",
+        "image in a format that is not read: HTML",
         "link out of the source folder",
         "image of too many pixels",
     ]

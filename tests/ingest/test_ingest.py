@@ -46,7 +46,7 @@ def test_build_figures_find_their_images(tmp_path):
         ("F8", "plain", "no caption"),
         ("F9", "../b/other", "unsafe href"),
         ("F10", "/etc/hostname", "unsafe href"),
-        ("F11", "broken.jpg", "not an image of a known format"),
+        ("F11", "broken.jpg", "image in a format that is not read: HTML"),
     ]
     rows = manifest_rows(tmp_path / "out")
     assert rows["PMC5_f1"]["file"] == "plain.jpg"  # the JPEG, not its thumbnail
@@ -178,7 +178,12 @@ def test_build_real_articles_pairs_every_figure_with_an_image(shared_data, tmp_p
     with caplog.at_level("INFO", logger="bclip_fast.ingest.build"):
         captions, rejects = run_build(articles, tmp_path / "one", **options)
     assert len(captions) == len(pairs) == 558
-    assert Counter(reason for _, _, reason in rejects) == {"image missing": 68}
+    assert Counter(reason.partition(":")[0] for _, _, reason in rejects) == {
+        "image missing": 68,
+        "outside a figure": 39,
+        "image of a formula": 11,
+        "image in running text": 1,
+    }
     assert "155 articles, 558 pairs" in caplog.text
     assert "68 image missing" in caplog.text
     rows = manifest_rows(tmp_path / "one").values()

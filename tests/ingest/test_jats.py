@@ -9,7 +9,7 @@ import time
 import pytest
 from jats_pieces import HEAD, parse_article, parse_figures
 
-from bclip_fast.ingest import jats
+from bclip_fast.ingest import jats, jats_figures
 from bclip_fast.ingest.jats import JatsError
 
 
@@ -98,7 +98,7 @@ def test_figures_count_in_all_places_except_excluded_ones():
 
 
 def test_parse_huge_article_is_bounded():
-    long = "x" * (jats.MAX_CAPTION + 1)
+    long = "x" * (jats_figures.MAX_CAPTION + 1)
     body = f'<fig-group><caption><p>{long}</p></caption><fig><graphic xlink:href="g"/></fig></fig-group>'
     (figure,) = parse_article(body).figures
     assert (figure.caption, figure.excluded) == ("", "caption longer than 32768 characters")
@@ -129,15 +129,8 @@ def test_mentions_are_the_paragraphs_that_refer_to_a_figure():
     assert two.mentions == ("As Fig. 1 and both show.", "In a list 2.", "Of the group: here. [1]")
     many = "".join(f'<p>{i} <xref rid="a">1</xref>{"x" * 3000}</p>' for i in range(20))
     (figure,) = parse_article(f'{many}<fig id="a"><caption><p>One.</p></caption></fig>').figures
-    assert len(figure.mentions) == jats.MAX_MENTIONS
-    assert all(len(text) == jats.MAX_MENTION for text in figure.mentions)
-
-
-def test_nested_figures_share_the_outer_caption():
-    body = """<fig id="f"><label>Figure 1</label><caption><p>Both.</p></caption>
-      <fig id="a"><label>A</label><caption><p>Left.</p></caption><graphic xlink:href="1"/></fig>
-      <fig id="b"><graphic xlink:href="2"/></fig></fig>"""
-    assert parse_figures(body) == [("a", "A", "Both. Left.", [("1",)]), ("b", "Figure 1", "Both.", [("2",)])]
+    assert len(figure.mentions) == jats_figures.MAX_MENTIONS
+    assert all(len(text) == jats_figures.MAX_MENTION for text in figure.mentions)
 
 
 def test_caption_that_repeats_the_label_counts_as_missing():

@@ -12,7 +12,7 @@ from jats_pieces import parse_caption
         ("<title>A title</title><p>One.</p><p>Two.</p>", "A title One. Two."),
         ("<p>x <bold>b<italic>i<sup>s</sup>j</italic>c</bold> y</p>", "x bisjc y"),
         ("<p>CO<sub>2</sub> in <italic>E. coli</italic></p>", "CO2 in E. coli"),
-        ('<p>as in [<xref ref-type="bibr" rid="r1"><sup>12</sup></xref>], see</p>', "as in [12], see"),
+        ('<p>as in [<xref ref-type="bibr" rid="r1"><sup>12</sup></xref>], see</p>', "as in, see"),
         ("<p>a\n   b\t c\u00a0d\u2009e</p>", "a b c d e"),
         ("<p>soft\u00adhyphen\u200b, e\u0301</p>", "softhyphen, \u00e9"),
         ("<p>a<!-- no -->b<?pi no?>c</p>", "abc"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from articles import article_xml, encode_image, manifest_rows, write_files
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from bclip_fast.ingest.build import IngestConfig, build
 from bclip_fast.ingest.panels import layout, split_caption, split_panels
@@ -42,13 +42,25 @@ def test_split_caption_needs_one_style_of_labels(caption, expected):
 
 
 def draw_panels(
-    boxes: list[tuple[int, int, int, int]], size: tuple[int, int] = (600, 400), background: int = 255
+    boxes: list[tuple[int, int, int, int]],
+    size: tuple[int, int] = (600, 400),
+    background: int = 255,
+    letters: str = "",
+    place: tuple[int, int] = (18, 16),
+    style: str = "{}",
 ) -> Image.Image:
+    """Draw panels of noise. Each letter stands on a white patch of its panel, at `place` from its corner."""
     pixels = np.full((size[1], size[0], 3), background, np.uint8)
     rng = np.random.default_rng(0)
     for left, top, right, bottom in boxes:
-        pixels[top:bottom, left:right] = rng.integers(60, 200, (bottom - top, right - left, 3))
-    return Image.fromarray(pixels)
+        pixels[top:bottom, left:right] = rng.integers(120, 180, (bottom - top, right - left, 3))
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    for letter, (left, top, _, _) in zip(letters, boxes, strict=False):
+        x, y = left + place[0], top + place[1]
+        draw.rectangle((x - 4, y - 4, x + 44, y + 30), fill="white")
+        draw.text((x, y), style.format(letter), fill="black", font=ImageFont.load_default(24))
+    return image
 
 
 Box = tuple[int, int, int, int]
@@ -67,8 +79,35 @@ def assert_around(boxes: list[Box], panels: list[Box]) -> None:
 @pytest.mark.parametrize("background", [255, 0])
 @pytest.mark.parametrize("boxes", [ROW, GRID, SHORT, GRID[:2]])
 def test_layout_clear_gaps_give_boxes(boxes, background):
-    labels = list("ABCD"[: len(boxes)])
-    assert_around(layout(draw_panels(boxes, background=background), labels), boxes)
+    letters = "ABCD"[: len(boxes)]
+    assert_around(layout(draw_panels(boxes, background=background, letters=letters), list(letters)), boxes)
+
+
+SIX = [(x, y, x + 180, y + 180) for y in (10, 210) for x in (10, 210, 410)]
+LEFT_LAST = GRID[:3]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "letters", "options"),
+    [
+        (SIX, "ACEBDF", {}),
+        (SIX, "ABCDEF", {}),
+        (GRID, "ACBD", {"place": (240, 150)}),
+        (GRID, "ABCD", {"style": "({})"}),
+        (GRID, "acbd", {"style": "{}."}),
+        (LEFT_LAST, "ABC", {}),
+        (LEFT_LAST, "ACB", {}),
+    ],
+)
+def test_layout_follows_the_printed_letters_of_a_grid(boxes, letters, options):
+    labels = sorted(letters.upper())
+    expected = [box for _, box in sorted(zip(letters.upper(), boxes, strict=True))]
+    assert_around(layout(draw_panels(boxes, letters=letters, **options), labels), expected)
+
+
+@pytest.mark.parametrize("letters", ["", "ABDC", "A", "AB", "WXYZ"])
+def test_layout_of_a_grid_without_clear_letters_gives_no_boxes(letters):
+    assert layout(draw_panels(GRID, letters=letters), list("ABCD")) == []
 
 
 @pytest.mark.parametrize(
@@ -79,6 +118,7 @@ def test_layout_clear_gaps_give_boxes(boxes, background):
         (ROW, "ABCD"),
         ([(10, 10, 590, 390)], "AB"),
         ([], "AB"),
+        (SIX, "ABCDEF"),  # without printed letters, they may run along the rows or down the columns
         ([(10, 10, 500, 390), (520, 10, 590, 100)], "AB"),  # an inset or a legend
         ([(10, 10, 200, 190), (220, 10, 590, 190), (10, 210, 380, 390), (400, 210, 590, 390)], "ABCD"),
         (GRID[:1] + GRID[2:], "ABC"),  # one above, two below

@@ -91,9 +91,6 @@ def test_choose_version_and_rules(bucket):
     [
         {"xml_url": "s3://b/PMC2.1/PMC2.1.xml?md5=" + "0" * 32},
         {"xml_url": "s3://b/PMC1.1/..%2f..%2fetc?md5=" + "0" * 32},
-        {"media_urls": ["s3://b/PMC1.1/../x.jpg?md5=" + "0" * 32]},
-        {"media_urls": ["s3://b/PMC1.1/.hidden.jpg?md5=" + "0" * 32]},
-        {"media_urls": ["s3://b/PMC1.1/x.jpg"]},
         {"media_urls": 5},
         {"pmcid": "PMC2"},
         {"is_retracted": "no"},
@@ -104,6 +101,48 @@ def test_choose_version_invalid_metadata_are_refused(bucket, change):
     bucket.put_article(1, 1, **change)
     with pytest.raises(SourceError, match="broken metadata"):
         choose_version(HttpStore(bucket.address), "PMC1")
+
+
+def test_odd_addresses_of_media_lose_only_their_file(bucket, tmp_path):
+    bucket.put_article(1)
+    metadata = json.loads(bucket.objects["metadata/PMC1.1.json"])
+    md5 = "?md5=" + "0" * 32
+    others = ["data#1.csv" + md5, "what?.xlsx" + md5, "notes 50%.doc" + md5, "movie.mp4", "../x.pdf" + md5]
+    images = ["", "../x.jpg" + md5, ".hidden.png" + md5, "y.tif"]
+    metadata["media_urls"] += [f"s3://b/PMC1.1/{name}" for name in others + images] + [None, 5]
+    # A file of the article whose name has both marks.
+    bucket.objects["PMC1.1/a#b?c.jpg"] = noise_image(77)
+    metadata["media_urls"].append(f"s3://b/PMC1.1/a#b?c.jpg?md5={md5_of(noise_image(77))}")
+    bucket.objects["metadata/PMC1.1.json"] = json.dumps(metadata).encode()
+    version, _ = choose_version(HttpStore(bucket.address), "PMC1")
+    assert sorted(version.media) == ["PMC1.1/a#b?c.jpg", "PMC1.1/fig-0.jpg", "PMC1.1/fig-1.jpg"]
+    expected = [f"s3://b/PMC1.1/{name}" for name in images] + ["None", "5"]
+    assert [name for name, _ in version.refused] == expected
+    assert fetch(FetchConfig(tmp_path / "mirror", source=bucket.address, prefix="PMC")) == 0
+    for name, source in (("a", bucket.address), ("b", str(tmp_path / "mirror"))):
+        build(IngestConfig(source, tmp_path / name, prefix="PMC", workers=1))
+        assert sorted(manifest_rows(tmp_path / name)) == ["PMC1_f1", "PMC1_f2"]
+        rejects = reject_rows(tmp_path / name)
+        assert [row[2:] for row in rejects] == [(file, "invalid address in the metadata") for file in expected]
+
+
+def test_licence_of_the_xml_counts_beside_that_of_the_metadata(bucket, tmp_path):
+    words = b"<license><license-p>Creative Commons Attribution-NonCommercial License</license-p></license>"
+    bucket.put_article(1)
+    bucket.put_article(2)
+    xml = bucket.objects["PMC2.1/PMC2.1.xml"].replace(
+        b"</article-meta>", b"<permissions>" + words + b"</permissions></article-meta>"
+    )
+    metadata = json.loads(bucket.objects["metadata/PMC2.1.json"])
+    metadata["xml_url"] = f"s3://b/PMC2.1/PMC2.1.xml?md5={md5_of(xml)}"
+    bucket.objects |= {"PMC2.1/PMC2.1.xml": xml, "metadata/PMC2.1.json": json.dumps(metadata).encode()}
+    reason = "licence not commercial: CC BY-NC (metadata: CC BY; article: CC BY-NC)"
+    build(IngestConfig(bucket.address, tmp_path / "a", prefix="PMC", workers=1, license="commercial"))
+    assert [row[3] for row in reject_rows(tmp_path / "a")] == [reason]
+    mirror = tmp_path / "mirror"
+    assert fetch(FetchConfig(mirror, source=bucket.address, prefix="PMC", license="commercial")) == 0
+    assert [json.loads(line)["reason"] for line in (mirror / "rejects.jsonl").read_text().splitlines()] == [reason]
+    assert sorted(path.name for path in mirror.glob("metadata/*")) == ["PMC1.1.json"]
 
 
 def test_build_from_mirror_and_bucket_gives_same_dataset(bucket, tmp_path):

@@ -27,6 +27,7 @@ from bclip_fast.plan import activations
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
 from bclip_fast.train.engine import Engine, EngineConfig, build_engine
+from bclip_fast.train.engine.base import persistent_buffers
 from bclip_fast.train.export import ExportConfig
 from bclip_fast.train.export import run as export
 from bclip_fast.train.grad_cache import GradCache, embed
@@ -73,13 +74,13 @@ def test_running_statistics_change_once_per_micro_batch() -> None:
 def test_locked_tower_keeps_running_statistics(unlocked: int) -> None:
     model = resnet_tower().train()
     model.lock(unlocked)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in persistent_buffers(model).items()}
     model(torch.randn(4, 3, 64, 64)).sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     last = tuple(f"layers.{i}." for i in range(6 - unlocked, 6)) + (("pool.",) if unlocked else ()) + ("head.",)
     assert trained == {name for name, _ in model.named_parameters() if name.startswith(last)}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    moved = {name for name, buffer in persistent_buffers(model).items() if not torch.equal(buffer, before[name])}
     assert moved == {name for name in before if name.startswith(last)}
     with pytest.raises(UserError, match="unlocked groups=7 must be"):
         model.lock(7)
@@ -120,7 +121,7 @@ def whole_batch(num_ranks: int) -> dict[str, Any]:
     for number, part in enumerate(micro_batches()):
         parts.append(embed(engine, *part))
         if number == NUM_PARTS // num_ranks - 1:
-            rank_0_statistics = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+            rank_0_statistics = {name: buffer.clone() for name, buffer in persistent_buffers(engine.module).items()}
     image, text = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     loss = ClipLoss()(image, text, parts[0].logit_scale)
     engine.backward(loss)

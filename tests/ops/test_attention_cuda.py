@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_emulator import ON_GPU, hosted, outside
 from inside import num_passed
-from judged import SEED, bounds_of, judge_attention_operator
+from judged import SEED, bounds_of, judge_attention_operator, judge_longer_sequence
 
 from bclip_fast import ops
 from bclip_fast.ops import cuda_device
@@ -75,6 +75,12 @@ def test_cuda_rows_beyond_registers_are_as_accurate_as_eager(tokens, dim, causal
     judge_attention_operator(
         "cuda", (tokens, 1, dim), torch.float16, None, mask if causal else None, tokens, causal, dropout_p
     )
+
+
+@hosted
+@pytest.mark.parametrize("causal", [False, True])
+def test_cuda_sequence_longer_than_max_seqlen_changes_no_other(causal, nan_filled):
+    judge_longer_sequence(cuda, torch.float16, causal)
 
 
 @hosted

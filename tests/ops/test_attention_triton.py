@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import launches
 import pytest
 import torch
 from inside import num_passed
-from interpreter import INTERPRETED, compiled, interpreted
-from judged import SEED, bounds_of, judge_attention_operator
-from resources import CAPABILITIES, TYPES, compiled_resources
+from interpreter import INTERPRETED, RUNS_KERNELS, compiled, interpreted
+from judged import SEED, bounds_of, judge_attention_operator, judge_longer_sequence
+from launches import ATTENTION_KERNELS as KERNELS
+from resources import CAPABILITIES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.attention import LIMITS, reference
-from bclip_fast.ops.attention.call import AttentionCall
+from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
 from bclip_fast.ops.dispatch import BackendError
 
 pytest.importorskip("triton")
 ours = pytest.importorskip("bclip_fast.ops.attention.triton")
-kernels = pytest.importorskip("bclip_fast.ops.attention.triton_kernels")
+single_query = pytest.importorskip("bclip_fast.ops.attention.single_query.triton")
 
 
 @compiled
@@ -102,6 +104,35 @@ def test_triton_nan_in_one_sequence_does_not_spread(dtype):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("dtype", "causal"), [(torch.float16, False), (torch.float16, True), (torch.float32, False)], ids=str
+)
+def test_triton_sequence_longer_than_max_seqlen_changes_no_other(dtype, causal, nan_filled):
+    judge_longer_sequence(ours, dtype, causal)
+
+
+@interpreted
+def test_triton_single_query_outside_its_sequence_reads_no_other():
+    query, pairs = torch.randn(2, 1, 32), torch.randn(20, 2, 1, 32)
+    options = bounds_of([5, 15]), True, 0.0, None, 0.2
+    calls = [SingleQueryCall(query, pairs, torch.tensor(rows), *options) for rows in ([9, 10], [4, 10])]
+    results = []
+    for call in calls:
+        out, lse = single_query.forward(call)
+        results.append([out, lse, *single_query.backward(call, torch.ones_like(out), out, lse)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@interpreted
+def test_triton_attention_with_little_shared_memory_is_as_accurate_as_eager(nan_filled, monkeypatch):
+    """sm_86, sm_89 and sm_120 give a program 99 KiB, too little for the row kernels with 256 keys."""
+    monkeypatch.setattr(ours, "triton_block_bytes", lambda tensor: 99 * 1024)
+    judge_attention_operator("triton", (131, 1, 64), torch.float16, None, None, 131, False, 0.3)
+    bounds = bounds_of([131, 7])
+    judge_attention_operator("triton", (138, 1, 128), torch.float16, bounds, None, 140, False, 0.0)
+
+
+@interpreted
 @pytest.mark.parametrize(("tokens", "first", "dtype"), [(61, 0, torch.float16), (331, 288, torch.float16)], ids=str)
 def test_triton_dropout_drops_the_weights_of_the_reference(tokens, first, dtype):
     """With zero keys, the output is the sum of the kept values: here 32 keys, each with its own output element."""
@@ -120,9 +151,9 @@ def test_limits_give_reasons():
     qkv = torch.ones(3, 3, 1, 32)
     assert "d=48" in limits(torch.ones(3, 3, 1, 48))
     assert "float64" in limits(qkv.double())
-    if INTERPRETED:
+    if RUNS_KERNELS:
         assert limits(qkv) is None
-        assert "bfloat16" in limits(qkv.bfloat16())
+        assert ("bfloat16" in limits(qkv.bfloat16())) if INTERPRETED else limits(qkv.bfloat16()) is None
     else:
         with pytest.raises(BackendError, match="not cuda"):
             ops.varlen_attention(qkv, bounds_of([3]), 3, backend="triton")
@@ -134,23 +165,10 @@ def test_triton_sequence_beyond_int32_raises_an_error():
         ours._operand(torch.empty(9, 3, 1, 32), 2**25)
 
 
-def resources(name, dtype, dim, max_seqlen, variant, capability, folder):
-    kernel = getattr(kernels, name + "_kernel")
-    constants = {**ours.configuration(name, dtype, dim, max_seqlen), "HEADS": 12}
-    constants |= {arg: value for arg, value in VARIANTS[variant].items() if arg in kernel.arg_names}
-    types = dict.fromkeys(["qkv", "out", "grad_out", "grad_qkv"], f"*{TYPES[dtype]}")
-    types |= {"cu_seqlens": "*i32", "key_mask": "*u8", "seed": "*i64", "lse": "*fp32", "delta": "*fp32"}
-    types |= {"keep_scale": "fp32", "scale": "fp32"}
-    return compiled_resources(kernel, types, constants, capability, folder)
+def resources(*launch, capability, folder):
+    return compiled_resources(*launches.attention(*launch), capability, folder)
 
 
-VARIANTS = {
-    "images": {"CAUSAL": False, "DROPOUT": False, "cu_seqlens": None, "key_mask": None, "seed": None},
-    "images with dropout": {"CAUSAL": False, "DROPOUT": True, "cu_seqlens": None, "key_mask": None},
-    "captions": {"CAUSAL": False, "DROPOUT": True, "key_mask": None},
-    "masks": {"CAUSAL": True, "DROPOUT": True, "cu_seqlens": None},
-}
-KERNELS = ["_row_forward", "_row_backward", "_block_forward", "_query_backward", "_key_backward"]
 # Shared memory of a multiprocessor, of which each program takes 1 KiB for itself (CUDA's compute capabilities table).
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
 
@@ -163,7 +181,7 @@ SHARED = {80: 164 * 1024, 90: 228 * 1024}
     + [(name, "masks") for name in KERNELS[2:]],
 )
 def test_kernel_compiles_without_spills(name, variant, capability, tmp_path):
-    needs = resources(name, torch.bfloat16, 64, 256, variant, capability, tmp_path)
+    needs = resources(name, torch.bfloat16, 64, 256, variant, capability=capability, folder=tmp_path)
     assert needs.spilled == 0
     # `configuration` promises two programs of 8 warps per multiprocessor.
     programs = 2 if name == "_row_forward" else 1
@@ -185,6 +203,6 @@ SLOW = [
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("name", "sizes", "variant"), SLOW, ids=str)
 def test_other_variants_compile_without_spills(name, sizes, variant, capability, tmp_path):
-    needs = resources(name, *sizes, variant, capability, tmp_path)
+    needs = resources(name, *sizes, variant, capability=capability, folder=tmp_path)
     assert needs.spilled == 0
     assert needs.shared + 1024 <= SHARED[capability]

@@ -209,7 +209,7 @@ def test_bfloat16_features_at_scale_100_beat_autocast(backend, cosine):
     truth = gradients_of(exact, [tensor.double() for tensor in inputs])
 
     def autocast_step(image, text, scale):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(image.device.type, torch.bfloat16):
             return reference.dense(image, text, scale)
 
     ours = errors(gradients_of(lambda *a: ops.clip_loss(*a, backend=backend), inputs), truth)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from oracle import every_backend, every_backend_and
 from pairwise import pairwise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bclip_fast import ops
-from bclip_fast.ops.contrastive import LIMITS
+from bclip_fast.ops.contrastive import LIMITS, clip_op, siglip_op
 from bclip_fast.ops.contrastive.checks import operand_dtype_for
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -99,3 +100,32 @@ def test_gradients_of_rounded_operands_are_not_rounded(backend, name):
         assert ours.dtype == torch.float32
         assert (ours.double() - true).norm() <= 1e-3 * true.norm()
     assert 0 < actual[1].abs().max() < 6e-8
+
+
+@pytest.mark.parametrize("backend", every_backend("contrastive", torch.float16))
+@pytest.mark.parametrize("name", LOSSES)
+def test_float64_features_with_rounded_operands_are_accurate(backend, name):
+    """The scalars are float64 there, but kernels of half-precision operands read float32."""
+    inputs = [*features(40, 24, torch.float64), torch.tensor(20.0, dtype=torch.float64)]
+    actual = results_of(lambda *a: LOSSES[name](*a, operand_dtype=torch.float16, backend=backend), *inputs)
+    truth = results_of(LOSSES[name], inputs[0].half().double(), inputs[1].half().double(), inputs[2])
+    for ours, true in zip(actual, truth, strict=True):
+        assert ours.dtype == torch.float64
+        assert (ours - true).norm() <= 1e-3 * true.norm()
+
+
+@pytest.mark.parametrize("operator", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("backend", every_backend("contrastive", torch.float16))
+def test_float64_features_with_rounded_operands_are_registered(backend, operator):
+    """Fake tensors have the dtypes of real results."""
+    image, text = features(6, 8, torch.float64)
+    scale, ids = torch.tensor(20.0, dtype=torch.float64), torch.arange(6) // 2
+    results = {
+        "clip_loss": lambda *a, ids=None: clip_op.clip_loss(*a, ids, ids, 6, 0.0, 4, torch.float16, False, backend),
+        "siglip_loss": lambda *a, ids=None: siglip_op.siglip_loss(*a, a[2], ids, ids, 4, torch.float16, True, backend),
+    }[operator]
+    for given in (None, ids):
+        real = results(image, text, scale, ids=given)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = results(image, text, scale, ids=given)
+        assert [(each.dtype, each.shape) for each in fake] == [(each.dtype, each.shape) for each in real]

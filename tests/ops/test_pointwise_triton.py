@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import formulas
+import launches
 import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
-from interpreter import INTERPRETED, compiled, interpreted
+from interpreter import RUNS_KERNELS, compiled, interpreted
 from judged import joined
 from oracle import assert_as_accurate_as_eager
-from resources import CAPABILITIES, TYPES, compiled_resources
+from resources import CAPABILITIES, compiled_resources
 
 from bclip_fast import ops
 from bclip_fast.ops.pointwise import LIMITS, reference
@@ -73,7 +74,7 @@ def test_limits_give_reasons():
     limits = LIMITS["triton"]
     assert "9000" in limits(torch.ones(1, 9000), torch.ones(9000))
     assert "float64" in limits(torch.ones(2, 4, dtype=torch.float64))
-    assert (limits(torch.ones(1, 9000)) is None) if INTERPRETED else "cpu" in limits(torch.ones(2, 4))
+    assert (limits(torch.ones(1, 9000)) is None) if RUNS_KERNELS else "cpu" in limits(torch.ones(2, 4))
 
 
 @compiled
@@ -81,20 +82,11 @@ def test_limits_give_reasons():
 @pytest.mark.parametrize("dim", [768, 1024, 8192])
 @pytest.mark.parametrize("name", ["_add_norm_kernel", "_add_norm_backward_kernel"])
 def test_norm_kernels_compile_without_spills(name, dim, capability, tmp_path):
-    """The post-norm text tower has a float32 stream, a bfloat16 branch, dropout, and uses both results."""
-    kernel = getattr(ours, name)
-    types = dict.fromkeys(["branch", "normed", "grad", "branch_grad"], f"*{TYPES[torch.bfloat16]}")
-    types = dict.fromkeys(kernel.arg_names, "*fp32") | types
-    types |= {"seed": "*i64", "threshold": "i32", "num_rows": "i32", "keep_scale": "fp32", "eps": "fp32"}
-    constants = {**ours.configuration(dim), "DROPOUT": True}
-    assert compiled_resources(kernel, types, constants, capability, tmp_path).spilled == 0
+    assert compiled_resources(*launches.add_norm(name, dim), capability, tmp_path).spilled == 0
 
 
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["_gelu_kernel", "_gelu_backward_kernel"])
 def test_gelu_kernels_compile_without_spills(name, capability, tmp_path):
-    kernel = getattr(ours, name)
-    types = {**dict.fromkeys(["x", "out", "grad"], f"*{TYPES[torch.bfloat16]}"), "size": "i32"}
-    constants = {"BLOCK": ours.GELU_BLOCK, "enable_fp_fusion": True}
-    assert compiled_resources(kernel, types, constants, capability, tmp_path).spilled == 0
+    assert compiled_resources(*launches.gelu(name), capability, tmp_path).spilled == 0

@@ -127,3 +127,11 @@ def test_packed_sequences_in_a_cpu_graph_are_refused():
     torch.testing.assert_close(compiled(qkv, "auto"), attend(qkv, "torch"))
     with pytest.raises(Exception, match="lengths a graph cannot hold"):
         compiled(qkv, "torch")
+
+
+def test_padded_sequence_longer_than_max_seqlen_changes_no_other():
+    """An index outside would stop a GPU's context, and only the GPU knows the lengths."""
+    qkv, rows = torch.randn(20, 3, 2, 16), torch.tensor([0, 1, 2, 18, 19])
+    call = AttentionCall(qkv, bounds_of([3, 15, 2]), None, 9, False, 0.0, None, 0.3)
+    right = AttentionCall(qkv[rows], bounds_of([3, 0, 2]), None, 9, False, 0.0, None, 0.3)
+    torch.testing.assert_close(sdpa.packed_padded(call)[rows], sdpa.packed_padded(right))

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import COLOURS, ColourModel, colour_model, jpeg, preprocess, tokenizer
+from dicom_files import dicom
 from towers import SMALL, shaken
 
 from bclip_fast import cli, pretrained
@@ -67,7 +68,7 @@ def test_searcher_other_model_or_data_or_damaged_index_raises(index: Path, shard
     with ShardWriter(tmp_path / "fewer") as writer:
         writer.write(Sample("x", jpeg((1, 2, 3)), "one"), "val")
     moved = Searcher(OpenConfig(folder=str(index), data=str(tmp_path / "fewer")), colour_model())
-    with pytest.raises(UserError, match=r"has 1 images, but .* has 40; run bclip embed again"):
+    with pytest.raises(UserError, match=r"has 1 images, but .* is of 40; run bclip embed again"):
         moved.thumbnail(moved.text("red")[0])
     with ShardWriter(tmp_path / "renamed") as writer:
         for i in range(40):
@@ -145,3 +146,44 @@ def test_commands_embed_and_search_a_folder_of_images(start: Path, tmp_path: Pat
         error = capsys.readouterr().err
         assert words in error
         assert "Traceback" not in error
+
+
+def test_embed_damaged_image_is_left_out_and_search_finds_the_others(start: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.log, "configure", lambda *args, **options: None)
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    good = {name: jpeg(colour, 40) for name, colour in (("a.jpg", (250, 9, 9)), ("c.jpg", (9, 9, 250)))}
+    for name, data in {**good, "b.jpg": good["a.jpg"][:100]}.items():
+        (images / name).write_bytes(data)
+    command = ["embed", str(start), "--data", str(images), "--out", out, "--no-progress"]
+    assert cli.main(command) == 0
+    searcher = Searcher(OpenConfig(folder=out))
+    assert len(searcher) == 2
+    for name, data in good.items():
+        hit = searcher.image(data, 1)[0]
+        assert hit.key == name
+        assert hit.score > 0.999
+        assert searcher.thumbnail(hit).startswith("data:image/jpeg")
+    capsys.readouterr()
+    assert cli.main([*command, "--on_bad_image", "stop"]) == 2
+    assert "image b.jpg cannot be decoded" in capsys.readouterr().err
+
+
+def test_search_file_of_any_name_is_an_image(start: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cli.log, "configure", lambda *args, **options: None)
+    images, out = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    (images / "a.jfif").write_bytes(jpeg((250, 9, 9), 40))
+    scan = np.arange(40 * 40, dtype=np.uint16).reshape(40, 40)
+    (images / "scan.dcm").write_bytes(dicom(scan))
+    assert cli.main(["embed", str(start), "--data", str(images), "--out", out, "--no-progress"]) == 0
+    for name, content, key in (
+        ("photo", jpeg((250, 9, 9), 40), "a.jfif"),
+        ("scan.bin", dicom(scan), "scan.dcm"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert cli.main(["search", out, str(tmp_path / name), "-k", "1"]) == 0
+        assert key in capsys.readouterr().out
+    (tmp_path / "notes.md").write_text("not an image")
+    assert cli.main(["search", out, str(tmp_path / "notes.md")]) == 2
+    assert "notes.md cannot be decoded: not an image" in capsys.readouterr().err

@@ -69,6 +69,26 @@ def judge_attention_operator(
     torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def judge_longer_sequence(backend: Any, dtype: torch.dtype, causal: bool, dim: int = 64) -> None:
+    """On a GPU nothing checks lengths, so a sequence may be longer than `max_seqlen`.
+
+    `backend`, a module, takes only the first `max_seqlen` of its rows, and writes nothing for the others. Needs the
+    fixture nan_filled.
+    """
+    longest, lengths = 60, [5, 300, 7]
+    inside = torch.arange(sum(lengths))
+    inside = (inside < 5 + longest) | (inside >= 305)
+    qkv, upstream = torch.randn(sum(lengths), 3, 1, dim).to(dtype), torch.randn(sum(lengths), 1, dim).to(dtype)
+    results = []
+    for rows, bounds in ((slice(None), bounds_of(lengths)), (inside, bounds_of([5, longest, 7]))):
+        call = AttentionCall(qkv[rows], bounds, None, longest, causal, 0.0, None, 0.2)
+        out, lse = backend.forward(call)
+        results.append((out, lse.T, backend.backward(call, upstream[rows], out, lse)))
+    for longer, right in zip(*results, strict=True):
+        assert torch.equal(longer[inside], right)
+        assert longer[~inside].isnan().all()
+
+
 def judge_single_query_attention(
     kernel: Callable[[Tensor, Tensor], Tensor],
     options: tuple[Any, ...],

@@ -13,6 +13,7 @@ from bclip_fast.model.presets import preset
 from bclip_fast.model.resnet import BatchNorm, ResNetTower
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.vision import VisionConfig
+from bclip_fast.train.engine.base import persistent_buffers
 
 SMALL = BiomedClipConfig(
     embed_dim=24,
@@ -64,5 +65,6 @@ def resnet_tower(config: BiomedClipConfig = RESNET) -> ResNetTower:
 
 def statistics(module: nn.Module) -> list[torch.Tensor]:
     """Copies of the running statistics."""
-    assert list(module.buffers())
-    return [buffer.clone() for buffer in module.buffers()]
+    buffers = persistent_buffers(module)
+    assert buffers
+    return [buffer.clone() for buffer in buffers.values()]

@@ -6,13 +6,16 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from colours import COLOURS, jpeg
+from fake_cuda import fake_cuda
 from peers import import_torchvision
 from PIL import Image
+from runs import column
 from towers import SMALL
 
 from bclip_fast import pretrained
@@ -24,8 +27,10 @@ from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.text import TextConfig
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig
+from bclip_fast.ops.dispatch import use_backend
 from bclip_fast.pretrained import vqa_head
-from bclip_fast.train import checkpoint
+from bclip_fast.train import backends, checkpoint
+from bclip_fast.train import finetune as finetune_module
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.finetune import FinetuneConfig, finetune
 from bclip_fast.train.schedule import OptimConfig
@@ -103,6 +108,33 @@ def test_finetune_resumed_run_equals_uninterrupted_run(start: Path, table: Path,
         finetune(settings(start, table, complete))
     with pytest.raises(UserError, match=r"cannot resume.*batch_size"):
         finetune(settings(start, table, complete, resume=True, batch_size=8))
+
+
+@pytest.mark.parametrize("task", ["vqa", ""])
+def test_finetune_step_on_gpu_waits_once(
+    task: str, start: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a simulated GPU, the host waits at the end of a step for its results, which are those of the CPU."""
+    data, transfers = table if task else write_pairs(tmp_path), []
+    train_step = finetune_module._Loop._train_step
+    monkeypatch.setattr(backends, "_devices", lambda: [torch.device("cpu")])
+
+    def noted_step(self: Any, *arguments: Any) -> Any:
+        if self.engine.device.type == "cuda":
+            fake.clear()
+        record = train_step(self, *arguments)
+        if self.engine.device.type == "cuda":
+            transfers.append([transfer.kind for transfer in fake.transfers if transfer.blocks])
+        return record
+
+    monkeypatch.setattr(finetune_module._Loop, "_train_step", noted_step)
+    with use_backend("reference"):
+        on_cpu = finetune(settings(start, data, tmp_path / "cpu", task=task, epochs=1))
+        with fake_cuda() as fake:
+            on_gpu = finetune(settings(start, data, tmp_path / "gpu", task=task, epochs=1))
+    assert column(on_gpu, "loss") == column(on_cpu, "loss") != []
+    assert column(on_gpu, "grad_norm") == column(on_cpu, "grad_norm")
+    assert transfers == [["wait"]] * len(transfers) != []
 
 
 def test_finetune_questions_are_learnt_saved_and_evaluated(start: Path, table: Path, tmp_path: Path) -> None:
@@ -220,3 +252,20 @@ def test_finetune_wrong_settings_raise_one_line(start: Path, table: Path, tmp_pa
         with pytest.raises(UserError, match=message) as caught:
             finetune(settings(start, table, changes.pop("run", tmp_path / "run"), **changes))  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def test_finetune_damaged_image_is_replaced_or_stops(start: Path, tmp_path: Path, caplog) -> None:
+    data = write_pairs(tmp_path)
+    (tmp_path / "p3.jpg").write_bytes(jpeg((9, 9, 9), 40)[:200])
+    changes = {"task": "", "epochs": 2, "checkpoint_every": 0}
+    with caplog.at_level("WARNING"):
+        finetune(settings(start, data, tmp_path / "run", **changes))
+    [message] = [record.message for record in caplog.records if "replaced a sample" in record.message]
+    assert "p3.jpg cannot be decoded" in message
+    assert (tmp_path / "run" / "model").is_dir()
+    with pytest.raises(UserError, match=r"image p3\.jpg cannot be decoded"):
+        finetune(settings(start, data, tmp_path / "stopped", on_bad_image="stop", **changes))
+    for i in range(16):
+        (tmp_path / f"p{i}.jpg").write_bytes(b"none")
+    with pytest.raises(UserError, match="33 images in a row cannot be decoded"):
+        finetune(settings(start, data, tmp_path / "none", **changes))

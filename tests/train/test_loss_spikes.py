@@ -34,22 +34,23 @@ def test_loss_spikes_above_limits_forbid_updates():
     spikes = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
     taken, refused = StepResult(1.0, False), StepResult(1.0, True)
     for step, loss in enumerate([3.0, 3.1, 2.9], 1):
-        assert spikes.limit(loss, 16) == math.inf
+        assert spikes.limits(16) == (math.inf, math.inf)
         assert spikes.observe(step, loss, taken) is None
-    assert spikes.limit(1e9, 16) == math.inf
-    assert spikes.limit(math.nan, 16) == -1.0
+    assert spikes.limits(16) == (math.inf, math.inf)
     spikes.observe(4, 3.3, StepResult(2.0, False))
     # The losses 2.9, 3.0, 3.1 and 3.3 have the median 3.05 and the deviations 0.05, 0.05, 0.15 and 0.25, so the limit
     # is 3.05 + 10 * 0.1. Most norms are 1, so their deviation is the minimum, a hundredth of the median.
-    assert spikes.limit(4.04, 16) == pytest.approx(1 + 20 * 0.01)
-    assert spikes.limit(4.06, 16) == -1.0
+    assert spikes.limits(16) == (pytest.approx(4.05), pytest.approx(1 + 20 * 0.01))
+    assert not spikes.may_end_run(5)
     assert spikes.observe(5, 4.06, refused) == "the loss is 4.06, above the limit 4.05"
     assert not spikes.too_many
     assert spikes.num_skipped == 1
     restored = LossSpikes(SpikeConfig(window=4, loss=10.0, grad_norm=20.0, max_skipped=1))
     restored.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
     for rule in (spikes, restored):
-        assert rule.limit(4.06, 16) == -1.0
+        assert rule.limits(16) == (pytest.approx(4.05), pytest.approx(1.2))
+        assert rule.may_end_run(6)
+        assert not rule.may_end_run(9)
         assert rule.observe(6, 3.0, StepResult(1.3, True)) == "the gradient norm is 1.3, above the limit 1.2"
         assert rule.too_many
         assert rule.num_skipped == 2
@@ -57,14 +58,13 @@ def test_loss_spikes_above_limits_forbid_updates():
         assert rule.observe(10, math.nan, StepResult(math.nan, True)) == "the loss is nan"
         assert not rule.too_many
         assert rule.num_skipped == 3
-        assert rule.limit(5.0, 64) == math.inf
+        assert rule.limits(64) == (math.inf, math.inf)
     # Overflows of fp16's loss scale don't count.
     assert spikes.observe(11, 3.0, StepResult(math.inf, True, overflow=True)) is None
     assert spikes.num_skipped == 3
     off = LossSpikes(SpikeConfig(window=1, loss=0.0, grad_norm=0.0))
     off.observe(1, 1.0, taken)
-    assert off.limit(1e30, 0) == math.inf
-    assert off.limit(math.inf, 0) == -1.0
+    assert off.limits(0) == (math.inf, math.inf)
     with pytest.raises(UserError, match=r"spikes\.window=0"):
         SpikeConfig(window=0)
 

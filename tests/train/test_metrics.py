@@ -56,7 +56,7 @@ def test_parts_of_step_add_up(shards: Path, tmp_path: Path, monkeypatch: pytest.
         )
 
 
-def test_step_timer_on_gpu_reports_previous_step(monkeypatch: pytest.MonkeyPatch):
+def test_step_timer_on_gpu_keeps_the_events_of_each_step(monkeypatch: pytest.MonkeyPatch):
     now = iter(range(0, 100_000, 500))
 
     class Event:
@@ -71,16 +71,16 @@ def test_step_timer_on_gpu_reports_previous_step(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     timer = StepTimer(torch.device("cuda"))
-    seconds = []
+    finished = []
     for parts in (["forward", "backward"], ["forward", "", "forward", "backward"], []):
         timer.start()
         for part in parts:
             timer.lap(part) if part else timer.skip()
-        seconds.append(timer.seconds())
-    assert seconds == [
-        {},
+        finished.append(timer.finish())
+    assert [seconds() for seconds in finished] == [
         {"forward_seconds": 0.5, "backward_seconds": 0.5},
         {"forward_seconds": 1.0, "backward_seconds": 0.5},
+        {},
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256_of_file
+from bclip_fast.ops.image import decode
 
 from .format import MEMBERS, Index, fingerprint_of, read_description, read_index
 
@@ -93,8 +94,8 @@ def _content_problem(name: str, data: bytes) -> str | None:
 
     try:
         if name.endswith(".jpg"):
+            decode(data)  # the decoder of the loaders, which refuses a missing end
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-                image.load()
                 return None if image.mode == "RGB" else f"mode {image.mode}, not RGB"
         if name.endswith(".txt"):
             return None if data.decode().strip() else "empty caption"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from bclip_fast.data.images import IMAGE_SUFFIXES
+from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 

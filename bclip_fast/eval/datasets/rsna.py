@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
 from pathlib import Path
-
-import numpy as np
 
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
-from .arrays import as_bmp
 from .files import read_image
 
 LABELS = "stage_2_train_labels.csv"
@@ -71,8 +67,8 @@ class RsnaDataset:
         return read_image(self._images / f"{patient}.dcm", f", a patient of {LABELS},")
 
     def image(self, i: int) -> bytes:
-        """Return the image as BMP."""
-        return dicom_as_bmp(self._read(self.key(i)), self._images / f"{self.key(i)}.dcm")
+        """Return the DICOM file."""
+        return self._read(self.key(i))
 
     def captions(self) -> None:
         """Return None: the patients have no captions."""
@@ -96,25 +92,3 @@ def split_patients(patients: list[str]) -> dict[str, list[str]]:
     train, rest = train_test_split(patients, test_size=0.3, random_state=0)
     test, val = train_test_split(rest, test_size=0.5, random_state=0)
     return {"train": train, "val": val, "test": test}
-
-
-def dicom_as_bmp(data: bytes, path: Path) -> bytes:
-    """Convert a grey DICOM image to 8 bits. Deeper pixels are windowed if the file has a window, then scaled.
-
-    path: for error messages. Raises UserError if the data cannot be decoded.
-    """
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
-
-    try:
-        header = pydicom.dcmread(io.BytesIO(data))
-        pixels = pixel_array(header)
-        if pixels.ndim == 2 and pixels.dtype != np.uint8:
-            values = np.asarray(apply_voi_lut(apply_modality_lut(pixels, header), header), dtype=np.float64)
-            low, high = values.min(), values.max()
-            pixels = ((values - low) / max(high - low, 1e-9) * 255).round().astype(np.uint8)
-        if header.PhotometricInterpretation == "MONOCHROME1":
-            pixels = 255 - pixels
-        return as_bmp(pixels)
-    except Exception as error:  # pydicom passes on any exception of its decoders
-        raise UserError(f"{path} cannot be decoded as DICOM: {' '.join(str(error).split())}") from error

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bclip_fast.ops import custom_op
-from bclip_fast.ops.cuda_device import cuda_refusal, triton_refusal
+from bclip_fast.ops.cuda_device import cuda_refusal, triton_block_bytes, triton_refusal
 from bclip_fast.ops.dispatch import Limits, choose
 
-from . import op, sdpa
+from . import op, sdpa, triton_memory
 from .call import AttentionCall
 from .checks import check_sequences, checked_dropout, cpu_limits
 from .single_query import single_query_attention
@@ -23,7 +23,7 @@ __all__ = ["LIMITS", "fused_attention", "single_query_attention", "varlen_attent
 def _triton_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
     if qkv.shape[-1] not in (32, 64, 80, 96, 128):
         return f"d={qkv.shape[-1]} is not 32, 64, 80, 96 or 128"
-    return triton_refusal(qkv)
+    return triton_refusal(qkv) or triton_memory.refusal(qkv.shape[-1], triton_block_bytes(qkv))
 
 
 # Shared memory, in bytes, that a thread block needs for each head dimension. The backward pass needs the most.
@@ -71,7 +71,7 @@ def fused_attention(
         dropout_p: probability of dropping an attention weight. The other weights are scaled by 1/(1-p).
         seed: seed of the dropout, an int or a 0-dimensional int64 tensor. All backends drop the same weights. By
             default it is drawn from torch's CPU generator, so `torch.manual_seed` fixes it and activation checkpointing
-            repeats it.
+            repeats it. A CUDA graph can only capture a seed on the GPU, where the kernels read it at each replay.
         scale: factor of the scores. d**-0.5 by default.
         backend: "auto" or one of `ops.BACKENDS`.
 
@@ -80,7 +80,7 @@ def fused_attention(
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it.
-        BackendError: the named backend cannot run this call.
+        BackendError: the named backend cannot run this call, or a CUDA graph captures a seed on the CPU.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, d), got {tuple(qkv.shape)}")
@@ -117,7 +117,9 @@ def varlen_attention(
     Args:
         qkv: (T, 3, H, d), any floating dtype: the tokens of all sequences.
         cu_seqlens: (n + 1,) int32, rising from 0 to T: sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1].
-        max_seqlen: upper bound of the sequences' lengths. A constant bound saves compiled code from recompiling.
+        max_seqlen: upper bound of the sequences' lengths. A constant bound saves compiled code from recompiling. On a
+            GPU, further tokens of a longer sequence are no keys, and their outputs and gradients are undefined. Other
+            sequences do not change.
         causal, dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:
@@ -126,7 +128,7 @@ def varlen_attention(
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens are checked
             only on the CPU, because reading them on a GPU would wait for the device.
-        BackendError: the named backend cannot run this call.
+        BackendError: as in `fused_attention`.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (T, 3, H, d), got {tuple(qkv.shape)}")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bclip_fast.ops.philox import key_of
-
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -45,11 +43,3 @@ class SingleQueryCall:
     def visible_stops(self) -> Tensor:
         """(n,) int64: the index after the last row that each query sees."""
         return self.rows + 1 if self.causal else self.cu_seqlens[1:].long()
-
-
-def unsigned_seed(seed: Tensor | None) -> int:
-    """The seed modulo 2^64, as the C++ kernels take it. None gives 0."""
-    if seed is None:
-        return 0
-    low, high = key_of(seed)
-    return high << 32 | low

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from bclip_fast.ops.philox import seed_tensor
+from bclip_fast.ops.philox import check_seed, seed_tensor
 
 
 def cpu_limits(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
@@ -31,8 +31,7 @@ def checked_dropout(
         raise ValueError(f"{name} must have a head dimension of at least 1, got {tuple(operand.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
-        raise ValueError(f"seed must be a 0-dimensional int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}")
+    check_seed(seed)
     scale = operand.shape[-1] ** -0.5 if scale is None else scale
     return seed_tensor(seed) if dropout_p else None, scale
 

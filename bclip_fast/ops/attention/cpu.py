@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
+from bclip_fast.ops.philox import unsigned_seed
 from bclip_fast.ops.pointers import address
 
-from .call import AttentionCall, unsigned_seed
+from .call import AttentionCall
 
 DTYPES = torch.bfloat16, torch.float32
 

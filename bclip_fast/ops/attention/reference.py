@@ -106,7 +106,7 @@ def dropout_factors(query: Tensor, heads: int, keys: int, dtype: torch.dtype, dr
     quads = torch.arange((keys + 3) // 4, device=query.device)
     head = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
     counter = quads, query[:, None, :, None], head, head.new_zeros(())
-    word = torch.stack(philox(counter, key_of(seed)), -1).flatten(-2)[..., :keys]
+    word = torch.stack(philox(counter, key_of(seed, query.device)), -1).flatten(-2)[..., :keys]
     return (word >= threshold_of(dropout_p)).to(dtype) / (1 - dropout_p)
 
 

@@ -71,7 +71,8 @@ def packed_padded(call: AttentionCall) -> Tensor:
     out = _masked(query, key, value, visible, call.scale).transpose(1, 2)
     tokens = torch.arange(len(qkv), device=qkv.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-    return out[sequence, tokens - cu_seqlens[sequence]]
+    # An index outside would stop the GPU's context. Only the GPU knows whether a sequence is longer than max_seqlen.
+    return out[sequence, (tokens - cu_seqlens[sequence]).clamp(max=max_seqlen - 1)]
 
 
 def single_query(call: SingleQueryCall) -> Tensor:

@@ -11,10 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
+from bclip_fast.ops.cuda_device import triton_block_bytes
 from bclip_fast.ops.philox import gpu_arguments
 
 from . import triton_kernels as kernels
 from .call import AttentionCall
+from .triton_memory import longest_row, width_of
 
 # The longest row of scores that registers hold.
 LONGEST_ROW = 256
@@ -30,7 +32,7 @@ def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) ->
     as registers allow on sm_80 and sm_90. The forward row kernel for d = 64 takes 80 KiB of shared memory and, for
     images without dropout and captions with it, at most 128 registers. So two programs share a multiprocessor.
     """
-    width = max(32, triton.next_power_of_2(dim))
+    width = width_of(dim)
     config = {"DIM": dim, "WIDTH": width, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     if kernel.startswith("_row"):
         keys = min(max(64, triton.next_power_of_2(max_seqlen)), LONGEST_ROW)
@@ -53,12 +55,17 @@ def configuration(kernel: str, dtype: torch.dtype, dim: int, max_seqlen: int) ->
 
 
 def takes_rows(kernel: str, call: AttentionCall) -> bool:
-    """Whether the row kernel "_row_forward" or "_row_backward" has enough registers for this call.
+    """Whether the row kernel "_row_forward" or "_row_backward" has enough registers and memory for this call.
 
-    A causal call takes block kernels, which skip invisible blocks. The backward row kernel only takes d = 64.
+    A causal call takes block kernels, which skip invisible blocks. The backward row kernel only takes d = 64. GPUs with
+    little shared memory (sm_86, sm_89, sm_120) hold at most 128 keys of the backward, and of the forward for d > 64.
     """
-    plain = call.key_mask is None and not call.causal and call.qkv.dtype != torch.float32
-    return plain and call.max_seqlen <= LONGEST_ROW and (kernel == "_row_forward" or call.qkv.shape[-1] == 64)
+    if call.key_mask is not None or call.causal or call.qkv.dtype == torch.float32:
+        return False
+    dim = call.qkv.shape[-1]
+    if kernel == "_row_backward" and dim != 64:
+        return False
+    return call.max_seqlen <= longest_row(kernel, dim, triton_block_bytes(call.qkv))
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,8 @@ def clip_loss(
         hardness: weight of hard negatives. The exponential of each negative is multiplied by
             exp(hardness * image . text), taken as a constant, in both directions (Lan et al. 2025, arXiv 2503.04812,
             equation 5, which uses 9).
-        chunk_size: number of rows of S at a time. The default fills 1 GiB, or on a CPU 8 MiB with at least 256 rows.
+        chunk_size: number of rows of S at a time, in float32. A GPU takes twice as many rows of a half-precision
+            gradient in the same memory. The default fills 1 GiB, or on a CPU 8 MiB with at least 256 rows.
         operand_dtype: dtype to which the features are rounded before they are multiplied. Sums and gradients keep their
             precision. The default is the features' dtype. Under autocast, float32 features are multiplied in autocast's
             dtype on a CPU, whose matrix unit takes bfloat16, and in float16 on CUDA. For features of unit norm, the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .groups import Groups
+from .groups import GroupTile
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ContrastiveCall:
     positive_offset: int | None  # row of text that belongs to image 0, or None in a tile without positives
     chunk_size: int  # rows of S to compute at a time
     bias: Tensor | None = None  # (), for the sigmoid loss
-    groups: Groups | None = None  # positives by group, instead of `positive_offset`
+    groups: GroupTile | None = None  # positives by group, instead of `positive_offset`
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SoftmaxGradient:
     rows_lse: Tensor  # (b,) float64: R
     columns_lse: Tensor  # (B,) float64: Q
     weight: Tensor  # (): w
-    positive_grad: Tensor  # (b,): G at the positives, ignored without `positive_offset`
+    positive_grad: Tensor  # (b,): G / w at the positives, ignored without `positive_offset`
     hardness: float = 0.0
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bclip_fast.ops.dtypes import accumulation_dtype
+from bclip_fast.ops.dtypes import accumulation_dtype, has_autocast
 
 _FEATURES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +34,7 @@ def checked(
 def operand_dtype_of(image: Tensor, requested: torch.dtype | None) -> torch.dtype:
     """The dtype in which these features are multiplied. `clip_loss` describes `requested` and autocast."""
     device = image.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    enabled = has_autocast(device) and torch.is_autocast_enabled(device)
     return operand_dtype_for(image.dtype, device, requested, torch.get_autocast_dtype(device) if enabled else None)
 
 

@@ -22,7 +22,7 @@ from bclip_fast.ops.pointers import address
 
 from .call import ContrastiveCall, SoftmaxGradient
 from .cpu_products import Gradients, LibraryProducts, chunk_rows, column_blocks, full, number, takes_amx
-from .groups import Groups
+from .groups import GroupTile
 from .loss_terms import log_sum_exp
 
 # An offset beyond the last column means that no row has a positive.
@@ -52,7 +52,8 @@ def backward(
     """Same contract as `reference.backward`. `products`, float32 (b, B), saves a second image @ text.T."""
     image, text, scale, groups, weight = call.image, call.text, float(call.scale), call.groups, upstream.weight
     rows_lse, columns_lse = upstream.rows_lse.contiguous(), upstream.columns_lse.contiguous()
-    positive_grad, no_positives = upstream.positive_grad.contiguous(), call.positive_offset is None
+    no_positives = call.positive_offset is None
+    positive_grad = upstream.positive_grad if no_positives else (weight * upstream.positive_grad).float().contiguous()
     first = _first_positive(call)
     shares = [] if groups is None else [(weight * part).float() for part in (groups.row_shares, groups.column_shares)]
     if takes_amx(image):
@@ -132,7 +133,7 @@ def _first_positive(call: ContrastiveCall) -> int:
 
 
 def _addresses(
-    groups: Groups | None, rows: slice, columns: slice, shares: Sequence[Tensor] = ()
+    groups: GroupTile | None, rows: slice, columns: slice, shares: Sequence[Tensor] = ()
 ) -> tuple[int, int, int, int]:
     """The addresses of the ids and shares of some rows and columns, 0 without groups or shares."""
     if groups is None:

@@ -19,8 +19,15 @@ from bclip_fast.ops.cuda_device import cuda_module, cuda_stream
 from bclip_fast.ops.pointers import aligned, cuda_address
 
 from .call import ContrastiveCall, SoftmaxGradient
-from .gpu_tiles import gradients, log_sum_exps, padded, siglip_results
-from .groups import Groups
+from .gpu_tiles import (
+    RowParts,
+    gradient_rows,
+    gradients,
+    group_tensors,
+    log_sum_exps,
+    padded,
+    siglip_results,
+)
 
 # A row of text beyond the last one.
 NO_POSITIVES = 2**40
@@ -39,46 +46,51 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `reference.backward`."""
-    width, device, weight = call.image.shape[1], call.image.device, upstream.weight
+    width, device = call.image.shape[1], call.image.device
     call = _with_operands(call)
-    # The kernel computes G / w, whose range is known. At w = 0 all gradients are zero, and 0 / 0 must not turn them
-    # into NaN.
-    positive_grad = torch.where(weight == 0, 0.0, upstream.positive_grad / weight).float().contiguous()
     sharpness = call.scale + upstream.hardness if upstream.hardness else call.scale
-    rows_near, rows_rest = _nearest(upstream.rows_lse)
-    columns_near, columns_rest = _nearest(upstream.columns_lse)
-    num_columns, ids = len(call.text), _Ids(call.groups)
+    num_rows, num_columns = len(call.image), len(call.text)
+    near, rest = _nearest(torch.cat([upstream.rows_lse, upstream.columns_lse]))
+    (rows_near, columns_near), (rows_rest, columns_rest) = (
+        each.split([num_rows, num_columns]) for each in (near, rest)
+    )
+    positive_grad = None if call.positive_offset is None else upstream.positive_grad.float().contiguous()
+    row_ids, column_ids, row_shares, column_shares = group_tensors(call.groups, with_shares=True)
+    of_rows = RowParts(gradient_rows(call), rows_near, rows_rest, positive_grad, row_ids, row_shares)
 
     def launch(start: int, rows: Tensor, grad: Tensor, partials: Tensor, unit: float) -> None:
         size = len(rows)
-        chunk = slice(start, start + size)
-        no_positives = call.positive_offset is None
+        near, rest, positive, ids, shares = of_rows.at(start)
         normalizers = cuda_module().Normalizers(
-            cuda_address(rows_near[chunk], torch.float32, device, size),
-            cuda_address(rows_rest[chunk], torch.float32, device, size),
+            cuda_address(near, torch.float32, device, size),
+            cuda_address(rest, torch.float32, device, size),
             cuda_address(columns_near, torch.float32, device, num_columns),
             cuda_address(columns_rest, torch.float32, device, num_columns),
-            0 if no_positives else cuda_address(positive_grad[chunk], torch.float32, device, size),
+            _address(positive, torch.float32, device, size),
         )
-        features, groups = _features(call, start, rows, sharpness), ids.of_rows(start, size, num_columns, device)
+        features = _features(call, start, rows, sharpness)
+        groups = _groups(device, size, num_columns, ids, column_ids, shares, column_shares)
         cuda_module().contrastive_softmax(features, normalizers, groups, _gradient(grad, partials, unit))
 
-    image_grad, text_grad, sums = gradients(call, width, call.scale * weight, dtype, _tile(), 1, launch)
-    return image_grad, text_grad, weight * sums[0]
+    factor = call.scale * upstream.weight
+    image_grad, text_grad, sums = gradients(call, width, factor, dtype, _tile(), 1, launch)
+    return image_grad, text_grad, upstream.weight * sums[0]
 
 
 def siglip(
     call: ContrastiveCall, weight: float, dtype: torch.dtype, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same contract as `reference.siglip`."""
-    width, device, bias = call.image.shape[1], call.image.device, call.bias
-    call, ids = _with_operands(call), _Ids(call.groups)
+    width, device = call.image.shape[1], call.image.device
+    call = _with_operands(call)
+    row_ids, column_ids, *_ = group_tensors(call.groups, with_shares=False)
+    of_rows = RowParts(gradient_rows(call) if with_gradients else len(call.image), row_ids)
 
     def launch(start: int, rows: Tensor, grad: Tensor | None, partials: Tensor, unit: float) -> None:
-        bias_address = 0 if bias is None else cuda_address(bias, torch.float32, device)
-        features = _features(call, start, rows, call.scale)
-        groups = ids.of_rows(start, len(rows), len(call.text), device)
-        cuda_module().contrastive_sigmoid(features, bias_address, groups, _gradient(grad, partials, unit))
+        (ids,) = of_rows.at(start)
+        groups = _groups(device, len(rows), len(call.text), ids, column_ids)
+        features, bias = _features(call, start, rows, call.scale), _address(call.bias, torch.float32, device)
+        cuda_module().contrastive_sigmoid(features, bias, groups, _gradient(grad, partials, unit))
 
     return siglip_results(call, width, weight, dtype, _tile(), with_gradients, launch)
 
@@ -88,15 +100,23 @@ def _tile() -> tuple[int, int]:
 
 
 def _with_operands(call: ContrastiveCall) -> ContrastiveCall:
-    """The call with features as the kernels read them."""
-    return replace(call, image=aligned(padded(call.image, 8)), text=aligned(padded(call.text, 8)))
+    """The call with features and scalars as the kernels read them."""
+    image, text = aligned(padded(call.image, 8)), aligned(padded(call.text, 8))
+    bias = None if call.bias is None else call.bias.float()
+    return replace(call, image=image, text=text, scale=call.scale.float(), bias=bias)
+
+
+def _address(tensor: Tensor | None, dtype: torch.dtype, device: torch.device, *shape: int) -> int:
+    """`cuda_address`, or 0 for an absent tensor."""
+    return 0 if tensor is None else cuda_address(tensor, dtype, device, *shape)
 
 
 def _nearest(lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(near, rest) in float32 with exp(-lse) = 2^-near * rest, which is exact although `near` is rounded."""
-    bits = lse.double() / math.log(2)
+    """(near, rest) in float32 with exp(-lse) = 2^-near * rest, exact although `near` is rounded. `lse` is float64."""
+    bits = lse / math.log(2)
     near = bits.float()
-    return near, torch.where(near.isinf(), 1.0, (near - bits).exp2()).float()
+    # A row without a loss has an infinite log-sum-exp, and inf - inf is NaN.
+    return near, torch.exp2((near - bits).nan_to_num_(nan=0.0), out=torch.empty_like(near))
 
 
 def _features(call: ContrastiveCall, start: int, rows: Tensor, scale: Tensor) -> Any:
@@ -116,29 +136,24 @@ def _features(call: ContrastiveCall, start: int, rows: Tensor, scale: Tensor) ->
     )
 
 
+def _groups(
+    device: torch.device,
+    num_rows: int,
+    num_columns: int,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    row_shares: Tensor | None = None,
+    column_shares: Tensor | None = None,
+) -> Any:
+    """The kernels' description of the groups of some rows and of all columns."""
+    return cuda_module().Groups(
+        _address(row_ids, torch.int32, device, num_rows),
+        _address(column_ids, torch.int32, device, num_columns),
+        _address(row_shares, torch.float32, device, num_rows),
+        _address(column_shares, torch.float32, device, num_columns),
+    )
+
+
 def _gradient(grad: Tensor | None, partials: Tensor, unit: float) -> Any:
     address, stride = (0, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
     return cuda_module().GradientTile(address, stride, unit, partials.data_ptr())
-
-
-class _Ids:
-    """The groups as the kernels take them. It owns the tensors behind the addresses that it returns."""
-
-    def __init__(self, groups: Groups | None) -> None:
-        self.parts: tuple[Tensor, ...] = ()
-        if groups is not None:
-            shares = groups.row_shares.float(), groups.column_shares.float()
-            self.parts = tuple(part.contiguous() for part in (groups.rows, groups.columns, *shares))
-
-    def of_rows(self, start: int, size: int, num_columns: int, device: torch.device) -> Any:
-        """The groups of `size` rows from `start` on, and of all columns."""
-        if not self.parts:
-            return cuda_module().Groups(0, 0, 0, 0)
-        row_ids, column_ids, row_shares, column_shares = self.parts
-        chunk = slice(start, start + size)
-        return cuda_module().Groups(
-            cuda_address(row_ids[chunk], torch.int32, device, size),
-            cuda_address(column_ids, torch.int32, device, num_columns),
-            cuda_address(row_shares[chunk], torch.float32, device, size),
-            cuda_address(column_shares, torch.float32, device, num_columns),
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,27 +13,41 @@ from .loss_terms import positive_logits
 
 
 @dataclass(frozen=True)
+class GroupTile:
+    """The groups of a tile of b rows (images) and B columns (texts), as the backends take them."""
+
+    rows: Tensor
+    """(b,) int32: the rows' ids, renumbered from 0."""
+    columns: Tensor
+    """(B,) int32: the columns' ids, renumbered from 0."""
+    row_shares: Tensor
+    """(b,) float64 or float32: see `Groups.shares`."""
+    column_shares: Tensor
+    """(B,) as `row_shares`."""
+
+    def among(self, columns: slice) -> GroupTile:
+        """The groups of the tile with these columns."""
+        return GroupTile(self.rows, self.columns[columns], self.row_shares, self.column_shares[columns])
+
+
+@dataclass(frozen=True)
 class Groups:
     """The positives among pairs of b rows (images) and B columns (texts), and their weights in the softmax loss.
 
     The loss is half the mean over rows with a positive plus half the mean over columns with a positive. Row i has the
     weight w_i, which is 1 / (2 * number of such rows), or 0 without a positive. Each of the row's n positives has the
     weight w_i / n. Columns have the same weights. The kernels take one weight w, the larger one, and log-sum-exps that
-    are raised for rows or columns of a smaller weight.
+    are raised for rows or columns of a smaller weight. Tensors of b + B numbers hold those of the rows first.
     """
 
-    rows: Tensor
-    """(b,) int32: the rows' ids, renumbered from 0."""
-    columns: Tensor
-    """(B,) int32: the columns' ids, renumbered from 0."""
-    row_weights: Tensor
-    """(b,) float64: w_i."""
-    column_weights: Tensor
-    """(B,) float64: the weights of the columns."""
-    row_shares: Tensor
-    """(b,) float64: w_i / (n * w), the row's term in G / w of a positive, with a minus sign."""
-    column_shares: Tensor
-    """(B,) float64: the same for columns."""
+    num_rows: int
+    """b"""
+    ids: Tensor
+    """(b + B,) int32: the ids, renumbered from 0."""
+    weights: Tensor
+    """(b + B,) float64: w_i."""
+    shares: Tensor
+    """(b + B,) float64: w_i / (n * w), the term of a row or column in G / w of its positives, with a minus sign."""
     positive_weights: Tensor
     """(b,) float64: the weight of each of the row's positive logits in the loss, for its row plus its column."""
     sizes: Tensor
@@ -48,40 +62,48 @@ class Groups:
         Raises:
             ValueError: no image has the id of a text.
         """
-        numbers = torch.unique(torch.cat([local_ids, image_ids, text_ids]), return_inverse=True)[1]
-        local, images, texts = numbers.split([len(local_ids), len(image_ids), len(text_ids)])
-        num_images, num_texts = (torch.bincount(part, minlength=len(numbers)) for part in (images, texts))
-        num_rows, num_columns = torch.stack([(num_texts[images] > 0).sum(), (num_images[texts] > 0).sum()]).tolist()
-        if num_rows == 0:
+        # Images of other ranks come last.
+        others = () if local_ids is image_ids else (image_ids,)
+        ids = torch.unique(torch.cat([local_ids, text_ids, *others]), return_inverse=True)[1]
+        num_rows, num_pairs = len(local_ids), len(local_ids) + len(text_ids)
+        local, texts = ids[:num_rows], ids[num_rows:num_pairs]
+        images = ids[num_pairs:] if others else local
+        num_images, num_texts = (torch.bincount(part, minlength=len(ids)) for part in (images, texts))
+        # The number of positives of each image and of each text.
+        of_images, of_texts = num_texts[images], num_images[texts]
+        counts = torch.stack([of_images.count_nonzero(), of_texts.count_nonzero()])
+        counted_rows, counted_columns = counts.tolist()
+        if counted_rows == 0:
             raise ValueError("groups: no image shares its id with a text, so the loss has no positives")
-        weight = 1 / (2 * min(num_rows, num_columns))
-        row_weights = (num_texts[local] > 0).double() / (2 * num_rows)
-        column_weights = (num_images[texts] > 0).double() / (2 * num_columns)
-        row_shares = row_weights / num_texts[local].clamp_min(1)
-        return cls(
-            rows=local.int(),
-            columns=texts.int(),
-            row_weights=row_weights,
-            column_weights=column_weights,
-            row_shares=row_shares / weight,
-            column_shares=column_weights / num_images[texts].clamp_min(1) / weight,
-            positive_weights=row_shares + (num_texts[local] > 0).double() / (2 * num_columns * num_images[local]),
-            sizes=num_texts,
-            weight=weight,
-        )
+        weight = 1 / (2 * min(counted_rows, counted_columns))
+        num_positives = torch.cat([num_texts[local] if others else of_images, of_texts])
+        weights = (num_positives > 0).double()
+        # A text's column has the weight 1 / (2 * counted_columns), divided among the images of its id.
+        of_columns = weights[:num_rows] / num_images[local]
+        weights[:num_rows].div_(2 * counted_rows)
+        weights[num_rows:].div_(2 * counted_columns)
+        shares = weights / num_positives.clamp_min_(1)
+        positive_weights = shares[:num_rows].add(of_columns, alpha=1 / (2 * counted_columns))
+        ids = ids[:num_pairs].int()
+        return cls(num_rows, ids, weights, shares.div_(weight), positive_weights, num_texts, weight)
 
-    def among(self, columns: slice) -> Groups:
-        """The groups of the tile with these columns."""
-        return replace(self, columns=self.columns[columns], column_shares=self.column_shares[columns])
+    @property
+    def tile(self) -> GroupTile:
+        """The groups of all rows and columns."""
+        return group_tile(self.ids, self.shares, self.num_rows)
 
     def positives(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         """The weighted sum of the rows' positive logits. Sums over each id's texts need only O(B * D)."""
-        wide = accumulation_dtype(text)
-        ordered = text.index_select(0, self.columns.argsort(stable=True)).to(wide)
+        wide, rows, columns = accumulation_dtype(text), self.ids[: self.num_rows], self.ids[self.num_rows :]
+        ordered = text.index_select(0, columns.argsort(stable=True)).to(wide)
         sums = torch.segment_reduce(ordered, "sum", lengths=self.sizes, axis=0, unsafe=True)
-        return (self.positive_weights * positive_logits(image, sums.index_select(0, self.rows), scale)).sum()
+        return (self.positive_weights * positive_logits(image, sums.index_select(0, rows), scale)).sum()
 
-    def raised(self, rows_lse: Tensor, columns_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps of rows and columns as the kernels take them. They are infinite for a weight of 0."""
-        rows, columns = ((self.weight / part).log() for part in (self.row_weights, self.column_weights))
-        return rows_lse + rows, columns_lse + columns
+    def raised(self, lse: Tensor) -> Tensor:
+        """Log-sum-exps (b + B,) as the kernels take them. They are infinite for a weight of 0."""
+        return (self.weight / self.weights).log_().add_(lse)
+
+
+def group_tile(ids: Tensor, shares: Tensor, num_rows: int) -> GroupTile:
+    """The tile with `Groups.ids` and `Groups.shares`."""
+    return GroupTile(ids[:num_rows], ids[num_rows:], shares[:num_rows], shares[num_rows:])

@@ -12,6 +12,11 @@ from bclip_fast.ops import processor
 # takes a quarter of the time.
 _MAX_KEPT = 4096 * 4096
 
+# On a GPU, `positive_logits` takes this many numbers of a tensor at once, or more if there would be too many slices.
+# Their copies fill at most 512 MiB, half of a chunk of G in the backward pass.
+_SLICE = 1 << 25
+_MOST_SLICES = 4
+
 
 def siglip_gradient_dtype(features: Tensor) -> torch.dtype:
     """The dtype of gradients that are computed with the loss and wait for the upstream gradient.
@@ -35,20 +40,22 @@ def positive_logits(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     float32 sum that every tile has.
     """
     dtype = torch.float64 if text.element_size() > 2 else torch.float32
-    # Take few rows at a time, so that their copies are small compared with a gradient.
-    pairs = zip(image.split(64), text.split(64), strict=True)
-    return scale.double() * torch.cat([(row.to(dtype) * other.to(dtype)).sum(1).double() for row, other in pairs])
+    # The copies of a slice stay in a CPU's caches. Elsewhere each slice costs three kernels, so slices are few.
+    rows = 64 if text.device.type == "cpu" else max(_SLICE // text.shape[1], -(-len(text) // _MOST_SLICES))
+    slices = zip(image.split(rows), text.split(rows), strict=True)
+    sums = [(row * other.to(dtype)).sum(1) for row, other in slices]
+    return scale.double() * (torch.cat(sums) if len(sums) > 1 else sums[0]).double()
 
 
 def pair_losses(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -> Tensor:
-    """(n,): the sum of the losses of each positive's row and column."""
+    """(2, n): the losses of each positive's row and of its column."""
     # Above its threshold, torch takes softplus(x) as x. At the default of 20, float64 shows the difference.
-    return F.softplus(rows_lse - positive, threshold=50) + F.softplus(columns_lse - positive, threshold=50)
+    return F.softplus(torch.stack([rows_lse, columns_lse]) - positive, threshold=50)
 
 
 def positive_gradient(rows_lse: Tensor, columns_lse: Tensor, positive: Tensor) -> Tensor:
-    """dL/dS at the positives without the weight: minus the probabilities of the negatives in row and column."""
-    return -((rows_lse - positive).sigmoid() + (columns_lse - positive).sigmoid())
+    """(n,): G / w at the positives, which is minus the probabilities of the negatives in row and column."""
+    return (torch.stack([rows_lse, columns_lse]) - positive).sigmoid().sum(0).neg_()
 
 
 def keeps_products(image: Tensor, text: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:

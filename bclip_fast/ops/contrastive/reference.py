@@ -20,6 +20,8 @@ Sigmoid (Zhai et al. 2023, arXiv 2303.15343). Let S = s * I @ T.T + c and L = w 
 = 1 on the positives and -1 elsewhere. G_ij = -w * y_ij * sigmoid(-y_ij * S_ij) follows from the same numbers as the
 loss, so one pass computes both. dc = sum(G).
 
+A library may choose another matmul, with other rounding, for operands at other addresses. So the features are aligned.
+
 The functions compute tiles (`call.ContrastiveCall`). Log-sum-exps are always float64, because their rounding error
 would enter every gradient of their row. The functions don't know about ranks. `bclip_fast.loss` merges tiles.
 """
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast.ops.dtypes import accumulation_dtype
+from bclip_fast.ops.pointers import aligned
 
 from .call import ContrastiveCall, SoftmaxGradient
 from .loss_terms import log_sum_exp
@@ -60,7 +63,7 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 
     q covers only the tile's rows. An empty sum is -inf.
     """
-    image, text, scale = call.image, call.text, call.scale
+    image, text, scale = aligned(call.image), aligned(call.text), call.scale
     dtype = accumulation_dtype(image)
     columns = text.to(dtype).T
     rows_lse = torch.empty(len(image), dtype=torch.float64, device=image.device)
@@ -78,9 +81,10 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(dI (b, D), dT (B, D), ds) for G as above. dI and dT are in `dtype`, ds in the accumulation dtype.
 
-    The groups' shares are those of G / w.
+    The positives' gradients and the groups' shares are those of G / w.
     """
-    image, text, scale, groups, weight = call.image, call.text, call.scale, call.groups, upstream.weight
+    image, text, scale = aligned(call.image), aligned(call.text), call.scale
+    groups, weight = call.groups, upstream.weight
     wide = accumulation_dtype(image)
     texts = text.to(wide)
     rows_near, rows_rest = _nearest(upstream.rows_lse, wide)
@@ -95,7 +99,7 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
         grad = (logits - rows_near[chunk, None]).exp_().mul_(weight * rows_rest[chunk, None])
         grad += logits.sub_(columns_near).exp_().mul_(weight * columns_rest)
         if call.positive_offset is not None:
-            grad.diagonal(call.positive_offset + start).copy_(upstream.positive_grad[chunk])
+            grad.diagonal(call.positive_offset + start).copy_(weight * upstream.positive_grad[chunk])
         if groups is not None:
             shares = weight * (groups.row_shares[chunk, None] + groups.column_shares)
             grad -= shares.to(wide).where(groups.rows[chunk, None] == groups.columns, 0.0)
@@ -120,7 +124,7 @@ def siglip(
 
     Without `with_gradients` the gradients are empty tensors.
     """
-    image, text, scale, groups = call.image, call.text, call.scale, call.groups
+    image, text, scale, groups = aligned(call.image), aligned(call.text), call.scale, call.groups
     wide = accumulation_dtype(image)
     texts = text.to(wide)
     loss = torch.zeros((), dtype=wide, device=image.device)

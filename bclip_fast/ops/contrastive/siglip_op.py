@@ -21,15 +21,15 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     image, text = call.image.to(call.dtype), call.text.to(call.dtype)
     groups = None
     if call.image_ids is not None and call.text_ids is not None:
-        groups = Groups.of(call.image_ids, call.image_ids, call.text_ids)
+        groups = Groups.of(call.image_ids, call.image_ids, call.text_ids).tile
     tile = ContrastiveCall(
         image, text, call.scale, 0 if groups is None else None, call.chunk_size, bias=call.bias, groups=groups
     )
     siglip = load_backend("contrastive", inputs[-1]).siglip
-    loss, *gradients = siglip(tile, 1 / image.shape[0], siglip_gradient_dtype(call.image), call.with_gradients)
-    if not call.with_gradients:
-        gradients[:2] = call.image.new_empty(0), call.image.new_empty(0)
-    return loss, *gradients
+    results = siglip(tile, 1 / image.shape[0], siglip_gradient_dtype(call.image), call.with_gradients)
+    loss, scale_grad, bias_grad = (results[place].to(call.scale.dtype) for place in (0, 3, 4))
+    grads = results[1:3] if call.with_gradients else (call.image.new_empty(0), call.image.new_empty(0))
+    return loss, *grads, scale_grad, bias_grad
 
 
 def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -44,11 +44,15 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.has_bias, ctx.dtype = inputs[3] is not None, inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
+    # Otherwise torch fills tensors of zeros as large as the gradients.
+    ctx.set_materialize_grads(False)
     # `custom_op.differentiable_once` finds the inputs among the saved tensors.
     ctx.save_for_backward(*output[1:], *inputs[:4])
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     image_grad, text_grad, scale_grad, bias_grad = ctx.saved_tensors[:4]
     bias = grad * bias_grad if ctx.has_bias else None
     features = [(grad * tensor).to(ctx.dtype) for tensor in (image_grad, text_grad)]

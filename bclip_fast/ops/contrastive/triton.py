@@ -8,20 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.cuda_device import compute_capability
+from bclip_fast.ops.pointers import aligned
+
 from . import triton_kernels as kernels
 from .call import ContrastiveCall, SoftmaxGradient
-from .gpu_tiles import gradients, log_sum_exps, padded, siglip_results
-from .groups import Groups
+from .gpu_tiles import (
+    RowParts,
+    gradient_rows,
+    gradients,
+    group_tensors,
+    log_sum_exps,
+    padded,
+    siglip_results,
+)
 
 
-def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict[str, Any]:
-    """Tile sizes and launch options of every kernel.
+def configuration(
+    dtype: torch.dtype, width: int, grouped: bool = False, capability: tuple[int, int] = (8, 0)
+) -> dict[str, Any]:
+    """Tile sizes and launch options of every kernel, on a GPU of this compute capability.
 
     They are fixed, so results don't depend on a tuning run. They have not been tuned on a GPU yet. A tile of 128 x 128
     reads a third less from L2 than a tile of 64 x 128. On tensor cores, 16 warps hold its accumulators in 32 registers
-    per thread, which leaves 96 for the exponentials. With 8 warps, registers would spill. The softmax's gradient with
-    groups also holds ids and shares, so it takes half the tile. Plain float32 multiplications are so slow that L2
-    doesn't matter, so float32 takes a smaller tile, with registers to spare.
+    per thread, which leaves 96 for the exponentials. On sm_80, registers would spill with 8 warps. On sm_90 they don't,
+    because its tensor cores read both operands from shared memory. There, four warps multiply together: 8 warps do so
+    in steps of 64 x 128 x 16, 16 warps in steps of 64 x 64 x 16, which read the images' operand twice as often.
+
+    The softmax's gradient with groups also holds ids and shares, so it takes half the tile. Plain float32
+    multiplications are so slow that L2 doesn't matter, so float32 takes a smaller tile, with registers to spare.
     """
     in_float32 = dtype == torch.float32
     largest = 16 if in_float32 else 64
@@ -31,11 +46,19 @@ def configuration(dtype: torch.dtype, width: int, grouped: bool = False) -> dict
         "BLOCK_WIDTH": next(size for size in (64, 32, 16) if size <= largest and width % size == 0),
         # A constant, like the block sizes, because a model has one D.
         "WIDTH": width,
-        "num_warps": 8 if in_float32 else 16,
+        "num_warps": 8 if in_float32 or capability[0] == 9 else 16,
         "num_stages": 3,
         # Fused multiplications and additions are Triton's default, which 3.10 changes.
         "enable_fp_fusion": True,
     }
+
+
+def _configuration(call: ContrastiveCall, grouped: bool = False) -> dict[str, Any]:
+    """The configuration of the call's features, on their device."""
+    image = call.image
+    # The interpreter has no capability.
+    capability = compute_capability(image.device.index or 0) if image.is_cuda else (8, 0)
+    return configuration(image.dtype, image.shape[1], grouped, capability)
 
 
 def _tile(config: dict[str, Any]) -> tuple[int, int]:
@@ -43,8 +66,14 @@ def _tile(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _with_operands(call: ContrastiveCall) -> ContrastiveCall:
-    """The call with features as the kernels read them."""
-    return replace(call, image=padded(call.image, 16), text=padded(call.text, 16))
+    """The call with features and scalars as the kernels read them.
+
+    Kernels and library matmuls are chosen by alignment, and other ones may round differently. So features at any
+    address are read from an aligned one.
+    """
+    bias = None if call.bias is None else call.bias.float()
+    image, text = aligned(padded(call.image, 16)), aligned(padded(call.text, 16))
+    return replace(call, image=image, text=text, scale=call.scale.float(), bias=bias)
 
 
 def _first_positive(call: ContrastiveCall, start: int) -> int:
@@ -52,15 +81,10 @@ def _first_positive(call: ContrastiveCall, start: int) -> int:
     return 0 if call.positive_offset is None else call.positive_offset + start
 
 
-def _ids(groups: Groups | None, start: int) -> tuple[Tensor | None, Tensor | None]:
-    """The ids of the rows from `start` on, and those of the columns."""
-    return (None, None) if groups is None else (groups.rows[start:], groups.columns)
-
-
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.forward`."""
     call = _with_operands(call)
-    config = configuration(call.image.dtype, call.image.shape[1])
+    config = _configuration(call)
 
     def launch(start: int, rows: Tensor, row_partials: Tensor, column_partials: Tensor) -> None:
         kernels._forward_kernel[(len(row_partials) * len(column_partials),)](
@@ -81,29 +105,30 @@ def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `reference.backward`."""
-    groups, weight, scale = call.groups, upstream.weight, call.scale
-    # The kernel computes G / w, whose range is known. At w = 0 all gradients are zero, and 0 / 0 must not turn them
-    # into NaN.
-    positive_grad = torch.where(weight == 0, 0.0, upstream.positive_grad / weight)
-    sharpness = scale + upstream.hardness if upstream.hardness else scale
+    width, call = call.image.shape[1], _with_operands(call)
+    sharpness = call.scale + upstream.hardness if upstream.hardness else call.scale
     # The error of half-precision features exceeds that of a log-sum-exp in float32.
     exact = torch.float64 if call.image.dtype == torch.float32 else torch.float32
     rows_lse, columns_lse = upstream.rows_lse.to(exact).contiguous(), upstream.columns_lse.to(exact).contiguous()
-
-    width, call = call.image.shape[1], _with_operands(call)
-    config = configuration(call.image.dtype, call.image.shape[1], groups is not None)
+    # The kernel ignores the positives' gradients if there are none.
+    positive_grad = rows_lse if call.positive_offset is None else upstream.positive_grad.float().contiguous()
+    row_ids, column_ids, row_shares, column_shares = group_tensors(call.groups, with_shares=True)
+    of_rows = RowParts(gradient_rows(call), rows_lse, positive_grad, row_ids, row_shares)
+    config = _configuration(call, call.groups is not None)
 
     def launch(start: int, rows: Tensor, grad: Tensor, partials: Tensor, unit: float) -> None:
+        rows_lse, positive_grad, row_ids, row_shares = of_rows.at(start)
         kernels._backward_kernel[(len(partials),)](
             rows,
             call.text,
             sharpness,
-            rows_lse[start:],
+            rows_lse,
             columns_lse,
-            positive_grad[start:],
-            *_ids(groups, start),
-            None if groups is None else groups.row_shares[start:].float(),
-            None if groups is None else groups.column_shares.float(),
+            positive_grad,
+            row_ids,
+            column_ids,
+            row_shares,
+            column_shares,
             grad,
             partials,
             len(rows),
@@ -115,8 +140,9 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
             **config,
         )
 
-    image_grad, text_grad, sums = gradients(call, width, scale * weight, dtype, _tile(config), 1, launch)
-    return image_grad, text_grad, weight * sums[0]
+    factor = call.scale * upstream.weight
+    image_grad, text_grad, sums = gradients(call, width, factor, dtype, _tile(config), 1, launch)
+    return image_grad, text_grad, upstream.weight * sums[0]
 
 
 def siglip(
@@ -124,7 +150,9 @@ def siglip(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same contract as `reference.siglip`."""
     width, call = call.image.shape[1], _with_operands(call)
-    config = configuration(call.image.dtype, call.image.shape[1])
+    config = _configuration(call)
+    row_ids, column_ids, *_ = group_tensors(call.groups, with_shares=False)
+    of_rows = RowParts(gradient_rows(call) if with_gradients else len(call.image), row_ids)
 
     def launch(start: int, rows: Tensor, grad: Tensor | None, partials: Tensor, unit: float) -> None:
         kernels._siglip_kernel[(len(partials),)](
@@ -132,7 +160,8 @@ def siglip(
             call.text,
             call.scale,
             call.bias,
-            *_ids(call.groups, start),
+            *of_rows.at(start),
+            column_ids,
             grad,
             partials,
             len(rows),

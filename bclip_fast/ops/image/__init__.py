@@ -54,9 +54,17 @@ def _cuda_limits(target: bytes | Tensor) -> str | None:
         if CUDA_HOST is None and not torch.cuda.is_available():
             return "this machine has no CUDA device"
         target = torch.empty(0, device="cuda" if CUDA_HOST is None else "cpu")
-    # The CPU decodes the files that nvJPEG refuses.
-    reason = cuda_refusal(target, torch.float16) or _cpu_limits(target)
-    return reason or load_backend("image", "cuda").library_refusal(target.device)
+    if reason := cuda_refusal(target, torch.float16):
+        return reason
+    if host_backend() is None:
+        return "neither libjpeg-turbo nor Pillow is there, to decode what nvJPEG refuses"
+    return load_backend("image", "cuda").library_refusal(target.device)
+
+
+def host_backend() -> str | None:
+    """The backend that decodes the files that nvJPEG refuses. None if there is none."""
+    limits = {"cpu": _cpu_limits, "reference": _reference_limits}
+    return next((name for name, limit in limits.items() if limit(b"") is None), None)
 
 
 def _cpu_limits(target: bytes | Tensor) -> str | None:

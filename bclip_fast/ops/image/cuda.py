@@ -1,8 +1,8 @@
 """nvJPEG and the kernels of csrc/cuda/image/ on NVIDIA GPUs from sm_80 on. They have not run on a GPU yet.
 
 nvJPEG decodes, in one batch, all baseline files whose colours it reads like libjpeg (csrc/cuda/image/nvjpeg.h). The CPU
-decodes the other files and those that nvJPEG refuses. The library is the file BCLIP_NVJPEG, or else comes from a wheel,
-from CUDA_HOME or from the system.
+decodes the other files and those that nvJPEG refuses, with libjpeg-turbo, or with Pillow in a build without it. nvJPEG
+is the file BCLIP_NVJPEG, or else comes from a wheel, from CUDA_HOME or from the system.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from bclip_fast.ops.cuda_device import cuda_module, cuda_stream
 from bclip_fast.ops.pointers import address, cuda_address
 
-from . import decode
+from . import decode, host_backend
 from .call import ResizeCall
 
 # Limit of the decoded pixels in memory, in bytes. A single image may exceed it.
@@ -156,9 +156,11 @@ def _decode_on_cpu(
     sources: dict[int, Source],
     errors: dict[int, str],
 ) -> None:
+    backend = host_backend() or "cpu"
+
     def decoded(index: int) -> Tensor | str:
         try:
-            return decode(files[index], max_pixels=max_pixels, backend="cpu")
+            return decode(files[index], max_pixels=max_pixels, backend=backend)
         except (ValueError, MemoryError) as error:
             return str(error)
 

@@ -77,7 +77,8 @@ def add_norm(
         dropout_p: probability of dropping an element of the branch. The other elements are scaled by 1/(1-p).
         seed: seed of the dropout, an int or a 0-dimensional int64 tensor. All backends drop the same elements. By
             default the backend draws from torch's generators, so `torch.manual_seed` fixes the elements and activation
-            checkpointing repeats them.
+            checkpointing repeats them. A CUDA graph can only capture a seed on the GPU, where the kernels read it at
+            each replay.
         dtype: dtype of the normed result. By default the stream's dtype.
         backend: "auto" or one of `ops.BACKENDS`.
 
@@ -86,7 +87,7 @@ def add_norm(
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it.
-        BackendError: the named backend cannot run this call.
+        BackendError: the named backend cannot run this call, or a CUDA graph captures a seed on the CPU.
     """
     if stream.dim() != 2 or not stream.is_floating_point():
         raise ValueError(f"stream must be (T, D) and floating, got {tuple(stream.shape)} {stream.dtype}")

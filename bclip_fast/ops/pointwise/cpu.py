@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
-from bclip_fast.ops.philox import threshold_of
+from bclip_fast.ops.philox import threshold_of, unsigned_seed
 from bclip_fast.ops.pointers import address
 
 from .call import AddNormCall, AddNormGradientCall
@@ -90,4 +90,4 @@ def _values(tensor: Tensor | None, *shape: int) -> _cpu.Values:
 def _dropout(dropout_p: float, seed: Tensor | None) -> _cpu.Dropout:
     if seed is None:
         return _cpu.Dropout(0, 0, 1.0)
-    return _cpu.Dropout(int(seed) & (2**64 - 1), threshold_of(dropout_p), 1 / (1 - dropout_p))
+    return _cpu.Dropout(unsigned_seed(seed), threshold_of(dropout_p), 1 / (1 - dropout_p))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from bclip_fast.ops.philox import key_of, philox, threshold_of
 
+_CPU = torch.device("cpu")
+
 
 def add_norm(
     stream: Tensor,
@@ -28,7 +30,8 @@ def add_norm(
         if seed is None:
             branch = F.dropout(branch, dropout_p) if dropout_p else branch
         else:
-            kept = dropout_mask(len(branch), branch.shape[1], dropout_p, seed).to(branch.device)
+            rows, columns = branch.shape
+            kept = dropout_mask(rows, columns, dropout_p, seed, branch.device)
             branch = branch * (kept / (1 - dropout_p)).to(branch.dtype)
         stream = stream + branch.to(stream.dtype)
     return F.layer_norm(stream, stream.shape[1:], weight.to(stream.dtype), bias.to(stream.dtype), eps), stream
@@ -39,9 +42,9 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def dropout_mask(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """(rows, columns) bool, True for an element that dropout keeps."""
-    zero = torch.zeros((), dtype=torch.int64)
-    counter = (torch.arange(-(-columns // 4))[None, :], torch.arange(rows)[:, None], zero, zero)
-    words = torch.stack(philox(counter, key_of(seed)), -1)
+def dropout_mask(rows: int, columns: int, dropout_p: float, seed: Tensor, device: torch.device = _CPU) -> Tensor:
+    """(rows, columns) bool on `device`, True for an element that dropout keeps."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    quad, row = torch.arange(-(-columns // 4), device=device), torch.arange(rows, device=device)
+    words = torch.stack(philox((quad[None, :], row[:, None], zero, zero), key_of(seed, device)), -1)
     return words.flatten(1)[:, :columns] >= threshold_of(dropout_p)

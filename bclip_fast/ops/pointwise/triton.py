@@ -22,7 +22,9 @@ from .call import AddNormCall, AddNormGradientCall
 # Programs of a norm's backward: nearly four per multiprocessor of an H100.
 MAX_PROGRAMS = 512
 
-GELU_BLOCK = 2048
+# Tile size and launch options of gelu's kernels: 16 elements per thread, in accesses of 16 bytes. Triton compiles them
+# once for sizes that are multiples of 16, as every model's are, and once for others, whose last access is partial.
+GELU = {"BLOCK": 2048, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def _add_norm_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(partials + tl.num_programs(0) * DIM + place, bias_grad, mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gelu_kernel(x, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < size
@@ -144,7 +146,7 @@ def _gelu_kernel(x, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
     tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gelu_backward_kernel(grad, x, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """grad * (Phi(x) + x * phi(x))"""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -224,5 +226,5 @@ def _launch_gelu(kernel: Any, *inputs: Tensor) -> Tensor:
     out = torch.empty_like(inputs[-1])
     if size := out.numel():
         with torch.cuda.device_of(out):
-            kernel[(triton.cdiv(size, GELU_BLOCK),)](*inputs, out, size, BLOCK=GELU_BLOCK)
+            kernel[(triton.cdiv(size, GELU["BLOCK"]),)](*inputs, out, size, **GELU)
     return out

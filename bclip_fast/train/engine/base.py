@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bclip_fast import distributed
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
+from bclip_fast.train.transfers import AsyncRead
 
 from .optimizer import OptimizerState
 
@@ -38,6 +39,29 @@ class StepResult:
     skipped: bool
     overflow: bool = False
 
+    @classmethod
+    def of(cls, grad_norm: float, skipped: float, overflow: float) -> StepResult:
+        """The result with these values of `StepTensors`."""
+        return cls(grad_norm, bool(skipped), bool(overflow))
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """The outcome of an update as scalars on the device: `StepResult` before the host reads it.
+
+    grad_norm: any floating dtype.
+    skipped, overflow: float32, 1 or 0.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
+    overflow: Tensor
+
+    @property
+    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `StepResult`, in order."""
+        return self.grad_norm, self.skipped, self.overflow
+
 
 class Engine(ABC):
     """A model with its optimiser, on all ranks.
@@ -49,8 +73,9 @@ class Engine(ABC):
     module: nn.Module
     """The module that runs forward. Its parameters may be sharded, and their names may have a prefix."""
     _model: nn.Module
-    _saved_buffers: list[Tensor]
-    """Copies of the model's buffers after the last update. Each rank has its own values: training never reads them."""
+    _saved_statistics: list[Tensor]
+    """Copies of the statistics of batch norms after the last update. Each rank has its own values: training never reads
+    them."""
 
     def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
         """Run the model forward."""
@@ -84,25 +109,38 @@ class Engine(ABC):
         """Whether a trainable parameter of the model has a name with this prefix."""
         return any(part.requires_grad for name, part in self._model.named_parameters() if name.startswith(prefix))
 
-    def step(self, lr: float, limit: float = math.inf) -> StepResult:
-        """Clip the gradients, update the weights and clear the gradients.
+    def step(self, lr: float, limit: float = math.inf, allowed: Tensor | None = None) -> StepResult:
+        """`start_step`, and the outcome. The host waits for it."""
+        return StepResult.of(*AsyncRead(self.start_step(lr, limit, allowed).scalars).numbers())
 
-        If the norm of the gradient is not finite or above `limit`, update nothing and restore the statistics of batch
-        norms from before the step.
+    def start_step(self, lr: float, limit: float = math.inf, allowed: Tensor | None = None) -> StepTensors:
+        """Clip the gradients, update the weights and clear the gradients, without a wait for the device.
+
+        Refuse the update if the norm of the gradient is not finite or above `limit`, or if `allowed` is false. Then
+        the weights stay, and the statistics of batch norms are restored from before the step. The device decides that.
+
+        Two engines make the host wait nevertheless. DeepSpeed's ZeRO 1 to 3 reads whether the norm is finite. An
+        optimiser on the host reads the decision.
 
         Args:
             lr: learning rate.
             limit: largest norm that may update, the same on all ranks.
+            allowed: boolean scalar on the device, the same on all ranks. None: true.
         """
-        result = self._step(lr, limit)
-        if buffers := list(self._model.buffers()):
-            target, source = (buffers, self._saved_buffers) if result.skipped else (self._saved_buffers, buffers)
-            torch._foreach_copy_(target, source)
-        return result
+        outcome = self._start_step(lr, limit, allowed)
+        statistics = persistent_buffers(self._model).values()
+        for buffer, saved in zip(statistics, self._saved_statistics, strict=True):
+            buffer.copy_(torch.where(outcome.skipped > 0, saved, buffer))
+            saved.copy_(buffer)
+        return outcome
 
     @abstractmethod
-    def _step(self, lr: float, limit: float) -> StepResult:
-        """The part of `step` that concerns the parameters."""
+    def _start_step(self, lr: float, limit: float, allowed: Tensor | None) -> StepTensors:
+        """The part of `start_step` that concerns the parameters."""
+
+    def _statistics_after_update(self) -> dict[str, Tensor]:
+        """The statistics of batch norms by name, as the last update left them. A forward pass changes the model's."""
+        return dict(zip(persistent_buffers(self._model), self._saved_statistics, strict=True))
 
     def communication(self) -> dict[str, float]:
         """The metric communication_seconds: how long the second-to-last backward pass waited for gradient all-reduces.
@@ -126,7 +164,7 @@ class Engine(ABC):
         if not distributed.is_main():
             return {}
         weights = {name: part.detach() for name, part in self._model.named_parameters() if part.requires_grad}
-        return weights | dict(self._model.named_buffers())
+        return weights | self._statistics_after_update()
 
     def local_shard(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a gathered tensor that corresponds to `local_weights()[name]`, as a copy on its device."""
@@ -151,6 +189,16 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the engine's memory. The engine cannot be used afterwards."""
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the model's state by name: the statistics of batch norms, and no constants."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import MOMENTS, Engine, StepResult, to_cpu
+from .base import MOMENTS, Engine, StepTensors, persistent_buffers, to_cpu
 from .config import DTYPES, EngineConfig
-from .optimizer import OptimizerState, is_within, make_optimizer, set_learning_rate
+from .optimizer import OptimizerState, make_optimizer, refusal, set_learning_rate
 
 
 class DdpEngine(Engine):
@@ -32,7 +32,7 @@ class DdpEngine(Engine):
         self._dtype = DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._num_steps = 0
-        self._saved_buffers = [buffer.clone() for buffer in model.buffers()]
+        self._saved_statistics = [buffer.clone() for buffer in persistent_buffers(model).values()]
         self.module = model
         if distributed.world_size() > 1:
             self.module = nn.parallel.DistributedDataParallel(
@@ -77,20 +77,17 @@ class DdpEngine(Engine):
             with ddp.no_sync() if ddp and number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def _step(self, lr: float, limit: float) -> StepResult:
+    def _start_step(self, lr: float, limit: float, allowed: Tensor | None) -> StepTensors:
         set_learning_rate(self._optimizer, lr)
         self._scaler.unscale_(self._optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
-        allowed = is_within(norm, limit)
-        self._optimizer.allowed = lambda: allowed
-        scale = self._scaler.get_scale()
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf"))
+        refused = refusal(norm, limit, allowed)
+        self._optimizer.refusal = lambda: refused
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        overflow = self._scaler.get_scale() < scale
-        skipped = overflow or not allowed
-        self._num_steps += not skipped
-        return StepResult(norm, skipped, overflow)
+        overflow = self._optimizer.overflow_of(refused)
+        return StepTensors(norm, torch.maximum(refused, overflow), overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         if not distributed.is_main():
@@ -103,7 +100,9 @@ class DdpEngine(Engine):
             for name, parameter in self._model.named_parameters():
                 if state := self._optimizer.state.get(parameter):
                     moments[name] = {key: to_cpu(state[key]) for key in MOMENTS}
-        return OptimizerState(self._num_steps, moments, self._scaler.state_dict())
+        # The fused kernel counts the updates, because only the device knows which steps were refused.
+        counts = (int(state["step"]) for state in self._optimizer.state.values())
+        return OptimizerState(next(counts, self._num_steps), moments, self._scaler.state_dict())
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         for name, parameter in self._model.named_parameters():

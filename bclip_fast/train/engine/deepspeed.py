@@ -22,9 +22,18 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import MOMENTS, Engine, StepResult, to_cpu
+from .base import MOMENTS, Engine, StepTensors, persistent_buffers, to_cpu
 from .config import DTYPES, EngineConfig
-from .optimizer import AdamW, GatedOptimizer, LossScale, OptimizerState, is_within, make_optimizer, set_learning_rate
+from .optimizer import (
+    AdamW,
+    GatedOptimizer,
+    LossScale,
+    OptimizerState,
+    make_optimizer,
+    refusal,
+    scalar,
+    set_learning_rate,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +50,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         self.device, self._model = device, model
         self._stage = config.zero_stage
-        self._saved_buffers = [buffer.clone() for buffer in model.buffers()]
+        self._saved_statistics = [buffer.clone() for buffer in persistent_buffers(model).values()]
         self._clip = optim.grad_clip_norm
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
@@ -111,29 +120,29 @@ class DeepSpeedEngine(Engine):
             with self._engine.no_sync() if number < len(losses) else contextlib.nullcontext():
                 self.backward(loss())
 
-    def _step(self, lr: float, limit: float) -> StepResult:
+    def _start_step(self, lr: float, limit: float, allowed: Tensor | None) -> StepTensors:
         set_learning_rate(self._engine.optimizer, lr)
         if self._stage > 0:
             zero = self._engine.optimizer
             # DeepSpeed computes the norm inside `step`, before it calls the wrapped optimiser for each group.
-            zero.optimizer.allowed = lambda: is_within(float(zero._global_grad_norm), limit)
+            zero.optimizer.refusal = lambda: refusal(scalar(zero._global_grad_norm, self.device), limit, allowed)
             self._engine.step()
-            norm, overflow = float(self._engine.get_global_grad_norm()), self._scale is not None and zero.overflow
+            norm = scalar(self._engine.get_global_grad_norm(), self.device)
+            # DeepSpeed has read this flag: it calls no optimiser after an overflow.
+            overflow = self._scale is not None and zero.overflow
             if self._scale is not None:
                 self._scale.update(overflow)
                 zero.override_loss_scale(self._scale.value)
-            return StepResult(norm, not is_within(norm, limit), overflow)
+            return StepTensors(norm, refusal(norm, limit, allowed), scalar(float(overflow), self.device))
         # Stage 0 is plain data parallelism: the gradients are unsharded, and DeepSpeed computes no norm.
-        scaler = self._scale
-        scale = scaler.get_scale() if scaler else 1.0
-        if scaler:
-            scaler.unscale_(self._engine.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
-        allowed = is_within(norm, limit)
-        self._engine.optimizer.allowed = lambda: allowed
+        if self._scale:
+            self._scale.unscale_(self._engine.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf"))
+        refused = refusal(norm, limit, allowed)
+        self._engine.optimizer.refusal = lambda: refused
         self._engine.step()
-        overflow = bool(scaler) and scaler.get_scale() < scale
-        return StepResult(norm, overflow or not allowed, overflow)
+        overflow = self._engine.optimizer.overflow_of(refused)
+        return StepTensors(norm, torch.maximum(refused, overflow), overflow)
 
     def model_state(self) -> dict[str, Tensor]:
         parameters = dict(self._model.named_parameters())
@@ -150,7 +159,7 @@ class DeepSpeedEngine(Engine):
             return super().local_weights()
         parameters: Iterable[tuple[str, Any]] = self._model.named_parameters()
         weights = {name: part.ds_tensor.detach() for name, part in parameters if part.requires_grad}
-        return weights | dict(self._model.named_buffers())
+        return weights | self._statistics_after_update()
 
     def local_shard(self, name: str, tensor: Tensor) -> Tensor:
         if self._stage < 3 or name not in self._shapes:
@@ -163,8 +172,10 @@ class DeepSpeedEngine(Engine):
         for name, tensor in shards.items():
             shape = self._shapes.get(name, tensor.shape)
             if self._stage == 3 and name in self._shapes:
+                # With offloaded parameters, the shard is on the host, and NCCL sends only from a GPU.
+                tensor = tensor.to(self.device)
                 parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
-                dist.all_gather(parts, tensor.to(self.device))
+                dist.all_gather(parts, tensor)
                 tensor = torch.cat(parts)[: shape.numel()]
             if distributed.is_main():
                 weights[name] = to_cpu(tensor).view(shape)
@@ -246,6 +257,8 @@ def _cpu_adam() -> Callable[..., GatedOptimizer]:
         ) from error
 
     class CpuAdamW(GatedOptimizer, DeepSpeedCPUAdam):
+        takes_found_inf = False
+
         def step(self, closure: Any = None) -> Any:
             # The kernel multiplies the powers of the betas from step to step. After a resume it computes them with
             # `pow`, which rounds differently. A new kernel object for each step always uses `pow`.
@@ -286,6 +299,8 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) 
         "gradient_clipping": optim.grad_clip_norm if config.zero_stage > 0 else 0.0,
         "steps_per_print": None,
         "zero_optimization": zero,
+        # By default, DeepSpeed waits for the GPU twice in each step, to log its throughput.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # Use autocast as plain PyTorch does. The empty list makes DeepSpeed communicate fp32 gradients.
@@ -303,8 +318,7 @@ def _ensure_process_group() -> None:
     os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))
     if dist.is_initialized():
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **distributed.group_options())
     atexit.register(distributed.shutdown)
 
 

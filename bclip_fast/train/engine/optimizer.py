@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,25 +27,54 @@ class OptimizerState:
 
 
 class GatedOptimizer(torch.optim.Optimizer):
-    """Mixin for an AdamW class. A step does nothing if `allowed()` is false.
+    """Mixin for an AdamW class. A step does nothing if `refusal()` is 1.
 
     After each step, it clamps the parameters of every group that has a `bounds = (low, high)` entry. It works on the
     tensors that the engine passes: parameters, or ZeRO's flat shards.
+
+    The host doesn't read the decision. torch's fused kernels read it on the device, as they read GradScaler's
+    `found_inf`. Only an optimiser on the host waits for a decision that was made on a GPU.
     """
 
-    allowed: Callable[[], bool] = staticmethod(lambda: True)
+    refusal: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    """Function that returns 1 if the step must update nothing, else 0: a float32 scalar. None is 0."""
+    takes_found_inf = True
+    """Whether the AdamW class reads `found_inf`."""
+    found_inf: Tensor | None
+    _overflow: Tensor | None = None
 
     def step(self, closure: Any = None) -> Any:
-        """Update the parameters and clamp them, if `allowed()` is true."""
-        if not self.allowed():
+        """Update the parameters and clamp them, unless `refusal()` is 1."""
+        # GradScaler sets this attribute before the call and deletes it afterwards.
+        self._overflow, has_scaler = getattr(self, "found_inf", None), hasattr(self, "found_inf")
+        refused = self.refusal()
+        if refused is None:
+            refused = torch.zeros((), device=self._device) if self._overflow is None else self._overflow
+        elif self._overflow is not None:
+            refused = torch.maximum(refused, self._overflow)
+        # AdamW would copy the decision to the host without a wait, and would read it too early.
+        refused = refused.to(self._device)
+        if not self.takes_found_inf and bool(refused):
             return None
+        self.found_inf = refused
         result = super().step(closure)
+        if not has_scaler:
+            del self.found_inf
         with torch.no_grad():
             for group in self.param_groups:
                 if "bounds" in group:
                     for parameter in group["params"]:
-                        parameter.clamp_(*group["bounds"])
+                        clamped = parameter.clamp(*group["bounds"])
+                        parameter.copy_(torch.where(refused > 0, parameter, clamped))
         return result
+
+    def overflow_of(self, like: Tensor) -> Tensor:
+        """1 if GradScaler found an overflow in the last step, else 0: a scalar like `like`."""
+        return torch.zeros_like(like) if self._overflow is None else (self._overflow > 0).to(like)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(parameter.device for group in self.param_groups for parameter in group["params"])
 
     def set_state(self, parameter: Tensor, num_steps: int, moments: Mapping[str, Tensor]) -> None:
         """Set the state of a parameter after `num_steps` updates."""
@@ -63,7 +91,7 @@ class AdamW(GatedOptimizer, torch.optim.AdamW):
         super().__init__(groups, fused=True, **options)
 
     def _step_count(self, num_steps: int, parameter: Tensor) -> Any:
-        return torch.tensor(float(num_steps), device=parameter.device)
+        return torch.full((), float(num_steps), device=parameter.device)
 
 
 def make_optimizer(
@@ -80,9 +108,20 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def is_within(norm: float, limit: float) -> bool:
-    """Whether the norm is finite and at most `limit`."""
-    return math.isfinite(norm) and norm <= limit
+def refusal(norm: Tensor, limit: float, allowed: Tensor | None = None) -> Tensor:
+    """1 if the norm is not finite or above `limit`, or if `allowed` is false, else 0: a float32 scalar on its device.
+
+    Compare in float64, which holds both numbers exactly.
+    """
+    is_within = norm.isfinite() & (norm.double() <= limit)
+    return 1 - (is_within if allowed is None else is_within & allowed).float()
+
+
+def scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """The number as a scalar on the device. A kernel writes a number of the host, because a copy could wait."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 class LossScale:

@@ -15,10 +15,13 @@ struct Sequence {
   int length;
 };
 
+// Rows of a sequence after the first max_length do not count: the launch and its workspace have no
+// room for them, and the host does not know the lengths.
 __device__ __forceinline__ Sequence sequence_of(const Attention& attention, int64_t index) {
   if (!attention.bounds) return {index * attention.max_length, attention.max_length};
   const int64_t start = load_global(&attention.bounds[index]);
-  return {start, static_cast<int>(load_global(&attention.bounds[index + 1]) - start)};
+  const int length = static_cast<int>(load_global(&attention.bounds[index + 1]) - start);
+  return {start, min(length, attention.max_length)};
 }
 
 // Four bits, one for each of the keys from 4 * quad on: whether dropout keeps the weight. The

@@ -53,7 +53,7 @@ def single_query_attention(
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens and rows are
             checked only on the CPU, because reading them on a GPU would wait for the device.
-        BackendError: the named backend cannot run this call.
+        BackendError: as in `fused_attention`.
     """
     if query.dim() != 3 or key_value.dim() != 4 or key_value.shape[1:] != (2, *query.shape[1:]):
         shapes = tuple(query.shape), tuple(key_value.shape)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bclip_fast import _cpu
-from bclip_fast.ops.attention.call import SingleQueryCall, unsigned_seed
+from bclip_fast.ops.attention.call import SingleQueryCall
 from bclip_fast.ops.attention.cpu import INSTRUCTION_SETS
+from bclip_fast.ops.philox import unsigned_seed
 from bclip_fast.ops.pointers import address
 
 

@@ -82,5 +82,5 @@ def _mask(call: SingleQueryCall, weights: Tensor, row: int) -> Tensor:
     """M for the weights (H, k) of a row."""
     heads, keys = weights.shape
     assert call.seed is not None
-    query = torch.tensor([[row]], device=weights.device)
+    query = torch.full((1, 1), row, device=weights.device)
     return reference.dropout_factors(query, heads, keys, weights.dtype, call.dropout_p, call.seed)[0, :, 0]

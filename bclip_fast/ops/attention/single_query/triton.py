@@ -17,7 +17,16 @@ from bclip_fast.ops.attention.call import SingleQueryCall
 from bclip_fast.ops.attention.triton_kernels import kept_weights, load_rows, store_rows
 from bclip_fast.ops.philox import gpu_arguments
 
-KEYS = 64
+
+def configuration(dim: int) -> dict[str, Any]:
+    """Tile size and launch options of both kernels, which are not yet tuned.
+
+    A thread holds at most 32 elements of each tile up to d = 256, so registers do not spill.
+    """
+    width = triton.next_power_of_2(dim)
+    warps = min(max(width // 16, 4), 16)
+    keys = min(64, max(4, 16384 // width))
+    return {"DIM": dim, "WIDTH": width, "KEYS": keys, "num_warps": warps, "enable_fp_fusion": True}
 
 
 # Signatures fill their lines here, as in attention/triton_kernels.py.
@@ -30,7 +39,8 @@ def _span(cu_seqlens, rows, sequence, CAUSAL: tl.constexpr):  # type: ignore[no-
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     seen = length
     if CAUSAL:
-        seen = (row + 1 - start).to(tl.int32)
+        # A row outside the sequence would otherwise read past the tokens.
+        seen = tl.minimum((row + 1 - start).to(tl.int32), length)
     return start, row, length, seen
 
 
@@ -156,9 +166,7 @@ def _launch(kernel: Any, call: SingleQueryCall, query: Tensor, key_value: Tensor
             CAUSAL=call.causal,
             DROPOUT=call.seed is not None,
             HEADS=heads,
-            DIM=dim,
-            WIDTH=triton.next_power_of_2(dim),
-            KEYS=KEYS,
+            **configuration(dim),
         )
 
 

@@ -1,0 +1,30 @@
+"""The one way from an image file to 8-bit RGB pixels. Ingest, training, evaluation and search all use it.
+
+The result is what a reader of the article sees. `docs/images.md` lists the rules for every format.
+"""
+
+from .decode import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    MAX_BYTES,
+    MAX_PIXELS,
+    RULES,
+    ImageConversion,
+    ImageError,
+    OpenImage,
+    open_image,
+    read_rgb,
+)
+
+__all__ = [
+    "FORMATS",
+    "IMAGE_SUFFIXES",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "RULES",
+    "ImageConversion",
+    "ImageError",
+    "OpenImage",
+    "open_image",
+    "read_rgb",
+]

@@ -1,0 +1,136 @@
+"""Single-frame DICOM images as 8-bit RGB.
+
+The rule: apply the rescale (modality LUT), then the first window (VOI LUT) of the file. Without a window, 8-bit values
+stay as they are, and deeper ones go from their minimum to their maximum. MONOCHROME1 and an INVERSE presentation are
+inverted. Palettes and YBR become RGB. The patient's orientation isn't applied: rows and columns keep their order.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .colours import scaled_to_8_bits
+from .errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_MAX_DEFLATED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed DICOM file with pixels. `photometric`: its PhotometricInterpretation. Sizes in pixels."""
+
+    dataset: Any
+    photometric: str
+    width: int
+    height: int
+
+
+def is_dicom(data: bytes) -> bool:
+    """Return whether a file has DICOM's preamble."""
+    return data[128:132] == b"DICM"
+
+
+@contextmanager
+def _as_image_errors() -> Iterator[None]:
+    """Turn every exception into an ImageError, because pydicom passes on those of its decoders."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"DICOM: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
+
+
+@_as_image_errors()
+def read_header(data: bytes) -> Header:
+    """Parse a DICOM file. Raises ImageError if it is damaged or has not exactly one frame, or without pydicom."""
+    try:
+        import pydicom
+    except ModuleNotFoundError:
+        raise ImageError("DICOM needs pydicom: pip install pydicom") from None
+    if _DEFLATED in data[:4096] and len(data) > _MAX_DEFLATED:  # pydicom inflates it without a limit
+        raise ImageError("deflated DICOM of more than 1 MiB is not supported; save it without deflation")
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    if "PixelData" not in dataset:
+        raise ImageError("DICOM without an image")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames != 1:
+        raise ImageError(f"DICOM of {frames} frames; export the frame that you need")
+    return Header(dataset, str(dataset.PhotometricInterpretation), int(dataset.Columns), int(dataset.Rows))
+
+
+@_as_image_errors()
+def to_rgb(header: Header) -> Image.Image:
+    """Decode the pixels by the rule of this module."""
+    from PIL import Image
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    dataset = header.dataset
+    pixels = pixel_array(dataset)
+    if header.photometric == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, dataset)
+        pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+    if pixels.ndim == 3:
+        if pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            raise ImageError(f"DICOM with pixels of {pixels.shape[2]} x {pixels.dtype} is not supported")
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    if pixels.ndim != 2:
+        raise ImageError(f"DICOM with pixels of shape {pixels.shape} is not supported")
+    grey = _grey(pixels, dataset)
+    if (header.photometric == "MONOCHROME1") != (dataset.get("PresentationLUTShape") == "INVERSE"):
+        grey = 255 - grey
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _grey(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float64)
+    if dataset.get("VOILUTSequence"):
+        looked_up = np.asarray(apply_voi(np.rint(values).astype(np.int64), dataset), dtype=np.float64)
+        return scaled_to_8_bits(looked_up, 0.0, 2.0 ** _lut_bits(dataset) - 1)
+    window = _window(dataset)
+    if window is not None:
+        return _windowed(values, *window, function=str(dataset.get("VOILUTFunction") or "LINEAR"))
+    inside = values[pixels != dataset.PixelPaddingValue] if "PixelPaddingValue" in dataset else values
+    low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
+    if low >= 0 and high <= 255 and int(dataset.BitsStored) <= 8:
+        low, high = 0.0, 255.0
+    return scaled_to_8_bits(values, low, high)
+
+
+def _lut_bits(dataset: Any) -> int:
+    return int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+
+
+def _window(dataset: Any) -> tuple[float, float] | None:
+    """Return the centre and the width of the first window."""
+    centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+    if centre in (None, "") or width in (None, ""):
+        return None
+    first = [value if isinstance(value, int | float | str) else value[0] for value in (centre, width)]
+    return float(first[0]), float(first[1])
+
+
+def _windowed(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
+    """Apply a window, DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    if not np.isfinite([centre, width]).all() or width <= 0:
+        raise ImageError(f"DICOM window of centre {centre} and width {width}")
+    if function == "SIGMOID":
+        return np.rint(255 / (1 + np.exp(-4 * (values - centre) / width))).astype(np.uint8)
+    if function == "LINEAR_EXACT":
+        return scaled_to_8_bits(values, centre - width / 2, centre + width / 2)
+    if width == 1:
+        return np.where(values > centre - 0.5, 255, 0).astype(np.uint8)
+    start = centre - 0.5 - (width - 1) / 2
+    return scaled_to_8_bits(values, start, start + width - 1)

@@ -1,0 +1,186 @@
+"""The results of the training steps: what follows from them, and their lines of metrics.
+
+On a CPU, the host reads a step's results at its end. On a GPU it reads them one step late: after it has queued the next
+step's forward and backward pass, and before that step's update. The device then always has work in its queue. The rules
+are the same, because nothing needs the results earlier:
+
+- The limits of an update (loss_spikes.py) depend on the steps before it. The device itself compares the loss and the
+  gradient norm with the limits.
+- The EMA takes the weights after a step, which stay until the next update.
+- Validation, checkpoints, and the end of a run call `finish` first.
+
+The results of a step that may end the run are read at its end on a GPU too: its batches are then still there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bclip_fast.errors import UserError
+
+from .config import TrainConfig
+from .ema import Ema
+from .engine import Engine, StepResult
+from .grad_cache import GradCache
+from .loss_spikes import LossSpikes
+from .metrics import MetricsLog
+from .progress import Progress
+from .replay import Dump, write_dump
+from .transfers import AsyncRead
+
+log = logging.getLogger(__name__)
+
+# How long a run that ends by an error waits for the results of its last step.
+_GRACE_S = 10.0
+
+
+@dataclass
+class PendingStep:
+    """A step whose results the host has not read yet.
+
+    step: number of the step, from 1.
+    epoch: number of the pass over the data.
+    samples: samples consumed by the run so far.
+    batch_size, num_tokens: size of the global batch.
+    lr: learning rate.
+    start: start of the step, by `time.perf_counter()`.
+    data_wait: seconds for which this rank waited for its batches.
+    parts: function that returns the seconds of the step's parts, as `StepTimer.finish` returns it.
+    communication: `Engine.communication()`.
+    peak_memory: bytes.
+    num_bad: number of different damaged samples so far.
+    least_seconds: how long the step takes at the device's peak rate. None if that is unknown.
+    tensors: loss, logit scale, and the scalars of `StepTensors`.
+    seconds: duration of the step. 0: it ends when `record` is called.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    batch_size: int
+    num_tokens: int
+    lr: float
+    start: float
+    data_wait: float
+    parts: Callable[[], dict[str, float]]
+    communication: dict[str, float]
+    peak_memory: int
+    num_bad: int
+    least_seconds: float | None
+    tensors: AsyncRead
+    seconds: float = 0.0
+
+    def record(self, loss: float, logit_scale: float, grad_norm: float, num_skipped: int) -> dict[str, Any]:
+        """The step's line of metrics.jsonl. metrics.py explains its keys."""
+        seconds = self.seconds or time.perf_counter() - self.start
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "loss": loss,
+            "lr": self.lr,
+            "logit_scale": logit_scale,
+            "grad_norm": grad_norm,
+            "samples_per_second": self.batch_size / seconds,
+            "tokens_per_second": self.num_tokens / seconds,
+            **({} if self.least_seconds is None else {"mfu": self.least_seconds / seconds}),
+            "step_seconds": seconds,
+            "data_wait_seconds": self.data_wait,
+            **self.parts(),
+            **self.communication,
+            "peak_memory_bytes": self.peak_memory,
+            "bad_samples": self.num_bad,
+            "skipped": num_skipped,
+        }
+
+
+class StepResults:
+    """Reads the results of each step. Updates the EMA, records skipped steps, and writes the line of metrics.
+
+    Every rank needs one, and calls its methods in the same steps.
+
+    Args:
+        model: model that the engine trains.
+    """
+
+    outputs: tuple[MetricsLog | None, Progress | None, Callable[[dict[str, Any]], None] | None] = None, None, None
+    """The log, the progress bar and a function, which get the lines of metrics. Only rank 0 has them."""
+
+    def __init__(self, config: TrainConfig, engine: Engine, model: Any, spikes: LossSpikes, ema: Ema | None) -> None:
+        self._config, self._engine, self._model, self._spikes, self._ema = config, engine, model, spikes, ema
+        self._reads_late = engine.device.type != "cpu"
+        self._pending: PendingStep | None = None
+
+    def add(self, pending: PendingStep, cache: GradCache) -> None:
+        """Add a step after `finish()` for the step before. Read it now, or during the next step.
+
+        Args:
+            cache: micro-batches of the step.
+
+        Raises:
+            UserError: too many steps were skipped. The message names the dump of the last one.
+        """
+        self._pending = pending
+        if not self._reads_late or self._spikes.may_end_run(pending.step):
+            self.finish(cache)
+        else:
+            pending.seconds = time.perf_counter() - pending.start
+
+    def finish(self, cache: GradCache | None = None) -> None:
+        """Read the results of the pending step, if there is one, and wait for them."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        loss, logit_scale, *outcome = pending.tensors.numbers()
+        result = StepResult.of(*outcome)
+        if self._ema is not None and not result.skipped:
+            self._ema.update()
+        failure = self._observe(pending.step, loss, result, cache)
+        metrics, progress, on_step = self.outputs
+        if metrics is not None and progress is not None:
+            record = pending.record(loss, logit_scale, result.grad_norm, self._spikes.num_skipped)
+            metrics.write(record)
+            progress.update(record)
+            if on_step is not None:
+                on_step(record)
+        if failure:
+            raise UserError(failure)
+
+    def finish_after_error(self) -> None:
+        """`finish()`, unless the device cannot answer any more."""
+        if self._pending is None:
+            return
+        step = self._pending.step
+        try:
+            if self._pending.tensors.is_complete(_GRACE_S):
+                self.finish()
+        except Exception as error:
+            log.warning("the metrics of step %d cannot be read: %s", step, error)
+
+    def _observe(self, step: int, loss: float, result: StepResult, cache: GradCache | None) -> str:
+        """Log the step if it was skipped. After too many skips, write a dump and return why the run must end."""
+        reason = self._spikes.observe(step, loss, result)
+        if not result.skipped:
+            return ""
+        metrics = self.outputs[0]
+        if metrics is not None:
+            reason = reason or "the fp16 gradient overflowed"
+            log.warning("step %d is skipped: %s", step, reason)
+            metrics.event(step, "skip", reason=reason)
+        if not self._spikes.too_many:
+            return ""
+        assert cache is not None
+        # The step made no update, so the weights are those before the step.
+        dropped, state, run = self._model.visual.patch_dropout, self._engine.model_state(), Path(self._config.run)
+        batches = list(cache.micro_batches())
+        folder = write_dump(run, Dump(self._config, step, loss, result.grad_norm, dropped, batches, state))
+        return (
+            f"{self._spikes} at step {step}: {reason}; lower optim.lr, set optim.grad_clip_norm, set "
+            f"engine.precision=fp32 or raise the limits of the section spikes, then resume from "
+            f"{run / 'checkpoints'}. `bclip train replay {folder}` computes the step again"
+        )

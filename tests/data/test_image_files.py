@@ -1,0 +1,136 @@
+"""Image files to RGB pixels: every layout is right or refused, and damage becomes an error that names the image."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import image_layouts
+import numpy as np
+import pytest
+from dicom_files import dicom
+from image_layouts import Layout, deep
+
+from bclip_fast.data.image_files import ImageError, open_image, read_rgb
+from bclip_fast.errors import UserError
+
+DOCUMENT = Path(__file__).parents[2] / "docs/images.md"
+LAYOUTS = [*image_layouts.tiffs(), *image_layouts.others()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[f"{layout.format} {layout.name}" for layout in LAYOUTS])
+def test_rgb_every_layout_is_right_or_refused(layout: Layout):
+    if layout.pixels is None:
+        with pytest.raises(ImageError):
+            open_image(layout.data).rgb()
+        return
+    image = open_image(layout.data).rgb()
+    assert image.mode == "RGB"
+    pixels = np.asarray(image).astype(float)
+    assert pixels.shape == layout.pixels.shape
+    assert np.abs(pixels - layout.pixels).max() <= layout.tolerance
+
+
+def table() -> str:
+    """Return the Markdown table of docs/images.md."""
+    formats = ("TIFF", "PNG", "GIF", "BMP", "WEBP", "JPEG")
+    rows: dict[str, dict[str, str]] = {}
+    for layout in LAYOUTS:
+        name = re.sub(r"orientation \d", "orientation", layout.name)
+        rows.setdefault(name, {})[layout.format] = "refused" if layout.pixels is None else f"as {layout.source}"
+    lines = ["| layout | " + " | ".join(formats) + " |", "|---" * (len(formats) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(row.get(kind, "") for kind in formats) + " |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def test_documented_table_is_the_tested_one():
+    assert table() in DOCUMENT.read_text(), f"replace the table of {DOCUMENT.name} with:\n{table()}"
+
+
+RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # 0 to 4095
+
+
+def grey_of(data: bytes) -> np.ndarray:
+    """Return the levels of a DICOM image, after a check that its channels are equal."""
+    pixels = np.asarray(open_image(data).rgb()).astype(float)
+    assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all()
+    return pixels[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "right"),
+    [
+        (dicom(deep(image_layouts.GREY, "u1")), 255 * image_layouts.GREY),
+        (dicom(deep(image_layouts.GREY, "u1"), "MONOCHROME1"), 255 * (1 - image_layouts.GREY)),
+        (dicom(RAMP, bits=12), 255.0 * RAMP / 4095),
+        (dicom(RAMP, "MONOCHROME1", bits=12), 255 * (1 - RAMP / 4095)),
+        (dicom(RAMP, bits=12, PresentationLUTShape="INVERSE"), 255 * (1 - RAMP / 4095)),
+        # A window from 1000 to 2000. C.11.2.1.2.1: its ramp goes from c - 0.5 - (w - 1) / 2 to c - 0.5 + (w - 1) / 2.
+        (dicom(RAMP, bits=12, WindowCenter=1500, WindowWidth=1000), 255 * ((RAMP - 1000.0) / 999).clip(0, 1)),
+        (dicom(RAMP, bits=12, WindowCenter=["1500", "9"], WindowWidth=["1000", "9"]),
+         255 * ((RAMP - 1000.0) / 999).clip(0, 1)),
+        (dicom(RAMP, bits=12, RescaleSlope=2, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400),
+         255 * ((2.0 * RAMP - 1024 + 160) / 399).clip(0, 1)),
+        (dicom(RAMP.astype(np.int16) - 2048, WindowCenter=0, WindowWidth=100, VOILUTFunction="LINEAR_EXACT"),
+         255 * ((RAMP - 2048.0 + 50) / 100).clip(0, 1)),
+        (dicom(RAMP.astype(np.int16) - 2048, WindowCenter=0, WindowWidth=400, VOILUTFunction="SIGMOID"),
+         255 / (1 + np.exp(-4 * (RAMP - 2048.0) / 400))),
+        (dicom(np.where(RAMP < 9, -2000, RAMP).astype(np.int16), PixelPaddingValue=-2000),
+         255 * ((RAMP - 9.0) / 4086).clip(0, 1)),
+    ],
+    ids=["u1", "u1 inverted", "12 bits", "12 bits inverted", "inverse presentation", "window", "first of two windows",
+         "rescale and window", "exact window", "sigmoid", "padding"],
+)  # fmt: skip
+def test_rgb_dicom_follows_its_rule(data: bytes, right: np.ndarray):
+    assert np.abs(grey_of(data) - right).max() <= 1
+
+
+def test_rgb_dicom_colours():
+    pixels = deep(image_layouts.COLOURS, "u1")
+    assert np.array_equal(np.asarray(open_image(dicom(pixels, "RGB")).rgb()), pixels)
+    # JFIF: Y = 0.299 R + 0.587 G + 0.114 B, and the chroma are differences from it.
+    luma = pixels @ [0.299, 0.587, 0.114]
+    chroma = [128 + 0.564 * (pixels[..., 2] - luma), 128 + 0.713 * (pixels[..., 0] - luma)]
+    ybr = np.rint(np.stack([luma, *chroma], -1)).clip(0, 255).astype(np.uint8)
+    assert np.abs(np.asarray(open_image(dicom(ybr, "YBR_FULL")).rgb()).astype(float) - pixels).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (dicom(np.zeros((3, 8, 8, 3), np.uint8), "RGB"), "3 frames"),
+        (dicom(RAMP, bits=12)[:-50], "DICOM"),
+        (dicom(RAMP, bits=12)[:300], "DICOM"),
+        (dicom(RAMP, bits=12, WindowCenter=1500, WindowWidth=0), "window"),
+        (dicom(np.zeros((8, 8, 3), np.uint16), "RGB"), "uint16"),
+        (dicom(RAMP, bits=12, Rows=60000, Columns=60000), "too many pixels"),
+    ],
+)
+def test_open_image_bad_dicom_is_refused_with_reason(data: bytes, reason: str):
+    with pytest.raises(ImageError, match=reason) as caught:
+        open_image(data).rgb()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "known format"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "JPEG 2000"),
+        (b"\0\0\0\x20ftypavif" + bytes(40), "AVIF"),
+        (b"%PDF-1.7 " + bytes(40), "PDF"),
+        (b"<html><body>Not found</body></html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+        (LAYOUTS[0].data[:60], "TIFF|truncated|format"),
+    ],
+)
+def test_read_rgb_unknown_format_is_named_with_the_image(data: bytes, reason: str):
+    with pytest.raises(UserError, match=f"image fig9 cannot be decoded: .*({reason})"):
+        read_rgb(data, lambda: "fig9")
+
+
+def test_read_rgb_open_clip_conversion_keeps_the_mode_of_the_file():
+    [data] = [layout.data for layout in LAYOUTS if (layout.format, layout.name) == ("PNG", "palette")]
+    assert read_rgb(data, lambda: "x", "open_clip").mode == "P"
+    [data] = [layout.data for layout in LAYOUTS if (layout.format, layout.name) == ("JPEG", "orientation 6")]
+    assert read_rgb(data, lambda: "x", "open_clip").size == (image_layouts.WIDTH, image_layouts.HEIGHT)
