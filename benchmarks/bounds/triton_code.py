@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,11 +54,15 @@ class Code:
     threads: int
 
 
-class _Recorder:
-    """In the place of a kernel, it keeps the launches."""
+class _Enough(Exception):
+    """The number of launches is reached."""
 
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+
+class _Recorder:
+    """In the place of a kernel, it keeps the launches, and ends the call after `limit` of them."""
+
+    def __init__(self, kernel: Any, launches: list[Launch], limit: int | None) -> None:
+        self.kernel, self.launches, self.limit = kernel, launches, limit
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **named: Any) -> None:
@@ -67,19 +71,26 @@ class _Recorder:
             options = {name: value for name, value in named.items() if name not in names}
             sizes = grid(values) if callable(grid) else grid
             self.launches.append(Launch(self.kernel, values, options, math.prod(sizes)))
+            if len(self.launches) == self.limit:
+                raise _Enough
 
         return launch
 
 
 @contextmanager
-def recorded(modules: list[ModuleType], capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Record the launches of all kernels of these modules instead of running them, as on a GPU of this capability."""
+def recorded(
+    modules: list[ModuleType], capability: tuple[int, int], limit: int | None = None
+) -> Iterator[list[Launch]]:
+    """Record the launches of all kernels of these modules instead of running them, as on a GPU of this capability.
+
+    limit: number of launches after which the block ends. None runs the block to its end.
+    """
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
     with patch("torch.cuda.get_device_capability", lambda *_: capability):
         patches = [
-            patch.object(module, name, _Recorder(value, launches))
+            patch.object(module, name, _Recorder(value, launches, limit))
             for module in modules
             for name, value in vars(module).items()
             if isinstance(value, JITFunction) and name.endswith("_kernel")
@@ -87,7 +98,8 @@ def recorded(modules: list[ModuleType], capability: tuple[int, int]) -> Iterator
         for each in patches:
             each.start()
         try:
-            yield launches
+            with suppress(_Enough):
+                yield launches
         finally:
             for each in patches:
                 each.stop()

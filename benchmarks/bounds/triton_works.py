@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -76,17 +78,30 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
     features = _empty(batch, loss.width), _empty(batch, loss.width)
     call = ContrastiveCall(*features, scalar, 0, loss.chunk)
     lse = _empty(batch, dtype=DOUBLE), _empty(batch, dtype=DOUBLE)
-    with recorded([triton, triton_kernels], capability) as launches:
-        triton.forward(call)
-        triton.backward(call, SoftmaxGradient(*lse, scalar, _empty(batch, dtype=FLOAT)), HALF)
-        triton.siglip(replace(call, bias=scalar), 1 / batch, HALF, True)
-    names = {"forward": "forward", "backward": "softmax", "siglip": "sigmoid"}
-    for name, kernel in names.items():
-        launch = next(launch for launch in launches if launch.name == name)
+    upstream = SoftmaxGradient(*lse, scalar, _empty(batch, dtype=FLOAT))
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: triton.forward(call),
+        "softmax": lambda: triton.backward(call, upstream, HALF),
+        "sigmoid": lambda: triton.siglip(replace(call, bias=scalar), 1 / batch, HALF, True),
+    }
+    for kernel, run in calls.items():
+        # Each chunk of rows has a launch like the first one.
+        # Tensors without a device don't tell its capability.
+        own = patch.object(triton, "_configuration", partial(_configuration, capability))
+        with own, recorded([triton, triton_kernels], capability, limit=1) as launches:
+            run()
+        [launch] = launches
         rows, columns = launch.arguments["BLOCK_ROWS"], launch.arguments["BLOCK_COLUMNS"]
         elements = rows * columns // (32 * launch.options["num_warps"])
         turns = loss.width / launch.arguments["BLOCK_WIDTH"]
         yield _titled(launch, "contrastive", kernel), turns, loss.work(kernel, rows, columns, elements)
+
+
+def _configuration(capability: tuple[int, int], call: Any, grouped: bool = False) -> dict[str, Any]:
+    """Return the configuration of the contrastive kernels on a GPU of this capability."""
+    from bclip_fast.ops.contrastive import triton
+
+    return triton.configuration(call.image.dtype, call.image.shape[1], grouped, capability)
 
 
 def _attention(shape: shapes.Attention, capability: tuple[int, int]) -> Iterator[_Case]:
