@@ -55,7 +55,8 @@ def contrastive(name: str, dtype: torch.dtype, width: int, capability: int) -> L
     from bclip_fast.ops.contrastive import gpu_tiles, triton, triton_kernels
 
     kernel = getattr(triton_kernels, name.split()[0])
-    grouped = name == "_backward_kernel of groups"
+    # As in triton.py, SigLIP takes the same half tile at widths that are not multiples of 64.
+    grouped = name == "_backward_kernel of groups" or ("siglip" in name and width % 64 != 0)
     constants = {**triton.configuration(dtype, width, grouped, divmod(capability, 10))}
     constants |= CONTRASTIVE_VARIANTS[name]
     absent = () if name.endswith("groups") else tuple(_GROUPS)
