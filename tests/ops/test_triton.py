@@ -170,7 +170,7 @@ def test_limits_give_reasons():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CONTRASTIVE_VARIANTS)
 def test_kernel_compiles_without_spills(name, dtype, capability, tmp_path):
-    assert spilled(name, dtype, 512, True, capability, tmp_path) == 0
+    assert spilled(name, dtype, 512, capability, tmp_path) == 0
 
 
 @compiled
@@ -179,9 +179,9 @@ def test_kernel_compiles_without_spills(name, dtype, capability, tmp_path):
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 512), (torch.float16, 96), (torch.float16, 80)], ids=str)
 @pytest.mark.parametrize("name", CONTRASTIVE_VARIANTS)
 def test_other_widths_compile_without_spills(name, dtype, width, capability, tmp_path):
-    assert spilled(name, dtype, width, False, capability, tmp_path) == 0
+    assert spilled(name, dtype, width, capability, tmp_path) == 0
 
 
-def spilled(name, dtype, width, with_bias, capability, folder):
-    launch = launches.contrastive(name, dtype, width, capability, with_bias)
+def spilled(name, dtype, width, capability, folder):
+    launch = launches.contrastive(name, dtype, width, capability)
     return compiled_resources(*launch, capability, folder).spilled

@@ -50,15 +50,16 @@ def single_query(name: str, dtype: torch.dtype, dim: int) -> Launch:
     return getattr(triton, name), types | {"keep_scale": "fp32", "scale": "fp32"}, constants
 
 
-def contrastive(name: str, dtype: torch.dtype, width: int, capability: int, with_bias: bool = True) -> Launch:
+def contrastive(name: str, dtype: torch.dtype, width: int, capability: int) -> Launch:
     """name: a key of CONTRASTIVE_VARIANTS. capability: 90 for sm_90."""
     from bclip_fast.ops.contrastive import gpu_tiles, triton, triton_kernels
 
     kernel = getattr(triton_kernels, name.split()[0])
-    grouped = name == "_backward_kernel of groups"
+    # As in triton.py, SigLIP takes the same half tile at widths that are not multiples of 64.
+    grouped = name == "_backward_kernel of groups" or ("siglip" in name and width % 64 != 0)
     constants = {**triton.configuration(dtype, width, grouped, divmod(capability, 10))}
     constants |= CONTRASTIVE_VARIANTS[name]
-    absent = (() if with_bias else ("bias",)) + (() if name.endswith("groups") else tuple(_GROUPS))
+    absent = () if name.endswith("groups") else tuple(_GROUPS)
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
     if name != "_forward_kernel":
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else gpu_tiles.GRADIENT_SCALE

@@ -249,9 +249,7 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     products = _products(
         image, text, rows, columns, num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WIDTH, WIDTH
     )
-    logits = products * tl.load(scale)
-    if bias is not None:
-        logits += tl.load(bias)
+    logits = products * tl.load(scale) + tl.load(bias)
     if HAS_POSITIVES:
         is_positive = columns[None, :] == (rows + first)[:, None]
         logits = tl.where(is_positive, -logits, logits)
