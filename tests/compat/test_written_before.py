@@ -134,6 +134,16 @@ def test_reports_show_earlier_files(bclip):
 # Training
 
 
+def assert_same_norms(current: dict[str, float], recorded: dict[str, float]) -> None:
+    """A key's bias adds the same number to all scores of a query, so its gradient is rounding errors.
+
+    Adam makes steps of the learning rate from them, in another direction on another processor.
+    """
+    assert current.keys() == recorded.keys()
+    for name, value in recorded.items():
+        assert current[name] == pytest.approx(value, rel=2e-2 if name.endswith("qkv.bias") else 1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("run", ["train_ddp", "train_zero1", "train_accumulated"])
 def test_run_resumes_to_the_recorded_losses(bclip, run: str):
     recorded = dict(enumerate(expected(run)["losses"], 1))
@@ -141,7 +151,7 @@ def test_run_resumes_to_the_recorded_losses(bclip, run: str):
     logged = bclip("train", f"{run}/config.toml", "--resume")
     assert "resuming after step 2" in logged and "is not used" not in logged
     assert losses(run) == pytest.approx(recorded, rel=PRECISION)
-    assert norms(run) == pytest.approx(expected(run)["norms"], rel=1e-4, abs=1e-6)
+    assert_same_norms(norms(run), expected(run)["norms"])
     assert {path.name for path in Path(run, "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     again = [line for line in lines_of(f"{run}/metrics.jsonl") if "loss" not in line]
     assert len(again) == len(validated) == (4 if run == "train_accumulated" else 0)
@@ -174,7 +184,7 @@ def test_dumped_step_replays(bclip):
 def test_finetuning_resumes_to_the_recorded_losses(bclip, run: str):
     bclip("finetune", *_finetune_flags(run), "--resume")
     assert losses(run) == pytest.approx(dict(enumerate(expected(run)["losses"], 1)), rel=PRECISION)
-    assert norms(run) == pytest.approx(expected(run)["norms"], rel=1e-4, abs=1e-6)
+    assert_same_norms(norms(run), expected(run)["norms"])
     flags = EVAL if run == "pairs" else EVAL_ANSWERS
     bclip("eval", run, "--out", "again", "--cache", "none", *flags)
     assert figures("again") == pytest.approx(figures(f"evaluated_{run}"), abs=1e-4)
@@ -224,25 +234,18 @@ EVAL_ANSWERS = (
 
 
 def test_evaluation_gives_the_recorded_numbers(bclip):
-    cached = {path.name for path in Path("embeddings").iterdir()}
     for model in ("train_ddp", "exported"):
-        logged = bclip("eval", model, "--out", "again", "--cache", "embeddings", *EVAL)
+        bclip("eval", model, "--out", "again", "--cache", "embeddings", *EVAL)
         assert figures("again") == pytest.approx(figures("evaluated"), abs=1e-4)
-    versions = expected("versions")
-    if versions["bclip_fast"] == bclip_fast.__version__ and versions["pillow"] == _pillow():
-        assert {path.name for path in Path("embeddings").iterdir()} == cached, "the cached embeddings were not found"
-        assert "embeddings from" in logged
+    # Images were converted to RGB by other rules then, so their cached embeddings don't count. Texts' do.
+    again = bclip("eval", model, "--out", "again", "--cache", "embeddings", *EVAL)
+    assert "embeddings from" in again
+    assert figures("again") == pytest.approx(figures("evaluated"), abs=1e-4)
     # The recorded results compare with new ones, sample by sample.
     bclip("eval compare", "evaluated", "again", "--out", "compared")
     with Path("compared/compare.csv").open(newline="") as file:
         differences = [row["difference"] for row in csv.DictReader(file) if row["model"] != "evaluated"]
     assert any(differences) and all(abs(float(each)) < 1e-4 for each in differences if each)
-
-
-def _pillow() -> str:
-    import PIL
-
-    return PIL.__version__
 
 
 def test_questions_get_the_recorded_answers(bclip):

@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     format, name: place in the table of docs/images.md.
     pixels: (H, W, 3) in levels of 0 to 255, or None if the decoder must refuse the file.
-    source: what the pixels are compared with: "tifffile", "Pillow", or "pydicom".
+    source: who wrote the file: "tifffile", "Pillow", or "written" by hand.
     tolerance: largest difference in levels.
     """
 
@@ -59,6 +59,19 @@ def tiff(pixels: np.ndarray, **options: Any) -> bytes:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, pixels, **({"photometric": "minisblack"} | options))
     return buffer.getvalue()
+
+
+def packed_tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+    """Write an uncompressed little-endian TIFF with packed samples and rows that start at a byte (TIFF 6.0)."""
+    places = np.arange(bits)[::-1]
+    stored = np.packbits((values[..., None] >> places & 1).astype(np.uint8).reshape(len(values), -1), axis=1)
+    height, width = values.shape
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1)]
+    entries += [(278, height), (279, stored.size)]
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    header = b"II*\0" + struct.pack("<I", 8 + stored.size + stored.size % 2)
+    pixels = stored.tobytes() + bytes(stored.size % 2)
+    return header + pixels + struct.pack("<H", len(entries)) + directory + bytes(4)
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -108,9 +121,14 @@ def tiffs() -> Iterator[Layout]:
     for bits in (10, 12, 14):
         values = np.rint(GREY * (2**bits - 1)).astype("u2")
         yield case(f"grey of {bits} bits in 16", values, rgb(GREY))
-        yield case(f"grey of {bits} packed bits", values, rgb(GREY) if bits == 12 else None, bitspersample=bits)
-    yield case("bilevel", GREY > 0.5, rgb((GREY > 0.5).astype(float)))
-    yield case("bilevel white-is-zero", GREY > 0.5, rgb((GREY <= 0.5).astype(float)), photometric="miniswhite")
+        data = packed_tiff(values, bits, 1)
+        yield Layout("TIFF", f"grey of {bits} packed bits", data, rgb(GREY) if bits == 12 else None, "written")
+    for bits in (1, 2, 4):
+        values = np.rint(GREY * (2**bits - 1)).astype("u2")
+        right = rgb(values / (2**bits - 1))
+        yield Layout("TIFF", f"grey of {bits} packed bits", packed_tiff(values, bits, 1), right, "written")
+        data = packed_tiff(values, bits, 0)
+        yield Layout("TIFF", f"white-is-zero of {bits} packed bits", data, 255 - right, "written")
     palette = np.stack([np.arange(256) * 257, np.arange(256)[::-1] * 257, np.zeros(256)]).astype("u2")
     index = deep(GREY, "u1")
     right = np.moveaxis(palette[:, index], 0, -1) / 257.0
