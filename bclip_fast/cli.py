@@ -49,6 +49,12 @@ COMMANDS = {
         "bclip_fast.ingest.fetch:fetch",
         "ingest",
     ),
+    "ingest check": Command(
+        "say what becomes of articles and images, and why",
+        "bclip_fast.ingest.check:CheckConfig",
+        "bclip_fast.ingest.check:run",
+        "ingest",
+    ),
     "ingest verify": Command(
         "re-read a dataset and list its problems",
         "bclip_fast.ingest.verify:VerifyConfig",

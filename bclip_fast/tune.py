@@ -88,6 +88,7 @@ def run(config: TuneConfig) -> None:
     here = fingerprint.fingerprint(device.type, device.index or 0)
     path = config.out or _path_in_cache(here)
     _check_destination(path, Record(here), config.operators)
+    previous = "" if tuning.mode() or config.out else tuning.of_device(device.type, device.index or 0).origin
     todo = list(_trials(device, config.operators))
     busy = os.getloadavg()[0]
     if device.type == "cpu" and busy > 0.5 * (os.cpu_count() or 1):
@@ -117,6 +118,8 @@ def run(config: TuneConfig) -> None:
                 error,
             )
     print(f"{here['name']}, {here['architecture']}: {path}")
+    if previous:
+        print(f"It replaces {previous}")
     if tuning.mode() and config.out is None:
         print(f"BCLIP_TUNE={tuning.mode()} is set, so no call reads this record")
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from .bounds import machine_code
+from .bounds.machine_code import MachineCode
 
 REPORT = Path(__file__).parent / "results" / "cuda_resources.md"
 # CUDA C++ programming guide, technical specifications per compute capability.
@@ -49,53 +49,22 @@ class Kernel(NamedTuple):
         return min(REGISTERS // registers, kibibytes * 1024 // (self.shared + 1024), threads // self.threads)
 
 
-def cuobjdump() -> str | None:
-    """Return the path of the CUDA toolkit's cuobjdump, or of Triton's, or None."""
-    triton = find_spec("triton")
-    packages = (triton.submodule_search_locations or ()) if triton else ()
-    folders = [Path(package) / "backends/nvidia/bin" for package in packages]
-    return shutil.which("cuobjdump") or next((str(path / "cuobjdump") for path in folders if path.exists()), None)
+def kernels(codes: Sequence[MachineCode] = ()) -> list[Kernel]:
+    """Return all kernels of the built module except its probe.
 
-
-def kernels() -> list[Kernel]:
-    """Return all kernels of the built module except its probe."""
-    from bclip_fast import _cuda  # type: ignore[attr-defined]
-
-    # A disassembly is a process that runs for most of a minute.
-    with ThreadPoolExecutor() as pool:
-        of_architectures = pool.map(_kernels_for, _cuda.architectures.split(";"))
-        return sorted(kernel for group in of_architectures for kernel in group)
-
-
-def _kernels_for(architecture: str) -> list[Kernel]:
-    from bclip_fast import _cuda  # type: ignore[attr-defined]
-
-    usage = _dump("--dump-resource-usage", "-arch", f"sm_{architecture}")
-    code = _matrix_instructions(_dump("-sass", "-arch", f"sm_{architecture}"))
+    codes: the module's machine code, by default read here.
+    """
     resources = []
-    for mangled, registers, stack, local in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage):
-        name = _name_of(mangled)
+    for code in codes or machine_code.of_module():
+        name = kernel_name(code.symbol)
         if name != "probe":
-            shared, threads = _launch_of(name, _cuda)
-            spilled = int(stack) + int(local)
-            resources.append(Kernel(name, architecture, int(registers), spilled, shared, threads, code[mangled]))
-    return resources
+            shared, threads = launch_of(name)
+            matrix = len(re.findall(r"\bHMMA\.", code.listing))
+            resources.append(Kernel(name, code.architecture, code.registers, code.spilled, shared, threads, matrix))
+    return sorted(resources)
 
 
-def _dump(*options: str) -> str:
-    from bclip_fast import _cuda  # type: ignore[attr-defined]
-
-    program = cuobjdump()
-    assert program is not None, "cuobjdump is missing: install the CUDA toolkit or Triton"
-    return subprocess.run([program, *options, _cuda.__file__], capture_output=True, text=True, check=True).stdout
-
-
-def _matrix_instructions(sass: str) -> dict[str, int]:
-    parts = re.split(r"\s+Function : (\S+)\n", sass)[1:]
-    return {name: len(re.findall(r"\bHMMA\.", code)) for name, code in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def _name_of(mangled: str) -> str:
+def kernel_name(mangled: str) -> str:
     """Return a name such as attention_forward<Half, 64, 256, true>: the file and the template's arguments.
 
     mangled: the name in the Itanium ABI's mangling.
@@ -115,10 +84,12 @@ def _name_of(mangled: str) -> str:
     return f"{operator}<{', '.join(arguments)}>"
 
 
-def _launch_of(name: str, module: object) -> tuple[int, int]:
+def launch_of(name: str) -> tuple[int, int]:
     """Return the bytes of shared memory and the number of threads of a block."""
+    from bclip_fast import _cuda as module  # type: ignore[attr-defined]
+
     if name.startswith("image"):
-        return module.IMAGE_SHARED_BYTES if "resize" in name else 0, module.IMAGE_THREADS  # type: ignore[attr-defined]
+        return module.IMAGE_SHARED_BYTES if "resize" in name else 0, module.IMAGE_THREADS
     arguments = name[name.index("<") + 1 : -1].split(", ")
     if name.startswith("contrastive"):
         return module.CONTRASTIVE_SHARED_BYTES, 128  # type: ignore[attr-defined]

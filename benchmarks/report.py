@@ -58,6 +58,11 @@ class BenchConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     only: str = ""
     """Selection of cases and contenders, as for pytest's -k: "65536 and float32 and cpu"."""
+    model: Literal["a100", "h100", "h200"] | None = None
+    """Measure nothing. Print lower bounds of the times of all GPU kernels on this GPU, with what limits them. They come
+    from machine code and published rates, without a GPU."""
+    fresh: bool = False
+    """With `model`, analyse this machine's kernels instead of reading the package's analysis. It takes a minute."""
     large: bool = False
     """Also measure, once, each case that takes minutes per call on a CPU."""
     record: bool = False
@@ -65,7 +70,13 @@ class BenchConfig:
 
 
 def run(config: BenchConfig) -> int:
-    """Measure, write the files and print the table. Returns the exit status."""
+    """Measure, write the files and print the table, or print bounds. Returns the exit status."""
+    if config.model is not None:
+        from .bounds.report import show as show_bounds
+
+        return show_bounds(config.model, config.fresh)
+    if config.fresh:
+        raise UserError("--fresh needs --model")
     special = SPECIAL.get(config.operator)
     rows, status = (_measured(config, special[0]), 0) if special else measure(config)
     if not rows:

@@ -78,6 +78,11 @@ class Step:
         kind = torch.optim.AdamW if isinstance(features, OpenClip) else AdamW
         self.optimizer = optimizer or kind(parameter_groups(model.named_parameters(), OptimConfig()), lr=1e-5)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the optimiser's own `step` runs. Ours needs torch's fused kernel."""
+        return isinstance(self.features, OpenClip) or self.features.fused_adamw
+
     def __call__(self) -> list[float]:
         """Train one step."""
         dtype = PRECISIONS[self.config.precision]
@@ -88,7 +93,7 @@ class Step:
             if isinstance(features, Features):
                 stack.enter_context(_plain_where_off(features, self.model))
                 for group in self.optimizer.param_groups:
-                    group["fused"] = features.fused_adamw
+                    group["fused"] = self.is_fused
             times = [_now()]
             if isinstance(features, Features) and not features.raw_pixels:
                 image = normalize(image)
@@ -100,7 +105,11 @@ class Step:
             times.append(_now())
             loss.backward()
             times.append(_now())
-            self.optimizer.step()
+            if self.is_fused:
+                self.optimizer.step()
+            else:
+                # Our optimiser hands its decision to torch's fused kernel, and the others refuse it.
+                torch.optim.AdamW.step(self.optimizer)  # type: ignore[arg-type]
             self.optimizer.zero_grad(set_to_none=True)
             times.append(_now())
         if not loss.isfinite():

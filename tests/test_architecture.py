@@ -84,7 +84,7 @@ def test_import_loads_few_modules(imports, statement):
     """The import stays fast only if it loads little, so this test lists the modules that it may load."""
     allowed = {"bclip_fast", "torch", *sys.stdlib_module_names}
     assert sorted(name for name in imports[statement] if name.partition(".")[0] not in allowed) == []
-    with_operators = ("bclip_fast.loss", "bclip_fast.ops", "bclip_fast._")
+    with_operators = ("bclip_fast.distributed", "bclip_fast.loss", "bclip_fast.ops", "bclip_fast._")
     always = tuple(f"bclip_fast.{name}" for name in ("errors", "io", "log", "threads", "version"))
     modules = [name for name in imports[statement] if name.startswith("bclip_fast.")]
     assert [name for name in modules if not name.startswith(with_operators + always)] == []

@@ -26,7 +26,6 @@ UNREAD_SUFFIXES = (
     ".xml.bz2", ".nxml.xz", ".xml.xz",
 )  # fmt: skip
 MAX_IMAGE_BYTES = 64 << 20
-_XMLS_PER_PACKAGE = 16
 
 
 class SourceError(ValueError):

@@ -182,7 +182,8 @@ def _can_resume(config: IngestConfig, folder: Path) -> bool:
     return bool(signature == json.loads(to_json(config.signature())))
 
 
-def _packages(config: IngestConfig) -> Iterator[Package]:
+def list_packages(config: IngestConfig) -> Iterator[Package]:
+    """Yield the packages of `config.source`. Raises UserError if `config` selects articles that it cannot select."""
     root = config.source if is_address(config.source) else str(Path(config.source).resolve())
     if not is_address(config.source) and not is_mirror(Path(root)):
         if config.ids or config.inventory or config.prefix:
@@ -207,7 +208,7 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
     if not package_list.exists():
         with replacing(package_list) as partial, partial.open("w", encoding="utf-8") as file:
             # ASCII, because a name that is not UTF-8 holds lone surrogates.
-            file.writelines(json.dumps(dataclasses.asdict(package)) + "\n" for package in _packages(config))
+            file.writelines(json.dumps(dataclasses.asdict(package)) + "\n" for package in list_packages(config))
     with package_list.open(encoding="utf-8") as file:
         num_parts = sum(1 for _ in file)
     if not num_parts:

@@ -12,6 +12,7 @@ from .image_formats import suffix_of
 from .tar_archives import XMLS_PER_UNIT, num_articles, open_archive
 
 _XMLS_PER_PACKAGE = 16
+_OTHER_ARCHIVE = "archive of a format that is not read; make a tar of it"
 
 
 def discover(root: Path) -> Iterator[Package]:
@@ -45,11 +46,23 @@ def discover(root: Path) -> Iterator[Package]:
             continue
         for name in sorted(names):
             if name.lower().endswith(UNREAD_SUFFIXES):
-                yield _unread(root, prefix + name, "archive of a format that is not read; make a tar of it")
+                yield _unread(root, prefix + name, _OTHER_ARCHIVE)
         num_images = sum(bool(suffix_of(name)) for name in names)
         if num_images:
             yield _unread(root, prefix.rstrip("/") or ".", f"images without an article: {num_images} files")
     yield from _unlisted(root, failures)
+
+
+def is_archive(name: str) -> bool:
+    """Return whether a file's name is that of an archive, read or not."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES + UNREAD_SUFFIXES)
+
+
+def archive_package(path: Path) -> Package:
+    """Return the package of one archive, with all its articles."""
+    if path.name.lower().endswith(ARCHIVE_SUFFIXES):
+        return Package("archive", str(path.parent), path.name, first=-1)
+    return _unread(path.parent, path.name, _OTHER_ARCHIVE)
 
 
 def _unread(root: Path, name: str, reason: str) -> Package:

@@ -50,22 +50,37 @@ def process(package: Package, options: Options) -> Iterator[Event]:
     if options.tokenizer:
         _token_counter(options.tokenizer)  # a broken tokenizer ends the run, not each article
     try:
-        with _open(package, options) as archive:
-            for article in archive.articles():
-                yield from _process_file(archive, article, options)
+        with open_articles(package, options) as archive:
+            for files in archive.articles():
+                try:
+                    yield from process_file(archive, files, options)
+                except Exception as error:
+                    yield _internal_error(error, printable(files.xml_name))
             for article_id, name, reason in archive.refused:
                 yield Reject(article_id, "", printable(name), reason)
     except SourceError as error:
         yield Reject("", "", printable(package.name), str(error))
 
 
-def _open(package: Package, options: Options) -> AbstractContextManager[ArticleArchive]:
+def open_articles(package: Package, options: Options) -> AbstractContextManager[ArticleArchive]:
+    """Open a package of any kind that has articles. Raises SourceError."""
     if package.kind == "objects":
         return open_objects(package, options.rules, options.connections)
     return open_package(package)
 
 
-def _process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
+def _internal_error(error: Exception, place: str) -> Reject:
+    """Return a reject for a fault of this program, which must not end a run of a million articles.
+
+    Raise `error` again if it is not one: if the source failed, so that another run may succeed.
+    """
+    if isinstance(error, (FetchError, SourceError)):
+        raise error
+    log.debug("%s", place, exc_info=error)
+    return Reject("", "", place, f"internal error: {type(error).__name__} {first_line(error)}"[:200])
+
+
+def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
     """Yield the pairs and rejects of an XML file, which holds an article or a set of articles."""
     name = printable(files.xml_name)
     article_id = files.metadata.get("version", "").partition(".")[0]
@@ -82,11 +97,8 @@ def _process_file(archive: ArticleArchive, files: ArticleFiles, options: Options
             yield from _process_article(archive, files, read_article(element), place, images, options)
         except JatsError as error:
             yield Reject(article_id, "", place, str(error))
-        except (FetchError, SourceError):
-            raise
-        except Exception as error:  # a fault of this program must not end a run of a million articles
-            log.debug("%s", place, exc_info=True)
-            yield Reject(article_id, "", place, f"internal error: {type(error).__name__} {first_line(error)}"[:200])
+        except Exception as error:
+            yield _internal_error(error, place)
 
 
 def _process_article(

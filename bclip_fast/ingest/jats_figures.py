@@ -59,6 +59,7 @@ class Figure:
         mentions: the paragraphs that refer to the figure.
         language: of the caption, as the XML states it, such as "pt". Empty: not stated, which means English.
         translation: "en" if the caption continues with an English version of itself, else empty.
+        parts: (source, text) of each part of the caption.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Figure:
     mentions: tuple[str, ...] = ()
     language: str = ""
     translation: str = ""
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def _figures(root: etree._Element, used: set[etree._Element]) -> Iterator[Figure
             graphics_of(member, used)
         own = read_caption([node])
         caption = read_caption(members) if members else own
-        texts = (group.caption, own.text, caption.text) if members else (group.caption, own.text)
-        text = " ".join(filter(None, texts))
+        parts = [("group", group.caption), ("own", own.text), *([("member", caption.text)] if members else [])]
+        text = " ".join(part for _, part in parts if part)
         ids = [name for each in (node, *members) if (name := each.get("id"))]
         figure_mentions = tuple(dict.fromkeys((*(m for name in ids for m in mentions.get(name, ())), *group.mentions)))
         figure_mentions = figure_mentions[:MAX_MENTIONS]
@@ -142,6 +144,7 @@ def _figures(root: etree._Element, used: set[etree._Element]) -> Iterator[Figure
             mentions=figure_mentions,
             language=caption.language,
             translation=caption.translation,
+            parts=tuple((source, part[:MAX_CAPTION]) for source, part in parts if part),
         )
 
 

@@ -117,8 +117,8 @@ def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | No
 def triton_block_bytes(tensor: Tensor) -> int:
     """Shared memory, in bytes, that a Triton program may use on the tensor's device. Triton's interpreter has plenty.
 
-    It depends on the compute capability alone, so torch.compile can trace it.
+    Only the compute capability decides, so torch.compile can trace it.
     """
     if tensor.device.type != "cuda":
         return max(_BLOCK_BYTES.values())
-    return _BLOCK_BYTES.get(torch.cuda.get_device_capability(tensor.device), _LEAST_BLOCK_BYTES)
+    return _BLOCK_BYTES.get(compute_capability(tensor.device.index or 0), _LEAST_BLOCK_BYTES)

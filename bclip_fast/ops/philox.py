@@ -69,7 +69,7 @@ def gpu_arguments(device: torch.device, dropout_p: float, seed: Tensor | None) -
     if seed.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # CUDA refuses this copy with an error that names neither the seed nor a remedy.
         raise BackendError(
-            f"a CUDA graph cannot capture dropout whose seed is on the CPU or drawn there: pass seed=, a 0-dimensional "
-            f"int64 tensor on {device}, and write a new number into it before each replay"
+            "a CUDA graph cannot capture dropout whose seed is on the CPU: pass seed=, a 0-dimensional int64 tensor "
+            f"on {device}, and write a new number into it before each replay"
         )
     return seed.to(device, non_blocking=True), threshold_of(dropout_p), 1 / (1 - dropout_p)

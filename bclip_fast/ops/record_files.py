@@ -15,16 +15,23 @@ from .backend_names import BACKENDS
 
 SCHEMA = 1
 
+# The source of a record whose order comes from lower bounds of the kernels' times (benchmarks/bounds/).
+FROM_BOUNDS = "bounds"
+
 # Operator, dtype ("float32") and class of shapes, or operator, dtype and backend.
 Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Backends that passed the check, the fastest first, and their median times in milliseconds, if measured."""
+    """Backends that passed the check, the fastest first, and their median times in milliseconds, if measured.
+
+    `bound_ms` holds lower bounds of times instead, in a record from bounds.
+    """
 
     order: tuple[str, ...]
     ms: Mapping[str, float] = field(default_factory=dict)
+    bound_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -32,7 +39,8 @@ class Record:
     """The measurements and checks of one device.
 
     `checks` maps (operator, dtype, backend) to the fault that a check found, or to "". `made` is the time of the
-    measurements (ISO 8601, UTC), or "" without any.
+    measurements (ISO 8601, UTC), or "" without any. `source` is FROM_BOUNDS for an order that was never measured, else
+    "".
     """
 
     fingerprint: dict[str, str]
@@ -40,7 +48,8 @@ class Record:
     entries: dict[Key, Entry] = field(default_factory=dict)
     checks: dict[Key, str] = field(default_factory=dict)
     path: Path | None = None
-    origin: str = ""  # the source of the order, for messages
+    origin: str = ""  # where the order comes from, for messages
+    source: str = ""
 
 
 def load(path: Path) -> Record:
@@ -83,9 +92,15 @@ def to_json(record: Record) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "made": record.made,
+        **({"source": record.source} if record.source else {}),
         "fingerprint": record.fingerprint,
         "entries": [
-            {**dict(zip((*names, "shapes"), key, strict=True)), "order": list(entry.order), "ms": dict(entry.ms)}
+            {
+                **dict(zip((*names, "shapes"), key, strict=True)),
+                "order": list(entry.order),
+                "ms": dict(entry.ms),
+                **({"bound_ms": dict(entry.bound_ms)} if entry.bound_ms else {}),
+            }
             for key, entry in record.entries.items()
         ],
         "checks": [
@@ -102,15 +117,21 @@ def from_json(data: Mapping[str, Any]) -> Record:
     """
     entries, checks = {}, {}
     for item in data["entries"]:
-        ms = {_backend(name): float(value) for name, value in item["ms"].items()}
+        ms, bound_ms = (
+            {_backend(name): float(value) for name, value in times.items()}
+            for times in (item["ms"], item.get("bound_ms", {}))
+        )
         order = tuple(_backend(name) for name in item["order"])
-        entries[_text(item["operator"]), _text(item["dtype"]), _text(item["shapes"])] = Entry(order, ms)
+        entries[_text(item["operator"]), _text(item["dtype"]), _text(item["shapes"])] = Entry(order, ms, bound_ms)
     for item in data["checks"]:
         checks[_text(item["operator"]), _text(item["dtype"]), _backend(item["backend"])] = _text(item["error"])
     fingerprint = {_text(name): _text(value) for name, value in data["fingerprint"].items()}
     if missing := {"device", "name", "architecture"} - fingerprint.keys():
         raise ValueError(f"the fingerprint lacks {', '.join(sorted(missing))}")
-    return Record(fingerprint, _text(data["made"]), entries, checks)
+    source = _text(data.get("source", ""))
+    if source not in ("", FROM_BOUNDS):
+        raise ValueError(f"it names the unknown source {source!r}; known: {FROM_BOUNDS}")
+    return Record(fingerprint, _text(data["made"]), entries, checks, source=source)
 
 
 def to_text(data: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 A record belongs to one device in one environment. Its fingerprint names the processor or GPU, the instruction set in
 use, the drivers, the versions and the build of the kernels. `bclip tune` writes its file to BCLIP_CACHE/tuning, by
 default ~/.cache/bclip_fast/tuning. Without a record, the package's defaults for the instruction set or the GPU's
-architecture take its place (`defaults/`, files of the same format).
+architecture take its place (`defaults/`, files of the same format). Those of GPUs come from lower bounds of the
+kernels' times (benchmarks/bounds/), because no GPU has been measured.
 
 BCLIP_TUNE=PATH names a record's file. BCLIP_TUNE=off neither reads nor writes records.
 """
@@ -26,7 +27,7 @@ from bclip_fast.io.hashing import sha256
 from .cuda_device import CUDA_HOST
 from .dtypes import dtype_name
 from .fingerprint import differences, fingerprint
-from .record_files import Key, Record, load, save
+from .record_files import FROM_BOUNDS, Key, Record, load, save
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,10 @@ def shipped(here: Mapping[str, str]) -> Record:
         return Record(dict(here), origin=origin)
     record = load(path)
     # The package's tests checked these backends, but nobody has on this device.
-    return Record(dict(here), entries=record.entries, origin=f"the package's defaults for {here['architecture']}")
+    origin = f"the package's defaults for {here['architecture']}"
+    if record.source == FROM_BOUNDS:
+        origin += ", from bounds, not measured"
+    return Record(dict(here), entries=record.entries, origin=origin, source=record.source)
 
 
 def note_check(kind: str, index: int, key: Key, error: str, *, keep: bool = True) -> None:

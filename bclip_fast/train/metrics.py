@@ -6,10 +6,10 @@ A step's line of metrics.jsonl has these keys:
     grad_norm                               before clipping
     samples_per_second, tokens_per_second   over all ranks; the tokens are estimated from those of rank 0
     mfu                                     of rank 0, if the peak rate of its device is known
-    step_seconds
+    step_seconds                            of the host, which on a GPU waits in each step for the step before
     data_wait_seconds, forward_seconds, loss_seconds, backward_seconds, optimizer_seconds
-                                            parts of step_seconds on rank 0 (step_timer.py); backward includes
-                                            GradCache's second forward pass
+                                            parts of the step on rank 0 (step_timer.py), by the GPU's clock if there
+                                            is one; backward includes GradCache's second forward pass
     communication_seconds                   see Engine.communication
     peak_memory_bytes                       peak of rank 0 so far, on its GPU if it has one
     bad_samples                             number of different damaged samples so far, over all ranks

@@ -1,4 +1,4 @@
-"""What the steps need, and which of it this machine has."""
+"""Requirements of the steps, and a check of this machine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def missing(step: Step, setting: Setting) -> list[str]:
 
 
 def dry_run(setting: Setting) -> list[list[str]]:
-    """Return a row for each step: name, limit, what it does, what it needs, and what of it is missing."""
+    """Return a row for each step: name, limit, description, requirements, and the missing ones."""
     rows = []
     for step in steps(setting):
         absent = missing(step, setting)

@@ -46,10 +46,10 @@ class Step:
     """A command.
 
     seconds: its time limit. Time that earlier steps leave over is added to it.
-    what: description, for the table.
+    what: description in the table.
     needs: names of requirements (needs.py). A step that misses one does not run, and the table says so.
     environment: variables beside those of `environment`.
-    beside: whether the next steps don't wait for it. It ends with the step after it.
+    beside: whether the next step runs at the same time. Both end before the step after that.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Setting:
 
     @property
     def folders(self) -> list[str]:
-        """The folders that get each row of results. A rehearsal leaves the recorded results alone."""
+        """The folders that get each row of results. A rehearsal does not touch the recorded results."""
         recorded = [] if self.rehearsal else [str(ROOT / "benchmarks" / "results")]
         return [str(self.out), *recorded]
 

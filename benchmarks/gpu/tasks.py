@@ -1,6 +1,6 @@
-"""The steps of `make gpu` that are no tests: `python -m bclip_fast.benchmarks.gpu.tasks NAME --device cuda`.
+"""Steps of `make gpu` without tests: `python -m bclip_fast.benchmarks.gpu.tasks NAME --device cuda`.
 
-They call the package's functions and not its commands, because the machine may lack tyro. Each imports what it needs.
+They call the package's functions and not its commands, because the machine may lack tyro.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Short trainings of the real model with DDP over NCCL on one rank, or of a tiny model over gloo in a rehearsal.
 
-A single rank needs no DDP, so the engine leaves it out. Here it is told of two ranks while it wraps the model.
+The engine wraps a model in DDP only for several ranks. Here it counts two ranks while it does this.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model_config() -> BiomedClipConfig:
 
 
 def join_group(device: str) -> None:
-    """Join a process group of this process alone, over NCCL on a GPU, and use its collectives."""
+    """Join a process group of one rank, over NCCL on a GPU, and use its collectives."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

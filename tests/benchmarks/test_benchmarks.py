@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bclip_fast.benchmarks import cases, measure, report
-from bclip_fast.benchmarks.cases import contrastive
+from bclip_fast.benchmarks.cases import attention, contrastive, matmul, pointwise
 from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
 from bclip_fast.benchmarks.cases.pointwise import norm_case
 from bclip_fast.ops.contrastive import reference
@@ -72,6 +72,31 @@ def test_layer_contenders_error_is_rounding(dropout_p):
             errors[name] = measure.error_of(contender(*inputs), measure.truth_of(case, inputs))
         assert "ours:reference" in errors
         assert max(errors.values()) < (1e-5 if case.dtype == torch.float32 else 0.03), (case.id, errors)
+
+
+def test_cases_on_a_device_leave_nothing_on_the_host(monkeypatch):
+    """The meta device stands for a GPU: an operation that mixes it with the CPU raises an error."""
+    for module in (attention, contrastive, matmul, pointwise):
+        monkeypatch.setattr(module, "DEVICE", torch.device("meta"))
+    half = torch.float16
+    made = [contrastive.contrastive_case(40, 24, half), contrastive.siglip_case(40, 24, half), norm_case(10, 24, 0.1)]
+    made += [attention_case("images", 2, 5, 1, 32, half, 0.1), varlen_case("captions", [3, 1, 5], 1, 32, half)]
+    made += [matmul.linear_case(10, 24, 16)]
+    num_runs = 0
+    for one in made:
+        inputs = one.make_inputs()
+        assert {tensor.device.type for tensor in inputs} == {"meta"}, one.id
+        for name in ("ours:reference", "torch", "torch dense", "torch sdpa", "torch sdpa one by one"):
+            # The reference reads the bounds of sequences, and autocast does not know the meta device.
+            if (
+                name in one.contenders
+                and (name, one.name[:4]) != ("ours:reference", "capt")
+                and one.operator != "affine"
+            ):
+                results = one.contenders[name]()(*inputs)
+                assert {result.device.type for result in results if result is not None} <= {"meta"}, (one.id, name)
+                num_runs += 1
+    assert num_runs >= 7
 
 
 @no_cuda
@@ -156,7 +181,7 @@ def test_plot_scaling_draws_every_curve(tmp_path):
 TINY = """
 import pathlib, sys, torch
 from bclip_fast.benchmarks import cases, measure, report
-from bclip_fast.benchmarks.cases import contrastive
+from bclip_fast.benchmarks.cases import attention, contrastive, matmul, pointwise
 from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
 from bclip_fast.benchmarks.cases.pointwise import norm_case
 contrastive.LARGEST_DENSE = 32

@@ -1,4 +1,4 @@
-"""Tests of `make gpu` without a GPU: a rehearsal of all steps, their limits, what they measure, and how they end."""
+"""Tests of `make gpu` without a GPU: a rehearsal of all steps, their limits, selections and outcomes."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ def test_run_saves_and_prints_record(triton_gelu, capsys, caplog):
     assert "fails its check with the backend triton" in caplog.text
     out = capsys.readouterr().out
     assert "ours / torch" in out and str(path) in out
+    assert "It replaces the package's order, which nobody has measured on " in out
     tuning.reset()
     assert tuning.of_device("cpu").origin == "this machine's record"
     text = "\n".join(doctor.lines())

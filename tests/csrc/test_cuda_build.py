@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 
 from bclip_fast.benchmarks import cuda_resources
+from bclip_fast.benchmarks.bounds import machine_code
 from bclip_fast.ops.dispatch import MISSING
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", "")),
     pytest.mark.skipif(
-        cuda_resources.cuobjdump() is None, reason="cuobjdump is missing: install the CUDA toolkit or Triton"
+        not machine_code.has_tools(), reason="cuobjdump or nvdisasm is missing: install the CUDA toolkit or Triton"
     ),
 ]
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    return cuda_resources.kernels()
+def kernels(machine_codes):
+    return cuda_resources.kernels(machine_codes)
 
 
 def test_kernels_exist_for_every_architecture(kernels):
@@ -78,19 +79,15 @@ def test_image_weights_round_like_pillow():
     """Its products of doubles are not fused with sums, and a quotient is one instruction."""
     from bclip_fast import _cuda
 
-    done = subprocess.run(
-        [cuda_resources.cuobjdump(), "--dump-ptx", _cuda.__file__], capture_output=True, text=True, check=True
-    )
-    [weigh] = re.findall(r"\.entry \w+5weigh\w+\(.*?\n\}", done.stdout, re.S)
+    ptx = machine_code.run("cuobjdump", "--dump-ptx", _cuda.__file__)
+    [weigh] = re.findall(r"\.entry \w+5weigh\w+\(.*?\n\}", ptx, re.S)
     assert weigh.count("mul.rn.f64") > 10 and "div.rn.f64" in weigh and "fma.rn.f64" not in weigh
 
 
 def test_module_has_ptx_for_newer_devices():
     from bclip_fast import _cuda
 
-    done = subprocess.run(
-        [cuda_resources.cuobjdump(), "--list-ptx", _cuda.__file__], capture_output=True, text=True, check=True
-    )
-    versions = set(re.findall(r"\.sm_(\w+)\.ptx", done.stdout))
+    ptx = machine_code.run("cuobjdump", "--list-ptx", _cuda.__file__)
+    versions = set(re.findall(r"\.sm_(\w+)\.ptx", ptx))
     plain = [name for name in _cuda.architectures.split(";") if name.isdigit()]
     assert versions == {*plain[:1]} or not plain

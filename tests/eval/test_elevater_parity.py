@@ -26,7 +26,7 @@ from bclip_fast.model.tokenizer import Tokenizer
 def test_lc25000_equals_open_clip_and_independent_elevater(shared_data: Path, tmp_path: Path, monkeypatch) -> None:
     """Compare features, class embeddings and predictions of random weights on real images.
 
-    This takes at least 20 seconds: two models of the published size embed 12 images, and one of them twice.
+    This takes at least 10 seconds: two models of the published size embed six images.
     """
     open_clip = import_open_clip()
     folder = tmp_path / "model"
@@ -36,10 +36,13 @@ def test_lc25000_equals_open_clip_and_independent_elevater(shared_data: Path, tm
     (tmp_path / PUBMEDBERT).mkdir(parents=True)
     (tmp_path / PUBMEDBERT / "config.json").write_text(json.dumps(BERT_BASE))
     monkeypatch.chdir(tmp_path)
+    for name in ("kaiming_uniform_", "normal_", "uniform_"):
+        # Every model below loads all its weights. Random ones would take seconds.
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     lung = tmp_path / "lung"
     for name in ("lung_aca", "lung_n", "lung_scc"):
         (lung / name).mkdir(parents=True)
-        for path in sorted((shared_data / "classification" / "lc25000_lung" / name).iterdir())[:4]:
+        for path in sorted((shared_data / "classification" / "lc25000_lung" / name).iterdir())[:2]:
             (lung / name / path.name).symlink_to(path)
     result = evaluate(str(folder), ["lc25000_lung"], data=str(lung), progress=False)["tasks"]["lc25000_lung"]
 
@@ -62,8 +65,8 @@ def test_lc25000_equals_open_clip_and_independent_elevater(shared_data: Path, tm
         logits = 100 * features @ torch.stack(weights).T
     ours, our_transform, our_tokens = pretrained.load(folder)
     with torch.no_grad():
-        pixels = torch.stack([our_transform(Image.open(path)) for path in files])
-        torch.testing.assert_close(ours.encode_image(pixels), features, atol=2e-6, rtol=0)
+        pixels = torch.stack([our_transform(Image.open(path)) for path in files[::2]])
+        torch.testing.assert_close(ours.encode_image(pixels), features[::2], atol=2e-6, rtol=0)
         classes = zero_shot.class_embeddings(
             lambda texts: ours.encode_text(our_tokens(texts)), tasks.load("lc25000_lung").prompts
         )

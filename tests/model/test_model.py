@@ -205,7 +205,7 @@ def test_raw_pixels_give_same_result_as_normalised(dtype: torch.dtype, last: boo
     """Compare the embedding and the patch weights' gradients. In bfloat16, allow twice the error of eager PyTorch."""
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     tower = shaken(BiomedClip(SMALL)).eval().visual.patch_embed
-    tower.mean, tower.std = mean, std
+    tower.normalization.set(mean, std)
     # The images are as bright as figures on white paper, so sums over patches are far larger than their differences.
     pixels = torch.randint(150, 256, (3, 32, 32, 3), dtype=torch.uint8)
     floats = normalize(pixels, mean, std)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bclip_fast import ops
 from bclip_fast.errors import BackendError
-from bclip_fast.ops import philox
+from bclip_fast.ops import cuda_device, philox
 from bclip_fast.ops.attention import reference, sdpa
 from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
 from bclip_fast.ops.pointwise.call import AddNormCall, AddNormGradientCall
@@ -82,7 +82,7 @@ def gpu(monkeypatch):
     """Makes fake tensors on a GPU, and lets nothing reach a device. Returns the kernels' recorder."""
     kernels = Kernels()
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cuda_device, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0, raising=False)
     monkeypatch.setattr(FakeTensor, "__getitem__", part)

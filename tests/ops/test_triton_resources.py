@@ -36,7 +36,7 @@ ROWS = [
 
 def on_gpu(monkeypatch, capability, *shape, dtype=torch.bfloat16):
     """A tensor without data on a GPU of a compute capability."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: CAPABILITIES[capability])
+    monkeypatch.setattr(cuda_device, "_capability", lambda index: CAPABILITIES[capability])
     with FakeTensorMode():
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
@@ -233,3 +233,18 @@ def test_single_query_kernels_access_16_bytes_at_a_time_without_spills(dim, kern
     assert set(in_loops) <= {"LDG.E.128", "STG.E.128"}
     assert in_loops["LDG.E.128"] >= 8
     assert compiled_resources(*launch, capability, tmp_path).spilled == 0
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, slow(90)])
+@pytest.mark.parametrize("columns", ["i32", slow("i32:16")])
+@pytest.mark.parametrize("name", ["_siglip_kernel", "_backward_kernel of groups"])
+def test_contrastive_kernels_write_16_bytes_of_the_gradient_at_a_time(name, columns, capability, tmp_path):
+    """For every number of texts, because rows of the gradient are padded."""
+    kernel, types, constants = launches.contrastive(name, torch.float16, 512, capability)
+    accesses, _ = memory_instructions(kernel, types | {"num_columns": columns}, constants, capability, tmp_path)
+    # A program also writes up to three sums.
+    sums = accesses.pop("STG.E")
+    assert sums == (3 if "siglip" in name else 1)
+    assert {name for name in accesses if name.startswith("STG")} == {"STG.E.128"}, accesses
+    assert accesses["STG.E.128"] >= 2

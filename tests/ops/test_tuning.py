@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from records import gelu_backend, keep, make_record
+from records import GELU, gelu_backend, keep, make_record
 
 from bclip_fast import doctor, ops, tune
 from bclip_fast.errors import UserError
 from bclip_fast.ops import dispatch, fingerprint, record_files, trials, tuning
 from bclip_fast.ops.contrastive import limits
+from bclip_fast.ops.record_files import FROM_BOUNDS, Entry, Record
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("fresh_records")
@@ -38,6 +39,8 @@ def test_load_saved_record_is_equal(tmp_path):
         (lambda data: data.pop("entries"), "damaged: KeyError: 'entries'"),
         (lambda data: data["entries"][0].update(order=[3]), "damaged: TypeError: expected a string, got 3"),
         (lambda data: data["fingerprint"].pop("name"), "the fingerprint lacks name"),
+        (lambda data: data.update(source="hearsay"), "it names the unknown source 'hearsay'; known: bounds"),
+        (lambda data: data["entries"][0].update(bound_ms={"gpu": 1.0}), "it names the unknown backend 'gpu'"),
         (lambda data: data["entries"][0].update(order=["gpu"]), "unknown backend 'gpu'; known: triton, cuda"),
         (lambda data: data["entries"][0].update(ms={"gpu": 1.0}), "it names the unknown backend 'gpu'"),
         (
@@ -116,6 +119,59 @@ def test_package_defaults_select_backend_without_their_checks(tmp_path, monkeypa
     record_files.save(record, tuning.DEFAULTS / f"{fingerprint.cpu_architecture()}.json")
     assert gelu_backend() == "reference"
     assert f"the package's defaults for {fingerprint.cpu_architecture()}" in "\n".join(doctor.lines())
+
+
+A100 = {
+    "device": "cuda",
+    "name": "NVIDIA A100-SXM4-40GB",
+    "architecture": "sm_80",
+    "torch": torch.__version__,
+    "kernels": "some build",
+}
+
+
+@pytest.fixture
+def a100(monkeypatch):
+    """A machine with an A100 and the package's defaults."""
+    monkeypatch.setattr(tuning, "fingerprint", lambda kind, index=0: A100 if kind == "cuda" else {"device": kind})
+    monkeypatch.setattr(tuning, "emulated", lambda: False)
+    monkeypatch.setattr(tuning, "DEFAULTS", Path(tuning.__file__).parent / "defaults")
+    tuning.reset()
+
+
+def order_on_gpu(operator, shapes, dtype=torch.float16):
+    return tuning.order(operator, "cuda", 0, dtype, shapes, dispatch.BACKENDS)
+
+
+def test_gpu_without_record_takes_order_of_the_bounds(a100):
+    """On an A100, the CUDA kernels of large losses and of attention have lower bounds than Triton's."""
+    assert dispatch.BACKENDS[:2] == ("triton", "cuda")
+    assert order_on_gpu("clip_loss", "B > 1024")[:2] == ("cuda", "triton")
+    assert order_on_gpu("varlen_attention", "d <= 64, N <= 512", torch.bfloat16)[:2] == ("cuda", "triton")
+    # The bounds don't cover float32.
+    assert order_on_gpu("clip_loss", "B > 1024", torch.float32) == dispatch.BACKENDS
+    record = tuning.of_device("cuda")
+    assert record.origin == "the package's defaults for sm_80, from bounds, not measured"
+    # Bounds are no times, and no check has passed on this device.
+    assert not record.made and not record.checks and not any(entry.ms for entry in record.entries.values())
+    assert doctor._record(record)[0] == f"by {record.origin}"
+
+
+def test_measured_record_of_gpu_replaces_order_of_the_bounds(a100):
+    key = ("clip_loss", "float16", "B > 1024")
+    measured = Record(A100, "2026-01-01T00:00:00+00:00", {key: Entry(("triton", "cuda"), {"triton": 1.0, "cuda": 2.0})})
+    record_files.save(measured, tuning.path_for(A100))
+    assert order_on_gpu(key[0], key[2])[:2] == ("triton", "cuda")
+    assert tuning.of_device("cuda").origin == "this machine's record"
+    # It has no entry for other calls, and the bounds don't fill in.
+    assert order_on_gpu("fused_attention", "d <= 64, N <= 512") == dispatch.BACKENDS
+
+
+def test_record_from_bounds_is_loaded_as_saved(tmp_path):
+    entries = {GELU: Entry(("cuda", "triton"), bound_ms={"cuda": 0.5, "triton": 0.75})}
+    written = Record({"device": "cuda", "name": "bounds", "architecture": "sm_80"}, "", entries, source=FROM_BOUNDS)
+    record_files.save(written, tmp_path / "record.json")
+    assert dataclasses.replace(record_files.load(tmp_path / "record.json"), path=None) == written
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in tuning.DEFAULTS.glob("*.json")))

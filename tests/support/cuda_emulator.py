@@ -27,6 +27,8 @@ ON_GPU = os.environ.get("BCLIP_TEST_DEVICE") == "cuda"
 hosted = collected_if(CUDA_HOST is not None or ON_GPU)
 outside = collected_if(CUDA_HOST is None and not ON_GPU)
 DEVICE_ALONE = ("bindings.cpp", "device.cu", "stream.cu")
+# The emulator itself. Both variants share it, because the sanitizers are to check the kernels.
+RUNTIME = ("emulator.cpp", "counters.cpp", "kernel_name.cpp", "matrices.cpp")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Optimising sanitized code would take longer than the tests gain by it.
 VARIANTS = {"plain": ("-O2", ""), "sanitized": (f"-O0 -g1 {SANITIZERS}", SANITIZERS)}
@@ -59,12 +61,15 @@ def path(sanitized: bool = False) -> Path:
 
             sources = [path for path in sorted(CUDA.rglob("*.c[pu]*")) if path.suffix != ".cuh"]
             sources = [one for one in sources if one.relative_to(CUDA).as_posix() not in DEVICE_ALONE]
-            kernels = [one for one in sources if one.name not in ("bindings.cpp", "register.cpp")]
+            bindings = [one for one in sources if one.name in ("bindings.cpp", "register.cpp")]
+            runtime = [one for one in sources if one.name in RUNTIME]
+            kernels = [one for one in sources if one not in bindings + runtime]
             # Optimising pybind11's templates would take longer than compiling all kernels.
-            bindings = compiled("bindings", "-O0", "bindings", [one for one in sources if one not in kernels])
+            shared = compiled("bindings", "-O0", "bindings", bindings)
+            shared += compiled("runtime", "-O3 -fno-omit-frame-pointer", "runtime", runtime)
             for name, (optimised, linked) in VARIANTS.items():
                 ninja.rule(f"link_{name}", f"{compiler} -shared {linked} $in -o $out")
-                objects = bindings + compiled(f"kernels_{name}", optimised, name, kernels)
+                objects = shared + compiled(f"kernels_{name}", optimised, name, kernels)
                 ninja.build(f"{name}/{Path(target).name}", f"link_{name}", objects)
         program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
         done = subprocess.run([program or "ninja", "-j", "2", target], cwd=folder, capture_output=True, text=True)

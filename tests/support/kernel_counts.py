@@ -24,7 +24,7 @@ from bclip_fast.ops.attention import cuda as attention
 from bclip_fast.ops.attention.call import AttentionCall
 from bclip_fast.ops.contrastive import cuda as contrastive
 from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
-from bclip_fast.ops.contrastive.groups import Groups
+from bclip_fast.ops.contrastive.groups import GroupTile
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "benchmarks/results/kernel_counts.json"
@@ -75,8 +75,9 @@ def features(rows: int, width: int) -> torch.Tensor:
 
 
 def contrastive_call(rows: int, columns: int, width: int, grouped: bool = False) -> ContrastiveCall:
-    ids = torch.arange(columns) // 2
-    groups = Groups.of(ids[:rows], ids, ids) if grouped else None
+    ids = torch.arange(columns, dtype=torch.int32) // 2
+    shares = torch.full((columns,), 0.1)
+    groups = GroupTile(ids[:rows], ids, shares[:rows], shares) if grouped else None
     return ContrastiveCall(features(rows, width), features(columns, width), torch.tensor(20.0), 0, rows, groups=groups)
 
 

@@ -1,4 +1,4 @@
-"""What our Triton kernels are compiled with in a model: arguments for `resources`, without tensors.
+"""Types and constants of our Triton kernels in a model: arguments for `resources`, without tensors.
 
 Each function returns (kernel, types of its arguments, constants and options). An argument without a type is an i32.
 """
@@ -67,7 +67,9 @@ def contrastive(name: str, dtype: torch.dtype, width: int, capability: int, with
     types |= dict.fromkeys(["row_partials", "column_partials"], "*fp64")
     types |= dict.fromkeys(["rows_lse", "columns_lse"], "*fp64" if dtype == torch.float32 else "*fp32")
     types |= {"grad": "*fp32" if dtype == torch.float32 else "*fp16"}
-    return kernel, types | dict.fromkeys(["num_rows", "num_columns", "grad_stride", "first"], "i32"), constants
+    # Batches are multiples of 16. Without this number, the compiler takes other registers.
+    types |= dict.fromkeys(["num_rows", "grad_stride", "first"], "i32") | {"num_columns": "i32:16"}
+    return kernel, types, constants
 
 
 def add_norm(name: str, dim: int) -> Launch:

@@ -99,7 +99,7 @@ def shared_bytes(kernel: Any, types: Mapping[str, str], constants: Mapping[str, 
 def _source(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """What the compiler takes: source, target and options."""
+    """Source, target and options for the compiler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

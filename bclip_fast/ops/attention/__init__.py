@@ -118,8 +118,8 @@ def varlen_attention(
         qkv: (T, 3, H, d), any floating dtype: the tokens of all sequences.
         cu_seqlens: (n + 1,) int32, rising from 0 to T: sequence i owns rows cu_seqlens[i] to cu_seqlens[i + 1].
         max_seqlen: upper bound of the sequences' lengths. A constant bound saves compiled code from recompiling. On a
-            GPU, further tokens of a longer sequence are no keys, and their outputs and gradients are undefined. Other
-            sequences do not change.
+            GPU, a longer sequence attends only to its first max_seqlen tokens, and the outputs and gradients of its
+            further tokens are undefined. Other sequences do not change.
         causal, dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:

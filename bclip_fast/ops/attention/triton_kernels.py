@@ -26,13 +26,12 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _bounds(cu_seqlens, max_seqlen, sequence):  # type: ignore[no-untyped-def]
-    """(first row as int64, number of rows) of a sequence. Rows after the first max_seqlen do not count."""
+    """(first row as int64, number of rows) of a sequence. Tiles lack room for rows after the first max_seqlen."""
     if cu_seqlens is None:
         start = sequence.to(tl.int64) * max_seqlen
         length = max_seqlen
     else:
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        # The launch, its tiles and its masks have room for max_seqlen rows. Only the GPU knows the actual length.
         length = tl.minimum((tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32), max_seqlen)
     return start, length
 

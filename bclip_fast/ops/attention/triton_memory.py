@@ -1,8 +1,8 @@
 """Shared memory of the Triton kernels, in bytes per program. A GPU gives a program as much as it gives a thread block.
 
 Triton raises an exception at the launch of a kernel that needs more. So these numbers decide which kernel takes a call,
-and whether Triton takes the call at all. tests/ops/test_triton_resources.py compiles the kernels and compares the
-numbers, which hold for Triton 3.6 and 3.9.
+and whether Triton takes the call at all. The numbers hold for Triton 3.6 and 3.9. A test compiles the kernels and
+compares: tests/ops/test_triton_resources.py.
 """
 
 from __future__ import annotations

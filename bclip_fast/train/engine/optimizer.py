@@ -48,24 +48,23 @@ class GatedOptimizer(torch.optim.Optimizer):
         # GradScaler sets this attribute before the call and deletes it afterwards.
         self._overflow, has_scaler = getattr(self, "found_inf", None), hasattr(self, "found_inf")
         refused = self.refusal()
-        if refused is None:
-            refused = torch.zeros((), device=self._device) if self._overflow is None else self._overflow
-        elif self._overflow is not None:
-            refused = torch.maximum(refused, self._overflow)
-        # AdamW would copy the decision to the host without a wait, and would read it too early.
-        refused = refused.to(self._device)
-        if not self.takes_found_inf and bool(refused):
-            return None
-        self.found_inf = refused
+        if self._overflow is not None:
+            refused = self._overflow if refused is None else torch.maximum(refused, self._overflow)
+        if refused is not None:
+            # AdamW would copy the decision to the host without a wait, and would read it too early.
+            refused = refused.to(self._device)
+            if not self.takes_found_inf and bool(refused):
+                return None
+            self.found_inf = refused
         result = super().step(closure)
-        if not has_scaler:
+        if refused is not None and not has_scaler:
             del self.found_inf
         with torch.no_grad():
             for group in self.param_groups:
                 if "bounds" in group:
                     for parameter in group["params"]:
                         clamped = parameter.clamp(*group["bounds"])
-                        parameter.copy_(torch.where(refused > 0, parameter, clamped))
+                        parameter.copy_(clamped if refused is None else torch.where(refused > 0, parameter, clamped))
         return result
 
     def overflow_of(self, like: Tensor) -> Tensor:

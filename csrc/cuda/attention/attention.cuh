@@ -15,7 +15,7 @@ struct Sequence {
   int length;
 };
 
-// Rows of a sequence after the first max_length do not count: the launch and its workspace have no
+// Rows of a sequence after the first max_length do not count. The launch and its workspace have no
 // room for them, and the host does not know the lengths.
 __device__ __forceinline__ Sequence sequence_of(const Attention& attention, int64_t index) {
   if (!attention.bounds) return {index * attention.max_length, attention.max_length};

@@ -6,7 +6,6 @@
 #include <limits>
 #include <stdexcept>
 
-#include "csrc/cuda/emulator/fragments.h"
 #include "csrc/cuda/emulator/counters.h"
 #include "csrc/cuda/emulator/emulator.h"
 
@@ -86,24 +85,12 @@ struct MatrixLane {
   Site site;
 };
 
+void load_matrices_as_warp(void* const (&all)[32]);
+
 inline void load_matrices(uint32_t (&to)[4], int64_t row, bool transposed, Site site) {
   MatrixLane lane{to, row, transposed, site};
   count(site, Kind::kLoadMatrices, row, nullptr, 16);
-  meet_warp(site, "load_matrices", &lane, [](void* const(&all)[32]) {
-    uint16_t matrices[4][8][8];
-    const auto lane_of = [&](int index) { return static_cast<MatrixLane*>(all[index]); };
-    for (int index = 0; index < 32; ++index) {
-      read_as_warp(lane_of(index)->site, lane_of(index)->row, matrices[index / 8][index % 8], 16);
-    }
-    for (int index = 0; index < 32; ++index) {
-      for (int matrix = 0; matrix < 4; ++matrix) {
-        const Place low = place_in_matrix(index, 0, lane_of(index)->transposed);
-        const Place high = place_in_matrix(index, 1, lane_of(index)->transposed);
-        lane_of(index)->to[matrix] = matrices[matrix][low.row][low.column] |
-                                     uint32_t(matrices[matrix][high.row][high.column]) << 16;
-      }
-    }
-  });
+  meet_warp(site, "load_matrices", &lane, load_matrices_as_warp);
 }
 
 }  // namespace emulator
@@ -118,9 +105,18 @@ void load_matrices_transposed(uint32_t (&to)[4], Shared<T> from, int index, BCLI
 }
 
 inline float number(Half value) {
-  _Float16 half;
-  std::memcpy(&half, &value, 2);
-  return half;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  uint32_t bits = magnitude << 13;
+  float scaled;
+  std::memcpy(&scaled, &bits, 4);
+  // The exponents of float16 and float32 are 112 apart. The product is exact, also for subnormal
+  // numbers.
+  scaled *= 0x1p112f;
+  std::memcpy(&bits, &scaled, 4);
+  bits |= magnitude >= 0x7c00 ? 0x7f800000u : 0u;
+  bits |= uint32_t(value.bits & 0x8000u) << 16;
+  std::memcpy(&scaled, &bits, 4);
+  return scaled;
 }
 inline float number(Bfloat16 value) {
   const uint32_t bits = uint32_t(value.bits) << 16;
@@ -156,42 +152,13 @@ Pair unpack(uint32_t pair) {
 
 namespace emulator {
 
-using Columns = float __attribute__((vector_size(32)));
-using Words = int32_t __attribute__((vector_size(32)));
-
-// sums += a b over 8 elements, for 8 columns, with the arithmetic of tensor cores. All terms are
-// truncated one bit below the last bit of the largest term, and the sum is rounded towards zero.
-// Fasi, Higham, Mikaitis and Pranesh 2021 ("Numerical behavior of NVIDIA tensor cores") found this
-// on an A100. Later GPUs keep more bits. Products of two halves are exact in a float. This function
-// uses no memory of a kernel, and the sanitizers skip it, because they would make tests several
-// times slower.
-[[gnu::optimize("O2"), gnu::no_sanitize("address", "undefined"),
-  gnu::target_clones("avx2", "default")]] static void
-add_products(Columns& sums, const float* a, const Columns* b) {
-  Columns largest{}, total{};
-  Columns terms[9] = {sums};
-  for (int k = 0; k < 8; ++k) terms[k + 1] = a[k] * b[k];
-  for (const Columns& term : terms) {
-    const Columns size = term < 0 ? -term : term;
-    largest = size > largest ? size : largest;
-    total += term;
-  }
-  // The unit is 2^-24 times the power of two of the largest term, from the bits of a float. It is
-  // at least 2^-124.
-  Words exponent = (Words)largest >> 23;
-  exponent = exponent < 27 ? Words{} + 27 : exponent;
-  const Words unit = (exponent - 24) << 23, per_unit = (254 + 24 - exponent) << 23;
-  Words units{};
-  for (const Columns& term : terms) {
-    units += __builtin_convertvector(term * (Columns)per_unit, Words);
-  }
-  Columns cut = __builtin_convertvector(units, Columns);
-  const Words rounded = __builtin_convertvector(cut, Words);
-  const Words away = (rounded < 0 ? -rounded : rounded) > (units < 0 ? -units : units);
-  // Subtracts one unit in the last place where the conversion rounded away from zero.
-  cut = (Columns)((Words)cut + away) * (Columns)unit;
-  sums = total - total == 0 ? cut : total;
-}
+struct MultiplyLane {
+  float* sum;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+template <class T>
+void multiply_as_warp(void* const (&all)[32]);
 
 // A pseudo-random number from -most to most, determined by the bits of x.
 inline int error_of(float x, int most) {
@@ -212,41 +179,9 @@ inline float last_places(float y, float x, int most = 2) {
 
 template <class T>
 void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BCLIP_SITE) {
-  struct Lane {
-    float* sum;
-    const uint32_t* a;
-    uint32_t b[2];
-  } lane{sum, a, {b0, b1}};
+  emulator::MultiplyLane lane{sum, a, {b0, b1}};
   emulator::count(site, emulator::Kind::kMultiply);
-  emulator::meet_warp(site, "multiply", &lane, [](void* const(&all)[32]) {
-    float left[16][16];
-    emulator::Columns right[16], sums[16];
-    for (int index = 0; index < 32; ++index) {
-      const Lane& lane = *static_cast<Lane*>(all[index]);
-      const auto half = [](const uint32_t* words, int i) {
-        return number(T{uint16_t(words[i / 2] >> i % 2 * 16)});
-      };
-      for (int i = 0; i < 8; ++i) {
-        const emulator::Place place = emulator::place_in_a(index, i);
-        left[place.row][place.column] = half(lane.a, i);
-      }
-      for (int i = 0; i < 4; ++i) {
-        const emulator::Place place = emulator::place_in_b(index, i),
-                              to = emulator::place_in_c(index, i);
-        right[place.row][place.column] = half(lane.b, i);
-        sums[to.row][to.column] = lane.sum[i];
-      }
-    }
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; k += 8) emulator::add_products(sums[row], &left[row][k], &right[k]);
-    }
-    for (int index = 0; index < 32; ++index) {
-      for (int i = 0; i < 4; ++i) {
-        const emulator::Place place = emulator::place_in_c(index, i);
-        static_cast<Lane*>(all[index])->sum[i] = sums[place.row][place.column];
-      }
-    }
-  });
+  emulator::meet_warp(site, "multiply", &lane, emulator::multiply_as_warp<T>);
 }
 
 template <class T>

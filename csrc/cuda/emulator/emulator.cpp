@@ -11,12 +11,10 @@
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#else
-static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-#endif
+// AddressSanitizer's functions (sanitizer/common_interface_defs.h), null in a build without it.
+extern "C" [[gnu::weak]] void __sanitizer_start_switch_fiber(void**, const void*, size_t);
+extern "C" [[gnu::weak]] void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+
 #ifndef __x86_64__
 #error "The CUDA emulator, which only tests use, switches stacks on x86-64."
 #endif
@@ -50,7 +48,7 @@ namespace bclip::cuda::emulator {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kNobody = -1, kSeveral = -2, kWholeWarp = -3;
+constexpr int16_t kSeveral = -2, kWholeWarp = -3;
 
 struct Copy {
   int64_t byte;
@@ -71,21 +69,18 @@ struct Fiber {
 
 // The last write and the last reads of two bytes of shared memory. `read_warp` is the warp that
 // read since the last barrier of the block, or kSeveral. `reader` is the thread that read since the
-// last barrier of that warp, or kSeveral.
+// last barrier of that warp, or kSeveral. Epochs only rise, so that cells of earlier blocks are
+// recognised and need no reset.
 struct Cell {
-  int writer, write_warp;
   uint32_t write_block_epoch, write_warp_epoch;
-  int reader, read_warp;
   uint32_t read_block_epoch, read_warp_epoch;
+  int16_t writer, reader, read_warp;
   bool in_flight;
 };
 
 // The state of the block that runs. Each thread of the process has its own emulator.
 struct Emulator {
-  static Emulator& current() {
-    static thread_local Emulator emulator;
-    return emulator;
-  }
+  static Emulator& current();
 
   std::vector<Fiber> fibers;
   std::vector<int> ready;
@@ -93,7 +88,7 @@ struct Emulator {
   int64_t block = 0;
   std::vector<int> warp_waiting;
   std::vector<uint32_t> warp_epochs;
-  uint32_t block_epoch = 0;
+  uint32_t block_epoch = 0, first_epoch = 0;  // first_epoch: of this block
   std::vector<unsigned char> shared;
   std::vector<Cell> cells;
   const std::function<void()>* body = nullptr;
@@ -101,8 +96,19 @@ struct Emulator {
   void *stack = nullptr, *fake_stack = nullptr;
   const void* bottom = nullptr;
   size_t bytes = 0;
+  bool from_main = false;  // whether the last switch was to a fiber from run_block()
   uint64_t random = 1;
 };
+
+// Access through a plain pointer costs no call, unlike a thread_local object of a shared library.
+[[gnu::tls_model("initial-exec")]] thread_local Emulator* current_emulator = nullptr;
+
+Emulator& make_emulator() {
+  static thread_local Emulator emulator;
+  return *(current_emulator = &emulator);
+}
+
+Emulator& Emulator::current() { return current_emulator ? *current_emulator : make_emulator(); }
 
 // The next random number: SplitMix64 (Steele, Lea and Flood 2014).
 uint64_t draw() {
@@ -111,8 +117,14 @@ uint64_t draw() {
   z = (z ^ z >> 27) * 0x94d049bb133111eb;
   return z ^ z >> 31;
 }
+// A random number in [0, count).
+size_t draw_below(size_t count) { return size_t((draw() >> 32) * count >> 32); }
 
 Fiber& self() { return Emulator::current().fibers[Emulator::current().running]; }
+
+bool is_same(Site one, Site other) {
+  return one.line == other.line && (one.file == other.file || !std::strcmp(one.file, other.file));
+}
 
 std::string at(Site site) {
   const char* name = std::strrchr(site.file, '/');
@@ -125,17 +137,42 @@ std::string at(Site site) {
                            std::to_string(state.running) + ": " + what);
 }
 
+// Called on the stack of the fiber that starts or continues.
+void arrive(void* fake_stack) {
+  Emulator& state = Emulator::current();
+  const bool from_main = std::exchange(state.from_main, false);
+  if (__sanitizer_finish_switch_fiber) {
+    __sanitizer_finish_switch_fiber(fake_stack, from_main ? &state.bottom : nullptr,
+                                    from_main ? &state.bytes : nullptr);
+  }
+}
+
+// Takes a random fiber from those that are ready, to run next.
+Fiber& choose() {
+  Emulator& state = Emulator::current();
+  std::swap(state.ready[draw_below(state.ready.size())], state.ready.back());
+  state.running = state.ready.back();
+  state.ready.pop_back();
+  return self();
+}
+
+// Switches to a fiber that is ready. Without one, or after an error, switches back to run_block().
 void leave() {
   Emulator& state = Emulator::current();
   Fiber& fiber = self();
-  __sanitizer_start_switch_fiber(&fiber.fake_stack, state.bottom, state.bytes);
-  bclip_switch(&fiber.stack, state.stack);
-  __sanitizer_finish_switch_fiber(self().fake_stack, &state.bottom, &state.bytes);
+  const bool to_main = state.ready.empty() || state.error;
+  Fiber& next = to_main ? fiber : choose();
+  if (__sanitizer_start_switch_fiber) {
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, to_main ? state.bottom : next.memory.get(),
+                                   to_main ? state.bytes : kStackBytes);
+  }
+  bclip_switch(&fiber.stack, to_main ? state.stack : next.stack);
+  arrive(self().fake_stack);
 }
 
 void start() {
   Emulator& state = Emulator::current();
-  __sanitizer_finish_switch_fiber(nullptr, &state.bottom, &state.bytes);
+  arrive(nullptr);
   try {
     (*state.body)();
     for (const auto& group : self().copies) {
@@ -158,13 +195,14 @@ void prepare(Fiber& fiber) {
   fiber.copies.assign(1, {});
 }
 
-void enter(int thread) {
+void enter(Fiber& fiber) {
   Emulator& state = Emulator::current();
-  state.running = thread;
-  Fiber& fiber = self();
-  __sanitizer_start_switch_fiber(&state.fake_stack, fiber.memory.get(), kStackBytes);
+  state.from_main = true;
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(&state.fake_stack, fiber.memory.get(), kStackBytes);
   bclip_switch(&state.stack, fiber.stack);
-  __sanitizer_finish_switch_fiber(state.fake_stack, nullptr, nullptr);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(state.fake_stack, nullptr, nullptr);
 }
 
 std::string describe_waiting() {
@@ -183,20 +221,15 @@ std::string describe_waiting() {
 void run_block() {
   Emulator& state = Emulator::current();
   std::fill(state.shared.begin(), state.shared.end(), 0xff);  // NaN in every floating type
-  std::fill(state.cells.begin(), state.cells.end(),
-            Cell{kNobody, 0, 0, 0, kNobody, 0, 0, 0, false});
   state.block_waiting = 0;
-  state.block_epoch = 1;
+  state.first_epoch = ++state.block_epoch;
   state.warp_waiting.assign(state.threads / 32, 0);
   state.warp_epochs.assign(state.threads / 32, 1);
   state.ready.resize(state.threads);
   std::iota(state.ready.begin(), state.ready.end(), 0);
   for (int thread = 0; thread < state.threads; ++thread) prepare(state.fibers[thread]);
   while (!state.ready.empty()) {
-    std::swap(state.ready[draw() % state.ready.size()], state.ready.back());
-    const int next = state.ready.back();
-    state.ready.pop_back();
-    enter(next);
+    enter(choose());
     if (state.error) std::rethrow_exception(std::exchange(state.error, nullptr));
   }
   const std::string waiting = describe_waiting();
@@ -219,40 +252,42 @@ void each_cell(Site site, int64_t byte, size_t size, Visit&& visit) {
     visit(state.cells[cell]);
 }
 
-void check_write_before(Site site, const Cell& cell, int thread, bool reading) {
-  Emulator& state = Emulator::current();
+[[noreturn, gnu::cold]] void fail_after_write(Site site, const Cell& cell, bool reading) {
   const std::string verb = reading ? "reads" : "writes";
-  if (cell.in_flight)
-    fail(site, verb + " what a copy is still to write: wait_for_copies is missing");
-  if (cell.writer == kNobody) {
+  fail(site, cell.in_flight ? verb + " what a copy is still to write: wait_for_copies is missing"
+                            : verb + " what thread " + std::to_string(cell.writer) +
+                                  " wrote: a barrier is missing");
+}
+
+inline void check_write_before(Site site, const Cell& cell, int thread, bool reading) {
+  Emulator& state = Emulator::current();
+  if (cell.write_block_epoch < state.first_epoch) {
     if (reading) fail(site, "reads shared memory that nobody wrote");
     return;
   }
   const int warp = state.running / 32;
   const bool ordered =
       cell.writer == thread || cell.write_block_epoch != state.block_epoch ||
-      (cell.write_warp == warp && cell.write_warp_epoch != state.warp_epochs[warp]);
-  if (!ordered)
-    fail(site,
-         verb + " what thread " + std::to_string(cell.writer) + " wrote: a barrier is missing");
+      (cell.writer / 32 == warp && cell.write_warp_epoch != state.warp_epochs[warp]);
+  if (!ordered || cell.in_flight) fail_after_write(site, cell, reading);
 }
 
-void check_reads_before(Site site, const Cell& cell, int thread) {
+inline void check_reads_before(Site site, const Cell& cell, int thread) {
   Emulator& state = Emulator::current();
-  if (cell.reader == kNobody || cell.read_block_epoch != state.block_epoch) return;
+  if (cell.read_block_epoch != state.block_epoch) return;
   const int warp = state.running / 32;
   const bool ordered = cell.read_warp == warp &&
                        (cell.read_warp_epoch != state.warp_epochs[warp] || cell.reader == thread);
   if (!ordered) fail(site, "overwrites what others may still read: a barrier is missing");
 }
 
-void note_read(Site site, int64_t byte, size_t size, int thread) {
+void note_read(Site site, int64_t byte, size_t size, int16_t thread) {
   Emulator& state = Emulator::current();
-  const int warp = state.running / 32;
+  const int16_t warp = static_cast<int16_t>(state.running / 32);
   const uint32_t warp_epoch = state.warp_epochs[warp];
   each_cell(site, byte, size, [&](Cell& cell) {
     check_write_before(site, cell, thread, true);
-    const bool first = cell.reader == kNobody || cell.read_block_epoch != state.block_epoch;
+    const bool first = cell.read_block_epoch != state.block_epoch;
     if (first || (cell.read_warp == warp && cell.read_warp_epoch != warp_epoch)) {
       cell.reader = thread;
     } else if (cell.reader != thread) {
@@ -266,11 +301,11 @@ void note_read(Site site, int64_t byte, size_t size, int thread) {
 
 void note_write(Site site, int64_t byte, size_t size, bool in_flight) {
   Emulator& state = Emulator::current();
-  const int warp = state.running / 32;
+  const uint32_t warp_epoch = state.warp_epochs[state.running / 32];
   each_cell(site, byte, size, [&](Cell& cell) {
     check_write_before(site, cell, state.running, false);
     check_reads_before(site, cell, state.running);
-    cell = {state.running, warp, state.block_epoch, state.warp_epochs[warp], kNobody, 0, 0, 0,
+    cell = {state.block_epoch, warp_epoch, 0, 0, static_cast<int16_t>(state.running), 0, 0,
             in_flight};
   });
 }
@@ -288,7 +323,7 @@ void meet_block(Site site) {
   if (++state.block_waiting < state.threads) return leave();
   for (int other = 0; other < state.threads; ++other) {
     const Site other_site = state.fibers[other].site;
-    if (other_site.line != site.line || std::strcmp(other_site.file, site.file)) {
+    if (!is_same(other_site, site)) {
       fail(site, "thread " + std::to_string(other) + " meets this barrier at " + at(other_site));
     }
     if (other != state.running) state.ready.push_back(other);
@@ -311,8 +346,7 @@ void meet_warp(Site site, const char* name, void* brought, void (*act)(void* con
   void* all[32];
   for (int lane = 0; lane < 32; ++lane) {
     const Fiber& other = state.fibers[warp * 32 + lane];
-    if (other.site.line != site.line || std::strcmp(other.site.file, site.file) ||
-        std::strcmp(other.name, name)) {
+    if (!is_same(other.site, site) || (other.name != name && std::strcmp(other.name, name))) {
       fail(site, std::string(name) + " meets lane " + std::to_string(lane) + " at " + other.name +
                      " in " + at(other.site) + ": the warp's lanes have parted");
     }
@@ -328,7 +362,7 @@ void order_warp() { ++Emulator::current().warp_epochs[Emulator::current().runnin
 
 void read(Site site, int64_t byte, void* to, size_t size) {
   Emulator& state = Emulator::current();
-  note_read(site, byte, size, state.running);
+  note_read(site, byte, size, static_cast<int16_t>(state.running));
   std::memcpy(to, &state.shared[byte], size);
 }
 
@@ -388,7 +422,7 @@ void run(const void* kernel, int64_t blocks, int threads, int shared_bytes,
   std::vector<int64_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   for (int64_t last = blocks - 1; last > 0; --last)
-    std::swap(order[last], order[draw() % (last + 1)]);
+    std::swap(order[last], order[draw_below(last + 1)]);
   begin_counted_launch(kernel, blocks, threads, shared_bytes);
   for (const int64_t block : order) {
     state.block = block;

@@ -1,0 +1,88 @@
+"""The CUDA kernels of the built module at named shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bclip_fast.benchmarks import cuda_resources
+
+from . import cuda_plans, shapes
+from .machine_code import MachineCode
+from .model import Work
+from .paths import Plan, execute
+
+# The emulator's counts of each kernel.
+COUNTS = Path(__file__).parents[1] / "results" / "kernel_counts.json"
+
+
+def works(codes: Sequence[MachineCode], kernel: str = "") -> Iterator[Work]:
+    """Yield the work of each CUDA kernel at each of its shapes, in float16.
+
+    codes: the module's machine code. kernel: beginning of the names of the kernels, by default of all.
+    """
+    conflicts = bank_conflicts()
+    by_name = {(code.architecture, cuda_resources.kernel_name(code.symbol)): code for code in codes}
+    for architecture in sorted({code.architecture for code in codes}):
+        for name, plan, shape in _cases():
+            if (architecture, name) not in by_name or not name.startswith(kernel):
+                continue
+            code = by_name[architecture, name]
+            execution = execute(code.function, plan)
+            shared, threads = cuda_resources.launch_of(name)
+            yield Work(
+                kernel=name.partition("<")[0],
+                backend="cuda",
+                architecture=architecture.rstrip("af"),
+                phases=execution.phases,
+                section=execution.longest_section,
+                bodies=execution.bodies,
+                threads=threads,
+                registers=code.registers,
+                shared=shared,
+                conflicts=conflicts.get(name, {}),
+                **shape,
+            )
+
+
+def bank_conflicts() -> dict[str, dict[str, float]]:
+    """Return, by kernel and unit, how many times the least wavefronts the emulator counted, where it is not once."""
+    if not COUNTS.exists():
+        return {}
+    units = {"shared_load": "LDS", "shared_store": "STS", "ldmatrix": "LDSM", "copy": "LDGSTS"}
+    factors: dict[str, dict[str, float]] = {}
+    for case in json.loads(COUNTS.read_text()).values():
+        tile = case["tiles"][0]
+        least = tile.get("least_wavefronts", {})
+        found = {
+            units[kind]: round(number / least[kind], 3)
+            for kind, number in tile.get("wavefronts", {}).items()
+            if least.get(kind) and number != least[kind]
+        }
+        # Of the cases of a kernel, the first is a full tile or a sequence without a mask.
+        factors.setdefault(case["kernel"], found)
+    return factors
+
+
+def _cases() -> Iterator[tuple[str, Plan, dict[str, Any]]]:
+    for loss in shapes.LOSSES:
+        for kernel in ("forward", "softmax", "sigmoid"):
+            plan = cuda_plans.contrastive(loss.width, kernel)
+            yield f"contrastive_{kernel}<Half>", plan, loss.work(kernel, 128, 128, elements=128)
+    for attention in shapes.ATTENTION:
+        dim, tokens = attention.dim, attention.tokens
+        keys = {32: 256, 64: 128 if tokens <= 128 else 256}.get(dim, 128)
+        blocks = attention.heads * attention.sequences
+        plan = cuda_plans.attention_forward(tokens, dim, keys)
+        yield f"attention_forward<Half, {dim}, {keys}, false>", plan, attention.work("forward", blocks)
+        warps = 4 if dim == 64 and tokens <= 128 else 8
+        plan = cuda_plans.attention_backward(tokens, dim, warps)
+        yield f"attention_backward<Half, {dim}, {warps}, false>", plan, attention.work("backward", blocks)
+    for image in shapes.IMAGES:
+        tiles = image.count * -((-image.size // 16) ** 2)
+        yield "image_resize<Half>", cuda_plans.image_resize(image.height, image.size), image.work(tiles)
+        outputs = image.count * 2 * image.size
+        plan = cuda_plans.image_weigh(image.height, image.size)
+        yield "image_weigh<>", plan, image.work_of_weights(-(-outputs // 256))

@@ -1,0 +1,169 @@
+"""Tables of the bounds: `bclip bench --model`, and results/bounds.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bclip_fast.benchmarks.table import print_table
+from bclip_fast.errors import UserError
+
+from . import mix as mixes
+from . import shapes, store
+from .model import Bound, Work, loop_cycles
+from .rates import GPUS, SOURCES, Gpu
+
+
+def show(gpu: str, fresh: bool) -> int:
+    """Print the bounds of all kernels on a GPU. Returns the exit status.
+
+    fresh: whether to analyse this machine's build instead of reading the stored analysis.
+
+    Raises:
+        UserError: the stored analysis is missing, or the tools of a fresh one are.
+    """
+    if fresh and not store.machine_code.has_tools():
+        raise UserError("--fresh needs cuobjdump and nvdisasm: install the CUDA toolkit or Triton")
+    try:
+        analysis = store.analyse() if fresh else store.load()
+    except OSError as error:
+        raise UserError(f"{store.ANALYSIS} cannot be read: {error.strerror}; --fresh analyses this build") from error
+    rows = [
+        (work.kernel, work.backend, work.shape, each.limiter, f"{1e3 * each.seconds:.3f}", share_of(work, each))
+        for work, each in store.bounds(analysis.works, gpu)
+        if work.shape not in shapes.SMALL
+    ]
+    print_table(
+        f"{GPUS[gpu].name}: lower bounds from machine code and published rates, not times",
+        ["kernel", "backend", "shape", "limiter", "bound, ms", "share of peak"],
+        rows,
+        4,
+    )
+    here = store.current_build()
+    # An installation has no CUDA sources to compare.
+    differs = "" if analysis.build.endswith(here) else f". This machine has {here}: --fresh analyses it"
+    print(f"Machine code of {analysis.build}{differs}")
+    return 0
+
+
+def share_of(work: Work, each: Bound) -> str:
+    """Return the share of the peak with its unit."""
+    return f"{each.share:.0%} {'FLOP' if work.flops else 'HBM'}"
+
+
+def markdown(analysis: store.Analysis) -> str:
+    """Return the text of results/bounds.md."""
+    commit, before = store.load_before()
+    lines = [
+        "# Bounds of the GPU kernels",
+        "",
+        "`python -m benchmarks.bounds` made this file without a GPU. The numbers are lower bounds and not times. No",
+        "kernel can be faster than its bound on a GPU with these rates, and it can be several times slower.",
+        "",
+        "The machine code gives the instructions of a block along the cheapest path. The plans in `benchmarks/bounds/`",
+        "give the turns of its loops. Published rates give the cycles of each pipe, and the pipe with the most cycles",
+        "limits a block. The busiest multiprocessor runs ceil(blocks / multiprocessors) blocks of a launch. A block",
+        "alone on a multiprocessor cannot overlap its phases, and its limiter says so. `stall counts` is the time of one",
+        "warp that issues in order and waits only for the fixed latencies in its code. The bytes of L2 and HBM give two",
+        "more bounds. The shapes of attention are sequences x tokens, heads x head dimension.",
+        "The emulator's bank conflicts count for the CUDA kernels, and none for Triton's. Cache misses, the latency of",
+        "memory and launches count nothing.",
+        "",
+        "No published time has been compared with a bound yet, so the error of the method is unknown.",
+        "",
+        f"Machine code: {analysis.build}. Before: commit {commit}. All inputs are float16.",
+        "The share is that of dense matrix FLOP, or of HBM's rate for kernels without matrix products. Blocks is the",
+        "number that fit on a multiprocessor. Slots are the issue slots of a thread for each element of its tile,",
+        "before and after, in the part of the epilogue with the exponentials: arithmetic, rounding and staging. All",
+        "slots are those of all code after the products, such as loads, folds and stores.",
+    ]
+    for gpu in ("a100", "h100"):
+        lines += ["", f"## {GPUS[gpu].name}", "", *_table(analysis, gpu, before)]
+    lines += [
+        "",
+        "## H200",
+        "",
+        "Its multiprocessors are those of the H100, with HBM of 4.8 TB/s. These bounds differ:",
+        "",
+    ]
+    lines += _h200(analysis)
+    lines += ["", "## Main loops", "", *_loops(analysis)]
+    lines += [
+        "",
+        "## Rates",
+        "",
+        "| rate | A100 | H100 | source of the A100's | source of the H100's |",
+        "|---|---|---|---|---|",
+    ]
+    for field, (meaning, ampere, hopper) in SOURCES.items():
+        rates = (f"{getattr(GPUS[gpu], field):g}" for gpu in ("a100", "h100"))
+        lines.append(_row(meaning, *rates, ampere, hopper))
+    return "\n".join(lines) + "\n"
+
+
+def _table(analysis: store.Analysis, gpu: str, before: Mapping[store.Key, Mapping[str, Any]]) -> list[str]:
+    columns = "kernel", "backend", "shape", "bound before, ms", "bound, ms", "share of peak", "limiter"
+    lines = _header(*columns, "blocks", "slots", "all slots")
+    for work, each in store.bounds(analysis.works, gpu):
+        if work.shape in shapes.SMALL:
+            continue
+        old = before.get((gpu, work.backend, work.kernel, work.shape), {})
+        slots = [f"{number:.1f}" for number in store.slots_of(work)] or ["", ""]
+        if slots[0] and old:
+            slots = [f"{number:.1f} → {new}" for number, new in zip(old["slots"], slots, strict=True)]
+        ms = f"{old['ms']:.3f}" if old else ""
+        cells = work.kernel, work.backend, work.shape, ms, f"{1e3 * each.seconds:.3f}", share_of(work, each)
+        lines.append(_row(*cells, each.limiter, str(each.resident), *slots))
+    return lines
+
+
+def _h200(analysis: store.Analysis) -> list[str]:
+    lines = _header("kernel", "backend", "shape", "bound, ms", "share of peak", "limiter")
+    pairs = zip(store.bounds(analysis.works, "h100"), store.bounds(analysis.works, "h200"), strict=True)
+    for (_, older), (work, each) in pairs:
+        if each.seconds < older.seconds:
+            cells = (
+                work.kernel,
+                work.backend,
+                work.shape,
+                f"{1e3 * each.seconds:.3f}",
+                share_of(work, each),
+                each.limiter,
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _loops(analysis: store.Analysis) -> list[str]:
+    lines = [
+        "The code from the first matrix instruction to the last one. Cycles are those of the slowest pipe of a",
+        "multiprocessor, for each MFLOP. Slots and LDSM are numbers for each matrix instruction.",
+        "",
+        *_header("kernel", "backend", "GPU", "shape", "slots", "LDSM", "cycles", "pipe"),
+    ]
+    for gpu in (GPUS["a100"], GPUS["h100"]):
+        for work in main_loops(analysis.works, gpu):
+            cycles, loop = loop_cycles(work, gpu), work.phases[1]
+            pipe = max(cycles, key=lambda name: cycles[name])
+            counts = (number / mixes.matrix(loop) for number in (mixes.slots(loop), mixes.count(loop, "LDSM")))
+            numbers = (f"{number:.2f}" for number in counts)
+            lines.append(_row(work.kernel, work.backend, gpu.name, work.shape, *numbers, f"{cycles[pipe]:.0f}", pipe))
+    return lines
+
+
+def _header(*columns: str) -> list[str]:
+    return [_row(*columns), _row(*("---" for _ in columns))]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main_loops(works: list[Work], gpu: Gpu) -> list[Work]:
+    """Return one work for each kernel that multiplies matrices on a GPU, at its first shape."""
+    first: dict[tuple[str, ...], Work] = {}
+    for work in works:
+        if work.architecture == gpu.architecture and mixes.matrix(work.total):
+            head = work.shape.rpartition(" x ")[2] if work.operator == "fused_attention" else ""
+            first.setdefault((work.backend, work.kernel, head), work)
+    return list(first.values())

@@ -1,0 +1,70 @@
+"""Tests of the bounds of the built CUDA kernels: no main loop may become slower."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from bclip_fast.benchmarks.bounds import cuda_code, machine_code, mix, report, store
+from bclip_fast.benchmarks.bounds.model import loop_cycles
+from bclip_fast.benchmarks.bounds.rates import GPUS
+from bclip_fast.ops.dispatch import MISSING
+
+pytestmark = [
+    pytest.mark.skipif("cuda" in MISSING, reason=MISSING.get("cuda", "")),
+    pytest.mark.skipif(
+        not machine_code.has_tools(), reason="cuobjdump or nvdisasm is missing: install the CUDA toolkit or Triton"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def works(machine_codes):
+    return list(cuda_code.works(machine_codes))
+
+
+def slower(built, stored):
+    """Return the main loops of `built` whose bound or issue slots are 5 % above those in `stored`."""
+    worse = []
+    for gpu in ("a100", "h100"):
+        before = {(work.kernel, work.shape): work for work in report.main_loops(stored, GPUS[gpu])}
+        for work in report.main_loops(built, GPUS[gpu]):
+            old = loop_cycles(before[work.kernel, work.shape], GPUS[gpu])
+            new = loop_cycles(work, GPUS[gpu])
+            if max(new.values()) > 1.05 * max(old.values()) or new["issue"] > 1.05 * old["issue"]:
+                worse.append((gpu, work.kernel, work.shape))
+    return worse
+
+
+def of_cuda(works):
+    return [work for work in works if work.backend == "cuda"]
+
+
+def test_main_loops_are_as_fast_as_in_the_report(works):
+    """A compiler may change the code too. Then `python -m benchmarks.bounds` writes new bounds."""
+    stored = of_cuda(store.load().works)
+    assert len(report.main_loops(works, GPUS["a100"])) == len(report.main_loops(stored, GPUS["a100"])) > 10
+    assert slower(works, stored) == []
+
+
+@pytest.mark.parametrize(("kind", "number"), [("LDSM.4", 60), ("OTHER", 200)])
+def test_slower_main_loop_is_found(kind, number):
+    """A loop with more of either kind in its 1024 products is named, and no other loop."""
+    stored = of_cuda(store.load().works)
+
+    def changed(work):
+        before, loop, after = work.phases
+        more = Counter({kind: number if kind == "OTHER" else 10 * number})
+        return dataclasses.replace(work, phases=(before, loop + more, after))
+
+    built = [changed(work) if work.kernel == "contrastive_softmax" else work for work in stored]
+    assert {kernel for _, kernel, _ in slower(built, stored)} == {"contrastive_softmax"}
+
+
+def test_loss_reads_each_matrix_of_shared_memory_for_four_products(works):
+    for work in works:
+        if work.operator in ("clip_loss", "siglip_loss"):
+            loop = work.phases[1]
+            assert mix.count(loop, "LDSM") <= 0.25 * mix.matrix(loop), work.kernel

@@ -1,0 +1,82 @@
+"""Small inputs of ingest with one random byte changed, and the check that a build accounts for every one of them."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from articles import article_xml, encode_image, noise_image, write_files
+from PIL import Image
+
+
+def mutate(data: bytes, generator: random.Random) -> bytes:
+    """Return `data` with another value of one random byte."""
+    position = generator.randrange(len(data))
+    return data[:position] + bytes([data[position] ^ generator.randrange(1, 256)]) + data[position + 1 :]
+
+
+def small_image(kind: str, number: int) -> bytes:
+    """Return an image of 24 x 16 pixels in one of Pillow's formats."""
+    return encode_image(Image.open(io.BytesIO(noise_image(number, (24, 16)))), kind)
+
+
+def small_tar(files: dict[str, bytes]) -> bytes:
+    """Return an uncompressed tar."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+# Encoders of the image formats whose bytes are changed. A new format is one line: suffix and encoder.
+IMAGES: dict[str, Callable[[int], bytes]] = {
+    "jpg": lambda number: small_image("JPEG", number),
+    "png": lambda number: small_image("PNG", number),
+    "tif": lambda number: small_image("TIFF", number),
+    "gif": lambda number: small_image("GIF", number),
+}
+KINDS = ("xml", "tar", "tar.gz", *IMAGES)
+
+
+def write_mutated(folder: Path, kind: str, count: int, seed: int) -> None:
+    """Write the articles 1 to `count`, each with one figure and one changed byte in the file of `kind`."""
+    import gzip
+
+    generator = random.Random(f"{kind} {seed}")
+    for number in range(1, count + 1):
+        suffix = kind if kind in IMAGES else "jpg"
+        image = IMAGES[suffix](number)
+        image = mutate(image, generator) if kind in IMAGES else image
+        xml = article_xml((f"i{number}", f"Figure of article {number}."), number=number)
+        files = {"x.nxml": mutate(xml, generator) if kind == "xml" else xml, f"i{number}.{suffix}": image}
+        if kind == "tar":
+            write_files(folder, {f"{number}.tar": mutate(small_tar(files), generator)})
+        elif kind == "tar.gz":
+            write_files(folder, {f"{number}.tar.gz": mutate(gzip.compress(small_tar(files), mtime=0), generator)})
+        else:
+            write_files(folder / str(number), files)
+
+
+def unaccounted(dataset: Path, count: int) -> list[int]:
+    """Return the articles of which the dataset names neither a pair nor a reject.
+
+    A change may hit the id of the article or the name of its file, but never both.
+    """
+    images = {row["file"].partition(".")[0] for row in pq.read_table(dataset / "manifest.parquet").to_pylist()}
+    rejects = pq.read_table(dataset / "rejects.parquet").to_pylist()
+    articles = {row["article"] for row in rejects}
+    places = {row["file"].partition("/")[0].partition(".")[0] for row in rejects} | {
+        row["file"].partition(".")[0] for row in rejects
+    }
+    return [
+        number
+        for number in range(1, count + 1)
+        if not ({f"i{number}"} & (images | places) or str(number) in places or f"PMC{number}" in articles)
+    ]
