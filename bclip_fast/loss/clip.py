@@ -194,7 +194,8 @@ class ClipLoss(DistributedLoss):
 class _GlobalClipLoss(torch.autograd.Function):
     """b local images against the B texts of all ranks. An O(B) reduction merges the column sums.
 
-    The tile of the local texts holds all positives. It is computed while features or their gradients travel.
+    The tile of the local texts holds all positives. It is computed while features or their gradients travel. Another
+    tile holds the texts of all other ranks.
     """
 
     @staticmethod
@@ -223,8 +224,10 @@ class _GlobalClipLoss(torch.autograd.Function):
         texts = wait_for_texts()
         columns = local_columns.new_empty(ranges.total)
         columns[ranges.local] = local_columns
-        for part in ranges.remote:
-            remote_rows, columns[part] = forward(ContrastiveCall(image, texts[part], sharpness, None, chunk_size))
+        if ranges.remote:
+            remote = ContrastiveCall(image, ranges.remote_of(texts), sharpness, None, chunk_size)
+            remote_rows, remote_columns = forward(remote)
+            ranges.put_remote(remote_columns, columns)
             rows = torch.logaddexp(rows, remote_rows)
         columns = ranks.merge_lse(columns, "column sums")
         groups = positive_grad = None
@@ -262,28 +265,29 @@ class _GlobalClipLoss(torch.autograd.Function):
         weight = grad * ctx.ranks.size * ctx.weight
         backward = load_backend("contrastive", ctx.backend).backward
 
-        def tile(part: slice, positive_offset: int | None, positive_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            groups = None if ctx.groups is None else ctx.groups.among(part)
-            call = ContrastiveCall(image, texts[part], scale, positive_offset, ctx.chunk_size, groups=groups)
-            upstream = SoftmaxGradient(rows_lse, columns_lse[part], weight, positive_grad, ctx.hardness)
-            return backward(call, upstream, wide)
+        def tile(parts: list[slice], positive_offset: int | None, positive_grad: Tensor) -> tuple[Tensor, ...]:
+            is_local = parts == [ranges.local]
+            text, sums = (
+                tensor[ranges.local] if is_local else ranges.remote_of(tensor) for tensor in (texts, columns_lse)
+            )
+            groups = None if ctx.groups is None else ctx.groups.among(*parts)
+            call = ContrastiveCall(image, text, scale, positive_offset, ctx.chunk_size, groups=groups)
+            return backward(call, SoftmaxGradient(rows_lse, sums, weight, positive_grad, ctx.hardness), wide)
 
         # A locked text tower (LiT) needs no reduction of its gradients. It is locked on all ranks or on none.
         with_text = ctx.needs_input_grad[1]
         texts_grad = torch.zeros(texts.shape if with_text else 0, dtype=features, device=texts.device)
-        remote_grads = []
-        for part in ranges.remote:
-            image_grad, text_grad, scale_grad = tile(part, None, rows_lse)
-            remote_grads.append((image_grad, scale_grad))
+        remote_grads = None
+        if ranges.remote:
+            remote_grads = tile(ranges.remote, None, rows_lse)
             if with_text:
-                texts_grad[part] = text_grad
+                ranges.put_remote(remote_grads[1], texts_grad)
         wait_for_grad = ctx.ranks.start_reduce(texts_grad, ctx.text_sizes, "text gradients") if with_text else None
-        if ctx.groups is None:
-            image_grad, text_grad, scale_grad = tile(ranges.local, 0, positive_grad)
-        else:
-            image_grad, text_grad, scale_grad = tile(ranges.local, None, rows_lse)
-        for remote_image_grad, remote_scale_grad in remote_grads:
-            image_grad += remote_image_grad
-            scale_grad += remote_scale_grad
+        has_pairs = ctx.groups is None
+        local = tile([ranges.local], 0 if has_pairs else None, positive_grad if has_pairs else rows_lse)
+        image_grad, text_grad, scale_grad = local
+        if remote_grads is not None:
+            image_grad += remote_grads[0]
+            scale_grad += remote_grads[2]
         summed_text_grad = text_grad.add_(wait_for_grad()).to(features) if wait_for_grad else None
         return image_grad.to(features), summed_text_grad, scale_grad, *[None] * 7

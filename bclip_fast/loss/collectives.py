@@ -290,6 +290,17 @@ class ColumnRanges:
         others = slice(0, start), slice(self.local.stop, self.total)
         self.remote = [columns for columns in others if columns.start < columns.stop]
 
+    def remote_of(self, values: Tensor) -> Tensor:
+        """The remote columns of a tensor (B, ...), in one piece, so that one tile covers them all."""
+        parts = [values[columns] for columns in self.remote]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def put_remote(self, values: Tensor, result: Tensor) -> None:
+        """Write what `remote_of` would return for `result` to `result`."""
+        sizes = [columns.stop - columns.start for columns in self.remote]
+        for columns, part in zip(self.remote, values.split(sizes), strict=True):
+            result[columns] = part
+
 
 def gather_groups(
     ranks: Ranks, image_ids: Tensor, text_ids: Tensor, image_sizes: list[int], text_sizes: list[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from functools import partial
 
@@ -275,3 +276,27 @@ def test_products_are_kept_only_with_gradients_and_without_chunk_size(monkeypatc
     with torch.no_grad():
         ops.clip_loss(trainable, text, 2.0, backend="cpu")
     assert shapes == [None, (5, 7), None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matrix_unit_gives_gradients_of_every_dtype(dtype, monkeypatch):
+    """C++ writes float32 or bfloat16. Here a function in its place fills the gradients with ones, without a unit."""
+    written = []
+
+    def gradients(image, text, in_single, scale):
+        for address in (image, text):
+            fill = ctypes.c_float * 40 if in_single else ctypes.c_uint16 * 40
+            fill.from_address(address)[:] = [1.0 if in_single else 0x3F80] * 40
+        written.append(torch.float32 if in_single else torch.bfloat16)
+
+    monkeypatch.setattr(_cpu, "AmxGradients", gradients)
+    monkeypatch.setattr(_cpu, "amx_softmax_gradient", lambda *_: 2.0)
+    monkeypatch.setattr(_cpu, "amx_sigmoid_gradient", lambda *_: (1.0, 2.0, 3.0))
+    monkeypatch.setattr(cpu, "takes_amx", lambda image: True)
+    image, lse = features(5, 8, torch.bfloat16), torch.zeros(5, dtype=torch.float64)
+    call = ContrastiveCall(image, image, torch.tensor(1.0), 0, 5)
+    upstream = SoftmaxGradient(lse, lse, torch.tensor(1.0), torch.ones(5))
+    for grads in (cpu.backward(call, upstream, dtype)[:2], cpu.siglip(call, 1.0, dtype, True)[1:3]):
+        for grad in grads:
+            assert torch.equal(grad, torch.ones(5, 8, dtype=dtype))
+    assert written == [torch.bfloat16 if dtype == torch.bfloat16 else torch.float32] * 2

@@ -69,7 +69,7 @@ def backward(
             problem.gradients(scale),
             torch.get_num_threads(),
         )
-        return problem.image_grad, problem.text_grad, number(scale_grad)
+        return *problem.results(), number(scale_grad)
     gradients = Gradients(image, text, scale, dtype)
     chunk_size = chunk_rows(call.chunk_size, text)
     for block in column_blocks(image, text):
@@ -108,7 +108,7 @@ def siglip(
             torch.get_num_threads(),
         )
         loss, scale_grad, bias_grad = (number(value) for value in (weight * part, scale_sum, bias_sum))
-        return loss, problem.image_grad, problem.text_grad, scale_grad, bias_grad
+        return loss, *problem.results(), scale_grad, bias_grad
     gradients = Gradients(image, text, scale, dtype) if with_gradients else None
     loss_sum = bias_sum = 0.0
     chunk_size = chunk_rows(call.chunk_size, text)
@@ -203,9 +203,13 @@ def _with_running_maximum(
 
 
 class _AmxProblem:
-    """Contiguous features, which C++ reads in place, and gradients of `dtype`, which C++ writes (empty for None)."""
+    """Contiguous features, which C++ reads in place, and gradients of `dtype` (empty for None).
+
+    C++ writes float32 or bfloat16. Gradients of another dtype are float32 until `results` converts them.
+    """
 
     def __init__(self, image: Tensor, text: Tensor, first: int, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
         self.image, self.text = image.contiguous(), text.contiguous()
         self.pointers = _cpu.AmxProblem(
             address(self.image, torch.bfloat16, *image.shape),
@@ -215,13 +219,17 @@ class _AmxProblem:
             image.shape[1],
             first,
         )
+        written = dtype if dtype == torch.bfloat16 else torch.float32
         self.image_grad, self.text_grad = (
-            features.new_empty(features.shape if dtype else (0,), dtype=dtype) for features in (image, text)
+            features.new_empty(features.shape if dtype else (0,), dtype=written) for features in (image, text)
         )
 
     def gradients(self, scale: float) -> _cpu.AmxGradients:
         """The gradients as the C++ functions take them."""
         in_single = self.image_grad.dtype == torch.float32
-        if not in_single and self.image_grad.dtype != torch.bfloat16:
-            raise ValueError(f"gradients must be float32 or bfloat16, not {self.image_grad.dtype}")
         return _cpu.AmxGradients(self.image_grad.data_ptr(), self.text_grad.data_ptr(), in_single, scale)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """The gradients of image and text."""
+        dtype = self.dtype or torch.float32
+        return self.image_grad.to(dtype), self.text_grad.to(dtype)

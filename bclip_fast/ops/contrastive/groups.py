@@ -25,9 +25,12 @@ class GroupTile:
     column_shares: Tensor
     """(B,) as `row_shares`."""
 
-    def among(self, columns: slice) -> GroupTile:
+    def among(self, *columns: slice) -> GroupTile:
         """The groups of the tile with these columns."""
-        return GroupTile(self.rows, self.columns[columns], self.row_shares, self.column_shares[columns])
+        ids, shares = ([part[each] for each in columns] for part in (self.columns, self.column_shares))
+        if len(columns) == 1:
+            return GroupTile(self.rows, ids[0], self.row_shares, shares[0])
+        return GroupTile(self.rows, torch.cat(ids), self.row_shares, torch.cat(shares))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bclip_fast.ops import processor
 _MAX_KEPT = 4096 * 4096
 
 # On a GPU, `positive_logits` takes this many numbers of a tensor at once, or more if there would be too many slices.
-# Their copies fill at most 512 MiB, half of a chunk of G in the backward pass.
+# Copies of this many fill 512 MiB, half as much as a chunk of G in the backward pass.
 _SLICE = 1 << 25
 _MOST_SLICES = 4
 
