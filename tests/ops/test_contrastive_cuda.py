@@ -104,20 +104,23 @@ def test_cuda_rows_far_below_the_rest_of_their_tile_are_accurate(half, nan_fille
 
 
 @hosted
-def test_cuda_pair_without_loss_has_no_gradient(nan_filled):
+@pytest.mark.parametrize(("size", "row", "column"), [(2, 0, 0), (256, 3, 200)])
+def test_cuda_pair_without_loss_has_no_gradient(size, row, column, nan_filled):
     """S is 200 at that pair and -200 elsewhere, so exp(S - m) overflows for an m that suits the others."""
-    image = torch.eye(2, 8).half()
-    text = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).half() @ image
-    lse = torch.tensor([torch.inf, -199.0]).double()
-    upstream, scale = SoftmaxGradient(lse, lse, torch.tensor(1.0), torch.empty(0)), torch.tensor(200.0)
-    grads = cuda.backward(ContrastiveCall(image, text, scale, None, 9), upstream, torch.float32)
-    exact_call = ContrastiveCall(image.double(), text.double(), scale.double(), None, 9)
+    image, text = torch.zeros(size, 8).half(), torch.zeros(size, 8).half()
+    image[:, 1], text[:, :2] = 1, -1
+    image[row, :2], text[column, 0] = torch.tensor([1, 0]), 1
+    rows_lse, columns_lse = torch.full((size,), -199.0).double(), torch.full((size,), -199.0).double()
+    rows_lse[row], columns_lse[column] = torch.inf, torch.inf
+    upstream, scale = SoftmaxGradient(rows_lse, columns_lse, torch.tensor(1.0), torch.empty(0)), torch.tensor(200.0)
+    grads = cuda.backward(ContrastiveCall(image, text, scale, None, 256), upstream, torch.float32)
+    exact_call = ContrastiveCall(image.double(), text.double(), scale.double(), None, 256)
     assert_close(grads, reference.backward(exact_call, upstream, torch.float64), 1e-3)
 
 
 @hosted
 def test_cuda_negative_scale_matches_the_reference(nan_filled):
-    image, text, scale = features(256, 24), features(256, 24), torch.tensor(-20.0)
+    image, text, scale = features(256, 24), features(256, 24), torch.tensor(-400.0)
     truth = reference.forward(ContrastiveCall(image.double(), text.double(), scale.double(), 0, 256))
     assert_close(cuda.forward(ContrastiveCall(image, text, scale, 0, 256)), truth, 1e-6)
 
