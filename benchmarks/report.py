@@ -58,7 +58,7 @@ class BenchConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     only: str = ""
     """Selection of cases and contenders, as for pytest's -k: "65536 and float32 and cpu"."""
-    model: Literal["a100", "h100", "h200"] | None = None
+    model: Literal["none", "a100", "h100", "h200"] = "none"
     """Measure nothing. Print lower bounds of the times of all GPU kernels on this GPU, with what limits them. They come
     from machine code and published rates, without a GPU."""
     fresh: bool = False
@@ -71,7 +71,7 @@ class BenchConfig:
 
 def run(config: BenchConfig) -> int:
     """Measure, write the files and print the table, or print bounds. Returns the exit status."""
-    if config.model is not None:
+    if config.model != "none":
         from .bounds.report import show as show_bounds
 
         return show_bounds(config.model, config.fresh)

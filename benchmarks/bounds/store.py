@@ -97,7 +97,7 @@ def save_before(analysis: Analysis, commit: str) -> None:
     """Write the bounds of an earlier commit, for comparison."""
     rows = [
         {"gpu": gpu, "backend": work.backend, "kernel": work.kernel, "shape": work.shape}
-        | {"ms": round(1e3 * each.seconds, 4), "slots": slots_of(work)}
+        | {"ms": round(1e3 * each.seconds, 7), "slots": slots_of(work)}
         for gpu in ("a100", "h100")
         for work, each in bounds(analysis.works, gpu)
     ]

@@ -68,3 +68,15 @@ def test_loss_reads_each_matrix_of_shared_memory_for_four_products(works):
         if work.operator in ("clip_loss", "siglip_loss"):
             loop = work.phases[1]
             assert mix.count(loop, "LDSM") <= 0.25 * mix.matrix(loop), work.kernel
+
+
+def test_epilogues_take_few_issue_slots(works):
+    """They evaluate a tile with one path for all threads, a fast reciprocal and a polynomial for log1p."""
+    losses = [work for work in works if work.operator in ("clip_loss", "siglip_loss")]
+    assert {work.architecture for work in losses} >= {"80", "90"}
+    for work in losses:
+        if work.kernel == "contrastive_sigmoid":
+            assert work.epilogue_slots <= 20, work.architecture
+        else:
+            # The exponential, its factors and sums, and for the gradient rounding and staging.
+            assert work.element_slots <= 8, (work.kernel, work.architecture)
