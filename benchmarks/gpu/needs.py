@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
-from .steps import Setting, Step, is_installed, steps
+from .steps import Setting, Step, is_installed, program, steps
 
 # A machine without one of these can't run `make gpu` at all. A step that misses another requirement only doesn't run.
 REQUIRED = (
@@ -20,11 +20,6 @@ REQUIRED = (
 REPLACED = ("gpu", "nvcc", "compute-sanitizer")
 
 
-def _has_nvcc() -> bool:
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    return bool(shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin"))
-
-
 def _has_gpu() -> bool:
     program = shutil.which("nvidia-smi")
     return program is not None and subprocess.run([program, "-L"], capture_output=True).stdout.startswith(b"GPU")
@@ -32,9 +27,9 @@ def _has_gpu() -> bool:
 
 PROGRAMS: dict[str, Callable[[], bool]] = {
     "gpu": _has_gpu,
-    "nvcc": _has_nvcc,
+    "nvcc": lambda: program("nvcc") != "nvcc",
     "c++": lambda: shutil.which(os.environ.get("CXX", "g++")) is not None,
-    "compute-sanitizer": lambda: shutil.which("compute-sanitizer") is not None,
+    "compute-sanitizer": lambda: program("compute-sanitizer") != "compute-sanitizer",
 }
 
 
@@ -55,7 +50,9 @@ def dry_run(setting: Setting) -> list[list[str]]:
     return rows
 
 
-def versions(names: Sequence[str] = ("torch", "triton", "pytest", "pytest-xdist", "pytest-benchmark")) -> str:
+def versions(
+    names: Sequence[str] = ("torch", "triton", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools"),
+) -> str:
     """Return the versions of Python and of some packages in one line."""
     parts = [f"Python {platform.python_version()}"]
     for name in names:

@@ -114,7 +114,11 @@ def steps(setting: Setting) -> list[Step]:
     interpreted = {"TRITON_INTERPRET": "1"} if emulated else {}
 
     def sanitizer(tool: str) -> Step:
-        check = [sys.executable, str(ROOT / "tests/support/fake_sanitizer.py")] if emulated else ["compute-sanitizer"]
+        check = (
+            [sys.executable, str(ROOT / "tests/support/fake_sanitizer.py")]
+            if emulated
+            else [program("compute-sanitizer")]
+        )
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all", "--kernel-name", "kns=bclip"]
         tests = setting.pytest(KERNELS[:2], SANITIZED, parallel=False)
         needs = () if emulated else ("gpu", "compute-sanitizer", "pytest")
@@ -224,6 +228,12 @@ def has_jpeg_headers() -> bool:
     source = "#include <cstdio>\n#include <jpeglib.h>\nint main() { jpeg_crop_scanline; }"
     check = subprocess.run([compiler, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True)
     return check.returncode == 0
+
+
+def program(name: str) -> str:
+    """Return the path of a program on the PATH or in CUDA's folder. Without one, return the name."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which(name) or shutil.which(name, path=f"{home}/bin") or name
 
 
 def is_installed(module: str) -> bool:

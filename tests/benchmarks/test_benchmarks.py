@@ -9,11 +9,15 @@ import sys
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_cuda
+from towers import SMALL
 
-from bclip_fast.benchmarks import cases, measure, report
+from bclip_fast.benchmarks import cases, measure, report, step
 from bclip_fast.benchmarks.cases import attention, contrastive, matmul, pointwise
 from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
+from bclip_fast.benchmarks.cases.model import StepConfig
 from bclip_fast.benchmarks.cases.pointwise import norm_case
+from bclip_fast.ops import use_backend
 from bclip_fast.ops.contrastive import reference
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU peer may run here")
@@ -74,29 +78,49 @@ def test_layer_contenders_error_is_rounding(dropout_p):
         assert max(errors.values()) < (1e-5 if case.dtype == torch.float32 else 0.03), (case.id, errors)
 
 
-def test_cases_on_a_device_leave_nothing_on_the_host(monkeypatch):
-    """The meta device stands for a GPU: an operation that mixes it with the CPU raises an error."""
-    for module in (attention, contrastive, matmul, pointwise):
-        monkeypatch.setattr(module, "DEVICE", torch.device("meta"))
+@pytest.fixture
+def simulated_gpu(monkeypatch):
+    """The benchmarks measure the simulated GPU of support/fake_cuda.py, by the reference and by torch."""
+    for module in (attention, contrastive, matmul, pointwise, measure, step):
+        monkeypatch.setattr(module, "DEVICE", CUDA)
+    numbers = {"memory_allocated": 0, "max_memory_allocated": 0, "mem_get_info": (2**40, 2**40)}
+    for name, value in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+    with fake_cuda() as fake, use_backend("reference"):
+        yield fake
+
+
+def test_cases_on_a_gpu_leave_nothing_on_the_host(simulated_gpu):
+    """An operation that mixes devices raises an error. Autocast is not simulated, so `linear` is left out."""
     half = torch.float16
     made = [contrastive.contrastive_case(40, 24, half), contrastive.siglip_case(40, 24, half), norm_case(10, 24, 0.1)]
     made += [attention_case("images", 2, 5, 1, 32, half, 0.1), varlen_case("captions", [3, 1, 5], 1, 32, half)]
-    made += [matmul.linear_case(10, 24, 16)]
     num_runs = 0
     for one in made:
         inputs = one.make_inputs()
-        assert {tensor.device.type for tensor in inputs} == {"meta"}, one.id
-        for name in ("ours:reference", "torch", "torch dense", "torch sdpa", "torch sdpa one by one"):
-            # The reference reads the bounds of sequences, and autocast does not know the meta device.
-            if (
-                name in one.contenders
-                and (name, one.name[:4]) != ("ours:reference", "capt")
-                and one.operator != "affine"
-            ):
-                results = one.contenders[name]()(*inputs)
-                assert {result.device.type for result in results if result is not None} <= {"meta"}, (one.id, name)
-                num_runs += 1
-    assert num_runs >= 7
+        assert {tensor.device.type for tensor in inputs} == {"cuda"}, one.id
+        for name in {"ours:reference", "torch dense", "torch sdpa", "torch sdpa padded"} & set(one.contenders):
+            contender = measure.synchronised(one.contenders[name]())
+            extra_bytes, results = measure.peak_extra_bytes(lambda run=contender, inputs=inputs: run(*inputs))
+            assert extra_bytes == 0
+            assert measure.error_of(results, measure.truth_of(one, inputs)) < 0.01
+            num_runs += 1
+    assert num_runs == 9
+
+
+def test_step_runs_on_a_gpu(simulated_gpu, tmp_path, monkeypatch, capsys):
+    """The host measures every variant of ours, with its improvements turned on one by one."""
+    lengths = tmp_path / "lengths"
+    lengths.write_text("5 1\n9 1\n")
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
+    monkeypatch.setattr(step, "preset", lambda name: SMALL)
+    config = StepConfig("small", 2, "fp32", lengths=str(lengths), rounds=1, open_clip=False)
+    rows = step.measure_step(config)
+    step.show_step(rows)
+    names = [row["contender"] for row in rows]
+    assert (len(names), names[0], names[-1]) == (10, "ours, padded, plain PyTorch", "ours, checkpointed")
+    assert "+ fused AdamW" in capsys.readouterr().out
 
 
 @no_cuda
@@ -180,9 +204,13 @@ def test_plot_scaling_draws_every_curve(tmp_path):
 
 TINY = """
 import pathlib, sys, torch
-from bclip_fast.benchmarks import cases, measure, report
+from fake_cuda import CUDA, fake_cuda
+from towers import SMALL
+
+from bclip_fast.benchmarks import cases, measure, report, step
 from bclip_fast.benchmarks.cases import attention, contrastive, matmul, pointwise
 from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
+from bclip_fast.benchmarks.cases.model import StepConfig
 from bclip_fast.benchmarks.cases.pointwise import norm_case
 contrastive.LARGEST_DENSE = 32
 measure.MATMUL_SIZE = 64

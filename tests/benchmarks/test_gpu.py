@@ -185,6 +185,17 @@ def test_dry_run_names_what_is_missing(monkeypatch, capsys, tmp_path):
     assert lines["training"].endswith("has all")
 
 
+def test_programs_of_cuda_are_found_outside_the_path(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert needs.PROGRAMS["compute-sanitizer"]()
+    assert not needs.PROGRAMS["nvcc"]()
+    command_line = next(step.command for step in steps(Setting(tmp_path)) if step.name == "memcheck")
+    assert command_line[0] == str(tmp_path / "bin" / "compute-sanitizer")
+
+
 def test_rows_survive_a_killed_process(tmp_path):
     path = tmp_path / "GPU.jsonl"
     measure.append([{"case": "a"}], [path])
