@@ -65,7 +65,8 @@ def markdown(analysis: store.Analysis) -> str:
         "limits a block. The busiest multiprocessor runs ceil(blocks / multiprocessors) blocks of a launch. A lone",
         "block cannot overlap its phases, and its limiter says so. `stall counts` is the time of one warp that issues",
         "in order and waits only for the fixed latencies in its code. The bytes of L2 and HBM give two more bounds.",
-        "The shapes of attention are sequences x tokens, heads x head dimension.",
+        "The shapes of attention are sequences x tokens, heads x head dimension. The bytes of HBM count each input and",
+        "each result once. The bytes of L2 count the features of a loss again for each block that reads them.",
         "The emulator's bank conflicts count for the CUDA kernels, and none for Triton's. Cache misses, the latency of",
         "memory and launches count nothing.",
         "",
@@ -103,7 +104,7 @@ def markdown(analysis: store.Analysis) -> str:
 
 def _table(analysis: store.Analysis, gpu: str, before: Mapping[store.Key, Mapping[str, Any]]) -> list[str]:
     columns = "kernel", "backend", "shape", "bound before, ms", "bound, ms", "share of peak", "limiter"
-    lines = _header(*columns, "blocks", "slots", "all slots")
+    lines = _header(*columns, "L2, GB", "HBM, GB", "blocks", "slots", "all slots")
     for work, each in store.bounds(analysis.works, gpu):
         if work.shape in shapes.SMALL:
             continue
@@ -113,7 +114,8 @@ def _table(analysis: store.Analysis, gpu: str, before: Mapping[store.Key, Mappin
             slots = [f"{number:.1f} → {new}" for number, new in zip(old["slots"], slots, strict=True)]
         ms = f"{old['ms']:.3f}" if old else ""
         cells = work.kernel, work.backend, work.shape, ms, f"{1e3 * each.seconds:.3f}", share_of(work, each)
-        lines.append(_row(*cells, each.limiter, str(each.resident), *slots))
+        moved = (f"{number / 1e9:.3g}" for number in (work.l2_bytes, work.hbm_bytes))
+        lines.append(_row(*cells, each.limiter, *moved, str(each.resident), *slots))
     return lines
 
 
