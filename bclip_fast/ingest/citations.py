@@ -4,8 +4,8 @@
 - A number or sign ("12", "[3]", "*") is dropped, with the separators of a list ("12, 14-16").
 - A bracket is dropped if it contains only references and words such as "see" or "adapted from".
 - "as described in" and "adapted from" are dropped with the number that they refer to.
-- A reference by name stays if it is a part of the sentence: "as in Smith et al., 2010", or "methods of (Smith, 2010)",
-  which loses its bracket. Inside a bracket it stays only if other words refer to it.
+- A reference by name stays if it is a part of the sentence, as in "data from Smith et al., 2010".
+  "The methods of (Smith, 2010)" loses its bracket. Inside a bracket, a name stays only if other words refer to it.
 - Dropping a reference never joins the words around it, and a reference that stays never touches a word.
 
 Digits of different height never form one number: 10 to the 6th becomes "10 6". Other scripts join: CO2, 25th, Ca2+.
@@ -100,7 +100,7 @@ def _without_numbers(text: str) -> str:
 
 
 def _apart(match: re.Match[str], name: str) -> str:
-    """Return a name, with a space wherever it would touch a word."""
+    """Return a name, with a space where it would touch a word."""
     start, end = match.span()
     before, after = match.string[max(0, start - 1) : start], match.string[end : end + 1]
     return (" " if _is_part_of_word(before) else "") + name + (" " if _is_part_of_word(after) else "")

@@ -38,7 +38,7 @@ def own_text(node: etree._Element | None) -> str:
 
 
 def language_of(node: etree._Element | None) -> str:
-    """Return the language that the nearest `xml:lang` states, as a code of ISO 639-1. Empty if there is none."""
+    """Return the language that the nearest `xml:lang` states, as a code of ISO 639-1. Empty if nothing is stated."""
     while node is not None:
         if stated := stated_language(node):
             return stated
