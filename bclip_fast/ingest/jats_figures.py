@@ -12,7 +12,7 @@ The rules:
 - A figure never takes the caption of another figure. A caption that only repeats the label, or is a placeholder
   ("Image", "No caption"), counts as missing.
 - A caption in several languages gives the text in the language of its article or sub-article. If that is missing, it
-  gives the English text, else the first one. If the language is not English and there is an English text, the English text follows.
+  gives the English text, else the first one. If the language is not English, the English text follows, if there is one.
   A group whose figures are one image in different languages is one figure. Figures of one image in different languages,
   elsewhere in the article, are one figure too: the first one in the article's language.
 - The mentions of a figure are the paragraphs, outside captions and tables, that refer to it or its group by `xref`.
