@@ -19,7 +19,6 @@ from .build import IngestConfig, list_packages
 from .discovery import archive_package, is_archive
 from .extract import Options, open_articles, process_file
 from .file_names import printable
-from .image_formats import other_format
 from .jats import Article, JatsError, read_article, split
 from .jats_figures import Figure
 from .licences import with_metadata
@@ -90,12 +89,8 @@ def _explain_image(path: Path, config: CheckConfig) -> Iterator[str]:
     try:
         data = read_regular_file(path, path.parent)
         image = sanitize(data, max_short_side=config.max_short_side)
-    except SourceError as error:
+    except (SourceError, SanitizeError) as error:
         yield f"{printable(path.name)}: rejected: {error}"
-    except SanitizeError as error:
-        name = other_format(data)
-        reason = f"image in a format that is not read: {name}" if name else str(error)
-        yield f"{printable(path.name)}: rejected: {reason}"
     else:
         yield f"{printable(path.name)}: {_conversion(image, sha256(data))}"
 
