@@ -4,8 +4,8 @@
 - A number or sign ("12", "[3]", "*") is dropped, with the separators of a list ("12, 14-16").
 - A bracket is dropped if it contains only references and words such as "see" or "adapted from".
 - "as described in" and "adapted from" are dropped with the number that they refer to.
-- A reference by name stays if it is a part of the sentence: "as in Smith et al., 2010", or "methods of (Smith, 2010)",
-  which loses its bracket. Inside a bracket it stays only if other words refer to it.
+- A reference by name stays if it is a part of the sentence, as in "data from Smith et al., 2010".
+  "The methods of (Smith, 2010)" loses its bracket. Inside a bracket, a name stays only if other words refer to it.
 - Dropping a reference never joins the words around it, and a reference that stays never touches a word.
 
 Digits of different height never form one number: 10 to the 6th becomes "10 6". Other scripts join: CO2, 25th, Ca2+.
@@ -22,27 +22,33 @@ REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END = "\x01", "\x02", "\x03", "\x04"
 _NUMBER = "\x05"
 _ITEM = r"(?:\x05|\x06\d+\x07)"
 _REFERENCE = re.compile(f"{REFERENCE}([^{REFERENCE_END}]*){REFERENCE_END}")
+_ANY = re.compile("[\x05\x06]")
+_MAX_DEPTH = 2
 _NAME = re.compile(r"\x06(\d+)\x07")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _SIGN = "[+\\-\u2010-\u2013\u2212]"
 _INTO_SCRIPT = re.compile(rf"(?<=\d)\x04*\x03+(?=\s?{_SIGN}?\s?\d)")
 _OUT_OF_SCRIPT = re.compile(r"(?<=\d)\x04+(?=\d)")
-_BRACKET = re.compile(r"(\s*[\[(])([^\[\]()]*[\x05\x06][^\[\]()]*)([\])])")
+_BRACKET = re.compile(r"([\[(])([^\[\]()]*)([\])])")
+# Longer brackets stay as they are. The limit also bounds the time of the patterns below.
+_MAX_BRACKET = 2000
+# No two alternatives match the same text, so that a match takes linear time.
 _FILLER = re.compile(
-    r"(?:see(?: also)?|e\.?\s?g\.?|i\.\s?e\.|cf\.?|refs?\.?|references?(?: therein)?|and|adapted|modified|reproduced|"
-    "redrawn|reviewed|taken|from|after|in|by|[\\d\\s,;:.&/\u2010-\u2013\x05\x06\x07-])+",
+    r"(?:see(?: also)?|e\.?\s?g|i\.\s?e|cf|refs?|references?(?: therein)?|and|adapted|modified|reproduced|redrawn|"
+    "reviewed|taken|from|after|in|by|[\\d\\s,;:.&/\u2010-\u2013\x05\x06\x07-])+",
     re.IGNORECASE,
 )
-_PREPOSITION = re.compile(r"\b(?:of|in|from|by|to|with|after|and|as)$", re.IGNORECASE)
+_PREPOSITION = re.compile(r"\b(?:of|in|from|by|to|with|after|and|as)\s*$", re.IGNORECASE)
 _PHRASE = re.compile(
     r",?\s*\b(?:as\s+(?:previously\s+)?(?:described|reported|published|shown|defined)|adapted|modified|reproduced|redrawn|"
-    "taken)\\s+(?:previously\\s+)?(?:in|by|from|after)\\s*(?:refs?\\.?|references?)?\\s*(?=\x05)",
+    r"taken)\s+(?:previously\s+)?(?:in|by|from|after)(?:\s+(?:refs?\.?|references?))?$",
     re.IGNORECASE,
 )
+_MAX_PHRASE = 80
 _LIST = rf"{_ITEM}(?:[\s,;&\u2010-\u2013-]*(?:and\s)?{_ITEM})*"
 _LAST_IN_BRACKET = re.compile(rf"\s*[,;]\s*(?:(?:see(?: also)?|e\.g\.,?|refs?\.?|cf\.)\s*)?{_LIST}\s*(?=[,;]|$)")
 _FIRST_IN_BRACKET = re.compile(rf"^\s*{_LIST}\s*[,;]\s*")
-_NUMBERS = re.compile("\\s*\x05(?:\\s*(?:[,;&\u2010-\u2013-]|and)?\\s*\x05)*")
+_NUMBERS = re.compile("\x05(?:\\s*(?:(?:[,;&\u2010-\u2013-]|and)\\s*)?\x05)*")
 
 
 def resolve_marks(text: str) -> str:
@@ -55,9 +61,9 @@ def resolve_marks(text: str) -> str:
         text = text.replace(SCRIPT, "").replace(SCRIPT_END, "")
     if _NUMBER in text or names:
         # A bracket of references inside another one is replaced first, by a reference.
-        for _ in range(3):
+        for _ in range(_MAX_DEPTH):
             text = _BRACKET.sub(_without_references, text)
-        text = _NUMBERS.sub(_apart, _PHRASE.sub("", text))
+        text = _without_numbers(text)
         text = _NAME.sub(lambda match: _apart(match, names[int(match.group(1))]), text)
     return text
 
@@ -70,21 +76,34 @@ def _placeholder(reference: str, names: list[str]) -> str:
 
 
 def _without_references(match: re.Match[str]) -> str:
+    """Return a bracket without its references, or one reference if it has nothing else."""
     start, content, end = match.groups()
+    if len(content) > _MAX_BRACKET or not _ANY.search(content):
+        return match.group()
     if _FILLER.fullmatch(content):
-        is_part_of_sentence = _NAME.search(content) and _PREPOSITION.search(match.string[: match.start()])
-        return f" {content}" if is_part_of_sentence else _NUMBER
+        before = match.string[max(0, match.start() - _MAX_PHRASE) : match.start()]
+        return content if _NAME.search(content) and _PREPOSITION.search(before) else _NUMBER
     content = _LAST_IN_BRACKET.sub("", _FIRST_IN_BRACKET.sub("", content))
     return f"{start}{content}{end}"
 
 
-def _apart(match: re.Match[str], replacement: str = "") -> str:
-    """Return the replacement, with a space wherever it would join two words."""
-    text = match.string
-    before, after = text[: match.start()][-1:], text[match.end() :][:1]
-    if not replacement:
-        return " " if _is_part_of_word(before) and _is_part_of_word(after) else ""
-    return (" " if _is_part_of_word(before) else "") + replacement + (" " if _is_part_of_word(after) else "")
+def _without_numbers(text: str) -> str:
+    first, *pieces = _NUMBERS.split(text)
+    parts = [first]
+    for piece in pieces:
+        before = parts[-1].rstrip()
+        if phrase := _PHRASE.search(before, max(0, len(before) - _MAX_PHRASE)):
+            before = before[: phrase.start()]
+        parts[-1] = before
+        parts.append(" " + piece if _is_part_of_word(before[-1:]) and _is_part_of_word(piece[:1]) else piece)
+    return "".join(parts)
+
+
+def _apart(match: re.Match[str], name: str) -> str:
+    """Return a name, with a space where it would touch a word."""
+    start, end = match.span()
+    before, after = match.string[max(0, start - 1) : start], match.string[end : end + 1]
+    return (" " if _is_part_of_word(before) else "") + name + (" " if _is_part_of_word(after) else "")
 
 
 def _is_part_of_word(character: str) -> bool:

@@ -18,9 +18,9 @@ _OTHER_ARCHIVE = "archive of a format that is not read; make a tar of it"
 def discover(root: Path) -> Iterator[Package]:
     """Yield all packages of the tree under `root`. Their order depends only on the names.
 
-    A package of kind "unread" is a folder or archive that gives no article: a link to a folder, a folder that cannot be
-    listed or whose images have no article, or an archive of another format. Archives and images in a folder of an
-    article, or below it, belong to that article.
+    A package of kind "unread" is a folder or archive that gives no article. It is a link to a folder, or an archive of
+    another format. Or it is a folder that cannot be listed, or that has images without an article.
+    Archives and images in the folder of an article, or below it, belong to that article.
     """
     folders_of_articles: set[str] = set()
     failures: list[OSError] = []
@@ -83,7 +83,7 @@ def _link_problem(path: Path, root: Path) -> str:
         return "link to a folder: not followed"
     if target.is_relative_to(root.resolve()):
         return f"link to a folder: the source has it as {target.relative_to(root.resolve()).as_posix()}"
-    return "link to a folder: not followed; give its target as a source of its own"
+    return "link to a folder: not followed; give its target as another source"
 
 
 @contextmanager

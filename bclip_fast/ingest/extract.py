@@ -171,7 +171,7 @@ class _Source:
 def _first_usable(
     archive: ArticleArchive, folder: str, candidates: list[str], source: _Source, figure: Figure, options: Options
 ) -> list[Event]:
-    """Return the pairs of the largest version of an image that can be decoded. If there is none, return a reject."""
+    """Return the pairs of the largest version of an image that can be decoded. If no version can, return a reject."""
     failure: tuple[str, str] | None = None
     for file, data, problem in _read_versions(archive, folder, candidates):
         reason = problem

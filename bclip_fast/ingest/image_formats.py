@@ -1,7 +1,7 @@
-"""Which files of an article may be images, and the names of the formats that ingest doesn't read.
+"""Names of files that may be images, and names of the formats that ingest doesn't read.
 
-A suffix only selects candidates, and a graphic without suffix may be any of them. The content decides: a JPEG counts
-as a JPEG whatever its name. A format that ingest doesn't read is named in the reject.
+A suffix only selects candidates, and a graphic without suffix may be any of them. The content decides: a JPEG
+with another suffix is a JPEG. A format that ingest doesn't read is named in the reject.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OTHER_SUFFIXES = (
     ".wmf", ".psd", ".jxr", ".pcx", ".pnm", ".ppm", ".pgm",
 )  # fmt: skip
 _SUFFIXES = frozenset(READ_SUFFIXES + OTHER_SUFFIXES)
-# The end of a name such as pone.0012345.g001 is no suffix.
+# In a name such as pone.0012345.g001, the end is not a suffix.
 _NUMBER_OF_FIGURE = re.compile(r"(?:fig|[fgu])?\d+[a-z]?", re.IGNORECASE)
 
 

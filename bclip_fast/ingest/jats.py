@@ -1,8 +1,8 @@
 """An article in JATS (1.0 to 1.3) or in the older NLM DTDs (2.x, 3.0): its metadata, licence and figures.
 
 The rules for figures and captions are in `jats_figures`, those for text in `jats_text` and `citations`, and those for
-licences in `licences`. A document is an article, or a set of articles: the answer of efetch (`pmc-articleset`), of an
-OAI-PMH server, or any other element that contains articles.
+licences in `licences`. A document is an article, or an element that contains articles, such as the
+answer of efetch (`pmc-articleset`) or of an OAI-PMH server.
 """
 
 from __future__ import annotations

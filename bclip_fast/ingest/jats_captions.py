@@ -38,7 +38,7 @@ def own_text(node: etree._Element | None) -> str:
 
 
 def language_of(node: etree._Element | None) -> str:
-    """Return the language that the nearest `xml:lang` states, as a code of ISO 639-1. Empty if there is none."""
+    """Return the language that the nearest `xml:lang` states, as a code of ISO 639-1. Empty if nothing is stated."""
     while node is not None:
         if stated := stated_language(node):
             return stated
@@ -48,7 +48,10 @@ def language_of(node: etree._Element | None) -> str:
 
 def stated_language(node: etree._Element) -> str:
     """Return the language that the element itself states. Empty if it states none."""
-    code = re.split("[-_]", node.get(_LANG, "").strip().lower())[0][:8]
+    value = node.get(_LANG)
+    if not value:
+        return ""
+    code = re.split("[-_]", value.strip().lower())[0][:8]
     return _LONG_CODES.get(code, code)
 
 

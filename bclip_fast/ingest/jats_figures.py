@@ -11,13 +11,13 @@ The rules:
   A graphic directly in a group is a figure of the group.
 - A figure never takes the caption of another figure. A caption that only repeats the label, or is a placeholder
   ("Image", "No caption"), counts as missing.
-- A caption in several languages gives the text in the language of its article or sub-article, without which the English
-  one, else the first. If that language is not English and there is an English text, the English text follows.
+- A caption in several languages gives the text in the language of its article or sub-article. If that is missing, it
+  gives the English text, else the first one. If the language is not English, the English text follows, if there is one.
   A group whose figures are one image in different languages is one figure. Figures of one image in different languages,
   elsewhere in the article, are one figure too: the first one in the article's language.
 - The mentions of a figure are the paragraphs, outside captions and tables, that refer to it or its group by `xref`.
 - Each `graphic` of a figure is a separate image, and may add its own caption. The graphics in one `alternatives` are
-  versions of one image, as are a graphic and its thumbnail, or a graphic for print and one for the screen.
+  versions of one image. So are a graphic and its thumbnail, or a graphic for print and one for the screen.
   Graphics inside formulae and tables do not belong to the figure.
 """
 
@@ -57,7 +57,7 @@ class Figure:
         licence: code or text of the figure's own licence. Empty: the article's licence applies.
         excluded: reason why the rules exclude the figure. Empty if they don't.
         mentions: the paragraphs that refer to the figure.
-        language: of the caption, as the XML states it, such as "pt". Empty: not stated, which means English.
+        language: language of the caption, as the XML states it, such as "pt". Empty: not stated, which means English.
         translation: "en" if the caption continues with an English version of itself, else empty.
         parts: (source, text) of each part of the caption.
     """

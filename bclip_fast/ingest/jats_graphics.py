@@ -41,7 +41,7 @@ class Graphic:
 
 @dataclass(frozen=True)
 class LooseGraphic:
-    """An image of the article that belongs to no figure. `reason`: where it is. `href`: of the first of several."""
+    """An image of the article that belongs to no figure. `reason`: where it is. `href`: the first href."""
 
     href: str
     reason: str

@@ -31,6 +31,7 @@ _SCRIPTED = frozenset(("msup", "msub", "msubsup", "mover", "munder", "munderover
 # `ref-type`s of references to the literature.
 _REFERENCE_TYPES = ("bibr", "bib", "ref", "reference")
 _NUMBER_IN_BRACKETS = re.compile(r"\s*\[\d[\d\s,;\u2010-\u2013-]*\]\s*")
+_WITH_VERSIONS = frozenset(("alternatives", "inline-formula", "disp-formula"))
 _TEX_DOCUMENT = re.compile(r"\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)
 # Soft hyphen, zero-width characters, word joiner, invisible mathematical operators, byte order mark.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
@@ -60,6 +61,7 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
     walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
     for event, node in walker:
         name = local_name(node)
+        is_math = bool(name) and node.tag.startswith(_MATH)
         if event == "start":
             if node in skipped or (node is not element and name in _SKIPPED):
                 walker.skip_subtree()
@@ -67,30 +69,32 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
                 parts.append(_tex_body(node))
                 walker.skip_subtree()
             else:
-                skipped.update(_other_versions(node, name))
-                if reference is None and _is_reference(node, name):
+                if name in _WITH_VERSIONS:
+                    skipped.update(_other_versions(node, name))
+                if name in ("xref", "sup") and reference is None and _is_reference(node, name):
                     reference = node
                     parts.append(REFERENCE)
-                if _is_script(node, name):
+                if name in ("sup", "sub") or (is_math and _is_script_of_formula(node)):
                     parts.append(SCRIPT)
                 if name in _BLOCKS:
                     parts.append(" ")
-                if _is_part_of_fraction(node):
+                if is_math and _is_part_of_fraction(node):
                     parts.append(("/" if node.getprevious() is not None else "") + ("(" if _has_operator(node) else ""))
-                parts.append(_text_inside(node.text, node, name))
+                if text := node.text:
+                    parts.append(text.strip() if is_math and name != "mtext" else text)
             continue
         if name in _BLOCKS:
             parts.append(" ")
-        if event == "end" and _is_script(node, name):
+        if name in ("sup", "sub") or (is_math and _is_script_of_formula(node)):
             parts.append(SCRIPT_END)
         if node is reference:
             reference = None
             parts.append(REFERENCE_END)
-        if event == "end" and _is_part_of_fraction(node) and _has_operator(node):
+        if is_math and _is_part_of_fraction(node) and _has_operator(node):
             parts.append(")")
-        if node is not element:
+        if (tail := node.tail) and node is not element:
             parent = node.getparent()
-            parts.append(_text_inside(node.tail, parent, local_name(parent)))
+            parts.append(tail.strip() if _is_math(parent) and local_name(parent) != "mtext" else tail)
     return fold(resolve_marks("".join(parts)))
 
 
@@ -106,9 +110,8 @@ def _is_reference(node: etree._Element, name: str) -> bool:
     return not any(map(str.isalpha, text)) and any(_is_reference(child, "xref") for child in node.iter("xref"))
 
 
-def _is_script(node: etree._Element, name: str) -> bool:
-    if name in ("sup", "sub"):
-        return True
+def _is_script_of_formula(node: etree._Element) -> bool:
+    """Return whether an element of MathML stands higher or lower than its neighbour."""
     parent = node.getparent()
     return _is_math(parent) and local_name(parent) in _SCRIPTED and parent[0] is not node
 
@@ -118,24 +121,16 @@ def _is_math(node: etree._Element | None) -> bool:
 
 
 def _is_part_of_fraction(node: etree._Element) -> bool:
-    return _is_math(node) and _is_math(node.getparent()) and local_name(node.getparent()) == "mfrac"
+    parent = node.getparent()
+    return _is_math(parent) and local_name(parent) == "mfrac"
 
 
 def _has_operator(node: etree._Element) -> bool:
     return any(_INVISIBLE.sub("", operator.text or "").strip() for operator in node.iter(f"{_MATH}mo"))
 
 
-def _text_inside(text: str | None, node: etree._Element, name: str) -> str:
-    """Return the text directly inside a node, before or between its children."""
-    if text and name != "mtext" and _is_math(node):
-        return text.strip()
-    return text or ""
-
-
 def _other_versions(node: etree._Element, name: str) -> Iterator[etree._Element]:
     """Yield the children that repeat another child: all `alternatives` except one, and the TeX of a MathML formula."""
-    if name not in ("alternatives", "inline-formula", "disp-formula"):
-        return
     children = [child for child in node if local_name(child) and local_name(child) not in _SKIPPED]
     chosen = min(children, key=lambda child: _rank(local_name(child)), default=None)
     for child in children:

@@ -1,14 +1,14 @@
 """The licence of an article or figure: read from addresses and words, and the strictest where they differ.
 
 The rules:
-- Each statement is read: the addresses and `license_ref`s of a `license`, its words, its `license-type`, and the words
-  of the copyright statements (older NLM files state the licence there).
+- The statements are the addresses and `license_ref`s of a `license`, its words and its `license-type`. The words of the
+  copyright statements count too: older NLM files state the licence there.
 - A verdict is a Creative Commons code such as "CC BY-NC", "CC0", "public domain", or the name of another licence.
   "" means that nothing is stated, or that no rule understands it. `Licence.problem` then says which.
 - Several statements: their restrictions add up. NC, SA and ND come from any of them, and ND makes SA redundant.
   Another licence by name, or an address that no rule understands, is stricter than every Creative Commons licence.
 - A licence for text and data mining only adds rights, so it counts only if it is the only one.
-- "All rights reserved" is no licence, and says nothing against one.
+- "All rights reserved" is not a licence, and says nothing against one.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class _Terms:
-    """What one statement says. `code`: as in Licence. `limits`: restrictions without a licence, such as {"NC"}."""
+    """The terms in one statement. `code`: as in Licence. `limits`: restrictions without a licence, such as {"NC"}."""
 
     source: str
     code: str

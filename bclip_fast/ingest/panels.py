@@ -6,7 +6,7 @@ Caption: the labels A, B, C, ... must come in order, each in front of its text (
 Image: it is cut along rows and columns of background, the widest first, into as many parts as the caption has labels.
 These gaps must be clearly wider than the remaining ones. The parts must form rows and columns of panels of similar
 size, in reading order, where the last row may be shorter. In a grid of several rows and columns, the letters may run
-along the rows or down the columns, and the image decides by its printed letters (`panel_letters`). All other figures
+along the rows or down the columns. The printed letters decide (`panel_letters`). All other figures
 give no panels: precision matters more than recall.
 """
 
@@ -169,7 +169,7 @@ def _in_order(image: Image.Image, rows: list[list[Box]], labels: list[str]) -> l
 
 
 def _has_centred_last_row(rows: list[list[Box]]) -> bool:
-    """Return whether the last row of two is shorter and lies between columns, so that there is no column to read."""
+    """Return whether the last row of two is shorter and lies between columns, so that the columns have no order."""
     offsets = [abs(box[0] - above[0]) for box in rows[-1] for above in rows[0]]
     width = max(box[2] for box in rows[0]) - rows[0][0][0]
     return len(rows) == 2 and len(rows[-1]) < len(rows[0]) and min(offsets) > 2 * _MAX_COLUMN_OFFSET * width

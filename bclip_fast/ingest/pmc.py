@@ -72,7 +72,7 @@ class Version:
 
     Attributes:
         media: MD5 of each file that may be an image, by key.
-        refused: (name, reason) of each file with an invalid address in the metadata, unless it is no image.
+        refused: (name, reason) of each file that may be an image and has an invalid address in the metadata.
         raw: the metadata file.
         values: the metadata's fields, under our names.
     """

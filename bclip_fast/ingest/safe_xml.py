@@ -19,6 +19,7 @@ _BEFORE_DOCTYPE = re.compile(r"(?:\s+|<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z))*", re.
 _LITERAL_OR_ENTITY = re.compile(
     r"<!\[CDATA\[.*?(?:\]\]>|\Z)|<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|&(?P<name>[A-Za-z][\w.-]{0,63});", re.DOTALL
 )
+_UNDEFINED_ENTITY = re.compile(r"&(?!#|(?:amp|lt|gt|quot|apos);)")
 _DOCTYPE_PART = re.compile(r"""<!--.*?(?:-->|\Z)|["'\[\]>]""", re.DOTALL)
 _PREDEFINED = {"amp", "lt", "gt", "quot", "apos"}
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
@@ -49,7 +50,8 @@ def parse(data: bytes) -> etree._Element:
     text = _without_doctype(_decode(data))
     if text.count("<") > MAX_TAGS:
         raise XmlError(f"more than {MAX_TAGS} tags")
-    text = _LITERAL_OR_ENTITY.sub(_named_character, text)
+    if _UNDEFINED_ENTITY.search(text):  # few articles have one, and the replacement takes as long as the parser
+        text = _LITERAL_OR_ENTITY.sub(_named_character, text)
     parser = etree.XMLParser(
         load_dtd=False, dtd_validation=False, resolve_entities=False, no_network=True, huge_tree=False, recover=False
     )

@@ -109,6 +109,14 @@ def test_parse_huge_article_is_bounded():
     parse_article(groups * 100 + "<fig/>" * 2000 + "</fig-group>" * 100)
     parse_article(f"<fig><caption><p><alternatives>{'<a>x</a>' * 100_000}</alternatives></p></caption></fig>")
     parse_article(f"<fig><caption>{'<p>doi:10.1234/x</p>' * 20_000}</caption></fig>")
+    reference = '<xref ref-type="bibr">1</xref>'
+    for content in (
+        f"[{reference * 100_000}",
+        f"{'[' * 50_000}{reference}{']' * 50_000}",
+        f"({'e.g. ' * 50_000}{reference}x)",
+    ):
+        parse_article(f"<fig><caption><p>{content}</p></caption></fig>")
+    parse_article(f"<fig><caption><p>{(reference + ' ' * 1000 + '1<sup>2</sup>') * 1000}</p></caption></fig>")
     assert time.process_time() - start < 10
     titled = parse_article(
         "", f"<article-meta><title-group><article-title>{long}</article-title></title-group></article-meta>"

@@ -158,7 +158,7 @@ def test_links_archives_and_images_that_are_not_read_are_named(tmp_path):
         ("again", "link to a folder: the source has it as 1"),
         ("f", "image missing"),
         ("images", "images without an article: 2 files"),
-        ("linked", "link to a folder: not followed; give its target as a source of its own"),
+        ("linked", "link to a folder: not followed; give its target as another source"),
         ("packed/a.zip", "archive of a format that is not read; make a tar of it"),
         ("packed/b.tar.bz2", "archive of a format that is not read; make a tar of it"),
         ("packed/x.nxml.gz", "archive of a format that is not read; make a tar of it"),
