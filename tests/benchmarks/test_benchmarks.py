@@ -204,14 +204,8 @@ def test_plot_scaling_draws_every_curve(tmp_path):
 
 TINY = """
 import pathlib, sys, torch
-from fake_cuda import CUDA, fake_cuda
-from towers import SMALL
-
-from bclip_fast.benchmarks import cases, measure, report, step
-from bclip_fast.benchmarks.cases import attention, contrastive, matmul, pointwise
-from bclip_fast.benchmarks.cases.attention import attention_case, varlen_case
-from bclip_fast.benchmarks.cases.model import StepConfig
-from bclip_fast.benchmarks.cases.pointwise import norm_case
+from bclip_fast.benchmarks import cases, measure, report
+from bclip_fast.benchmarks.cases import contrastive
 contrastive.LARGEST_DENSE = 32
 measure.MATMUL_SIZE = 64
 cases.CASES[:] = [contrastive.contrastive_case(batch, 16, torch.float32) for batch in (32, 64)]
