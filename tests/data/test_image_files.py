@@ -37,7 +37,13 @@ def table() -> str:
     rows: dict[str, dict[str, str]] = {}
     for layout in LAYOUTS:
         name = re.sub(r"orientation \d", "orientation", layout.name)
-        rows.setdefault(name, {})[layout.format] = "refused" if layout.pixels is None else "as written" if layout.source == "written" else f"as {layout.source}"
+        rows.setdefault(name, {})[layout.format] = (
+            "refused"
+            if layout.pixels is None
+            else "as written"
+            if layout.source == "written"
+            else f"as {layout.source}"
+        )
     lines = ["| layout | " + " | ".join(formats) + " |", "|---" * (len(formats) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(row.get(kind, "") for kind in formats) + " |" for name, row in rows.items()]
     return "\n".join(lines)
