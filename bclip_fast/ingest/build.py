@@ -121,7 +121,9 @@ class IngestConfig:
         """Return the options that affect the bytes of the dataset, as dataset.json records them."""
         has_no_effect = ("out", "engine", "workers", "connections", "overwrite")
         values = {name: value for name, value in vars(self).items() if name not in has_no_effect}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {
+            name: printable(str(value)) if isinstance(value, (str, Path)) else value for name, value in values.items()
+        }
 
 
 def build(config: IngestConfig) -> None:
