@@ -77,17 +77,24 @@ _PERMISSIVE = re.compile(
     r"\bcommercial (?:re-?)?use (?:is|are) (?:also )?(?:permitted|allowed)"
 )
 _NONCOMMERCIAL = re.compile(
-    r"non-?\s?commercial|\b(?:no|not|cannot|never|neither|nor)\b[^.;]{0,80}\bcommercial|"
+    r"non-?\s?commercial|\bn(?:ao|\u00e3o)[-\s]comercial|\b(?:sem|sin) (?:fins|fines) comercia|\bno[-\s]?comercial|"
+    r"nicht[-\s]?kommerziell|pas d['\u2019]utilisation commerciale|"
+    r"\b(?:no|not|cannot|never|neither|nor)\b[^.;]{0,80}\bcommercial|"
     r"\b(?:exclud|prohibit|forbid|forbad|without|except)\w*[^.;]{0,60}\bcommercial|"
     r"\bcommercial(?:ly)?\b[^.;]{0,80}\b(?:(?:is|are|be) not|not (?:be )?(?:permitted|allowed)|prohibited|forbidden|"
     r"excluded|requires?\b[^.;]{0,40}\b(?:permission|consent|licen[cs]e)|contact|apply (?:to|for)|subject to)\b"
 )
 _NO_DERIVATIVES = re.compile(
-    r"no-?\s?deriv|\bno (?:modification|adaptation|alteration|derivative)|"
+    r"no-?\s?deriv|\b(?:sem|sin|pas de|keine) (?:deriv|obras? deriv|modification|bearbeitung)|"
+    r"\bno (?:modification|adaptation|alteration|derivative)|"
     r"\b(?:not|cannot|nor|without)\b[^.;]{0,80}\b(?:altered|alteration|transformed|built upon|build upon|adapted|"
     r"modified|modification|derivative)"
 )
-_SHARE_ALIKE = re.compile(r"share-?\s?alike|\b(?:same|identical) (?:licen[cs]e|terms)|licen[cs]ed alike")
+_SHARE_ALIKE = re.compile(
+    r"share-?\s?alike|compart\w+ ?igual|mesma licen\u00e7a|gleichen bedingungen|m\u00eames conditions|"
+    r"\b(?:same|identical) (?:licen[cs]e|terms)|licen[cs]ed alike"
+)
+_ATTRIBUTION = re.compile(r"attribution|atribui\u00e7\u00e3o|atribuci\u00f3n|attribuzione|namensnennung")
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,7 @@ def words_code(text: str) -> tuple[str, frozenset[str]]:
         for part, pattern in (("NC", _NONCOMMERCIAL), ("ND", _NO_DERIVATIVES), ("SA", _SHARE_ALIKE))
         if pattern.search(words)
     )
-    if _CC_NAME.search(words) and ("attribution" in words or limits):
+    if _CC_NAME.search(words) and (_ATTRIBUTION.search(words) or limits):
         codes.append("CC BY")
     if _ZERO_WORDS.search(words) and not _ZERO_FOR_DATA.search(words):
         codes.append("CC0")
