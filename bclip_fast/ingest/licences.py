@@ -29,6 +29,7 @@ _MAX_NAME = 100
 _XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
 _PUBLIC_DOMAIN = ("CC0", "public domain")
 _MINING = "text and data mining"
+_LIMITS = {"NC": "no commercial use", "ND": "no derivatives", "SA": "share alike"}
 _UNKNOWN = "another licence"
 _DASHES = re.compile("[\u2010-\u2015\u2212\u00ad_]|%2d", re.IGNORECASE)
 
@@ -133,7 +134,7 @@ class _Terms:
     limits: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.code or 'limited by ' + ', '.join(sorted(self.limits))}"
+        return f"{self.source}: {self.code or ', '.join(_LIMITS[limit] for limit in sorted(self.limits))}"
 
 
 def read_licence(node: etree._Element) -> Licence:

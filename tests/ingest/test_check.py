@@ -40,7 +40,7 @@ def test_check_of_an_article_explains_captions_licence_images_and_rejects(tmp_pa
     write_files(tmp_path / "a", FILES)
     assert lines_of(tmp_path / "a/x.nxml") == [
         "x.nxml: PMC1, 2 figures: On the liver",
-        "  licence: CC BY-NC (address: CC BY; words: limited by NC)",
+        "  licence: CC BY-NC (address: CC BY; words: no commercial use)",
         "    address: https://creativecommons.org/licenses/by/4.0/",
         "    words: No commercial use.",
         "    accepted with --license noncommercial or all",
@@ -59,7 +59,7 @@ def test_check_of_an_article_explains_captions_licence_images_and_rejects(tmp_pa
         "  loose: rejected: outside a figure: body",
     ]
     refused = lines_of(tmp_path / "a/x.nxml", license="commercial")
-    reason = "licence not commercial: CC BY-NC (address: CC BY; words: limited by NC)"
+    reason = "licence not commercial: CC BY-NC (address: CC BY; words: no commercial use)"
     assert refused[-1] == f"  x.nxml: rejected: {reason}"
 
 

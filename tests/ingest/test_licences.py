@@ -151,7 +151,7 @@ def permissions(*licences: tuple[str, str], statement: str = "", kind: str = "op
     [
         (permissions((BY, "Open access.")), "CC BY", ""),
         (permissions((BY, NC_WORDS)), "CC BY-NC", "address: CC BY; words: CC BY-NC"),
-        (permissions((BY, "No commercial use.")), "CC BY-NC", "address: CC BY; words: limited by NC"),
+        (permissions((BY, "No commercial use.")), "CC BY-NC", "address: CC BY; words: no commercial use"),
         (permissions((BY, "Creative Commons Attribution-ShareAlike License")), "CC BY-SA", "address: CC BY; words: CC BY-SA"),
         (permissions((BY, "a"), (f"{CC}/licenses/by-nc/4.0/", "b")), "CC BY-NC", "address: CC BY; address: CC BY-NC"),
         (permissions((BY, "a"), ("http://www.springer.com/tdm", "")), "CC BY", ""),
@@ -164,7 +164,7 @@ def permissions(*licences: tuple[str, str], statement: str = "", kind: str = "op
         (permissions(("", ""), kind="cc-by"), "CC BY", ""),
         (permissions((BY, ""), kind="CC BY-NC"), "CC BY-NC", "address: CC BY; type: CC BY-NC"),
         (permissions((BY, ""), statement="Copyright 2015 Authors. All rights reserved."), "CC BY", ""),
-        (permissions((BY, ""), statement="Copyright 2015. Not for commercial use."), "CC BY-NC", "address: CC BY; copyright statement: limited by NC"),
+        (permissions((BY, ""), statement="Copyright 2015. Not for commercial use."), "CC BY-NC", "address: CC BY; copyright statement: no commercial use"),
         (permissions(statement="Copyright 2015 Authors. All rights reserved."), "", "not understood: Copyright 2015 Authors. All rights reserved."),
         (permissions(statement="Copyright 2015 Authors."), "", "not understood: Copyright 2015 Authors."),
         ("", "", "not stated"),
