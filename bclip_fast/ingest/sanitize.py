@@ -19,6 +19,8 @@ from bclip_fast.ops.image import decode
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 2
+# Limit of libjpeg.
+MAX_SIDE = 65_500
 JPEG_QUALITY = 90
 
 
@@ -90,6 +92,8 @@ def _sanitize(image: OpenImage, data: bytes, max_short_side: int, jpeg_quality: 
     if shrink:
         turned = (pixels.width > pixels.height) != (width > height)
         pixels = pixels.resize(size[::-1] if turned else size, Image.Resampling.LANCZOS)
+    if max(pixels.size) > MAX_SIDE:
+        raise SanitizeError(f"image of more than {MAX_SIDE} pixels on a side, which JPEG cannot hold")
     buffer = io.BytesIO()
     pixels.save(buffer, "JPEG", quality=jpeg_quality)
     return result(buffer.getvalue(), pixels)

@@ -213,3 +213,10 @@ def test_sanitize_odd_and_hostile_files_in_bounded_time_and_memory(shared_data):
             # sanitize also refuses formats that articles don't use, and images that cannot be figures.
             assert answer.startswith(("not an image", "image in a format", "image of")), (row, answer)
     assert 50 < refused < 350
+
+
+def test_sanitize_image_longer_than_a_jpeg_is_refused():
+    data = encode(Image.new("L", (2, 65_501)), "PNG")
+    with pytest.raises(SanitizeError, match="image of more than 65500 pixels on a side"):
+        sanitize(data, max_short_side=0)
+    assert sanitize(encode(Image.new("L", (2, 65_500)), "PNG"), max_short_side=0).height == 65_500

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from articles import article_xml, encode_image, noise_image, write_files
+from dicom_files import dicom
 from PIL import Image
 
 
@@ -41,14 +44,13 @@ IMAGES: dict[str, Callable[[int], bytes]] = {
     "png": lambda number: small_image("PNG", number),
     "tif": lambda number: small_image("TIFF", number),
     "gif": lambda number: small_image("GIF", number),
+    "dcm": lambda number: dicom(np.asarray(Image.open(io.BytesIO(small_image("JPEG", number))))),
 }
 KINDS = ("xml", "tar", "tar.gz", *IMAGES)
 
 
 def write_mutated(folder: Path, kind: str, count: int, seed: int) -> None:
     """Write the articles 1 to `count`, each with one figure and one changed byte in the file of `kind`."""
-    import gzip
-
     generator = random.Random(f"{kind} {seed}")
     for number in range(1, count + 1):
         suffix = kind if kind in IMAGES else "jpg"
