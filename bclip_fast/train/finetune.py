@@ -33,19 +33,14 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.data.image_files import read_rgb
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box
 from bclip_fast.errors import UserError
-from bclip_fast.eval import tasks
-from bclip_fast.eval.datasets import EvalDataset, open_dataset
-from bclip_fast.eval.datasets.vqa import open_dataset as open_questions
 from bclip_fast.io.hashing import sha256
-from bclip_fast.loss import ClipLoss
-from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
+from bclip_fast.model.meter import VqaModel
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.pretrained import vqa_head
 
 from . import backends, run_folder
 from . import checkpoint as checkpoints
 from .engine import EngineConfig, StepResult, build_engine
+from .finetune_objectives import Pairs, Questions
 from .lora import add_lora
 from .metrics import MetricsLog
 from .schedule import OptimConfig, learning_rate
@@ -118,7 +113,7 @@ def finetune(config: FinetuneConfig) -> Path:
         raise UserError(f"batch_size={config.batch_size} is not a multiple of {distributed.world_size()} ranks")
     run = Path(config.run)
     config = dataclasses.replace(config, engine=run_folder.resolve_engine(config.engine, run, config.resume))
-    objective: _Pairs | _Questions = _Questions(config) if config.task else _Pairs(config)
+    objective: Pairs | Questions = Questions(config) if config.task else Pairs(config)
     clip, preprocess, tokenizer = pretrained.load(config.model)
     if run.resolve() == Path(config.model).resolve():
         raise UserError(f"run={run} is the folder of the model; choose another run folder")
@@ -140,72 +135,13 @@ def run(config: FinetuneConfig) -> None:
     finetune(config)
 
 
-class _Pairs:
-    """The contrastive loss over the global batch."""
-
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.data: EvalDataset = open_dataset(config.data, config.split)
-        captions = self.data.captions()
-        if captions is None:
-            raise UserError(
-                f"data={config.data} has no captions; use shards, a .csv with a column caption, or .txt files"
-            )
-        self.texts, self.config = captions, config
-        self.loss_fn = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
-
-    def model(self, clip: BiomedClip) -> nn.Module:
-        return clip
-
-    def loss(self, output: dict[str, Tensor], rows: Sequence[int]) -> Tensor:
-        return self.loss_fn(
-            output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
-        )
-
-    def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None: ...
-
-
-class _Questions:
-    """METER's loss: a binary classification for every answer of the vocabulary."""
-
-    def __init__(self, config: FinetuneConfig) -> None:
-        task = tasks.load(config.task)
-        if task.protocol != "vqa":
-            raise UserError(
-                f"task={config.task} has the protocol {task.protocol}, not vqa; omit --task to train on pairs"
-            )
-        self.data = open_questions(task.resolve_data_dir(config.data), config.split, task)
-        self.texts = [question.text for question in self.data.questions]
-        self.answers = self.data.vocabulary()
-        class_of = {answer: i for i, answer in enumerate(self.answers)}
-        self.targets = torch.tensor([class_of[question.answer] for question in self.data.questions])
-        self.config = config
-
-    def model(self, clip: BiomedClip) -> nn.Module:
-        vision = clip.config.vision
-        meter = MeterConfig(len(self.answers), vision.width, self.config.head_layers, vision.heads)
-        model = VqaModel(clip, meter, self.answers, freeze=self.config.freeze_towers)
-        model.common_answers = self.data.common_answers()  # type: ignore[assignment]
-        if self.config.lora_rank:
-            for name, parameter in clip.named_parameters():
-                parameter.requires_grad_("lora_" in name and not self.config.freeze_towers)
-        return model
-
-    def loss(self, output: dict[str, Tensor], rows: Sequence[int]) -> Tensor:
-        logits = output["logits"]
-        targets = to_device(nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]), logits.device)
-        return vqa_loss(logits, targets)
-
-    def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
-        vqa_head.save(run, model, state)
-
-
 class _Loop:
     """The training loop."""
 
     def __init__(
         self,
         config: FinetuneConfig,
-        objective: _Pairs | _Questions,
+        objective: Pairs | Questions,
         model: nn.Module,
         preprocess: Preprocess,
         tokenizer: Tokenizer,
@@ -242,7 +178,8 @@ class _Loop:
         """Train to the last step, and write the model."""
         config = self.config
         num_weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        log.info("%d samples, %d steps, %d weights to train", len(self.objective.texts), self.num_steps, num_weights)
+        num_samples = len(self.objective.texts)
+        log.info("%d samples, %d steps, %d weights to train", num_samples, self.num_steps, num_weights)
         metrics = MetricsLog(self.run, self.step) if distributed.is_main() else None
         with ThreadPoolExecutor(config.num_workers) as pool:
             next_batch = self._load_batch(pool, self.step)
@@ -259,6 +196,10 @@ class _Loop:
                         log.info("step %d of %d  loss %.4f", self.step, self.num_steps, record["loss"])
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < self.num_steps:
                     self._save(is_last=False)
+        if self._bad:
+            log.warning(
+                "%d of %d images cannot be decoded; other samples took their place", len(self._bad), num_samples
+            )
         self._save(is_last=True)
         if metrics is not None:
             metrics.close()

@@ -262,6 +262,7 @@ def test_finetune_damaged_image_is_replaced_or_stops(start: Path, tmp_path: Path
         finetune(settings(start, data, tmp_path / "run", **changes))
     [message] = [record.message for record in caplog.records if "replaced a sample" in record.message]
     assert "p3.jpg cannot be decoded" in message
+    assert "1 of 16 images cannot be decoded" in caplog.text
     assert (tmp_path / "run" / "model").is_dir()
     with pytest.raises(UserError, match=r"image p3\.jpg cannot be decoded"):
         finetune(settings(start, data, tmp_path / "stopped", on_bad_image="stop", **changes))
