@@ -223,3 +223,27 @@ def test_features_at_any_address_reach_kernels_and_matmuls_aligned(operator, bac
     num_chunks = 5
     assert len(addresses) == (2 if operator == "clip_loss" else 0) + 7 * num_chunks
     assert not [address for address in addresses if address % 16]
+
+
+@pytest.mark.parametrize("operator", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_scalars_of_float64_features_reach_kernels_in_float32(backend, operator, watch, monkeypatch):
+    """With a float64 scale, a kernel of Triton would compute its logits in float64. A kernel of CUDA reads float32."""
+    dtypes: list[torch.dtype] = []
+    address = cuda.cuda_address
+
+    def note(*args):
+        dtypes.extend(each.dtype for each in args if isinstance(each, torch.Tensor) and each.dim() == 0)
+
+    def noted_address(tensor, *args):
+        note(tensor)
+        return address(tensor, *args)
+
+    monkeypatch.setattr(watch, "arguments", note)
+    monkeypatch.setattr(cuda, "cuda_address", noted_address)
+    inputs = [normalize(torch.randn(40, 24, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (10.0, -10.0)]
+    loss = getattr(ops, operator)(*inputs, *scalars, operand_dtype=torch.float16, backend=backend)
+    torch.autograd.grad(loss, inputs)
+    # The scale in both kernels of the softmax loss, and scale and bias in the kernel of the sigmoid loss.
+    assert dtypes == [torch.float32] * 2
