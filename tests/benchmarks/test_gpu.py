@@ -16,7 +16,7 @@ from _pytest.mark.expression import Expression
 from bclip_fast.benchmarks import cases, measure
 from bclip_fast.benchmarks.gpu import __main__ as command
 from bclip_fast.benchmarks.gpu import needs, runner, summary
-from bclip_fast.benchmarks.gpu.steps import LAYERS, LOSSES, ROOT, Setting, Step, environment, steps
+from bclip_fast.benchmarks.gpu.steps import LAYERS, LOSSES, ROOT, Setting, Step, can_import, environment, steps
 
 
 @pytest.mark.slow
@@ -174,6 +174,88 @@ def test_step_without_its_requirements_does_not_run(tmp_path, monkeypatch):
     assert rehearsed[0].failure == "no no_such_module"
 
 
+@pytest.mark.parametrize(("name", "message"), [("gpu", "has no GPU"), ("torch", "make gpu PYTHON=")])
+def test_main_without_gpu_or_torch_starts_no_step(monkeypatch, capsys, tmp_path, name, message):
+    monkeypatch.setitem(needs.PROGRAMS, "gpu", lambda: name != "gpu")
+    monkeypatch.setattr(needs, "is_installed", lambda module: module != name)
+    monkeypatch.setattr(command, "run_steps", None)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert command.main([]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_main_names_out_folder_that_cannot_be_written(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "obstacle", lambda plan, setting: "")
+    monkeypatch.setattr(command, "run_steps", None)
+    monkeypatch.setenv("OUT", str(tmp_path / "file" / "results"))
+    assert command.main([]) == 1
+    assert f"OUT={tmp_path / 'file' / 'results'} cannot be written: Not a directory" in capsys.readouterr().out
+
+
+def test_run_that_may_not_write_recorded_results_writes_rows_to_out(monkeypatch, setting):
+    assert setting.folders == [str(setting.out), str(measure.RESULTS)]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert setting.folders == [str(setting.out)]
+
+
+def test_tests_run_in_one_process_if_xdist_cannot_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "broken_xdist.py").write_text("raise ImportError('execnet')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not can_import("broken_xdist")
+    assert can_import("json")
+    monkeypatch.setattr(command, "can_import", lambda module: False)
+    monkeypatch.setattr(command, "obstacle", lambda plan, setting: "stop" if not setting.parallel else "")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert command.main([]) == 1
+    assert "-n" not in " ".join(Setting(tmp_path, parallel=False).pytest(["a.py"], "word")).split()
+
+
+def test_signal_ends_steps_and_keeps_the_table(tmp_path):
+    """The steps' processes die too, also one beside another step."""
+    code = """
+import os, sys
+from bclip_fast.benchmarks.gpu import __main__ as command
+from bclip_fast.benchmarks.gpu.steps import Step
+sleep = "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+steps = [Step("done", [sys.executable, "-c", "pass"], 99, "")]
+for name, beside in (("beside", True), ("running", False)):
+    path = os.path.join(os.environ["OUT"], name)
+    steps.append(Step(name, [sys.executable, "-c", sleep.format(path)], 99, "", beside=beside))
+steps.append(Step("late", [sys.executable, "-c", "pass"], 99, ""))
+command.steps = lambda setting: steps
+command.environment = lambda setting: {}
+sys.exit(command.main([]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "OUT": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    )
+    files = [tmp_path / "beside", tmp_path / "running"]
+    while not all(file.is_file() and file.read_text() for file in files):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    output = process.communicate()[0]
+    assert process.returncode == 3, output
+    outcomes = {one["name"]: one["failure"] for one in json.loads((tmp_path / "steps.json").read_text())}
+    stopped = "stopped by SIGTERM"
+    assert outcomes == {"done": "", "beside": stopped, "running": stopped, "late": f"not run, {stopped}"}
+    assert stopped in (tmp_path / "table.txt").read_text()
+    assert not any(alive(int(file.read_text())) for file in files)
+
+
+def test_outcome_names_the_signal_that_killed_a_step(tmp_path):
+    plan = plan_of(("killed", "import os; os.kill(os.getpid(), 9)", 60))
+    assert runner.run_steps(plan, Setting(tmp_path), {})[0].failure == "killed by SIGKILL"
+
+
+def test_counts_of_an_unfinished_report_are_unknown(tmp_path):
+    path = tmp_path / "report.xml"
+    assert runner.counts(path) is None
+    path.write_text('<?xml version="1.0"?><testsuites><testsuite tests="3"')
+    assert runner.counts(path) is None
+
+
 def test_dry_run_names_what_is_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(needs.PROGRAMS, "gpu", lambda: True)
     monkeypatch.setitem(needs.PROGRAMS, "nvcc", lambda: False)
@@ -202,6 +284,10 @@ def test_rows_survive_a_killed_process(tmp_path):
     with open(path, "a") as file:
         file.write('{"case": "b", "sec')
     assert summary.read_rows(tmp_path) == [{"case": "a"}]
+    sizes = summary.file_sizes(tmp_path)
+    measure.append([{"case": "c"}], [path, tmp_path / "Another.jsonl"])
+    assert summary.read_rows(tmp_path) == [{"case": "c"}, {"case": "a"}, {"case": "c"}]
+    assert summary.read_rows(tmp_path, sizes) == [{"case": "c"}, {"case": "c"}]
 
 
 def test_commit_without_git_is_unknown(monkeypatch):
