@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from .needs import REQUIRED, missing
 from .steps import ROOT, Setting, Step
 
-# A rehearsal runs beside other tests, so its limits only end what hangs.
+# A rehearsal runs beside other tests, so its limit only ends a step that hangs.
 REHEARSAL_LIMIT = 400
 # The steps on which all others depend.
 BUILDS = ("build", "emulator")
@@ -101,8 +101,8 @@ class Process:
 def run_steps(steps: Sequence[Step], setting: Setting, environment: Mapping[str, str]) -> list[Outcome]:
     """Run the steps in order, and report each one as soon as it ends. After a signal of `ENDINGS`, no other step runs.
 
-    A step may also use the time that earlier steps left over. The log of every step is OUT/gpu.log. A rehearsal
-    measures nothing, so it runs two steps at a time.
+    A step may also use the time that earlier steps left over. All output goes to OUT/gpu.log. A rehearsal measures
+    nothing, so it runs two steps at a time.
     """
     setting.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

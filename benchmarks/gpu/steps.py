@@ -1,4 +1,4 @@
-"""The steps of `make gpu`, in the order of their worth: figures first, then tests, then sanitizers."""
+"""The steps of `make gpu`, the most valuable ones first: measurements, then tests, then sanitizers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Step:
     """A command.
 
     seconds: its time limit. Time that earlier steps leave over is added to it.
-    what: description in the table.
+    what: its description in the table.
     needs: names of requirements (needs.py). A step that misses one does not run, and the table says so.
     environment: variables beside those of `environment`.
     beside: whether the next step runs at the same time. Both end before the step after that.
@@ -85,7 +85,7 @@ class Setting:
     def folders(self) -> list[str]:
         """The folders that get each row of results.
 
-        A rehearsal leaves benchmarks/results alone, and so does a run that may not write there.
+        A rehearsal doesn't write to benchmarks/results, nor does a run without the permission.
         """
         if self.rehearsal or not os.access(RESULTS, os.W_OK):
             return [str(self.out)]
@@ -244,7 +244,7 @@ def program(name: str) -> str:
 
 
 def can_import(module: str) -> bool:
-    """Return whether Python can import a module. A package may be installed without what it imports."""
+    """Return whether Python can import a module. An installed package may lack its dependencies."""
     try:
         importlib.import_module(module)
     except Exception:  # a broken package may raise anything
