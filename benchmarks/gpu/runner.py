@@ -128,8 +128,10 @@ class _Run:
 
     @contextmanager
     def ended_by_signals(self) -> Iterator[None]:
-        """Let a signal of `ENDINGS` kill the running steps. Kill what an exception leaves behind too."""
-        previous = {number: signal.signal(number, self.end) for number in ENDINGS}
+        """Let a signal of `ENDINGS` kill the running steps. After an exception, kill them too."""
+        # nohup ignores SIGHUP, and a shell's background job SIGINT.
+        heeded = [number for number in ENDINGS if signal.getsignal(number) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, self.end) for number in heeded}
         try:
             yield
         finally:

@@ -24,8 +24,8 @@ def is_ours(row: dict[str, Any]) -> bool:
 def figures(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return a row of cells for each case: ours, its time, the fastest rival, the ratio, and the share of the matmul.
 
-    The ratio is the rival's time over ours. The share is the case's least operations over our time, as a part of the
-    rate of torch's matmul that was measured with it.
+    The ratio is the rival's time over ours. The share is our rate over the measured rate of torch's matmul. Our rate is
+    the least number of operations of the case over our time.
     """
     cells = []
     for case in dict.fromkeys((row["operator"], row["case"]) for row in rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -242,6 +243,15 @@ sys.exit(command.main([]))
     assert outcomes == {"done": "", "beside": stopped, "running": stopped, "late": f"not run, {stopped}"}
     assert stopped in (tmp_path / "table.txt").read_text()
     assert not any(alive(int(file.read_text())) for file in files)
+
+
+def test_run_under_nohup_ignores_a_hangup(tmp_path):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        plan = plan_of(("hangup", "import os, signal; os.kill(os.getppid(), signal.SIGHUP)", 60))
+        assert runner.run_steps(plan, Setting(tmp_path), {})[0].failure == ""
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_outcome_names_the_signal_that_killed_a_step(tmp_path):
