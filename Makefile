@@ -3,7 +3,7 @@
 # make test-all: the same in random order, with the tests marked long (full products of options, many kills).
 # make test-avx2, make test-portable, make test-arm64: test the operators as on simpler processors.
 # make gpu: build, measure and test the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
-# make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in a minute.
+# make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in 2 to 3 minutes.
 #
 # Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart, to pytest or to
 # benchmarks.gpu), OUT (folder of the results of make gpu).

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -176,12 +177,16 @@ def record(rows: list[dict[str, Any]]) -> Path:
 
 
 def append(rows: Iterable[dict[str, Any]], paths: Iterable[Path]) -> None:
-    """Append rows to JSONL files. Afterwards the operating system has them, so a killed process loses none."""
-    lines = [json.dumps(row) + "\n" for row in rows]
+    """Append rows to JSONL files. Afterwards the operating system has them, so a killed process loses none.
+
+    If a killed process left the last line of a file unfinished, the rows begin on a new line.
+    """
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.writelines(lines)
+        with open(path, "ab+") as file:
+            file.seek(-min(1, file.tell()), os.SEEK_END)
+            file.write(text if file.read() in (b"", b"\n") else b"\n" + text)
 
 
 @functools.cache

@@ -59,10 +59,11 @@ class BenchConfig:
     only: str = ""
     """Selection of cases and contenders, as for pytest's -k: "65536 and float32 and cpu"."""
     model: Literal["none", "a100", "h100", "h200"] = "none"
-    """Measure nothing. Print lower bounds of the times of all GPU kernels on this GPU, with what limits them. They come
-    from machine code and published rates, without a GPU."""
+    """Measure nothing. Print a lower bound of each GPU kernel's time on this GPU, and the resource that sets it. The
+    bounds come from machine code and published rates, without a GPU."""
     fresh: bool = False
-    """With `model`, analyse this machine's kernels instead of reading the package's analysis. It takes a minute."""
+    """With `model`, analyse this machine's build instead of reading the package's analysis. This takes a minute, and
+    needs Triton, nvdisasm, cuobjdump and the CUDA module."""
     large: bool = False
     """Also measure, once, each case that takes minutes per call on a CPU."""
     record: bool = False

@@ -1,15 +1,15 @@
-"""The results of the training steps: what follows from them, and their lines of metrics.
+"""The results of the training steps: the EMA, skipped steps and lines of metrics that follow from them.
 
-On a CPU, the host reads a step's results at its end. On a GPU it reads them one step late: after it has queued the next
-step's forward and backward pass, and before that step's update. The device then always has work in its queue. The rules
-are the same, because nothing needs the results earlier:
+On a CPU, the host reads a step's results at its end. On a GPU, it reads them one step late. By then it has queued the
+next step's forward and backward pass, so the device always has work. It reads them before the next step's update.
+Training gives the same result, because nothing needs the results earlier:
 
 - The limits of an update (loss_spikes.py) depend on the steps before it. The device itself compares the loss and the
   gradient norm with the limits.
-- The EMA takes the weights after a step, which stay until the next update.
+- The EMA takes the weights after a step, and they don't change until the next update.
 - Validation, checkpoints, and the end of a run call `finish` first.
 
-The results of a step that may end the run are read at its end on a GPU too: its batches are then still there.
+If a step may end the run, the host reads its results at its end on a GPU too. The dump needs the step's batches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
 
-# How long a run that ends by an error waits for the results of its last step.
+# Time that a run waits for the results of its last step after an error.
 _GRACE_S = 10.0
 
 
@@ -54,9 +54,9 @@ class PendingStep:
     communication: `Engine.communication()`.
     peak_memory: bytes.
     num_bad: number of different damaged samples so far.
-    least_seconds: how long the step takes at the device's peak rate. None if that is unknown.
+    least_seconds: seconds that the step takes at the device's peak rate. None if the rate is unknown.
     tensors: loss, logit scale, and the scalars of `StepTensors`.
-    seconds: duration of the step. 0: it ends when `record` is called.
+    seconds: duration of the step. 0 means that the step ends with the call of `record`.
     """
 
     step: int
@@ -100,16 +100,16 @@ class PendingStep:
 
 
 class StepResults:
-    """Reads the results of each step. Updates the EMA, records skipped steps, and writes the line of metrics.
+    """Read the results of each step, update the EMA, record skipped steps, and write the line of metrics.
 
-    Every rank needs one, and calls its methods in the same steps.
+    Every rank needs an object and calls its methods in the same steps.
 
     Args:
         model: model that the engine trains.
     """
 
     outputs: tuple[MetricsLog | None, Progress | None, Callable[[dict[str, Any]], None] | None] = None, None, None
-    """The log, the progress bar and a function, which get the lines of metrics. Only rank 0 has them."""
+    """Log, progress bar and function that get the lines of metrics. Only rank 0 has them."""
 
     def __init__(self, config: TrainConfig, engine: Engine, model: Any, spikes: LossSpikes, ema: Ema | None) -> None:
         self._config, self._engine, self._model, self._spikes, self._ema = config, engine, model, spikes, ema
@@ -152,7 +152,7 @@ class StepResults:
             raise UserError(failure)
 
     def finish_after_error(self) -> None:
-        """`finish()`, unless the device cannot answer any more."""
+        """Call `finish()`, unless the device no longer answers."""
         if self._pending is None:
             return
         step = self._pending.step

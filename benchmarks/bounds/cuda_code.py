@@ -21,7 +21,8 @@ COUNTS = Path(__file__).parents[1] / "results" / "kernel_counts.json"
 def works(codes: Sequence[MachineCode], kernel: str = "") -> Iterator[Work]:
     """Yield the work of each CUDA kernel at each of its shapes, in float16.
 
-    codes: the module's machine code. kernel: beginning of the names of the kernels, by default of all.
+    codes: machine code of the module.
+    kernel: prefix of the names of the kernels. "" takes all.
     """
     conflicts = bank_conflicts()
     by_name = {(code.architecture, cuda_resources.kernel_name(code.symbol)): code for code in codes}
@@ -48,7 +49,7 @@ def works(codes: Sequence[MachineCode], kernel: str = "") -> Iterator[Work]:
 
 
 def bank_conflicts() -> dict[str, dict[str, float]]:
-    """Return, by kernel and unit, how many times the least wavefronts the emulator counted, where it is not once."""
+    """Return the emulator's wavefronts over the least number of them, by kernel and unit. Leave out ratios of 1."""
     if not COUNTS.exists():
         return {}
     units = {"shared_load": "LDS", "shared_store": "STS", "ldmatrix": "LDSM", "copy": "LDGSTS"}
@@ -61,7 +62,7 @@ def bank_conflicts() -> dict[str, dict[str, float]]:
             for kind, number in tile.get("wavefronts", {}).items()
             if least.get(kind) and number != least[kind]
         }
-        # Of the cases of a kernel, the first is a full tile or a sequence without a mask.
+        # A kernel's first case is a full tile, or a sequence without a mask.
         factors.setdefault(case["kernel"], found)
     return factors
 

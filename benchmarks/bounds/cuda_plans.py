@@ -1,4 +1,4 @@
-"""How often the parts of the CUDA kernels run, from the loops in csrc/cuda."""
+"""Plans of the CUDA kernels: how often each part runs, from the loops in csrc/cuda."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
         return "visible" if mixes.count(loop.total, "STS") else "other"
 
     tiles, strips, chunks = _tiles(tokens), math.ceil(tokens / 64), math.ceil(tokens / keys)
-    turns_of_warp = tiles / 4  # of the strips, since the last one can leave warps without queries
+    turns_of_warp = tiles / 4  # an average, since the last strip can leave warps without queries
     rounded = [_tiles(min(keys, tokens - first)) for first in range(0, tokens, keys)]
     # A sequence that fits is copied once, and a longer one for each strip.
     copied_share = min(1.0, (1 if chunks == 1 else strips) / turns_of_warp)
@@ -51,7 +51,7 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
         chunk_variations.append(Variation(copied_share / chunks, copies, needs))
         if copied_share < 1:
             chunk_variations.append(Variation((1 - copied_share) / chunks, {"keys": 0.0}, needs))
-    moves = 16 * dim / 8 / 32  # of 16 bytes for the queries, and for the results, of a warp
+    moves = 16 * dim / 8 / 32  # accesses of 16 bytes to a warp's queries, and as many to its results
     return Plan(
         role,
         {
@@ -135,7 +135,7 @@ def image_resize(from_size: int, to_size: int) -> Plan:
 
 
 def image_weigh(from_size: int, to_size: int) -> Plan:
-    """Return the plan of an output's weights there. Only the loop that writes them counts."""
+    """Return the plan of the kernel that computes the weights of image_resize. Only its loop of stores counts."""
 
     def role(loop: LoopCode) -> str:
         return "store" if mixes.count(loop.total, "STG") else "other"

@@ -22,8 +22,10 @@ _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
 class MachineCode:
     """A compiled kernel.
 
-    symbol: mangled name. registers: registers per thread. spilled: bytes of a thread's stack, which takes the
-    registers that do not fit. listing: output of nvdisasm for the kernel.
+    symbol: mangled name.
+    registers: registers per thread.
+    spilled: bytes of a thread's stack, which takes the registers that don't fit.
+    listing: output of nvdisasm for the kernel.
     """
 
     architecture: str
@@ -69,8 +71,17 @@ def of_cubin(path: Path, architecture: str) -> list[MachineCode]:
     ]
 
 
+def architectures() -> list[str]:
+    """Return the architectures of the built module, such as "90a". It is empty without the module."""
+    try:
+        from bclip_fast import _cuda  # type: ignore[attr-defined]
+    except ImportError:
+        return []
+    return str(_cuda.architectures).split(";")
+
+
 def of_module(architectures: Sequence[str] = ()) -> list[MachineCode]:
-    """Disassemble the built module, by default for all of its architectures. It takes seconds."""
+    """Disassemble the built module, by default for all of its architectures. This takes seconds."""
     from bclip_fast import _cuda  # type: ignore[attr-defined]
 
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Instruction mixes: how many warp instructions of each kind a piece of code runs."""
+"""Instruction mixes: the number of warp instructions of each kind in a piece of code."""
 
 from __future__ import annotations
 

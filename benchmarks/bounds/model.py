@@ -15,16 +15,17 @@ from .rates import Gpu
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel's launches for one call, from its machine code.
+    """The launches of a kernel for one call of its operator, from its machine code.
 
     phases: instructions of an average warp before, in and after the part that multiplies matrices.
     bodies: instructions of one iteration of each loop, by role.
     blocks: blocks of a launch.
-    flops: matrix FLOP that the call needs at least.
+    flops: least matrix FLOP of the call.
     l2_bytes, hbm_bytes: bytes of the whole call. For HBM, each input and each result counts once.
     elements: elements of the epilogue per thread. 0 without an epilogue.
-    section: issue slots of the part of the epilogue with the most exponentials, between barriers of the block.
-    conflicts: by unit, such as "LDS", how many times the least wavefronts of shared memory it takes, by default once.
+    section: issue slots of one part of the epilogue. Barriers of the block divide it into parts, and this one has the
+        most exponentials.
+    conflicts: wavefronts of shared memory over the least number of them, by unit, such as "LDS". 1 by default.
     """
 
     kernel: str
@@ -64,11 +65,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound. It is no measurement, and a kernel can be several times slower.
+    """A lower bound. It isn't a measurement, and a kernel can be several times slower.
 
-    limiter: the resource that sets the bound. share: useful matrix FLOP in this time against the GPU's peak, or
-    without such FLOP the least bytes of HBM against the GPU's rate.
-    cycles: of one block, by pipe.
+    limiter: resource that sets the bound.
+    share: matrix FLOP that the call needs, over those of the GPU's peak rate in this time. For a kernel without such
+        FLOP, least bytes of HBM over those of the GPU's rate.
+    resident: number of blocks that fit on a multiprocessor.
+    cycles: cycles of one block, by pipe.
     """
 
     seconds: float
@@ -149,8 +152,9 @@ def bound(work: Work, gpu: Gpu) -> Bound:
     """Return the bound of a kernel on a GPU of its architecture.
 
     The busiest multiprocessor gets ceil(blocks / multiprocessors) blocks of each launch. Resident blocks overlap
-    perfectly, so the pipe with the most cycles limits them. A block alone on a multiprocessor cannot overlap its
-    phases, because all its warps wait for the main loop's end. A warp issues in order and waits for each stall count.
+    perfectly, so the pipe with the most cycles limits them. If only one block fits on a multiprocessor, its phases
+    don't overlap, because all its warps wait for the main loop's end. A warp issues in order and waits for each stall
+    count.
     """
     warps = work.threads // 32
     resident = resident_blocks(work.registers, work.shared, work.threads, gpu)
@@ -163,7 +167,7 @@ def bound(work: Work, gpu: Gpu) -> Bound:
         block = max(cycles.values())
     limiter = max(cycles, key=lambda pipe: cycles[pipe])
     if resident == 1 and block > 1.005 * cycles[limiter]:
-        limiter += ", alone"
+        limiter += " (1 block)"
     stalls = work.total[mixes.STALL] * math.ceil(rounds / resident)
     seconds = {
         limiter: work.launches * rounds * block / gpu.clock_hz,

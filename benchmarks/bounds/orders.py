@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bclip_fast.ops import tuning
-from bclip_fast.ops.record_files import FROM_BOUNDS, Entry, Key, Record, save
+from bclip_fast.ops.record_files import FROM_BOUNDS, Entry, Key, Record, load, save
+from bclip_fast.ops.tuning import DEFAULTS
 
 from . import store
 from .model import Bound, Work
 from .rates import GPUS
 
-# A backend within this factor of the least bound counts as equal. The bounds err by more than a measurement does.
+# A backend within this factor of the least bound counts as equal, because bounds are less exact than measurements.
 TIE = 1.1
 # The package's order among equal backends.
 BACKENDS = "triton", "cuda"
@@ -34,12 +34,17 @@ CLASSES["siglip_loss"] = CLASSES["clip_loss"]
 
 
 def write(works: Sequence[Work]) -> list[Path]:
-    """Write ops/defaults/sm_80.json and sm_90.json of the source tree, and return their paths."""
+    """Write ops/defaults/sm_80.json and sm_90.json of the source tree. Leave a measured record in its place.
+
+    Returns the paths of the written files.
+    """
     paths = []
     for gpu in ("a100", "h100"):
         record = record_of(works, gpu)
-        paths.append(Path(tuning.__file__).parent / "defaults" / f"{record.fingerprint['architecture']}.json")
-        save(record, paths[-1])
+        path = DEFAULTS / f"{record.fingerprint['architecture']}.json"
+        if not (path.exists() and load(path).source != FROM_BOUNDS):
+            save(record, path)
+            paths.append(path)
     return paths
 
 

@@ -1,7 +1,7 @@
-"""The cheapest way through a kernel, from its control flow and the number of turns of each loop.
+"""The cheapest path through a kernel, from its control flow and the number of turns of each loop.
 
-A bound may only count work that every run does. So each branch takes the cheaper side, unless a plan requires the
-instructions of the other: a tile that is in use, or a copy in a loop that needs it.
+A bound may only count work that every run does. So each branch takes the cheaper side. A plan can require the
+instructions of the other side, for a tile that is in use or a copy that a loop needs.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Plan:
     """The number of times that the parts of a kernel run, on average over the warps of a block.
 
     role: names a loop by its features.
-    turns: by role, such as ("STG", 16) for a loop that stores 16 times in all, however the compiler unrolls it. Loops
-        of other roles don't run.
-    copies: by role, the number of loops that run, by default 1. The cheapest ones run, because the compiler makes
-        several of one loop, for remainders or for branches.
-    requires: number of instructions of a pass. math.inf stands for as many as a path can have, and is the default for
+    turns: turns of the loops, by role. ("STG", 16) means a loop that stores 16 times in all, however the compiler
+        unrolls it. Loops of other roles don't run.
+    copies: number of loops of a role that run, by default 1. The cheapest ones run. The compiler makes several loops
+        of one, for remainders or for branches.
+    requires: number of instructions of a pass. math.inf stands for as many as a path can have. It is the default for
         the instruction that counts a loop's turns.
-    variations: by role, iterations that differ. Their shares add up to 1.
+    variations: iterations that differ, by role. Their shares add up to 1.
     optional: roles of loops that a path may leave out, because straight code can do their work.
     """
 

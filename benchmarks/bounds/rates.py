@@ -50,7 +50,7 @@ GPUS = {
     "h200": _H100._replace(name="H200", hbm_bytes=4.8e12),
 }
 
-# What each row of the table means, and who publishes it for the A100 and for the H100.
+# The meaning of each row of the table, and the sources for the A100 and for the H100.
 SOURCES = {
     "multiprocessors": ("multiprocessors", _AMPERE, "cudnn-frontend issue 650"),
     "clock_hz": ("clock of the data sheet's rate, Hz", _AMPERE, "cudnn-frontend issue 650"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from bclip_fast.benchmarks.table import print_table
-from bclip_fast.errors import UserError
 
 from . import mix as mixes
 from . import shapes, store
@@ -20,14 +19,9 @@ def show(gpu: str, fresh: bool) -> int:
     fresh: whether to analyse this machine's build instead of reading the stored analysis.
 
     Raises:
-        UserError: the stored analysis is missing, or the tools of a fresh one are.
+        UserError: the stored analysis is missing or damaged, or a fresh one lacks its tools or the CUDA module.
     """
-    if fresh and not store.machine_code.has_tools():
-        raise UserError("--fresh needs cuobjdump and nvdisasm: install the CUDA toolkit or Triton")
-    try:
-        analysis = store.analyse() if fresh else store.load()
-    except OSError as error:
-        raise UserError(f"{store.ANALYSIS} cannot be read: {error.strerror}; --fresh analyses this build") from error
+    analysis = store.analyse([GPUS[gpu].architecture]) if fresh else store.load()
     rows = [
         (work.kernel, work.backend, work.shape, each.limiter, f"{1e3 * each.seconds:.3f}", share_of(work, each))
         for work, each in store.bounds(analysis.works, gpu)
@@ -62,22 +56,35 @@ def markdown(analysis: store.Analysis) -> str:
         "",
         "The machine code gives the instructions of a block along the cheapest path. The plans in `benchmarks/bounds/`",
         "give the turns of its loops. Published rates give the cycles of each pipe, and the pipe with the most cycles",
-        "limits a block. The busiest multiprocessor runs ceil(blocks / multiprocessors) blocks of a launch. A lone",
-        "block cannot overlap its phases, and its limiter says so. `stall counts` is the time of one warp that issues",
-        "in order and waits only for the fixed latencies in its code. The bytes of L2 and HBM give two more bounds.",
+        "limits a block. The busiest multiprocessor runs ceil(blocks / multiprocessors) blocks of a launch. If only",
+        "one block fits on a multiprocessor, its phases don't overlap, and its limiter ends with `(1 block)`. `stall",
+        "counts` is the time of one warp that issues in order and waits only for the fixed latencies in its code. The",
+        "bytes of L2 and HBM give two more bounds. The bound is the largest of these times.",
+        "",
         "The shapes of attention are sequences x tokens, heads x head dimension. The bytes of HBM count each input and",
         "each result once. The bytes of L2 count the features of a loss again for each block that reads them.",
-        "The emulator's bank conflicts count for the CUDA kernels, and none for Triton's. Cache misses, the latency of",
-        "memory and launches count nothing.",
+        "The bounds of the CUDA kernels include the bank conflicts that the emulator counts. Those of the Triton",
+        "kernels assume none. Cache misses, the latency of memory and launches are left out.",
         "",
-        "No published time has been compared with a bound yet, so the method's error is unknown. The stall counts",
-        "are least certain. They follow arXiv 2503.20481, and assume that a warp never issues before its count.",
+        "Nobody has compared a published time with a bound yet, so the method's error is unknown. The stall counts",
+        "are the least certain part. They follow arXiv 2503.20481, and assume that a warp never issues before its",
+        "stall count ends.",
         "",
-        f"Machine code: {analysis.build}. Before: commit {commit}. All inputs are float16.",
-        "The share is that of dense matrix FLOP, or of HBM's rate for kernels without matrix products. Blocks is the",
-        "number that fit on a multiprocessor. Slots are the issue slots of a thread for each element of its tile,",
-        "before and after, in the part of the epilogue with the exponentials: arithmetic, rounding and staging. All",
-        "slots are those of all code after the products, such as loads, folds and stores.",
+        f"The digests of the kernels' sources are {analysis.build}. All inputs are float16.",
+        "",
+        "| column | meaning |",
+        "|---|---|",
+        _row("bound before", f"the bound of commit {commit}. Newer kernels and shapes have none."),
+        _row(
+            "share of peak",
+            "part of the peak rate of dense matrix FLOP, or of HBM's rate for kernels without matrix products",
+        ),
+        _row("limiter", "the resource with the largest time"),
+        _row("blocks", "number of blocks that fit on a multiprocessor"),
+        _row("slots", "issue slots of a thread for each element of its tile, in the part with the exponentials"),
+        _row("all slots", "the same for all code after the products, such as loads, sums and stores"),
+        "",
+        f"An arrow leads from the slots of commit {commit} to the present ones.",
     ]
     for gpu in ("a100", "h100"):
         lines += ["", f"## {GPUS[gpu].name}", "", *_table(analysis, gpu, before)]
@@ -85,7 +92,7 @@ def markdown(analysis: store.Analysis) -> str:
         "",
         "## H200",
         "",
-        "Its multiprocessors are those of the H100, with HBM of 4.8 TB/s. These bounds differ:",
+        "It has the H100's multiprocessors, and HBM of 4.8 TB/s. Only these bounds differ from the H100's:",
         "",
     ]
     lines += _h200(analysis)
@@ -139,8 +146,9 @@ def _h200(analysis: store.Analysis) -> list[str]:
 
 def _loops(analysis: store.Analysis) -> list[str]:
     lines = [
-        "The code from the first matrix instruction to the last one. Cycles are those of the slowest pipe of a",
-        "multiprocessor, for each MFLOP. Slots and LDSM are numbers for each matrix instruction.",
+        "A main loop is the code from the first matrix instruction to the last one. Cycles are those of the slowest",
+        "pipe of a multiprocessor, for each MFLOP. Slots and LDSM are issue slots and `ldmatrix` instructions for each",
+        "matrix instruction.",
         "",
         *_header("kernel", "backend", "GPU", "shape", "slots", "LDSM", "cycles", "pipe"),
     ]

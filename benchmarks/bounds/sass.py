@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA GPUs as nvdisasm lists it: instructions, basic blocks and loops."""
+"""Machine code of NVIDIA GPUs, parsed from nvdisasm's listing: instructions, basic blocks and loops."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def sections(listing: str) -> dict[str, str]:
 
 
 def function(name: str, body: str) -> Function:
-    """Parse the code of one section. Subroutines after the kernel's code are left out.
+    """Parse the code of one section, without the subroutines after the kernel's code.
 
     A call counts as one instruction. The compiler puts rare cases of divisions into subroutines, and a bound may
     leave these out.
@@ -177,7 +177,7 @@ def _natural_loops(blocks: tuple[Block, ...]) -> list[Loop]:
 
 
 def _dominators(blocks: tuple[Block, ...]) -> dict[int, set[int]]:
-    """For each block that the entry reaches, the blocks that every way to it passes, with itself."""
+    """For each block that the entry reaches, that block and the blocks that every path to it passes."""
     order: list[int] = []
     seen, pending = {0}, [(0, iter(blocks[0].successors))]
     while pending:

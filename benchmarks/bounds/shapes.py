@@ -60,8 +60,9 @@ class Attention:
     def work(self, kernel: str, blocks: int, flops: float | None = None, parts: float | None = None) -> dict[str, Any]:
         """Return a work's fields.
 
-        kernel: "forward" or "backward". flops: products of Q and K that the kernel computes, in number, by default 2 or
-        5 with the others. parts: tensors of the size of Q that it reads or writes.
+        kernel: "forward" or "backward".
+        flops: number of matrix products of the size of Q K^T, by default 2 forward and 5 backward.
+        parts: number of tensors of the size of Q that the kernel reads or writes, by default 4 forward and 8 backward.
         """
         forward = kernel == "forward"
         products = flops or (2 if forward else 5)
@@ -79,7 +80,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Images:
-    """A batch of images that the resize takes to squares, in float16."""
+    """A batch of images, resized to squares in float16."""
 
     count: int
     height: int
@@ -94,7 +95,7 @@ class Images:
         }
 
     def work(self, blocks: int) -> dict[str, Any]:
-        """Return the fields of the resize. It reads the central square."""
+        """Return the fields of the kernel that resizes. It reads the central square."""
         moved = float(self.count * 3 * (self.height**2 + HALF * self.size**2))
         return {**self._shape(), "blocks": blocks, "l2_bytes": moved, "hbm_bytes": moved}
 
@@ -126,7 +127,7 @@ class Rows:
 
 
 LOSSES = (Loss(65536, 512), Loss(4096, 512), Loss(512, 512), Loss(128, 512))
-# Shapes that only serve the order of backends. Launches cost more there than the kernels.
+# Shapes that only serve the order of backends. There, launches cost more than the kernels.
 SMALL = ("B=512, D=512", "B=128, D=512")
 # ViT-B of 224 pixels, the longest caption, short ones, other head dimensions of the same width, and long sequences.
 ATTENTION = (
@@ -140,5 +141,5 @@ ATTENTION = (
     Attention(64, 577, 6, 128),
 )
 IMAGES = (Images(256, 480, 640, 224),)
-TOKENS = 256 * 197  # of a batch of 256 images
+TOKENS = 256 * 197  # a batch of 256 images
 NORM, GELU, POOL = Rows(TOKENS, 768), Rows(TOKENS, 3072), Attention(256, 197, 12, 64)

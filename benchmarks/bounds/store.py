@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256_of_parts
 
 from . import cuda_code, machine_code, triton_works
@@ -19,12 +20,15 @@ from .rates import GPUS
 RESULTS = Path(__file__).parents[1] / "results"
 ANALYSIS, BEFORE, REPORT = RESULTS / "bounds.json", RESULTS / "bounds_before.json", RESULTS / "bounds.md"
 
+# By architecture, the name of its code in the CUDA module.
+CUDA_CODE = {"80": "80", "90": "90a"}
+
 # A row of a table: GPU, backend, kernel and shape.
 Key = tuple[str, str, str, str]
 
 
 class Analysis(NamedTuple):
-    """The kernels' work, and the build that it was read from: a digest of the sources, and Triton's version."""
+    """The kernels' work, and its build: digests of the sources of the CUDA and of the Triton kernels."""
 
     build: str
     works: list[Work]
@@ -46,11 +50,30 @@ def _digest(paths: Sequence[Path]) -> str:
     return sha256_of_parts(path.read_bytes() for path in paths)[:12]
 
 
-def analyse() -> Analysis:
-    """Analyse the built module and compile the Triton kernels. It takes about a minute."""
-    works = list(cuda_code.works(machine_code.of_module(("80", "90a"))))
-    for capability in ((8, 0), (9, 0)):
-        works += triton_works.works(capability)
+def analyse(architectures: Sequence[str] = tuple(CUDA_CODE)) -> Analysis:
+    """Analyse the built module and compile the Triton kernels. It takes about a minute an architecture.
+
+    Raises:
+        UserError: a program, Triton, the CUDA module or its code for an architecture is missing.
+    """
+    if not machine_code.has_tools():
+        raise UserError("cuobjdump and nvdisasm are missing: install the CUDA toolkit or Triton")
+    if find_spec("triton") is None:
+        raise UserError("Triton is missing: pip install triton")
+    built = machine_code.architectures()
+    if not built:
+        raise UserError(
+            "the CUDA module bclip_fast._cuda is missing: install nvcc and build the package with BCLIP_CUDA=1"
+        )
+    codes = [CUDA_CODE[architecture] for architecture in architectures]
+    if absent := [code for code in codes if code not in built]:
+        raise UserError(
+            f"the CUDA module is built for {';'.join(built)} and not for {';'.join(absent)}: build it with "
+            f"BCLIP_CUDA_ARCHS='{';'.join(codes)}'"
+        )
+    works = list(cuda_code.works(machine_code.of_module(codes)))
+    for architecture in architectures:
+        works += triton_works.works((int(architecture) // 10, int(architecture) % 10))
     return Analysis(current_build(), works)
 
 
@@ -61,9 +84,18 @@ def save(analysis: Analysis) -> None:
 
 
 def load() -> Analysis:
-    """Read results/bounds.json."""
-    data = json.loads(ANALYSIS.read_text())
-    return Analysis(data["build"], [_work(item) for item in data["works"]])
+    """Read results/bounds.json.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        data = json.loads(ANALYSIS.read_text())
+        return Analysis(str(data["build"]), [_work(item) for item in data["works"]])
+    except OSError as error:
+        raise UserError(f"{ANALYSIS} cannot be read: {error.strerror}; --fresh analyses this build") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{ANALYSIS} is damaged: {error!r}; --fresh analyses this build") from error
 
 
 def rounded(analysis: Analysis) -> Analysis:

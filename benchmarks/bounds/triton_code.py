@@ -59,7 +59,7 @@ class _Enough(Exception):
 
 
 class _Recorder:
-    """In the place of a kernel, it keeps the launches, and ends the call after `limit` of them."""
+    """A kernel's substitute, which records the launches and ends the call after `limit` of them."""
 
     def __init__(self, kernel: Any, launches: list[Launch], limit: int | None) -> None:
         self.kernel, self.launches, self.limit = kernel, launches, limit
@@ -81,8 +81,9 @@ class _Recorder:
 def recorded(
     modules: list[ModuleType], capability: tuple[int, int], limit: int | None = None
 ) -> Iterator[list[Launch]]:
-    """Record the launches of all kernels of these modules instead of running them, as on a GPU of this capability.
+    """Record the launches of all kernels of these modules instead of running them.
 
+    capability: compute capability that the modules see.
     limit: number of launches after which the block ends. None runs the block to its end.
     """
     from triton.runtime.jit import JITFunction

@@ -85,8 +85,8 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
         "sigmoid": lambda: triton.siglip(replace(call, bias=scalar), 1 / batch, HALF, True),
     }
     for kernel, run in calls.items():
-        # Each chunk of rows has a launch like the first one.
-        # Tensors without a device don't tell its capability.
+        # The launches of all chunks of rows are equal.
+        # The tensors are on the meta device, which has no capability.
         own = patch.object(triton, "_configuration", partial(_configuration, capability))
         with own, recorded([triton, triton_kernels], capability, limit=1) as launches:
             run()
@@ -120,7 +120,7 @@ def _attention(shape: shapes.Attention, capability: tuple[int, int]) -> Iterator
             size = launch.arguments["KEYS"]
         turns = math.ceil(shape.tokens / size)
         direction = "forward" if launch.name.endswith("forward") else "backward"
-        # dQ takes three of seven products, and dK and dV four: each kernel computes the scores and dP again.
+        # dQ takes three of seven products, and dK and dV take four. Each kernel computes the scores and dP again.
         flops, parts = {"query_backward": (3.0, 6.0), "key_backward": (4.0, 6.0)}.get(launch.name, (None, None))
         yield _titled(launch, "attention"), turns, shape.work(direction, launch.programs, flops, parts)
 

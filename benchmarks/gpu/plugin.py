@@ -1,8 +1,8 @@
 """A plugin of pytest for the tests of `make gpu`.
 
 - `--sample N`: collect everything, then run only N small tests of each file. A rehearsal does this.
-- After an illegal memory access, every later CUDA call of the process fails too. So the process of pytest-xdist that
-  sees one ends, and a new one runs the other tests.
+- After an illegal memory access, every later CUDA call of the process fails too. So this process of pytest-xdist ends,
+  and a new one runs the other tests.
 """
 
 from __future__ import annotations

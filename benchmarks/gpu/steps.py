@@ -1,7 +1,8 @@
-"""The steps of `make gpu`, in the order of their worth: figures first, then tests, then sanitizers."""
+"""The steps of `make gpu`, the most valuable ones first: measurements, then tests, then sanitizers."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:randomly"]
 TASK = [sys.executable, "-m", "bclip_fast.benchmarks.gpu.tasks"]
 KERNELS = [f"tests/ops/test_{name}_cuda.py" for name in ("attention", "contrastive", "image")]
@@ -46,7 +48,7 @@ class Step:
     """A command.
 
     seconds: its time limit. Time that earlier steps leave over is added to it.
-    what: description in the table.
+    what: its description in the table.
     needs: names of requirements (needs.py). A step that misses one does not run, and the table says so.
     environment: variables beside those of `environment`.
     beside: whether the next step runs at the same time. Both end before the step after that.
@@ -67,7 +69,7 @@ class Setting:
 
     out: folder of logs and results.
     rehearsal: whether to run them without a GPU.
-    parallel: whether pytest-xdist is installed.
+    parallel: whether pytest-xdist can be imported.
     """
 
     out: Path
@@ -81,9 +83,13 @@ class Setting:
 
     @property
     def folders(self) -> list[str]:
-        """The folders that get each row of results. A rehearsal does not touch the recorded results."""
-        recorded = [] if self.rehearsal else [str(ROOT / "benchmarks" / "results")]
-        return [str(self.out), *recorded]
+        """The folders that get each row of results.
+
+        A rehearsal doesn't write to benchmarks/results, nor does a run without the permission.
+        """
+        if self.rehearsal or not os.access(RESULTS, os.W_OK):
+            return [str(self.out)]
+        return [str(self.out), str(RESULTS)]
 
     def pytest(self, files: list[str], selected: str, sample: int = 1, parallel: bool = True) -> list[str]:
         """Return the command of a step of tests.
@@ -121,13 +127,14 @@ def steps(setting: Setting) -> list[Step]:
         )
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all", "--kernel-name", "kns=bclip"]
         tests = setting.pytest(KERNELS[:2], SANITIZED, parallel=False)
-        needs = () if emulated else ("gpu", "compute-sanitizer", "pytest")
+        needs = ("gpu", "torch", "compute-sanitizer", "pytest")
         return Step(tool, [*check, *options, *tests], 30, f"CUDA kernels under {tool}", needs, uncached)
 
-    rows = ("gpu", "nvcc", "pytest", "pytest_benchmark")
-    tests = ("gpu", "nvcc", "triton", "pytest", "numpy", "PIL")
+    gpu = ("gpu", "torch")
+    rows = (*gpu, "nvcc", "pytest", "pytest_benchmark")
+    tests = (*gpu, "nvcc", "triton", "pytest", "numpy", "PIL")
     every = [
-        Step("warm-up", setting.warm_up(), 100, "imports and the GPU's start, while the build runs", beside=True),
+        Step("warm-up", setting.warm_up(), 100, "imports and the GPU's start, while the build runs", gpu, beside=True),
         Step(
             "build",
             [*install, *(["--dry-run"] if emulated else []), "-e", "."],
@@ -148,18 +155,18 @@ def steps(setting: Setting) -> list[Step]:
             setting.task("compile", "--processes", str(2 if emulated else PROCESSES)),
             45,
             "Triton's kernels of the figures, in parallel",
-            ("gpu", "triton"),
+            (*gpu, "triton"),
             interpreted,
         ),
         Step(
             "losses", setting.task("operators", "--only", LOSSES, *to), 55, "figures of the losses", rows, interpreted
         ),
         Step("layers", setting.task("operators", "--only", LAYERS, *to), 45, "figures of layers", rows, interpreted),
-        Step("step", setting.task("step", *to), 35, "figures of a training step", ("gpu", "triton", "rich")),
+        Step("step", setting.task("step", *to), 35, "figures of a training step", (*gpu, "triton", "rich")),
         Step(
-            "tune", setting.task("tune", "--out", str(setting.out)), 35, "the tuning record", ("gpu", "triton", "rich")
+            "tune", setting.task("tune", "--out", str(setting.out)), 35, "the tuning record", (*gpu, "triton", "rich")
         ),
-        Step("training", setting.task("training"), 25, "ten steps, bf16, DDP, one rank of NCCL", ("gpu", "triton")),
+        Step("training", setting.task("training"), 25, "ten steps, bf16, DDP, one rank of NCCL", (*gpu, "triton")),
         Step("kernels", setting.pytest(KERNELS, "cuda"), 30, "tests of the CUDA kernels and nvJPEG", tests),
         Step("operators", setting.pytest(OPERATORS, "cuda or triton"), 50, "tests of all backends", tests, interpreted),
         Step("graphs", setting.pytest(GRAPHS, "", parallel=False), 15, "captured graphs", tests, interpreted),
@@ -168,14 +175,14 @@ def steps(setting: Setting) -> list[Step]:
             setting.task("trainer"),
             15,
             "`train` from shards",
-            ("gpu", "tyro", "ftfy", "tokenizers", "tomli_w", "safetensors"),
+            (*gpu, "tyro", "ftfy", "tokenizers", "tomli_w", "safetensors"),
         ),
         Step(
             "dali",
             setting.pytest(["tests/data/test_dali_loader.py"], "gpu", parallel=False),
             10,
             "DALI's pipeline on the GPU",
-            ("gpu", "nvidia.dali", "tyro", "ftfy", "tokenizers"),
+            (*gpu, "nvidia.dali", "tyro", "ftfy", "tokenizers"),
             {"BCLIP_TEST_DEVICE": "cpu"},  # the loader's tensors are on the host
         ),
         sanitizer("memcheck"),
@@ -234,6 +241,15 @@ def program(name: str) -> str:
     """Return the path of a program on the PATH or in CUDA's folder. Without one, return the name."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     return shutil.which(name) or shutil.which(name, path=f"{home}/bin") or name
+
+
+def can_import(module: str) -> bool:
+    """Return whether Python can import a module. An installed package may lack its dependencies."""
+    try:
+        importlib.import_module(module)
+    except Exception:  # a broken package may raise anything
+        return False
+    return True
 
 
 def is_installed(module: str) -> bool:

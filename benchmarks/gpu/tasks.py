@@ -1,4 +1,4 @@
-"""Steps of `make gpu` without tests: `python -m bclip_fast.benchmarks.gpu.tasks NAME --device cuda`.
+"""Steps of `make gpu` that run no tests: `python -m bclip_fast.benchmarks.gpu.tasks NAME --device cuda`.
 
 They call the package's functions and not its commands, because the machine may lack tyro.
 """
@@ -110,7 +110,7 @@ def step(options: argparse.Namespace) -> None:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Write the tuning record into a folder, and on a GPU also to where `auto` finds it."""
+    """Write the tuning record into a folder. On a GPU, copy it to the cache, where `auto` finds it."""
     # Times of emulated kernels would be meaningless. The package reads the variable when it is imported.
     os.environ.pop("BCLIP_CUDA_HOST", None)
     from bclip_fast import tune as tuning_command

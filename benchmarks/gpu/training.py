@@ -1,6 +1,6 @@
 """Short trainings of the real model with DDP over NCCL on one rank, or of a tiny model over gloo in a rehearsal.
 
-The engine wraps a model in DDP only for several ranks. Here it counts two ranks while it does this.
+The engine wraps a model in DDP only for several ranks. So this module lets it see two ranks while it wraps the model.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def join_group(device: str) -> None:
 
 
 def _both(new: str, old: str) -> Any:
-    """Return a collective by its name since torch 2.13, or before."""
+    """Return a collective of torch by its name since 2.13 or its older name."""
     return getattr(dist, new, None) or getattr(dist, old)
 
 

@@ -1,4 +1,4 @@
-"""Import slow modules and start the GPU, so that no later step's limit includes a cold disk or a first start.
+"""Import slow modules and start the GPU, so that no later step waits for a cold disk or for the GPU's start.
 
 It runs beside the build and therefore imports nothing of the package.
 """

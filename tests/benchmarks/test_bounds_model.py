@@ -10,6 +10,7 @@ import pytest
 from bclip_fast.benchmarks.bounds import cuda_code, mix, model, orders, report, shapes, store
 from bclip_fast.benchmarks.bounds.model import Work, bound, pipes
 from bclip_fast.benchmarks.bounds.rates import GPUS, SOURCES
+from bclip_fast.errors import UserError
 from bclip_fast.ops import dispatch, record_files, tuning
 
 A100, H100 = GPUS["a100"], GPUS["h100"]
@@ -77,7 +78,7 @@ def test_block_alone_cannot_overlap_its_phases():
     alone = bound(work(phases, 108, threads=512), A100)
     assert together.seconds == pytest.approx(800 / 1.41e9) and together.limiter == "tensor"
     assert alone.seconds == pytest.approx(4 * 1600 / 1.41e9) and alone.resident == 1
-    assert alone.limiter == "tensor, alone"
+    assert alone.limiter == "tensor (1 block)"
 
 
 def test_stall_counts_bound_a_warp():
@@ -168,8 +169,19 @@ def test_default_order_is_generated_from_the_bounds(gpu):
     """`python -m benchmarks.bounds` writes it."""
     record = orders.record_of(store.load().works, gpu)
     path = tuning.DEFAULTS / f"sm_{GPUS[gpu].architecture}.json"
-    assert json.loads(path.read_text()) == record_files.to_json(record)
+    assert record_files.load(path).made or json.loads(path.read_text()) == record_files.to_json(record)
     assert {key[:2] for key in record.entries} >= {("clip_loss", "float16"), ("varlen_attention", "bfloat16")}
+
+
+def test_measured_defaults_replace_those_of_the_bounds(monkeypatch, tmp_path):
+    (tmp_path / "defaults").mkdir()
+    monkeypatch.setattr(orders, "DEFAULTS", tmp_path / "defaults")
+    works = store.load().works
+    ampere, hopper = orders.write(works)
+    measured = record_files.Record({"device": "cuda", "name": "H100", "architecture": "sm_90"}, made="2026-12-01")
+    record_files.save(measured, hopper)
+    assert orders.write(works) == [ampere]
+    assert record_files.load(hopper).made == measured.made
 
 
 def test_equal_bounds_keep_the_order_of_the_package():
@@ -190,3 +202,42 @@ def test_equal_bounds_keep_the_order_of_the_package():
 
     assert order(105, 100) == ("triton", "cuda") and order(120, 100) == ("cuda", "triton")
     assert set(order(1, 2)) <= set(dispatch.BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("{", "is damaged"), ("[]", "is damaged"), ('{"works": [{}]}', "is damaged")],
+)
+def test_missing_or_damaged_analysis_is_a_user_error(text, message, monkeypatch, tmp_path):
+    path = tmp_path / "bounds.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(store, "ANALYSIS", path)
+    with pytest.raises(UserError, match=f"bounds.json {message}.*--fresh"):
+        report.show("h100", fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("tools", "triton", "built", "message"),
+    [
+        (False, True, ["80", "90a"], "cuobjdump and nvdisasm are missing"),
+        (True, False, ["80", "90a"], "Triton is missing"),
+        (True, True, [], "CUDA module .* is missing: install nvcc"),
+        (True, True, ["80"], "built for 80 and not for 90a: build it with BCLIP_CUDA_ARCHS='90a'"),
+    ],
+)
+def test_fresh_analysis_names_what_is_missing(tools, triton, built, message, monkeypatch):
+    """`make gpu` builds the module only for the machine's GPU."""
+    monkeypatch.setattr(store.machine_code, "has_tools", lambda: tools)
+    monkeypatch.setattr(store.machine_code, "architectures", lambda: built)
+    monkeypatch.setattr(store, "find_spec", lambda name: name if triton else None)
+    with pytest.raises(UserError, match=message):
+        report.show("h100", fresh=True)
+
+
+def test_fresh_analysis_reads_only_the_architecture_of_the_gpu(monkeypatch, capsys):
+    stored, asked = store.load(), []
+    monkeypatch.setattr(store, "analyse", lambda architectures: asked.append(architectures) or stored)
+    assert report.show("h200", fresh=True) == 0
+    assert asked == [["90"]]
+    assert "H200: lower bounds" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests of `make gpu` without a GPU: a rehearsal of all steps, their limits, selections and outcomes."""
+"""Tests of `make gpu` without a GPU: a rehearsal of all steps, their limits, selections and requirements."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from _pytest.mark.expression import Expression
 from bclip_fast.benchmarks import cases, measure
 from bclip_fast.benchmarks.gpu import __main__ as command
 from bclip_fast.benchmarks.gpu import needs, runner, summary
-from bclip_fast.benchmarks.gpu.steps import LAYERS, LOSSES, ROOT, Setting, Step, environment, steps
+from bclip_fast.benchmarks.gpu.steps import LAYERS, LOSSES, ROOT, Setting, can_import, environment, steps
 
 
 @pytest.mark.slow
@@ -95,83 +93,41 @@ def test_cases_names_spell_dtypes_as_torch_does():
         assert not {"bf16", "fp16", "fp32"} & set(case.name.split("-")), case.name
 
 
-def plan_of(*codes):
-    return [Step(name, [sys.executable, "-c", code], seconds, "") for name, code, seconds in codes]
-
-
-def test_main_failing_step_runs_and_reports_the_rest(monkeypatch, capsys, tmp_path):
-    codes = (
-        ("first", "pass", 9),
-        ("second", "print('why'); import sys; sys.exit(3)", 9),
-        ("third", "import time; time.sleep(60)", 1),
-    )
-    monkeypatch.setattr(command, "steps", lambda setting: plan_of(*codes))
-    monkeypatch.setattr(command, "environment", lambda setting: {})
+@pytest.mark.parametrize(("name", "message"), [("gpu", "has no GPU"), ("torch", "make gpu PYTHON=")])
+def test_main_without_gpu_or_torch_starts_no_step(monkeypatch, capsys, tmp_path, name, message):
+    monkeypatch.setitem(needs.PROGRAMS, "gpu", lambda: name != "gpu")
+    monkeypatch.setattr(needs, "is_installed", lambda module: module != name)
+    monkeypatch.setattr(command, "run_steps", None)
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(
-        runner.Process, "wait", lambda self, limit, wait=runner.Process.wait: wait(self, min(limit, 2.0))
-    )
-    assert command.main([]) == 2
-    output = capsys.readouterr().out
-    assert "== first: ok" in output
-    assert "== second: FAILED: exit status 3" in output
-    assert "why" in output
-    assert "== third: FAILED: stopped after" in output
-    assert "failed: second, third" in output
-    log = (tmp_path / "gpu.log").read_text()
-    assert log.index("==== first") < log.index("==== second") < log.index("why") < log.index("==== third")
-    assert [outcome["name"] for outcome in json.loads((tmp_path / "steps.json").read_text())] == [
-        "first",
-        "second",
-        "third",
-    ]
-    assert "stopped after" in (tmp_path / "table.txt").read_text()
+    assert command.main([]) == 1
+    assert message in capsys.readouterr().out
 
 
-def test_step_uses_time_that_earlier_steps_left_over(tmp_path, monkeypatch):
-    limits, now = [], [0.0]
-
-    def wait(self, limit):
-        limits.append(limit)
-        now[0] += 4.0
-        self.process.kill()
-        self.process.wait()
-        return ""
-
-    monkeypatch.setattr(runner, "monotonic", lambda: now[0])
-    monkeypatch.setattr(runner.Process, "wait", wait)
-    runner.run_steps(plan_of(("one", "pass", 10), ("two", "pass", 5), ("three", "pass", 1)), Setting(tmp_path), {})
-    assert limits == [10, 11, 8]
+def test_main_names_out_folder_that_cannot_be_written(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "obstacle", lambda plan, setting: "")
+    monkeypatch.setattr(command, "run_steps", None)
+    monkeypatch.setenv("OUT", str(tmp_path / "file" / "results"))
+    assert command.main([]) == 1
+    assert f"OUT={tmp_path / 'file' / 'results'} cannot be written: Not a directory" in capsys.readouterr().out
 
 
-def test_step_beside_others_ends_with_the_next_one(tmp_path):
-    slow, fast = plan_of(("slow", "print('warm')", 60), ("fast", "pass", 60))
-    slow = Step(slow.name, slow.command, slow.seconds, "", beside=True)
-    outcomes = runner.run_steps([slow, fast], Setting(tmp_path), dict(os.environ))
-    assert [(outcome.name, outcome.failure) for outcome in outcomes] == [("fast", ""), ("slow", "")]
-    assert "warm" in (tmp_path / "gpu.log").read_text()
+def test_run_that_may_not_write_recorded_results_writes_rows_to_out(monkeypatch, setting):
+    assert setting.folders == [str(setting.out), str(measure.RESULTS)]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert setting.folders == [str(setting.out)]
 
 
-def test_step_without_selected_tests_fails(tmp_path):
-    """So does a step with a wrong option."""
-    setting = Setting(tmp_path, rehearsal=True)
-    files = ["tests/ops/test_dispatch.py", "tests/ops/test_processor.py"]
-    plan = [
-        Step("one file", setting.pytest(files, "required"), 1, ""),
-        Step("option", [*setting.pytest(files[:1], "required"), "--no-such-option"], 1, ""),
-    ]
-    outcomes = runner.run_steps(plan, setting, dict(os.environ))
-    assert [outcome.failure for outcome in outcomes] == ["exit status 4", "exit status 4"]
-    assert "no test is selected in" in (tmp_path / "gpu.log").read_text()
-
-
-def test_step_without_its_requirements_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(needs.PROGRAMS, "gpu", lambda: False)
-    plan = [Step("optional", ["no-such-program"], 1, "", ("no_such_module",)), Step("required", [], 1, "", ("gpu",))]
-    outcomes = runner.run_steps(plan, Setting(tmp_path), {})
-    assert [(one.failure, one.skipped) for one in outcomes] == [("", "no no_such_module"), ("no gpu", "")]
-    rehearsed = runner.run_steps(plan[:1], Setting(tmp_path, rehearsal=True), {})
-    assert rehearsed[0].failure == "no no_such_module"
+def test_tests_run_in_one_process_if_xdist_cannot_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "broken_xdist.py").write_text("raise ImportError('execnet')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not can_import("broken_xdist")
+    assert can_import("json")
+    monkeypatch.setattr(command, "can_import", lambda module: False)
+    monkeypatch.setattr(command, "obstacle", lambda plan, setting: "stop" if not setting.parallel else "")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert command.main([]) == 1
+    assert "-n" not in " ".join(Setting(tmp_path, parallel=False).pytest(["a.py"], "word")).split()
 
 
 def test_dry_run_names_what_is_missing(monkeypatch, capsys, tmp_path):
@@ -202,6 +158,10 @@ def test_rows_survive_a_killed_process(tmp_path):
     with open(path, "a") as file:
         file.write('{"case": "b", "sec')
     assert summary.read_rows(tmp_path) == [{"case": "a"}]
+    sizes = summary.file_sizes(tmp_path)
+    measure.append([{"case": "c"}], [path, tmp_path / "Another.jsonl"])
+    assert summary.read_rows(tmp_path) == [{"case": "c"}, {"case": "a"}, {"case": "c"}]
+    assert summary.read_rows(tmp_path, sizes) == [{"case": "c"}, {"case": "c"}]
 
 
 def test_commit_without_git_is_unknown(monkeypatch):
@@ -234,26 +194,3 @@ def test_environment_builds_only_for_the_machines_gpu(tmp_path, monkeypatch):
         program.write_text(f"#!/bin/sh\necho '{capability}'\n")
         program.chmod(0o755)
         assert environment(Setting(tmp_path))["BCLIP_CUDA_ARCHS"] == expected
-
-
-def alive(pid):
-    """Return whether a process runs. A zombie does not, because a container's first process may not reap it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_process_timeout_kills_grandchildren(tmp_path):
-    """A sanitizer starts the program in a new process."""
-    pid_file = tmp_path / "pid"
-    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    process = runner.Process(Step("slow", [sys.executable, "-c", code], 3, ""), os.environ, tmp_path / "log")
-    assert process.wait(3) == "stopped after 3 s"
-    deadline = time.monotonic() + 20
-    while alive(pid_file.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    nothing = runner.Process(Step("none", ["compute-sanitizer-that-isn't-there"], 3, ""), os.environ, tmp_path / "log")
-    assert "No such file" in nothing.wait(3)

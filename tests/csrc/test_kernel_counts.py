@@ -187,7 +187,7 @@ def launches():
 
 @pytest.fixture(scope="module")
 def ragged_launches():
-    """Launches with ragged tiles, groups, masks and dropout, and with rows that need offsets of their own."""
+    """Launches with ragged tiles, groups, masks and dropout, and with rows that need separate offsets."""
     mask = torch.rand(307) < 0.7
     far = replace(kernel_counts.contrastive_call(130, 140, 40), scale=torch.tensor(400.0))
     calls = [lambda: kernel_counts.contrastive_forward(far)]

@@ -4,17 +4,17 @@ A tensor on the simulated GPU is a `DeviceTensor`. Python sees a tensor on cuda:
 `memory` on the CPU, and every operator computes there. Within `fake_cuda()`, torch creates such tensors for
 device="cuda:0", and the returned `FakeCuda` records each transfer:
 
-- "read": the host reads a number of the device (`item`, `tolist`, `if tensor`), or needs it for the shape of an
-  operator's result (`nonzero`). The host waits for all queued work.
-- "to host", "to device": a copy that the host waits for.
-- "async to host", "async to device": a copy without a wait, which needs pinned memory.
-- "wait": a wait for an event, a stream or the device.
+- "read": the host reads a number from the device (`item`, `tolist`, `if tensor`), or needs one for the shape of an
+  operator's result (`nonzero`). It waits for all queued work.
+- "to host", "to device": a copy. The host waits for it.
+- "async to host", "async to device": a copy from or to pinned memory. The host doesn't wait.
+- "wait": the host waits for an event, a stream or the device.
 
-Each transfer names its stream, "default" or the number of another one. A `DeviceTensor` knows the stream on which it
-was allocated, and those that `record_stream` named. Another thread must enter the `FakeCuda` itself.
+Each transfer has a stream: "default", or the number of another one. A `DeviceTensor` has the stream of its allocation,
+and the streams of its `record_stream` calls. Another thread must enter the `FakeCuda` itself.
 
 Operators with tensors of both devices raise RuntimeError, except for those that CUDA accepts. An asynchronous copy to
-the host takes place only when the host waits for an event after it. Before that, the destination holds NaN.
+the host only happens when the host waits for a later event. Until then, the destination holds NaN.
 
 torch's C++ code sees CPU tensors, so autocast and GradScaler for CUDA are not simulated.
 """
@@ -64,10 +64,10 @@ class _Event:
         self.enable_timing = enable_timing
 
     def record(self, stream: Any = None) -> None:
-        """Do nothing: the queue has an order already."""
+        """Do nothing, because the queue is in order already."""
 
     def query(self) -> bool:
-        """Whether the device has passed the event: no, as long as copies are queued."""
+        """Return whether the device has passed the event. It hasn't while copies are queued."""
         return not active()._queue
 
     def synchronize(self) -> None:
@@ -75,14 +75,14 @@ class _Event:
         active().wait("Event.synchronize")
 
     def elapsed_time(self, end: _Event) -> float:
-        """Milliseconds, which torch returns only after the device has passed both events."""
+        """Return milliseconds. torch raises an error if the device hasn't passed both events."""
         assert self.query()
         assert self.enable_timing
         return 1.0
 
 
 def _groups(tensor_lists: Any, with_indices: bool = False) -> dict[Any, Any]:
-    """`_group_tensors_by_device_and_dtype`, whose C++ code would take every tensor for one on the CPU."""
+    """Replace `_group_tensors_by_device_and_dtype`. Its C++ code would treat every tensor as one on the CPU."""
     groups: dict[Any, Any] = {}
     for number, first in enumerate(tensor_lists[0]):
         lists, numbers = groups.setdefault((first.device, first.dtype), ([[] for _ in tensor_lists], []))
@@ -94,7 +94,7 @@ def _groups(tensor_lists: Any, with_indices: bool = False) -> dict[Any, Any]:
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
-    """Context in which torch has one GPU, the simulated one."""
+    """Return a context in which the simulated GPU is torch's only one."""
     fake = FakeCuda()
     empty = torch.empty
 
@@ -130,7 +130,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         for module in (_foreach_utils, sys.modules["torch._C"]):
             if hasattr(module, "_group_tensors_by_device_and_dtype"):
                 stack.enter_context(mock.patch.object(module, "_group_tensors_by_device_and_dtype", _groups))
-        # Otherwise Module.to keeps the class of a parameter and replaces its memory, which C++ takes for CPU memory.
+        # Otherwise Module.to keeps a parameter's class and replaces its memory, which is CPU memory for C++.
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)

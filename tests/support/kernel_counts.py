@@ -1,9 +1,7 @@
-"""What the CUDA kernels do, counted by the emulator: instructions, bank conflicts, sectors and bytes of each block.
+"""The emulator's counts of the CUDA kernels: instructions, bank conflicts, sectors and bytes of each block.
 
-python tests/support/kernel_counts.py
-
-writes benchmarks/results/kernel_counts.json, from which the benchmarks compute bounds. A test compares the file with
-the emulator's counts.
+`python tests/support/kernel_counts.py` writes benchmarks/results/kernel_counts.json, in about a minute. The bounds in
+benchmarks/bounds use this file, and a test compares it with the emulator's counts.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from bclip_fast.ops.contrastive.groups import GroupTile
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "benchmarks/results/kernel_counts.json"
-KINDS = ("multiply", "ldmatrix", "exp2", "log2", "shuffle", "warp_barrier", "block_barrier")
+KINDS = ("multiply", "ldmatrix", "exp2", "log2", "reciprocal", "shuffle", "warp_barrier", "block_barrier")
 KINDS += ("shared_load", "shared_store", "copy", "global_load", "global_store")
 SHARED = ("shared_load", "shared_store", "ldmatrix", "copy")
 GLOBAL = ("global_load", "global_store", "copy")

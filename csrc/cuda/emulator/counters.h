@@ -1,11 +1,11 @@
-// Counts of what decides the speed of a kernel: the wavefronts of shared memory, the sectors and
-// bytes of global memory, and the instructions of the matrix and the special units. They are
-// counted by launch, block and place in the source.
+// Counters of wavefronts of shared memory, sectors and bytes of global memory, and instructions of
+// the matrix and special units. These numbers limit the speed of a kernel. Each count belongs to a
+// launch, a block and a place in the source.
 //
-// Accesses of the lanes of a warp form an instruction if they are at the same place in the source
-// and have the same rank there. The rank counts the lane's visits of the place since the last
-// function of the whole warp or the last rejoin_lanes(). So an inactive lane only makes an
-// instruction smaller. Loops that lanes leave at different iterations need rejoin_lanes().
+// Accesses of a warp's lanes form one instruction if they have the same place in the source and the
+// same rank. The rank is the number of the lane's visits to the place since the last function of
+// the whole warp or the last rejoin_lanes(). So an inactive lane only makes an instruction smaller.
+// A loop that lanes leave at different iterations needs rejoin_lanes().
 //
 // A wavefront moves a word of 4 bytes from each of the 32 banks. An instruction takes a phase for
 // each 128 bytes: its 32 lanes with up to 4 bytes, 16 lanes with 8, or 8 lanes with 16. A phase
@@ -44,8 +44,8 @@ const char* name_of(Kind kind);
 // Whether this process counts. It decides for later launches only.
 extern bool counting;
 
-// What a lane does. `shared` is a byte of the block's memory or -1. `global` is null if the lane
-// accesses no global memory. `size` is in bytes.
+// Counts one lane's operation. `shared` is the offset of a byte in the block's memory, or -1. A
+// null `global` means no access to global memory. `size` is in bytes.
 void count_lane(Site site, Kind kind, int64_t shared, const void* global, int size);
 inline void count(Site site, Kind kind, int64_t shared = -1, const void* global = nullptr,
                   int size = 0) {
@@ -53,13 +53,13 @@ inline void count(Site site, Kind kind, int64_t shared = -1, const void* global 
 }
 void rejoin_lane();  // the running lane passes rejoin_lanes()
 
-// The sums over the instructions of one place.
+// Sums over the instructions of one place.
 struct Counts {
-  int64_t instructions = 0;  // of warps; barriers of a block count once a block
+  int64_t instructions = 0;  // warp instructions, and one a block for each of its barriers
   int64_t lanes = 0;         // active lanes
   int64_t wavefronts = 0, least_wavefronts = 0;
-  int64_t sectors = 0, least_sectors = 0;  // least for as many different bytes
-  int64_t bytes = 0;                       // of global memory, that lanes ask for
+  int64_t sectors = 0, least_sectors = 0;  // the least holds as many different bytes
+  int64_t bytes = 0;                       // requested bytes of global memory
 
   auto tied() const {
     return std::tie(instructions, lanes, wavefronts, least_wavefronts, sectors, least_sectors,
