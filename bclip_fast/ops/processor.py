@@ -58,6 +58,7 @@ def _read_amx() -> tuple[bool, str | None]:
     from bclip_fast import _cpu
 
     try:
+        _cpu.instruction_set()  # on a processor without AMX, has_amx() doesn't read BCLIP_CPU_ISA
         return _cpu.has_amx(), None
     except ValueError as error:
         return False, str(error)
