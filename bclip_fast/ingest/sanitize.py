@@ -69,6 +69,8 @@ def sanitize(data: bytes, *, max_short_side: int = 384, jpeg_quality: int = JPEG
         reason = str(error)
         known = reason.startswith(("not an image", "image in a", "image of", "image larger"))
         raise SanitizeError(reason if known else f"image cannot be decoded: {reason}") from None
+    except MemoryError:
+        raise SanitizeError("image cannot be decoded: out of memory") from None
 
 
 def _sanitize(image: OpenImage, data: bytes, max_short_side: int, jpeg_quality: int) -> SanitizedImage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import image_layouts
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from dicom_files import dicom
 from image_layouts import Layout, deep
+from PIL import Image, TiffImagePlugin
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1
 
-from bclip_fast.data.image_files import ImageError, open_image, read_rgb
+from bclip_fast.data.image_files import ImageError, decode, open_image, read_rgb, tiff
 from bclip_fast.errors import UserError
 
 DOCUMENT = Path(__file__).parents[2] / "docs/images.md"
@@ -53,6 +56,46 @@ def test_documented_table_is_the_tested_one():
     assert table() in DOCUMENT.read_text(), f"replace the table of {DOCUMENT.name} with:\n{table()}"
 
 
+def test_open_image_tiff_of_many_reduced_pages_reads_few_of_them(monkeypatch: pytest.MonkeyPatch):
+    pages = [Image.new("L", (8, 8), 9 * i) for i in range(9)]
+    options = {"save_all": True, "append_images": pages[1:], "tiffinfo": {254: 1}}
+    data = image_layouts.encode(pages[0], "TIFF", **options)
+    reads: list[int] = []
+    seek = TiffImagePlugin.TiffImageFile.seek
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile, "seek", lambda self, page: (reads.append(page), seek(self, page))
+    )
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile, "n_frames", property(lambda self: pytest.fail("reads all pages"))
+    )
+    monkeypatch.setattr(tiff, "_MAX_PAGES", 4)
+    assert open_image(data).rgb().getpixel((0, 0)) == (0, 0, 0)
+    assert max(reads) == 3
+
+
+def test_layout_of_many_samples_has_a_short_text():
+    assert len(str(tiff.Layout(2, (8,) * 999, 1, (0,) * 996, False, True))) < 100
+
+
+def test_open_image_jpeg_of_several_images_gives_the_first():
+    image = Image.fromarray(deep(image_layouts.COLOURS, "u1"))
+    data = image_layouts.encode(image, "MPO", save_all=True, append_images=[image.rotate(180)])
+    first = image_layouts.encode(image, "JPEG")
+    assert open_image(data).format == "MPO"
+    assert np.array_equal(np.asarray(open_image(data).rgb()), np.asarray(open_image(first).rgb()))
+
+
+def test_decoding_threads_leave_the_filters_of_warnings_as_they_were():
+    before = list(warnings.filters)
+    first, second = decode.as_image_errors(), decode.as_image_errors()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert warnings.filters[0][0] == "ignore"
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
+
+
 RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # 0 to 4095
 
 
@@ -83,9 +126,13 @@ def grey_of(data: bytes) -> np.ndarray:
          255 / (1 + np.exp(-4 * (RAMP - 2048.0) / 400))),
         (dicom(np.where(RAMP < 9, -2000, RAMP).astype(np.int16), PixelPaddingValue=-2000),
          255 * ((RAMP - 9.0) / 4086).clip(0, 1)),
+        (dicom(RAMP.astype("u1") % 16, bits=4), RAMP % 16 * 17.0),
+        (dicom(np.packbits(RAMP % 3 == 0, axis=1, bitorder="little"), bits=1, BitsAllocated=1, Columns=64),
+         255.0 * (RAMP % 3 == 0)),
+        (dicom(RAMP.astype(np.uint32) * 1000), 255 * (RAMP / 4095)),
     ],
     ids=["u1", "u1 inverted", "12 bits", "12 bits inverted", "inverse presentation", "window", "first of two windows",
-         "rescale and window", "exact window", "sigmoid", "padding"],
+         "rescale and window", "exact window", "sigmoid", "padding", "4 bits", "1 bit", "32 bits"],
 )  # fmt: skip
 def test_rgb_dicom_follows_its_rule(data: bytes, right: np.ndarray):
     assert np.abs(grey_of(data) - right).max() <= 1
@@ -101,9 +148,47 @@ def test_rgb_dicom_colours():
     assert np.abs(np.asarray(open_image(dicom(ybr, "YBR_FULL")).rgb()).astype(float) - pixels).max() <= 3
 
 
+@pytest.mark.parametrize("scale", [1, 256], ids=["8-bit levels", "16-bit levels"])
+def test_rgb_dicom_palette_of_16_bits(scale: int):
+    index = deep(image_layouts.GREY, "u1")
+    palette = {}
+    for name, levels in (("Red", np.arange(256)), ("Green", np.arange(256)[::-1]), ("Blue", np.zeros(256))):
+        palette[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{name}PaletteColorLookupTableData"] = (levels * scale).astype("<u2").tobytes()
+    pixels = np.asarray(open_image(dicom(index, "PALETTE COLOR", **palette)).rgb())
+    assert np.array_equal(pixels, np.stack([index, 255 - index, np.zeros_like(index)], -1))
+
+
+@pytest.mark.parametrize("file", ["SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle.dcm", "SC_rgb_small_odd_big_endian.dcm"])
+def test_rgb_dicom_of_other_transfer_syntaxes_is_as_pydicom(file: str):
+    from pydicom.data import get_testdata_file
+    from pydicom.pixels import pixel_array
+
+    path = get_testdata_file(file, download=False)
+    if path is None:
+        pytest.skip(f"pydicom here has no {file}")
+    assert np.array_equal(np.asarray(open_image(Path(path).read_bytes()).rgb()), pixel_array(path))
+
+
+def with_syntax(data: bytes, uid: str) -> bytes:
+    """Replace the transfer syntax of a DICOM file, and keep its pixels."""
+    old = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
+    assert old in data
+    value = uid.encode() + b"\0" * (len(uid) % 2)
+    new = b"\x02\0\x10\0UI" + len(value).to_bytes(2, "little") + value
+    length = int.from_bytes(data[140:144], "little") + len(new) - len(old)
+    return (data[:140] + length.to_bytes(4, "little") + data[144:]).replace(old, new)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (dicom(RAMP, bits=12).replace(b"\x28\0\x04\0CS", b"\x28\0\x05\0CS"), "without PhotometricInterpretation"),
+        (dicom(RAMP, bits=12, Columns=None), "DICOM"),
+        (dicom(RAMP, bits=12, WindowCenter=1500, WindowWidth=1234).replace(b"1234", b"12x4"), "DICOM"),
+        (with_syntax(dicom(RAMP), JPEGLosslessSV1), "JPEG Lossless.* not supported; save it without compression"),
+        (with_syntax(dicom(np.zeros((999, 999), "u2")), DeflatedExplicitVRLittleEndian), "deflated DICOM"),
+        (with_syntax(dicom(RAMP), "1.2.3.4"), "DICOM"),
         (dicom(np.zeros((3, 8, 8, 3), np.uint8), "RGB"), "3 frames"),
         (dicom(RAMP, bits=12)[:-50], "DICOM"),
         (dicom(RAMP, bits=12)[:300], "DICOM"),
@@ -140,3 +225,6 @@ def test_read_rgb_open_clip_conversion_keeps_the_mode_of_the_file():
     assert read_rgb(data, lambda: "x", "open_clip").mode == "P"
     [data] = [layout.data for layout in LAYOUTS if (layout.format, layout.name) == ("JPEG", "orientation 6")]
     assert read_rgb(data, lambda: "x", "open_clip").size == (image_layouts.WIDTH, image_layouts.HEIGHT)
+    [data] = [layout.data for layout in LAYOUTS if layout.name == "grey u1 with associated alpha"]
+    with pytest.raises(UserError, match="image x cannot be decoded: Pillow does not convert"):
+        read_rgb(data, lambda: "x", "open_clip")

@@ -1,4 +1,4 @@
-"""Small inputs of ingest with one random byte changed, and the check that a build accounts for every one of them."""
+"""Small inputs with one random byte changed, and the check that a build of ingest accounts for every one of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import image_layouts
 import numpy as np
 import pyarrow.parquet as pq
 from articles import article_xml, encode_image, noise_image, write_files
@@ -25,6 +26,21 @@ def mutate(data: bytes, generator: random.Random) -> bytes:
 def small_image(kind: str, number: int) -> bytes:
     """Return an image of 24 x 16 pixels in one of Pillow's formats."""
     return encode_image(Image.open(io.BytesIO(noise_image(number, (24, 16)))), kind)
+
+
+def image_files() -> list[bytes]:
+    """Return a small file of every layout that the project's decoder reads, and of the image formats above."""
+    files = [layout.data for layout in (*image_layouts.tiffs(), *image_layouts.others()) if layout.pixels is not None]
+    photograph = Image.fromarray(image_layouts.deep(image_layouts.COLOURS, "u1"))
+    files += [encode_image(photograph, "JPEG", progressive=True), encode_image(photograph, "MPO", save_all=True)]
+    files += [encode_image(photograph, "TIFF", compression=kind) for kind in ("jpeg", "lzma")]
+    files += [encode_image(photograph.convert("1"), "TIFF", compression="group4")]
+    files += [encode_image(photograph, kind, save_all=True, append_images=[photograph.rotate(90)])
+              for kind in ("GIF", "TIFF", "PNG", "WEBP")]  # fmt: skip
+    grey = image_layouts.deep(image_layouts.GREY, "u1")
+    window = {"WindowCenter": ["1500", "9"], "WindowWidth": ["1000", "9"], "RescaleSlope": 2, "RescaleIntercept": -1024}
+    files += [dicom(grey), dicom(grey.astype("u2") * 16, bits=12, **window), dicom(grey.astype("i2"))]
+    return files + [encode(0) for encode in IMAGES.values()]
 
 
 def small_tar(files: dict[str, bytes]) -> bytes:
@@ -44,7 +60,9 @@ IMAGES: dict[str, Callable[[int], bytes]] = {
     "png": lambda number: small_image("PNG", number),
     "tif": lambda number: small_image("TIFF", number),
     "gif": lambda number: small_image("GIF", number),
-    "dcm": lambda number: dicom(np.asarray(Image.open(io.BytesIO(small_image("JPEG", number))))),
+    "bmp": lambda number: small_image("BMP", number),
+    "webp": lambda number: small_image("WEBP", number),
+    "dcm": lambda number: dicom(np.asarray(Image.open(io.BytesIO(noise_image(number, (24, 16))))), "RGB"),
 }
 KINDS = ("xml", "tar", "tar.gz", *IMAGES)
 

@@ -40,7 +40,8 @@ def _over_white(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # Pillow converts it only to LA
         image = image.convert("LA")
     rgba = image.convert("RGBA")
-    if image.mode in _ALPHA_MODES and rgba.getchannel("A").getextrema() == (0, 0):
+    alpha = rgba.getchannel("A").getextrema()
+    if alpha == (255, 255) or (image.mode in _ALPHA_MODES and alpha == (0, 0)):
         return rgba.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ class OpenImage:
     """An image file whose header has been read.
 
     Attributes:
-        format: "JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP" or "DICOM".
+        format: "JPEG", "MPO" (several JPEGs in one file), "PNG", "GIF", "TIFF", "BMP", "WEBP" or "DICOM".
         mode: Pillow's mode of the stored pixels, or DICOM's photometric interpretation.
         width, height: size in pixels. For TIFF, after the orientation has been applied.
     """
@@ -136,7 +137,38 @@ def _open_with_pillow(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise ImageError("image of too many pixels")
         image.load()
+        if image.mode == "La":
+            raise ImageError("Pillow does not convert grey with associated alpha to RGB")
         return image
+
+
+class _NoWarnings:
+    """Ignores all warnings while at least one thread decodes.
+
+    `warnings.catch_warnings` replaces the filters of the process. If two threads left it in the order in which they
+    entered it, the process would keep the filters of the first one.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_no_warnings = _NoWarnings()
 
 
 @contextmanager
@@ -145,8 +177,7 @@ def as_image_errors() -> Iterator[None]:
     from PIL import Image
 
     # The pixel limits refuse decompression bombs, so Pillow's warning adds nothing.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _no_warnings:
         try:
             yield
         except ImageError:

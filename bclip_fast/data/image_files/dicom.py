@@ -1,8 +1,9 @@
 """Single-frame DICOM images as 8-bit RGB.
 
-The rule: apply the rescale (modality LUT), then the first window (VOI LUT) of the file. Without a window, 8-bit values
-stay as they are, and deeper ones go from their minimum to their maximum. MONOCHROME1 and an INVERSE presentation are
-inverted. Palettes and YBR become RGB. The patient's orientation isn't applied: rows and columns keep their order.
+The rule: apply the rescale (modality LUT), then the first window (VOI LUT) of the file. Without a window, values of
+b <= 8 bits go from 0 to 2^b - 1, and deeper ones from their minimum to their maximum. MONOCHROME1 and an INVERSE
+presentation are inverted. Palettes and YBR become RGB. The patient's orientation isn't applied: rows and columns keep
+their order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_DEFLATED = 1 << 20
+_DATASETS = ("Dataset", "FileDataset", "FileMetaDataset")  # pydicom's
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def _as_image_errors() -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
+        if isinstance(error, AttributeError) and type(error.obj).__name__ in _DATASETS:
+            raise ImageError(f"DICOM without {error.name}") from None
         raise ImageError(f"DICOM: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
 
 
@@ -58,7 +62,7 @@ def read_header(data: bytes) -> Header:
         import pydicom
     except ModuleNotFoundError:
         raise ImageError("DICOM needs pydicom: pip install pydicom") from None
-    if _DEFLATED in data[:4096] and len(data) > _MAX_DEFLATED:  # pydicom inflates it without a limit
+    if len(data) > _MAX_DEFLATED and _DEFLATED in data:  # pydicom inflates it without a limit
         raise ImageError("deflated DICOM of more than 1 MiB is not supported; save it without deflation")
     dataset = pydicom.dcmread(io.BytesIO(data))
     if "PixelData" not in dataset:
@@ -73,13 +77,13 @@ def read_header(data: bytes) -> Header:
 def to_rgb(header: Header) -> Image.Image:
     """Decode the pixels by the rule of this module."""
     from PIL import Image
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import pixel_array
 
     dataset = header.dataset
+    _check_compression(dataset)
     pixels = pixel_array(dataset)
     if header.photometric == "PALETTE COLOR":
-        pixels = apply_color_lut(pixels, dataset)
-        pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+        pixels = _through_palette(pixels, dataset)
     if pixels.ndim == 3:
         if pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise ImageError(f"DICOM with pixels of {pixels.shape[2]} x {pixels.dtype} is not supported")
@@ -92,7 +96,46 @@ def to_rgb(header: Header) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
+def _check_compression(dataset: Any) -> None:
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        is_readable = get_decoder(syntax).is_available
+    except NotImplementedError:
+        is_readable = False
+    if not is_readable:
+        raise ImageError(f"DICOM with {syntax.name} is not supported; save it without compression")
+
+
+def _through_palette(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    from pydicom.pixels import apply_color_lut
+
+    coloured: np.ndarray = apply_color_lut(pixels, dataset)
+    if coloured.dtype != np.uint16:
+        return coloured
+    # Some writers store 8-bit levels in a palette of 16 bits.
+    entries = np.arange(1 << 8 * min(2, pixels.dtype.itemsize)).astype(np.uint16)
+    is_8_bit = int(apply_color_lut(entries, dataset).max()) < 256
+    return (coloured if is_8_bit else coloured >> 8).astype(np.uint8)
+
+
 def _grey(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    """Return the levels of pixels of shape (H, W), uint8."""
+    if pixels.dtype.itemsize > 2:
+        return _levels(pixels, pixels, dataset)
+    # A table of the levels of all values: float64 for every pixel would take 8 times the memory.
+    limits = np.iinfo(pixels.dtype)
+    domain = np.arange(limits.min, limits.max + 1).astype(pixels.dtype)
+    rows = pixels.astype(np.int32) - limits.min
+    occurs = np.zeros(len(domain), bool)
+    occurs[rows] = True
+    levels: np.ndarray = _levels(domain, domain[occurs], dataset)[rows]
+    return levels
+
+
+def _levels(pixels: np.ndarray, occurring: np.ndarray, dataset: Any) -> np.ndarray:
+    """Return the levels of `pixels`, uint8. `occurring`: the pixels whose minimum and maximum count."""
     from pydicom.pixels import apply_modality_lut, apply_voi
 
     values = np.asarray(apply_modality_lut(pixels, dataset), dtype=np.float64)
@@ -102,10 +145,13 @@ def _grey(pixels: np.ndarray, dataset: Any) -> np.ndarray:
     window = _window(dataset)
     if window is not None:
         return _windowed(values, *window, function=str(dataset.get("VOILUTFunction") or "LINEAR"))
-    inside = values[pixels != dataset.PixelPaddingValue] if "PixelPaddingValue" in dataset else values
+    if "PixelPaddingValue" in dataset:
+        occurring = occurring[occurring != dataset.PixelPaddingValue]
+    inside = np.asarray(apply_modality_lut(occurring, dataset), dtype=np.float64)
     low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
-    if low >= 0 and high <= 255 and int(dataset.BitsStored) <= 8:
-        low, high = 0.0, 255.0
+    bits = int(dataset.BitsStored)
+    if bits <= 8 and low >= 0 and high < 2**bits:
+        low, high = 0.0, 2.0**bits - 1
     return scaled_to_8_bits(values, low, high)
 
 

@@ -47,16 +47,21 @@ class Layout(NamedTuple):
     raw: bool
 
     def __str__(self) -> str:
-        parts = [f"{'+'.join(map(str, self.bits))}-bit {_FORMATS.get(self.sample_format, 'unknown')}"]
+        bits = "+".join(map(str, self.bits)) if len(self.bits) <= 8 else f"{len(self.bits)} x {self.bits[0]}"
+        parts = [f"{bits}-bit {_FORMATS.get(self.sample_format, 'unknown')}"]
         parts += [_NAMES.get(self.photometric, f"photometric interpretation {self.photometric}")]
-        parts += [f"extra samples {self.extra}"] if self.extra else []
+        parts += [f"extra samples {self.extra[:8]}"] if self.extra else []
         return " ".join(parts + (["in separate planes"] if self.separate else []))
 
 
 def select_page(image: ImageFile.ImageFile) -> None:
     """Move to the first page that is neither a reduced version of another page nor a mask."""
-    for page in range(min(getattr(image, "n_frames", 1), _MAX_PAGES)):
-        image.seek(page)
+    # Pillow's n_frames would read the directories of all pages, in quadratic time.
+    for page in range(_MAX_PAGES):
+        try:
+            image.seek(page)
+        except EOFError:
+            break
         tags = image.tag_v2  # type: ignore[attr-defined]
         if not tags.get(_SUBFILE, 0) & (_REDUCED | _MASK) and tags.get(_OLD_SUBFILE, 1) != 2:
             return
