@@ -104,10 +104,23 @@ class Embedder:
         if isinstance(data, SubsetDataset):
             return self.images(data.base)[data.rows]
         parts = ("images", data.fingerprint, f"{self._preprocess_fingerprint} {self.image_conversion} {RULES}")
+        is_new = parts not in self._in_memory
         rows = self._cached(parts, lambda: self.uncached_images(data))
-        if self.on_bad_image == "stop":
-            for i in _not_finite(rows):  # an earlier evaluation has skipped this image
-                self.read(data, i)
+        if is_new and (skipped := _not_finite(rows)):
+            rows = self._in_memory[parts] = self._with_readable(data, rows, skipped)
+        return rows
+
+    def _with_readable(self, data: EvalDataset, rows: Tensor, skipped: list[int]) -> Tensor:
+        """Embed the images that an earlier evaluation skipped if they can be decoded now, for example with pydicom.
+
+        Raises the errors of `images`.
+        """
+        rows = rows.clone()
+        for i in skipped:
+            image = self.read(data, i) if self.on_bad_image == "stop" else self._try_to_read(data, i)
+            if not isinstance(image, UserError):
+                row = self._run(iter([[image]]), self._encode_images, 1, "images", lambda _, i=i: data.key(i))
+                rows[i] = F.normalize(row.to(embedding_cache.FORMATS[self.cache_dtype]).float(), dim=1)[0]
         return rows
 
     def readable(self, data: EvalDataset, rows: Tensor | None = None) -> tuple[EvalDataset, dict[str, str]]:
@@ -255,12 +268,12 @@ class Embedder:
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
 
-def log_skipped(reasons: dict[str, str], total: int) -> None:
-    """Log the skipped images with their reasons, at most 20 of them."""
+def log_skipped(reasons: dict[str, str], num_skipped: int, total: int) -> None:
+    """Log the skipped images with their reasons, at most 20 of them. Samples may share an image."""
     if reasons:
         shown = [f"  {reason}" for reason in list(reasons.values())[:20]]
         shown += [f"  and {len(reasons) - 20} more"] if len(reasons) > 20 else []
-        log.warning("skipped %d of %d images, which cannot be decoded:\n%s", len(reasons), total, "\n".join(shown))
+        log.warning("skipped %d of %d images, which cannot be decoded:\n%s", num_skipped, total, "\n".join(shown))
 
 
 def _not_finite(rows: Tensor) -> list[int]:

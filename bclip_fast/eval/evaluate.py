@@ -51,19 +51,21 @@ def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[s
 class _Readable:
     """Leaves out the images that cannot be decoded, and collects them.
 
+    split: split of the task. The keys of other splits begin with their name.
     by_decoding: find them by decoding alone, for models without an image embedding.
     """
 
-    def __init__(self, embedder: Embedder, *, by_decoding: bool) -> None:
-        self._embedder, self._by_decoding = embedder, by_decoding
+    def __init__(self, embedder: Embedder, split: str, *, by_decoding: bool) -> None:
+        self._embedder, self._split, self._by_decoding = embedder, split, by_decoding
         self.skipped: dict[str, str] = {}
 
     def part_of(self, data: EvalDataset) -> EvalDataset:
         if self._embedder.on_bad_image == "stop":
             return data
         kept, reasons = self._embedder.readable(data, None if self._by_decoding else self._embedder.images(data))
-        self.skipped |= reasons
-        log_skipped(reasons, len(data))
+        start = "" if data.split == self._split else f"{data.split}/"
+        self.skipped |= {f"{start}{key}": reason for key, reason in reasons.items()}
+        log_skipped(reasons, len(data) - len(kept), len(data))
         return kept
 
 
@@ -118,13 +120,13 @@ class Evaluation:
         description = _describe(network)
         results: dict[str, Any] = {}
         for task, data in self.tasks:
-            readable = _Readable(embedder, by_decoding=task.protocol == "vqa")
+            readable = _Readable(embedder, data.split, by_decoding=task.protocol == "vqa")
 
-            def open_split(split: str, task: tasks.Task = task, readable: _Readable = readable) -> EvalDataset:
-                return readable.part_of(self._dataset(task, split))
+            def open_split(split: str, task: tasks.Task = task) -> EvalDataset:
+                return self._dataset(task, split)
 
             data = readable.part_of(data)
-            inputs = Inputs(embedder, task, data, config, open_split)
+            inputs = Inputs(embedder, task, data, config, open_split, readable.part_of)
             for name, result in PROTOCOLS[task.protocol](inputs).items():
                 results[name] = result | {"task": describe(task, data)}
                 if readable.skipped:

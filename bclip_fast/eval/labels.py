@@ -28,6 +28,8 @@ class Inputs:
     config: EvalConfig
     open_split: Callable[[str], EvalDataset]
     """Opens another split of the same data."""
+    readable: Callable[[EvalDataset], EvalDataset]
+    """Returns the part of another split whose images can be decoded."""
 
 
 def label_kinds(inputs: Inputs) -> tuple[str, ...]:

@@ -93,6 +93,8 @@ def run_probe(inputs: Inputs) -> Results:
         raise UserError(
             f"task {inputs.task.name!r} needs a train split next to {inputs.data.split!r}; {train_data.path} has none"
         )
+    train_data = inputs.readable(train_data)
+    val_data = val_data and inputs.readable(val_data)
     labels, prompt_set = labels_and_prompts(inputs, inputs.data, kind)
     names = list(prompt_set.classes)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.errors import UserError
 from bclip_fast.html import chart
 from bclip_fast.html.curves import training_curves
 from bclip_fast.html.page import environment, thumbnail
@@ -33,7 +34,7 @@ def write(
         run_folder: folder of a training run. metrics.jsonl provides the curves, config.toml the batch size.
 
     Raises:
-        UserError: a line of metrics.jsonl is not JSON, or an image of the gallery cannot be decoded.
+        UserError: a line of metrics.jsonl is not JSON, or an image file cannot be read.
     """
     data = data or {}
     tasks = results["tasks"]
@@ -110,13 +111,21 @@ def _questions(result: dict[str, Any], data: EvalDataset) -> dict[str, Any]:
     columns = ("key", "question", "kind", "label", "prediction")
 
     def row(i: int) -> dict[str, Any]:
-        image = thumbnail(data.image(i), lambda: data.key(i))
-        return {name: samples[name][i] for name in columns} | {"right": samples["accuracy"][i] == 1, "image": image}
+        return {name: samples[name][i] for name in columns} | {"right": samples["accuracy"][i] == 1, **_image(data, i)}
 
     rows = [row(i) for i in range(step // 2, num, step)[:_NUM_QUESTIONS]]
     task = result["task"]
     keys = ("num_answers", "answerable")
     return {"title": task["title"], "about": task["about"], "rows": rows, **{key: result[key] for key in keys}}
+
+
+def _image(data: EvalDataset, i: int) -> dict[str, str | None]:
+    """Return the thumbnail of a sample, or the reason why it has none: open_clip's conversion reads more files."""
+    content = data.image(i)
+    try:
+        return {"image": thumbnail(content, lambda: data.key(i)), "problem": None}
+    except UserError as error:
+        return {"image": None, "problem": str(error)}
 
 
 def _headline(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,16 +147,12 @@ def _gallery(result: dict[str, Any], data: EvalDataset) -> dict[str, list[dict[s
     captions = data.captions()
     if captions is None:
         return None
-    thumbnails: dict[int, str] = {}
+    thumbnails: dict[int, dict[str, str | None]] = {}
 
     def show(sample: int, with_image: bool) -> dict[str, Any]:
         if with_image and sample not in thumbnails:
-            thumbnails[sample] = thumbnail(data.image(sample), lambda: data.key(sample))
-        return {
-            "key": data.key(sample),
-            "caption": captions[sample],
-            "image": thumbnails.get(sample) if with_image else None,
-        }
+            thumbnails[sample] = _image(data, sample)
+        return {"key": data.key(sample), "caption": captions[sample], **(thumbnails[sample] if with_image else {})}
 
     def fill(rows: list[dict[str, Any]], is_image_query: bool) -> list[dict[str, Any]]:
         return [

@@ -143,7 +143,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
             pq.write_table(table, partial)
     except OSError as error:
         raise UserError(f"cannot write the embeddings to {out}: {error}") from error
-    log_skipped(reasons, total)
+    log_skipped(reasons, total - num, total)
     log.info("%d images in %s", num, out)
     return out
 

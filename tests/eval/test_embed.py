@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from colours import COLOURS, ColourModel, jitter, jpeg, preprocess, tokenizer
+from dicom_files import dicom
 from torch import Tensor, nn
 
 from bclip_fast.data.image_files import read_rgb
@@ -49,6 +52,30 @@ def test_embedder_bf16_returns_unit_float32() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         Embedder(Linear(), preprocess, tokenizer, precision="fp16")
+
+
+@pytest.mark.parametrize("keep", ["fp32", "fp16"])
+def test_images_skipped_by_an_earlier_evaluation_are_embedded_once_readable(
+    folder: Path, tmp_path: Path, monkeypatch, keep: str
+) -> None:
+    """The cache may hold an image that was skipped because a decoder was not installed."""
+    bad = folder / "test" / "red" / "1.jpg"
+    bad.write_bytes(dicom(np.full((16, 16), 200, np.uint8)))
+    data = open_dataset(str(folder), "test")
+
+    def embedder(on_bad_image: str) -> Embedder:
+        cache = embedding_cache.EmbeddingCache(tmp_path / "cache")
+        return Embedder(ColourModel(), preprocess, tokenizer, cache=cache, cache_dtype=keep, on_bad_image=on_bad_image)
+
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "pydicom", None)
+        first = embedder("skip")
+        assert len(first.readable(data, first.images(data))[0]) == 5
+    for on_bad_image in ("skip", "stop"):
+        later = embedder(on_bad_image)
+        rows = later.images(data)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(6))
+        assert len(later.readable(data, rows)[0]) == 6
 
 
 def test_embedder_nan_error_names_the_sample(shards: Path) -> None:

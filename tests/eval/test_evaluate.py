@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import COLOURS, ColourModel, assert_refused, evaluate_with, jpeg
+from colours import COLOURS, ColourModel, assert_refused, evaluate_with, jpeg, write_class_folders
 
 from bclip_fast import config as configuration
 from bclip_fast.data.image_files import read_rgb
@@ -160,6 +160,30 @@ def test_evaluate_skipped_image_counts_nowhere_and_is_named(folder: Path, tmp_pa
         assert "skipped 1 of 6 images" in caplog.text
         with pytest.raises(UserError, match="image red/1.jpg cannot be decoded"):
             evaluate_with(EvalConfig(**settings))
+
+
+def test_evaluate_probe_names_skipped_images_of_every_split(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path / "folder", {"train": 4, "val": 2, "test": 3})
+    for split in ("train", "val", "test"):
+        (folder / split / "red" / "0.jpg").write_bytes(b"none")
+    config = EvalConfig(data=str(folder), split="test", task=("probe",), progress=False, on_bad_image="skip")
+    result = evaluate_with(config)["tasks"]["probe"]
+    assert list(result["skipped_images"]) == ["red/0.jpg", "train/red/0.jpg", "val/red/0.jpg"]
+    for path in (folder / "val").rglob("*.jpg"):
+        path.write_bytes(b"none")
+    with pytest.raises(UserError, match="none of 4 images can be decoded"):
+        evaluate_with(config)
+
+
+def test_evaluate_counts_every_sample_of_a_skipped_image(tmp_path: Path, caplog) -> None:
+    for name in ("red", "blue"):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(COLOURS[name]))
+    (tmp_path / "bad.jpg").write_bytes(b"none")
+    rows = "red.jpg,a red one\nblue.jpg,a blue one\nbad.jpg,a red one\nbad.jpg,a blue one\n"
+    (tmp_path / "data.csv").write_text("path,caption\n" + rows)
+    config = EvalConfig(data=str(tmp_path / "data.csv"), task=("retrieval",), progress=False, on_bad_image="skip")
+    assert evaluate_with(config)["tasks"]["retrieval"]["num_samples"] == 2
+    assert "skipped 2 of 4 images" in caplog.text
 
 
 def test_evaluate_without_readable_image_raises(folder: Path) -> None:

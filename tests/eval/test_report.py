@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import image_layouts
 import pytest
 from browser import Browser, check_drawn, check_keyboard
-from colours import colour_model, write_shards
+from colours import colour_model, jpeg, write_shards
 from page import Page
 from PIL import Image
 
@@ -138,6 +139,23 @@ def test_report_confusion_matrix_equals_the_results(page: Page, results: dict[st
     confusion = results["tasks"]["zero_shot/colour"]["confusion"]
     shares = [str(attributes["style"]) for attributes in page.all("td") if "--share" in str(attributes.get("style"))]
     assert shares == [f"--share:{count / sum(row):.3f}" for row in confusion for count in row]
+
+
+def test_report_image_that_only_open_clip_reads_is_named(tmp_path: Path) -> None:
+    planes = image_layouts.deep(image_layouts.COLOURS.transpose(2, 0, 1), "u2")
+    files = {
+        "a.jpg": jpeg((200, 40, 40)),
+        "b.tif": image_layouts.tiff(planes, photometric="rgb", planarconfig="separate"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).with_suffix(".txt").write_text(f"a red {name}")
+    options = {"data": str(tmp_path), "image_conversion": "open_clip", "progress": False}
+    results = evaluate(colour_model(), ["retrieval"], **options)
+    report.write(tmp_path / "report.html", results, {"retrieval": open_dataset(str(tmp_path), "all")})
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<img ") == 3
+    assert text.count("image b.tif cannot be decoded: TIFF of 16+16+16-bit") == 3
 
 
 def test_report_without_data_and_run_has_only_metrics(results: dict[str, Any], tmp_path: Path) -> None:
