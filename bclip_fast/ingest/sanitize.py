@@ -7,7 +7,6 @@ loaders. Every other image is decoded by `data.image_files`, which has the rules
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,9 +145,6 @@ def _is_baseline(data: bytes) -> bool:
     return False
 
 
-_NEXT_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
-
-
 def _has_end(data: bytes) -> bool:
     """Return whether the scans of a JPEG are followed by its end marker. libjpeg-turbo only warns without it."""
     position = 2
@@ -162,9 +158,6 @@ def _has_end(data: bytes) -> bool:
             position += 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == 0xDA:  # the entropy-coded data of a scan
-                match = _NEXT_MARKER.search(data, position)
-                if match is None:
-                    return False
-                position = match.end() - 2
+            if marker == 0xDA:  # entropy-coded data has no marker inside it
+                return data.find(b"\xff\xd9", position) >= 0
     return data[position : position + 2] == b"\xff\xd9"

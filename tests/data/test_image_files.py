@@ -170,12 +170,16 @@ def test_rgb_dicom_of_other_transfer_syntaxes_is_as_pydicom(file: str):
     assert np.array_equal(np.asarray(open_image(Path(path).read_bytes()).rgb()), pixel_array(path))
 
 
-def with_syntax(data: bytes, uid: str) -> bytes:
-    """Replace the transfer syntax of a DICOM file, and keep its pixels."""
+def with_syntax(data: bytes, uid: str, padding: int = 0) -> bytes:
+    """Replace the transfer syntax of a DICOM file, and keep its pixels.
+
+    padding: size in bytes of a private element before the transfer syntax.
+    """
     old = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
     assert old in data
     value = uid.encode() + b"\0" * (len(uid) % 2)
-    new = b"\x02\0\x10\0UI" + len(value).to_bytes(2, "little") + value
+    private = b"\x02\0\x02\x01OB\0\0" + padding.to_bytes(4, "little") + bytes(padding) if padding else b""
+    new = private + b"\x02\0\x10\0UI" + len(value).to_bytes(2, "little") + value
     length = int.from_bytes(data[140:144], "little") + len(new) - len(old)
     return (data[:140] + length.to_bytes(4, "little") + data[144:]).replace(old, new)
 
@@ -187,7 +191,7 @@ def with_syntax(data: bytes, uid: str) -> bytes:
         (dicom(RAMP, bits=12, Columns=None), "DICOM"),
         (dicom(RAMP, bits=12, WindowCenter=1500, WindowWidth=1234).replace(b"1234", b"12x4"), "DICOM"),
         (with_syntax(dicom(RAMP), JPEGLosslessSV1), "JPEG Lossless.* not supported; save it without compression"),
-        (with_syntax(dicom(np.zeros((999, 999), "u2")), DeflatedExplicitVRLittleEndian), "deflated DICOM"),
+        (with_syntax(dicom(np.zeros((999, 999), "u2")), DeflatedExplicitVRLittleEndian, 5000), "deflated DICOM"),
         (with_syntax(dicom(RAMP), "1.2.3.4"), "DICOM"),
         (dicom(np.zeros((3, 8, 8, 3), np.uint8), "RGB"), "3 frames"),
         (dicom(RAMP, bits=12)[:-50], "DICOM"),

@@ -39,7 +39,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
     if image.mode == "La":  # Pillow converts it only to LA
         image = image.convert("LA")
-    rgba = image.convert("RGBA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     alpha = rgba.getchannel("A").getextrema()
     if alpha == (255, 255) or (image.mode in _ALPHA_MODES and alpha == (0, 0)):
         return rgba.convert("RGB")
