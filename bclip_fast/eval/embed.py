@@ -21,7 +21,7 @@ from bclip_fast.io.progress import track
 from bclip_fast.ops.processor import native_precision
 
 from . import embedding_cache
-from .datasets import EvalDataset
+from .datasets import EvalDataset, image_name
 from .datasets.subset import SubsetDataset
 from .embedding_cache import EmbeddingCache
 
@@ -119,7 +119,7 @@ class Embedder:
         for i in skipped:
             image = self.read(data, i) if self.on_bad_image == "stop" else self._try_to_read(data, i)
             if not isinstance(image, UserError):
-                row = self._run(iter([[image]]), self._encode_images, 1, "images", lambda _, i=i: data.key(i))
+                row = self._embed_one(image, data.key(i))
                 rows[i] = F.normalize(row.to(embedding_cache.FORMATS[self.cache_dtype]).float(), dim=1)[0]
         return rows
 
@@ -146,11 +146,11 @@ class Embedder:
 
     def read(self, data: EvalDataset, i: int) -> Tensor:
         """Decode and preprocess one image: float32 (3, H, W). Raises UserError, which names the sample."""
-        image = read_rgb(data.image(i), lambda: data.key(i), self.image_conversion)
+        image = read_rgb(data.image(i), lambda: image_name(data, i), self.image_conversion)
         try:
             return self.preprocess(image)
         except UserError as error:
-            raise UserError(f"image {data.key(i)}: {error}") from error
+            raise UserError(f"image {image_name(data, i)}: {error}") from error
 
     def _try_to_read(self, data: EvalDataset, i: int) -> Tensor | UserError:
         try:
@@ -204,8 +204,10 @@ class Embedder:
     def image(self, content: bytes, name: str) -> Tensor:
         """Embed one encoded image: (1, D) float32 on the device, unit norm. Raises the errors of `images`, which call
         it `name`."""
-        pixels = self.preprocess(read_rgb(content, lambda: name, self.image_conversion))
-        return self._run(iter([[pixels]]), self._encode_images, 1, "images", lambda i: name)
+        return self._embed_one(self.preprocess(read_rgb(content, lambda: name, self.image_conversion)), name)
+
+    def _embed_one(self, pixels: Tensor, name: str) -> Tensor:
+        return self._run(iter([[pixels]]), self._encode_images, 1, "images", lambda _: name)
 
     def _encode_images(self, batch: list[Tensor | UserError]) -> Tensor:
         # A skipped image is embedded as a blank one, so that every batch has the same shape.

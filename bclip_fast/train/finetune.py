@@ -33,6 +33,7 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.data.image_files import read_rgb
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box
 from bclip_fast.errors import UserError
+from bclip_fast.eval.datasets import image_name
 from bclip_fast.io.hashing import sha256
 from bclip_fast.model.meter import VqaModel
 from bclip_fast.model.tokenizer import Tokenizer
@@ -236,7 +237,7 @@ class _Loop:
 
     def _load_image(self, row: int, epoch: int) -> Tensor:
         """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model."""
-        image = read_rgb(self.objective.data.image(row), lambda: self.objective.data.key(row))
+        image = read_rgb(self.objective.data.image(row), lambda: image_name(self.objective.data, row))
         if self.config.crop_scale != (1, 1):
             place = self.config.seed, epoch, row, self.config.crop_scale
             top, left, height, width = random_resized_crop_box(image.height, image.width, *place)

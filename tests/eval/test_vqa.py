@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from colours import ColourModel, jpeg, preprocess, tokenizer
 
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks, vqa
 from bclip_fast.eval.datasets import vqa as vqa_data
+from bclip_fast.eval.embed import Embedder
 
 
 def test_rad_splits_have_the_published_sizes(shared_data: Path) -> None:
@@ -91,3 +93,18 @@ def test_measure_open_closed_and_overall_accuracy() -> None:
     assert metrics["open accuracy"]["num_samples"] == 1
     assert result["answerable"] == pytest.approx(2 / 3)
     json.dumps(result, allow_nan=False)
+
+
+def test_read_damaged_image_is_named_with_its_question(tmp_path: Path) -> None:
+    """Skipping leaves out every question about the image."""
+    rows = "image,question,answer,answer_type\ngood.jpg,is it red?,yes,closed\nbad.jpg,is it red?,no,closed\n"
+    (tmp_path / "questions.csv").write_text(rows + "bad.jpg,what is it?,a hand,open\n")
+    (tmp_path / "good.jpg").write_bytes(jpeg((200, 40, 40)))
+    (tmp_path / "bad.jpg").write_bytes(jpeg((200, 40, 40))[:100])
+    data = vqa_data.open_dataset(str(tmp_path / "questions.csv"), "all", tasks.load("vqa"))
+    with pytest.raises(UserError, match=r"bad\.jpg of question 1 cannot be decoded"):
+        Embedder(ColourModel(), preprocess, tokenizer).read(data, 1)
+    kept, reasons = Embedder(ColourModel(), preprocess, tokenizer, on_bad_image="skip").readable(data)
+    assert list(reasons) == ["1", "2"]
+    assert [question.text for question in kept.questions] == ["is it red?"]
+    assert [kept.key(0), kept.image(0)] == ["0", data.image(0)]

@@ -40,6 +40,12 @@ class EvalDataset(Protocol):
         """Return all N labels of one kind. A sample without a label has None."""
 
 
+def image_name(data: EvalDataset, i: int) -> str:
+    """Return the name of a sample's image for errors. Only data whose samples share images differ from `key`."""
+    name: str = getattr(data, "image_name", data.key)(i)
+    return name
+
+
 def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: str = "", name: str = "") -> EvalDataset:
     """Open the data at `path`: a folder of shards or its URL, a .csv, an .npz, or a folder with one folder per class.
 

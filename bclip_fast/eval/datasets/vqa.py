@@ -58,6 +58,10 @@ class VqaDataset:
         """Return the question's key."""
         return self.questions[i].key
 
+    def image_name(self, i: int) -> str:
+        """Return the name of the image file and of the question, for errors."""
+        return f"{'/'.join(self.questions[i].image.parts[-2:])} of question {self.key(i)}"
+
     def image(self, i: int) -> bytes:
         """Return the contents of the image file."""
         return read_image(self.questions[i].image)
