@@ -44,6 +44,8 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[A
 def _run(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=num_ranks)
+    # A function may leave the group at once. A rank that still connects would then fail: "Connection closed by peer".
+    dist.barrier()
     try:
         torch.save(function(rank, *args), f"{folder}/{rank}.pt")
     finally:
