@@ -9,13 +9,9 @@ from __future__ import annotations
 import re
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES as READ_SUFFIXES
-from bclip_fast.data.image_files import ImageError, open_image
+from bclip_fast.data.image_files import UNREAD_SUFFIXES, ImageError, open_image
 
-OTHER_SUFFIXES = (
-    ".jp2", ".j2k", ".j2c", ".jpf", ".jpx", ".jxl", ".avif", ".heic", ".heif", ".svg", ".eps", ".ps", ".ai", ".emf",
-    ".wmf", ".psd", ".jxr", ".pcx", ".pnm", ".ppm", ".pgm",
-)  # fmt: skip
-_SUFFIXES = frozenset(READ_SUFFIXES + OTHER_SUFFIXES)
+_SUFFIXES = frozenset(READ_SUFFIXES + UNREAD_SUFFIXES)
 # In a name such as pone.0012345.g001, the end is not a suffix.
 _NUMBER_OF_FIGURE = re.compile(r"(?:fig|[fgu])?\d+[a-z]?", re.IGNORECASE)
 

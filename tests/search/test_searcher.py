@@ -169,6 +169,15 @@ def test_embed_damaged_image_is_left_out_and_search_finds_the_others(start: Path
     assert "image b.jpg cannot be decoded" in capsys.readouterr().err
 
 
+def test_embed_names_images_in_formats_that_are_not_read(start: Path, tmp_path: Path, caplog) -> None:
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "b.jp2", "deep/c.AVIF", "notes.md"):
+        (images / name).write_bytes(jpeg((250, 9, 9), 40))
+    embed(EmbedConfig(model=str(start), data=str(images), out=str(tmp_path / "out"), progress=False))
+    assert "left out 2 images in formats that are not read: b.jp2, deep/c.AVIF" in caplog.text
+
+
 def test_search_file_of_any_name_is_an_image(start: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(cli.log, "configure", lambda *args, **options: None)
     images, out = tmp_path / "images", str(tmp_path / "out")

@@ -15,6 +15,7 @@ from .decode import (
     open_image,
     read_rgb,
 )
+from .formats import UNREAD_SUFFIXES
 
 __all__ = [
     "FORMATS",
@@ -22,6 +23,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "RULES",
+    "UNREAD_SUFFIXES",
     "ImageConversion",
     "ImageError",
     "OpenImage",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# Suffixes of images whose formats `decode` does not read.
+UNREAD_SUFFIXES = (
+    ".jp2", ".j2k", ".j2c", ".jpf", ".jpx", ".jxl", ".avif", ".heic", ".heif", ".svg", ".eps", ".ps", ".ai", ".emf",
+    ".wmf", ".psd", ".jxr", ".pcx", ".pnm", ".ppm", ".pgm",
+)  # fmt: skip
 _SIGNATURES = (
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),

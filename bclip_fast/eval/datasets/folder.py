@@ -9,7 +9,7 @@ from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
-from .files import read_image
+from .files import read_image, select_images
 
 _SPLIT_NAMES = {"train", "trn", "val", "valid", "validation", "dev", "test", "tst"}
 
@@ -94,8 +94,7 @@ class TilDataset(FolderDataset):
             (path, name)
             for folder in folders
             for name in classes
-            for path in sorted((folder / split / name).glob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
+            for path in select_images((folder / split / name).glob("*"), folder)
         ]
         if not self._samples:
             raise UserError(
@@ -126,4 +125,4 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return select_images(folder.rglob("*"), folder)

@@ -9,7 +9,7 @@ from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
-from .files import read_image
+from .files import read_image, select_images
 
 
 class PairDataset:
@@ -28,7 +28,7 @@ class PairDataset:
     def __init__(self, root: Path) -> None:
         """Read all texts. Raises UserError if one is missing or empty."""
         self.path, self._root = str(root), root
-        self._images = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self._images = select_images(root.rglob("*"), root)
         self._captions = []
         for path in self._images:
             file = path.with_suffix(".txt")
