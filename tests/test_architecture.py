@@ -79,6 +79,13 @@ def test_import_loads_no_optional_package(imports, statement):
     assert not [name for name in OPTIONAL if name in imports[statement]]
 
 
+@pytest.mark.parametrize("module", ["bclip_fast.ingest.build", "bclip_fast.data.image_files"])
+def test_import_loads_no_torch(module):
+    """Every worker of ingest imports these modules. Torch would take most of their start."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @pytest.mark.parametrize("statement", ["package", "loss"])
 def test_import_loads_few_modules(imports, statement):
     """The import stays fast only if it loads little, so this test lists the modules that it may load."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from bclip_fast.data.image_files import ImageError, OpenImage, open_image
-from bclip_fast.ops.image import decode
+from bclip_fast.data.image_files import ImageError, OpenImage, decode_as_loaders, open_image
 
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
@@ -105,8 +104,8 @@ def _decoded_by_loaders(data: bytes) -> Image.Image | None:
     if not _has_end(data):
         return None
     try:
-        return Image.fromarray(decode(data).numpy())
-    except ValueError:
+        return decode_as_loaders(data)
+    except ImageError:
         return None
 
 

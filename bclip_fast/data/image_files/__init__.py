@@ -16,6 +16,7 @@ from .decode import (
     read_rgb,
 )
 from .formats import UNREAD_SUFFIXES
+from .jpeg import decode_as_loaders
 
 __all__ = [
     "FORMATS",
@@ -27,6 +28,7 @@ __all__ = [
     "ImageConversion",
     "ImageError",
     "OpenImage",
+    "decode_as_loaders",
     "open_image",
     "read_rgb",
 ]

@@ -8,10 +8,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.data.image_files import decode_as_loaders
 from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.hashing import sha256_of_file
-from bclip_fast.ops.image import decode
 
 from .format import MEMBERS, Index, fingerprint_of, read_description, read_index
 
@@ -94,7 +94,7 @@ def _content_problem(name: str, data: bytes) -> str | None:
 
     try:
         if name.endswith(".jpg"):
-            decode(data)  # the decoder of the loaders, which refuses a missing end
+            decode_as_loaders(data)  # the decoder of the loaders, which refuses a missing end
             with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
                 return None if image.mode == "RGB" else f"mode {image.mode}, not RGB"
         if name.endswith(".txt"):
