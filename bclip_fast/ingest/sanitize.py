@@ -101,8 +101,6 @@ def _sanitize(image: OpenImage, data: bytes, max_short_side: int, jpeg_quality: 
 
 def _decoded_by_loaders(data: bytes) -> Image.Image | None:
     """Return the pixels of a JPEG, or None if a loader would refuse it, for example because its end is missing."""
-    if not _has_end(data):
-        return None
     try:
         return decode_as_loaders(data)
     except ImageError:
@@ -142,21 +140,3 @@ def _is_baseline(data: bytes) -> bool:
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return False
-
-
-def _has_end(data: bytes) -> bool:
-    """Return whether the scans of a JPEG are followed by its end marker. libjpeg-turbo only warns without it."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xD9:
-            return True
-        if marker == 0xFF:  # padding
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            position += 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == 0xDA:  # entropy-coded data has no marker inside it
-                return data.find(b"\xff\xd9", position) >= 0
-    return data[position : position + 2] == b"\xff\xd9"

@@ -16,8 +16,10 @@ import pytest
 from articles import encode_image as encode
 from PIL import Image, ImageOps
 
+from bclip_fast.data.image_files import jpeg as jpeg_module
 from bclip_fast.ingest import sanitize as module
 from bclip_fast.ingest.sanitize import SanitizeError, sanitize
+from bclip_fast.ops import image as image_operator
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -44,6 +46,24 @@ def test_sanitize_good_jpeg_keeps_its_bytes():
     result = sanitize(data)
     assert result.data == data
     assert (result.width, result.height, result.source_format, result.source_mode) == (60, 40, "JPEG", "RGB")
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled decoder", "Pillow alone"])
+@pytest.mark.parametrize("tail", [bytes(4096), b"Canon" + bytes(range(255)) * 9], ids=["zeros", "trailer"])
+def test_sanitize_jpeg_without_end_is_encoded_again(tail, compiled, monkeypatch):
+    """Pillow reads such a file, because bytes follow it. Training refuses it."""
+    whole = encode(RGB, "JPEG", quality=61)
+    data = whole[:-2] + tail
+    with pytest.raises(ValueError, match="Premature end"):
+        image_operator.decode(data, backend="cpu")
+    if not compiled:
+        monkeypatch.setattr(jpeg_module, "find_spec", lambda name: None)
+    result = sanitize(data)
+    assert result.data != data
+    assert image_operator.decode(result.data, backend="cpu").shape == (40, 60, 3)
+    assert np.abs(decode(result.data) - gradient()).mean() < 4
+    # Bytes after the end do no harm, so the file keeps them.
+    assert sanitize(whole + tail).data == whole + tail
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_products_of_halves_use_tf32_on_older_torch(dtype, before, fails, watch,
 
 
 def shifted(tensor):
-    """A contiguous copy whose address is no multiple of 16 bytes."""
+    """A contiguous copy. Its address is not a multiple of 16 bytes."""
     memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)
     return memory[3:].view_as(tensor).copy_(tensor)
 

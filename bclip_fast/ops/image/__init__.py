@@ -62,7 +62,7 @@ def _cuda_limits(target: bytes | Tensor) -> str | None:
 
 
 def host_backend() -> str | None:
-    """The backend that decodes the files that nvJPEG refuses. None if there is none."""
+    """The backend that decodes the files that nvJPEG refuses, or None if no backend can."""
     limits = {"cpu": _cpu_limits, "reference": _reference_limits}
     return next((name for name, limit in limits.items() if limit(b"") is None), None)
 
