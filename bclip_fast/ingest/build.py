@@ -30,6 +30,7 @@ from bclip_fast.data.shards.manifest import write_manifest
 from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing, write_text
+from bclip_fast.io.file_names import printable
 from bclip_fast.io.progress import track
 
 from . import executors
@@ -38,7 +39,6 @@ from .assign import Shard, Splits, make_plan
 from .dataset import ShardTask, write_rejects, write_shard
 from .discovery import discover
 from .extract import Options, PartTask, extract_part
-from .file_names import printable
 from .object_store import is_address, is_mirror, open_store
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import Rules, discover_objects, select

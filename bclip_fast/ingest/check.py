@@ -12,13 +12,13 @@ from typing import Literal
 import tyro
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.file_names import printable
 from bclip_fast.io.hashing import sha256
 
 from .articles import XML_SUFFIXES, ArticleArchive, ArticleFiles, FetchError, Package, SourceError, read_regular_file
 from .build import IngestConfig, list_packages
 from .discovery import archive_package, is_archive
 from .extract import Options, open_articles, process_file
-from .file_names import printable
 from .jats import Article, JatsError, read_article, split
 from .jats_figures import Figure
 from .licences import with_metadata

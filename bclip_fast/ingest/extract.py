@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bclip_fast.errors import first_line
+from bclip_fast.io.file_names import printable
 
 from .articles import ArticleArchive, ArticleFiles, FetchError, Package, SourceError
 from .discovery import open_package
-from .file_names import printable
 from .image_formats import num_pixels
 from .image_names import ImageNames
 from .jats import Article, JatsError, read_article, split

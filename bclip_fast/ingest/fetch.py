@@ -20,11 +20,11 @@ import tyro
 from bclip_fast.data.shards.format import to_json
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing, write_bytes
+from bclip_fast.io.file_names import printable
 from bclip_fast.io.hashing import md5_of
 from bclip_fast.io.progress import track
 
 from .articles import FetchError, SourceError
-from .file_names import printable
 from .jats import JatsError, parse
 from .licences import with_metadata
 from .object_store import HttpStore, Store, is_address

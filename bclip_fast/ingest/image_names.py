@@ -7,8 +7,9 @@ import urllib.parse
 from collections import defaultdict
 from collections.abc import Iterable
 
+from bclip_fast.io.file_names import comparable
+
 from .articles import SourceError
-from .file_names import comparable
 from .image_formats import preference, without_suffix
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")

@@ -24,9 +24,9 @@ from PIL import Image
 
 from bclip_fast.ingest import extract
 from bclip_fast.ingest.build import IngestConfig, build
-from bclip_fast.ingest.file_names import comparable, printable
 from bclip_fast.ingest.image_formats import may_be_image
 from bclip_fast.ingest.image_names import ImageNames
+from bclip_fast.io.file_names import comparable, printable
 
 ODD = os.fsdecode(b"f\xff.jpg")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from colours import COLOURS, ColourModel, colour_model, jpeg, preprocess, tokenizer
+from colours import COLOURS, ColourModel, colour_model, evaluate_with, jpeg, preprocess, tokenizer
 from dicom_files import dicom
 from towers import SMALL, shaken
 
@@ -18,6 +19,7 @@ from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
+from bclip_fast.eval.config import EvalConfig
 from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.embed import Embedder
 from bclip_fast.model.biomedclip import BiomedClip
@@ -176,6 +178,22 @@ def test_embed_names_images_in_formats_that_are_not_read(start: Path, tmp_path: 
         (images / name).write_bytes(jpeg((250, 9, 9), 40))
     embed(EmbedConfig(model=str(start), data=str(images), out=str(tmp_path / "out"), progress=False))
     assert "left out 2 images in formats that are not read: b.jp2, deep/c.AVIF" in caplog.text
+
+
+def test_embed_and_evaluate_files_whose_names_are_not_utf8(start: Path, tmp_path: Path) -> None:
+    for folder, colour in ((b"red\xff", (250, 9, 9)), (b"blue", (9, 9, 250))):
+        path = tmp_path / "images" / os.fsdecode(folder)
+        path.mkdir(parents=True)
+        (path / os.fsdecode(b"a\xfe.jpg")).write_bytes(jpeg(colour, 40))
+        (path / "b.jpg").write_bytes(jpeg(colour, 40))
+    data, out = str(tmp_path / "images"), str(tmp_path / "out")
+    embed(EmbedConfig(model=str(start), data=data, out=out, progress=False))
+    searcher = Searcher(OpenConfig(folder=out))
+    hit = searcher.image(jpeg((250, 9, 9), 40), 4)[0]
+    assert hit.key in ("red\\xff/a\\xfe.jpg", "red\\xff/b.jpg")
+    assert "<img " in page(searcher, [hit])
+    results = evaluate_with(EvalConfig(data=data, task=("zero_shot",), progress=False))
+    assert results["tasks"]["zero_shot/class"]["classes"] == ["blue", "red\\xff"]
 
 
 def test_search_file_of_any_name_is_an_image(start: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from bclip_fast.errors import UserError
+from bclip_fast.io.file_names import printable
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def select_images(paths: Iterable[Path], root: Path) -> list[Path]:
     root: folder that the names in the log start from.
     """
     files = sorted(path for path in paths if path.is_file())
-    unread = [str(path.relative_to(root)) for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
+    unread = [printable(str(path.relative_to(root))) for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
     if unread:
         names = ", ".join(unread[:_NUM_SHOWN]) + (", ..." if len(unread) > _NUM_SHOWN else "")
         log.warning("%s: left out %d images in formats that are not read: %s", root, len(unread), names)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
+from bclip_fast.io.file_names import printable
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
 from .files import read_image, select_images
@@ -44,7 +45,7 @@ class FolderDataset:
                 raise UserError(
                     f"data folder {root / name} holds no image ({' '.join(IMAGE_SUFFIXES)}); remove or fill it"
                 )
-            self._samples += [(path, name) for path in images]
+            self._samples += [(path, printable(name)) for path in images]
         if not self._samples:
             raise UserError(
                 f"data folder {root} is neither shards (no dataset.json) nor a folder with a folder per class"
@@ -63,7 +64,7 @@ class FolderDataset:
 
     def key(self, i: int) -> str:
         """Return the path within the folder."""
-        return self._samples[i][0].relative_to(self._root).as_posix()
+        return printable(self._samples[i][0].relative_to(self._root).as_posix())
 
     def image(self, i: int) -> bytes:
         """Return the contents of the file."""

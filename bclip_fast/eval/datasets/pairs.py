@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
+from bclip_fast.io.file_names import printable
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
 from .files import read_image, select_images
@@ -52,7 +53,7 @@ class PairDataset:
 
     def key(self, i: int) -> str:
         """Return the path within the folder."""
-        return self._images[i].relative_to(self._root).as_posix()
+        return printable(self._images[i].relative_to(self._root).as_posix())
 
     def image(self, i: int) -> bytes:
         """Return the contents of the file."""
