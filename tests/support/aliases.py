@@ -15,7 +15,9 @@ def check_every_operator() -> None:
     """Let each operator that is registered as bclip::* from now on check its results in every call."""
     register = torch.library.Library.impl
 
-    def impl(library: torch.library.Library, name: str, function: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+    def impl(
+        library: torch.library.Library, name: str, function: Callable[..., Any], *rest: Any, **options: Any
+    ) -> Any:
         checked = checked_results(name, function) if library.ns == "bclip" else function
         return register(library, name, checked, *rest, **options)
 
