@@ -161,6 +161,21 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def num_equal(numbers: torch.Tensor) -> torch.Tensor:
+    """How many of the numbers (n,) of all ranks occur more than once: an int64 scalar, without a wait for the device.
+
+    Every rank has equally many numbers.
+    """
+    if world_size() > 1:
+        every = numbers.new_empty(world_size() * len(numbers))
+        dist.all_gather_into_tensor(every, numbers)
+        numbers = every
+    ordered = numbers.sort().values
+    equal = ordered[1:] == ordered[:-1]
+    single = equal.new_zeros(1)
+    return (torch.cat([equal, single]) | torch.cat([single, equal])).sum()
+
+
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's `value` on every rank."""
     if not dist.is_initialized():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,7 @@ class Batch:
         epoch: number of the pass over the data, from 0.
         bad: the damaged samples that fallbacks replace, in the order of their rows. They include damaged fallbacks.
         last: whether this is the rank's last micro-batch of the global batch.
+        groups: (b,) int64, equal for samples that are positives of one another. None: each sample has one positive.
     """
 
     images: Tensor
@@ -72,6 +74,7 @@ class Batch:
     epoch: int
     bad: list[BadRecord] = field(default_factory=list)
     last: bool = True
+    groups: Tensor | None = None
 
 
 class Loader:
@@ -97,6 +100,7 @@ class Loader:
         prefetch_batches: number of batches to prepare ahead.
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         timeout_s: time limit for a batch, in seconds.
+        groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -118,6 +122,7 @@ class Loader:
         prefetch_batches: int = 2,
         pin_memory: bool = False,
         timeout_s: float = 300.0,
+        groups: np.ndarray | None = None,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -135,6 +140,7 @@ class Loader:
         self._prefetch = prefetch_batches
         self._pin = pin_memory
         self._timeout_s = timeout_s
+        self._groups = groups
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
@@ -177,8 +183,11 @@ class Loader:
             [bad for part in parts for bad in part.bad],
             plan.last,
         )
+        if self._groups is not None:
+            batch.groups = torch.from_numpy(self._groups[[index for part in parts for index in part.indices]])
         if self._pin:
             batch.ids = batch.ids.pin_memory()
+            batch.groups = None if batch.groups is None else batch.groups.pin_memory()
         if batch.last:
             self.sampler.num_consumed += self.sampler.batch_size_of(batch.epoch)
         return batch
@@ -227,7 +236,7 @@ class Loader:
                 fallback = self.dataset.fetch([index])()
                 reasons = self._decode(out[row : row + 1], epoch, [index], fallback)
                 if not reasons:
-                    samples[row] = fallback[0]
+                    samples[row], indices[row] = fallback[0], index
                     break
                 bad.append(self._record(epoch, positions[row], index, reasons[0]))
             else:
@@ -238,7 +247,7 @@ class Loader:
         intact = [sample for sample in samples if isinstance(sample, Sample)]
         tokens = self._tokenize([sample.caption for sample in intact])
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad)
+        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -330,6 +339,7 @@ class _Part:
     ids: Tensor
     lengths: list[int]
     bad: list[BadRecord]
+    indices: list[int]
 
 
 @dataclass

@@ -94,6 +94,10 @@ class Storage:
         """Parse a JSON file. Raises FileNotFoundError or ReadError."""
         return self._retry(name, _WHOLE_FILE, lambda: json.loads(self._read_all(name)))
 
+    def read_all(self, name: str) -> bytes:
+        """Return a whole file. Raises FileNotFoundError or ReadError."""
+        return self._retry(name, _WHOLE_FILE, lambda: self._read_all(name))
+
     def _read(self, name: str, start: int, end: int) -> bytes:
         raise NotImplementedError
 

@@ -133,8 +133,9 @@ def _flops(config: TrainConfig, samples: Samples, batch_size: int, has_micro_bat
     if config.engine.grad_checkpointing:
         flops["recomputation"] = forward
     # Four matrix products: the similarities in the forward pass and again in the backward pass, and the products of
-    # their gradient with both features. The benchmarks count them in the same way.
-    flops["loss"] = 4 * 2.0 * batch_size**2 * config.model.embed_dim
+    # their gradient with both features. The sigmoid loss computes its gradient in the forward pass, with one product
+    # less. The benchmarks count them in the same way.
+    flops["loss"] = (3 if config.loss.kind == "siglip" else 4) * 2.0 * batch_size**2 * config.model.embed_dim
     return flops
 
 

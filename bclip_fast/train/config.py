@@ -14,6 +14,7 @@ from bclip_fast.model.presets import preset
 
 from .engine import EngineConfig
 from .loss_spikes import SpikeConfig
+from .losses import LossConfig
 from .schedule import OptimConfig
 
 
@@ -25,6 +26,10 @@ class DataConfig:
     """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// or any other scheme of
     fsspec)."""
     split: str = "train"
+    positives: Literal["pair", "captions", "images", "duplicates", "figure", "article"] = "pair"
+    """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
+    images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
+    of an article."""
     tokenizer: str = ""
     """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the captions of the split. If empty,
     the tokenizer of init.model or init.text, or `train` without them."""
@@ -196,6 +201,7 @@ class TrainConfig:
     model: BiomedClipConfig = field(default_factory=BiomedClipConfig)
     init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -223,6 +229,12 @@ class TrainConfig:
             unlocked = getattr(self, name)
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
+        for name in ("label_smoothing", "hardness"):
+            if self.data.positives != "pair" and getattr(self.loss, name):
+                raise UserError(
+                    f"data.positives={self.data.positives} cannot be combined with loss.{name}; set one of them to its "
+                    "default"
+                )
 
     @property
     def first_batch_size(self) -> int:
@@ -230,14 +242,17 @@ class TrainConfig:
         return dict(self.batch_schedule).get(0, self.batch_size)
 
     def resolved(self) -> TrainConfig:
-        """This configuration with the preset written out in the model section."""
-        if not self.preset:
-            return self
-        if self.model != BiomedClipConfig():
-            raise UserError(
-                f'preset={self.preset} conflicts with the model section; set preset = "" to use the section'
-            )
-        return dataclasses.replace(self, preset="", model=preset(self.preset))
+        """This configuration with the preset and the loss's initial logits written out in the model section."""
+        model = self.model
+        if self.preset:
+            if model != BiomedClipConfig():
+                raise UserError(
+                    f'preset={self.preset} conflicts with the model section; set preset = "" to use the section'
+                )
+            model = preset(self.preset)
+        scale, bias = self.loss.initial_logits(model.init_logit_scale, model.init_logit_bias)
+        model = dataclasses.replace(model, init_logit_scale=scale, init_logit_bias=bias)
+        return dataclasses.replace(self, preset="", model=model)
 
     def with_precision(self, precision: Precision) -> TrainConfig:
         """This configuration with precision "auto" resolved."""

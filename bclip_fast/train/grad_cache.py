@@ -22,12 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
-from bclip_fast.loss import ClipLoss
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 
 from .engine import Engine
+from .losses import Loss
 from .spill import SpillBuffer
 from .transfers import packed_to_device, to_device
 
@@ -71,17 +72,23 @@ class GradCache:
 
     logit_scale: Tensor
     """The factor of the logits, a scalar on the device. Set by `loss`."""
+    num_shared: Tensor
+    """Number of pairs of the global batch with more than one positive, a scalar on the device, set by `loss`. NaN
+    without groups."""
 
-    def __init__(self, engine: Engine, loss: ClipLoss, num_micro_batches: int, spill: SpillBuffer) -> None:
+    def __init__(self, engine: Engine, loss: Loss, num_micro_batches: int, spill: SpillBuffer) -> None:
         self._engine, self._loss, self._spill = engine, loss, spill
         self._num_micro_batches = num_micro_batches
         self._batches: list[tuple[Callable[[], Batch], int]] = []
         self._features: Embedded | None = None
         self._pre_projection: list[Tensor | None] = []
+        self._groups: list[Tensor] = []
         spill.clear()
 
     def add(self, batch: Batch, seed: int) -> None:
         """Embed the next micro-batch with the random numbers of `seed`."""
+        if batch.groups is not None:
+            self._groups.append(to_device(batch.groups, self._engine.device))
         if self._num_micro_batches == 1:
             self._features = embed(self._engine, batch, seed)
             self._batches.append((lambda: batch, seed))
@@ -103,7 +110,13 @@ class GradCache:
             for name, tensor in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
                 if tensor is not None:
                     tensor.requires_grad_(self._engine.is_trainable(name))
-        self._value = self._loss(*self._features)
+        options = {}
+        self.num_shared = torch.full_like(self.logit_scale, torch.nan)
+        if self._groups:
+            groups = torch.cat(self._groups)
+            options["groups"] = (groups, groups)
+            self.num_shared = distributed.num_equal(groups).to(self.logit_scale)
+        self._value = self._loss(*self._features, **options)
         return self._value.detach()
 
     def backward(self) -> None:

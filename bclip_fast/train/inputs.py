@@ -9,6 +9,7 @@ import torch
 from bclip_fast import distributed
 from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
+from bclip_fast.data.shards.positives import group_ids
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
@@ -62,6 +63,7 @@ def build_loader(
         "prefetch_batches": config.prefetch_batches,
         "pin_memory": device.type == "cuda",
         "timeout_s": config.timeout_s,
+        "groups": group_ids(dataset, config.positives),
     }
     if config.loader == "native":
         return Loader(*arguments, **options)

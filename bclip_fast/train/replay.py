@@ -29,13 +29,13 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
-from bclip_fast.loss import ClipLoss
 
 from . import backends
 from .config import TrainConfig
 from .engine import build_engine
 from .grad_cache import GradCache
 from .init_weights import new_model
+from .losses import build_loss
 from .spill import SpillBuffer
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ def write_dump(run: Path, dump: Dump) -> Path:
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
+        if batch.groups is not None:
+            parts["groups"] = batch.groups
         tensors.update({f"{number}.{name}": tensor for name, tensor in parts.items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,10 @@ def read_dump(folder: Path) -> Dump:
         batches = []
         for i, facts in enumerate(state["ranks"][rank]):
             images, ids, lengths = (tensors[f"{i}.{name}"] for name in ("images", "ids", "lengths"))
-            batches.append((Batch(images, ids, lengths.tolist(), facts["keys"], facts["epoch"]), facts["seed"]))
+            batch = Batch(
+                images, ids, lengths.tolist(), facts["keys"], facts["epoch"], groups=tensors.get(f"{i}.groups")
+            )
+            batches.append((batch, facts["seed"]))
         model = load_file(folder / "model.safetensors")
         config = config_files.from_toml(TrainConfig, folder / "config.toml")
         results = float(state["loss"]), float(state["grad_norm"])
@@ -160,7 +165,7 @@ def _replay(config: ReplayConfig) -> int:
     model.load_state_dict(dump.model)
     model.visual.patch_dropout = dump.patch_dropout
     engine = build_engine(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
-    loss_fn = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
+    loss_fn = build_loss(dump.config.loss)
     data = dump.config.data
     spill = SpillBuffer(data.spool_above_mib << 20, data.spool_dir)
     cache = GradCache(engine, loss_fn, len(dump.batches), spill)

@@ -37,11 +37,12 @@ _CURVES = {
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
     "grad_norm": "Norm of the gradient",
+    "shared_positives": "Pairs with more than one positive",
     "samples_per_second": "Samples a second",
     "tokens_per_second": "Tokens a second",
     "mfu": "MFU",
 }
-_NOISY = ("loss", "grad_norm", "samples_per_second", "tokens_per_second", "mfu")
+_NOISY = ("loss", "grad_norm", "shared_positives", "samples_per_second", "tokens_per_second", "mfu")
 # Parts of a step, in their order.
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 # End of the name of a validation metric. Before it stands the direction or the task.

@@ -15,6 +15,7 @@ If a step may end the run, the host reads its results at its end on a GPU too. T
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class PendingStep:
     peak_memory: bytes.
     num_bad: number of different damaged samples so far.
     least_seconds: seconds that the step takes at the device's peak rate. None if the rate is unknown.
-    tensors: loss, logit scale, and the scalars of `StepTensors`.
+    tensors: loss, logit scale, number of pairs with more than one positive, and the scalars of `StepTensors`.
     seconds: duration of the step. 0 means that the step ends with the call of `record`.
     """
 
@@ -75,7 +76,9 @@ class PendingStep:
     tensors: AsyncRead
     seconds: float = 0.0
 
-    def record(self, loss: float, logit_scale: float, grad_norm: float, num_skipped: int) -> dict[str, Any]:
+    def record(
+        self, loss: float, logit_scale: float, num_shared: float, grad_norm: float, num_skipped: int
+    ) -> dict[str, Any]:
         """The step's line of metrics.jsonl. metrics.py explains its keys."""
         seconds = self.seconds or time.perf_counter() - self.start
         return {
@@ -86,6 +89,7 @@ class PendingStep:
             "lr": self.lr,
             "logit_scale": logit_scale,
             "grad_norm": grad_norm,
+            **({} if math.isnan(num_shared) else {"shared_positives": int(num_shared)}),
             "samples_per_second": self.batch_size / seconds,
             "tokens_per_second": self.num_tokens / seconds,
             **({} if self.least_seconds is None else {"mfu": self.least_seconds / seconds}),
@@ -136,14 +140,14 @@ class StepResults:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        loss, logit_scale, *outcome = pending.tensors.numbers()
+        loss, logit_scale, num_shared, *outcome = pending.tensors.numbers()
         result = StepResult.of(*outcome)
         if self._ema is not None and not result.skipped:
             self._ema.update()
         failure = self._observe(pending.step, loss, result, cache)
         metrics, progress, on_step = self.outputs
         if metrics is not None and progress is not None:
-            record = pending.record(loss, logit_scale, result.grad_norm, self._spikes.num_skipped)
+            record = pending.record(loss, logit_scale, num_shared, result.grad_norm, self._spikes.num_skipped)
             metrics.write(record)
             progress.update(record)
             if on_step is not None:

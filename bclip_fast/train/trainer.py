@@ -31,7 +31,6 @@ from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
-from bclip_fast.loss import ClipLoss
 from bclip_fast.model import flops
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
@@ -46,6 +45,7 @@ from .engine import build_engine
 from .grad_cache import GradCache
 from .init_weights import init_model, new_model
 from .loss_spikes import LossSpikes
+from .losses import build_loss
 from .metrics import MetricsLog
 from .progress import Progress
 from .schedule import learning_rate, patch_dropout, step_seed
@@ -147,7 +147,7 @@ class _Run:
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
         self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
-        self.loss_fn = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
+        self.loss_fn = build_loss(config.loss)
         device = self.engine.device
         self.loader = inputs.build_loader(config.data, dataset, sampler, tokenizer, self.preprocess, device)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
@@ -261,7 +261,7 @@ class _Run:
                 peak_memory=peak_memory(self.engine.device),
                 num_bad=self.bad.num_bad,
                 least_seconds=self._least_seconds(lengths),
-                tensors=AsyncRead([loss, cache.logit_scale, *outcome.scalars]),
+                tensors=AsyncRead([loss, cache.logit_scale, cache.num_shared, *outcome.scalars]),
             ),
             cache,
         )

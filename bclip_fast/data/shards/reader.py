@@ -178,6 +178,10 @@ class ShardDataset:
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
+    def shard_starts(self) -> dict[str, int]:
+        """Return the index of the first sample of each shard, by the shard's name."""
+        return {shard["name"]: start for shard, start in zip(self._shards, self._starts[:-1], strict=True)}
+
     def name_of(self, i: int) -> tuple[str, str]:
         """Return sample i's key and the file name of its shard. Only reads the index."""
         number, position = self._locate(i)

@@ -1,0 +1,113 @@
+"""The loss of a run, by its name in the configuration.
+
+A loss is a module that `grad_cache.py` calls with the embeddings of this rank's part of a global batch. It returns the
+loss of the global batch. `ClipLoss` and `SigLipLoss` are such modules. `Loss` is what another class must offer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bclip_fast import distributed
+from bclip_fast.errors import UserError
+from bclip_fast.loss import ClipLoss, SigLipLoss
+
+KINDS = ("clip", "siglip")
+# The initial factor and bias of the logits in the paper of the sigmoid loss (arXiv 2303.15343, section 3.2).
+SIGLIP_LOGITS = 10.0, -10.0
+
+
+class Loss(Protocol):
+    """What training needs of a loss. The arguments are features (b, D) of this rank, with scalar scale and bias.
+
+    The result is the loss of the global batch, a scalar. Its gradients are those that an average over ranks turns into
+    the gradients of the global batch.
+    """
+
+    operand_dtype: torch.dtype | None
+    """The dtype of the products, if the features are wider than the towers' output."""
+
+    def __call__(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        *,
+        groups: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The scalar loss. `groups`: ids (b,) of images and texts, where equal ids are positives."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss."""
+
+    kind: str = "clip"
+    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a decision of its own. For a
+    class of your own, write module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
+    label_smoothing: float = 0.0
+    """Share of the targets that goes to all pairs alike, within 0 and 1."""
+    hardness: float = 0.0
+    """Weight of hard negatives in the clip loss: negatives count by exp(hardness * cosine). 0 weighs all alike."""
+    init_scale: float = 0.0
+    """Initial factor of the logits. 0 takes that of the model, or SigLIP's 10 for siglip and a model without bias."""
+    init_bias: float | None = None
+    """Initial bias of the logits. None takes that of the model, or SigLIP's -10 for siglip and a model without bias."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS and not self.is_own:
+            raise UserError(f"loss.kind={self.kind} must be {', '.join(KINDS)} or module:Class")
+        if not 0 <= self.label_smoothing <= 1:
+            raise UserError(f"loss.label_smoothing={self.label_smoothing} must lie in [0, 1]")
+        if self.hardness and (self.kind != "clip" or self.label_smoothing):
+            raise UserError(f"loss.hardness={self.hardness} needs loss.kind=clip without label_smoothing; set it to 0")
+        if not 0 <= self.init_scale <= 100:
+            raise UserError(f"loss.init_scale={self.init_scale} must lie in (0, 100], or be 0 for the loss's own")
+        if self.init_bias is not None and self.kind == "clip":
+            raise UserError(f"loss.init_bias={self.init_bias} needs loss.kind=siglip: a bias cancels in a softmax")
+        if self.is_own and (self.label_smoothing or self.hardness):
+            raise UserError(f"loss.kind={self.kind} takes no label_smoothing and no hardness; set them in your class")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the loss is a class of the user's."""
+        module, _, name = self.kind.partition(":")
+        return bool(module) and name.isidentifier()
+
+    def initial_logits(self, log_scale: float, bias: float | None) -> tuple[float, float | None]:
+        """The initial logarithm of the logit scale and the initial bias, of a model with `log_scale` and `bias`."""
+        if self.kind == "siglip" and bias is None:
+            log_scale, bias = math.log(SIGLIP_LOGITS[0]), SIGLIP_LOGITS[1]
+        scale = math.log(self.init_scale) if self.init_scale else log_scale
+        return scale, bias if self.init_bias is None else self.init_bias
+
+
+def build_loss(config: LossConfig) -> Any:
+    """The loss of this rank, a module that works as `Loss`.
+
+    Raises:
+        UserError: the user's class cannot be imported or made.
+    """
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    if config.kind == "clip":
+        return ClipLoss(**ranks, label_smoothing=config.label_smoothing, hardness=config.hardness)
+    if config.kind == "siglip":
+        return SigLipLoss(**ranks, label_smoothing=config.label_smoothing)
+    module, _, name = config.kind.partition(":")
+    try:
+        own = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"loss.kind={config.kind} cannot be imported: {error}; set PYTHONPATH to its folder") from error
+    if not (isinstance(own, type) and issubclass(own, nn.Module)):
+        raise UserError(f"loss.kind={config.kind} must be a class derived from torch.nn.Module")
+    try:
+        return own(**ranks)
+    except TypeError as error:
+        raise UserError(f"loss.kind={config.kind} must take rank and world_size: {error}") from error

@@ -1,0 +1,184 @@
+"""Each loss of the configuration trains, and its step over micro-batches and ranks is that of the whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from ranks import on_ranks
+from synthetic import tiny_model, tiny_run
+
+from bclip_fast.errors import UserError
+from bclip_fast.io.runs import read_metrics
+from bclip_fast.loss import ClipLoss
+from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.train.config import DataConfig
+from bclip_fast.train.engine import build_engine
+from bclip_fast.train.grad_cache import GradCache, embed
+from bclip_fast.train.losses import LossConfig, build_loss
+from bclip_fast.train.trainer import train
+
+GROUPS = torch.arange(NUM_PARTS * ROWS) // 3
+CASES = {
+    "clip": (LossConfig(), None),
+    "clip groups": (LossConfig(), GROUPS),
+    "clip smoothing": (LossConfig(label_smoothing=0.1), None),
+    "clip hardness": (LossConfig(hardness=2.0), None),
+    "siglip": (LossConfig(kind="siglip"), None),
+    "siglip groups": (LossConfig(kind="siglip"), GROUPS),
+    "own": (LossConfig(kind="test_losses:Margin"), None),
+}
+
+
+class Margin(ClipLoss):
+    """A loss of the user's own: the clip loss at twice the scale."""
+
+    def forward(self, image: Any, text: Any, scale: Any, bias: Any = None, *args: Any, **options: Any) -> Any:
+        return super().forward(image, text, 2 * scale, bias, *args, **options)
+
+
+def make(loss: LossConfig, config: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = tiny_model(dropout=0.1)
+    scale, bias = loss.initial_logits(sizes.init_logit_scale, sizes.init_logit_bias)
+    model = BiomedClip(dataclasses.replace(sizes, init_logit_scale=scale, init_logit_bias=bias))
+    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+
+
+def batches(groups: torch.Tensor | None) -> list[tuple[Any, int]]:
+    parts = [(batch, seed) for batch, seed in micro_batches()]
+    if groups is None:
+        return parts
+    return [
+        (dataclasses.replace(batch, groups=rows), seed)
+        for (batch, seed), rows in zip(parts, groups.split(ROWS), strict=True)
+    ]
+
+
+def definition(loss: LossConfig, groups: torch.Tensor | None, features: Any) -> torch.Tensor:
+    """The loss of dense logits, in float64."""
+    image, text, scale, bias = (None if each is None else each.double() for each in features)
+    logits = scale * image @ text.T
+    count = len(logits)
+    same = torch.eye(count).double() if groups is None else (groups[:, None] == groups).double()
+    if loss.kind == "siglip":
+        return -F.logsigmoid((2 * same - 1) * (logits + bias)).sum() / count
+    if loss.kind != "clip":
+        logits = 2 * logits
+    if loss.hardness:
+        logits = logits + (1 - same) * loss.hardness * (image @ text.T).detach()
+    targets = same / same.sum(1, keepdim=True)
+    targets = (1 - loss.label_smoothing) * targets + loss.label_smoothing / count
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def whole_batch(name: str) -> dict[str, Any]:
+    loss, groups = CASES[name]
+    engine = make(loss, ENGINES["ddp"])
+    parts = [embed(engine, *part) for part in micro_batches()]
+    features = [torch.cat([part[i] for part in parts]) for i in (0, 1)]
+    value = definition(loss, groups, [*features, *parts[0][2:]])
+    engine.backward(value.float())
+    result = engine.step(OPTIM.lr)
+    return {"loss": float(value.detach()), "grad_norm": result.grad_norm, "weights": engine.model_state()}
+
+
+def cached_steps(rank: int, num_ranks: int) -> dict[str, Any]:
+    os.environ["LOCAL_RANK"] = str(rank)
+    results = {}
+    for name, (loss, groups) in CASES.items():
+        # Each loss with one engine, and the sigmoid loss, whose bias has a gradient of its own, with all of them.
+        engines = ENGINES if name == "siglip groups" else {"ddp": ENGINES["ddp"]}
+        for engine_name, config in engines.items():
+            engine = make(loss, config)
+            share = NUM_PARTS // num_ranks
+            cached = GradCache(engine, build_loss(loss), share, spill_buffer())
+            for part in batches(groups)[rank * share : (rank + 1) * share]:
+                cached.add(*part)
+            value = float(cached.loss())
+            cached.backward()
+            result = engine.step(OPTIM.lr)
+            results[name, engine_name] = {
+                "loss": value,
+                "grad_norm": result.grad_norm,
+                "weights": engine.model_state(),
+                "shared": float(cached.num_shared),
+            }
+            engine.close()
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_cached_step_of_each_loss_is_that_of_the_whole_batch(num_ranks):
+    results = on_ranks(num_ranks, cached_steps, num_ranks)[0]
+    for (name, engine), result in results.items():
+        expected = whole_batch(name)
+        assert result["loss"] == pytest.approx(expected["loss"], rel=2e-6), (name, engine)
+        assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5), (name, engine)
+        for key, weight in expected["weights"].items():
+            torch.testing.assert_close(result["weights"][key], weight, rtol=0, atol=2e-5, msg=f"{name} {engine} {key}")
+        assert math.isnan(result["shared"]) if CASES[name][1] is None else result["shared"] == NUM_PARTS * ROWS
+
+
+def test_siglip_starts_with_the_scale_and_bias_of_its_paper(tmp_path, shards):
+    config = tiny_run(tmp_path, shards, loss=LossConfig(kind="siglip")).resolved()
+    assert (math.exp(config.model.init_logit_scale), config.model.init_logit_bias) == (pytest.approx(10), -10)
+    own = tiny_run(tmp_path, shards, loss=LossConfig(kind="siglip", init_scale=20, init_bias=-5)).resolved()
+    assert (math.exp(own.model.init_logit_scale), own.model.init_logit_bias) == (pytest.approx(20), -5)
+    assert own.resolved() == own
+    assert tiny_run(tmp_path, shards).resolved().model == tiny_model()
+
+
+def test_runs_count_the_pairs_with_several_positives_and_resume(tmp_path, shards):
+    """The 96 samples have 32 captions, so that each caption is that of three samples."""
+    data = DataConfig(shards=str(shards), shuffle_block=32, positives="captions")
+    options = {"loss": LossConfig(kind="siglip"), "micro_batch_size": 8}
+    train(tiny_run(tmp_path / "run", shards, data=data, **options))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    table = pq.read_table(shards / "manifest.parquet").to_pylist()
+    captions = {row["key"]: row["caption"] for row in table}
+    assert len(set(captions.values())) == 32
+    assert all(0 < record["shared_positives"] <= 16 for record in records)
+    (tmp_path / "resumed").mkdir()
+    train(tiny_run(tmp_path / "resumed", shards, data=data, max_steps=3, **options))
+    train(tiny_run(tmp_path / "resumed", shards, data=data, resume=True, **options))
+    again = read_metrics(tmp_path / "resumed" / "metrics.jsonl")
+    assert [record["shared_positives"] for record in again] == [record["shared_positives"] for record in records]
+    # The learning rate depends on the length of the run, so only the first steps agree.
+    assert np.allclose([record["loss"] for record in again][:2], [record["loss"] for record in records][:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "focal"}, "loss.kind=focal must be clip, siglip or module:Class"),
+        ({"kind": "siglip", "hardness": 1.0}, "needs loss.kind=clip"),
+        ({"label_smoothing": 2.0}, "must lie in"),
+        ({"init_bias": -10.0}, "needs loss.kind=siglip"),
+    ],
+)
+def test_invalid_options_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        LossConfig(**options)
+
+
+@pytest.mark.parametrize("kind", ["no_such_module:Loss", "test_losses:NoSuchClass", "pathlib:Path"])
+def test_own_class_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, shards, kind):
+    with pytest.raises(UserError, match=f"loss.kind={kind}"):
+        train(tiny_run(tmp_path / "run", shards, loss=LossConfig(kind=kind)))
+    assert not list(Path(tmp_path).glob("run/checkpoints/*"))
+
+
+def test_groups_exclude_label_smoothing(tmp_path, shards):
+    data = DataConfig(shards=str(shards), positives="captions")
+    with pytest.raises(UserError, match="data.positives=captions cannot be combined with loss.label_smoothing"):
+        tiny_run(tmp_path, shards, data=data, loss=LossConfig(label_smoothing=0.1))
