@@ -15,7 +15,7 @@ from colours import COLOURS, jpeg
 from fake_cuda import fake_cuda
 from peers import import_torchvision
 from PIL import Image
-from runs import column
+from runs import column, records
 from towers import SMALL
 
 from bclip_fast import pretrained
@@ -260,8 +260,10 @@ def test_finetune_damaged_image_is_replaced_or_stops(start: Path, tmp_path: Path
     changes = {"task": "", "epochs": 2, "checkpoint_every": 0}
     with caplog.at_level("WARNING"):
         finetune(settings(start, data, tmp_path / "run", **changes))
-    [message] = [record.message for record in caplog.records if "replaced a sample" in record.message]
-    assert "p3.jpg cannot be decoded" in message
+    messages = [record.message for record in caplog.records if "replaced sample" in record.message]
+    assert all("p3.jpg cannot be decoded" in message for message in messages) and len(messages) == 2
+    assert column(tmp_path / "run", "bad_samples")[-1] == 1
+    assert {line["key"] for line in records(tmp_path / "run", "bad_samples.jsonl")} == {"p3.jpg"}
     assert "1 of 16 images cannot be decoded" in caplog.text
     assert (tmp_path / "run" / "model").is_dir()
     with pytest.raises(UserError, match=r"image p3\.jpg cannot be decoded"):
