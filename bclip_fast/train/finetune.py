@@ -135,18 +135,19 @@ def finetune(config: FinetuneConfig) -> Path:
         raise UserError(f"batch_size={config.batch_size} is not a multiple of {distributed.world_size()} ranks")
     if Path(config.run).resolve() == Path(config.model).resolve():
         raise UserError(f"run={config.run} is the folder of the model; choose another run folder")
-    folder = RunFolder(Path(config.run), "finetune", config.resume)
-    precision = resolve_precision(config.engine.precision, folder.recorded_precision)
-    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
-    folder.compare(config)
-    objective: Pairs | Questions = Questions(config) if config.task else Pairs(config)
-    num_samples = len(objective.texts)
-    if num_samples < config.batch_size:
-        raise UserError(
-            f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
-        )
-    clip, preprocess, tokenizer = pretrained.load(config.model)
-    choice = backends.of_run(folder.path, resumed=folder.records is not None)
+    with distributed.explain_lost_ranks():
+        folder = RunFolder(Path(config.run), "finetune", config.resume)
+        precision = resolve_precision(config.engine.precision, folder.recorded_precision)
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+        folder.compare(config)
+        objective: Pairs | Questions = Questions(config) if config.task else Pairs(config)
+        num_samples = len(objective.texts)
+        if num_samples < config.batch_size:
+            raise UserError(
+                f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
+            )
+        clip, preprocess, tokenizer = pretrained.load(config.model)
+        choice = backends.of_run(folder.path, resumed=folder.records is not None)
     with (
         Signals() as signals,
         distributed.explain_lost_ranks(),
@@ -219,11 +220,12 @@ class _Loop(RunLoop):
             "texts": sha256("\0".join(texts)),
             "base model": base_model.describe(clip, self.preprocess, self.tokenizer, texts[:_NUM_TEXTS]),
         }
-        # Earlier versions recorded no base model.
-        known = {name: value for name, value in identity.items() if saved is not None and name in saved.data}
-        recorded = {name: saved.data[name] for name in known} if saved is not None else {}
-        if difference := checkpoints.first_difference(recorded, known, ""):
-            raise UserError(f"cannot resume from {self.folder.path / 'checkpoints'}: its {difference.lstrip('.')}")
+        recorded = identity if saved is None else saved.data
+        for name, value in identity.items():
+            # Earlier versions recorded no base model.
+            before = {name: recorded.get(name, value)}
+            if difference := checkpoints.first_difference(before, {name: value}, ""):
+                raise UserError(f"cannot resume from {self.folder.path / 'checkpoints'}: its {difference.lstrip('.')}")
         return identity
 
     def _begin(self) -> tuple[MetricsLog | None, BadSamples]:
@@ -295,7 +297,7 @@ class _Loop(RunLoop):
     def _give_up(self, step: int, loss: float, result: StepResult, reason: str, inputs: None) -> str:
         return (
             f"{reason}; lower optim.lr, set optim.grad_clip_norm, set engine.precision=fp32 or raise the limits of the "
-            "section spikes, then start again, or resume with --allow_changes if the run has a checkpoint"
+            "section spikes. Then start again, or resume a checkpoint with --allow_changes"
         )
 
     def _checkpoint(self) -> Callable[[], None]:

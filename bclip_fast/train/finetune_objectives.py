@@ -1,4 +1,4 @@
-"""What `bclip finetune` trains on: image-text pairs, or questions with answers."""
+"""The objectives of `bclip finetune`: image-text pairs, or questions with answers."""
 
 from __future__ import annotations
 

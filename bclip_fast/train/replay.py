@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ class Dump:
 
 
 def write_dump(run: Path, dump: Dump) -> Path:
-    """Write RUN/dumps/step-XXXXXXXX and return it. Collective.
+    """Write RUN/dumps/step-XXXXXXXX and return it. It is complete, or as it was before. Collective.
 
     Raises:
         UserError: on every rank, if one of them cannot write.
@@ -83,7 +84,10 @@ def write_dump(run: Path, dump: Dump) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
+    target, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
+    folder = target.with_name(f".{target.name}.partial")
+    # A killed process may have left it.
+    distributed.run_on_rank0(lambda: shutil.rmtree(folder, ignore_errors=True))
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
@@ -101,7 +105,7 @@ def write_dump(run: Path, dump: Dump) -> Path:
     batches = [{"seed": seed, "epoch": batch.epoch, "keys": batch.keys} for batch, seed in dump.batches]
     all_ranks = distributed.all_gather_object((problem, batches))
     if problems := [text for text, _ in all_ranks if text]:
-        raise UserError(f"{folder} cannot be written: {'; '.join(problems)}")
+        raise UserError(f"{target} cannot be written: {'; '.join(problems)}")
     state = {
         "step": dump.step,
         # JSON has no NaN, so these numbers are text.
@@ -111,9 +115,17 @@ def write_dump(run: Path, dump: Dump) -> Path:
         "changes": dump.changes,
         "ranks": [batches for _, batches in all_ranks],
     }
-    if distributed.is_main():
-        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    return folder
+
+    def finish() -> None:
+        try:
+            (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(folder, target)
+        except OSError as error:
+            raise UserError(f"{target} cannot be written: {error}") from error
+
+    distributed.run_on_rank0(finish)
+    return target
 
 
 def read_dump(folder: Path) -> Dump:

@@ -1,6 +1,6 @@
-"""Which settings a resumed run may change. Every field of the configurations has one rule here, by its dotted name.
+"""Rules for the settings that a resumed run may change. Every field of the configurations has one, by its dotted name.
 
-The name of a section gives the rule of its fields that have none of their own. A test walks all fields.
+The rule of a section holds for its fields without a rule. A test walks all fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bclip_fast.errors import UserError
 
 
 class Rule(Enum):
-    """What a changed field does to a resumed run."""
+    """The effect of a changed field on a resumed run."""
 
     FREE = "nothing: logs, workers, time limits, places of output, intervals of checkpoints and validation"
     LISTED = "nothing but rounding errors or the length of the run; the log and the records list it"
@@ -45,7 +45,7 @@ _COMMON = {
     "optim.decay": ARITHMETIC,
     "optim.batch_lr": ARITHMETIC,
     "optim.grad_clip_norm": ARITHMETIC,
-    # Every engine and ZeRO stage reads every checkpoint, and they agree but for the order of sums.
+    # Every engine and ZeRO stage reads every checkpoint. They only sum in other orders.
     "engine.name": LISTED,
     "engine.zero_stage": LISTED,
     "engine.precision": ARITHMETIC,

@@ -3,7 +3,7 @@
 config.toml                 resolved configuration, which the command accepts again
 backends.json               the operators' backends, which --resume keeps
 tokenizer/                  of `bclip train`
-metrics.jsonl, events.jsonl, tb/
+metrics.jsonl, events.jsonl, tb/, wandb/, wandb_id
 checkpoints/step-XXXXXXXX/
 model/                      in open_clip's layout. `bclip train` writes it with each checkpoint
 model_ema/                  the same with the EMA, if `ema_decay` is set

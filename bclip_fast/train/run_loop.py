@@ -152,7 +152,7 @@ class RunLoop(ABC):
         try:
             self.stopped = self.bad.agree(self.step + 1, list(bad), problem, bool(self.signals.received))
         except UserError as error:
-            # Every rank has this error, so all can save what they have computed.
+            # Every rank has this error, so all can save the steps so far.
             self.problem, self.stopped = error, True
         return not self.stopped
 

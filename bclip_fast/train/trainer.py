@@ -78,15 +78,16 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     distributed.init(timeout_seconds=config.timeout_s)
     # DeepSpeed keeps references to the group as long as the process lives, so don't shut down before its end.
     atexit.register(distributed.shutdown)
-    folder = RunFolder(Path(config.run), "train", config.resume)
-    config = config.with_precision(resolve_precision(config.engine.precision, folder.recorded_precision))
-    folder.compare(config)
-    dataset = inputs.open_dataset(config.data)
-    sampler = inputs.build_sampler(config, dataset)
-    if validate is None and (config.validation.every_steps or config.validation.every_epochs):
-        validate = validation.build_on_rank0(config)
-    tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
-    choice = backends.of_run(folder.path, resumed=folder.records is not None)
+    with distributed.explain_lost_ranks():
+        folder = RunFolder(Path(config.run), "train", config.resume)
+        config = config.with_precision(resolve_precision(config.engine.precision, folder.recorded_precision))
+        folder.compare(config)
+        dataset = inputs.open_dataset(config.data)
+        sampler = inputs.build_sampler(config, dataset)
+        if validate is None and (config.validation.every_steps or config.validation.every_epochs):
+            validate = validation.build_on_rank0(config)
+        tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
+        choice = backends.of_run(folder.path, resumed=folder.records is not None)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
     with (
         Signals() as signals,
