@@ -45,6 +45,7 @@ from . import backends, resume_rules
 from . import checkpoint as checkpoints
 from .bad_samples import BadSamples
 from .config import CheckpointConfig, LogConfig
+from .engine.config import DTYPES
 from .environment import environment
 from .metrics import MetricsLog
 from .resume_rules import FIXED, Change, Rule
@@ -93,8 +94,11 @@ class RunFolder:
         path = self.path
         if path.exists() and not path.is_dir():
             raise UserError(f"run={path} is a file; choose another run folder")
+        try:
+            names = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
+        except OSError as error:
+            raise UserError(f"run={path} cannot be read: {error.strerror}; choose another run folder") from error
         used = bool(checkpoints.list_checkpoints(path / "checkpoints"))
-        names = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
         if not resume and used:
             raise UserError(f"{path} holds a run already; add --resume to continue it, or choose another run folder")
         if not resume and names:
@@ -109,19 +113,25 @@ class RunFolder:
                 f"cannot resume {path}: it holds a trained {models[0]}/ but no checkpoint, and a new run would "
                 "overwrite it; choose another run folder"
             )
-        if _CONFIG in names and _command_of(config_files.read_toml(path / _CONFIG)) is None:
-            raise UserError(f"run={path} holds a {_CONFIG} that is not of a run; choose another run folder")
+        if _CONFIG in names and _command_of(config_files.read_toml(path / _CONFIG)) != self.command:
+            raise UserError(
+                f"run={path} holds a {_CONFIG} that is not of a run of `bclip {self.command}`; choose another folder"
+            )
         return None
 
     def _read_records(self) -> Records:
-        folder = self.path / "checkpoints"
-        state = checkpoints.read_state(checkpoints.latest(folder))
-        run = state.get("run")
-        if not run:
-            # An earlier version wrote the checkpoint.
-            config = resume_rules.flat(config_files.read_toml(self.path / _CONFIG, "configuration of the run"))
-            run = {"command": "finetune" if "texts" in state["data"] else "train", "config": config, "environment": {}}
-        records = Records(state["step"], run["command"], run["config"], run["environment"], run.get("changes", []))
+        checkpoint = checkpoints.latest(self.path / "checkpoints")
+        state = checkpoints.read_state(checkpoint)
+        try:
+            run = state.get("run")
+            if not run:
+                # An earlier version wrote the checkpoint.
+                command = "finetune" if "texts" in state["data"] else "train"
+                config = resume_rules.flat(config_files.read_toml(self.path / _CONFIG, "configuration of the run"))
+                run = {"command": command, "config": config, "environment": {}}
+            records = Records(state["step"], run["command"], run["config"], run["environment"], run.get("changes", []))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{checkpoint / 'state.json'} is not of a checkpoint: {error!r}") from error
         if records.command != self.command:
             raise UserError(
                 f"cannot resume {self.path}: it is a run of `bclip {records.command}`, not of `bclip {self.command}`; "
@@ -132,7 +142,8 @@ class RunFolder:
     @property
     def recorded_precision(self) -> Any:
         """The precision of the run so far. None for a new run."""
-        return self.records.config.get("engine.precision") if self.records else None
+        precision = self.records.config.get("engine.precision") if self.records else None
+        return precision if precision in DTYPES else None
 
     def compare(self, config: Any) -> None:
         """Compare a configuration with the records of the run, and list the differences in the log. Collective.

@@ -14,7 +14,7 @@ import torch
 from finetunes import FAST, settings, write_pairs, write_questions, write_start
 from peers import import_torchvision
 from ranks import on_ranks
-from runs import assert_equal_runs, column, records, saved_steps
+from runs import as_earlier_version, assert_equal_runs, column, records, saved_steps
 from synthetic import tiny_run
 from towers import SMALL
 
@@ -53,16 +53,28 @@ def assert_refused(config: FinetuneConfig, words: str) -> None:
 
 def test_resume_from_another_base_model_names_the_difference(folder: Path, tmp_path: Path) -> None:
     linear = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, projection="linear"))
-    models = {
+    models: dict[str, dict[str, Any]] = {
         r"its base model\.config\.text\.projection is mlp, but this run has linear": {"config": linear},
         r"its base model\.weights is": {"seed": 2},
         r"its base model\.tokenizer is": {"texts": ["is it red", "other words here"]},
         r"its base model\.preprocess\.mean is \[0\.\d+.*but this run has \[0\.5": {"mean": (0.5, 0.5, 0.5)},
     }
-    for number, (words, changes) in enumerate(models.items()):
-        model = write_start(tmp_path / str(number), **changes)
+    for number, (words, different) in enumerate(models.items()):
+        model = write_start(tmp_path / str(number), **different)
         changes = PAIRS | {"batch_size": 8, "epochs": 2}
         assert_refused(settings(model, folder / "write_pairs.csv", folder / "pairs", **changes), words)
+
+
+def test_resume_of_earlier_version_from_another_base_model_is_one_line(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "pairs", tmp_path / "run")
+    as_earlier_version(run)
+    linear = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, projection="linear"))
+    changes: dict[str, Any] = PAIRS | {"batch_size": 8, "epochs": 2}
+    data = folder / "write_pairs.csv"
+    words = r"its checkpoint is of another model: it has no tensor text\.proj"
+    assert_refused(settings(write_start(tmp_path / "linear", linear), data, run, **changes), words)
+    finetune(settings(folder / "start", data, run, **changes, resume=True))
+    assert column(run, "step") == [1, 2, 3, 4]
 
 
 def test_resume_with_other_parts_names_the_difference(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from ranks import on_ranks
-from runs import column, records, saved_steps, stopped_after
+from runs import as_earlier_version, column, records, saved_steps, stopped_after
 from synthetic import tiny_model, tiny_run
 
 from bclip_fast import config as config_files
@@ -164,12 +164,7 @@ def test_other_libraries_are_listed(copy: Path, shards: Path, caplog: Any, monke
 
 
 def test_checkpoint_of_earlier_version_is_compared_with_config(copy: Path, shards: Path) -> None:
-    for path in (copy / "checkpoints").glob("*/state.json"):
-        state = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("run", "files")}
-        path.write_text(json.dumps(state))
-        manifest = path.with_name("manifest.json")
-        described = json.loads(manifest.read_text()) | {"state.json": checkpoint._describe(path)}
-        manifest.write_text(json.dumps(described))
+    as_earlier_version(copy)
     with refused(copy, r"optim\.lr: 0\.0005 -> 0\.001; restore"):
         train(again(copy, shards, optim=dataclasses.replace(OPTIM, lr=1e-3)))
     train(again(copy, shards))
@@ -199,7 +194,7 @@ def trained_model(run: Path) -> None:
         ),
         (trained_model, False, r"is not an empty folder: it holds model"),
         (trained_model, True, r"holds a trained model/ but no checkpoint"),
-        (foreign_config, True, r"holds a config\.toml that is not of a run"),
+        (foreign_config, True, r"holds a config\.toml that is not of a run of `bclip train`"),
     ],
 )
 def test_run_in_used_folder_is_refused(
