@@ -6,9 +6,9 @@ import os
 
 from oracle import collected_if
 
-# The environment of a process with interpreted kernels. NumPy multiplies the tiles. The kernels that OpenBLAS chooses for
-# processors with FMA round an element by its place in the tile, but a GPU rounds it alike in every tile: a logit of the
-# backward pass is that of the forward pass, so their errors cancel.
+# The environment of a process with interpreted kernels. NumPy multiplies the tiles. On processors with FMA, OpenBLAS
+# chooses kernels that round an element by its place in the tile. A GPU rounds it alike at any place, so a logit is the
+# same number in the forward and the backward pass, and their errors cancel.
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OPENBLAS_CORETYPE": "Nehalem"}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton reads TRITON_INTERPRET when it defines kernels, so a process has either interpreted or compiled kernels.
