@@ -86,8 +86,12 @@ def write_dump(run: Path, dump: Dump) -> Path:
 
     target, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
     folder = target.with_name(f".{target.name}.partial")
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
     # A killed process may have left it.
-    distributed.run_on_rank0(lambda: shutil.rmtree(folder, ignore_errors=True))
+    distributed.run_on_rank0(remove)
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
@@ -105,6 +109,7 @@ def write_dump(run: Path, dump: Dump) -> Path:
     batches = [{"seed": seed, "epoch": batch.epoch, "keys": batch.keys} for batch, seed in dump.batches]
     all_ranks = distributed.all_gather_object((problem, batches))
     if problems := [text for text, _ in all_ranks if text]:
+        distributed.run_on_rank0(remove)
         raise UserError(f"{target} cannot be written: {'; '.join(problems)}")
     state = {
         "step": dump.step,
