@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,11 +70,9 @@ class GradCache:
         spill: where to keep the images between the two passes. Unused with a single micro-batch.
     """
 
-    logit_scale: Tensor
-    """The factor of the logits, a scalar on the device. Set by `loss`."""
-    num_shared: Tensor
-    """Number of pairs of the global batch with more than one positive, a scalar on the device, set by `loss`. NaN
-    without groups."""
+    scalars: dict[str, Tensor]
+    """Scalars on the device by their keys in metrics.jsonl: `logit_scale`, and `shared_positives` of batches with
+    groups. Set by `loss`."""
 
     def __init__(self, engine: Engine, loss: Loss, num_micro_batches: int, spill: SpillBuffer) -> None:
         self._engine, self._loss, self._spill = engine, loss, spill
@@ -105,17 +103,16 @@ class GradCache:
     def loss(self) -> Tensor:
         """The scalar loss of the global batch. Collective, as `backward` is."""
         assert self._features is not None
-        self.logit_scale = self._features.logit_scale.detach()
+        self.scalars = {"logit_scale": self._features.logit_scale.detach()}
         if self._num_micro_batches > 1:
             for name, tensor in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
                 if tensor is not None:
                     tensor.requires_grad_(self._engine.is_trainable(name))
-        options = {}
-        self.num_shared = torch.full_like(self.logit_scale, torch.nan)
+        options: dict[str, Any] = {}
         if self._groups:
             groups = torch.cat(self._groups)
             options["groups"] = (groups, groups)
-            self.num_shared = distributed.num_equal(groups).to(self.logit_scale)
+            self.scalars["shared_positives"] = distributed.num_equal(groups)
         self._value = self._loss(*self._features, **options)
         return self._value.detach()
 

@@ -95,7 +95,7 @@ def build_loss(config: LossConfig) -> Any:
     Raises:
         UserError: the user's class cannot be imported or made.
     """
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    ranks: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     if config.kind == "clip":
         return ClipLoss(**ranks, label_smoothing=config.label_smoothing, hardness=config.hardness)
     if config.kind == "siglip":

@@ -17,9 +17,11 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -36,6 +38,7 @@ from .engine import build_engine
 from .grad_cache import GradCache
 from .init_weights import new_model
 from .losses import build_loss
+from .resume_rules import Change
 from .spill import SpillBuffer
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Dump:
     patch_dropout: share of dropped patches.
     batches: micro-batches of this rank, each with the seed of its random numbers.
     model: weights. Only rank 0 needs them.
+    changes: changes of the run's settings and libraries at its resumes, see run_folder.py.
     """
 
     config: TrainConfig
@@ -68,10 +72,11 @@ class Dump:
     patch_dropout: float
     batches: list[tuple[Batch, int]]
     model: dict[str, Tensor]
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_dump(run: Path, dump: Dump) -> Path:
-    """Write RUN/dumps/step-XXXXXXXX and return it. Collective.
+    """Write RUN/dumps/step-XXXXXXXX and return it. It is complete, or as it was before. Collective.
 
     Raises:
         UserError: on every rank, if one of them cannot write.
@@ -79,7 +84,14 @@ def write_dump(run: Path, dump: Dump) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
+    target, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
+    folder = target.with_name(f".{target.name}.partial")
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    # A killed process may have left it.
+    distributed.run_on_rank0(remove)
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
@@ -99,18 +111,28 @@ def write_dump(run: Path, dump: Dump) -> Path:
     batches = [{"seed": seed, "epoch": batch.epoch, "keys": batch.keys} for batch, seed in dump.batches]
     all_ranks = distributed.all_gather_object((problem, batches))
     if problems := [text for text, _ in all_ranks if text]:
-        raise UserError(f"{folder} cannot be written: {'; '.join(problems)}")
+        distributed.run_on_rank0(remove)
+        raise UserError(f"{target} cannot be written: {'; '.join(problems)}")
     state = {
         "step": dump.step,
         # JSON has no NaN, so these numbers are text.
         "loss": repr(dump.loss),
         "grad_norm": repr(dump.grad_norm),
         "patch_dropout": dump.patch_dropout,
+        "changes": dump.changes,
         "ranks": [batches for _, batches in all_ranks],
     }
-    if distributed.is_main():
-        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    return folder
+
+    def finish() -> None:
+        try:
+            (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(folder, target)
+        except OSError as error:
+            raise UserError(f"{target} cannot be written: {error}") from error
+
+    distributed.run_on_rank0(finish)
+    return target
 
 
 def read_dump(folder: Path) -> Dump:
@@ -122,6 +144,8 @@ def read_dump(folder: Path) -> Dump:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not (folder / "state.json").is_file() and (dumps := sorted(folder.glob("dumps/step-*"))):
+        raise UserError(f"{folder} is a run folder, not a step dump; pass {dumps[-1]}")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         num_ranks, rank = len(state["ranks"]), distributed.rank()
@@ -141,8 +165,10 @@ def read_dump(folder: Path) -> Dump:
         model = load_file(folder / "model.safetensors")
         config = config_files.from_toml(TrainConfig, folder / "config.toml")
         results = float(state["loss"]), float(state["grad_norm"])
-        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        # An earlier version did not record the changes.
+        changes = state.get("changes", [])
+        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model, changes)
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder} is not a complete step dump: {error}") from error
 
 
@@ -155,12 +181,15 @@ def replay(config: ReplayConfig) -> int:
     """
     distributed.init()
     atexit.register(distributed.shutdown)
-    with backends.of_run(config.dump, resumed=True, keep=False):
-        return _replay(config)
-
-
-def _replay(config: ReplayConfig) -> int:
+    # Warnings about backends help only if the folder is a dump.
     dump = read_dump(config.dump)
+    for change in dump.changes:
+        log.info("resumed after step %s with other %s", change["step"], Change.from_json(change))
+    with backends.of_run(config.dump, resumed=True).in_force():
+        return _replay(dump)
+
+
+def _replay(dump: Dump) -> int:
     model = new_model(dump.config)
     model.load_state_dict(dump.model)
     model.visual.patch_dropout = dump.patch_dropout
