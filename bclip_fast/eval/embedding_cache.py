@@ -105,7 +105,7 @@ class EmbeddingCache:
                 log.warning("%s is damaged (%s); computing it again", path, error)
         embeddings = compute().cpu().contiguous()
         try:
-            with replacing(path, shared=True) as partial:
+            with replacing(path) as partial:
                 save_file({"embeddings": embeddings}, partial)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write embeddings to {self.folder}: {error}; use --cache") from error
