@@ -22,6 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 
 from .packed import Packed
 
@@ -133,15 +134,14 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.fast.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.fast.to_str(pretty=True))
         special = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
         }
         config |= {name: token for name, token in special.items() if self.fast.token_to_id(token) is not None}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _checked_length(context_length: int) -> int:
