@@ -20,7 +20,7 @@ import tyro
 
 from bclip_fast.errors import UserError
 from bclip_fast.html.page import environment, format_score
-from bclip_fast.io.atomic import write_text
+from bclip_fast.io.atomic import replacing_files, write_text
 
 from . import results, statistics
 
@@ -43,13 +43,15 @@ def run(command: CompareCommand) -> None:
     """Compare the evaluations, write the three files and print the table."""
     comparison = compare([Path(path) for path in command.results])
     out = Path(command.out)
-    write_text(out / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = ("task", "figure", "model", "value", "difference", "low", "high", "p", "p_holm", "test")
     rows = ([row[key] for key in columns] for row in comparison["rows"])
-    write_text(out / "compare.csv", results.as_csv(columns, rows))
     page = environment().get_template("compare.html").render(comparison=comparison, alpha=ALPHA)
-    write_text(out / "compare.html", page)
     _print(comparison)
+    content = json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False)
+    with replacing_files(out) as partial:
+        write_text(partial / "compare.json", content + "\n")
+        write_text(partial / "compare.csv", results.as_csv(columns, rows))
+        write_text(partial / "compare.html", page)
     log.info("comparison in %s", out / "compare.html")
 
 

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import write_text
+from bclip_fast.io.atomic import replacing_files, settle, write_text
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
-    """Write the files. The `samples` of a task go to its CSV file, and results.json names that file."""
+    """Write the files, all or none. The `samples` of a task go to its CSV file, and results.json names that file."""
+    with replacing_files(folder) as partial:
+        _write(partial, results)
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
     tasks = {}
     for name, result in results["tasks"].items():
         samples = result["samples"]
@@ -41,6 +46,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """Read results.json and put the samples back. Raises UserError if a file is missing or damaged."""
     path = folder / "results.json" if folder.is_dir() else folder
+    settle(path.parent)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for result in results["tasks"].values():
