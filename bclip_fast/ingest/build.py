@@ -29,7 +29,7 @@ from bclip_fast.data.shards.format import to_json
 from bclip_fast.data.shards.manifest import write_manifest
 from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import replacing, write_text
+from bclip_fast.io.atomic import explained, replacing, write_text
 from bclip_fast.io.file_names import printable
 from bclip_fast.io.progress import track
 
@@ -143,7 +143,7 @@ def build(config: IngestConfig) -> None:
             )
         if out.is_relative_to(root):
             raise UserError(f"out={config.out} lies inside source={config.source}; give a folder outside the articles")
-    with Staging(config.out, config.overwrite) as staging:
+    with Staging(config.out, config.overwrite) as staging, explained(config.out):
         try:
             _build(config, staging)
         except _NothingToBuildError as error:
@@ -168,7 +168,8 @@ def _build(config: IngestConfig, staging: Staging) -> None:
         shards = [Shard(*shard) for shard in counts.pop("shards")]
         descriptions = _write_shards(config, work, shards)
         _finish(config, staging.path, num_parts, counts, shards, descriptions)
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        shutil.rmtree(work)
     staging.publish()
 
 

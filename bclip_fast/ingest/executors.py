@@ -83,7 +83,7 @@ def num_cores() -> int:
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yield a temporary folder for the unfinished files of a task."""
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".") as folder:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
