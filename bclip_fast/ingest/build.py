@@ -168,8 +168,11 @@ def _build(config: IngestConfig, staging: Staging) -> None:
         shards = [Shard(*shard) for shard in counts.pop("shards")]
         descriptions = _write_shards(config, work, shards)
         _finish(config, staging.path, num_parts, counts, shards, descriptions)
-    if work.exists():
-        shutil.rmtree(work)
+    try:
+        if work.exists():
+            shutil.rmtree(work)
+    except OSError as error:
+        raise UserError(f"{work} cannot be deleted: {error.strerror}; make it writable and run it again") from error
     staging.publish()
 
 

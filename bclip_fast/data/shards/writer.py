@@ -179,8 +179,22 @@ class Staging:
         """Delete the replaced dataset, which has no lock, and then the lock of the new one."""
         if (self.out / "lock").exists() and (self.out / "dataset.json").exists():
             if not (self.path / "lock").exists():
+                self._keep_other_files()
                 shutil.rmtree(self.path, ignore_errors=True)
             (self.out / "lock").unlink(missing_ok=True)
+
+    def _keep_other_files(self) -> None:
+        """Move the files that are no part of the replaced dataset to the new one."""
+        try:
+            splits = json.loads((self.path / "dataset.json").read_bytes())["splits"].values()
+            names = {shard["name"] for split in splits for shard in split["files"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        names = {f"{name}{suffix}" for name in names for suffix in (".tar", ".index.json")}
+        names |= {"manifest.parquet", "rejects.parquet", "dataset.json"}
+        for path in self.path.iterdir():
+            if path.name not in names and not (self.out / path.name).exists():
+                path.rename(self.out / path.name)
 
     def discard(self) -> None:
         """Delete the folder."""
