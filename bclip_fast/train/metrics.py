@@ -19,6 +19,7 @@ A step's line of metrics.jsonl has these keys:
 from __future__ import annotations
 
 import logging
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class MetricsLog:
         self._wandb = _start_wandb(folder, config, settings or {}) if config is not None and config.wandb else None
         self._lines = JsonLinesWriter(path)
         self._events = JsonLinesWriter(folder / EVENTS)
+        self._former_hook = threading.excepthook
+        threading.excepthook = self._report_thread
         self._board = _start_tensorboard(folder / "tb", first_step)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -86,8 +89,17 @@ class MetricsLog:
                 self._board.close()
             except OSError as error:
                 _warn_of_tensorboard(error)
+        threading.excepthook = self._former_hook
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _report_thread(self, problem: threading.ExceptHookArgs) -> None:
+        """Report a failed write of TensorBoard's thread in one line, and the failures of other threads as before."""
+        error = problem.exc_value
+        if type(problem.thread).__name__ == "_AsyncWriterThread" and isinstance(error, OSError):
+            _warn_of_tensorboard(error)
+        else:
+            self._former_hook(problem)
 
 
 def _start_tensorboard(folder: Path, first_step: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -202,6 +203,8 @@ class Staging:
             shutil.rmtree(self.path)
 
     def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):
+            self._finish_publishing()  # a signal came while it did
         self._lock.close()
 
 
