@@ -9,7 +9,13 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
+
+# torch and transformers read CI. Tests behave as for a user, who has not set it, except that torch's warning of
+# operators that return their inputs is an error. Processes that tests start inherit both settings.
+os.environ.pop("CI", None)
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
+
+import torch  # it reads both variables
 
 # The default device of tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
 if "BCLIP_TEST_DEVICE" in os.environ:
@@ -17,6 +23,11 @@ if "BCLIP_TEST_DEVICE" in os.environ:
 
 # Tests ignore the tuning records of this machine. Processes that they start inherit the variable.
 os.environ.setdefault("BCLIP_TUNE", "off")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import replace_builtins_faster
+
+    replace_builtins_faster()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
