@@ -8,7 +8,6 @@ import sys
 import types
 from pathlib import Path
 
-import aliases
 import pytest
 
 # torch and transformers read CI. Tests behave as for a user, who has not set it, except that torch's warning of
@@ -16,13 +15,15 @@ import pytest
 os.environ.pop("CI", None)
 os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
 
-import torch  # it reads both variables
+# They read both variables.
+import aliases
+import torch
 
 # The default device of tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
 if "BCLIP_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["BCLIP_TEST_DEVICE"])
 
-# torch checks this only in compiled functions, and only warns unless the variable CI is set.
+# torch checks this only in compiled functions.
 aliases.check_every_operator()
 
 # Tests ignore the tuning records of this machine. Processes that they start inherit the variable.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import warm_forks
 from _pytest.mark.expression import Expression
+from interpreter import ENVIRONMENT
 
 from bclip_fast.benchmarks import cases, measure
 from bclip_fast.benchmarks.gpu import __main__ as command
@@ -27,7 +28,7 @@ def rehearse_in_processes(monkeypatch):
 
 def rehearse_in_forks(monkeypatch):
     """The same command lines, in processes that start with torch."""
-    server = warm_forks.Server()
+    server = warm_forks.Server(OPENBLAS_CORETYPE=ENVIRONMENT["OPENBLAS_CORETYPE"])
     try:
         options = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
         monkeypatch.setattr(runner, "subprocess", types.SimpleNamespace(Popen=server.popen, **options))

@@ -20,17 +20,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-# Modules that no variable of a command changes. BCLIP_CUDA_HOST and TRITON_INTERPRET change the package and Triton.
+# Modules that no variable of a command changes, except OPENBLAS_CORETYPE, which NumPy reads: the server needs it.
+# BCLIP_CUDA_HOST and TRITON_INTERPRET change the package and Triton.
 PRELOADED = ("torch", "torch.distributed", "numpy", "PIL.Image", "pytest")
 
 
 class Server:
-    """The server, with `popen` in place of subprocess.Popen."""
+    """The server, with `popen` in place of subprocess.Popen. `variables`: its environment beside this process's."""
 
-    def __init__(self) -> None:
+    def __init__(self, **variables: str) -> None:
         self.folder, self.lock = tempfile.TemporaryDirectory(), threading.Lock()
         command = [sys.executable, "-u", __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env={**os.environ, **variables}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def close(self) -> None:
         self.process.communicate()
