@@ -20,7 +20,7 @@ class ShardEvalDataset:
         if not len(self._shards):
             raise UserError(f"data {root} has no sample in split {split!r}")
         self.path = str(root)
-        self.split = split
+        self.split = self._shards.split
         self.fingerprint = self._shards.fingerprint
 
     def __len__(self) -> int:
