@@ -120,5 +120,9 @@ def resolve(split: str, names: Sequence[str], subject: str, *, certain: bool = F
             f"{subject} has {unclear[0]!r}, which may mean validation or test data, and no other; "
             f"rename it to val or test, or pass split {unclear[0]!r}"
         )
-    available = described(splits | ({name: name for name in names if name not in splits} if certain else {}))
+    if by_program:
+        splits = {name: name for name in names}
+    elif certain:
+        splits |= {name: name for name in names if name not in splits}
+    available = described(splits)
     raise MissingSplit(f"{subject} has no split {split!r}; its splits are {available or 'none'}")

@@ -23,7 +23,7 @@ _HIDDEN = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden by its name, such as `.DS_Store`, `.ipynb_checkpoints` or `Thumbs.db`."""
+    """Return whether a name is that of a hidden file or folder: `.DS_Store`, `.ipynb_checkpoints`, `Thumbs.db`."""
     return (name.startswith(".") and name not in (".", "..")) or name.casefold() in _HIDDEN
 
 

@@ -6,6 +6,7 @@ removed, and text is brought to Unicode's form NFC, except in texts and paths. T
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -55,7 +56,7 @@ def stripped(text: str) -> str:
 
 
 def read_header(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the columns, in lower case if they are among `names`. Raises UserError."""
+    """Return the names of the columns. Those among `names` may differ in case. Raises UserError."""
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
@@ -71,7 +72,7 @@ def read_table(
 
     Args:
         needed: alternative names of each column that the table must have. Upper and lower case of these and of the
-            optional columns are equal. The table has them in lower case.
+            optional columns are equal. The table has them as they are here.
         texts: columns whose cells are kept as they are.
         hint: the first line of such a table, for errors.
 
@@ -136,20 +137,22 @@ def _reader(text: str, delimiter: str) -> Any:
 
 def _header(path: Path, text: str, names: Sequence[str]) -> tuple[str, tuple[str, ...], int]:
     """Return the separator, the names of the columns, and the number of names that were changed."""
-    candidates = []
+    lower = {name.casefold(): name for name in names}
+    best: tuple[int, str, tuple[str, ...], int] = (-1, ",", (), 0)
     for delimiter in _DELIMITERS:
-        try:
+        cells: list[str] = []
+        with contextlib.suppress(csv.Error):
             cells = next(_reader(text, delimiter), [])
-        except csv.Error:
-            cells = []
         columns = [unicodedata.normalize("NFC", stripped(cell)) for cell in cells]
-        lower = [name.casefold() if name.casefold() in names else name for name in columns]
         num_changed = sum(new != old for new, old in zip(columns, cells, strict=True))
-        candidates.append((sum(name in names for name in lower), delimiter, tuple(lower), num_changed))
-    _, delimiter, columns, num_changed = max(candidates, key=lambda candidate: candidate[0])
-    if repeated := next((name for name in columns if name and columns.count(name) > 1), None):
+        columns = [lower.get(name.casefold(), name) for name in columns]
+        num_known = sum(name in names for name in columns)
+        if num_known > best[0]:
+            best = num_known, delimiter, tuple(columns), num_changed
+    _, delimiter, header, num_changed = best
+    if repeated := next((name for name in header if name and header.count(name) > 1), None):
         raise UserError(f"data {path}, line 1: two columns are named {repeated!r}; rename one of them")
-    return delimiter, columns, num_changed
+    return delimiter, header, num_changed
 
 
 def _rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast.data.daemon_pool import DaemonPool
-from bclip_fast.data.splits import resolve
 from bclip_fast.data.storage import LocalStorage, ReadConfig, RemoteStorage, Storage, open_storage
 from bclip_fast.data.storage_cache import CachedStorage
 from bclip_fast.errors import UserError
@@ -39,7 +38,6 @@ class ShardDataset:
 
     Args:
         root: folder, or URL that fsspec can read.
-        split: name of the split, or another spelling of it (`data.splits`). The attribute `split` has its name.
         read: how to read files and repeat failed reads.
 
     Raises:
@@ -50,8 +48,11 @@ class ShardDataset:
     def __init__(self, root: Path | str, split: str = "train", read: ReadConfig | None = None) -> None:
         self.storage: Storage = open_storage(root, read)
         self.root = str(root)
-        splits = read_description(self.storage)["splits"]
-        self.split = split = resolve(split, sorted(splits), self.root, by_program=True)
+        self.split = split
+        description = read_description(self.storage)
+        splits = description["splits"]
+        if split not in splits:
+            raise UserError(f"{self.root}: no split {split!r}; it has {', '.join(sorted(splits))}")
         self.fingerprint: str = splits[split]["fingerprint"]
         self._shards: list[dict[str, Any]] = splits[split]["files"]
         self.shard_sizes: list[int] = [shard["samples"] for shard in self._shards]

@@ -111,6 +111,15 @@ def split_files(listing: Listing, suffixes: Sequence[str], *, certain: bool = Fa
     return {stem: files[stem] for stem in splits.by_split(files, certain=certain)}
 
 
+def file_of_split(files: dict[str, Path], split: str, root: Path) -> tuple[Path, str]:
+    """Return the file among `split_files` that stands for a split, and the split's name. Raises UserError."""
+    names = ", ".join(printable(file.name) for file in files.values())
+    stem = splits.resolve(split, list(files), f"data {root}, with the files {names},", certain=True)
+    found = splits.by_split(files, certain=True).get(stem, split)
+    log.info("%s: split %s is %s", root, found, printable(files[stem].name))
+    return files[stem], found
+
+
 def existing(path: Path) -> Path:
     """Return the path, or the same name in the other Unicode form (NFC or NFD) if only that exists."""
     if not path.exists():

@@ -12,7 +12,7 @@ from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 from bclip_fast.io.tables import PATH_COLUMNS, SUFFIXES, Row, Table, read_header, read_table
 
-from .files import read_image, split_files
+from .files import file_of_split, read_image, split_files
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class CsvDataset:
             name for name in table.columns if name not in (path_column, _CAPTION_COLUMN, split_column)
         )
         self._rows = [row.cells for row in rows]
+        self._lines = [row.line for row in rows]
         self._folder = file.parent
         self._path_column = path_column
         self._has_captions = _CAPTION_COLUMN in table.columns
@@ -91,6 +92,18 @@ class CsvDataset:
                 f"label {kind!r} is not a column of {self.path}; its labels are {', '.join(self.label_kinds) or 'none'}"
             )
         return [row[kind] or None for row in self._rows]
+
+    def check_one_label(self, kind: str) -> None:
+        """Raise UserError if two rows give one image different labels."""
+        first: dict[str, int] = {}
+        for i, label in enumerate(self.labels(kind)):
+            j = first.setdefault(self.key(i), i)
+            if label != (other := self._rows[j][kind] or None):
+                raise UserError(
+                    f"data {self.path}: lines {self._lines[j]} and {self._lines[i]} give {self.key(i)} the labels "
+                    f"{other!r} and {label!r} in column {kind!r}; keep one row of each image, or join its classes "
+                    "with '|' for a task with multi_label = true"
+                )
 
 
 def rows_of_split(table: Table, split: str, name: str, path_column: str) -> tuple[list[Row], str, str]:
@@ -153,13 +166,11 @@ def open_split_table(listing: Listing, split: str) -> CsvDataset | None:
     }
     if not tables:
         return None
-    root, names = listing.root, ", ".join(file.name for file in tables.values())
+    root = listing.root
     if folders := splits.by_split(listing.folders(root)):
         raise UserError(
-            f"data {root} has the tables {names} and folders of splits: {splits.described(folders)}; "
-            "pass one table as the data, or move the tables away"
+            f"data {root} has the tables {', '.join(file.name for file in tables.values())} and folders of splits: "
+            f"{splits.described(folders)}; pass one table as the data, or move the tables away"
         )
-    stem = splits.resolve(split, list(tables), f"data {root}, with the tables {names},", certain=True)
-    found = splits.by_split(tables, certain=True).get(stem, split)
-    log.info("%s: split %s is %s", root, found, tables[stem].name)
-    return CsvDataset(tables[stem], split, found)
+    file, found = file_of_split(tables, split, root)
+    return CsvDataset(file, split, found)
