@@ -80,6 +80,12 @@ def parts_only(names: Iterable[str]) -> list[str]:
     return [] if by_split(names) else [name for name in names if _by_part(name)]
 
 
+def check_whole(split: str, subject: str) -> None:
+    """Raise MissingSplit for data without splits, unless the name is usual (train, val, test) or `all`."""
+    if split not in ("all", *EITHER) and (canonical(split) or _SHORT_OF.get(split.casefold())) is None:
+        raise MissingSplit(f"{subject} has no splits and thus no split {split!r}; omit the split")
+
+
 def described(splits: dict[str, str]) -> str:
     """Return the names with their splits for a message: `Testing (test), train`."""
     return ", ".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -141,10 +142,14 @@ def look_alike(name: str, classes: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     words = " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", name).casefold())).strip()
+    return str(float(words)) if _is_number(words) else words
+
+
+def _is_number(name: str) -> bool:
     try:
-        return str(float(words))
+        return math.isfinite(float(name))
     except ValueError:
-        return words
+        return False
 
 
 def _classes_of(label: str) -> set[str]:
@@ -176,5 +181,8 @@ def _default_prompts(kind: str, classes: Sequence[str]) -> prompts.PromptSet:
     """Return the demonstration data's prompts if they have every class, else the class names as prompts."""
     prompt_set = prompts.sample_sets().get(kind)
     if prompt_set is None or not all(name in prompt_set.classes for name in classes):
+        if all(_is_number(name) for name in classes):
+            text = "label %r: the prompts are the numbers %s, which say nothing to a model; pass --prompts with words"
+            log.warning(text, kind, ", ".join(classes[:10]))
         return prompts.from_values(classes)
     return dataclasses.replace(prompt_set, classes={name: prompt_set.classes[name] for name in classes})

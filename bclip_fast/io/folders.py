@@ -27,6 +27,11 @@ def is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name.casefold() in _HIDDEN
 
 
+def is_hidden_path(path: str) -> bool:
+    """Return whether a part of a path with `/`, as in an archive, is hidden."""
+    return any(map(is_hidden, path.split("/")))
+
+
 def shown(names: Sequence[str]) -> str:
     """Return the first names of a list for a message, printable."""
     return ", ".join(map(printable, names[:NUM_SHOWN])) + (", ..." if len(names) > NUM_SHOWN else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from bclip_fast.data.splits import check_whole
 from bclip_fast.errors import UserError
 
 READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til", "pictures")
@@ -108,6 +109,7 @@ def _open_folder(root: Path, split: str) -> EvalDataset:
     from .table import open_split_table
 
     if PairDataset.matches(root):
+        check_whole(split, f"data {root}")
         return PairDataset(root)
     listing = ImageListing(root)
     if (table := open_split_table(listing, split)) is not None:

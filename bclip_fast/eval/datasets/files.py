@@ -78,6 +78,8 @@ def find_split(listing: Listing, split: str) -> SplitFolder:
         if doubtful := splits.parts_only(names):
             text = "%s: no folder is that of a split, so the folders %s count as classes"
             log.warning(text, root, shown(doubtful))
+        splits.check_whole(split, f"data {root}")
+        log.info("%s: no folders of splits, so all images are used", root)
         return SplitFolder(root, "all")
     name = splits.resolve(split, names, f"data {root}")
     found = roles.get(name, split)

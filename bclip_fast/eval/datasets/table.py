@@ -116,6 +116,7 @@ def rows_of_split(table: Table, split: str, name: str, path_column: str) -> tupl
     column = _split_column(table)
     if not column:
         if name == "all":
+            splits.check_whole(split, f"data {table.path}")
             log.info("%s: no column of splits, so all rows are used", table.path)
         return table.rows, name, ""
     cells = [row.cells[column] for row in table.rows]
