@@ -170,7 +170,8 @@ def test_links_archives_and_images_that_are_not_read_are_named(tmp_path):
 def test_hidden_files_of_folders_and_archives_are_left_out_and_counted(tmp_path, caplog):
     root = tmp_path / ".data"  # the root itself may be hidden
     article = {"x.nxml": article_xml(("f", "seen"), number=1), "f.jpg": noise_image(1)}
-    hidden = {f"{folder}/{name}": data for folder in (".ipynb_checkpoints", "sub/@eaDir") for name, data in article.items()}
+    hidden = {f".ipynb_checkpoints/{name}": data for name, data in article.items()}
+    hidden |= {f"sub/@eaDir/{name}": data for name, data in article.items()}
     hidden |= {"._x.nxml": b"Mac OS X", "Thumbs.db": b"", ".trash/old.zip": b""}
     write_files(root / "1", article | hidden)
     packed = {"a/x.nxml": article_xml(("f", "packed"), number=2), "a/f.jpg": noise_image(2), "a/._f.jpg": b"Mac OS X"}

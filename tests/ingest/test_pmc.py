@@ -52,7 +52,7 @@ def test_select_by_ids_prefix_and_inventory(bucket, tmp_path):
         selected(ids=write_ids(tmp_path, "PMC1", "https://example.org"))
     for content, message in (
         (b"b,metadata/PMC1.1.json\n\nb\n", "i.csv, line 3: no key"),
-        (gzip.compress(b"b,metadata/PMC1.1.json\n" * 999)[:40], "i.csv, line 1: not an inventory in CSV: Compressed file"),
+        (gzip.compress(b"b,metadata/PMC1.1.json\n" * 999)[:40], "line 1: not an inventory in CSV: Compressed file"),
         (b"b,metadata/PMC1.1.json\nb,\xe9\n", "not an inventory in CSV"),
     ):
         (tmp_path / "i.csv").write_bytes(content)
