@@ -62,7 +62,7 @@ def _training_shards(model: str) -> str:
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
     name = f"{Path(command.data).resolve().stem}-{command.split}"
-    if command.task and not set(command.task) <= set(tasks.PROTOCOLS):
+    if command.task and not set(command.task) <= set(tasks.protocols()):
         name = "-".join(Path(task).stem for task in command.task)
     if run_folder is not None:
         return run_folder / "eval" / name

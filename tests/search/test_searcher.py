@@ -174,9 +174,13 @@ def test_embed_damaged_image_is_left_out_and_search_finds_the_others(start: Path
 def test_embed_names_images_in_formats_that_are_not_read(start: Path, tmp_path: Path, caplog) -> None:
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
-    for name in ("a.jpg", "b.jp2", "deep/c.AVIF", "notes.md"):
+    (images / "deep" / ".ipynb_checkpoints").mkdir()
+    for name in ("a.jpg", "b.jp2", "deep/c.AVIF", "notes.md", "deep/.ipynb_checkpoints/a.jpg"):
         (images / name).write_bytes(jpeg((250, 9, 9), 40))
-    embed(EmbedConfig(model=str(start), data=str(images), out=str(tmp_path / "out"), progress=False))
+    with caplog.at_level("INFO"):
+        embed(EmbedConfig(model=str(start), data=str(images), out=str(tmp_path / "out"), progress=False))
+    assert "left out 1 hidden files and folders: deep/.ipynb_checkpoints" in caplog.text
+    assert f"1 images in {tmp_path / 'out'}" in caplog.text
     assert "left out 2 images in formats that are not read: b.jp2, deep/c.AVIF" in caplog.text
 
 

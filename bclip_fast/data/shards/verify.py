@@ -11,6 +11,7 @@ from typing import Any
 from bclip_fast.data.image_files import decode_as_loaders
 from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256_of_file
 
 from .format import MEMBERS, Index, fingerprint_of, read_description, read_index
@@ -52,7 +53,8 @@ def verify(root: Path | str) -> list[str]:
     if len({row[0] for row in rows}) != len(rows):
         problems.append("some keys occur several times")
     problems += _verify_manifest(root / "manifest.parquet", rows)
-    files = {path.name for pattern in ("*.tar", "*.index.json") for path in root.glob(pattern)}
+    names = [path.name for path in Listing(root).files(root)]
+    files = {name for name in names if name.endswith((".tar", ".index.json"))}
     problems += [f"{name}: dataset.json does not list it" for name in sorted(files - expected)]
     return problems
 
