@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 from bclip_fast.model.open_clip_config import CONFIG_FILE
 
 HUB_PREFIX = "hf-hub:"
@@ -34,6 +35,9 @@ class Folder:
         for name in names:
             if (self.path / name).is_file():
                 return self.path / name
+        for name in names:
+            if path := stand_ins.unfinished(self.path, name):
+                raise UserError(f"{self.path} holds no {name}, but an unfinished download of it, {path}; download it again")
         raise UserError(f"{self.path} holds no {' or '.join(names)}")
 
 
@@ -109,6 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
+        stand_ins.refuse(path)
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
 from .files import read_image
@@ -36,6 +37,7 @@ class RsnaDataset:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 rows = [(row["patientId"], row["Target"]) for row in csv.DictReader(lines, strict=True)]
         except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
+            stand_ins.refuse(file)
             raise UserError(f"{file} cannot be read ({first_line(error)}); {needs}") from error
         if invalid := next((target for _, target in rows if target not in ("0", "1")), None):
             raise UserError(f"{file} has Target {invalid!r}, but it must be 0 or 1; {needs}")

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
 from .files import read_image
@@ -36,6 +37,7 @@ class CsvDataset:
             raise UserError(f"data {file} is not a CSV file in UTF-8: {error}") from error
         path_column = next((name for name in _PATH_COLUMNS if name in columns), None)
         if path_column is None:
+            stand_ins.refuse(file)
             raise UserError(
                 f"data {file} has no column 'path' or 'image': its first line must name the columns, e.g. path,label"
             )
