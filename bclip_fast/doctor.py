@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-from bclip_fast import threads
+from bclip_fast import importable, threads
 from bclip_fast.errors import UserError
 from bclip_fast.ops import BACKENDS, fingerprint, record_files, trials, tuning
 from bclip_fast.ops.dispatch import MISSING, Decision
@@ -22,18 +22,26 @@ from bclip_fast.ops.record_files import Record
 from bclip_fast.version import __version__
 
 
+# Packages that no extra installs, but that integrations, checkpoints and evaluation work with.
+_INTEGRATIONS = ["open_clip_torch", "torchvision", "timm", "transformers", "sentence-transformers"]
+
+
 @dataclass(frozen=True)
 class DoctorConfig:
     """Print backends, versions, devices, and the backend that each operator takes here, with reasons."""
 
+    imports: bool = True
+    """Import every optional package in a process of its own, to tell which ones are broken. Takes some seconds."""
+
 
 def run(config: DoctorConfig) -> None:
     """Print the report."""
-    print("\n".join(lines()))
+    print("\n".join(lines()), flush=True)
+    print("\n".join(package_lines(config.imports)))
 
 
 def lines() -> list[str]:
-    """Return the lines of the report."""
+    """Return the lines of the report about backends and devices."""
     out = [
         f"bclip_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -46,12 +54,26 @@ def lines() -> list[str]:
         out += ["", f"Backends of the next call on {device}", *(f"  {line}" for line in _choices(device))]
     out += ["", "CUDA"]
     out += [f"  {line}" for line in _cuda()]
-    out += ["", "Packages, by extra"]
-    for extra, names in _extras().items():
-        out.append(f"  {extra:<12}{', '.join(map(_version, names))}")
-        missing = [name for name in names if "not installed" in _version(name)]
-        if missing:
+    return out
+
+
+def package_lines(imports: bool = True) -> list[str]:
+    """Return the lines about optional packages: versions, those that are missing, those that can't be imported.
+
+    imports: import the packages, in other processes.
+    """
+    extras, out = _extras(), ["", "Packages, by extra"]
+    failures = importable.failures({*itertools.chain(*extras.values(), _INTEGRATIONS)}) if imports else {}
+    for extra, names in [*extras.items(), ("", _INTEGRATIONS)]:
+        if not extra:
+            out += ["", "Packages that bclip_fast works with"]
+        versions = [_version(name) + (" (cannot be imported)" if name in failures else "") for name in names]
+        out.append(f"  {extra:<12}{', '.join(versions)}" if extra else f"  {', '.join(versions)}")
+        if extra and any("not installed" in version for version in versions):
             out.append(f"  {'':<12}-> pip install 'bclip_fast[{extra}]'")
+    if failures:
+        out += ["", "Packages that cannot be imported"]
+        out += [f"  {name:<12}{reason}" for name, reason in sorted(failures.items())]
     return out
 
 

@@ -168,6 +168,7 @@ def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp
     deeper = dataclasses.replace(SMALL, vision=dataclasses.replace(VISION, layers=4))
     twelve = dataclasses.replace(SMALL, vision=dataclasses.replace(VISION, heads=12))
     fewer = dataclasses.replace(SMALL, text=dataclasses.replace(TEXT, vocab_size=96))
+    vit = {"model_type": "vit", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     scaled = {"blocks.0.ls1.gamma": torch.ones(VISION.width)}
     for config, init, words in [
         (SMALL, InitConfig(vision=changed(timm_folder, lambda s: s.pop("norm.bias"))), "it lacks norm.bias"),
@@ -191,12 +192,12 @@ def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp
         (SMALL, InitConfig(vision=changed(timm_folder, same, model_args={"act_layer": "relu"})), "keys: act_layer"),
         (SMALL, InitConfig(vision=changed(timm_folder, same, model_args={"drop_path_rate": 0.1})), "drop_path_rate=0.1"),
         *(
-            (SMALL, InitConfig(vision=changed(bert_folder, same, model_type="vit", **setting)), next(iter(setting)))
-            for setting in (
-                {"layer_norm_eps": 1e-5},
-                {"attention_probs_dropout_prob": 0.1},
-                {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0},
-                {"hidden_act": "relu"},
+            (SMALL, InitConfig(vision=changed(bert_folder, same, **(vit | {name: value}))), f"{name}={value!r} must be")
+            for name, value in (
+                ("layer_norm_eps", 1e-5),
+                ("attention_probs_dropout_prob", 0.1),
+                ("hidden_dropout_prob", 0.1),
+                ("hidden_act", "relu"),
             )
         ),
         (SMALL, InitConfig(text=str(tmp_path / "none")), "neither a file nor a folder"),
