@@ -24,6 +24,7 @@ from bclip_fast.model.safe_load import read_checkpoint
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
+from . import model_card
 from .sources import Hub, Source, hub_json, source_of, tokenizer_file
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,8 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         text/     BertModel and the tokenizer; a gpt tower becomes CLIPTextModelWithProjection with text_embeds
         projections.safetensors   logit_scale (its logarithm), and text_projection of a BERT, which maps the last
                                   hidden state of the first token: `0.weight`, GELU, `2.weight`, or `weight` only
+        README.md               card with code for both embeddings. transformers' tokenizer doesn't repair captions
+                                  as ours does (`tokenizer.clean`), and the card says how to
 
     The embeddings are not normalised. Raises OSError or SafetensorError if a file cannot be written.
     """
@@ -167,6 +170,7 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         "image_std": list(pixels.std),
     }
     (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    model_card.write(folder, config, tokenizer.pad_id)
 
 
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
