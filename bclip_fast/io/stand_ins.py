@@ -51,7 +51,7 @@ def refuse(path: Path) -> None:
 
 
 def unfinished(folder: Path, name: str) -> Path | None:
-    """A download of the file `name` into `folder` that isn't complete. The hub's client doesn't show the file's name."""
+    """A download of the file `name` into `folder` that isn't complete. The hub's client hides the name."""
     candidates = [folder / f"{name}{suffix}" for suffix in _UNFINISHED]
     candidates += sorted((folder / _HUB_FOLDER).rglob("*.incomplete"))
     return next((path for path in candidates if path.is_file()), None)

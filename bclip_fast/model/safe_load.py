@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 # Entries under which training programs keep the weights: open_clip, Lightning, timm, DeepSpeed.
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
-# Components that wrappers insert into names at any depth: torch.compile, DDP, FSDP, checkpoint_wrapper, Lightning Fabric.
+# Components that torch.compile, DDP, FSDP, checkpoint_wrapper and Lightning Fabric insert into names at any depth.
 _WRAPPERS = frozenset(
     ("_orig_mod", "module", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
 )
@@ -108,7 +108,9 @@ def _read_safetensors(path: Path) -> State:
         return load_file(path)
     except (SafetensorError, OSError, KeyError) as error:
         stand_ins.refuse(path)
-        raise UserError(f"checkpoint {path} isn't a complete safetensors file; download or copy it again: {error}") from error
+        raise UserError(
+            f"checkpoint {path} isn't a complete safetensors file; download or copy it again: {error}"
+        ) from error
 
 
 def _read_torch(path: Path, legacy: bool) -> Any:

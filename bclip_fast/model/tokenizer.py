@@ -106,7 +106,7 @@ class Tokenizer:
         elif files.max_length is not None and context_length > files.max_length:
             raise UserError(
                 f"{path} is made for {files.max_length} tokens (model_max_length of its settings), fewer than the "
-                f"context length {context_length}; set the context length to {files.max_length}, or correct the settings"
+                f"context length {context_length}; set that to {files.max_length}, or correct the settings"
             )
         return cls(files.fast, context_length, files.special)
 

@@ -35,7 +35,7 @@ OTHER_KINDS = {
     "bpe.codes": "the codes of a byte-pair tokenizer",
 }
 _CONVERT = (
-    'convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json'
+    "convert it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json"
 )
 _MAX_SETTINGS_BYTES = 16 << 20
 # transformers writes 10^30 for a tokenizer without a limit.
@@ -156,7 +156,7 @@ def _from_vocabulary(path: Path, config: Json, model: Json, special: SpecialToke
     if lowercase is None:
         if cased := next((token for token in vocabulary if _is_cased(token)), None):
             raise UserError(
-                f"{path} has pieces in upper case, such as {cased!r}, but no file says whether texts become lower case; "
+                f"{path} has pieces in upper case, such as {cased!r}, but no file says if texts become lower case; "
                 f'write {{"do_lower_case": false}} (or true) to {settings}'
             )
         lowercase = True
@@ -211,7 +211,7 @@ def _check_normalizer(fast: FastTokenizer, path: Path, config: Json, is_bert: bo
         if (result == changed) != _flag(path.parent / SETTINGS[0], name, value):
             stated = f"says {name}={value}" if name in config else f"leaves {name} at its default, {value}"
             raise UserError(
-                f"{path} turns {text!r} into {result!r}, but {SETTINGS[0]} {stated}; set {name} there to what the model "
+                f"{path} turns {text!r} into {result!r}, but {SETTINGS[0]} {stated}; set {name} there as the model "
                 "was trained with, and write tokenizer.json again"
             )
 

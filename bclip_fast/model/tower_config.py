@@ -71,10 +71,9 @@ _TIMM_SETTINGS: dict[str, tuple[Any, ...]] = {
     "global_pool": ("token", ""),
     "class_token": (True,),
     "qkv_bias": (True,),
-    **{
-        name: (0.0,)
-        for name in ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-    },
+    **dict.fromkeys(
+        ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), (0.0,)
+    ),
 }
 # Arguments that concern the head or the initial weights, which our tower doesn't take over.
 _TIMM_UNREAD = ("num_classes", "weight_init", "fix_init", "strict_img_size", "dynamic_img_size")

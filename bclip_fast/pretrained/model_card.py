@@ -69,7 +69,8 @@ _TOKENIZE = """    ids = tokenizer(
         padding=True, truncation=True, max_length={length}, return_tensors="pt",
     )"""
 # CLIP's tokenizer pads with its end token, or has no token for it. The tower reads the first end token of a row.
-_TOKENIZE_ROWS = """    rows = tokenizer([clean(caption) for caption in captions], truncation=True, max_length={length}).input_ids
+_TOKENIZE_ROWS = """    repaired = [clean(caption) for caption in captions]
+    rows = tokenizer(repaired, truncation=True, max_length={length}).input_ids
     ids = torch.full((len(rows), {length}), {pad})
     for row, tokens in zip(ids, rows):
         row[: len(tokens)] = torch.tensor(tokens)
@@ -100,8 +101,6 @@ def write(folder: Path, config: BiomedClipConfig, pad_id: int) -> None:
             embed_dim=config.embed_dim,
             text_class="" if bert else ", CLIPTextModelWithProjection",
             tokenize=(_TOKENIZE if bert else _TOKENIZE_ROWS).format(length=text.context_length, pad=pad_id),
-            features=_BERT.format(project=_PROJECTIONS[text.projection])
-            if bert
-            else _GPT,
+            features=_BERT.format(project=_PROJECTIONS[text.projection]) if bert else _GPT,
         ),
     )

@@ -44,7 +44,9 @@ class Folder:
                 return self.path / name
         for name in names:
             if path := stand_ins.unfinished(self.path, name):
-                raise UserError(f"{self.path} holds no {name}, but an unfinished download of it, {path}; download it again")
+                raise UserError(
+                    f"{self.path} holds no {name}, but an unfinished download of it, {path}; download it again"
+                )
         raise UserError(f"{self.path} holds no {' or '.join(names)}")
 
     def find(self, name: str) -> Path | None:
@@ -75,7 +77,7 @@ class Hub:
         ) from last_error
 
     def find(self, name: str) -> Path | None:
-        """Download a file, unless it is cached. None if neither the repository nor the cache has it. Raises UserError."""
+        """Download a file, unless it is cached. None if the repository or, offline, the cache lacks it."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         path_or_error = self._download(name)

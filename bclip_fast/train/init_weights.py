@@ -157,7 +157,13 @@ def _tell_pixels(source: str, content: dict[str, Any]) -> None:
     for name in ("mean", "std"):
         values = theirs.get(name) if isinstance(theirs, dict) else None
         if isinstance(values, list) and tuple(values) != getattr(defaults, name):
-            log.warning("%s expects pixels of %s %s, but training normalises to %s", source, name, values, getattr(defaults, name))
+            log.warning(
+                "%s expects pixels of %s %s, but training normalises to %s",
+                source,
+                name,
+                values,
+                getattr(defaults, name),
+            )
 
 
 def _check_field(source: str, theirs: str, value: Any, tower: str, name: str, ours: Any) -> None:

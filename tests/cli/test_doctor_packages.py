@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bclip_fast import doctor, importable
+from bclip_fast import doctor
 
 PACKAGES = {
     "sound": "import json",
@@ -38,7 +38,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "torch.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(importable, "LIMIT_S", 2)
+    monkeypatch.setattr(doctor, "IMPORT_LIMIT_S", 2)
     return tmp_path
 
 
@@ -65,4 +65,4 @@ def test_doctor_tells_which_packages_cannot_be_imported_and_why(site: Path, monk
 
 def test_module_of_a_distribution_is_found() -> None:
     modules = {"pillow": "PIL", "huggingface_hub": "huggingface_hub", "pytest-xdist": "xdist", "no-such-package": None}
-    assert {name: importable._module(name) for name in modules} == modules
+    assert {name: doctor._module_of(name) for name in modules} == modules

@@ -51,7 +51,9 @@ def test_describe_names_a_stand_in(start: bytes, reason: str) -> None:
     assert stand_ins.describe(b"\x80" + start) is None
 
 
-@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\xff\xd8\xff", b'{"a": 1}', b"<article>", b"path,label\n", b"html page"])
+@pytest.mark.parametrize(
+    "start", [b"PK\x03\x04", b"\xff\xd8\xff", b'{"a": 1}', b"<article>", b"path,label\n", b"html page"]
+)
 def test_describe_other_files_is_none(start: bytes) -> None:
     assert stand_ins.describe(start) is None
 

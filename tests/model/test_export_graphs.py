@@ -1,4 +1,4 @@
-"""torch.export, torch.jit.trace and torch.onnx.export of both towers: graphs of plain torch operations, as in eager mode.
+"""Both towers in torch.export, torch.jit.trace and torch.onnx.export: graphs of plain torch operations, equal to eager.
 
 The results agree to 1e-5 of unit-length embeddings: sums run in another order.
 """
@@ -169,7 +169,9 @@ def test_onnx_towers_equal_eager_for_other_batches(model: BiomedClip, dynamo: bo
         torch.onnx.export(tower, (example,), buffer, **({"dynamo": False} | shapes), **names)
         session = runtime.InferenceSession(buffer.getvalue())
         for batch in (example, other):
-            check(lambda batch, run=session.run: torch.from_numpy(run(None, {"inputs": batch.numpy()})[0]), tower, batch)
+            check(
+                lambda batch, run=session.run: torch.from_numpy(run(None, {"inputs": batch.numpy()})[0]), tower, batch
+            )
 
 
 def test_named_backend_keeps_our_operators_in_the_graph() -> None:

@@ -14,7 +14,25 @@ from tokenizers import Tokenizer as FastTokenizer
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer, clean
 
-WORDS = ["MRI", "mri", "of", "the", "Brain", "brain", "é", "e", "##tude", "étude", "T", "##1", "-", "中", "文", "中文", "x"]
+WORDS = [
+    "MRI",
+    "mri",
+    "of",
+    "the",
+    "Brain",
+    "brain",
+    "é",
+    "e",
+    "##tude",
+    "étude",
+    "T",
+    "##1",
+    "-",
+    "中",
+    "文",
+    "中文",
+    "x",
+]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 OTHER = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *WORDS]
 OTHER_TOKENS = {
@@ -98,7 +116,7 @@ def test_config_json_names_the_kind_of_a_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "'MRI', but no file says whether texts become lower case"),
+        ({}, "'MRI', but no file says if texts become lower case"),
         ({"tokenizer_config": {"do_lower_case": "no"}}, "do_lower_case='no' must be true or false"),
         ({"tokenizer_config": {"do_basic_tokenize": False}}, "do_basic_tokenize=False isn't supported"),
         ({"tokenizer_config": {"never_split": ["MRI"]}}, "never_split"),
@@ -108,7 +126,10 @@ def test_config_json_names_the_kind_of_a_vocabulary(tmp_path: Path) -> None:
         ({"tokenizer_config": {"tokenizer_class": "MPNetTokenizer"}}, "belongs to a MPNetTokenizer"),
         ({"tokenizer_config": {"do_lower_case": False, "pad_token": "<pad>"}}, "lacks <pad>"),
         (
-            {"tokenizer_config": {"do_lower_case": False, "pad_token": "[PAD]"}, "special_tokens_map": {"pad_token": "x"}},
+            {
+                "tokenizer_config": {"do_lower_case": False, "pad_token": "[PAD]"},
+                "special_tokens_map": {"pad_token": "x"},
+            },
             "pad_token is .*but 'x'",
         ),
         (
@@ -163,7 +184,9 @@ def test_tokenizer_json_that_contradicts_its_settings_raises(
 def byte_pairs() -> FastTokenizer:
     """RoBERTa's kind of tokenizer: <pad> has id 1."""
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    letters = {token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Br", "RI"])}
+    letters = {
+        token: i for i, token in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Br", "RI"])
+    }
     fast = FastTokenizer(models.BPE(letters, [("B", "r"), ("R", "I")], unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -206,6 +229,6 @@ def test_ids_of_other_kinds_equal_transformers(tmp_path: Path, fast: FastTokeniz
     bare = Tokenizer.from_file(tmp_path / "saved" / "tokenizer.json")
     bare.save(tmp_path / "again")
     assert Tokenizer.from_file(tmp_path / "again" / "tokenizer.json").pad_id == bare.pad_id == pad_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": pad_id == 1}))
     with pytest.raises(UserError, match="do_lower_case"):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": pad_id == 1}))
         Tokenizer.from_file(tmp_path / "tokenizer.json")

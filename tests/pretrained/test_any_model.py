@@ -36,7 +36,9 @@ def test_load_model_open_clip_names_give_the_models_scores(folder: Path, tmp_pat
     model, _, transform = open_clip.create_model_and_transforms("tiny")
     torch.save(model.state_dict(), tmp_path / "tiny.pt")
     tag = {"url": "https://example.org/tiny.pt", "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"published": tag, "quick": tag | {"quick_gelu": True}})
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED, "tiny", {"published": tag, "quick": tag | {"quick_gelu": True}}
+    )
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **options: str(tmp_path / "tiny.pt"))
     config = EvalConfig(data=str(folder), split="test", progress=False)
     expected = evaluate_with(config, model.eval(), transform, open_clip.get_tokenizer("tiny"))["tasks"]

@@ -44,7 +44,9 @@ def inside(part: str) -> Any:
         lambda state: renamed(state, lambda name: f"module._orig_mod.{name}"),
         lambda state: {"state_dict": renamed(state, lambda name: f"model.{name}"), "epoch": 3, "callbacks": {}},
         lambda state: {"state_dict": renamed(state, lambda name: f"_forward_module.model._orig_mod.{name}")},
-        lambda state: {"model": {"state_dict": renamed(state, lambda name: f"_fsdp_wrapped_module._fpw_module.{name}")}},
+        lambda state: {
+            "model": {"state_dict": renamed(state, lambda name: f"_fsdp_wrapped_module._fpw_module.{name}")}
+        },
         lambda state: {"module": renamed(state, lambda name: f"module.{name}"), "dp_world_size": 8},
     ],
     ids=["compile", "submodules", "fsdp", "checkpointing", "ddp", "lightning", "fabric", "nests", "deepspeed"],

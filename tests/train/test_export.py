@@ -91,9 +91,16 @@ def test_exported_model_gives_same_embeddings_in_transformers(tmp_path: Path, pi
 
 # Mojibake, curly quotes, entities (also twice), ligatures, no-break and zero-width spaces, control characters.
 ODD = [
-    "a red square \u201cat\u201d the left", "a&nbsp;blue&amp;nbsp;square", "a \u00e2\u20ac\u0153red\u00e2\u20ac\u009d square", "\ufb01ve  cells\t\n",
-    "caf\u00c3\u00a9 &lt;red&gt;", "a\u00a0blue\u200b square\u2019s top", "\x1b[31mred\x00 square", "&amp;lt;b&amp;gt; cells", "",
-]  # fmt: skip
+    "a red square \u201cat\u201d the left",
+    "a&nbsp;blue&amp;nbsp;square",
+    "a \u00e2\u20ac\u0153red\u00e2\u20ac\u009d square",
+    "\ufb01ve  cells\t\n",
+    "caf\u00c3\u00a9 &lt;red&gt;",
+    "a\u00a0blue\u200b square\u2019s top",
+    "\x1b[31mred\x00 square",
+    "&amp;lt;b&amp;gt; cells",
+    "",
+]
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt"])

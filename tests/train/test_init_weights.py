@@ -186,11 +186,23 @@ def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp
             InitConfig(text=changed(bert_folder, same, num_attention_heads=4)),
             "has 4 heads, but model.text.heads=2",
         ),
-        (SMALL, InitConfig(text=changed(bert_folder, same, pad_token_id=1)), "padding token 1, but model.text.pad_id=0"),
+        (
+            SMALL,
+            InitConfig(text=changed(bert_folder, same, pad_token_id=1)),
+            "padding token 1, but model.text.pad_id=0",
+        ),
         (SMALL, InitConfig(text=changed(bert_folder, same, auto_map={"AutoModel": "own.Bert"})), "auto_map=.*own.Bert"),
-        (SMALL, InitConfig(vision=changed(timm_folder, same, global_pool="avg", model_args={})), "global_pool='avg' must"),
+        (
+            SMALL,
+            InitConfig(vision=changed(timm_folder, same, global_pool="avg", model_args={})),
+            "global_pool='avg' must",
+        ),
         (SMALL, InitConfig(vision=changed(timm_folder, same, model_args={"act_layer": "relu"})), "keys: act_layer"),
-        (SMALL, InitConfig(vision=changed(timm_folder, same, model_args={"drop_path_rate": 0.1})), "drop_path_rate=0.1"),
+        (
+            SMALL,
+            InitConfig(vision=changed(timm_folder, same, model_args={"drop_path_rate": 0.1})),
+            "drop_path_rate=0.1",
+        ),
         *(
             (SMALL, InitConfig(vision=changed(bert_folder, same, **(vit | {name: value}))), f"{name}={value!r} must be")
             for name, value in (
