@@ -35,7 +35,7 @@ IMPORT_LIMIT_S = 30
 """Time limit of one import, in seconds."""
 
 # A process that imports torch once and then forks for each package, as many at a time as there are cores. A fork that
-# crashes or hangs ends alone. Each line of the output names a module and the reason of its failure, or null.
+# crashes or hangs ends by itself. Each line of the output names a module and the reason of its failure, or null.
 _PROBE = """
 import json, os, signal, sys
 
@@ -89,7 +89,7 @@ class DoctorConfig:
     """Print backends, versions, devices, and the backend that each operator takes here, with reasons."""
 
     imports: bool = True
-    """Import every optional package in a process of its own, to tell which ones are broken. Takes some seconds."""
+    """Import every optional package in a separate process, to tell which ones are broken. Takes some seconds."""
 
 
 def run(config: DoctorConfig) -> None:

@@ -16,7 +16,7 @@ NUM_BYTES = 512
 _PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL)
 _STORAGE_ERROR = re.compile(rb"\s*(<\?xml[^>]*\?>)?\s*<Error>\s*<Code>")
 _HUB_FOLDER = ".cache/huggingface/download"
-# What browsers, curl, aria2 and the hub's client append to the name of a file that isn't complete.
+# Browsers, curl, aria2 and the hub's client append these to the name of a file that isn't complete.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 
 

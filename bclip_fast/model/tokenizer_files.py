@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 PIPELINES = ("tokenizer.json", "vocab.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-# Kinds of tokenizers that need a library of their own. Their fast form is a tokenizer.json.
+# Kinds of tokenizers that need another library. Their fast form is a tokenizer.json.
 OTHER_KINDS = {
     "tokenizer.model": "a sentencepiece model",
     "spiece.model": "a sentencepiece model",

@@ -147,9 +147,9 @@ def _check_settings(content: Json, supported: dict[str, tuple[Any, ...]], source
 
 
 def _refuse_code(content: Json, source: str) -> None:
-    """Raise UserError if the file names code of its own for the model: its settings then have another meaning."""
+    """Raise UserError if the file names its own code for the model: its settings then have another meaning."""
     if content.get("auto_map"):
-        raise UserError(f"{source}: auto_map={content['auto_map']!r} names code of its own, which is never run")
+        raise UserError(f"{source}: auto_map={content['auto_map']!r} names code of the checkpoint, which is never run")
 
 
 def bert_config(text: TextConfig) -> Json:

@@ -115,8 +115,17 @@ def is_exporting(backend: str = "auto") -> bool:
 
     The operators then run as plain torch operations, which every such program knows, for any shape. A named backend,
     `use_backend` and BCLIP_BACKEND keep our operators in the graph.
+
+    Raises:
+        BackendError: torch.onnx.export with dynamo=False. Its graphs give wrong embeddings or take one batch size only.
     """
-    return backend == _requested == "auto" and not _explaining and (_records_export() or torch.jit.is_tracing())
+    if backend != "auto" or _requested != "auto" or _explaining:
+        return False
+    if torch.jit.is_tracing():
+        if torch.onnx.is_in_onnx_export():
+            raise BackendError("torch.onnx.export(dynamo=False) isn't supported: pass dynamo=True")
+        return True
+    return _records_export()
 
 
 def why_not(limits: Limits, name: str, *inputs: object) -> str | None:

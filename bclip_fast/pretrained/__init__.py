@@ -17,10 +17,11 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing
 from bclip_fast.io.hashing import sha256
 from bclip_fast.io.json_files import read_object
-from bclip_fast.model import open_clip_config, tower_config, weights
+from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.open_clip_config import CONFIG_FILE
 from bclip_fast.model.safe_load import read_checkpoint
+from bclip_fast.model.special_tokens import DEFAULTS
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
@@ -121,7 +122,7 @@ def save(
         )
     _check_vocabulary(tokenizer, config)
     folder = Path(folder)
-    files = open_clip_config.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
+    files = open_clip_config.write(config, published_tokenizer=_is_pubmedberts(tokenizer))
     files[CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
     state = weights.to_open_clip(model.state_dict() if state_dict is None else state_dict, config)
     for name, content in files.items():
@@ -229,7 +230,12 @@ def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
         )
 
 
-def _vocabulary_hash(tokenizer: Tokenizer) -> str:
+def _is_pubmedberts(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer is the published one: its vocabulary and its settings, such as lower case."""
     vocabulary = tokenizer.fast.get_vocab()
     lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
-    return sha256(lines)
+    if sha256(lines) != _PUBMEDBERT_VOCABULARY:
+        return False
+    published = tokenizer_files.wordpiece(vocabulary, DEFAULTS)
+    ours, theirs = (json.loads(fast.to_str()) for fast in (tokenizer.fast, published))
+    return all(ours[part] == theirs[part] for part in ("normalizer", "pre_tokenizer"))

@@ -127,7 +127,7 @@ def tokenizer_file(source: Source) -> Path:
     Raises:
         UserError: the source has neither, or only a tokenizer of another kind.
     """
-    for name in tokenizer_files.SETTINGS:  # of a repository of the hub, only downloaded files lie in the folder
+    for name in tokenizer_files.SETTINGS:  # the folder holds only downloaded files of a repository
         source.find(name)
     for name in (*tokenizer_files.PIPELINES, *tokenizer_files.OTHER_KINDS):
         if path := source.find(name):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from towers import GPT, SMALL, padded_ids, shaken
 
+from bclip_fast.errors import BackendError
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.vision import VisionConfig
@@ -92,15 +93,15 @@ def operators_of_ours(program: torch.export.ExportedProgram) -> list[str]:
 
 def test_exported_image_tower_equals_eager(model: BiomedClip) -> None:
     tower = Images(model)
-    for images, others in (
-        (images_of(model.config, 3), images_of(model.config, 5)),
-        (torch.randint(0, 256, images_of(model.config, 3).permute(0, 2, 3, 1).shape, dtype=torch.uint8), None),
-    ):
-        static = torch.export.export(tower, (images,))
-        dynamic = torch.export.export(tower, (images,), dynamic_shapes=({0: Dim("batch", max=64)},))
-        assert not operators_of_ours(static) + operators_of_ours(dynamic)
-        check(static.module(), tower, images)
-        for batch in (images, images[:1] if others is None else others):
+    images, others = images_of(model.config, 3), images_of(model.config, 5)
+    raw = torch.randint(0, 256, images.permute(0, 2, 3, 1).shape, dtype=torch.uint8)
+    static = torch.export.export(tower, (images,))
+    check(static.module(), tower, images)
+    assert not operators_of_ours(static)
+    for example, batches in ((images, (images, others, others[:1])), (raw, (raw, raw[:2]))):
+        dynamic = torch.export.export(tower, (example,), dynamic_shapes=({0: Dim("batch", max=64)},))
+        assert not operators_of_ours(dynamic)
+        for batch in batches:
             check(dynamic.module(), tower, batch)
 
 
@@ -151,27 +152,31 @@ def test_traced_towers_equal_eager_for_other_batches(model: BiomedClip) -> None:
             buffer.seek(0)
 
 
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "tracing"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_onnx_towers_equal_eager_for_other_batches(model: BiomedClip, dynamo: bool) -> None:
-    pytest.importorskip("onnxscript" if dynamo else "onnx")
+def test_onnx_towers_equal_eager_for_other_batches(model: BiomedClip) -> None:
+    pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     for tower, example, other in (
         (Images(model), images_of(model.config, 3), images_of(model.config, 5)),
         (Texts(model), ids_of(model.config, [20, 7, 2]), ids_of(model.config, [5, 20, 11, 3])),
     ):
         buffer = io.BytesIO()
-        shapes: dict[str, Any] = {"dynamic_axes": {"inputs": {0: "batch"}}}
-        if dynamo:
-            shapes = {"dynamic_shapes": ({0: Dim("batch", max=64)},), "dynamo": True, "external_data": False}
-        names = {"input_names": ["inputs"], "output_names": ["embeddings"]}
-        torch.onnx.export(tower, (example,), buffer, **({"dynamo": False} | shapes), **names)
+        options = {"dynamo": True, "external_data": False, "dynamic_shapes": ({0: Dim("batch", max=64)},)}
+        torch.onnx.export(tower, (example,), buffer, input_names=["inputs"], **options)
         session = runtime.InferenceSession(buffer.getvalue())
+
+        def run(batch: Tensor, session: Any = session) -> Tensor:
+            return torch.from_numpy(session.run(None, {"inputs": batch.numpy()})[0])
+
         for batch in (example, other):
-            check(
-                lambda batch, run=session.run: torch.from_numpy(run(None, {"inputs": batch.numpy()})[0]), tower, batch
-            )
+            check(run, tower, batch)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_by_tracing_raises() -> None:
+    tower = Images(shaken(BiomedClip(SMALL)).eval())
+    with pytest.raises(BackendError, match="dynamo=True"):
+        torch.onnx.export(tower, (images_of(SMALL, 2),), io.BytesIO(), dynamo=False)
 
 
 def test_named_backend_keeps_our_operators_in_the_graph() -> None:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
+from bclip_fast import pretrained
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer, clean
 
@@ -232,3 +233,14 @@ def test_ids_of_other_kinds_equal_transformers(tmp_path: Path, fast: FastTokeniz
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": pad_id == 1}))
     with pytest.raises(UserError, match="do_lower_case"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def test_saved_checkpoint_names_the_published_tokenizer_only_with_its_settings(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """open_clip would otherwise download the published one, which makes every text lower case."""
+    vocabulary = shutil.copy(shared_data / "vocab" / "pubmedbert" / "vocab.txt", tmp_path / "vocab.txt")
+    for lower in (True, False):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
+        assert pretrained._is_pubmedberts(Tokenizer.from_file(vocabulary)) == lower
+    assert pretrained._is_pubmedberts(Tokenizer.from_file(shared_data / "vocab" / "pubmedbert" / "tokenizer.json"))
