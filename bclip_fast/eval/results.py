@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import write_text
 
 
@@ -50,6 +51,7 @@ def read(folder: Path) -> dict[str, Any]:
             result["samples"] = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
             path = path.parents[1] / "results.json"
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        stand_ins.refuse(path)
         raise UserError(f"{path} is not a file of bclip eval ({error}); pass the folder of an evaluation") from error
     return results
 

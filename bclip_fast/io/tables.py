@@ -19,6 +19,8 @@ from typing import Any
 
 from bclip_fast.errors import UserError
 
+from . import stand_ins
+
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv")
@@ -84,6 +86,7 @@ def read_table(
     delimiter, columns, num_changed = _header(path, text, [name for names in (*needed, optional) for name in names])
     for names in needed:
         if not any(name in columns for name in names):
+            stand_ins.refuse(path)
             raise UserError(
                 f"data {path} has no column {' or '.join(map(repr, names))}: its first line must name the columns, "
                 f"e.g. {hint}"
@@ -123,6 +126,7 @@ def _decoded(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        stand_ins.refuse(path)
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"data {path} is not a CSV file in UTF-8 (line {line}: {error.reason}); save it as UTF-8"

@@ -21,6 +21,7 @@ from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
 from bclip_fast.eval.datasets import EvalDataset
 from bclip_fast.html import page as html_page
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import write_text
 from bclip_fast.io.hashing import sha256_of_file
 from bclip_fast.pretrained.any_model import Model
@@ -118,6 +119,8 @@ class Searcher:
             self._index = faiss.read_index(str(self.folder / INDEX))
             expected_probe = torch.tensor(self.metadata["probe"])
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RuntimeError) as error:
+            for name in (ROWS, INDEX):
+                stand_ins.refuse(self.folder / name)
             raise UserError(f"{problem} ({' '.join(str(error).split())[:200]})") from error
         if self._index.ntotal != self._rows.num_rows or expected_probe.shape != (2, self._index.d):
             raise UserError(

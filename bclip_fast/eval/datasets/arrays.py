@@ -14,6 +14,7 @@ import numpy as np
 
 from bclip_fast.data.splits import resolve
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 from bclip_fast.io.hashing import blocks, sha256_of_parts
 
 _PCAM_SPLITS = ("train", "valid", "test")
@@ -96,6 +97,7 @@ def open_pcam(folder: Path, split: str, download_url: str) -> ArrayDataset:
             file = h5py.File(path, "r")
             array = file[key]
         except (OSError, KeyError) as error:
+            stand_ins.refuse(path)
             raise UserError(f"{path} cannot be read ({first_line(error)}); PatchCamelyon {needs}") from error
         if array.shape[1:] != shape or array.dtype != np.uint8 or not len(array):
             raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {needs}")
@@ -138,6 +140,7 @@ def open_medmnist(path: Path, split: str, download_url: str, name: str = "") -> 
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        stand_ins.refuse(path)
         raise UserError(f"{path} cannot be read ({first_line(error)}); {needs}") from error
     shape = images.shape[1:]
     if (

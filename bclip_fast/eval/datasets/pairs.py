@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.file_names import printable
 from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256, sha256_of_parts
@@ -40,6 +41,8 @@ class PairDataset:
                 caption = file.read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{file}, the text of {path.name}, cannot be read: {error}") from error
+            if caption and (reason := stand_ins.describe(caption.encode()[: stand_ins.NUM_BYTES])):
+                raise UserError(f"{file}, the text of {path.name}, {reason}")
             if not caption:
                 raise UserError(f"{file}, the text of {path.name}, is empty")
             self._captions.append(caption)

@@ -13,6 +13,7 @@ from typing import Any
 from bclip_fast.data import splits
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.eval.tasks import Task
+from bclip_fast.io import stand_ins
 from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 from bclip_fast.io.tables import PATH_COLUMNS, SUFFIXES, read_table
@@ -220,6 +221,7 @@ def _json_rows(file: Path, keys: Sequence[str], download_url: str) -> list[dict[
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
         missing = next((key for row in rows for key in keys if key not in row), None)
     except (OSError, ValueError, TypeError) as error:
+        stand_ins.refuse(file)
         raise UserError(f"{file} cannot be read as a JSON list of questions ({first_line(error)}); {source}") from error
     if missing is not None or not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: a question lacks {missing!r}, which all must have; {source}")
