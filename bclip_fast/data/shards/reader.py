@@ -158,20 +158,16 @@ class ShardDataset:
             raise BadSample(f"{path}: sample {position} is not at the offset in the index; build the dataset again")
         if index.checksums is not None:
             for name, content, checksum in zip(names, contents, index.checksums[position].tolist(), strict=True):
-                self._check(number, name.decode("latin-1"), content, checksum)
+                if (actual := crc32c(content)) != checksum:
+                    raise BadSample(
+                        f"{path}: {name.decode('latin-1')} is damaged: its CRC-32C is {actual:08x}, but the index has "
+                        f"{checksum:08x}; copy the shard and its index again"
+                    )
         try:
             caption, meta = contents[1].decode(), json.loads(contents[2])
             return Sample(key.decode("ascii"), contents[0], caption, meta)
         except ValueError as error:
             raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
-
-    def _check(self, number: int, member: str, content: bytes, checksum: int) -> None:
-        """Compare a member of a shard with its checksum in the index. Raises BadSample."""
-        if (actual := crc32c(content)) != checksum:
-            raise BadSample(
-                f"{self.storage.path(self._name(number))}: {member} is damaged: its CRC-32C is {actual:08x}, but the "
-                f"index has {checksum:08x}; copy the shard and its index again"
-            )
 
     def fetch(self, indices: Sequence[int]) -> Callable[[], list[Sample | BadSample]]:
         """Start to read samples. Return a function that waits for them and returns them.
@@ -233,12 +229,10 @@ class ShardDataset:
         index, name = self._index(number), self._name(number)
         offset, size = int(index.offsets[position, 1]), int(index.sizes[position, 1])
         data = self.storage.read(name, offset, offset + size)
-        try:
-            if index.checksums is not None:
-                self._check(number, f"the caption of sample {position}", data, int(index.checksums[position, 1]))
-            return data.decode()
-        except (BadSample, UnicodeDecodeError):
-            return self[i].caption  # which reads once more, and names the sample
+        if index.checksums is None or crc32c(data) == index.checksums[position, 1]:
+            with contextlib.suppress(UnicodeDecodeError):
+                return data.decode()
+        return self[i].caption  # raises BadSample, which names the member, unless a second read is intact
 
     def captions(self) -> Iterator[str]:
         """Yield all captions in order, except damaged ones. From a URL, this reads all bytes of the shards."""

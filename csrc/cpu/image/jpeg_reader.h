@@ -116,9 +116,10 @@ class Reader {
   bool is_damage(int warning) {
     switch (warning) {
       case JWRN_JPEG_EOF:
+        lacks_end_ = true;
         return end_ == End::kRequired || !has_header_ || jpeg_has_multiple_scans(&jpeg);
       case JWRN_EXTRANEOUS_DATA:  // some writers leave unused bytes in the header
-        return has_header_;
+        return has_header_ && !lacks_end_;
       case JWRN_HIT_MARKER:
       case JWRN_HUFF_BAD_CODE:
       case JWRN_ARITH_BAD_CODE:
@@ -192,6 +193,7 @@ class Reader {
 
   End end_ = End::kRequired;
   bool has_header_ = false;
+  bool lacks_end_ = false;
   int watched_scan_ = 0;
   int max_average_[MAX_COMPS_IN_SCAN] = {};
   boolean (*decode_mcu_)(j_decompress_ptr, JBLOCKROW*) = nullptr;
