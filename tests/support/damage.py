@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 from bclip_fast._cpu import crc32c
+from bclip_fast.data.image_files import ImageError, decode_as_loaders
 from bclip_fast.data.shards.reader import ShardDataset
 
 KINDS = ("pixels", "bit", "header", "place", "meta", "caption")
@@ -28,11 +30,11 @@ def spoil(folder: Path | str, index: int, kind: str = "pixels", split: str = "tr
         "place": (entry["jpg"][0] - 512, 100),
         "meta": entry["json"],
         "caption": (entry["txt"][0], 1),
-        "bit": (entry["jpg"][0] + entry["jpg"][1] - 4, 1),
+        "bit": (entry["jpg"][0], 1),
     }[kind]
     with path.open("r+b") as file:
         file.seek(offset)
-        damage = bytes([file.read(1)[0] ^ 1]) if kind == "bit" else b"\xff" * size
+        damage = _other_pixels(file.read(entry["jpg"][1])) if kind == "bit" else b"\xff" * size
         file.seek(offset)
         file.write(damage)
         if kind not in ("place", "bit") and "crc32c" in entry:
@@ -42,6 +44,18 @@ def spoil(folder: Path | str, index: int, kind: str = "pixels", split: str = "tr
             entry["crc32c"] = [crc32c(data[start : start + length]) for start, length in places]
             path.with_suffix(".index.json").write_text(json.dumps(contents))
     return key
+
+
+def _other_pixels(jpeg: bytes) -> bytes:
+    """Change one bit of the scan so that the file still decodes, to other pixels."""
+    pixels = decode_as_loaders(jpeg).tobytes()
+    for place in range(len(jpeg) - 3, 0, -1):
+        for bit in range(8):
+            damaged = jpeg[:place] + bytes([jpeg[place] ^ 1 << bit]) + jpeg[place + 1 :]
+            with contextlib.suppress(ImageError):
+                if decode_as_loaders(damaged).tobytes() != pixels:
+                    return damaged
+    raise AssertionError
 
 
 REASONS = {

@@ -93,6 +93,7 @@ class ShardDataset:
     def _make_caches(self) -> None:
         self._starts = [0, *accumulate(self.shard_sizes)]
         self._index = functools.lru_cache(None)(lambda number: self._read_index(number)[1])
+        self._keys = functools.lru_cache(2)(lambda number: self._read_index(number)[0])
         self._connections: tuple[int, DaemonPool] | None = None
 
     def _read_index(self, number: int) -> tuple[list[str], Index]:
@@ -100,7 +101,7 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_index", "_connections"):
+        for name in ("_index", "_keys", "_connections"):
             del state[name]
         return state
 
@@ -216,7 +217,7 @@ class ShardDataset:
     def name_of(self, i: int) -> tuple[str, str]:
         """Return sample i's key and the file name of its shard. Only reads the index."""
         number, position = self._locate(i)
-        return self._read_index(number)[0][position], self._name(number)
+        return self._keys(number)[position], self._name(number)
 
     def caption_bytes(self, i: int) -> int:
         """Return the size of sample i's caption. Only reads the index."""
