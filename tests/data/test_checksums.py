@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from damage import spoil
+from damage import entry_of, flip_bit, spoil
 from loaders import loader, take
 from shard_samples import samples, write_dataset
 from synthetic import write_shards
@@ -30,28 +30,10 @@ from bclip_fast.eval.datasets.shards import ShardEvalDataset
 from bclip_fast.ingest.verify import VerifyConfig
 from bclip_fast.ingest.verify import run as run_verify
 
-MEMBERS = ("jpg", "txt", "json")
-# One bit of each member that changes neither the format nor the number of characters.
-PLACES = {"jpg": -3, "txt": 2, "json": 3}
-
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "dataset")
-
-
-def entry_of(folder: Path, shard: str = "train-000000", position: int = 0) -> dict[str, list[int]]:
-    return json.loads((folder / f"{shard}.index.json").read_text())["samples"][position]
-
-
-def flip(folder: Path, member: str, shard: str = "train-000000", position: int = 0) -> str:
-    """Change the lowest bit of a byte. Return the member's name."""
-    entry = entry_of(folder, shard, position)
-    offset, size = entry[member]
-    data = bytearray((folder / f"{shard}.tar").read_bytes())
-    data[offset + PLACES[member] % size] ^= 1
-    (folder / f"{shard}.tar").write_bytes(data)
-    return f"{entry['key']}.{member}"
 
 
 def without_checksums(folder: Path) -> None:
@@ -80,10 +62,10 @@ def test_crc32c_equals_published_values():
     assert json.loads(printed.stdout) == [crc32c(data[:n]) for n in lengths]
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", ["jpg", "txt", "json"])
 def test_every_reader_names_a_changed_bit(dataset: Path, member: str, tmp_path: Path):
     before = ShardDataset(dataset)[0]
-    name = flip(dataset, member)
+    name = flip_bit(dataset, member)
     system = fsspec.filesystem("memory")
     for path in dataset.iterdir():
         system.pipe_file(f"/changed/{path.name}", path.read_bytes())
@@ -108,7 +90,7 @@ def test_every_reader_names_a_changed_bit(dataset: Path, member: str, tmp_path: 
             assert second == [sample for i, sample in enumerate(samples()) if i % 5][1]
             num_captions = len(list(ShardDataset(root).captions()))
             assert num_captions == len(ShardDataset(dataset)) - (member == "txt" or "://" in root)
-        # An evaluation leaves the sample out after the first error.
+        # After the first error, an evaluation leaves the sample out.
         assert evaluated.key(0) == before.key
         assert len(evaluated.captions()) == len(evaluated)
         assert len(evaluated.label_kinds) == 0
@@ -191,7 +173,7 @@ def test_old_shards_load_and_say_once_that_they_have_no_checksums(dataset: Path,
     assert {path.name: path.read_bytes() for path in dataset.glob("*.tar")} == tars
     assert (list(ShardDataset(dataset)), ShardDataset(dataset).fingerprint) == (expected, fingerprint)
     assert not add_checksums(dataset)
-    flip(dataset, "json")
+    flip_bit(dataset, "json")
     with pytest.raises(BadSample, match="is damaged"):
         ShardDataset(dataset)[0]
 
@@ -206,7 +188,7 @@ def test_added_checksums_equal_written_ones(dataset: Path, tmp_path: Path):
 
 def test_damaged_shard_gets_no_checksums(dataset: Path):
     without_checksums(dataset)
-    flip(dataset, "jpg")
+    flip_bit(dataset, "jpg")
     before = {path.name: path.read_bytes() for path in dataset.glob("dataset.json")}
     with pytest.raises(UserError, match=r"train-000000\.tar is missing, or its SHA-256 differs"):
         add_checksums(dataset)

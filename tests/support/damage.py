@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from bclip_fast._cpu import crc32c
 from bclip_fast.data.image_files import ImageError, decode_as_loaders
@@ -44,6 +45,21 @@ def spoil(folder: Path | str, index: int, kind: str = "pixels", split: str = "tr
             entry["crc32c"] = [crc32c(data[start : start + length]) for start, length in places]
             path.with_suffix(".index.json").write_text(json.dumps(contents))
     return key
+
+
+def entry_of(folder: Path, shard: str = "train-000000", position: int = 0) -> dict[str, Any]:
+    """The entry of a sample in its shard's index."""
+    return json.loads((folder / f"{shard}.index.json").read_text())["samples"][position]
+
+
+def flip_bit(folder: Path, member: str, shard: str = "train-000000", position: int = 0) -> str:
+    """Change one bit of a member, which changes neither its format nor its size. Return the member's name."""
+    entry = entry_of(folder, shard, position)
+    offset, size = entry[member]
+    data = bytearray((folder / f"{shard}.tar").read_bytes())
+    data[offset + {"jpg": size - 3, "txt": 2, "json": min(3, size - 1)}[member]] ^= 1
+    (folder / f"{shard}.tar").write_bytes(data)
+    return f"{entry['key']}.{member}"
 
 
 def _other_pixels(jpeg: bytes) -> bytes:

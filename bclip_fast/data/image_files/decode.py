@@ -97,7 +97,6 @@ class OpenImage:
                 image = ImageOps.exif_transpose(image)
             return to_rgb(tiff.with_black_zero(image) if self.format == "TIFF" else image)
 
-
     def _load(self) -> Image.Image:
         """Return the stored pixels. Those of a JPEG are RGB already."""
         if self.format in _JPEG_FORMATS:
@@ -107,6 +106,8 @@ class OpenImage:
                 return image
             if self._reduced > 1:
                 self.image.draft(None, (self.width // self._reduced, self.height // self._reduced))
+        elif self.format == "PNG":
+            png.check_pixels(self._data)
         self.image.load()
         return self.image
 
@@ -154,6 +155,8 @@ def _open_with_pillow(data: bytes) -> Image.Image:
         if image.format in _JPEG_FORMATS and (pixels := jpeg.decode_intact(data)) is not None:
             if image.mode in ("RGB", "L"):  # the same pixels as Pillow's
                 return pixels if image.mode == "RGB" else pixels.getchannel(0)
+        elif image.format == "PNG":
+            png.check_pixels(data)
         image.load()
         if image.mode == "La":
             raise ImageError("Pillow does not convert grey with associated alpha to RGB")

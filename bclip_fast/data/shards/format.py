@@ -123,7 +123,7 @@ def read_index(storage: Storage, shard: dict[str, Any], has_checksums: bool) -> 
 
 
 def index_text(shard: dict[str, Any], samples: list[dict[str, Any]]) -> str:
-    """Return the text of a shard's index file. `shard`: its entry in dataset.json. `samples`: a dict for each sample."""
+    """Return the text of an index file. shard: the shard's entry in dataset.json. samples: a dict for each sample."""
     head = to_json({"version": FORMAT_VERSION, **shard, "samples": None})
     lines = ",\n".join(map(to_json, samples))
     return head.replace('"samples":null', f'"samples":[\n{lines}\n]')

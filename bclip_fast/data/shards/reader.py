@@ -38,7 +38,8 @@ class BadSample(UserError):
 @functools.cache
 def _say_no_checksums(root: str) -> None:
     log.warning(
-        "%s has no checksums, so damage that still decodes is not noticed; bclip ingest verify --add_checksums adds them",
+        "%s has no checksums, so damaged samples that can be decoded are used; "
+        "bclip ingest verify --add_checksums adds them",
         root,
     )
 
