@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bclip_fast import distributed
+from bclip_fast.data.shards.reader import BadSample
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import environment_report, pick_device
 from bclip_fast.pretrained.any_model import Model, load_model
@@ -141,8 +142,15 @@ class Evaluation:
         }
 
 
+def _has_captions(data: EvalDataset) -> bool:
+    try:
+        return data.captions() is not None
+    except BadSample:  # the task itself skips the sample or stops
+        return True
+
+
 def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
-    names = ["retrieval"] if data.captions() is not None else []
+    names = ["retrieval"] if _has_captions(data) else []
     if config.label or default_label_kinds(data) or not names:
         names.append("zero_shot")
     return names

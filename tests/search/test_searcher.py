@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import COLOURS, ColourModel, colour_model, evaluate_with, jpeg, preprocess, tokenizer
+from damage import flip_bit
 from dicom_files import dicom
 from towers import SMALL, shaken
 
 from bclip_fast import cli, pretrained
 from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
@@ -24,7 +26,7 @@ from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.embed import Embedder
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.search.index import EmbedConfig, embed
+from bclip_fast.search.index import ROWS, EmbedConfig, embed
 from bclip_fast.search.searcher import OpenConfig, Searcher, page
 
 
@@ -169,6 +171,20 @@ def test_embed_damaged_image_is_left_out_and_search_finds_the_others(start: Path
     capsys.readouterr()
     assert cli.main([*command, "--on_bad_image", "stop"]) == 2
     assert "image b.jpg cannot be decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("member", ["jpg", "txt", "json"])
+def test_embed_leaves_out_a_damaged_sample_of_shards(shards: Path, tmp_path: Path, member: str, caplog) -> None:
+    """One bit of image, caption or metadata. The index has the other samples with their captions."""
+    name = flip_bit(shards, member, "val-000000", 2)
+    config = EmbedConfig(model="colours", data=str(shards), out=str(tmp_path / "index"), progress=False)
+    table = pq.read_table(embed(config, colour_model()) / ROWS)
+    expected = [sample for i, sample in enumerate(ShardDataset(shards, "val").fetch(range(40))()) if i != 2]
+    assert table["key"].to_pylist() == [sample.key for sample in expected]
+    assert table["caption"].to_pylist() == [sample.caption for sample in expected]
+    assert table["licence"].to_pylist() == [sample.meta["licence"] for sample in expected]
+    assert "skipped 1 of 40 images" in caplog.text
+    assert f"{name} is damaged" in caplog.text
 
 
 def test_embed_names_images_in_formats_that_are_not_read(start: Path, tmp_path: Path, caplog) -> None:
