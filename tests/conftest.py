@@ -8,12 +8,16 @@ import sys
 import types
 from pathlib import Path
 
+import aliases
 import pytest
 import torch
 
 # The default device of tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
 if "BCLIP_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["BCLIP_TEST_DEVICE"])
+
+# torch checks this only in compiled functions, and only warns unless the variable CI is set.
+aliases.check_every_operator()
 
 # Tests ignore the tuning records of this machine. Processes that they start inherit the variable.
 os.environ.setdefault("BCLIP_TUNE", "off")

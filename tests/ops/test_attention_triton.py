@@ -9,7 +9,7 @@ import launches
 import pytest
 import torch
 from inside import num_passed
-from interpreter import INTERPRETED, RUNS_KERNELS, compiled, interpreted
+from interpreter import ENVIRONMENT, INTERPRETED, RUNS_KERNELS, compiled, interpreted
 from judged import SEED, bounds_of, judge_attention_operator, judge_longer_sequence
 from launches import ATTENTION_KERNELS as KERNELS
 from resources import CAPABILITIES, compiled_resources
@@ -28,7 +28,7 @@ single_query = pytest.importorskip("bclip_fast.ops.attention.single_query.triton
 def test_suite_passes_under_the_interpreter():
     """Runs the tests that this file marks as interpreted, and the operator's tests that don't take minutes."""
     files = "test_attention.py", "test_single_query_attention.py", Path(__file__).name
-    assert num_passed(files, "triton and not 197 and not 256 and not 700", TRITON_INTERPRET="1") >= 30
+    assert num_passed(files, "triton and not 197 and not 256 and not 700", **ENVIRONMENT) >= 30
 
 
 @interpreted

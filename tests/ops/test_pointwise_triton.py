@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inside import num_passed
-from interpreter import RUNS_KERNELS, compiled, interpreted
+from interpreter import ENVIRONMENT, RUNS_KERNELS, compiled, interpreted
 from judged import joined
 from oracle import assert_as_accurate_as_eager
 from resources import CAPABILITIES, compiled_resources
@@ -25,7 +25,7 @@ ours = pytest.importorskip("bclip_fast.ops.pointwise.triton")
 @compiled
 def test_suite_passes_under_the_interpreter():
     """Runs the tests that this file marks as interpreted, and the tests with few rows that take a backend."""
-    assert num_passed(["test_pointwise.py", Path(__file__).name], "triton and not 197", TRITON_INTERPRET="1") >= 15
+    assert num_passed(["test_pointwise.py", Path(__file__).name], "triton and not 197", **ENVIRONMENT) >= 15
 
 
 @interpreted

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import launches
+import numpy as np
 import pytest
 import torch
 from inside import num_passed
-from interpreter import INTERPRETED, RUNS_KERNELS, compiled, interpreted
+from interpreter import ENVIRONMENT, INTERPRETED, RUNS_KERNELS, compiled, interpreted
 from judged import (
     assert_close,
     features,
@@ -35,7 +36,18 @@ kernels = pytest.importorskip("bclip_fast.ops.contrastive.triton_kernels")
 def test_suite_passes_under_the_interpreter():
     """Runs the tests that this file marks as interpreted, and every test of the operators that takes a backend."""
     files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name
-    assert num_passed(files, "triton", TRITON_INTERPRET="1") >= 25
+    assert num_passed(files, "triton", **ENVIRONMENT) >= 25
+
+
+@interpreted
+def test_triton_products_do_not_depend_on_their_place_in_a_tile():
+    if not INTERPRETED:
+        pytest.skip("the tests of accuracy show it on a GPU")
+    left, right = features(64, 16).numpy(), features(64, 16).numpy().T
+    products = left @ right
+    for shift in range(1, 64):
+        assert (np.roll(left, shift, 0) @ right == np.roll(products, shift, 0)).all()
+        assert (left @ np.roll(right, shift, 1).copy() == np.roll(products, shift, 1)).all()
 
 
 @interpreted

@@ -6,6 +6,10 @@ import os
 
 from oracle import collected_if
 
+# The environment of a process with interpreted kernels. NumPy multiplies the tiles. On processors with FMA, OpenBLAS
+# chooses kernels that round an element by its place in the tile. A GPU rounds it alike at any place, so a logit is the
+# same number in the forward and the backward pass, and their errors cancel.
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "OPENBLAS_CORETYPE": "Nehalem"}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton reads TRITON_INTERPRET when it defines kernels, so a process has either interpreted or compiled kernels.
 # A machine with a GPU runs the compiled ones.

@@ -180,7 +180,10 @@ def siglip_results(
     if with_gradients:
         factor = call.scale * weight
         image_grad, text_grad, sums = gradients(call, width, factor, dtype, tile, 3, launch)
-        scale_grad, bias_grad, loss = (weight * sums).float().unbind()
+        # Each result needs memory of its own (`custom_op.define`).
+        scale_grad, bias_grad, loss = (
+            torch.mul(part, weight, out=torch.empty_like(part, dtype=torch.float32)) for part in sums.unbind()
+        )
         return loss, image_grad, text_grad, scale_grad, bias_grad
     image, text = call.image, call.text
     partials = torch.empty(math.prod(num_tiles(image, text, tile)), 3, dtype=torch.float32, device=image.device)
