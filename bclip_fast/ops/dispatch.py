@@ -107,6 +107,11 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+def requested() -> str:
+    """The backend that `use_backend` or BCLIP_BACKEND names for all operators, or "auto"."""
+    return _requested
+
+
 def why_not(limits: Limits, name: str, *inputs: object) -> str | None:
     """The reason why backend `name` cannot run the call, or None."""
     if name not in limits:

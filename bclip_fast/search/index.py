@@ -30,7 +30,7 @@ from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.eval.datasets.pairs import PairDataset
 from bclip_fast.eval.datasets.subset import SubsetDataset
 from bclip_fast.eval.embed import Embedder, OnBadImage, Precision, log_skipped
-from bclip_fast.eval.embedding_cache import PROBE_TEXT
+from bclip_fast.eval.embedding_key import PROBE_TEXT
 from bclip_fast.eval.faiss_index import build_index
 from bclip_fast.hardware import pick_device
 from bclip_fast.io.atomic import replacing
