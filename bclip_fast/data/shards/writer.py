@@ -14,10 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from bclip_fast._cpu import crc32c
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import put_in_place, write_text
 
-from .format import BLOCK, FORMAT_VERSION, Sample, fingerprint_of, to_json
+from .format import BLOCK, CHECKSUM, FORMAT_VERSION, Sample, description_text, fingerprint_of, index_text, to_json
 from .manifest import ManifestRows, write_manifest
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -46,7 +47,7 @@ class ShardFile:
     def add(self, key: str, split: str, caption: str, image: bytes, meta: str) -> dict[str, Any]:
         """Append a sample. Return its row for the manifest."""
         contents = {"jpg": image, "txt": caption.encode(), "json": meta.encode()}
-        entry: dict[str, Any] = {"key": key}
+        entry: dict[str, Any] = {"key": key, CHECKSUM: [crc32c(data) for data in contents.values()]}
         for extension, data in contents.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)
@@ -70,10 +71,8 @@ class ShardFile:
             "num_bytes": self.num_bytes,
             "sha256": self._hash.hexdigest(),
         }
-        head = to_json({"version": FORMAT_VERSION, **description, "samples": None})
-        lines = ",\n".join(to_json(entry) for entry in self._samples)
         with self._index_path.open("w", encoding="utf-8") as file:
-            file.write(head.replace('"samples":null', f'"samples":[\n{lines}\n]'))
+            file.write(index_text(description, self._samples))
             _sync(file)
         return description
 
@@ -108,11 +107,11 @@ def write_description(folder: Path, splits: dict[str, list[dict[str, Any]]], inf
         **info,
         "format": "bclip_fast.shards",
         "version": FORMAT_VERSION,
+        "checksum": CHECKSUM,
         "fingerprint": fingerprint_of("", all_shards),
         "splits": split_descriptions,
     }
-    text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_text(folder / "dataset.json", text, sync=True)
+    write_text(folder / "dataset.json", description_text(description), sync=True)
 
 
 class Staging:
