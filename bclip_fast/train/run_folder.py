@@ -28,17 +28,18 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bclip_fast import config as config_files
 from bclip_fast import distributed
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing_files
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, resume_rules
@@ -256,25 +257,13 @@ class RunFolder:
     def staged(self) -> Iterator[Path]:
         """Yield an empty folder for the caller to fill. At the end, its files replace those of the run. Only on rank 0.
 
-        After an error, such as a full disk, the files of the run are as they were. Weights are replaced last.
+        All are replaced or none (`io.atomic.replacing_files`).
 
         Raises:
             UserError: the files cannot be written.
         """
-        staging = self.path / ".staged.partial"
-        try:
-            with checkpoints.explain_write_errors(self.path):
-                # A killed process may have left it.
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                yield staging
-                files = [path for path in staging.rglob("*") if path.is_file()]
-                for file in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-                    target = self.path / file.relative_to(staging)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with checkpoints.explain_write_errors(self.path), replacing_files(self.path) as staging:
+            yield staging
 
 
 def _command_of(table: Mapping[str, Any]) -> str | None:
@@ -287,6 +276,23 @@ def _command_of(table: Mapping[str, Any]) -> str | None:
 def _to_record(config: Any) -> Any:
     """The configuration as it is recorded: a permission holds for one resume."""
     return dataclasses.replace(config, allow_changes=False)
+
+
+def has_model(run: Path, checkpoint: checkpoints.Checkpoint) -> bool:
+    """Whether RUN/model, and RUN/model_ema of a run with an EMA, hold the weights of the checkpoint.
+
+    A full disk or a kill after the checkpoint leaves older ones.
+    """
+    for name, ema in {"model": {}, "model_ema": checkpoint.ema}.items():
+        if name == "model" or ema:
+            try:
+                state = pretrained.load(run / name)[0].state_dict()
+            except UserError:
+                return False
+            expected = {**checkpoint.model, **ema}
+            if state.keys() != expected.keys() or not all(torch.equal(state[key], expected[key]) for key in state):
+                return False
+    return True
 
 
 def as_json(config: Any) -> dict[str, Any]:

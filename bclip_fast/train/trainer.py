@@ -147,7 +147,7 @@ class _Run(RunLoop):
         # On a CPU, the device doesn't work while the host reads.
         self._observe_with(device.type != "cpu", self._give_up)
         self.peak_flops = device_peak(device, config.engine.precision)
-        if not run_on_rank0(lambda: (folder.path / "model").is_dir()):
+        if saved is not None and not run_on_rank0(lambda: run_folder.has_model(folder.path, saved)):
             self.saved_step = -1
         self.position = self.loader.state_dict()
 
