@@ -36,10 +36,10 @@ from typing import Any
 import torch
 
 from bclip_fast import config as config_files
-from bclip_fast import distributed
+from bclip_fast import distributed, pretrained
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import replacing_files
+from bclip_fast.io.atomic import replacing_files, settle
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, resume_rules
@@ -99,6 +99,8 @@ class RunFolder:
             names = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
         except OSError as error:
             raise UserError(f"run={path} cannot be read: {error.strerror}; choose another run folder") from error
+        if resume and names:
+            settle(path)
         used = bool(checkpoints.list_checkpoints(path / "checkpoints"))
         if not resume and used:
             raise UserError(f"{path} holds a run already; add --resume to continue it, or choose another run folder")
