@@ -73,13 +73,14 @@ class _Readable:
 class Evaluation:
     """Tasks with their open data sets. Any number of models can be evaluated on them.
 
-    data: data set of each result. `run` fills it.
+    data: data set of each result. finished: results of the finished tasks, if a later one fails. `run` fills both.
     """
 
     def __init__(self, config: EvalConfig) -> None:
         """Open every data set once."""
         self.config = config
         self.data: dict[str, EvalDataset] = {}
+        self.finished: dict[str, Any] = {}
         self._open: dict[tuple[str, str, str, str], EvalDataset] = {}
         if config.task:
             selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
@@ -120,6 +121,7 @@ class Evaluation:
         )
         description = _describe(network)
         results: dict[str, Any] = {}
+        self.finished = results
         for task, data in self.tasks:
             readable = _Readable(embedder, data.split, by_decoding=task.protocol == "vqa")
 

@@ -13,6 +13,7 @@ import tyro
 
 from bclip_fast.data.shards import verify as shards
 from bclip_fast.errors import first_line
+from bclip_fast.io import stand_ins
 
 from .duplicates import near_pairs
 from .parts import SPLITS
@@ -60,6 +61,9 @@ def _verify_ingest(root: Path, recorded: dict[str, Any]) -> list[str]:
         table = pq.read_table(root / "manifest.parquet", columns=["article", "split", "phash", "source_sha256"])
         rejects = pq.read_table(root / "rejects.parquet", columns=["reason"])["reason"].to_pylist()
     except (OSError, pa.ArrowException) as error:
+        for name in ("manifest.parquet", "rejects.parquet"):
+            if reason := stand_ins.of_file(root / name):
+                return [f"{name} {reason}"]
         return [f"manifest.parquet or rejects.parquet: cannot be read: {first_line(error)}"]
     articles, splits, phashes, sources = (column.to_pylist() for column in table.columns)
     problems = []

@@ -11,6 +11,7 @@ import torch
 
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import replacing
 from bclip_fast.model.meter import MeterConfig, VqaModel
 
@@ -56,6 +57,8 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, An
         head = load_file(folder / "vqa" / "head.safetensors")
         missing, unexpected = model.load_state_dict(head, strict=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        for name in ("vqa.json", "head.safetensors"):
+            stand_ins.refuse(folder / "vqa" / name)
         raise UserError(f"{folder / 'vqa'} is damaged: {first_line(error)}") from error
     if unexpected or any(not name.startswith("clip.") for name in missing):
         raise UserError(

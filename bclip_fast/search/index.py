@@ -30,7 +30,7 @@ from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.eval.datasets.pairs import PairDataset
 from bclip_fast.eval.datasets.subset import SubsetDataset
 from bclip_fast.eval.embed import Embedder, OnBadImage, Precision, log_skipped
-from bclip_fast.eval.embedding_cache import PROBE_TEXT
+from bclip_fast.eval.embedding_key import PROBE_TEXT
 from bclip_fast.eval.faiss_index import build_index
 from bclip_fast.hardware import pick_device
 from bclip_fast.io.atomic import replacing
@@ -125,6 +125,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         "split": config.split,
         "index": config.index,
         "precision": embedder.precision,
+        "device": embedder.device.type,
         "image_conversion": embedder.image_conversion,
         "num_images": total,
         "sha256": sha256_of_file(out / INDEX),
@@ -169,10 +170,22 @@ def build_embedder(model: Model, settings: ModelSettings, batch_size: int, **opt
 
 
 def embed_probe(embedder: Embedder) -> Tensor:
-    """Embed one fixed text and one fixed image, (2, D) float32, to recognise the model later."""
+    """Embed fixed texts and images, (8, D) float32, to recognise the model later.
+
+    They take different ways through the code: a text beyond the context length, one of other letters, an image of 16
+    bits, one of a palette, one of 1 bit and a narrow one. Indexes of earlier versions have the first two rows.
+    """
     from PIL import Image
 
     # Reddish patches instead of noise, which a resize makes grey, so that the channel order and the crop matter.
     patches = np.random.default_rng(0).integers(0, 256, (6, 8, 3)) * (1.0, 0.7, 0.4)
-    Image.fromarray(patches.astype(np.uint8).repeat(40, 0).repeat(40, 1)).save(buffer := io.BytesIO(), "PNG")
-    return torch.cat([embedder.texts([PROBE_TEXT]), embedder.image(buffer.getvalue(), "probe")]).cpu()
+    pixels = patches.astype(np.uint8).repeat(40, 0).repeat(40, 1)
+    image = Image.fromarray(pixels)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+    images = [image, deep, image.quantize(16), image.convert("1"), image.crop((0, 0, 20, 240))]
+    texts = embedder.texts([PROBE_TEXT, PROBE_TEXT * 100, "\u80ba\u90e8 X\u5149\u7247"])
+    rows = []
+    for probe in images:
+        probe.save(buffer := io.BytesIO(), "PNG")
+        rows.append(embedder.image(buffer.getvalue(), "probe"))
+    return torch.cat([texts[:1], rows[0], texts[1:], *rows[1:]]).cpu()

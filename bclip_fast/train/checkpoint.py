@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import replacing_folder
 from bclip_fast.io.hashing import sha256_of_file
 
@@ -143,12 +144,16 @@ def verify(path: Path) -> str | None:
             file = path / name
             size = file.stat().st_size
             if size != manifest[name]["size"]:
+                if reason := stand_ins.of_file(file):
+                    return f"{name} {reason}"
                 return f"{name} has {size} bytes, should have {manifest[name]['size']}"
             if _describe(file) != manifest[name]:
                 return f"{name} is corrupt: its SHA-256 differs from the manifest"
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
+        if reason := stand_ins.of_file(path / "manifest.json"):
+            return f"manifest.json {reason}"
         return f"manifest.json is corrupt: {error!r}"
     return None
 

@@ -29,6 +29,7 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.loss import ClipLoss
 
 from . import backends
@@ -138,6 +139,8 @@ def read_dump(folder: Path) -> Dump:
         results = float(state["loss"]), float(state["grad_norm"])
         return Dump(config, state["step"], *results, state["patch_dropout"], batches, model)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            stand_ins.refuse(path)
         raise UserError(f"{folder} is not a complete step dump: {error}") from error
 
 

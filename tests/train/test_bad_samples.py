@@ -235,6 +235,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_run_with_damaged_samples_lists_them_and_resumes_bitwise(trained: Path, tmp_path: Path):
     run = trained / "one"
     records = bad_sample_lines(run)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 
 from . import dicom, jpeg, png, tiff
 from .colours import to_rgb
@@ -221,6 +222,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
+        if reason := stand_ins.describe(data[: stand_ins.NUM_BYTES]):
+            raise ImageError(f"the file {reason}") from None
         name = name_of_format(data)
         if name == "TIFF":
             raise ImageError(f"TIFF of an unsupported layout: {tiff.REMEDY}") from None

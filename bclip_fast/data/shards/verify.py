@@ -12,7 +12,9 @@ from bclip_fast._cpu import crc32c
 from bclip_fast.data.image_files import decode_as_loaders
 from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import write_text
+from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256_of_file
 
 from .format import (
@@ -63,7 +65,8 @@ def verify(root: Path | str) -> list[str]:
     if len({row[0] for row in rows}) != len(rows):
         problems.append("some keys occur several times")
     problems += _verify_manifest(root / "manifest.parquet", rows)
-    files = {path.name for pattern in ("*.tar", "*.index.json") for path in root.glob(pattern)}
+    names = [path.name for path in Listing(root).files(root)]
+    files = {name for name in names if name.endswith((".tar", ".index.json"))}
     problems += [f"{name}: dataset.json does not list it" for name in sorted(files - expected)]
     return problems
 
@@ -98,6 +101,8 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
             if num_read == len(members) and tar.next() is not None:
                 problems.append(f"{path.name}: has more members than the index")
     except (tarfile.TarError, OSError) as error:
+        if reason := stand_ins.of_file(path):
+            return [f"{path.name} {reason}"]
         return [*problems, f"{path.name}: cannot be read: {error}"]
     if num_read != len(members):
         problems.append(f"{path.name}: has {num_read} members, but its index has {len(members)}")
@@ -126,6 +131,8 @@ def _verify_manifest(path: Path, rows: list[tuple[str, str, str, int]]) -> list[
     try:
         table = pq.read_table(path, columns=["key", "split", "shard", "position"])
     except (OSError, pa.ArrowException) as error:
+        if reason := stand_ins.of_file(path):
+            return [f"{path.name} {reason}"]
         return [f"{path.name}: cannot be read: {first_line(error)}"]
     manifest_rows = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
     return [] if manifest_rows == sorted(rows) else [f"{path.name}: its rows differ from the shards"]

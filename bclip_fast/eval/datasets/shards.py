@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.format import Sample, read_description
 from bclip_fast.data.shards.reader import BadSample, ShardDataset
+from bclip_fast.data.splits import resolve
+from bclip_fast.data.storage import open_storage
 from bclip_fast.errors import UserError
 
 _NUM_PROBED = 256
@@ -25,11 +27,12 @@ class ShardEvalDataset:
 
     def __init__(self, root: Path | str, split: str) -> None:
         """root: folder or URL. Raises UserError if the split is empty."""
-        self._shards = ShardDataset(root, split)
+        names = sorted(read_description(open_storage(root))["splits"])
+        self._shards = ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
         if not len(self._shards):
             raise UserError(f"data {root} has no sample in split {split!r}")
         self.path = str(root)
-        self.split = split
+        self.split = self._shards.split
         self.fingerprint = self._shards.fingerprint
         self._left_out: set[int] = set()
 
