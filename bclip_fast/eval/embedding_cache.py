@@ -67,8 +67,8 @@ class EmbeddingCache:
     def get_or_compute(self, parts: Sequence[str], computation: Computation) -> Tensor:
         """Return the embeddings under the key `parts`: those of the cache, or else compute and keep them.
 
-        Returns a CPU tensor of `computation.dtype`. Kept embeddings that are damaged, or that differ from what the
-        model computes, are computed again, which a warning says.
+        Returns a CPU tensor of `computation.dtype`. If kept embeddings are damaged or fail the spot check, a warning
+        says so, and they are computed again.
         """
         if self.folder is None:
             return computation.all_rows()[0].to("cpu", computation.dtype)
@@ -89,7 +89,7 @@ class EmbeddingCache:
 
         metadata = {"sha256": _checksum(embeddings), "spots": " ".join(map(str, spots))}
         try:
-            with replacing(path, shared=True) as partial:
+            with replacing(path) as partial:
                 save_file({"embeddings": embeddings}, partial, metadata)
         except (OSError, SafetensorError) as error:
             if self._is_writable:

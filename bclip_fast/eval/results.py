@@ -8,7 +8,6 @@ largest areas. `per_class` has the areas of all classes.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -20,7 +19,7 @@ from typing import Any
 from bclip_fast.errors import UserError
 from bclip_fast.html.chart import MAX_CURVES
 from bclip_fast.io import stand_ins
-from bclip_fast.io.atomic import replacing
+from bclip_fast.io.atomic import replacing_files, settle, write_text
 from bclip_fast.io.file_names import file_names
 
 MAX_DENSE_CLASSES = 40
@@ -55,15 +54,14 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files below `folder`, all or none: their names change to the final ones when all are on disk.
+    """Write files below `folder`, all or none.
 
     texts: content by path. Raises UserError if a file cannot be written.
     """
     try:
-        with contextlib.ExitStack() as stack:
+        with replacing_files(folder) as partial:
             for file, text in texts.items():
-                partial = stack.enter_context(replacing(folder / file, shared=True))
-                partial.write_bytes(text.encode(errors="replace"))
+                write_text(partial / file, text)
     except OSError as error:
         reason = error.strerror or str(error)
         names = ", ".join(texts)
@@ -79,6 +77,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / "results.json" if folder.is_dir() else folder
     root = path.parent
+    settle(root)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if shared := [

@@ -23,7 +23,7 @@ from bclip_fast.eval import spot_check
 from bclip_fast.eval.datasets import EvalDataset
 from bclip_fast.html import page as html_page
 from bclip_fast.io import stand_ins
-from bclip_fast.io.atomic import write_text
+from bclip_fast.io.atomic import settle, write_text
 from bclip_fast.io.hashing import sha256_of_file
 from bclip_fast.pretrained.any_model import Model
 
@@ -107,6 +107,7 @@ class Searcher:
 
         self.folder = Path(config.folder)
         problem = f"{self.folder} is not a complete index of bclip embed"
+        settle(self.folder)
         try:
             schema = pq.read_schema(self.folder / ROWS)
             self.metadata: dict[str, Any] = json.loads((schema.metadata or {})[METADATA])

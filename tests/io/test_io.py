@@ -18,20 +18,19 @@ from bclip_fast.io.jsonl import JsonLinesWriter, read_lines, truncate_after_step
 from bclip_fast.io.progress import track
 
 
-def write_and_fail(path: Path, **options: bool) -> None:
-    with replacing(path, **options) as partial:
+def write_and_fail(path: Path) -> None:
+    with replacing(path) as partial:
         partial.write_text("new")
         raise RuntimeError
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_replacing_exception_keeps_the_old_file(tmp_path: Path, shared: bool):
+def test_replacing_exception_keeps_the_old_file(tmp_path: Path):
     path = tmp_path / "folder/file"
     write_bytes(path, b"old")
     with pytest.raises(RuntimeError):
-        write_and_fail(path, shared=shared)
+        write_and_fail(path)
     assert path.read_bytes() == b"old"
-    with replacing(path, sync=True, shared=shared) as partial:
+    with replacing(path, sync=True) as partial:
         partial.write_text("new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
