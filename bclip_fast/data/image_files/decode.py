@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
 ImageConversion = Literal["standard", "open_clip"]
-RULES = 1
-"""Version of the conversion rules. A change of pixels increases it, so stored embeddings are computed again."""
+RULES = 2
+"""Version of the conversion rules. A change of pixels or refusals increases it, so stored embeddings are computed
+again."""
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs, and that of ops.image
