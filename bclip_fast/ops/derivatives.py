@@ -57,7 +57,7 @@ def refusal(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"{name} is differentiable once and in reverse mode: for second derivatives (create_graph=True, Hessians, "
         "gradient penalties), forward mode (torch.func.jvp, torch.autograd.forward_ad) or torch.func.grad pass "
-        'backend="reference"'
+        'backend="reference", or call the model inside ops.use_backend("reference")'
     )
 
 

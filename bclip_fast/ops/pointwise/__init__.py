@@ -121,7 +121,9 @@ def add_norm(
 
 
 def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape. Derivatives: `ops.derivatives`.
+    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape.
+
+    Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: x isn't floating.
