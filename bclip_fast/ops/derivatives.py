@@ -189,7 +189,7 @@ class _Gradients(torch.autograd.Function):
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # One source may depend on another. Aliases make autograd stop at each of them.
-            aliases = [None if each is None else each.view_as(each) for each in sources]
+            aliases: list[Any] = [None if each is None else each.view_as(each) for each in sources]
             gradients = _gradients(call.with_tensors(aliases[ctx.num_grads :]), aliases[: ctx.num_grads])
             pairs = [
                 (gradient, grad.to(gradient.dtype))
