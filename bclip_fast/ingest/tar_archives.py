@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from bclip_fast.io import stand_ins
+from bclip_fast.io.folders import is_hidden_path
 
 from .articles import (
     ARCHIVE_SUFFIXES,
@@ -53,7 +54,7 @@ def num_articles(path: Path, root: Path) -> int:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 count = 0
                 for number, info in enumerate(tar):
-                    count += info.name.lower().endswith(XML_SUFFIXES)
+                    count += info.name.lower().endswith(XML_SUFFIXES) and not is_hidden_path(info.name)
                     tar.members = []  # type: ignore[attr-defined]
                     if number > MAX_ARCHIVE_MEMBERS:
                         return 0
@@ -122,6 +123,7 @@ class _TarArchive:
         # (offset, size) by name. If a name repeats, the last member counts, as for tar.
         self._members: dict[str, tuple[int, int]] = {}
         self._archives: list[str] = []
+        self._num_hidden = 0
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for number, info in enumerate(tar):
                 if number >= MAX_ARCHIVE_MEMBERS:
@@ -139,6 +141,9 @@ class _TarArchive:
         member = f"{self._package.name}/{info.name.removeprefix('./')}"
         lower = info.name.lower()
         if info.isdir():
+            return
+        if is_hidden_path(info.name):
+            self._num_hidden += 1
             return
         if lower.endswith(ARCHIVE_SUFFIXES + UNREAD_SUFFIXES):
             self._archives.append(member)
@@ -170,6 +175,8 @@ class _TarArchive:
         images = assign_images(xml_names, sorted(set(self._members) - set(xml_names)))
         if self._package.first <= 0:
             self.refused += self._unread_archives(images)
+            if self._num_hidden:
+                self.refused.append(("", self._package.name, f"hidden files left out: {self._num_hidden}"))
         if not xml_names:
             self.refused.append(("", self._package.name, "no article in the package"))
         first = self._package.first

@@ -25,10 +25,14 @@ class VerifyConfig:
 
     dataset: tyro.conf.Positional[Path]
     """Folder that `bclip ingest build` wrote."""
+    add_checksums: bool = False
+    """First add checksums to a dataset of an earlier release, which has none."""
 
 
 def run(config: VerifyConfig) -> int:
     """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
+    if config.add_checksums and not shards.add_checksums(config.dataset):
+        print(f"{config.dataset}: has checksums already")
     problems = verify(config.dataset)
     for problem in problems:
         print(problem)

@@ -22,6 +22,7 @@ from tokenizers import trainers
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 
 from . import tokenizer_files
 from .packed import Packed
@@ -148,8 +149,7 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.fast.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.fast.to_str(pretty=True))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
@@ -159,7 +159,7 @@ class Tokenizer:
             for name, token in self.special.items()
             if name.endswith("_token") and self.fast.token_to_id(token.content) is not None
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _checked_length(context_length: int) -> int:

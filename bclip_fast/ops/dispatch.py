@@ -128,6 +128,11 @@ def is_exporting(backend: str = "auto") -> bool:
     return _records_export()
 
 
+def requested() -> str:
+    """The backend that `use_backend` or BCLIP_BACKEND names for all operators, or "auto"."""
+    return _requested
+
+
 def why_not(limits: Limits, name: str, *inputs: object) -> str | None:
     """The reason why backend `name` cannot run the call, or None."""
     if name not in limits:

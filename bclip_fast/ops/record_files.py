@@ -84,7 +84,7 @@ def save(record: Record, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path, shared=True) as partial:
+    with replacing(path) as partial:
         partial.write_text(to_text(to_json(record)), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import replacing
+from bclip_fast.io.atomic import replacing_files, write_text
 from bclip_fast.io.hashing import sha256
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, weights
@@ -109,7 +109,7 @@ def save(
     `text/config.json` describe other sizes. open_clip finds these files if `folder` is the working directory.
 
     Args:
-        folder: created if it is missing. Files of the same name are replaced, the weights last and atomically.
+        folder: created if it is missing. Files of the same name are replaced, all together.
         state_dict: state of the complete model, if the parameters of `model` are sharded over ranks.
 
     Raises:
@@ -121,19 +121,16 @@ def save(
             f"preprocess gives images of {preprocess.config.size} px, but the model takes {config.vision.image_size} px"
         )
     _check_vocabulary(tokenizer, config)
-    folder = Path(folder)
     files = open_clip_config.write(config, published_tokenizer=_is_pubmedberts(tokenizer))
     files[CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
     state = weights.to_open_clip(model.state_dict() if state_dict is None else state_dict, config)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(folder)
-
     from safetensors.torch import save_file
 
-    with replacing(folder / WEIGHT_FILES[0]) as partial:
-        save_file(state, partial, metadata={"format": "pt"})
+    with replacing_files(Path(folder)) as partial:
+        for name, content in files.items():
+            write_text(partial / name, json.dumps(content, indent=2) + "\n")
+        tokenizer.save(partial)
+        save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
@@ -146,22 +143,15 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         README.md               card with code for both embeddings. transformers' tokenizer doesn't repair captions
                                   as ours does (`tokenizer.clean`), and the card says how to
 
-    The embeddings are not normalised. Raises OSError or SafetensorError if a file cannot be written.
+    The embeddings are not normalised. Files of the same name are replaced, all together. Raises OSError if a file
+    cannot be written.
     """
     from safetensors.torch import save_file
 
-    folder, config, pixels = Path(folder), model.config, preprocess.config
+    config, pixels = model.config, preprocess.config
     states = weights.to_transformers(model.state_dict(), config)
-    for name, content, state in zip(
-        ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
-    ):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
-    save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder / "text")
     square, is_squashed = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
-    content = {
+    processor = {
         "image_processor_type": "CLIPImageProcessor",
         "size": square if is_squashed else {"shortest_edge": pixels.size},
         "do_center_crop": not is_squashed,
@@ -170,8 +160,17 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
     }
-    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    model_card.write(folder, config, tokenizer.pad_id)
+    with replacing_files(Path(folder)) as partial:
+        for name, content, state in zip(
+            ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
+        ):
+            write_text(partial / name / "config.json", json.dumps(content, indent=2) + "\n")
+            save_file(state, partial / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(states[2], partial / "projections.safetensors", metadata={"format": "pt"})
+        tokenizer.save(partial / "text")
+        write_text(partial / "vision" / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+        if model_card.is_replaceable(Path(folder)):
+            model_card.write(partial, config, tokenizer.pad_id)
 
 
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:

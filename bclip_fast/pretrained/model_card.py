@@ -87,15 +87,20 @@ _GPT = """        model = CLIPTextModelWithProjection.from_pretrained(f"{folder}
         features = model(**ids).text_embeds"""
 
 
-def write(folder: Path, config: BiomedClipConfig, pad_id: int) -> None:
-    """Write README.md into an exported folder, unless it holds one of the user's."""
+def is_replaceable(folder: Path) -> bool:
+    """Return whether `folder` has no README.md of the user's. Otherwise, log a warning."""
     path = folder / FILE
     if path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         log.warning("%s is kept: it isn't a card of bclip_fast, so it may not say how captions are repaired", path)
-        return
+        return False
+    return True
+
+
+def write(folder: Path, config: BiomedClipConfig, pad_id: int) -> None:
+    """Write README.md into an exported folder."""
     text, bert = config.text, config.text.kind == "bert"
     write_text(
-        path,
+        folder / FILE,
         _CARD.format(
             mark=_MARK,
             embed_dim=config.embed_dim,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io import stand_ins
+from bclip_fast.io.atomic import settle
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model import tokenizer_files
 from bclip_fast.model.open_clip_config import CONFIG_FILE
@@ -114,6 +115,7 @@ def source_of(name_or_path: str | Path) -> Source:
         return Hub(name.removeprefix(HUB_PREFIX))
     folder = Path(name_or_path)
     for path in (folder, folder / "model"):
+        settle(path)
         if (path / CONFIG_FILE).is_file():
             return Folder(path)
     if not folder.is_dir():

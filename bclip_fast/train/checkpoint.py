@@ -105,8 +105,16 @@ def save(
     for path in list_checkpoints(folder)[keep:] if keep else []:
         step = step_of(path)
         if step != best and not (keep_every_steps and step % keep_every_steps == 0):
-            shutil.rmtree(path)
+            _remove(path)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Delete an old checkpoint. A killed process leaves no half of it under its name."""
+    try:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))
+    except OSError as error:
+        log.warning("the old checkpoint %s cannot be deleted: %s", path, error.strerror)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bclip_fast.ops import custom_op
 from bclip_fast.ops.cuda_device import cuda_refusal, triton_block_bytes, triton_refusal
+from bclip_fast.ops.derivatives import check_first_only
 from bclip_fast.ops.dispatch import Limits, choose, is_exporting
 
 from . import op, sdpa, triton_memory
@@ -76,7 +76,7 @@ def fused_attention(
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
-        (B, N, H, d) in the dtype of `qkv`, so the output projection needs no transpose. Differentiable once.
+        (B, N, H, d) in the dtype of `qkv`, so the output projection needs no transpose. Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it.
@@ -97,9 +97,9 @@ def fused_attention(
     shapes = _class_of(qkv.shape[4], tokens)
     backend = choose("fused_attention", LIMITS, backend, rows, dropout_p, False, shapes=shapes)
     if backend == "torch":
-        return sdpa.dense(qkv, key_mask, causal, scale)
+        return sdpa.dense(check_first_only("fused_attention", qkv), key_mask, causal, scale)
     key_mask = None if key_mask is None else key_mask.flatten()
-    out, _ = custom_op.run(op.attention, rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
+    out, _ = op.attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
     return out.unflatten(0, (batch, tokens))
 
 
@@ -125,7 +125,7 @@ def varlen_attention(
         causal, dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:
-        (T, H, d) in the dtype of `qkv`. Differentiable once.
+        (T, H, d) in the dtype of `qkv`. Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens are checked
@@ -147,6 +147,7 @@ def varlen_attention(
     if backend == "torch":
         if cu_seqlens.device.type == "cpu":
             check_sequences(cu_seqlens, qkv.shape[0], max_seqlen)
+        qkv = check_first_only("varlen_attention", qkv)
         return sdpa.packed(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale))
     flat = qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale
-    return custom_op.run(op.attention, *flat, backend)[0]
+    return op.attention(*flat, backend)[0]

@@ -83,7 +83,7 @@ def add_norm(
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
-        (normed (T, D) in `dtype`, stream (T, D) in the stream's dtype). Differentiable once.
+        (normed (T, D) in `dtype`, stream (T, D) in the stream's dtype). Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it.
@@ -117,14 +117,16 @@ def add_norm(
     # If both results have one dtype, they are one tensor.
     wide = post and dtype != stream.dtype
     flat = stream, branch, weight, bias, eps, dropout_p, philox_seed, dtype, wide
-    normed, total, wide_normed = custom_op.run(_add_norm, *flat, backend)
+    normed, total, wide_normed = _add_norm(*flat, backend)
     if post:
         return normed, wide_normed if wide else normed
     return normed, stream if branch is None else total
 
 
 def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape, differentiable once.
+    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape.
+
+    Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: x isn't floating.
@@ -135,7 +137,7 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     if is_exporting(backend):
         return F.gelu(x)
     backend = choose("gelu", LIMITS, backend, x, shapes=_size_class(x))
-    return F.gelu(x) if backend == "reference" else custom_op.run(_gelu, x, backend)
+    return F.gelu(x) if backend == "reference" else _gelu(x, backend)
 
 
 def _shape_if(condition: bool, like: Tensor) -> torch.Size:
