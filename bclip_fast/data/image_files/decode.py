@@ -222,9 +222,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        if reason := stand_ins.describe(data[: stand_ins.NUM_BYTES]):
-            raise ImageError(f"the file {reason}") from None
         name = name_of_format(data)
+        if not name and (reason := stand_ins.describe(data[: stand_ins.NUM_BYTES])):
+            raise ImageError(f"the file {reason}") from None
         if name == "TIFF":
             raise ImageError(f"TIFF of an unsupported layout: {tiff.REMEDY}") from None
         raise ImageError(
