@@ -11,7 +11,10 @@ If a rank is lost, the other ranks raise a `CollectiveError` after the process g
 `torch.distributed.init_process_group` or `new_group` sets. The error names the collective that failed. With NCCL, set
 TORCH_NCCL_BLOCKING_WAIT=1. Otherwise its watchdog ends the process, and only its log names the collective.
 
-The losses are differentiable once: second derivatives raise a RuntimeError.
+With backend="reference" the losses have second derivatives, also over ranks, and on one rank forward-mode derivatives
+and the transforms of torch.func. They hold the similarity matrix. Other backends raise a NotImplementedError.
+
+The losses can be copied and pickled. A process group is saved by its name, and must exist where the loss is loaded.
 """
 
 from __future__ import annotations

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bclip_fast.ops import linear
 from bclip_fast.ops.contrastive import clip_loss
 from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 from bclip_fast.ops.contrastive.checks import as_scalar, check_options, default_chunk_size
+from bclip_fast.ops.contrastive.definition import operand, softmax_terms
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient, positive_logits
-from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.custom_op import without_autocast
+from bclip_fast.ops.derivatives import Definition, first_by_kernel
 from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
@@ -24,10 +26,9 @@ from .collectives import (
     Ranks,
     checked_smoothing,
     gather_groups,
-    gather_rows,
     num_rows,
-    sum_over_ranks,
 )
+from .sums import gather_rows, merge_lse, sum_over_ranks
 
 
 class ClipLoss(DistributedLoss):
@@ -38,8 +39,8 @@ class ClipLoss(DistributedLoss):
             gradient of the global batch. In open_clip, only gather_with_grad=True does.
             `get_logits` and `get_ground_truth` return the shapes that local_loss selects.
         cache_labels: whether `get_ground_truth` keeps its labels. `forward` doesn't need them.
-        rank, world_size: this process's rank and the number of ranks. `forward` raises ValueError if the process
-            group disagrees.
+        rank, world_size: this process's rank and the number of ranks, where 0 and 1 mean a single process. `forward`
+            raises ValueError if the process group disagrees.
         use_horovod: must be False.
         process_group: the ranks that share the batch. Default: all ranks.
         chunk_size: number of rows of the similarity matrix held at a time. Default: that of `ops.clip_loss`.
@@ -111,7 +112,8 @@ class ClipLoss(DistributedLoss):
             images = gather_rows(image_features, ranks, image_sizes, "image features")
             texts = gather_rows(text_features, ranks, text_sizes, "text features")
         image_rows, text_rows = (image_features, text_features) if self.local_loss else (images, texts)
-        per_image, per_text = linear(logit_scale * image_rows, texts), linear(logit_scale * text_rows, images)
+        per_image = self._product(logit_scale * image_rows, texts)
+        per_text = self._product(logit_scale * text_rows, images)
         return (per_image, per_text) if logit_bias is None else (per_image + logit_bias, per_text + logit_bias)
 
     def forward(
@@ -148,6 +150,7 @@ class ClipLoss(DistributedLoss):
         if groups is not None and self.label_smoothing:
             raise ValueError("label_smoothing with groups isn't implemented: the targets of groups are soft already")
         ranks, image, text, dtype = self._prepare(image, text)
+        backend = self.backend
         with torch.autocast(image.device.type, enabled=False):
             if ranks.size == 1:
                 loss = clip_loss(
@@ -172,9 +175,11 @@ class ClipLoss(DistributedLoss):
                 )
                 if logit_bias is not None:
                     loss = loss + 0.0 * as_scalar(logit_bias, image)
-            return self._smoothed(loss, image, text, logit_scale, ranks)
+            return self._smoothed(loss, image, text, logit_scale, ranks, alike=backend != "reference")
 
-    def _smoothed(self, loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor | float, ranks: Ranks) -> Tensor:
+    def _smoothed(
+        self, loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor | float, ranks: Ranks, *, alike: bool
+    ) -> Tensor:
         """Add label smoothing e: e * (mean of the positive logits - mean of all logits), in each direction."""
         if self.label_smoothing == 0.0:
             return loss
@@ -184,11 +189,35 @@ class ClipLoss(DistributedLoss):
         # The mean over all pairs is the product of the means, so sums of D numbers replace the similarity matrix.
         # Images are smoothed over all texts. Texts that have an image are smoothed over all images.
         sums = image.sum(0), text.sum(0), paired.sum(0), (image * paired).sum(), num_rows(image, text)
-        image_sum, text_sum, paired_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
+        image_sum, text_sum, paired_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums, alike=alike)
         num_images, num_texts = sizes.unbind()
         image_mean, text_means = image_sum / num_images, text_sum / num_texts + paired_sum / num_images
         gap = positive_sum / num_images - image_mean @ text_means / 2
         return loss + self.label_smoothing * as_scalar(logit_scale, image) * gap
+
+
+@without_autocast
+def _definition(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    hardness: float,
+    ranks: Ranks,
+    _: int | None,
+    dtype: torch.dtype,
+    __: str,
+) -> Tensor:
+    """The loss of _GlobalClipLoss in plain torch, on the whole matrix (b, B)."""
+    image_sizes, text_sizes = ranks.batch_sizes(image, text)
+    texts = gather_rows(operand(text, dtype), ranks, text_sizes, "text features")
+    groups = None
+    if image_ids is not None and text_ids is not None:
+        groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes)
+    positives, weight = ColumnRanges(ranks.rank, text_sizes).local, 1 / (2 * sum(image_sizes))
+    terms = operand(image, dtype), texts, scale, positives, weight, hardness, groups, partial(merge_lse, ranks)
+    return sum_over_ranks(ranks, softmax_terms(*terms))[0]
 
 
 class _GlobalClipLoss(torch.autograd.Function):
@@ -249,17 +278,26 @@ class _GlobalClipLoss(torch.autograd.Function):
             full = columns.new_full((len(text),), torch.inf)
             torch.logaddexp(paired_columns, positive, out=full[: len(image)])
             columns = ranks.gather(full[:, None], text_sizes, "column log-sum-exps")[:, 0]
-        # The inputs are there for differentiable_once, which connects the gradients with them.
-        ctx.save_for_backward(image, texts, scale, rows, columns, positive_grad, image_input, text_input)
+        inputs = image_input, text_input, image_ids, text_ids
+        ctx.save_for_backward(image, texts, scale, rows, columns, positive_grad, *inputs)
+        ctx.dtype = dtype
         ctx.ranks, ctx.chunk_size, ctx.backend, ctx.hardness = ranks, chunk_size, backend, hardness
         ctx.text_sizes, ctx.ranges, ctx.groups = text_sizes, ranges, None if groups is None else groups.tile
         return ranks.sum(loss, "the loss").to(scale.dtype)
 
     @staticmethod
-    @differentiable_once
+    def definition_of(ctx: Any) -> Definition:
+        """The definition of the call in plain torch."""
+        scale, *(image, text, image_ids, text_ids) = ctx.saved_tensors[2], *ctx.saved_tensors[6:]
+        options = ctx.hardness, ctx.ranks, ctx.chunk_size, ctx.dtype, ctx.backend
+        function = _definition if ctx.backend == "reference" else None
+        return Definition(ctx.ranks.loss, function, (image, text, scale, image_ids, text_ids, *options))
+
+    @staticmethod
+    @partial(first_by_kernel, definition_of)
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, texts, scale, rows_lse, columns_lse, positive_grad, image_input, _ = ctx.saved_tensors
+        image, texts, scale, rows_lse, columns_lse, positive_grad, image_input = ctx.saved_tensors[:7]
         ranges, wide, features = ctx.ranges, accumulation_dtype(image), image_input.dtype
         # Data-parallel engines average over ranks. The factor turns that average into the sum of the chain rule.
         weight = grad * ctx.ranks.size * ctx.weight

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bclip_fast.distributed import message_device
-from bclip_fast.ops import record_files, tuning
+from bclip_fast.ops import linear, record_files, tuning
 from bclip_fast.ops.contrastive import LIMITS
 from bclip_fast.ops.contrastive.checks import check_features, check_pairs, checked_groups, operand_dtype_of
 from bclip_fast.ops.contrastive.groups import Groups
 from bclip_fast.ops.contrastive.limits import shape_class
+from bclip_fast.ops.derivatives import has_tangent, transforms_active
 from bclip_fast.ops.dispatch import choose
 
 # torch 2.13 renamed both functions.
@@ -47,11 +47,10 @@ class DistributedLoss(nn.Module):
         super().__init__()
         if chunk_size is not None and chunk_size < 0:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1, or 0 or None for the default")
-        if world_size > 1:
-            # torch.compile would drop collectives that overwrite their argument inside an autograd function.
-            self._global_loss = torch.compiler.disable(self._global_loss)  # type: ignore[method-assign]
-            self._share_backends = torch.compiler.disable(self._share_backends)  # type: ignore[method-assign]
-        self._backends_shared = world_size == 1
+        # open_clip passes 0 for a single process.
+        if world_size < 0:
+            raise ValueError(f"world_size={world_size} must be the number of ranks, or 0 or 1 for a single process")
+        self._backends_shared = world_size <= 1
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -63,6 +62,31 @@ class DistributedLoss(nn.Module):
         # open_clip's label cache. Trainers reset it by these names.
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}
+        self._hide_collectives()
+
+    def _hide_collectives(self) -> None:
+        if self.world_size > 1:
+            # torch.compile would drop collectives that overwrite their argument inside an autograd function.
+            self._global_loss = torch.compiler.disable(_in_reverse_mode(type(self)))  # type: ignore[method-assign]
+            self._share_backends = torch.compiler.disable(self._share_backends)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickle and deepcopy. A process group goes by its name."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_global_loss", "_share_backends")}
+        if self.process_group is not None:
+            state["process_group"] = self.process_group.group_name
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state.
+
+        Raises:
+            ValueError: this process doesn't have the process group.
+        """
+        super().__setstate__(state)
+        if self.process_group is not None:
+            self.process_group = _group_named(str(self.process_group), type(self).__name__)
+        self._hide_collectives()
 
     @staticmethod
     def _global_loss(*arguments: Any) -> Any:
@@ -72,10 +96,10 @@ class DistributedLoss(nn.Module):
     def _checked_ranks(self, features: Tensor) -> Ranks:
         """Return the ranks after checking that the process group agrees with the constructor's arguments."""
         name = type(self).__name__
-        if self.world_size == 1 and self.process_group is None:
+        if self.world_size <= 1 and self.process_group is None:
             return Ranks(name, None, 0, 1)
         group_size = dist.get_world_size(self.process_group) if dist.is_initialized() else 1
-        if group_size != self.world_size:
+        if group_size != max(self.world_size, 1):
             raise ValueError(f"{name} has world_size={self.world_size}, but the process group has {group_size} ranks")
         group_rank = dist.get_rank(self.process_group)
         if group_rank != self.rank:
@@ -112,9 +136,42 @@ class DistributedLoss(nn.Module):
             check_pairs(image, text)
         return ids
 
+    def _product(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """rows @ columns.T. Backends of the losses other than the reference don't concern the product."""
+        return linear(rows, columns, backend="reference" if self.backend == "reference" else "auto")
+
     def _choose_backend(self, operator: str, image: Tensor, text: Tensor, dtype: torch.dtype) -> str:
         inputs = image, text, dtype, self.deterministic
         return choose(operator, LIMITS, self.backend, *inputs, dtype=dtype, shapes=shape_class(text))
+
+
+def _group_named(name: str, loss: str) -> dist.ProcessGroup:
+    groups = dist.distributed_c10d._world.pg_names if dist.is_initialized() else {}
+    for group, group_name in groups.items():
+        if group_name == name:
+            return group
+    raise ValueError(
+        f"{loss} was saved with the process group {name!r}, which this process doesn't have: create the groups first, "
+        "in the same order, or save the loss with process_group=None"
+    )
+
+
+def _in_reverse_mode(loss: type[DistributedLoss]) -> Callable[..., Any]:
+    """The function that computes the loss over ranks, behind a check of the derivatives.
+
+    An autograd function has no other ones: torch would raise errors that name neither the loss nor the remedy.
+    """
+
+    def run(*arguments: Any) -> Any:
+        if transforms_active() or has_tangent(arguments):
+            raise NotImplementedError(
+                f"{loss.__name__} over several ranks has derivatives in reverse mode only: for forward mode "
+                "(torch.func.jvp, torch.autograd.forward_ad) or a transform of torch.func gather the features and pass "
+                'world_size=1, backend="reference"'
+            )
+        return loss._global_loss(*arguments)
+
+    return run
 
 
 class Ranks:
@@ -211,63 +268,21 @@ class Ranks:
 
         return wait
 
-    def sum(self, value: Tensor, name: str) -> Tensor:
-        """Sum `value` over ranks in place and return it."""
+    def sum(self, value: Tensor, name: str, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Sum `value` over ranks in place, or combine it by another operation, and return it."""
         if self.size > 1:
             with self._naming(f"all-reduce of {name}"):
-                dist.all_reduce(value, group=self.group)
+                dist.all_reduce(value, operation, group=self.group)
         return value
 
     def merge_lse(self, lse: Tensor, name: str) -> Tensor:
         """Merge the log-sum-exps of all ranks' terms elementwise."""
         if self.size == 1:
             return lse
-        highest = lse.clone()
-        with self._naming(f"all-reduce of {name} (their maxima)"):
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        highest = self.sum(lse.clone(), f"{name} (their maxima)", dist.ReduceOp.MAX)
         # A column without negatives on any rank is -inf, and -inf - -inf would be NaN.
         highest.clamp_min_(torch.finfo(lse.dtype).min)
         return highest + self.sum((lse - highest).exp(), name).log()
-
-
-class _GatherRows(torch.autograd.Function):
-    """`Ranks.gather`. Its backward sums the gradients of all ranks and returns each row's to the rank of that row."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:
-        ctx.ranks, ctx.sizes, ctx.name = ranks, sizes, name
-        return ranks.gather(rows, sizes, name)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.ranks.reduce(grad.contiguous(), ctx.sizes, f"gradients of {ctx.name}"), None, None, None
-
-
-def gather_rows(rows: Tensor, ranks: Ranks, sizes: list[int], name: str) -> Tensor:
-    """`Ranks.gather`, differentiable into the rows of every rank."""
-    return _GatherRows.apply(rows, ranks, sizes, name)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over ranks, for a loss that every rank then computes alike."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
-        ctx.num_ranks = ranks.size
-        return ranks.sum(value.clone(), "feature sums")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Data-parallel engines average over ranks, as in _GlobalClipLoss.
-        return grad * ctx.num_ranks, None
-
-
-def sum_over_ranks(ranks: Ranks, *values: Tensor) -> list[Tensor]:
-    """Sum each of several tensors over ranks, in one differentiable all-reduce."""
-    total = _SumOverRanks.apply(torch.cat([value.reshape(-1) for value in values]), ranks)
-    parts = total.split([value.numel() for value in values])
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
 def promote_under_autocast(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

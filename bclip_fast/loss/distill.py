@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor
 
 from bclip_fast.ops.contrastive import LIMITS
 from bclip_fast.ops.contrastive.checks import as_scalar, check_features, default_chunk_size
+from bclip_fast.ops.contrastive.definition import softmax_terms
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient
-from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.custom_op import without_autocast
+from bclip_fast.ops.derivatives import Definition, beyond_first, first_by_kernel
 from bclip_fast.ops.dispatch import Limits, choose
+from bclip_fast.ops.dtypes import widened
 
 from .clip import ClipLoss
-from .collectives import Ranks, promote_under_autocast
+from .collectives import ColumnRanges, Ranks, promote_under_autocast
+from .sums import gather_rows, merge_lse, sum_over_ranks
 
 _LIMITS: Limits = {"reference": LIMITS["reference"]}
 
@@ -71,13 +76,41 @@ class DistillClipLoss(ClipLoss):
             raise ValueError("the teacher's features or logit_scale require gradients: compute them under no_grad")
         choose("distill_clip_loss", _LIMITS, self.backend, image, text, None, self.deterministic)
         with torch.autocast(image.device.type, enabled=False):
-            contrastive, distill = self._global_loss(
-                image, text, scale, teacher_image, teacher_text, teacher_scale, ranks, self.chunk_size
-            )
-            contrastive = self._smoothed(contrastive, image, text, logit_scale, ranks)
+            inputs = image, text, scale, teacher_image, teacher_text, teacher_scale, ranks, self.chunk_size
+            by_definition = ranks.size == 1 and not torch.compiler.is_compiling() and beyond_first(inputs)
+            contrastive, distill = (_definition if by_definition else self._global_loss)(*inputs)
+            contrastive = self._smoothed(contrastive, image, text, logit_scale, ranks, alike=False)
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distill}
         return contrastive, distill
+
+
+@without_autocast
+def _definition(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_scale: Tensor,
+    ranks: Ranks,
+    _: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The losses of _GlobalDistillLoss in plain torch, on whole matrices (b, B)."""
+    sizes = ranks.batch_sizes(image, text)[1]
+    local, weight = ColumnRanges(ranks.rank, sizes).local, 1 / (2 * sum(sizes))
+    images, texts = widened(image), gather_rows(widened(text), ranks, sizes, "text features")
+    with torch.no_grad():
+        teacher_texts = ranks.gather(teacher_text, sizes, "the teacher's text features")
+        teacher = teacher_scale * widened(teacher_image) @ widened(teacher_texts).T
+        targets = teacher.softmax(1) + (teacher - ranks.merge_lse(teacher.logsumexp(0), "the teacher's columns")).exp()
+    merge = partial(merge_lse, ranks)
+    student = scale * images @ texts.T
+    sums = student.logsumexp(1).sum() + merge(student.logsumexp(0))[local].sum()
+    distill = weight * (sums - (targets * student).sum())
+    contrastive = softmax_terms(images, texts, scale, local, weight, merge_columns=merge)
+    contrastive, distill = sum_over_ranks(ranks, contrastive, distill)
+    return contrastive, distill
 
 
 class _GlobalDistillLoss(torch.autograd.Function):
@@ -144,19 +177,25 @@ class _GlobalDistillLoss(torch.autograd.Function):
         totals = ranks.sum(torch.stack([contrastive, distill]), "the losses") / (2 * len(texts))
         positives = ranks.gather(positive[:, None], sizes, "positive logits")[:, 0]
         columns_lse = torch.logaddexp(columns, positives)
-        # `text` is there for differentiable_once, which connects the gradients with the inputs.
         ctx.save_for_backward(
             image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
-            merged, positive_gradient(rows, local_columns, positive), text,
+            merged, positive_gradient(rows, local_columns, positive), text, teacher_text,
         )  # fmt: skip
         return totals[0].clone(), totals[1].clone()
 
     @staticmethod
-    @differentiable_once
+    def definition_of(ctx: Any) -> Definition:
+        """The definition of the call in plain torch."""
+        image, _, scale, teacher_image, _, teacher_scale, *_, text, teacher_text = ctx.saved_tensors
+        inputs = image, text, scale, teacher_image, teacher_text, teacher_scale
+        return Definition(ctx.ranks.loss, _definition, (*inputs, ctx.ranks, ctx.chunk_size))
+
+    @staticmethod
+    @partial(first_by_kernel, definition_of)
     @without_autocast
     def backward(ctx: Any, grad: Tensor, distill_grad: Tensor) -> tuple[Tensor | None, ...]:
         (image, texts, scale, teacher_image, teacher_texts, teacher_scale, rows_lse, columns_lse, teacher_rows,
-         teacher_columns, positive_grad, _) = ctx.saved_tensors  # fmt: skip
+         teacher_columns, positive_grad, _, _) = ctx.saved_tensors  # fmt: skip
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.
         weight = ctx.ranks.size / (2 * len(texts))
         student_logits = _LogitRows(image, texts, scale)

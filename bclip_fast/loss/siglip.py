@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bclip_fast.ops import linear
 from bclip_fast.ops.contrastive import siglip_loss
 from bclip_fast.ops.contrastive.call import ContrastiveCall
 from bclip_fast.ops.contrastive.checks import as_scalar, default_chunk_size
+from bclip_fast.ops.contrastive.definition import operand, sigmoid_terms
 from bclip_fast.ops.contrastive.loss_terms import siglip_gradient_dtype
-from bclip_fast.ops.custom_op import differentiable_once, without_autocast
+from bclip_fast.ops.custom_op import without_autocast
+from bclip_fast.ops.derivatives import Definition, first_by_kernel
 from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
@@ -26,8 +28,8 @@ from .collectives import (
     checked_smoothing,
     gather_groups,
     num_rows,
-    sum_over_ranks,
 )
+from .sums import gather_rows, sum_over_ranks
 
 
 class SigLipLoss(DistributedLoss):
@@ -56,7 +58,7 @@ class SigLipLoss(DistributedLoss):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
-        chunk_size: int | None = None,
+        chunk_size: int | None = 0,
         *,
         process_group: dist.ProcessGroup | None = None,
         label_smoothing: float = 0.0,
@@ -67,9 +69,9 @@ class SigLipLoss(DistributedLoss):
         super().__init__(
             cache_labels, rank, world_size, process_group, chunk_size, operand_dtype, deterministic, backend
         )
-        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
-            raise ValueError(f"dist_impl={dist_impl!r} must be bidir, shift, reduce or gather")
         self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in ("bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"dist_impl={dist_impl!r} must be bidir, shift, reduce or gather")
         self.label_smoothing = checked_smoothing(label_smoothing)
 
     def get_ground_truth(
@@ -87,7 +89,7 @@ class SigLipLoss(DistributedLoss):
         logit_bias: Tensor | float | None = None,
     ) -> Tensor:
         """The dense logits of these images and texts. `forward` never builds them."""
-        logits = linear(logit_scale * image_features, text_features)
+        logits = self._product(logit_scale * image_features, text_features)
         return logits if logit_bias is None else logits + logit_bias
 
     def forward(
@@ -111,6 +113,7 @@ class SigLipLoss(DistributedLoss):
         if groups is not None and self.label_smoothing:
             raise ValueError("label_smoothing with groups isn't implemented: pass one of them")
         ranks, image, text, dtype = self._prepare(image_features, text_features)
+        backend = self.backend
         with torch.autocast(image.device.type, enabled=False):
             if ranks.size == 1:
                 loss = siglip_loss(
@@ -135,12 +138,19 @@ class SigLipLoss(DistributedLoss):
                     image, text, scale, bias, *ids, ranks, self.chunk_size, dtype, with_gradients, backend
                 )
             if self.label_smoothing:
-                loss = loss + self.label_smoothing * self._smoothing(image, text, logit_scale, logit_bias, ranks)
+                smoothing = self._smoothing(image, text, logit_scale, logit_bias, ranks, alike=backend != "reference")
+                loss = loss + self.label_smoothing * smoothing
         return {"contrastive_loss": loss} if output_dict else loss
 
     @staticmethod
     def _smoothing(
-        image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None, ranks: Ranks
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        ranks: Ranks,
+        *,
+        alike: bool,
     ) -> Tensor:
         """Change of the loss per unit of smoothing: (sum of positive logits - half the sum of all) / number of images.
 
@@ -150,12 +160,34 @@ class SigLipLoss(DistributedLoss):
         image, text = image.to(dtype), text.to(dtype)
         positives = (image * text[: len(image)]).sum()
         sums = image.sum(0), text.sum(0), positives, num_rows(image, text)
-        image_sum, text_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums)
+        image_sum, text_sum, positive_sum, sizes = sum_over_ranks(ranks, *sums, alike=alike)
         num_images, num_texts = sizes.unbind()
         gap = as_scalar(logit_scale, image) * (positive_sum - image_sum @ text_sum / 2)
         if logit_bias is not None:
             gap = gap + as_scalar(logit_bias, image) * num_images * (1 - num_texts / 2)
         return gap / num_images
+
+
+@without_autocast
+def _definition(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    ranks: Ranks,
+    *options: Any,
+) -> Tensor:
+    """The loss of _GlobalSigLipLoss in plain torch, on the whole matrix (b, B)."""
+    dtype = options[1]
+    image_sizes, text_sizes = ranks.batch_sizes(image, text)
+    texts = gather_rows(operand(text, dtype), ranks, text_sizes, "text features")
+    groups = None
+    if image_ids is not None and text_ids is not None:
+        groups = gather_groups(ranks, image_ids, text_ids, image_sizes, text_sizes).tile
+    first, weight = ColumnRanges(ranks.rank, text_sizes).local.start, 1 / sum(image_sizes)
+    return sum_over_ranks(ranks, sigmoid_terms(operand(image, dtype), texts, scale, bias, first, weight, groups))[0]
 
 
 class _GlobalSigLipLoss(torch.autograd.Function):
@@ -208,18 +240,24 @@ class _GlobalSigLipLoss(torch.autograd.Function):
             wait_for_grad = ranks.start_reduce(torch.cat(text_grads).to(grad_dtype), text_sizes, "text gradients")
         loss = ranks.sum(loss, "the loss")
         ctx.num_ranks, ctx.features = ranks.size, image_input.dtype
-        # The inputs are there for differentiable_once, which connects the gradients with them.
+        ctx.options = ranks, chunk_size, dtype, with_gradients, backend
         ctx.save_for_backward(
             sum(image_grads[1:], image_grads[0]).to(grad_dtype),
             wait_for_grad() if wait_for_grad else None,
             torch.stack(scale_grads).sum(),
             None if bias is None else torch.stack(bias_grads).sum(),
-            *(image_input, text_input, scale, bias),
+            *(image_input, text_input, scale, bias, image_ids, text_ids),
         )
         return loss
 
     @staticmethod
-    @differentiable_once
+    def definition_of(ctx: Any) -> Definition:
+        """The definition of the call in plain torch."""
+        function = _definition if ctx.options[-1] == "reference" else None
+        return Definition(ctx.options[0].loss, function, (*ctx.saved_tensors[4:], *ctx.options))
+
+    @staticmethod
+    @partial(first_by_kernel, definition_of)
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Data-parallel engines average over ranks, as in _GlobalClipLoss.

@@ -9,15 +9,15 @@ mode watches the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from .derivatives import Definition, beyond_first, first_by_kernel, refusal
 from .dtypes import has_autocast
 
 P = ParamSpec("P")
@@ -54,6 +54,8 @@ def define(
     *,
     setup: Callable[..., None] | None = None,
     gradient: Callable[..., Any] | None = None,
+    definition: Callable[..., Any] | None = None,
+    arguments_of: Callable[[Any], tuple[Any, ...]] | None = None,
 ) -> Any:
     """Register the operator `bclip::name` for all devices.
 
@@ -66,6 +68,9 @@ def define(
         setup: function (ctx, inputs, output) that saves what `gradient` reads.
         gradient: function (ctx, *grads) that returns the gradient of each argument. Without it the operator, such as a
             backward pass, cannot be differentiated.
+        definition: function that computes the first result in plain torch. The last argument is the backend. With
+            "reference" the definition gives the derivatives that `gradient` doesn't: see `derivatives`.
+        arguments_of: function of ctx that returns the arguments, for the definition.
 
     Returns:
         The operator's only overload, a callable.
@@ -74,62 +79,53 @@ def define(
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"bclip::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    backward = _refuse_second_derivative if gradient is None else differentiable_once(gradient)
-    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
+    definition = None if definition is None else without_autocast(definition)
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise refusal(qualified)
+
+    def definition_of(ctx: Any) -> Definition:
+        inputs = () if arguments_of is None else arguments_of(ctx)
+        return Definition(qualified, definition if inputs and inputs[-1] == "reference" else None, inputs)
+
+    backward = refuse if gradient is None else first_by_kernel(definition_of, gradient)
+    library = _GuardedLibrary(lambda kernel: _guarded(qualified, kernel, fake, definition))
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)  # type: ignore[arg-type]
     return getattr(torch.ops.bclip, name).default
 
 
-def run(operator: Any, *inputs: Any) -> Any:
-    """Call an operator that `define` returned.
+def _guarded(
+    name: str, kernel: Callable[..., Any], fake: Callable[..., Any], definition: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """torch's kernel for autograd, behind a check whether it has the derivatives of this call.
 
-    Raises:
-        NotImplementedError: an input has a tangent. torch would silently return a zero tangent.
-    """
-    if not torch.compiler.is_compiling():
-        for value in inputs:
-            if isinstance(value, Tensor) and unpack_dual(value).tangent is not None:
-                raise NotImplementedError(
-                    f"{operator.name()} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
-                    "use reverse mode, or plain torch operations"
-                )
-    return operator(*inputs)
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "operators of bclip_fast are differentiable once: for second derivatives (create_graph=True, Hessians, "
-        "gradient penalties) use plain torch operations"
-    )
-
-
-class _Refusal(torch.autograd.Function):
-    """Passes gradients on and refuses to differentiate them."""
-
-    @staticmethod
-    def forward(ctx: Any, num_gradients: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if each is None else each.view_as(each) for each in tensors[:num_gradients])
-
-    backward = staticmethod(_refuse_second_derivative)
-
-
-def differentiable_once(backward: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-    """Make the gradients of an autograd function raise RuntimeError when they are differentiated.
-
-    torch's `once_differentiable` detaches the gradients from the inputs if the incoming gradient needs none itself. A
-    loss has such a gradient, so its second derivatives would silently be zero. The inputs must be among the saved
-    tensors.
+    The check is here because a transform of torch.func, or a compiler that traces one, calls this function for each
+    of its levels. A caller of the operator would see the outermost level only.
     """
 
-    @wraps(backward)
-    def run(ctx: Any, *grads: Any) -> Sequence[Any]:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
+    def run(keyset: Any, *inputs: Any) -> Any:
+        if not beyond_first(inputs):
+            return kernel(keyset, *inputs)
+        if definition is None or inputs[-1] != "reference":
+            raise refusal(name)
+        result = definition(*inputs)
         with torch.no_grad():
-            gradients = backward(ctx, *grads)
-        sources = [each for each in (*grads, *ctx.saved_tensors) if isinstance(each, Tensor) and each.requires_grad]
-        return _Refusal.apply(len(gradients), *gradients, *sources)
+            results = fake(*inputs)
+        # Only the operator's own backward pass reads the other results.
+        return (result, *results[1:]) if isinstance(results, tuple) else result
 
     return run
+
+
+class _GuardedLibrary:
+    """Our library, as `register_autograd` sees it."""
+
+    def __init__(self, guard: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._guard = guard
+
+    def impl(self, name: str, kernel: Callable[..., Any], dispatch_key: str, *, with_keyset: bool) -> None:
+        """Register torch's kernel for autograd behind our check."""
+        _LIBRARY.impl(name, self._guard(kernel), dispatch_key, with_keyset=with_keyset)
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:

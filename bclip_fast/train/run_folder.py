@@ -28,17 +28,18 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bclip_fast import config as config_files
-from bclip_fast import distributed
+from bclip_fast import distributed, pretrained
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import replacing_files
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, resume_rules
@@ -230,7 +231,7 @@ class RunFolder:
                 _CONFIG: config_files.to_toml(_to_record(config)),
                 backends.FILE: json.dumps(backend_records, indent=1) + "\n",
             }
-            with self.staged() as staging:
+            with checkpoints.explain_write_errors(self.path), replacing_files(self.path) as staging:
                 for name, text in files.items():
                     (staging / name).write_text(text, encoding="utf-8")
                 if tokenizer is not None:
@@ -252,29 +253,27 @@ class RunFolder:
         options = {"keep": config.keep, "keep_every_steps": config.keep_every_steps}
         return checkpoints.save(self.path / "checkpoints", checkpoint, best=best, **options)
 
-    @contextlib.contextmanager
-    def staged(self) -> Iterator[Path]:
-        """Yield an empty folder for the caller to fill. At the end, its files replace those of the run. Only on rank 0.
+    def has_model(self, checkpoint: checkpoints.Checkpoint) -> bool:
+        """Whether model/, and model_ema/ of a run with an EMA, hold the weights of the checkpoint.
 
-        After an error, such as a full disk, the files of the run are as they were. Weights are replaced last.
-
-        Raises:
-            UserError: the files cannot be written.
+        A full disk or a kill after the checkpoint leaves older ones.
         """
-        staging = self.path / ".staged.partial"
-        try:
-            with checkpoints.explain_write_errors(self.path):
-                # A killed process may have left it.
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                yield staging
-                files = [path for path in staging.rglob("*") if path.is_file()]
-                for file in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-                    target = self.path / file.relative_to(staging)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        for name, ema in {"model": {}, "model_ema": checkpoint.ema}.items():
+            if name == "model" or ema:
+                try:
+                    state = pretrained.load(self.path / name)[0].state_dict()
+                except UserError:
+                    return False
+                expected = {**checkpoint.model, **ema}
+                if state.keys() != expected.keys() or not all(torch.equal(state[key], expected[key]) for key in state):
+                    return False
+        return True
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Yield the path for the caller to write a model. Turn failed writes into UserErrors. Only on rank 0."""
+        with checkpoints.explain_write_errors(self.path):
+            yield self.path
 
 
 def _command_of(table: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Our losses in open_clip, transformers and sentence-transformers."""
+"""Our losses in open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peers import import_open_clip
-from torch import nn
 
 import bclip_fast
 from bclip_fast.integrations import open_clip as into_open_clip
-from bclip_fast.integrations import sentence_transformers as sbert
 from bclip_fast.integrations import transformers as into_transformers
 
 LOSSES = ("ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss")
@@ -152,94 +149,3 @@ def test_transformers_clip_model_computes_loss_from_embeddings(uninstalled):
     into_transformers.uninstall()
     assert transformers.CLIPModel.forward is original
     into_transformers.uninstall()
-
-
-def cosine_cross_entropies(queries, positives, negatives, scale):
-    """Return the (query_to_doc, doc_to_query) losses by loops over pairs in float64, without our package."""
-    candidates = [*positives, *(row for part in negatives for row in part)]
-    terms = []
-    for rows, columns in [(queries, candidates), (positives, list(queries))]:
-        losses = []
-        for index, row in enumerate(rows):
-            scores = torch.stack([scale * row @ other / (row.norm() * other.norm()) for other in columns])
-            losses.append(scores.exp().sum().log() - scores[index])
-        terms.append(torch.stack(losses).mean())
-    return terms
-
-
-@pytest.mark.parametrize("num_negatives", [0, 2])
-@pytest.mark.parametrize(
-    "directions", [("query_to_doc",), ("doc_to_query",), ("query_to_doc", "doc_to_query")], ids=len
-)
-def test_ranking_loss_and_gradients_equal_definition(directions, num_negatives):
-    columns = torch.randn(2 + num_negatives, 7, 5, dtype=torch.float64).requires_grad_()
-    queries, positives, *negatives = columns
-    terms = dict(zip(sbert.DIRECTIONS, cosine_cross_entropies(queries, positives, negatives, 20.0), strict=True))
-    truth = torch.stack([terms[name] for name in directions]).mean()
-    loss = sbert.MultipleNegativesRankingLoss(
-        nn.Identity(), directions=directions, partition_mode="per_direction", chunk_size=3
-    )([{"sentence_embedding": column} for column in columns], labels=None)
-    torch.testing.assert_close(loss, truth)
-    gradients = [torch.autograd.grad(value, columns)[0] for value in (loss, truth)]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-    if num_negatives == 0:
-        torch.testing.assert_close(
-            sbert.multiple_negatives_ranking_loss(queries, positives, directions=directions), truth
-        )
-
-
-@pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
-@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query")], ids=len)
-def test_ranking_hardness_equals_definition(mode, directions):
-    """For queries, hardness adds the constant strength * cosine to the scores of the documents that the mode names."""
-    columns = torch.randn(4, 5, 6, dtype=torch.float64).requires_grad_()
-    queries, *documents = columns
-    candidates = [(row, index, part) for part, rows in enumerate(documents) for index, row in enumerate(rows)]
-    losses = []
-    for index, query in enumerate(queries):
-        scores = []
-        for row, owner, part in candidates:
-            cosine = F.cosine_similarity(query, row, dim=0)
-            in_batch, hard = owner != index, owner == index and part > 0
-            weighted = {"in_batch_negatives": in_batch, "hard_negatives": hard, "all_negatives": in_batch or hard}[mode]
-            scores.append(20 * cosine + (9 * cosine.detach() if weighted else 0))
-        losses.append(torch.stack(scores).logsumexp(0) - scores[index])
-    terms = [torch.stack(losses).mean()]
-    if len(directions) == 2:
-        terms.append(cosine_cross_entropies(queries, documents[0], documents[1:], 20.0)[1])
-    truth = torch.stack(terms).mean()
-    loss = sbert.MultipleNegativesRankingLoss(
-        nn.Identity(), directions=directions, partition_mode="per_direction", chunk_size=2, hardness_mode=mode,
-        hardness_strength=9.0,
-    )([{"sentence_embedding": column} for column in columns])  # fmt: skip
-    torch.testing.assert_close(loss, truth)
-    gradients = [torch.autograd.grad(value, columns)[0] for value in (loss, truth)]
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-
-
-def test_ranking_defaults_equal_sentence_transformers():
-    queries, documents = torch.randn(2, 6, 4)
-    loss = sbert.MultipleNegativesRankingLoss(nn.Identity())
-    scores = 20.0 * F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
-    columns = [{"sentence_embedding": part} for part in (queries, documents)]
-    torch.testing.assert_close(loss(columns), F.cross_entropy(scores, torch.arange(6)))
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda x: sbert.multiple_negatives_ranking_loss(x, x, directions=("doc",)), "must be some of"),
-        (lambda x: sbert.multiple_negatives_ranking_loss(x, x[:1]), "as many rows, got 2 and 1"),
-        (lambda x: sbert.multiple_negatives_ranking_loss(x, [x, x], backend="cpu"), "backend='cpu'"),
-        (lambda x: sbert.MultipleNegativesRankingLoss(x, directions=sbert.DIRECTIONS), "per_direction"),
-        (
-            lambda x: sbert.multiple_negatives_ranking_loss(x, x, hardness_mode="hard"),
-            "hardness_mode='hard' must be one of",
-        ),
-        (lambda x: sbert.MultipleNegativesRankingLoss(x, partition_mode="all"), "partition_mode='all' must be joint"),
-        (lambda x: sbert.MultipleNegativesRankingLoss(nn.Identity())([{"sentence_embedding": x}]), "two columns"),
-    ],
-)
-def test_ranking_unsupported_arguments_raise(call, words):
-    with pytest.raises(ValueError, match=words):
-        call(torch.eye(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from datetime import timedelta
 
@@ -65,36 +67,6 @@ def half_precision(losses, dtype, rank=0, world_size=1):
     return results
 
 
-def second_derivatives(rank=0, world_size=1):
-    """The error that a second derivative in the image features raises, by loss class and dtype of the products."""
-    errors = {}
-    ranks = {"rank": rank, "world_size": world_size}
-    teacher = [*torch.randn(2, 4, 3), 2.0]
-    for name, extra in [("ClipLoss", ()), ("SigLipLoss", (-5.0,)), ("DistillClipLoss", teacher)]:
-        for dtype in (None, torch.bfloat16):
-            image, text = torch.randn(2, 4, 3).requires_grad_()
-            loss = getattr(bclip_fast, name)(operand_dtype=dtype, **ranks)(image, text, 3.0, *extra)
-            loss = sum(loss) if isinstance(loss, tuple) else loss
-            (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
-            try:
-                torch.autograd.grad(gradient.square().sum(), image)
-            except RuntimeError as error:
-                errors[f"{name} {dtype}"] = str(error)
-    return errors
-
-
-def test_second_derivative_raises():
-    check_second_derivatives(second_derivatives())
-
-
-def check_second_derivatives(errors):
-    names = [
-        f"{name} {dtype}" for name in ("ClipLoss", "SigLipLoss", "DistillClipLoss") for dtype in (None, torch.bfloat16)
-    ]
-    assert list(errors) == names
-    assert all("differentiable once" in error for error in errors.values()), errors
-
-
 def on_two(rank):
     losses, sizes = open_clip_losses(), (6, 6)
     ours = results_of(rank, sizes, bclip_fast, chunk_size=4)
@@ -107,7 +79,6 @@ def on_two(rank):
         "theirs": theirs,
         "theirs_logits": theirs_logits,
         "half": half_precision(bclip_fast, torch.bfloat16, rank, 2),
-        "second": second_derivatives(rank, 2),
         "lost": lost_rank(rank),
     }
 
@@ -123,8 +94,6 @@ def test_two_ranks_every_mode_gives_global_gradient():
         torch.testing.assert_close(sum(scales).double() / 2, scale.double(), rtol=1e-4, atol=0)
         for ours, true in [(images, image), (texts, text)]:
             assert (torch.cat(ours).double() / 2 - true).norm() <= 2**-8 * true.norm()
-    for result in results:
-        check_second_derivatives(result["second"])
     message = results[0]["lost"]
     assert "ClipLoss, rank 0 of 2: broadcast of backends failed" in message, message
     if not results[0]["theirs"]:
@@ -190,7 +159,9 @@ def on_three(rank):
     images, texts = data((4, 3))
     features = [value.detach() for value in Towers()(images[rank - 1], texts[rank - 1])]
     options = {"rank": rank - 1, "world_size": 2, "process_group": group}
-    result = {"equal": equal, "unequal": unequal, "sub-group": ClipLoss(**options)(*features)}
+    loss = ClipLoss(**options)
+    result = {"equal": equal, "unequal": unequal, "sub-group": loss(*features)}
+    result["copies"] = [clone(*features) for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)))]
     result["sub-group siglip"] = SigLipLoss(**options)(*features)
     calls = {
         "world_size": lambda: ClipLoss(**{**options, "world_size": 3})(*features),
@@ -215,6 +186,7 @@ def test_three_ranks_and_sub_group_give_global_gradient():
     assert_global([result["unequal"] for result in results], (5, 1, 7), losses)
     for rank, result in enumerate(results[1:]):
         torch.testing.assert_close(result["sub-group"], single_process((4, 3))[0])
+        assert all(torch.equal(value, result["sub-group"]) for value in result["copies"])
         torch.testing.assert_close(result["sub-group siglip"], single_process((4, 3), reference.dense_siglip)[0])
         assert result["world_size"] == "ClipLoss has world_size=3, but the process group has 2 ranks"
         assert result["rank"] == f"ClipLoss has rank={1 - rank}, but this process is rank {rank} of the process group"

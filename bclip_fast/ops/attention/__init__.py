@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bclip_fast.ops import custom_op
 from bclip_fast.ops.cuda_device import cuda_refusal, triton_block_bytes, triton_refusal
-from bclip_fast.ops.dispatch import Limits, choose
+from bclip_fast.ops.derivatives import check_first_only
+from bclip_fast.ops.dispatch import Limits, choose, is_exporting
 
 from . import op, sdpa, triton_memory
 from .call import AttentionCall
@@ -76,7 +76,7 @@ def fused_attention(
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
-        (B, N, H, d) in the dtype of `qkv`, so the output projection needs no transpose. Differentiable once.
+        (B, N, H, d) in the dtype of `qkv`, so the output projection needs no transpose. Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it.
@@ -90,14 +90,16 @@ def fused_attention(
             raise ValueError(f"key_mask must be (B, N) = {(batch, tokens)}, got {tuple(key_mask.shape)}")
         if key_mask.dtype != torch.bool or key_mask.device != qkv.device:
             raise ValueError(f"key_mask must be bool on {qkv.device}, got {key_mask.dtype} on {key_mask.device}")
+    if is_exporting(backend) and dropout_p == 0.0:
+        return sdpa.dense(qkv, key_mask, causal, qkv.shape[-1] ** -0.5 if scale is None else scale)
     rows = qkv.flatten(0, 1)
     seed, scale = checked_dropout("qkv", rows, dropout_p, seed, scale)
     shapes = _class_of(qkv.shape[4], tokens)
     backend = choose("fused_attention", LIMITS, backend, rows, dropout_p, False, shapes=shapes)
     if backend == "torch":
-        return sdpa.dense(qkv, key_mask, causal, scale)
+        return sdpa.dense(check_first_only("fused_attention", qkv), key_mask, causal, scale)
     key_mask = None if key_mask is None else key_mask.flatten()
-    out, _ = custom_op.run(op.attention, rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
+    out, _ = op.attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
     return out.unflatten(0, (batch, tokens))
 
 
@@ -123,7 +125,7 @@ def varlen_attention(
         causal, dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:
-        (T, H, d) in the dtype of `qkv`. Differentiable once.
+        (T, H, d) in the dtype of `qkv`. Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens are checked
@@ -136,12 +138,16 @@ def varlen_attention(
         raise ValueError(f"cu_seqlens must be (n + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
         raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
+    if is_exporting(backend) and dropout_p == 0.0:
+        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+        return sdpa.packed_masked(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale))
     seed, scale = checked_dropout("qkv", qkv, dropout_p, seed, scale)
     shapes = _class_of(qkv.shape[3], max_seqlen)
     backend = choose("varlen_attention", LIMITS, backend, qkv, dropout_p, True, shapes=shapes)
     if backend == "torch":
         if cu_seqlens.device.type == "cpu":
             check_sequences(cu_seqlens, qkv.shape[0], max_seqlen)
+        qkv = check_first_only("varlen_attention", qkv)
         return sdpa.packed(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale))
     flat = qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale
-    return custom_op.run(op.attention, *flat, backend)[0]
+    return op.attention(*flat, backend)[0]

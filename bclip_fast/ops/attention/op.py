@@ -8,8 +8,9 @@ from torch import Tensor
 
 from bclip_fast.ops import custom_op
 from bclip_fast.ops.dispatch import load_backend
-from bclip_fast.ops.dtypes import accumulation_dtype
+from bclip_fast.ops.dtypes import accumulation_dtype, widened
 
+from . import reference
 from .call import AttentionCall
 from .checks import check_sequences
 
@@ -45,10 +46,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(*output, qkv, cu_seqlens, key_mask, seed)
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _definition(qkv: Tensor, *inputs: Any) -> Tensor:
+    return reference.attention(AttentionCall(widened(qkv), *inputs[:-1])).to(qkv.dtype)
+
+
+def _arguments_of(ctx: Any) -> tuple[Any, ...]:
+    return _saved(ctx)[2:]
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The results and the arguments."""
     *tensors, seed = ctx.saved_tensors
-    options = ctx.max_seqlen, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend
-    return attention_backward(grad, *tensors, *options), *[None] * 8
+    return *tensors, ctx.max_seqlen, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return attention_backward(grad, *_saved(ctx)), *[None] * 8
 
 
 _ARGUMENTS = f"{custom_op.arguments(AttentionCall)}, str backend"
@@ -59,6 +72,8 @@ attention = custom_op.define(
     _forward_fake,
     setup=_setup,
     gradient=_gradient,
+    definition=_definition,
+    arguments_of=_arguments_of,
 )
 attention_backward = custom_op.define(
     "attention_backward",

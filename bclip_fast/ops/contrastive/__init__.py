@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bclip_fast.ops import custom_op
 from bclip_fast.ops.dispatch import choose
 
 from . import clip_op, siglip_op
@@ -76,7 +75,8 @@ def clip_loss(
 
     Returns:
         0-dimensional loss, float64 for float64 inputs and float32 for all others, accumulated in that precision. It is
-        differentiable once in image, text, logit_scale and logit_bias.
+        differentiable in image, text, logit_scale and logit_bias: once, or any number of times and in forward mode with
+        backend="reference", which then holds the matrix of similarities.
 
     Raises:
         ValueError: shapes, dtypes, devices or options are wrong. The message names them.
@@ -97,7 +97,7 @@ def clip_loss(
     keep = keep and backend == "cpu" and groups is None and num_pairs == len(image)
     keep = keep and keeps_products(image, text, scale, dtype)
     flat = image, text, scale, *ids, num_pairs, float(hardness), chunk_size, dtype, keep
-    loss = custom_op.run(clip_op.clip_loss, *flat, backend)[0]
+    loss = clip_op.clip_loss(*flat, backend)[0]
     return loss if bias is None else loss + 0.0 * bias
 
 
@@ -132,4 +132,4 @@ def siglip_loss(
     inputs = [tensor for tensor in (image, text, scale, bias) if tensor is not None]
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     flat = image, text, scale, bias, *ids, chunk_size, dtype, with_gradients
-    return custom_op.run(siglip_op.siglip_loss, *flat, backend)[0]
+    return siglip_op.siglip_loss(*flat, backend)[0]

@@ -11,6 +11,7 @@ from bclip_fast.ops import custom_op
 from bclip_fast.ops.dispatch import load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype
 
+from . import definition
 from .call import ClipCall, ContrastiveCall, SoftmaxGradient
 from .groups import Groups, group_tile
 from .loss_terms import pair_losses, positive_gradient, positive_logits
@@ -126,6 +127,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*output[1:], *inputs[:5])
 
 
+def _arguments_of(ctx: Any) -> tuple[Any, ...]:
+    return *ctx.saved_tensors[_NUM_SAVED:], *ctx.options
+
+
 def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
@@ -142,6 +147,8 @@ clip_loss = custom_op.define(
     _forward_fake,
     setup=_setup,
     gradient=_gradient,
+    definition=definition.clip_loss,
+    arguments_of=_arguments_of,
 )
 clip_loss_backward = custom_op.define(
     "clip_loss_backward",

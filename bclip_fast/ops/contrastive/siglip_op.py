@@ -9,6 +9,7 @@ from torch import Tensor
 from bclip_fast.ops import custom_op
 from bclip_fast.ops.dispatch import load_backend
 
+from . import definition
 from .call import ContrastiveCall, SiglipCall
 from .groups import Groups
 from .loss_terms import siglip_gradient_dtype
@@ -46,8 +47,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(*output[1:])
     # Otherwise torch fills tensors of zeros as large as the gradients.
     ctx.set_materialize_grads(False)
-    # `custom_op.differentiable_once` finds the inputs among the saved tensors.
-    ctx.save_for_backward(*output[1:], *inputs[:4])
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*output[1:], *inputs[:6])
+
+
+def _arguments_of(ctx: Any) -> tuple[Any, ...]:
+    return *ctx.saved_tensors[4:], *ctx.options
 
 
 def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -66,4 +71,6 @@ siglip_loss = custom_op.define(
     _forward_fake,
     setup=_setup,
     gradient=_gradient,
+    definition=definition.siglip_loss,
+    arguments_of=_arguments_of,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bclip_fast.ops import custom_op
 from bclip_fast.ops.cuda_device import triton_refusal
-from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.dispatch import Limits, choose, is_exporting, load_backend
 from bclip_fast.ops.philox import seed_tensor
 
 from . import reference
@@ -83,7 +83,7 @@ def add_norm(
         backend: "auto" or one of `ops.BACKENDS`.
 
     Returns:
-        (normed (T, D) in `dtype`, stream (T, D) in the stream's dtype). Differentiable once.
+        (normed (T, D) in `dtype`, stream (T, D) in the stream's dtype). Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it.
@@ -100,6 +100,9 @@ def add_norm(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     dtype = dtype or stream.dtype
+    if is_exporting(backend) and seed is None:
+        normed, total = reference.add_norm(stream, branch, weight, bias, eps, dropout_p, None)
+        return normed.to(dtype), normed if post else total
     inputs = [tensor for tensor in (stream, branch, weight, bias) if tensor is not None]
     if dropout_p == 0.0 or branch is None:
         seed, dropout_p = None, 0.0
@@ -114,14 +117,16 @@ def add_norm(
     # If both results have one dtype, they are one tensor.
     wide = post and dtype != stream.dtype
     flat = stream, branch, weight, bias, eps, dropout_p, philox_seed, dtype, wide
-    normed, total, wide_normed = custom_op.run(_add_norm, *flat, backend)
+    normed, total, wide_normed = _add_norm(*flat, backend)
     if post:
         return normed, wide_normed if wide else normed
     return normed, stream if branch is None else total
 
 
 def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape, differentiable once.
+    """x * Phi(x), the exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), for any shape.
+
+    Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: x isn't floating.
@@ -129,8 +134,10 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
+    if is_exporting(backend):
+        return F.gelu(x)
     backend = choose("gelu", LIMITS, backend, x, shapes=_size_class(x))
-    return F.gelu(x) if backend == "reference" else custom_op.run(_gelu, x, backend)
+    return F.gelu(x) if backend == "reference" else _gelu(x, backend)
 
 
 def _shape_if(condition: bool, like: Tensor) -> torch.Size:

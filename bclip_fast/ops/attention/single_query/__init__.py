@@ -12,8 +12,11 @@ from bclip_fast.ops.attention import sdpa
 from bclip_fast.ops.attention.call import SingleQueryCall
 from bclip_fast.ops.attention.checks import check_rows, checked_dropout, cpu_limits
 from bclip_fast.ops.cuda_device import triton_refusal
-from bclip_fast.ops.dispatch import Limits, choose, load_backend
-from bclip_fast.ops.dtypes import accumulation_dtype
+from bclip_fast.ops.derivatives import check_first_only
+from bclip_fast.ops.dispatch import Limits, choose, is_exporting, load_backend
+from bclip_fast.ops.dtypes import accumulation_dtype, widened
+
+from . import reference
 
 __all__ = ["LIMITS", "single_query_attention"]
 
@@ -48,7 +51,7 @@ def single_query_attention(
         dropout_p, seed, scale, backend: as in `fused_attention`.
 
     Returns:
-        (n, H, d) in the dtype of `query`. Differentiable once.
+        (n, H, d) in the dtype of `query`. Derivatives: `ops.derivatives`.
 
     Raises:
         ValueError: a shape, dtype or probability is wrong. The message names it. The values of cu_seqlens and rows are
@@ -61,23 +64,27 @@ def single_query_attention(
     if key_value.dtype != query.dtype:
         raise ValueError(f"query is {query.dtype}, key_value {key_value.dtype}; they must be the same")
     for name, index, length, dtype in (
-        ("rows", rows, len(query), torch.int64),
-        ("cu_seqlens", cu_seqlens, len(query) + 1, torch.int32),
+        ("rows", rows, query.shape[0], torch.int64),
+        ("cu_seqlens", cu_seqlens, query.shape[0] + 1, torch.int32),
     ):
         if index.shape != (length,) or index.dtype != dtype or index.device != query.device:
             raise ValueError(
                 f"{name} must be ({length},), {dtype} on {query.device}, got {tuple(index.shape)}, {index.dtype} on "
                 f"{index.device}"
             )
+    if is_exporting(backend) and dropout_p == 0.0:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return sdpa.single_query_masked(SingleQueryCall(query, key_value, rows, cu_seqlens, causal, 0.0, None, scale))
     seed, scale = checked_dropout("query", query, dropout_p, seed, scale)
     # Tuning records, `bclip tune --operators` and saved graphs know the operator by its first name.
     backend = choose("pooled_attention", LIMITS, backend, query, dropout_p, True)
     if backend == "torch":
         if rows.device.type == "cpu":
             check_rows(rows, cu_seqlens, len(key_value))
+        query, key_value = (check_first_only("single_query_attention", each) for each in (query, key_value))
         return sdpa.single_query(SingleQueryCall(query, key_value, rows, cu_seqlens, causal, 0.0, None, scale))
     flat = query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale
-    return custom_op.run(_attention, *flat, backend)[0]
+    return _attention(*flat, backend)[0]
 
 
 @custom_op.without_autocast
@@ -113,10 +120,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(*output, query, key_value, rows, cu_seqlens, seed)
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _definition(query: Tensor, key_value: Tensor, *inputs: Any) -> Tensor:
+    call = SingleQueryCall(widened(query), widened(key_value), *inputs[:-1])
+    return reference.attention(call).to(query.dtype)
+
+
+def _arguments_of(ctx: Any) -> tuple[Any, ...]:
+    return _saved(ctx)[2:]
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """The results and the arguments."""
     *tensors, seed = ctx.saved_tensors
-    options = ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend
-    return *_attention_backward(grad, *tensors, *options), *[None] * 7
+    return *tensors, ctx.causal, ctx.dropout_p, seed, ctx.scale, ctx.backend
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad, *_saved(ctx)), *[None] * 7
 
 
 _ARGUMENTS = f"{custom_op.arguments(SingleQueryCall)}, str backend"
@@ -127,6 +147,8 @@ _attention = custom_op.define(
     _forward_fake,
     setup=_setup,
     gradient=_gradient,
+    definition=_definition,
+    arguments_of=_arguments_of,
 )
 _attention_backward = custom_op.define(
     "pooled_attention_backward",
