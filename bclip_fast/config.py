@@ -55,7 +55,7 @@ def to_toml(config: Any) -> str:
     """Return the resolved configuration as TOML, from which `from_toml` builds an equal dataclass. None is omitted."""
     import tomli_w
 
-    return tomli_w.dumps(_plain(config))
+    return tomli_w.dumps(plain(config))
 
 
 def find(name: str) -> Path:
@@ -133,12 +133,13 @@ def _one_line(text: str) -> str:
     return words.split(" For full helptext")[0]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a configuration as the tables, lists and values of its TOML file. None is omitted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init)
-        return {name: _plain(item) for name, item in pairs if item is not None}
+        return {name: plain(item) for name, item in pairs if item is not None}
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items() if item is not None}
+        return {str(name): plain(item) for name, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""The backends of a run: all ranks take rank 0's choices, and RUN/backends.json keeps them.
+"""The backends of a run: all ranks take rank 0's choices, and RUN/backends.json keeps them (run_folder.py writes it).
 
 So a resumed run goes on with the same backends, even if the machine's tuning record has changed.
 
@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch
 
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import write_text
 from bclip_fast.ops import fingerprint, record_files, trials, tuning
 from bclip_fast.ops.record_files import Entry, Record
 
@@ -30,38 +30,44 @@ log = logging.getLogger(__name__)
 FILE = "backends.json"
 
 
-def of_run(folder: Path, *, resumed: bool, keep: bool = True) -> AbstractContextManager[None]:
-    """Context manager in which all ranks use rank 0's choices. Collective.
+@dataclass(frozen=True)
+class Choice:
+    """The backends of a run.
+
+    content: content of backends.json.
+    """
+
+    content: dict[str, Any]
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Context manager in which `auto` takes these backends."""
+        return tuning.in_force(from_json(self.content))
+
+
+def of_run(folder: Path, *, resumed: bool) -> Choice:
+    """Rank 0's choices, for all ranks: those of the run's backends.json, or this machine's. Writes nothing. Collective.
 
     Args:
         folder: folder of backends.json.
         resumed: read backends.json if it exists.
-        keep: write backends.json if it was not read.
 
     Raises:
-        UserError: on every rank, if the file is damaged or cannot be written.
+        UserError: on every rank, if the file is damaged.
     """
-    return tuning.in_force(from_json(distributed.run_on_rank0(lambda: _settle(folder, resumed, keep))))
+    return Choice(distributed.run_on_rank0(lambda: _settle(folder, resumed)))
 
 
-def _settle(folder: Path, resumed: bool, keep: bool) -> dict[str, Any]:
+def _settle(folder: Path, resumed: bool) -> dict[str, Any]:
     path = folder / FILE
     if resumed and path.exists():
         recorded = read(path)
         _warn_of_differences(recorded)
         return to_json(recorded)
-    data = to_json({device.type: current(device) for device in _devices()})
     if resumed:
         log.warning(
             "%s is missing, so the run goes on with this machine's backends and may not continue bit for bit", path
         )
-    if not keep:
-        return data
-    try:
-        write_text(path, json.dumps(data, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    return data
+    return to_json({device.type: current(device) for device in _devices()})
 
 
 def read(path: Path) -> dict[str, Record]:

@@ -4,8 +4,9 @@
       model.safetensors       fp32 parameters and buffers, under the model's names
       optimizer.safetensors   AdamW's moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
       ema.safetensors         EMA of the trainable parameters, if the run has one
-      state.json              step, position in the data, number of updates, loss scale, model configuration, and the
-                              state of the trainer's rules (the last losses, the best validation)
+      state.json              step, position in the data, number of updates, loss scale, model configuration, names of
+                              the files, state of the trainer's rules (the last losses, the best validation), and the
+                              record of the run (command, configuration, libraries, changes at resumes)
       manifest.json           size and SHA-256 of the other files. Written last.
 
 A checkpoint holds no pickle, so reading one runs no code. It does not depend on the engine or on the number of ranks,
@@ -50,6 +51,7 @@ class Checkpoint:
     data: state of the sampler.
     model_config: configuration of the model, as JSON.
     rest: state of the trainer's rules.
+    run: record of the run, see run_folder.py. Empty in checkpoints of earlier versions.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Checkpoint:
     model_config: dict[str, Any]
     rest: dict[str, Any] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -89,6 +92,8 @@ def save(
         "optimizer": {"num_steps": checkpoint.optimizer.num_steps, "loss_scale": checkpoint.optimizer.loss_scale},
         "model_config": checkpoint.model_config,
         "rest": checkpoint.rest,
+        "run": checkpoint.run,
+        "files": [*_FILES, *([_EMA] if checkpoint.ema else [])],
     }
     with explain_write_errors(target, "; older checkpoints are untouched"):
         # Killed processes leave partial folders behind.
@@ -129,7 +134,12 @@ def explain_write_errors(target: Path, note: str = "") -> Iterator[None]:
 
 
 def load_latest(folder: Path) -> Checkpoint:
-    """Read the newest intact checkpoint. Skip a damaged one with a warning that names the damage.
+    """Read the newest intact checkpoint. Raises UserError as `latest` does."""
+    return read(latest(folder))
+
+
+def latest(folder: Path) -> Path:
+    """The newest intact checkpoint. Skip a damaged one with a warning that names the damage.
 
     Raises:
         UserError: the folder holds no intact checkpoint.
@@ -139,7 +149,7 @@ def load_latest(folder: Path) -> Checkpoint:
         if problem := verify(path):
             log.warning("%s is not used: %s", path, problem)
             continue
-        return read(path)
+        return path
     problem = f"all {len(paths)} checkpoints are damaged" if paths else "the folder holds no checkpoint"
     raise UserError(f"{folder}: cannot resume, because {problem}; start in another folder")
 
@@ -157,6 +167,10 @@ def verify(path: Path) -> str | None:
                 return f"{name} has {size} bytes, should have {manifest[name]['size']}"
             if _describe(file) != manifest[name]:
                 return f"{name} is corrupt: its SHA-256 differs from the manifest"
+        # An earlier version did not name its files.
+        for name in read_state(path).get("files", []):
+            if name not in manifest:
+                return f"{name} is not in the manifest"
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
@@ -174,7 +188,7 @@ def read(path: Path) -> Checkpoint:
     """
     from safetensors.torch import load_file
 
-    state = json.loads((path / "state.json").read_bytes())
+    state = read_state(path)
     if state.get("version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {state.get('version')}, this release reads {FORMAT_VERSION}")
     moments: dict[str, dict[str, Tensor]] = {}
@@ -183,9 +197,27 @@ def read(path: Path) -> Checkpoint:
         moments.setdefault(name, {})[moment] = tensor
     optimizer = OptimizerState(state["optimizer"]["num_steps"], moments, state["optimizer"]["loss_scale"])
     model = load_file(path / "model.safetensors")
-    ema = load_file(path / _EMA) if (path / _EMA).is_file() else {}
-    rest = state.get("rest", {})
-    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], rest, ema)
+    ema = load_file(path / _EMA) if _EMA in state.get("files", [_EMA]) and (path / _EMA).is_file() else {}
+    rest, run = state.get("rest", {}), state.get("run", {})
+    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], rest, ema, run)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of state.json of a checkpoint that passed `verify`."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    return state
+
+
+def misfit(saved: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str | None:
+    """`visual.proj is of shape (32, 24), but the model has (64, 24)`, for the first tensor. None if all fit."""
+    for name in dict.fromkeys([*model, *saved]):
+        if name not in saved:
+            return f"it has no tensor {name}"
+        if name not in model:
+            return f"its tensor {name} is not in the model"
+        if saved[name].shape != model[name].shape:
+            return f"its {name} is of shape {tuple(saved[name].shape)}, but the model has {tuple(model[name].shape)}"
+    return None
 
 
 def first_difference(saved: Mapping[str, Any], config: Mapping[str, Any], prefix: str = "model") -> str | None:

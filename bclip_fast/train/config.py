@@ -152,8 +152,11 @@ class TrainConfig:
     """Run folder."""
     resume: bool = False
     """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run. So a
-    launcher can restart a run with the command that started it. Without --resume, a folder with checkpoints is an
+    launcher can restart a run with the command that started it. Without --resume, a folder that isn't empty is an
     error."""
+    allow_changes: bool = False
+    """With --resume: allow settings that change the arithmetic of the run, such as the learning rate. The run's records
+    list every change with its step. Some settings, such as the model's sizes, can't change."""
     dry_run: bool = False
     """Same as `bclip plan`: print the memory and time that the run needs on the cluster section's ranks, and fail if
     it does not fit."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bclip_fast.errors import UserError
+
 from .engine import Engine
 
 log = logging.getLogger(__name__)
@@ -21,15 +23,25 @@ class Ema:
 
     Args:
         decay: factor in (0, 1).
-        saved: `state()` of rank 0, passed on every rank. A weight that is missing in it starts at its current value.
+        saved: `state()` of rank 0, passed on every rank. Empty for a new EMA, which starts at the current weights.
+        grows: whether `saved` may lack weights. They start at their current values.
+
+    Raises:
+        UserError: `saved` lacks a weight, and `grows` is false.
     """
 
-    def __init__(self, engine: Engine, decay: float, saved: Mapping[str, Tensor]) -> None:
+    def __init__(self, engine: Engine, decay: float, saved: Mapping[str, Tensor], grows: bool = False) -> None:
         self._engine, self._decay = engine, decay
+        weights = engine.local_weights()
+        missing = [name for name in weights if name not in saved] if saved else []
+        if missing and not grows:
+            raise UserError(f"the checkpoint's EMA has no {missing[0]}; resume from another checkpoint")
         self._ema = {
             name: engine.local_shard(name, saved[name]) if name in saved else weight.clone()
-            for name, weight in engine.local_weights().items()
+            for name, weight in weights.items()
         }
+        if missing:
+            log.warning("the EMA of %d weights starts at their current values, first %s", len(missing), missing[0])
         log.info("EMA with decay %g, %s", decay, "resumed" if saved else "starting at the current weights")
 
     @torch.no_grad()

@@ -14,42 +14,53 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import json
 import logging
-import math
+import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.image_files import read_rgb
-from bclip_fast.data.transform import Preprocess, random_resized_crop_box
+from bclip_fast.data.transform import Preprocess
+from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
-from bclip_fast.eval.datasets import image_name
+from bclip_fast.hardware import peak_memory
 from bclip_fast.io.hashing import sha256
+from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import VqaModel
 from bclip_fast.model.tokenizer import Tokenizer
 
-from . import backends, run_folder
+from . import backends, base_model
 from . import checkpoint as checkpoints
+from .bad_samples import BadSamples
+from .config import CheckpointConfig
 from .engine import EngineConfig, StepResult, build_engine
+from .finetune_data import BatchReader, Samples
 from .finetune_objectives import Pairs, Questions
 from .lora import add_lora
+from .loss_spikes import SpikeConfig
 from .metrics import MetricsLog
+from .precision import resolve_precision
+from .run_folder import RunFolder
+from .run_loop import RunLoop
 from .schedule import OptimConfig, learning_rate
+from .signals import Signals
+from .step_results import PendingStep
+from .step_timer import StepTimer
 from .transfers import AsyncRead, packed_to_device, to_device
 
 log = logging.getLogger(__name__)
 
-_TRIES = 32  # replacements of a damaged image
+# Number of texts whose tokens tell whether a resumed run has the same tokenizer.
+_NUM_TEXTS = 64
+_CHECKPOINTS = CheckpointConfig(keep=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +79,11 @@ class FinetuneConfig:
     run: str = "runs/finetune"
     """Run folder."""
     resume: bool = False
-    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run."""
+    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run. Without
+    --resume, a folder that isn't empty is an error."""
+    allow_changes: bool = False
+    """With --resume: allow settings that change the arithmetic of the run, such as the learning rate. The run's records
+    list every change with its step. Some settings, such as lora_rank, can't change."""
     epochs: int = 10
     batch_size: int = 32
     seed: int = 0
@@ -83,15 +98,20 @@ class FinetuneConfig:
     """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
     num_workers: int = 2
     on_bad_image: Literal["skip", "stop"] = "skip"
-    """Damaged images. skip: a sample drawn by the seed takes their place, and the log names them. stop: an error."""
-    checkpoint_every: int = 0
-    """Interval of checkpoints in steps. The last step always has a checkpoint. 0 writes only that one."""
+    """Damaged images. skip: a sample drawn by the seed takes their place, and bad_samples.jsonl lists them. stop: an
+    error after a checkpoint."""
+    checkpoint_every: int = 500
+    """Interval of checkpoints in steps. The last step always has a checkpoint. 0 writes only that one, and those of
+    signals and unreadable data."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.01, eps=1e-8, decay="linear")
     )
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(name="ddp"))
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
+        if self.checkpoint_every < 0:
+            raise UserError(f"checkpoint_every={self.checkpoint_every} must not be negative")
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:
             raise UserError(
                 f"epochs={self.epochs}, batch_size={self.batch_size}, lora_rank={self.lora_rank} and "
@@ -106,29 +126,36 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises:
         UserError: the data have no captions or answers, or too few samples. Or the ranks cannot share a batch, the
-            checkpoint belongs to another run, or the loss is not finite.
+            checkpoint belongs to another run, or an image cannot be read or replaced. Too many steps were skipped.
+        SystemExit: with EXIT_STOPPED, if a signal stopped the run.
     """
     distributed.init()
     atexit.register(distributed.shutdown)
     if config.batch_size % distributed.world_size():
         raise UserError(f"batch_size={config.batch_size} is not a multiple of {distributed.world_size()} ranks")
-    run = Path(config.run)
-    config = dataclasses.replace(config, engine=run_folder.resolve_engine(config.engine, run, config.resume))
-    objective: Pairs | Questions = Questions(config) if config.task else Pairs(config)
-    clip, preprocess, tokenizer = pretrained.load(config.model)
-    if run.resolve() == Path(config.model).resolve():
-        raise UserError(f"run={run} is the folder of the model; choose another run folder")
-    is_resumed = run_folder.check_unused(run, config.resume)
-    torch.manual_seed(config.seed)
-    clip.requires_grad_(True)
-    adapter = add_lora(clip, config.lora_rank, config.lora_alpha) if config.lora_rank else None
-    model = objective.model(clip)
-    if distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        run_folder.write_config(run, config)
-    with backends.of_run(run, resumed=is_resumed):
-        _Loop(config, objective, model, preprocess, tokenizer, adapter).train()
-    return run
+    if Path(config.run).resolve() == Path(config.model).resolve():
+        raise UserError(f"run={config.run} is the folder of the model; choose another run folder")
+    with distributed.explain_lost_ranks():
+        folder = RunFolder(Path(config.run), "finetune", config.resume)
+        precision = resolve_precision(config.engine.precision, folder.recorded_precision)
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+        folder.compare(config)
+        objective: Pairs | Questions = Questions(config) if config.task else Pairs(config)
+        num_samples = len(objective.texts)
+        if num_samples < config.batch_size:
+            raise UserError(
+                f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
+            )
+        clip, preprocess, tokenizer = pretrained.load(config.model)
+        choice = backends.of_run(folder.path, resumed=folder.records is not None)
+    with (
+        Signals() as signals,
+        distributed.explain_lost_ranks(),
+        choice.in_force(),
+        _Loop(config, folder, choice, objective, clip, preprocess, tokenizer, signals) as state,
+    ):
+        state.loop()
+    return folder.path
 
 
 def run(config: FinetuneConfig) -> None:
@@ -136,150 +163,161 @@ def run(config: FinetuneConfig) -> None:
     finetune(config)
 
 
-class _Loop:
-    """The training loop."""
+class _Loop(RunLoop):
+    """A run of fine-tuning."""
 
     def __init__(
         self,
         config: FinetuneConfig,
+        folder: RunFolder,
+        choice: backends.Choice,
         objective: Pairs | Questions,
-        model: nn.Module,
+        clip: BiomedClip,
         preprocess: Preprocess,
         tokenizer: Tokenizer,
-        adapter: Any,
+        signals: Signals,
     ) -> None:
-        self.config, self.run, self.objective, self.model = config, Path(config.run), objective, model
-        self.preprocess, self.tokenizer, self.adapter = preprocess, tokenizer, adapter
-        num_samples = len(objective.texts)
-        if num_samples < config.batch_size:
-            raise UserError(
-                f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
-            )
-        self._bad: set[int] = set()
-        self.steps_per_epoch = num_samples // config.batch_size
+        super().__init__(folder, config.spikes, signals, background=True)
+        self.config, self.choice, self.objective = config, choice, objective
+        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.steps_per_epoch = len(objective.texts) // config.batch_size
         self.num_steps = config.epochs * self.steps_per_epoch
-        self.step = 0
-        # Everything that determines the result. A checkpoint with another identity belongs to another run.
-        data = {"data": objective.data.fingerprint, "texts": sha256("\0".join(objective.texts))}
-        machine = ("run", "resume", "model", "data", "engine", "num_workers", "checkpoint_every", "on_bad_image")
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*machine, "epochs")}
-        self.identity = json.loads(json.dumps(data | settings, default=list))
-        saved = None
-        if config.resume and run_folder.has_checkpoints(self.run):
-            saved = checkpoints.load_latest(self.run / "checkpoints")
-            if difference := checkpoints.first_difference(saved.data, self.identity, "run"):
-                raise UserError(f"cannot resume from {self.run / 'checkpoints'}: its {difference}")
-            model.load_state_dict(saved.model)
-            self.step = saved.step
-        self.engine = build_engine(model.train(), config.engine, config.optim, config.batch_size)
+        saved = folder.read_checkpoint()
+        self.identity = run_on_rank0(lambda: self._identity(clip, saved))
+        torch.manual_seed(config.seed)
+        clip.requires_grad_(True)
+        self.adapter = add_lora(clip, config.lora_rank, config.lora_alpha) if config.lora_rank else None
+        self.model: nn.Module = objective.model(clip)
+        if saved is not None:
+            self.load_weights(self.model, saved)
+        self.engine = build_engine(self.model.train(), config.engine, config.optim, config.batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
+        self.timer = StepTimer(self.engine.device)
+        self._observe_with(False, self._give_up)
+        self.reader = BatchReader(
+            objective.data,
+            config.data,
+            preprocess,
+            num_steps=self.num_steps,
+            first_step=self.step,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            crop_scale=config.crop_scale,
+            num_workers=config.num_workers,
+            stop_at_damage=config.on_bad_image == "stop",
+        )
 
-    def train(self) -> None:
-        """Train to the last step, and write the model."""
-        config = self.config
-        num_weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        num_samples = len(self.objective.texts)
-        log.info("%d samples, %d steps, %d weights to train", num_samples, self.num_steps, num_weights)
-        metrics = MetricsLog(self.run, self.step) if distributed.is_main() else None
-        with ThreadPoolExecutor(config.num_workers) as pool:
-            next_batch = self._load_batch(pool, self.step)
-            while self.step < self.num_steps:
-                start = time.perf_counter()
-                rows, images = zip(*(future.result() for future in next_batch), strict=True)
-                if self.step + 1 < self.num_steps:
-                    next_batch = self._load_batch(pool, self.step + 1)
-                record = self._train_step(rows, torch.stack(images))
-                record["samples_per_second"] = config.batch_size / (time.perf_counter() - start)
-                if metrics is not None:
-                    metrics.write(record)
-                    if self.step % max(1, self.num_steps // 20) == 0:
-                        log.info("step %d of %d  loss %.4f", self.step, self.num_steps, record["loss"])
-                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < self.num_steps:
-                    self._save(is_last=False)
-        if self._bad:
-            log.warning(
-                "%d of %d images cannot be decoded; other samples took their place", len(self._bad), num_samples
-            )
-        self._save(is_last=True)
-        if metrics is not None:
-            metrics.close()
-        self.engine.close()
+    def _identity(self, clip: BiomedClip, saved: checkpoints.Checkpoint | None) -> dict[str, Any]:
+        """Everything that a checkpoint presumes: the content of the data and of the base model. Only on rank 0.
 
-    def _rows(self, step: int) -> list[int]:
-        """This rank's samples of a step. An epoch is a permutation of all samples, without an incomplete last batch."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.objective.texts), generator=generator)
-        batch = order[number * self.config.batch_size :][: self.config.batch_size].tolist()
-        return batch[distributed.rank() :: distributed.world_size()]
-
-    def _load_batch(self, pool: ThreadPoolExecutor, step: int) -> list[Future[tuple[int, Tensor]]]:
-        """The futures of this rank's samples of a step."""
-        epoch = step // self.steps_per_epoch
-        return [pool.submit(self._load_sample, row, epoch) for row in self._rows(step) if step < self.num_steps]
-
-    def _load_sample(self, row: int, epoch: int) -> tuple[int, Tensor]:
-        """A row and its image. If that cannot be decoded, those of a row drawn by (seed, epoch, row)."""
-        generator = np.random.default_rng((abs(self.config.seed), epoch, row))
-        others = generator.integers(len(self.objective.texts), size=_TRIES)
-        for candidate in (row, *others.tolist()):
-            try:
-                return candidate, self._load_image(candidate, epoch)
-            except UserError as error:
-                if self.config.on_bad_image == "stop":
-                    raise
-                if candidate not in self._bad:
-                    log.warning("replaced a sample: %s", error)
-                self._bad.add(candidate)
-                problem = error
-        raise UserError(f"{_TRIES + 1} images in a row cannot be decoded, so the data are at fault: {problem}")
-
-    def _load_image(self, row: int, epoch: int) -> Tensor:
-        """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model."""
-        image = read_rgb(self.objective.data.image(row), lambda: image_name(self.objective.data, row))
-        if self.config.crop_scale != (1, 1):
-            place = self.config.seed, epoch, row, self.config.crop_scale
-            top, left, height, width = random_resized_crop_box(image.height, image.width, *place)
-            size = self.preprocess.config.size
-            image = image.resize((size, size), 3, (left, top, left + width, top + height))
-        return self.preprocess(image)
-
-    def _train_step(self, rows: Sequence[int], images: Tensor) -> dict[str, Any]:
-        config, device = self.config, self.engine.device
-        torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
-        text = packed_to_device(self.tokenizer.packed([self.objective.texts[row] for row in rows]), device)
-        output = self.engine(to_device(images, device), text)
-        loss = self.objective.loss(output, rows)
-        self.engine.backward(loss)
-        lr = learning_rate(self.step, self.num_steps, config.optim)
-        # The device refuses the update if the loss is not finite, so the host reads everything once, after the step.
-        outcome = self.engine.start_step(lr, allowed=loss.detach().isfinite())
-        value, *numbers = AsyncRead([loss, *outcome.scalars]).numbers()
-        result = StepResult.of(*numbers)
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.step + 1}; lower optim.lr, or set engine.precision=fp32"
-            )
-        if result.skipped:
-            log.warning("step %d is skipped: the gradient is not finite", self.step + 1)
-        self.step += 1
-        return {
-            "step": self.step,
-            "epoch": (self.step - 1) // self.steps_per_epoch,
-            "loss": value,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
+        Raises:
+            UserError: those of the checkpoint differ.
+        """
+        texts = self.objective.texts
+        identity = {
+            "data": self.objective.data.fingerprint,
+            "texts": sha256("\0".join(texts)),
+            "base model": base_model.describe(clip, self.preprocess, self.tokenizer, texts[:_NUM_TEXTS]),
         }
+        recorded = identity if saved is None else saved.data
+        for name, value in identity.items():
+            # Earlier versions recorded no base model.
+            before = {name: recorded.get(name, value)}
+            if difference := checkpoints.first_difference(before, {name: value}, ""):
+                raise UserError(f"cannot resume from {self.folder.path / 'checkpoints'}: its {difference.lstrip('.')}")
+        return identity
 
-    def _save(self, is_last: bool) -> None:
+    def _begin(self) -> tuple[MetricsLog | None, BadSamples]:
+        logs = self.folder.begin(self.config, self.choice.content, max_bad_samples=sys.maxsize)
+        num_weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        log.info("%d samples, %d steps, %d weights to train", len(self.objective.texts), self.num_steps, num_weights)
+        return logs
+
+    def _samples_before(self, step: int) -> int:
+        return step * self.config.batch_size
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self.config.checkpoint_every
+        return every > 0 and self.step % every == 0 and self.step < self.num_steps
+
+    def _next_batch(self) -> Samples | None:
+        """The next batch. None if a signal or the data of any rank stop the run."""
+        batch, problem = None, None
+        try:
+            batch = next(self.reader)
+        except UserError as error:
+            problem = str(error)
+        return batch if self._agree(batch.bad if batch else [], problem) else None
+
+    def _train_step(self) -> None:
+        start = time.perf_counter()
+        config, device, timer = self.config, self.engine.device, self.timer
+        batch = self._next_batch()
+        if batch is None:
+            return
+        data_wait = time.perf_counter() - start
+        timer.start()
+        torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
+        text = self.tokenizer.packed([self.objective.texts[row] for row in batch.rows])
+        output = self.engine(to_device(batch.images, device), packed_to_device(text, device))
+        timer.lap("forward")
+        loss = self.objective.loss(output, batch.rows)
+        timer.lap("loss")
+        self.engine.backward(loss)
+        timer.lap("backward")
+        lr = learning_rate(self.step, self.num_steps, config.optim)
+        value = self.objective.global_value(loss)
+        largest_loss, largest_norm = self.spikes.limits(config.batch_size)
+        # The device decides about the update, so the host reads everything once, after the step.
+        outcome = self.engine.start_step(lr, largest_norm, value.isfinite() & (value.double() <= largest_loss))
+        timer.lap("optimizer")
+        self.step += 1
+        scale = {"logit_scale": output["logit_scale"]} if "logit_scale" in output else {}
+        self.results.add(
+            PendingStep(
+                step=self.step,
+                epoch=(self.step - 1) // self.steps_per_epoch,
+                samples=self._samples_before(self.step),
+                batch_size=config.batch_size,
+                num_tokens=len(text.ids) * distributed.world_size(),
+                lr=lr,
+                start=start,
+                data_wait=data_wait,
+                parts=timer.finish(),
+                communication=self.engine.communication(),
+                peak_memory=peak_memory(device),
+                num_bad=self.bad.num_bad,
+                least_seconds=None,
+                tensors=AsyncRead([value, *outcome.scalars, *scale.values()]),
+                names=tuple(scale),
+            )
+        )
+
+    def _give_up(self, step: int, loss: float, result: StepResult, reason: str, inputs: None) -> str:
+        return (
+            f"{reason}; lower optim.lr, set optim.grad_clip_norm, set engine.precision=fp32 or raise the limits of the "
+            "section spikes. Then start again, or resume a checkpoint with --allow_changes"
+        )
+
+    def _checkpoint(self) -> Callable[[], None]:
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
-        if distributed.is_main():
-            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.identity, {})
-            checkpoints.save(self.run / "checkpoints", saved, keep=2)
-            if is_last:
-                self._export(state)
-        distributed.barrier()
+        rest = {"spikes": self.spikes.state_dict()}
+        saved = checkpoints.Checkpoint(self.step, state, optimizer, self.identity, {}, rest)
+        return partial(self._write, saved)
+
+    def _write(self, saved: checkpoints.Checkpoint) -> None:
+        log.info("saved %s", self.folder.save_checkpoint(saved, _CHECKPOINTS))
+
+    def _end(self) -> None:
+        if self.bad.num_bad:
+            log.warning(
+                "%d of %d images cannot be decoded; other samples took their place",
+                self.bad.num_bad,
+                len(self.objective.texts),
+            )
+        state = self.engine.model_state()
+        run_on_rank0(lambda: self._export(state))
 
     def _export(self, state: dict[str, Tensor]) -> None:
         """Write model/ with LoRA merged in, and the files of the objective."""
@@ -287,6 +325,10 @@ class _Loop:
         clip: Any = self.model.clip if isinstance(self.model, VqaModel) else self.model
         if self.adapter is not None:
             clip = self.adapter.merge_and_unload()
-        pretrained.save(self.run / "model", clip.float().cpu(), self.preprocess, self.tokenizer)
-        self.objective.save(self.run, self.model, state)
-        log.info("wrote %s", self.run / "model")
+        with self.folder.writing() as run:
+            pretrained.save(run / "model", clip.float().cpu(), self.preprocess, self.tokenizer)
+            self.objective.save(run, self.model, state)
+        log.info("wrote %s", self.folder.path / "model")
+
+    def _close(self) -> None:
+        self.reader.close()

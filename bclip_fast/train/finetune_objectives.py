@@ -1,4 +1,4 @@
-"""What `bclip finetune` trains on: image-text pairs, or questions with answers."""
+"""The objectives of `bclip finetune`: image-text pairs, or questions with answers."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ class Pairs:
             output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias")
         )
 
+    def global_value(self, loss: Tensor) -> Tensor:
+        """Return the loss of the global batch, detached: every rank has it."""
+        return loss.detach()
+
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
         """Write nothing: the model is complete without further files."""
 
@@ -86,6 +90,14 @@ class Questions:
         logits = output["logits"]
         targets = to_device(nn.functional.one_hot(self.targets[list(rows)], logits.shape[1]), logits.device)
         return vqa_loss(logits, targets)
+
+    def global_value(self, loss: Tensor) -> Tensor:
+        """Return the mean loss over the ranks, which have equally many samples. Detached. Collective."""
+        if distributed.world_size() == 1:
+            return loss.detach()
+        value = loss.detach().clone()
+        torch.distributed.all_reduce(value)
+        return value / distributed.world_size()
 
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
         """Write the head and the answers."""

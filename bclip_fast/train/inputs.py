@@ -15,6 +15,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
 
 from .config import DataConfig, TrainConfig
+from .init_weights import initial_tokenizer
+from .run_folder import RunFolder
 
 
 def open_dataset(config: DataConfig) -> ShardDataset:
@@ -43,6 +45,39 @@ def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
         # The cost of a sample is its number of tokens. An English token has 4 to 5 bytes.
         cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
     )
+
+
+def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) -> Tokenizer:
+    """The tokenizer of the run, the same on all ranks. Writes nothing. Collective.
+
+    Raises:
+        UserError: on every rank, if the tokenizer cannot be read or does not fit the model.
+    """
+    return distributed.run_on_rank0(lambda: _tokenizer(folder, config, dataset))
+
+
+def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) -> Tokenizer:
+    source, text = config.data.tokenizer, config.model.text
+    if folder.records is not None:
+        tokenizer = folder.read_tokenizer(text.context_length)
+    elif not source and (initial := initial_tokenizer(config)) is not None:
+        tokenizer = initial
+    elif source in ("", "train"):
+        tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
+    else:
+        tokenizer = Tokenizer.from_file(source, text.context_length)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.text.vocab_size={text.vocab_size}; raise it"
+        )
+    if text.kind == "bert" and tokenizer.pad_id != text.pad_id:
+        raise UserError(
+            f"the tokenizer's padding token is {tokenizer.pad_id}; set model.text.pad_id={tokenizer.pad_id}"
+        )
+    end = int(tokenizer("", 2)[0, -1])
+    if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
+        raise UserError(f"the tokenizer ends captions with token {end}; set model.text.end_id={end}")
+    return tokenizer
 
 
 def build_loader(

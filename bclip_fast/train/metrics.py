@@ -53,8 +53,9 @@ class MetricsLog:
         self, folder: Path, first_step: int, config: LogConfig | None = None, settings: dict[str, Any] | None = None
     ) -> None:
         path = folder / METRICS
-        truncate_after_step(path, first_step)
+        # It can fail, and metrics.jsonl must then be as it was.
         self._wandb = _start_wandb(folder, config, settings or {}) if config is not None and config.wandb else None
+        truncate_after_step(path, first_step)
         self._lines = JsonLinesWriter(path)
         self._events = JsonLinesWriter(folder / EVENTS)
         self._former_hook = threading.excepthook

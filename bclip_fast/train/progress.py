@@ -63,8 +63,9 @@ class Progress:
 
 def describe(record: dict[str, Any]) -> str:
     """The metrics of a step in one line."""
+    scale = "  scale {logit_scale:.1f}".format(**record) if "logit_scale" in record else ""
     parts = [
-        "loss {loss:.4f}  scale {logit_scale:.1f}  gradient {grad_norm:.3g}".format(**record),
+        "loss {loss:.4f}{scale}  gradient {grad_norm:.3g}".format(**record, scale=scale),
         "{samples_per_second:,.0f} samples/s  {tokens_per_second:,.0f} tokens/s".format(**record),
     ]
     if "mfu" in record:

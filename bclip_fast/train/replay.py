@@ -18,8 +18,9 @@ import atexit
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -38,6 +39,7 @@ from .config import TrainConfig
 from .engine import build_engine
 from .grad_cache import GradCache
 from .init_weights import new_model
+from .resume_rules import Change
 from .spill import SpillBuffer
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Dump:
     patch_dropout: share of dropped patches.
     batches: micro-batches of this rank, each with the seed of its random numbers.
     model: weights. Only rank 0 needs them.
+    changes: changes of the run's settings and libraries at its resumes, see run_folder.py.
     """
 
     config: TrainConfig
@@ -70,10 +73,11 @@ class Dump:
     patch_dropout: float
     batches: list[tuple[Batch, int]]
     model: dict[str, Tensor]
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_dump(run: Path, dump: Dump) -> Path:
-    """Write RUN/dumps/step-XXXXXXXX and return it. Collective.
+    """Write RUN/dumps/step-XXXXXXXX and return it. It is complete, or as it was before. Collective.
 
     Raises:
         UserError: on every rank, if one of them cannot write.
@@ -110,9 +114,11 @@ def write_dump(run: Path, dump: Dump) -> Path:
         "loss": repr(dump.loss),
         "grad_norm": repr(dump.grad_norm),
         "patch_dropout": dump.patch_dropout,
+        "changes": dump.changes,
         "ranks": [batches for _, batches in all_ranks],
     }
-    if distributed.is_main():
+
+    def finish() -> None:
         try:
             write_text(partial / "state.json", json.dumps(state, indent=1) + "\n")
             put_in_place(partial, folder)
@@ -120,6 +126,8 @@ def write_dump(run: Path, dump: Dump) -> Path:
             raise UserError(f"{folder} cannot be written: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    distributed.run_on_rank0(finish)
     return folder
 
 
@@ -132,6 +140,8 @@ def read_dump(folder: Path) -> Dump:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not (folder / "state.json").is_file() and (dumps := sorted(folder.glob("dumps/step-*"))):
+        raise UserError(f"{folder} is a run folder, not a step dump; pass {dumps[-1]}")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         num_ranks, rank = len(state["ranks"]), distributed.rank()
@@ -148,8 +158,10 @@ def read_dump(folder: Path) -> Dump:
         model = load_file(folder / "model.safetensors")
         config = config_files.from_toml(TrainConfig, folder / "config.toml")
         results = float(state["loss"]), float(state["grad_norm"])
-        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        # An earlier version did not record the changes.
+        changes = state.get("changes", [])
+        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model, changes)
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             stand_ins.refuse(path)
         raise UserError(f"{folder} is not a complete step dump: {error}") from error
@@ -164,12 +176,15 @@ def replay(config: ReplayConfig) -> int:
     """
     distributed.init()
     atexit.register(distributed.shutdown)
-    with backends.of_run(config.dump, resumed=True, keep=False):
-        return _replay(config)
-
-
-def _replay(config: ReplayConfig) -> int:
+    # Warnings about backends help only if the folder is a dump.
     dump = read_dump(config.dump)
+    for change in dump.changes:
+        log.info("resumed after step %s with other %s", change["step"], Change.from_json(change))
+    with backends.of_run(config.dump, resumed=True).in_force():
+        return _replay(dump)
+
+
+def _replay(dump: Dump) -> int:
     model = new_model(dump.config)
     model.load_state_dict(dump.model)
     model.visual.patch_dropout = dump.patch_dropout

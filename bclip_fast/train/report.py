@@ -266,7 +266,8 @@ def _events(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _event(event: Mapping[str, Any]) -> dict[str, Any]:
-    facts = [f"{key} {value}" for key, value in event.items() if key not in ("step", "event", "time", "reason")]
+    values = {key: "; ".join(value) if isinstance(value, list) else value for key, value in event.items()}
+    facts = [f"{key} {value}" for key, value in values.items() if key not in ("step", "event", "time", "reason")]
     what = _EVENTS.get(event["event"], event["event"])
     reason = f": {event['reason']}" if "reason" in event else ""
     return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *facts]) + reason}

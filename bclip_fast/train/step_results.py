@@ -10,6 +10,7 @@ Training gives the same result, because nothing needs the results earlier:
 - Validation, checkpoints, and the end of a run call `finish` first.
 
 If a step may end the run, the host reads its results at its end on a GPU too. The dump needs the step's batches.
+Fine-tuning always does.
 """
 
 from __future__ import annotations
@@ -18,25 +19,23 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bclip_fast.errors import UserError
 
-from .config import TrainConfig
 from .ema import Ema
-from .engine import Engine, StepResult
-from .grad_cache import GradCache
+from .engine import StepResult
 from .loss_spikes import LossSpikes
 from .metrics import MetricsLog
 from .progress import Progress
-from .replay import Dump, write_dump
 from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
 
 # Time that a run waits for the results of its last step after an error.
 _GRACE_S = 10.0
+
+GiveUp = Callable[[int, float, StepResult, str, Any], str]
 
 
 @dataclass
@@ -55,7 +54,8 @@ class PendingStep:
     peak_memory: bytes.
     num_bad: number of different damaged samples so far.
     least_seconds: seconds that the step takes at the device's peak rate. None if the rate is unknown.
-    tensors: loss, logit scale, and the scalars of `StepTensors`.
+    tensors: loss, the scalars of `StepTensors`, and those of `names`.
+    names: further keys of the line.
     seconds: duration of the step. 0 means that the step ends with the call of `record`.
     """
 
@@ -73,9 +73,10 @@ class PendingStep:
     num_bad: int
     least_seconds: float | None
     tensors: AsyncRead
+    names: tuple[str, ...] = ()
     seconds: float = 0.0
 
-    def record(self, loss: float, logit_scale: float, grad_norm: float, num_skipped: int) -> dict[str, Any]:
+    def record(self, loss: float, grad_norm: float, num_skipped: int, more: dict[str, float]) -> dict[str, Any]:
         """The step's line of metrics.jsonl. metrics.py explains its keys."""
         seconds = self.seconds or time.perf_counter() - self.start
         return {
@@ -84,7 +85,7 @@ class PendingStep:
             "samples": self.samples,
             "loss": loss,
             "lr": self.lr,
-            "logit_scale": logit_scale,
+            **more,
             "grad_norm": grad_norm,
             "samples_per_second": self.batch_size / seconds,
             "tokens_per_second": self.num_tokens / seconds,
@@ -105,45 +106,47 @@ class StepResults:
     Every rank needs an object and calls its methods in the same steps.
 
     Args:
-        model: model that the engine trains.
+        reads_late: whether to read a step's results during the next step.
+        give_up: function of (step, loss, result, reason, inputs) that all ranks call after too many skipped steps. It
+            returns why the run must end.
     """
 
     outputs: tuple[MetricsLog | None, Progress | None, Callable[[dict[str, Any]], None] | None] = None, None, None
     """Log, progress bar and function that get the lines of metrics. Only rank 0 has them."""
 
-    def __init__(self, config: TrainConfig, engine: Engine, model: Any, spikes: LossSpikes, ema: Ema | None) -> None:
-        self._config, self._engine, self._model, self._spikes, self._ema = config, engine, model, spikes, ema
-        self._reads_late = engine.device.type != "cpu"
+    def __init__(self, spikes: LossSpikes, ema: Ema | None, reads_late: bool, give_up: GiveUp) -> None:
+        self._spikes, self._ema, self._reads_late, self._give_up = spikes, ema, reads_late, give_up
         self._pending: PendingStep | None = None
 
-    def add(self, pending: PendingStep, cache: GradCache) -> None:
+    def add(self, pending: PendingStep, inputs: Any = None) -> None:
         """Add a step after `finish()` for the step before. Read it now, or during the next step.
 
         Args:
-            cache: micro-batches of the step.
+            inputs: inputs of the step, for `give_up`.
 
         Raises:
-            UserError: too many steps were skipped. The message names the dump of the last one.
+            UserError: too many steps were skipped.
         """
         self._pending = pending
         if not self._reads_late or self._spikes.may_end_run(pending.step):
-            self.finish(cache)
+            self.finish(inputs)
         else:
             pending.seconds = time.perf_counter() - pending.start
 
-    def finish(self, cache: GradCache | None = None) -> None:
+    def finish(self, inputs: Any = None) -> None:
         """Read the results of the pending step, if there is one, and wait for them."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        loss, logit_scale, *outcome = pending.tensors.numbers()
-        result = StepResult.of(*outcome)
+        loss, grad_norm, skipped, overflow, *more = pending.tensors.numbers()
+        result = StepResult.of(grad_norm, skipped, overflow)
         if self._ema is not None and not result.skipped:
             self._ema.update()
-        failure = self._observe(pending.step, loss, result, cache)
+        failure = self._observe(pending.step, loss, result, inputs)
         metrics, progress, on_step = self.outputs
         if metrics is not None and progress is not None:
-            record = pending.record(loss, logit_scale, result.grad_norm, self._spikes.num_skipped)
+            names = dict(zip(pending.names, more, strict=True))
+            record = pending.record(loss, grad_norm, self._spikes.num_skipped, names)
             metrics.write(record)
             progress.update(record)
             if on_step is not None:
@@ -162,25 +165,16 @@ class StepResults:
         except Exception as error:
             log.warning("the metrics of step %d cannot be read: %s", step, error)
 
-    def _observe(self, step: int, loss: float, result: StepResult, cache: GradCache | None) -> str:
-        """Log the step if it was skipped. After too many skips, write a dump and return why the run must end."""
+    def _observe(self, step: int, loss: float, result: StepResult, inputs: Any) -> str:
+        """Log the step if it was skipped. After too many skips, return why the run must end."""
         reason = self._spikes.observe(step, loss, result)
         if not result.skipped:
             return ""
+        reason = reason or "the fp16 gradient overflowed"
         metrics = self.outputs[0]
         if metrics is not None:
-            reason = reason or "the fp16 gradient overflowed"
             log.warning("step %d is skipped: %s", step, reason)
             metrics.event(step, "skip", reason=reason)
         if not self._spikes.too_many:
             return ""
-        assert cache is not None
-        # The step made no update, so the weights are those before the step.
-        dropped, state, run = self._model.visual.patch_dropout, self._engine.model_state(), Path(self._config.run)
-        batches = list(cache.micro_batches())
-        folder = write_dump(run, Dump(self._config, step, loss, result.grad_norm, dropped, batches, state))
-        return (
-            f"{self._spikes} at step {step}: {reason}; lower optim.lr, set optim.grad_clip_norm, set "
-            f"engine.precision=fp32 or raise the limits of the section spikes, then resume from "
-            f"{run / 'checkpoints'}. `bclip train replay {folder}` computes the step again"
-        )
+        return self._give_up(step, loss, result, f"{self._spikes} at step {step}: {reason}", inputs)

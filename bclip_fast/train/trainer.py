@@ -14,16 +14,15 @@ The same command with --resume continues the run.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bclip_fast import distributed
+from bclip_fast import distributed, pretrained
 from bclip_fast.data.loader import Batch
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
@@ -38,26 +37,25 @@ from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, inputs, run_folder, validation
 from . import checkpoint as checkpoints
-from .background_writer import BackgroundWriter
 from .bad_samples import BadSamples
 from .config import TrainConfig
 from .ema import Ema
-from .engine import build_engine
+from .engine import StepResult, build_engine
 from .grad_cache import GradCache
 from .init_weights import init_model, new_model
-from .loss_spikes import LossSpikes
 from .metrics import MetricsLog
-from .progress import Progress
+from .precision import resolve_precision
+from .replay import Dump, write_dump
+from .run_folder import RunFolder
+from .run_loop import OnStep, RunLoop
 from .schedule import learning_rate, patch_dropout, step_seed
-from .signals import EXIT_STOPPED, Signals
+from .signals import Signals
 from .spill import SpillBuffer
-from .step_results import PendingStep, StepResults
+from .step_results import PendingStep
 from .step_timer import StepTimer
 from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
-
-OnStep = Callable[[dict[str, Any]], None]
 
 
 def train(config: TrainConfig, *, validate: validation.Validate | None = None, on_step: OnStep | None = None) -> Path:
@@ -80,36 +78,35 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
     distributed.init(timeout_seconds=config.timeout_s)
     # DeepSpeed keeps references to the group as long as the process lives, so don't shut down before its end.
     atexit.register(distributed.shutdown)
-    run = Path(config.run)
-    is_resumed = config.resume and run_folder.has_checkpoints(run)
-    config = dataclasses.replace(config, engine=run_folder.resolve_engine(config.engine, run, config.resume))
-    dataset = inputs.open_dataset(config.data)
-    sampler = inputs.build_sampler(config, dataset)
-    if validate is None and (config.validation.every_steps or config.validation.every_epochs):
-        validate = validation.build_on_rank0(config)
-    run_on_rank0(lambda: run_folder.prepare(run, config, dataset))
-    tokenizer = run_folder.read_tokenizer(run, config.model)
+    with distributed.explain_lost_ranks():
+        folder = RunFolder(Path(config.run), "train", config.resume)
+        config = config.with_precision(resolve_precision(config.engine.precision, folder.recorded_precision))
+        folder.compare(config)
+        dataset = inputs.open_dataset(config.data)
+        sampler = inputs.build_sampler(config, dataset)
+        if validate is None and (config.validation.every_steps or config.validation.every_epochs):
+            validate = validation.build_on_rank0(config)
+        tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
+        choice = backends.of_run(folder.path, resumed=folder.records is not None)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
     with (
         Signals() as signals,
         distributed.explain_lost_ranks(),
-        backends.of_run(run, resumed=is_resumed),
-        _Run(config, dataset, sampler, tokenizer, validate, on_step, signals) as state,
+        choice.in_force(),
+        _Run(config, folder, choice, dataset, sampler, tokenizer, validate, on_step, signals) as state,
     ):
         state.loop()
-    if state.stopped:
-        if distributed.is_main():
-            log.warning("stopped after step %d of %d; --resume continues the run", state.step, state.num_steps)
-        raise SystemExit(EXIT_STOPPED)
-    return run
+    return folder.path
 
 
-class _Run:
-    """The state of a run from its first step to its last."""
+class _Run(RunLoop):
+    """A run of pretraining."""
 
     def __init__(
         self,
         config: TrainConfig,
+        folder: RunFolder,
+        choice: backends.Choice,
         dataset: ShardDataset,
         sampler: ShardSampler,
         tokenizer: Tokenizer,
@@ -117,27 +114,18 @@ class _Run:
         on_step: OnStep | None,
         signals: Signals,
     ) -> None:
-        self.config = config
-        self.run = Path(config.run)
+        super().__init__(folder, config.spikes, signals, config.checkpoint.background, on_step)
+        self.config, self.choice = config, choice
         self.sampler = sampler
         self.tokenizer = tokenizer
-        self.on_step = on_step
-        self.signals = signals
         self.num_steps = config.max_steps or sampler.num_batches_of(config.epochs)
-        self.step = 0
         self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
         torch.manual_seed(config.seed)
         self.model = model = new_model(config)
-        self.spikes = LossSpikes(config.spikes)
         self.best = validation.BestMetric(config.checkpoint.best)
-        saved = run_folder.load(self.run, config.model, sampler) if config.resume else None
+        saved = folder.read_checkpoint()
         if saved is not None:
-            model.load_state_dict(saved.model)
-            self.step = saved.step
-            if "spikes" in saved.rest:
-                self.spikes.load_state_dict(saved.rest["spikes"])
-            self.best.state = saved.rest.get("best", {})
-            log.info("resuming after step %d", self.step)
+            self._load(saved)
         else:
             # Rank 0 goes first: only one rank downloads from the hub, and its error stops every rank.
             run_on_rank0(lambda: init_model(model, config.init))
@@ -146,36 +134,54 @@ class _Run:
         self.engine = build_engine(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
-        self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}) if config.ema_decay else None
+        if config.ema_decay:
+            # Unlocked layers have no EMA so far.
+            grows = any(change.name.startswith("lock_") for change in folder.new_changes)
+            self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}, grows)
         self.loss_fn = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
         device = self.engine.device
         self.loader = inputs.build_loader(config.data, dataset, sampler, tokenizer, self.preprocess, device)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
-        self.bad = BadSamples(self.run, self.step, config.data.max_bad_samples)
-        self.metrics: MetricsLog | None = None
-        run_on_rank0(self._open_log)
-        samples = (sampler.samples_before(step) for step in (self.step, self.num_steps))
-        self.progress = Progress(self.num_steps, *samples) if distributed.is_main() else None
-        self.schedule = validation.ValidationSchedule(config.validation, self.run, self.num_steps)
         self.validator = validation.Validator(config.model, validate, self.preprocess, tokenizer, self.best)
         self.timer = StepTimer(device)
-        self.results = StepResults(config, self.engine, model, self.spikes, self.ema)
-        self.results.outputs = self.metrics, self.progress, on_step
+        # On a CPU, the device doesn't work while the host reads.
+        self._observe_with(device.type != "cpu", self._give_up)
         self.peak_flops = device_peak(device, config.engine.precision)
-        is_written = run_on_rank0(lambda: saved is not None and run_folder.has_model(self.run, saved))
-        self.saved_step = self.step if is_written else -1
+        if not run_on_rank0(lambda: saved is not None and folder.has_model(saved)):
+            self.saved_step = -1
         self.position = self.loader.state_dict()
-        self.writer = BackgroundWriter(config.checkpoint.background) if distributed.is_main() else None
-        self.stopped = False
 
-    def _open_log(self) -> None:
-        run_folder.write_config(self.run, self.config)
-        self.metrics = MetricsLog(self.run, self.step, self.config.log, run_folder.as_json(self.config))
-        self.metrics.event(self.step, "resume" if self.step else "start", ranks=distributed.world_size())
+    def _load(self, saved: checkpoints.Checkpoint) -> None:
+        """Load weights and state of a checkpoint, and move the sampler to its position.
 
-    def loop(self) -> None:
-        """Train to the last step, or until a signal stops the run."""
+        Raises:
+            UserError: the checkpoint belongs to another model or to other data, or it lacks its EMA.
+        """
+        path, records = self.folder.path / "checkpoints", self.folder.records
+        if difference := checkpoints.first_difference(saved.model_config, run_folder.as_json(self.config.model)):
+            raise UserError(f"cannot resume from {path}: its {difference}")
+        try:
+            self.sampler.load_state_dict(saved.data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if self.config.ema_decay and records and records.config.get("ema_decay") and not saved.ema:
+            raise UserError(
+                f"cannot resume from {path}: step {saved.step} has no ema.safetensors, but the run keeps an EMA; "
+                "delete that checkpoint to resume from an earlier one"
+            )
+        self.load_weights(self.model, saved)
+        self.best.load_state(saved.rest.get("best", {}))
+
+    def _begin(self) -> tuple[MetricsLog | None, BadSamples]:
         config, engine = self.config, self.config.engine
+        logs = self.folder.begin(
+            config,
+            self.choice.content,
+            tokenizer=self.tokenizer if self.folder.records is None else None,
+            log_config=config.log,
+            max_bad_samples=config.data.max_bad_samples,
+        )
+        self.schedule = validation.ValidationSchedule(config.validation, self.folder.path, self.num_steps)
         log.info(
             "training on %d samples, %d steps of %d pairs, %d rank(s), %s, %s",
             self.sampler.num_samples,
@@ -185,26 +191,20 @@ class _Run:
             engine.precision,
             f"{engine.name} ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else engine.name,
         )
-        while self.step < self.num_steps:
-            self._train_step()
-            if self.stopped:
-                self.results.finish()
-                if self.metrics is not None:
-                    self.metrics.event(self.step, "stop")
-                break
-            epoch, epoch_before = self.sampler.locate(self.step)[0], self.sampler.locate(self.step - 1)[0]
-            every = config.checkpoint.every_steps
-            is_due = every > 0 and self.step % every == 0
-            if self.schedule.is_due(self.step, epoch, epoch_before):
-                self.results.finish()
-                is_due |= self.validator.run(self.step, self.engine, self.ema, self.metrics)
-                self.schedule.last_step = self.step
-            if is_due:
-                self._save()
-        self.results.finish()
-        if self.step and self.saved_step != self.step:
-            self._save()
-        run_on_rank0(lambda: self.writer.finish() if self.writer else None)
+        return logs
+
+    def _samples_before(self, step: int) -> int:
+        return self.sampler.samples_before(step)
+
+    def _is_checkpoint_due(self) -> bool:
+        epoch, epoch_before = self.sampler.locate(self.step)[0], self.sampler.locate(self.step - 1)[0]
+        every = self.config.checkpoint.every_steps
+        is_due = every > 0 and self.step % every == 0
+        if self.schedule.is_due(self.step, epoch, epoch_before):
+            self.results.finish()
+            is_due |= self.validator.run(self.step, self.engine, self.ema, self.metrics)
+            self.schedule.last_step = self.step
+        return is_due
 
     def _train_step(self) -> None:
         """Train one step, or set `stopped` if a signal stops the run before the step.
@@ -262,7 +262,8 @@ class _Run:
                 peak_memory=peak_memory(self.engine.device),
                 num_bad=self.bad.num_bad,
                 least_seconds=self._least_seconds(lengths),
-                tensors=AsyncRead([loss, cache.logit_scale, *outcome.scalars]),
+                tensors=AsyncRead([loss, *outcome.scalars, cache.logit_scale]),
+                names=("logit_scale",),
             ),
             cache,
         )
@@ -280,53 +281,49 @@ class _Run:
         return self.sampler.samples_before(self.step) / first, self.sampler.samples_before(self.num_steps) / first
 
     def _next_batch(self) -> Batch | None:
-        """The next micro-batch. None if a signal asked any rank to stop.
-
-        A rank without a batch reports its problem to the others, which would otherwise wait for it in a collective.
-        """
+        """The next micro-batch. None if a signal or the data of any rank stop the run."""
         batch, problem = None, None
         try:
             batch = next(self.loader)
         except UserError as error:
             problem = str(error)
-        stop = self.bad.agree(self.step + 1, batch.bad if batch else [], problem, bool(self.signals.received))
-        return None if stop else batch
+        return batch if self._agree(batch.bad if batch else [], problem) else None
 
-    def _save(self) -> None:
-        """Start to write a checkpoint. Rank 0 copies the state after the previous checkpoint is written."""
-        self.results.finish()
-        if self.writer is not None:
-            self.writer.wait()
+    def _give_up(self, step: int, loss: float, result: StepResult, reason: str, cache: GradCache) -> str:
+        """Write a dump of the step, which made no update. So the weights are those before the step. Collective."""
+        dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
+        batches = list(cache.micro_batches())
+        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, self.folder.changes)
+        path = write_dump(self.folder.path, dump)
+        return (
+            f"{reason}; lower optim.lr, set optim.grad_clip_norm, set engine.precision=fp32 or raise the limits of the "
+            f"section spikes, then resume from {self.folder.path / 'checkpoints'} with --allow_changes. "
+            f"`bclip train replay {path}` computes the step again"
+        )
+
+    def _checkpoint(self) -> Callable[[], None]:
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
         ema = self.ema.state() if self.ema is not None else {}
-        self.saved_step = self.step
-        if self.writer is not None:
-            rest = {"spikes": self.spikes.state_dict(), "best": self.best.state}
-            model_config = run_folder.as_json(self.config.model)
-            saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, model_config, rest, ema)
-            # Build the model outside the thread, because the random state belongs to the whole process.
-            with torch.device("meta"):
-                model = BiomedClip(self.config.model)
-            self.writer.submit(lambda: self._write(saved, model))
+        rest = {"spikes": self.spikes.state_dict(), "best": self.best.state}
+        model_config = run_folder.as_json(self.config.model)
+        saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, model_config, rest, ema)
+        # Build the model outside the thread, because the random state belongs to the whole process.
+        with torch.device("meta"):
+            model = BiomedClip(self.config.model)
+        return partial(self._write, saved, model)
 
     def _write(self, saved: checkpoints.Checkpoint, model: BiomedClip) -> None:
-        path = run_folder.save(self.run, self.config.checkpoint, saved, model, self.preprocess, self.tokenizer)
+        """Write a checkpoint, model/, and model_ema/ if the checkpoint has an EMA."""
+        path = self.folder.save_checkpoint(saved, self.config.checkpoint)
+        with self.folder.writing() as run:
+            for name, ema in {"model": {}, "model_ema": saved.ema}.items():
+                if ema or name == "model":
+                    state = {**saved.model, **ema}
+                    pretrained.save(run / name, model, self.preprocess, self.tokenizer, state_dict=state)
         log.info("saved %s", path)
-        if self.metrics is not None:
-            self.metrics.event(saved.step, "checkpoint")
 
-    def __enter__(self) -> _Run:
-        return self
+    def _end(self) -> None:
+        pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self.writer is not None and kind is not KeyboardInterrupt:
-            self.writer.wait()
+    def _close(self) -> None:
         self.loader.close()
-        self.bad.close()
-        if self.metrics is not None and self.progress is not None:
-            if error is not None:
-                self.results.finish_after_error()
-                self.metrics.event(self.step, "error", reason=f"{type(error).__name__}: {error}")
-            self.metrics.close()
-            self.progress.close()
-        self.engine.close()

@@ -30,7 +30,7 @@ Validate = Callable[[BiomedClip, Preprocess, Tokenizer], dict[str, float]]
 
 
 class ValidationSchedule:
-    """Decides after which steps to validate. Build it on every rank, after metrics.jsonl is truncated.
+    """Decides after which steps to validate. Build it on every rank, after `RunFolder.begin`.
 
     last_step: the latest step that was validated, -1 before the first.
     """
@@ -73,6 +73,10 @@ class BestMetric:
         self._sign = -1 if name.startswith("-") else 1
         self.state: dict[str, Any] = {}
         """The best value and its step, for the checkpoint. Empty before the first validation."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`. The best value of another metric doesn't count."""
+        self.state = dict(state) if state.get("figure") == self._name else {}
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether the metrics of `step` improve on the best value.

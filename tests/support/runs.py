@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ def stopped_after(run: Path, folder: Path, step: int) -> Path:
         if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
     return folder
+
+
+def as_earlier_version(run: Path) -> None:
+    """Remove the records of the run from its checkpoints, which earlier versions did not write."""
+    for path in (run / "checkpoints").glob("*/state.json"):
+        state = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("run", "files")}
+        state["data"].pop("base model", None)
+        path.write_text(json.dumps(state))
+        manifest = path.with_name("manifest.json")
+        described = json.loads(manifest.read_text()) | {"state.json": checkpoint._describe(path)}
+        manifest.write_text(json.dumps(described))
 
 
 def records(run: Path, name: str = METRICS) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -23,27 +24,29 @@ pytestmark = pytest.mark.usefixtures("fresh_records")
 
 def test_resumed_run_new_record_keeps_its_backends(tmp_path):
     keep(make_record("reference", "cpu"))
-    with backends.of_run(tmp_path, resumed=False):
+    record(tmp_path)
+    with backends.of_run(tmp_path, resumed=False).in_force():
         assert gelu_backend() == "reference" and gelu_backend(1 << 17) == "cpu"
     keep(make_record("cpu", "reference"))
     assert gelu_backend() == "cpu"
-    with backends.of_run(tmp_path, resumed=True):
+    with backends.of_run(tmp_path, resumed=True).in_force():
         assert gelu_backend() == "reference"
         assert "the run's record" in "\n".join(doctor.lines())
     assert gelu_backend() == "cpu"
-    with backends.of_run(tmp_path, resumed=False):
+    with backends.of_run(tmp_path, resumed=False).in_force():
         assert gelu_backend() == "cpu"
 
 
 def test_resumed_run_lost_backend_is_replaced_with_warning(tmp_path, caplog, monkeypatch):
-    with backends.of_run(tmp_path, resumed=False):
+    record(tmp_path)
+    with backends.of_run(tmp_path, resumed=False).in_force():
         assert gelu_backend() == "cpu"
     assert not caplog.messages
-    with backends.of_run(tmp_path, resumed=True):
+    with backends.of_run(tmp_path, resumed=True).in_force():
         pass
     assert not caplog.messages
     monkeypatch.setitem(pointwise.LIMITS, "cpu", lambda *inputs: "it was built without")
-    with backends.of_run(tmp_path, resumed=True):
+    with backends.of_run(tmp_path, resumed=True).in_force():
         assert gelu_backend() == "reference"
     assert "does not continue bit for bit" in caplog.text
     assert "gelu, float32, small: reference in place of cpu (it was built without)" in caplog.text
@@ -53,6 +56,11 @@ def test_run_damaged_backends_file_is_named(tmp_path):
     (tmp_path / "backends.json").write_text('{"cpu": {}}')
     with pytest.raises(UserError, match=r"backends\.json is damaged"):
         backends.of_run(tmp_path, resumed=True)
+
+
+def record(folder: Path) -> None:
+    """Write backends.json of a new run."""
+    (folder / backends.FILE).write_text(json.dumps(backends.of_run(folder, resumed=False).content))
 
 
 def backends_on_rank(rank: int, folder: str) -> list[str]:
@@ -67,7 +75,7 @@ def backends_on_rank(rank: int, folder: str) -> list[str]:
         return dispatch.explain(lambda: ops.clip_loss(features, features, 1.0)).chosen
 
     names = [backend()]
-    with backends.of_run(Path(folder), resumed=False):
+    with backends.of_run(Path(folder), resumed=False).in_force():
         names.append(backend())
     names.append(backend())
     ClipLoss(rank=rank, world_size=dist.get_world_size())(features, features, torch.tensor(1.0))
@@ -80,11 +88,11 @@ def test_ranks_in_run_and_loss_use_backend_of_rank_0(tmp_path):
     assert second == ["cpu", "reference", "cpu", "reference"]
 
 
-def test_resumed_run_missing_backends_file_is_written_with_warning(tmp_path, caplog):
-    with backends.of_run(tmp_path, resumed=False):
+def test_resumed_run_missing_backends_file_is_a_warning(tmp_path, caplog):
+    with backends.of_run(tmp_path, resumed=False).in_force():
         pass
     assert not caplog.records
-    (tmp_path / "backends.json").unlink()
-    with backends.of_run(tmp_path, resumed=True):
+    with backends.of_run(tmp_path, resumed=True).in_force():
         pass
-    assert "backends.json is missing" in caplog.text and (tmp_path / "backends.json").is_file()
+    # RunFolder.begin writes the file.
+    assert "backends.json is missing" in caplog.text and not list(tmp_path.iterdir())

@@ -67,7 +67,10 @@ def test_ema_of_resumed_run_without_ema_starts_at_its_weights(shards: Path, tmp_
     assert not load_latest(run / "checkpoints").ema
     assert not (run / "model_ema").exists()
     start = weights(run)
-    train(dataclasses.replace(config, resume=True, ema_decay=0.5, max_steps=2))
+    changes = {"resume": True, "ema_decay": 0.5, "max_steps": 2}
+    with pytest.raises(UserError, match=r"change its arithmetic: ema_decay: 0\.0 -> 0\.5"):
+        train(dataclasses.replace(config, **changes))
+    train(dataclasses.replace(config, **changes, allow_changes=True))
     state = load_latest(run / "checkpoints")
     for name, tensor in state.ema.items():
         torch.testing.assert_close(tensor, (start[name] + state.model[name]) / 2, rtol=1e-6, atol=1e-7)

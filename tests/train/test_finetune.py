@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from colours import COLOURS, jpeg
+from colours import jpeg
 from fake_cuda import fake_cuda
+from finetunes import settings, write_pairs, write_questions, write_start
 from peers import import_torchvision
 from PIL import Image
-from runs import column
-from towers import SMALL
+from runs import column, records
 
 from bclip_fast import pretrained
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
@@ -31,58 +31,18 @@ from bclip_fast.ops.dispatch import use_backend
 from bclip_fast.pretrained import vqa_head
 from bclip_fast.train import backends, checkpoint
 from bclip_fast.train import finetune as finetune_module
-from bclip_fast.train.engine import EngineConfig
-from bclip_fast.train.finetune import FinetuneConfig, finetune
+from bclip_fast.train.finetune import finetune
 from bclip_fast.train.schedule import OptimConfig
-
-FP32 = EngineConfig(name="ddp", precision="fp32")
-
-
-FAST = OptimConfig(lr=1e-4, warmup_steps=2, weight_decay=0.01, decay="linear")
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    """A small model, with the words of the questions in its vocabulary."""
-    texts = ["what colour is the square", "is it red", "is it blue", "is it green", "is it grey", "a dark square"]
-    words = Tokenizer.train(texts * 3, 100, context_length=20)
-    torch.manual_seed(1)
-    pretrained.save(tmp_path / "start", BiomedClip(SMALL), Preprocess(PreprocessConfig(size=32)), words)
-    return tmp_path / "start"
+    return write_start(tmp_path / "start")
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    lines = ["image,question,answer,answer_type,split"]
-    for name, colour in COLOURS.items():
-        (tmp_path / f"{name}.jpg").write_bytes(jpeg(colour, 40))
-        lines.append(f"{name}.jpg,what colour is the square,{name},open,train")
-        lines += [f"{name}.jpg,is it {other},{'Yes.' if other == name else 'no'},closed,train" for other in COLOURS]
-    (tmp_path / "questions.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path / "questions.csv"
-
-
-def write_pairs(tmp_path: Path) -> Path:
-    lines = ["path,caption"]
-    for i in range(16):
-        name = list(COLOURS)[i % 4]
-        (tmp_path / f"p{i}.jpg").write_bytes(jpeg(tuple(min(255, c + i) for c in COLOURS[name]), 40))  # type: ignore[arg-type]
-        lines.append(f"p{i}.jpg,{'a dark' if name == 'grey' else 'is it ' + name} square")
-    (tmp_path / "write_pairs.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path / "write_pairs.csv"
-
-
-def settings(start: Path, data: Path, run: Path, **changes: object) -> FinetuneConfig:
-    options = {
-        "task": "vqa",
-        "epochs": 2,
-        "batch_size": 4,
-        "head_layers": 1,
-        "optim": FAST,
-        "engine": FP32,
-        "checkpoint_every": 5,
-    }
-    return FinetuneConfig(model=str(start), data=str(data), run=str(run), **(options | changes))  # type: ignore[arg-type]
+    return write_questions(tmp_path)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -260,8 +220,10 @@ def test_finetune_damaged_image_is_replaced_or_stops(start: Path, tmp_path: Path
     changes = {"task": "", "epochs": 2, "checkpoint_every": 0}
     with caplog.at_level("WARNING"):
         finetune(settings(start, data, tmp_path / "run", **changes))
-    [message] = [record.message for record in caplog.records if "replaced a sample" in record.message]
-    assert "p3.jpg cannot be decoded" in message
+    messages = [record.message for record in caplog.records if "replaced sample" in record.message]
+    assert all("p3.jpg cannot be decoded" in message for message in messages) and len(messages) == 2
+    assert column(tmp_path / "run", "bad_samples")[-1] == 1
+    assert {line["key"] for line in records(tmp_path / "run", "bad_samples.jsonl")} == {"p3.jpg"}
     assert "1 of 16 images cannot be decoded" in caplog.text
     assert (tmp_path / "run" / "model").is_dir()
     with pytest.raises(UserError, match=r"image p3\.jpg cannot be decoded"):

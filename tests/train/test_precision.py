@@ -90,9 +90,12 @@ def test_run_keeps_precision_on_another_processor(begun, shards, tmp_path, monke
     train(replace(config, resume=True, max_steps=6))
     assert precision_of(run) == begun
     assert len(losses(run)) == 6
-    assert f"auto: {begun}, as in {run} so far; a new run here takes {other}, because" in caplog.text
-    train(replace(config, resume=True, max_steps=7, engine=replace(AUTO, precision=other)))
-    assert f"engine.precision is {other}, but {run} was computed in {begun} so far" in caplog.text
+    assert f"auto: {begun}, as in the run so far; a new run here takes {other}, because" in caplog.text
+    changed = replace(config, resume=True, max_steps=7, engine=replace(AUTO, precision=other))
+    with pytest.raises(UserError, match=f"engine.precision: {begun} -> {other}; restore them, or add --allow_changes"):
+        train(changed)
+    assert precision_of(run) == begun
+    train(replace(changed, allow_changes=True))
     assert precision_of(run) == other
 
 
@@ -104,12 +107,6 @@ def test_plan_takes_precision_of_cluster(monkeypatch, capsys):
         plan = command.run(planned)
         assert plan.memory == estimate.build_plan(planned.with_precision(precision), PMC_15M, plan.cluster).memory
         assert f"Precision   {precision} (auto): " in capsys.readouterr().out
-
-
-def test_unreadable_config_stops_resume(tmp_path):
-    (tmp_path / "config.toml").write_text("engine = [")
-    with pytest.raises(UserError, match="not valid TOML"):
-        resolve_precision("auto", tmp_path)
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [("AMX", "bf16"), ("", "fp32")])

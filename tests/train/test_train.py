@@ -184,7 +184,8 @@ def test_damaged_checkpoint_is_skipped_with_reason(
 
 def test_run_without_checkpoint_starts_again(finished: Path, shards: Path, tmp_path: Path):
     run = stopped_after(finished, tmp_path / "run", 0)
-    train(tiny_run(run, shards, model=tiny_model(dropout=0.1)))
+    shutil.rmtree(run / "model")
+    train(tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True))
     assert column(run, "loss") == column(finished, "loss")
     assert are_equal(weights(run), weights(finished))
 
@@ -196,8 +197,11 @@ def test_resume_without_intact_checkpoint_is_an_error(finished: Path, shards: Pa
     config = tiny_run(run, shards, model=tiny_model(dropout=0.1), resume=True)
     with pytest.raises(UserError, match="cannot resume, because all 2 checkpoints are damaged"):
         train(config)
-    # Without checkpoints, --resume starts the run.
+    # Without checkpoints, --resume starts the run, but never over a trained model.
     shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="holds a trained model/ but no checkpoint"):
+        train(config)
+    shutil.rmtree(run / "model")
     train(config)
     assert column(run, "loss") == column(finished, "loss")
     assert are_equal(weights(run), weights(finished))
@@ -208,9 +212,9 @@ def test_resume_with_other_settings_is_an_error(finished: Path, shards: Path, tm
     other = write_shards(tmp_path / "other", seed=1)
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for changes, words in [
-        ({"model": tiny_model(dropout=0.1, width=64)}, r"its model\.vision\.width is 32, but this run has 64"),
+        ({"model": tiny_model(dropout=0.1, width=64)}, r"another model\.vision\.width: the checkpoint has .* 32"),
         ({"data": DataConfig(shards=str(other), shuffle_block=32)}, r"another dataset: the checkpoint has fingerprint"),
-        ({"seed": 7}, "another seed: the checkpoint has seed 0, this run has 7"),
+        ({"seed": 7}, "another seed: the checkpoint has seed 0, this run has 7; restore it"),
         ({"batch_size": 32}, "another batch_size"),
         ({"resume": False}, "holds a run already; add --resume to continue it"),
     ]:

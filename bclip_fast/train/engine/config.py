@@ -23,7 +23,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the computation. Parameters, gradients and optimiser states are always fp32. `auto` selects bf16 if
     the devices of all ranks multiply it in hardware, and fp32 otherwise. The run's config.toml records the choice.
-    --resume keeps it."""
+    --resume keeps it. Another precision needs --allow_changes."""
     grad_checkpointing: bool = False
     """Recompute the activations in the backward pass."""
     offload_activations: bool = False
