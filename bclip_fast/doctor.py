@@ -131,7 +131,7 @@ def package_lines(imports: bool = True) -> list[str]:
             out.append(f"  {'':<12}-> pip install 'bclip_fast[{extra}]'")
     if failures:
         out += ["", "Packages that cannot be imported"]
-        out += [f"  {name:<12}{reason}" for name, reason in sorted(failures.items())]
+        out += [f"  {name:<23} {reason}" for name, reason in sorted(failures.items())]
     return out
 
 

@@ -20,8 +20,8 @@ class EvalConfig:
     """Data, tasks and settings of an evaluation."""
 
     data: str = ""
-    """Shards (a folder with dataset.json), a folder with one folder of images per class, a .csv file, or a folder with
-    such folders or files for each split. Empty: the shards that the run was trained on."""
+    """Shards (a folder with dataset.json), a folder with one folder of images per class, or a .csv file. A folder may
+    also have such a folder or file for each split. Empty: the shards that the run was trained on."""
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -112,7 +112,8 @@ class Embedder:
             kinds: dict[int, spot_check.Kind] = {}
 
             def compute() -> tuple[Tensor, list[spot_check.Kind]]:
-                return self.uncached_images(data, kinds), [kinds[i] for i in range(len(data))]
+                rows = self.uncached_images(data, kinds)
+                return rows, [kinds.get(i, spot_check.UNREADABLE) for i in range(len(data))]
 
             def compute_some(rows: list[int]) -> Tensor:
                 return self.uncached_images(SubsetDataset(data, rows))

@@ -104,7 +104,7 @@ class EmbeddingKey:
 
 def digest_of_texts(texts: Sequence[str]) -> str:
     """Return the SHA-256 of the texts in their order."""
-    return sha256_of_parts(bytes.fromhex(sha256(text.encode(errors="surrogatepass"))) for text in texts)
+    return sha256("".join(f"{len(text)}:{text}" for text in texts).encode(errors="surrogatepass"))
 
 
 def environment(device: torch.device) -> dict[str, str]:

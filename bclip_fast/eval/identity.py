@@ -144,7 +144,7 @@ class Reader:
         for name, value in (weights | {name: hook for name, hook in hooks.items() if hook} | state).items():
             if name not in _PLACES:
                 self._visit(f"{path}.{name}", value)
-        for name, child in module._modules.items():
+        for name, child in module.named_children():
             self._visit(f"{path}.{name}", child)
 
     def _class(self, cls: type) -> None:

@@ -31,12 +31,15 @@ class Kind(NamedTuple):
     shape: float = 1.0
 
 
+UNREADABLE = Kind("unreadable", 0)
+
+
 def kind_of_image(content: bytes) -> Kind:
     """Return the kind of an image file: format, mode, orientation and what else its header tells a decoder."""
     try:
         image = open_image(content)
     except ImageError:
-        return Kind("unreadable", 0)
+        return UNREADABLE
     tags: list[object] = [image.format, image.mode, image.is_upright]
     if image.format != "DICOM":
         info = image.image.info

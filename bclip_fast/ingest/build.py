@@ -28,6 +28,7 @@ import tyro
 
 from bclip_fast.data.shards.format import to_json
 from bclip_fast.data.shards.manifest import write_manifest
+from bclip_fast.data.shards.verify import add_to_index
 from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import explained, replacing, write_text
@@ -307,6 +308,8 @@ def _finish(
     kinds = write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
     splits: dict[str, list[dict[str, Any]]] = {}
     for shard, result in zip(shards, written, strict=True):
+        if "checksum" not in result:  # an earlier release wrote the shard before this run resumed
+            add_to_index(folder, result["description"])
         splits.setdefault(shard.split, []).append(result["description"])
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and split not in splits:

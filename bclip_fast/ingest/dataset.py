@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bclip_fast.data.shards.format import to_json
+from bclip_fast.data.shards.format import CHECKSUM, to_json
 from bclip_fast.data.shards.manifest import ManifestRows
 from bclip_fast.data.shards.writer import ShardFile
 from bclip_fast.io.atomic import write_text
@@ -54,7 +54,8 @@ def write_shard(task: ShardTask) -> None:
         description, types = tar.finish(), rows.close()
         for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):
             (scratch / f"{shard.name}{suffix}").replace(folder / f"{shard.name}{suffix}")
-        write_text(work / f"shards/{shard.name}.json", to_json({"description": description, "types": types}))
+        result = {"description": description, "types": types, "checksum": CHECKSUM}
+        write_text(work / f"shards/{shard.name}.json", to_json(result))
 
 
 def write_rejects(path: Path, rejects: Iterator[Reject]) -> Counter[str]:

@@ -81,7 +81,7 @@ def ranking_loss(
     chunk_size = chunk_size or default_chunk_size(len(local), len(candidates), candidates.device)
     arguments = columns.queries, candidates, similarity, scale, tuple(directions), joint, hardness
     # Checkpointing makes autograd keep the embeddings instead of their scores. torch.func doesn't support it.
-    once = torch.compiler.is_compiling() or not beyond_first(arguments[:2])
+    once = torch.compiler.is_compiling() or not beyond_first((columns.queries, candidates, scale))
     total = candidates.new_zeros(())
     for start in range(local.start, local.stop, chunk_size):
         chunk = slice(start, min(start + chunk_size, local.stop))

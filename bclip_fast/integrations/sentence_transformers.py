@@ -168,7 +168,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not scale > 0:
-            raise ValueError(f"scale={scale} must be positive")
+            raise ValueError(f"Scale must be a positive value. Got scale={scale}")
         if not callable(similarity_fct):
             raise ValueError(f"similarity_fct={similarity_fct!r} must be a function of two tensors, such as cos_sim")
         _check_directions(directions, partition_mode)

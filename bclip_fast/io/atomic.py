@@ -82,16 +82,9 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 def settle(folder: Path) -> None:
     """Move the files that a killed process had finished with `replacing_files` into place. Readers call this first.
 
-    The files may also be those of the parent folder, as a run writes the folder of its model together with others.
-
     Raises:
         UserError: the files cannot be moved, or a link leads out of the folder.
     """
-    for place in (folder.parent, folder):
-        _settle(place)
-
-
-def _settle(folder: Path) -> None:
     finished = folder / _FINISHED
     if not finished.is_dir():
         return

@@ -38,7 +38,7 @@ def shown(names: Sequence[str]) -> str:
 
 
 class Listing:
-    """Lists folders at and below `root`, and remembers what it leaves out: hidden files and folders, and links.
+    """Lists folders at and below `root`. It leaves out hidden files and folders and links to folders, and counts them.
 
     Only names below `root` can be hidden: a hidden folder that the user names as the root is listed.
     """

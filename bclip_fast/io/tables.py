@@ -79,8 +79,8 @@ def read_table(
         hint: the first line of such a table, for errors.
 
     Raises:
-        UserError: the file cannot be read, its first line lacks a column or names one twice, or a row has too few or
-            too many cells. The message names the file and the line.
+        UserError: the file cannot be read, or its first line lacks a column or names one twice. Or a row has too few
+            or too many cells. The message names the file and the line.
     """
     text = _decoded(path)
     delimiter, columns, num_changed = _header(path, text, [name for names in (*needed, optional) for name in names])

@@ -288,7 +288,7 @@ class _GlobalClipLoss(torch.autograd.Function):
     @staticmethod
     def definition_of(ctx: Any) -> Definition:
         """The definition of the call in plain torch."""
-        scale, *(image, text, image_ids, text_ids) = ctx.saved_tensors[2], *ctx.saved_tensors[6:]
+        _, _, scale, *_, image, text, image_ids, text_ids = ctx.saved_tensors
         options = ctx.hardness, ctx.ranks, ctx.chunk_size, ctx.dtype, ctx.backend
         function = _definition if ctx.backend == "reference" else None
         return Definition(ctx.ranks.loss, function, (image, text, scale, image_ids, text_ids, *options))

@@ -90,7 +90,7 @@ def define(
 
     backward = refuse if gradient is None else first_by_kernel(definition_of, gradient)
     library = _GuardedLibrary(lambda kernel: _guarded(qualified, kernel, fake, definition))
-    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)  # type: ignore[arg-type]
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
     return getattr(torch.ops.bclip, name).default
 
 

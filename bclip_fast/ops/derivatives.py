@@ -57,7 +57,7 @@ def refusal(name: str) -> NotImplementedError:
     return NotImplementedError(
         f"{name} is differentiable once and in reverse mode: for second derivatives (create_graph=True, Hessians, "
         "gradient penalties), forward mode (torch.func.jvp, torch.autograd.forward_ad) or torch.func.grad pass "
-        'backend="reference"'
+        'backend="reference", or call the model inside ops.use_backend("reference")'
     )
 
 
@@ -189,7 +189,7 @@ class _Gradients(torch.autograd.Function):
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # One source may depend on another. Aliases make autograd stop at each of them.
-            aliases = [None if each is None else each.view_as(each) for each in sources]
+            aliases: list[Any] = [None if each is None else each.view_as(each) for each in sources]
             gradients = _gradients(call.with_tensors(aliases[ctx.num_grads :]), aliases[: ctx.num_grads])
             pairs = [
                 (gradient, grad.to(gradient.dtype))

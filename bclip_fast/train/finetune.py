@@ -325,9 +325,9 @@ class _Loop(RunLoop):
         clip: Any = self.model.clip if isinstance(self.model, VqaModel) else self.model
         if self.adapter is not None:
             clip = self.adapter.merge_and_unload()
-        with self.folder.staged() as staging:
-            pretrained.save(staging / "model", clip.float().cpu(), self.preprocess, self.tokenizer)
-            self.objective.save(staging, self.model, state)
+        with self.folder.writing() as run:
+            pretrained.save(run / "model", clip.float().cpu(), self.preprocess, self.tokenizer)
+            self.objective.save(run, self.model, state)
         log.info("wrote %s", self.folder.path / "model")
 
     def _close(self) -> None:

@@ -29,7 +29,6 @@ from torch import Tensor
 from bclip_fast import config as config_files
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
-from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import put_in_place, write_text
@@ -89,12 +88,6 @@ def write_dump(run: Path, dump: Dump) -> Path:
     folder, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
     # All ranks write to this folder. It gets its name when it is complete.
     partial = folder.with_name(f".{folder.name}.partial")
-
-    def remove() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-
-    # A killed process may have left it.
-    run_on_rank0(remove)
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
@@ -114,7 +107,8 @@ def write_dump(run: Path, dump: Dump) -> Path:
     batches = [{"seed": seed, "epoch": batch.epoch, "keys": batch.keys} for batch, seed in dump.batches]
     all_ranks = distributed.all_gather_object((problem, batches))
     if problems := [text for text, _ in all_ranks if text]:
-        run_on_rank0(remove)
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder} cannot be written: {'; '.join(problems)}")
     state = {
         "step": dump.step,
@@ -133,9 +127,9 @@ def write_dump(run: Path, dump: Dump) -> Path:
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error}") from error
         finally:
-            remove()
+            shutil.rmtree(partial, ignore_errors=True)
 
-    run_on_rank0(finish)
+    distributed.run_on_rank0(finish)
     return folder
 
 
@@ -162,9 +156,8 @@ def read_dump(folder: Path) -> Dump:
         batches = []
         for i, facts in enumerate(state["ranks"][rank]):
             images, ids, lengths = (tensors[f"{i}.{name}"] for name in ("images", "ids", "lengths"))
-            batch = Batch(
-                images, ids, lengths.tolist(), facts["keys"], facts["epoch"], groups=tensors.get(f"{i}.groups")
-            )
+            groups = tensors.get(f"{i}.groups")
+            batch = Batch(images, ids, lengths.tolist(), facts["keys"], facts["epoch"], groups=groups)
             batches.append((batch, facts["seed"]))
         model = load_file(folder / "model.safetensors")
         config = config_files.from_toml(TrainConfig, folder / "config.toml")

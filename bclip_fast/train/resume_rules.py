@@ -98,7 +98,12 @@ RULES: dict[str, dict[str, Rule]] = {
         "data.max_bad_samples": LISTED,
         "data.timeout_s": FREE,
         "data.read": FREE,
-        "loss": ARITHMETIC,
+        "loss.kind": ARITHMETIC,
+        "loss.label_smoothing": ARITHMETIC,
+        "loss.hardness": ARITHMETIC,
+        # Written out in the section `model`.
+        "loss.init_scale": FREE,
+        "loss.init_bias": FREE,
         "validation.every_steps": FREE,
         "validation.every_epochs": FREE,
         "validation.split": LISTED,

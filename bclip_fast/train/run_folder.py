@@ -39,7 +39,7 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed, pretrained
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import replacing_files, settle
+from bclip_fast.io.atomic import replacing_files
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, resume_rules
@@ -99,8 +99,6 @@ class RunFolder:
             names = sorted(entry.name for entry in path.iterdir() if entry.name[0] != ".") if path.is_dir() else []
         except OSError as error:
             raise UserError(f"run={path} cannot be read: {error.strerror}; choose another run folder") from error
-        if resume and names:
-            settle(path)
         used = bool(checkpoints.list_checkpoints(path / "checkpoints"))
         if not resume and used:
             raise UserError(f"{path} holds a run already; add --resume to continue it, or choose another run folder")
@@ -233,7 +231,7 @@ class RunFolder:
                 _CONFIG: config_files.to_toml(_to_record(config)),
                 backends.FILE: json.dumps(backend_records, indent=1) + "\n",
             }
-            with self.staged() as staging:
+            with checkpoints.explain_write_errors(self.path), replacing_files(self.path) as staging:
                 for name, text in files.items():
                     (staging / name).write_text(text, encoding="utf-8")
                 if tokenizer is not None:
@@ -255,17 +253,27 @@ class RunFolder:
         options = {"keep": config.keep, "keep_every_steps": config.keep_every_steps}
         return checkpoints.save(self.path / "checkpoints", checkpoint, best=best, **options)
 
-    @contextlib.contextmanager
-    def staged(self) -> Iterator[Path]:
-        """Yield an empty folder for the caller to fill. At the end, its files replace those of the run. Only on rank 0.
+    def has_model(self, checkpoint: checkpoints.Checkpoint) -> bool:
+        """Whether model/, and model_ema/ of a run with an EMA, hold the weights of the checkpoint.
 
-        All are replaced or none (`io.atomic.replacing_files`).
-
-        Raises:
-            UserError: the files cannot be written.
+        A full disk or a kill after the checkpoint leaves older ones.
         """
-        with checkpoints.explain_write_errors(self.path), replacing_files(self.path) as staging:
-            yield staging
+        for name, ema in {"model": {}, "model_ema": checkpoint.ema}.items():
+            if name == "model" or ema:
+                try:
+                    state = pretrained.load(self.path / name)[0].state_dict()
+                except UserError:
+                    return False
+                expected = {**checkpoint.model, **ema}
+                if state.keys() != expected.keys() or not all(torch.equal(state[key], expected[key]) for key in state):
+                    return False
+        return True
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Yield the path for the caller to write a model. Turn failed writes into UserErrors. Only on rank 0."""
+        with checkpoints.explain_write_errors(self.path):
+            yield self.path
 
 
 def _command_of(table: Mapping[str, Any]) -> str | None:
@@ -278,23 +286,6 @@ def _command_of(table: Mapping[str, Any]) -> str | None:
 def _to_record(config: Any) -> Any:
     """The configuration as it is recorded: a permission holds for one resume."""
     return dataclasses.replace(config, allow_changes=False)
-
-
-def has_model(run: Path, checkpoint: checkpoints.Checkpoint) -> bool:
-    """Whether RUN/model, and RUN/model_ema of a run with an EMA, hold the weights of the checkpoint.
-
-    A full disk or a kill after the checkpoint leaves older ones.
-    """
-    for name, ema in {"model": {}, "model_ema": checkpoint.ema}.items():
-        if name == "model" or ema:
-            try:
-                state = pretrained.load(run / name)[0].state_dict()
-            except UserError:
-                return False
-            expected = {**checkpoint.model, **ema}
-            if state.keys() != expected.keys() or not all(torch.equal(state[key], expected[key]) for key in state):
-                return False
-    return True
 
 
 def as_json(config: Any) -> dict[str, Any]:

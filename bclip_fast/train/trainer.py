@@ -147,7 +147,7 @@ class _Run(RunLoop):
         # On a CPU, the device doesn't work while the host reads.
         self._observe_with(device.type != "cpu", self._give_up)
         self.peak_flops = device_peak(device, config.engine.precision)
-        if saved is not None and not run_on_rank0(lambda: run_folder.has_model(folder.path, saved)):
+        if not run_on_rank0(lambda: saved is not None and folder.has_model(saved)):
             self.saved_step = -1
         self.position = self.loader.state_dict()
 
@@ -315,11 +315,11 @@ class _Run(RunLoop):
     def _write(self, saved: checkpoints.Checkpoint, model: BiomedClip) -> None:
         """Write a checkpoint, model/, and model_ema/ if the checkpoint has an EMA."""
         path = self.folder.save_checkpoint(saved, self.config.checkpoint)
-        with self.folder.staged() as staging:
+        with self.folder.writing() as run:
             for name, ema in {"model": {}, "model_ema": saved.ema}.items():
                 if ema or name == "model":
                     state = {**saved.model, **ema}
-                    pretrained.save(staging / name, model, self.preprocess, self.tokenizer, state_dict=state)
+                    pretrained.save(run / name, model, self.preprocess, self.tokenizer, state_dict=state)
         log.info("saved %s", path)
 
     def _end(self) -> None:

@@ -105,12 +105,13 @@ def test_interrupted_build_finishes_to_the_same_bytes(bclip, name: str, done: st
     import pyarrow.parquet as pq
 
     flags = ("--workers", "1", "--val_fraction", "0.2", "--test_fraction", "0.2", "--seed", "5")
-    kept = {path.name: path.stat().st_mtime_ns for path in Path(f".{name}.partial").glob("train-*")}
+    kept = {path.name: path.stat().st_mtime_ns for path in Path(f".{name}.partial").glob("train-*.tar")}
     logged = bclip("ingest build", "articles", "-o", name, *flags)
     assert done in logged and not Path(f".{name}.partial").exists()
     assert all(Path(name, file).stat().st_mtime_ns == time for file, time in kept.items())
     assert bool(kept) == (name == "planned")
     assert {path.name for path in Path(name).iterdir()} == {path.name for path in Path("ingest").iterdir()}
+    bclip("ingest verify", "ingest", "--add_checksums")
     exact = [path.name for path in Path("ingest").iterdir() if path.suffix != ".parquet"]
     assert filecmp.cmpfiles("ingest", name, exact, shallow=False)[0] == exact
     for file in ("manifest.parquet", "rejects.parquet"):

@@ -190,7 +190,7 @@ def test_damaged_shard_gets_no_checksums(dataset: Path):
     without_checksums(dataset)
     flip_bit(dataset, "jpg")
     before = {path.name: path.read_bytes() for path in dataset.glob("dataset.json")}
-    with pytest.raises(UserError, match=r"train-000000\.tar is missing, or its SHA-256 differs"):
+    with pytest.raises(UserError, match=r"train-000000\.tar is missing, or its SHA-256 differs from its index"):
         add_checksums(dataset)
     assert {path.name: path.read_bytes() for path in dataset.glob("dataset.json")} == before
 

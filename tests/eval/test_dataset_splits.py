@@ -1,4 +1,4 @@
-"""The splits of every kind of data, in all spellings. Faults are errors, and the log says what was taken."""
+"""The splits of every kind of data, in all spellings. Faults are errors, and the log names the choice."""
 
 from __future__ import annotations
 

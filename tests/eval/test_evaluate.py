@@ -102,7 +102,7 @@ def test_evaluate_wrong_data_or_setting_raises_one_line(shards: Path, folder: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no column 'path'"),
+        ("", "is empty or holds only zeros"),
         ("path,label\n", "has no row"),
         ("path,label\na.jpg\n", "line 2: the header names 2 columns"),
         ("path,label\na.jpg,x,y\n", "line 2: the header names 2 columns"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import inspect
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import import_torchvision
 from ranks import on_ranks
 from torch import nn
 from torch.func import grad, jvp
@@ -36,7 +39,7 @@ def cosine_cross_entropies(queries, positives, negatives, scale):
 def test_ranking_loss_and_gradients_equal_definition(directions, num_negatives):
     columns = torch.randn(2 + num_negatives, 7, 5, dtype=torch.float64).requires_grad_()
     queries, positives, *negatives = columns
-    terms = dict(zip(sbert.DIRECTIONS, cosine_cross_entropies(queries, positives, negatives, 20.0), strict=True))
+    terms = dict(zip(sbert.DIRECTIONS[:2], cosine_cross_entropies(queries, positives, negatives, 20.0), strict=True))
     truth = torch.stack([terms[name] for name in directions]).mean()
     loss = sbert.multiple_negatives_ranking_loss(queries, [positives, *negatives], directions=directions, chunk_size=3)
     torch.testing.assert_close(loss, truth)
@@ -171,7 +174,11 @@ def test_ranking_class_has_sentence_transformers_interface():
 
 
 def test_ranking_class_equals_sentence_transformers():
-    theirs = pytest.importorskip("sentence_transformers.sentence_transformer.losses").MultipleNegativesRankingLoss
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("sentence-transformers is not installed")
+    import_torchvision()
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    theirs = losses.MultipleNegativesRankingLoss
     ours = sbert.MultipleNegativesRankingLoss
     names = [name for name, each in inspect.signature(ours).parameters.items() if each.kind is not each.KEYWORD_ONLY]
     assert names == list(inspect.signature(theirs).parameters)
@@ -211,7 +218,7 @@ def test_ranking_over_two_ranks_equals_definition():
 
 @pytest.mark.parametrize("directions", [BOTH[:1], BOTH], ids=len)
 def test_ranking_further_derivatives_are_right_or_refused_by_name(directions):
-    embeddings = torch.randn(2, 5, 4)
+    embeddings = torch.randn(2, 5, 4, dtype=torch.float64)
 
     def value(x, **options):
         return sbert.multiple_negatives_ranking_loss(*x, 2.0, directions=directions, chunk_size=2, **options)
@@ -229,6 +236,7 @@ def test_ranking_further_derivatives_are_right_or_refused_by_name(directions):
         seconds.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
     torch.testing.assert_close(*seconds)
     if directions == BOTH:
+        leaf = embeddings.float().requires_grad_()
         (gradient,) = torch.autograd.grad(value(leaf, backend="cpu"), leaf, create_graph=True)
         with pytest.raises(NotImplementedError, match='backend="reference"'):
             gradient.sum().backward()
@@ -245,12 +253,15 @@ def test_ranking_hardness_without_strength_warns(caplog):
         (lambda x: sbert.multiple_negatives_ranking_loss(x, x, directions=("doc",)), "must be some of"),
         (lambda x: sbert.multiple_negatives_ranking_loss(x, x[:1]), "as many rows, got 2 and 1"),
         (lambda x: sbert.multiple_negatives_ranking_loss(x, [x, x], backend="cpu"), "backend='cpu'"),
-        (lambda x: sbert.MultipleNegativesRankingLoss(x, directions=("doc_to_query",)), "must include query_to_doc"),
+        (
+            lambda x: sbert.MultipleNegativesRankingLoss(x, directions=("doc_to_query",)),
+            "query_to_doc, which has the positive pairs",
+        ),
         (lambda x: sbert.multiple_negatives_ranking_loss(x, x, hardness_mode="hard"), "hardness_mode='hard' must be"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, hardness_mode="hard"), "hardness_mode='hard' must be one of"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, hardness_strength=-1.0), "hardness_strength=-1.0 must be"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, partition_mode="all"), "partition_mode='all' must be joint"),
-        (lambda x: sbert.MultipleNegativesRankingLoss(x, 0.0), "scale=0.0 must be positive"),
+        (lambda x: sbert.MultipleNegativesRankingLoss(x, 0.0), "Scale must be a positive value. Got scale=0.0"),
         (lambda x: sbert.MultipleNegativesRankingLoss(x, 1.0, "cos_sim"), "similarity_fct='cos_sim' must be"),
         (lambda x: sbert.MultipleNegativesRankingLoss(nn.Identity())([{"sentence_embedding": x}]), "two columns"),
     ],

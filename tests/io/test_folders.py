@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import folders
 from bclip_fast.io.folders import Listing, is_hidden
 
 HIDDEN = (
@@ -32,6 +34,14 @@ def test_listing_leaves_out_hidden_files_at_any_depth(tmp_path: Path, caplog) ->
     hidden = root / "a" / ".ipynb_checkpoints"
     assert Listing(hidden).files_below(hidden) == [hidden / "x-checkpoint.jpg"]
     assert not is_hidden("..")
+
+
+def test_packages_that_read_data_list_folders_through_listing() -> None:
+    package = Path(folders.__file__).parents[1]
+    files = [file for name in ("eval/datasets", "ingest", "search", "train") for file in (package / name).rglob("*.py")]
+    direct = re.compile(r"os\.(walk|scandir|listdir)|\.(rglob)\(|\bglob\.glob")
+    assert len(files) > 50
+    assert [file.name for file in files if direct.search(file.read_text(encoding="utf-8"))] == []
 
 
 def test_listing_names_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch) -> None:

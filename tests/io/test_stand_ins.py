@@ -86,8 +86,6 @@ def shard(path: Path) -> object:
         ("tokenizer.json", Tokenizer.from_file),
         ("vocab.txt", Tokenizer.from_file),
         ("config.json", read_object),
-        ("x.jpg", lambda path: read_rgb(path.read_bytes(), lambda: str(path))),
-        ("x.dcm", lambda path: read_rgb(path.read_bytes(), lambda: str(path))),
         ("x.index.json", index_of_shards),
         ("dataset.json", lambda path: read_description(LocalStorage(path.parent, ReadConfig()))),
         ("x.tar", shard),
@@ -104,6 +102,15 @@ def test_readers_name_stand_ins(tmp_path: Path, name: str, read: Callable[[Path]
     with pytest.raises(UserError, match=f"{name}.*(git-lfs pointer|web page), not the file") as error:
         read(path)
     assert "\n" not in str(error.value)
+
+
+def test_image_that_is_a_pointer_or_a_page_raises() -> None:
+    for content, words in (
+        (POINTER, "the file is a git-lfs pointer, not the file: run git lfs pull"),
+        (b"<html>", "HTML"),
+    ):
+        with pytest.raises(UserError, match=f"image x.jpg cannot be decoded: .*{words}"):
+            read_rgb(content, lambda: "x.jpg")
 
 
 def test_caption_that_is_a_pointer_raises(tmp_path: Path) -> None:

@@ -43,4 +43,7 @@ def checked_results(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _storage(tensor: Tensor) -> int:
+    # The wrappers of torch.func's transforms have no storage.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.untyped_storage()._cdata

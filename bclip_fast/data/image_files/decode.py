@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
 ImageConversion = Literal["standard", "open_clip"]
-RULES = 1
-"""Version of the conversion rules. A change of pixels increases it, so stored embeddings are computed again."""
+RULES = 2
+"""Version of the conversion rules. A change of pixels or refusals increases it, so stored embeddings are computed
+again."""
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs, and that of ops.image
@@ -221,9 +222,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        if reason := stand_ins.describe(data[: stand_ins.NUM_BYTES]):
-            raise ImageError(f"the file {reason}") from None
         name = name_of_format(data)
+        if not name and (reason := stand_ins.describe(data[: stand_ins.NUM_BYTES])):
+            raise ImageError(f"the file {reason}") from None
         if name == "TIFF":
             raise ImageError(f"TIFF of an unsupported layout: {tiff.REMEDY}") from None
         raise ImageError(

@@ -154,17 +154,23 @@ def add_checksums(root: Path | str) -> bool:
     description = read_description(storage)
     if "checksum" in description:
         return False
-    for shard in (shard for part in description["splits"].values() for shard in part["files"]):
-        path, name = root / f"{shard['name']}.tar", f"{shard['name']}.index.json"
-        _, index = read_index(storage, shard, has_checksums=False)
-        if not path.is_file() or sha256_of_file(path) != shard["sha256"]:
-            raise UserError(f"{path} is missing, or its SHA-256 differs from dataset.json; copy it again")
-        entries = storage.json(name)["samples"]
-        for entry, offsets, sizes in zip(entries, index.offsets.tolist(), index.sizes.tolist(), strict=True):
-            entry[CHECKSUM] = [
-                crc32c(storage.read(path.name, offset, offset + size))
-                for offset, size in zip(offsets, sizes, strict=True)
-            ]
-        write_text(root / name, index_text(shard, entries), sync=True)
+    for part in description["splits"].values():
+        for shard in part["files"]:
+            add_to_index(root, shard)
     write_text(root / "dataset.json", description_text({**description, "checksum": CHECKSUM}), sync=True)
     return True
+
+
+def add_to_index(root: Path, shard: dict[str, Any]) -> None:
+    """Write checksums into the index of one shard. shard: its entry in dataset.json. Raises UserError if it differs."""
+    storage = LocalStorage(root, ReadConfig())
+    path, name = root / f"{shard['name']}.tar", f"{shard['name']}.index.json"
+    _, index = read_index(storage, shard, has_checksums=False)
+    if not path.is_file() or sha256_of_file(path) != shard["sha256"]:
+        raise UserError(f"{path} is missing, or its SHA-256 differs from its index; copy it again")
+    entries = storage.json(name)["samples"]
+    for entry, offsets, sizes in zip(entries, index.offsets.tolist(), index.sizes.tolist(), strict=True):
+        entry[CHECKSUM] = [
+            crc32c(storage.read(path.name, offset, offset + size)) for offset, size in zip(offsets, sizes, strict=True)
+        ]
+    write_text(root / name, index_text(shard, entries), sync=True)

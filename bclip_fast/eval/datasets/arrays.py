@@ -15,6 +15,7 @@ import numpy as np
 from bclip_fast.data.splits import resolve
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io import stand_ins
+from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import blocks, sha256_of_parts
 
 _PCAM_SPLITS = ("train", "valid", "test")
@@ -127,7 +128,8 @@ def open_medmnist(path: Path, split: str, download_url: str, name: str = "") -> 
     """
     if path.is_dir():
         names = [set_name for set_name in _MEDMNIST if name.startswith(set_name)] or list(_MEDMNIST)
-        files = [file for set_name in names for file in sorted(path.glob(f"{set_name}*.npz"))]
+        npz = [file for file in Listing(path).files(path) if file.suffix == ".npz"]
+        files = [file for set_name in names for file in npz if file.name.startswith(set_name)]
         if len(files) != 1:
             pattern = f"{names[0] if len(names) == 1 else 'MedMNIST'}*.npz"
             raise UserError(

@@ -27,8 +27,8 @@ class FolderDataset:
         """List the images of the classes in the folder `place`.
 
         Raises:
-            UserError: a class without images, unless no other split has that class either. Or there is no class, or
-                the classes hold splits.
+            UserError: a class without images, unless no other split has that class either. Or the folder has no class,
+                or its classes hold splits.
         """
         root = place.path
         self.path, self.split, self._root = str(root), place.split, root

@@ -154,7 +154,7 @@ def _split_column(table: Table) -> str:
 
 
 def open_split_table(listing: Listing, split: str) -> CsvDataset | None:
-    """Open the table of a split in a folder with tables of splits, such as train.csv. None: there are no such tables.
+    """Open the table of a split in a folder with tables of splits, such as train.csv. None: it has none.
 
     Raises:
         MissingSplit: the folder has tables of other splits only.

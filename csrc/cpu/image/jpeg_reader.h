@@ -5,6 +5,7 @@
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -145,8 +146,8 @@ class Reader {
     watched_scan_ = jpeg.input_scan_number;
     // A block's average times 8 is in +-range. Encoders miss it by a step of the quantisation.
     const int range = (8 << (jpeg.data_precision - 1)) + 8 * kMaxOvershoot;
-    for (int i = 0; i < jpeg.comps_in_scan; ++i) {
-      const JQUANT_TBL* table = jpeg.cur_comp_info[i]->quant_table;
+    for (int i = 0; i < jpeg.blocks_in_MCU; ++i) {
+      const JQUANT_TBL* table = jpeg.cur_comp_info[jpeg.MCU_membership[i]]->quant_table;
       const int step = table ? std::max<int>(1, table->quantval[0]) : 1;
       max_average_[i] = range / step + (1 << jpeg.Al);
     }
@@ -161,11 +162,11 @@ class Reader {
   static boolean decode_watched(j_decompress_ptr jpeg, JBLOCKROW* blocks) {
     auto* const reader = static_cast<Reader*>(jpeg->client_data);
     const boolean is_done = reader->decode_mcu_(jpeg, blocks);
-    for (int i = 0; blocks && i < jpeg->blocks_in_MCU; ++i) {
-      const int limit = reader->max_average_[jpeg->MCU_membership[i]], average = blocks[i][0][0];
-      if (average > limit || average < -limit)
-        reader->fail_with("Corrupt JPEG data: the brightness of a block is out of range");
-    }
+    if (!blocks) return is_done;
+    bool is_outside = false;
+    for (int i = 0, count = jpeg->blocks_in_MCU; i < count; ++i)
+      is_outside |= std::abs(int{blocks[i][0][0]}) > reader->max_average_[i];
+    if (is_outside) reader->fail_with("Corrupt JPEG data: the brightness of a block is out of range");
     return is_done;
   }
 
@@ -195,7 +196,7 @@ class Reader {
   bool has_header_ = false;
   bool lacks_end_ = false;
   int watched_scan_ = 0;
-  int max_average_[MAX_COMPS_IN_SCAN] = {};
+  int max_average_[D_MAX_BLOCKS_IN_MCU] = {};
   boolean (*decode_mcu_)(j_decompress_ptr, JBLOCKROW*) = nullptr;
   jpeg_error_mgr errors_{};
   jpeg_progress_mgr progress_{};
