@@ -232,7 +232,7 @@ def test_invalid_settings_are_errors(shards: Path, tmp_path: Path):
         ({"batch_size": 1000}, "batch_size=1000 is larger than the dataset's 96 samples"),
         ({"preset": "quickstart"}, "preset=quickstart conflicts with the model section"),
         ({"preset": "huge", "model": BiomedClipConfig()}, "model preset 'huge' is unknown"),
-        ({"validation": ValidationConfig(every_steps=1, split="dev")}, "no split 'dev'"),
+        ({"validation": ValidationConfig(every_steps=1, split="holdout")}, "no split 'holdout'"),
     ]:
         with pytest.raises(UserError, match=words):
             train(tiny_run(tmp_path / "run", shards, **changes))
