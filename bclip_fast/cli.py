@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from bclip_fast import log
@@ -170,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     log.configure(os.environ.get("BCLIP_LOG"), main_rank=log.rank() == "0")
     try:
-        return _run(name, command, args[len(name.split()) :])
+        with _ended_by_sigterm():
+            return _run(name, command, args[len(name.split()) :])
     except (UserError, BackendError) as error:
         print(f"bclip {name}: {error}", file=sys.stderr)
         return 2
@@ -181,9 +186,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"bclip {name} needs the package {error.name}: pip install 'bclip_fast[{command.extra}]'", file=sys.stderr
         )
         return 2
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes):
+            raise
+        print(f"bclip {name}: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"bclip {name}: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print(f"bclip {name}: ended by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+class _Terminated(BaseException):
+    """SIGTERM. No command catches it, so each removes its temporary files."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raise _Terminated at SIGTERM. Outside the main thread, Python allows no handlers, so nothing changes."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 def _run(name: str, command: Command, args: list[str]) -> int:

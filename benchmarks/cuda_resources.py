@@ -59,7 +59,7 @@ def kernels(codes: Sequence[MachineCode] = ()) -> list[Kernel]:
         name = kernel_name(code.symbol)
         if name != "probe":
             shared, threads = launch_of(name)
-            matrix = len(re.findall(r"\bHMMA\.", code.listing))
+            matrix = code.listing.count(" HMMA.")
             resources.append(Kernel(name, code.architecture, code.registers, code.spilled, shared, threads, matrix))
     return sorted(resources)
 

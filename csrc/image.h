@@ -22,8 +22,11 @@ struct ImageSize {
 ImageSize jpeg_size(std::string_view data);
 
 // Writes height * width * 3 bytes to `pixels`. Throws std::invalid_argument if the file is
-// truncated or broken, or if its size is not height x width.
-void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width);
+// truncated or damaged (docs/images.md lists the signs), or if its size divided by `reduced` and
+// rounded up is not height x width. `reduced` is 1, 2, 4 or 8. If `needs_end` is false, the file
+// may lack the end marker after its only scan.
+void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width, int reduced = 1,
+                 bool needs_end = true);
 
 // The part of an image that becomes the square.
 //   kCenter: the shorter edge is resized to `size` and the longer one in proportion, rounded down.

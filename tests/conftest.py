@@ -8,19 +8,31 @@ import sys
 import types
 from pathlib import Path
 
-import aliases
 import pytest
+
+# torch and transformers read CI. Tests behave as for a user, who has not set it, except that torch's warning of
+# operators that return their inputs is an error. Processes that tests start inherit both settings.
+os.environ.pop("CI", None)
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
+
+# They read both variables.
+import aliases
 import torch
 
 # The default device of tensors: "cuda" for the kernels' tests on a GPU (`make gpu`).
 if "BCLIP_TEST_DEVICE" in os.environ:
     torch.set_default_device(os.environ["BCLIP_TEST_DEVICE"])
 
-# torch checks this only in compiled functions, and only warns unless the variable CI is set.
+# torch checks this only in compiled functions.
 aliases.check_every_operator()
 
 # Tests ignore the tuning records of this machine. Processes that they start inherit the variable.
 os.environ.setdefault("BCLIP_TUNE", "off")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import replace_builtins_faster
+
+    replace_builtins_faster()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -285,6 +285,7 @@ class Loader:
             interpolation=config.interpolation,
             out=out,
             threads=1,
+            on_bad="report",
         )
         return {row: f"cannot be decoded: {reason}" for row, reason in errors.items()}
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 
 T = TypeVar("T")
 
@@ -87,8 +88,13 @@ class Storage:
         """Return the bytes [start, end) of a file. Raises ReadError."""
         data = self._retry(name, f"bytes {start} to {end}", lambda: self._read(name, start, end))
         if len(data) != end - start:
+            self._refuse_stand_in(name)
             raise ReadError(f"{self.path(name)}: ends before byte {end} (truncated?); copy it again")
         return data
+
+    def read_again(self, name: str, start: int, end: int) -> bytes:
+        """Return the same bytes from the origin of the file, because those that `read` returned are damaged."""
+        return self.read(name, start, end)
 
     def json(self, name: str) -> Any:
         """Parse a JSON file. Raises FileNotFoundError or ReadError."""
@@ -99,6 +105,11 @@ class Storage:
 
     def _read_all(self, name: str) -> bytes:
         raise NotImplementedError
+
+    def _refuse_stand_in(self, name: str) -> None:
+        reason = None if self.remote else stand_ins.of_file(Path(self.path(name)))
+        if reason:
+            raise ReadError(f"{self.path(name)} {reason}")
 
     def _is_final(self, error: Exception) -> bool:
         """Return whether another attempt would fail too. Invalid JSON is final unless a network may have cut it."""
@@ -119,6 +130,8 @@ class Storage:
                     raise
                 if attempt == self.config.attempts or self._is_final(error):
                     attempts = f" ({attempt} attempts)" if attempt > 1 else ""
+                    if isinstance(error, ValueError):
+                        self._refuse_stand_in(name)
                     reason = str(error) or type(error).__name__
                     raise ReadError(f"{self.path(name)}: cannot be read, {part}: {reason}{attempts}") from error
                 # Random delays, so that ranks that fail together don't all return at the same moment.

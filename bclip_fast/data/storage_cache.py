@@ -53,6 +53,10 @@ class CachedStorage(LocalStorage):
         """Return the file's URL."""
         return self.source.path(name)
 
+    def read_again(self, name: str, start: int, end: int) -> bytes:
+        """Read from the URL: the copy is damaged."""
+        return self.source.read(name, start, end)
+
     def _read_all(self, name: str) -> bytes:
         return self.source._read_all(name)
 

@@ -39,6 +39,7 @@ from PIL import Image
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import explained, write_text
 
 from . import photographs, volumes
 from .captions import LABELS, Facts, compose
@@ -224,13 +225,13 @@ def build(out: Path, *, seed: int = 0, progress: Callable[[str, int, int], None]
             report("cutting images", len(samples), total)
     # Shuffle, so that neighbours in a volume are not neighbours in the shards.
     order = np.random.default_rng([seed, 4000]).permutation(total)
-    with ShardWriter(out) as writer:
+    with explained(Path(out)), ShardWriter(out) as writer:
         for done, i in enumerate(order, start=1):
             split, sample = samples[i]
             writer.write(sample, split)
             if done % 500 == 0 or done == total:
                 report("writing shards", done, total)
-    (Path(out) / SKIPPED_FILE).write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
+    write_text(Path(out) / SKIPPED_FILE, json.dumps(skipped, indent=1) + "\n")
     _log_summary(samples, skipped)
 
 

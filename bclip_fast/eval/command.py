@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from bclip_fast import distributed
 from bclip_fast.config import read_toml
 from bclip_fast.errors import UserError
 from bclip_fast.html.page import format_score, format_spread
+from bclip_fast.io.file_names import file_name
+from bclip_fast.io.hashing import sha256
 from bclip_fast.io.runs import METRICS
 
 from . import report, results, tasks
@@ -40,14 +43,23 @@ def run(command: EvalCommand) -> None:
     command = dataclasses.replace(command, data=command.data or _training_shards(command.model))
     # Open the data before the model is loaded, so that a wrong path fails at once.
     evaluation = Evaluation(command)
-    evaluated = evaluation.run(command.model)
+    try:
+        evaluated = evaluation.run(command.model)
+    except UserError:
+        if evaluation.finished and distributed.is_main():
+            _print(evaluation.finished)
+        raise
     if not distributed.is_main():
         return
     run_folder = Path(command.model) if (Path(command.model) / METRICS).is_file() else None
     out = Path(command.out) if command.out else _default_out(command, run_folder)
+    # A file that cannot be written must not lose the scores, and a closed pipe must not lose the files.
+    try:
+        _print(evaluated["tasks"])
+    except (OSError, UnicodeError) as error:
+        log.warning("the scores cannot be printed (%s); see %s", error, out / "figures.csv")
     results.write(out, evaluated)
     report.write(out / "report.html", evaluated, evaluation.data, run_folder=run_folder)
-    _print(evaluated)
     log.info("results in %s", out / "results.json")
     log.info("report in %s", out / "report.html")
 
@@ -61,21 +73,37 @@ def _training_shards(model: str) -> str:
 
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
+    """Return the folder of this model, data and tasks. Its name ends with a hash if others have the plain name."""
     name = f"{Path(command.data).resolve().stem}-{command.split}"
-    if command.task and not set(command.task) <= set(tasks.PROTOCOLS):
+    if command.task and not set(command.task) <= set(tasks.protocols()):
         name = "-".join(Path(task).stem for task in command.task)
-    if run_folder is not None:
-        return run_folder / "eval" / name
-    return Path("runs") / "eval" / re.sub(r"[^A-Za-z0-9._-]+", "-", command.model).strip("-.") / name
+    folder = run_folder / "eval" if run_folder is not None else Path("runs") / "eval" / file_name(command.model)
+    out = folder / file_name(name)
+    subject = _subject(command.model, command.data, command.split, command.task)
+    try:
+        content = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        config = content["config"]
+        other = _subject(content["model"]["path"], config["data"], config["split"], config["task"])
+    except FileNotFoundError:
+        return out
+    except (OSError, ValueError, LookupError, TypeError):
+        other = None
+    return out if other == subject else out.with_name(f"{out.name}-{sha256(repr(subject))[:12]}")
 
 
-def _print(evaluated: dict[str, Any]) -> None:
+def _subject(model: str, data: str, split: str, tasks: Sequence[str]) -> tuple[object, ...]:
+    """Return what the results of the default folder depend on. Paths are absolute."""
+    places = [name if "://" in name else str(Path(name).resolve()) for name in (model, data)]
+    return *places, split, *tasks
+
+
+def _print(finished: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
     table = Table(Column("task", no_wrap=True), "metric", "score", "95 %", "chance", "samples")
-    for task, result in evaluated["tasks"].items():
+    for task, result in finished.items():
         for metric in result["figures"]:
             score, chance = (format_score(metric[key], metric["unit"]) for key in ("value", "chance"))
             spread = format_spread(metric)

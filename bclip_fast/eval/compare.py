@@ -8,7 +8,6 @@ correction covers all p values of a comparison.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,7 +19,6 @@ import tyro
 
 from bclip_fast.errors import UserError
 from bclip_fast.html.page import environment, format_score
-from bclip_fast.io.atomic import write_text
 
 from . import results, statistics
 
@@ -42,14 +40,13 @@ class CompareCommand:
 def run(command: CompareCommand) -> None:
     """Compare the evaluations, write the three files and print the table."""
     comparison = compare([Path(path) for path in command.results])
+    _print(comparison)
     out = Path(command.out)
-    write_text(out / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     columns = ("task", "figure", "model", "value", "difference", "low", "high", "p", "p_holm", "test")
     rows = ([row[key] for key in columns] for row in comparison["rows"])
-    write_text(out / "compare.csv", results.as_csv(columns, rows))
     page = environment().get_template("compare.html").render(comparison=comparison, alpha=ALPHA)
-    write_text(out / "compare.html", page)
-    _print(comparison)
+    texts = {"compare.json": results.as_json(comparison), "compare.csv": results.as_csv(columns, rows)}
+    results.write_files(out, texts | {"compare.html": page})
     log.info("comparison in %s", out / "compare.html")
 
 
@@ -106,6 +103,8 @@ def _difference(name: str, first: dict[str, Any], second: dict[str, Any]) -> dic
     if name == "AUROC":
         positive = first["classes"][1]
         labels = np.array([label == positive for label in first["samples"]["label"]])
+        if any(f"score of {positive}" not in result["samples"] for result in (first, second)):
+            raise UserError(f"the samples have no column 'score of {positive}'; evaluate again")
         first_scores, second_scores = (
             np.array(result["samples"][f"score of {positive}"], dtype=np.float64) for result in (first, second)
         )

@@ -20,10 +20,10 @@ class EvalConfig:
     """Data, tasks and settings of an evaluation."""
 
     data: str = ""
-    """Shards (a folder with dataset.json), a folder with one folder of images per class, or a .csv file. Empty: the
-    shards that the run was trained on."""
+    """Shards (a folder with dataset.json), a folder with one folder of images per class, a .csv file, or a folder with
+    such folders or files for each split. Empty: the shards that the run was trained on."""
     split: str = "val"
-    """Split of the data. The package's tasks set their own split."""
+    """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A protocol (retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
     task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow them."""
@@ -48,9 +48,10 @@ class EvalConfig:
     """Selection of a probe's epoch. `held_out` selects it on validation data. `elevater` reports the best epoch on the
     test set, as the paper's toolkit does. Use it only for comparison."""
     seed: int = 0
-    """Seed of the validation subset for data without a val split."""
+    """Seed of the validation subset of train, for data without a val split of its own."""
     cache: str = "auto"
-    """Folder of cached embeddings. auto: BCLIP_CACHE, or ~/.cache/bclip_fast/embeddings. none: no cache."""
+    """Folder of cached embeddings. auto: BCLIP_CACHE, or ~/.cache/bclip_fast/embeddings. none: no cache. A few of them
+    are computed again and compared before they are used."""
     keep: CacheDtype = "fp32"
     """Number format of cached embeddings."""
     device: str = "auto"

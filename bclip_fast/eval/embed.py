@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bclip_fast.data.image_files import RULES, ImageConversion, read_rgb
+from bclip_fast.data.image_files import ImageConversion, read_rgb
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
 from bclip_fast.io.progress import track
 from bclip_fast.ops.processor import native_precision
 
-from . import embedding_cache
+from . import spot_check
 from .datasets import EvalDataset, image_name
 from .datasets.subset import SubsetDataset
-from .embedding_cache import EmbeddingCache
+from .embedding_cache import FORMATS, Computation, EmbeddingCache
+from .embedding_key import EmbeddingKey, digest_of_texts, new_text
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ class Embedder:
         self.precision, self.batch_size, self.num_workers, self.progress = precision, batch_size, num_workers, progress
         self.cache, self.cache_dtype = cache or EmbeddingCache(None), cache_dtype
         self._in_memory: dict[tuple[str, ...], Tensor] = {}
+        settings = image_conversion, precision, self.device.type, cache_dtype
+        self._key = EmbeddingKey(self.model, self.preprocess, tokenizer, self._call, self.device, *settings)
 
     def images(self, data: EvalDataset) -> Tensor:
         """Embed all images of a data set: (N, D) float32 on the device, unit norm, in the order of the samples.
@@ -103,24 +106,33 @@ class Embedder:
         """
         if isinstance(data, SubsetDataset):
             return self.images(data.base)[data.rows]
-        parts = ("images", data.fingerprint, f"{self._preprocess_fingerprint} {self.image_conversion} {RULES}")
-        is_new = parts not in self._in_memory
-        rows = self._cached(parts, lambda: self.uncached_images(data))
-        if is_new and (skipped := _not_finite(rows)):
-            rows = self._in_memory[parts] = self._with_readable(data, rows, skipped)
-        return rows
+        memory = "images", data.fingerprint
+        if memory not in self._in_memory:
+            self._key.check_preprocess()
+            kinds: dict[int, spot_check.Kind] = {}
 
-    def _with_readable(self, data: EvalDataset, rows: Tensor, skipped: list[int]) -> Tensor:
+            def compute() -> tuple[Tensor, list[spot_check.Kind]]:
+                return self.uncached_images(data, kinds), [kinds[i] for i in range(len(data))]
+
+            def compute_some(rows: list[int]) -> Tensor:
+                return self.uncached_images(SubsetDataset(data, rows))
+
+            rows = self._kept(lambda: self._key.images(data.fingerprint), len(data), compute, compute_some, data.key)
+            self._in_memory[memory] = self._with_readable(data, rows)
+        return self._in_memory[memory]
+
+    def _with_readable(self, data: EvalDataset, rows: Tensor) -> Tensor:
         """Embed the images that an earlier evaluation skipped if they can be decoded now, for example with pydicom.
 
         Raises the errors of `images`.
         """
-        rows = rows.clone()
+        if skipped := _not_finite(rows):
+            rows = rows.clone()
         for i in skipped:
             image = self.read(data, i) if self.on_bad_image == "stop" else self._try_to_read(data, i)
             if not isinstance(image, UserError):
                 row = self._embed_one(image, data.key(i))
-                rows[i] = F.normalize(row.to(embedding_cache.FORMATS[self.cache_dtype]).float(), dim=1)[0]
+                rows[i] = F.normalize(row.to(FORMATS[self.cache_dtype]).float(), dim=1)[0]
         return rows
 
     def readable(self, data: EvalDataset, rows: Tensor | None = None) -> tuple[EvalDataset, dict[str, str]]:
@@ -144,17 +156,25 @@ class Embedder:
         kept = [i for i in range(len(data)) if i not in reasons]
         return SubsetDataset(data, kept) if reasons else data, {data.key(i): reasons[i] for i in reasons}
 
-    def read(self, data: EvalDataset, i: int) -> Tensor:
-        """Decode and preprocess one image: float32 (3, H, W). Raises UserError, which names the sample."""
-        image = read_rgb(data.image(i), lambda: image_name(data, i), self.image_conversion)
+    def read(self, data: EvalDataset, i: int, kinds: dict[int, spot_check.Kind] | None = None) -> Tensor:
+        """Decode and preprocess one image: float32 (3, H, W). Raises UserError, which names the sample.
+
+        kinds: gets the image's kind.
+        """
+        content = data.image(i)
+        if kinds is not None:
+            kinds[i] = spot_check.kind_of_image(content)
+        image = read_rgb(content, lambda: image_name(data, i), self.image_conversion)
         try:
             return self.preprocess(image)
         except UserError as error:
             raise UserError(f"image {image_name(data, i)}: {error}") from error
 
-    def _try_to_read(self, data: EvalDataset, i: int) -> Tensor | UserError:
+    def _try_to_read(
+        self, data: EvalDataset, i: int, kinds: dict[int, spot_check.Kind] | None = None
+    ) -> Tensor | UserError:
         try:
-            return self.read(data, i)
+            return self.read(data, i, kinds)
         except UserError as error:
             return error
 
@@ -166,34 +186,51 @@ class Embedder:
         """
         if len(texts) < _MIN_CACHED_TEXTS:  # embedding a few prompts takes less time than a look-up
             return self._embed_texts(texts)
-        parts = ("texts", embedding_cache.texts_fingerprint(texts, self.tokenizer))
-        return self._cached(parts, lambda: self._embed_texts(texts))
+        digest = digest_of_texts(texts)
+        if (memory := ("texts", digest)) not in self._in_memory:
 
-    def _cached(self, parts: tuple[str, ...], compute: Callable[[], Tensor]) -> Tensor:
-        if parts not in self._in_memory:
-            dtype = embedding_cache.FORMATS[self.cache_dtype]
-            if self.cache.folder is None:
-                rows = compute().to(dtype)
-            else:
-                key = (self._weights_fingerprint, *parts, self.precision, self.device.type, self.cache_dtype)
-                rows = self.cache.get_or_compute(key, lambda: compute().to(dtype))
-            rows = rows.to(self.device, torch.float32)
-            self._in_memory[parts] = rows if dtype == torch.float32 else F.normalize(rows, dim=1)
-        return self._in_memory[parts]
+            def compute() -> tuple[Tensor, list[spot_check.Kind]]:
+                return self._embed_texts(texts), list(map(spot_check.kind_of_text, texts))
 
-    @functools.cached_property
-    def _weights_fingerprint(self) -> str:
-        return embedding_cache.weights_fingerprint(self.model)
+            self._in_memory[memory] = self._kept(
+                lambda: self._key.texts(texts, digest), len(texts), compute,
+                lambda rows: self._embed_texts([texts[row] for row in rows]), lambda i: repr(texts[i][:60]),
+            )  # fmt: skip
+        return self._in_memory[memory]
 
-    @functools.cached_property
-    def _preprocess_fingerprint(self) -> str:
-        return embedding_cache.preprocess_fingerprint(self.preprocess)
+    def _kept(
+        self,
+        key: Callable[[], tuple[str, ...]],
+        num: int,
+        all_rows: Callable[[], tuple[Tensor, list[spot_check.Kind]]],
+        some_rows: Callable[[list[int]], Tensor],
+        name: Callable[[int], str],
+    ) -> Tensor:
+        """Return the embeddings of the cache, or compute them: (num, D) float32 on the device, unit norm."""
+        dtype = FORMATS[self.cache_dtype]
+        if self.cache.folder is None:
+            rows = all_rows()[0].to(dtype)
+        else:
+            tolerance = spot_check.tolerance(self.precision, self.cache_dtype, self.device)
+            rows = self.cache.get_or_compute(key(), Computation(num, all_rows, some_rows, name, dtype, tolerance))
+        rows = rows.to(self.device, torch.float32)
+        return rows if dtype == torch.float32 else F.normalize(rows, dim=1)
 
-    def uncached_images(self, data: EvalDataset) -> Tensor:
-        """Embed all images of a data set as `images` does, without reading or writing the cache."""
+    def _call(self) -> None:
+        """Embed an image and a text of no data set."""
+        from PIL import Image
+
+        self._embed_one(self.preprocess(Image.new("RGB", (64, 48), (200, 90, 40))), "probe")
+        self._embed_texts([new_text()])
+
+    def uncached_images(self, data: EvalDataset, kinds: dict[int, spot_check.Kind] | None = None) -> Tensor:
+        """Embed all images of a data set as `images` does, without reading or writing the cache.
+
+        kinds: gets the kind of each image by its number.
+        """
 
         def load(i: int) -> Tensor | UserError:
-            return self.read(data, i) if self.on_bad_image == "stop" else self._try_to_read(data, i)
+            return self.read(data, i, kinds) if self.on_bad_image == "stop" else self._try_to_read(data, i, kinds)
 
         with ThreadPoolExecutor(self.num_workers) as pool:
             starts = range(0, len(data), self.batch_size)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bclip_fast import distributed
+from bclip_fast.data.shards.reader import BadSample
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import environment_report, pick_device
 from bclip_fast.pretrained.any_model import Model, load_model
@@ -72,18 +73,22 @@ class _Readable:
 class Evaluation:
     """Tasks with their open data sets. Any number of models can be evaluated on them.
 
-    data: data set of each result. `run` fills it.
+    data: data set of each result. finished: results of the finished tasks, if a later one fails. `run` fills both.
     """
 
     def __init__(self, config: EvalConfig) -> None:
         """Open every data set once."""
         self.config = config
         self.data: dict[str, EvalDataset] = {}
+        self.finished: dict[str, Any] = {}
         self._open: dict[tuple[str, str, str, str], EvalDataset] = {}
         if config.task:
             selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
         else:
             selected = [tasks.load(name) for name in _possible_tasks(open_dataset(config.data, config.split), config)]
+        names = [task.name for task in selected]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"two tasks have the name {repeated!r}, so the results of one would be lost; rename a file")
         self.tasks = [(task, self._dataset(task, task.split or config.split)) for task in selected]
 
     def _dataset(self, task: tasks.Task, split: str) -> EvalDataset:
@@ -119,6 +124,7 @@ class Evaluation:
         )
         description = _describe(network)
         results: dict[str, Any] = {}
+        self.finished = results
         for task, data in self.tasks:
             readable = _Readable(embedder, data.split, by_decoding=task.protocol == "vqa")
 
@@ -141,8 +147,15 @@ class Evaluation:
         }
 
 
+def _has_captions(data: EvalDataset) -> bool:
+    try:
+        return data.captions() is not None
+    except BadSample:  # the task itself skips the sample or stops
+        return True
+
+
 def _possible_tasks(data: EvalDataset, config: EvalConfig) -> list[str]:
-    names = ["retrieval"] if data.captions() is not None else []
+    names = ["retrieval"] if _has_captions(data) else []
     if config.label or default_label_kinds(data) or not names:
         names.append("zero_shot")
     return names

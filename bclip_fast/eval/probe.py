@@ -14,6 +14,7 @@ macro AUROC and the mean accuracy of the classes at probability 1/2.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from bclip_fast.errors import UserError
 
 from . import statistics, zero_shot
 from .linear_heads import LabelledFeatures, LinearHeads
+
+log = logging.getLogger(__name__)
 
 Protocol = Literal["held_out", "elevater"]
 
@@ -157,10 +160,19 @@ def train_and_test(
     return best[1], best[2]
 
 
-def subset(labels: Tensor, num_classes: int, *, train_fraction: float = 1.0, shots: int = 0, seed: int = 0) -> Tensor:
+def subset(
+    labels: Tensor,
+    num_classes: int,
+    *,
+    train_fraction: float = 1.0,
+    shots: int = 0,
+    seed: int = 0,
+    split: str = "training",
+    class_names: Sequence[str] = (),
+) -> Tensor:
     """Draw a random subset of rows: `shots` of each class, or `train_fraction` of each, but at least one.
 
-    Multi-label samples are drawn without regard to their classes.
+    Multi-label samples are drawn without regard to their classes. `split` and `class_names` are for errors.
 
     Raises:
         UserError: a class has fewer than `shots` samples, or the samples are multi-label.
@@ -176,7 +188,8 @@ def subset(labels: Tensor, num_classes: int, *, train_fraction: float = 1.0, sho
         class_rows = (labels.cpu() == number).nonzero()[:, 0]
         num = shots or min(len(class_rows), max(1, round(len(class_rows) * train_fraction)))
         if num > len(class_rows):
-            raise UserError(f"class {number} has only {len(class_rows)} training samples for {num} shots; use fewer")
+            name = repr(class_names[number]) if class_names else number
+            raise UserError(f"class {name} has only {len(class_rows)} {split} samples for {num} shots; use fewer")
         rows.append(class_rows[torch.randperm(len(class_rows), generator=generator)[:num]])
     return torch.cat(rows).sort().values
 
@@ -217,9 +230,12 @@ def measure(
         runs = []
         for seed in range(num_seeds):
             train_part, val_part = (
-                data[subset(data.labels, num_classes, **size, seed=seed)]  # type: ignore[arg-type]
-                for data in (train, val)
+                data[subset(data.labels, num_classes, **size, seed=seed, split=split, class_names=class_names)]
+                for split, data in (("training", train), ("validation", val))
             )
+            if seed == 0 and (num := len(train_part)) > 1.5 * size.get("train_fraction", 1.0) * len(train):
+                text = "probe: %s is %d of %d samples, because every class gives at least one"
+                log.warning(text, name, num, len(train))
             held_out = HeldOutTestSet(test)
             choice = choose(train_part, val_part, init, protocol=protocol, seed=seed)
             logits, epoch = train_and_test(train_part, val_part, held_out, init, choice, protocol=protocol, seed=seed)

@@ -42,8 +42,8 @@ class PromptSet:
             if template.count("{}") != 1:
                 raise UserError(f"prompt template {template!r} must hold {{}} exactly once, for the class's noun")
         for name, nouns in self.classes.items():
-            if not nouns:
-                raise UserError(f"prompt set {self.source or '(unnamed)'}: class {name!r} has no noun")
+            if not nouns or not all(noun.strip() for noun in nouns):
+                raise UserError(f"prompt set {self.source or '(unnamed)'}: class {name!r} has no noun, or an empty one")
 
     def prompts(self, name: str) -> list[str]:
         """Return every template filled with every noun of class `name`."""

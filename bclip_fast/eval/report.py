@@ -14,9 +14,9 @@ from bclip_fast.errors import UserError
 from bclip_fast.html import chart
 from bclip_fast.html.curves import training_curves
 from bclip_fast.html.page import environment, thumbnail
-from bclip_fast.io.atomic import write_text
 
 from .datasets import EvalDataset
+from .results import write_files
 
 _NUM_QUESTIONS = 8
 
@@ -34,7 +34,7 @@ def write(
         run_folder: folder of a training run. metrics.jsonl provides the curves, config.toml the batch size.
 
     Raises:
-        UserError: a line of metrics.jsonl is not JSON, or an image file cannot be read.
+        UserError: a line of metrics.jsonl is not JSON, an image file cannot be read, or the report cannot be written.
     """
     data = data or {}
     tasks = results["tasks"]
@@ -61,7 +61,7 @@ def write(
             ),
         )
     )
-    write_text(Path(path), page)
+    write_files(Path(path).parent, {Path(path).name: page})
 
 
 def _roc_chart(result: dict[str, Any], nouns: Mapping[str, Any]) -> Any:

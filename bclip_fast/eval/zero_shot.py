@@ -229,10 +229,16 @@ def sensitivity(
     encode: Callable[[list[str]], Tensor], prompts: PromptSet, images: Tensor, labels: Tensor
 ) -> list[dict[str, Any]]:
     """Classify with each template separately, and with all together. Rows: template, accuracy, balanced accuracy."""
+    texts = [text for name in prompts.classes for text in prompts.prompts(name)]
+    embeddings = dict(zip(texts, encode(texts), strict=True))
+
+    def look_up(texts: list[str]) -> Tensor:
+        return torch.stack([embeddings[text] for text in texts])
+
     rows = []
     single = [dataclasses.replace(prompts, templates=(template,)) for template in prompts.templates]
     for name, prompt_set in [*zip(prompts.templates, single, strict=True), ("all together", prompts)]:
-        predictions, _ = predict(similarities(images, class_embeddings(encode, prompt_set)))
+        predictions, _ = predict(similarities(images, class_embeddings(look_up, prompt_set)))
         predictions = predictions.cpu()
         hits = (predictions == labels).double()
         recalls = [float(hits[labels == label].mean()) for label in labels.unique().tolist()]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from bclip_fast.io.folders import Listing
+
 from .image_formats import may_be_image
 from .safe_xml import MAX_XML_BYTES
 
@@ -137,14 +139,14 @@ class FolderArchive:
         self._xml_names = package.items
         self.refused = []
         self._images: list[str] = []
-        for folder, folders, names in os.walk(self._root / package.name):
+        # `discover` has logged the hidden files, and named the folders that cannot be listed.
+        for folder, folders, names in Listing(self._root).walk(self._root / package.name, onerror=_ignore):
             relative = Path(folder).relative_to(self._root).as_posix()
             prefix = "" if relative == "." else f"{relative}/"
             if relative != (package.name or ".") and any(name.lower().endswith(XML_SUFFIXES) for name in names):
                 folders.clear()
                 continue
-            folders.sort()
-            self._images += [prefix + name for name in sorted(names) if may_be_image(name)]
+            self._images += [prefix + name for name in names if may_be_image(name)]
 
     def articles(self) -> Iterable[ArticleFiles]:
         """Yield the articles of the package."""
@@ -154,6 +156,10 @@ class FolderArchive:
     def read(self, name: str) -> bytes:
         """Return the bytes of a file. Raises SourceError."""
         return read_regular_file(self._root / name, self._root)
+
+
+def _ignore(error: OSError) -> None:
+    """Skip a folder that cannot be listed."""
 
 
 def read_regular_file(path: Path, root: Path) -> bytes:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bclip_fast.io.folders import Listing
+
 from .articles import ARCHIVE_SUFFIXES, UNREAD_SUFFIXES, XML_SUFFIXES, ArticleArchive, FolderArchive, Package
 from .image_formats import suffix_of
 from .tar_archives import XMLS_PER_UNIT, num_articles, open_archive
@@ -18,25 +20,27 @@ _OTHER_ARCHIVE = "archive of a format that is not read; make a tar of it"
 def discover(root: Path) -> Iterator[Package]:
     """Yield all packages of the tree under `root`. Their order depends only on the names.
 
+    Hidden files and folders are left out, and their number is logged at the end.
+
     A package of kind "unread" is a folder or archive that gives no article. It is a link to a folder, or an archive of
     another format. Or it is a folder that cannot be listed, or that has images without an article.
     Archives and images in the folder of an article, or below it, belong to that article.
     """
     folders_of_articles: set[str] = set()
     failures: list[OSError] = []
-    for folder, folders, names in os.walk(root, onerror=failures.append):
+    listing = Listing(root)
+    for folder, folders, names in listing.walk(onerror=failures.append):
         yield from _unlisted(root, failures)
-        folders.sort()
         relative = Path(folder).relative_to(root).as_posix()
         prefix = "" if relative == "." else f"{relative}/"
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):
                 yield _unread(root, prefix + name, _link_problem(Path(folder, name), root))
-        xml_names = sorted(prefix + name for name in names if name.lower().endswith(XML_SUFFIXES))
+        xml_names = [prefix + name for name in names if name.lower().endswith(XML_SUFFIXES)]
         for start in range(0, len(xml_names), _XMLS_PER_PACKAGE):
             items = tuple(xml_names[start : start + _XMLS_PER_PACKAGE])
             yield Package("folder", str(root), prefix.rstrip("/"), items)
-        for name in sorted(names):
+        for name in names:
             if name.lower().endswith(ARCHIVE_SUFFIXES):
                 count = num_articles(Path(folder, name), root)
                 for first in range(0, count, XMLS_PER_UNIT) if count else (-1,):
@@ -44,13 +48,14 @@ def discover(root: Path) -> Iterator[Package]:
         if xml_names or (os.path.dirname(prefix.rstrip("/")) in folders_of_articles and relative != "."):
             folders_of_articles.add(prefix.rstrip("/"))
             continue
-        for name in sorted(names):
+        for name in names:
             if name.lower().endswith(UNREAD_SUFFIXES):
                 yield _unread(root, prefix + name, _OTHER_ARCHIVE)
         num_images = sum(bool(suffix_of(name)) for name in names)
         if num_images:
             yield _unread(root, prefix.rstrip("/") or ".", f"images without an article: {num_images} files")
     yield from _unlisted(root, failures)
+    listing.log()
 
 
 def is_archive(name: str) -> bool:

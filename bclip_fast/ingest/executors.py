@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,8 +84,12 @@ def num_cores() -> int:
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yield a temporary folder for the unfinished files of a task."""
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".") as folder:
-        yield Path(folder)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix="."))
+    try:
+        yield folder
+    finally:
+        # TemporaryDirectory would raise RecursionError without permission to delete.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import html
 import logging
+import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -246,19 +247,15 @@ def _token_counter(path: str) -> Callable[[str], int]:
     It repairs the text as training does (ftfy, HTML entities).
 
     Args:
-        path: a `tokenizer.json`, or the `vocab.txt` of an uncased BERT.
+        path: a `tokenizer.json` or a BERT's `vocab.txt`, with its settings beside it.
     """
     import ftfy
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-    if path.endswith(".json"):
-        tokenizer = Tokenizer.from_file(path)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    else:
-        tokenizer = Tokenizer(models.WordPiece.from_file(path, unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    from bclip_fast.model import tokenizer_files
+
+    tokenizer = tokenizer_files.read(pathlib.Path(path)).fast
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     special = 2 - len(tokenizer.encode("").ids)
     return lambda text: special + len(tokenizer.encode(html.unescape(html.unescape(ftfy.fix_text(text)))).ids)
 

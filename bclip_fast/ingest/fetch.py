@@ -84,7 +84,7 @@ def fetch(config: FetchConfig) -> int:
     num_fetched = num_unchanged = num_failed = 0
     try:
         with (
-            replacing(config.out / "rejects.jsonl", shared=True) as partial,
+            replacing(config.out / "rejects.jsonl") as partial,
             partial.open("w", encoding="utf-8") as rejects,
             track("articles", transient=True) as advance,
         ):

@@ -88,11 +88,10 @@ def write_part(folder: str, number: int, events: Iterator[Event]) -> None:
     """Write a part atomically."""
     images_path, rows_path = part_paths(folder, number)
     images_path.parent.mkdir(parents=True, exist_ok=True)
-    # A worker of a killed run may still be alive, so each process uses its own partial names. The images are renamed
-    # before the rows: the rows file says that both are complete.
+    # The images are renamed before the rows: the rows file says that both are complete.
     with (
-        replacing(rows_path, shared=True) as rows_partial,
-        replacing(images_path, shared=True) as images_partial,
+        replacing(rows_path) as rows_partial,
+        replacing(images_path) as images_partial,
         images_partial.open("wb") as images,
         rows_partial.open("wb") as rows,
     ):

@@ -20,6 +20,7 @@ import itertools
 import json
 import re
 import urllib.parse
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -258,16 +259,18 @@ def select(store: Store, *, ids: Path | None, inventory: str, prefix: str) -> It
 
 def _ids(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read: {error}") from None
     items: dict[str, None] = {}
-    for line in lines:
-        if not (match := _ITEM.fullmatch(line)):
-            raise SourceError(
-                f"{path}: {line[:40]!r} is not the id of an article; write one id a line, PMC123 or PMC123.1"
-            )
-        items["PMC" + match.group(1) + (f".{match.group(2)}" if match.group(2) else "")] = None
+    for number, line in enumerate(lines, 1):
+        for word in line.split():
+            if not (match := _ITEM.fullmatch(word)):
+                raise SourceError(
+                    f"{path}, line {number}: {word[:40]!r} is not the id of an article; write one id a line, PMC123 or "
+                    "PMC123.1"
+                )
+            items["PMC" + match.group(1) + (f".{match.group(2)}" if match.group(2) else "")] = None
     yield from items
 
 
@@ -282,7 +285,7 @@ def _inventory_keys(store: Store, inventory: str) -> Iterator[str]:
     if inventory != "latest":
         try:
             with open(inventory, "rb") as file:
-                yield from _csv_keys(file)
+                yield from _csv_keys(file, inventory)
         except OSError as error:
             raise SourceError(f"{inventory}: cannot be read: {error}") from None
         return
@@ -295,14 +298,24 @@ def _inventory_keys(store: Store, inventory: str) -> Iterator[str]:
     except (ValueError, KeyError, TypeError):
         raise SourceError(f"{manifests[-1]}: broken manifest") from None
     for key, md5 in files:
-        yield from _csv_keys(io.BytesIO(store.read(key, md5, _MAX_INVENTORY_BYTES)))
+        yield from _csv_keys(io.BytesIO(store.read(key, md5, _MAX_INVENTORY_BYTES)), key)
 
 
-def _csv_keys(file: IO[bytes]) -> Iterator[str]:
-    """Yield the keys of an S3 inventory: rows `bucket, key, ...` without a header, where keys are percent-encoded."""
+def _csv_keys(file: IO[bytes], name: str) -> Iterator[str]:
+    """Yield the keys of an S3 inventory: rows `bucket, key, ...` without a header, where keys are percent-encoded.
+
+    Raises:
+        SourceError: a row without a key, with its line number, or a file that is not CSV. name: the file, for errors.
+    """
     start = file.read(2)
     file.seek(0)
     content: Any = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
-    for row in csv.reader(io.TextIOWrapper(content, "utf-8")):
-        if len(row) > 1:
-            yield urllib.parse.unquote_plus(row[1])
+    rows = csv.reader(io.TextIOWrapper(content, "utf-8-sig"), strict=True)
+    try:
+        for row in rows:
+            if len(row) > 1:
+                yield urllib.parse.unquote_plus(row[1])
+            elif row:
+                raise SourceError(f"{name}, line {rows.line_num}: no key; a row of an inventory is bucket,key,...")
+    except (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"{name}, line {rows.line_num + 1}: not an inventory in CSV: {error}") from None

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from bclip_fast.io import stand_ins
+from bclip_fast.io.folders import is_hidden_path
+
 from .articles import (
     ARCHIVE_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -51,7 +54,7 @@ def num_articles(path: Path, root: Path) -> int:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 count = 0
                 for number, info in enumerate(tar):
-                    count += info.name.lower().endswith(XML_SUFFIXES)
+                    count += info.name.lower().endswith(XML_SUFFIXES) and not is_hidden_path(info.name)
                     tar.members = []  # type: ignore[attr-defined]
                     if number > MAX_ARCHIVE_MEMBERS:
                         return 0
@@ -63,9 +66,11 @@ def num_articles(path: Path, root: Path) -> int:
 @contextmanager
 def open_archive(package: Package) -> Iterator[ArticleArchive]:
     """Open an archive. Raises SourceError if it is truncated, corrupt or too large."""
+    start = b"?"
     try:
         with open_regular_file(Path(package.root, package.name), Path(package.root)) as file:
-            is_compressed = file.read(2) == b"\x1f\x8b"
+            start = file.read(stand_ins.NUM_BYTES)
+            is_compressed = start.startswith(b"\x1f\x8b")
             file.seek(0)
             if not is_compressed:
                 yield _TarArchive(_BoundedStream(file, os.fstat(file.fileno()).st_size), package)
@@ -74,6 +79,8 @@ def open_archive(package: Package) -> Iterator[ArticleArchive]:
                 _decompress(file, content)
                 yield _TarArchive(_BoundedStream(content, MAX_ARCHIVE_BYTES), package)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if reason := stand_ins.describe(start):
+            raise SourceError(f"broken archive: the file {reason}") from None
         raise SourceError(f"broken archive: {error}") from None
 
 
@@ -116,6 +123,7 @@ class _TarArchive:
         # (offset, size) by name. If a name repeats, the last member counts, as for tar.
         self._members: dict[str, tuple[int, int]] = {}
         self._archives: list[str] = []
+        self._num_hidden = 0
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for number, info in enumerate(tar):
                 if number >= MAX_ARCHIVE_MEMBERS:
@@ -133,6 +141,9 @@ class _TarArchive:
         member = f"{self._package.name}/{info.name.removeprefix('./')}"
         lower = info.name.lower()
         if info.isdir():
+            return
+        if is_hidden_path(info.name):
+            self._num_hidden += 1
             return
         if lower.endswith(ARCHIVE_SUFFIXES + UNREAD_SUFFIXES):
             self._archives.append(member)
@@ -164,6 +175,8 @@ class _TarArchive:
         images = assign_images(xml_names, sorted(set(self._members) - set(xml_names)))
         if self._package.first <= 0:
             self.refused += self._unread_archives(images)
+            if self._num_hidden:
+                self.refused.append(("", self._package.name, f"hidden files left out: {self._num_hidden}"))
         if not xml_names:
             self.refused.append(("", self._package.name, "no article in the package"))
         first = self._package.first

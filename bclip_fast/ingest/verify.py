@@ -13,6 +13,7 @@ import tyro
 
 from bclip_fast.data.shards import verify as shards
 from bclip_fast.errors import first_line
+from bclip_fast.io import stand_ins
 
 from .duplicates import near_pairs
 from .parts import SPLITS
@@ -24,10 +25,14 @@ class VerifyConfig:
 
     dataset: tyro.conf.Positional[Path]
     """Folder that `bclip ingest build` wrote."""
+    add_checksums: bool = False
+    """First add checksums to a dataset of an earlier release, which has none."""
 
 
 def run(config: VerifyConfig) -> int:
     """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
+    if config.add_checksums and not shards.add_checksums(config.dataset):
+        print(f"{config.dataset}: has checksums already")
     problems = verify(config.dataset)
     for problem in problems:
         print(problem)
@@ -56,6 +61,9 @@ def _verify_ingest(root: Path, recorded: dict[str, Any]) -> list[str]:
         table = pq.read_table(root / "manifest.parquet", columns=["article", "split", "phash", "source_sha256"])
         rejects = pq.read_table(root / "rejects.parquet", columns=["reason"])["reason"].to_pylist()
     except (OSError, pa.ArrowException) as error:
+        for name in ("manifest.parquet", "rejects.parquet"):
+            if reason := stand_ins.of_file(root / name):
+                return [f"{name} {reason}"]
         return [f"manifest.parquet or rejects.parquet: cannot be read: {first_line(error)}"]
     articles, splits, phashes, sources = (column.to_pylist() for column in table.columns)
     problems = []

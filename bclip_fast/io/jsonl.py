@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 class JsonLinesWriter:
     """Appends JSON objects to a file, one a line. The first line creates the file. Threads may share a writer.
 
-    Lines that a full disk refuses wait in memory for the next write. The first refusal logs a warning.
+    An incomplete last line, which a killed process left, is removed before the first line is written. Lines that a full
+    disk refuses wait in memory for the next write. The first refusal logs a warning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,20 +33,52 @@ class JsonLinesWriter:
         with self._lock:
             quiet = bool(self._waiting)
             self._waiting += json.dumps(record).encode() + b"\n"
-            try:
-                if self._descriptor < 0:
-                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-                while self._waiting:
-                    self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
-            except OSError as error:
-                if not quiet:
-                    log.warning("%s cannot be written: %s; its lines wait in memory", self._path, error)
+            if (problem := self._write_waiting()) and not quiet:
+                log.warning("%s cannot be written: %s; its lines wait in memory", self._path, problem)
+
+    def _write_waiting(self) -> str:
+        """Write the waiting lines. Return the reason if some of them still wait."""
+        try:
+            if self._descriptor < 0:
+                self._descriptor = _open(self._path)
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def close(self) -> None:
-        """Close the file. The next write opens it again."""
+        """Close the file. The next write opens it again. A warning names the number of lines that are lost."""
+        if self._waiting and (problem := self._write_waiting()):
+            num_lost = self._waiting.count(b"\n")
+            log.warning("%s cannot be written: %s; its last %d lines are lost", self._path, problem, num_lost)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _open(path: Path) -> int:
+    """Open a file to append lines, and remove an incomplete last line."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        _remove_incomplete_line(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_incomplete_line(descriptor: int) -> None:
+    size = end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
 
 
 def truncate_after_step(path: Path, last_step: int) -> None:

@@ -195,7 +195,10 @@ def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
 
 def _read_timm_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionConfig:
     name = section.take("timm_model_name")
-    section.expect("timm_pool", "avg", "", "token")
+    # A missing key means the mean of all patches. Both other values mean the class token, which our tower reads.
+    pool = section.take("timm_pool", "avg")
+    if pool not in ("", "token"):
+        raise UserError(f"{CONFIG_FILE}: vision_cfg.timm_pool={pool!r} must be '' or 'token', for the class token")
     section.expect("timm_proj", "linear")
     section.expect("timm_proj_bias", False)
     section.take("timm_model_pretrained", None)

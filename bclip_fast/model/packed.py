@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bclip_fast.ops.attention.sdpa import owners
+from bclip_fast.ops.dispatch import is_exporting
+
 
 class Packed(NamedTuple):
     """The tokens of n captions, one after another.
@@ -45,10 +48,12 @@ class Packed(NamedTuple):
     @property
     def owners(self) -> Tensor:
         """(T,) int64: the caption that each token belongs to."""
+        if is_exporting():
+            return owners(torch.arange(self.ids.shape[0], device=self.ids.device), self.cu_seqlens)
         captions = torch.arange(len(self.cu_seqlens) - 1, device=self.ids.device)
         return captions.repeat_interleave(self.lengths, output_size=len(self.ids))
 
     @property
     def positions(self) -> Tensor:
         """(T,) int64: each token's position in its caption, from 0."""
-        return torch.arange(len(self.ids), device=self.ids.device) - self.cu_seqlens[self.owners]
+        return torch.arange(self.ids.shape[0], device=self.ids.device) - self.cu_seqlens[self.owners]

@@ -164,7 +164,7 @@ class AttentionPool(nn.Module):
         x = (torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.pos_embed).to(x.dtype)
         tokens = x.shape[1]
         x = x.flatten(0, 1)
-        return attend(self.qkv, self.heads, x, Sequences(tokens), torch.arange(0, len(x), tokens, device=x.device))
+        return attend(self.qkv, self.heads, x, Sequences(tokens), torch.arange(0, x.shape[0], tokens, device=x.device))
 
 
 class ResNetTower(Tower):

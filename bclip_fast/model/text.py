@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bclip_fast.errors import UserError
 from bclip_fast.ops import linear
+from bclip_fast.ops.dispatch import is_exporting
 
 from .packed import Packed
 from .transformer import (
@@ -151,20 +152,27 @@ class BertTower(Tower):
             return self.proj(text.states)
         check_text(text, self.config.max_positions)
         if isinstance(text, Packed):
-            positions = text.positions
+            ids, positions, sequences = text.ids, text.positions, Sequences(text.max_seqlen, text.cu_seqlens)
+            first_rows = text.cu_seqlens[:-1].long()
+        elif is_exporting() and not tokens:
+            # A graph for export keeps the padding: the number of other tokens isn't a size that it knows.
+            columns = torch.arange(text.shape[1], device=text.device).expand_as(text)
+            kept = (text != self.config.pad_id) | (columns == 0)
+            ids, positions, sequences = text.flatten(), columns.flatten(), Sequences(text.shape[1], key_mask=kept)
+            first_rows = torch.arange(text.shape[0], device=text.device) * text.shape[1]
         else:
             kept = text != self.config.pad_id
             kept[:, :1] = True
-            text, positions = pack(text, kept)
+            packed, positions = pack(text, kept)
+            ids, sequences = packed.ids, Sequences(packed.max_seqlen, packed.cu_seqlens)
+            first_rows = packed.cu_seqlens[:-1].long()
         # Token types are always 0, but their module looks row 0 up: ZeRO-3 gathers a parameter only where its own
         # module runs.
-        x = self.word_embeddings(text.ids) + self.position_embeddings(positions)
-        x = x + self.token_type_embeddings(torch.zeros_like(positions[:1]))
+        x = self.word_embeddings(ids) + self.position_embeddings(positions)
+        x = x + self.token_type_embeddings(positions.new_zeros(1))
         normed, stream = self.embedding_norm(x, post=True)
         stream = self.dropout(stream)
         normed = stream.to(normed.dtype)
-        sequences = Sequences(text.max_seqlen, text.cu_seqlens)
-        first_rows = text.cu_seqlens[:-1].long()
         for layer in self.layers:
             rows = first_rows if layer is self.layers[-1] and not tokens else None
             normed, stream = self.run_layer(layer, normed, stream, sequences, rows)
@@ -207,15 +215,23 @@ class GptTower(Tower):
         if isinstance(text, PreProjection):
             return linear(text.states, self.projection.T)
         check_text(text, self.config.context_length)
-        if isinstance(text, Tensor):
-            # Causal attention never reads what comes after the end token.
-            end = self._end_score(text).argmax(dim=-1, keepdim=True)
-            text = pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
-        stream: Tensor = self.token_embedding(text.ids) + self.pos_embed[text.positions]
+        if isinstance(text, Tensor) and is_exporting():
+            columns = torch.arange(text.shape[1], device=text.device)
+            end_rows = torch.arange(text.shape[0], device=text.device) * text.shape[1]
+            end_rows = end_rows + self._end_score(text).argmax(dim=-1)
+            ids, positions = text.flatten(), columns.expand_as(text).flatten()
+            sequences = Sequences(text.shape[1], causal=True)
+        else:
+            if isinstance(text, Tensor):
+                # Causal attention never reads what comes after the end token.
+                end = self._end_score(text).argmax(dim=-1, keepdim=True)
+                text = pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
+            ids, positions, end_rows = text.ids, text.positions, self._end_rows(text)
+            sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
+        stream: Tensor = self.token_embedding(ids) + self.pos_embed[positions]
         branch: Tensor | None = None
-        sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
         for layer in self.layers:
-            rows = self._end_rows(text) if layer is self.layers[-1] else None
+            rows = end_rows if layer is self.layers[-1] else None
             stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
         return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
 
@@ -226,11 +242,12 @@ class GptTower(Tower):
     def _end_rows(self, text: Packed) -> Tensor:
         """(n,) int64: the row of each caption's first token with the highest score."""
         scores, owners = self._end_score(text.ids), text.owners
-        row_numbers = torch.arange(len(text.ids), device=text.ids.device)
+        num_rows = text.ids.shape[0]
+        row_numbers = torch.arange(num_rows, device=text.ids.device)
         zeros = torch.zeros_like(text.cu_seqlens[1:], dtype=torch.int64)
         highest = zeros.scatter_reduce(0, owners, scores, "amax", include_self=False)[owners]
-        no_row = torch.full_like(zeros, len(row_numbers))
-        candidates = torch.where(scores == highest, row_numbers, len(row_numbers))
+        no_row = torch.full_like(zeros, num_rows)
+        candidates = torch.where(scores == highest, row_numbers, num_rows)
         return no_row.scatter_reduce(0, owners, candidates, "amin")
 
 

@@ -1,4 +1,4 @@
-"""WordPiece token ids from the `tokenizers` library, identical to those of Hugging Face's BertTokenizer.
+"""Token ids from the `tokenizers` library, identical to those of transformers' tokenizers.
 
 open_clip cleans a text before it tokenizes it: ftfy, HTML entities, white space. BiomedCLIP was trained on such text,
 in which curly quotes are straight. `clean` does the same. It changes the ids of 5 to 10 % of the captions of PMC
@@ -18,14 +18,15 @@ from typing import Any
 import ftfy
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import trainers
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 
+from . import tokenizer_files
 from .packed import Packed
-
-PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+from .special_tokens import DEFAULTS, SpecialTokens
 
 # ftfy and html don't change printable ASCII without entities, so most captions skip their cost.
 _NEEDS_REPAIR = re.compile(r"[^\t\n\r -~]|&")
@@ -45,17 +46,26 @@ class Tokenizer:
         context_length: number of tokens to which captions are truncated and padded.
         vocab_size: number of tokens. Every id is below it.
         pad_id: the id that fills a row after its last token.
+        special: the special tokens by their role, such as `pad_token`.
     """
 
-    def __init__(self, fast: FastTokenizer, context_length: int = 256) -> None:
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        context_length: int = 256,
+        special: SpecialTokens | None = None,
+    ) -> None:
+        """special: BERT's by default, as far as the vocabulary has them."""
         self.context_length = _checked_length(context_length)
         self.fast = fast
+        self.special = DEFAULTS if special is None else special
         # This class truncates and pads. The library would keep both as state that threads share.
         self.fast.no_truncation()
         self.fast.no_padding()
         self.vocab_size: int = 1 + max(fast.get_vocab(with_added_tokens=True).values(), default=-1)
+        pad = self.special.get("pad_token")
         # CLIP's byte-pair tokenizer doesn't have a padding token, and open_clip fills its rows with 0.
-        self.pad_id: int = fast.token_to_id(PAD) or 0
+        self.pad_id: int = (fast.token_to_id(pad.content) if pad else 0) or 0
         if len(fast.encode("").ids) != 2:
             raise UserError("the tokenizer doesn't add start and end tokens; its file needs a post_processor")
 
@@ -81,24 +91,29 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_file(cls, path: Path | str, context_length: int = 256) -> Tokenizer:
-        """Load a `tokenizer.json` or a BERT `vocab.txt` (uncased, like PubMedBERT's).
+    def from_file(cls, path: Path | str, context_length: int | None = None) -> Tokenizer:
+        """Load a `tokenizer.json` or a BERT's `vocab.txt`, with the settings in its folder (see `tokenizer_files`).
+
+        Args:
+            context_length: 256 by default, or the settings' limit if that is lower.
 
         Raises:
-            UserError: the file can't be read or isn't a tokenizer.
+            UserError: a file can't be read or isn't a tokenizer, a setting isn't supported, or context_length is above
+                the limit in the settings.
         """
-        path = Path(path)
-        if path.suffix == ".txt":
-            return cls(_wordpiece(_read_vocabulary(path)), context_length)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"tokenizer file {path} cannot be read: {error}") from error
-        try:
-            fast = FastTokenizer.from_str(text)
-        except Exception as error:  # the library doesn't raise a narrower type
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from error
-        return cls(fast, context_length)
+        files = tokenizer_files.read(Path(path))
+        if context_length is None:
+            context_length = min(256, files.max_length or 256)
+        elif files.max_length is not None and context_length > files.max_length:
+            raise UserError(
+                f"{path} is made for {files.max_length} tokens (model_max_length of its settings), fewer than the "
+                f"context length {context_length}; set that to {files.max_length}, or correct the settings"
+            )
+        return cls(files.fast, context_length, files.special)
+
+    def with_context_length(self, context_length: int) -> Tokenizer:
+        """Return the same tokenizer with another context length."""
+        return type(self)(self.fast, context_length, self.special)
 
     @classmethod
     def train(
@@ -111,56 +126,46 @@ class Tokenizer:
         """
         if vocab_size < 15:
             raise UserError(f"vocab_size={vocab_size} must be at least 15")
-        fast = _wordpiece({})
+        fast = tokenizer_files.wordpiece({}, DEFAULTS)
         texts = [clean(caption) for caption in captions]
+        special = [token.content for token in DEFAULTS.values()]
         initial, continuing = _characters(fast, texts, at_most=vocab_size // 3)
         # By default the library numbers continuing characters in the order of a hash table and breaks ties by these
         # numbers. It also lets the characters exceed the vocabulary's size. Naming them makes every run equal.
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
-            special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in continuing)],
+            special_tokens=[*special, *(f"##{character}" for character in continuing)],
             initial_alphabet=initial,
             limit_alphabet=len(initial),
             show_progress=False,
         )
         fast.train_from_iterator(texts, trainer)
         vocabulary = fast.get_vocab()
-        if len(vocabulary) <= len(SPECIAL_TOKENS):
+        if len(vocabulary) <= len(special):
             raise UserError("the captions hold no text to learn a vocabulary from")
-        return cls(_wordpiece(vocabulary), context_length)
+        return cls(tokenizer_files.wordpiece(vocabulary, DEFAULTS), context_length)
 
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.fast.save(str(folder / "tokenizer.json"))
-        special = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+        write_text(folder / "tokenizer.json", self.fast.to_str(pretty=True))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
         }
-        config |= {name: token for name, token in special.items() if self.fast.token_to_id(token) is not None}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config |= {
+            name: token.content
+            for name, token in self.special.items()
+            if name.endswith("_token") and self.fast.token_to_id(token.content) is not None
+        }
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _checked_length(context_length: int) -> int:
     if context_length < 2:
         raise UserError(f"context_length={context_length} must be at least 2")
     return context_length
-
-
-def _wordpiece(vocabulary: dict[str, int]) -> FastTokenizer:
-    """BERT's uncased pipeline around a vocabulary, as transformers' BertTokenizer builds it."""
-    model = models.WordPiece(vocabulary, unk_token=UNK, max_input_chars_per_word=100)
-    fast = FastTokenizer(model)
-    fast.normalizer = normalizers.BertNormalizer(lowercase=True)
-    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    fast.decoder = decoders.WordPiece(prefix="##")
-    if vocabulary:
-        fast.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
-        fast.post_processor = processors.BertProcessing((SEP, vocabulary[SEP]), (CLS, vocabulary[CLS]))
-    return fast
 
 
 def _characters(fast: FastTokenizer, texts: list[str], at_most: int) -> tuple[list[str], list[str]]:
@@ -173,17 +178,3 @@ def _characters(fast: FastTokenizer, texts: list[str], at_most: int) -> tuple[li
             continuing.update(word[1:])
     frequent = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:at_most])
     return frequent, [character for character in frequent if character in continuing]
-
-
-def _read_vocabulary(path: Path) -> dict[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"vocabulary file {path} cannot be read: {error}") from error
-    if lines and not lines[-1]:
-        lines.pop()
-    vocabulary = {line.rstrip("\r"): index for index, line in enumerate(lines)}
-    missing = [token for token in (PAD, UNK, CLS, SEP) if token not in vocabulary]
-    if missing:
-        raise UserError(f"vocabulary file {path} lacks {', '.join(missing)}; it isn't a BERT vocab.txt")
-    return vocabulary

@@ -56,6 +56,27 @@ _BERT_FIXED: Json = {
     "type_vocab_size": 2,
     "layer_norm_eps": BERT_NORM_EPS,
 }
+# Settings of a ViT -> the values that our ViT has. The first is the library's default.
+_VIT_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu",),
+    # google's ViTs were trained with 1e-6, although their files leave it at 1e-12.
+    "layer_norm_eps": (1e-12, VIT_NORM_EPS),
+    "qkv_bias": (True,),
+    "num_channels": (3,),
+    "hidden_dropout_prob": (0.0,),
+    "attention_probs_dropout_prob": (0.0,),
+}
+_TIMM_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "in_chans": (3,),
+    "global_pool": ("token", ""),
+    "class_token": (True,),
+    "qkv_bias": (True,),
+    **dict.fromkeys(
+        ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), (0.0,)
+    ),
+}
+# Arguments that concern the head or the initial weights, which our tower doesn't take over.
+_TIMM_UNREAD = ("num_classes", "weight_init", "fix_init", "strict_img_size", "dynamic_img_size")
 _BERT_ASSUMED: Json = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
@@ -100,16 +121,35 @@ def vit_heads(content: Json, source: str) -> int:
     """Number of attention heads of the ViT in timm's or transformers' config.json. The weights don't show it.
 
     Raises:
-        UserError: the file describes another architecture.
+        UserError: the file describes another architecture, or has a setting that our ViT lacks.
     """
     if content.get("model_type") == "vit":
-        if content.get("hidden_act", "gelu") != "gelu":
-            raise UserError(f"{source}: hidden_act={content['hidden_act']!r} must be 'gelu'")
+        _refuse_code(content, source)
+        _check_settings(content, _VIT_SETTINGS, source)
         return content.get("num_attention_heads", 12)
     name = content.get("architecture")
     if name not in TIMM_MODELS:
         raise UserError(f"{source} describes {content.get('model_type', name)!r}; it must describe a plain ViT")
-    return (content.get("model_args") or {}).get("num_heads", TIMM_MODELS[name].heads)
+    arguments = content.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise UserError(f"{source}: model_args={arguments!r} must be a table")
+    unknown = arguments.keys() - {*_TIMM_ARGUMENTS, *_TIMM_SETTINGS, *_TIMM_UNREAD}
+    if unknown:
+        raise UserError(f"{source}: model_args has unsupported keys: {', '.join(sorted(unknown))}")
+    _check_settings({**content, **arguments}, _TIMM_SETTINGS, source)
+    return arguments.get("num_heads", TIMM_MODELS[name].heads)
+
+
+def _check_settings(content: Json, supported: dict[str, tuple[Any, ...]], source: str) -> None:
+    for name, values in supported.items():
+        if content.get(name, values[0]) not in values:
+            raise UserError(f"{source}: {name}={content[name]!r} must be {' or '.join(map(repr, values))}")
+
+
+def _refuse_code(content: Json, source: str) -> None:
+    """Raise UserError if the file names its own code for the model: its settings then have another meaning."""
+    if content.get("auto_map"):
+        raise UserError(f"{source}: auto_map={content['auto_map']!r} names code of the checkpoint, which is never run")
 
 
 def bert_config(text: TextConfig) -> Json:
@@ -128,6 +168,7 @@ def read_bert_config(content: Json, source: str) -> TextConfig:
     Raises:
         UserError: our BERT can't express it. The message names `source`.
     """
+    _refuse_code(content, source)
     for key, value in {**_BERT_FIXED, **_BERT_ASSUMED}.items():
         if content.get(key, value) != value or (key == "model_type" and key not in content):
             raise UserError(f"{source}: {key}={content.get(key)!r} must be {value!r}")

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bclip_fast.errors import UserError
 from bclip_fast.ops import add_norm, fused_attention, gelu, linear, single_query_attention, varlen_attention
+from bclip_fast.ops.attention import sdpa
+from bclip_fast.ops.dispatch import is_exporting
 
 # A checkpoint's configuration is untrusted. These bounds keep it from requesting absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -63,17 +65,20 @@ class Sequences(NamedTuple):
 
     cu_seqlens: (n + 1,) int32 as in `ops.varlen_attention`, or None if every sequence has max_seqlen tokens.
     causal: a token attends only to itself and to those before it.
+    key_mask: (n, max_seqlen) bool, True for a token that others attend to. Only without cu_seqlens, and only in graphs
+        for export, which can't remove the padding.
     """
 
     max_seqlen: int
     cu_seqlens: Tensor | None = None
     causal: bool = False
+    key_mask: Tensor | None = None
 
     def attend(self, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Attention of every token: (T, 3, H, d) -> (T, H * d)."""
         if self.cu_seqlens is None:
             qkv = qkv.unflatten(0, (-1, self.max_seqlen))
-            return fused_attention(qkv, causal=self.causal, dropout_p=dropout_p).flatten(0, 1).flatten(1)
+            return fused_attention(qkv, self.key_mask, causal=self.causal, dropout_p=dropout_p).flatten(0, 1).flatten(1)
         return varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, causal=self.causal, dropout_p=dropout_p).flatten(
             1
         )
@@ -81,6 +86,12 @@ class Sequences(NamedTuple):
     def attend_from(self, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Attention of one token of each sequence, rows (n,): (n, H, d) and (T, 2, H, d) -> (n, H * d)."""
         cu_seqlens, step = self.cu_seqlens, self.max_seqlen
+        if cu_seqlens is None and is_exporting() and dropout_p == 0.0:
+            visible = self.key_mask
+            if self.causal:
+                before = torch.arange(step, device=rows.device) <= (rows % step)[:, None]
+                visible = before if visible is None else visible & before
+            return sdpa.single_query_dense(query, key_value.unflatten(0, (-1, step)), visible).flatten(1)
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
         attended = single_query_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)

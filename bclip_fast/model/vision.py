@@ -237,14 +237,14 @@ class VisionTower(Tower):
             # Nothing reads the graphs' previous outputs any more, except copies that the head made.
             torch.compiler.cudagraph_mark_step_begin()
         x = self.patch_embed(image)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         if self.training and self.patch_dropout:
             x = drop_patches(x, self.patch_dropout)
         sequences = Sequences(x.shape[1])
         stream, branch = x.flatten(0, 1), None
         if self.pre_norm is not None:
             stream = self.pre_norm(stream, post=True)[1]
-        cls_rows = torch.arange(0, len(stream), x.shape[1], device=x.device)
+        cls_rows = torch.arange(0, stream.shape[0], x.shape[1], device=x.device)
         for layer in self.layers:
             rows = cls_rows if layer is self.layers[-1] and not tokens else None
             stream, branch = self.run_layer(layer, stream, branch, sequences, rows)

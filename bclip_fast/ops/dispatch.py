@@ -29,6 +29,9 @@ from .dtypes import dtype_name
 
 log = logging.getLogger(__name__)
 
+# torch 2.6 doesn't have this function.
+_records_export: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 # Backends that are compiled for the device, so a new device, driver or compiler may break them.
 _CHECKED = ("triton", "cuda")
 
@@ -105,6 +108,29 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested = previous
+
+
+def is_exporting(backend: str = "auto") -> bool:
+    """Whether another program will run this call: torch.export, torch.onnx.export or torch.jit.trace records it.
+
+    The operators then run as plain torch operations, which every such program knows, for any shape. A named backend,
+    `use_backend` and BCLIP_BACKEND keep our operators in the graph.
+
+    Raises:
+        BackendError: torch.onnx.export with dynamo=False. Its graphs give wrong embeddings or take one batch size only.
+    """
+    if backend != "auto" or _requested != "auto" or _explaining:
+        return False
+    if torch.jit.is_tracing():
+        if torch.onnx.is_in_onnx_export():
+            raise BackendError("torch.onnx.export(dynamo=False) isn't supported: pass dynamo=True")
+        return True
+    return _records_export()
+
+
+def requested() -> str:
+    """The backend that `use_backend` or BCLIP_BACKEND names for all operators, or "auto"."""
+    return _requested
 
 
 def why_not(limits: Limits, name: str, *inputs: object) -> str | None:

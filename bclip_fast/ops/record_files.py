@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import replacing
 
 from .backend_names import BACKENDS
@@ -63,6 +64,7 @@ def load(path: Path) -> Record:
     except OSError as error:
         raise UserError(f"tuning record {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
+        stand_ins.refuse(path)
         raise UserError(f"tuning record {path} is damaged: {error}") from error
     try:
         if data["schema"] != SCHEMA:
@@ -82,7 +84,7 @@ def save(record: Record, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path, shared=True) as partial:
+    with replacing(path) as partial:
         partial.write_text(to_text(to_json(record)), encoding="utf-8")
 
 

@@ -14,21 +14,23 @@ from torch import Tensor
 
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import replacing
+from bclip_fast.io.atomic import replacing_files, write_text
 from bclip_fast.io.hashing import sha256
-from bclip_fast.model import open_clip_config, tower_config, weights
+from bclip_fast.io.json_files import read_object
+from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.open_clip_config import CONFIG_FILE
 from bclip_fast.model.safe_load import read_checkpoint
+from bclip_fast.model.special_tokens import DEFAULTS
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
-from .sources import Hub, Source, hub_json, read_json, source_of
+from . import model_card
+from .sources import Hub, Source, hub_json, source_of, tokenizer_file
 
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # SHA-256 of PubMedBERT's vocab.txt: one token per line, in the order of the ids.
@@ -58,8 +60,8 @@ def load(
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     source = source_of(name_or_path)
-    content = read_json(source.get([CONFIG_FILE]))
-    config = open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
+    content = read_object(source.get([CONFIG_FILE]))
+    config = open_clip_config.read(content, lambda path: read_object(source.get([path])), hub_json)
     preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
     tokenizer = _tokenizer(source, content, config)
     # Check the shapes on the meta device first: a configuration may ask for any amount of memory.
@@ -87,9 +89,9 @@ def load(
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Load only the tokenizer of a checkpoint. Takes the same names as `load`."""
     source = source_of(name_or_path)
-    content = read_json(source.get([CONFIG_FILE]))
+    content = read_object(source.get([CONFIG_FILE]))
     return _tokenizer(
-        source, content, open_clip_config.read(content, lambda path: read_json(source.get([path])), hub_json)
+        source, content, open_clip_config.read(content, lambda path: read_object(source.get([path])), hub_json)
     )
 
 
@@ -107,7 +109,7 @@ def save(
     `text/config.json` describe other sizes. open_clip finds these files if `folder` is the working directory.
 
     Args:
-        folder: created if it is missing. Files of the same name are replaced, the weights last and atomically.
+        folder: created if it is missing. Files of the same name are replaced, all together.
         state_dict: state of the complete model, if the parameters of `model` are sharded over ranks.
 
     Raises:
@@ -119,19 +121,16 @@ def save(
             f"preprocess gives images of {preprocess.config.size} px, but the model takes {config.vision.image_size} px"
         )
     _check_vocabulary(tokenizer, config)
-    folder = Path(folder)
-    files = open_clip_config.write(config, published_tokenizer=_vocabulary_hash(tokenizer) == _PUBMEDBERT_VOCABULARY)
+    files = open_clip_config.write(config, published_tokenizer=_is_pubmedberts(tokenizer))
     files[CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
     state = weights.to_open_clip(model.state_dict() if state_dict is None else state_dict, config)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(folder)
-
     from safetensors.torch import save_file
 
-    with replacing(folder / WEIGHT_FILES[0]) as partial:
-        save_file(state, partial, metadata={"format": "pt"})
+    with replacing_files(Path(folder)) as partial:
+        for name, content in files.items():
+            write_text(partial / name, json.dumps(content, indent=2) + "\n")
+        tokenizer.save(partial)
+        save_file(state, partial / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
@@ -141,23 +140,18 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         text/     BertModel and the tokenizer; a gpt tower becomes CLIPTextModelWithProjection with text_embeds
         projections.safetensors   logit_scale (its logarithm), and text_projection of a BERT, which maps the last
                                   hidden state of the first token: `0.weight`, GELU, `2.weight`, or `weight` only
+        README.md               card with code for both embeddings. transformers' tokenizer doesn't repair captions
+                                  as ours does (`tokenizer.clean`), and the card says how to
 
-    The embeddings are not normalised. Raises OSError or SafetensorError if a file cannot be written.
+    The embeddings are not normalised. Files of the same name are replaced, all together. Raises OSError if a file
+    cannot be written.
     """
     from safetensors.torch import save_file
 
-    folder, config, pixels = Path(folder), model.config, preprocess.config
+    config, pixels = model.config, preprocess.config
     states = weights.to_transformers(model.state_dict(), config)
-    for name, content, state in zip(
-        ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
-    ):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
-    save_file(states[2], folder / "projections.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder / "text")
     square, is_squashed = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
-    content = {
+    processor = {
         "image_processor_type": "CLIPImageProcessor",
         "size": square if is_squashed else {"shortest_edge": pixels.size},
         "do_center_crop": not is_squashed,
@@ -166,7 +160,17 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
         "image_mean": list(pixels.mean),
         "image_std": list(pixels.std),
     }
-    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing_files(Path(folder)) as partial:
+        for name, content, state in zip(
+            ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
+        ):
+            write_text(partial / name / "config.json", json.dumps(content, indent=2) + "\n")
+            save_file(state, partial / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(states[2], partial / "projections.safetensors", metadata={"format": "pt"})
+        tokenizer.save(partial / "text")
+        write_text(partial / "vision" / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+        if model_card.is_replaceable(Path(folder)):
+            model_card.write(partial, config, tokenizer.pad_id)
 
 
 def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
@@ -200,14 +204,15 @@ def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
 
 def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig) -> Tokenizer:
     try:
-        path = source.get(TOKENIZER_FILES)
+        path = tokenizer_file(source)
     except UserError as error:
         name = open_clip_config.tokenizer_name(content)
         if name is None:
             raise UserError(f"{error}; save the tokenizer next to the weights") from error
         log.info("the checkpoint has no tokenizer file; downloading the tokenizer of %s", name)
-        path = Hub(name).get(TOKENIZER_FILES)
-    tokenizer = Tokenizer.from_file(path, context_length=config.text.context_length)
+        path = tokenizer_file(Hub(name))
+    # As in open_clip, the context length of the model counts, not that of the tokenizer's settings.
+    tokenizer = Tokenizer.from_file(path).with_context_length(config.text.context_length)
     _check_vocabulary(tokenizer, config)
     return tokenizer
 
@@ -217,9 +222,19 @@ def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the text tower embeds only {config.text.vocab_size}"
         )
+    if config.text.kind == "bert" and tokenizer.pad_id != config.text.pad_id:
+        raise UserError(
+            f"the tokenizer pads with token {tokenizer.pad_id}, but the text tower ignores token {config.text.pad_id} "
+            "(pad_token_id of its config.json); correct one of them"
+        )
 
 
-def _vocabulary_hash(tokenizer: Tokenizer) -> str:
+def _is_pubmedberts(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer is the published one: its vocabulary and its settings, such as lower case."""
     vocabulary = tokenizer.fast.get_vocab()
     lines = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
-    return sha256(lines)
+    if sha256(lines) != _PUBMEDBERT_VOCABULARY:
+        return False
+    published = tokenizer_files.wordpiece(vocabulary, DEFAULTS)
+    ours, theirs = (json.loads(fast.to_str()) for fast in (tokenizer.fast, published))
+    return all(ours[part] == theirs[part] for part in ("normalizer", "pre_tokenizer"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 
 from . import vqa_head
 
@@ -34,11 +35,21 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
         architecture, _, weights = name.removeprefix("open_clip:").partition("/")
         if architecture not in open_clip.list_models() or not weights:
             raise UserError(f"{name}: use open_clip:ARCHITECTURE/PRETRAINED with an architecture that open_clip lists")
+        # open_clip only warns, and then computes with another activation than the weights were trained with.
+        trained_with = open_clip.pretrained.get_pretrained_cfg(architecture, weights)
+        quick = (open_clip.get_model_config(architecture) or {}).get("quick_gelu", False)
+        if trained_with and trained_with.get("quick_gelu", False) != quick:
+            other = architecture.removesuffix("-quickgelu") if quick else f"{architecture}-quickgelu"
+            raise UserError(
+                f"{name}: {weights} was trained with{'out' if quick else ''} QuickGELU, and {architecture} has "
+                f"{'it' if quick else 'exact GELU'}; use open_clip:{other}/{weights}"
+            )
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=weights, device=device
             )
         except Exception as error:  # torch's unpickler may raise any exception for a damaged file
+            stand_ins.refuse(Path(weights))
             raise UserError(f"{name}: open_clip cannot load {weights}: {first_line(error)}") from error
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa_head.is_run(Path(name)):

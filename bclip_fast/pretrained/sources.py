@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
+from bclip_fast.io.atomic import settle
+from bclip_fast.io.json_files import read_object
+from bclip_fast.model import tokenizer_files
 from bclip_fast.model.open_clip_config import CONFIG_FILE
 
+log = logging.getLogger(__name__)
+
 HUB_PREFIX = "hf-hub:"
-_MAX_JSON_BYTES = 1 << 20
 
 
 class Source(Protocol):
@@ -19,6 +24,10 @@ class Source(Protocol):
 
     def get(self, names: Sequence[str]) -> Path:
         """Return the path of the first of these files that exists. Raises UserError if none exists."""
+        ...
+
+    def find(self, name: str) -> Path | None:
+        """Return the path of a file, or None if the source doesn't have it. Raises UserError."""
         ...
 
 
@@ -34,7 +43,16 @@ class Folder:
         for name in names:
             if (self.path / name).is_file():
                 return self.path / name
+        for name in names:
+            if path := stand_ins.unfinished(self.path, name):
+                raise UserError(
+                    f"{self.path} holds no {name}, but an unfinished download of it, {path}; download it again"
+                )
         raise UserError(f"{self.path} holds no {' or '.join(names)}")
+
+    def find(self, name: str) -> Path | None:
+        """Return the path of a file, or None if the folder doesn't have it."""
+        return self.path / name if (self.path / name).is_file() else None
 
 
 class Hub:
@@ -58,6 +76,15 @@ class Hub:
         raise UserError(
             f"hf-hub:{self.repository} gave no {' or '.join(names)}: {first_line(last_error)}"
         ) from last_error
+
+    def find(self, name: str) -> Path | None:
+        """Download a file, unless it is cached. None if the repository or, offline, the cache lacks it."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        path_or_error = self._download(name)
+        if isinstance(path_or_error, LocalEntryNotFoundError):
+            log.warning("hf-hub:%s: %s isn't in the cache, and the hub can't be asked for it", self.repository, name)
+        return path_or_error if isinstance(path_or_error, Path) else None
 
     def _download(self, name: str) -> Any:
         """Return the path of a file, or the EntryNotFoundError. Raises UserError for all other errors."""
@@ -88,6 +115,7 @@ def source_of(name_or_path: str | Path) -> Source:
         return Hub(name.removeprefix(HUB_PREFIX))
     folder = Path(name_or_path)
     for path in (folder, folder / "model"):
+        settle(path)
         if (path / CONFIG_FILE).is_file():
             return Folder(path)
     if not folder.is_dir():
@@ -95,21 +123,20 @@ def source_of(name_or_path: str | Path) -> Source:
     raise UserError(f"{name} holds no {CONFIG_FILE}, and neither does {folder / 'model'}")
 
 
+def tokenizer_file(source: Source) -> Path:
+    """Return the file of a tokenizer's pipeline, with the files of its settings in the same folder.
+
+    Raises:
+        UserError: the source has neither, or only a tokenizer of another kind.
+    """
+    for name in tokenizer_files.SETTINGS:  # the folder holds only downloaded files of a repository
+        source.find(name)
+    for name in (*tokenizer_files.PIPELINES, *tokenizer_files.OTHER_KINDS):
+        if path := source.find(name):
+            return path
+    return source.get(tokenizer_files.PIPELINES)
+
+
 def hub_json(name: str) -> dict[str, Any]:
     """Return config.json of the hub's repository `name`. Raises UserError."""
-    return read_json(Hub(name).get(["config.json"]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 1 MiB. Raises UserError."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {_MAX_JSON_BYTES} bytes, too large for a configuration")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return content
+    return read_object(Hub(name).get(["config.json"]))

@@ -11,12 +11,14 @@ import torch
 
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError, first_line
-from bclip_fast.io.atomic import replacing
+from bclip_fast.io import stand_ins
+from bclip_fast.io.atomic import replacing_files, settle, write_text
 from bclip_fast.model.meter import MeterConfig, VqaModel
 
 
 def is_run(folder: Path) -> bool:
     """Return whether the folder is a run of `bclip finetune` on questions."""
+    settle(folder / "vqa")
     return (folder / "vqa" / "vqa.json").is_file()
 
 
@@ -27,17 +29,15 @@ def save(folder: Path, model: VqaModel, state: dict[str, torch.Tensor]) -> None:
     """
     from safetensors.torch import save_file
 
-    out = folder / "vqa"
-    out.mkdir(parents=True, exist_ok=True)
     head = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith("clip.")}
-    with replacing(out / "head.safetensors") as partial:
-        save_file(head, partial)
     content = {
         "meter": asdict(model.meter_config),
         "answers": list(model.answers),
         "common_answers": list(getattr(model, "common_answers", ("", "yes"))),
     }
-    (out / "vqa.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing_files(folder / "vqa") as partial:
+        save_file(head, partial / "head.safetensors")
+        write_text(partial / "vqa.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, Any, Any]:
@@ -50,12 +50,15 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[VqaModel, An
     from safetensors.torch import load_file
 
     clip, preprocess, tokenizer = pretrained.load(folder, device=device)
+    settle(folder / "vqa")
     try:
         content = json.loads((folder / "vqa" / "vqa.json").read_text(encoding="utf-8"))
         model = VqaModel(clip, MeterConfig(**content["meter"]), tuple(content["answers"]))
         head = load_file(folder / "vqa" / "head.safetensors")
         missing, unexpected = model.load_state_dict(head, strict=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        for name in ("vqa.json", "head.safetensors"):
+            stand_ins.refuse(folder / "vqa" / name)
         raise UserError(f"{folder / 'vqa'} is damaged: {first_line(error)}") from error
     if unexpected or any(not name.startswith("clip.") for name in missing):
         raise UserError(

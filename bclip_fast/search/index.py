@@ -30,10 +30,10 @@ from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.eval.datasets.pairs import PairDataset
 from bclip_fast.eval.datasets.subset import SubsetDataset
 from bclip_fast.eval.embed import Embedder, OnBadImage, Precision, log_skipped
-from bclip_fast.eval.embedding_cache import PROBE_TEXT
+from bclip_fast.eval.embedding_key import PROBE_TEXT
 from bclip_fast.eval.faiss_index import build_index
 from bclip_fast.hardware import pick_device
-from bclip_fast.io.atomic import replacing
+from bclip_fast.io.atomic import replacing_files
 from bclip_fast.io.hashing import sha256_of_file
 from bclip_fast.pretrained.any_model import Model, load_model
 
@@ -114,22 +114,17 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     kept = data.rows if isinstance(data, SubsetDataset) else list(range(total))
     rows = rows[kept]
     out = Path(config.out)
-    try:
-        with replacing(out / INDEX, shared=True) as partial:
-            faiss.write_index(build_index(rows, config.index), str(partial))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write the index to {out}: {first_line(error)}") from error
     metadata = {
         "model": str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
         "data": config.data if "://" in config.data else str(Path(config.data).resolve()),
         "split": config.split,
         "index": config.index,
         "precision": embedder.precision,
+        "device": embedder.device.type,
         "image_conversion": embedder.image_conversion,
         "num_images": total,
-        "sha256": sha256_of_file(out / INDEX),
-        "probe": embed_probe(embedder).tolist(),
     }
+    probe = {"probe": embed_probe(embedder).tolist()}
     num, dim = rows.shape
     columns: dict[str, Any] = {"key": pa.array([data.key(i) for i in range(num)]), "row": pa.array(kept, pa.int64())}
     unknown: list[str | None] = [None] * num
@@ -137,12 +132,16 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     for field in FIELDS:
         columns[field] = pa.array(data.labels(field) if field in data.label_kinds else unknown, pa.string())
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().ravel()), dim)
-    table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
     try:
-        with replacing(out / ROWS, shared=True) as partial:
-            pq.write_table(table, partial)
+        with replacing_files(out) as partial:
+            # faiss ignores a disk that becomes full when it closes a file, so Python's file takes its bytes.
+            with (partial / INDEX).open("wb") as file:
+                faiss.write_index(build_index(rows, config.index), faiss.PyCallbackIOWriter(file.write))
+            metadata |= {"sha256": sha256_of_file(partial / INDEX)} | probe
+            table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
+            pq.write_table(table, partial / ROWS)
     except OSError as error:
-        raise UserError(f"cannot write the embeddings to {out}: {error}") from error
+        raise UserError(f"the index {out} cannot be written: {error.strerror or first_line(error)}") from error
     log_skipped(reasons, total - num, total)
     log.info("%d images in %s", num, out)
     return out
@@ -169,10 +168,22 @@ def build_embedder(model: Model, settings: ModelSettings, batch_size: int, **opt
 
 
 def embed_probe(embedder: Embedder) -> Tensor:
-    """Embed one fixed text and one fixed image, (2, D) float32, to recognise the model later."""
+    """Embed fixed texts and images, (8, D) float32, to recognise the model later.
+
+    They take different ways through the code. Among them are a text beyond the context length, a Chinese text, and
+    images of 16 bits, of a palette, of 1 bit and of a narrow shape. Earlier indexes have the first two rows.
+    """
     from PIL import Image
 
     # Reddish patches instead of noise, which a resize makes grey, so that the channel order and the crop matter.
     patches = np.random.default_rng(0).integers(0, 256, (6, 8, 3)) * (1.0, 0.7, 0.4)
-    Image.fromarray(patches.astype(np.uint8).repeat(40, 0).repeat(40, 1)).save(buffer := io.BytesIO(), "PNG")
-    return torch.cat([embedder.texts([PROBE_TEXT]), embedder.image(buffer.getvalue(), "probe")]).cpu()
+    pixels = patches.astype(np.uint8).repeat(40, 0).repeat(40, 1)
+    image = Image.fromarray(pixels)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+    images = [image, deep, image.quantize(16), image.convert("1"), image.crop((0, 0, 20, 240))]
+    texts = embedder.texts([PROBE_TEXT, PROBE_TEXT * 100, "\u80ba\u90e8 X\u5149\u7247"])
+    rows = []
+    for probe in images:
+        probe.save(buffer := io.BytesIO(), "PNG")
+        rows.append(embedder.image(buffer.getvalue(), "probe"))
+    return torch.cat([texts[:1], rows[0], texts[1:], *rows[1:]]).cpu()

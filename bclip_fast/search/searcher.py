@@ -19,9 +19,11 @@ from torch import Tensor
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
+from bclip_fast.eval import spot_check
 from bclip_fast.eval.datasets import EvalDataset
 from bclip_fast.html import page as html_page
-from bclip_fast.io.atomic import write_text
+from bclip_fast.io import stand_ins
+from bclip_fast.io.atomic import settle, write_text
 from bclip_fast.io.hashing import sha256_of_file
 from bclip_fast.pretrained.any_model import Model
 
@@ -30,8 +32,6 @@ from .index import FIELDS, INDEX, METADATA, ROWS, ModelSettings, build_embedder,
 log = logging.getLogger(__name__)
 
 MAX_HITS, MAX_QUERY = 200, 4000
-# Largest distance of a probe's cosine from 1: other machines round differently, and half precision rounds more.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ class Searcher:
 
         self.folder = Path(config.folder)
         problem = f"{self.folder} is not a complete index of bclip embed"
+        settle(self.folder)
         try:
             schema = pq.read_schema(self.folder / ROWS)
             self.metadata: dict[str, Any] = json.loads((schema.metadata or {})[METADATA])
@@ -117,9 +118,14 @@ class Searcher:
                 raise UserError(f"{problem}: {ROWS} was written with another {INDEX}; run bclip embed again")
             self._index = faiss.read_index(str(self.folder / INDEX))
             expected_probe = torch.tensor(self.metadata["probe"])
+            # Earlier indexes have two probes, and do not name the device.
+            made_with = self.metadata["precision"], torch.device(self.metadata.get("device", "cuda"))
+            tolerance = spot_check.tolerance(made_with[0], "fp32", made_with[1])
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RuntimeError) as error:
+            for name in (ROWS, INDEX):
+                stand_ins.refuse(self.folder / name)
             raise UserError(f"{problem} ({' '.join(str(error).split())[:200]})") from error
-        if self._index.ntotal != self._rows.num_rows or expected_probe.shape != (2, self._index.d):
+        if self._index.ntotal != self._rows.num_rows or expected_probe.shape[1:] != (self._index.d,):
             raise UserError(
                 f"{problem}: it has {self._index.ntotal} embeddings for {self._rows.num_rows} images; "
                 "run bclip embed again"
@@ -130,9 +136,9 @@ class Searcher:
         self.embedder = build_embedder(
             model or config.model or self.metadata["model"], config, 1, image_conversion=conversion
         )
-        probe = embed_probe(self.embedder)
-        tolerance = max(_TOLERANCE[self.embedder.precision], _TOLERANCE.get(self.metadata["precision"], 0))
-        if probe.shape != expected_probe.shape or float((probe * expected_probe).sum(1).min()) < 1 - tolerance:
+        probe = embed_probe(self.embedder)[: len(expected_probe)]
+        tolerance = max(tolerance, spot_check.tolerance(self.embedder.precision, "fp32", self.embedder.device))
+        if probe.shape != expected_probe.shape or spot_check.largest_distance(probe, expected_probe)[0] > tolerance:
             raise UserError(f"{self.folder} was made with another model; pass its --model or run bclip embed again")
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import replacing_folder
 from bclip_fast.io.hashing import sha256_of_file
 
@@ -104,8 +105,16 @@ def save(
     for path in list_checkpoints(folder)[keep:] if keep else []:
         step = step_of(path)
         if step != best and not (keep_every_steps and step % keep_every_steps == 0):
-            shutil.rmtree(path)
+            _remove(path)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Delete an old checkpoint. A killed process leaves no half of it under its name."""
+    try:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))
+    except OSError as error:
+        log.warning("the old checkpoint %s cannot be deleted: %s", path, error.strerror)
 
 
 @contextlib.contextmanager
@@ -143,12 +152,16 @@ def verify(path: Path) -> str | None:
             file = path / name
             size = file.stat().st_size
             if size != manifest[name]["size"]:
+                if reason := stand_ins.of_file(file):
+                    return f"{name} {reason}"
                 return f"{name} has {size} bytes, should have {manifest[name]['size']}"
             if _describe(file) != manifest[name]:
                 return f"{name} is corrupt: its SHA-256 differs from the manifest"
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
+        if reason := stand_ins.of_file(path / "manifest.json"):
+            return f"manifest.json {reason}"
         return f"manifest.json is corrupt: {error!r}"
     return None
 

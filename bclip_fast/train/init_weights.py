@@ -10,6 +10,7 @@ from typing import Any
 from bclip_fast import pretrained
 from bclip_fast.data.transform import PreprocessConfig
 from bclip_fast.errors import UserError
+from bclip_fast.io.json_files import read_object
 from bclip_fast.model import tower_config, weights
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.safe_load import State, read_checkpoint
@@ -56,7 +57,9 @@ def init_model(model: BiomedClip, init: InitConfig) -> None:
             )
         state, content, source = _read(init.vision)
         if content is not None:
-            _check_heads(source, tower_config.vit_heads(content, source), model.config.vision.heads, "vision")
+            heads = tower_config.vit_heads(content, source)
+            _check_field(source, f"{heads} heads", heads, "vision", "heads", model.config.vision.heads)
+            _tell_pixels(source, content)
         state = weights.from_vit(state, model.visual, source=source)
         log.info("image tower from %s; random: %s", source, _load(model.visual, state))
     if init.text:
@@ -64,7 +67,14 @@ def init_model(model: BiomedClip, init: InitConfig) -> None:
             raise UserError(f"init.text={init.text} must be a BERT, but model.text.kind is {model.config.text.kind}")
         state, content, source = _read(init.text)
         if content is not None:
-            _check_heads(source, tower_config.read_bert_config(content, source).heads, model.config.text.heads, "text")
+            text = tower_config.read_bert_config(content, source)
+            ours = model.config.text
+            _check_field(source, f"{text.heads} heads", text.heads, "text", "heads", ours.heads)
+            _check_field(source, f"padding token {text.pad_id}", text.pad_id, "text", "pad_id", ours.pad_id)
+            for name in ("dropout", "attention_dropout"):
+                if getattr(text, name) != getattr(ours, name):
+                    values = source, name, getattr(text, name), name, getattr(ours, name)
+                    log.warning("%s has %s %g, but this run trains with model.text.%s=%g", *values)
         state = weights.from_bert(state, model.text, source=source)
         log.info("text tower from %s; random: %s", source, _load(model.text, state))
 
@@ -76,13 +86,12 @@ def initial_tokenizer(config: TrainConfig) -> Tokenizer | None:
         UserError: the tokenizer cannot be read.
     """
     if config.init.model:
-        fast = pretrained.load_tokenizer(config.init.model).fast
-        return Tokenizer(fast, config.model.text.context_length)
+        return pretrained.load_tokenizer(config.init.model).with_context_length(config.model.text.context_length)
     if not config.init.text:
         return None
     path = Path(config.init.text)
     source = sources.Folder(path.parent) if path.is_file() else _source(config.init.text)
-    return Tokenizer.from_file(source.get(pretrained.TOKENIZER_FILES), config.model.text.context_length)
+    return Tokenizer.from_file(sources.tokenizer_file(source), config.model.text.context_length)
 
 
 def _load_model(model: BiomedClip, name: str) -> None:
@@ -129,7 +138,7 @@ def _read(name: str) -> tuple[State, dict[str, Any] | None, str]:
     if Path(name).is_file():
         return read_checkpoint(Path(name), legacy=True), None, name
     source = _source(name)
-    content = sources.read_json(source.get(["config.json"]))
+    content = read_object(source.get(["config.json"]))
     path = source.get(WEIGHT_FILES)
     return read_checkpoint(path, legacy=True), content, str(path)
 
@@ -142,6 +151,22 @@ def _source(name: str) -> sources.Source:
     return sources.Folder(Path(name))
 
 
-def _check_heads(source: str, heads: int, expected: int, tower: str) -> None:
-    if heads != expected:
-        raise UserError(f"{source} has {heads} heads, but model.{tower}.heads={expected}; set it to {heads}")
+def _tell_pixels(source: str, content: dict[str, Any]) -> None:
+    """Warn if timm's config.json names another mean or standard deviation of the pixels than training has."""
+    defaults, theirs = PreprocessConfig(), content.get("pretrained_cfg")
+    for name in ("mean", "std"):
+        values = theirs.get(name) if isinstance(theirs, dict) else None
+        if isinstance(values, list) and tuple(values) != getattr(defaults, name):
+            log.warning(
+                "%s expects pixels of %s %s, but training normalises to %s",
+                source,
+                name,
+                values,
+                getattr(defaults, name),
+            )
+
+
+def _check_field(source: str, theirs: str, value: Any, tower: str, name: str, ours: Any) -> None:
+    """Raise UserError if the tower has another value of a field that the weights' shapes don't show."""
+    if value != ours:
+        raise UserError(f"{source} has {theirs}, but model.{tower}.{name}={ours}; set it to {value}")

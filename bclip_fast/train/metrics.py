@@ -19,11 +19,13 @@ A step's line of metrics.jsonl has these keys:
 from __future__ import annotations
 
 import logging
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 from bclip_fast.io.jsonl import JsonLinesWriter, truncate_after_step
 from bclip_fast.io.runs import EVENTS, METRICS
 
@@ -55,6 +57,8 @@ class MetricsLog:
         self._wandb = _start_wandb(folder, config, settings or {}) if config is not None and config.wandb else None
         self._lines = JsonLinesWriter(path)
         self._events = JsonLinesWriter(folder / EVENTS)
+        self._former_hook = threading.excepthook
+        threading.excepthook = self._report_thread
         self._board = _start_tensorboard(folder / "tb", first_step)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -66,9 +70,7 @@ class MetricsLog:
                 for name, value in scalars.items():
                     self._board.add_scalar(name, value, record["step"])
             except OSError as error:
-                log.warning(
-                    "TensorBoard's file cannot be written: %s; only metrics.jsonl has the rest of the run", error
-                )
+                _warn_of_tensorboard(error)
                 self._board = None
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
@@ -83,9 +85,21 @@ class MetricsLog:
         self._lines.close()
         self._events.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                _warn_of_tensorboard(error)
+        threading.excepthook = self._former_hook
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _report_thread(self, problem: threading.ExceptHookArgs) -> None:
+        """Report a failed write of TensorBoard's thread in one line, and the failures of other threads as before."""
+        error = problem.exc_value
+        if type(problem.thread).__name__ == "_AsyncWriterThread" and isinstance(error, OSError):
+            _warn_of_tensorboard(error)
+        else:
+            self._former_hook(problem)
 
 
 def _start_tensorboard(folder: Path, first_step: int) -> Any:
@@ -94,7 +108,15 @@ def _start_tensorboard(folder: Path, first_step: int) -> Any:
     except ImportError:
         log.info("TensorBoard is not installed, so only metrics.jsonl has the metrics")
         return None
-    return SummaryWriter(str(folder), purge_step=first_step + 1)
+    try:
+        return SummaryWriter(str(folder), purge_step=first_step + 1)
+    except OSError as error:
+        _warn_of_tensorboard(error)
+        return None
+
+
+def _warn_of_tensorboard(error: OSError) -> None:
+    log.warning("TensorBoard's file cannot be written: %s; only metrics.jsonl has the rest of the run", error)
 
 
 def _start_wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> Any:
@@ -121,5 +143,5 @@ def _start_wandb(folder: Path, config: LogConfig, settings: dict[str, Any]) -> A
         raise UserError(
             f"log.wandb=true: wandb cannot be started ({error}); set WANDB_MODE=offline to run without network"
         ) from error
-    path.write_text(run.id + "\n", encoding="utf-8")
+    write_text(path, run.id + "\n")
     return run

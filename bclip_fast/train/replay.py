@@ -29,6 +29,8 @@ from bclip_fast import config as config_files
 from bclip_fast import distributed
 from bclip_fast.data.loader import Batch
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
+from bclip_fast.io.atomic import put_in_place, write_text
 from bclip_fast.loss import ClipLoss
 
 from . import backends
@@ -80,23 +82,27 @@ def write_dump(run: Path, dump: Dump) -> Path:
     from safetensors.torch import save_file
 
     folder, rank, problem = run / "dumps" / f"step-{dump.step:08d}", distributed.rank(), ""
+    # All ranks write to this folder. It gets its name when it is complete.
+    partial = folder.with_name(f".{folder.name}.partial")
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
         tensors.update({f"{number}.{name}": tensor for name, tensor in parts.items()})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / f"batch-{rank:04d}.safetensors")
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial / f"batch-{rank:04d}.safetensors")
         if distributed.is_main():
-            (folder / "config.toml").write_text(config_files.to_toml(dump.config), encoding="utf-8")
+            write_text(partial / "config.toml", config_files.to_toml(dump.config))
             if (choices := run / backends.FILE).exists():
-                shutil.copyfile(choices, folder / backends.FILE)
-            save_file({name: tensor.contiguous() for name, tensor in dump.model.items()}, folder / "model.safetensors")
+                shutil.copyfile(choices, partial / backends.FILE)
+            save_file({name: tensor.contiguous() for name, tensor in dump.model.items()}, partial / "model.safetensors")
     except (OSError, SafetensorError) as error:
         problem = f"rank {rank}: {error}"
     batches = [{"seed": seed, "epoch": batch.epoch, "keys": batch.keys} for batch, seed in dump.batches]
     all_ranks = distributed.all_gather_object((problem, batches))
     if problems := [text for text, _ in all_ranks if text]:
+        if distributed.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder} cannot be written: {'; '.join(problems)}")
     state = {
         "step": dump.step,
@@ -107,7 +113,13 @@ def write_dump(run: Path, dump: Dump) -> Path:
         "ranks": [batches for _, batches in all_ranks],
     }
     if distributed.is_main():
-        (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        try:
+            write_text(partial / "state.json", json.dumps(state, indent=1) + "\n")
+            put_in_place(partial, folder)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -138,6 +150,8 @@ def read_dump(folder: Path) -> Dump:
         results = float(state["loss"]), float(state["grad_norm"])
         return Dump(config, state["step"], *results, state["patch_dropout"], batches, model)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            stand_ins.refuse(path)
         raise UserError(f"{folder} is not a complete step dump: {error}") from error
 
 

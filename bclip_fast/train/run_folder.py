@@ -18,6 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bclip_fast import config as config_files
 from bclip_fast import pretrained
 from bclip_fast.data.sampler import ShardSampler
@@ -25,6 +27,7 @@ from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
+from bclip_fast.io.atomic import write_text
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
@@ -83,7 +86,7 @@ def prepare(run: Path, config: TrainConfig, dataset: ShardDataset) -> None:
 
 def write_config(run: Path, config: Any) -> None:
     """Write config.toml."""
-    (run / "config.toml").write_text(config_files.to_toml(config), encoding="utf-8")
+    write_text(run / "config.toml", config_files.to_toml(config))
 
 
 def read_tokenizer(run: Path, model: BiomedClipConfig) -> Tokenizer:
@@ -150,6 +153,23 @@ def save(
             with checkpoints.explain_write_errors(run / name):
                 pretrained.save(run / name, model, preprocess, tokenizer, state_dict=state)
     return path
+
+
+def has_model(run: Path, checkpoint: checkpoints.Checkpoint) -> bool:
+    """Whether RUN/model, and RUN/model_ema of a run with an EMA, hold the weights of the checkpoint.
+
+    A full disk or a kill after the checkpoint leaves older ones.
+    """
+    for name, ema in {"model": {}, "model_ema": checkpoint.ema}.items():
+        if name == "model" or ema:
+            try:
+                state = pretrained.load(run / name)[0].state_dict()
+            except UserError:
+                return False
+            expected = {**checkpoint.model, **ema}
+            if state.keys() != expected.keys() or not all(torch.equal(state[key], expected[key]) for key in state):
+                return False
+    return True
 
 
 def as_json(config: Any) -> dict[str, Any]:

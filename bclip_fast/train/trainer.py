@@ -162,7 +162,8 @@ class _Run:
         self.results = StepResults(config, self.engine, model, self.spikes, self.ema)
         self.results.outputs = self.metrics, self.progress, on_step
         self.peak_flops = device_peak(device, config.engine.precision)
-        self.saved_step = self.step if run_on_rank0(lambda: (self.run / "model").is_dir()) else -1
+        is_written = run_on_rank0(lambda: saved is not None and run_folder.has_model(self.run, saved))
+        self.saved_step = self.step if is_written else -1
         self.position = self.loader.state_dict()
         self.writer = BackgroundWriter(config.checkpoint.background) if distributed.is_main() else None
         self.stopped = False

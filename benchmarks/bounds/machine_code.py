@@ -64,7 +64,8 @@ def run(name: str, *arguments: str | Path, folder: Path | None = None) -> str:
 def of_cubin(path: Path, architecture: str) -> list[MachineCode]:
     """Disassemble all kernels of a cubin."""
     usage = _USAGE.findall(run("cuobjdump", "--dump-resource-usage", path))
-    listings = sass.sections(run("nvdisasm", "-c", "-hex", path))
+    # nvdisasm fills its columns with spaces, which are most of its output.
+    listings = sass.sections(run("nvdisasm", "-c", "-hex", path).replace(" " * 32, ""))
     return [
         MachineCode(architecture, symbol, int(registers), int(stack) + int(local), listings[symbol])
         for symbol, registers, stack, local in usage

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_set", &bclip::cpu::instruction_set);
   module.def("has_amx", &bclip::cpu::has_amx);
   register_attention(module);
+  register_checksum(module);
   register_contrastive(module);
 #ifdef BCLIP_JPEG
   register_image(module);

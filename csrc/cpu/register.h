@@ -7,6 +7,7 @@
 namespace bclip::bindings {
 
 void register_attention(py::module_& module);
+void register_checksum(py::module_& module);
 void register_contrastive(py::module_& module);
 void register_image(py::module_& module);
 void register_matmul(py::module_& module);

@@ -117,8 +117,9 @@ def test_damaged_images_are_replaced_after_dali_fails(
     dataset: ShardDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     folder = shutil.copytree(dataset.root, tmp_path / "shards")
-    # A truncated JPEG, bytes that are not a JPEG, and a wrong offset in the index.
-    keys = {spoil(folder, index, kind) for index, kind in [(4, "pixels"), (11, "header"), (20, "place")]}
+    # A truncated JPEG, bytes that are not a JPEG, a wrong offset in the index, and a changed bit that DALI decodes.
+    kinds = [(4, "pixels"), (11, "header"), (20, "place"), (30, "bit")]
+    keys = {spoil(folder, index, kind) for index, kind in kinds}
     damaged = ShardDataset(folder)
     with make_loader(DaliLoader, damaged) as dali, make_loader(Loader, damaged) as native:
         for _ in range(9):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from pathlib import Path
@@ -232,3 +233,18 @@ def test_read_rgb_open_clip_conversion_keeps_the_mode_of_the_file():
     [data] = [layout.data for layout in LAYOUTS if layout.name == "grey u1 with associated alpha"]
     with pytest.raises(UserError, match="image x cannot be decoded: Pillow does not convert"):
         read_rgb(data, lambda: "x", "open_clip")
+
+
+@pytest.mark.parametrize("conversion", ["standard", "open_clip"])
+@pytest.mark.parametrize("level", [0, 6])
+def test_png_with_a_changed_bit_of_its_pixels_is_refused(conversion: str, level: int):
+    """Pillow checks neither the checksum of the chunk nor that of the compressed data."""
+    pixels = np.random.default_rng(0).integers(0, 99, (40, 60, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=level)
+    whole = buffer.getvalue()
+    for place in range(whole.index(b"IDAT") + 4, len(whole) - 20, 997):
+        damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        with pytest.raises(UserError, match="image x cannot be decoded: PNG with a wrong checksum"):
+            read_rgb(damaged, lambda: "x", conversion)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(read_rgb(whole, str, conversion)), pixels)  # type: ignore[arg-type]

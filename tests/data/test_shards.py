@@ -270,6 +270,7 @@ def test_verify_lists_every_kind_of_damage(dataset):
     truncate(dataset / "train-000001.tar")
     (dataset / "val-000000.index.json").unlink()
     (dataset / "train-000009.tar").write_bytes(b"")
+    (dataset / "._train-000000.tar").write_bytes(b"")  # hidden, so it is no problem
     table = pq.read_table(dataset / "manifest.parquet")
     pq.write_table(table.slice(1), dataset / "manifest.parquet")
     problems = "\n".join(verify(dataset))
@@ -282,6 +283,7 @@ def test_verify_lists_every_kind_of_damage(dataset):
         "manifest.parquet: its rows",
     ):
         assert words in problems
+    assert "._train" not in problems
 
 
 def test_threads_open_the_same_shard_at_once(tmp_path):

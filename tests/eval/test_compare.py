@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from browser import Browser, check_drawn, check_keyboard
 from colours import ColourModel, preprocess, tokenizer, write_class_folders
 from page import Page
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import compare, evaluate, report, results, statistics
+from bclip_fast.eval import compare, evaluate, report, results, statistics, zero_shot
 from bclip_fast.eval.datasets import open_dataset
 
 TASK = """title = "Red or blue"
@@ -81,6 +83,95 @@ def test_result_files_hold_samples_and_metrics(folders: list[Path]) -> None:
     with (folders[1] / "per-class.csv").open(newline="") as lines:
         assert [row["class"] for row in csv.DictReader(lines)] == ["red", "blue"]
     assert results.read(folders[1])["tasks"]["colours"]["samples"]["key"] == [row["key"] for row in rows]
+
+
+AMBIGUOUS = ("病变", "部位", "a b", "a/b", "A.b", "a.b", "con", "..", "x" * 300, "é", "e\u0301", "\udcff")
+
+
+def test_samples_of_any_task_names_are_kept_apart(folders: list[Path], tmp_path: Path) -> None:
+    evaluated = results.read(folders[0])
+    task = evaluated["tasks"].pop("colours")
+    for name in AMBIGUOUS:
+        samples = {"key": task["samples"]["key"], f"score of {name}": [name] * 40}
+        evaluated["tasks"][f"zero_shot/{name}"] = task | {"label": name, "samples": samples}
+    results.write(tmp_path / "many", evaluated)
+    files = [path.name.casefold() for path in (tmp_path / "many" / "samples").iterdir()]
+    assert len(set(files)) == len(AMBIGUOUS)
+    assert {"zero_shot-con.csv", "zero_shot-病变.csv"} <= set(files)
+    written = json.loads((tmp_path / "many" / "results.json").read_text())["tasks"]
+    assert len({result["samples_file"] for result in written.values()}) == len(AMBIGUOUS)
+    for name in set(AMBIGUOUS) - {"\udcff"}:
+        assert set(results.read(tmp_path / "many")["tasks"][f"zero_shot/{name}"]["samples"]) == {
+            "key",
+            f"score of {name}",
+        }
+
+
+def test_compare_results_that_lost_samples_raise(folders: list[Path]) -> None:
+    """Earlier versions wrote the samples of two tasks to one file. A file outside of the folder is not read."""
+    path = folders[1] / "results.json"
+    content = json.loads(path.read_text())
+    content["tasks"]["colours 2"] = content["tasks"]["colours"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"several tasks have the samples samples/colours.csv.*evaluate again"):
+        compare.compare(folders)
+    del content["tasks"]["colours 2"]
+    content["tasks"]["colours"]["samples_file"] = "../e0/samples/colours.csv"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not in its folder"):
+        compare.compare(folders)
+
+
+def test_results_of_1500_classes_stay_small(folders: list[Path], tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = [f"a class with a long name, number {i}" for i in range(1500)]
+    labels = torch.from_numpy(generator.integers(0, 1500, 12_000))
+    predictions = torch.from_numpy(generator.integers(0, 1500, 12_000))
+    result = zero_shot.measure(labels, predictions, names)
+    curve = {"points": [(i / 400, i / 400) for i in range(400)]}
+    result["roc"] = [curve | {"class": name, "auroc": i / 1500} for i, name in enumerate(names)]
+    evaluated = results.read(folders[0])
+    task = evaluated["tasks"]["colours"]
+    classes = {name: [name, f"{name} (in other words)"] for name in names}
+    extra = {"task": task["task"], "label": "class", "num_without_label": 0, "num_ties": 0}
+    prompts = {"source": "", "templates": ["a {}"], "classes": classes}
+    result["samples"] = {"key": [str(i) for i in range(12_000)], **result["samples"]}
+    evaluated["tasks"] = {"many": result | extra | {"prompts": prompts}, "colours": task}
+    results.write(tmp_path / "many", evaluated)
+    content = (tmp_path / "many" / "results.json").read_text()
+    assert len(content.encode()) < 2_000_000
+    written = json.loads(content)["tasks"]
+    assert written["colours"]["confusion"] == task["confusion"], "a small matrix stays as it was"
+    assert sum(count for *_, count in written["many"]["confusion"]["entries"]) == 12_000
+    assert [curve["class"] for curve in written["many"]["roc"]] == names[:-9:-1]
+    again = results.read(tmp_path / "many")
+    assert again["tasks"]["many"]["confusion"] == result["confusion"]
+    rows = compare.compare([tmp_path / "many", tmp_path / "many"])["rows"]
+    assert {row["difference"] for row in rows if row["task"] == "many" and row["test"]} == {0.0}
+    report.write(tmp_path / "report.html", again)
+    assert "The confusion matrix of 1500 classes is in results.json" in (tmp_path / "report.html").read_text()
+    written["many"]["confusion"]["entries"] = [[10**9, 0, 1]]
+    (tmp_path / "many" / "results.json").write_text(json.dumps(evaluated | {"tasks": written}))
+    with pytest.raises(UserError, match="not a file of bclip eval"):
+        results.read(tmp_path / "many")
+
+
+def test_results_that_cannot_be_written_leave_the_earlier_ones(folders: list[Path], tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in folders[0].rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    evaluated = results.read(folders[1])
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        with pytest.raises(UserError, match="cannot write .*results.json.*another --out"):
+            results.write(folders[0], evaluated)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in folders[0].rglob("*") if path.is_file()} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        results.write(tmp_path / "file" / "out", evaluated)
+    with pytest.raises(UserError, match="cannot write report.html"):
+        report.write(tmp_path / "file" / "report.html", evaluated)
 
 
 def test_compare_differences_are_paired(folders: list[Path]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from colours import COLOURS, ColourModel, assert_refused, evaluate_with, jpeg, write_class_folders
+from damage import flip_bit
 
 from bclip_fast import config as configuration
 from bclip_fast.data.image_files import read_rgb
@@ -88,6 +89,12 @@ def test_evaluate_wrong_data_or_setting_raises_one_line(shards: Path, folder: Pa
     assert_refused(shards, "no class 'blue'", task=("zero_shot",), label=("colour",), prompts="pcam")
     assert_refused(shards, "unknown task 'retreival'", task=("retreival",))
     assert_refused(shards, "device 'gpu' cannot be used", device="gpu")
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "my.toml").write_text('title = "My"\nprotocol = "retrieval"\n')
+    assert_refused(
+        shards, "two tasks have the name 'my'", task=tuple(str(tmp_path / x / "my.toml") for x in ("one", "two"))
+    )
     (tmp_path / "notes.txt").write_text("x")
     assert_refused(tmp_path / "notes.txt", "not a .csv")
 
@@ -160,6 +167,23 @@ def test_evaluate_skipped_image_counts_nowhere_and_is_named(folder: Path, tmp_pa
         assert "skipped 1 of 6 images" in caplog.text
         with pytest.raises(UserError, match="image red/1.jpg cannot be decoded"):
             evaluate_with(EvalConfig(**settings))
+
+
+@pytest.mark.parametrize("member", ["jpg", "txt", "json"])
+def test_evaluate_leaves_out_a_damaged_sample_of_shards(shards: Path, member: str, caplog) -> None:
+    """One bit of image, caption or metadata. Without checksums, it counts."""
+    shard = next(shards.glob("*-000000.tar")).stem
+    name = flip_bit(shards, member, shard)
+    settings = {"data": str(shards), "split": shard.split("-")[0], "progress": False}
+    results = evaluate_with(EvalConfig(**settings, on_bad_image="skip"))["tasks"]
+    assert "retrieval" in results
+    for result in results.values():
+        [(key, reason)] = result["skipped_images"].items()
+        assert f"{key}.{member}" == name
+        assert f"{name} is damaged: its CRC-32C is " in reason
+        assert key not in result["samples"]["key"]
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        evaluate_with(EvalConfig(**settings, task=("retrieval",)))
 
 
 def test_evaluate_probe_names_skipped_images_of_every_split(tmp_path: Path) -> None:

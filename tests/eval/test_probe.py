@@ -277,7 +277,7 @@ def test_probe_task_uses_the_splits_of_a_folder(tmp_path: Path) -> None:
     assert result["samples"]["key"][0] == "blue/0.jpg"
     no_val = write_class_folders(tmp_path / "no_val", {"train": 10, "test": 5})
     result = evaluate(colour_model(), ["probe"], data=str(no_val), **options)["tasks"]["probe"]  # type: ignore[arg-type]
-    assert result["validation"] == "a fifth of train"
+    assert result["validation"] == "a fifth of train, no val found"
     assert [result["settings"][0]["runs"][0][key] for key in ("num_train", "num_val")] == [16, 4]
     with pytest.raises(UserError, match="has no split 'train'"):
         evaluate(colour_model(), ["probe"], data=str(write_class_folders(tmp_path / "alone", {"test": 2})), **options)  # type: ignore[arg-type]

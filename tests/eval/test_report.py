@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import importlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ from PIL import Image
 
 from bclip_fast import pretrained
 from bclip_fast.errors import UserError
-from bclip_fast.eval import EvalCommand, evaluate, report, run
+from bclip_fast.eval import EvalCommand, evaluate, protocols, report, run
+from bclip_fast.eval import results as results_module
 from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.html import chart
 from bclip_fast.html import page as html_page
@@ -228,6 +232,49 @@ def test_command_writes_results_and_report_into_the_run(
     assert "zero_shot/colour" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not exist"):
         run(EvalCommand(model=str(run_folder), data=str(shards / "none")))
+
+
+def test_command_prints_scores_that_cannot_be_written(
+    shards: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrained, "load", lambda name, *, device="cpu": colour_model())
+    (tmp_path / "file").write_text("")
+    command = EvalCommand(model=str(run_folder), data=str(shards), label=("colour",), progress=False, cache="none")
+    with pytest.raises(UserError, match="cannot write .*results.json"):
+        run(dataclasses.replace(command, out=str(tmp_path / "file" / "out")))
+    assert "zero_shot/colour" in capsys.readouterr().out
+    # A later task that fails leaves the scores of the earlier ones on the screen.
+    monkeypatch.setitem(protocols.PROTOCOLS, "zero_shot", lambda inputs: results_module.read(tmp_path))
+    with pytest.raises(UserError, match="not a file of bclip eval"):
+        run(command)
+    assert "retrieval" in capsys.readouterr().out
+    assert not (run_folder / "eval").exists()
+    # Scores that cannot be printed are written.
+    monkeypatch.undo()
+    monkeypatch.setattr(pretrained, "load", lambda name, *, device="cpu": colour_model())
+    monkeypatch.setattr("rich.console.Console.print", lambda *_: (_ for _ in ()).throw(BrokenPipeError("closed")))
+    run(command)
+    assert (run_folder / "eval" / "shards-val" / "report.html").is_file()
+
+
+def test_default_folders_of_other_models_and_data_differ(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("bclip_fast.eval.evaluate"), "load_model", lambda *_: colour_model())
+    monkeypatch.chdir(tmp_path)
+    others = tmp_path / "others" / "shards"
+    shutil.copytree(shards, others)
+
+    def evaluate_into(model: str, data: Path = shards, split: str = "val") -> set[str]:
+        before = set(map(str, Path("runs").rglob("results.json")))
+        command = EvalCommand(model=model, data=str(data), task=("retrieval",), progress=False, cache="none")
+        run(dataclasses.replace(command, split=split))
+        return set(map(str, Path("runs").rglob("results.json"))) - before
+
+    assert evaluate_into("a/b") == {"runs/eval/a-b/shards-val/results.json"}
+    assert evaluate_into("a/b") == set(), "the same evaluation replaces its results"
+    assert all(len(evaluate_into(model)) == 1 for model in ("a-b", "模型一", "模型二", "a:b"))
+    assert len(evaluate_into("a/b", others)) == 1
 
 
 def test_report_keyboard_reaches_all_controls(page: Page, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_rad_missing_or_invalid_files_raise(tmp_path: Path) -> None:
     file.write_text(json.dumps([row]))
     with pytest.raises(UserError, match="no question in split 'test'"):
         vqa_data.rad(tmp_path, "test")
-    with pytest.raises(UserError, match="no split 'val'; its splits are train, train_clean and test"):
+    with pytest.raises(UserError, match="no split 'val'; its splits are test, train, train_clean"):
         vqa_data.rad(tmp_path, "val")
 
 

@@ -22,7 +22,7 @@ SANITIZERS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-O1",
-    "-g",
+    "-g1",  # lines of a stack trace
     "-std=c++17",
     "-pthread",
     f"-I{ROOT}",

@@ -24,6 +24,7 @@ from PIL import Image
 
 from bclip_fast.ingest import extract
 from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.discovery import discover
 from bclip_fast.ingest.image_formats import may_be_image
 from bclip_fast.ingest.image_names import ImageNames
 from bclip_fast.io.file_names import comparable, printable
@@ -164,6 +165,30 @@ def test_links_archives_and_images_that_are_not_read_are_named(tmp_path):
         ("packed/x.nxml.gz", "archive of a format that is not read; make a tar of it"),
         ("t/bundle.tar/p.tar.gz", "archive inside an archive: not read"),
     ]
+
+
+def test_hidden_files_of_folders_and_archives_are_left_out_and_counted(tmp_path, caplog):
+    root = tmp_path / ".data"  # the root itself may be hidden
+    article = {"x.nxml": article_xml(("f", "seen"), number=1), "f.jpg": noise_image(1)}
+    hidden = {f".ipynb_checkpoints/{name}": data for name, data in article.items()}
+    hidden |= {f"sub/@eaDir/{name}": data for name, data in article.items()}
+    hidden |= {"._x.nxml": b"Mac OS X", "Thumbs.db": b"", ".trash/old.zip": b""}
+    write_files(root / "1", article | hidden)
+    packed = {"a/x.nxml": article_xml(("f", "packed"), number=2), "a/f.jpg": noise_image(2), "a/._f.jpg": b"Mac OS X"}
+    for name, mode in (("t.tar", "w"), ("u.tar.gz", "w:gz")):
+        write_tar(root / name, {"._x.nxml": b"Mac OS X", "__MACOSX/a/x.nxml": b"", **packed}, mode)
+    with caplog.at_level("INFO"):
+        packages = list(discover(root))
+    assert [(package.kind, package.name, package.items, package.first) for package in packages] == [
+        ("archive", "t.tar", (), 0),
+        ("archive", "u.tar.gz", (), -1),
+        ("folder", "1", ("1/x.nxml",), 0),
+    ]
+    assert "left out 5 hidden files and folders: 1/._x.nxml" in caplog.text
+    (root / "u.tar.gz").unlink()
+    captions, rejects = run_build(root, tmp_path / "out")
+    assert captions == {"PMC1_f1": "seen", "PMC2_f1": "packed"}
+    assert rejects == [("", "t.tar", "hidden files left out: 3")]
 
 
 def test_hard_links_in_an_archive_are_read(tmp_path):

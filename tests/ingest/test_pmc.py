@@ -48,8 +48,16 @@ def test_select_by_ids_prefix_and_inventory(bucket, tmp_path):
         bucket.objects[f"{base}/data/{date}.csv.gz"] = data
         bucket.objects[f"{base}/{date}/manifest.json"] = json.dumps(manifest).encode()
     assert selected(inventory="latest") == selected()
-    with pytest.raises(SourceError, match="not the id"):
+    with pytest.raises(SourceError, match=r"ids.txt, line 2: 'https://example.org' is not the id"):
         selected(ids=write_ids(tmp_path, "PMC1", "https://example.org"))
+    for content, message in (
+        (b"b,metadata/PMC1.1.json\n\nb\n", "i.csv, line 3: no key"),
+        (gzip.compress(b"b,metadata/PMC1.1.json\n" * 999)[:40], "line 1: not an inventory in CSV: Compressed file"),
+        (b"b,metadata/PMC1.1.json\nb,\xe9\n", "not an inventory in CSV"),
+    ):
+        (tmp_path / "i.csv").write_bytes(content)
+        with pytest.raises(SourceError, match=message):
+            selected(inventory=str(tmp_path / "i.csv"))
     with pytest.raises(SourceError, match="cannot be read"):
         selected(inventory=str(tmp_path / "nowhere.csv"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,25 @@ import pytest
 from bclip_fast.errors import UserError
 from bclip_fast.io import runs
 from bclip_fast.io.atomic import replacing, replacing_folder, write_bytes, write_text
+from bclip_fast.io.file_names import file_name, file_names
 from bclip_fast.io.hashing import md5_of, sha256, sha256_of_file, sha256_of_parts
 from bclip_fast.io.jsonl import JsonLinesWriter, read_lines, truncate_after_step
 from bclip_fast.io.progress import track
 
 
-def write_and_fail(path: Path, **options: bool) -> None:
-    with replacing(path, **options) as partial:
+def write_and_fail(path: Path) -> None:
+    with replacing(path) as partial:
         partial.write_text("new")
         raise RuntimeError
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_replacing_exception_keeps_the_old_file(tmp_path: Path, shared: bool):
+def test_replacing_exception_keeps_the_old_file(tmp_path: Path):
     path = tmp_path / "folder/file"
     write_bytes(path, b"old")
     with pytest.raises(RuntimeError):
-        write_and_fail(path, shared=shared)
+        write_and_fail(path)
     assert path.read_bytes() == b"old"
-    with replacing(path, sync=True, shared=shared) as partial:
+    with replacing(path, sync=True) as partial:
         partial.write_text("new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
@@ -133,3 +134,39 @@ def test_track_hidden_prints_nothing(capsys: pytest.CaptureFixture[str]):
     with track("items", 3, show=False) as advance:
         advance(3)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("病变", "部位"),
+        ("", "-", "...", "/", "\u2603", "\u2604"),
+        ("Cat", "cat", "CAT"),
+        ("a b", "a/b", "a-b", "../a/b", "a\0b", "a\nb"),
+        ("\u00e9", "e\u0301", "E\u0301", "\u212b", "\u00c5"),
+        ("\udcff", "\udcfe", "ﬁ", "fi"),
+        (*("x" * length for length in (100, 121, 255, 256, 4096)), "医" * 100, "医" * 101),
+        ("con", "CON.csv", "lpt1", "nul"),
+        ("cat", "cat-77af778b51ab", f"cat-{sha256('Cat')[:12]}", "Cat"),
+    ],
+)
+def test_file_names_differ_on_every_file_system(names: tuple[str, ...], tmp_path: Path) -> None:
+    result = file_names(names)
+    assert list(result) == list(names)
+    folded = {unicodedata.normalize("NFKC", name).casefold() for name in result.values()}
+    assert len(folded) == len(names)
+    for name in result.values():
+        (tmp_path / f"{name}.csv").write_text("")
+        assert name.partition(".")[0].lower() not in ("con", "lpt1", "nul")
+    assert len(list(tmp_path.iterdir())) == len(names)
+    assert file_names(names) == result
+
+
+def test_file_name_of_readable_text_stays_readable() -> None:
+    readable = {
+        "zero_shot/colour": "zero_shot-colour",
+        "hf-hub:ORG/NAME": "hf-hub-ORG-NAME",
+        "runs/x_1.5": "runs-x_1.5",
+    }
+    assert {name: file_name(name) for name in readable} == readable
+    assert file_names(readable) == readable

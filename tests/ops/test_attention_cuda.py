@@ -20,6 +20,7 @@ from bclip_fast.ops.cuda_device import CUDA_HOST, cuda_module
 
 
 @outside
+@pytest.mark.slow
 def test_suite_passes_on_the_host():
     """Runs the tests that this file marks as hosted, and every test of the operator that takes a backend."""
     assert num_passed(["test_attention.py", Path(__file__).name], "cuda", **cuda_emulator.environment()) >= 45

@@ -25,6 +25,7 @@ single_query = pytest.importorskip("bclip_fast.ops.attention.single_query.triton
 
 
 @compiled
+@pytest.mark.slow
 def test_suite_passes_under_the_interpreter():
     """Runs the tests that this file marks as interpreted, and the operator's tests that don't take minutes."""
     files = "test_attention.py", "test_single_query_attention.py", Path(__file__).name

@@ -55,6 +55,7 @@ def siglip(*inputs, chunk_size=1000):
 
 # Tiles have 512 columns, and vectors have 16 elements. On the matrix unit, panels are 32 x 32, blocks have 512 rows, or
 # fewer for D above 512, and tasks have 1024 rows.
+@pytest.mark.slow
 @pairwise(
     shape=[(1, 1), (2, 31), (33, 33), (523, 67), (1031, 40), (300, 1030)],
     dtype=DTYPES,

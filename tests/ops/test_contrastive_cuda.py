@@ -30,6 +30,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 
 @outside
+@pytest.mark.slow
 def test_suite_passes_on_the_host():
     """Runs the tests that this file marks as hosted, and every test of the operators that takes a backend."""
     files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from operators import OPERATORS
+from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 every_operator = pytest.mark.parametrize("name", OPERATORS)
@@ -39,3 +42,10 @@ def test_fake_tensors_have_the_shapes_of_real_ones(name):
     x = torch.randn(shape)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert function(mode.from_tensor(x)).shape == function(x).shape
+
+
+def test_torchs_check_for_aliased_results_raises_in_every_process():
+    """Without CI in the environment, torch only warns. conftest.py makes both environments equal."""
+    assert functorch_config.error_on_custom_op_aliasing
+    assert "CI" not in os.environ
+    assert os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] == "1"

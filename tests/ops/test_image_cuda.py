@@ -62,7 +62,9 @@ def test_missing_gpu_is_refused_with_a_reason(monkeypatch):
             ops.image.decode_resize([jpeg()], 8, backend="cuda")
         assert "CUDA device" in LIMITS["cuda"](b"")
     # The backends of the CPU normalise in the same way.
-    ours, errors = ops.image.decode_resize_normalize([jpeg(), b"?"], 8, device="cpu", dtype=torch.bfloat16)
+    ours, errors = ops.image.decode_resize_normalize(
+        [jpeg(), b"?"], 8, device="cpu", dtype=torch.bfloat16, on_bad="report"
+    )
     assert ours.shape == (2, 3, 8, 8)
     assert ours.dtype == torch.bfloat16
     assert list(errors) == [1]
@@ -90,7 +92,7 @@ def squares(files, size, **options):
     out = torch.full((len(files), size, size, 3), 7, dtype=torch.uint8, device=DEVICE)
     if ON_GPU and (reason := LIMITS["cuda"](out)):
         pytest.skip(reason)  # a machine without nvJPEG
-    ours, errors = ops.image.decode_resize(files, size, out=out, backend="cuda", **options)
+    ours, errors = ops.image.decode_resize(files, size, out=out, on_bad="report", backend="cuda", **options)
     assert ours is out
     return ours.cpu(), errors
 
@@ -137,8 +139,9 @@ def test_extreme_shapes_equal_pillows_pixels(crop, nan_filled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_normalized_levels_are_accurate(dtype, nan_filled):
     files = [jpeg(size=size) for size in SIZES[:4]] + [b"?"]
-    ours, errors = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device=DEVICE, backend="cuda")
-    levels, _ = ops.image.decode_resize(files, 21, backend="reference")
+    options = {"dtype": dtype, "on_bad": "report"}
+    ours, errors = ops.image.decode_resize_normalize(files, 21, device=DEVICE, backend="cuda", **options)
+    levels, _ = ops.image.decode_resize(files, 21, on_bad="report", backend="reference")
     assert list(errors) == [4]
     assert ours.shape == (5, 3, 21, 21)
     assert ours.dtype == dtype
@@ -152,7 +155,7 @@ def test_normalized_levels_are_accurate(dtype, nan_filled):
     # two constants rounds once in float32, and the result once in its dtype.
     unit, rounding = (torch.finfo(kind).eps / 2 for kind in (torch.float32, dtype))
     bounds = 5 * unit * (truth.abs() + 4) + rounding * truth.abs()
-    theirs, _ = ops.image.decode_resize_normalize(files, 21, dtype=dtype, device="cpu", backend="reference")
+    theirs, _ = ops.image.decode_resize_normalize(files, 21, device="cpu", backend="reference", **options)
     for result in (ours.cpu(), theirs):
         assert list(compared([result], [[eager]], [truth], [bounds], truth.numel())) == []
 
@@ -172,11 +175,12 @@ def test_broken_and_refused_files_match_the_reference(monkeypatch):
         + [(5, 5, 5, 5)]
         + [(1, 2, 50, 70)]
     )
-    expected, reasons = ops.image.decode_resize(files, 16, crop=boxes, max_pixels=100_000, backend="reference")
+    options = {"crop": boxes, "max_pixels": 100_000}
+    expected, reasons = ops.image.decode_resize(files, 16, on_bad="report", backend="reference", **options)
     assert list(reasons) == [1, 2, 4, 5, 6, 7, 10]
     for held in (cuda.BATCH_BYTES, 20_000):
         monkeypatch.setattr(cuda, "BATCH_BYTES", held)
-        ours, errors = squares(files, 16, crop=boxes, max_pixels=100_000)
+        ours, errors = squares(files, 16, **options)
         assert list(errors) == list(reasons)
         assert torch.equal(ours, expected)
         for index in (4, 6):
@@ -211,7 +215,7 @@ def test_build_without_libjpeg_decodes_with_pillow(monkeypatch):
     for name in ("decode_jpeg", "decode_resize"):
         monkeypatch.delattr(_cpu, name, raising=False)
     files = [jpeg(), jpeg(progressive=True), b"?", jpeg("CMYK")]
-    expected, reasons = ops.image.decode_resize(files, 24, backend="reference")
+    expected, reasons = ops.image.decode_resize(files, 24, on_bad="report", backend="reference")
     ours, errors = squares(files, 24)
     assert list(errors) == list(reasons) == [2]
     assert (ours.float() - expected.float()).abs().mean() < 1

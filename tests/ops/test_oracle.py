@@ -94,6 +94,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHIFTS = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_right_kernel_passes_and_each_injected_fault_fails(operator, dtype):

@@ -33,6 +33,7 @@ kernels = pytest.importorskip("bclip_fast.ops.contrastive.triton_kernels")
 
 
 @compiled
+@pytest.mark.slow
 def test_suite_passes_under_the_interpreter():
     """Runs the tests that this file marks as interpreted, and every test of the operators that takes a backend."""
     files = "test_contrastive.py", "test_contrastive_modes.py", "test_contrastive_targets.py", Path(__file__).name

@@ -36,7 +36,9 @@ def test_load_model_open_clip_names_give_the_models_scores(folder: Path, tmp_pat
     model, _, transform = open_clip.create_model_and_transforms("tiny")
     torch.save(model.state_dict(), tmp_path / "tiny.pt")
     tag = {"url": "https://example.org/tiny.pt", "mean": (0.5,) * 3, "std": (0.2,) * 3}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"published": tag})
+    monkeypatch.setitem(
+        open_clip.pretrained._PRETRAINED, "tiny", {"published": tag, "quick": tag | {"quick_gelu": True}}
+    )
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **options: str(tmp_path / "tiny.pt"))
     config = EvalConfig(data=str(folder), split="test", progress=False)
     expected = evaluate_with(config, model.eval(), transform, open_clip.get_tokenizer("tiny"))["tasks"]
@@ -48,10 +50,13 @@ def test_load_model_open_clip_names_give_the_models_scores(folder: Path, tmp_pat
     assert by_tag == evaluate_with(config, model, other, open_clip.get_tokenizer("tiny"))["tasks"] != expected
     (tmp_path / "broken.pt").write_bytes(b"broken")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
     for name, words in (
         ("tiny/none", "cannot load none: Pretrained value 'none' is not a known tag"),
         (f"tiny/{tmp_path / 'broken.pt'}", "cannot load .*broken.pt"),
         (f"tiny/{tmp_path / 'other.pt'}", "cannot load .*other.pt: Error.s. in loading state_dict"),
+        (f"tiny/{tmp_path / 'pointer.pt'}", "pointer.pt is a git-lfs pointer"),
+        ("tiny/quick", "quick was trained with QuickGELU, and tiny has exact GELU; use open_clip:tiny-quickgelu/quick"),
         ("nothing/none", "an architecture that open_clip lists"),
         ("tiny", "use open_clip:ARCHITECTURE/PRETRAINED"),
     ):

@@ -61,7 +61,7 @@ def test_load_truncated_file_raises(checkpoint: Path, keep: float, kind: str) ->
     path = convert_to_bin(checkpoint) if kind == "bin" else checkpoint / WEIGHTS
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(UserError, match=f"{path.name} (is broken|isn't a complete)") as error:
+    with pytest.raises(UserError, match=f"{path.name} (is broken|isn't a complete|is empty)") as error:
         load(checkpoint)
     assert "\n" not in str(error.value)
 
@@ -103,6 +103,9 @@ def test_load_unusual_bin_files_raise(checkpoint: Path) -> None:
         (in_section("vision_cfg", "timm_model_name", "local-dir:../../etc"), "inside the checkpoint's folder"),
         (in_section("vision_cfg", "timm_model_name", "local-dir:/etc"), "inside the checkpoint's folder"),
         (in_section("vision_cfg", "timm_pool", "avg_max"), "timm_pool='avg_max' must be"),
+        # timm then averages the patches, as it does without the key, and our tower reads the class token.
+        (in_section("vision_cfg", "timm_pool", "avg"), "timm_pool='avg' must be '' or 'token'"),
+        (lambda c: c["model_cfg"]["vision_cfg"].pop("timm_pool"), "timm_pool='avg' must be"),
         (in_section("vision_cfg", "patch_dropout", "half"), "patch_dropout"),
         (in_section("vision_cfg", "image_size", 64), "image_size=64 must be"),
         (in_section("vision_cfg", "attentional_pool", True), "attentional_pool"),

@@ -11,11 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import COLOURS, ColourModel, colour_model, evaluate_with, jpeg, preprocess, tokenizer
+from damage import flip_bit
 from dicom_files import dicom
+from PIL import Image
 from towers import SMALL, shaken
 
 from bclip_fast import cli, pretrained
 from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
@@ -24,7 +27,7 @@ from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.embed import Embedder
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.search.index import EmbedConfig, embed
+from bclip_fast.search.index import ROWS, EmbedConfig, embed
 from bclip_fast.search.searcher import OpenConfig, Searcher, page
 
 
@@ -56,6 +59,23 @@ def test_searcher_hits_equal_brute_force(kind: str, shards: Path, tmp_path: Path
     assert hits[0].score == pytest.approx(1, abs=1e-5)
     assert 17 in {hit.row for hit in hits if hit.score > 1 - 1e-5}
     assert len(searcher.text("red", 200)) == 40
+
+
+@pytest.mark.parametrize("change", ["16 bits", "long texts", "small"])
+def test_searcher_model_that_differs_for_some_inputs_raises(index: Path, change: str) -> None:
+    class Other(ColourModel):
+        def encode_image(self, image, normalize=False):
+            return super().encode_image(image + (torch.tensor([3e-4, 0, 0])[:, None, None] if change == "small" else 0))
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        grey = np.ptp(np.asarray(image.resize((8, 8))), axis=2).max() == 0
+        return preprocess(image) ** 2 if grey and change == "16 bits" else preprocess(image)
+
+    def tokens(texts: list[str]) -> torch.Tensor:
+        return tokenizer(["red" if len(text) > 1000 and change == "long texts" else text for text in texts])
+
+    with pytest.raises(UserError, match="made with another model"):
+        Searcher(OpenConfig(folder=str(index)), (Other(), transform, tokens))
 
 
 def test_searcher_other_model_or_data_or_damaged_index_raises(index: Path, shards: Path, tmp_path: Path) -> None:
@@ -171,12 +191,30 @@ def test_embed_damaged_image_is_left_out_and_search_finds_the_others(start: Path
     assert "image b.jpg cannot be decoded" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("member", ["jpg", "txt", "json"])
+def test_embed_leaves_out_a_damaged_sample_of_shards(shards: Path, tmp_path: Path, member: str, caplog) -> None:
+    """One bit of image, caption or metadata. The index has the other samples with their captions."""
+    name = flip_bit(shards, member, "val-000000", 2)
+    config = EmbedConfig(model="colours", data=str(shards), out=str(tmp_path / "index"), progress=False)
+    table = pq.read_table(embed(config, colour_model()) / ROWS)
+    expected = [sample for i, sample in enumerate(ShardDataset(shards, "val").fetch(range(40))()) if i != 2]
+    assert table["key"].to_pylist() == [sample.key for sample in expected]
+    assert table["caption"].to_pylist() == [sample.caption for sample in expected]
+    assert table["licence"].to_pylist() == [sample.meta["licence"] for sample in expected]
+    assert "skipped 1 of 40 images" in caplog.text
+    assert f"{name} is damaged" in caplog.text
+
+
 def test_embed_names_images_in_formats_that_are_not_read(start: Path, tmp_path: Path, caplog) -> None:
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
-    for name in ("a.jpg", "b.jp2", "deep/c.AVIF", "notes.md"):
+    (images / "deep" / ".ipynb_checkpoints").mkdir()
+    for name in ("a.jpg", "b.jp2", "deep/c.AVIF", "notes.md", "deep/.ipynb_checkpoints/a.jpg"):
         (images / name).write_bytes(jpeg((250, 9, 9), 40))
-    embed(EmbedConfig(model=str(start), data=str(images), out=str(tmp_path / "out"), progress=False))
+    with caplog.at_level("INFO"):
+        embed(EmbedConfig(model=str(start), data=str(images), out=str(tmp_path / "out"), progress=False))
+    assert "left out 1 hidden files and folders: deep/.ipynb_checkpoints" in caplog.text
+    assert f"1 images in {tmp_path / 'out'}" in caplog.text
     assert "left out 2 images in formats that are not read: b.jp2, deep/c.AVIF" in caplog.text
 
 

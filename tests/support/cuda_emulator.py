@@ -28,7 +28,9 @@ hosted = collected_if(CUDA_HOST is not None or ON_GPU)
 outside = collected_if(CUDA_HOST is None and not ON_GPU)
 DEVICE_ALONE = ("bindings.cpp", "device.cu", "stream.cu")
 # The emulator itself. Both variants share it, because the sanitizers are to check the kernels.
-RUNTIME = ("emulator.cpp", "counters.cpp", "kernel_name.cpp", "matrices.cpp")
+RUNTIME = ("emulator.cpp", "counters.cpp", "matrices.cpp")
+# Code with large headers, which runs for microseconds. One file includes all of it, so it takes half the time.
+UNOPTIMISED = ("bindings.cpp", "register.cpp", "kernel_name.cpp")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # Optimising sanitized code would take longer than the tests gain by it.
 VARIANTS = {"plain": ("-O2", ""), "sanitized": (f"-O0 -g1 {SANITIZERS}", SANITIZERS)}
@@ -56,17 +58,19 @@ def path(sanitized: bool = False) -> Path:
             def compiled(rule: str, optimised: str, place: str, sources: list[Path]) -> list[str]:
                 command = f"{compiler} {options} {optimised} -MMD -MF $out.d -x c++ -c $in -o $out"
                 ninja.rule(rule, command, depfile="$out.d", deps="gcc")
-                objects = {one: f"{place}/{one.relative_to(CUDA)}.o" for one in sources}
+                names = [one.relative_to(CUDA) if one.is_relative_to(CUDA) else one.name for one in sources]
+                objects = {one: f"{place}/{name}.o" for one, name in zip(sources, names, strict=True)}
                 return [path for one, target in objects.items() for path in ninja.build(target, rule, str(one))]
 
             sources = [path for path in sorted(CUDA.rglob("*.c[pu]*")) if path.suffix != ".cuh"]
             sources = [one for one in sources if one.relative_to(CUDA).as_posix() not in DEVICE_ALONE]
-            bindings = [one for one in sources if one.name in ("bindings.cpp", "register.cpp")]
+            bindings = [one for one in sources if one.name in UNOPTIMISED]
             runtime = [one for one in sources if one.name in RUNTIME]
             kernels = [one for one in sources if one not in bindings + runtime]
+            shared = compiled("runtime", "-O3 -fno-omit-frame-pointer", "runtime", runtime)
             # Optimising pybind11's templates would take longer than compiling all kernels.
-            shared = compiled("bindings", "-O0", "bindings", bindings)
-            shared += compiled("runtime", "-O3 -fno-omit-frame-pointer", "runtime", runtime)
+            included = including(folder / "bindings.cpp", bindings)
+            shared += compiled("bindings", "-O0", "bindings", [included])
             for name, (optimised, linked) in VARIANTS.items():
                 ninja.rule(f"link_{name}", f"{compiler} -shared {linked} $in -o $out")
                 objects = shared + compiled(f"kernels_{name}", optimised, name, kernels)
@@ -76,6 +80,14 @@ def path(sanitized: bool = False) -> Path:
         assert done.returncode == 0, done.stdout + done.stderr
     output = folder / target
     return output
+
+
+def including(path: Path, sources: list[Path]) -> Path:
+    """Write a file that includes `sources`, unless it is up to date."""
+    text = "".join(f'#include "{one.relative_to(ROOT)}"\n' for one in sources)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    return path
 
 
 @cache

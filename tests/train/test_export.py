@@ -89,6 +89,59 @@ def test_exported_model_gives_same_embeddings_in_transformers(tmp_path: Path, pi
     assert float(rest["logit_scale"]) == float(model.logit_scale.detach())
 
 
+# Mojibake, curly quotes, entities (also twice), ligatures, no-break and zero-width spaces, control characters.
+ODD = [
+    "a red square \u201cat\u201d the left",
+    "a&nbsp;blue&amp;nbsp;square",
+    "a \u00e2\u20ac\u0153red\u00e2\u20ac\u009d square",
+    "\ufb01ve  cells\t\n",
+    "caf\u00c3\u00a9 &lt;red&gt;",
+    "a\u00a0blue\u200b square\u2019s top",
+    "\x1b[31mred\x00 square",
+    "&amp;lt;b&amp;gt; cells",
+    "",
+]
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_card_of_exported_model_repairs_captions_as_we_do(tmp_path: Path, picture: Image.Image, kind: str):
+    from transformers import AutoTokenizer
+
+    config = tiny_model()
+    if kind == "gpt":
+        text = TextConfig(
+            kind="gpt", context_length=12, max_positions=12, vocab_size=96, width=32, layers=2, heads=2,
+            dropout=0.0, attention_dropout=0.0, projection="linear", end_id=3,
+        )  # fmt: skip
+        config = dataclasses.replace(config, text=text)
+    model = saved(tmp_path / "model", config)
+    _, preprocess, tokenizer = pretrained.load(tmp_path / "model")
+    out = tmp_path / "out"
+    pretrained.save_transformers(out, model, preprocess, tokenizer)
+    card = (out / "README.md").read_text()
+    theirs = AutoTokenizer.from_pretrained(out / "text")
+    raw = theirs(ODD, padding="max_length", truncation=True, max_length=12).input_ids
+    assert sum(row != ours for row, ours in zip(raw, tokenizer(ODD).tolist(), strict=True)) >= 4
+    assert "The tokenizer in `text/` doesn't do this" in card
+    names: dict = {}
+    for block in card.split("```python\n")[1:]:
+        exec(block.partition("```")[0], names)
+    repaired = theirs([names["clean"](text) for text in ODD], padding="max_length", truncation=True, max_length=12)
+    assert repaired.input_ids == tokenizer(ODD).tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            names["embed_captions"](out, ODD), model.encode_text(tokenizer(ODD)), rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            names["embed_images"](out, [picture]), model.encode_image(preprocess(picture)[None]), rtol=0, atol=2e-2
+        )
+    # A card of the user's is kept. Ours is written again.
+    pretrained.save_transformers(out, model, preprocess, tokenizer)
+    (out / "README.md").write_text("my own card")
+    pretrained.save_transformers(out, model, preprocess, tokenizer)
+    assert (out / "README.md").read_text() == "my own card"
+
+
 @pytest.mark.parametrize("end_id", [None, 7])
 def test_exported_gpt_tower_gives_same_embeddings_as_clip(tmp_path: Path, end_id: int | None):
     from transformers import CLIPTextModelWithProjection

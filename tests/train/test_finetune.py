@@ -245,7 +245,7 @@ def test_finetune_wrong_settings_raise_one_line(start: Path, table: Path, tmp_pa
     for changes, message in (
         ({"task": "pcam"}, "has the protocol zero_shot, not vqa"),
         ({"batch_size": 64}, "fewer than batch_size=64"),
-        ({"split": "nope"}, "no question in split 'nope'"),
+        ({"split": "nope"}, "no split 'nope'; its splits are train"),
         ({"task": ""}, "no column|no captions"),
         ({"run": str(start)}, "is the folder of the model"),
     ):

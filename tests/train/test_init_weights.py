@@ -168,6 +168,7 @@ def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp
     deeper = dataclasses.replace(SMALL, vision=dataclasses.replace(VISION, layers=4))
     twelve = dataclasses.replace(SMALL, vision=dataclasses.replace(VISION, heads=12))
     fewer = dataclasses.replace(SMALL, text=dataclasses.replace(TEXT, vocab_size=96))
+    vit = {"model_type": "vit", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     scaled = {"blocks.0.ls1.gamma": torch.ones(VISION.width)}
     for config, init, words in [
         (SMALL, InitConfig(vision=changed(timm_folder, lambda s: s.pop("norm.bias"))), "it lacks norm.bias"),
@@ -184,6 +185,32 @@ def test_unfit_init_weights_are_errors(timm_folder: Path, bert_folder: Path, tmp
             SMALL,
             InitConfig(text=changed(bert_folder, same, num_attention_heads=4)),
             "has 4 heads, but model.text.heads=2",
+        ),
+        (
+            SMALL,
+            InitConfig(text=changed(bert_folder, same, pad_token_id=1)),
+            "padding token 1, but model.text.pad_id=0",
+        ),
+        (SMALL, InitConfig(text=changed(bert_folder, same, auto_map={"AutoModel": "own.Bert"})), "auto_map=.*own.Bert"),
+        (
+            SMALL,
+            InitConfig(vision=changed(timm_folder, same, global_pool="avg", model_args={})),
+            "global_pool='avg' must",
+        ),
+        (SMALL, InitConfig(vision=changed(timm_folder, same, model_args={"act_layer": "relu"})), "keys: act_layer"),
+        (
+            SMALL,
+            InitConfig(vision=changed(timm_folder, same, model_args={"drop_path_rate": 0.1})),
+            "drop_path_rate=0.1",
+        ),
+        *(
+            (SMALL, InitConfig(vision=changed(bert_folder, same, **(vit | {name: value}))), f"{name}={value!r} must be")
+            for name, value in (
+                ("layer_norm_eps", 1e-5),
+                ("attention_probs_dropout_prob", 0.1),
+                ("hidden_dropout_prob", 0.1),
+                ("hidden_act", "relu"),
+            )
         ),
         (SMALL, InitConfig(text=str(tmp_path / "none")), "neither a file nor a folder"),
         (SMALL, InitConfig(vision=str(tmp_path)), "holds no config.json"),

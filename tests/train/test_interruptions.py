@@ -100,6 +100,7 @@ def test_signal_to_one_rank_stops_both(shards: Path, tmp_path: Path):
     assert saved_steps(run) == [num_lines(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -123,6 +123,7 @@ def test_run_folder_opens_as_a_model(finished: Path):
     assert resolved == tiny_run(finished, Path(resolved.data.shards), model=tiny_model(dropout=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3)])
 def test_resume_is_exact(finished: Path, shards: Path, tmp_path: Path, name: str, stage: int):
     """A run with dropout that stops after step 3 resumes bitwise, with every engine."""

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 
-from . import dicom, png, tiff
+from . import dicom, jpeg, png, tiff
 from .colours import to_rgb
 from .errors import ImageError
 from .formats import name_of_format
@@ -36,6 +37,7 @@ IMAGE_SUFFIXES = (
 # Pillow's formats whose decoders start no programs (as EPS does) and call only libraries that Pillow includes.
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP")
 _ORIENTATION = 0x0112
+_JPEG_FORMATS = ("JPEG", "MPO")
 # Exceptions of Pillow's plugins for corrupt input.
 CORRUPT = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, ArithmeticError,
@@ -59,6 +61,7 @@ class OpenImage:
             self.format, self.mode = "DICOM", self._dicom.photometric
             self.width, self.height = self._dicom.width, self._dicom.height
             return
+        self._data, self._reduced = data, 1
         self.image = _open(data)
         if self.image.format == "TIFF":
             tiff.select_page(self.image)
@@ -79,7 +82,8 @@ class OpenImage:
     def reduce_jpeg(self, width: int, height: int) -> None:
         """Let the decoder of an RGB or grey JPEG scale by 1/2, 1/4 or 1/8, to at least this size."""
         if self.format == "JPEG" and self.mode in ("RGB", "L"):
-            self.image.draft(None, (width, height))
+            factor = min(self.width // width, self.height // height)
+            self._reduced = next(divisor for divisor in (8, 4, 2, 1) if divisor <= max(1, factor))
 
     def rgb(self) -> Image.Image:
         """Decode the pixels to RGB, upright. The error is an ImageError."""
@@ -87,13 +91,26 @@ class OpenImage:
             if self._dicom is not None:
                 return dicom.to_rgb(self._dicom)
             upright = self.is_upright
-            self.image.load()
-            image: Image.Image = self.image
+            image = self._load()
             if not upright and self.format != "TIFF":  # Pillow turns a TIFF when it loads it
                 from PIL import ImageOps
 
                 image = ImageOps.exif_transpose(image)
             return to_rgb(tiff.with_black_zero(image) if self.format == "TIFF" else image)
+
+    def _load(self) -> Image.Image:
+        """Return the stored pixels. Those of a JPEG are RGB already."""
+        if self.format in _JPEG_FORMATS:
+            image = jpeg.decode_intact(self._data, self._reduced)
+            if image is not None:
+                image.info |= self.image.info
+                return image
+            if self._reduced > 1:
+                self.image.draft(None, (self.width // self._reduced, self.height // self._reduced))
+        elif self.format == "PNG":
+            png.check_pixels(self._data)
+        self.image.load()
+        return self.image
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
@@ -136,6 +153,11 @@ def _open_with_pillow(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError("image of too many pixels")
+        if image.format in _JPEG_FORMATS and (pixels := jpeg.decode_intact(data)) is not None:
+            if image.mode in ("RGB", "L"):  # the same pixels as Pillow's
+                return pixels if image.mode == "RGB" else pixels.getchannel(0)
+        elif image.format == "PNG":
+            png.check_pixels(data)
         image.load()
         if image.mode == "La":
             raise ImageError("Pillow does not convert grey with associated alpha to RGB")
@@ -199,6 +221,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
+        if reason := stand_ins.describe(data[: stand_ins.NUM_BYTES]):
+            raise ImageError(f"the file {reason}") from None
         name = name_of_format(data)
         if name == "TIFF":
             raise ImageError(f"TIFF of an unsupported layout: {tiff.REMEDY}") from None

@@ -1,7 +1,8 @@
 """The format of a dataset folder.
 
 {split}-{n:06d}.tar          ustar archive with `key.jpg`, `key.txt` and `key.json` of each sample, in this order
-{split}-{n:06d}.index.json   key, byte offsets and sizes of each sample, and the SHA-256 of the tar
+{split}-{n:06d}.index.json   key of each sample, with the byte offset, size and CRC-32C of its members, and the SHA-256
+                             of the tar
 manifest.parquet             one row for each sample: its shard and position, caption and metadata
 dataset.json                 splits, counts, hashes, fingerprint (written last)
 """
@@ -19,6 +20,8 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
 FORMAT_VERSION = 1
+# The value of `checksum` in dataset.json, and the name of the checksums in an index. Earlier releases ignore both.
+CHECKSUM = "crc32c"
 MEMBERS = ("jpg", "txt", "json")
 BLOCK = 512
 
@@ -51,10 +54,12 @@ class Index:
     Attributes:
         offsets: (samples, 3) int64, in bytes from the start of the tar.
         sizes: (samples, 3) int64, in bytes.
+        checksums: (samples, 3) uint32, CRC-32C. None: an earlier release wrote the shard.
     """
 
     offsets: np.ndarray
     sizes: np.ndarray
+    checksums: np.ndarray | None = None
 
 
 def _read_json(storage: Storage, name: str, remedy: str) -> Any:
@@ -78,11 +83,19 @@ def read_description(storage: Storage) -> dict[str, Any]:
             f"{storage.path('dataset.json')} has format version {description.get('version')}, but this release reads "
             f"version {FORMAT_VERSION}; build the dataset again"
         )
+    if description.get("checksum", CHECKSUM) != CHECKSUM:
+        raise UserError(
+            f"{storage.path('dataset.json')} has checksum={description['checksum']!r}, but this release checks "
+            f"{CHECKSUM!r}; update bclip_fast or build the dataset again"
+        )
     return description
 
 
-def read_index(storage: Storage, shard: dict[str, Any]) -> tuple[list[str], Index]:
-    """Read and check the index file of a shard. Return its keys and the index. Raises UserError."""
+def read_index(storage: Storage, shard: dict[str, Any], has_checksums: bool) -> tuple[list[str], Index]:
+    """Read and check the index file of a shard. Return its keys and the index. Raises UserError.
+
+    has_checksums: whether dataset.json says that every index has checksums.
+    """
     name = f"{shard['name']}.index.json"
     path = storage.path(name)
     index = _read_json(storage, name, "every shard needs its index; build the dataset again")
@@ -93,6 +106,10 @@ def read_index(storage: Storage, shard: dict[str, Any]) -> tuple[list[str], Inde
         members = np.array(
             [[entry[member] for member in MEMBERS] for entry in index["samples"]], dtype=np.int64
         ).reshape(len(keys), len(MEMBERS), 2)
+        checksums = None
+        if has_checksums:
+            checksums = np.array([entry[CHECKSUM] for entry in index["samples"]], dtype=np.uint32)
+            checksums = checksums.reshape(len(keys), len(MEMBERS))
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -102,4 +119,16 @@ def read_index(storage: Storage, shard: dict[str, Any]) -> tuple[list[str], Inde
     ends = (offsets + sizes).reshape(-1)
     if len(keys) != shard["samples"] or (sizes < 0).any() or (starts[0] < 0) or (ends > starts[1:]).any():
         raise UserError(f"{path}: corrupt index; build the dataset again")
-    return keys, Index(offsets, sizes)
+    return keys, Index(offsets, sizes, checksums)
+
+
+def index_text(shard: dict[str, Any], samples: list[dict[str, Any]]) -> str:
+    """Return the text of an index file. shard: the shard's entry in dataset.json. samples: a dict for each sample."""
+    head = to_json({"version": FORMAT_VERSION, **shard, "samples": None})
+    lines = ",\n".join(map(to_json, samples))
+    return head.replace('"samples":null', f'"samples":[\n{lines}\n]')
+
+
+def description_text(description: dict[str, Any]) -> str:
+    """Return the text of dataset.json."""
+    return json.dumps(description, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import weakref
 from bisect import bisect_right
@@ -14,12 +15,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from bclip_fast._cpu import crc32c
 from bclip_fast.data.daemon_pool import DaemonPool
 from bclip_fast.data.storage import LocalStorage, ReadConfig, RemoteStorage, Storage, open_storage
 from bclip_fast.data.storage_cache import CachedStorage
 from bclip_fast.errors import UserError
 
-from .format import BLOCK, MEMBERS, Sample, read_description, read_index
+from .format import BLOCK, MEMBERS, Index, Sample, read_description, read_index
+
+log = logging.getLogger(__name__)
 
 # Limit for a merged range, so that several connections share a large one.
 _MAX_SPAN = 8 << 20
@@ -31,10 +35,19 @@ class BadSample(UserError):
     """A damaged sample. The dataset is at fault. In contrast, a ReadError is a fault of the storage."""
 
 
+@functools.cache
+def _say_no_checksums(root: str) -> None:
+    log.warning(
+        "%s has no checksums, so damaged samples that can be decoded are used; "
+        "bclip ingest verify --add_checksums adds them",
+        root,
+    )
+
+
 class ShardDataset:
     """Random access to the samples of one split, in the order in which they were written.
 
-    Safe for several threads, after a fork, and after pickling.
+    Safe for several threads, after a fork, and after pickling. Every read compares the sample with its checksums.
 
     Args:
         root: folder, or URL that fsspec can read.
@@ -53,6 +66,9 @@ class ShardDataset:
         splits = description["splits"]
         if split not in splits:
             raise UserError(f"{self.root}: no split {split!r}; it has {', '.join(sorted(splits))}")
+        self.has_checksums = "checksum" in description
+        if not self.has_checksums:
+            _say_no_checksums(self.root)
         self.fingerprint: str = splits[split]["fingerprint"]
         self._shards: list[dict[str, Any]] = splits[split]["files"]
         self.shard_sizes: list[int] = [shard["samples"] for shard in self._shards]
@@ -77,12 +93,16 @@ class ShardDataset:
 
     def _make_caches(self) -> None:
         self._starts = [0, *accumulate(self.shard_sizes)]
-        self._index = functools.lru_cache(None)(lambda number: read_index(self.storage, self._shards[number])[1])
+        self._index = functools.lru_cache(None)(lambda number: self._read_index(number)[1])
+        self._keys = functools.lru_cache(2)(lambda number: self._read_index(number)[0])
         self._connections: tuple[int, DaemonPool] | None = None
+
+    def _read_index(self, number: int) -> tuple[list[str], Index]:
+        return read_index(self.storage, self._shards[number], self.has_checksums)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_index", "_connections"):
+        for name in ("_index", "_keys", "_connections"):
             del state[name]
         return state
 
@@ -115,6 +135,16 @@ class ShardDataset:
         return self._parse(i, self.storage.read(self._name(number), start, end))
 
     def _parse(self, i: int, data: bytes) -> Sample:
+        """Return sample i from its bytes. If they are damaged, read them once more. Raises BadSample."""
+        try:
+            return self._parse_once(i, data)
+        except BadSample as bad:
+            number, start, end = self._span(i)
+            sample = self._parse_once(i, self.storage.read_again(self._name(number), start, end))
+            log.warning("%s; a second read was intact", bad)
+            return sample
+
+    def _parse_once(self, i: int, data: bytes) -> Sample:
         number, position = self._locate(i)
         index = self._index(number)
         offsets, sizes = index.offsets[position].tolist(), index.sizes[position].tolist()
@@ -128,6 +158,13 @@ class ShardDataset:
         path = self.storage.path(self._name(number))
         if names != [key + b"." + member.encode() for member in MEMBERS]:
             raise BadSample(f"{path}: sample {position} is not at the offset in the index; build the dataset again")
+        if index.checksums is not None:
+            for name, content, checksum in zip(names, contents, index.checksums[position].tolist(), strict=True):
+                if (actual := crc32c(content)) != checksum:
+                    raise BadSample(
+                        f"{path}: {name.decode('latin-1')} is damaged: its CRC-32C is {actual:08x}, but the index has "
+                        f"{checksum:08x}; copy the shard and its index again"
+                    )
         try:
             caption, meta = contents[1].decode(), json.loads(contents[2])
             return Sample(key.decode("ascii"), contents[0], caption, meta)
@@ -181,7 +218,7 @@ class ShardDataset:
     def name_of(self, i: int) -> tuple[str, str]:
         """Return sample i's key and the file name of its shard. Only reads the index."""
         number, position = self._locate(i)
-        return read_index(self.storage, self._shards[number])[0][position], self._name(number)
+        return self._keys(number)[position], self._name(number)
 
     def caption_bytes(self, i: int) -> int:
         """Return the size of sample i's caption. Only reads the index."""
@@ -191,13 +228,13 @@ class ShardDataset:
     def caption(self, i: int) -> str:
         """Return the caption of sample i without reading its image. Raises BadSample."""
         number, position = self._locate(i)
-        index = self._index(number)
+        index, name = self._index(number), self._name(number)
         offset, size = int(index.offsets[position, 1]), int(index.sizes[position, 1])
-        try:
-            return self.storage.read(self._name(number), offset, offset + size).decode()
-        except UnicodeDecodeError as error:
-            path = self.storage.path(self._name(number))
-            raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
+        data = self.storage.read(name, offset, offset + size)
+        if index.checksums is None or crc32c(data) == index.checksums[position, 1]:
+            with contextlib.suppress(UnicodeDecodeError):
+                return data.decode()
+        return self[i].caption  # raises BadSample, which names the member, unless a second read is intact
 
     def captions(self) -> Iterator[str]:
         """Yield all captions in order, except damaged ones. From a URL, this reads all bytes of the shards."""

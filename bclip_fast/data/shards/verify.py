@@ -8,12 +8,25 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from bclip_fast._cpu import crc32c
 from bclip_fast.data.image_files import decode_as_loaders
 from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
+from bclip_fast.io.atomic import write_text
+from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256_of_file
 
-from .format import MEMBERS, Index, fingerprint_of, read_description, read_index
+from .format import (
+    CHECKSUM,
+    MEMBERS,
+    Index,
+    description_text,
+    fingerprint_of,
+    index_text,
+    read_description,
+    read_index,
+)
 
 
 def verify(root: Path | str) -> list[str]:
@@ -42,7 +55,7 @@ def verify(root: Path | str) -> list[str]:
             expected |= {f"{shard['name']}.tar", f"{shard['name']}.index.json"}
             keys: list[str] = []
             try:
-                keys, index = read_index(storage, shard)
+                keys, index = read_index(storage, shard, "checksum" in description)
                 problems += _verify_shard(root / f"{shard['name']}.tar", shard, keys, index)
             except UserError as error:
                 problems.append(str(error))
@@ -52,7 +65,8 @@ def verify(root: Path | str) -> list[str]:
     if len({row[0] for row in rows}) != len(rows):
         problems.append("some keys occur several times")
     problems += _verify_manifest(root / "manifest.parquet", rows)
-    files = {path.name for pattern in ("*.tar", "*.index.json") for path in root.glob(pattern)}
+    names = [path.name for path in Listing(root).files(root)]
+    files = {name for name in names if name.endswith((".tar", ".index.json"))}
     problems += [f"{name}: dataset.json does not list it" for name in sorted(files - expected)]
     return problems
 
@@ -68,6 +82,7 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
         for key, offsets, sizes in zip(keys, index.offsets, index.sizes, strict=True)
         for member, offset, size in zip(MEMBERS, offsets, sizes, strict=True)
     ]
+    checksums = None if index.checksums is None else index.checksums.reshape(-1).tolist()
     num_read = 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -77,12 +92,17 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
                 content = tar.extractfile(info)
                 if content is None:
                     return [*problems, f"{path.name}: {info.name} is not a file"]
-                if reason := _content_problem(info.name, content.read()):
+                data = content.read()
+                if checksums is not None and crc32c(data) != checksums[num_read]:
+                    problems.append(f"{path.name}: {info.name}: its CRC-32C differs from the index")
+                if reason := _content_problem(info.name, data):
                     problems.append(f"{path.name}: {info.name}: {reason}")
                 num_read += 1
             if num_read == len(members) and tar.next() is not None:
                 problems.append(f"{path.name}: has more members than the index")
     except (tarfile.TarError, OSError) as error:
+        if reason := stand_ins.of_file(path):
+            return [f"{path.name} {reason}"]
         return [*problems, f"{path.name}: cannot be read: {error}"]
     if num_read != len(members):
         problems.append(f"{path.name}: has {num_read} members, but its index has {len(members)}")
@@ -111,6 +131,40 @@ def _verify_manifest(path: Path, rows: list[tuple[str, str, str, int]]) -> list[
     try:
         table = pq.read_table(path, columns=["key", "split", "shard", "position"])
     except (OSError, pa.ArrowException) as error:
+        if reason := stand_ins.of_file(path):
+            return [f"{path.name} {reason}"]
         return [f"{path.name}: cannot be read: {first_line(error)}"]
     manifest_rows = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
     return [] if manifest_rows == sorted(rows) else [f"{path.name}: its rows differ from the shards"]
+
+
+def add_checksums(root: Path | str) -> bool:
+    """Write checksums into the index files of a dataset that an earlier release wrote.
+
+    The tar files and the fingerprint stay the same. If this is interrupted, call it again.
+
+    Returns:
+        Whether the dataset had no checksums.
+
+    Raises:
+        UserError: the dataset is missing, or a shard or index is damaged.
+    """
+    root = Path(root)
+    storage = LocalStorage(root, ReadConfig())
+    description = read_description(storage)
+    if "checksum" in description:
+        return False
+    for shard in (shard for part in description["splits"].values() for shard in part["files"]):
+        path, name = root / f"{shard['name']}.tar", f"{shard['name']}.index.json"
+        _, index = read_index(storage, shard, has_checksums=False)
+        if not path.is_file() or sha256_of_file(path) != shard["sha256"]:
+            raise UserError(f"{path} is missing, or its SHA-256 differs from dataset.json; copy it again")
+        entries = storage.json(name)["samples"]
+        for entry, offsets, sizes in zip(entries, index.offsets.tolist(), index.sizes.tolist(), strict=True):
+            entry[CHECKSUM] = [
+                crc32c(storage.read(path.name, offset, offset + size))
+                for offset, size in zip(offsets, sizes, strict=True)
+            ]
+        write_text(root / name, index_text(shard, entries), sync=True)
+    write_text(root / "dataset.json", description_text({**description, "checksum": CHECKSUM}), sync=True)
+    return True

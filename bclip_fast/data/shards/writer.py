@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,10 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from bclip_fast._cpu import crc32c
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import write_text
+from bclip_fast.io.atomic import put_in_place, write_text
 
-from .format import BLOCK, FORMAT_VERSION, Sample, fingerprint_of, to_json
+from .format import BLOCK, CHECKSUM, FORMAT_VERSION, Sample, description_text, fingerprint_of, index_text, to_json
 from .manifest import ManifestRows, write_manifest
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -45,7 +47,7 @@ class ShardFile:
     def add(self, key: str, split: str, caption: str, image: bytes, meta: str) -> dict[str, Any]:
         """Append a sample. Return its row for the manifest."""
         contents = {"jpg": image, "txt": caption.encode(), "json": meta.encode()}
-        entry: dict[str, Any] = {"key": key}
+        entry: dict[str, Any] = {"key": key, CHECKSUM: [crc32c(data) for data in contents.values()]}
         for extension, data in contents.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)
@@ -69,10 +71,8 @@ class ShardFile:
             "num_bytes": self.num_bytes,
             "sha256": self._hash.hexdigest(),
         }
-        head = to_json({"version": FORMAT_VERSION, **description, "samples": None})
-        lines = ",\n".join(to_json(entry) for entry in self._samples)
         with self._index_path.open("w", encoding="utf-8") as file:
-            file.write(head.replace('"samples":null', f'"samples":[\n{lines}\n]'))
+            file.write(index_text(description, self._samples))
             _sync(file)
         return description
 
@@ -107,11 +107,11 @@ def write_description(folder: Path, splits: dict[str, list[dict[str, Any]]], inf
         **info,
         "format": "bclip_fast.shards",
         "version": FORMAT_VERSION,
+        "checksum": CHECKSUM,
         "fingerprint": fingerprint_of("", all_shards),
         "splits": split_descriptions,
     }
-    text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    write_text(folder / "dataset.json", text, sync=True)
+    write_text(folder / "dataset.json", description_text(description), sync=True)
 
 
 class Staging:
@@ -131,6 +131,7 @@ class Staging:
         self.path = self.out.with_name(f".{self.out.name}.partial")
         self._old = self.out.with_name(f".{self.out.name}.old")
         self._overwrite = overwrite
+        self._finish_publishing()  # a process was killed before it did
         self._check_out()
 
     def _check_out(self) -> None:
@@ -145,6 +146,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self.path.mkdir(parents=True, exist_ok=True)
+        is_unfinished = (self.path / "lock").exists()
         # The lock ends with its process, so a killed run doesn't block the next one.
         self._lock = (self.path / "lock").open("w")
         try:
@@ -152,6 +154,8 @@ class Staging:
         except OSError:
             self._lock.close()
             raise UserError(f"{self.out}: another process is writing this dataset; wait for it or end it") from None
+        if not is_unfinished:  # a replaced dataset, which a killed process left
+            self.clear()
         if self._old.exists():  # a process was killed between the two renames of an overwrite
             if self.out.exists():
                 shutil.rmtree(self._old)
@@ -168,12 +172,29 @@ class Staging:
 
     def publish(self) -> None:
         """Rename the folder to `out`, in place of an older dataset."""
-        (self.path / "lock").unlink()
-        if self.out.exists() and any(self.out.iterdir()):
-            self.out.rename(self._old)
-        self.path.rename(self.out)
-        if self._old.exists():
-            shutil.rmtree(self._old)
+        put_in_place(self.path, self.out)
+        self._finish_publishing()
+
+    def _finish_publishing(self) -> None:
+        """Delete the replaced dataset, which has no lock, and then the lock of the new one."""
+        if (self.out / "lock").exists() and (self.out / "dataset.json").exists():
+            if not (self.path / "lock").exists():
+                self._keep_other_files()
+                shutil.rmtree(self.path, ignore_errors=True)
+            (self.out / "lock").unlink(missing_ok=True)
+
+    def _keep_other_files(self) -> None:
+        """Move the files that are no part of the replaced dataset to the new one."""
+        try:
+            splits = json.loads((self.path / "dataset.json").read_bytes())["splits"].values()
+            names = {shard["name"] for split in splits for shard in split["files"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        names = {f"{name}{suffix}" for name in names for suffix in (".tar", ".index.json")}
+        names |= {"manifest.parquet", "rejects.parquet", "dataset.json"}
+        for path in self.path.iterdir():
+            if path.name not in names and not (self.out / path.name).exists():
+                path.rename(self.out / path.name)
 
     def discard(self) -> None:
         """Delete the folder."""
@@ -181,6 +202,8 @@ class Staging:
             shutil.rmtree(self.path)
 
     def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):
+            self._finish_publishing()  # a signal came while it did
         self._lock.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from bclip_fast.data.splits import check_whole
 from bclip_fast.errors import UserError
 
 READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til", "pictures")
@@ -54,15 +55,18 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: s
         download_url: source of the public data set, for error messages.
         name: name of the task. It selects the data if one folder holds those of several tasks.
 
+    The split may have another spelling in the data, see `data.splits`. A folder with tables of splits, such as
+    train.csv and test.csv, is read as these tables.
+
     Raises:
-        UserError: missing or empty data, or an unknown split. The message names the expected files and their source.
+        MissingSplit: the data have other splits, but not this one.
+        UserError: missing, empty or faulty data. The message names the expected files and their source.
     """
     from .arrays import open_medmnist, open_pcam
-    from .folder import FolderDataset, TilDataset, UnlabelledDataset
-    from .pairs import PairDataset
+    from .folder import TilDataset, UnlabelledDataset
     from .rsna import RsnaDataset
     from .shards import ShardEvalDataset
-    from .table import CsvDataset
+    from .table import SUFFIXES, CsvDataset
 
     if "://" in str(path):
         return ShardEvalDataset(path, split)
@@ -87,14 +91,30 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: s
     if location.is_file():
         if location.suffix.lower() == ".npz":
             return open_medmnist(location, split, download_url)
-        if location.suffix.lower() != ".csv":
+        if location.suffix.lower() not in SUFFIXES:
             raise UserError(f"data {path} is a file but not a .csv; pass a folder or a CSV with columns path,label")
         return CsvDataset(location, split)
     if (location / "dataset.json").is_file():
         return ShardEvalDataset(location, split)
-    if PairDataset.matches(location):
-        return PairDataset(location)
     try:
-        return FolderDataset(location, split)
+        return _open_folder(location, split)
     except UserError as error:
-        raise UserError(f"{error}{source}") from None
+        raise type(error)(f"{error}{source}") from None
+
+
+def _open_folder(root: Path, split: str) -> EvalDataset:
+    from .files import ImageListing, find_split
+    from .folder import FolderDataset
+    from .pairs import PairDataset
+    from .table import open_split_table
+
+    if PairDataset.matches(root):
+        check_whole(split, f"data {root}")
+        return PairDataset(root)
+    listing = ImageListing(root)
+    if (table := open_split_table(listing, split)) is not None:
+        return table
+    place = find_split(listing, split)
+    if place.path != root and PairDataset.matches(place.path):
+        return PairDataset(place.path, place.split)
+    return FolderDataset(listing, place)

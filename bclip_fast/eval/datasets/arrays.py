@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from bclip_fast.data.splits import resolve
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import stand_ins
 from bclip_fast.io.hashing import blocks, sha256_of_parts
 
-_SPLITS = {"val": "valid", "validation": "valid", "dev": "valid"}
+_PCAM_SPLITS = ("train", "valid", "test")
+_MEDMNIST_SPLITS = ("train", "val", "test")
 _MEDMNIST = (
     "bloodmnist", "breastmnist", "chestmnist", "dermamnist", "octmnist", "organamnist", "organcmnist", "organsmnist",
     "pathmnist", "pneumoniamnist", "retinamnist", "tissuemnist",
@@ -81,7 +84,7 @@ def open_pcam(folder: Path, split: str, download_url: str) -> ArrayDataset:
     """
     import h5py
 
-    name = _SPLITS.get(split, split)
+    name = resolve(split, _PCAM_SPLITS, "PatchCamelyon")
     paths = [folder / f"camelyonpatch_level_2_split_{name}_{part}.h5" for part in "xy"]
     arrays = []
     for path, key, shape in zip(paths, "xy", ((96, 96, 3), (1, 1, 1)), strict=True):
@@ -94,6 +97,7 @@ def open_pcam(folder: Path, split: str, download_url: str) -> ArrayDataset:
             file = h5py.File(path, "r")
             array = file[key]
         except (OSError, KeyError) as error:
+            stand_ins.refuse(path)
             raise UserError(f"{path} cannot be read ({first_line(error)}); PatchCamelyon {needs}") from error
         if array.shape[1:] != shape or array.dtype != np.uint8 or not len(array):
             raise UserError(f"{path} holds {key!r} of shape {array.shape}, {array.dtype}; PatchCamelyon {needs}")
@@ -130,12 +134,13 @@ def open_medmnist(path: Path, split: str, download_url: str, name: str = "") -> 
                 f"{path} holds {len(files) or 'no'} {pattern}; pass a folder with one such file from {download_url}"
             )
         path = files[0]
-    key = {"valid": "val"}.get(_SPLITS.get(split, split), split)
+    key = resolve(split, _MEDMNIST_SPLITS, "MedMNIST")
     needs = f"MedMNIST needs {key}_images (N, S, S[, 3]) uint8 and {key}_labels (N, L); get it from {download_url}"
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        stand_ins.refuse(path)
         raise UserError(f"{path} cannot be read ({first_line(error)}); {needs}") from error
     shape = images.shape[1:]
     if (

@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 
+from bclip_fast.data import splits
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
-from bclip_fast.io.file_names import printable
+from bclip_fast.io.file_names import comparable, printable
+from bclip_fast.io.folders import shown
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
-from .files import read_image, select_images
+from .files import ImageListing, SplitFolder, read_image
 
-_SPLIT_NAMES = {"train", "trn", "val", "valid", "validation", "dev", "test", "tst"}
+log = logging.getLogger(__name__)
 
 
 class FolderDataset:
-    """Images in the order of their paths. The folder's name is the label of kind `class`. See `EvalDataset`.
-
-    If `root` has a folder named like the split, it holds the classes. If `root` has folders of other splits, the split
-    is unknown. Without split folders, `root` holds the classes, and all images are used.
-    """
+    """Images in the order of their paths. The folder's name is the label of kind `class`. See `EvalDataset`."""
 
     label_kinds: tuple[str, ...] = ("class",)
 
-    def __init__(self, root: Path, split: str) -> None:
-        """List the images. Raises UserError for an unknown split or an empty class."""
-        folders = _subfolders(root)
-        splits = [name for name in folders if name in _SPLIT_NAMES]
-        if split in folders:
-            root = root / split
-            folders = _subfolders(root)
-        elif splits:
-            raise UserError(f"data {root} has no split {split!r}; its splits are {', '.join(splits)}")
-        else:
-            split = "all"
-        self.path = str(root)
-        self.split = split
-        self._root = root
+    def __init__(self, listing: ImageListing, place: SplitFolder) -> None:
+        """List the images of the classes in the folder `place`.
+
+        Raises:
+            UserError: a class without images, unless no other split has that class either. Or there is no class, or
+                the classes hold splits.
+        """
+        root = place.path
+        self.path, self.split, self._root = str(root), place.split, root
         self._samples: list[tuple[Path, str]] = []
-        for name in folders:
-            images = _images_below(root / name)
+        names = listing.folders(root)
+        _check_levels(listing, root, names)
+        folders: dict[str, str] = {}
+        empty: list[str] = []
+        for name in names:
+            label = comparable(printable(name))
+            if folders.setdefault(label, name) != name:
+                raise UserError(f"data folder {root} has two folders that read {label!r}; rename one of them")
+            images = listing.images(listing.files_below(root / name))
+            self._samples += [(path, label) for path in images]
             if not images:
-                raise UserError(
-                    f"data folder {root / name} holds no image ({' '.join(IMAGE_SUFFIXES)}); remove or fill it"
-                )
-            self._samples += [(path, printable(name)) for path in images]
-        if not self._samples:
+                empty.append(name)
+        if not names:
             raise UserError(
                 f"data folder {root} is neither shards (no dataset.json) nor a folder with a folder per class"
             )
+        siblings = {name for folder in place.siblings for name in listing.folders(folder)}
+        for name in empty:
+            if not self._samples or not place.siblings or name in siblings:
+                raise UserError(
+                    f"data folder {root / name} holds no image ({' '.join(IMAGE_SUFFIXES)}); remove or fill it"
+                )
+        if empty:
+            log.warning("%s: left out the empty folders %s, which no other split has", root, shown(empty))
+        listing.log()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -83,25 +91,49 @@ class FolderDataset:
         return [label for _, label in self._samples]
 
 
+def _check_levels(listing: ImageListing, root: Path, classes: list[str]) -> None:
+    """Raise UserError if folders of splits lie below the folders that would be the classes."""
+    for name in classes:
+        below = splits.by_split(listing.folders(root / name))
+        if len(set(below.values())) > 1:
+            folder = root / printable(name)
+            raise UserError(
+                f"data folder {folder} holds the splits {splits.described(below)} and is not a class; "
+                f"pass {folder} as the data, or put the folders of the classes below those of the splits"
+            )
+
+
 class TilDataset(FolderDataset):
     """TCGA-TIL as on Zenodo: `[cancer/]split/til-{negative,positive}/`, all cancers of the folder together."""
 
     def __init__(self, root: Path, split: str, download_url: str) -> None:
         """List the images. Raises UserError without images."""
         classes = ("til-negative", "til-positive")
-        folders = [path for path in sorted([root, *root.glob("*/")]) if (path / split / classes[1]).is_dir()]
-        self.path, self.split, self._root = str(root), split, root
-        self._samples = [
-            (path, name)
-            for folder in folders
-            for name in classes
-            for path in select_images((folder / split / name).glob("*"), folder)
-        ]
-        if not self._samples:
+        listing = ImageListing(root)
+        self.path, self.split, self._root = str(root), splits.canonical(split) or split, root
+        self._samples = []
+        used, unused = [], []
+        for folder in (root, *(root / name for name in listing.folders(root))):
+            names = listing.folders(folder)
+            try:
+                place = folder / splits.resolve(split, names, f"data folder {folder}")
+            except splits.MissingSplit:
+                if splits.by_split(names):
+                    unused.append(folder.name)
+                continue
+            if not (place / classes[1]).is_dir():
+                continue
+            used.append(str(place.relative_to(root)))
+            for name in classes:
+                images = listing.images(listing.files(place / name)) if (place / name).is_dir() else []
+                self._samples += [(path, name) for path in images]
+        if {label for _, label in self._samples} != set(classes):
             raise UserError(
-                f"{root} holds no [CANCER/]{split}/{{{','.join(classes)}}}/ with images; "
+                f"{root} holds no [CANCER/]{split}/{{{','.join(classes)}}}/ with images of both; "
                 f"get TCGA-TIL from {download_url}"
             )
+        log.info("%s: split %s is %s%s", root, self.split, shown(used), f"; none in {shown(unused)}" if unused else "")
+        listing.log()
 
 
 class UnlabelledDataset(FolderDataset):
@@ -111,19 +143,15 @@ class UnlabelledDataset(FolderDataset):
 
     def __init__(self, root: Path) -> None:
         """List the images. Raises UserError without images."""
+        listing = ImageListing(root)
         self.path, self.split, self._root = str(root), "all", root
-        self._samples = [(path, "") for path in _images_below(root)]
+        self._samples = [(path, "") for path in listing.images(listing.files_below(root))]
+        listing.log()
         if not self._samples:
             raise UserError(f"data folder {root} holds no image ({' '.join(IMAGE_SUFFIXES)})")
+        if roles := splits.by_split(listing.folders(root)):
+            log.info("%s: all images are used, with those of the splits %s", root, splits.described(roles))
 
     def labels(self, kind: str) -> list[str | None]:
         """Raise UserError: the images have no labels."""
         raise UserError(f"label {kind!r} is unknown; {self.path} is a folder of images without labels")
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return select_images(folder.rglob("*"), folder)

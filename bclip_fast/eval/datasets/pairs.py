@@ -7,29 +7,33 @@ from pathlib import Path
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
 from bclip_fast.errors import UserError
+from bclip_fast.io import stand_ins
 from bclip_fast.io.file_names import printable
+from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 
-from .files import read_image, select_images
+from .files import ImageListing, read_image
 
 
 class PairDataset:
-    """Pairs in the order of their paths, all in split `all`. See `EvalDataset`."""
+    """Pairs in the order of their paths. See `EvalDataset`."""
 
     label_kinds: tuple[str, ...] = ()
-    split = "all"
 
     @staticmethod
     def matches(root: Path) -> bool:
         """Return whether an image directly in the folder has a text file."""
         return any(
-            path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file() for path in root.iterdir()
+            path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
+            for path in Listing(root).files(root)
         )
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, split: str = "all") -> None:
         """Read all texts. Raises UserError if one is missing or empty."""
-        self.path, self._root = str(root), root
-        self._images = select_images(root.rglob("*"), root)
+        self.path, self.split, self._root = str(root), split, root
+        listing = ImageListing(root)
+        self._images = listing.images(listing.files_below(root))
+        listing.log()
         self._captions = []
         for path in self._images:
             file = path.with_suffix(".txt")
@@ -37,6 +41,8 @@ class PairDataset:
                 caption = file.read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{file}, the text of {path.name}, cannot be read: {error}") from error
+            if caption and (reason := stand_ins.describe(caption.encode()[: stand_ins.NUM_BYTES])):
+                raise UserError(f"{file}, the text of {path.name}, {reason}")
             if not caption:
                 raise UserError(f"{file}, the text of {path.name}, is empty")
             self._captions.append(caption)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from pathlib import Path
 
-from bclip_fast.errors import UserError, first_line
+from bclip_fast.data.splits import resolve
+from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256, sha256_of_parts
+from bclip_fast.io.tables import read_table
 
 from .files import read_image
 
@@ -33,19 +34,20 @@ class RsnaDataset:
             f"RSNA pneumonia needs {LABELS} (columns patientId, Target) next to {IMAGES}/; get it from {download_url}"
         )
         try:
-            with file.open(newline="", encoding="utf-8-sig") as lines:
-                rows = [(row["patientId"], row["Target"]) for row in csv.DictReader(lines, strict=True)]
-        except (OSError, KeyError, csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({first_line(error)}); {needs}") from error
-        if invalid := next((target for _, target in rows if target not in ("0", "1")), None):
-            raise UserError(f"{file} has Target {invalid!r}, but it must be 0 or 1; {needs}")
+            table = read_table(file, (("patientId",), ("Target",)), hint="patientId,x,y,width,height,Target")
+        except UserError as error:
+            raise UserError(f"{error}; {needs}") from error
+        rows = [(row.line, row.cells["patientId"], row.cells["Target"]) for row in table.rows]
+        for line, patient, target in rows:
+            if target not in ("0", "1") or not patient:
+                raise UserError(f"{file}, line {line}, has Target {target!r}, but it must be 0 or 1; {needs}")
         if not self._images.is_dir():
             raise UserError(f"{self._images} is missing; {needs}")
-        positive = {patient for patient, target in rows if target == "1"}
-        splits = split_patients(sorted({patient for patient, _ in rows}))
-        split = {"valid": "val", "validation": "val", "dev": "val"}.get(split, split)
-        if split not in splits:
-            raise UserError(f"{file} has no split {split!r}; its splits are {', '.join(splits)}")
+        positive = {patient for _, patient, target in rows if target == "1"}
+        if both := sorted(positive & {patient for _, patient, target in rows if target == "0"}):
+            raise UserError(f"{file} has Target 0 and Target 1 for patient {both[0]}; {needs}")
+        splits = split_patients(sorted({patient for _, patient, _ in rows}))
+        split = resolve(split, list(splits), str(file))
         self.path, self.split = str(root), split
         self._samples = [(patient, str(int(patient in positive))) for patient in splits[split]]
 

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.format import Sample, read_description
+from bclip_fast.data.shards.reader import BadSample, ShardDataset
+from bclip_fast.data.splits import resolve
+from bclip_fast.data.storage import open_storage
 from bclip_fast.errors import UserError
 
 _NUM_PROBED = 256
 
+T = TypeVar("T")
+
 
 class ShardEvalDataset:
-    """One split of a dataset of shards. See `EvalDataset`."""
+    """One split of a dataset of shards. See `EvalDataset`.
+
+    A damaged sample raises BadSample. After `image` has raised it, the caller leaves the sample out, so `captions` and
+    `labels` give an empty value for it.
+    """
 
     def __init__(self, root: Path | str, split: str) -> None:
         """root: folder or URL. Raises UserError if the split is empty."""
-        self._shards = ShardDataset(root, split)
+        names = sorted(read_description(open_storage(root))["splits"])
+        self._shards = ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
         if not len(self._shards):
             raise UserError(f"data {root} has no sample in split {split!r}")
         self.path = str(root)
-        self.split = split
+        self.split = self._shards.split
         self.fingerprint = self._shards.fingerprint
+        self._left_out: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -30,24 +43,28 @@ class ShardEvalDataset:
     def label_kinds(self) -> tuple[str, ...]:
         """The text fields that occur in the metadata of about 256 evenly spaced samples."""
         step = max(1, len(self) // _NUM_PROBED)
-        metas = [self._shards[i].meta for i in range(0, len(self), step)]
+        metas = [sample.meta for i in range(0, len(self), step) if (sample := self._intact(i)) is not None]
         return tuple(sorted({name for meta in metas for name, value in meta.items() if isinstance(value, str)}))
 
     def key(self, i: int) -> str:
         """Return the sample's key in the shards."""
-        return self._shards[i].key
+        return self._shards.name_of(i)[0]
 
     def image(self, i: int) -> bytes:
         """Return the encoded image."""
-        return self._shards[i].image
+        try:
+            return self._shards[i].image
+        except BadSample:
+            self._left_out.add(i)
+            raise
 
     def captions(self) -> list[str]:
         """Return all captions."""
-        return [self._shards.caption(i) for i in range(len(self))]
+        return [self._unless_left_out(i, self._shards.caption, "") for i in range(len(self))]
 
     def labels(self, kind: str) -> list[str | None]:
         """Return the text field `kind` of every sample. Raises UserError if no sample has it."""
-        values = [self._shards[i].meta.get(kind) for i in range(len(self))]
+        values = [self._unless_left_out(i, lambda i: self._shards[i].meta.get(kind), None) for i in range(len(self))]
         labels = [value if isinstance(value, str) else None for value in values]
         if not any(label is not None for label in labels):
             raise UserError(
@@ -55,3 +72,17 @@ class ShardEvalDataset:
                 f"its labels are {', '.join(self.label_kinds) or 'none'}"
             )
         return labels
+
+    def _unless_left_out(self, i: int, read: Callable[[int], T], empty: T) -> T:
+        try:
+            return read(i)
+        except BadSample:
+            if i not in self._left_out:
+                raise
+            return empty
+
+    def _intact(self, i: int) -> Sample | None:
+        try:
+            return self._shards[i]
+        except BadSample:
+            return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 from collections import Counter
@@ -11,15 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.data import splits
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.eval.tasks import Task
+from bclip_fast.io import stand_ins
+from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256, sha256_of_parts
+from bclip_fast.io.tables import PATH_COLUMNS, SUFFIXES, read_table
 
-from .files import read_image
+from .files import existing, file_of_split, read_image, split_files
+from .table import rows_of_split
 
 RAD_FILE = "VQA_RAD_Dataset_Public.json"
 _RAD_IMAGES = ("images", "VQA_RAD Image Folder")
-_SPLITS = {"val": "validate", "valid": "validate", "validation": "validate", "dev": "validate"}
+_RAD_SPLITS = ("train", "train_clean", "test")
+_SLAKE_SPLITS = ("train", "validate", "test")
+_COLUMNS = "image,question,answer[,answer_type,split]"
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,11 @@ def open_dataset(path: str, split: str, task: Task) -> VqaDataset:
         return rad(location, split, task.download_url)
     if task.dataset == "slake":
         return slake(location, split, task.download_url)
-    if not location.is_file() or location.suffix.lower() != ".csv":
-        raise UserError(
-            f"task {task.name!r} needs a .csv with columns image,question,answer[,answer_type,split]; {path} is not one"
-        )
+    if location.is_dir() and (tables := split_files(Listing(location), SUFFIXES)):
+        file, name = file_of_split(tables, split, location)
+        return _table(file, split, name)
+    if not location.is_file() or location.suffix.lower() not in SUFFIXES:
+        raise UserError(f"task {task.name!r} needs a .csv with columns {_COLUMNS}; {path} is not one")
     return _table(location, split)
 
 
@@ -117,10 +124,14 @@ def rad(root: Path, split: str, download_url: str = "osf.io/89kps", *, images: b
     field counts like this (MEVF's script, M3AE, ARL), although 284 of the rewrites belong to test rows. train_clean
     leaves those out.
 
+    Without the published file, trainset.json and testset.json are read, as MEVF and M3AE distribute them.
+
     images: False skips the check for missing image files.
     """
-    file = root / RAD_FILE
-    rows = _json_rows(file, ("qid", "image_name", "question", "answer", "answer_type", "phrase_type"), download_url)
+    file, split = _rad_file(root, split)
+    keys = ["qid", "image_name", "question", "answer", "answer_type"]
+    has_all = file.name == RAD_FILE
+    rows = _json_rows(file, [*keys, "phrase_type"] if has_all else keys, download_url)
     folder = next((root / name for name in _RAD_IMAGES if (root / name).is_dir()), root / _RAD_IMAGES[0])
 
     def question(row: dict[str, Any], text: str, suffix: str = "") -> Question:
@@ -131,9 +142,10 @@ def rad(root: Path, split: str, download_url: str = "osf.io/89kps", *, images: b
             f"{row['qid']}{suffix}", folder / row["image_name"], text.strip(), normalise(row["answer"]), kind
         )
 
+    if not has_all:
+        questions = [question(row, row["question"]) for row in rows]
+        return _checked(VqaDataset(str(root), split, questions), images, download_url)
     is_test = [str(row["phrase_type"]).startswith("test") for row in rows]
-    if split not in ("train", "train_clean", "test"):
-        raise UserError(f"VQA-RAD has no split {split!r}; its splits are train, train_clean and test")
     in_split = [row for row, in_test in zip(rows, is_test, strict=True) if in_test == (split == "test")]
     questions = [question(row, row["question"]) for row in in_split]
     if split != "test":
@@ -145,17 +157,28 @@ def rad(root: Path, split: str, download_url: str = "osf.io/89kps", *, images: b
     return _checked(VqaDataset(str(root), split, questions), images, download_url)
 
 
+def _rad_file(root: Path, split: str) -> tuple[Path, str]:
+    """Return the file with the questions of a split, and the split's name."""
+    parts = {} if (root / RAD_FILE).is_file() else _json_of_splits(root)
+    if parts:
+        return file_of_split(parts, split, root)
+    return root / RAD_FILE, splits.resolve(split, _RAD_SPLITS, "VQA-RAD", by_program=True)
+
+
+def _json_of_splits(root: Path) -> dict[str, Path]:
+    return split_files(Listing(root), (".json",), certain=True) if root.is_dir() else {}
+
+
 def slake(root: Path, split: str, download_url: str = "", *, images: bool = True) -> VqaDataset:
     """Open SLAKE's English questions: 4,919 in train, 1,053 in validate, 1,061 in test. The images are in imgs/.
 
     images: False skips the check for missing image files.
     """
-    split = _SPLITS.get(split, split)
-    if split not in ("train", "validate", "test"):
-        raise UserError(f"SLAKE has no split {split!r}; its splits are train, validate and test")
-    rows = _json_rows(
-        root / f"{split}.json", ("qid", "img_name", "question", "answer", "answer_type", "q_lang"), download_url
-    )
+    if parts := _json_of_splits(root):
+        file, split = file_of_split(parts, split, root)
+    else:
+        file = root / f"{splits.resolve(split, _SLAKE_SPLITS, 'SLAKE', by_program=True)}.json"
+    rows = _json_rows(file, ("qid", "img_name", "question", "answer", "answer_type", "q_lang"), download_url)
     questions = [
         Question(
             str(row["qid"]),
@@ -170,24 +193,21 @@ def slake(root: Path, split: str, download_url: str = "", *, images: bool = True
     return _checked(VqaDataset(str(root), split, questions), images, download_url)
 
 
-def _table(file: Path, split: str) -> VqaDataset:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines, strict=True))
-        if rows and "split" in rows[0]:
-            rows = [row for row in rows if row["split"] == split]
-        questions = [
-            Question(
-                str(i),
-                file.parent / row["image"],
-                row["question"],
-                normalise(row["answer"]),
-                row.get("answer_type", "open").strip().lower(),
-            )
-            for i, row in enumerate(rows)
-        ]
-    except (OSError, csv.Error, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: needs columns image, question, answer[, answer_type, split]: {error}") from error
+def _table(file: Path, split: str, name: str = "all") -> VqaDataset:
+    """Read a CSV file. name: the split of all rows, if the file does not have a column of splits."""
+    table = read_table(
+        file, (PATH_COLUMNS, ("question",), ("answer",)), ("answer_type", "split"), texts=("question",), hint=_COLUMNS
+    )
+    path_column = next(column for column in PATH_COLUMNS if column in table.columns)
+    questions = []
+    rows, split, _ = rows_of_split(table, split, name, path_column)
+    for number, row in enumerate(rows):
+        for column in (path_column, "answer", "question"):
+            if not row.cells[column].strip():
+                raise UserError(f"data {file}, line {row.line}: column {column!r} is empty")
+        kind = row.cells.get("answer_type", "open").lower()
+        image = existing(file.parent / row.cells[path_column])
+        questions.append(Question(str(number), image, row.cells["question"], normalise(row.cells["answer"]), kind))
     return _checked(VqaDataset(str(file), split, questions), True, "your data")
 
 
@@ -201,9 +221,13 @@ def _json_rows(file: Path, keys: Sequence[str], download_url: str) -> list[dict[
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
         missing = next((key for row in rows for key in keys if key not in row), None)
     except (OSError, ValueError, TypeError) as error:
+        stand_ins.refuse(file)
         raise UserError(f"{file} cannot be read as a JSON list of questions ({first_line(error)}); {source}") from error
     if missing is not None or not isinstance(rows, list) or not rows:
         raise UserError(f"{file}: a question lacks {missing!r}, which all must have; {source}")
+    for number, row in enumerate(rows):  # keys[1:3]: image and question
+        if wrong := next((key for key in keys[1:3] if not isinstance(row[key], str)), None):
+            raise UserError(f"{file}, row {number + 1}: {wrong!r} is not a text; {source}")
     return rows
 
 

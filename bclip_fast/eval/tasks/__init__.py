@@ -25,7 +25,6 @@ from bclip_fast.errors import UserError
 from bclip_fast.eval.prompts import PromptSet, read_prompts
 
 FOLDER = Path(__file__).parent
-PROTOCOLS = ("retrieval", "zero_shot", "probe", "vqa")
 _REQUIRED = {"title": str, "protocol": str}
 # Keys of a task file whose field has another name.
 _FIELDS = {"where": "download_url", "about": "description"}
@@ -80,9 +79,16 @@ class Task:
         return str(subfolder) if self.folder and subfolder.is_dir() else data
 
 
+def protocols() -> tuple[str, ...]:
+    """Return the names of the protocols."""
+    from bclip_fast.eval.protocols import PROTOCOLS  # its module imports this one
+
+    return tuple(PROTOCOLS)
+
+
 def names() -> list[str]:
     """Return the names of the protocols and of the package's tasks."""
-    return [*PROTOCOLS, *sorted(path.stem for path in FOLDER.glob("*.toml"))]
+    return [*protocols(), *sorted(path.stem for path in FOLDER.glob("*.toml"))]
 
 
 def load(name: str) -> Task:
@@ -91,15 +97,15 @@ def load(name: str) -> Task:
     Raises:
         UserError: an unknown name, an unreadable file, or a key that is missing, unknown or of the wrong type.
     """
-    if name in PROTOCOLS:
+    if name in protocols():
         return Task(name, name.replace("_", " "), name)
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
         raise UserError(f"unknown task {name!r}; use {', '.join(names())} or the path of a TOML file")
     table = read_toml(path, "task file")
-    if table.get("protocol") not in PROTOCOLS:
+    if table.get("protocol") not in protocols():
         raise UserError(
-            f"task file {path}: protocol is {table.get('protocol')!r}, must be one of {', '.join(PROTOCOLS)}"
+            f"task file {path}: protocol is {table.get('protocol')!r}, must be one of {', '.join(protocols())}"
         )
     if "title" not in table:
         raise UserError(f"task file {path}: key 'title' is missing")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bclip_fast.ops.cuda_device import cuda_refusal, triton_block_bytes, triton_refusal
 from bclip_fast.ops.derivatives import check_first_only
-from bclip_fast.ops.dispatch import Limits, choose
+from bclip_fast.ops.dispatch import Limits, choose, is_exporting
 
 from . import op, sdpa, triton_memory
 from .call import AttentionCall
@@ -90,6 +90,8 @@ def fused_attention(
             raise ValueError(f"key_mask must be (B, N) = {(batch, tokens)}, got {tuple(key_mask.shape)}")
         if key_mask.dtype != torch.bool or key_mask.device != qkv.device:
             raise ValueError(f"key_mask must be bool on {qkv.device}, got {key_mask.dtype} on {key_mask.device}")
+    if is_exporting(backend) and dropout_p == 0.0:
+        return sdpa.dense(qkv, key_mask, causal, qkv.shape[-1] ** -0.5 if scale is None else scale)
     rows = qkv.flatten(0, 1)
     seed, scale = checked_dropout("qkv", rows, dropout_p, seed, scale)
     shapes = _class_of(qkv.shape[4], tokens)
@@ -136,6 +138,9 @@ def varlen_attention(
         raise ValueError(f"cu_seqlens must be (n + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device:
         raise ValueError(f"cu_seqlens must be int32 on {qkv.device}, got {cu_seqlens.dtype} on {cu_seqlens.device}")
+    if is_exporting(backend) and dropout_p == 0.0:
+        scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+        return sdpa.packed_masked(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale))
     seed, scale = checked_dropout("qkv", qkv, dropout_p, seed, scale)
     shapes = _class_of(qkv.shape[3], max_seqlen)
     backend = choose("varlen_attention", LIMITS, backend, qkv, dropout_p, True, shapes=shapes)

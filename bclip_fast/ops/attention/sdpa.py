@@ -75,6 +75,23 @@ def packed_padded(call: AttentionCall) -> Tensor:
     return out[sequence, (tokens - cu_seqlens[sequence]).clamp(max=max_seqlen - 1)]
 
 
+def packed_masked(call: AttentionCall) -> Tensor:
+    """`packed` by one product of all rows with all rows, most of them masked: one graph for any lengths."""
+    assert call.cu_seqlens is not None
+    row = torch.arange(call.qkv.shape[0], device=call.qkv.device)
+    sequence = owners(row, call.cu_seqlens)
+    visible = sequence[:, None] == sequence
+    if call.causal:
+        visible = visible & (row <= row[:, None])
+    query, key, value = call.qkv[None].permute(2, 0, 3, 1, 4).unbind(0)
+    return _attend(query, key, value, visible, call.scale)[0].transpose(0, 1)
+
+
+def owners(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sequence of each row (T,), by comparison with all bounds: an exported graph has no `repeat_interleave`."""
+    return (rows[:, None] >= cu_seqlens[1:]).sum(1)
+
+
 def single_query(call: SingleQueryCall) -> Tensor:
     """(n, H, d). The CPU takes one sequence after another. Other devices compute one masked product."""
     return (single_query_one_by_one if call.query.device.type == "cpu" else single_query_masked)(call)
@@ -96,10 +113,20 @@ def single_query_masked(call: SingleQueryCall) -> Tensor:
 
     Only the device knows the length of the longest sequence, and reading it would wait.
     """
-    row = torch.arange(len(call.key_value), device=call.query.device)
+    row = torch.arange(call.key_value.shape[0], device=call.query.device)
     visible = (row >= call.cu_seqlens[:-1, None]) & (row < call.visible_stops()[:, None])
     key, value = call.key_value[None].permute(2, 0, 3, 1, 4).unbind(0)
     return _masked(call.query.transpose(0, 1)[None], key, value, visible, call.scale)[0].transpose(0, 1)
+
+
+def single_query_dense(query: Tensor, key_value: Tensor, visible: Tensor | None) -> Tensor:
+    """(n, H, d): one query of each sequence, (n, H, d), for sequences of one length N.
+
+    key_value: (n, N, 2, H, d). visible: (n, N) bool with at least one key a row, or None for all keys.
+    """
+    key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None if visible is None else visible[:, None, None]
+    return _attend(query[:, :, None], key, value, mask, query.shape[-1] ** -0.5)[:, :, 0]
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -106,6 +106,7 @@ def peek_size(data: bytes, *, backend: str = "auto") -> tuple[int, int]:
 
 
 Crop = Literal["center", "squash"] | Tensor | Sequence[tuple[int, int, int, int]]
+OnBad = Literal["raise", "report"]
 
 
 def decode_resize(
@@ -118,6 +119,7 @@ def decode_resize(
     out: Tensor | None = None,
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
+    on_bad: OnBad = "raise",
     backend: str = "auto",
 ) -> tuple[Tensor, dict[int, str]]:
     """JPEG files to squares of RGB pixels, bit for bit those of `decode` and Pillow 13's antialiased `resize`.
@@ -136,20 +138,23 @@ def decode_resize(
             or part of a batch.
         max_pixels: limit of an image's pixels, checked in its header. A larger image is an error.
         threads: number of threads that share the files. torch.get_num_threads() by default.
+        on_bad: "raise" raises ValueError for a bad file, after all files have been read. "report" returns its error
+            instead, and its pixels are 0.
         backend: "auto", "cuda" (nvJPEG and a kernel, for `out` on a GPU), "cpu" (C++ on libjpeg-turbo) or "reference"
             (Pillow, always exact and on one thread). "auto" takes cuda if `out` is on a GPU and nvJPEG is installed.
 
     Returns:
         The (n, size, size, 3) uint8 pixels, and a dict with the error message of each bad file by index. A bad file is
-        not a JPEG, damaged, too large, or smaller than its box. Its pixels are 0. The cpu backend doesn't read the file
-        below the part that it needs, so it doesn't notice damage there. The cuda backend doesn't notice damage that
-        nvJPEG accepts.
+        not a JPEG, damaged, too large, or smaller than its box. docs/images.md lists the signs of damage. The cpu
+        backend doesn't read the file below the part that it needs, so it doesn't notice damage there. The cuda backend
+        doesn't notice damage that nvJPEG accepts, and the reference none that Pillow accepts.
 
     Raises:
-        ValueError: size, crop, interpolation, `out` or threads is invalid. Bad files never raise it.
+        ValueError: size, crop, interpolation, `out`, threads or `on_bad` is invalid, or a file is bad.
         BackendError: the named backend cannot run here.
     """
     _check_size(size)
+    _check_on_bad(on_bad)
     shape = (len(jpegs), size, size, 3)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device="cpu")
@@ -161,10 +166,10 @@ def decode_resize(
     call = _checked(jpegs, size, crop, interpolation, threads, exact, max_pixels, out)
     chosen = choose("image.decode_resize", LIMITS, backend, out)
     if chosen == "cuda" or out.device.type == "cpu":
-        return out, load_backend("image", chosen).decode_resize(call)
+        return out, _reported(load_backend("image", chosen).decode_resize(call), len(jpegs), on_bad)
     pixels = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=True)
     errors = load_backend("image", chosen).decode_resize(replace(call, out=pixels))
-    return out.copy_(pixels), errors
+    return out.copy_(pixels), _reported(errors, len(jpegs), on_bad)
 
 
 def decode_resize_normalize(
@@ -180,6 +185,7 @@ def decode_resize_normalize(
     exact: bool = True,
     max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
+    on_bad: OnBad = "raise",
     backend: str = "auto",
 ) -> tuple[Tensor, dict[int, str]]:
     """The levels of `decode_resize` as (level / 255 - mean) / std, channels first, on the model's device.
@@ -195,7 +201,7 @@ def decode_resize_normalize(
         (n, 3, size, size) in `dtype`, and the errors of `decode_resize`. A bad file's pixels are normalised black.
 
     Raises:
-        ValueError: an argument of `decode_resize`, mean, std or dtype is invalid.
+        ValueError: an argument of `decode_resize`, mean, std or dtype is invalid, or a file is bad.
         BackendError: the named backend cannot run here.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -203,16 +209,18 @@ def decode_resize_normalize(
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must be three numbers each, std above 0")
     _check_size(size)
+    _check_on_bad(on_bad)
     out = torch.empty((len(jpegs), 3, size, size), dtype=dtype, device=device)
     call = _checked(jpegs, size, crop, interpolation, threads, exact, max_pixels, out)
     chosen = choose("image.decode_resize_normalize", LIMITS, backend, out)
     if chosen == "cuda":
-        return out, load_backend("image", chosen).decode_resize(replace(call, mean=mean, std=std))
+        errors = load_backend("image", chosen).decode_resize(replace(call, mean=mean, std=std))
+        return out, _reported(errors, len(jpegs), on_bad)
     pixels = torch.empty((len(jpegs), size, size, 3), dtype=torch.uint8, device="cpu", pin_memory=out.is_cuda)
     errors = load_backend("image", chosen).decode_resize(replace(call, out=pixels))
     levels = pixels.to(out.device).permute(0, 3, 1, 2) / 255
     means, deviations = (torch.tensor(values, device=out.device).view(3, 1, 1) for values in (mean, std))
-    return out.copy_((levels - means) / deviations), errors
+    return out.copy_((levels - means) / deviations), _reported(errors, len(jpegs), on_bad)
 
 
 _DEVICES = ("cpu", "cuda")
@@ -221,6 +229,19 @@ _DEVICES = ("cpu", "cuda")
 def _check_size(size: int) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 16384:
         raise ValueError(f"size is {size!r}; it must be a whole number from 1 to 16384")
+
+
+def _check_on_bad(on_bad: str) -> None:
+    if on_bad not in ("raise", "report"):
+        raise ValueError(f"on_bad is {on_bad!r}; choose raise or report")
+
+
+def _reported(errors: dict[int, str], num_files: int, on_bad: OnBad) -> dict[int, str]:
+    if not errors or on_bad == "report":
+        return errors
+    index, reason = next(iter(errors.items()))
+    others = f" (and {len(errors) - 1} others)" if len(errors) > 1 else ""
+    raise ValueError(f'file {index} of {num_files}{others}: {reason}; on_bad="report" returns the errors instead')
 
 
 def _checked(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast.ops import custom_op, processor
-from bclip_fast.ops.dispatch import BACKENDS, Limits, choose, load_backend
+from bclip_fast.ops.dispatch import BACKENDS, Limits, choose, is_exporting, load_backend
 
 from . import reference
 from .call import LinearCall, LinearGradientCall
@@ -76,6 +76,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if is_exporting(backend):
+        return reference.linear(x, weight, bias)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     few = x.numel() < _MANY_ROWS * x.shape[-1]
     shapes, otherwise = "few rows" if few else "many rows", _LIBRARY_FIRST if _library_is_faster(x, few) else BACKENDS

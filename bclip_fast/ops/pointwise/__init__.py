@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bclip_fast.ops import custom_op
 from bclip_fast.ops.cuda_device import triton_refusal
-from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.dispatch import Limits, choose, is_exporting, load_backend
 from bclip_fast.ops.philox import seed_tensor
 
 from . import reference
@@ -100,6 +100,9 @@ def add_norm(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     dtype = dtype or stream.dtype
+    if is_exporting(backend) and seed is None:
+        normed, total = reference.add_norm(stream, branch, weight, bias, eps, dropout_p, None)
+        return normed.to(dtype), normed if post else total
     inputs = [tensor for tensor in (stream, branch, weight, bias) if tensor is not None]
     if dropout_p == 0.0 or branch is None:
         seed, dropout_p = None, 0.0
@@ -131,6 +134,8 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
+    if is_exporting(backend):
+        return F.gelu(x)
     backend = choose("gelu", LIMITS, backend, x, shapes=_size_class(x))
     return F.gelu(x) if backend == "reference" else _gelu(x, backend)
 

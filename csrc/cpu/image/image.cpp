@@ -2,134 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <csetjmp>
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
 
-#include <jpeglib.h>
-#include <jerror.h>
-
 #include "csrc/image_edges.h"
 #include "csrc/cpu/image/image_kernels.h"
+#include "csrc/cpu/image/jpeg_reader.h"
 #include "csrc/cpu/parallel.h"
 
 namespace bclip::cpu {
 namespace {
-
-// A progressive file can repeat scans without end. Real encoders write a few dozen at most.
-constexpr int kMaxScans = 500;
-
-// libjpeg reports errors through a callback that must not return, and C++ exceptions must not cross
-// its C frames. So each error jumps back to run(), which throws. No object with a destructor may be
-// created between the two.
-class Reader {
- public:
-  // The delegated constructor completes the object, so it is destroyed if the rest throws.
-  explicit Reader(std::string_view data) : Reader() {
-    run("not a JPEG", [&] {
-      jpeg_create_decompress(&jpeg);
-      progress_.progress_monitor = on_progress;
-      jpeg.progress = &progress_;
-      jpeg_mem_src(&jpeg, reinterpret_cast<const uint8_t*>(data.data()),
-                   static_cast<unsigned long>(data.size()));
-      jpeg_read_header(&jpeg, TRUE);
-    });
-    jpeg.out_color_space = is_cmyk() ? JCS_CMYK : JCS_RGB;
-  }
-
-  Reader(const Reader&) = delete;
-
-  ~Reader() { jpeg_destroy_decompress(&jpeg); }
-
-  template <typename Calls>
-  __attribute__((noinline)) void run(const char* failed, Calls calls) {
-    if (setjmp(back_)) throw std::invalid_argument(std::string(failed) + ": " + message_);
-    calls();
-  }
-
-  void start() {
-    run(kFailed, [&] { jpeg_start_decompress(&jpeg); });
-  }
-
-  // Reads `count` rows of jpeg.output_width RGB pixels.
-  void read(uint8_t* const* rows, int count) {
-    if (is_cmyk() && cmyk_.empty()) cmyk_.resize(size_t{4} * jpeg.output_width);
-    run(kFailed, [&] {
-      for (int done = 0; done < count;) {
-        JSAMPROW cmyk = cmyk_.data();
-        done += jpeg_read_scanlines(&jpeg, is_cmyk() ? &cmyk : const_cast<JSAMPARRAY>(rows + done),
-                                    is_cmyk() ? 1 : count - done);
-        if (is_cmyk()) to_rgb(cmyk, rows[done - 1]);
-      }
-    });
-  }
-
-  void finish() {
-    run(kFailed, [&] { jpeg_finish_decompress(&jpeg); });
-  }
-
-  int height() const { return static_cast<int>(jpeg.image_height); }
-  int width() const { return static_cast<int>(jpeg.image_width); }
-
-  static constexpr const char* kFailed = "JPEG cannot be decoded";
-  jpeg_decompress_struct jpeg{};
-
- private:
-  Reader() {
-    jpeg.err = jpeg_std_error(&errors_);
-    errors_.error_exit = fail;
-    errors_.emit_message = on_message;
-    jpeg.client_data = this;
-  }
-
-  [[noreturn]] static void fail(j_common_ptr jpeg) {
-    auto* reader = static_cast<Reader*>(jpeg->client_data);
-    (*jpeg->err->format_message)(jpeg, reader->message_);
-    std::longjmp(reader->back_, 1);
-  }
-
-  static void on_message(j_common_ptr jpeg, int level) {
-    if (level >= 0) return;
-    // Damage inside the entropy-coded data looks like image data, but a premature end is
-    // detectable. libjpeg would fill the missing rows with grey.
-    if (jpeg->err->msg_code == JWRN_JPEG_EOF) fail(jpeg);
-    jpeg->err->num_warnings++;
-  }
-
-  static void on_progress(j_common_ptr common) {
-    if (reinterpret_cast<j_decompress_ptr>(common)->input_scan_number <= kMaxScans) return;
-    auto* reader = static_cast<Reader*>(common->client_data);
-    std::snprintf(reader->message_, sizeof reader->message_, "more than %d scans", kMaxScans);
-    std::longjmp(reader->back_, 1);
-  }
-
-  bool is_cmyk() const {
-    return jpeg.jpeg_color_space == JCS_CMYK || jpeg.jpeg_color_space == JCS_YCCK;
-  }
-
-  static uint8_t times_over_255(int a, int b) {
-    const int product = a * b + 128;
-    return static_cast<uint8_t>((product + (product >> 8)) >> 8);
-  }
-
-  // Files hold inverted CMYK, as Adobe writes it. This is Pillow's conversion: red = k - round(k *
-  // cyan / 255), where k is the light that black lets through.
-  void to_rgb(const uint8_t* cmyk, uint8_t* rgb) const {
-    for (unsigned x = 0; x < jpeg.output_width; ++x, cmyk += 4, rgb += 3) {
-      for (int color = 0; color < 3; ++color) {
-        rgb[color] = static_cast<uint8_t>(cmyk[3] - times_over_255(255 - cmyk[color], cmyk[3]));
-      }
-    }
-  }
-
-  jpeg_error_mgr errors_{};
-  jpeg_progress_mgr progress_{};
-  std::jmp_buf back_{};
-  char message_[JMSG_LENGTH_MAX] = {};
-  std::vector<uint8_t> cmyk_;
-};
 
 const ResampleKernels& kernels() {
 #ifdef BCLIP_X86_TARGETS
@@ -350,13 +233,18 @@ ImageSize jpeg_size(std::string_view data) {
   return {reader.height(), reader.width()};
 }
 
-void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width) {
-  Reader reader(data);
-  if (reader.height() != height || reader.width() != width) {
-    throw std::invalid_argument("JPEG does not fit: it is " + std::to_string(reader.width()) + "x" +
-                                std::to_string(reader.height()) + ", the output " +
+void decode_jpeg(std::string_view data, uint8_t* pixels, int height, int width, int reduced,
+                 bool needs_end) {
+  Reader reader(data, needs_end ? End::kRequired : End::kOptional);
+  const int full_height = (reader.height() + reduced - 1) / reduced,
+            full_width = (reader.width() + reduced - 1) / reduced;
+  if (full_height != height || full_width != width) {
+    throw std::invalid_argument("JPEG does not fit: it is " + std::to_string(full_width) + "x" +
+                                std::to_string(full_height) + ", the output " +
                                 std::to_string(width) + "x" + std::to_string(height));
   }
+  reader.jpeg.scale_num = 1;
+  reader.jpeg.scale_denom = reduced;
   reader.start();
   constexpr int kMost = 16;
   uint8_t* rows[kMost];

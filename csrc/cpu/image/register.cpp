@@ -20,10 +20,11 @@ std::pair<int, int> jpeg_size(const py::bytes& data) {
   return {size.height, size.width};
 }
 
-void decode_jpeg(const py::bytes& data, uintptr_t pixels, int height, int width) {
+void decode_jpeg(const py::bytes& data, uintptr_t pixels, int height, int width, int reduced,
+                 bool needs_end) {
   const std::string_view view = data;
   const py::gil_scoped_release release;
-  cpu::decode_jpeg(view, reinterpret_cast<uint8_t*>(pixels), height, width);
+  cpu::decode_jpeg(view, reinterpret_cast<uint8_t*>(pixels), height, width, reduced, needs_end);
 }
 
 std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<py::bytes>& files,
@@ -43,7 +44,7 @@ std::vector<std::pair<int64_t, std::string>> decode_resize(const std::vector<py:
 void register_image(py::module_& module) {
   module.def("jpeg_size", &jpeg_size, py::arg("data"));
   module.def("decode_jpeg", &decode_jpeg, py::arg("data"), py::arg("pixels"), py::arg("height"),
-             py::arg("width"));
+             py::arg("width"), py::arg("reduced") = 1, py::arg("needs_end") = true);
   py::enum_<cpu::Crop>(module, "Crop", py::module_local())
       .value("center", cpu::Crop::kCenter)
       .value("squash", cpu::Crop::kSquash)

@@ -13,7 +13,7 @@ from bclip_fast.ops.attention.call import SingleQueryCall
 from bclip_fast.ops.attention.checks import check_rows, checked_dropout, cpu_limits
 from bclip_fast.ops.cuda_device import triton_refusal
 from bclip_fast.ops.derivatives import check_first_only
-from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.dispatch import Limits, choose, is_exporting, load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype, widened
 
 from . import reference
@@ -64,14 +64,17 @@ def single_query_attention(
     if key_value.dtype != query.dtype:
         raise ValueError(f"query is {query.dtype}, key_value {key_value.dtype}; they must be the same")
     for name, index, length, dtype in (
-        ("rows", rows, len(query), torch.int64),
-        ("cu_seqlens", cu_seqlens, len(query) + 1, torch.int32),
+        ("rows", rows, query.shape[0], torch.int64),
+        ("cu_seqlens", cu_seqlens, query.shape[0] + 1, torch.int32),
     ):
         if index.shape != (length,) or index.dtype != dtype or index.device != query.device:
             raise ValueError(
                 f"{name} must be ({length},), {dtype} on {query.device}, got {tuple(index.shape)}, {index.dtype} on "
                 f"{index.device}"
             )
+    if is_exporting(backend) and dropout_p == 0.0:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return sdpa.single_query_masked(SingleQueryCall(query, key_value, rows, cu_seqlens, causal, 0.0, None, scale))
     seed, scale = checked_dropout("query", query, dropout_p, seed, scale)
     # Tuning records, `bclip tune --operators` and saved graphs know the operator by its first name.
     backend = choose("pooled_attention", LIMITS, backend, query, dropout_p, True)
