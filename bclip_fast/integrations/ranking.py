@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bclip_fast.loss.collectives import Ranks
 from bclip_fast.loss.sums import gather_rows
 from bclip_fast.ops.contrastive.checks import check_features, default_chunk_size
-from bclip_fast.ops.derivatives import beyond_first
+from bclip_fast.ops.derivatives import transformed
 from bclip_fast.ops.dtypes import widened
 
 DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
@@ -81,11 +81,11 @@ def ranking_loss(
     chunk_size = chunk_size or default_chunk_size(len(local), len(candidates), candidates.device)
     arguments = columns.queries, candidates, similarity, scale, tuple(directions), joint, hardness
     # Checkpointing makes autograd keep the embeddings instead of their scores. torch.func doesn't support it.
-    once = torch.compiler.is_compiling() or not beyond_first((columns.queries, candidates, scale))
+    in_reverse = not transformed((columns.queries, candidates, scale))
     total = candidates.new_zeros(())
     for start in range(local.start, local.stop, chunk_size):
         chunk = slice(start, min(start + chunk_size, local.stop))
-        if once:
+        if in_reverse:
             total = total + checkpoint(_chunk_loss, chunk, *arguments, use_reentrant=False)
         else:
             total = total + _chunk_loss(chunk, *arguments)

@@ -16,7 +16,7 @@ from bclip_fast.ops.contrastive import LIMITS
 from bclip_fast.ops.contrastive.checks import check_features, check_pairs, checked_groups, operand_dtype_of
 from bclip_fast.ops.contrastive.groups import Groups
 from bclip_fast.ops.contrastive.limits import shape_class
-from bclip_fast.ops.derivatives import has_tangent, transforms_active
+from bclip_fast.ops.derivatives import transformed
 from bclip_fast.ops.dispatch import choose
 
 # torch 2.13 renamed both functions.
@@ -163,7 +163,7 @@ def _in_reverse_mode(loss: type[DistributedLoss]) -> Callable[..., Any]:
     """
 
     def run(*arguments: Any) -> Any:
-        if transforms_active() or has_tangent(arguments):
+        if transformed(arguments):
             raise NotImplementedError(
                 f"{loss.__name__} over several ranks has derivatives in reverse mode only: for forward mode "
                 "(torch.func.jvp, torch.autograd.forward_ad) or a transform of torch.func gather the features and pass "

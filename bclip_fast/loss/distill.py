@@ -13,7 +13,7 @@ from bclip_fast.ops.contrastive.checks import as_scalar, check_features, default
 from bclip_fast.ops.contrastive.definition import softmax_terms
 from bclip_fast.ops.contrastive.loss_terms import pair_losses, positive_gradient
 from bclip_fast.ops.custom_op import without_autocast
-from bclip_fast.ops.derivatives import Definition, beyond_first, first_by_kernel
+from bclip_fast.ops.derivatives import Definition, first_by_kernel, transformed
 from bclip_fast.ops.dispatch import Limits, choose
 from bclip_fast.ops.dtypes import widened
 
@@ -77,7 +77,7 @@ class DistillClipLoss(ClipLoss):
         choose("distill_clip_loss", _LIMITS, self.backend, image, text, None, self.deterministic)
         with torch.autocast(image.device.type, enabled=False):
             inputs = image, text, scale, teacher_image, teacher_text, teacher_scale, ranks, self.chunk_size
-            by_definition = ranks.size == 1 and not torch.compiler.is_compiling() and beyond_first(inputs)
+            by_definition = ranks.size == 1 and transformed(inputs)
             contrastive, distill = (_definition if by_definition else self._global_loss)(*inputs)
             contrastive = self._smoothed(contrastive, image, text, logit_scale, ranks, alike=False)
         if output_dict:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .derivatives import beyond_first
+from .derivatives import transformed
 from .dispatch import is_exporting
 from .processor import lacks_bfloat16
 
@@ -26,7 +26,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[in
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     if x.dtype == torch.bfloat16 and lacks_bfloat16(x.device) and not is_exporting():
-        if not torch.compiler.is_compiling() and beyond_first((x, weight)):
+        if transformed((x, weight)):
             return F.conv2d(x.float(), weight.float(), None, stride, padding).to(x.dtype)
         return _Convolution.apply(x, weight, stride, padding)
     return F.conv2d(x, weight, None, stride, padding)

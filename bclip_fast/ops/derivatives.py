@@ -80,6 +80,14 @@ def beyond_first(values: Sequence[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
+def transformed(values: Sequence[Any]) -> bool:
+    """Whether to compute by plain torch what an autograd function computes otherwise.
+
+    Such a function supports neither forward mode nor transforms of torch.func. Dynamo traces it nevertheless, to zeros.
+    """
+    return transforms_active() or (not torch.compiler.is_compiling() and has_tangent(values))
+
+
 def check_first_only(name: str, tensor: Tensor) -> Tensor:
     """Return the input of a library's kernel, whose second derivatives raise our error instead of the library's.
 

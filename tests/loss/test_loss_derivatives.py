@@ -127,6 +127,19 @@ def test_forward_mode_of_reference_equals_definition(name):
         torch.testing.assert_close(*pair)
 
 
+def test_compiled_forward_mode_of_distillation_equals_definition():
+    """Dynamo would trace an autograd function to a zero tangent."""
+    leaves, features = features_of(dtype=torch.float32)
+    values = tuple(each.detach() for each in (*features, *leaves[1:]))
+    teacher = inputs()[2].float()
+    loss = DistillClipLoss()
+
+    def tangent(*features):
+        return jvp(lambda i, t, s: sum(loss(i, t, s, *teacher, 5.0)), features, features)[1]
+
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager")(*values[:3]), tangent(*values[:3]))
+
+
 def refusals(loss, call, rows, words):
     """The errors of a gradient penalty, of forward mode and of torch.func.grad that don't hold the words."""
     leaves, features = features_of(rows, torch.float32)
