@@ -106,7 +106,7 @@ def test_readers_name_stand_ins(tmp_path: Path, name: str, read: Callable[[Path]
 
 def test_image_that_is_a_pointer_or_a_page_raises() -> None:
     for content, words in (
-        (POINTER, "the file is a git-lfs pointer, not the file: run git lfs pull"),
+        (POINTER, "Git LFS pointer .run `git lfs pull`"),
         (b"<html>", "HTML"),
     ):
         with pytest.raises(UserError, match=f"image x.jpg cannot be decoded: .*{words}"):
