@@ -56,8 +56,7 @@ _CLASS_NAMES = {
 class Reader:
     """Reads objects. It keeps the digests of their tensors for the next reading.
 
-    packages: versions of the packages whose code the objects use.
-    has_own_code: whether the objects use code that no package installed.
+    packages: versions of packages whose code the objects use. has_own_code: they use code that no package installed.
     """
 
     def __init__(self) -> None:
@@ -159,7 +158,9 @@ class Reader:
                 members = {
                     name: value
                     for name, value in members.items()
-                    if isinstance(value, types.FunctionType) and _version(_package_of(value)) is None
+                    if isinstance(value, types.FunctionType)
+                    and value.__globals__.get("__name__") != base.__module__
+                    and _version(_package_of(value)) is None
                 }
             self._facts[path] = ""
             for name in sorted(members):
