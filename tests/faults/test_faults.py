@@ -31,12 +31,12 @@ _PINNED = {
     "embed again": [("kill", Point("rename", "out/index/embeddings.parquet", 1))],
 }
 _SAMPLED = {
-    "ingest build --overwrite": 2,
+    "ingest build --overwrite": 1,
     "train": 1,
     "finetune --resume": 1,
     "eval": 1,
-    "embed again": 2,
-    "train export": 3,
+    "embed again": 1,
+    "train export": 2,
 }
 
 
