@@ -50,7 +50,8 @@ class EvalConfig:
     seed: int = 0
     """Seed of the validation subset of train, for data without a val split of its own."""
     cache: str = "auto"
-    """Folder of cached embeddings. auto: BCLIP_CACHE, or ~/.cache/bclip_fast/embeddings. none: no cache."""
+    """Folder of cached embeddings. auto: BCLIP_CACHE, or ~/.cache/bclip_fast/embeddings. none: no cache. A few of them
+    are computed again and compared before they are used."""
     keep: CacheDtype = "fp32"
     """Number format of cached embeddings."""
     device: str = "auto"

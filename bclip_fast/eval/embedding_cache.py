@@ -67,8 +67,8 @@ class EmbeddingCache:
     def get_or_compute(self, parts: Sequence[str], computation: Computation) -> Tensor:
         """Return the embeddings under the key `parts`: those of the cache, or else compute and keep them.
 
-        Returns a CPU tensor of `computation.dtype`. Kept embeddings that are damaged, or that differ from what the
-        model computes, are computed again, which a warning says.
+        Returns a CPU tensor of `computation.dtype`. If kept embeddings are damaged or fail the spot check, a warning
+        says so, and they are computed again.
         """
         if self.folder is None:
             return computation.all_rows()[0].to("cpu", computation.dtype)

@@ -1,8 +1,7 @@
 """The key of kept embeddings: everything that decides them.
 
-These are the data, the model with its weights and configuration, the preprocessing or the tokenizer, the number
-formats, the package's rules and sources, the versions of other packages, and the kernels that run. `identity` reads the
-objects.
+The key covers the data, the model, the preprocessing or the tokenizer, and the number formats. It also covers the
+package's rules and code, the versions of other packages, and the kernels that run. `identity` reads the objects.
 """
 
 from __future__ import annotations
@@ -14,17 +13,15 @@ import platform
 import secrets
 import string
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import bclip_fast
 from bclip_fast.data.image_files import RULES
 from bclip_fast.errors import UserError
-from bclip_fast.io.hashing import sha256, sha256_of_parts
+from bclip_fast.io.hashing import sha256, sha256_of_parts, sha256_of_sources
 from bclip_fast.ops import dispatch, tuning
 from bclip_fast.ops.fingerprint import fingerprint
 
@@ -34,8 +31,8 @@ PROBE_TEXT = "Chest X-ray, \u03b1-SMA \u00d7400; p<0.05 (A\u2013C)."
 """A text that two tokenizers rarely split in the same way."""
 # Packages that decode images and split texts, apart from those of the model.
 _PACKAGES = ("torch", "numpy", "pillow", "pydicom", "tokenizers", "ftfy")
-_SOURCES = ("data", "model", "ops")
-# Packages whose objects calls do not change. Others may count calls or keep results, which is no part of a key.
+_SOURCES = ("data", "model", "ops", "eval/embed.py")
+# Packages whose objects calls do not change. Others may count calls or keep results. The key leaves such state out.
 _STATELESS = {
     "bclip_fast", "torch", "numpy", "PIL", "tokenizers", "builtins", "collections", "copyreg", "functools", "types",
 }  # fmt: skip
@@ -117,7 +114,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         **{name: value for name, value in kernels.items() if name not in ("name", "threads", "driver")},
         **_versions(),
-        "sources": _sources(),
+        "sources": sha256_of_sources(*_SOURCES),
         "backends": f"{dispatch.requested()} {sorted(orders.items(), key=str)}",
         "float32": f"{torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32} "
         f"{torch.backends.mkldnn.enabled} {torch.get_default_dtype()}",
@@ -168,11 +165,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[f"package {name}"] = importlib.metadata.version(name)
     return versions
-
-
-@functools.cache
-def _sources() -> str:
-    """Return the SHA-256 of the package's code that decodes, preprocesses, tokenizes and embeds."""
-    root = Path(bclip_fast.__file__).parent
-    files = [path for folder in _SOURCES for path in sorted((root / folder).rglob("*.py"))]
-    return sha256_of_parts(path.read_bytes() for path in [*files, root / "eval" / "embed.py"])

@@ -86,6 +86,9 @@ class Evaluation:
             selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
         else:
             selected = [tasks.load(name) for name in _possible_tasks(open_dataset(config.data, config.split), config)]
+        names = [task.name for task in selected]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"two tasks have the name {repeated!r}, so the results of one would be lost; rename a file")
         self.tasks = [(task, self._dataset(task, task.split or config.split)) for task in selected]
 
     def _dataset(self, task: tasks.Task, split: str) -> EvalDataset:

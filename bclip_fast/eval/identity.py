@@ -1,8 +1,8 @@
 """Everything that can be read of Python objects: their state, their code, and the objects and packages they refer to.
 
-A kept result is right only as long as the objects that computed it are the same. `Reader.read` lists what they are made
-of, as facts: a path such as `model.visual.act` with a digest. Facts hold content, never an address or a date, so equal
-objects give equal facts in every process.
+A kept result is right only as long as the objects that computed it are the same. `Reader.read` lists their parts as
+facts: a path such as `model.visual.act`, with a digest. Facts hold content, never an address or a date. Equal objects
+thus give equal facts in every process.
 
 Code of the standard library and of installed packages counts by its name and its package's version. Other code counts
 by its instructions, constants, defaults, closures and the globals that it names.
@@ -45,7 +45,7 @@ _MODULE_STATE = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Paths that transformers keeps of a model or tokenizer.
 _PLACES = {"_name_or_path", "name_or_path"}
-# Objects that no result depends on, or only through what they read. Their state differs from process to process.
+# Objects without influence on a result. Their state differs from process to process.
 _OPAQUE = (logging.Logger, logging.Handler, threading.Thread, Executor, io.IOBase)
 _CLASS_NAMES = {
     "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__firstlineno__", "__static_attributes__",
@@ -54,7 +54,7 @@ _CLASS_NAMES = {
 
 
 class Reader:
-    """Reads objects, and remembers the digests of their tensors for the next reading.
+    """Reads objects. It keeps the digests of their tensors for the next reading.
 
     packages: versions of the packages whose code the objects use.
     has_own_code: whether the objects use code that no package installed.
@@ -229,7 +229,7 @@ class Reader:
 
 
 def unchanged(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:
-    """Return the facts that two readings share. What calls change, such as counters and memos, decides no result."""
+    """Return the facts that two readings share. Calls in between change counters and memos, which decide no result."""
     sizes = [path for path in {**before, **after} if path.endswith("#") and before.get(path) != after.get(path)]
     changing = tuple(f"{path[:-1]}[" for path in sizes)
     return {
@@ -273,12 +273,12 @@ def _package_of(function: types.FunctionType) -> str:
 
 def _reduced(value: Any) -> Any:
     """Return what pickle would keep of an object, or a text for objects that it refuses."""
-    if type(value).__name__ == "Pattern":  # what pickle keeps of one depends on the process
+    if type(value).__name__ == "Pattern":  # its state for pickle differs from process to process
         return [getattr(value, "pattern", None), getattr(value, "flags", None)]
     try:
         reduce = copyreg.dispatch_table.get(type(value))
         content = reduce(value) if reduce else value.__reduce_ex__(2)
-    except Exception:  # a type may raise anything; its name and its package's version then stand for it
+    except Exception:  # a type may raise any exception
         return "unreadable"
     parts: Any = [content] if isinstance(content, str) else content
     return [list(part) if hasattr(part, "__next__") else part for part in parts]
@@ -328,13 +328,10 @@ def _plain_digest(value: Any) -> str | None:
 
 def _code_names(code: types.CodeType) -> tuple[set[str], set[str]]:
     """Return all names in the code, and those of globals and of modules that it imports."""
-    names, loaded = set(code.co_names), set()
     operations = ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")
-    loaded |= {step.argval for step in dis.get_instructions(code) if step.opname in operations}
-    for nested in (constant for constant in code.co_consts if isinstance(constant, types.CodeType)):
-        more_names, more_loaded = _code_names(nested)
-        names, loaded = names | more_names, loaded | more_loaded
-    return names, loaded
+    loaded = {step.argval for step in dis.get_instructions(code) if step.opname in operations}
+    nested = [_code_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*(names for names, _ in nested)), loaded.union(*(names for _, names in nested))
 
 
 def _code_digest(code: types.CodeType) -> str:

@@ -59,7 +59,7 @@ def kind_of_text(text: str) -> Kind:
 def choose(kinds: Sequence[Kind], rows: Sequence[int]) -> list[int]:
     """Return at most 15 of the samples `rows`: the first of each kind, the extremes, and 4 evenly spaced ones.
 
-    Of more than `MAX_KINDS` kinds, sorted by name, evenly spaced ones have a sample.
+    If there are more than `MAX_KINDS` kinds, the check covers evenly spaced ones, sorted by name.
     """
     if not rows:
         return []

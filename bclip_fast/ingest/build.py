@@ -13,6 +13,7 @@ OUT/rejects.parquet lists every figure that gave no pair, with the reason.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import shutil
@@ -31,6 +32,7 @@ from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import explained, replacing, write_text
 from bclip_fast.io.file_names import printable
+from bclip_fast.io.hashing import sha256_of_file, sha256_of_sources
 from bclip_fast.io.progress import track
 
 from . import executors
@@ -161,7 +163,7 @@ def _build(config: IngestConfig, staging: Staging) -> None:
     if not _can_resume(config, staging.path):
         staging.clear()
         work.mkdir()
-        (work / "signature.json").write_text(to_json(config.signature()))
+        (work / "signature.json").write_text(to_json(_work_signature(config)))
     if not (staging.path / "dataset.json").exists():
         num_parts = _write_parts(config, work)
         counts = _load_or_make_plan(config, work, num_parts)
@@ -177,15 +179,25 @@ def _build(config: IngestConfig, staging: Staging) -> None:
 
 
 def _can_resume(config: IngestConfig, folder: Path) -> bool:
-    """Return whether the files of an earlier run in `folder` have the same signature."""
+    """Return whether the files of an earlier run in `folder` have the same signature. Other code has another one."""
     try:
         if (folder / "dataset.json").exists():
             signature = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
-        else:
-            signature = json.loads((folder / "work/signature.json").read_bytes())
+            return bool(signature == json.loads(to_json(config.signature())))
+        signature = json.loads((folder / "work/signature.json").read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(signature == json.loads(to_json(config.signature())))
+    if (can_resume := signature == json.loads(to_json(_work_signature(config)))) is False:
+        log.warning("the parts of an earlier run had other options, code or packages; they are written again")
+    return bool(can_resume)
+
+
+def _work_signature(config: IngestConfig) -> dict[str, Any]:
+    """Return all that decides the parts of a run."""
+    packages = {name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers")}
+    tokenizer = config.tokenizer and sha256_of_file(config.tokenizer)
+    code = sha256_of_sources("ingest", "data", "model/tokenizer.py")
+    return {"config": config.signature(), "tokenizer": tokenizer, "code": code, "packages": packages}
 
 
 def list_packages(config: IngestConfig) -> Iterator[Package]:

@@ -8,6 +8,8 @@ import re
 
 from lxml import etree
 
+from bclip_fast.io import stand_ins
+
 MAX_XML_BYTES = 32 << 20
 # Each node takes about 100 bytes of memory, even if its tag is short.
 MAX_TAGS = 2_000_000
@@ -58,6 +60,8 @@ def parse(data: bytes) -> etree._Element:
     try:
         return etree.fromstring(text.encode(), parser)
     except etree.XMLSyntaxError as error:
+        if reason := stand_ins.describe(data[: stand_ins.NUM_BYTES]):
+            raise XmlError(f"broken XML: the file {reason}") from None
         raise XmlError(f"broken XML: {' '.join(str(error).split())[:200]}") from None
 
 

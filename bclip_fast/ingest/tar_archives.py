@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from bclip_fast.io import stand_ins
 from bclip_fast.io.folders import is_hidden_path
 
 from .articles import (
@@ -65,9 +66,11 @@ def num_articles(path: Path, root: Path) -> int:
 @contextmanager
 def open_archive(package: Package) -> Iterator[ArticleArchive]:
     """Open an archive. Raises SourceError if it is truncated, corrupt or too large."""
+    start = b"?"
     try:
         with open_regular_file(Path(package.root, package.name), Path(package.root)) as file:
-            is_compressed = file.read(2) == b"\x1f\x8b"
+            start = file.read(stand_ins.NUM_BYTES)
+            is_compressed = start.startswith(b"\x1f\x8b")
             file.seek(0)
             if not is_compressed:
                 yield _TarArchive(_BoundedStream(file, os.fstat(file.fileno()).st_size), package)
@@ -76,6 +79,8 @@ def open_archive(package: Package) -> Iterator[ArticleArchive]:
                 _decompress(file, content)
                 yield _TarArchive(_BoundedStream(content, MAX_ARCHIVE_BYTES), package)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if reason := stand_ins.describe(start):
+            raise SourceError(f"broken archive: the file {reason}") from None
         raise SourceError(f"broken archive: {error}") from None
 
 

@@ -36,8 +36,8 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
     """Return a file name for each text. They differ on every file system, and none leaves its folder.
 
     Letters, digits, `.`, `_` and `-` stay, and `-` replaces runs of other characters. The name ends with a hash of the
-    text if it would not tell it from another one of `names`, if a character of another script is lost, or if a file
-    system reserves the name or cannot hold it. File systems may ignore case and Unicode's form.
+    text in three cases: another one of `names` would have the same name, a character of another script is lost, or a
+    file system reserves the name or cannot hold it. File systems may ignore case and Unicode's form.
 
     Texts of other calls may get the same name if they differ in case or in ASCII punctuation.
     """

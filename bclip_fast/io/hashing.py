@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ def sha256_of_parts(parts: Iterable[Any]) -> str:
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file, read block by block."""
     return sha256_of_parts(blocks(path))
+
+
+@functools.cache
+def sha256_of_sources(*folders: str) -> str:
+    """SHA-256 of the Python code of this package's folders or files, such as `data/image_files` or `eval/embed.py`."""
+    root = Path(__file__).parents[1]
+    paths = [path for name in folders for path in ((root / name).rglob("*.py") if "." not in name else [root / name])]
+    return sha256_of_parts(path.read_bytes() for path in sorted(paths))
 
 
 def blocks(path: Path) -> Iterator[bytes]:

@@ -170,8 +170,8 @@ def build_embedder(model: Model, settings: ModelSettings, batch_size: int, **opt
 def embed_probe(embedder: Embedder) -> Tensor:
     """Embed fixed texts and images, (8, D) float32, to recognise the model later.
 
-    They take different ways through the code: a text beyond the context length, one of other letters, an image of 16
-    bits, one of a palette, one of 1 bit and a narrow one. Indexes of earlier versions have the first two rows.
+    They take different ways through the code. Among them are a text beyond the context length, a Chinese text, and
+    images of 16 bits, of a palette, of 1 bit and of a narrow shape. Earlier indexes have the first two rows.
     """
     from PIL import Image
 

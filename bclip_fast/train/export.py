@@ -26,8 +26,8 @@ class ExportConfig:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write. It is created if necessary."""
     format: Literal["open_clip", "hf"] = "open_clip"
-    """open_clip writes one folder, as on the hub. hf writes vision/ and text/ for transformers, and
-    projections.safetensors."""
+    """open_clip writes one folder, as on the hub. hf writes vision/ and text/ for transformers,
+    projections.safetensors, and a card: transformers' tokenizer doesn't repair captions as ours does."""
     step: int = 0
     """Step of the checkpoint to export. 0 exports the newest. Needs a run folder."""
 

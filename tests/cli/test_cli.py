@@ -82,7 +82,7 @@ def test_missing_package_error_names_its_extra():
 
 
 def test_doctor_names_every_backend_and_refusal():
-    out = bclip("doctor", "--no-imports").stdout
+    out = bclip("doctor", "--no_imports").stdout
     for name in ("cuda", "triton", "cpu", "torch", "reference"):
         assert f"\n  {name}" in out
     assert "Backends of the next call on cpu\n  by the package's " in out

@@ -144,7 +144,8 @@ def test_cache_entry_depends_on_weights_data_and_preprocessing(pairs: Path, tmp_
 DAMAGE = {
     "truncated": lambda content: content[:20],
     "empty": lambda content: b"",
-    "a bit": lambda content: content[:-9] + bytes([content[-9] ^ 64]) + content[-8:],
+    # In a row that the spot check leaves out, by less than rounding.
+    "a bit": lambda content: content[:-48] + bytes([content[-48] ^ 1]) + content[-47:],
     "another file": lambda content: b"PK" * 4000,
 }
 

@@ -89,6 +89,12 @@ def test_evaluate_wrong_data_or_setting_raises_one_line(shards: Path, folder: Pa
     assert_refused(shards, "no class 'blue'", task=("zero_shot",), label=("colour",), prompts="pcam")
     assert_refused(shards, "unknown task 'retreival'", task=("retreival",))
     assert_refused(shards, "device 'gpu' cannot be used", device="gpu")
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "my.toml").write_text('title = "My"\nprotocol = "retrieval"\n')
+    assert_refused(
+        shards, "two tasks have the name 'my'", task=tuple(str(tmp_path / x / "my.toml") for x in ("one", "two"))
+    )
     (tmp_path / "notes.txt").write_text("x")
     assert_refused(tmp_path / "notes.txt", "not a .csv")
 

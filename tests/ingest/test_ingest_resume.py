@@ -112,6 +112,22 @@ def test_changed_configuration_discards_old_parts(tmp_path):
     assert len(manifest_rows(tmp_path / "out")) == 6
 
 
+@pytest.mark.parametrize("change", ["code", "tokenizer"])
+def test_parts_of_other_code_or_tokenizer_are_discarded(tmp_path, monkeypatch, caplog, change):
+    source = write_articles(tmp_path / "in", 3)
+    words = tmp_path / "vocab.txt"
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    config = IngestConfig(str(source), tmp_path / "out", workers=1, test_fraction=0.0, tokenizer=words)
+    interrupt_build(monkeypatch, "make_plan", config)
+    with monkeypatch.context() as context:
+        if change == "code":
+            context.setattr("bclip_fast.ingest.build.sha256_of_sources", lambda *_: "of another version")
+        else:
+            words.write_text(f"{words.read_text()}\nb")
+        interrupt_build(context, "make_plan", config)
+    assert "the parts of an earlier run had other options" in caplog.text
+
+
 @pytest.mark.slow
 def test_ray_and_local_engine_write_the_same_bytes(tmp_path):
     """Takes 10 to 20 seconds: Ray starts several programs, and its workers import the package."""

@@ -21,7 +21,10 @@ from bclip_fast.eval import results
 from bclip_fast.eval.datasets.arrays import open_medmnist
 from bclip_fast.eval.datasets.pairs import PairDataset
 from bclip_fast.eval.datasets.table import CsvDataset
+from bclip_fast.ingest import safe_xml
 from bclip_fast.ingest import verify as ingest
+from bclip_fast.ingest.articles import Package, SourceError
+from bclip_fast.ingest.tar_archives import open_archive
 from bclip_fast.io import stand_ins
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model.safe_load import read_checkpoint
@@ -157,3 +160,12 @@ def test_complete_files_are_read(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "w.safetensors").keys() == {"w"}
     np.savez(tmp_path / "pathmnist.npz", test_images=np.zeros((2, 4, 4, 3), np.uint8), test_labels=np.zeros((2, 1)))
     assert len(medmnist(tmp_path / "pathmnist.npz")) == 2
+
+
+def test_ingest_names_pointers_of_articles_and_archives(tmp_path: Path) -> None:
+    with pytest.raises(safe_xml.XmlError, match="broken XML: the file is a git-lfs pointer"):
+        safe_xml.parse(POINTER)
+    for name in ("a.tar", "a.tar.gz"):
+        (tmp_path / name).write_bytes(POINTER)
+        with pytest.raises(SourceError, match="broken archive: the file is a git-lfs pointer"):
+            open_archive(Package("archive", str(tmp_path), name)).__enter__()
