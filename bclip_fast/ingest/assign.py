@@ -114,7 +114,7 @@ def make_plan(work: Path, num_parts: int, splits: Splits, max_shard_bytes: int) 
     with (work / "plan.npy").open("wb") as file:
         # np.save doesn't report a disk that becomes full when it closes the file.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(pairs))
-        file.write(pairs.view(np.uint8))
+        file.write(pairs.view(np.uint8).data)
     counts_by_split = {name: int((pairs["split"] == number).sum()) for number, name in enumerate(SPLITS)}
     return {
         "articles": len(articles) - num_repeated,

@@ -40,7 +40,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """
     with explained(path), _temporary_folder(path) as folder:
         # In a folder, because libraries write under further temporary names beside the file.
-        partial = folder / f"{path.name}.partial"
+        partial = folder / f".{path.name}.partial"
         yield partial
         if sync:
             sync_to_disk(partial)
