@@ -56,7 +56,7 @@ def test_ema_follows_formula_and_is_validated_and_exported(shards: Path, tmp_pat
         model = pretrained.load(run / folder)[0]
         assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
     (run / "checkpoints" / "step-00000003" / "ema.safetensors").write_bytes(b"")
-    assert "ema.safetensors has 0 bytes" in str(verify(run / "checkpoints" / "step-00000003"))
+    assert "ema.safetensors is empty" in str(verify(run / "checkpoints" / "step-00000003"))
     with pytest.raises(UserError, match="ema_decay=1"):
         TrainConfig(ema_decay=1.0)
 
