@@ -21,7 +21,8 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
-from .loader import Batch, Box, Loader
+from .batch import Batch
+from .loader import Box, Loader
 from .sampler import ShardSampler
 from .shards.reader import ShardDataset
 from .transform import Preprocess

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
+from .batch import BadRecord, Batch
 from .daemon_pool import DaemonPool
 from .sampler import ShardSampler
 from .shards.format import Sample
@@ -32,49 +33,6 @@ log = logging.getLogger(__name__)
 _CLOSE_S = 10.0
 
 Box = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A damaged sample that a fallback replaces at (epoch, position).
-
-    Attributes:
-        index: index in the split.
-        key, shard: name and shard according to the shard's index file.
-        reason: description of the damage.
-    """
-
-    epoch: int
-    position: int
-    index: int
-    key: str
-    shard: str
-    reason: str
-
-
-@dataclass
-class Batch:
-    """One rank's part of a global batch, or a micro-batch of it.
-
-    Attributes:
-        images: (b, size, size, 3) uint8 RGB.
-        ids: (T,) int64, the tokens of all captions, one caption after another.
-        lengths: number of tokens of each of the b captions.
-        keys: names of the b samples.
-        epoch: number of the pass over the data, from 0.
-        bad: the damaged samples that fallbacks replace, in the order of their rows. They include damaged fallbacks.
-        last: whether this is the rank's last micro-batch of the global batch.
-        groups: (b,) int64, equal for samples that are positives of one another. None: each sample has one positive.
-    """
-
-    images: Tensor
-    ids: Tensor
-    lengths: list[int]
-    keys: list[str]
-    epoch: int
-    bad: list[BadRecord] = field(default_factory=list)
-    last: bool = True
-    groups: Tensor | None = None
 
 
 class Loader:

@@ -98,6 +98,8 @@ class IngestConfig:
     """Size limit of a shard, in MiB."""
     overwrite: bool = False
     """Replace a finished dataset in OUT."""
+    allow_changes: bool = False
+    """Continue an unfinished build of another version of bclip_fast or its packages. Its finished parts are kept."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -122,7 +124,7 @@ class IngestConfig:
 
     def signature(self) -> dict[str, Any]:
         """Return the options that affect the bytes of the dataset, as dataset.json records them."""
-        has_no_effect = ("out", "engine", "workers", "connections", "overwrite")
+        has_no_effect = ("out", "engine", "workers", "connections", "overwrite", "allow_changes")
         values = {name: value for name, value in vars(self).items() if name not in has_no_effect}
         return {
             name: printable(str(value)) if isinstance(value, (str, Path)) else value for name, value in values.items()
@@ -161,10 +163,12 @@ class _NothingToBuildError(UserError):
 
 def _build(config: IngestConfig, staging: Staging) -> None:
     work = staging.path / "work"
-    if not _can_resume(config, staging.path):
+    signature = _work_signature(config)
+    if not _can_resume(config, staging.path, signature):
         staging.clear()
         work.mkdir()
-        (work / "signature.json").write_text(to_json(_work_signature(config)))
+    if work.is_dir():
+        write_text(work / "signature.json", to_json(signature))
     if not (staging.path / "dataset.json").exists():
         num_parts = _write_parts(config, work)
         counts = _load_or_make_plan(config, work, num_parts)
@@ -179,18 +183,31 @@ def _build(config: IngestConfig, staging: Staging) -> None:
     staging.publish()
 
 
-def _can_resume(config: IngestConfig, folder: Path) -> bool:
-    """Return whether the files of an earlier run in `folder` have the same signature. Other code has another one."""
+def _can_resume(config: IngestConfig, folder: Path, signature: dict[str, Any]) -> bool:
+    """Return whether the files of an earlier run in `folder` have the same options.
+
+    Raises:
+        UserError: other code or packages wrote them, and `config.allow_changes` is False.
+    """
     try:
         if (folder / "dataset.json").exists():
-            signature = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
-            return bool(signature == json.loads(to_json(config.signature())))
-        signature = json.loads((folder / "work/signature.json").read_bytes())
+            recorded = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
+            return bool(recorded == json.loads(to_json(signature["config"])))
+        recorded = json.loads((folder / "work/signature.json").read_bytes())
+        # An earlier version recorded only the options.
+        recorded = recorded if "config" in recorded else {"config": recorded}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if (can_resume := signature == json.loads(to_json(_work_signature(config)))) is False:
-        log.warning("the parts of an earlier run had other options, code or packages; they are written again")
-    return bool(can_resume)
+    changed = [name for name, value in json.loads(to_json(signature)).items() if recorded.get(name) != value]
+    if "config" in changed or ("tokenizer" in changed and "tokenizer" in recorded):
+        log.warning("the parts of an earlier run had other options; they are written again")
+        return False
+    if changed and not config.allow_changes:
+        raise UserError(
+            f"the unfinished build in {folder} has parts of other {' and '.join(changed)}; finish it with the version "
+            "that began it, keep its parts with --allow_changes, or delete the folder to begin again"
+        )
+    return True
 
 
 def _work_signature(config: IngestConfig) -> dict[str, Any]:

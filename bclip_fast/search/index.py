@@ -114,7 +114,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     kept = data.rows if isinstance(data, SubsetDataset) else list(range(total))
     rows = rows[kept]
     out = Path(config.out)
-    metadata = {
+    metadata: dict[str, Any] = {
         "model": str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
         "data": config.data if "://" in config.data else str(Path(config.data).resolve()),
         "split": config.split,
@@ -136,7 +136,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
         with replacing_files(out) as partial:
             # faiss ignores a disk that becomes full when it closes a file, so Python's file takes its bytes.
             with (partial / INDEX).open("wb") as file:
-                faiss.write_index(build_index(rows, config.index), faiss.PyCallbackIOWriter(file.write))
+                faiss.write_index(build_index(rows, config.index), faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
             metadata |= {"sha256": sha256_of_file(partial / INDEX)} | probe
             table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
             pq.write_table(table, partial / ROWS)

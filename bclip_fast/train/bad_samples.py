@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast import distributed
-from bclip_fast.data.loader import BadRecord
+from bclip_fast.data.batch import BadRecord
 from bclip_fast.errors import UserError
 from bclip_fast.io.jsonl import JsonLinesWriter, read_lines, truncate_after_step
 

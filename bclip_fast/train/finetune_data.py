@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bclip_fast import distributed
+from bclip_fast.data.batch import BadRecord
 from bclip_fast.data.image_files import read_rgb
-from bclip_fast.data.loader import BadRecord
 from bclip_fast.data.storage import ReadError
 from bclip_fast.data.transform import Preprocess, random_resized_crop_box
 from bclip_fast.errors import UserError

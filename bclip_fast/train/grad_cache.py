@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast import distributed
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bclip_fast import config as config_files
 from bclip_fast import distributed
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.errors import UserError
 from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import put_in_place, write_text

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bclip_fast import distributed
-from bclip_fast.data.loader import BadRecord
+from bclip_fast.data.batch import BadRecord
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 

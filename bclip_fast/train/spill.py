@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.errors import UserError
 
 # Stands for a tensor that is in the file.

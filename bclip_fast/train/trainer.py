@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from bclip_fast import distributed
 from bclip_fast.benchmarks.cases import CAPTION_TOKENS, TINY
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.presets import preset

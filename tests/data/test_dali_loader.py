@@ -17,7 +17,8 @@ from PIL import Image
 from run_results import bad_sample_lines, loss_curve
 from synthetic import tiny_run, write_shards
 
-from bclip_fast.data.loader import Batch, Loader
+from bclip_fast.data.batch import Batch
+from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset

@@ -12,7 +12,7 @@ from PIL import Image
 from synthetic import write_shards
 from torch import Tensor
 
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, random_resized_crop_box
 from bclip_fast.ops import image as image_ops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import random
 import shutil
@@ -112,20 +113,32 @@ def test_changed_configuration_discards_old_parts(tmp_path):
     assert len(manifest_rows(tmp_path / "out")) == 6
 
 
-@pytest.mark.parametrize("change", ["code", "tokenizer"])
-def test_parts_of_other_code_or_tokenizer_are_discarded(tmp_path, monkeypatch, caplog, change):
+def test_parts_of_another_tokenizer_are_discarded(tmp_path, monkeypatch, caplog):
     source = write_articles(tmp_path / "in", 3)
     words = tmp_path / "vocab.txt"
     words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
     config = IngestConfig(str(source), tmp_path / "out", workers=1, test_fraction=0.0, tokenizer=words)
     interrupt_build(monkeypatch, "make_plan", config)
-    with monkeypatch.context() as context:
-        if change == "code":
-            context.setattr("bclip_fast.ingest.build.sha256_of_sources", lambda *_: "of another version")
-        else:
-            words.write_text(f"{words.read_text()}\nb")
-        interrupt_build(context, "make_plan", config)
+    words.write_text(f"{words.read_text()}\nb")
+    interrupt_build(monkeypatch, "make_plan", config)
     assert "the parts of an earlier run had other options" in caplog.text
+
+
+@pytest.mark.parametrize("recorded", ["another version", "only the options"])
+def test_parts_of_other_code_are_kept_only_on_request(tmp_path, monkeypatch, recorded):
+    source = write_articles(tmp_path / "in", 3)
+    config = IngestConfig(str(source), tmp_path / "out", workers=1, test_fraction=0.0)
+    interrupt_build(monkeypatch, "make_plan", config)
+    file = tmp_path / ".out.partial/work/signature.json"
+    signature = json.loads(file.read_text())
+    file.write_text(json.dumps(signature["config"] if recorded == "only the options" else signature | {"code": "old"}))
+    before = read_tree(tmp_path / ".out.partial")
+    with pytest.raises(UserError, match=r"has parts of other code.*--allow_changes"):
+        build(config)
+    assert read_tree(tmp_path / ".out.partial") == before
+    monkeypatch.setattr("bclip_fast.ingest.build.write_part", None)  # it must not be needed again
+    build(dataclasses.replace(config, allow_changes=True))
+    assert len(manifest_rows(tmp_path / "out")) == 6
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bclip_fast.data.loader import Batch
+from bclip_fast.data.batch import Batch
 from bclip_fast.train.engine import EngineConfig
 from bclip_fast.train.grad_cache import SpillBuffer
 from bclip_fast.train.schedule import OptimConfig

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from bclip_fast.data.loader import Batch, Loader
+from bclip_fast.data.batch import Batch
+from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig

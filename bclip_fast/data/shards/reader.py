@@ -15,12 +15,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bclip_fast._cpu import crc32c
 from bclip_fast.data.daemon_pool import DaemonPool
 from bclip_fast.data.storage import LocalStorage, ReadConfig, RemoteStorage, Storage, open_storage
 from bclip_fast.data.storage_cache import CachedStorage
 from bclip_fast.errors import UserError
 
+from .checksum import crc32c
 from .format import BLOCK, MEMBERS, Index, Sample, read_description, read_index
 
 log = logging.getLogger(__name__)

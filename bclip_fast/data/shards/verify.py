@@ -8,7 +8,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from bclip_fast._cpu import crc32c
 from bclip_fast.data.image_files import decode_as_loaders
 from bclip_fast.data.storage import LocalStorage, ReadConfig
 from bclip_fast.errors import UserError, first_line
@@ -17,6 +16,7 @@ from bclip_fast.io.atomic import write_text
 from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256_of_file
 
+from .checksum import crc32c
 from .format import (
     CHECKSUM,
     MEMBERS,

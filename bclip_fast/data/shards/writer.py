@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from bclip_fast._cpu import crc32c
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import put_in_place, write_text
 
+from .checksum import crc32c
 from .format import BLOCK, CHECKSUM, FORMAT_VERSION, Sample, description_text, fingerprint_of, index_text, to_json
 from .manifest import ManifestRows, write_manifest
 
