@@ -13,7 +13,6 @@ OUT/rejects.parquet lists every figure that gave no pair, with the reason.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import shutil
@@ -33,7 +32,6 @@ from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import explained, replacing, write_text
 from bclip_fast.io.file_names import printable
-from bclip_fast.io.hashing import sha256_of_file, sha256_of_sources
 from bclip_fast.io.progress import track
 
 from . import executors
@@ -46,6 +44,7 @@ from .object_store import is_address, is_mirror, open_store
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import Rules, discover_objects, select
 from .sanitize import JPEG_QUALITY
+from .unfinished import can_resume, work_signature
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +162,8 @@ class _NothingToBuildError(UserError):
 
 def _build(config: IngestConfig, staging: Staging) -> None:
     work = staging.path / "work"
-    signature = _work_signature(config)
-    if not _can_resume(config, staging.path, signature):
+    signature = work_signature(config.signature(), config.tokenizer)
+    if not can_resume(config.allow_changes, staging.path, signature):
         staging.clear()
         work.mkdir()
     if work.is_dir():
@@ -181,41 +180,6 @@ def _build(config: IngestConfig, staging: Staging) -> None:
     except OSError as error:
         raise UserError(f"{work} cannot be deleted: {error.strerror}; make it writable and run it again") from error
     staging.publish()
-
-
-def _can_resume(config: IngestConfig, folder: Path, signature: dict[str, Any]) -> bool:
-    """Return whether the files of an earlier run in `folder` have the same options.
-
-    Raises:
-        UserError: other code or packages wrote them, and `config.allow_changes` is False.
-    """
-    try:
-        if (folder / "dataset.json").exists():
-            recorded = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
-            return bool(recorded == json.loads(to_json(signature["config"])))
-        recorded = json.loads((folder / "work/signature.json").read_bytes())
-        # An earlier version recorded only the options.
-        recorded = recorded if "config" in recorded else {"config": recorded}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    changed = [name for name, value in json.loads(to_json(signature)).items() if recorded.get(name) != value]
-    if "config" in changed or ("tokenizer" in changed and "tokenizer" in recorded):
-        log.warning("the parts of an earlier run had other options; they are written again")
-        return False
-    if changed and not config.allow_changes:
-        raise UserError(
-            f"the unfinished build in {folder} has parts of other {' and '.join(changed)}; finish it with the version "
-            "that began it, keep its parts with --allow_changes, or delete the folder to begin again"
-        )
-    return True
-
-
-def _work_signature(config: IngestConfig) -> dict[str, Any]:
-    """Return all that decides the parts of a run."""
-    packages = {name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers")}
-    tokenizer = config.tokenizer and sha256_of_file(config.tokenizer)
-    code = sha256_of_sources("ingest", "data", "model/tokenizer.py")
-    return {"config": config.signature(), "tokenizer": tokenizer, "code": code, "packages": packages}
 
 
 def list_packages(config: IngestConfig) -> Iterator[Package]:

@@ -1,0 +1,54 @@
+"""The unfinished build of an earlier run: what decides its parts, and whether a run may continue it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from bclip_fast.data.shards.format import to_json
+from bclip_fast.errors import UserError
+from bclip_fast.io.hashing import sha256_of_file, sha256_of_sources
+
+log = logging.getLogger(__name__)
+
+
+def can_resume(allow_changes: bool, folder: Path, signature: dict[str, Any]) -> bool:
+    """Return whether the files of an earlier run in `folder` have the same options.
+
+    Raises:
+        UserError: other code or packages wrote them, and `allow_changes` is False.
+    """
+    try:
+        if (folder / "dataset.json").exists():
+            recorded = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
+            return bool(recorded == json.loads(to_json(signature["config"])))
+        recorded = json.loads((folder / "work/signature.json").read_bytes())
+        # An earlier version recorded only the options.
+        recorded = recorded if "config" in recorded else {"config": recorded}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    changed = [name for name, value in json.loads(to_json(signature)).items() if recorded.get(name) != value]
+    if "config" in changed or ("tokenizer" in changed and "tokenizer" in recorded):
+        log.warning("the parts of an earlier run had other options; they are written again")
+        return False
+    if changed and not allow_changes:
+        raise UserError(
+            f"the unfinished build in {folder} has parts of other {' and '.join(changed)}; finish it with the version "
+            "that began it, keep its parts with --allow_changes, or delete the folder to begin again"
+        )
+    return True
+
+
+def work_signature(options: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
+    """Return all that decides the parts of a run. `options`: those that affect the bytes of the dataset."""
+    packages = {name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers")}
+    code = sha256_of_sources("ingest", "data", "model/tokenizer.py")
+    return {
+        "config": options,
+        "tokenizer": tokenizer and sha256_of_file(tokenizer),
+        "code": code,
+        "packages": packages,
+    }
