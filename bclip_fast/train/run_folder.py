@@ -168,7 +168,8 @@ class RunFolder:
             self.changes += [{"step": self.records.step, **change.as_json()} for change in self.new_changes]
         self._saved = {
             "command": self.command,
-            "config": resume_rules.flat(_to_record(config)),
+            # A resumed run has the records of one without interruption.
+            "config": resume_rules.flat(dataclasses.replace(_to_record(config), resume=False)),
             "environment": now,
             "changes": self.changes,
         }

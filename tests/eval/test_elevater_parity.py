@@ -32,6 +32,8 @@ def test_lc25000_equals_open_clip_and_independent_elevater(
     The text tower has the published size, and that of the image tower with size "biomedclip_b16" too.
     """
     open_clip = import_open_clip()
+    # It keeps the functions that it finds when it is imported, and later puts them back.
+    pytest.importorskip("transformers.modeling_utils")
     for name in ("kaiming_uniform_", "normal_", "uniform_", "trunc_normal_"):
         # The first model's weights are shaken, and every other model loads them. Random ones would take seconds.
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor.data.zero_())

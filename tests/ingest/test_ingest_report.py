@@ -22,7 +22,7 @@ def dataset(tmp_path: Path) -> Path:
         texts = [("a", "&lt;script>alert(1)&lt;/script> &amp; more"), ("b", "word " * 300), ("missing", "x")]
         files = {f"{name}.jpg": noise_image(10 * number + i) for i, name in enumerate("ab")}
         write_files(tmp_path / f"in/{number}", {"x.nxml": article_xml(*texts, number=number), **files})
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "word", "more"]))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "word", "more"]))
     options = {"workers": 1, "test_fraction": 0.3, "val_fraction": 0.1, "tokenizer": tmp_path / "vocab.txt"}
     build(IngestConfig(str(tmp_path / "in"), tmp_path / "out", **options))
     return tmp_path / "out"

@@ -21,8 +21,9 @@ from bclip_fast import distributed
 from bclip_fast.cli import main
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
+from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train import checkpoint, trainer
+from bclip_fast.train import checkpoint
 from bclip_fast.train.config import CheckpointConfig
 from bclip_fast.train.engine import EngineConfig, StepResult, build_engine
 from bclip_fast.train.loss_spikes import LossSpikes, SpikeConfig
@@ -99,13 +100,13 @@ def test_engine_after_refused_steps_equals_engine_without_them(name: str, stage:
 @pytest.fixture
 def broken_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float], None]:
     """A function (step, factor) that multiplies the loss of a step, counted from 1 over all runs of the test."""
-    calls, real, factors = [0], trainer.ClipLoss.forward, {}
+    calls, real, factors = [0], ClipLoss.forward, {}
 
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
         calls[0] += 1
         return real(self, *args, **keywords) * factors.get(calls[0], 1.0)
 
-    monkeypatch.setattr(trainer.ClipLoss, "forward", forward)
+    monkeypatch.setattr(ClipLoss, "forward", forward)
     return factors.__setitem__
 
 

@@ -19,6 +19,7 @@ from synthetic import tiny_model, tiny_run, weights
 from towers import RESNET_VISION
 
 from bclip_fast.errors import UserError
+from bclip_fast.loss import ClipLoss
 from bclip_fast.ops.dispatch import use_backend
 from bclip_fast.train import backends, step_results, trainer
 from bclip_fast.train.checkpoint import load_latest
@@ -137,7 +138,7 @@ def test_step_on_gpu_waits_only_for_step_before(
 @pytest.fixture
 def broken_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that takes factors of some losses, by the number of the call of ClipLoss, from 1."""
-    real: Any = trainer.ClipLoss.forward
+    real: Any = ClipLoss.forward
 
     def break_losses(factors: dict[int, float]) -> None:
         calls = [0]
@@ -146,7 +147,7 @@ def broken_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             calls[0] += 1
             return real(self, *arguments, **keywords) * factors.get(calls[0], 1.0)
 
-        monkeypatch.setattr(trainer.ClipLoss, "forward", forward)
+        monkeypatch.setattr(ClipLoss, "forward", forward)
 
     return break_losses
 

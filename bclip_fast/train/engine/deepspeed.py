@@ -59,10 +59,10 @@ class DeepSpeedEngine(Engine):
                 parameter.data = parameter.data.view(1)
         _ensure_process_group()
         deepspeed = _import_deepspeed()
-        # These are globals of the process: without a reset, an fp32 engine would inherit the loss scaler of an earlier
-        # half-precision engine.
+        # These are globals of the process: an fp32 engine would inherit the loss scaler of a half-precision engine.
         autocast: Any = importlib.import_module("deepspeed.runtime.torch_autocast")
         autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
+        self._linear = torch.nn.functional.linear
         optimizer = make_optimizer(model, optim, _cpu_adam() if config.cpu_adam == "deepspeed" else AdamW)
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
@@ -240,6 +240,8 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self._engine.destroy()
+        # ZeRO 3 replaced it in the whole process by a function that no tracer and no second derivative takes.
+        torch.nn.functional.linear = self._linear
 
 
 def _cpu_adam() -> Callable[..., GatedOptimizer]:
