@@ -61,7 +61,7 @@ def test_fault_at_sampled_write_loses_nothing(server: FaultServer, base: Path, n
     walk = Walk(server, base, name)
     sampled = [(fault, point) for fault in _SAMPLED[name] for point in walk.sample(fault, 1)]
     problems = [problem for fault, point in sampled + _PINNED.get(name, []) for problem in walk.problems(point, fault)]
-    assert problems == []
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.long

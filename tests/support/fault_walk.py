@@ -8,8 +8,13 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from fault_commands import COMMANDS, content, contents, raw
 from faults import FaultServer, Outcome, Point
+
+from bclip_fast import pretrained
+from bclip_fast.train import checkpoint as checkpoints
+from bclip_fast.train.signals import EXIT_STOPPED
 
 REASONS = {"full": "No space left on device", "denied": "Permission denied"}
 # Without permission, a command cannot remove its temporary files.
@@ -51,6 +56,7 @@ class Walk:
         assert [name for name in self._old if name.endswith("user.txt") and name not in self._new] == []
         self._allowed = [self._readable, self._read()]
         self._between: dict[str, str] = {}
+        self._stop: tuple[str, ...] = ()
         self._known: dict[str, tuple[list[str | None], list[str]]] = {}
         # The state after the first of two checkpoints.
         second = next((point for point in self.points if "step-00000004" in point.path), None)
@@ -100,6 +106,7 @@ class Walk:
         outcome = self._server.run(self.command.argv, self._world, point, fault)
         if not any((p.call, p.path, p.number) == (point.call, point.path, point.number) for p in outcome.points):
             return [f"{self.name}, {fault} at {point}: the command did not reach this call"]
+        self._stop = self._stop_checkpoint() if outcome.status == EXIT_STOPPED else ()
         found = [*self._end(outcome, fault), *self._files(outcome, fault)]
         # From equal files, readers and a second run give equal results. Most faults leave the files as they were.
         state = self._state(fault)
@@ -107,10 +114,29 @@ class Walk:
             self._known[state] = self._read(), self._second_run(fault)
         values, problems = self._known[state]
         for number, value in enumerate(values):
-            if value not in [versions[number] for versions in self._allowed]:
+            if not self._stop and value not in [versions[number] for versions in self._allowed]:
                 found.append(f"reader {number} finds neither the old nor the new output: {str(value)[:200]}")
         found += problems
         return [f"{self.name}, {fault} at {point}: {text}" for text in found]
+
+    def _stop_checkpoint(self) -> tuple[str, ...]:
+        """Folders of the checkpoint that a signal caused, and of its model. They are whole, and no other run has them.
+
+        Raises AssertionError if they are not, because then the walk cannot judge them.
+        """
+        run = self.command.outputs[0]
+        newest = checkpoints.latest(self._world / run / "checkpoints")
+        name = newest.relative_to(self._world).as_posix()
+        if any(path.startswith(f"{name}/") for path in (*self._old, *self._new)):
+            return ()
+        assert checkpoints.verify(newest) is None
+        if not (self._world / run / "model").is_dir():
+            return (f"{name}/",)
+        weights = pretrained.load(self._world / run / "model")[0].state_dict()
+        saved = checkpoints.read(newest).model
+        assert saved.keys() == weights.keys()
+        assert all(torch.equal(weights[key], tensor) for key, tensor in saved.items())
+        return f"{name}/", f"{run}/model/"
 
     def _state(self, fault: str) -> str:
         """Return a text that is equal for two folders with equal files, without the times in them."""
@@ -170,6 +196,8 @@ class Walk:
 
     def _is_version(self, name: str) -> bool:
         """Whether a file has the old content, the new one, or that after the first checkpoint. Lines may be fewer."""
+        if self._stop and name.startswith(self._stop):
+            return True
         text = content(self._world / name)
         versions = [version[name] for version in (self._old, self._new, self._between) if name in version]
         if not text or text in versions:

@@ -59,18 +59,16 @@ class DeepSpeedEngine(Engine):
                 parameter.data = parameter.data.view(1)
         _ensure_process_group()
         deepspeed = _import_deepspeed()
-        # These are globals of the process: an fp32 engine would inherit the loss scaler of a half-precision engine.
+        # Globals of the process: an fp32 engine would inherit the loss scaler of a half-precision engine.
         autocast: Any = importlib.import_module("deepspeed.runtime.torch_autocast")
         autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
         self._linear = torch.nn.functional.linear
         optimizer = make_optimizer(model, optim, _cpu_adam() if config.cpu_adam == "deepspeed" else AdamW)
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+            settings = deepspeed_config(config, optim, batch_size)
             self._engine = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=deepspeed_config(config, optim, batch_size),
-                dist_init_required=False,
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
         self.module = self._engine
         self._scale = self._engine.torch_autocast_z0_gradscaler
@@ -240,8 +238,9 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self._engine.destroy()
-        # ZeRO 3 replaced it in the whole process by a function that no tracer and no second derivative takes.
-        torch.nn.functional.linear = self._linear
+        torch.nn.functional.linear = (
+            self._linear
+        )  # ZeRO 3's stays in the process and can be neither traced nor exported
 
 
 def _cpu_adam() -> Callable[..., GatedOptimizer]:
@@ -330,9 +329,8 @@ def _import_deepspeed() -> Any:
         try:
             import deepspeed
         except ImportError as error:
-            raise UserError(
-                f"engine.name=deepspeed: {error}; pip install 'bclip_fast[train]', or set engine.name=ddp"
-            ) from error
+            problem = f"engine.name=deepspeed: {error}; pip install 'bclip_fast[train]', or set engine.name=ddp"
+            raise UserError(problem) from error
     # With a C++ compiler, DeepSpeed would now compile shared-memory collectives for a minute. gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
