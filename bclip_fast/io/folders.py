@@ -83,8 +83,8 @@ class Listing:
         for path, folders, names in self.walk(folder):
             links = (os.path.join(path, name) for name in folders if os.path.islink(os.path.join(path, name)))
             self._links.update(os.path.relpath(link, self.root) for link in links)
-            files += [Path(path, name) for name in names]
-        return sorted(files)
+            files += [os.path.join(path, name) for name in names]
+        return [Path(file) for file in sorted(files, key=lambda file: file.split(os.sep))]
 
     def log(self) -> None:
         """Log the number of hidden files and folders, and of links to folders, that were left out."""

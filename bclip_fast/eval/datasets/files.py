@@ -135,7 +135,10 @@ def existing(path: Path) -> Path:
 def read_image(path: Path, remark: str = "") -> bytes:
     """Return the bytes of an image file. Raises UserError, whose message has `remark` after the path."""
     try:
-        return existing(path).read_bytes()
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return existing(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"image {path}{remark} cannot be read: {reason}") from error

@@ -23,10 +23,8 @@ class PairDataset:
     @staticmethod
     def matches(root: Path) -> bool:
         """Return whether an image directly in the folder has a text file."""
-        return any(
-            path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file()
-            for path in Listing(root).files(root)
-        )
+        paths = (root / name for name in next(Listing(root).walk(root))[2])
+        return any(path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").is_file() for path in paths)
 
     def __init__(self, root: Path, split: str = "all") -> None:
         """Read all texts. Raises UserError if one is missing or empty."""
