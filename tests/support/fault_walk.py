@@ -125,6 +125,8 @@ class Walk:
         Raises AssertionError if they are not, because then the walk cannot judge them.
         """
         run = self.command.outputs[0]
+        if not checkpoints.list_checkpoints(self._world / run / "checkpoints"):
+            return ()
         newest = checkpoints.latest(self._world / run / "checkpoints")
         name = newest.relative_to(self._world).as_posix()
         if any(path.startswith(f"{name}/") for path in (*self._old, *self._new)):
