@@ -241,7 +241,13 @@ class RunFolder:
 
         # A message of all ranks: they have built their parts, or this fails.
         distributed.total(0)
-        run_on_rank0(write)
+        try:
+            run_on_rank0(write)
+        except BaseException:
+            # The files could not be replaced, so the log that was ready for them ends here.
+            for metrics in opened:
+                metrics.close()
+            raise
         if opened:
             facts = {"changes": [str(change) for change in self.new_changes]} if self.new_changes else {}
             opened[0].event(step, "resume" if self.records else "start", ranks=distributed.world_size(), **facts)
