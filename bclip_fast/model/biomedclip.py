@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bclip_fast.errors import UserError
 
+from .coca import CaptionDecoder, DecoderConfig
 from .packed import Packed
 from .resnet import ResNetTower
-from .text import TextConfig, text_tower
+from .text import GptTower, TextConfig, text_tower
 from .transformer import PreProjection, check_range
 from .vision import VisionConfig, VisionTower
 
@@ -27,6 +28,7 @@ class BiomedClipConfig:
     """Width of the shared embedding."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     quick_gelu: bool = False
     """Use OpenAI's approximate GELU in towers of kind clip and gpt. OpenAI's checkpoints need it."""
     init_logit_scale: float = math.log(1 / 0.07)
@@ -38,10 +40,19 @@ class BiomedClipConfig:
         check_range("embed_dim", self.embed_dim, 1, 16384)
         if self.quick_gelu and self.vision.kind != "clip" and self.text.kind != "gpt":
             raise UserError("quick_gelu=True requires vision.kind clip or text.kind gpt: other towers use exact GELU")
+        if self.decoder.layers == 0:
+            return
+        if self.vision.kind != "clip" or self.text.kind != "gpt":
+            raise UserError(
+                f"decoder.layers={self.decoder.layers} needs vision.kind=clip and text.kind=gpt, not "
+                f"{self.vision.kind} and {self.text.kind}: a bidirectional text tower sees the words that the decoder "
+                "must predict; change the towers, or set decoder.layers=0"
+            )
+        self.decoder.check(self.embed_dim, self.text.width)
 
 
 class BiomedClip(nn.Module):
-    """An image tower, a text tower and one learned logit scale.
+    """An image tower, a text tower, one learned logit scale and, in a CoCa, a caption decoder.
 
     The parameters `logit_scale` (a logarithm) and `logit_bias` (if configured) are scalars.
     """
@@ -50,11 +61,17 @@ class BiomedClip(nn.Module):
         super().__init__()
         self.config = config
         self.visual: VisionTower | ResNetTower
+        has_decoder = config.decoder.layers > 0
         if config.vision.kind == "resnet":
             self.visual = ResNetTower(config.vision, config.embed_dim)
         else:
-            self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu)
-        self.text = text_tower(config.text, config.embed_dim, config.quick_gelu)
+            pool = (config.decoder.pool_queries, config.decoder.pool_heads) if has_decoder else None
+            self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu, pool)
+        self.text = text_tower(config.text, config.embed_dim, config.quick_gelu, class_token=has_decoder)
+        self.decoder: CaptionDecoder | None = None
+        if has_decoder:
+            text = config.text
+            self.decoder = CaptionDecoder(config.decoder, text.width, text.vocab_size, config.quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
@@ -82,31 +99,71 @@ class BiomedClip(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(
-        self, image: Tensor | PreProjection | None = None, text: Packed | Tensor | PreProjection | None = None
+        self,
+        image: Tensor | PreProjection | None = None,
+        text: Packed | Tensor | PreProjection | None = None,
+        *,
+        captions: bool = False,
     ) -> dict[str, Tensor | None]:
         """Embed images and captions, and return them like open_clip's CustomTextCLIP with `output_dict`.
 
+        Args:
+            image, text: as for `encode_image` and `encode_text`.
+            captions: predict each caption from its image, too. Needs a decoder, an image and packed or padded captions.
+
         Returns:
+            caption_losses: the sum of the cross-entropies of all tokens after a caption's first one, a scalar in
+                float32 or wider. Padding counts nothing. Only with `captions`.
             image_features, text_features: (B, embed_dim) of unit length, or None without an input.
             logit_scale: exp of the parameter, a scalar.
             logit_bias: a scalar. Absent if the model has none.
         """
-        output: dict[str, Tensor | None] = {
-            "image_features": None if image is None else self.encode_image(image),
-            "text_features": None if text is None else self.encode_text(text),
-            "logit_scale": self.logit_scale.exp(),
-        }
+        output: dict[str, Tensor | None]
+        if captions:
+            output = self._caption(image, text)
+        else:
+            output = {
+                "image_features": None if image is None else self.encode_image(image),
+                "text_features": None if text is None else self.encode_text(text),
+            }
+        output["logit_scale"] = self.logit_scale.exp()
         if self.logit_bias is not None:
             output["logit_bias"] = self.logit_bias
         return output
+
+    def caption_logits(self, image: Tensor, text: Packed | Tensor) -> Tensor:
+        """Logits (T, vocab_size) of the token after each of the T tokens of n captions, in packed order.
+
+        Raises:
+            UserError: the model has no caption decoder.
+        """
+        return self._decode(image, text)["logits"]
+
+    def _caption(self, image: Any, text: Any) -> dict[str, Any]:
+        features = self._decode(image, text, ignored=self.config.text.pad_id)
+        return {**features, "caption_losses": features.pop("logits")}
+
+    def _decode(self, image: Any, text: Any, **options: Any) -> dict[str, Any]:
+        """Features of unit length, and `logits`, the decoder's result."""
+        if self.decoder is None or not isinstance(self.text, GptTower):
+            raise UserError("this model has no caption decoder; load a CoCa, or set model.decoder.layers")
+        text = self.text.packed(text)
+        image_features, image_tokens = self.visual(image, captions=True)
+        text_features, states = self.text(text, captions=True)
+        return {
+            "image_features": F.normalize(image_features, dim=-1),
+            "text_features": F.normalize(text_features, dim=-1),
+            "logits": self.decoder(image_tokens, states, text, **options),
+        }
 
     def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:
         """Recompute each layer in the backward pass of training, instead of keeping its activations.
 
         offload: keep the inputs of the recomputed layers on the host.
         """
-        for tower in (self.visual, self.text):
-            tower.grad_checkpointing, tower.offload_activations = enable, offload
+        for tower in (self.visual, self.text, self.decoder):
+            if tower is not None:
+                tower.grad_checkpointing, tower.offload_activations = enable, offload
 
     def compile_layers(self, cuda_graphs: bool = False, **options: Any) -> None:
         """Compile each layer to one graph by torch.compile, for any batch size and caption length.
@@ -129,5 +186,5 @@ class BiomedClip(nn.Module):
         for layer in self.visual.layers:
             static: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead"} if cuda_graphs else {"dynamic": True}
             layer.compile(fullgraph=True, **static, **options)
-        for layer in self.text.layers:
+        for layer in [*self.text.layers, *(self.decoder.layers if self.decoder is not None else ())]:
             layer.compile(dynamic=True, fullgraph=True, **options)

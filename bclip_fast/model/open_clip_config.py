@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from bclip_fast.errors import UserError
 
 from .biomedclip import BiomedClipConfig
+from .coca import DecoderConfig
+from .coca_config import add_decoder, read_decoder
+from .open_clip_section import CONFIG_FILE, Section, table
 from .text import TextConfig
 from .tower_config import (
     PUBMEDBERT,
@@ -32,7 +34,6 @@ from .tower_config import (
 from .transformer import MAX_LAYERS, check_range
 from .vision import VisionConfig
 
-CONFIG_FILE = "open_clip_config.json"
 _PUBMEDBERT_NAMES = {
     f"microsoft/BiomedNLP-{name}-base-uncased-{corpus}"
     for name in ("BiomedBERT", "PubMedBERT")
@@ -62,6 +63,8 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
     else:
         text = _gpt_json(config.text, tokenizer_name)
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if config.decoder.layers:
+        model["multimodal_cfg"] = add_decoder(config, vision, text)
     if config.text.kind == "gpt":
         model["custom_text"] = True
     if config.quick_gelu:
@@ -84,11 +87,16 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
     Raises:
         UserError: a key or value that our towers can't express. The message names it.
     """
-    model = _Section("model_cfg", _table(config, "model_cfg"))
-    vision_section = _Section("vision_cfg", model.take_table("vision_cfg"))
+    model = Section("model_cfg", table(config, "model_cfg"))
+    vision_section = Section("vision_cfg", model.take_table("vision_cfg"))
+    text_section = Section("text_cfg", model.take_table("text_cfg"))
+    decoder = DecoderConfig()
+    if "multimodal_cfg" in model.remaining:
+        decoder = read_decoder(
+            Section("multimodal_cfg", model.take_table("multimodal_cfg")), vision_section, text_section
+        )
     timm = "timm_model_name" in vision_section.remaining
     vision = _read_timm_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
-    text_section = _Section("text_cfg", model.take_table("text_cfg"))
     if "hf_model_name" in text_section.remaining:
         text = _read_bert(text_section, read_json, hub_json)
     else:
@@ -102,6 +110,7 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
         embed_dim=model.take("embed_dim"),
         vision=vision,
         text=text,
+        decoder=decoder,
         quick_gelu=quick_gelu,
         init_logit_scale=model.take("init_logit_scale", defaults.init_logit_scale),
         init_logit_bias=model.take("init_logit_bias", None),
@@ -115,52 +124,8 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
 
 def tokenizer_name(config: Json) -> str | None:
     """The hub repository of the tokenizer, if the configuration names one."""
-    name = _table(_table(config, "model_cfg"), "text_cfg").get("hf_tokenizer_name")
+    name = table(table(config, "model_cfg"), "text_cfg").get("hf_tokenizer_name")
     return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
-
-
-class _Section:
-    """A table of the file. Keys that remain when reading finishes are an error, so that no setting is ignored."""
-
-    _REQUIRED = object()
-
-    def __init__(self, name: str, content: Json) -> None:
-        self.name = name
-        self.remaining = dict(content)
-
-    def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        if key not in self.remaining and default is self._REQUIRED:
-            raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
-        return self.remaining.pop(key, default)
-
-    def take_table(self, key: str) -> Json:
-        return _table({key: self.take(key)}, key)
-
-    def take_either(self, key: str, old_key: str, default: Any) -> Any:
-        """Take a key that open_clip renamed in 2.23."""
-        value, old_value = self.take(key, None), self.take(old_key, None)
-        if value is not None and old_value is not None and value != old_value:
-            raise UserError(f"{CONFIG_FILE}: {self.name}.{key}={value!r} contradicts {old_key}={old_value!r}")
-        return next((item for item in (value, old_value) if item is not None), default)
-
-    def expect(self, key: str, *values: Any) -> None:
-        """Take a key whose value must be one of `values`. The first is the meaning of a missing key."""
-        value = self.take(key, values[0])
-        if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
-            supported = " or ".join(repr(value) for value in values)
-            raise UserError(f"{CONFIG_FILE}: {self.name}.{key}={value!r} must be {supported}")
-
-    def finish(self) -> None:
-        if self.remaining:
-            names = ", ".join(sorted(map(str, self.remaining)))
-            raise UserError(f"{CONFIG_FILE}: {self.name} has unsupported keys: {names}")
-
-
-def _table(config: Any, key: str) -> Json:
-    value = config.get(key) if isinstance(config, Mapping) else None
-    if not isinstance(value, dict):
-        raise UserError(f"{CONFIG_FILE}: {key} is missing or isn't a table")
-    return value
 
 
 def _vision_json(config: VisionConfig, files: dict[str, Json]) -> Json:
@@ -193,7 +158,7 @@ def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
     return "local-dir:./vision"
 
 
-def _read_timm_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionConfig:
+def _read_timm_vision(section: Section, read_json: Callable[[str], Json]) -> VisionConfig:
     name = section.take("timm_model_name")
     # A missing key means the mean of all patches. Both other values mean the class token, which our tower reads.
     pool = section.take("timm_pool", "avg")
@@ -221,7 +186,7 @@ def _read_timm_vision(section: _Section, read_json: Callable[[str], Json]) -> Vi
     return dataclasses.replace(vision, patch_dropout=patch_dropout)
 
 
-def _read_clip_vision(section: _Section) -> VisionConfig:
+def _read_clip_vision(section: Section) -> VisionConfig:
     """open_clip's own towers with the settings of OpenAI's models. Its ViT's other settings aren't supported."""
     defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
     sizes = {name: section.take(name, default) for name, default in defaults.items()}
@@ -249,7 +214,7 @@ def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
     return "./text"
 
 
-def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
+def _read_bert(section: Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
     name = section.take("hf_model_name")
     section.take("hf_tokenizer_name", None)
     section.take("hf_model_pretrained", None)
@@ -283,7 +248,7 @@ def _gpt_json(text: TextConfig, tokenizer_name: str) -> Json:
     return result | {"hf_tokenizer_name": tokenizer_name}
 
 
-def _read_gpt(section: _Section) -> TextConfig:
+def _read_gpt(section: Section) -> TextConfig:
     pool_type = section.take("pool_type", "argmax")
     end_id = section.take("eos_id", 2)
     section.take("hf_tokenizer_name", None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from bclip_fast.errors import UserError
 
 from .biomedclip import BiomedClipConfig
+from .coca import DecoderConfig
 from .text import TextConfig
 from .vision import VisionConfig
 
@@ -25,7 +26,7 @@ _GPT = TextConfig(
 
 
 def _presets() -> dict[str, BiomedClipConfig]:
-    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, clip_rn50 and quickstart."""
+    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], clip_b16, clip_rn50, coca_b32 and quickstart."""
     bert = TextConfig()
     texts = {"": bert, "_ctx77": replace(bert, context_length=77), "_gpt77": _GPT}
     presets = {}
@@ -40,6 +41,12 @@ def _presets() -> dict[str, BiomedClipConfig]:
     presets["clip_b16"] = BiomedClipConfig(vision=VisionConfig(kind="clip"), text=_GPT, quick_gelu=True)
     rn50 = VisionConfig(kind="resnet", patch_size=32, width=64, layers=16, heads=32, blocks=(3, 4, 6, 3))
     presets["clip_rn50"] = BiomedClipConfig(embed_dim=1024, vision=rn50, text=_GPT, quick_gelu=True)
+    # open_clip's coca_ViT-B-32.
+    presets["coca_b32"] = BiomedClipConfig(
+        vision=VisionConfig(kind="clip", patch_size=32),
+        text=replace(_GPT, context_length=76, max_positions=76),
+        decoder=DecoderConfig(layers=12),
+    )
     vision = VisionConfig(image_size=80, patch_size=16, width=160, layers=4, heads=5)
     text = TextConfig(context_length=48, vocab_size=2048, width=128, layers=3, heads=4, max_positions=64)
     text = replace(text, dropout=0.0, attention_dropout=0.0)

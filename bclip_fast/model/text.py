@@ -6,7 +6,7 @@ Both compute on packed tokens. Padded ids are packed first, which doesn't change
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from bclip_fast.ops.dispatch import is_exporting
 from .packed import Packed
 from .transformer import (
     MAX_TOKENS,
+    ClassTokens,
     Linear,
     Norm,
     PostNormLayer,
@@ -179,15 +180,29 @@ class BertTower(Tower):
         return normed if tokens else self.proj(self.store_pre_projection(normed))
 
 
-class GptTower(Tower):
-    """CLIP's text transformer: causal layers, final norm, and the end token's output times a projection matrix."""
+class _LayerInputs(NamedTuple):
+    """Rows (T, D) of all sequences, the row of each caption that is projected, and the rows of a caption's tokens."""
 
-    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+    x: Tensor
+    sequences: Sequences
+    output_rows: Tensor
+    token_rows: Tensor | None = None
+
+
+class GptTower(Tower):
+    """CLIP's text transformer: causal layers, final norm, and one token's output times a projection matrix.
+
+    Args:
+        class_token: read a learned token behind the caption, as CoCa does, and not the end token.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False, class_token: bool = False) -> None:
         super().__init__()
         self.config = config
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
+        self.class_token = nn.Parameter(torch.empty(width)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(config.context_length + class_token, width))
         self.layers = nn.ModuleList(
             PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, quick_gelu) for _ in range(config.layers)
         )
@@ -200,6 +215,8 @@ class GptTower(Tower):
         width, depth = self.config.width, self.config.layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.01)
         nn.init.normal_(self.projection, std=width**-0.5)
         for layer in self.layers:
             assert isinstance(layer, PreNormLayer)
@@ -210,30 +227,79 @@ class GptTower(Tower):
             for projection in (layer.qkv, layer.proj):
                 nn.init.zeros_(projection.bias)
 
-    def forward(self, text: Packed | Tensor | PreProjection) -> Tensor:
-        """Embed n captions, packed or (n, L) int64 with L <= context_length -> (n, embed_dim), not normalised."""
+    def forward(self, text: Packed | Tensor | PreProjection, *, captions: bool = False) -> Any:
+        """Embed n captions, packed or (n, L) int64 with L <= context_length -> (n, embed_dim), not normalised.
+
+        captions: return (features, states), with the states (T, width) of all T tokens before the final norm. Needs a
+            class token and packed captions.
+        """
         if isinstance(text, PreProjection):
             return linear(text.states, self.projection.T)
         check_text(text, self.config.context_length)
         if isinstance(text, Tensor) and is_exporting():
-            columns = torch.arange(text.shape[1], device=text.device)
-            end_rows = torch.arange(text.shape[0], device=text.device) * text.shape[1]
-            end_rows = end_rows + self._end_score(text).argmax(dim=-1)
-            ids, positions = text.flatten(), columns.expand_as(text).flatten()
-            sequences = Sequences(text.shape[1], causal=True)
+            inputs = self._embed_padded(text)
         else:
-            if isinstance(text, Tensor):
-                # Causal attention never reads what comes after the end token.
-                end = self._end_score(text).argmax(dim=-1, keepdim=True)
-                text = pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
-            ids, positions, end_rows = text.ids, text.positions, self._end_rows(text)
-            sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
-        stream: Tensor = self.token_embedding(ids) + self.pos_embed[positions]
-        branch: Tensor | None = None
+            inputs = self._embed_packed(self.packed(text))
+        stream: Tensor = inputs.x
+        branch: Any = None
         for layer in self.layers:
-            rows = end_rows if layer is self.layers[-1] else None
-            stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
-        return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
+            rows = inputs.output_rows if layer is self.layers[-1] and not captions else None
+            stream, branch = self.run_layer(layer, stream, branch, inputs.sequences, rows)
+        if not captions:
+            return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
+        rows = inputs.output_rows
+        features = linear(self.norm(stream[rows], branch[rows])[0], self.projection.T)
+        return features, stream[inputs.token_rows] + branch[inputs.token_rows]
+
+    def packed(self, text: Packed | Tensor) -> Packed:
+        """Pack padded ids (n, L): the tokens up to the end token or, with a class token, up to the last padding."""
+        if isinstance(text, Packed):
+            return text
+        columns = torch.arange(text.shape[1], device=text.device)
+        if self.class_token is None:
+            # Causal attention never reads what comes after the end token.
+            last = self._end_score(text).argmax(dim=-1, keepdim=True)
+        else:
+            last = (columns * (text != self.config.pad_id)).amax(dim=-1, keepdim=True)
+        return pack(text, columns <= last)[0]
+
+    def _embed_packed(self, text: Packed) -> _LayerInputs:
+        if self.class_token is None:
+            sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
+            x = self.token_embedding(text.ids) + self.pos_embed[text.positions]
+            return _LayerInputs(x, sequences, self._end_rows(text))
+        # Every caption gets two rows. The last one is the class token at the last position. It attends to the caption
+        # and to the position behind it, because open_clip's mask is shifted by one position. This position holds
+        # padding or, behind a caption that fills the context, the class token itself.
+        device, num_captions, length = text.ids.device, len(text.cu_seqlens) - 1, self.config.context_length
+        bounds = text.cu_seqlens + 2 * torch.arange(num_captions + 1, device=device, dtype=torch.int32)
+        class_rows = bounds[1:].long() - 1
+        token_rows = torch.arange(text.ids.shape[0], device=device) + 2 * text.owners
+        num_rows, lengths = text.ids.shape[0] + 2 * num_captions, text.lengths.long()
+        ids = text.ids.new_full((num_rows,), self.config.pad_id).index_copy(0, token_rows, text.ids)
+        positions = ids.new_full((num_rows,), length).index_copy(0, token_rows, text.positions)
+        positions = positions.index_copy(0, class_rows - 1, lengths)
+        x = torch.where((positions == length)[:, None], self.class_token, self.token_embedding(ids))
+        tokens = ClassTokens(class_rows, class_rows - 1)
+        sequences = Sequences(text.max_seqlen + 2, bounds, causal=True, class_tokens=tokens)
+        return _LayerInputs(x + self.pos_embed[positions], sequences, class_rows, token_rows)
+
+    def _embed_padded(self, ids: Tensor) -> _LayerInputs:
+        """For graphs, which don't know the number of tokens without padding."""
+        if self.class_token is None:
+            num_columns, key_mask = ids.shape[1], None
+            column: Any = self._end_score(ids).argmax(dim=-1)
+            x = self.token_embedding(ids)
+        else:
+            num_columns = self.config.context_length + 1
+            ids = nn.functional.pad(ids, (0, num_columns - 1 - ids.shape[1]), value=self.config.pad_id)
+            places = torch.arange(num_columns, device=ids.device)
+            lengths = 1 + (places[:-1] * (ids != self.config.pad_id)).amax(dim=-1, keepdim=True)
+            key_mask, column = places <= lengths, num_columns - 1
+            x = torch.cat([self.token_embedding(ids), self.class_token.expand(ids.shape[0], 1, -1)], dim=1)
+        x = (x + self.pos_embed[:num_columns]).flatten(0, 1)
+        rows = torch.arange(ids.shape[0], device=ids.device) * num_columns + column
+        return _LayerInputs(x, Sequences(num_columns, causal=True, key_mask=key_mask), rows)
 
     def _end_score(self, ids: Tensor) -> Tensor:
         """A score per token that is highest at the end token."""
@@ -260,6 +326,10 @@ def check_text(text: Packed | Tensor, max_tokens: int) -> None:
         raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {max_tokens})")
 
 
-def text_tower(config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> BertTower | GptTower:
-    """Build the tower of the configured kind."""
-    return BertTower(config, embed_dim) if config.kind == "bert" else GptTower(config, embed_dim, quick_gelu)
+def text_tower(
+    config: TextConfig, embed_dim: int, quick_gelu: bool = False, class_token: bool = False
+) -> BertTower | GptTower:
+    """Build the tower of the configured kind. `class_token` concerns kind gpt."""
+    if config.kind == "bert":
+        return BertTower(config, embed_dim)
+    return GptTower(config, embed_dim, quick_gelu, class_token)

@@ -16,6 +16,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import linear
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD
 
+from .cross_attention import AttentionPool
 from .transformer import (
     MAX_LAYERS,
     MAX_TOKENS,
@@ -185,10 +186,19 @@ class PatchEmbed(nn.Module):
 class VisionTower(Tower):
     """Patches, CLS token, learned positions, pre-norm layers, final norm, and the CLS token's projection without bias.
 
-    quick_gelu: use OpenAI's approximate GELU in the layers of kind clip.
+    Args:
+        quick_gelu: use OpenAI's approximate GELU in the layers of kind clip.
+        pool: (number of queries, heads) of CoCa's attention pool. It stands before the final norm, has the width
+            `embed_dim`, and its first output takes the place of the CLS token.
     """
 
-    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        embed_dim: int,
+        quick_gelu: bool = False,
+        pool: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.patch_dropout = config.patch_dropout
@@ -203,6 +213,8 @@ class VisionTower(Tower):
             PreNormLayer(width, config.heads, config.mlp_ratio, eps, quick_gelu and clip) for _ in range(config.layers)
         )
         self.pre_norm = Norm(width, eps) if clip else None
+        self.pool = None if pool is None else AttentionPool(pool[0], embed_dim, width, pool[1], eps)
+        width = width if pool is None else embed_dim
         self.norm = Norm(width, eps)
         self.head = Linear(width, embed_dim, bias=False)
         self._init_weights()
@@ -220,12 +232,15 @@ class VisionTower(Tower):
                 nn.init.trunc_normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, image: Tensor | PreProjection, *, tokens: bool = False) -> Tensor:
+    def forward(self, image: Tensor | PreProjection, *, tokens: bool = False, captions: bool = False) -> Any:
         """Embed images -> (B, embed_dim), not normalised to unit length.
 
         Args:
             image: normalised (B, 3, S, S), or raw uint8 (B, S, S, 3) or (B, 3, S, S).
             tokens: return the states of all tokens after the final norm instead: (B, 1 + patches, width), CLS first.
+                Not with a pool.
+            captions: return (features, tokens), with the pool's other outputs (B, queries - 1, embed_dim) after the
+                norm. Only with a pool, and not of features before the projection.
 
         Raises:
             UserError: the image doesn't have the configured size.
@@ -246,8 +261,15 @@ class VisionTower(Tower):
             stream = self.pre_norm(stream, post=True)[1]
         cls_rows = torch.arange(0, stream.shape[0], x.shape[1], device=x.device)
         for layer in self.layers:
-            rows = cls_rows if layer is self.layers[-1] and not tokens else None
+            rows = cls_rows if layer is self.layers[-1] and not tokens and self.pool is None else None
             stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
+        if self.pool is not None:
+            num_queries = self.pool.num_queries if captions else 1
+            pooled = self.pool(stream, branch, sequences.max_seqlen, num_queries)
+            states = self.norm(pooled.flatten(0, 1))[0].unflatten(0, (-1, num_queries))
+            if captions:
+                return self.head(states[:, 0]), states[:, 1:]
+            return self.head(self.store_pre_projection(states[:, 0]))
         states = self.norm(stream, branch)[0]
         if tokens:
             return states.unflatten(0, (-1, sequences.max_seqlen))

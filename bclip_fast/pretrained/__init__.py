@@ -19,7 +19,7 @@ from bclip_fast.io.hashing import sha256
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
-from bclip_fast.model.open_clip_config import CONFIG_FILE
+from bclip_fast.model.open_clip_section import CONFIG_FILE
 from bclip_fast.model.safe_load import read_checkpoint
 from bclip_fast.model.special_tokens import DEFAULTS
 from bclip_fast.model.tokenizer import Tokenizer

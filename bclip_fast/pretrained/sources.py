@@ -12,7 +12,7 @@ from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import settle
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model import tokenizer_files
-from bclip_fast.model.open_clip_config import CONFIG_FILE
+from bclip_fast.model.open_clip_section import CONFIG_FILE
 
 log = logging.getLogger(__name__)
 
