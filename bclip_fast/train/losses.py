@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss, SigLipLoss
+from bclip_fast.model.biomedclip import BiomedClipConfig
 
-KINDS = ("clip", "siglip")
+from .captions import CaptionLoss
+
+KINDS = ("clip", "siglip", "coca")
 # The initial factor and bias of the logits in the paper of the sigmoid loss (arXiv 2303.15343, section 3.2).
 SIGLIP_LOGITS = 10.0, -10.0
 
@@ -50,8 +53,9 @@ class LossConfig:
     """The contrastive loss."""
 
     kind: str = "clip"
-    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a decision of its own. For a
-    class of your own, write module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
+    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a decision of its own. coca
+    adds the cross-entropy of a caption decoder to the softmax loss, and needs a model with decoder.layers. For a class
+    of your own, write module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
     label_smoothing: float = 0.0
     """Share of the targets that goes to all pairs alike, within 0 and 1."""
     hardness: float = 0.0
@@ -60,6 +64,11 @@ class LossConfig:
     """Initial factor of the logits. 0 takes that of the model, or SigLIP's 10 for siglip and a model without bias."""
     init_bias: float | None = None
     """Initial bias of the logits. None takes that of the model, or SigLIP's -10 for siglip and a model without bias."""
+
+    caption_loss_weight: float = 2.0
+    """Weight of the captions' cross-entropy in coca."""
+    clip_loss_weight: float = 1.0
+    """Weight of the softmax loss in coca."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and not self.is_own:
@@ -70,10 +79,26 @@ class LossConfig:
             raise UserError(f"loss.hardness={self.hardness} needs loss.kind=clip without label_smoothing; set it to 0")
         if not 0 <= self.init_scale <= 100:
             raise UserError(f"loss.init_scale={self.init_scale} must lie in (0, 100], or be 0 for the loss's own")
-        if self.init_bias is not None and self.kind == "clip":
+        if self.init_bias is not None and self.kind in ("clip", "coca"):
             raise UserError(f"loss.init_bias={self.init_bias} needs loss.kind=siglip: a bias cancels in a softmax")
         if self.is_own and (self.label_smoothing or self.hardness):
             raise UserError(f"loss.kind={self.kind} takes no label_smoothing and no hardness; set them in your class")
+        if not self.caption_loss_weight > 0:
+            raise UserError(f"loss.caption_loss_weight={self.caption_loss_weight} must be above 0")
+        if not self.clip_loss_weight >= 0:
+            raise UserError(f"loss.clip_loss_weight={self.clip_loss_weight} must not be negative")
+
+    def check_model(self, model: BiomedClipConfig) -> None:
+        """Raise UserError unless the model has a caption decoder if, and only if, the loss is coca."""
+        if self.kind == "coca" and not model.decoder.layers:
+            raise UserError(
+                "loss.kind=coca needs a model with a caption decoder; set preset=coca_b32, or model.decoder.layers"
+            )
+        if self.kind != "coca" and model.decoder.layers:
+            raise UserError(
+                f"loss.kind={self.kind} doesn't train the model's caption decoder; set loss.kind=coca, or "
+                "model.decoder.layers=0"
+            )
 
     @property
     def is_own(self) -> bool:
@@ -89,8 +114,27 @@ class LossConfig:
         return scale, bias if self.init_bias is None else self.init_bias
 
 
-def build_loss(config: LossConfig) -> Any:
+class ContrastivePart(ClipLoss):
+    """The softmax loss of CoCa, with its weight. GradCache adds the captions' part, because its inputs aren't cached.
+
+    captions: the captions' part.
+    """
+
+    def __init__(self, weight: float, captions: CaptionLoss, **options: Any) -> None:
+        super().__init__(**options)
+        self.weight, self.captions = weight, captions
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """`ClipLoss.forward`, times the weight."""
+        loss: Any = super().forward(*args, **options)
+        return self.weight * loss
+
+
+def build_loss(config: LossConfig, pad_id: int = 0) -> Any:
     """The loss of this rank, a module that works as `Loss`.
+
+    Args:
+        pad_id: the token that pads captions, which coca doesn't predict.
 
     Raises:
         UserError: the user's class cannot be imported or made.
@@ -98,6 +142,10 @@ def build_loss(config: LossConfig) -> Any:
     ranks: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     if config.kind == "clip":
         return ClipLoss(**ranks, label_smoothing=config.label_smoothing, hardness=config.hardness)
+    if config.kind == "coca":
+        captions = CaptionLoss(config.caption_loss_weight, pad_id)
+        smoothing = config.label_smoothing
+        return ContrastivePart(config.clip_loss_weight, captions, **ranks, label_smoothing=smoothing)
     if config.kind == "siglip":
         return SigLipLoss(**ranks, label_smoothing=config.label_smoothing)
     module, _, name = config.kind.partition(":")

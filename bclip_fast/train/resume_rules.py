@@ -101,6 +101,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "loss.kind": ARITHMETIC,
         "loss.label_smoothing": ARITHMETIC,
         "loss.hardness": ARITHMETIC,
+        "loss.caption_loss_weight": ARITHMETIC,
+        "loss.clip_loss_weight": ARITHMETIC,
         # Written out in the section `model`.
         "loss.init_scale": FREE,
         "loss.init_bias": FREE,

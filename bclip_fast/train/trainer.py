@@ -138,7 +138,7 @@ class _Run(RunLoop):
             # Unlocked layers have no EMA so far.
             grows = any(change.name.startswith("lock_") for change in folder.new_changes)
             self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}, grows)
-        self.loss_fn = build_loss(config.loss)
+        self.loss_fn = build_loss(config.loss, config.model.text.pad_id)
         device = self.engine.device
         self.loader = inputs.build_loader(config.data, dataset, sampler, tokenizer, self.preprocess, device)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
@@ -234,9 +234,9 @@ class _Run(RunLoop):
             cache.add(batch, step_seed(config.seed, step, distributed.rank() * num_parts + part))
             lengths += batch.lengths
             timer.lap("forward")
-        loss = cache.loss()
+        cache.loss()
         timer.lap("loss")
-        cache.backward()
+        loss = cache.backward()
         timer.lap("backward")
         self.results.finish()
         batch_size = self.sampler.batch_size_of(epoch)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from coca_models import COCA, open_clip_coca
 from peers import import_open_clip
 from torch import Tensor, nn
-from towers import SMALL, gradients, padded_ids, shaken
+from towers import gradients, padded_ids, shaken
 
-from bclip_fast.errors import UserError
-from bclip_fast.model import open_clip_config, weights
+from bclip_fast.model import weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
-from bclip_fast.model.coca import DecoderConfig, rows_before_another
+from bclip_fast.model.coca import rows_before_another
 from bclip_fast.model.packed import Packed
-from bclip_fast.model.presets import preset
 
 # The last caption fills the context.
 LENGTHS = [3, 1, 7, 20, 19]
@@ -77,7 +72,9 @@ def test_gradients_equal_open_clips() -> None:
         return (output["image_features"] * output["text_features"]).sum() + captions
 
     ours = gradients(model, our_loss)
-    expected = weights.from_open_clip(gradients(theirs, their_loss) | {"logit_scale": torch.tensor(0.0)}, model, source="")
+    expected = weights.from_open_clip(
+        gradients(theirs, their_loss) | {"logit_scale": torch.tensor(0.0)}, model, source=""
+    )
     assert ours.keys() == expected.keys() - {"logit_scale"}
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient.float(), expected[name], rtol=1e-4, atol=1e-4, msg=name)

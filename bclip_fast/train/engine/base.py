@@ -77,9 +77,11 @@ class Engine(ABC):
     """Copies of the statistics of batch norms after the last update. Each rank has its own values: training never reads
     them."""
 
-    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
-        """Run the model forward."""
-        return self.module(image, text)
+    def __call__(
+        self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool
+    ) -> dict[str, Tensor]:
+        """Run the model forward. `options` are further arguments of its forward pass."""
+        return self.module(image, text, **options)
 
     def pre_projection(self) -> tuple[Tensor | None, Tensor | None]:
         """The last pre-projection features (b, width) of the image and the text tower.

@@ -58,9 +58,11 @@ class DdpEngine(Engine):
         waited = logged["backward_comm_time"] - logged["backward_compute_comm_overlap_time"]
         return {"communication_seconds": max(0, waited) / 1e9}
 
-    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
+    def __call__(
+        self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool
+    ) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            return self.module(image, text)
+            return self.module(image, text, **options)
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()

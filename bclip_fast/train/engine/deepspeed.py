@@ -100,8 +100,10 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
-        output = self._engine(image, text)
+    def __call__(
+        self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool
+    ) -> dict[str, Tensor]:
+        output = self._engine(image, text, **options)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
 

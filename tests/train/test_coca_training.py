@@ -1,0 +1,98 @@
+"""Training of a CoCa: the step over micro-batches and ranks, metrics, resume, replay and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from coca_models import COCA
+from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from ranks import on_ranks
+from towers import GPT
+
+from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.train.engine import Engine, build_engine
+from bclip_fast.train.grad_cache import GradCache, embed_with_captions
+from bclip_fast.train.losses import LossConfig, build_loss
+
+LOSS = LossConfig(kind="coca", caption_loss_weight=1.5, clip_loss_weight=0.5)
+# Some captions of the micro-batches fill the context.
+MODEL = dataclasses.replace(COCA, text=dataclasses.replace(GPT, context_length=11, max_positions=11))
+
+
+def make(engine: str, dtype: torch.dtype = torch.float32, locked: str = "") -> Engine:
+    torch.manual_seed(0)
+    model = BiomedClip(MODEL).to(dtype).train()
+    model.visual.patch_dropout = 0.25
+    if locked:
+        model.get_submodule(locked).lock()  # type: ignore[operator]
+    model.set_grad_checkpointing(engine == "zero3")
+    return build_engine(model, ENGINES[engine], OPTIM, NUM_PARTS * ROWS)
+
+
+def whole_batch(locked: str = "") -> dict[str, Any]:
+    """The step of one graph over all pairs in float64, with the loss by its definition."""
+    engine = make("ddp", torch.float64, locked)
+    parts = [embed_with_captions(engine, *part) for part in micro_batches()]
+    image, text = (torch.cat([part[i] for part, _ in parts]) for i in (0, 1))
+    logits = parts[0][0].logit_scale * image @ text.T
+    targets = torch.arange(len(logits))
+    contrastive = 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    count = sum(length - 1 for batch, _ in micro_batches() for length in batch.lengths)
+    caption = 1.5 * torch.stack([losses for _, losses in parts]).sum() / count
+    engine.backward(contrastive + caption)
+    result = engine.step(OPTIM.lr)
+    numbers = {"contrastive_loss": float(contrastive.detach()), "caption_loss": float(caption.detach())}
+    return {**numbers, "grad_norm": result.grad_norm, "weights": engine.model_state()}
+
+
+def cached_step(rank: int, num_ranks: int, engine: Engine, share: int) -> dict[str, Any]:
+    cached = GradCache(engine, build_loss(LOSS), share, spill_buffer())
+    for part in micro_batches()[rank * share : (rank + 1) * share]:
+        cached.add(*part)
+    cached.loss()
+    loss = float(cached.backward())
+    result = engine.step(OPTIM.lr)
+    numbers = {name: float(cached.scalars[name]) for name in ("contrastive_loss", "caption_loss")}
+    assert loss == pytest.approx(sum(numbers.values()))
+    return {**numbers, "grad_norm": result.grad_norm, "weights": engine.model_state()}
+
+
+def steps(rank: int, num_ranks: int, names: list[str]) -> dict[str, Any]:
+    os.environ["LOCAL_RANK"] = str(rank)
+    results = {}
+    for name in names:
+        dtype = torch.float64 if name == "ddp" else torch.float32
+        engine = make(name, dtype)
+        results[name] = cached_step(rank, num_ranks, engine, NUM_PARTS // num_ranks)
+        engine.close()
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return whole_batch()
+
+
+def compare(results: dict[str, Any], expected: dict[str, Any], name: str, *, rel: float, atol: float) -> None:
+    for key in ("contrastive_loss", "caption_loss", "grad_norm"):
+        assert results[key] == pytest.approx(expected[key], rel=rel), (name, key)
+    assert results["weights"].keys() == expected["weights"].keys()
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(results["weights"][key].double(), weight, rtol=0, atol=atol, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names"), [(1, ["ddp", "zero1"]), (2, list(ENGINES)), (4, ["ddp", "zero2", "zero3"])]
+)
+def test_coca_step_over_micro_batches_and_ranks_is_that_of_whole_batch(
+    num_ranks: int, names: list[str], expected: dict[str, Any]
+) -> None:
+    """DDP computes in float64. The ranks have different numbers of tokens."""
+    for name, results in on_ranks(num_ranks, steps, num_ranks, names)[0].items():
+        rel, atol = (1e-10, 1e-10) if name == "ddp" else (1e-5, 2e-5)
+        compare(results, expected, name, rel=rel, atol=atol)
