@@ -139,21 +139,54 @@ class BiomedClip(nn.Module):
         """
         return self._decode(image, text)["logits"]
 
+    @torch.no_grad()
+    def generate(self, image: Tensor, start_id: int, end_id: int, max_tokens: int | None = None) -> Tensor:
+        """Caption images greedily: each token is the one with the highest logit.
+
+        Args:
+            image: as for `encode_image`.
+            start_id, end_id: the first and the last token of a caption. `Tokenizer.encode` frames captions with them.
+            max_tokens: number of tokens after which a caption ends, at most and by default text.context_length.
+
+        Returns:
+            (B, L) int64: the captions with start and end, padded with text.pad_id. L is the length of the longest one.
+
+        Raises:
+            UserError: the model has no caption decoder, or it takes fewer tokens.
+        """
+        decoder, text = self._captioner()
+        limit = self.config.text.context_length if max_tokens is None else max_tokens
+        check_range("max_tokens", limit, 2, self.config.text.context_length)
+        tokens = self.visual(image, captions=True)[1]
+        ids = torch.full((len(tokens), 1), start_id, device=tokens.device)
+        is_open = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        while ids.shape[1] < limit and bool(is_open.any()):
+            packed = Packed.of(ids.flatten().cpu(), [ids.shape[1]] * len(ids)).to(ids.device)
+            states = text(packed, captions=True)[1]
+            following = decoder(tokens, states, packed).unflatten(0, ids.shape)[:, -1].argmax(-1)
+            ids = torch.cat([ids, torch.where(is_open, following, self.config.text.pad_id)[:, None]], dim=1)
+            is_open &= following != end_id
+        return ids
+
+    def _captioner(self) -> tuple[CaptionDecoder, GptTower]:
+        if self.decoder is None or not isinstance(self.text, GptTower):
+            raise UserError("this model has no caption decoder; load a CoCa, or set model.decoder.layers")
+        return self.decoder, self.text
+
     def _caption(self, image: Any, text: Any) -> dict[str, Any]:
         features = self._decode(image, text, ignored=self.config.text.pad_id)
         return {**features, "caption_losses": features.pop("logits")}
 
     def _decode(self, image: Any, text: Any, **options: Any) -> dict[str, Any]:
         """Features of unit length, and `logits`, the decoder's result."""
-        if self.decoder is None or not isinstance(self.text, GptTower):
-            raise UserError("this model has no caption decoder; load a CoCa, or set model.decoder.layers")
-        text = self.text.packed(text)
+        decoder, tower = self._captioner()
+        text = tower.packed(text)
         image_features, image_tokens = self.visual(image, captions=True)
-        text_features, states = self.text(text, captions=True)
+        text_features, states = tower(text, captions=True)
         return {
             "image_features": F.normalize(image_features, dim=-1),
             "text_features": F.normalize(text_features, dim=-1),
-            "logits": self.decoder(image_tokens, states, text, **options),
+            "logits": decoder(image_tokens, states, text, **options),
         }
 
     def set_grad_checkpointing(self, enable: bool = True, offload: bool = False) -> None:

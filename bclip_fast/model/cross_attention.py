@@ -83,5 +83,5 @@ class AttentionPool(nn.Module):
         )
         query = query.unflatten(-1, (self.heads, -1)).transpose(0, 1)
         key, value = key_value.unflatten(0, (-1, num_tokens)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = dense_attention(query.expand(len(key), -1, -1, -1), key, value)
+        attended = dense_attention(query.expand(key.shape[0], -1, -1, -1), key, value)
         return self.proj(attended.transpose(1, 2).flatten(2))

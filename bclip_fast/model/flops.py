@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .biomedclip import BiomedClipConfig
+from .coca import MLP_RATIO
 from .resnet import blocks
 from .vision import VisionConfig, num_kept_patches
 
@@ -18,35 +19,70 @@ from .vision import VisionConfig, num_kept_patches
 def step_flops(
     config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0, locked: tuple[int, int] = (0, 0)
 ) -> float:
-    """FLOPs of a step: forward, and twice as many in the backward pass.
+    """FLOPs of a step: forward, and twice as many in the backward pass. A caption decoder predicts the captions.
 
     Args:
         lengths: number of tokens of each pair's caption.
         locked: `Tower.num_locked` of the image and the text tower. The backward pass skips these groups.
     """
     vision, text = config.vision, config.text
-    forward = forward_flops(config, lengths, patch_dropout)
-    patches = [1 + num_kept_patches(vision.num_patches, patch_dropout)] * len(lengths)
+    captions = config.decoder.layers > 0
+    forward = forward_flops(config, lengths, patch_dropout, captions=captions)
     trainable = list(forward)
     if vision.kind == "resnet":
         trainable[0] = len(lengths) * sum(resnet_flops(vision)[locked[0] :])
     elif locked[0]:
-        trainable[0] = tower_flops(patches, vision.width, 1 + vision.layers - locked[0], vision.mlp_ratio)
+        tokens = 1 + num_kept_patches(vision.num_patches, patch_dropout)
+        trainable[0] = _image_flops(config, len(lengths), tokens, 1 + vision.layers - locked[0], captions)
     if locked[1]:
-        trainable[1] = tower_flops(lengths, text.width, 1 + text.layers - locked[1], text.mlp_ratio)
+        trainable[1] = _text_flops(config, lengths, 1 + text.layers - locked[1], captions)
     return sum(forward) + 2 * sum(trainable)
 
 
-def forward_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0) -> tuple[float, float]:
-    """FLOPs of the forward pass of the image tower and of the text tower."""
-    vision, text = config.vision, config.text
-    text_flops = tower_flops(lengths, text.width, text.layers, text.mlp_ratio)
+def forward_flops(
+    config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0, *, captions: bool = False
+) -> tuple[float, ...]:
+    """FLOPs of the forward pass of the image tower, of the text tower and, with captions, of the caption decoder."""
+    vision = config.vision
+    text_flops = _text_flops(config, lengths, config.text.layers, captions)
     if vision.kind == "resnet":
         return len(lengths) * sum(resnet_flops(vision)), text_flops
     tokens = 1 + num_kept_patches(vision.num_patches, patch_dropout)
-    image_flops = tower_flops([tokens], vision.width, vision.layers, vision.mlp_ratio)
-    image_flops += 2 * vision.num_patches * vision.width * 3 * vision.patch_size**2
-    return len(lengths) * image_flops, text_flops
+    image_flops = _image_flops(config, len(lengths), tokens, vision.layers, captions)
+    image_flops += len(lengths) * 2 * vision.num_patches * vision.width * 3 * vision.patch_size**2
+    return (image_flops, text_flops, *((_decoder_flops(config, lengths),) if captions else ()))
+
+
+def _image_flops(config: BiomedClipConfig, num_images: int, tokens: int, layers: int, captions: bool) -> float:
+    """The last `layers` layers of a ViT, with the attention pool of a CoCa. Without captions, it has one query."""
+    vision, width, decoder = config.vision, config.embed_dim, config.decoder
+    if not decoder.layers:
+        return num_images * tower_flops([tokens], vision.width, layers, vision.mlp_ratio)
+    queries = decoder.pool_queries if captions else 1
+    pool = 4 * tokens * vision.width * width + 4 * queries * tokens * width + 2 * queries * width**2
+    layer = full_layer_flops([tokens], vision.width, vision.mlp_ratio)
+    # The projected queries are the same for all images.
+    return num_images * (layers * layer + pool) + 2 * queries * width**2
+
+
+def _text_flops(config: BiomedClipConfig, lengths: Sequence[int], layers: int, captions: bool) -> float:
+    """The last `layers` layers of the text tower. In a CoCa, captions are longer by their class token and one more."""
+    text = config.text
+    if not config.decoder.layers:
+        return tower_flops(lengths, text.width, layers, text.mlp_ratio)
+    lengths = [length + 2 for length in lengths]
+    if not captions:
+        return tower_flops(lengths, text.width, layers, text.mlp_ratio)
+    return layers * full_layer_flops(lengths, text.width, text.mlp_ratio)
+
+
+def _decoder_flops(config: BiomedClipConfig, lengths: Sequence[int]) -> float:
+    """The caption decoder, with the logits of all tokens that another one follows."""
+    decoder, width, tokens = config.decoder, config.text.width, sum(lengths)
+    image_tokens = decoder.pool_queries - 1
+    cross = (4 + 4 * MLP_RATIO) * width**2 * tokens + 4 * width * image_tokens * (width * len(lengths) + tokens)
+    layer = full_layer_flops(lengths, width, MLP_RATIO) + cross
+    return decoder.layers * layer + 2 * (tokens - len(lengths)) * width * config.text.vocab_size
 
 
 def resnet_flops(config: VisionConfig) -> list[float]:
@@ -69,7 +105,12 @@ def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: floa
     """Forward FLOPs of transformer layers. The last one computes queries, projection and MLP for one token each."""
     if layers == 0:
         return 0.0
-    tokens, squares, rest = sum(lengths), sum(n * n for n in lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
-    full_layer = (4 * width**2 + rest) * tokens + 4 * width * squares
+    tokens, rest = sum(lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
     last_layer = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens
-    return (layers - 1) * full_layer + last_layer
+    return (layers - 1) * full_layer_flops(lengths, width, mlp_ratio) + last_layer
+
+
+def full_layer_flops(lengths: Sequence[int], width: int, mlp_ratio: float) -> float:
+    """Forward FLOPs of a transformer layer that computes all tokens."""
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    return (4 + 2 * (2 + 2 * mlp_ratio)) * width**2 * tokens + 4 * width * squares

@@ -276,7 +276,7 @@ class GptTower(Tower):
         # Every caption gets two rows. The last one is the class token at the last position. It attends to the caption
         # and to the position behind it, because open_clip's mask is shifted by one position. This position holds
         # padding or, behind a caption that fills the context, the class token itself.
-        device, num_captions, length = text.ids.device, len(text.cu_seqlens) - 1, self.config.context_length
+        device, num_captions, length = text.ids.device, text.cu_seqlens.shape[0] - 1, self.config.context_length
         bounds = text.cu_seqlens + 2 * torch.arange(num_captions + 1, device=device, dtype=torch.int32)
         class_rows = bounds[1:].long() - 1
         token_rows = torch.arange(text.ids.shape[0], device=device) + 2 * text.owners

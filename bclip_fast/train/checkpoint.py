@@ -232,6 +232,16 @@ def first_difference(saved: Mapping[str, Any], config: Mapping[str, Any], prefix
     return None
 
 
+def with_defaults(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the values of `defaults` for the fields that an earlier version didn't have."""
+    tables = {
+        name: with_defaults(saved[name], value)
+        for name, value in defaults.items()
+        if isinstance(value, Mapping) and isinstance(saved.get(name), Mapping)
+    }
+    return {**defaults, **saved, **tables}
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
     if not folder.is_dir():

@@ -31,7 +31,7 @@ from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
 from bclip_fast.model import flops
-from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, inputs, run_folder, validation
@@ -158,7 +158,8 @@ class _Run(RunLoop):
             UserError: the checkpoint belongs to another model or to other data, or it lacks its EMA.
         """
         path, records = self.folder.path / "checkpoints", self.folder.records
-        if difference := checkpoints.first_difference(saved.model_config, run_folder.as_json(self.config.model)):
+        saved_config = checkpoints.with_defaults(saved.model_config, run_folder.as_json(BiomedClipConfig()))
+        if difference := checkpoints.first_difference(saved_config, run_folder.as_json(self.config.model)):
             raise UserError(f"cannot resume from {path}: its {difference}")
         try:
             self.sampler.load_state_dict(saved.data)
