@@ -55,11 +55,15 @@ class BiomedClip(nn.Module):
     """An image tower, a text tower, one learned logit scale and, in a CoCa, a caption decoder.
 
     The parameters `logit_scale` (a logarithm) and `logit_bias` (if configured) are scalars.
+
+    Attributes:
+        vectors: names of parameters that are vectors in open_clip, whatever their shape is here. They don't decay.
     """
 
     def __init__(self, config: BiomedClipConfig) -> None:
         super().__init__()
         self.config = config
+        self.vectors = ("visual.cls_token",) if config.vision.kind == "clip" else ()
         self.visual: VisionTower | ResNetTower
         has_decoder = config.decoder.layers > 0
         if config.vision.kind == "resnet":

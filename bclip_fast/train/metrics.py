@@ -3,8 +3,9 @@
 A step's line of metrics.jsonl has these keys:
 
     step, epoch, samples, loss, lr, logit_scale
+    contrastive_loss, distill_loss          terms of the loss with a teacher
+    contrastive_loss, caption_loss          terms of the loss of a CoCa, with their weights
     grad_norm                               before clipping
-    contrastive_loss, caption_loss          with loss.kind=coca: the two parts of the loss, with their weights
     shared_positives                        number of pairs with more than one positive, unless data.positives is pair
     samples_per_second, tokens_per_second   over all ranks; the tokens are estimated from those of rank 0
     mfu                                     of rank 0, if the peak rate of its device is known

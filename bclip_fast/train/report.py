@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 # Chart titles by key of metrics.jsonl.
 _CURVES = {
     "loss": "Loss",
-    "contrastive_loss": "Contrastive part of the loss",
-    "caption_loss": "Caption part of the loss",
+    "contrastive_loss": "Contrastive term of the loss",
+    "distill_loss": "Distillation term of the loss",
+    "caption_loss": "Caption term of the loss",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
     "grad_norm": "Norm of the gradient",
@@ -48,6 +49,7 @@ _NOISY = (
     "loss",
     "contrastive_loss",
     "caption_loss",
+    "distill_loss",
     "grad_norm",
     "shared_positives",
     "samples_per_second",

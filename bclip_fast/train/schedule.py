@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,7 +112,10 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr_scales: Mapping[str, float] | None = None
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    lr_scales: Mapping[str, float] | None = None,
+    vectors: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters for `engine.optimizer.AdamW`, without empty groups.
 
@@ -122,6 +125,7 @@ def parameter_groups(
 
     Args:
         lr_scales: factor of the learning rate by prefix of the parameter's name.
+        vectors: names of parameters that are vectors in open_clip, whatever their shape is here.
     """
     parameters = list(parameters)
     layers = layer_scales((name for name, _ in parameters), config.layer_decay)
@@ -133,7 +137,7 @@ def parameter_groups(
         scale *= layers.get(name, 1.0)
         if name.rsplit(".", 1)[-1] == "logit_scale":
             kind, rest = "scale", {"weight_decay": 0.0, "bounds": (0.0, MAX_LOG_LOGIT_SCALE)}
-        elif parameter.ndim >= 2 and not name.endswith("bias"):
+        elif parameter.ndim >= 2 and not name.endswith("bias") and name not in vectors:
             kind, rest = "decay", {"weight_decay": config.weight_decay}
         else:
             kind, rest = "rest", {"weight_decay": 0.0}

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from coca_models import COCA
+from coca_models import COCA, open_clip_coca
 from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from peers import import_open_clip
 from ranks import on_ranks
 from towers import GPT
 
+from bclip_fast.data.transform import normalize
+from bclip_fast.model import weights
 from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD
 from bclip_fast.train.engine import Engine, build_engine
 from bclip_fast.train.grad_cache import GradCache, embed_with_captions
 from bclip_fast.train.losses import LossConfig, build_loss
@@ -96,3 +102,59 @@ def test_coca_step_over_micro_batches_and_ranks_is_that_of_whole_batch(
     for name, results in on_ranks(num_ranks, steps, num_ranks, names)[0].items():
         rel, atol = (1e-10, 1e-10) if name == "ddp" else (1e-5, 2e-5)
         compare(results, expected, name, rel=rel, atol=atol)
+
+
+def test_ten_steps_equal_open_clips_trainer() -> None:
+    """Two micro-batches a step, as with open_clip's --accum-freq 2, with its AdamW and its rule of weight decay.
+
+    Both compute in float64: AdamW amplifies the rounding errors of float32.
+    """
+    open_clip = import_open_clip()
+    trainer = pytest.importorskip("open_clip_train.train")
+    torch.manual_seed(0)
+    theirs = open_clip_coca(MODEL).double()
+    model = BiomedClip(MODEL)
+    model.load_state_dict(weights.from_open_clip(theirs.state_dict(), model, source="open_clip"))
+    model.visual.set_normalization(CLIP_MEAN, CLIP_STD)
+    optim = dataclasses.replace(OPTIM, grad_clip_norm=0.0, weight_decay=0.2, eps=1e-6)
+    engine = build_engine(model.double().train(), ENGINES["ddp"], optim, 2 * ROWS)
+    parts = [micro_batches()[i % NUM_PARTS] for i in range(20)]
+    ours = []
+    for step in range(10):
+        cached = GradCache(engine, build_loss(LOSS), 2, spill_buffer())
+        for part in parts[2 * step : 2 * step + 2]:
+            cached.add(*part)
+        cached.loss()
+        total = float(cached.backward())
+        engine.step(optim.lr)
+        ours.append([total, *(float(cached.scalars[name]) for name in ("contrastive_loss", "caption_loss"))])
+
+    args = Namespace(
+        device="cpu", precision="fp32", accum_freq=2, distill=False, skip_scheduler=True, grad_clip_norm=None,
+        horovod=False, log_every_n_steps=1, batch_size=ROWS, world_size=1, rank=0, local_rank=0, wandb=False,
+        distributed=False,
+    )  # fmt: skip
+    batches = []
+    for batch, _ in parts:
+        ids = torch.zeros(ROWS, 11, dtype=torch.int64)
+        ids[torch.arange(11) < torch.tensor(batch.lengths)[:, None]] = batch.ids
+        batches.append((normalize(batch.images).double(), ids))
+    loader = type("Loader", (list,), {"num_batches": 20, "num_samples": 20 * ROWS})(batches)
+    data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
+    parameters = list(theirs.named_parameters())
+    undecayed = [p for name, p in parameters if p.ndim < 2 or any(word in name for word in ("bn", "ln", "bias"))]
+    decayed = [p for _, p in parameters if all(p is not other for other in undecayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": undecayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}],
+        lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+    )  # fmt: skip
+    logged: dict[str, list[float]] = {}
+    board = SimpleNamespace(add_scalar=lambda name, value, _: logged.setdefault(name, []).append(value))
+    loss = open_clip.loss.CoCaLoss(caption_loss_weight=1.5, clip_loss_weight=0.5)
+    trainer.train_one_epoch(theirs, data, loss, 0, optimizer, None, None, None, args, board)
+    expected = list(
+        zip(*(logged[f"train/{name}"] for name in ("loss", "contrastive_loss", "caption_loss")), strict=True)
+    )
+    assert len(expected) == 10
+    assert torch.tensor(ours) == pytest.approx(torch.tensor(expected), abs=1e-5)
+    assert ours[0][0] - ours[8][0] > 0.1

@@ -97,7 +97,8 @@ def make_optimizer(
     model: nn.Module, optim: OptimConfig, optimizer_class: Callable[..., GatedOptimizer] = AdamW
 ) -> GatedOptimizer:
     """The optimiser of the model's trainable parameters, in the groups of `parameter_groups`."""
-    groups = parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None))
+    options = getattr(model, "lr_scales", None), getattr(model, "vectors", ())
+    groups = parameter_groups(model.named_parameters(), optim, *options)
     return optimizer_class(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
 
