@@ -23,6 +23,7 @@ from bclip_fast.train.transfers import AsyncRead
 
 from .optimizer import OptimizerState
 
+Outputs = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -77,9 +78,7 @@ class Engine(ABC):
     """Copies of the statistics of batch norms after the last update. Each rank has its own values: training never reads
     them."""
 
-    def __call__(
-        self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool
-    ) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool) -> Outputs:
         """Run the model forward. `options` are further arguments of its forward pass."""
         return self.module(image, text, **options)
 

@@ -22,7 +22,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import MOMENTS, Engine, StepTensors, persistent_buffers, to_cpu
+from .base import MOMENTS, Engine, Outputs, StepTensors, persistent_buffers, to_cpu
 from .config import DTYPES, EngineConfig
 from .optimizer import (
     AdamW,
@@ -100,9 +100,7 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def __call__(
-        self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool
-    ) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool) -> Outputs:
         output = self._engine(image, text, **options)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
