@@ -24,7 +24,16 @@ from bclip_fast.errors import UserError
 from bclip_fast.html import chart
 from bclip_fast.html.page import environment
 from bclip_fast.io.atomic import write_text
-from bclip_fast.io.runs import EVENTS, METRICS, VALIDATION, VALIDATION_EMA, chance_loss, is_finite, read_metrics
+from bclip_fast.io.runs import (
+    EVENTS,
+    MEMBER_SAMPLES,
+    METRICS,
+    VALIDATION,
+    VALIDATION_EMA,
+    chance_loss,
+    is_finite,
+    read_metrics,
+)
 
 from . import bad_samples
 from .config import TrainConfig
@@ -171,9 +180,20 @@ def _figures(runs: list[Run]) -> list[dict[str, Any]]:
         ("Steps skipped", lambda run: _count(run.steps[-1].get("skipped"))),
         ("Damaged samples", lambda run: _count(run.steps[-1].get("bad_samples"))),
     ]
+    members = dict.fromkeys(key for run in runs for key in run.steps[-1] if key.startswith(MEMBER_SAMPLES))
+    rows += [
+        (f"Samples of {key.removeprefix(MEMBER_SAMPLES)}", functools.partial(_member_samples, key=key))
+        for key in members
+    ]
     rows += [(_title(key), functools.partial(_last_value, key=key)) for key in _validation_keys(runs)]
     table = [{"name": name, "values": [value(run) for run in runs]} for name, value in rows]
     return [row for row in table if any(value is not None for value in row["values"])]
+
+
+def _member_samples(run: Run, key: str) -> str | None:
+    """The samples of a dataset of a mixture, and their share of the run's."""
+    last = run.steps[-1]
+    return f"{last[key]:,} ({_share(last[key] / last['samples'])})" if key in last else None
 
 
 def _last_value(run: Run, key: str) -> str | None:
@@ -297,6 +317,8 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_text(item)}" for key, item in value.items() if item != "")
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
     return "" if value is None else str(value)
