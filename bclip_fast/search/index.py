@@ -159,7 +159,7 @@ def run_embed(config: EmbedConfig) -> None:
 
 def open_images(path: str | tuple[Source, ...], split: str) -> EvalDataset:
     """Open data as `bclip embed` does: any folder of images will do, even without captions and labels."""
-    if not isinstance(path, str):
+    if isinstance(path, tuple):
         return open_dataset(path, split)
     folder = Path(path)
     is_plain = "://" not in path and folder.is_dir() and not (folder / "dataset.json").is_file()

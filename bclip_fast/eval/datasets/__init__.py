@@ -72,7 +72,7 @@ def open_dataset(
     from .shards import ShardEvalDataset
     from .table import SUFFIXES, CsvDataset
 
-    if not isinstance(path, str) or "://" in path:
+    if isinstance(path, tuple) or "://" in str(path):
         return ShardEvalDataset(path, split)
     location = Path(path)
     source = f"; get it from {download_url}" if download_url else ""

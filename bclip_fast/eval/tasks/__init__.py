@@ -76,7 +76,7 @@ class Task:
 
     def resolve_data_dir(self, data: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
         """Return the path of the task's data: `data`/folder if that folder exists, else `data`."""
-        if not isinstance(data, str):
+        if isinstance(data, tuple):
             return data
         subfolder = Path(data) / self.folder
         return str(subfolder) if self.folder and subfolder.is_dir() else data
