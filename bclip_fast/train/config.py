@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.data.storage import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import ClusterConfig, Precision
@@ -22,10 +23,11 @@ from .schedule import OptimConfig
 class DataConfig:
     """The training data, and the way to read them."""
 
-    shards: str = ""
+    shards: Sources = ""
     """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// or any other scheme of
-    fsspec)."""
+    fsspec). Or a list of such datasets, each with a weight or a number of epochs: see docs/data.md."""
     split: str = "train"
+    """Split of the dataset to train on."""
     positives: Literal["pair", "captions", "images", "duplicates", "figure", "article"] = "pair"
     """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
     images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
@@ -61,6 +63,7 @@ class DataConfig:
     read: ReadConfig = field(default_factory=ReadConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", as_sources(self.shards, "data.shards"))
         if self.max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples} must not be negative")
         if self.spool_above_mib < 0:
@@ -98,7 +101,9 @@ class ValidationConfig:
     every_epochs: int = 0
     """Interval in epochs, in addition to `every_steps`. 0 turns it off."""
     split: str = "val"
+    """Split of the dataset to validate on."""
     batch_size: int = 64
+    """Pairs that are embedded at one time."""
     zero_shot: tuple[str, ...] = ()
     """Zero-shot tasks, as for `bclip eval --task`: names of the package's tasks (pcam, lc25000_lung, ...), or TOML
     files."""
@@ -124,6 +129,7 @@ class LogConfig:
     wandb: bool = False
     """Log to Weights & Biases, too (pip install wandb). WANDB_MODE=offline keeps its files in the run folder."""
     wandb_project: str = "bclip_fast"
+    """Project of the run on Weights & Biases."""
 
 
 @dataclass(frozen=True)
@@ -232,12 +238,7 @@ class TrainConfig:
             unlocked = getattr(self, name)
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
-        for name in ("label_smoothing", "hardness"):
-            if self.data.positives != "pair" and getattr(self.loss, name):
-                raise UserError(
-                    f"data.positives={self.data.positives} cannot be combined with loss.{name}; set one of them to its "
-                    "default"
-                )
+        self.loss.check_positives(self.data.positives)
 
     @property
     def first_batch_size(self) -> int:

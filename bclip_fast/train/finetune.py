@@ -28,6 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.sources import Sources, as_sources, refuse_weights, shown
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
@@ -69,10 +70,11 @@ class FinetuneConfig:
 
     model: tyro.conf.Positional[str]
     """Model to start from: a run folder, a folder in open_clip's layout, or hf-hub:ID."""
-    data: str
+    data: Sources
     """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
     questions: the data of --task."""
     split: str = "train"
+    """Split of the data to train on."""
     task: str = ""
     """Task of the protocol vqa: vqa_rad, slake, a TOML file, or `vqa` for a CSV. If empty, train on pairs with the
     contrastive loss."""
@@ -85,11 +87,15 @@ class FinetuneConfig:
     """With --resume: allow settings that change the arithmetic of the run, such as the learning rate. The run's records
     list every change with its step. Some settings, such as lora_rank, can't change."""
     epochs: int = 10
+    """Number of passes over the data."""
     batch_size: int = 32
+    """Samples in the global batch, over all ranks."""
     seed: int = 0
+    """Seed of order, crops, dropout and new weights."""
     lora_rank: int = 0
     """Rank of LoRA (arXiv 2106.09685) in the linear layers of the towers, through peft. 0 trains every weight."""
     lora_alpha: int = 16
+    """Scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank."""
     freeze_towers: bool = False
     """For questions: train only the head."""
     head_layers: int = 6
@@ -97,6 +103,7 @@ class FinetuneConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
     num_workers: int = 2
+    """Threads per rank that read and decode images."""
     on_bad_image: Literal["skip", "stop"] = "skip"
     """Damaged images. skip: a sample drawn by the seed takes their place, and bad_samples.jsonl lists them. stop: an
     error after a checkpoint."""
@@ -110,6 +117,8 @@ class FinetuneConfig:
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_sources(self.data, "data"))
+        refuse_weights(self.data, "bclip finetune")
         if self.checkpoint_every < 0:
             raise UserError(f"checkpoint_every={self.checkpoint_every} must not be negative")
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:
@@ -144,7 +153,8 @@ def finetune(config: FinetuneConfig) -> Path:
         num_samples = len(objective.texts)
         if num_samples < config.batch_size:
             raise UserError(
-                f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
+                f"data={shown(config.data)} has {num_samples} samples, fewer than batch_size={config.batch_size}; "
+                "lower it"
             )
         clip, preprocess, tokenizer = pretrained.load(config.model)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
@@ -197,7 +207,7 @@ class _Loop(RunLoop):
         self._observe_with(False, self._give_up)
         self.reader = BatchReader(
             objective.data,
-            config.data,
+            shown(config.data),
             preprocess,
             num_steps=self.num_steps,
             first_step=self.step,

@@ -101,6 +101,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "loss.kind": ARITHMETIC,
         "loss.label_smoothing": ARITHMETIC,
         "loss.hardness": ARITHMETIC,
+        # The content of the teacher is compared, too.
+        "loss.teacher": LISTED,
+        "loss.distill_weight": ARITHMETIC,
         # Written out in the section `model`.
         "loss.init_scale": FREE,
         "loss.init_bias": FREE,
@@ -247,4 +250,6 @@ def _defaults(cls: type) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={item}" for name, item in value.items() if item != "")
     return ", ".join(map(_text, value)) or "empty" if isinstance(value, list | tuple) else str(value) or "empty"
