@@ -152,6 +152,15 @@ def total(number: int) -> int:
     return int(value)
 
 
+def totals(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the sums of a tensor's elements over all ranks, on the CPU."""
+    if world_size() == 1:
+        return numbers
+    sums = numbers.to(message_device(device()), copy=True)
+    dist.all_reduce(sums)
+    return sums.cpu()
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order. Values are pickled, so all ranks must be trusted."""
     if not dist.is_initialized():

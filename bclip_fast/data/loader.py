@@ -104,7 +104,7 @@ class Loader:
         # Computing the order reads index files, so a thread does it too.
         self._planner = DaemonPool(1, "bclip-planner")
         self._pending: deque[Future[_Pending]] = deque()
-        self._next = (sampler.next_batch, 0)
+        self._cursor = _Cursor(sampler.next_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -113,11 +113,7 @@ class Loader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._planner.submit(self._start, *self._next))
-            number, micro_batch = self._next[0], self._next[1] + 1
-            self._next = (
-                (number, micro_batch) if micro_batch < self.sampler.num_micro_batches(number) else (number + 1, 0)
-            )
+            self._pending.append(self._planner.submit(self._start, self._cursor))
         deadline = time.monotonic() + self._timeout_s
         pending = self._pending[0]
         try:
@@ -158,7 +154,11 @@ class Loader:
             return "no read is in progress, so decoding or tokenising takes too long"
         return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
 
-    def _start(self, number: int, micro_batch: int) -> _Pending:
+    def _start(self, cursor: _Cursor) -> _Pending:
+        number, micro_batch = cursor.number, cursor.micro_batch
+        is_last = micro_batch + 1 == self.sampler.num_micro_batches(number)
+        # Only the planner's thread moves the cursor, because it divides the global batch into micro-batches.
+        cursor.number, cursor.micro_batch = (number + 1, 0) if is_last else (number, micro_batch + 1)
         epoch, positions = self.sampler.batch(number, micro_batch)
         indices = [self.sampler.sample(epoch, position) for position in positions]
         images = self._allocate(len(indices), number)
@@ -168,7 +168,7 @@ class Loader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch, micro_batch + 1 == self.sampler.num_micro_batches(number))
+        return _Pending(images, parts, epoch, is_last)
 
     def _allocate(self, count: int, number: int) -> Tensor:
         """Memory for `count` images of global batch `number`."""
@@ -183,9 +183,13 @@ class Loader:
         indices: list[int],
         read: Callable[[], list[Sample | BadSample]],
     ) -> _Part:
-        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback."""
+        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback.
+
+        With a token budget, the fallback's caption is cut to the length of the damaged sample's.
+        """
         self._check_open()
         samples = read()
+        limits = [self.sampler.caption_limit(epoch, index) for index in indices]
         bad = []
         for row, reason in sorted(self._decode(out, epoch, indices, samples).items()):
             bad.append(self._record(epoch, positions[row], indices[row], reason))
@@ -204,6 +208,15 @@ class Loader:
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
         tokens = self._tokenize([sample.caption for sample in intact])
+        replaced = {record.position for record in bad}
+        for row, limit in enumerate(limits):
+            if limit is not None and len(tokens[row]) > limit:
+                if positions[row] not in replaced:
+                    raise UserError(
+                        f"sample {intact[row].key} of {self.dataset.root} has a caption of {len(tokens[row])} tokens, "
+                        f"but its caption in the manifest has {limit}; build the dataset again"
+                    )
+                tokens[row] = [*tokens[row][: limit - 1], tokens[row][-1]]
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
         return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices)
 
@@ -264,7 +277,7 @@ class Loader:
         """Continue from `state` and discard prefetched batches. Raises as ShardSampler.load_state_dict does."""
         self.sampler.load_state_dict(state)
         self._drop()
-        self._next = (self.sampler.next_batch, 0)
+        self._cursor = _Cursor(self.sampler.next_batch)
 
     def _drop(self) -> None:
         while self._pending:
@@ -290,6 +303,14 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass
+class _Cursor:
+    """The next micro-batch to prepare, and the number of its global batch."""
+
+    number: int
+    micro_batch: int = 0
 
 
 @dataclass

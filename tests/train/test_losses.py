@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run
 
@@ -27,7 +27,7 @@ from bclip_fast.train.grad_cache import GradCache, embed
 from bclip_fast.train.losses import LossConfig, build_loss
 from bclip_fast.train.trainer import train
 
-GROUPS = torch.arange(NUM_PARTS * ROWS) // 3
+GROUPS = torch.arange(NUM_PAIRS) // 3
 CASES = {
     "clip": (LossConfig(), None),
     "clip groups": (LossConfig(), GROUPS),
@@ -51,7 +51,7 @@ def make(loss: LossConfig, config: Any) -> Any:
     sizes = tiny_model(dropout=0.1)
     scale, bias = loss.initial_logits(sizes.init_logit_scale, sizes.init_logit_bias)
     model = BiomedClip(dataclasses.replace(sizes, init_logit_scale=scale, init_logit_bias=bias))
-    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model.train(), config, OPTIM, NUM_PAIRS)
 
 
 def batches(groups: torch.Tensor | None) -> list[tuple[Any, int]]:
@@ -60,7 +60,7 @@ def batches(groups: torch.Tensor | None) -> list[tuple[Any, int]]:
         return parts
     return [
         (dataclasses.replace(batch, groups=rows), seed)
-        for (batch, seed), rows in zip(parts, groups.split(ROWS), strict=True)
+        for (batch, seed), rows in zip(parts, groups.split(list(SIZES)), strict=True)
     ]
 
 
@@ -101,7 +101,7 @@ def cached_steps(rank: int, num_ranks: int) -> dict[str, Any]:
         for engine_name, config in engines.items():
             engine = make(loss, config)
             share = NUM_PARTS // num_ranks
-            cached = GradCache(engine, build_loss(loss), share, spill_buffer())
+            cached = GradCache(engine, build_loss(loss), SIZES[rank * share : (rank + 1) * share], spill_buffer())
             for part in batches(groups)[rank * share : (rank + 1) * share]:
                 cached.add(*part)
             value = float(cached.loss())
@@ -126,7 +126,7 @@ def test_cached_step_of_each_loss_is_that_of_the_whole_batch(num_ranks):
         assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5), (name, engine)
         for key, weight in expected["weights"].items():
             torch.testing.assert_close(result["weights"][key], weight, rtol=0, atol=2e-5, msg=f"{name} {engine} {key}")
-        assert result["shared"] == (None if CASES[name][1] is None else NUM_PARTS * ROWS)
+        assert result["shared"] == (None if CASES[name][1] is None else NUM_PAIRS)
 
 
 def test_siglip_starts_with_the_scale_and_bias_of_its_paper(tmp_path, shards):
