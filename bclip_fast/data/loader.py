@@ -59,6 +59,7 @@ class Loader:
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
+        keep_captions: whether batches have `Batch.captions`.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -81,6 +82,7 @@ class Loader:
         pin_memory: bool = False,
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
+        keep_captions: bool = False,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -99,6 +101,7 @@ class Loader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._groups = groups
+        self._keep_captions = keep_captions
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
@@ -137,8 +140,11 @@ class Loader:
             [bad for part in parts for bad in part.bad],
             plan.last,
         )
+        indices = [index for part in parts for index in part.indices]
         if self._groups is not None:
-            batch.groups = torch.from_numpy(self._groups[[index for part in parts for index in part.indices]])
+            batch.groups = torch.from_numpy(self._groups[indices])
+        if self._keep_captions:
+            batch.captions = [caption for part in parts for caption in part.captions]
         if self._pin:
             batch.ids = batch.ids.pin_memory()
             batch.groups = None if batch.groups is None else batch.groups.pin_memory()
@@ -207,7 +213,8 @@ class Loader:
                     f"{bad[-1].reason}; check {self.dataset.root} with bclip ingest verify and build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        tokens = self._tokenize([sample.caption for sample in intact])
+        captions = [sample.caption for sample in intact]
+        tokens = self._tokenize(captions)
         replaced = {record.position for record in bad}
         for row, limit in enumerate(limits):
             if limit is not None and len(tokens[row]) > limit:
@@ -218,7 +225,7 @@ class Loader:
                     )
                 tokens[row] = [*tokens[row][: limit - 1], tokens[row][-1]]
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices)
+        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -320,6 +327,7 @@ class _Part:
     lengths: list[int]
     bad: list[BadRecord]
     indices: list[int]
+    captions: list[str]
 
 
 @dataclass
