@@ -10,6 +10,7 @@ import numpy as np
 
 from bclip_fast.errors import UserError
 
+from .shards.mixed import Dataset, MixedDataset
 from .shards.positives import MANIFEST
 from .shards.reader import ShardDataset
 from .storage import LocalStorage
@@ -19,7 +20,7 @@ _CHUNK = 8192
 
 
 def caption_lengths(
-    dataset: ShardDataset,
+    dataset: Dataset,
     tokenize: Callable[[list[str]], list[list[int]]],
     share: tuple[int, int] = (0, 1),
     column: str = "caption",
@@ -33,8 +34,42 @@ def caption_lengths(
         column: column of the manifest with the captions. A sample without one has 0 tokens.
 
     Raises:
-        UserError: the manifest is missing, is damaged, or does not list every sample of the split once.
+        UserError: a manifest is missing, is damaged, or does not list every sample of the split once.
     """
+    if not isinstance(dataset, MixedDataset):
+        return _lengths_of(dataset, tokenize, share, column)
+    parts = []
+    for name, member in zip(dataset.names, dataset.members, strict=True):
+        try:
+            parts.append(_lengths_of(member, tokenize, share, column))
+        except UserError as error:
+            raise type(error)(f"dataset {name}: {error}") from None
+    return np.concatenate(parts)
+
+
+def within_limit(tokens: list[int], limit: int, key: str | None) -> list[int]:
+    """Cut a fallback's caption to the number of tokens that the damaged sample would have. Keep the last token.
+
+    Args:
+        key: key of a sample that is not a fallback. None: cut the caption.
+
+    Raises:
+        UserError: the caption of `key` is too long. So it isn't the caption in the manifest.
+    """
+    if len(tokens) <= limit:
+        return tokens
+    if key is not None:
+        raise UserError(
+            f"sample {key} has a caption of {len(tokens)} tokens, but its caption in {MANIFEST} has {limit}; build the "
+            "dataset again"
+        )
+    return [*tokens[: limit - 1], tokens[-1]]
+
+
+def _lengths_of(
+    dataset: ShardDataset, tokenize: Callable[[list[str]], list[list[int]]], share: tuple[int, int], column: str
+) -> np.ndarray:
+    """The number of tokens of each caption of one dataset."""
     path = dataset.storage.path(MANIFEST)
     lengths = np.full(len(dataset), -1, np.int32)
     for number, (places, captions) in enumerate(_chunks(dataset, column)):

@@ -16,7 +16,9 @@ from bclip_fast.data.caption_lengths import caption_lengths
 from bclip_fast.data.loader import Loader
 from bclip_fast.data.packing import pack
 from bclip_fast.data.sampler import ShardSampler
+from bclip_fast.data.shards.mixed import MixedDataset, open_dataset
 from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.sources import as_sources
 from bclip_fast.errors import UserError
 
 IMAGE_TOKENS = 5
@@ -139,7 +141,7 @@ def test_fallback_caption_is_cut_to_the_damaged_one(tmp_path: Path, shards: Path
 def test_captions_of_other_length_than_in_manifest_are_refused(shards: Path):
     with budgeted_loader(shards, 24) as source:
         source.sampler.count_tokens(IMAGE_TOKENS, lambda *_: 3)
-        with pytest.raises(UserError, match=r"sample sample00\d\d of .* has a caption of \d+ tokens, but .* has 3"):
+        with pytest.raises(UserError, match=r"sample sample00\d\d has a caption of \d+ tokens, but .* has 3"):
             take(source, 1)
 
 
@@ -154,3 +156,15 @@ def test_missing_and_wrong_manifests_are_named(tmp_path: Path, shards: Path):
     (folder / "manifest.parquet").unlink()
     with pytest.raises(UserError, match=r"manifest.parquet is missing, and micro_batch_tokens needs it"):
         caption_lengths(ShardDataset(folder), words)
+
+
+def test_captions_of_a_mixture_are_counted_by_dataset(tmp_path: Path, shards: Path):
+    other = write_shards(tmp_path / "other", num_samples=10, num_val=1)
+    listed = [{"path": str(shards)}, {"path": str(other)}]
+    dataset = open_dataset(as_sources(listed, "data.shards"), "train")
+    assert isinstance(dataset, MixedDataset)
+    parts = [caption_lengths(member, words) for member in dataset.members]
+    assert caption_lengths(dataset, words).tolist() == np.concatenate(parts).tolist()
+    (other / "manifest.parquet").unlink()
+    with pytest.raises(UserError, match=r"^dataset other: .*manifest.parquet is missing, and micro_batch_tokens"):
+        caption_lengths(dataset, words)
