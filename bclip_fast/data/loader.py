@@ -222,8 +222,8 @@ class Loader:
         tokens, replaced = self._tokenize(captions), {record.position for record in bad}
         for row, limit in enumerate(limits):
             if limit is not None:
-                fallback = positions[row] in replaced
-                tokens[row] = within_limit(tokens[row], limit, None if fallback else intact[row].key)
+                is_fallback = positions[row] in replaced
+                tokens[row] = within_limit(tokens[row], limit, None if is_fallback else intact[row].key)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
         return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
