@@ -27,7 +27,7 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.mixed import Dataset
-from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
@@ -42,7 +42,7 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import StepResult, build_engine
 from .grad_cache import GradCache
-from .init_weights import init_model, new_model
+from .init_weights import init_model, new_model, training_pixels
 from .losses import build_loss
 from .metrics import MetricsLog
 from .precision import resolve_precision
@@ -122,7 +122,7 @@ class _Run(RunLoop):
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.num_steps = config.max_steps or sampler.num_batches_of(config.epochs)
-        self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
+        self.preprocess = Preprocess(training_pixels(config.model))
         torch.manual_seed(config.seed)
         self.model = model = new_model(config)
         self.best = validation.BestMetric(config.checkpoint.best)
