@@ -263,7 +263,7 @@ class TrainConfig:
         vision = self.model.vision
         # The last steps may see complete images.
         rate = vision.patch_dropout if self.patch_dropout_until == 1 else 0.0
-        return 1 + num_kept_patches(vision.num_patches, rate)
+        return vision.num_tokens - vision.num_patches + num_kept_patches(vision.num_patches, rate)
 
     def resolved(self) -> TrainConfig:
         """This configuration with the preset and the loss's initial logits written out in the model section."""
