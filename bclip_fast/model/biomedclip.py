@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from bclip_fast.errors import UserError
 
 from .coca import CaptionDecoder, DecoderConfig
+from .coca_towers import CocaTextTower, CocaVisionTower
 from .packed import Packed
 from .resnet import ResNetTower
-from .text import GptTower, TextConfig, text_tower
+from .siglip_text import SiglipTextTower
+from .text import BertTower, GptTower, TextConfig
 from .transformer import PreProjection, check_range
 from .vision import VisionConfig, VisionTower
 
@@ -40,6 +42,11 @@ class BiomedClipConfig:
         check_range("embed_dim", self.embed_dim, 1, 16384)
         if self.quick_gelu and self.vision.kind != "clip" and self.text.kind != "gpt":
             raise UserError("quick_gelu=True requires vision.kind clip or text.kind gpt: other towers use exact GELU")
+        if self.vision.kind == "siglip" and self.embed_dim != self.vision.width:
+            raise UserError(
+                f"embed_dim={self.embed_dim} must be vision.width={self.vision.width}, because kind siglip has no "
+                "projection"
+            )
         if self.decoder.layers == 0:
             return
         if self.vision.kind != "clip" or self.text.kind != "gpt":
@@ -65,17 +72,25 @@ class BiomedClip(nn.Module):
         self.config = config
         self.vectors = ("visual.cls_token",) if config.vision.kind == "clip" else ()
         self.visual: VisionTower | ResNetTower
-        has_decoder = config.decoder.layers > 0
         if config.vision.kind == "resnet":
             self.visual = ResNetTower(config.vision, config.embed_dim)
         else:
-            pool = (config.decoder.pool_queries, config.decoder.pool_heads) if has_decoder else None
-            self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu, pool)
-        self.text = text_tower(config.text, config.embed_dim, config.quick_gelu, class_token=has_decoder)
+            self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu)
+        self.text: BertTower | GptTower | SiglipTextTower
         self.decoder: CaptionDecoder | None = None
-        if has_decoder:
-            text = config.text
-            self.decoder = CaptionDecoder(config.decoder, text.width, text.vocab_size, config.quick_gelu)
+        if config.decoder.layers:
+            sizes, text = config.decoder, config.text
+            self.visual = CocaVisionTower(
+                config.vision, config.embed_dim, config.quick_gelu, sizes.pool_queries, sizes.pool_heads
+            )
+            self.text = CocaTextTower(text, config.embed_dim, config.quick_gelu)
+            self.decoder = CaptionDecoder(sizes, text.width, text.vocab_size, config.quick_gelu)
+        elif config.text.kind == "bert":
+            self.text = BertTower(config.text, config.embed_dim)
+        elif config.text.kind == "gpt":
+            self.text = GptTower(config.text, config.embed_dim, config.quick_gelu)
+        else:
+            self.text = SiglipTextTower(config.text, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
@@ -172,8 +187,8 @@ class BiomedClip(nn.Module):
             is_open &= following != end_id
         return ids
 
-    def _captioner(self) -> tuple[CaptionDecoder, GptTower]:
-        if self.decoder is None or not isinstance(self.text, GptTower):
+    def _captioner(self) -> tuple[CaptionDecoder, CocaTextTower]:
+        if self.decoder is None or not isinstance(self.text, CocaTextTower):
             raise UserError("this model has no caption decoder; load a CoCa, or set model.decoder.layers")
         return self.decoder, self.text
 

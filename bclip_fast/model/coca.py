@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bclip_fast.errors import UserError
-from bclip_fast.ops import gelu, linear
+from bclip_fast.ops import linear
 
 from .cross_attention import CrossProjection, dense_attention
 from .packed import Packed
 from .transformer import (
+    ACTIVATIONS,
     Linear,
     Norm,
     PreNormLayer,
@@ -27,7 +28,6 @@ from .transformer import (
     check_range,
     check_sizes,
     mlp_width,
-    quick_gelu_activation,
 )
 
 NORM_EPS = 1e-5
@@ -66,12 +66,12 @@ class DecoderConfig:
 
 
 class CrossLayer(nn.Module):
-    """x + proj(attention(norm1(x) over context_norm(image))), then x + fc2(gelu(fc1(norm2(x))))."""
+    """x + proj(attention(norm1(x) over context_norm(image))), then x + fc2(activation(fc1(norm2(x))))."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
         self.heads = heads
-        self.activation = quick_gelu_activation if quick_gelu else gelu
+        self.activation = ACTIVATIONS[activation]
         self.norm1 = Norm(width, NORM_EPS)
         self.context_norm = Norm(width, NORM_EPS)
         self.projection = CrossProjection(width, width)
@@ -103,10 +103,10 @@ class CrossLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """A causal layer and a `CrossLayer`."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
-        self.causal = PreNormLayer(width, heads, MLP_RATIO, NORM_EPS, quick_gelu)
-        self.cross = CrossLayer(width, heads, quick_gelu)
+        self.causal = PreNormLayer(width, heads, MLP_RATIO, NORM_EPS, activation)
+        self.cross = CrossLayer(width, heads, activation)
 
     def forward(
         self, stream: Tensor, branch: Tensor | None, sequences: Sequences, image_tokens: Tensor, slots: Tensor
@@ -143,7 +143,8 @@ class CaptionDecoder(Tower):
     def __init__(self, config: DecoderConfig, width: int, vocab_size: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.layers = nn.ModuleList(DecoderLayer(width, config.heads, quick_gelu) for _ in range(config.layers))
+        activation = "quick_gelu" if quick_gelu else "gelu"
+        self.layers = nn.ModuleList(DecoderLayer(width, config.heads, activation) for _ in range(config.layers))
         self.head = CaptionHead(width, vocab_size)
         self._init_weights(width, config.layers)
 

@@ -6,7 +6,7 @@ from bclip_fast.errors import UserError
 
 from .biomedclip import BiomedClipConfig
 from .coca import DecoderConfig
-from .open_clip_section import CONFIG_FILE, Section
+from .open_clip_sections import CONFIG_FILE, Section
 from .tower_config import Json
 from .transformer import MAX_LAYERS, check_range
 

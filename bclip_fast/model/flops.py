@@ -1,9 +1,9 @@
 """The floating-point operations of a training step, for metrics, plans of runs and benchmarks.
 
 The count covers the matmuls and convolutions that the mathematics needs, with two operations for each multiplication
-and its addition. It covers only real tokens, and in the last layers only the token that is read. MFU stays comparable
-because recomputation, padding, norms and the loss aren't counted. The loss needs 4 * 2 * b * B * D operations: less
-than 1 % of the towers' up to B = 65536.
+and its addition. It covers only real tokens, and in the last layers only the token that is read. Padding counts only
+for a tower that attends to it, such as SigLIP's. MFU stays comparable because recomputation, other padding, norms and
+the loss aren't counted. The loss needs 4 * 2 * b * B * D operations: less than 1 % of the towers' up to B = 65536.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from .biomedclip import BiomedClipConfig
 from .coca import MLP_RATIO
 from .resnet import blocks
+from .text import TextConfig
 from .vision import VisionConfig, num_kept_patches
 
 
@@ -32,7 +33,7 @@ def step_flops(
     if vision.kind == "resnet":
         trainable[0] = len(lengths) * sum(resnet_flops(vision)[locked[0] :])
     elif locked[0]:
-        tokens = 1 + num_kept_patches(vision.num_patches, patch_dropout)
+        tokens = _image_tokens(vision, patch_dropout)
         trainable[0] = _image_flops(config, len(lengths), tokens, 1 + vision.layers - locked[0], captions)
     if locked[1]:
         trainable[1] = _text_flops(config, lengths, 1 + text.layers - locked[1], captions)
@@ -47,33 +48,32 @@ def forward_flops(
     text_flops = _text_flops(config, lengths, config.text.layers, captions)
     if vision.kind == "resnet":
         return len(lengths) * sum(resnet_flops(vision)), text_flops
-    tokens = 1 + num_kept_patches(vision.num_patches, patch_dropout)
-    image_flops = _image_flops(config, len(lengths), tokens, vision.layers, captions)
+    image_flops = _image_flops(config, len(lengths), _image_tokens(vision, patch_dropout), vision.layers, captions)
     image_flops += len(lengths) * 2 * vision.num_patches * vision.width * 3 * vision.patch_size**2
     return (image_flops, text_flops, *((_decoder_flops(config, lengths),) if captions else ()))
 
 
 def _image_flops(config: BiomedClipConfig, num_images: int, tokens: int, layers: int, captions: bool) -> float:
-    """The last `layers` layers of a ViT, with the attention pool of a CoCa. Without captions, it has one query."""
+    """The last `layers` layers of a ViT, and its pool. That of a CoCa has one query without captions."""
     vision, width, decoder = config.vision, config.embed_dim, config.decoder
     if not decoder.layers:
-        return num_images * tower_flops([tokens], vision.width, layers, vision.mlp_ratio)
+        pool = vision.kind == "siglip"
+        return num_images * tower_flops([tokens], vision.width, layers, vision.mlp_ratio, pool=pool)
     queries = decoder.pool_queries if captions else 1
-    pool = 4 * tokens * vision.width * width + 4 * queries * tokens * width + 2 * queries * width**2
+    pool_flops = 4 * tokens * vision.width * width + 4 * queries * tokens * width + 2 * queries * width**2
     layer = full_layer_flops([tokens], vision.width, vision.mlp_ratio)
     # The projected queries are the same for all images.
-    return num_images * (layers * layer + pool) + 2 * queries * width**2
+    return num_images * (layers * layer + pool_flops) + 2 * queries * width**2
 
 
 def _text_flops(config: BiomedClipConfig, lengths: Sequence[int], layers: int, captions: bool) -> float:
-    """The last `layers` layers of the text tower. In a CoCa, captions are longer by their class token and one more."""
+    """The last `layers` layers of the text tower. In a CoCa, each caption has two further rows."""
     text = config.text
-    if not config.decoder.layers:
-        return tower_flops(lengths, text.width, layers, text.mlp_ratio)
-    lengths = [length + 2 for length in lengths]
-    if not captions:
-        return tower_flops(lengths, text.width, layers, text.mlp_ratio)
-    return layers * full_layer_flops(lengths, text.width, text.mlp_ratio)
+    if config.decoder.layers:
+        lengths = [length + 2 for length in lengths]
+    if captions:
+        return layers * full_layer_flops(lengths, text.width, text.mlp_ratio)
+    return tower_flops(_text_tokens(text, lengths), text.width, layers, text.mlp_ratio)
 
 
 def _decoder_flops(config: BiomedClipConfig, lengths: Sequence[int]) -> float:
@@ -83,6 +83,14 @@ def _decoder_flops(config: BiomedClipConfig, lengths: Sequence[int]) -> float:
     cross = (4 + 4 * MLP_RATIO) * width**2 * tokens + 4 * width * image_tokens * (width * len(lengths) + tokens)
     layer = full_layer_flops(lengths, width, MLP_RATIO) + cross
     return decoder.layers * layer + 2 * (tokens - len(lengths)) * width * config.text.vocab_size
+
+
+def _image_tokens(vision: VisionConfig, patch_dropout: float) -> int:
+    return vision.num_tokens - vision.num_patches + num_kept_patches(vision.num_patches, patch_dropout)
+
+
+def _text_tokens(text: TextConfig, lengths: Sequence[int]) -> Sequence[int]:
+    return [text.context_length] * len(lengths) if text.computes_padding else lengths
 
 
 def resnet_flops(config: VisionConfig) -> list[float]:
@@ -101,13 +109,19 @@ def resnet_flops(config: VisionConfig) -> list[float]:
     return groups
 
 
-def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float) -> float:
-    """Forward FLOPs of transformer layers. The last one computes queries, projection and MLP for one token each."""
+def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float, *, pool: bool = False) -> float:
+    """Forward FLOPs of transformer layers. The last one computes queries, projection and MLP for one token each.
+
+    pool: every layer computes all tokens, and an attention pool of the same width follows. Its query is learned.
+    """
     if layers == 0:
         return 0.0
     tokens, rest = sum(lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
+    full_layer = full_layer_flops(lengths, width, mlp_ratio)
     last_layer = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens
-    return (layers - 1) * full_layer_flops(lengths, width, mlp_ratio) + last_layer
+    if pool:
+        return layers * full_layer + last_layer - 2 * width**2 * len(lengths)
+    return (layers - 1) * full_layer + last_layer
 
 
 def full_layer_flops(lengths: Sequence[int], width: int, mlp_ratio: float) -> float:

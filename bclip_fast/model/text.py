@@ -1,12 +1,13 @@
 """The text towers: BERT with BiomedCLIP's projection, and the GPT-style tower of its ablation.
 
-Both compute on packed tokens. Padded ids are packed first, which doesn't change any result.
+Both compute on packed tokens. Padded ids are packed first, which doesn't change any result. SigLIP's tower is in
+siglip_text.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from bclip_fast.ops.dispatch import is_exporting
 from .packed import Packed
 from .transformer import (
     MAX_TOKENS,
-    ClassTokens,
     Linear,
     Norm,
     PostNormLayer,
@@ -26,6 +26,7 @@ from .transformer import (
     PreProjection,
     Sequences,
     Tower,
+    check_activation,
     check_range,
     check_sizes,
     linear_std,
@@ -39,9 +40,9 @@ GPT_NORM_EPS = 1e-5
 class TextConfig:
     """Sizes of the text tower. The defaults are those of PubMedBERT with 256 tokens."""
 
-    kind: Literal["bert", "gpt"] = "bert"
+    kind: Literal["bert", "gpt", "siglip"] = "bert"
     """bert: post-norm layers, bidirectional, reads the first token. gpt: pre-norm layers, causal, reads the end
-    token."""
+    token. siglip: pre-norm layers, bidirectional, attends to the padding, reads the last position."""
     context_length: int = 256
     """Number of tokens to which captions are truncated and padded."""
     vocab_size: int = 30522
@@ -55,7 +56,7 @@ class TextConfig:
     mlp_ratio: float = 4.0
     """Width of the MLP's hidden layer, as a multiple of width."""
     max_positions: int = 512
-    """Number of rows of BERT's position table. The gpt tower has context_length rows."""
+    """Number of rows of BERT's position table. The other towers have context_length rows."""
     dropout: float = 0.1
     """Dropout after bert's embeddings and sublayers, in training."""
     attention_dropout: float = 0.1
@@ -67,11 +68,20 @@ class TextConfig:
     projection: Literal["mlp", "linear"] = "mlp"
     """bert's projection, without biases. mlp: width -> (width + embed_dim) // 2 -> embed_dim with GELU. linear: one
     layer."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the layers: the exact GELU or, for kind siglip only, its approximation by tanh."""
+    attend_padding: bool = False
+    """Pad captions of bert to context_length, and attend to the padding, as PMC-CLIP does. siglip always does."""
 
     def __post_init__(self) -> None:
         check_sizes("text", self.width, self.layers, self.heads, self.mlp_ratio)
-        if self.kind not in ("bert", "gpt"):
-            raise UserError(f"text.kind={self.kind!r} must be bert or gpt")
+        if self.kind not in ("bert", "gpt", "siglip"):
+            raise UserError(f"text.kind={self.kind!r} must be bert, gpt or siglip")
+        check_activation("text", self.activation, self.kind)
+        if not isinstance(self.attend_padding, bool):
+            raise UserError(f"text.attend_padding={self.attend_padding!r} must be True or False")
+        if self.attend_padding and self.kind != "bert":
+            raise UserError(f"text.attend_padding=True applies only to kind bert; text.kind is {self.kind}")
         if self.projection not in ("mlp", "linear"):
             raise UserError(f"text.projection={self.projection!r} must be mlp or linear")
         check_range("text.context_length", self.context_length, 2, MAX_TOKENS)
@@ -87,6 +97,11 @@ class TextConfig:
         for name in ("dropout", "attention_dropout"):
             check_range(f"text.{name}", getattr(self, name), 0.0, 0.99)
 
+    @property
+    def computes_padding(self) -> bool:
+        """Whether the tower computes context_length tokens for every caption."""
+        return self.kind == "siglip" or self.attend_padding
+
 
 def pack(ids: Tensor, kept: Tensor) -> tuple[Packed, Tensor]:
     """Pack the tokens of padded ids (B, L) at which `kept` (B, L) is true. Also return their columns, (T,) int64.
@@ -96,6 +111,14 @@ def pack(ids: Tensor, kept: Tensor) -> tuple[Packed, Tensor]:
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     bounds = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Packed(ids[kept], bounds, ids.shape[1]), columns[kept]
+
+
+def filled(text: Packed | Tensor, config: TextConfig) -> Tensor:
+    """The captions padded with pad_id to context_length: (n, context_length) int64."""
+    if isinstance(text, Packed):
+        ids = text.ids.new_full((len(text.cu_seqlens) - 1, config.context_length), config.pad_id)
+        return ids.index_put((text.owners, text.positions), text.ids)
+    return nn.functional.pad(text, (0, config.context_length - text.shape[1]), value=config.pad_id)
 
 
 class BertTower(Tower):
@@ -156,14 +179,17 @@ class BertTower(Tower):
         """
         if isinstance(text, PreProjection):
             return self.proj(text.states)
-        check_text(text, self.config.max_positions)
+        attend_padding = self.config.attend_padding
+        check_text(text, self.config.context_length if attend_padding else self.config.max_positions)
+        if attend_padding:
+            text = filled(text, self.config)
         if isinstance(text, Packed):
             ids, positions, sequences = text.ids, text.positions, Sequences(text.max_seqlen, text.cu_seqlens)
             first_rows = text.cu_seqlens[:-1].long()
-        elif is_exporting() and not tokens:
+        elif attend_padding or (is_exporting() and not tokens):
             # A graph for export keeps the padding: the number of other tokens isn't a size that it knows.
             columns = torch.arange(text.shape[1], device=text.device).expand_as(text)
-            kept = (text != self.config.pad_id) | (columns == 0)
+            kept = None if attend_padding else (text != self.config.pad_id) | (columns == 0)
             ids, positions, sequences = text.flatten(), columns.flatten(), Sequences(text.shape[1], key_mask=kept)
             first_rows = torch.arange(text.shape[0], device=text.device) * text.shape[1]
         else:
@@ -185,31 +211,18 @@ class BertTower(Tower):
         return normed if tokens else self.proj(self.store_pre_projection(normed))
 
 
-class _LayerInputs(NamedTuple):
-    """Rows (T, D) of all sequences, the row of each caption that is projected, and the rows of a caption's tokens."""
-
-    x: Tensor
-    sequences: Sequences
-    output_rows: Tensor
-    token_rows: Tensor | None = None
-
-
 class GptTower(Tower):
-    """CLIP's text transformer: causal layers, final norm, and one token's output times a projection matrix.
+    """CLIP's text transformer: causal layers, final norm, and the end token's output times a projection matrix."""
 
-    Args:
-        class_token: read a learned token behind the caption, as CoCa does, and not the end token.
-    """
-
-    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False, class_token: bool = False) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.config = config
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.class_token = nn.Parameter(torch.empty(width)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(config.context_length + class_token, width))
+        self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
         self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, quick_gelu) for _ in range(config.layers)
+            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, "quick_gelu" if quick_gelu else "gelu")
+            for _ in range(config.layers)
         )
         self.norm = Norm(width, GPT_NORM_EPS)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
@@ -220,8 +233,6 @@ class GptTower(Tower):
         width, depth = self.config.width, self.config.layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
-        if self.class_token is not None:
-            nn.init.normal_(self.class_token, std=0.01)
         nn.init.normal_(self.projection, std=width**-0.5)
         for layer in self.layers:
             assert isinstance(layer, PreNormLayer)
@@ -232,79 +243,43 @@ class GptTower(Tower):
             for projection in (layer.qkv, layer.proj):
                 nn.init.zeros_(projection.bias)
 
-    def forward(self, text: Packed | Tensor | PreProjection, *, captions: bool = False) -> Any:
-        """Embed n captions, packed or (n, L) int64 with L <= context_length -> (n, embed_dim), not normalised.
-
-        captions: return (features, states), with the states (T, width) of all T tokens before the final norm. Needs a
-            class token and packed captions.
-        """
+    def forward(self, text: Packed | Tensor | PreProjection) -> Tensor:
+        """Embed n captions, packed or (n, L) int64 with L <= context_length -> (n, embed_dim), not normalised."""
         if isinstance(text, PreProjection):
             return linear(text.states, self.projection.T)
-        check_text(text, self.config.context_length)
-        if isinstance(text, Tensor) and is_exporting():
-            inputs = self._embed_padded(text)
-        else:
-            inputs = self._embed_packed(self.packed(text))
-        stream: Tensor = inputs.x
-        branch: Any = None
-        for layer in self.layers:
-            rows = inputs.output_rows if layer is self.layers[-1] and not captions else None
-            stream, branch = self.run_layer(layer, stream, branch, inputs.sequences, rows)
-        if not captions:
-            return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
-        rows = inputs.output_rows
-        features = linear(self.norm(stream[rows], branch[rows])[0], self.projection.T)
-        return features, stream[inputs.token_rows] + branch[inputs.token_rows]
+        stream, branch = self.run_layers(*self.embed_tokens(text))
+        return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
 
     def packed(self, text: Packed | Tensor) -> Packed:
-        """Pack padded ids (n, L): the tokens up to the end token or, with a class token, up to the last padding."""
+        """Pack ids (n, L) up to the end tokens. Causal attention never reads what comes after them."""
         if isinstance(text, Packed):
             return text
-        columns = torch.arange(text.shape[1], device=text.device)
-        if self.class_token is None:
-            # Causal attention never reads what comes after the end token.
-            last = self._end_score(text).argmax(dim=-1, keepdim=True)
-        else:
-            last = (columns * (text != self.config.pad_id)).amax(dim=-1, keepdim=True)
-        return pack(text, columns <= last)[0]
+        end = self._end_score(text).argmax(dim=-1, keepdim=True)
+        return pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
 
-    def _embed_packed(self, text: Packed) -> _LayerInputs:
-        if self.class_token is None:
+    def embed_tokens(self, text: Packed | Tensor) -> tuple[Tensor, Sequences, Tensor]:
+        """The input (T, D) of the layers, its sequences, and the row of each caption that is projected, (n,) int64."""
+        check_text(text, self.config.context_length)
+        if isinstance(text, Tensor) and is_exporting():
+            columns = torch.arange(text.shape[1], device=text.device)
+            end_rows = torch.arange(text.shape[0], device=text.device) * text.shape[1]
+            end_rows = end_rows + self._end_score(text).argmax(dim=-1)
+            ids, positions = text.flatten(), columns.expand_as(text).flatten()
+            sequences = Sequences(text.shape[1], causal=True)
+        else:
+            text = self.packed(text)
+            ids, positions, end_rows = text.ids, text.positions, self._end_rows(text)
             sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
-            x = self.token_embedding(text.ids) + self.pos_embed[text.positions]
-            return _LayerInputs(x, sequences, self._end_rows(text))
-        # Every caption gets two rows. The last one is the class token at the last position. It attends to the caption
-        # and to the position behind it, because open_clip's mask is shifted by one position. This position holds
-        # padding or, behind a caption that fills the context, the class token itself.
-        device, num_captions, length = text.ids.device, text.cu_seqlens.shape[0] - 1, self.config.context_length
-        bounds = text.cu_seqlens + 2 * torch.arange(num_captions + 1, device=device, dtype=torch.int32)
-        class_rows = bounds[1:].long() - 1
-        token_rows = torch.arange(text.ids.shape[0], device=device) + 2 * text.owners
-        num_rows, lengths = text.ids.shape[0] + 2 * num_captions, text.lengths.long()
-        ids = text.ids.new_full((num_rows,), self.config.pad_id).index_copy(0, token_rows, text.ids)
-        positions = ids.new_full((num_rows,), length).index_copy(0, token_rows, text.positions)
-        positions = positions.index_copy(0, class_rows - 1, lengths)
-        x = torch.where((positions == length)[:, None], self.class_token, self.token_embedding(ids))
-        tokens = ClassTokens(class_rows, class_rows - 1)
-        sequences = Sequences(text.max_seqlen + 2, bounds, causal=True, class_tokens=tokens)
-        return _LayerInputs(x + self.pos_embed[positions], sequences, class_rows, token_rows)
+        return self.token_embedding(ids) + self.pos_embed[positions], sequences, end_rows
 
-    def _embed_padded(self, ids: Tensor) -> _LayerInputs:
-        """For graphs, which don't know the number of tokens without padding."""
-        if self.class_token is None:
-            num_columns, key_mask = ids.shape[1], None
-            column: Any = self._end_score(ids).argmax(dim=-1)
-            x = self.token_embedding(ids)
-        else:
-            num_columns = self.config.context_length + 1
-            ids = nn.functional.pad(ids, (0, num_columns - 1 - ids.shape[1]), value=self.config.pad_id)
-            places = torch.arange(num_columns, device=ids.device)
-            lengths = 1 + (places[:-1] * (ids != self.config.pad_id)).amax(dim=-1, keepdim=True)
-            key_mask, column = places <= lengths, num_columns - 1
-            x = torch.cat([self.token_embedding(ids), self.class_token.expand(ids.shape[0], 1, -1)], dim=1)
-        x = (x + self.pos_embed[:num_columns]).flatten(0, 1)
-        rows = torch.arange(ids.shape[0], device=ids.device) * num_columns + column
-        return _LayerInputs(x, Sequences(num_columns, causal=True, key_mask=key_mask), rows)
+    def run_layers(self, x: Tensor, sequences: Sequences, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stream and branch after the layers, of all rows of `x` or, in the last layer, of `rows` only."""
+        stream, branch = x, None
+        for layer in self.layers:
+            selected = rows if layer is self.layers[-1] else None
+            stream, branch = self.run_layer(layer, stream, branch, sequences, selected)
+        assert branch is not None
+        return stream, branch
 
     def _end_score(self, ids: Tensor) -> Tensor:
         """A score per token that is highest at the end token."""
@@ -329,12 +304,3 @@ def check_text(text: Packed | Tensor, max_tokens: int) -> None:
             raise UserError(f"a caption has up to {text.max_seqlen} tokens; this model takes {max_tokens}")
     elif text.dim() != 2 or text.shape[1] > max_tokens:
         raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {max_tokens})")
-
-
-def text_tower(
-    config: TextConfig, embed_dim: int, quick_gelu: bool = False, class_token: bool = False
-) -> BertTower | GptTower:
-    """Build the tower of the configured kind. `class_token` concerns kind gpt."""
-    if config.kind == "bert":
-        return BertTower(config, embed_dim)
-    return GptTower(config, embed_dim, quick_gelu, class_token)

@@ -26,13 +26,13 @@ import torch
 from bclip_fast import distributed, pretrained
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.sampler import ShardSampler
-from bclip_fast.data.shards.reader import ShardDataset
-from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.data.shards.mixed import Dataset
+from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
 from bclip_fast.model import flops
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
+from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 
 from . import backends, inputs, run_folder, validation
@@ -42,7 +42,7 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import StepResult, build_engine
 from .grad_cache import GradCache
-from .init_weights import init_model, new_model
+from .init_weights import init_model, new_model, training_pixels
 from .losses import build_loss
 from .metrics import MetricsLog
 from .precision import resolve_precision
@@ -89,6 +89,7 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         if validate is None and (config.validation.every_steps or config.validation.every_epochs):
             validate = validation.build_on_rank0(config)
         tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
+        inputs.count_tokens(config, dataset, tokenizer, sampler)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
     with (
@@ -109,7 +110,7 @@ class _Run(RunLoop):
         config: TrainConfig,
         folder: RunFolder,
         choice: backends.Choice,
-        dataset: ShardDataset,
+        dataset: Dataset,
         sampler: ShardSampler,
         tokenizer: Tokenizer,
         validate: validation.Validate | None,
@@ -121,7 +122,7 @@ class _Run(RunLoop):
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.num_steps = config.max_steps or sampler.num_batches_of(config.epochs)
-        self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
+        self.preprocess = Preprocess(training_pixels(config.model))
         torch.manual_seed(config.seed)
         self.model = model = new_model(config)
         self.best = validation.BestMetric(config.checkpoint.best)
@@ -164,8 +165,7 @@ class _Run(RunLoop):
             UserError: the checkpoint belongs to another model or to other data, or it lacks its EMA.
         """
         path, records = self.folder.path / "checkpoints", self.folder.records
-        saved_config = checkpoints.with_defaults(saved.model_config, run_folder.as_json(BiomedClipConfig()))
-        if difference := checkpoints.first_difference(saved_config, run_folder.as_json(self.config.model)):
+        if difference := checkpoints.first_difference(saved.model_config, run_folder.as_json(self.config.model)):
             raise UserError(f"cannot resume from {path}: its {difference}")
         try:
             self.sampler.load_state_dict(saved.data)
@@ -225,8 +225,9 @@ class _Run(RunLoop):
         epoch, _ = self.sampler.locate(step)
         rates = config.model.vision.patch_dropout, config.patch_dropout_until
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), *rates)
-        num_parts = self.sampler.num_micro_batches(step)
-        cache = GradCache(self.engine, self.loss_fn, num_parts, self.spill)
+        sizes = self.sampler.micro_batch_sizes(step)
+        num_parts = len(sizes)
+        cache = GradCache(self.engine, self.loss_fn, sizes, self.spill)
         timer.start()
         for part in range(num_parts):
             wait_start = time.perf_counter()
@@ -273,6 +274,7 @@ class _Run(RunLoop):
                 least_seconds=self._least_seconds(lengths),
                 tensors=AsyncRead([loss, *outcome.scalars, *cache.scalars.values()]),
                 names=tuple(cache.scalars),
+                member_samples=self.sampler.member_samples(self.step),
             ),
             cache,
         )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coca_models import COCA, open_clip_coca
-from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from peers import import_open_clip
 from ranks import on_ranks
 from towers import GPT
@@ -37,7 +37,7 @@ def make(engine: str, dtype: torch.dtype = torch.float32, locked: str = "") -> E
     if locked:
         model.get_submodule(locked).lock()  # type: ignore[operator]
     model.set_grad_checkpointing(engine == "zero3")
-    return build_engine(model, ENGINES[engine], OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model, ENGINES[engine], OPTIM, NUM_PAIRS)
 
 
 def whole_batch(locked: str = "") -> dict[str, Any]:
@@ -56,9 +56,10 @@ def whole_batch(locked: str = "") -> dict[str, Any]:
     return {**numbers, "grad_norm": result.grad_norm, "weights": engine.model_state()}
 
 
-def cached_step(rank: int, num_ranks: int, engine: Engine, share: int) -> dict[str, Any]:
-    cached = GradCache(engine, build_loss(LOSS), share, spill_buffer())
-    for part in micro_batches()[rank * share : (rank + 1) * share]:
+def cached_step(rank: int, engine: Engine, share: int) -> dict[str, Any]:
+    mine = slice(rank * share, (rank + 1) * share)
+    cached = GradCache(engine, build_loss(LOSS), SIZES[mine], spill_buffer())
+    for part in micro_batches()[mine]:
         cached.add(*part)
     cached.loss()
     loss = float(cached.backward())
@@ -74,7 +75,7 @@ def steps(rank: int, num_ranks: int, names: list[str]) -> dict[str, Any]:
     for name in names:
         dtype = torch.float64 if name == "ddp" else torch.float32
         engine = make(name, dtype)
-        results[name] = cached_step(rank, num_ranks, engine, NUM_PARTS // num_ranks)
+        results[name] = cached_step(rank, engine, NUM_PARTS // num_ranks)
         engine.close()
     return results
 
@@ -117,12 +118,13 @@ def test_ten_steps_equal_open_clips_trainer() -> None:
     model.load_state_dict(weights.from_open_clip(theirs.state_dict(), model, source="open_clip"))
     model.visual.set_normalization(CLIP_MEAN, CLIP_STD)
     optim = dataclasses.replace(OPTIM, grad_clip_norm=0.0, weight_decay=0.2, eps=1e-6)
-    engine = build_engine(model.double().train(), ENGINES["ddp"], optim, 2 * ROWS)
+    engine = build_engine(model.double().train(), ENGINES["ddp"], optim, NUM_PAIRS)
     parts = [micro_batches()[i % NUM_PARTS] for i in range(20)]
     ours = []
     for step in range(10):
-        cached = GradCache(engine, build_loss(LOSS), 2, spill_buffer())
-        for part in parts[2 * step : 2 * step + 2]:
+        pair = parts[2 * step : 2 * step + 2]
+        cached = GradCache(engine, build_loss(LOSS), [len(batch.lengths) for batch, _ in pair], spill_buffer())
+        for part in pair:
             cached.add(*part)
         cached.loss()
         total = float(cached.backward())
@@ -131,15 +133,15 @@ def test_ten_steps_equal_open_clips_trainer() -> None:
 
     args = Namespace(
         device="cpu", precision="fp32", accum_freq=2, distill=False, skip_scheduler=True, grad_clip_norm=None,
-        horovod=False, log_every_n_steps=1, batch_size=ROWS, world_size=1, rank=0, local_rank=0, wandb=False,
+        horovod=False, log_every_n_steps=1, batch_size=4, world_size=1, rank=0, local_rank=0, wandb=False,
         distributed=False,
     )  # fmt: skip
     batches = []
     for batch, _ in parts:
-        ids = torch.zeros(ROWS, 11, dtype=torch.int64)
+        ids = torch.zeros(len(batch.lengths), 11, dtype=torch.int64)
         ids[torch.arange(11) < torch.tensor(batch.lengths)[:, None]] = batch.ids
         batches.append((normalize(batch.images).double(), ids))
-    loader = type("Loader", (list,), {"num_batches": 20, "num_samples": 20 * ROWS})(batches)
+    loader = type("Loader", (list,), {"num_batches": 20, "num_samples": 80})(batches)
     data = {"train": SimpleNamespace(set_epoch=lambda epoch: None, dataloader=loader)}
     parameters = list(theirs.named_parameters())
     undecayed = [p for name, p in parameters if p.ndim < 2 or any(word in name for word in ("bn", "ln", "bias"))]

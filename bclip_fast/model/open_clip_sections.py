@@ -1,4 +1,4 @@
-"""A table of `open_clip_config.json` that is read key by key."""
+"""Tables of an open_clip_config.json, of which no key may be ignored."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Section:
         self.remaining = dict(content)
 
     def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Take the value of a key. A missing key without a default is an error."""
+        """Take a key. Raises UserError if it is missing and has no default."""
         if key not in self.remaining and default is self._REQUIRED:
             raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
         return self.remaining.pop(key, default)
 
     def take_table(self, key: str) -> Json:
-        """Take the table of a key."""
+        """Take a key whose value must be a table."""
         return table({key: self.take(key)}, key)
 
     def take_either(self, key: str, old_key: str, default: Any) -> Any:
@@ -53,7 +53,7 @@ class Section:
 
 
 def table(config: Any, key: str) -> Json:
-    """Return the table of a key. Raises UserError if it is missing or isn't a table."""
+    """The table under a key. Raises UserError if it is missing."""
     value = config.get(key) if isinstance(config, Mapping) else None
     if not isinstance(value, dict):
         raise UserError(f"{CONFIG_FILE}: {key} is missing or isn't a table")
