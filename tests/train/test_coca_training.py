@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +16,31 @@ from coca_models import COCA, open_clip_coca
 from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from peers import import_open_clip
 from ranks import on_ranks
+from runs import are_equal, assert_equal_runs, column, records, stopped_after
+from synthetic import tiny_model, tiny_run
+from synthetic import weights as run_weights
 from towers import GPT
 
+from bclip_fast import pretrained
+from bclip_fast.cli import main
 from bclip_fast.data.transform import normalize
+from bclip_fast.errors import UserError
+from bclip_fast.eval import evaluate
+from bclip_fast.hardware import ClusterConfig, cluster_of
 from bclip_fast.model import weights
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD
+from bclip_fast.plan.estimate import build_plan
+from bclip_fast.plan.samples import samples_of
+from bclip_fast.train import report
+from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import Engine, build_engine
+from bclip_fast.train.export import ExportConfig
+from bclip_fast.train.export import run as export
 from bclip_fast.train.grad_cache import GradCache, embed_with_captions
+from bclip_fast.train.loss_spikes import SpikeConfig
 from bclip_fast.train.losses import LossConfig, build_loss
+from bclip_fast.train.trainer import train
 
 LOSS = LossConfig(kind="coca", caption_loss_weight=1.5, clip_loss_weight=0.5)
 # Some captions of the micro-batches fill the context.
@@ -160,3 +177,99 @@ def test_ten_steps_equal_open_clips_trainer() -> None:
     assert len(expected) == 10
     assert torch.tensor(ours) == pytest.approx(torch.tensor(expected), abs=1e-5)
     assert ours[0][0] - ours[8][0] > 0.1
+
+
+RUN_MODEL = dataclasses.replace(COCA, text=dataclasses.replace(GPT, vocab_size=96, context_length=12, max_positions=12))
+
+
+def coca_run(folder: Path, shards: Path, **changes: Any) -> TrainConfig:
+    return tiny_run(folder, shards, **{"model": RUN_MODEL, "loss": LOSS, "micro_batch_size": 8, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with an EMA, and with checkpoints at steps 3 and 6."""
+    return train(coca_run(tmp_path_factory.mktemp("runs") / "finished", shards, ema_decay=0.5))
+
+
+def test_metrics_and_report_show_both_terms(finished: Path) -> None:
+    for line in records(finished):
+        assert line["loss"] == pytest.approx(line["contrastive_loss"] + line["caption_loss"], rel=1e-6)
+    captions = column(finished, "caption_loss")
+    assert captions[-1] < captions[0]
+    assert "Caption term of the loss" in report.render([report.Run.read(finished, "run")])
+
+
+def test_killed_run_resumes_bit_for_bit(finished: Path, shards: Path, tmp_path: Path) -> None:
+    again = stopped_after(finished, tmp_path / "again", 3)
+    train(coca_run(again, shards, ema_decay=0.5, resume=True))
+    assert_equal_runs(again, finished)
+
+
+def test_exported_model_is_that_of_open_clip_and_can_be_evaluated(
+    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(ExportConfig(model=str(finished), out=tmp_path / "exported"))
+    model, preprocess, tokenizer = pretrained.load(tmp_path / "exported")
+    assert model.config.decoder == RUN_MODEL.decoder
+    assert are_equal(model.state_dict(), run_weights(finished))
+    open_clip = import_open_clip()
+    monkeypatch.chdir(tmp_path / "exported")
+    theirs = open_clip.create_model("local-dir:.").eval()
+    assert type(theirs).__name__ == "CoCa"
+    image, ids = torch.randn(2, 3, 32, 32), tokenizer(["a red square at the left", "a blue square"])
+    with torch.no_grad():
+        expected, ours = theirs(image, ids), model(image, ids, captions=True)
+    for name in ("image_features", "text_features"):
+        assert (ours[name] - expected[name]).abs().max() <= 1e-5
+    logits = expected["logits"].permute(0, 2, 1)
+    mean = F.cross_entropy(logits, expected["labels"], ignore_index=0, reduction="sum")
+    assert float(ours["caption_losses"]) == pytest.approx(float(mean), rel=1e-5)
+    results = evaluate((model, preprocess, tokenizer), ("retrieval",), data=str(shards), progress=False)
+    assert results["tasks"]["retrieval"]["num_samples"] == 32
+
+
+def test_run_that_gave_up_replays(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spikes = SpikeConfig(window=2, grad_norm=1e-9, max_skipped=1)
+    with pytest.raises(UserError, match="2 of the last 2 steps were skipped"):
+        train(coca_run(tmp_path / "run", shards, spikes=spikes, max_steps=60))
+    (dump,) = (tmp_path / "run" / "dumps").iterdir()
+    last = records(tmp_path / "run")[-1]
+    capsys.readouterr()
+    assert main(["train", "replay", str(dump)]) == 0
+    assert f"loss {last['loss']!r} in the run, {last['loss']!r} computed again" in capsys.readouterr().err
+
+
+def test_plan_counts_decoder(shards: Path) -> None:
+    """The first pass of gradient caching runs without the decoder."""
+    # A plan needs a head dimension that a kernel supports, here 16.
+    model = dataclasses.replace(RUN_MODEL, decoder=dataclasses.replace(RUN_MODEL.decoder, heads=2))
+    config = coca_run(Path("unused"), shards, model=model)
+    plan = build_plan(config, samples_of(config), cluster_of(ClusterConfig(1, 1, "cpu")))
+    assert plan.parameters["caption decoder"] == sum(
+        weight.numel() for name, weight in BiomedClip(RUN_MODEL).named_parameters() if name.startswith("decoder.")
+    )
+    assert plan.stages[0].flops["replay"] > 1.3 * plan.stages[0].flops["forward"]
+    assert plan.memory["backward"]["caption decoder's activations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": tiny_model()}, "loss.kind=coca needs a model with a caption decoder; set preset=coca_b32"),
+        ({"loss": LossConfig()}, "loss.kind=clip doesn't train the model's caption decoder; set loss.kind=coca"),
+        ({"loss": LossConfig(kind="siglip")}, "loss.kind=siglip doesn't train the model's caption decoder"),
+    ],
+)
+def test_loss_and_model_that_dont_fit_are_refused_before_anything_is_written(
+    changes: dict[str, Any], message: str, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train(coca_run(tmp_path / "run", shards, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("caption_loss_weight", 0.0), ("clip_loss_weight", -1.0)])
+def test_invalid_weights_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"loss.{name}={value} must"):
+        LossConfig(kind="coca", **{name: value})
