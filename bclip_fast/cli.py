@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from bclip_fast import log
-from bclip_fast.errors import BackendError, UserError
+from bclip_fast.errors import BackendError, UserError, did_you_mean
 from bclip_fast.version import __version__
 
 
@@ -36,19 +36,19 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command(
-        "build a small set of real images, pretrain, evaluate and report",
+        "build a small dataset, pretrain, evaluate and report",
         "bclip_fast.quickstart:QuickstartConfig",
         "bclip_fast.quickstart:run",
         "quickstart",
     ),
     "ingest build": Command(
-        "convert JATS articles to figure-caption pairs in WebDataset shards",
+        "convert JATS articles to shards of figure-caption pairs",
         "bclip_fast.ingest.build:IngestConfig",
         "bclip_fast.ingest.build:build",
         "ingest",
     ),
     "ingest fetch": Command(
-        "mirror articles of PubMed Central's bucket and check every object",
+        "mirror articles of PubMed Central's bucket",
         "bclip_fast.ingest.fetch:FetchConfig",
         "bclip_fast.ingest.fetch:fetch",
         "ingest",
@@ -66,13 +66,13 @@ COMMANDS = {
         "ingest",
     ),
     "ingest report": Command(
-        "write an HTML page about a dataset: counts, sizes, captions, rejects, a gallery",
+        "write an HTML page about a dataset",
         "bclip_fast.ingest.report:ReportConfig",
         "bclip_fast.ingest.report:run",
         "ingest",
     ),
     "train export": Command(
-        "convert a trained model to the layout of open_clip or transformers",
+        "convert a model to open_clip's or transformers' layout",
         "bclip_fast.train.export:ExportConfig",
         "bclip_fast.train.export:run",
         "train",
@@ -84,49 +84,49 @@ COMMANDS = {
         "train",
     ),
     "train report": Command(
-        "write an HTML page about runs: curves, time per stage, validation, settings, events",
+        "write an HTML page about runs, with their curves",
         "bclip_fast.train.report:TrainReportConfig",
         "bclip_fast.train.report:run",
         "eval",
     ),
     "train": Command(
-        "pretrain: bclip train CONFIG.toml ... --flags",
+        "pretrain on shards",
         "bclip_fast.train.config:TrainConfig",
         "bclip_fast.plan.command:train",
         "train",
     ),
     "plan": Command(
-        "estimate memory, operations and hours of a training run; fail if it cannot fit",
+        "estimate the memory and time of a training run",
         "bclip_fast.train.config:TrainConfig",
         "bclip_fast.plan.command:run",
         "train",
     ),
     "finetune": Command(
-        "finetune a trained model on your pairs or questions, fully or with LoRA",
+        "finetune a model on your pairs or questions",
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",
     ),
     "eval compare": Command(
-        "compare evaluations side by side, with paired significance tests",
+        "compare evaluations, with paired significance tests",
         "bclip_fast.eval.compare:CompareCommand",
         "bclip_fast.eval.compare:run",
         "eval",
     ),
     "eval": Command(
-        "evaluate a run or checkpoint (retrieval, zero-shot, probes, questions): report, JSON, CSV",
+        "evaluate a model: retrieval, zero-shot, probes, questions",
         "bclip_fast.eval:EvalCommand",
         "bclip_fast.eval:run",
         "eval",
     ),
     "embed": Command(
-        "embed the images of a folder or of shards to an index: Parquet and faiss",
+        "embed the images of a folder or of shards to an index",
         "bclip_fast.search.index:EmbedConfig",
         "bclip_fast.search.index:run_embed",
         "search",
     ),
     "search": Command(
-        "find the images of an index nearest to a text or an image",
+        "find the images of an index that are like a text or image",
         "bclip_fast.search.searcher:SearchConfig",
         "bclip_fast.search.searcher:run",
         "search",
@@ -138,21 +138,27 @@ COMMANDS = {
         "search",
     ),
     "bench": Command(
-        "benchmark against other libraries: operators, images, loader, retrieval, step, trainer",
+        "benchmark against other libraries",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",
     ),
     "tune": Command(
-        "measure the backends on this machine, so that `auto` takes the fastest",
+        "measure the backends, so that `auto` takes the fastest",
         "bclip_fast.tune:TuneConfig",
         "bclip_fast.tune:run",
         "model",
     ),
     "doctor": Command(
-        "print backends, versions, devices, and the backend that each operator takes here, with reasons",
+        "print versions, devices and the backend of each operator",
         "bclip_fast.doctor:DoctorConfig",
         "bclip_fast.doctor:run",
+        "model",
+    ),
+    "completion": Command(
+        "print the completion script of bash, zsh or fish",
+        "bclip_fast.completion:CompletionConfig",
+        "bclip_fast.completion:run",
         "model",
     ),
 }
@@ -164,13 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] in (["--version"], ["-V"]):
         print(f"bclip_fast {__version__}")
         return 0
+    if args[:1] == ["__complete"]:
+        from bclip_fast.completion import candidates
+
+        print("\n".join(candidates(args[1:], {name: command.config for name, command in COMMANDS.items()})))
+        return 0
     name = next((name for name in COMMANDS if args[: len(name.split())] == name.split()), None)
     if name is None:
         if not args or args[0] in ("-h", "--help", "help"):
             print(_usage())
             return 0
-        print(f"bclip: unknown command {' '.join(args[:2])!r}\n{_usage()}", file=sys.stderr)
-        return 2
+        return _unknown(args)
     command = COMMANDS[name]
     log.configure(os.environ.get("BCLIP_LOG"), main_rank=log.rank() == "0")
     try:
@@ -222,6 +232,12 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run(name: str, command: Command, args: list[str]) -> int:
+    for place, word in enumerate(args):
+        if word in ("-h", "--help"):
+            from bclip_fast.command_help import command_help
+
+            print(command_help(name, command.summary, command.config, *args[place + 1 : place + 2]))
+            return 0
     from bclip_fast import config
 
     parsed = config.parse(_load(command.config), args, prog=f"bclip {name}")
@@ -234,9 +250,23 @@ def _load(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _unknown(args: list[str]) -> int:
+    """Say which commands are like the unknown one."""
+    name = " ".join(args[:2])
+    group = [command for command in COMMANDS if command.split()[0] == args[0]]
+    # One word of a longer name, such as `ingest`, or a name with one typing error.
+    hint = f"; the commands are {', '.join(group)}" if group else did_you_mean(args[0], COMMANDS)
+    hint = hint or did_you_mean(name, COMMANDS) or "; `bclip --help` lists the commands"
+    print(f"bclip: unknown command {name if group else args[0]!r}{hint}", file=sys.stderr)
+    return 2
+
+
 def _usage() -> str:
     rows = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
-    return f"usage: bclip COMMAND [--help] ...\n\n{rows}"
+    return (
+        f"usage: bclip COMMAND [FLAGS]\n\n{rows}\n\n"
+        "`bclip COMMAND --help` describes a command, and `bclip quickstart` tries everything."
+    )
 
 
 if __name__ == "__main__":
