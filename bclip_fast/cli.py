@@ -26,12 +26,14 @@ class Command:
     config: the configuration's class, "module:Class".
     function: the function to call with the configuration, "module:function".
     extra: the extra of the package that the command needs.
+    next: what to do after the command has succeeded, with fields of the configuration in braces.
     """
 
     summary: str
     config: str
     function: str
     extra: str
+    next: str = ""
 
 
 COMMANDS = {
@@ -46,24 +48,28 @@ COMMANDS = {
         "bclip_fast.ingest.build:IngestConfig",
         "bclip_fast.ingest.build:build",
         "ingest",
+        "bclip ingest report {out}, then bclip train CONFIG.toml --data.shards {out}",
     ),
     "ingest fetch": Command(
         "mirror articles of PubMed Central's bucket",
         "bclip_fast.ingest.fetch:FetchConfig",
         "bclip_fast.ingest.fetch:fetch",
         "ingest",
+        "bclip ingest build {out} -o FOLDER",
     ),
     "ingest check": Command(
         "say what becomes of articles and images, and why",
         "bclip_fast.ingest.check:CheckConfig",
         "bclip_fast.ingest.check:run",
         "ingest",
+        "bclip ingest build FOLDER -o OUT makes shards of articles",
     ),
     "ingest verify": Command(
         "re-read a dataset and list its problems",
         "bclip_fast.ingest.verify:VerifyConfig",
         "bclip_fast.ingest.verify:run",
         "ingest",
+        "bclip train CONFIG.toml --data.shards {dataset}",
     ),
     "ingest report": Command(
         "write an HTML page about a dataset",
@@ -76,6 +82,7 @@ COMMANDS = {
         "bclip_fast.train.export:ExportConfig",
         "bclip_fast.train.export:run",
         "train",
+        "bclip_fast.load('{out}') loads it in Python",
     ),
     "train replay": Command(
         "recompute the step at which a run gave up",
@@ -94,18 +101,21 @@ COMMANDS = {
         "bclip_fast.train.config:TrainConfig",
         "bclip_fast.plan.command:train",
         "train",
+        "bclip eval {run} --split val, and bclip train report {run}",
     ),
     "plan": Command(
         "estimate the memory and time of a training run",
-        "bclip_fast.train.config:TrainConfig",
+        "bclip_fast.plan.command:PlanCommand",
         "bclip_fast.plan.command:run",
         "train",
+        "bclip train with the same arguments",
     ),
     "finetune": Command(
         "finetune a model on your pairs or questions",
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",
+        "bclip eval {run} --data {data}",
     ),
     "eval compare": Command(
         "compare evaluations, with paired significance tests",
@@ -118,18 +128,21 @@ COMMANDS = {
         "bclip_fast.eval:EvalCommand",
         "bclip_fast.eval:run",
         "eval",
+        "open report.html, and compare two evaluations with bclip eval compare A B",
     ),
     "embed": Command(
         "embed the images of a folder or of shards to an index",
         "bclip_fast.search.index:EmbedConfig",
         "bclip_fast.search.index:run_embed",
         "search",
+        "bclip search {out} TEXT, or bclip serve {out}",
     ),
     "search": Command(
         "find the images of an index that are like a text or image",
         "bclip_fast.search.searcher:SearchConfig",
         "bclip_fast.search.searcher:run",
         "search",
+        "--gallery FILE.html shows the images",
     ),
     "serve": Command(
         "serve a local web page that searches an index",
@@ -142,12 +155,14 @@ COMMANDS = {
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",
+        "--record appends the rows to the results that docs and README show",
     ),
     "tune": Command(
         "measure the backends, so that `auto` takes the fastest",
         "bclip_fast.tune:TuneConfig",
         "bclip_fast.tune:run",
         "model",
+        "bclip doctor shows the backends that are now in use",
     ),
     "doctor": Command(
         "print versions, devices and the backend of each operator",
@@ -242,7 +257,11 @@ def _run(name: str, command: Command, args: list[str]) -> int:
 
     parsed = config.parse(_load(command.config), args, prog=f"bclip {name}")
     result = _load(command.function)(parsed)
-    return result if isinstance(result, int) else 0
+    status = result if isinstance(result, int) else 0
+    if command.next and not status and log.rank() == "0":
+        values = {key: config.word(value) for key, value in config.plain(parsed).items()}
+        print(f"Next: {command.next.format(**values)}", file=sys.stderr)
+    return status
 
 
 def _load(reference: str) -> Any:

@@ -90,6 +90,6 @@ def _values(flag: str, choices: Sequence[str]) -> Sequence[str]:
 
 def _configurations(config: str) -> list[str]:
     """Return the package's TOML files, for the commands that take them."""
-    if not config.endswith(":TrainConfig"):
+    if not config.endswith((":TrainConfig", ":PlanCommand")):
         return []
     return [path.name for path in sorted((Path(__file__).parent / "configs").glob("*.toml"))]

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -147,7 +148,10 @@ _PHRASES = (
     (r"^(?:Value error )?Error parsing \w+: ", ""),
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
     (r"could not convert string to float: (.*)", r"\1 is not a number"),
-    (r"^Invalid choice invalid choice (.*) for argument '(--\S+)'\. Expected one of \((.*)\)\.", r"\2: \1 must be one of \3"),
+    (
+        r"^Invalid choice invalid choice (.*) for argument '(--\S+)'\. Expected one of \((.*)\)\.",
+        r"\2: \1 must be one of \3",
+    ),
 )
 
 
@@ -176,6 +180,11 @@ def _similar(word: str, names: list[str], prog: str) -> str:
     if same:
         return f"; did you mean {' or '.join(same[:3])}?"
     return did_you_mean(word, names) or f"; `{prog} --help` lists the flags"
+
+
+def word(value: Any) -> str:
+    """Return a plain value as one word of a shell's command line."""
+    return shlex.quote(_text(value))
 
 
 def plain(value: Any) -> Any:
