@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from bclip_fast import log
 from bclip_fast.errors import BackendError, UserError, did_you_mean
@@ -211,6 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"bclip {name} needs the package {error.name}: pip install 'bclip_fast[{command.extra}]'", file=sys.stderr
         )
         return 2
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if not isinstance(error.filename, str | bytes):
             raise
@@ -222,6 +227,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         print(f"bclip {name}: ended by SIGTERM", file=sys.stderr)
         return 128 + signal.SIGTERM
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether the reader of a stream has ended, such as `head`. If so, what Python still has to write goes nowhere."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream, 0)
+        closed = bool(poll.poll(0))
+    except BrokenPipeError:
+        closed = True
+    except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor behind the stream
+        closed = False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return closed
 
 
 class _Terminated(BaseException):
@@ -284,7 +305,7 @@ def _usage() -> str:
     rows = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: bclip COMMAND [FLAGS]\n\n{rows}\n\n"
-        "`bclip COMMAND --help` describes a command, and `bclip quickstart` tries everything."
+        "`bclip COMMAND --help` describes a command. `bclip quickstart` tries them all."
     )
 
 

@@ -133,7 +133,8 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, source: 
         raise UserError(f"{source}: {error}") from None
 
 
-_BOX = re.compile("[\u2500-\u257f]+")
+# Unicode boxes, or dashes and bars where the stream has no such characters.
+_BOX = re.compile(r"[\u2500-\u257f]+|-{4,}|(?<!\S)[|+](?!\S)")
 _ANSI = re.compile("\x1b\\[[0-9;]*m")
 
 

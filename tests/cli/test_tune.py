@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from records import GELU, half_off, keep, make_record
 
-from bclip_fast import doctor, tune
+from bclip_fast import tune
+from bclip_fast.doctor import backends as doctor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import fingerprint, record_files, tuning
 
