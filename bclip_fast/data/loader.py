@@ -6,12 +6,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,16 @@ log = logging.getLogger(__name__)
 _CLOSE_S = 10.0
 
 Box = tuple[int, int, int, int]
+
+
+class TeacherFeatures(Protocol):
+    """A teacher's features of each sample of a dataset."""
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """The features (b, 2, E) of samples, of each image and its caption."""
+
+    def is_damaged(self, index: int) -> bool:
+        """Whether a sample has no features, because the teacher could not read it."""
 
 
 class Loader:
@@ -60,6 +70,7 @@ class Loader:
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
         keep_captions: whether batches have `Batch.captions`.
+        teacher: a teacher's features of the dataset, for `Batch.teacher`.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -83,6 +94,7 @@ class Loader:
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
         keep_captions: bool = False,
+        teacher: TeacherFeatures | None = None,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -102,6 +114,7 @@ class Loader:
         self._timeout_s = timeout_s
         self._groups = groups
         self._keep_captions = keep_captions
+        self._teacher = teacher
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
@@ -149,6 +162,8 @@ class Loader:
             batch.groups = torch.from_numpy(self._groups[indices])
         if self._keep_captions:
             batch.captions = [caption for part in parts for caption in part.captions]
+        if self._teacher is not None:
+            batch.teacher = self._teacher.rows(indices)
         if self._pin:
             batch.ids = batch.ids.pin_memory()
             batch.groups = None if batch.groups is None else batch.groups.pin_memory()
@@ -231,6 +246,8 @@ class Loader:
             try:
                 if isinstance(sample, BadSample):
                     raise sample
+                if self._teacher is not None and self._teacher.is_damaged(index):
+                    raise ValueError("the teacher could not decode it")
                 if self._augment:
                     height, width = image_ops.peek_size(sample.image)
                     box = random_resized_crop_box(

@@ -236,7 +236,7 @@ class TrainConfig:
             unlocked = getattr(self, name)
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
-        self.loss.check_positives(self.data.positives)
+        self.loss.check_positives("data.positives", self.data.positives)
 
     @property
     def first_batch_size(self) -> int:

@@ -7,6 +7,7 @@ equal images and captions apart. `group_ids` gives such pairs one number, and th
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,12 @@ def _places(dataset: ShardDataset, table: Any) -> np.ndarray:
             f"{dataset.storage.path(MANIFEST)} does not give every sample one place; build the dataset again"
         )
     return places
+
+
+def equal_texts(captions: Sequence[str]) -> np.ndarray:
+    """The groups (n,) int64 of samples with the same caption, ignoring case and white space."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(" ".join(text.lower().split()), i) for i, text in enumerate(captions)], np.int64)
 
 
 def _normalised(captions: Any) -> Any:

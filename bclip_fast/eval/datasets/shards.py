@@ -26,18 +26,18 @@ class ShardEvalDataset:
     """
 
     def __init__(self, root: Path | str, split: str) -> None:
-        """root: folder or URL. Raises UserError if the split is empty."""
+        """Open the shards `root`, a folder or URL, as `shards`. Raises UserError if the split is empty."""
         names = sorted(read_description(open_storage(root))["splits"])
-        self._shards = ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
-        if not len(self._shards):
+        self.shards = ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
+        if not len(self.shards):
             raise UserError(f"data {root} has no sample in split {split!r}")
         self.path = str(root)
-        self.split = self._shards.split
-        self.fingerprint = self._shards.fingerprint
+        self.split = self.shards.split
+        self.fingerprint = self.shards.fingerprint
         self._left_out: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self.shards)
 
     @functools.cached_property
     def label_kinds(self) -> tuple[str, ...]:
@@ -48,23 +48,23 @@ class ShardEvalDataset:
 
     def key(self, i: int) -> str:
         """Return the sample's key in the shards."""
-        return self._shards.name_of(i)[0]
+        return self.shards.name_of(i)[0]
 
     def image(self, i: int) -> bytes:
         """Return the encoded image."""
         try:
-            return self._shards[i].image
+            return self.shards[i].image
         except BadSample:
             self._left_out.add(i)
             raise
 
     def captions(self) -> list[str]:
         """Return all captions."""
-        return [self._unless_left_out(i, self._shards.caption, "") for i in range(len(self))]
+        return [self._unless_left_out(i, self.shards.caption, "") for i in range(len(self))]
 
     def labels(self, kind: str) -> list[str | None]:
         """Return the text field `kind` of every sample. Raises UserError if no sample has it."""
-        values = [self._unless_left_out(i, lambda i: self._shards[i].meta.get(kind), None) for i in range(len(self))]
+        values = [self._unless_left_out(i, lambda i: self.shards[i].meta.get(kind), None) for i in range(len(self))]
         labels = [value if isinstance(value, str) else None for value in values]
         if not any(label is not None for label in labels):
             raise UserError(
@@ -83,6 +83,6 @@ class ShardEvalDataset:
 
     def _intact(self, i: int) -> Sample | None:
         try:
-            return self._shards[i]
+            return self.shards[i]
         except BadSample:
             return None
