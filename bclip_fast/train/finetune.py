@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.sources import shown
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
@@ -84,7 +85,8 @@ def finetune(config: FinetuneConfig) -> Path:
         num_samples = len(objective.texts)
         if num_samples < config.batch_size:
             raise UserError(
-                f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
+                f"data={shown(config.data)} has {num_samples} samples, fewer than batch_size={config.batch_size}; "
+                "lower it"
             )
         clip, preprocess, tokenizer = pretrained.load(config.model)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
@@ -139,7 +141,7 @@ class _Loop(RunLoop):
         self._observe_with(False, self._give_up)
         self.reader = BatchReader(
             objective.data,
-            config.data,
+            shown(config.data),
             preprocess,
             num_steps=self.num_steps,
             first_step=self.step,

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from bclip_fast.data.sources import Sources, as_sources, refuse_weights
 from bclip_fast.errors import UserError
 
 from .engine import EngineConfig
@@ -21,7 +22,7 @@ class FinetuneConfig:
 
     model: tyro.conf.Positional[str]
     """Model to start from: a run folder, a folder in open_clip's layout, or hf-hub:ID."""
-    data: str
+    data: Sources
     """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
     questions: the data of --task."""
     split: str = "train"
@@ -71,6 +72,8 @@ class FinetuneConfig:
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_sources(self.data, "data"))
+        refuse_weights(self.data, "bclip finetune")
         if self.checkpoint_every < 0:
             raise UserError(f"checkpoint_every={self.checkpoint_every} must not be negative")
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bclip_fast import distributed
 from bclip_fast.data.shards.positives import equal_texts, group_ids
+from bclip_fast.data.sources import shown
 from bclip_fast.data.transform import PreprocessConfig, denormalize
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks
@@ -38,7 +39,7 @@ class Pairs:
         captions = self.data.captions()
         if captions is None:
             raise UserError(
-                f"data={config.data} has no captions; use shards, a .csv with a column caption, or .txt files"
+                f"data={shown(config.data)} has no captions; use shards, a .csv with a column caption, or .txt files"
             )
         self.texts, self.config = captions, config
         self.groups = groups_of(self.data, captions, config.positives)
@@ -112,7 +113,10 @@ class Questions:
             raise UserError(
                 f"task={config.task} has the protocol {task.protocol}, not vqa; omit --task to train on pairs"
             )
-        self.data = open_questions(task.resolve_data_dir(config.data), config.split, task)
+        path = task.resolve_data_dir(config.data)
+        if not isinstance(path, str):
+            raise UserError(f"task {config.task} needs data in one folder or file; got {shown(path)}")
+        self.data = open_questions(path, config.split, task)
         self.texts = [question.text for question in self.data.questions]
         self.answers = self.data.vocabulary()
         class_of = {answer: i for i, answer in enumerate(self.answers)}

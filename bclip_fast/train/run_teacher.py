@@ -14,7 +14,7 @@ from bclip_fast import distributed
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.image_files import read_rgb
 from bclip_fast.data.shards.format import Sample
-from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.mixed import Dataset
 from bclip_fast.data.storage import ReadError
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
@@ -89,10 +89,8 @@ class RunTeacher:
 
     @property
     def loader_options(self) -> dict[str, Any]:
-        """Keywords of `Loader`, for the captions or the features of a batch."""
-        if self._cache is not None:
-            return {"teacher": self._cache}
-        return {"keep_captions": self._teacher is not None}
+        """Keywords of `Loader`."""
+        return {"teacher": self._cache}
 
     def prepare(self, is_stopped: Callable[[], bool]) -> bool:
         """Compute the features of all samples that the run folder lacks. Collective.
@@ -146,7 +144,7 @@ class RunTeacher:
         return torch.cat(parts)
 
 
-def shard_samples(dataset: ShardDataset, num_threads: int) -> ReadSamples:
+def shard_samples(dataset: Dataset, num_threads: int) -> ReadSamples:
     """A reader of shards. It decodes as the loader of training does, so both find the same samples damaged."""
 
     def read(indices: Sequence[int], pixels: PreprocessConfig) -> tuple[Tensor, list[str], list[int]]:
