@@ -169,7 +169,7 @@ def groups_of(data: EvalDataset, captions: Sequence[str], positives: str) -> Ten
     """The group of each sample (N,) int64, by `FinetuneConfig.positives`. None for pair.
 
     Raises:
-        UserError: the data are no shards, and their positives are not known without a manifest.
+        UserError: the data have no manifest, which these positives need.
     """
     if positives == "pair":
         return None

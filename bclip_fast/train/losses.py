@@ -99,8 +99,8 @@ class LossConfig:
     """The contrastive loss."""
 
     kind: str = "clip"
-    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a separate decision. distill
-    is the softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. For your class, write
+    """clip: the softmax loss of CLIP. siglip: the sigmoid loss, in which each pair is a separate decision. distill: the
+    softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. For your own class, write
     module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
     label_smoothing: float = 0.0
     """Share of the targets that goes to all pairs alike, within 0 and 1."""

@@ -113,7 +113,7 @@ class RunTeacher:
         return is_complete
 
     def attach(self, batch: Batch) -> None:
-        """Put the teacher's features into a batch, unless it has them or there is no teacher."""
+        """Put the teacher's features into a batch that lacks them. Without a teacher, do nothing."""
         if self._teacher is not None and batch.captions is not None:
             batch.teacher, batch.captions = self._teacher.embed(batch.images, batch.captions), None
 
