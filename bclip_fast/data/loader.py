@@ -25,6 +25,7 @@ from .daemon_pool import DaemonPool
 from .sampler import ShardSampler
 from .shards.format import Sample
 from .shards.reader import BadSample, ShardDataset
+from .texts import CaptionWeights, TextChoice
 from .transform import Preprocess, random_resized_crop_box
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Loader:
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
+        captions: weights of the kinds of texts. Each epoch draws one text of each sample.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -81,6 +83,7 @@ class Loader:
         pin_memory: bool = False,
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
+        captions: CaptionWeights | None = None,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -99,6 +102,7 @@ class Loader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._groups = groups
+        self._texts = TextChoice(captions or CaptionWeights(), sampler.seed)
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
@@ -203,7 +207,9 @@ class Loader:
                     f"{bad[-1].reason}; check {self.dataset.root} with bclip ingest verify and build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        tokens = self._tokenize([sample.caption for sample in intact])
+        tokens = self._tokenize(
+            [self._texts.text(epoch, index, sample) for index, sample in zip(indices, intact, strict=True)]
+        )
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
         return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices)
 

@@ -74,8 +74,9 @@ class ShardSampler:
         schedule: (epoch, batch size) pairs. Each sets B from that epoch on, in place of `batch_size`.
         micro_batch_size: number of samples in a rank's micro-batch. 0: all of the rank's part of the global batch.
         shuffle_block: number of samples that are shuffled together. 1: keep the order within a shard.
-        cost: cost of the sample at a dataset index. Must agree on every rank. The samples of a global batch are sorted
-            by descending cost and assigned to micro-batches in snake order, so that micro-batches cost about the same.
+        cost: cost of a sample, given the epoch and its dataset index. Must agree on every rank. The samples of a global
+            batch are sorted by descending cost and assigned to micro-batches in snake order, so that micro-batches cost
+            about the same.
 
     Raises:
         UserError: ranks and micro-batches do not divide the batch, or the batch is larger than the dataset.
@@ -93,7 +94,7 @@ class ShardSampler:
         rank: int = 0,
         world_size: int = 1,
         shuffle_block: int = 8192,
-        cost: Callable[[int], int] | None = None,
+        cost: Callable[[int, int], int] | None = None,
     ) -> None:
         if shuffle_block < 1:
             raise UserError(f"shuffle_block={shuffle_block}: must be at least 1")
@@ -240,7 +241,7 @@ class ShardSampler:
         assert self._cost is not None
         epoch, start = self.locate(number)
         positions = range(start, start + self.batch_size_of(epoch))
-        costs = [self._cost(self.sample(epoch, position)) for position in positions]
+        costs = [self._cost(epoch, self.sample(epoch, position)) for position in positions]
         return sorted(range(len(costs)), key=lambda i: (-costs[i], i))
 
     def state_dict(self) -> dict[str, Any]:

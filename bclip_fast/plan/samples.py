@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.texts import TextChoice
 from bclip_fast.train.config import TrainConfig
 
 # PMC-15M's training split (arXiv 2303.00915, table 1).
@@ -60,9 +61,11 @@ def samples_of(config: TrainConfig) -> Samples:
     if not config.data.shards:
         return PMC_15M
     data = ShardDataset(config.data.shards, config.data.split, config.data.read)
+    config.data.captions.check(data)
     # Take neighbouring samples at 20 positions, because each position reads an index file.
     positions = [round(i * (len(data) - 1) / 19) for i in range(20)]
     indices = sorted({min(position + i, len(data) - 1) for position in positions for i in range(50)})
-    tokens = sorted(2 + round(data.caption_bytes(i) / _BYTES_PER_TOKEN) for i in indices)
+    texts = TextChoice(config.data.captions, config.seed)
+    tokens = sorted(2 + round(texts.num_bytes(0, i, data) / _BYTES_PER_TOKEN) for i in indices)
     quantiles = [tokens[int((i + 0.5) / 20 * len(tokens))] for i in range(20)]
     return Samples(len(data), quantiles, data.num_bytes / len(data), config.data.shards)

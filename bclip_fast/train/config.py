@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bclip_fast.data.storage import ReadConfig
+from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig
@@ -30,8 +31,11 @@ class DataConfig:
     """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
     images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
     of an article."""
+    captions: CaptionWeights = field(default_factory=CaptionWeights)
+    """Weights of the texts about an image. Each epoch draws one of them for each sample. Evaluation takes the
+    caption."""
     tokenizer: str = ""
-    """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the captions of the split. If empty,
+    """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the texts of the split. If empty,
     the tokenizer of init.model or init.text, or `train` without them."""
     shuffle_block: int = 8192
     """Number of samples that are shuffled together. A larger block mixes better, but reads less sequentially."""

@@ -11,6 +11,7 @@ from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.positives import group_ids
 from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.texts import TextChoice
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
@@ -24,15 +25,18 @@ def open_dataset(config: DataConfig) -> ShardDataset:
     """The training split.
 
     Raises:
-        UserError: no shards are configured, or they cannot be read.
+        UserError: no shards are configured, they cannot be read, or no sample has a text of a weighted kind.
     """
     if not config.shards:
         raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
-    return ShardDataset(config.shards, config.split, config.read)
+    dataset = ShardDataset(config.shards, config.split, config.read)
+    config.captions.check(dataset)
+    return dataset
 
 
 def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
     """The sampler of this rank."""
+    texts = TextChoice(config.data.captions, config.seed)
     return ShardSampler(
         dataset.shard_sizes,
         dataset.fingerprint,
@@ -44,7 +48,7 @@ def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
         world_size=distributed.world_size(),
         shuffle_block=config.data.shuffle_block,
         # The cost of a sample is its number of tokens. An English token has 4 to 5 bytes.
-        cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
+        cost=lambda epoch, i: min(texts.num_bytes(epoch, i, dataset), 5 * config.model.text.context_length),
     )
 
 
@@ -64,7 +68,7 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) ->
     elif not source and (initial := initial_tokenizer(config)) is not None:
         tokenizer = initial
     elif source in ("", "train"):
-        tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
+        tokenizer = Tokenizer.train(dataset.captions(config.data.captions.kinds), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
     if tokenizer.vocab_size > text.vocab_size:
@@ -98,7 +102,8 @@ def build_loader(
         "prefetch_batches": config.prefetch_batches,
         "pin_memory": device.type == "cuda",
         "timeout_s": config.timeout_s,
-        "groups": group_ids(dataset, config.positives),
+        "groups": group_ids(dataset, config.positives, config.captions.kinds),
+        "captions": config.captions,
     }
     if config.loader == "native":
         return Loader(*arguments, **options)
