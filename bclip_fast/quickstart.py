@@ -41,6 +41,7 @@ class QuickstartConfig:
     epochs: int | None = None
     """Number of passes over the data. Default: that of the configuration."""
     seed: int = 0
+    """Seed of the data's splits and of training."""
 
 
 def run(config: QuickstartConfig) -> None:

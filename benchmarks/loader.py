@@ -45,7 +45,9 @@ class LoaderConfig:
     max_short_side: int = 384
     """Limit of a figure's shorter side in the temporary shards, as in `bclip ingest build`. 0 keeps all sizes."""
     size: int = 224
+    """Side of the resized square images in pixels."""
     batch_size: int = 32
+    """Samples in a batch."""
     workers: int = 1
     """Number of decoding threads. webdataset uses as many processes, or only the main process if it is 1."""
     rounds: int = 3

@@ -27,6 +27,7 @@ class RetrievalConfig:
     pairs: int = 725_739
     """Number of pairs N. The default is the size of the paper's test set."""
     dim: int = 512
+    """Dimension D of the vectors."""
     noise: float = 4.0
     """Length of the noise, for a signal of length 1. At 4, R@1 of the default N is about 70 %, as in the paper. More
     noise brings more similarities near the correct one's, and 1000 leaves no signal."""

@@ -45,6 +45,7 @@ class TrainerConfig:
     """Steps of both trainers with DDP, bf16 and AdamW, from the same shards, on the same ranks, with the same model."""
 
     preset: str = "biomedclip_b16"
+    """Name of the model."""
     shards: str = ""
     """Folder that `bclip ingest build` wrote, with at least one shard per rank. Empty: articles of the shared data."""
     batch_size: int = 16

@@ -46,9 +46,13 @@ class TextConfig:
     vocab_size: int = 30522
     """Number of rows of the embedding table. PubMedBERT's has more rows than its vocabulary has tokens."""
     width: int = 768
+    """Dimension of the hidden states, a multiple of heads."""
     layers: int = 12
+    """Number of transformer layers."""
     heads: int = 12
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer, as a multiple of width."""
     max_positions: int = 512
     """Number of rows of BERT's position table. The gpt tower has context_length rows."""
     dropout: float = 0.1
@@ -56,6 +60,7 @@ class TextConfig:
     attention_dropout: float = 0.1
     """Dropout of bert's attention weights, in training."""
     pad_id: int = 0
+    """Id of the padding token."""
     end_id: int | None = None
     """The token whose output gpt reads, at its first position. None: the highest id, as in CLIP."""
     projection: Literal["mlp", "linear"] = "mlp"

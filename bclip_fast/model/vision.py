@@ -48,9 +48,13 @@ class VisionConfig:
     patch_size: int = 16
     """Side of a patch in pixels. The image size must be a multiple of it."""
     width: int = 768
+    """Dimension of the hidden states, a multiple of heads."""
     layers: int = 12
+    """Number of transformer layers."""
     heads: int = 12
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer, as a multiple of width."""
     patch_dropout: float = 0.0
     """Fraction of the patches dropped in training, in [0, 1) (FLIP, arXiv 2212.00794). Training's
     `patch_dropout_until` ends it."""

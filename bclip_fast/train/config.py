@@ -27,6 +27,7 @@ class DataConfig:
     """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// or any other scheme of
     fsspec)."""
     split: str = "train"
+    """Split of the dataset to train on."""
     positives: Literal["pair", "captions", "images", "duplicates", "figure", "article"] = "pair"
     """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
     images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
@@ -102,7 +103,9 @@ class ValidationConfig:
     every_epochs: int = 0
     """Interval in epochs, in addition to `every_steps`. 0 turns it off."""
     split: str = "val"
+    """Split of the dataset to validate on."""
     batch_size: int = 64
+    """Pairs that are embedded at one time."""
     zero_shot: tuple[str, ...] = ()
     """Zero-shot tasks, as for `bclip eval --task`: names of the package's tasks (pcam, lc25000_lung, ...), or TOML
     files."""
@@ -128,6 +131,7 @@ class LogConfig:
     wandb: bool = False
     """Log to Weights & Biases, too (pip install wandb). WANDB_MODE=offline keeps its files in the run folder."""
     wandb_project: str = "bclip_fast"
+    """Project of the run on Weights & Biases."""
 
 
 @dataclass(frozen=True)

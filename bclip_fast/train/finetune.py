@@ -73,6 +73,7 @@ class FinetuneConfig:
     """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
     questions: the data of --task."""
     split: str = "train"
+    """Split of the data to train on."""
     task: str = ""
     """Task of the protocol vqa: vqa_rad, slake, a TOML file, or `vqa` for a CSV. If empty, train on pairs with the
     contrastive loss."""
@@ -85,11 +86,15 @@ class FinetuneConfig:
     """With --resume: allow settings that change the arithmetic of the run, such as the learning rate. The run's records
     list every change with its step. Some settings, such as lora_rank, can't change."""
     epochs: int = 10
+    """Number of passes over the data."""
     batch_size: int = 32
+    """Samples in the global batch, over all ranks."""
     seed: int = 0
+    """Seed of order, crops, dropout and new weights."""
     lora_rank: int = 0
     """Rank of LoRA (arXiv 2106.09685) in the linear layers of the towers, through peft. 0 trains every weight."""
     lora_alpha: int = 16
+    """Scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank."""
     freeze_towers: bool = False
     """For questions: train only the head."""
     head_layers: int = 6
@@ -97,6 +102,7 @@ class FinetuneConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
     num_workers: int = 2
+    """Threads per rank that read and decode images."""
     on_bad_image: Literal["skip", "stop"] = "skip"
     """Damaged images. skip: a sample drawn by the seed takes their place, and bad_samples.jsonl lists them. stop: an
     error after a checkpoint."""

@@ -28,8 +28,11 @@ class OptimConfig:
     warmup_steps: int = 2000
     """Steps of linear warm-up, at most the length of the run."""
     beta1: float = 0.9
+    """Decay of AdamW's mean of the gradients."""
     beta2: float = 0.98
+    """Decay of AdamW's mean of the squared gradients."""
     eps: float = 1e-6
+    """Number that AdamW adds to the root of the squared gradients' mean."""
     weight_decay: float = 0.2
     """Weight decay of matrices and larger tensors. Biases, norms and the logit scale do not decay."""
     layer_decay: float = 1.0

@@ -31,7 +31,9 @@ class StepConfig:
     """The step of `bclip bench step`: forward, loss, backward, AdamW."""
 
     preset: str = "biomedclip_b16"
+    """Name of the model."""
     batch_size: int = 16
+    """Pairs in the batch."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     dropout: float = 0.0

@@ -17,6 +17,7 @@ class EngineConfig:
     """How the ranks share the model, and the precision in which they compute."""
 
     name: Literal["deepspeed", "ddp"] = "deepspeed"
+    """deepspeed: DeepSpeed ZeRO, with the stage `zero_stage`. ddp: DistributedDataParallel of torch."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage of DeepSpeed. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters. 0 shards
     nothing."""
