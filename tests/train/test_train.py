@@ -17,7 +17,6 @@ from synthetic import tiny_model, tiny_run, weights, write_shards
 
 from bclip_fast import config as config_files
 from bclip_fast import pretrained
-from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
@@ -230,10 +229,6 @@ def test_invalid_settings_are_errors(shards: Path, tmp_path: Path):
         ({"data": DataConfig(shards=str(tmp_path / "nowhere"))}, "nowhere: no such folder"),
         ({"data": DataConfig(shards=str(shards), split="dev")}, "no split 'dev'; it has train, val"),
         ({"data": DataConfig(shards=str(shards), tokenizer="gone.txt")}, "gone.txt cannot be read"),
-        (
-            {"data": DataConfig(shards=str(shards), captions=CaptionWeights(mention=0.2))},
-            "data.captions.mention=0.2: no sample of .* has a text of this kind; it has caption",
-        ),
         ({"batch_size": 1000}, "batch_size=1000 is larger than the dataset's 96 samples"),
         ({"preset": "quickstart"}, "preset=quickstart conflicts with the model section"),
         ({"preset": "huge", "model": BiomedClipConfig()}, "model preset 'huge' is unknown"),
@@ -248,12 +243,10 @@ def test_invalid_settings_are_errors(shards: Path, tmp_path: Path):
         config_files.parse(TrainConfig, [str(file)], prog="bclip train")
     for name, value in [
         ("optim.lr", "-1"), ("engine.bucket_mib", "0"), ("epochs", "0"), ("checkpoint.keep", "-1"),
-        ("data.crop_scale", "0.5 2"), ("data.captions.mention", "-1"), ("data.captions.abstract", "1"),
+        ("data.crop_scale", "0.5 2"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             config_files.parse(TrainConfig, [f"--{name}", *value.split()], prog="bclip train")
-    with pytest.raises(UserError, match=r"data\.captions has only weights of 0"):
-        config_files.parse(TrainConfig, ["--data.captions.caption", "0"], prog="bclip train")
 
 
 def test_compile_is_refused_under_zero3(monkeypatch: pytest.MonkeyPatch):
