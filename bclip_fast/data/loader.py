@@ -61,6 +61,7 @@ class Loader:
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
         captions: weights of the kinds of texts. Each epoch draws one text of each sample.
+        keep_captions: whether batches have `Batch.captions`.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -84,6 +85,7 @@ class Loader:
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
         captions: CaptionWeights | None = None,
+        keep_captions: bool = False,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -103,6 +105,7 @@ class Loader:
         self._timeout_s = timeout_s
         self._groups = groups
         self._texts = TextChoice(captions or CaptionWeights(), sampler.seed)
+        self._keep_captions = keep_captions
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
@@ -145,8 +148,11 @@ class Loader:
             [bad for part in parts for bad in part.bad],
             plan.last,
         )
+        indices = [index for part in parts for index in part.indices]
         if self._groups is not None:
-            batch.groups = torch.from_numpy(self._groups[[index for part in parts for index in part.indices]])
+            batch.groups = torch.from_numpy(self._groups[indices])
+        if self._keep_captions:
+            batch.captions = [caption for part in parts for caption in part.captions]
         if self._pin:
             batch.ids = batch.ids.pin_memory()
             batch.groups = None if batch.groups is None else batch.groups.pin_memory()
@@ -207,11 +213,10 @@ class Loader:
                     f"{bad[-1].reason}; check {self.dataset.root} with bclip ingest verify and build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        tokens = self._tokenize(
-            [self._texts.text(epoch, index, sample) for index, sample in zip(indices, intact, strict=True)]
-        )
+        captions = [self._texts.text(epoch, index, sample) for index, sample in zip(indices, intact, strict=True)]
+        tokens = self._tokenize(captions)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices)
+        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -305,6 +310,7 @@ class _Part:
     lengths: list[int]
     bad: list[BadRecord]
     indices: list[int]
+    captions: list[str]
 
 
 @dataclass

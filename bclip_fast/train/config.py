@@ -240,12 +240,7 @@ class TrainConfig:
             unlocked = getattr(self, name)
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
-        for name in ("label_smoothing", "hardness"):
-            if self.data.positives != "pair" and getattr(self.loss, name):
-                raise UserError(
-                    f"data.positives={self.data.positives} cannot be combined with loss.{name}; set one of them to its "
-                    "default"
-                )
+        self.loss.check_positives(self.data.positives)
 
     @property
     def first_batch_size(self) -> int:

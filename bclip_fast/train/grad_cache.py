@@ -28,7 +28,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 
 from .engine import Engine
-from .losses import Loss
+from .losses import CONSTANTS, Loss, total
 from .spill import SpillBuffer
 from .transfers import packed_to_device, to_device
 
@@ -71,8 +71,8 @@ class GradCache:
     """
 
     scalars: dict[str, Tensor]
-    """Scalars on the device by their keys in metrics.jsonl: `logit_scale`, and `shared_positives` of batches with
-    groups. Set by `loss`."""
+    """Scalars on the device by their keys in metrics.jsonl: `logit_scale`, `shared_positives` of batches with groups,
+    and the terms of a loss that has several. Set by `loss`."""
 
     def __init__(self, engine: Engine, loss: Loss, num_micro_batches: int, spill: SpillBuffer) -> None:
         self._engine, self._loss, self._spill = engine, loss, spill
@@ -80,13 +80,14 @@ class GradCache:
         self._batches: list[tuple[Callable[[], Batch], int]] = []
         self._features: Embedded | None = None
         self._pre_projection: list[Tensor | None] = []
-        self._groups: list[Tensor] = []
+        self._constants: dict[str, list[Tensor]] = {}
         spill.clear()
 
     def add(self, batch: Batch, seed: int) -> None:
         """Embed the next micro-batch with the random numbers of `seed`."""
-        if batch.groups is not None:
-            self._groups.append(to_device(batch.groups, self._engine.device))
+        for name in CONSTANTS:
+            if (rows := getattr(batch, name)) is not None:
+                self._constants.setdefault(name, []).append(to_device(rows, self._engine.device))
         if self._num_micro_batches == 1:
             self._features = embed(self._engine, batch, seed)
             self._batches.append((lambda: batch, seed))
@@ -108,12 +109,12 @@ class GradCache:
             for name, tensor in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
                 if tensor is not None:
                     tensor.requires_grad_(self._engine.is_trainable(name))
-        options: dict[str, Any] = {}
-        if self._groups:
-            groups = torch.cat(self._groups)
-            options["groups"] = (groups, groups)
+        constants: dict[str, Any] = {name: torch.cat(rows) for name, rows in self._constants.items()}
+        if (groups := constants.get("groups")) is not None:
+            constants["groups"] = groups, groups
             self.scalars["shared_positives"] = distributed.num_equal(groups)
-        self._value = self._loss(*self._features, **options)
+        self._value, terms = total(self._loss(*self._features, **constants))
+        self.scalars |= terms
         return self._value.detach()
 
     def backward(self) -> None:

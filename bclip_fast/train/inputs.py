@@ -92,8 +92,9 @@ def build_loader(
     tokenizer: Tokenizer,
     preprocess: Preprocess,
     device: torch.device,
+    **teacher: Any,
 ) -> Loader:
-    """The loader that `config.loader` names."""
+    """The loader that `config.loader` names. `teacher`: the loader's keywords for a loss with a teacher."""
     arguments = (dataset, tokenizer.encode, sampler, preprocess)
     options: dict[str, Any] = {
         "augment": config.augment,
@@ -104,6 +105,7 @@ def build_loader(
         "timeout_s": config.timeout_s,
         "groups": group_ids(dataset, config.positives, config.captions.kinds),
         "captions": config.captions,
+        **teacher,
     }
     if config.loader == "native":
         return Loader(*arguments, **options)

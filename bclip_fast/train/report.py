@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # Chart titles by key of metrics.jsonl.
 _CURVES = {
     "loss": "Loss",
+    "contrastive_loss": "Contrastive term of the loss",
+    "distill_loss": "Distillation term of the loss",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
     "grad_norm": "Norm of the gradient",
@@ -42,7 +44,16 @@ _CURVES = {
     "tokens_per_second": "Tokens a second",
     "mfu": "MFU",
 }
-_NOISY = ("loss", "grad_norm", "shared_positives", "samples_per_second", "tokens_per_second", "mfu")
+_NOISY = (
+    "loss",
+    "contrastive_loss",
+    "distill_loss",
+    "grad_norm",
+    "shared_positives",
+    "samples_per_second",
+    "tokens_per_second",
+    "mfu",
+)
 # Parts of a step, in their order.
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 # End of the name of a validation metric. Before it stands the direction or the task.

@@ -102,6 +102,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "loss.kind": ARITHMETIC,
         "loss.label_smoothing": ARITHMETIC,
         "loss.hardness": ARITHMETIC,
+        # The content of the teacher is compared, too.
+        "loss.teacher": LISTED,
+        "loss.distill_weight": ARITHMETIC,
         # Written out in the section `model`.
         "loss.init_scale": FREE,
         "loss.init_bias": FREE,

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ from .signals import Signals
 from .spill import SpillBuffer
 from .step_results import PendingStep
 from .step_timer import StepTimer
+from .teacher import teacher_of_run
 from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
@@ -138,9 +140,12 @@ class _Run(RunLoop):
             # Unlocked layers have no EMA so far.
             grows = any(change.name.startswith("lock_") for change in folder.new_changes)
             self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}, grows)
-        self.loss_fn = build_loss(config.loss)
         device = self.engine.device
-        self.loader = inputs.build_loader(config.data, dataset, sampler, tokenizer, self.preprocess, device)
+        recorded = saved.rest.get("teacher") if saved else None
+        self.teacher = teacher_of_run(config.loss, device, config.engine.precision, recorded)
+        self.loss_fn = build_loss(config.loss, self.teacher.scale if self.teacher else 0.0)
+        arguments = dataset, sampler, tokenizer, self.preprocess, device
+        self.loader = inputs.build_loader(config.data, *arguments, keep_captions=self.teacher is not None)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.validator = validation.Validator(config.model, validate, self.preprocess, tokenizer, self.best)
         self.timer = StepTimer(device)
@@ -231,6 +236,8 @@ class _Run(RunLoop):
             timer.skip()
             # The seed depends on (seed, step, micro-batch) and not on the rank. So a resumed run draws the same random
             # numbers, and so do two ranks with half as many micro-batches each.
+            if self.teacher is not None:
+                self.teacher.attach(batch)
             cache.add(batch, step_seed(config.seed, step, distributed.rank() * num_parts + part))
             lengths += batch.lengths
             timer.lap("forward")
@@ -293,7 +300,8 @@ class _Run(RunLoop):
         """Write a dump of the step, which made no update. So the weights are those before the step. Collective."""
         dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
         batches = list(cache.micro_batches())
-        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, self.folder.changes)
+        scale = self.teacher.scale if self.teacher else 0.0
+        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, self.folder.changes, scale)
         path = write_dump(self.folder.path, dump)
         return (
             f"{reason}; lower optim.lr, set optim.grad_clip_norm, set engine.precision=fp32 or raise the limits of the "
@@ -304,7 +312,9 @@ class _Run(RunLoop):
     def _checkpoint(self) -> Callable[[], None]:
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
         ema = self.ema.state() if self.ema is not None else {}
-        rest = {"spikes": self.spikes.state_dict(), "best": self.best.state}
+        rest: dict[str, Any] = {"spikes": self.spikes.state_dict(), "best": self.best.state}
+        if self.teacher is not None:
+            rest["teacher"] = self.teacher.digest
         model_config = run_folder.as_json(self.config.model)
         saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, model_config, rest, ema)
         # Build the model outside the thread, because the random state belongs to the whole process.
