@@ -24,7 +24,8 @@ from .batch import BadRecord, Batch
 from .daemon_pool import DaemonPool
 from .sampler import ShardSampler
 from .shards.format import Sample
-from .shards.reader import BadSample, ShardDataset
+from .shards.mixed import Dataset
+from .shards.reader import BadSample
 from .texts import CaptionWeights, TextChoice
 from .transform import Preprocess, random_resized_crop_box
 
@@ -46,14 +47,14 @@ class Loader:
 
     A damaged sample, which cannot be parsed or decoded, is replaced by one of `ShardSampler.fallbacks` and listed in
     `Batch.bad`. A fault of the storage stops the iteration instead. If a shard is missing, unreadable or too short,
-    `dataset.storage` raises a ReadError after its last attempt.
+    the storage raises a ReadError after its last attempt.
 
     Args:
         dataset: the samples.
         tokenize: function from n captions to the token ids of each. Several threads call it.
         sampler: the order of the samples, and this rank's part of it.
         preprocess: the evaluation transform. It sets the size and, without `augment`, the pixels.
-        augment: use random resized crops in place of the centre crop. They depend on seed, epoch and sample.
+        augment: use random resized crops in place of the centre crop. They depend on seed, pass and sample.
         crop_scale, crop_ratio: area and aspect ratio of these crops, as in torchvision's RandomResizedCrop.
         num_threads: number of threads that decode.
         prefetch_batches: number of batches to prepare ahead.
@@ -71,7 +72,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Dataset,
         tokenize: Callable[[list[str]], list[list[int]]],
         sampler: ShardSampler,
         preprocess: Preprocess,
@@ -163,7 +164,7 @@ class Loader:
     def _activity(self) -> str:
         """Describe the reads in progress, for a timeout's message."""
         now = time.monotonic()
-        active_reads = list(self.dataset.storage.active_reads.values())
+        active_reads = self.dataset.active_reads
         if not active_reads:
             return "no read is in progress, so decoding or tokenising takes too long"
         return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
@@ -197,12 +198,14 @@ class Loader:
         self._check_open()
         samples = read()
         bad = []
-        for row, reason in sorted(self._decode(out, epoch, indices, samples).items()):
+        # Random numbers depend on the pass over the dataset, because a mixture's epoch may have several.
+        passes = [self.sampler.pass_number(epoch, position) for position in positions]
+        for row, reason in sorted(self._decode(out, passes, indices, samples).items()):
             bad.append(self._record(epoch, positions[row], indices[row], reason))
             for index in self.sampler.fallbacks(epoch, positions[row]):
                 self._check_open()
                 fallback = self.dataset.fetch([index])()
-                reasons = self._decode(out[row : row + 1], epoch, [index], fallback)
+                reasons = self._decode(out[row : row + 1], passes[row : row + 1], [index], fallback)
                 if not reasons:
                     samples[row], indices[row] = fallback[0], index
                     break
@@ -210,10 +213,11 @@ class Loader:
             else:
                 raise UserError(
                     f"sample {bad[-1].key} of {bad[-1].shard} and {len(bad) - 1} before it are damaged: "
-                    f"{bad[-1].reason}; check {self.dataset.root} with bclip ingest verify and build it again"
+                    f"{bad[-1].reason}; check {self.dataset.root_of(bad[-1].index)} with bclip ingest verify and "
+                    "build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        captions = [self._texts.text(epoch, index, sample) for index, sample in zip(indices, intact, strict=True)]
+        captions = list(map(self._texts.text, passes, indices, intact))
         tokens = self._tokenize(captions)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
         return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
@@ -225,12 +229,14 @@ class Loader:
     def _record(self, epoch: int, position: int, index: int, reason: str) -> BadRecord:
         return BadRecord(epoch, position, index, *self.dataset.name_of(index), reason)
 
-    def _decode(self, out: Tensor, epoch: int, indices: list[int], samples: list[Sample | BadSample]) -> dict[int, str]:
+    def _decode(
+        self, out: Tensor, passes: list[int], indices: list[int], samples: list[Sample | BadSample]
+    ) -> dict[int, str]:
         """Decode samples into the rows of `out`. Return the reason of each failure, by row."""
         reasons: dict[int, str] = {}
         jpegs: list[bytes] = []
         boxes: list[Box] = []
-        for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
+        for row, (number, index, sample) in enumerate(zip(passes, indices, samples, strict=True)):
             jpeg, box = b"", (0, 0, 1, 1)
             try:
                 if isinstance(sample, BadSample):
@@ -238,7 +244,7 @@ class Loader:
                 if self._augment:
                     height, width = image_ops.peek_size(sample.image)
                     box = random_resized_crop_box(
-                        height, width, self.sampler.seed, epoch, index, self._crop_scale, self._crop_ratio
+                        height, width, self.sampler.seed, number, index, self._crop_scale, self._crop_ratio
                     )
                 jpeg = sample.image
             except ValueError as error:

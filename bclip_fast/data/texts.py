@@ -1,7 +1,7 @@
 """The choice of one text for each sample, of the caption and the other texts that its shard holds.
 
-The text of a sample depends only on (seed, epoch, sample), as its crop does. So it depends neither on the ranks and
-workers nor on an interruption.
+The text of a sample depends only on (seed, pass over its dataset, sample), as its crop does. So it depends neither on
+the ranks and workers nor on an interruption.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from bclip_fast.errors import UserError
 
 from .shards.format import CAPTION, Sample
-from .shards.reader import ShardDataset
+from .shards.mixed import Dataset
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -44,7 +44,7 @@ class CaptionWeights:
         """The kinds with a weight above 0."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name))
 
-    def check(self, dataset: ShardDataset) -> None:
+    def check(self, dataset: Dataset) -> None:
         """Raise UserError if no sample of `dataset` has a text of one of the kinds."""
         counts = dataset.num_samples_with()
         if missing := [kind for kind in self.kinds if not counts.get(kind)]:
@@ -66,12 +66,13 @@ class TextChoice:
     def __init__(self, weights: CaptionWeights, seed: int) -> None:
         self._weights = {kind: float(getattr(weights, kind)) for kind in weights.kinds}
         self._seed = seed
-        self._state = functools.lru_cache(4)(self._state_of_epoch)
+        self._state = functools.lru_cache(4)(self._state_of_pass)
 
-    def draw(self, epoch: int, index: int, texts: Mapping[str, Sized]) -> tuple[str, int]:
+    def draw(self, number: int, index: int, texts: Mapping[str, Sized]) -> tuple[str, int]:
         """Return the kind of the text of a sample, and its position among the sample's texts of this kind.
 
         Args:
+            number: number of the pass over the sample's dataset. Without a mixture, it is the epoch.
             index: index of the sample in the dataset.
             texts: the texts of the sample by kind, or anything else of the same numbers.
         """
@@ -80,7 +81,7 @@ class TextChoice:
             return CAPTION, 0
         if len(weights) == 1 and len(texts[kind := next(iter(weights))]) == 1:
             return kind, 0
-        state = _mix(self._state(epoch) ^ (index + 1) * _GOLDEN & _MASK)
+        state = _mix(self._state(number) ^ (index + 1) * _GOLDEN & _MASK)
         first, second = _mix(state + _GOLDEN & _MASK), _mix(state + 2 * _GOLDEN & _MASK)
         remaining = first / 2**64 * sum(weights.values())
         for kind in weights:
@@ -89,22 +90,22 @@ class TextChoice:
                 break
         return kind, second * len(texts[kind]) >> 64
 
-    def _state_of_epoch(self, epoch: int) -> int:
-        return _mix(_mix((self._seed + 1) * _GOLDEN & _MASK) ^ (epoch + 1) * _GOLDEN & _MASK)
+    def _state_of_pass(self, number: int) -> int:
+        return _mix(_mix((self._seed + 1) * _GOLDEN & _MASK) ^ (number + 1) * _GOLDEN & _MASK)
 
-    def text(self, epoch: int, index: int, sample: Sample) -> str:
+    def text(self, number: int, index: int, sample: Sample) -> str:
         """Return the text of a sample that was read."""
         texts = {CAPTION: [sample.caption], **sample.texts}
-        kind, number = self.draw(epoch, index, texts)
-        return texts[kind][number]
+        kind, place = self.draw(number, index, texts)
+        return texts[kind][place]
 
-    def num_bytes(self, epoch: int, index: int, dataset: ShardDataset) -> int:
+    def num_bytes(self, number: int, index: int, dataset: Dataset) -> int:
         """Return the size of the text of a sample. Only reads the index."""
         if tuple(self._weights) == (CAPTION,):
             return dataset.caption_bytes(index)
         sizes = dataset.text_bytes(index)
-        kind, number = self.draw(epoch, index, sizes)
-        return sizes[kind][number]
+        kind, place = self.draw(number, index, sizes)
+        return sizes[kind][place]
 
 
 def _mix(value: int) -> int:

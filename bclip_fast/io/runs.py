@@ -18,6 +18,8 @@ EVENTS = "events.jsonl"
 # Prefixes of the names of validation metrics in METRICS: of the model, and of its EMA.
 VALIDATION = "validation/"
 VALIDATION_EMA = "validation_ema/"
+# Prefix of the names of the datasets of a mixture in METRICS.
+MEMBER_SAMPLES = "samples/"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

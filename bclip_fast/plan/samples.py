@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bclip_fast.data.order import Interleaving
+from bclip_fast.data.shards.mixed import MixedDataset
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.texts import TextChoice
 from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.inputs import open_dataset
 
 # PMC-15M's training split (arXiv 2303.00915, table 1).
 _PMC_SAMPLES = 13_900_000
@@ -57,15 +61,40 @@ PMC_15M = Samples(
 
 
 def samples_of(config: TrainConfig) -> Samples:
-    """The statistics of the run's shards, from their index files. Without shards, those of PMC-15M."""
+    """The statistics of the run's shards, from their index files. Without shards, those of PMC-15M.
+
+    Datasets of a mixture count by their parts of an epoch.
+
+    Raises:
+        UserError: a dataset cannot be opened.
+    """
     if not config.data.shards:
         return PMC_15M
-    data = ShardDataset(config.data.shards, config.data.split, config.data.read)
-    config.data.captions.check(data)
+    data, texts = open_dataset(config.data), TextChoice(config.data.captions, config.seed)
+    if not isinstance(data, MixedDataset):
+        return Samples(len(data), _quantiles(_tokens(data, texts), 20), data.num_bytes / len(data), data.root)
+    shares = [member.share for member in data.mixture.members]
+    means = [member.num_bytes / len(member) for member in data.members]
+    image_bytes = sum(map(operator.mul, shares, means)) / sum(shares)
+    # 1000 captions in all, as many of each dataset as its share.
+    counts = Interleaving(shares).counts(1000)
+    tokens = sorted(
+        length
+        for member, count in zip(data.members, counts, strict=True)
+        if count
+        for length in _quantiles(_tokens(member, texts), count)
+    )
+    return Samples(data.mixture.epoch_samples, _quantiles(tokens, 20), image_bytes, ", ".join(data.names))
+
+
+def _tokens(data: ShardDataset, texts: TextChoice) -> list[int]:
+    """The sorted lengths of about 1000 captions, or of the texts that epoch 0 draws, in tokens."""
     # Take neighbouring samples at 20 positions, because each position reads an index file.
     positions = [round(i * (len(data) - 1) / 19) for i in range(20)]
     indices = sorted({min(position + i, len(data) - 1) for position in positions for i in range(50)})
-    texts = TextChoice(config.data.captions, config.seed)
-    tokens = sorted(2 + round(texts.num_bytes(0, i, data) / _BYTES_PER_TOKEN) for i in indices)
-    quantiles = [tokens[int((i + 0.5) / 20 * len(tokens))] for i in range(20)]
-    return Samples(len(data), quantiles, data.num_bytes / len(data), config.data.shards)
+    return sorted(2 + round(texts.num_bytes(0, i, data) / _BYTES_PER_TOKEN) for i in indices)
+
+
+def _quantiles(tokens: Sequence[int], count: int) -> list[int]:
+    """Values at `count` equally spaced quantiles of sorted numbers."""
+    return [tokens[int((i + 0.5) / count * len(tokens))] for i in range(count)]

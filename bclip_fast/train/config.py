@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.data.storage import ReadConfig
 from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.errors import UserError
@@ -23,9 +24,9 @@ from .schedule import OptimConfig
 class DataConfig:
     """The training data, and the way to read them."""
 
-    shards: str = ""
+    shards: Sources = ""
     """Folder that `bclip ingest build` wrote, or the URL of a copy of it (s3://, https:// or any other scheme of
-    fsspec)."""
+    fsspec). Or a list of such datasets, each with a weight or a number of epochs: see docs/data.md."""
     split: str = "train"
     """Split of the dataset to train on."""
     positives: Literal["pair", "captions", "images", "duplicates", "figure", "article"] = "pair"
@@ -66,6 +67,7 @@ class DataConfig:
     read: ReadConfig = field(default_factory=ReadConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", as_sources(self.shards, "data.shards"))
         if self.max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples} must not be negative")
         if self.spool_above_mib < 0:

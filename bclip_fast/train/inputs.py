@@ -9,8 +9,9 @@ import torch
 from bclip_fast import distributed
 from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
+from bclip_fast.data.shards import mixed
+from bclip_fast.data.shards.mixed import Dataset, MixedDataset
 from bclip_fast.data.shards.positives import group_ids
-from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.texts import TextChoice
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
@@ -21,20 +22,20 @@ from .init_weights import initial_tokenizer
 from .run_folder import RunFolder
 
 
-def open_dataset(config: DataConfig) -> ShardDataset:
-    """The training split.
+def open_dataset(config: DataConfig) -> Dataset:
+    """The training split of all datasets.
 
     Raises:
         UserError: no shards are configured, they cannot be read, or no sample has a text of a weighted kind.
     """
     if not config.shards:
         raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
-    dataset = ShardDataset(config.shards, config.split, config.read)
+    dataset = mixed.open_dataset(config.shards, config.split, config.read)
     config.captions.check(dataset)
     return dataset
 
 
-def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
+def build_sampler(config: TrainConfig, dataset: Dataset) -> ShardSampler:
     """The sampler of this rank."""
     texts = TextChoice(config.data.captions, config.seed)
     return ShardSampler(
@@ -48,11 +49,12 @@ def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
         world_size=distributed.world_size(),
         shuffle_block=config.data.shuffle_block,
         # The cost of a sample is its number of tokens. An English token has 4 to 5 bytes.
-        cost=lambda epoch, i: min(texts.num_bytes(epoch, i, dataset), 5 * config.model.text.context_length),
+        cost=lambda number, i: min(texts.num_bytes(number, i, dataset), 5 * config.model.text.context_length),
+        mixture=dataset.mixture if isinstance(dataset, MixedDataset) else None,
     )
 
 
-def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) -> Tokenizer:
+def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Tokenizer:
     """The tokenizer of the run, the same on all ranks. Writes nothing. Collective.
 
     Raises:
@@ -61,7 +63,7 @@ def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: ShardDatas
     return distributed.run_on_rank0(lambda: _tokenizer(folder, config, dataset))
 
 
-def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) -> Tokenizer:
+def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Tokenizer:
     source, text = config.data.tokenizer, config.model.text
     if folder.records is not None:
         tokenizer = folder.read_tokenizer(text.context_length)
@@ -87,7 +89,7 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) ->
 
 def build_loader(
     config: DataConfig,
-    dataset: ShardDataset,
+    dataset: Dataset,
     sampler: ShardSampler,
     tokenizer: Tokenizer,
     preprocess: Preprocess,

@@ -3,6 +3,7 @@
 A step's line of metrics.jsonl has these keys:
 
     step, epoch, samples, loss, lr, logit_scale
+    samples/NAME                            samples of each dataset so far, if data.shards lists several
     contrastive_loss, distill_loss          terms of the loss with a teacher
     grad_norm                               before clipping
     shared_positives                        number of pairs with more than one positive, unless data.positives is pair

@@ -251,4 +251,6 @@ def _defaults(cls: type) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={item}" for name, item in value.items() if item != "")
     return ", ".join(map(_text, value)) or "empty" if isinstance(value, list | tuple) else str(value) or "empty"

@@ -26,7 +26,7 @@ import torch
 from bclip_fast import distributed, pretrained
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.sampler import ShardSampler
-from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.mixed import Dataset
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
@@ -109,7 +109,7 @@ class _Run(RunLoop):
         config: TrainConfig,
         folder: RunFolder,
         choice: backends.Choice,
-        dataset: ShardDataset,
+        dataset: Dataset,
         sampler: ShardSampler,
         tokenizer: Tokenizer,
         validate: validation.Validate | None,
@@ -271,6 +271,7 @@ class _Run(RunLoop):
                 least_seconds=self._least_seconds(lengths),
                 tensors=AsyncRead([loss, *outcome.scalars, *cache.scalars.values()]),
                 names=tuple(cache.scalars),
+                member_samples=self.sampler.member_samples(self.step),
             ),
             cache,
         )

@@ -13,9 +13,12 @@ from shard_samples import jpeg
 from synthetic import write_shards
 
 from bclip_fast.data.shards.format import KINDS, Sample
+from bclip_fast.data.shards.mixed import open_dataset
+from bclip_fast.data.shards.positives import group_ids
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.verify import verify
 from bclip_fast.data.shards.writer import ShardWriter
+from bclip_fast.data.sources import Source
 from bclip_fast.data.texts import CaptionWeights, TextChoice
 from bclip_fast.errors import UserError
 
@@ -147,7 +150,7 @@ def test_texts_are_independent_of_ranks_and_resume(shards: Path, world_size: int
     options = {
         "captions": WEIGHTS,
         "tokenize": lambda texts: [[*text.encode()] for text in texts],
-        "stream": {"cost": lambda epoch, index: choice.num_bytes(epoch, index, dataset), "micro_batch_size": 2},
+        "stream": {"cost": lambda number, index: choice.num_bytes(number, index, dataset), "micro_batch_size": 2},
     }
     with loader(dataset, **{**options, "stream": {}}) as source:
         expected = [take(source, 1)[0] for _ in range(10)]
@@ -171,3 +174,18 @@ def test_texts_are_independent_of_ranks_and_resume(shards: Path, world_size: int
     )
     assert texts.keys() == {"a", "see", "this", "title"}
     assert texts["a"] > texts["title"] > 3
+
+
+def test_mixture_of_datasets_with_and_without_texts(shards: Path, tmp_path: Path):
+    plain = write_shards(tmp_path / "plain", num_samples=8, num_val=1)
+    sources = (Source(str(plain), "plain", 1), Source(str(shards), "texts", 1))
+    dataset = open_dataset(sources, "train")
+    WEIGHTS.check(dataset)
+    assert dataset.num_samples_with() == {"caption": 48, "mention": 20, "title": 10}
+    assert dataset.text_bytes(0).keys() == {"caption"}
+    assert dataset.text_bytes(8).keys() == {"caption", "mention", "title"}
+    assert len(list(dataset.captions(("mention",)))) == 40
+    groups = group_ids(dataset, "captions", WEIGHTS.kinds)
+    assert groups is not None
+    assert len(np.unique(groups[:8])) == 8
+    assert sorted(np.unique(groups[8:], return_counts=True)[1].tolist()) == [1] * 24 + [2] * 8

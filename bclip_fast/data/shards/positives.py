@@ -18,6 +18,7 @@ from bclip_fast.data.storage import LocalStorage
 from bclip_fast.errors import UserError
 
 from .format import CAPTION
+from .mixed import Dataset, MixedDataset
 from .reader import ShardDataset
 
 MANIFEST = "manifest.parquet"
@@ -34,8 +35,10 @@ KINDS: dict[str, tuple[str, ...]] = {
 _PLACE = ("key", "split", "shard", "position")
 
 
-def group_ids(dataset: ShardDataset, kind: str, texts: Sequence[str] = (CAPTION,)) -> np.ndarray | None:
+def group_ids(dataset: Dataset, kind: str, texts: Sequence[str] = (CAPTION,)) -> np.ndarray | None:
     """The group of each sample of `dataset`, (samples,) int64. Samples of one group are positives of one another.
+
+    Samples of different datasets of a mixture are in different groups.
 
     Args:
         kind: which samples belong together.
@@ -52,6 +55,19 @@ def group_ids(dataset: ShardDataset, kind: str, texts: Sequence[str] = (CAPTION,
     """
     if not KINDS[kind]:
         return None
+    if isinstance(dataset, MixedDataset):
+        parts = []
+        for name, member, start in zip(dataset.names, dataset.members, dataset.starts, strict=False):
+            try:
+                parts.append(start + _groups_of(member, kind, texts))
+            except UserError as error:
+                raise type(error)(f"dataset {name}: {error}") from None
+        return np.concatenate(parts)
+    return _groups_of(dataset, kind, texts)
+
+
+def _groups_of(dataset: ShardDataset, kind: str, texts: Sequence[str]) -> np.ndarray:
+    """The group of each sample of one dataset."""
     compares_texts = "caption" in KINDS[kind]
     further = [name for name in texts if name != CAPTION] if compares_texts else []
     table = _read_manifest(dataset, kind, (*KINDS[kind], *(("texts",) if further else ())))
@@ -102,7 +118,7 @@ def _read_manifest(dataset: ShardDataset, kind: str, wanted: Sequence[str]) -> A
         names = pq.read_schema(source).names
         if isinstance(source, io.BytesIO):
             source.seek(0)
-        if missing := [name for name in wanted if name not in names and name != "duplicate_of"]:
+        if missing := [name for name in wanted if name not in (*names, "duplicate_of", "texts")]:
             raise UserError(f"{path} has no column {missing[0]}, which data.positives={kind} needs")
         table = pq.read_table(
             source,
@@ -163,9 +179,9 @@ def _common_texts(table: Any, kinds: Sequence[str]) -> tuple[np.ndarray, np.ndar
 def _texts(table: Any, kinds: Sequence[str]) -> Iterator[tuple[int, str]]:
     """Yield (row, text) for all texts of these kinds."""
     row = 0
-    for batch in table.select(["caption", "texts"]).to_batches(4096):
-        for caption, texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            by_kind = {**(json.loads(texts) if texts else {}), CAPTION: [caption]}
+    for batch in table.select([name for name in ("caption", "texts") if name in table.column_names]).to_batches(4096):
+        for values in batch.to_pylist():
+            by_kind = {**json.loads(values.get("texts") or "{}"), CAPTION: [values["caption"]]}
             for kind in kinds:
                 yield from ((row, text) for text in by_kind.get(kind, ()))
             row += 1
