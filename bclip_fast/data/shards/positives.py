@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,10 +181,14 @@ def _texts(table: Any, kinds: Sequence[str]) -> Iterator[tuple[int, str]]:
     row = 0
     for batch in table.select([name for name in ("caption", "texts") if name in table.column_names]).to_batches(4096):
         for values in batch.to_pylist():
-            by_kind = {**json.loads(values.get("texts") or "{}"), CAPTION: [values["caption"]]}
-            for kind in kinds:
-                yield from ((row, text) for text in by_kind.get(kind, ()))
+            yield from ((row, text) for text in texts_of_row(values, kinds))
             row += 1
+
+
+def texts_of_row(row: Mapping[str, Any], kinds: Iterable[str]) -> list[str]:
+    """The texts of these kinds in a row of the manifest, given its columns `caption` and, if it has it, `texts`."""
+    by_kind = {**json.loads(row.get("texts") or "{}"), CAPTION: [row["caption"]]}
+    return [text for kind in kinds for text in by_kind.get(kind, ())]
 
 
 def _equal(*columns: Any) -> tuple[np.ndarray, np.ndarray]:
