@@ -59,7 +59,7 @@ class ShardSampler:
         token_budget: largest number of tokens in a micro-batch, in place of micro_batch_size. Then call `count_tokens`
             before any other method. 0: no limit.
         shuffle_block: number of samples that are shuffled together. 1: keep the order within a shard.
-        cost: cost of a sample, given its pass and dataset index. Must agree on every rank. The samples of a global batch
+        cost: cost of a sample, given its pass and dataset index, on every rank the same. The samples of a global batch
             are sorted by descending cost and assigned in snake order, so that micro-batches cost about the same.
         mixture: the datasets that the shards belong to. None: one dataset.
 
