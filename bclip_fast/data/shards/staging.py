@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import system
 from bclip_fast.io.atomic import put_in_place
 
 
@@ -49,7 +49,7 @@ class Staging:
         # The lock ends with its process, so a killed run doesn't block the next one.
         self._lock = (self.path / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(self._lock, wait=False)
         except OSError:
             self._lock.close()
             raise UserError(f"{self.out}: another process is writing this dataset; wait for it or end it") from None
