@@ -17,6 +17,7 @@ from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
 
 from bclip_fast import pretrained
+from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
@@ -174,7 +175,10 @@ def test_teacher_that_cannot_teach_is_one_line_and_nothing_is_written(tmp_path, 
         assert not (tmp_path / "run").exists()
 
 
-def test_known_positives_are_refused(tmp_path, data, teacher):
+def test_data_that_a_teacher_cannot_follow_are_refused(tmp_path, data, teacher):
+    drawn = DataConfig(shards=str(data), captions=CaptionWeights(mention=1.0))
+    with pytest.raises(UserError, match=r"teacher_cache=fp32 keeps one text.*draws caption, mention"):
+        tiny_run(tmp_path, data, data=drawn, loss=distill(teacher, teacher_cache="fp32"))
     with pytest.raises(UserError, match="data.positives=captions cannot be combined with loss.kind=distill"):
         tiny_run(tmp_path, data, data=DataConfig(shards=str(data), positives="captions"), loss=distill(teacher))
 
