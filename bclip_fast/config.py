@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,7 @@ def _as_flags(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         elif isinstance(value, list):
             yield f"--{name}"
             for item in value:
+                # A table in a list is one word of JSON.
                 yield from map(_text, item if isinstance(item, list) else [item])
         else:
             # In one token, a value that begins with a dash isn't mistaken for a flag.
@@ -96,6 +98,8 @@ def _as_flags(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return json.dumps(value, default=str)
     return repr(value) if isinstance(value, float) else str(value)
 
 
@@ -130,7 +134,7 @@ _ANSI = re.compile("\x1b\\[[0-9;]*m")
 def _one_line(text: str) -> str:
     """Convert tyro's boxed and coloured message to one plain line."""
     words = " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
-    return words.split(" For full helptext")[0]
+    return re.split(" For full helptext| Argument helptext:", words)[0]
 
 
 def plain(value: Any) -> Any:

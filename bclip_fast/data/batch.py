@@ -38,6 +38,8 @@ class Batch:
         bad: the damaged samples that fallbacks replace, in the order of their rows. They include damaged fallbacks.
         last: whether this is the rank's last micro-batch of the global batch.
         groups: (b,) int64, equal for samples that are positives of one another. None: each sample has one positive.
+        captions: the b captions, only if a teacher must tokenise them.
+        teacher: (b, 2, E), a teacher's features of each image and of its caption. None: the loss has no teacher.
     """
 
     images: Tensor
@@ -48,3 +50,5 @@ class Batch:
     bad: list[BadRecord] = field(default_factory=list)
     last: bool = True
     groups: Tensor | None = None
+    captions: list[str] | None = None
+    teacher: Tensor | None = None

@@ -24,7 +24,7 @@ from bclip_fast.ops import image as image_ops
 from .batch import Batch
 from .loader import Box, Loader
 from .sampler import ShardSampler
-from .shards.reader import ShardDataset
+from .shards.mixed import Dataset
 from .transform import Preprocess
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Dataset,
         tokenize: Callable[[list[str]], list[list[int]]],
         sampler: ShardSampler,
         preprocess: Preprocess,

@@ -21,10 +21,12 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
 from .batch import BadRecord, Batch
+from .caption_lengths import within_limit
 from .daemon_pool import DaemonPool
 from .sampler import ShardSampler
 from .shards.format import Sample
-from .shards.reader import BadSample, ShardDataset
+from .shards.mixed import Dataset
+from .shards.reader import BadSample
 from .transform import Preprocess, random_resized_crop_box
 
 log = logging.getLogger(__name__)
@@ -45,20 +47,21 @@ class Loader:
 
     A damaged sample, which cannot be parsed or decoded, is replaced by one of `ShardSampler.fallbacks` and listed in
     `Batch.bad`. A fault of the storage stops the iteration instead. If a shard is missing, unreadable or too short,
-    `dataset.storage` raises a ReadError after its last attempt.
+    the storage raises a ReadError after its last attempt.
 
     Args:
         dataset: the samples.
         tokenize: function from n captions to the token ids of each. Several threads call it.
         sampler: the order of the samples, and this rank's part of it.
         preprocess: the evaluation transform. It sets the size and, without `augment`, the pixels.
-        augment: use random resized crops in place of the centre crop. They depend on seed, epoch and sample.
+        augment: use random resized crops in place of the centre crop. They depend on seed, pass and sample.
         crop_scale, crop_ratio: area and aspect ratio of these crops, as in torchvision's RandomResizedCrop.
         num_threads: number of threads that decode.
         prefetch_batches: number of batches to prepare ahead.
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
+        keep_captions: whether batches have `Batch.captions`.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -68,7 +71,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Dataset,
         tokenize: Callable[[list[str]], list[list[int]]],
         sampler: ShardSampler,
         preprocess: Preprocess,
@@ -81,6 +84,7 @@ class Loader:
         pin_memory: bool = False,
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
+        keep_captions: bool = False,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -99,12 +103,13 @@ class Loader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._groups = groups
+        self._keep_captions = keep_captions
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
         self._planner = DaemonPool(1, "bclip-planner")
         self._pending: deque[Future[_Pending]] = deque()
-        self._next = (sampler.next_batch, 0)
+        self._cursor = _Cursor(sampler.next_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -113,11 +118,7 @@ class Loader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._planner.submit(self._start, *self._next))
-            number, micro_batch = self._next[0], self._next[1] + 1
-            self._next = (
-                (number, micro_batch) if micro_batch < self.sampler.num_micro_batches(number) else (number + 1, 0)
-            )
+            self._pending.append(self._planner.submit(self._start, self._cursor))
         deadline = time.monotonic() + self._timeout_s
         pending = self._pending[0]
         try:
@@ -141,8 +142,11 @@ class Loader:
             [bad for part in parts for bad in part.bad],
             plan.last,
         )
+        indices = [index for part in parts for index in part.indices]
         if self._groups is not None:
-            batch.groups = torch.from_numpy(self._groups[[index for part in parts for index in part.indices]])
+            batch.groups = torch.from_numpy(self._groups[indices])
+        if self._keep_captions:
+            batch.captions = [caption for part in parts for caption in part.captions]
         if self._pin:
             batch.ids = batch.ids.pin_memory()
             batch.groups = None if batch.groups is None else batch.groups.pin_memory()
@@ -153,12 +157,16 @@ class Loader:
     def _activity(self) -> str:
         """Describe the reads in progress, for a timeout's message."""
         now = time.monotonic()
-        active_reads = list(self.dataset.storage.active_reads.values())
+        active_reads = self.dataset.active_reads
         if not active_reads:
             return "no read is in progress, so decoding or tokenising takes too long"
         return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
 
-    def _start(self, number: int, micro_batch: int) -> _Pending:
+    def _start(self, cursor: _Cursor) -> _Pending:
+        number, micro_batch = cursor.number, cursor.micro_batch
+        is_last = micro_batch + 1 == self.sampler.num_micro_batches(number)
+        # Only the planner's thread moves the cursor, because it divides the global batch into micro-batches.
+        cursor.number, cursor.micro_batch = (number + 1, 0) if is_last else (number, micro_batch + 1)
         epoch, positions = self.sampler.batch(number, micro_batch)
         indices = [self.sampler.sample(epoch, position) for position in positions]
         images = self._allocate(len(indices), number)
@@ -168,7 +176,7 @@ class Loader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch, micro_batch + 1 == self.sampler.num_micro_batches(number))
+        return _Pending(images, parts, epoch, is_last)
 
     def _allocate(self, count: int, number: int) -> Tensor:
         """Memory for `count` images of global batch `number`."""
@@ -183,16 +191,22 @@ class Loader:
         indices: list[int],
         read: Callable[[], list[Sample | BadSample]],
     ) -> _Part:
-        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback."""
+        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback.
+
+        With a token budget, the fallback's caption is cut to the length of the damaged sample's.
+        """
         self._check_open()
         samples = read()
+        limits = [self.sampler.caption_limit(epoch, index) for index in indices]
         bad = []
-        for row, reason in sorted(self._decode(out, epoch, indices, samples).items()):
+        # Random numbers depend on the pass over the dataset, because a mixture's epoch may have several.
+        passes = [self.sampler.pass_number(epoch, position) for position in positions]
+        for row, reason in sorted(self._decode(out, passes, indices, samples).items()):
             bad.append(self._record(epoch, positions[row], indices[row], reason))
             for index in self.sampler.fallbacks(epoch, positions[row]):
                 self._check_open()
                 fallback = self.dataset.fetch([index])()
-                reasons = self._decode(out[row : row + 1], epoch, [index], fallback)
+                reasons = self._decode(out[row : row + 1], passes[row : row + 1], [index], fallback)
                 if not reasons:
                     samples[row], indices[row] = fallback[0], index
                     break
@@ -200,12 +214,18 @@ class Loader:
             else:
                 raise UserError(
                     f"sample {bad[-1].key} of {bad[-1].shard} and {len(bad) - 1} before it are damaged: "
-                    f"{bad[-1].reason}; check {self.dataset.root} with bclip ingest verify and build it again"
+                    f"{bad[-1].reason}; check {self.dataset.root_of(bad[-1].index)} with bclip ingest verify and "
+                    "build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        tokens = self._tokenize([sample.caption for sample in intact])
+        captions = [sample.caption for sample in intact]
+        tokens, replaced = self._tokenize(captions), {record.position for record in bad}
+        for row, limit in enumerate(limits):
+            if limit is not None:
+                is_fallback = positions[row] in replaced
+                tokens[row] = within_limit(tokens[row], limit, None if is_fallback else intact[row].key)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices)
+        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -214,12 +234,14 @@ class Loader:
     def _record(self, epoch: int, position: int, index: int, reason: str) -> BadRecord:
         return BadRecord(epoch, position, index, *self.dataset.name_of(index), reason)
 
-    def _decode(self, out: Tensor, epoch: int, indices: list[int], samples: list[Sample | BadSample]) -> dict[int, str]:
+    def _decode(
+        self, out: Tensor, passes: list[int], indices: list[int], samples: list[Sample | BadSample]
+    ) -> dict[int, str]:
         """Decode samples into the rows of `out`. Return the reason of each failure, by row."""
         reasons: dict[int, str] = {}
         jpegs: list[bytes] = []
         boxes: list[Box] = []
-        for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
+        for row, (number, index, sample) in enumerate(zip(passes, indices, samples, strict=True)):
             jpeg, box = b"", (0, 0, 1, 1)
             try:
                 if isinstance(sample, BadSample):
@@ -227,7 +249,7 @@ class Loader:
                 if self._augment:
                     height, width = image_ops.peek_size(sample.image)
                     box = random_resized_crop_box(
-                        height, width, self.sampler.seed, epoch, index, self._crop_scale, self._crop_ratio
+                        height, width, self.sampler.seed, number, index, self._crop_scale, self._crop_ratio
                     )
                 jpeg = sample.image
             except ValueError as error:
@@ -264,7 +286,7 @@ class Loader:
         """Continue from `state` and discard prefetched batches. Raises as ShardSampler.load_state_dict does."""
         self.sampler.load_state_dict(state)
         self._drop()
-        self._next = (self.sampler.next_batch, 0)
+        self._cursor = _Cursor(self.sampler.next_batch)
 
     def _drop(self) -> None:
         while self._pending:
@@ -293,12 +315,21 @@ class Loader:
 
 
 @dataclass
+class _Cursor:
+    """The next micro-batch to prepare, and the number of its global batch."""
+
+    number: int
+    micro_batch: int = 0
+
+
+@dataclass
 class _Part:
     keys: list[str]
     ids: Tensor
     lengths: list[int]
     bad: list[BadRecord]
     indices: list[int]
+    captions: list[str]
 
 
 @dataclass

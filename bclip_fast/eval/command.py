@@ -14,6 +14,7 @@ import tyro
 
 from bclip_fast import distributed
 from bclip_fast.config import read_toml
+from bclip_fast.data.sources import Source, as_sources
 from bclip_fast.errors import UserError
 from bclip_fast.html.page import format_score, format_spread
 from bclip_fast.io.file_names import file_name
@@ -64,17 +65,19 @@ def run(command: EvalCommand) -> None:
     log.info("report in %s", out / "report.html")
 
 
-def _training_shards(model: str) -> str:
-    """Return the path of the shards that the run in folder `model` was trained on."""
+def _training_shards(model: str) -> str | tuple[Source, ...]:
+    """Return the shards that the run in folder `model` was trained on."""
     try:
-        return str(read_toml(Path(model) / "config.toml")["data"]["shards"])
+        return as_sources(read_toml(Path(model) / "config.toml")["data"]["shards"], "data.shards")
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{model} is not a run folder with data.shards in its config.toml; pass --data") from error
 
 
 def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
     """Return the folder of this model, data and tasks. Its name ends with a hash if others have the plain name."""
-    name = f"{Path(command.data).resolve().stem}-{command.split}"
+    data = command.data
+    stem = Path(data).resolve().stem if isinstance(data, str) else "-".join(source.name for source in data)
+    name = f"{stem}-{command.split}"
     if command.task and not set(command.task) <= set(tasks.protocols()):
         name = "-".join(Path(task).stem for task in command.task)
     folder = run_folder / "eval" if run_folder is not None else Path("runs") / "eval" / file_name(command.model)
@@ -83,7 +86,8 @@ def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
     try:
         content = json.loads((out / "results.json").read_text(encoding="utf-8"))
         config = content["config"]
-        other = _subject(content["model"]["path"], config["data"], config["split"], config["task"])
+        recorded = as_sources(config["data"], "data")
+        other = _subject(content["model"]["path"], recorded, config["split"], config["task"])
     except FileNotFoundError:
         return out
     except (OSError, ValueError, LookupError, TypeError):
@@ -91,9 +95,10 @@ def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
     return out if other == subject else out.with_name(f"{out.name}-{sha256(repr(subject))[:12]}")
 
 
-def _subject(model: str, data: str, split: str, tasks: Sequence[str]) -> tuple[object, ...]:
+def _subject(model: str, data: str | tuple[Source, ...], split: str, tasks: Sequence[str]) -> tuple[object, ...]:
     """Return what the results of the default folder depend on. Paths are absolute."""
-    places = [name if "://" in name else str(Path(name).resolve()) for name in (model, data)]
+    paths = [model, *([data] if isinstance(data, str) else [source.path for source in data])]
+    places = [name if "://" in name else str(Path(name).resolve()) for name in paths]
     return *places, split, *tasks
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tyro
 
 from bclip_fast.data.image_files import ImageConversion
+from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.errors import UserError
 
 from . import probe, tasks
@@ -19,9 +20,10 @@ from .retrieval import Duplicates
 class EvalConfig:
     """Data, tasks and settings of an evaluation."""
 
-    data: str = ""
-    """Shards (a folder with dataset.json), a folder with one folder of images per class, or a .csv file. A folder may
-    also have such a folder or file for each split. Empty: the shards that the run was trained on."""
+    data: Sources = ""
+    """Shards (a folder with dataset.json, or a list of them as for data.shards), a folder with one folder of images per
+    class, or a .csv file. A folder may also have such a folder or file for each split. Empty: the shards that the run
+    was trained on."""
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -76,6 +78,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check the fields and read every task. Raises UserError."""
+        object.__setattr__(self, "data", as_sources(self.data, "data"))
         for task in self.task:
             tasks.load(task)
         if not all(0 < fraction <= 1 for fraction in self.share) or not all(num >= 1 for num in self.shots):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bclip_fast import distributed
 from bclip_fast.data.shards.reader import BadSample
+from bclip_fast.data.sources import Source, shown
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import environment_report, pick_device
 from bclip_fast.pretrained.any_model import Model, load_model
@@ -81,7 +82,7 @@ class Evaluation:
         self.config = config
         self.data: dict[str, EvalDataset] = {}
         self.finished: dict[str, Any] = {}
-        self._open: dict[tuple[str, str, str, str], EvalDataset] = {}
+        self._open: dict[tuple[str | tuple[Source, ...], str, str, str], EvalDataset] = {}
         if config.task:
             selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
         else:
@@ -93,9 +94,11 @@ class Evaluation:
 
     def _dataset(self, task: tasks.Task, split: str) -> EvalDataset:
         path, name = task.resolve_data_dir(self.config.data), task.name if task.dataset == "medmnist" else ""
+        if not isinstance(path, str) and (task.dataset != "auto" or task.protocol == "vqa"):
+            raise UserError(f"task {task.name} needs data in one folder or file; got {shown(path)}")
         key = path, split, task.dataset, name
         if key not in self._open:
-            if task.protocol == "vqa":
+            if isinstance(path, str) and task.protocol == "vqa":
                 self._open[key] = open_questions(path, split, task)
             else:
                 self._open[key] = open_dataset(path, split, task.dataset, download_url=task.download_url, name=name)

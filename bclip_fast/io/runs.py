@@ -18,6 +18,8 @@ EVENTS = "events.jsonl"
 # Prefixes of the names of validation metrics in METRICS: of the model, and of its EMA.
 VALIDATION = "validation/"
 VALIDATION_EMA = "validation_ema/"
+# Prefix of the names of the datasets of a mixture in METRICS.
+MEMBER_SAMPLES = "samples/"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -44,11 +46,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def chance_loss(run_folder: Path) -> tuple[float, str] | None:
     """ln B, the contrastive loss of a model that maps everything to one point, and its label. B is the batch size.
 
-    None if config.toml doesn't name a batch size of at least 2.
+    None if config.toml doesn't name a batch size of at least 2, or names another loss.
     """
     try:
-        batch_size = read_toml(run_folder / "config.toml").get("batch_size")
+        config = read_toml(run_folder / "config.toml")
     except UserError:
+        return None
+    batch_size, loss = config.get("batch_size"), config.get("loss", {})
+    if isinstance(loss, dict) and loss.get("kind", "clip") != "clip":
         return None
     if not isinstance(batch_size, int) or batch_size < 2:
         return None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bclip_fast.data.order import Interleaving
+from bclip_fast.data.shards.mixed import MixedDataset
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.inputs import open_dataset
 
 # PMC-15M's training split (arXiv 2303.00915, table 1).
 _PMC_SAMPLES = 13_900_000
@@ -38,6 +42,11 @@ class Samples:
         """Lengths of the captions, truncated to the context length."""
         return [min(tokens, context_length) for tokens in self.tokens]
 
+    def pairs_within(self, budget: int, image_tokens: int, context_length: int, size: int) -> int:
+        """Number of the `size` pairs of a rank that a micro-batch of at most `budget` tokens gets, rounded up."""
+        mean = image_tokens + statistics.fmean(self.lengths(context_length))
+        return math.ceil(size / math.ceil(size * mean / budget))
+
     def longest(self, context_length: int, size: int, batch_size: int, num_batches: int) -> list[int]:
         """Lengths of the `size` captions of a micro-batch, in the batch with most tokens among `num_batches` batches.
 
@@ -56,13 +65,40 @@ PMC_15M = Samples(
 
 
 def samples_of(config: TrainConfig) -> Samples:
-    """The statistics of the run's shards, from their index files. Without shards, those of PMC-15M."""
+    """The statistics of the run's shards, from their index files. Without shards, those of PMC-15M.
+
+    Datasets of a mixture count by their parts of an epoch.
+
+    Raises:
+        UserError: a dataset cannot be opened.
+    """
     if not config.data.shards:
         return PMC_15M
-    data = ShardDataset(config.data.shards, config.data.split, config.data.read)
+    data = open_dataset(config.data)
+    if not isinstance(data, MixedDataset):
+        return Samples(len(data), _quantiles(_tokens(data), 20), data.num_bytes / len(data), data.root)
+    shares = [member.share for member in data.mixture.members]
+    means = [member.num_bytes / len(member) for member in data.members]
+    image_bytes = sum(map(operator.mul, shares, means)) / sum(shares)
+    # 1000 captions in all, as many of each dataset as its share.
+    counts = Interleaving(shares).counts(1000)
+    tokens = sorted(
+        length
+        for member, count in zip(data.members, counts, strict=True)
+        if count
+        for length in _quantiles(_tokens(member), count)
+    )
+    return Samples(data.mixture.epoch_samples, _quantiles(tokens, 20), image_bytes, ", ".join(data.names))
+
+
+def _tokens(data: ShardDataset) -> list[int]:
+    """The sorted lengths of about 1000 captions, in tokens."""
     # Take neighbouring samples at 20 positions, because each position reads an index file.
     positions = [round(i * (len(data) - 1) / 19) for i in range(20)]
     indices = sorted({min(position + i, len(data) - 1) for position in positions for i in range(50)})
-    tokens = sorted(2 + round(data.caption_bytes(i) / _BYTES_PER_TOKEN) for i in indices)
-    quantiles = [tokens[int((i + 0.5) / 20 * len(tokens))] for i in range(20)]
-    return Samples(len(data), quantiles, data.num_bytes / len(data), config.data.shards)
+    return sorted(2 + round(data.caption_bytes(i) / _BYTES_PER_TOKEN) for i in indices)
+
+
+def _quantiles(tokens: Sequence[int], count: int) -> list[int]:
+    """Values at `count` equally spaced quantiles of sorted numbers."""
+    return [tokens[int((i + 0.5) / count * len(tokens))] for i in range(count)]

@@ -25,6 +25,7 @@ import tyro
 from torch import Tensor
 
 from bclip_fast.data.image_files import ImageConversion
+from bclip_fast.data.sources import Source, Sources, absolute, as_sources, refuse_weights
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
 from bclip_fast.eval.datasets.pairs import PairDataset
@@ -61,7 +62,7 @@ class EmbedConfig(ModelSettings):
 
     model: tyro.conf.Positional[str]
     """A run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED."""
-    data: str
+    data: Sources
     """Shards, a .csv, a folder of images with .txt files, or any folder of images."""
     split: str = "val"
     """Split of the shards, or of a .csv with a split column."""
@@ -80,6 +81,10 @@ class EmbedConfig(ModelSettings):
     error that names it."""
     progress: bool = True
     """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_sources(self.data, "data"))
+        refuse_weights(self.data, "bclip embed")
 
 
 def embed(config: EmbedConfig, model: Model | None = None) -> Path:
@@ -116,7 +121,7 @@ def embed(config: EmbedConfig, model: Model | None = None) -> Path:
     out = Path(config.out)
     metadata: dict[str, Any] = {
         "model": str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
-        "data": config.data if "://" in config.data else str(Path(config.data).resolve()),
+        "data": absolute(config.data),
         "split": config.split,
         "index": config.index,
         "precision": embedder.precision,
@@ -152,8 +157,10 @@ def run_embed(config: EmbedConfig) -> None:
     embed(config)
 
 
-def open_images(path: str, split: str) -> EvalDataset:
+def open_images(path: str | tuple[Source, ...], split: str) -> EvalDataset:
     """Open data as `bclip embed` does: any folder of images will do, even without captions and labels."""
+    if isinstance(path, tuple):
+        return open_dataset(path, split)
     folder = Path(path)
     is_plain = "://" not in path and folder.is_dir() and not (folder / "dataset.json").is_file()
     return open_dataset(path, split, "pictures" if is_plain and not PairDataset.matches(folder) else "auto")

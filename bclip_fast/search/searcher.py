@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
+from bclip_fast.data.sources import as_sources, shown
 from bclip_fast.errors import UserError
 from bclip_fast.eval import spot_check
 from bclip_fast.eval.datasets import EvalDataset
@@ -130,7 +131,7 @@ class Searcher:
                 f"{problem}: it has {self._index.ntotal} embeddings for {self._rows.num_rows} images; "
                 "run bclip embed again"
             )
-        self._data_path = config.data or self.metadata["data"]
+        self._sources = config.data or as_sources(self.metadata["data"], f"data of {self.folder}")
         self._lock = threading.Lock()
         conversion = self.metadata.get("image_conversion", "standard")
         self.embedder = build_embedder(
@@ -173,10 +174,11 @@ class Searcher:
 
     @functools.cached_property
     def _data(self) -> EvalDataset:
-        data = open_images(self._data_path, self.metadata["split"])
+        data = open_images(self._sources, self.metadata["split"])
         if len(data) != (num_images := self.metadata.get("num_images", len(self))):
             raise UserError(
-                f"{self._data_path} has {len(data)} images, but {self.folder} is of {num_images}; run bclip embed again"
+                f"{shown(self._sources)} has {len(data)} images, but {self.folder} is of {num_images}; "
+                "run bclip embed again"
             )
         return data
 
@@ -190,7 +192,7 @@ class Searcher:
             data = self._data
         if data.key(hit.row) != hit.key:
             raise UserError(
-                f"{self._data_path}: image {hit.row} is {data.key(hit.row)}, not {hit.key}; run bclip embed again"
+                f"{shown(self._sources)}: image {hit.row} is {data.key(hit.row)}, not {hit.key}; run bclip embed again"
             )
         return html_page.thumbnail(data.image(hit.row), lambda: hit.key)
 

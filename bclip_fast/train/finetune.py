@@ -28,6 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
+from bclip_fast.data.sources import Sources, as_sources, refuse_weights, shown
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
@@ -69,7 +70,7 @@ class FinetuneConfig:
 
     model: tyro.conf.Positional[str]
     """Model to start from: a run folder, a folder in open_clip's layout, or hf-hub:ID."""
-    data: str
+    data: Sources
     """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
     questions: the data of --task."""
     split: str = "train"
@@ -116,6 +117,8 @@ class FinetuneConfig:
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", as_sources(self.data, "data"))
+        refuse_weights(self.data, "bclip finetune")
         if self.checkpoint_every < 0:
             raise UserError(f"checkpoint_every={self.checkpoint_every} must not be negative")
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:
@@ -150,7 +153,8 @@ def finetune(config: FinetuneConfig) -> Path:
         num_samples = len(objective.texts)
         if num_samples < config.batch_size:
             raise UserError(
-                f"data={config.data} has {num_samples} samples, fewer than batch_size={config.batch_size}; lower it"
+                f"data={shown(config.data)} has {num_samples} samples, fewer than batch_size={config.batch_size}; "
+                "lower it"
             )
         clip, preprocess, tokenizer = pretrained.load(config.model)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
@@ -203,7 +207,7 @@ class _Loop(RunLoop):
         self._observe_with(False, self._give_up)
         self.reader = BatchReader(
             objective.data,
-            config.data,
+            shown(config.data),
             preprocess,
             num_steps=self.num_steps,
             first_step=self.step,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bclip_fast import distributed
+from bclip_fast.data.sources import shown
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
@@ -34,7 +35,7 @@ class Pairs:
         captions = self.data.captions()
         if captions is None:
             raise UserError(
-                f"data={config.data} has no captions; use shards, a .csv with a column caption, or .txt files"
+                f"data={shown(config.data)} has no captions; use shards, a .csv with a column caption, or .txt files"
             )
         self.texts, self.config = captions, config
         self.loss_fn = ClipLoss(rank=distributed.rank(), world_size=distributed.world_size())
@@ -67,7 +68,10 @@ class Questions:
             raise UserError(
                 f"task={config.task} has the protocol {task.protocol}, not vqa; omit --task to train on pairs"
             )
-        self.data = open_questions(task.resolve_data_dir(config.data), config.split, task)
+        path = task.resolve_data_dir(config.data)
+        if not isinstance(path, str):
+            raise UserError(f"task {config.task} needs data in one folder or file; got {shown(path)}")
+        self.data = open_questions(path, config.split, task)
         self.texts = [question.text for question in self.data.questions]
         self.answers = self.data.vocabulary()
         class_of = {answer: i for i, answer in enumerate(self.answers)}

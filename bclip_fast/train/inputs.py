@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from bclip_fast import distributed
+from bclip_fast.data.caption_lengths import caption_lengths
 from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
+from bclip_fast.data.shards import mixed
+from bclip_fast.data.shards.mixed import Dataset, MixedDataset
 from bclip_fast.data.shards.positives import group_ids
-from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
@@ -19,19 +24,21 @@ from .config import DataConfig, TrainConfig
 from .init_weights import initial_tokenizer
 from .run_folder import RunFolder
 
+log = logging.getLogger(__name__)
 
-def open_dataset(config: DataConfig) -> ShardDataset:
-    """The training split.
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """The training split of all datasets.
 
     Raises:
         UserError: no shards are configured, or they cannot be read.
     """
     if not config.shards:
         raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
-    return ShardDataset(config.shards, config.split, config.read)
+    return mixed.open_dataset(config.shards, config.split, config.read)
 
 
-def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
+def build_sampler(config: TrainConfig, dataset: Dataset) -> ShardSampler:
     """The sampler of this rank."""
     return ShardSampler(
         dataset.shard_sizes,
@@ -39,16 +46,38 @@ def build_sampler(config: TrainConfig, dataset: ShardDataset) -> ShardSampler:
         batch_size=config.batch_size,
         schedule=config.batch_schedule,
         micro_batch_size=config.micro_batch_size,
+        token_budget=config.micro_batch_tokens,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         shuffle_block=config.data.shuffle_block,
         # The cost of a sample is its number of tokens. An English token has 4 to 5 bytes.
         cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
+        mixture=dataset.mixture if isinstance(dataset, MixedDataset) else None,
     )
 
 
-def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) -> Tokenizer:
+def count_tokens(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer, sampler: ShardSampler) -> None:
+    """Give the sampler the tokens of every sample, if the run limits those of a micro-batch. Collective.
+
+    Raises:
+        UserError: on every rank, if the captions cannot be read from the dataset's manifest.
+    """
+    if not config.micro_batch_tokens:
+        return
+    lengths, problem, start = np.empty(0, np.int32), "", time.perf_counter()
+    try:
+        lengths = caption_lengths(dataset, tokenizer.encode, (distributed.rank(), distributed.world_size()))
+    except UserError as error:
+        problem = str(error)
+    if problems := [text for text in distributed.all_gather_object(problem) if text]:
+        raise UserError(problems[0])
+    lengths = distributed.totals(torch.from_numpy(lengths)).numpy()
+    log.info("counted the tokens of %d captions in %.1f s", len(lengths), time.perf_counter() - start)
+    sampler.count_tokens(config.image_tokens, lambda epoch, index: int(lengths[index]))
+
+
+def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Tokenizer:
     """The tokenizer of the run, the same on all ranks. Writes nothing. Collective.
 
     Raises:
@@ -57,7 +86,7 @@ def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: ShardDatas
     return distributed.run_on_rank0(lambda: _tokenizer(folder, config, dataset))
 
 
-def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) -> Tokenizer:
+def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Tokenizer:
     source, text = config.data.tokenizer, config.model.text
     if folder.records is not None:
         tokenizer = folder.read_tokenizer(text.context_length)
@@ -83,13 +112,14 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: ShardDataset) ->
 
 def build_loader(
     config: DataConfig,
-    dataset: ShardDataset,
+    dataset: Dataset,
     sampler: ShardSampler,
     tokenizer: Tokenizer,
     preprocess: Preprocess,
     device: torch.device,
+    **teacher: Any,
 ) -> Loader:
-    """The loader that `config.loader` names."""
+    """The loader that `config.loader` names. `teacher`: the loader's keywords for a loss with a teacher."""
     arguments = (dataset, tokenizer.encode, sampler, preprocess)
     options: dict[str, Any] = {
         "augment": config.augment,
@@ -99,6 +129,7 @@ def build_loader(
         "pin_memory": device.type == "cuda",
         "timeout_s": config.timeout_s,
         "groups": group_ids(dataset, config.positives),
+        **teacher,
     }
     if config.loader == "native":
         return Loader(*arguments, **options)

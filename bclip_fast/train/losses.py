@@ -16,18 +16,20 @@ from torch import Tensor, nn
 
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
-from bclip_fast.loss import ClipLoss, SigLipLoss
+from bclip_fast.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
-KINDS = ("clip", "siglip")
+KINDS = ("clip", "siglip", "distill")
 # The initial factor and bias of the logits in the paper of the sigmoid loss (arXiv 2303.15343, section 3.2).
 SIGLIP_LOGITS = 10.0, -10.0
+CONSTANTS = ("groups", "teacher")
+"""The fields of `Batch` with a row for each sample that a loss gets as keywords, if the batch has them."""
 
 
 class Loss(Protocol):
-    """What training needs of a loss. The arguments are features (b, D) of this rank, with scalar scale and bias.
+    """A loss that can train. The arguments are features (b, D) of this rank, with scalar scale and bias.
 
-    The result is the loss of the global batch, a scalar. Its gradients are those that an average over ranks turns into
-    the gradients of the global batch.
+    The result is the loss of the global batch, a scalar, or its terms by their keys in metrics.jsonl, whose sum is the
+    loss. Its gradients are those that an average over ranks turns into the gradients of the global batch.
     """
 
     operand_dtype: torch.dtype | None
@@ -39,10 +41,57 @@ class Loss(Protocol):
         text_features: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor | None,
+        **constants: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss.
+
+        Args:
+            constants: without gradients, those of `CONSTANTS` that the batches have. `groups` is a pair of ids (b,) of
+                images and texts, where equal ids are positives. `teacher` (b, 2, E) are a teacher's features of the
+                images and of the texts.
+        """
+
+
+def total(loss: Tensor | dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scalar loss, and its detached terms if it has several."""
+    if isinstance(loss, Tensor):
+        return loss, {}
+    value = torch.stack(list(loss.values())).sum()
+    return value, {name: term.detach() for name, term in loss.items()} if len(loss) > 1 else {}
+
+
+class Distillation(DistillClipLoss):
+    """`DistillClipLoss` for the trainer: contrastive loss + `weight` * cross-entropy under the teacher.
+
+    Args:
+        teacher_scale: factor of the teacher's logits.
+        weight: factor of the distillation term. 1 is open_clip's.
+        options: keywords of `DistillClipLoss`.
+    """
+
+    def __init__(self, teacher_scale: float, weight: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.teacher_scale, self.weight = teacher_scale, weight
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
         *,
-        groups: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """The scalar loss. `groups`: ids (b,) of images and texts, where equal ids are positives."""
+        teacher: Tensor,
+    ) -> dict[str, Tensor]:
+        """The terms, of the student's features (b, D) and those of the teacher (b, 2, E)."""
+        teacher_image, teacher_text = teacher.unbind(1)
+        terms: Any = super().forward(
+            image_features, text_features, logit_scale, teacher_image, teacher_text, self.teacher_scale
+        )
+        contrastive, distill = terms
+        if logit_bias is not None:
+            # A bias cancels in a softmax, but data-parallel engines need a gradient of every parameter.
+            contrastive = contrastive + 0.0 * logit_bias
+        return {"contrastive_loss": contrastive, "distill_loss": self.weight * distill}
 
 
 @dataclass(frozen=True)
@@ -50,8 +99,9 @@ class LossConfig:
     """The contrastive loss."""
 
     kind: str = "clip"
-    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a decision of its own. For a
-    class of your own, write module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
+    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a separate decision. distill
+    is the softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. For your class, write
+    module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
     label_smoothing: float = 0.0
     """Share of the targets that goes to all pairs alike, within 0 and 1."""
     hardness: float = 0.0
@@ -61,19 +111,40 @@ class LossConfig:
     init_bias: float | None = None
     """Initial bias of the logits. None takes that of the model, or SigLIP's -10 for siglip and a model without bias."""
 
+    teacher: str = ""
+    """Teacher of distill: a run folder, a folder in open_clip's layout, hf-hub:ORG/NAME, or
+    open_clip:ARCHITECTURE/PRETRAINED. It never trains. Its own tokenizer reads the captions, and the crops are resized
+    to its size."""
+    distill_weight: float = 1.0
+    """Factor of the distillation term. 1 is that of open_clip."""
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS and not self.is_own:
             raise UserError(f"loss.kind={self.kind} must be {', '.join(KINDS)} or module:Class")
         if not 0 <= self.label_smoothing <= 1:
             raise UserError(f"loss.label_smoothing={self.label_smoothing} must lie in [0, 1]")
+        if (self.kind == "distill") != bool(self.teacher):
+            reason = "needs loss.teacher" if self.kind == "distill" else f"takes no loss.teacher={self.teacher}"
+            raise UserError(f"loss.kind={self.kind} {reason}; set both loss.kind=distill and loss.teacher, or neither")
+        if not 0 <= self.distill_weight < math.inf:
+            raise UserError(f"loss.distill_weight={self.distill_weight} must be a finite number of at least 0")
         if self.hardness and (self.kind != "clip" or self.label_smoothing):
             raise UserError(f"loss.hardness={self.hardness} needs loss.kind=clip without label_smoothing; set it to 0")
         if not 0 <= self.init_scale <= 100:
             raise UserError(f"loss.init_scale={self.init_scale} must lie in (0, 100], or be 0 for the loss's own")
-        if self.init_bias is not None and self.kind == "clip":
+        if self.init_bias is not None and self.kind in ("clip", "distill"):
             raise UserError(f"loss.init_bias={self.init_bias} needs loss.kind=siglip: a bias cancels in a softmax")
         if self.is_own and (self.label_smoothing or self.hardness):
             raise UserError(f"loss.kind={self.kind} takes no label_smoothing and no hardness; set them in your class")
+
+    def check_positives(self, positives: str) -> None:
+        """Check that the loss takes samples with several positives. Raises UserError, unless `positives` is pair."""
+        name = next((name for name in ("label_smoothing", "hardness") if getattr(self, name)), "")
+        if positives != "pair" and (name or self.kind == "distill"):
+            raise UserError(
+                f"data.positives={positives} cannot be combined with loss.{name or 'kind=distill'}; set one of them to "
+                "its default"
+            )
 
     @property
     def is_own(self) -> bool:
@@ -89,8 +160,11 @@ class LossConfig:
         return scale, bias if self.init_bias is None else self.init_bias
 
 
-def build_loss(config: LossConfig) -> Any:
+def build_loss(config: LossConfig, teacher_scale: float = 0.0) -> Any:
     """The loss of this rank, a module that works as `Loss`.
+
+    Args:
+        teacher_scale: factor of the teacher's logits, for a loss with a teacher.
 
     Raises:
         UserError: the user's class cannot be imported or made.
@@ -100,6 +174,9 @@ def build_loss(config: LossConfig) -> Any:
         return ClipLoss(**ranks, label_smoothing=config.label_smoothing, hardness=config.hardness)
     if config.kind == "siglip":
         return SigLipLoss(**ranks, label_smoothing=config.label_smoothing)
+    if config.kind == "distill":
+        smoothing = config.label_smoothing
+        return Distillation(teacher_scale, config.distill_weight, **ranks, label_smoothing=smoothing)
     module, _, name = config.kind.partition(":")
     try:
         own = getattr(importlib.import_module(module), name)

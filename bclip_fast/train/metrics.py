@@ -3,6 +3,8 @@
 A step's line of metrics.jsonl has these keys:
 
     step, epoch, samples, loss, lr, logit_scale
+    samples/NAME                            samples of each dataset so far, if data.shards lists several
+    contrastive_loss, distill_loss          terms of the loss with a teacher
     grad_norm                               before clipping
     shared_positives                        number of pairs with more than one positive, unless data.positives is pair
     samples_per_second, tokens_per_second   over all ranks; the tokens are estimated from those of rank 0

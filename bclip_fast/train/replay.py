@@ -5,7 +5,8 @@
       backends.json             the run's choice of backends
       model.safetensors         the weights before the step, which made no update
       batch-0000.safetensors    the batch of rank 0: N.images (b, S, S, 3) uint8, N.ids (T,) and N.lengths (b,) int64
-                                of its micro-batch N. Each rank has such a file.
+                                of its micro-batch N. Each rank has such a file. A loss with known positives or a
+                                teacher adds N.groups (b,) int64 and N.teacher (b, 2, E) float32.
       state.json                step, loss, gradient norm and share of dropped patches; by rank and micro-batch, the
                                 seed of the random numbers and the keys of the samples. Written last.
 
@@ -38,7 +39,7 @@ from .config import TrainConfig
 from .engine import build_engine
 from .grad_cache import GradCache
 from .init_weights import new_model
-from .losses import build_loss
+from .losses import CONSTANTS, build_loss
 from .resume_rules import Change
 from .spill import SpillBuffer
 
@@ -64,6 +65,7 @@ class Dump:
     batches: micro-batches of this rank, each with the seed of its random numbers.
     model: weights. Only rank 0 needs them.
     changes: changes of the run's settings and libraries at its resumes, see run_folder.py.
+    teacher_scale: factor of the teacher's logits. 0 without a teacher, whose features are in the batches.
     """
 
     config: TrainConfig
@@ -74,6 +76,7 @@ class Dump:
     batches: list[tuple[Batch, int]]
     model: dict[str, Tensor]
     changes: list[dict[str, Any]] = field(default_factory=list)
+    teacher_scale: float = 0.0
 
 
 def write_dump(run: Path, dump: Dump) -> Path:
@@ -91,8 +94,7 @@ def write_dump(run: Path, dump: Dump) -> Path:
     tensors = {}
     for number, (batch, _) in enumerate(dump.batches):
         parts = {"images": batch.images.cpu().contiguous(), "ids": batch.ids, "lengths": torch.tensor(batch.lengths)}
-        if batch.groups is not None:
-            parts["groups"] = batch.groups
+        parts |= {name: rows.cpu() for name in CONSTANTS if (rows := getattr(batch, name)) is not None}
         tensors.update({f"{number}.{name}": tensor for name, tensor in parts.items()})
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -116,6 +118,7 @@ def write_dump(run: Path, dump: Dump) -> Path:
         "loss": repr(dump.loss),
         "grad_norm": repr(dump.grad_norm),
         "patch_dropout": dump.patch_dropout,
+        "teacher_scale": dump.teacher_scale,
         "changes": dump.changes,
         "ranks": [batches for _, batches in all_ranks],
     }
@@ -156,15 +159,15 @@ def read_dump(folder: Path) -> Dump:
         batches = []
         for i, facts in enumerate(state["ranks"][rank]):
             images, ids, lengths = (tensors[f"{i}.{name}"] for name in ("images", "ids", "lengths"))
-            groups = tensors.get(f"{i}.groups")
-            batch = Batch(images, ids, lengths.tolist(), facts["keys"], facts["epoch"], groups=groups)
+            constants: dict[str, Any] = {name: tensors.get(f"{i}.{name}") for name in CONSTANTS}
+            batch = Batch(images, ids, lengths.tolist(), facts["keys"], facts["epoch"], **constants)
             batches.append((batch, facts["seed"]))
         model = load_file(folder / "model.safetensors")
         config = config_files.from_toml(TrainConfig, folder / "config.toml")
         results = float(state["loss"]), float(state["grad_norm"])
-        # An earlier version did not record the changes.
-        changes = state.get("changes", [])
-        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model, changes)
+        # An earlier version recorded neither the changes nor a teacher.
+        rest = state.get("changes", []), state.get("teacher_scale", 0.0)
+        return Dump(config, state["step"], *results, state["patch_dropout"], batches, model, *rest)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             stand_ins.refuse(path)
@@ -193,10 +196,10 @@ def _replay(dump: Dump) -> int:
     model.load_state_dict(dump.model)
     model.visual.patch_dropout = dump.patch_dropout
     engine = build_engine(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
-    loss_fn = build_loss(dump.config.loss)
+    loss_fn = build_loss(dump.config.loss, dump.teacher_scale)
     data = dump.config.data
     spill = SpillBuffer(data.spool_above_mib << 20, data.spool_dir)
-    cache = GradCache(engine, loss_fn, len(dump.batches), spill)
+    cache = GradCache(engine, loss_fn, [len(batch.lengths) for batch, _ in dump.batches], spill)
     for batch, seed in dump.batches:
         cache.add(batch, seed)
     loss = float(cache.loss())

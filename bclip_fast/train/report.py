@@ -6,12 +6,11 @@ config.toml of the run folders. You can write it while a run goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,16 +23,27 @@ from bclip_fast.errors import UserError
 from bclip_fast.html import chart
 from bclip_fast.html.page import environment
 from bclip_fast.io.atomic import write_text
-from bclip_fast.io.runs import EVENTS, METRICS, VALIDATION, VALIDATION_EMA, chance_loss, is_finite, read_metrics
+from bclip_fast.io.runs import (
+    EVENTS,
+    MEMBER_SAMPLES,
+    METRICS,
+    VALIDATION,
+    VALIDATION_EMA,
+    chance_loss,
+    is_finite,
+    read_metrics,
+)
 
 from . import bad_samples
-from .config import TrainConfig
+from .report_settings import flat, settings_rows
 
 log = logging.getLogger(__name__)
 
 # Chart titles by key of metrics.jsonl.
 _CURVES = {
     "loss": "Loss",
+    "contrastive_loss": "Contrastive term of the loss",
+    "distill_loss": "Distillation term of the loss",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
     "grad_norm": "Norm of the gradient",
@@ -42,7 +52,16 @@ _CURVES = {
     "tokens_per_second": "Tokens a second",
     "mfu": "MFU",
 }
-_NOISY = ("loss", "grad_norm", "shared_positives", "samples_per_second", "tokens_per_second", "mfu")
+_NOISY = (
+    "loss",
+    "contrastive_loss",
+    "distill_loss",
+    "grad_norm",
+    "shared_positives",
+    "samples_per_second",
+    "tokens_per_second",
+    "mfu",
+)
 # Parts of a step, in their order.
 _PARTS = ("data_wait", "forward", "loss", "backward", "optimizer")
 # End of the name of a validation metric. Before it stands the direction or the task.
@@ -93,7 +112,7 @@ class Run:
         if not steps:
             raise UserError(f"{folder}: metrics.jsonl holds no step yet")
         validations = [line for line in metrics if "loss" not in line]
-        settings = dict(_flat(read_toml(folder / "config.toml")))
+        settings = dict(flat(read_toml(folder / "config.toml")))
         return cls(name, folder, steps, validations, lines[EVENTS], lines[bad_samples.NAME], settings)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
@@ -130,7 +149,7 @@ def render(runs: list[Run]) -> str:
     """The HTML page."""
     templates = environment()
     templates.filters["seconds"] = _seconds
-    differing, same = _settings(runs)
+    differing, same = settings_rows([run.settings for run in runs])
     return templates.get_template("train.html").render(
         runs=runs,
         facts=[_facts(run) for run in runs],
@@ -171,9 +190,20 @@ def _figures(runs: list[Run]) -> list[dict[str, Any]]:
         ("Steps skipped", lambda run: _count(run.steps[-1].get("skipped"))),
         ("Damaged samples", lambda run: _count(run.steps[-1].get("bad_samples"))),
     ]
+    members = dict.fromkeys(key for run in runs for key in run.steps[-1] if key.startswith(MEMBER_SAMPLES))
+    rows += [
+        (f"Samples of {key.removeprefix(MEMBER_SAMPLES)}", functools.partial(_member_samples, key=key))
+        for key in members
+    ]
     rows += [(_title(key), functools.partial(_last_value, key=key)) for key in _validation_keys(runs)]
     table = [{"name": name, "values": [value(run) for run in runs]} for name, value in rows]
     return [row for row in table if any(value is not None for value in row["values"])]
+
+
+def _member_samples(run: Run, key: str) -> str | None:
+    """The samples of a dataset of a mixture, and their share of the run's."""
+    last = run.steps[-1]
+    return f"{last[key]:,} ({_share(last[key] / last['samples'])})" if key in last else None
 
 
 def _last_value(run: Run, key: str) -> str | None:
@@ -272,34 +302,6 @@ def _event(event: Mapping[str, Any]) -> dict[str, Any]:
     what = _EVENTS.get(event["event"], event["event"])
     reason = f": {event['reason']}" if "reason" in event else ""
     return {"step": event["step"], "time": event.get("time", ""), "what": ", ".join([what, *facts]) + reason}
-
-
-def _settings(runs: list[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of settings that differ between the runs, and the other rows. A single run is compared with the defaults."""
-    # A run writes its model section in full, without a preset.
-    defaults = {key: _text(value) for key, value in _flat(dataclasses.asdict(TrainConfig(preset="")))}
-    columns = [{key: _text(value) for key, value in run.settings.items()} for run in runs]
-    differing: list[dict[str, Any]] = []
-    same: list[dict[str, Any]] = []
-    for name in dict.fromkeys(key for column in columns for key in column):
-        values = [column.get(name, "") for column in columns]
-        differs = values[0] != defaults.get(name, "") if len(runs) == 1 else len(set(values)) > 1 and name != "run"
-        (differing if differs else same).append({"name": name, "values": values})
-    return differing, same
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "" if value is None else str(value)
 
 
 def _title(key: str) -> str:

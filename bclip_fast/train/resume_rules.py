@@ -71,6 +71,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "batch_schedule": FIXED,
         # Other micro-batches have other dropout masks and batch norms.
         "micro_batch_size": ARITHMETIC,
+        "micro_batch_tokens": ARITHMETIC,
         "ema_decay": ARITHMETIC,
         "patch_dropout_until": ARITHMETIC,
         "timeout_s": FREE,
@@ -101,6 +102,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "loss.kind": ARITHMETIC,
         "loss.label_smoothing": ARITHMETIC,
         "loss.hardness": ARITHMETIC,
+        # The content of the teacher is compared, too.
+        "loss.teacher": LISTED,
+        "loss.distill_weight": ARITHMETIC,
         # Written out in the section `model`.
         "loss.init_scale": FREE,
         "loss.init_bias": FREE,
@@ -247,4 +251,6 @@ def _defaults(cls: type) -> dict[str, Any]:
 def _text(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={item}" for name, item in value.items() if item != "")
     return ", ".join(map(_text, value)) or "empty" if isinstance(value, list | tuple) else str(value) or "empty"

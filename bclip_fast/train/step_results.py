@@ -18,10 +18,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.runs import MEMBER_SAMPLES
 
 from .ema import Ema
 from .engine import StepResult
@@ -56,6 +57,7 @@ class PendingStep:
     least_seconds: seconds that the step takes at the device's peak rate. None if the rate is unknown.
     tensors: loss, the scalars of `StepTensors`, and those of `names`.
     names: further keys of the line.
+    member_samples: samples of each dataset of a mixture consumed by the run so far.
     seconds: duration of the step. 0 means that the step ends with the call of `record`.
     """
 
@@ -74,6 +76,7 @@ class PendingStep:
     least_seconds: float | None
     tensors: AsyncRead
     names: tuple[str, ...] = ()
+    member_samples: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     def record(self, loss: float, grad_norm: float, num_skipped: int, more: dict[str, float]) -> dict[str, Any]:
@@ -83,6 +86,7 @@ class PendingStep:
             "step": self.step,
             "epoch": self.epoch,
             "samples": self.samples,
+            **{f"{MEMBER_SAMPLES}{name}": count for name, count in self.member_samples.items()},
             "loss": loss,
             "lr": self.lr,
             **more,

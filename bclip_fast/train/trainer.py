@@ -19,14 +19,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bclip_fast import distributed, pretrained
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.sampler import ShardSampler
-from bclip_fast.data.shards.reader import ShardDataset
-from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.data.shards.mixed import Dataset
+from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
@@ -41,7 +42,7 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import StepResult, build_engine
 from .grad_cache import GradCache
-from .init_weights import init_model, new_model
+from .init_weights import init_model, new_model, training_pixels
 from .losses import build_loss
 from .metrics import MetricsLog
 from .precision import resolve_precision
@@ -53,6 +54,7 @@ from .signals import Signals
 from .spill import SpillBuffer
 from .step_results import PendingStep
 from .step_timer import StepTimer
+from .teacher import teacher_of_run
 from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         if validate is None and (config.validation.every_steps or config.validation.every_epochs):
             validate = validation.build_on_rank0(config)
         tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
+        inputs.count_tokens(config, dataset, tokenizer, sampler)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
     with (
@@ -107,7 +110,7 @@ class _Run(RunLoop):
         config: TrainConfig,
         folder: RunFolder,
         choice: backends.Choice,
-        dataset: ShardDataset,
+        dataset: Dataset,
         sampler: ShardSampler,
         tokenizer: Tokenizer,
         validate: validation.Validate | None,
@@ -119,7 +122,7 @@ class _Run(RunLoop):
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.num_steps = config.max_steps or sampler.num_batches_of(config.epochs)
-        self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
+        self.preprocess = Preprocess(training_pixels(config.model))
         torch.manual_seed(config.seed)
         self.model = model = new_model(config)
         self.best = validation.BestMetric(config.checkpoint.best)
@@ -138,9 +141,12 @@ class _Run(RunLoop):
             # Unlocked layers have no EMA so far.
             grows = any(change.name.startswith("lock_") for change in folder.new_changes)
             self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}, grows)
-        self.loss_fn = build_loss(config.loss)
         device = self.engine.device
-        self.loader = inputs.build_loader(config.data, dataset, sampler, tokenizer, self.preprocess, device)
+        recorded = saved.rest.get("teacher") if saved else None
+        self.teacher = teacher_of_run(config.loss, device, config.engine.precision, recorded)
+        self.loss_fn = build_loss(config.loss, self.teacher.scale if self.teacher else 0.0)
+        arguments = dataset, sampler, tokenizer, self.preprocess, device
+        self.loader = inputs.build_loader(config.data, *arguments, keep_captions=self.teacher is not None)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.validator = validation.Validator(config.model, validate, self.preprocess, tokenizer, self.best)
         self.timer = StepTimer(device)
@@ -218,8 +224,9 @@ class _Run(RunLoop):
         epoch, _ = self.sampler.locate(step)
         rates = config.model.vision.patch_dropout, config.patch_dropout_until
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), *rates)
-        num_parts = self.sampler.num_micro_batches(step)
-        cache = GradCache(self.engine, self.loss_fn, num_parts, self.spill)
+        sizes = self.sampler.micro_batch_sizes(step)
+        num_parts = len(sizes)
+        cache = GradCache(self.engine, self.loss_fn, sizes, self.spill)
         timer.start()
         for part in range(num_parts):
             wait_start = time.perf_counter()
@@ -231,6 +238,8 @@ class _Run(RunLoop):
             timer.skip()
             # The seed depends on (seed, step, micro-batch) and not on the rank. So a resumed run draws the same random
             # numbers, and so do two ranks with half as many micro-batches each.
+            if self.teacher is not None:
+                self.teacher.attach(batch)
             cache.add(batch, step_seed(config.seed, step, distributed.rank() * num_parts + part))
             lengths += batch.lengths
             timer.lap("forward")
@@ -264,6 +273,7 @@ class _Run(RunLoop):
                 least_seconds=self._least_seconds(lengths),
                 tensors=AsyncRead([loss, *outcome.scalars, *cache.scalars.values()]),
                 names=tuple(cache.scalars),
+                member_samples=self.sampler.member_samples(self.step),
             ),
             cache,
         )
@@ -293,7 +303,8 @@ class _Run(RunLoop):
         """Write a dump of the step, which made no update. So the weights are those before the step. Collective."""
         dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
         batches = list(cache.micro_batches())
-        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, self.folder.changes)
+        scale = self.teacher.scale if self.teacher else 0.0
+        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, self.folder.changes, scale)
         path = write_dump(self.folder.path, dump)
         return (
             f"{reason}; lower optim.lr, set optim.grad_clip_norm, set engine.precision=fp32 or raise the limits of the "
@@ -304,7 +315,9 @@ class _Run(RunLoop):
     def _checkpoint(self) -> Callable[[], None]:
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
         ema = self.ema.state() if self.ema is not None else {}
-        rest = {"spikes": self.spikes.state_dict(), "best": self.best.state}
+        rest: dict[str, Any] = {"spikes": self.spikes.state_dict(), "best": self.best.state}
+        if self.teacher is not None:
+            rest["teacher"] = self.teacher.digest
         model_config = run_folder.as_json(self.config.model)
         saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, model_config, rest, ema)
         # Build the model outside the thread, because the random state belongs to the whole process.

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bclip_fast.data.sampler import NUM_FALLBACKS, ShardSampler, permutation
+from bclip_fast.data.order import permutation
+from bclip_fast.data.sampler import NUM_FALLBACKS, ShardSampler
 from bclip_fast.errors import UserError
 
 SHARD_SIZES = [17, 40, 3, 25, 31]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run
 
@@ -27,15 +27,21 @@ from bclip_fast.train.grad_cache import GradCache, embed
 from bclip_fast.train.losses import LossConfig, build_loss
 from bclip_fast.train.trainer import train
 
-GROUPS = torch.arange(NUM_PARTS * ROWS) // 3
-CASES = {
-    "clip": (LossConfig(), None),
+TEACHER_SCALE = 30.0
+GROUPS = {"groups": torch.arange(NUM_PAIRS) // 3}
+TEACHER = {"teacher": F.normalize(torch.randn(NUM_PAIRS, 2, 10, generator=torch.Generator().manual_seed(5)), dim=2)}
+DISTILL = {"kind": "distill", "teacher": "any"}
+# Each loss with the constants of its batches.
+CASES: dict[str, tuple[LossConfig, dict[str, torch.Tensor]]] = {
+    "clip": (LossConfig(), {}),
     "clip groups": (LossConfig(), GROUPS),
-    "clip smoothing": (LossConfig(label_smoothing=0.1), None),
-    "clip hardness": (LossConfig(hardness=2.0), None),
-    "siglip": (LossConfig(kind="siglip"), None),
+    "clip smoothing": (LossConfig(label_smoothing=0.1), {}),
+    "clip hardness": (LossConfig(hardness=2.0), {}),
+    "siglip": (LossConfig(kind="siglip"), {}),
     "siglip groups": (LossConfig(kind="siglip"), GROUPS),
-    "own": (LossConfig(kind="test_losses:Margin"), None),
+    "distill": (LossConfig(**DISTILL, distill_weight=0.5), TEACHER),
+    "distill smoothing": (LossConfig(**DISTILL, label_smoothing=0.1), TEACHER),
+    "own": (LossConfig(kind="test_losses:Margin"), {}),
 }
 
 
@@ -51,42 +57,45 @@ def make(loss: LossConfig, config: Any) -> Any:
     sizes = tiny_model(dropout=0.1)
     scale, bias = loss.initial_logits(sizes.init_logit_scale, sizes.init_logit_bias)
     model = BiomedClip(dataclasses.replace(sizes, init_logit_scale=scale, init_logit_bias=bias))
-    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model.train(), config, OPTIM, NUM_PAIRS)
 
 
-def batches(groups: torch.Tensor | None) -> list[tuple[Any, int]]:
-    parts = [(batch, seed) for batch, seed in micro_batches()]
-    if groups is None:
-        return parts
+def batches(constants: dict[str, torch.Tensor]) -> list[tuple[Any, int]]:
+    parts = {name: rows.split(list(SIZES)) for name, rows in constants.items()}
     return [
-        (dataclasses.replace(batch, groups=rows), seed)
-        for (batch, seed), rows in zip(parts, groups.split(ROWS), strict=True)
+        (dataclasses.replace(batch, **{name: rows[number] for name, rows in parts.items()}), seed)
+        for number, (batch, seed) in enumerate(micro_batches())
     ]
 
 
-def definition(loss: LossConfig, groups: torch.Tensor | None, features: Any) -> torch.Tensor:
+def definition(loss: LossConfig, constants: dict[str, torch.Tensor], features: Any) -> torch.Tensor:
     """The loss of dense logits, in float64."""
     image, text, scale, bias = (None if each is None else each.double() for each in features)
     logits = scale * image @ text.T
-    count = len(logits)
+    count, groups = len(logits), constants.get("groups")
     same = torch.eye(count).double() if groups is None else (groups[:, None] == groups).double()
     if loss.kind == "siglip":
         return -F.logsigmoid((2 * same - 1) * (logits + bias)).sum() / count
-    if loss.kind != "clip":
+    if loss.is_own:
         logits = 2 * logits
     if loss.hardness:
         logits = logits + (1 - same) * loss.hardness * (image @ text.T).detach()
     targets = same / same.sum(1, keepdim=True)
     targets = (1 - loss.label_smoothing) * targets + loss.label_smoothing / count
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    contrastive = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    if loss.kind != "distill":
+        return contrastive
+    teacher = TEACHER_SCALE * constants["teacher"][:, 0].double() @ constants["teacher"][:, 1].double().T
+    distill = F.cross_entropy(logits, teacher.softmax(1)) + F.cross_entropy(logits.T, teacher.T.softmax(1))
+    return contrastive + loss.distill_weight * distill / 2
 
 
 def whole_batch(name: str) -> dict[str, Any]:
-    loss, groups = CASES[name]
+    loss, constants = CASES[name]
     engine = make(loss, ENGINES["ddp"])
     parts = [embed(engine, *part) for part in micro_batches()]
     features = [torch.cat([part[i] for part in parts]) for i in (0, 1)]
-    value = definition(loss, groups, [*features, *parts[0][2:]])
+    value = definition(loss, constants, [*features, *parts[0][2:]])
     engine.backward(value.float())
     result = engine.step(OPTIM.lr)
     return {"loss": float(value.detach()), "grad_norm": result.grad_norm, "weights": engine.model_state()}
@@ -95,14 +104,16 @@ def whole_batch(name: str) -> dict[str, Any]:
 def cached_steps(rank: int, num_ranks: int) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = str(rank)
     results = {}
-    for name, (loss, groups) in CASES.items():
+    for name, (loss, constants) in CASES.items():
         # Each loss with one engine, and the sigmoid loss, whose bias has a gradient of its own, with all of them.
         engines = ENGINES if name == "siglip groups" else {"ddp": ENGINES["ddp"]}
         for engine_name, config in engines.items():
             engine = make(loss, config)
             share = NUM_PARTS // num_ranks
-            cached = GradCache(engine, build_loss(loss), share, spill_buffer())
-            for part in batches(groups)[rank * share : (rank + 1) * share]:
+            cached = GradCache(
+                engine, build_loss(loss, TEACHER_SCALE), SIZES[rank * share : (rank + 1) * share], spill_buffer()
+            )
+            for part in batches(constants)[rank * share : (rank + 1) * share]:
                 cached.add(*part)
             value = float(cached.loss())
             cached.backward()
@@ -126,7 +137,7 @@ def test_cached_step_of_each_loss_is_that_of_the_whole_batch(num_ranks):
         assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5), (name, engine)
         for key, weight in expected["weights"].items():
             torch.testing.assert_close(result["weights"][key], weight, rtol=0, atol=2e-5, msg=f"{name} {engine} {key}")
-        assert result["shared"] == (None if CASES[name][1] is None else NUM_PARTS * ROWS)
+        assert result["shared"] == (NUM_PAIRS if "groups" in CASES[name][1] else None)
 
 
 def test_siglip_starts_with_the_scale_and_bias_of_its_paper(tmp_path, shards):
@@ -160,7 +171,7 @@ def test_runs_count_the_pairs_with_several_positives_and_resume(tmp_path, shards
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "focal"}, "loss.kind=focal must be clip, siglip or module:Class"),
+        ({"kind": "focal"}, "loss.kind=focal must be clip, siglip, distill or module:Class"),
         ({"kind": "siglip", "hardness": 1.0}, "needs loss.kind=clip"),
         ({"label_smoothing": 2.0}, "must lie in"),
         ({"init_bias": -10.0}, "needs loss.kind=siglip"),

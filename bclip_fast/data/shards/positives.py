@@ -14,6 +14,7 @@ import numpy as np
 from bclip_fast.data.storage import LocalStorage
 from bclip_fast.errors import UserError
 
+from .mixed import Dataset, MixedDataset
 from .reader import ShardDataset
 
 MANIFEST = "manifest.parquet"
@@ -30,8 +31,10 @@ KINDS: dict[str, tuple[str, ...]] = {
 _PLACE = ("key", "split", "shard", "position")
 
 
-def group_ids(dataset: ShardDataset, kind: str) -> np.ndarray | None:
+def group_ids(dataset: Dataset, kind: str) -> np.ndarray | None:
     """The group of each sample of `dataset`, (samples,) int64. Samples of one group are positives of one another.
+
+    Samples of different datasets of a mixture are in different groups.
 
     Args:
         kind: which samples belong together.
@@ -47,6 +50,19 @@ def group_ids(dataset: ShardDataset, kind: str) -> np.ndarray | None:
     """
     if not KINDS[kind]:
         return None
+    if isinstance(dataset, MixedDataset):
+        parts = []
+        for name, member, start in zip(dataset.names, dataset.members, dataset.starts, strict=False):
+            try:
+                parts.append(start + _groups_of(member, kind))
+            except UserError as error:
+                raise type(error)(f"dataset {name}: {error}") from None
+        return np.concatenate(parts)
+    return _groups_of(dataset, kind)
+
+
+def _groups_of(dataset: ShardDataset, kind: str) -> np.ndarray:
+    """The group of each sample of one dataset."""
     table = _read_manifest(dataset, kind)
     places = _places(dataset, table)
     groups = np.arange(len(dataset))

@@ -171,6 +171,11 @@ class ShardDataset:
         except ValueError as error:
             raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
 
+    @property
+    def active_reads(self) -> list[tuple[str, float]]:
+        """(file and bytes, start time) of each read in progress, for messages."""
+        return list(self.storage.active_reads.values())
+
     def fetch(self, indices: Sequence[int]) -> Callable[[], list[Sample | BadSample]]:
         """Start to read samples. Return a function that waits for them and returns them.
 
@@ -223,6 +228,10 @@ class ShardDataset:
         """Return sample i's key and the file name of its shard. Only reads the index."""
         number, position = self._locate(i)
         return self._keys(number)[position], self._name(number)
+
+    def root_of(self, i: int) -> str:
+        """Return the path of the dataset that has sample i."""
+        return self.root
 
     def caption_bytes(self, i: int) -> int:
         """Return the size of sample i's caption. Only reads the index."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from bclip_fast.data.sources import Source
 from bclip_fast.data.splits import check_whole
 from bclip_fast.errors import UserError
 
@@ -47,10 +48,13 @@ def image_name(data: EvalDataset, i: int) -> str:
     return name
 
 
-def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: str = "", name: str = "") -> EvalDataset:
+def open_dataset(
+    path: str | tuple[Source, ...], split: str, reader: str = "auto", *, download_url: str = "", name: str = ""
+) -> EvalDataset:
     """Open the data at `path`: a folder of shards or its URL, a .csv, an .npz, or a folder with one folder per class.
 
     Args:
+        path: path or URL. Or several datasets of shards: the data are all that have the split, without their weights.
         reader: one of `READERS`. `auto` chooses by the files. `pictures` takes all images of a folder without labels.
         download_url: source of the public data set, for error messages.
         name: name of the task. It selects the data if one folder holds those of several tasks.
@@ -68,7 +72,7 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: s
     from .shards import ShardEvalDataset
     from .table import SUFFIXES, CsvDataset
 
-    if "://" in str(path):
+    if isinstance(path, tuple) or "://" in str(path):
         return ShardEvalDataset(path, split)
     location = Path(path)
     source = f"; get it from {download_url}" if download_url else ""
@@ -95,7 +99,7 @@ def open_dataset(path: str, split: str, reader: str = "auto", *, download_url: s
             raise UserError(f"data {path} is a file but not a .csv; pass a folder or a CSV with columns path,label")
         return CsvDataset(location, split)
     if (location / "dataset.json").is_file():
-        return ShardEvalDataset(location, split)
+        return ShardEvalDataset(path, split)
     try:
         return _open_folder(location, split)
     except UserError as error:

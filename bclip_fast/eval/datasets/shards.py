@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from bclip_fast.data.shards.format import Sample, read_description
+from bclip_fast.data.shards.mixed import Dataset, MixedDataset
 from bclip_fast.data.shards.reader import BadSample, ShardDataset
-from bclip_fast.data.splits import resolve
+from bclip_fast.data.sources import Source
+from bclip_fast.data.splits import MissingSplit, resolve
 from bclip_fast.data.storage import open_storage
 from bclip_fast.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _NUM_PROBED = 256
 
@@ -25,13 +31,12 @@ class ShardEvalDataset:
     `labels` give an empty value for it.
     """
 
-    def __init__(self, root: Path | str, split: str) -> None:
-        """root: folder or URL. Raises UserError if the split is empty."""
-        names = sorted(read_description(open_storage(root))["splits"])
-        self._shards = ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
+    def __init__(self, data: Path | str | tuple[Source, ...], split: str) -> None:
+        """data: folder or URL, or several of them, as in `open_dataset`. Raises UserError if the split is empty."""
+        self._shards = _open_list(data, split) if isinstance(data, tuple) else _open(data, split)
         if not len(self._shards):
-            raise UserError(f"data {root} has no sample in split {split!r}")
-        self.path = str(root)
+            raise UserError(f"data {self._shards.root} has no sample in split {split!r}")
+        self.path = self._shards.root
         self.split = self._shards.split
         self.fingerprint = self._shards.fingerprint
         self._left_out: set[int] = set()
@@ -86,3 +91,29 @@ class ShardEvalDataset:
             return self._shards[i]
         except BadSample:
             return None
+
+
+def _open(root: Path | str, split: str) -> ShardDataset:
+    names = sorted(read_description(open_storage(root))["splits"])
+    return ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
+
+
+def _open_list(sources: tuple[Source, ...], split: str) -> Dataset:
+    """Open the datasets that have the split. A dataset whose weight is 0 isn't used."""
+    members: dict[Source, ShardDataset] = {}
+    missing: dict[str, MissingSplit] = {}
+    for source in sources:
+        if not source.amount:
+            continue
+        try:
+            members[dataclasses.replace(source, weight=None, epochs=None)] = _open(source.path, split)
+        except MissingSplit as error:
+            missing[source.name] = error
+        except UserError as error:
+            raise type(error)(f"dataset {source.name}: {error}") from None
+    if not members:
+        raise next(iter(missing.values()))
+    if missing:
+        names = [source.name for source in members]
+        log.info("split %s is that of %s; without it: %s", split, ", ".join(names), ", ".join(missing))
+    return MixedDataset(list(members), list(members.values())) if len(members) > 1 else next(iter(members.values()))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast.config import read_toml
+from bclip_fast.data.sources import Source
 from bclip_fast.errors import UserError
 from bclip_fast.eval.prompts import PromptSet, read_prompts
 
@@ -73,8 +74,10 @@ class Task:
     prompts: PromptSet | None = None
     published: tuple[PublishedScore, ...] = ()
 
-    def resolve_data_dir(self, data: str) -> str:
+    def resolve_data_dir(self, data: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
         """Return the path of the task's data: `data`/folder if that folder exists, else `data`."""
+        if isinstance(data, tuple):
+            return data
         subfolder = Path(data) / self.folder
         return str(subfolder) if self.folder and subfolder.is_dir() else data
 
