@@ -2,6 +2,8 @@
 # make test: set everything up, lint and run the tests, in at most 6 minutes of test time on 2 cores.
 # make test-all: the same in random order, with the tests marked long (full products of options, many kills).
 # make test-avx2, make test-portable, make test-arm64: test the operators as on simpler processors.
+# make docs: build the documentation as a site, build/docs/html. It needs neither torch nor a compiler.
+# make readme: write README's numbers and figure, and the notebook of examples/, from benchmarks/results.
 # make gpu: build, measure and test the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
 # make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in 2 to 3 minutes.
 #
@@ -16,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compile while packages download, and lint while tests run.
 MAKEFLAGS += -j2
 
-.PHONY: quickstart test test-all lint pytest pytest-all bench gpu gpu-rehearsal clean
+.PHONY: docs readme quickstart test test-all lint pytest pytest-all bench gpu gpu-rehearsal clean
 
 quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
@@ -41,6 +43,24 @@ lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_prose.py --summary
+
+# The tools are in a folder of their own, because the site needs nothing else. Warnings are errors.
+DOCS := build/docs
+DOCS_BIN := $(DOCS)/venv/bin
+
+docs: $(DOCS)/venv/docs.done
+	$(DOCS_BIN)/python -m docs.generate site $(DOCS)/source
+	$(DOCS_BIN)/python -m sphinx -q -W --keep-going -c docs $(DOCS)/source $(DOCS)/html
+	@echo "open $(DOCS)/html/index.html"
+
+readme: $(DOCS)/venv/docs.done
+	$(DOCS_BIN)/python -m docs.generate readme
+
+# The requirements of the extra docs, which are one line of pyproject.toml, without the package.
+$(DOCS)/venv/docs.done: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)/venv
+	$(DOCS_BIN)/pip install -q $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
+	@touch $@
 
 bench: $(VENV)/dev.done
 	$(BIN)/bclip bench all
