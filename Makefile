@@ -4,11 +4,13 @@
 # make test-avx2, make test-portable, make test-arm64: test the operators as on simpler processors.
 # make test-pure: test the package without compiled modules, as on macOS, on Windows and without a compiler.
 # make dist: the sdist and the wheel without compiled modules. make wheels: wheels with them, in Docker.
+# make docs: build the documentation as a site, build/docs/html. It needs neither torch nor a compiler.
+# make readme: write README's numbers and figure, and the notebook of examples/, from benchmarks/results.
 # make gpu: build, measure and test the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
 # make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in 2 to 3 minutes.
 #
-# Variables: PYTHON (python3), TORCH and TORCHVISION (the requirements installed first), ARGS (passed to bclip quickstart, to pytest or to
-# benchmarks.gpu), OUT (folder of the results of make gpu).
+# Variables: PYTHON (python3), TORCH and TORCHVISION (the requirements installed first), ARGS (passed to bclip
+# quickstart, to pytest or to benchmarks.gpu), OUT (folder of the results of make gpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
@@ -19,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compile while packages download, and lint while tests run.
 MAKEFLAGS += -j2
 
-.PHONY: quickstart test test-all test-pure lint pytest pytest-all bench dist wheels gpu gpu-rehearsal clean
+.PHONY: quickstart test test-all test-pure lint pytest pytest-all docs readme bench dist wheels gpu gpu-rehearsal clean
 
 quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
@@ -44,6 +46,24 @@ lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_prose.py --summary
+
+# The tools are in a folder of their own, because the site needs nothing else. Warnings are errors.
+DOCS := build/docs
+DOCS_BIN := $(DOCS)/venv/bin
+
+docs: $(DOCS)/venv/docs.done
+	$(DOCS_BIN)/python -m docs.generate site $(DOCS)/source
+	$(DOCS_BIN)/python -m sphinx -q -W --keep-going -c docs $(DOCS)/source $(DOCS)/html
+	@echo "open $(DOCS)/html/index.html"
+
+readme: $(DOCS)/venv/docs.done
+	$(DOCS_BIN)/python -m docs.generate readme
+
+# The requirements of the extra docs, which are one line of pyproject.toml, without the package.
+$(DOCS)/venv/docs.done: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)/venv
+	$(DOCS_BIN)/pip install -q $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
+	@touch $@
 
 bench: $(VENV)/dev.done
 	$(BIN)/bclip bench all
