@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from .samples import samples_of
 from .types import Plan, largest_stage
 
 
+@dataclass(frozen=True)
+class PlanCommand(TrainConfig):
+    """The configuration of a pretraining run, and how to print its plan."""
+
+    json: bool = False
+    """Print the plan as JSON: bytes, operations and seconds by part. The exit status is 2 if the run does not fit."""
+
+
 def run(config: TrainConfig) -> Plan:
     """Print the plan of a run.
 
@@ -26,9 +35,29 @@ def run(config: TrainConfig) -> Plan:
     """
     config = config.resolved()
     plan = build_plan(config, samples_of(config), cluster_of(config.cluster))
-    show(config, plan)
+    if isinstance(config, PlanCommand) and config.json:
+        print(json.dumps(as_json(plan)))
+    else:
+        show(config, plan)
     check_fits(config, plan)
     return plan
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as the values of a JSON file. Its keys are the fields of `Plan` and `Stage`."""
+    sums = {"peak": plan.peak, "host_peak": plan.host_peak, "hours": plan.hours}
+    stages = [{**asdict(stage), "hours": stage.hours} for stage in plan.stages]
+    cluster = {"ranks": plan.cluster.ranks, "nodes": plan.cluster.nodes, "device": plan.cluster.device.name}
+    return {
+        **sums,
+        "parameters": dict(plan.parameters),
+        "samples": {"count": plan.samples.count, "source": plan.samples.source},
+        "cluster": cluster,
+        "stages": stages,
+        "memory": plan.memory,
+        "host": plan.host,
+        "rates": plan.rates,
+    }
 
 
 def train(config: TrainConfig) -> Path:
@@ -129,6 +158,7 @@ def _heading(config: TrainConfig, plan: Plan) -> str:
     seen = sum(stage.num_steps * stage.batch_size for stage in plan.stages)
     time = "unknown" if plan.hours is None else f"{plan.hours:,.1f} h, {plan.hours * cluster.ranks:,.0f} device-hours"
     holes = " (holes of the heap not counted)" if cluster.cpu else ""
+    lines = [] if not config.loss.teacher else [_teacher_line(config, plan)]
     return "\n".join(
         [
             f"World       {cluster.ranks} rank(s) on {cluster.nodes} node(s), {cluster.device.name}, "
@@ -136,10 +166,20 @@ def _heading(config: TrainConfig, plan: Plan) -> str:
             f"Precision   {precision}",
             f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
             f"Parameters  {towers}; trained {counts['trained']:,}",
+            *lines,
             f"Length      {steps:,} steps, {seen:,} pairs seen",
             f"Time        {time}; {plan.rates}; links by data sheet, without waits",
         ]
     )
+
+
+def _teacher_line(config: TrainConfig, plan: Plan) -> str:
+    teacher, count = plan.teacher, plan.samples.count
+    cost = f"{config.loss.teacher}, {teacher.width} features, {teacher.flops / 1e9:,.3g} GFLOP a pair"
+    if teacher.is_cached:
+        disk, flops = _size(count * teacher.cache_bytes), count * teacher.flops / 1e12
+        return f"Teacher     {cost}; {flops:,.0f} TFLOP before the first step, {disk} in the run folder"
+    return f"Teacher     {cost} in each step; loss.teacher_cache embeds each sample only once"
 
 
 def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
