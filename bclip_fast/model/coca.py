@@ -31,7 +31,7 @@ from .transformer import (
 )
 
 NORM_EPS = 1e-5
-# open_clip's decoder has this ratio whatever its configuration says.
+# open_clip's decoder always has this ratio. It ignores mlp_ratio in multimodal_cfg.
 MLP_RATIO = 4.0
 # The logits of so many numbers exist at a time: 128 MiB in float32.
 _MAX_LOGITS = 1 << 25

@@ -25,8 +25,9 @@ def dense_attention(
 class CrossProjection(nn.Module):
     """The projections of one sequence to queries and of another to keys and values.
 
-    Its parameters are those of torch's MultiheadAttention: `weight` (3 D, D) if both sequences have the width D, and
-    otherwise `query_weight` (D, D) and `key_value_weight` (2 D, context width). `bias` is (3 D,).
+    Its parameters are those of torch's MultiheadAttention. If both sequences have the width D, they are `weight`
+    (3 D, D) and `bias` (3 D,). Otherwise, `query_weight` (D, D) and `key_value_weight` (2 D, context width) replace
+    `weight`.
     """
 
     def __init__(self, width: int, context_width: int) -> None:

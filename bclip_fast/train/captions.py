@@ -1,9 +1,9 @@
 """The caption part of CoCa's loss over the global batch (Yu et al. 2022, arXiv 2205.01917, equations 3 and 4).
 
 It is the mean cross-entropy of all predicted tokens of the global batch. These are the tokens after a caption's first
-one, without padding. Every token counts the same, whichever rank and micro-batch has it, so the loss doesn't depend on
-the number of ranks. open_clip averages over the tokens of each rank and then over ranks. The two losses are equal if
-every rank has equally many tokens.
+one, without padding. Every token counts the same, whichever rank and micro-batch has it. The loss therefore doesn't
+depend on the number of ranks. In open_clip, each rank averages over its tokens, and the ranks average their losses.
+Both definitions are equal if every rank has equally many tokens.
 """
 
 from __future__ import annotations

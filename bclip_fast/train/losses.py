@@ -104,8 +104,8 @@ class LossConfig:
     kind: str = "clip"
     """clip: the softmax loss of CLIP. siglip: the sigmoid loss, in which each pair is a separate decision. distill: the
     softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. coca: the softmax loss and the
-    cross-entropy of a caption decoder, which needs a model with decoder.layers. For your own class, write
-    module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
+    cross-entropy of a caption decoder (section model.decoder). For your own class, write module:Class. It gets rank and
+    world_size and works like bclip_fast.ClipLoss."""
     label_smoothing: float = 0.0
     """Share of the targets that goes to all pairs alike, within 0 and 1."""
     hardness: float = 0.0

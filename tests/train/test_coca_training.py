@@ -37,6 +37,7 @@ from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import Engine, build_engine
 from bclip_fast.train.export import ExportConfig
 from bclip_fast.train.export import run as export
+from bclip_fast.train.finetune_config import FinetuneConfig
 from bclip_fast.train.grad_cache import GradCache, embed_with_captions
 from bclip_fast.train.loss_spikes import SpikeConfig
 from bclip_fast.train.losses import LossConfig, build_loss
@@ -267,6 +268,11 @@ def test_loss_and_model_that_dont_fit_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         train(coca_run(tmp_path / "run", shards, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_finetuning_refuses_coca() -> None:
+    with pytest.raises(UserError, match="loss.kind=coca needs bclip train"):
+        FinetuneConfig(model="run", data="pairs.csv", run="out", loss=LOSS)
 
 
 @pytest.mark.parametrize(("name", "value"), [("caption_loss_weight", 0.0), ("clip_loss_weight", -1.0)])
