@@ -250,7 +250,7 @@ def test_plan_counts_decoder(shards: Path) -> None:
     assert plan.parameters["caption decoder"] == sum(
         weight.numel() for name, weight in BiomedClip(RUN_MODEL).named_parameters() if name.startswith("decoder.")
     )
-    assert plan.stages[0].flops["replay"] > 1.3 * plan.stages[0].flops["forward"]
+    assert plan.stages[0].flops["replay"] > 1.2 * plan.stages[0].flops["forward"]
     assert plan.memory["backward"]["caption decoder's activations"] > 0
 
 
