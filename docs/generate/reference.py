@@ -75,7 +75,7 @@ def commands_page(commands: list[source.Command]) -> str:
     rows = [[f"[`bclip {c.name}`](commands/{slug(c.name)}.md)", c.summary, f"`{c.extra}`"] for c in commands]
     names = "\n".join(f"commands/{slug(command.name)}" for command in commands)
     return (
-        "# Commands\n\n`bclip COMMAND --help` prints the same text as these pages. An extra is installed with\n"
+        "# Commands\n\n`bclip COMMAND --help all` prints the same text as these pages. An extra is installed with\n"
         "`pip install 'bclip_fast[EXTRA]'`.\n\n"
         f"{table(['command', 'purpose', 'extra'], rows)}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"
     )

@@ -205,7 +205,7 @@ def commands_of(path: Path) -> list[str]:
     text = re.sub(r"torchrun .* bclip_fast\.cli ", "bclip ", text.replace("\\\n", " "))
     lines = re.findall(r"(?m)^ {0,8}(bclip .*)$", text)
     # In a|b, both are possible. Another command may follow a semicolon.
-    lines = [re.sub(r"\[[^\]]*\]|\s{2,}#.*|;.*|\s+\.\.\.$|(?<=\w)\|\S+", "", line).strip() for line in lines]
+    lines = [re.sub(r"\[[^\]]*\]|\s{2,}#.*|;.*|\s\.\.\.(?=\s|$)|(?<=\w)\|\S+", "", line).strip() for line in lines]
     return [line for line in lines if re.match(r"bclip [a-z]", line)]
 
 
