@@ -22,6 +22,7 @@ from bclip_fast.ops import image as image_ops
 
 from .batch import BadRecord, Batch
 from .daemon_pool import DaemonPool
+from .image_files import ImageError, is_upright_jpeg, open_image
 from .sampler import ShardSampler
 from .shards.format import Sample
 from .shards.mixed import Dataset
@@ -232,22 +233,34 @@ class Loader:
         reasons: dict[int, str] = {}
         jpegs: list[bytes] = []
         boxes: list[Box] = []
+        others: dict[int, Tensor] = {}
         for row, (number, index, sample) in enumerate(zip(passes, indices, samples, strict=True)):
             jpeg, box = b"", (0, 0, 1, 1)
             try:
                 if isinstance(sample, BadSample):
                     raise sample
+                image = None if is_upright_jpeg(sample.image) else open_image(sample.image).rgb()
                 if self._augment:
-                    height, width = image_ops.peek_size(sample.image)
+                    height, width = image_ops.peek_size(sample.image) if image is None else (image.height, image.width)
                     box = random_resized_crop_box(
                         height, width, self.sampler.seed, number, index, self._crop_scale, self._crop_ratio
                     )
-                jpeg = sample.image
+                if image is None:
+                    jpeg = sample.image
+                else:
+                    others[row] = self._preprocess.to_uint8(image, box if self._augment else None)
+            except ImageError as error:
+                reasons[row] = f"cannot be decoded: {error}"
             except ValueError as error:
                 reasons[row] = str(error)
             jpegs.append(jpeg)
             boxes.append(box)
-        return {**self._decode_jpegs(out, jpegs, boxes if self._augment else None), **reasons}
+        failures = self._decode_jpegs(out, jpegs, boxes if self._augment else None)
+        # DALI and our operator only read JPEG files, so Pillow has decoded the other formats.
+        for row, pixels in others.items():
+            out[row] = pixels
+            failures.pop(row, None)
+        return {**failures, **reasons}
 
     def _decode_jpegs(self, out: Tensor, jpegs: list[bytes], boxes: list[Box] | None) -> dict[int, str]:
         """Decode each JPEG into its row of `out`, (n, size, size, 3) uint8. Return the reason of each failure, by row.

@@ -12,7 +12,9 @@ import numpy as np
 import tyro
 
 from bclip_fast.data.shards import verify as shards
-from bclip_fast.errors import first_line
+from bclip_fast.data.shards.tar_dataset import verify_tars
+from bclip_fast.data.shards.tar_paths import has_tar_files, is_tar_path
+from bclip_fast.errors import UserError, first_line
 from bclip_fast.io import stand_ins
 
 from .duplicates import near_pairs
@@ -23,17 +25,25 @@ from .parts import SPLITS
 class VerifyConfig:
     """Re-read a dataset and list its problems."""
 
-    dataset: tyro.conf.Positional[Path]
-    """Folder that `bclip ingest build` wrote."""
+    dataset: tyro.conf.Positional[str]
+    """Folder that `bclip ingest build` wrote, or tar files in WebDataset's layout: a folder, a file or a pattern."""
+    caption_key: str = ""
+    """Key of the caption in the JSON of tar files in WebDataset's layout. If empty, the caption is the .txt, or without
+    one the JSON's key `caption`."""
     add_checksums: bool = False
     """First add checksums to a dataset of an earlier release, which has none."""
 
 
 def run(config: VerifyConfig) -> int:
     """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
+    is_tar = is_tar_path(config.dataset) or has_tar_files(Path(config.dataset))
+    if config.caption_key and not is_tar:
+        raise UserError(f"caption_key={config.caption_key} is only for tar files of others, not for {config.dataset}")
+    if config.add_checksums and is_tar:
+        raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {config.dataset} is none")
     if config.add_checksums and not shards.add_checksums(config.dataset):
         print(f"{config.dataset}: has checksums already")
-    problems = verify(config.dataset)
+    problems = verify_tars(config.dataset, config.caption_key) if is_tar else verify(Path(config.dataset))
     for problem in problems:
         print(problem)
     print(f"{config.dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
