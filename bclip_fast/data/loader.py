@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,12 +20,15 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
 from .batch import BadRecord, Batch
+from .caption_lengths import within_limit
 from .daemon_pool import DaemonPool
 from .image_files import ImageError, is_upright_jpeg, open_image
+from .pending import Cursor, Part, PendingBatch, cancel_parts
 from .sampler import ShardSampler
 from .shards.format import Sample
 from .shards.mixed import Dataset
 from .shards.reader import BadSample
+from .texts import CaptionWeights, TextChoice
 from .transform import Preprocess, random_resized_crop_box
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Loader:
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
+        captions: weights of the kinds of texts. Each epoch draws one text of each sample.
         keep_captions: whether batches have `Batch.captions`.
 
     Raises, from `__next__`, and closes the loader:
@@ -84,6 +87,7 @@ class Loader:
         pin_memory: bool = False,
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
+        captions: CaptionWeights | None = None,
         keep_captions: bool = False,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
@@ -103,13 +107,14 @@ class Loader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._groups = groups
+        self._texts = TextChoice(captions or CaptionWeights(), sampler.seed)
         self._keep_captions = keep_captions
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
         self._planner = DaemonPool(1, "bclip-planner")
-        self._pending: deque[Future[_Pending]] = deque()
-        self._next = (sampler.next_batch, 0)
+        self._pending: deque[Future[PendingBatch]] = deque()
+        self._cursor = Cursor(sampler.next_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -118,11 +123,7 @@ class Loader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._planner.submit(self._start, *self._next))
-            number, micro_batch = self._next[0], self._next[1] + 1
-            self._next = (
-                (number, micro_batch) if micro_batch < self.sampler.num_micro_batches(number) else (number + 1, 0)
-            )
+            self._pending.append(self._planner.submit(self._start, self._cursor))
         deadline = time.monotonic() + self._timeout_s
         pending = self._pending[0]
         try:
@@ -166,7 +167,11 @@ class Loader:
             return "no read is in progress, so decoding or tokenising takes too long"
         return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
 
-    def _start(self, number: int, micro_batch: int) -> _Pending:
+    def _start(self, cursor: Cursor) -> PendingBatch:
+        number, micro_batch = cursor.number, cursor.micro_batch
+        is_last = micro_batch + 1 == self.sampler.num_micro_batches(number)
+        # Only the planner's thread moves the cursor, because it divides the global batch into micro-batches.
+        cursor.number, cursor.micro_batch = (number + 1, 0) if is_last else (number, micro_batch + 1)
         epoch, positions = self.sampler.batch(number, micro_batch)
         indices = [self.sampler.sample(epoch, position) for position in positions]
         images = self._allocate(len(indices), number)
@@ -176,7 +181,7 @@ class Loader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch, micro_batch + 1 == self.sampler.num_micro_batches(number))
+        return PendingBatch(images, parts, epoch, is_last)
 
     def _allocate(self, count: int, number: int) -> Tensor:
         """Memory for `count` images of global batch `number`."""
@@ -190,10 +195,14 @@ class Loader:
         positions: list[int],
         indices: list[int],
         read: Callable[[], list[Sample | BadSample]],
-    ) -> _Part:
-        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback."""
+    ) -> Part:
+        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback.
+
+        With a token budget, the fallback's caption is cut to the length of the damaged sample's.
+        """
         self._check_open()
         samples = read()
+        limits = [self.sampler.caption_limit(epoch, index) for index in indices]
         bad = []
         # Random numbers depend on the pass over the dataset, because a mixture's epoch may have several.
         passes = [self.sampler.pass_number(epoch, position) for position in positions]
@@ -214,10 +223,14 @@ class Loader:
                     "build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        captions = [sample.caption for sample in intact]
-        tokens = self._tokenize(captions)
+        captions = list(map(self._texts.text, passes, indices, intact))
+        tokens, replaced = self._tokenize(captions), {record.position for record in bad}
+        for row, limit in enumerate(limits):
+            if limit is not None:
+                is_fallback = positions[row] in replaced
+                tokens[row] = within_limit(tokens[row], limit, None if is_fallback else intact[row].key)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
+        return Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -290,13 +303,13 @@ class Loader:
         """Continue from `state` and discard prefetched batches. Raises as ShardSampler.load_state_dict does."""
         self.sampler.load_state_dict(state)
         self._drop()
-        self._next = (self.sampler.next_batch, 0)
+        self._cursor = Cursor(self.sampler.next_batch)
 
     def _drop(self) -> None:
         while self._pending:
             plan = self._pending.popleft()
             if not plan.cancel():
-                plan.add_done_callback(_cancel_parts)
+                plan.add_done_callback(cancel_parts)
 
     def close(self, wait_s: float = _CLOSE_S) -> None:
         """End the threads. Leave a stuck thread behind after `wait_s` seconds."""
@@ -316,27 +329,3 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass
-class _Part:
-    keys: list[str]
-    ids: Tensor
-    lengths: list[int]
-    bad: list[BadRecord]
-    indices: list[int]
-    captions: list[str]
-
-
-@dataclass
-class _Pending:
-    images: Tensor
-    parts: list[Future[_Part]]
-    epoch: int
-    last: bool
-
-
-def _cancel_parts(plan: Future[_Pending]) -> None:
-    if not plan.cancelled() and plan.exception() is None:
-        for part in plan.result().parts:
-            part.cancel()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bclip_fast.errors import UserError
-from bclip_fast.io import stand_ins
+from bclip_fast.io import stand_ins, system
 from bclip_fast.io.folders import Listing, is_hidden_path
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ class FileDescriptor:
 
     def __init__(self, path: Path) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | system.O_BINARY)
 
     def __del__(self) -> None:
         if self.number >= 0:
@@ -207,7 +207,7 @@ class LocalStorage(Storage):
         try:
             # Hold the object during the read: without a reference, the descriptor would close if the cache drops it.
             file = self._file(name)
-            return os.pread(file.number, end - start, start)
+            return system.pread(file.number, end - start, start)
         except OSError:
             # On a network file system, the descriptors may have become invalid.
             self._file.cache_clear()
@@ -292,9 +292,8 @@ class RemoteStorage(Storage):
         return {"bytes": facts["size"], **known}
 
     def _find(self, suffix: str) -> list[str]:
-        system = self._connect()
-        base = system._strip_protocol(self._base).rstrip("/")
-        names = [name.partition(f"{base}/")[2] for name in system.find(self._base)]
+        base = str(self._base).strip("/")
+        names = [name.partition(f"{base}/")[2] for name in self._connect().find(self._base)]
         return [name for name in names if name.endswith(suffix) and not is_hidden_path(name)]
 
     def _is_final(self, error: Exception) -> bool:

@@ -36,17 +36,18 @@ class VerifyConfig:
 
 def run(config: VerifyConfig) -> int:
     """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
-    is_tar = is_tar_path(config.dataset) or has_tar_files(Path(config.dataset))
+    dataset = str(config.dataset)
+    is_tar = is_tar_path(dataset) or has_tar_files(Path(dataset))
     if config.caption_key and not is_tar:
-        raise UserError(f"caption_key={config.caption_key} is only for tar files of others, not for {config.dataset}")
+        raise UserError(f"caption_key={config.caption_key} is only for tar files of others, not for {dataset}")
     if config.add_checksums and is_tar:
-        raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {config.dataset} is none")
-    if config.add_checksums and not shards.add_checksums(config.dataset):
-        print(f"{config.dataset}: has checksums already")
-    problems = verify_tars(config.dataset, config.caption_key) if is_tar else verify(Path(config.dataset))
+        raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {dataset} is none")
+    if config.add_checksums and not shards.add_checksums(dataset):
+        print(f"{dataset}: has checksums already")
+    problems = verify_tars(dataset, config.caption_key) if is_tar else verify(Path(dataset))
     for problem in problems:
         print(problem)
-    print(f"{config.dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
+    print(f"{dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
     return int(bool(problems))
 
 

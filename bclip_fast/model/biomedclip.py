@@ -14,7 +14,8 @@ from bclip_fast.errors import UserError
 
 from .packed import Packed
 from .resnet import ResNetTower
-from .text import TextConfig, text_tower
+from .siglip_text import SiglipTextTower
+from .text import BertTower, GptTower, TextConfig
 from .transformer import PreProjection, check_range
 from .vision import VisionConfig, VisionTower
 
@@ -38,6 +39,11 @@ class BiomedClipConfig:
         check_range("embed_dim", self.embed_dim, 1, 16384)
         if self.quick_gelu and self.vision.kind != "clip" and self.text.kind != "gpt":
             raise UserError("quick_gelu=True requires vision.kind clip or text.kind gpt: other towers use exact GELU")
+        if self.vision.kind == "siglip" and self.embed_dim != self.vision.width:
+            raise UserError(
+                f"embed_dim={self.embed_dim} must be vision.width={self.vision.width}, because kind siglip has no "
+                "projection"
+            )
 
 
 class BiomedClip(nn.Module):
@@ -54,7 +60,13 @@ class BiomedClip(nn.Module):
             self.visual = ResNetTower(config.vision, config.embed_dim)
         else:
             self.visual = VisionTower(config.vision, config.embed_dim, config.quick_gelu)
-        self.text = text_tower(config.text, config.embed_dim, config.quick_gelu)
+        self.text: BertTower | GptTower | SiglipTextTower
+        if config.text.kind == "bert":
+            self.text = BertTower(config.text, config.embed_dim)
+        elif config.text.kind == "gpt":
+            self.text = GptTower(config.text, config.embed_dim, config.quick_gelu)
+        else:
+            self.text = SiglipTextTower(config.text, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:

@@ -1,9 +1,9 @@
 """The floating-point operations of a training step, for metrics, plans of runs and benchmarks.
 
 The count covers the matmuls and convolutions that the mathematics needs, with two operations for each multiplication
-and its addition. It covers only real tokens, and in the last layers only the token that is read. MFU stays comparable
-because recomputation, padding, norms and the loss aren't counted. The loss needs 4 * 2 * b * B * D operations: less
-than 1 % of the towers' up to B = 65536.
+and its addition. It covers only real tokens, and in the last layers only the token that is read. Padding counts only
+for a tower that attends to it, such as SigLIP's. MFU stays comparable because recomputation, other padding, norms and
+the loss aren't counted. The loss needs 4 * 2 * b * B * D operations: less than 1 % of the towers' up to B = 65536.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from .biomedclip import BiomedClipConfig
 from .resnet import blocks
+from .text import TextConfig
 from .vision import VisionConfig, num_kept_patches
 
 
@@ -26,13 +27,15 @@ def step_flops(
     """
     vision, text = config.vision, config.text
     forward = forward_flops(config, lengths, patch_dropout)
-    patches = [1 + num_kept_patches(vision.num_patches, patch_dropout)] * len(lengths)
+    tokens = [_image_tokens(vision, patch_dropout)] * len(lengths)
     trainable = list(forward)
     if vision.kind == "resnet":
         trainable[0] = len(lengths) * sum(resnet_flops(vision)[locked[0] :])
     elif locked[0]:
-        trainable[0] = tower_flops(patches, vision.width, 1 + vision.layers - locked[0], vision.mlp_ratio)
+        pool = vision.kind == "siglip"
+        trainable[0] = tower_flops(tokens, vision.width, 1 + vision.layers - locked[0], vision.mlp_ratio, pool=pool)
     if locked[1]:
+        lengths = _text_tokens(text, lengths)
         trainable[1] = tower_flops(lengths, text.width, 1 + text.layers - locked[1], text.mlp_ratio)
     return sum(forward) + 2 * sum(trainable)
 
@@ -40,13 +43,21 @@ def step_flops(
 def forward_flops(config: BiomedClipConfig, lengths: Sequence[int], patch_dropout: float = 0.0) -> tuple[float, float]:
     """FLOPs of the forward pass of the image tower and of the text tower."""
     vision, text = config.vision, config.text
-    text_flops = tower_flops(lengths, text.width, text.layers, text.mlp_ratio)
+    text_flops = tower_flops(_text_tokens(text, lengths), text.width, text.layers, text.mlp_ratio)
     if vision.kind == "resnet":
         return len(lengths) * sum(resnet_flops(vision)), text_flops
-    tokens = 1 + num_kept_patches(vision.num_patches, patch_dropout)
-    image_flops = tower_flops([tokens], vision.width, vision.layers, vision.mlp_ratio)
+    tokens, pool = [_image_tokens(vision, patch_dropout)], vision.kind == "siglip"
+    image_flops = tower_flops(tokens, vision.width, vision.layers, vision.mlp_ratio, pool=pool)
     image_flops += 2 * vision.num_patches * vision.width * 3 * vision.patch_size**2
     return len(lengths) * image_flops, text_flops
+
+
+def _image_tokens(vision: VisionConfig, patch_dropout: float) -> int:
+    return vision.num_tokens - vision.num_patches + num_kept_patches(vision.num_patches, patch_dropout)
+
+
+def _text_tokens(text: TextConfig, lengths: Sequence[int]) -> Sequence[int]:
+    return [text.context_length] * len(lengths) if text.computes_padding else lengths
 
 
 def resnet_flops(config: VisionConfig) -> list[float]:
@@ -65,11 +76,16 @@ def resnet_flops(config: VisionConfig) -> list[float]:
     return groups
 
 
-def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float) -> float:
-    """Forward FLOPs of transformer layers. The last one computes queries, projection and MLP for one token each."""
+def tower_flops(lengths: Sequence[int], width: int, layers: int, mlp_ratio: float, *, pool: bool = False) -> float:
+    """Forward FLOPs of transformer layers. The last one computes queries, projection and MLP for one token each.
+
+    pool: every layer computes all tokens, and an attention pool of the same width follows. Its query is learned.
+    """
     if layers == 0:
         return 0.0
     tokens, squares, rest = sum(lengths), sum(n * n for n in lengths), 2 * width**2 * (2 + 2 * mlp_ratio)
     full_layer = (4 * width**2 + rest) * tokens + 4 * width * squares
     last_layer = 4 * width**2 * tokens + rest * len(lengths) + 4 * width * tokens
+    if pool:
+        return layers * full_layer + last_layer - 2 * width**2 * len(lengths)
     return (layers - 1) * full_layer + last_layer

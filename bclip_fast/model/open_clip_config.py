@@ -12,41 +12,50 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from bclip_fast.errors import UserError
 
 from .biomedclip import BiomedClipConfig
+from .open_clip_sections import CONFIG_FILE, Section, table
 from .text import TextConfig
+from .tokenizer_cleaning import Cleaning
 from .tower_config import (
     PUBMEDBERT,
     TIMM_MODELS,
+    TIMM_SIGLIP_MODELS,
     Json,
     bert_config,
+    exact_mlp_ratio,
     is_pubmedbert,
     read_bert_config,
     read_timm_config,
     timm_config,
+    truncating_mlp_ratio,
 )
 from .transformer import MAX_LAYERS, check_range
 from .vision import VisionConfig
 
-CONFIG_FILE = "open_clip_config.json"
 _PUBMEDBERT_NAMES = {
     f"microsoft/BiomedNLP-{name}-base-uncased-{corpus}"
     for name in ("BiomedBERT", "PubMedBERT")
     for corpus in ("abstract", "abstract-fulltext")
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w-][\w.-]*")
+_TIMM_NAMES = {**TIMM_MODELS, **TIMM_SIGLIP_MODELS}
+_SIGLIP_KEYS = ("no_causal_mask", "proj_bias", "norm_kwargs")
+# The properties of SigLIP's text tower, in open_clip's words.
+_SIGLIP_TEXT: Json = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+_TANH = {"approximate": "tanh"}
 _CLIP_SIZES = ("image_size", "patch_size", "width", "layers", "mlp_ratio")
 
 
-def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, Json]:
+def write(config: BiomedClipConfig, *, published_tokenizer: bool, cleaning: Cleaning = "whitespace") -> dict[str, Json]:
     """Describe the model: relative path -> JSON of each file.
 
     Args:
         published_tokenizer: the vocabulary is PubMedBERT's, so the file may name it by its public name.
+        cleaning: how texts are cleaned before they are tokenized.
     """
     files: dict[str, Json] = {}
     vision = _vision_json(config.vision, files)
@@ -59,10 +68,14 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool) -> dict[str, J
             "hf_pooler_type": "cls_last_hidden_state_pooler",
             "context_length": config.text.context_length,
         }
+        if config.text.attend_padding:
+            text["attend_padding"] = True  # open_clip has no such tower, and refuses this key
     else:
-        text = _gpt_json(config.text, tokenizer_name)
+        text = _own_text_json(config.text, tokenizer_name)
+    if cleaning != "whitespace":
+        text["tokenizer_kwargs"] = {"clean": cleaning}
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
-    if config.text.kind == "gpt":
+    if config.text.kind != "bert":
         model["custom_text"] = True
     if config.quick_gelu:
         model["quick_gelu"] = True
@@ -84,15 +97,15 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
     Raises:
         UserError: a key or value that our towers can't express. The message names it.
     """
-    model = _Section("model_cfg", _table(config, "model_cfg"))
-    vision_section = _Section("vision_cfg", model.take_table("vision_cfg"))
+    model = Section("model_cfg", table(config, "model_cfg"))
+    vision_section = Section("vision_cfg", model.take_table("vision_cfg"))
     timm = "timm_model_name" in vision_section.remaining
     vision = _read_timm_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
-    text_section = _Section("text_cfg", model.take_table("text_cfg"))
+    text_section = Section("text_cfg", model.take_table("text_cfg"))
     if "hf_model_name" in text_section.remaining:
         text = _read_bert(text_section, read_json, hub_json)
     else:
-        text = _read_gpt(text_section)
+        text = _read_own_text(text_section)
     quick_gelu = model.take("quick_gelu", False)
     if not isinstance(quick_gelu, bool):
         raise UserError(f"{CONFIG_FILE}: model_cfg.quick_gelu={quick_gelu!r} must be True or False")
@@ -113,54 +126,25 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
     return result
 
 
+def tokenizer_cleaning(config: Json) -> Cleaning:
+    """How the checkpoint's texts are cleaned before they are tokenized, by open_clip's name.
+
+    Raises:
+        UserError: the file names an unknown cleaning, or has other settings of a tokenizer.
+    """
+    settings = table(table(config, "model_cfg"), "text_cfg").get("tokenizer_kwargs") or {}
+    section = Section("tokenizer_kwargs", table({"tokenizer_kwargs": settings}, "tokenizer_kwargs"))
+    cleaning = section.take("clean", "whitespace")
+    section.finish()
+    if cleaning not in ("whitespace", "canonicalize"):
+        raise UserError(f"{CONFIG_FILE}: tokenizer_kwargs.clean={cleaning!r} must be 'whitespace' or 'canonicalize'")
+    return cleaning
+
+
 def tokenizer_name(config: Json) -> str | None:
     """The hub repository of the tokenizer, if the configuration names one."""
-    name = _table(_table(config, "model_cfg"), "text_cfg").get("hf_tokenizer_name")
+    name = table(table(config, "model_cfg"), "text_cfg").get("hf_tokenizer_name")
     return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
-
-
-class _Section:
-    """A table of the file. Keys that remain when reading finishes are an error, so that no setting is ignored."""
-
-    _REQUIRED = object()
-
-    def __init__(self, name: str, content: Json) -> None:
-        self.name = name
-        self.remaining = dict(content)
-
-    def take(self, key: str, default: Any = _REQUIRED) -> Any:
-        if key not in self.remaining and default is self._REQUIRED:
-            raise UserError(f"{CONFIG_FILE}: {self.name} lacks {key}")
-        return self.remaining.pop(key, default)
-
-    def take_table(self, key: str) -> Json:
-        return _table({key: self.take(key)}, key)
-
-    def take_either(self, key: str, old_key: str, default: Any) -> Any:
-        """Take a key that open_clip renamed in 2.23."""
-        value, old_value = self.take(key, None), self.take(old_key, None)
-        if value is not None and old_value is not None and value != old_value:
-            raise UserError(f"{CONFIG_FILE}: {self.name}.{key}={value!r} contradicts {old_key}={old_value!r}")
-        return next((item for item in (value, old_value) if item is not None), default)
-
-    def expect(self, key: str, *values: Any) -> None:
-        """Take a key whose value must be one of `values`. The first is the meaning of a missing key."""
-        value = self.take(key, values[0])
-        if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
-            supported = " or ".join(repr(value) for value in values)
-            raise UserError(f"{CONFIG_FILE}: {self.name}.{key}={value!r} must be {supported}")
-
-    def finish(self) -> None:
-        if self.remaining:
-            names = ", ".join(sorted(map(str, self.remaining)))
-            raise UserError(f"{CONFIG_FILE}: {self.name} has unsupported keys: {names}")
-
-
-def _table(config: Any, key: str) -> Json:
-    value = config.get(key) if isinstance(config, Mapping) else None
-    if not isinstance(value, dict):
-        raise UserError(f"{CONFIG_FILE}: {key} is missing or isn't a table")
-    return value
 
 
 def _vision_json(config: VisionConfig, files: dict[str, Json]) -> Json:
@@ -171,11 +155,12 @@ def _vision_json(config: VisionConfig, files: dict[str, Json]) -> Json:
         vision = {name: getattr(config, name) for name in _CLIP_SIZES}
         vision["head_width"] = config.width // config.heads
     else:
+        siglip = config.kind == "siglip"
         vision = {
             "timm_model_name": _timm_name(config, files),
             "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
+            "timm_pool": "map" if siglip else "",
+            "timm_proj": "none" if siglip else "linear",
             "image_size": config.image_size,
         }
     if config.patch_dropout:
@@ -186,20 +171,28 @@ def _vision_json(config: VisionConfig, files: dict[str, Json]) -> Json:
 def _timm_name(vision: VisionConfig, files: dict[str, Json]) -> str:
     """timm's name of the tower. If timm has none, add a file that describes it and return the name of its folder."""
     sizes = dataclasses.replace(vision, patch_dropout=0.0)
-    for name, published in TIMM_MODELS.items():
+    for name, published in _TIMM_NAMES.items():
         if published == sizes:
             return name
     files["vision/config.json"] = timm_config(vision)
     return "local-dir:./vision"
 
 
-def _read_timm_vision(section: _Section, read_json: Callable[[str], Json]) -> VisionConfig:
+def _read_timm_vision(section: Section, read_json: Callable[[str], Json]) -> VisionConfig:
     name = section.take("timm_model_name")
     # A missing key means the mean of all patches. Both other values mean the class token, which our tower reads.
     pool = section.take("timm_pool", "avg")
-    if pool not in ("", "token"):
-        raise UserError(f"{CONFIG_FILE}: vision_cfg.timm_pool={pool!r} must be '' or 'token', for the class token")
-    section.expect("timm_proj", "linear")
+    # SigLIP's attention pool ends in the embedding. Without a projection there, open_clip asks timm for none.
+    pooled = pool == "map"
+    if pool not in ("", "token", "map"):
+        raise UserError(
+            f"{CONFIG_FILE}: vision_cfg.timm_pool={pool!r} must be '' or 'token', for the class token, or 'map'"
+        )
+    projection = section.take("timm_proj", "linear")
+    if projection not in (("none",) if pooled else ("linear",)):
+        raise UserError(
+            f"{CONFIG_FILE}: vision_cfg.timm_proj={projection!r} must be {'none' if pooled else 'linear'!r}"
+        )
     section.expect("timm_proj_bias", False)
     section.take("timm_model_pretrained", None)
     section.expect("timm_drop", 0.0)
@@ -212,16 +205,20 @@ def _read_timm_vision(section: _Section, read_json: Callable[[str], Json]) -> Vi
     if name.startswith("local-dir:"):
         path = f"{_inner_folder(name.removeprefix('local-dir:'))}/config.json"
         vision = read_timm_config(read_json(path), path)
-    elif (base_name := name.partition(".")[0]) in TIMM_MODELS:
-        vision = TIMM_MODELS[base_name]
+    elif (base_name := name.partition(".")[0]) in _TIMM_NAMES:
+        vision = _TIMM_NAMES[base_name]
     else:
-        raise UserError(f"{CONFIG_FILE}: timm_model_name={name!r} must be one of {', '.join(TIMM_MODELS)}")
+        raise UserError(f"{CONFIG_FILE}: timm_model_name={name!r} must be one of {', '.join(_TIMM_NAMES)}")
+    if pooled != (vision.kind == "siglip"):
+        raise UserError(
+            f"{CONFIG_FILE}: timm_model_name={name!r} doesn't fit timm_pool={pool!r}; timm's siglip towers have 'map'"
+        )
     if image_size not in (None, vision.image_size):
         raise UserError(f"{CONFIG_FILE}: image_size={image_size!r} must be that of {name}, {vision.image_size}")
     return dataclasses.replace(vision, patch_dropout=patch_dropout)
 
 
-def _read_clip_vision(section: _Section) -> VisionConfig:
+def _read_clip_vision(section: Section) -> VisionConfig:
     """open_clip's own towers with the settings of OpenAI's models. Its ViT's other settings aren't supported."""
     defaults = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "mlp_ratio": 4.0, "patch_dropout": 0.0}
     sizes = {name: section.take(name, default) for name, default in defaults.items()}
@@ -249,13 +246,15 @@ def _bert_name(text: TextConfig, files: dict[str, Json]) -> str:
     return "./text"
 
 
-def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
+def _read_bert(section: Section, read_json: Callable[[str], Json], hub_json: Callable[[str], Json]) -> TextConfig:
     name = section.take("hf_model_name")
     section.take("hf_tokenizer_name", None)
     section.take("hf_model_pretrained", None)
     projection = section.take_either("hf_proj_type", "proj", None)
     pooler = section.take_either("hf_pooler_type", "pooler_type", "cls_pooler")
     context_length = section.take("context_length", 77)
+    attend_padding = section.take("attend_padding", False)
+    section.take("tokenizer_kwargs", None)  # tokenizer_cleaning reads it
     section.expect("output_tokens", False)
     section.finish()
     if pooler != "cls_last_hidden_state_pooler":
@@ -269,45 +268,65 @@ def _read_bert(section: _Section, read_json: Callable[[str], Json], hub_json: Ca
     else:
         path = f"{_inner_folder(name)}/config.json"
         text = read_bert_config(read_json(path), path)
-    return dataclasses.replace(text, context_length=context_length, projection=projection)
+    fields = {"context_length": context_length, "projection": projection, "attend_padding": attend_padding}
+    return dataclasses.replace(text, **fields)
 
 
-def _gpt_json(text: TextConfig, tokenizer_name: str) -> Json:
+def _own_text_json(text: TextConfig, tokenizer_name: str) -> Json:
+    """open_clip's own text transformer."""
     result: Json = {name: getattr(text, name) for name in ("context_length", "vocab_size", "width", "heads", "layers")}
     if text.mlp_ratio != 4.0:
-        result["mlp_ratio"] = text.mlp_ratio
+        result["mlp_ratio"] = truncating_mlp_ratio(text.width, text.mlp_ratio)
     if text.pad_id:
         result["pad_id"] = text.pad_id
     if text.end_id is not None:
         result |= {"pool_type": "eos", "eos_id": text.end_id}
+    if text.kind == "siglip":
+        result |= _SIGLIP_TEXT
+    if text.activation == "gelu_tanh":
+        result["act_kwargs"] = _TANH
     return result | {"hf_tokenizer_name": tokenizer_name}
 
 
-def _read_gpt(section: _Section) -> TextConfig:
+def _read_own_text(section: Section) -> TextConfig:
+    """open_clip's own text transformer: CLIP's, or SigLIP's, which has no causal mask."""
+    siglip = section.remaining.get("no_causal_mask") is True
     pool_type = section.take("pool_type", "argmax")
     end_id = section.take("eos_id", 2)
     section.take("hf_tokenizer_name", None)
-    context_length = section.take("context_length", 77)
+    section.take("tokenizer_kwargs", None)  # tokenizer_cleaning reads it
+    context_length, width = section.take("context_length", 77), section.take("width", 512)
+    mlp_ratio = section.take("mlp_ratio", 4.0)
+    tanh = siglip and section.remaining.get("act_kwargs") is not None
     text = TextConfig(
-        kind="gpt",
+        kind="siglip" if siglip else "gpt",
         context_length=context_length,
         max_positions=context_length,
         vocab_size=section.take("vocab_size", 49408),
-        width=section.take("width", 512),
+        width=width,
         heads=section.take("heads", 8),
         layers=section.take("layers", 12),
-        mlp_ratio=section.take("mlp_ratio", 4.0),
+        mlp_ratio=exact_mlp_ratio(width, mlp_ratio) if siglip else mlp_ratio,
         pad_id=section.take("pad_id", 0),
         end_id=end_id if pool_type == "eos" else None,
         dropout=0.0,
         attention_dropout=0.0,
         projection="linear",
+        activation="gelu_tanh" if tanh else "gelu",
     )
-    if pool_type not in ("argmax", "eos"):
-        raise UserError(f"{CONFIG_FILE}: pool_type={pool_type!r} must be 'argmax' or 'eos'")
+    if siglip:
+        for name, value in (("pool_type", pool_type), *((name, section.take(name, None)) for name in _SIGLIP_KEYS)):
+            if value != _SIGLIP_TEXT[name]:
+                raise UserError(
+                    f"{CONFIG_FILE}: text_cfg.{name}={value!r} must be {_SIGLIP_TEXT[name]!r} with no_causal_mask"
+                )
+        section.expect("act_kwargs", None, _TANH)
+    else:
+        if pool_type not in ("argmax", "eos"):
+            raise UserError(f"{CONFIG_FILE}: pool_type={pool_type!r} must be 'argmax' or 'eos'")
+        section.expect("proj_bias", False)
+        section.expect("no_causal_mask", False)
     section.expect("proj_type", "linear")
-    section.expect("proj_bias", False)
-    section.expect("no_causal_mask", False)
     section.expect("embed_cls", False)
     section.expect("output_tokens", False)
     section.finish()

@@ -57,6 +57,16 @@ def read_checkpoint(path: Path, *, legacy: bool = False) -> State:
     return plain_names(state, str(path))
 
 
+def read_tensor(path: Path) -> Tensor:
+    """Read a file of one floating tensor that torch.save wrote, on the CPU. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    tensor = _read_torch(path, True)
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise UserError(f"checkpoint {path} must hold one tensor of floating-point numbers")
+    return tensor.detach()
+
+
 def plain_names(state: Mapping[str, Tensor], source: str) -> State:
     """Return the tensors under the names that they have in the model itself.
 

@@ -1,6 +1,7 @@
 """The text towers: BERT with BiomedCLIP's projection, and the GPT-style tower of its ablation.
 
-Both compute on packed tokens. Padded ids are packed first, which doesn't change any result.
+Both compute on packed tokens. Padded ids are packed first, which doesn't change any result. SigLIP's tower is in
+siglip_text.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .transformer import (
     PreProjection,
     Sequences,
     Tower,
+    check_activation,
     check_range,
     check_sizes,
     linear_std,
@@ -38,9 +40,9 @@ GPT_NORM_EPS = 1e-5
 class TextConfig:
     """Sizes of the text tower. The defaults are those of PubMedBERT with 256 tokens."""
 
-    kind: Literal["bert", "gpt"] = "bert"
+    kind: Literal["bert", "gpt", "siglip"] = "bert"
     """bert: post-norm layers, bidirectional, reads the first token. gpt: pre-norm layers, causal, reads the end
-    token."""
+    token. siglip: pre-norm layers, bidirectional, attends to the padding, reads the last position."""
     context_length: int = 256
     """Number of tokens to which captions are truncated and padded."""
     vocab_size: int = 30522
@@ -54,7 +56,7 @@ class TextConfig:
     mlp_ratio: float = 4.0
     """Width of the MLP's hidden layer, as a multiple of width."""
     max_positions: int = 512
-    """Number of rows of BERT's position table. The gpt tower has context_length rows."""
+    """Number of rows of BERT's position table. The other towers have context_length rows."""
     dropout: float = 0.1
     """Dropout after bert's embeddings and sublayers, in training."""
     attention_dropout: float = 0.1
@@ -66,11 +68,20 @@ class TextConfig:
     projection: Literal["mlp", "linear"] = "mlp"
     """bert's projection, without biases. mlp: width -> (width + embed_dim) // 2 -> embed_dim with GELU. linear: one
     layer."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the layers: the exact GELU or, for kind siglip only, its approximation by tanh."""
+    attend_padding: bool = False
+    """Pad captions of bert to context_length, and attend to the padding, as PMC-CLIP does. siglip always does."""
 
     def __post_init__(self) -> None:
         check_sizes("text", self.width, self.layers, self.heads, self.mlp_ratio)
-        if self.kind not in ("bert", "gpt"):
-            raise UserError(f"text.kind={self.kind!r} must be bert or gpt")
+        if self.kind not in ("bert", "gpt", "siglip"):
+            raise UserError(f"text.kind={self.kind!r} must be bert, gpt or siglip")
+        check_activation("text", self.activation, self.kind)
+        if not isinstance(self.attend_padding, bool):
+            raise UserError(f"text.attend_padding={self.attend_padding!r} must be True or False")
+        if self.attend_padding and self.kind != "bert":
+            raise UserError(f"text.attend_padding=True applies only to kind bert; text.kind is {self.kind}")
         if self.projection not in ("mlp", "linear"):
             raise UserError(f"text.projection={self.projection!r} must be mlp or linear")
         check_range("text.context_length", self.context_length, 2, MAX_TOKENS)
@@ -86,6 +97,11 @@ class TextConfig:
         for name in ("dropout", "attention_dropout"):
             check_range(f"text.{name}", getattr(self, name), 0.0, 0.99)
 
+    @property
+    def computes_padding(self) -> bool:
+        """Whether the tower computes context_length tokens for every caption."""
+        return self.kind == "siglip" or self.attend_padding
+
 
 def pack(ids: Tensor, kept: Tensor) -> tuple[Packed, Tensor]:
     """Pack the tokens of padded ids (B, L) at which `kept` (B, L) is true. Also return their columns, (T,) int64.
@@ -95,6 +111,14 @@ def pack(ids: Tensor, kept: Tensor) -> tuple[Packed, Tensor]:
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     bounds = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Packed(ids[kept], bounds, ids.shape[1]), columns[kept]
+
+
+def filled(text: Packed | Tensor, config: TextConfig) -> Tensor:
+    """The captions padded with pad_id to context_length: (n, context_length) int64."""
+    if isinstance(text, Packed):
+        ids = text.ids.new_full((len(text.cu_seqlens) - 1, config.context_length), config.pad_id)
+        return ids.index_put((text.owners, text.positions), text.ids)
+    return nn.functional.pad(text, (0, config.context_length - text.shape[1]), value=config.pad_id)
 
 
 class BertTower(Tower):
@@ -155,14 +179,17 @@ class BertTower(Tower):
         """
         if isinstance(text, PreProjection):
             return self.proj(text.states)
-        check_text(text, self.config.max_positions)
+        attend_padding = self.config.attend_padding
+        check_text(text, self.config.context_length if attend_padding else self.config.max_positions)
+        if attend_padding:
+            text = filled(text, self.config)
         if isinstance(text, Packed):
             ids, positions, sequences = text.ids, text.positions, Sequences(text.max_seqlen, text.cu_seqlens)
             first_rows = text.cu_seqlens[:-1].long()
-        elif is_exporting() and not tokens:
+        elif attend_padding or (is_exporting() and not tokens):
             # A graph for export keeps the padding: the number of other tokens isn't a size that it knows.
             columns = torch.arange(text.shape[1], device=text.device).expand_as(text)
-            kept = (text != self.config.pad_id) | (columns == 0)
+            kept = None if attend_padding else (text != self.config.pad_id) | (columns == 0)
             ids, positions, sequences = text.flatten(), columns.flatten(), Sequences(text.shape[1], key_mask=kept)
             first_rows = torch.arange(text.shape[0], device=text.device) * text.shape[1]
         else:
@@ -194,7 +221,8 @@ class GptTower(Tower):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, width))
         self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, quick_gelu) for _ in range(config.layers)
+            PreNormLayer(width, config.heads, config.mlp_ratio, GPT_NORM_EPS, "quick_gelu" if quick_gelu else "gelu")
+            for _ in range(config.layers)
         )
         self.norm = Norm(width, GPT_NORM_EPS)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
@@ -263,8 +291,3 @@ def check_text(text: Packed | Tensor, max_tokens: int) -> None:
             raise UserError(f"a caption has up to {text.max_seqlen} tokens; this model takes {max_tokens}")
     elif text.dim() != 2 or text.shape[1] > max_tokens:
         raise UserError(f"token ids have shape {tuple(text.shape)}; this model takes (batch, up to {max_tokens})")
-
-
-def text_tower(config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> BertTower | GptTower:
-    """Build the tower of the configured kind."""
-    return BertTower(config, embed_dim) if config.kind == "bert" else GptTower(config, embed_dim, quick_gelu)

@@ -1,21 +1,18 @@
 """Token ids from the `tokenizers` library, identical to those of transformers' tokenizers.
 
 open_clip cleans a text before it tokenizes it: ftfy, HTML entities, white space. BiomedCLIP was trained on such text,
-in which curly quotes are straight. `clean` does the same. It changes the ids of 5 to 10 % of the captions of PMC
-articles.
+in which curly quotes are straight. `tokenizer_cleaning` does the same. It changes the ids of 5 to 10 % of the captions
+of PMC articles.
 """
 
 from __future__ import annotations
 
-import html
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import trainers
@@ -27,26 +24,19 @@ from bclip_fast.io.atomic import write_text
 from . import tokenizer_files
 from .packed import Packed
 from .special_tokens import DEFAULTS, SpecialTokens
-
-# ftfy and html don't change printable ASCII without entities, so most captions skip their cost.
-_NEEDS_REPAIR = re.compile(r"[^\t\n\r -~]|&")
-
-
-def clean(text: str) -> str:
-    """Clean a text as open_clip does: ftfy repairs its encoding and quotes, entities are decoded, spaces are single."""
-    if _NEEDS_REPAIR.search(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
+from .tokenizer_cleaning import CLEANERS, Cleaning, clean
 
 
 class Tokenizer:
-    """Converts captions to token ids, padded or packed. `clean` cleans each caption first.
+    """Converts captions to token ids, padded or packed, after cleaning each caption.
 
     Attributes:
         context_length: number of tokens to which captions are truncated and padded.
         vocab_size: number of tokens. Every id is below it.
         pad_id: the id that fills a row after its last token.
         special: the special tokens by their role, such as `pad_token`.
+        cleaning: name of the cleaning in `tokenizer_cleaning.CLEANERS`.
+        has_start: whether captions begin with a start token. SigLIP's have only an end token.
     """
 
     def __init__(
@@ -54,6 +44,7 @@ class Tokenizer:
         fast: FastTokenizer,
         context_length: int = 256,
         special: SpecialTokens | None = None,
+        cleaning: Cleaning = "whitespace",
     ) -> None:
         """special: BERT's by default, as far as the vocabulary has them."""
         self.context_length = _checked_length(context_length)
@@ -66,13 +57,17 @@ class Tokenizer:
         pad = self.special.get("pad_token")
         # CLIP's byte-pair tokenizer doesn't have a padding token, and open_clip fills its rows with 0.
         self.pad_id: int = (fast.token_to_id(pad.content) if pad else 0) or 0
-        if len(fast.encode("").ids) != 2:
+        self.cleaning: Cleaning = cleaning
+        ends = fast.encode("").ids
+        self.has_start = len(ends) == 2
+        if not self.has_start and (len(ends) != 1 or fast.encode("a").ids[-1:] != ends):
             raise UserError("the tokenizer doesn't add start and end tokens; its file needs a post_processor")
 
     def encode(self, texts: list[str], context_length: int | None = None) -> list[list[int]]:
         """Token ids of each text: start, pieces, end. Beyond context_length, the last pieces are dropped."""
         length = _checked_length(context_length or self.context_length)
-        encodings = self.fast.encode_batch_fast([clean(text) for text in texts])
+        cleaned = list(map(CLEANERS[self.cleaning], texts))
+        encodings = self.fast.encode_batch_fast(cleaned)
         return [ids if len(ids) <= length else [*ids[: length - 1], ids[-1]] for ids in (e.ids for e in encodings)]
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
@@ -92,7 +87,9 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str, context_length: int | None = None) -> Tokenizer:
-        """Load a `tokenizer.json` or a BERT's `vocab.txt`, with the settings in its folder (see `tokenizer_files`).
+        """Load a `tokenizer.json`, a BERT's `vocab.txt` or a SigLIP's `spiece.model`, with the settings in its folder.
+
+        `tokenizer_files` describes the settings.
 
         Args:
             context_length: 256 by default, or the settings' limit if that is lower.
@@ -109,11 +106,15 @@ class Tokenizer:
                 f"{path} is made for {files.max_length} tokens (model_max_length of its settings), fewer than the "
                 f"context length {context_length}; set that to {files.max_length}, or correct the settings"
             )
-        return cls(files.fast, context_length, files.special)
+        return cls(files.fast, context_length, files.special, files.cleaning)
 
     def with_context_length(self, context_length: int) -> Tokenizer:
         """Return the same tokenizer with another context length."""
-        return type(self)(self.fast, context_length, self.special)
+        return type(self)(self.fast, context_length, self.special, self.cleaning)
+
+    def with_cleaning(self, cleaning: Cleaning) -> Tokenizer:
+        """Return the same tokenizer with another cleaning of the captions."""
+        return type(self)(self.fast, self.context_length, self.special, cleaning)
 
     @classmethod
     def train(
@@ -154,6 +155,8 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.context_length,
         }
+        if self.cleaning != "whitespace":
+            config["clean"] = self.cleaning
         config |= {
             name: token.content
             for name, token in self.special.items()

@@ -1,7 +1,8 @@
 """The tokenizer that a folder's files describe together: its pipeline and the settings beside it.
 
-`tokenizer.json` holds a complete pipeline, `vocab.txt` only the pieces of a BERT. `tokenizer_config.json`,
-`special_tokens_map.json`, `added_tokens.json` and `config.json` beside them hold settings, as transformers writes them.
+`tokenizer.json` holds a complete pipeline, `vocab.txt` the pieces of a BERT, and `spiece.model` those of a SigLIP.
+`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and `config.json` beside them hold settings, as
+transformers writes them.
 Every setting that changes token ids is applied, or an error names it. This module doesn't import torch.
 """
 
@@ -18,16 +19,18 @@ from bclip_fast.errors import UserError
 from bclip_fast.io import stand_ins
 from bclip_fast.io.json_files import read_object
 
+from .sentencepiece_files import read_sentencepiece
 from .special_tokens import DEFAULTS, SpecialTokens, read_added_tokens, read_special_tokens
+from .tokenizer_cleaning import CLEANERS, Cleaning
 
 Json = dict[str, Any]
 
-PIPELINES = ("tokenizer.json", "vocab.txt")
+SENTENCEPIECE = "spiece.model"
+PIPELINES = ("tokenizer.json", "vocab.txt", SENTENCEPIECE)
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 # Kinds of tokenizers that need another library. Their fast form is a tokenizer.json.
 OTHER_KINDS = {
     "tokenizer.model": "a sentencepiece model",
-    "spiece.model": "a sentencepiece model",
     "sentencepiece.bpe.model": "a sentencepiece model",
     "spm.model": "a sentencepiece model",
     "merges.txt": "the merges of a byte-pair tokenizer",
@@ -63,10 +66,12 @@ class TokenizerFiles:
     special: SpecialTokens
     max_length: int | None
     """Number of tokens of the longest text that the tokenizer was made for. None: no limit."""
+    cleaning: Cleaning = "whitespace"
+    """What happens to a text before the pipeline."""
 
 
 def read(path: Path) -> TokenizerFiles:
-    """Read a `tokenizer.json`, or the `vocab.txt` of a BERT, and the settings in the same folder.
+    """Read a `tokenizer.json`, the `vocab.txt` of a BERT or a `spiece.model`, and the settings in the same folder.
 
     Raises:
         UserError: a file can't be read, two files contradict each other, or a setting isn't supported.
@@ -80,7 +85,12 @@ def read(path: Path) -> TokenizerFiles:
         if config.get(name) not in values:
             raise UserError(f"{path.parent / SETTINGS[0]}: {name}={config[name]!r} isn't supported, only {values[0]!r}")
     class_name = _class_name(config, model)
-    is_bert = class_name in _BERT_CLASSES
+    is_bert, is_siglip = class_name in _BERT_CLASSES, class_name == "SiglipTokenizer"
+    cleaning = config.get("clean", "siglip" if is_siglip else "whitespace")
+    if cleaning not in CLEANERS:
+        raise UserError(f"{path.parent / SETTINGS[0]}: clean={cleaning!r} must be {' or '.join(CLEANERS)}")
+    if is_siglip and not config.pop("do_lower_case", True):
+        raise UserError(f"{path.parent / SETTINGS[0]}: do_lower_case=false isn't supported for {class_name}")
     if path.suffix == ".txt":
         if class_name not in (*_BERT_CLASSES, *_PLAIN_CLASSES, None):
             raise UserError(f"{path} belongs to a {class_name}, not to a BERT; {_CONVERT}")
@@ -88,7 +98,7 @@ def read(path: Path) -> TokenizerFiles:
         fast = _from_vocabulary(path, config, model, special)
     else:
         special = read_special_tokens(path.parent, config, special_map, DEFAULTS if is_bert else {})
-        fast = _from_json(path)
+        fast = read_sentencepiece(path) if path.name == SENTENCEPIECE else _from_json(path)
         _check_normalizer(fast, path, config, is_bert)
     _add_tokens(fast, path, special, read_added_tokens(path.parent, config, added, special))
     if path.suffix != ".txt":
@@ -98,7 +108,7 @@ def read(path: Path) -> TokenizerFiles:
     for name, token in DEFAULTS.items():
         if fast.token_to_id(token.content) is not None:
             special.setdefault(name, token)
-    return TokenizerFiles(fast, special, _max_length(fast, path, config))
+    return TokenizerFiles(fast, special, _max_length(fast, path, config), cleaning)
 
 
 def wordpiece(

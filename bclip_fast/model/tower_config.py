@@ -29,6 +29,32 @@ TIMM_MODELS = {
     for name, grids in _TIMM_GRIDS.items()
     for patch, size in grids
 }
+# SigLIP's towers: (width, layers, heads, width of the MLP), and (patch, image size, tanh's GELU). timm takes the exact
+# GELU for sizes that the first release has, and for all of these sizes in SigLIP 2.
+_SIGLIP_SIZES = {
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "giantopt": (1536, 40, 16, 6144),
+}
+_SIGLIP_GRIDS = {
+    "base": [(32, 256, True), (16, 224, False), (16, 256, False), (16, 384, False), (16, 512, False)],
+    "large": [(16, 256, False), (16, 384, False), (16, 512, True)],
+    "so400m": [(14, 224, False), (14, 378, False), (14, 384, False), (16, 256, True), (16, 384, True), (16, 512, True)],
+    "giantopt": [(16, 256, True), (16, 384, True)],
+}
+TIMM_SIGLIP_MODELS = {
+    f"vit_{name}_patch{patch}_siglip_{size}": VisionConfig(
+        size,
+        patch,
+        *_SIGLIP_SIZES[name][:3],
+        mlp_ratio=_SIGLIP_SIZES[name][3] / _SIGLIP_SIZES[name][0],
+        kind="siglip",
+        activation="gelu_tanh" if tanh else "gelu",
+    )
+    for name, grids in _SIGLIP_GRIDS.items()
+    for patch, size, tanh in grids
+}
 # timm's argument -> our field
 _TIMM_ARGUMENTS = {
     "img_size": "image_size",
@@ -80,15 +106,31 @@ _TIMM_UNREAD = ("num_classes", "weight_init", "fix_init", "strict_img_size", "dy
 _BERT_ASSUMED: Json = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 
 
+def truncating_mlp_ratio(width: int, mlp_ratio: float) -> float:
+    """A ratio from which timm and open_clip, which truncate its product with the width, get the MLP's width."""
+    hidden = mlp_width(width, mlp_ratio)
+    return mlp_ratio if int(width * mlp_ratio) == hidden else (hidden + 0.25) / width
+
+
+def exact_mlp_ratio(width: Any, mlp_ratio: Any) -> float:
+    """The ratio of the MLP's width, which timm and open_clip truncate, to the tower's. Other values stay as they are.
+
+    So one model has one configuration, whether its file has 3.7362 or the quotient.
+    """
+    if isinstance(width, int) and isinstance(mlp_ratio, int | float) and width > 0 and 0 < mlp_ratio <= 64:
+        return int(width * mlp_ratio) / width
+    return mlp_ratio
+
+
 def timm_config(vision: VisionConfig) -> Json:
     """config.json from which timm builds a ViT of these sizes."""
-    arguments = {theirs: getattr(vision, ours) for theirs, ours in _TIMM_ARGUMENTS.items()}
-    hidden = mlp_width(vision.width, vision.mlp_ratio)
-    if int(vision.width * vision.mlp_ratio) != hidden:
-        # timm truncates the product.
-        arguments["mlp_ratio"] = (hidden + 0.25) / vision.width
+    arguments: Json = {theirs: getattr(vision, ours) for theirs, ours in _TIMM_ARGUMENTS.items()}
+    arguments["mlp_ratio"] = truncating_mlp_ratio(vision.width, vision.mlp_ratio)
+    siglip = vision.kind == "siglip"
+    if siglip:
+        arguments["act_layer"] = vision.activation
     return {
-        "architecture": "vit_base_patch16_224",
+        "architecture": "vit_base_patch16_siglip_224" if siglip else "vit_base_patch16_224",
         "model_args": arguments,
         # Without this table timm assumes an older kind of file, which has no arguments.
         "pretrained_cfg": {"input_size": [3, vision.image_size, vision.image_size]},
@@ -102,17 +144,21 @@ def read_timm_config(content: Json, source: str) -> VisionConfig:
         UserError: our ViT can't express it. The message names `source`.
     """
     architecture, arguments = content.get("architecture"), content.get("model_args")
-    if architecture not in TIMM_MODELS:
+    models = {**TIMM_MODELS, **TIMM_SIGLIP_MODELS}
+    if architecture not in models:
         raise UserError(f"{source}: architecture {architecture!r} isn't supported")
     if not isinstance(arguments, dict):
         raise UserError(f"{source}: model_args is missing or isn't a table")
-    unknown = arguments.keys() - _TIMM_ARGUMENTS.keys()
+    names = dict(_TIMM_ARGUMENTS)
+    if architecture in TIMM_SIGLIP_MODELS:
+        names["act_layer"] = "activation"
+    unknown = arguments.keys() - names.keys()
     if unknown:
         raise UserError(f"{source}: model_args has unsupported keys: {', '.join(sorted(unknown))}")
-    fields = {_TIMM_ARGUMENTS[name]: value for name, value in arguments.items()}
-    vision = dataclasses.replace(TIMM_MODELS[architecture], **fields)
+    fields = {names[name]: value for name, value in arguments.items()}
+    vision = dataclasses.replace(models[architecture], **fields)
     hidden = int(vision.width * vision.mlp_ratio)
-    if mlp_width(vision.width, vision.mlp_ratio) != hidden:
+    if mlp_width(vision.width, vision.mlp_ratio) != hidden or vision.kind == "siglip":
         vision = dataclasses.replace(vision, mlp_ratio=hidden / vision.width)
     return vision
 
@@ -124,8 +170,8 @@ def vit_heads(content: Json, source: str) -> int:
         UserError: the file describes another architecture, or has a setting that our ViT lacks.
     """
     if content.get("model_type") == "vit":
-        _refuse_code(content, source)
-        _check_settings(content, _VIT_SETTINGS, source)
+        refuse_code(content, source)
+        check_settings(content, _VIT_SETTINGS, source)
         return content.get("num_attention_heads", 12)
     name = content.get("architecture")
     if name not in TIMM_MODELS:
@@ -136,17 +182,18 @@ def vit_heads(content: Json, source: str) -> int:
     unknown = arguments.keys() - {*_TIMM_ARGUMENTS, *_TIMM_SETTINGS, *_TIMM_UNREAD}
     if unknown:
         raise UserError(f"{source}: model_args has unsupported keys: {', '.join(sorted(unknown))}")
-    _check_settings({**content, **arguments}, _TIMM_SETTINGS, source)
+    check_settings({**content, **arguments}, _TIMM_SETTINGS, source)
     return arguments.get("num_heads", TIMM_MODELS[name].heads)
 
 
-def _check_settings(content: Json, supported: dict[str, tuple[Any, ...]], source: str) -> None:
+def check_settings(content: Json, supported: dict[str, tuple[Any, ...]], source: str) -> None:
+    """Raise UserError if a setting has an unsupported value. The first value is the meaning of a missing key."""
     for name, values in supported.items():
         if content.get(name, values[0]) not in values:
             raise UserError(f"{source}: {name}={content[name]!r} must be {' or '.join(map(repr, values))}")
 
 
-def _refuse_code(content: Json, source: str) -> None:
+def refuse_code(content: Json, source: str) -> None:
     """Raise UserError if the file names its own code for the model: its settings then have another meaning."""
     if content.get("auto_map"):
         raise UserError(f"{source}: auto_map={content['auto_map']!r} names code of the checkpoint, which is never run")
@@ -168,7 +215,7 @@ def read_bert_config(content: Json, source: str) -> TextConfig:
     Raises:
         UserError: our BERT can't express it. The message names `source`.
     """
-    _refuse_code(content, source)
+    refuse_code(content, source)
     for key, value in {**_BERT_FIXED, **_BERT_ASSUMED}.items():
         if content.get(key, value) != value or (key == "model_type" and key not in content):
             raise UserError(f"{source}: {key}={content.get(key)!r} must be {value!r}")

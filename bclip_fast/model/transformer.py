@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -53,6 +55,14 @@ def check_range(name: str, value: float, lowest: float, highest: float) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value <= highest:
         number = "a whole number" if kinds is int else "a number"
         raise UserError(f"{name}={value!r} must be {number} from {lowest:g} to {highest:g}")
+
+
+def check_activation(section: str, activation: str, kind: str) -> None:
+    """Raise UserError unless a tower of this kind can have the activation of its configuration."""
+    if activation not in ("gelu", "gelu_tanh"):
+        raise UserError(f"{section}.activation={activation!r} must be gelu or gelu_tanh")
+    if activation != "gelu" and kind != "siglip":
+        raise UserError(f"{section}.activation={activation!r} requires {section}.kind siglip; {section}.kind is {kind}")
 
 
 def mlp_width(width: int, mlp_ratio: float) -> int:
@@ -231,13 +241,26 @@ def quick_gelu_activation(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-class PreNormLayer(nn.Module):
-    """x + proj(attention(norm1(x))), then x + fc2(gelu(fc1(norm2(x)))): the layer of ViT and GPT."""
+def tanh_gelu_activation(x: Tensor) -> Tensor:
+    """SigLIP's GELU, whose error function is approximated by tanh. It differs from the exact GELU by up to 0.0005."""
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float, quick_gelu: bool = False) -> None:
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": tanh_gelu_activation,
+    "quick_gelu": quick_gelu_activation,
+}
+"""The activations of an MLP by their name in a configuration."""
+
+
+class PreNormLayer(nn.Module):
+    """x + proj(attention(norm1(x))), then x + fc2(activation(fc1(norm2(x)))): the layer of ViT and GPT."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float, activation: str = "gelu") -> None:
         super().__init__()
         self.heads = heads
-        self.activation = quick_gelu_activation if quick_gelu else gelu
+        self.activation = ACTIVATIONS[activation]
         self.norm1 = Norm(width, norm_eps)
         self.qkv = QueryKeyValue(width)
         self.proj = Linear(width, width)

@@ -1,4 +1,5 @@
-"""VisionConfig, and the Vision Transformer: the arithmetic of timm's `vit_*_patch*` with a linear projection.
+"""VisionConfig, and the Vision Transformer: the arithmetic of timm's `vit_*_patch*` with a linear projection, or with
+SigLIP's attention pooling.
 
 The other image tower is in resnet.py.
 """
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from bclip_fast.errors import UserError
 from bclip_fast.ops import linear
-from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD
+from bclip_fast.ops.image import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD
 
+from .attention_pool import MapPool, init_as_big_vision
 from .transformer import (
     MAX_LAYERS,
     MAX_TOKENS,
@@ -26,6 +28,7 @@ from .transformer import (
     PreProjection,
     Sequences,
     Tower,
+    check_activation,
     check_range,
     check_sizes,
     linear_std,
@@ -46,7 +49,8 @@ class VisionConfig:
     image_size: int = 224
     """Side of the square input in pixels."""
     patch_size: int = 16
-    """Side of a patch in pixels. The image size must be a multiple of it."""
+    """Side of a patch in pixels. The image size must be a multiple of it. With kind siglip, it need not be: pixels to
+    the right of the last complete patch and below it aren't read, as 6 of the 384 pixels of SO400M/14."""
     width: int = 768
     """Dimension of the hidden states, a multiple of heads."""
     layers: int = 12
@@ -58,15 +62,19 @@ class VisionConfig:
     patch_dropout: float = 0.0
     """Fraction of the patches dropped in training, in [0, 1) (FLIP, arXiv 2212.00794). Training's
     `patch_dropout_until` ends it."""
-    kind: Literal["vit", "clip", "resnet"] = "vit"
+    kind: Literal["vit", "clip", "resnet", "siglip"] = "vit"
     """vit: timm's plain ViT. clip: OpenAI's ViT, with a norm before the layers and patches without bias. resnet:
-    OpenAI's ResNet."""
+    OpenAI's ResNet. siglip: a ViT without CLS token and without projection. Attention pools its patches."""
     blocks: tuple[int, int, int, int] | None = None
     """Number of bottleneck blocks in each stage, for kind resnet. Their sum is `layers`."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the layers: the exact GELU or, for kind siglip only, its approximation by tanh. transformers
+    computes every SigLIP with gelu_tanh, and open_clip those of the first release with gelu."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("vit", "clip", "resnet"):
-            raise UserError(f"vision.kind={self.kind!r} must be vit, clip or resnet")
+        if self.kind not in ("vit", "clip", "resnet", "siglip"):
+            raise UserError(f"vision.kind={self.kind!r} must be vit, clip, resnet or siglip")
+        check_activation("vision", self.activation, self.kind)
         if self.kind == "resnet":
             self._check_resnet()
         elif self.blocks is not None:
@@ -75,7 +83,7 @@ class VisionConfig:
             check_sizes("vision", self.width, self.layers, self.heads, self.mlp_ratio)
         check_range("vision.patch_size", self.patch_size, 1, 1024)
         check_range("vision.image_size", self.image_size, self.patch_size, 16384)
-        if self.image_size % self.patch_size:
+        if self.image_size % self.patch_size and self.kind != "siglip":
             raise UserError(
                 f"vision.image_size={self.image_size} must be a multiple of vision.patch_size={self.patch_size}"
             )
@@ -105,6 +113,16 @@ class VisionConfig:
     def num_patches(self) -> int:
         """Number of patches of an image, without the CLS token."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of an image: its patches and, except for kind siglip, the CLS token."""
+        return self.num_patches + (self.kind != "siglip")
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """The mean and the standard deviation by which pixels are normalised in training: CLIP's or SigLIP's."""
+        return (SIGLIP_MEAN, SIGLIP_STD) if self.kind == "siglip" else (CLIP_MEAN, CLIP_STD)
 
 
 class Normalization(nn.Module):
@@ -163,11 +181,13 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Embed normalised (B, 3, S, S), or uint8 (B, 3, S, S) or (B, S, S, 3) -> (B, patches, width), row by row.
 
-        The result has the wider dtype of the matmul and the bias.
+        Pixels beyond the last complete patch aren't read. The result has the wider dtype of the matmul and the bias.
         """
         weight: Tensor = self.weight
         bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
         side = weight.shape[-1]
+        used = image.shape[2] // side * side
+        image = image[:, :, :used, :used] if image.shape[1] == 3 else image[:, :used, :used]
         if image.dtype == torch.uint8:
             scaled = weight.float() / self.normalization.std
             bias = bias + (scaled * (128 / 255 - self.normalization.mean)).sum((1, 2, 3)).to(bias.dtype)
@@ -189,8 +209,13 @@ class PatchEmbed(nn.Module):
 class VisionTower(Tower):
     """Patches, CLS token, learned positions, pre-norm layers, final norm, and the CLS token's projection without bias.
 
+    A tower of kind siglip has no CLS token. Attention pools the tokens instead, and nothing projects the result.
+
     quick_gelu: use OpenAI's approximate GELU in the layers of kind clip.
     """
+
+    cls_token: nn.Parameter | None
+    head: nn.Module
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
         super().__init__()
@@ -198,17 +223,18 @@ class VisionTower(Tower):
         self.patch_dropout = config.patch_dropout
         self.cuda_graphs = False
         width = config.width
-        clip = config.kind == "clip"
+        clip, siglip = config.kind == "clip", config.kind == "siglip"
         eps = CLIP_NORM_EPS if clip else NORM_EPS
+        activation = "quick_gelu" if quick_gelu and clip else config.activation
         self.patch_embed = PatchEmbed(width, config.patch_size, bias=not clip)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, width))
-        self.layers = nn.ModuleList(
-            PreNormLayer(width, config.heads, config.mlp_ratio, eps, quick_gelu and clip) for _ in range(config.layers)
-        )
+        self.cls_token = None if siglip else nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
+        sizes = width, config.heads, config.mlp_ratio, eps, activation
+        self.layers = nn.ModuleList(PreNormLayer(*sizes) for _ in range(config.layers))
         self.pre_norm = Norm(width, eps) if clip else None
         self.norm = Norm(width, eps)
-        self.head = Linear(width, embed_dim, bias=False)
+        self.pool = MapPool(*sizes) if siglip else None
+        self.head = nn.Identity() if siglip else Linear(width, embed_dim, bias=False)
         self._init_weights()
 
     def set_normalization(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
@@ -216,7 +242,18 @@ class VisionTower(Tower):
         self.patch_embed.normalization.set(mean, std)
 
     def _init_weights(self) -> None:
-        """timm's: truncated normal weights and zero biases. Positions use 0.02; linear layers, too, at width 768."""
+        """timm's: truncated normal weights and zero biases. Positions use 0.02; linear layers, too, at width 768.
+
+        Those of kind siglip are big_vision's, with LeCun's normal weights for the patches.
+        """
+        if self.cls_token is None:
+            fan_in = self.patch_embed.weight[0].numel()
+            nn.init.trunc_normal_(self.patch_embed.weight, std=fan_in**-0.5)
+            nn.init.zeros_(self.patch_embed.bias)  # type: ignore[arg-type]
+            nn.init.normal_(self.pos_embed, std=self.config.width**-0.5)
+            for layer in (*self.layers, self.pool):
+                init_as_big_vision(layer)
+            return
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.layers.modules():
@@ -229,7 +266,7 @@ class VisionTower(Tower):
 
         Args:
             image: normalised (B, 3, S, S), or raw uint8 (B, S, S, 3) or (B, 3, S, S).
-            tokens: return the states of all tokens after the final norm instead: (B, 1 + patches, width), CLS first.
+            tokens: return the states of all tokens after the final norm instead: (B, tokens, width), CLS first.
 
         Raises:
             UserError: the image doesn't have the configured size.
@@ -241,20 +278,24 @@ class VisionTower(Tower):
             # Nothing reads the graphs' previous outputs any more, except copies that the head made.
             torch.compiler.cudagraph_mark_step_begin()
         x = self.patch_embed(image)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        x = x + self.pos_embed
         if self.training and self.patch_dropout:
-            x = drop_patches(x, self.patch_dropout)
+            x = drop_patches(x, self.patch_dropout, has_cls=self.cls_token is not None)
         sequences = Sequences(x.shape[1])
         stream, branch = x.flatten(0, 1), None
         if self.pre_norm is not None:
             stream = self.pre_norm(stream, post=True)[1]
         cls_rows = torch.arange(0, stream.shape[0], x.shape[1], device=x.device)
         for layer in self.layers:
-            rows = cls_rows if layer is self.layers[-1] and not tokens else None
+            rows = cls_rows if layer is self.layers[-1] and self.pool is None and not tokens else None
             stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
         states = self.norm(stream, branch)[0]
         if tokens:
             return states.unflatten(0, (-1, sequences.max_seqlen))
+        if self.pool is not None:
+            states = self.pool(states, sequences)
         return self.head(self.store_pre_projection(states))
 
 
@@ -268,16 +309,17 @@ def check_images(image: Tensor, size: int) -> None:
         )
 
 
-def drop_patches(x: Tensor, fraction: float) -> Tensor:
+def drop_patches(x: Tensor, fraction: float, has_cls: bool = True) -> Tensor:
     """Keep the CLS token and a random `num_kept_patches` of the patches of each image.
 
-    (B, 1 + num_patches, D) -> (B, 1 + kept, D).
+    (B, 1 + num_patches, D) -> (B, 1 + kept, D). Without CLS token, (B, num_patches, D) -> (B, kept, D).
     """
     batch, tokens, width = x.shape
-    kept = num_kept_patches(tokens - 1, fraction)
-    chosen = torch.rand(batch, tokens - 1, device=x.device).topk(kept, dim=1).indices + 1
+    num_patches = tokens - has_cls
+    kept = num_kept_patches(num_patches, fraction)
+    chosen = torch.rand(batch, num_patches, device=x.device).topk(kept, dim=1).indices + has_cls
     patches = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width))
-    return torch.cat([x[:, :1], patches], dim=1)
+    return torch.cat([x[:, :1], patches], dim=1) if has_cls else patches
 
 
 def num_kept_patches(num_patches: int, fraction: float) -> int:
@@ -285,16 +327,17 @@ def num_kept_patches(num_patches: int, fraction: float) -> int:
     return max(1, int(num_patches * (1.0 - fraction)))
 
 
-def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:
+def resize_positions(pos_embed: Tensor, num_patches: int, has_cls: bool = True) -> Tensor:
     """Resize position embeddings to another number of patches: bicubic with antialiasing, CLS row unchanged.
 
-    (1, 1 + old patches, D) -> (1, 1 + num_patches, D), equal to timm's `resample_abs_pos_embed`.
+    (1, 1 + old patches, D) -> (1, 1 + num_patches, D), equal to timm's `resample_abs_pos_embed`. Without CLS token,
+    (1, old patches, D) -> (1, num_patches, D).
     """
-    old_side = round((pos_embed.shape[1] - 1) ** 0.5)
+    old_side = round((pos_embed.shape[1] - has_cls) ** 0.5)
     new_side = round(num_patches**0.5)
     if old_side == new_side:
         return pos_embed
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
+    cls, grid = pos_embed[:, : int(has_cls)], pos_embed[:, int(has_cls) :]
     grid = grid.float().unflatten(1, (old_side, old_side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=True)
     return torch.cat([cls, grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)

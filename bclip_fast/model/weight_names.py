@@ -23,9 +23,11 @@ def key_map(config: BiomedClipConfig) -> Keys:
     if config.vision.kind == "resnet":
         keys |= _resnet_keys(config.vision)
     else:
-        keys |= (_clip_vision_keys if config.vision.kind == "clip" else timm_vit_keys)(config.vision.layers)
-    keys |= bert_keys(config.text) if config.text.kind == "bert" else _gpt_keys(config.text.layers)
-    return keys
+        towers = {"vit": timm_vit_keys, "clip": _clip_vision_keys, "siglip": _timm_siglip_keys}
+        keys |= towers[config.vision.kind](config.vision.layers)
+    if config.text.kind == "bert":
+        return keys | bert_keys(config.text)
+    return keys | (_gpt_keys if config.text.kind == "gpt" else _siglip_text_keys)(config.text.layers)
 
 
 def timm_vit_keys(layers: int) -> Keys:
@@ -44,6 +46,17 @@ def timm_vit_keys(layers: int) -> Keys:
         "fc2": "mlp.fc2",
     }
     return keys | _layer_keys("visual.layers.", f"{trunk}blocks.", layers, modules)
+
+
+def _timm_siglip_keys(layers: int) -> Keys:
+    keys = timm_vit_keys(layers)
+    del keys["visual.cls_token"], keys["visual.head.weight"]
+    ours, theirs = "visual.pool", "visual.trunk.attn_pool"
+    keys[f"{ours}.probe"] = (f"{theirs}.latent",)
+    names = {"query": "q", "key_value": "kv", "proj": "proj", "norm": "norm", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    for our_name, their_name in names.items():
+        keys |= _weight_and_bias(f"{ours}.{our_name}", f"{theirs}.{their_name}")
+    return keys
 
 
 def _clip_vision_keys(layers: int) -> Keys:
@@ -151,6 +164,12 @@ def _gpt_keys(layers: int) -> Keys:
     return keys | _resblocks("text.layers.", "text.transformer.resblocks.", layers)
 
 
+def _siglip_text_keys(layers: int) -> Keys:
+    keys = _gpt_keys(layers)
+    del keys["text.projection"]
+    return keys | _weight_and_bias("text.head", "text.text_projection")
+
+
 def transformers_vit_keys(layers: int) -> Keys:
     """transformers' ViTModel without its pooler."""
     keys: Keys = {"cls_token": ("embeddings.cls_token",), "pos_embed": ("embeddings.position_embeddings",)}
@@ -164,17 +183,48 @@ def transformers_vit_keys(layers: int) -> Keys:
 
 def transformers_clip_text_keys(layers: int) -> Keys:
     """transformers' CLIPTextModelWithProjection."""
+    return {"text.projection": ("text_projection.weight",)} | _transformers_text_keys(layers)
+
+
+def transformers_joint_keys(config: BiomedClipConfig) -> Keys:
+    """transformers' CLIPModel or SiglipModel."""
+    layers, model = config.vision.layers, "vision_model."
+    keys: Keys = {"logit_scale": ("logit_scale",)}
+    if config.init_logit_bias is not None:
+        keys["logit_bias"] = ("logit_bias",)
+    keys["visual.pos_embed"] = (f"{model}embeddings.position_embedding.weight",)
+    keys["visual.patch_embed.weight"] = (f"{model}embeddings.patch_embedding.weight",)
+    keys |= _weight_and_bias("visual.norm", model + "post_layernorm")
+    keys |= _transformers_layers("visual.layers.", f"{model}encoder.layers.", layers)
+    if config.vision.kind == "clip":
+        keys["visual.cls_token"] = (f"{model}embeddings.class_embedding",)
+        keys["visual.head.weight"] = ("visual_projection.weight",)
+        keys |= _weight_and_bias("visual.pre_norm", model + "pre_layrnorm")
+        return keys | transformers_clip_text_keys(config.text.layers)
+    keys["visual.patch_embed.bias"] = (f"{model}embeddings.patch_embedding.bias",)
+    ours, theirs = "visual.pool", model + "head"
+    keys[f"{ours}.probe"] = (f"{theirs}.probe",)
+    # The file holds query and key_value in one matrix, in_proj.
+    names = {"query": "query", "key_value": "key_value", "proj": "attention.out_proj", "norm": "layernorm"}
+    for our_name, their_name in {**names, "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.items():
+        keys |= _weight_and_bias(f"{ours}.{our_name}", f"{theirs}.{their_name}")
+    return keys | _transformers_text_keys(config.text.layers) | _weight_and_bias("text.head", "text_model.head")
+
+
+def _transformers_text_keys(layers: int) -> Keys:
     model = "text_model."
     keys: Keys = {
         "text.token_embedding.weight": (f"{model}embeddings.token_embedding.weight",),
         "text.pos_embed": (f"{model}embeddings.position_embedding.weight",),
-        "text.projection": ("text_projection.weight",),
     }
     keys |= _weight_and_bias("text.norm", model + "final_layer_norm")
+    return keys | _transformers_layers("text.layers.", f"{model}encoder.layers.", layers)
+
+
+def _transformers_layers(ours: str, theirs: str, layers: int) -> Keys:
     names = "layer_norm1", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"
     modules = dict(zip(_MODULES, names, strict=True))
-    qkv = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
-    return keys | _layer_keys("text.layers.", f"{model}encoder.layers.", layers, modules, qkv)
+    return _layer_keys(ours, theirs, layers, modules, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 
 
 def _weight_and_bias(ours: str, *theirs: str) -> Keys:

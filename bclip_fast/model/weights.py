@@ -22,6 +22,7 @@ from .weight_names import (
     timm_vit_keys,
     transformers_bert_keys,
     transformers_clip_text_keys,
+    transformers_joint_keys,
     transformers_vit_keys,
 )
 
@@ -51,9 +52,48 @@ def from_open_clip(state: Mapping[str, Tensor], model: BiomedClip, *, source: st
     keys = key_map(model.config)
     unread = (_POSITION_IDS, _UNUSED_POOLER, *_SIZES)
     state = _dropped(_with_text_prefix(state), source, unread, "no computation reads")
-    if model.config.vision.kind != "vit":
+    if model.config.vision.kind in ("clip", "resnet"):
         state = _clip_shapes(state)
     return _renamed(state, keys, model.state_dict(keep_vars=True), source)
+
+
+def from_transformers(state: Mapping[str, Tensor], model: BiomedClip, *, source: str) -> State:
+    """Return the tensors of transformers' CLIPModel or SiglipModel as `from_open_clip` does, with the same errors."""
+    unread = tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision"))
+    state = _joint_shapes(_dropped(state, source, unread, "no computation reads"), model.config)
+    return _renamed(state, transformers_joint_keys(model.config), model.state_dict(keep_vars=True), source)
+
+
+def to_transformers_joint(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State:
+    """Invert `from_transformers`. The tensors are copies, as of `to_open_clip`."""
+    return _joint_shapes(_divided(state, transformers_joint_keys(config)), config, back=True)
+
+
+def _joint_shapes(state: Mapping[str, Tensor], config: BiomedClipConfig, *, back: bool = False) -> State:
+    """Convert shapes of transformers' joint models: ours have leading axes, CLIP's text projection is transposed, and
+    the packed projection of SigLIP's pool is divided into its query, and its keys and values.
+    """
+    state, vision = dict(state), "vision_model."
+    leading = {f"{vision}embeddings.class_embedding": 2, f"{vision}embeddings.position_embedding.weight": 1}
+    for name, num_axes in leading.items():
+        if name in state:
+            tensor = state[name]
+            state[name] = tensor.reshape(tensor.shape[num_axes:] if back else (1,) * num_axes + tensor.shape)
+    transposed = "text_projection.weight"
+    if config.vision.kind == "clip" and transposed in state and state[transposed].dim() == 2:
+        state[transposed] = state[transposed].T.contiguous()
+    if config.vision.kind == "siglip" and back:
+        # transformers has vectors of one element.
+        state |= {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in state}
+    for kind in ("weight", "bias") if config.vision.kind == "siglip" else ():
+        packed = f"{vision}head.attention.in_proj_{kind}"
+        query, key_value = (f"{vision}head.{name}.{kind}" for name in ("query", "key_value"))
+        if back:
+            state[packed] = torch.cat([state.pop(query), state.pop(key_value)])
+        elif packed in state:
+            tensor = state.pop(packed)
+            state[query], state[key_value] = tensor[: len(tensor) // 3], tensor[len(tensor) // 3 :]
+    return state
 
 
 def from_vit(state: Mapping[str, Tensor], tower: VisionTower, *, source: str) -> State:
@@ -140,7 +180,7 @@ def to_open_clip(state: Mapping[str, Tensor], config: BiomedClipConfig) -> State
     if state.keys() != keys.keys():
         raise UserError(f"state dict doesn't fit its configuration: {_first_names(state.keys() ^ keys.keys())}")
     result = _divided(state, keys)
-    return _clip_shapes(result, back=True) if config.vision.kind != "vit" else result
+    return _clip_shapes(result, back=True) if config.vision.kind in ("clip", "resnet") else result
 
 
 def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tuple[State, State, State]:
@@ -151,12 +191,18 @@ def to_transformers(state: Mapping[str, Tensor], config: BiomedClipConfig) -> tu
     names), the logit scale or the bias. All tensors are copies, as of `to_open_clip`.
 
     Raises:
-        UserError: the image tower is OpenAI's.
+        UserError: the image tower isn't a plain ViT, or the text tower attends to padding.
     """
     if config.vision.kind != "vit":
-        lack = "norm before its layers" if config.vision.kind == "clip" else "convolutions"
+        lacks = {"clip": "norm before its layers", "resnet": "convolutions", "siglip": "attention pool"}
         raise UserError(
-            f"transformers' ViTModel has no {lack}, as vision.kind {config.vision.kind} has: use open_clip's layout"
+            f"transformers' ViTModel has no {lacks[config.vision.kind]}, as vision.kind {config.vision.kind} has: use "
+            "open_clip's layout"
+        )
+    if config.text.computes_padding:
+        raise UserError(
+            "transformers has no class for text towers that attend to padding, except with vision.kind siglip: use "
+            "open_clip's layout"
         )
     vision = {f"visual.{ours}": theirs for ours, theirs in transformers_vit_keys(config.vision.layers).items()}
     image = _divided(state, vision | {"visual.head.weight": ("pooler.dense.weight",)})

@@ -1,4 +1,8 @@
-"""Load and save checkpoints in open_clip's layout: model, preprocessing and tokenizer together."""
+"""Load and save checkpoints: model, preprocessing and tokenizer together.
+
+Loading takes open_clip's layout, transformers' CLIPModel and SiglipModel, and PMC-CLIP's files (`layouts`). Saving
+writes open_clip's layout.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,19 @@ from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing_files, write_text
 from bclip_fast.io.hashing import sha256
-from bclip_fast.io.json_files import read_object
-from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, weights
-from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
-from bclip_fast.model.open_clip_config import CONFIG_FILE
-from bclip_fast.model.safe_load import read_checkpoint
+from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, transformers_clip, weights
+from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.open_clip_sections import CONFIG_FILE
 from bclip_fast.model.special_tokens import DEFAULTS
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
-from . import model_card
-from .sources import Hub, Source, hub_json, source_of, tokenizer_file
+from . import layouts, model_card, processor_config
+from .layouts import OPEN_CLIP_WEIGHTS as WEIGHT_FILES
+from .sources import source_of
 
 log = logging.getLogger(__name__)
 
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # SHA-256 of PubMedBERT's vocab.txt: one token per line, in the order of the ids.
@@ -47,8 +49,8 @@ def load(
     """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
     Args:
-        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a folder in open_clip's layout, or the folder of a training run,
-            whose `model/` is read.
+        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a folder in open_clip's or transformers' layout or with PMC-CLIP's
+            files, or the folder of a training run, whose `model/` is read.
         device: device of the model.
         precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
         image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
@@ -59,21 +61,18 @@ def load(
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-    source = source_of(name_or_path)
-    content = read_object(source.get([CONFIG_FILE]))
-    config = open_clip_config.read(content, lambda path: read_object(source.get([path])), hub_json)
-    preprocess_config = _preprocess_config(content.get("preprocess_cfg", {}), config.vision.image_size)
-    tokenizer = _tokenizer(source, content, config)
+    checkpoint = layouts.describe(source_of(name_or_path))
+    config, preprocess_config = checkpoint.config, checkpoint.preprocess
     # Check the shapes on the meta device first: a configuration may ask for any amount of memory.
     with torch.device("meta"):
         model = BiomedClip(config)
-    path = source.get(WEIGHT_FILES)
-    state = weights.from_open_clip(read_checkpoint(path), model, source=str(path))
+    state = checkpoint.read_weights(model)
     if image_size is not None and image_size != config.vision.image_size:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=image_size))
         preprocess_config = dataclasses.replace(preprocess_config, size=image_size)
         positions = "visual.pool.pos_embed" if config.vision.kind == "resnet" else "visual.pos_embed"
-        state[positions] = resize_positions(state[positions], config.vision.num_patches)
+        has_cls = config.vision.kind != "siglip"
+        state[positions] = resize_positions(state[positions], config.vision.num_patches, has_cls)
         with torch.device("meta"):
             model = BiomedClip(config)
     model.load_state_dict(state, assign=True)
@@ -82,17 +81,13 @@ def load(
     for name, value in scalars.items():
         getattr(model, name).data = value.to(device)
     model.visual.set_normalization(preprocess_config.mean, preprocess_config.std)
-    log.info("loaded %s (%s)", name_or_path, path.name)
-    return model.eval(), Preprocess(preprocess_config), tokenizer
+    log.info("loaded %s", name_or_path)
+    return model.eval(), Preprocess(preprocess_config), checkpoint.tokenizer
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Load only the tokenizer of a checkpoint. Takes the same names as `load`."""
-    source = source_of(name_or_path)
-    content = read_object(source.get([CONFIG_FILE]))
-    return _tokenizer(
-        source, content, open_clip_config.read(content, lambda path: read_object(source.get([path])), hub_json)
-    )
+    return layouts.describe(source_of(name_or_path)).tokenizer
 
 
 def save(
@@ -120,8 +115,9 @@ def save(
         raise UserError(
             f"preprocess gives images of {preprocess.config.size} px, but the model takes {config.vision.image_size} px"
         )
-    _check_vocabulary(tokenizer, config)
-    files = open_clip_config.write(config, published_tokenizer=_is_pubmedberts(tokenizer))
+    layouts.check_vocabulary(tokenizer, config)
+    published = _is_pubmedberts(tokenizer)
+    files = open_clip_config.write(config, published_tokenizer=published, cleaning=tokenizer.cleaning)
     files[CONFIG_FILE]["preprocess_cfg"] = _preprocess_json(preprocess.config)
     state = weights.to_open_clip(model.state_dict() if state_dict is None else state_dict, config)
     from safetensors.torch import save_file
@@ -134,7 +130,11 @@ def save(
 
 
 def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
-    """Write each tower for transformers, which has no class for both towers of BiomedCLIP together.
+    """Write the model for transformers.
+
+    transformers' CLIPModel and SiglipModel hold both towers of OpenAI's CLIP and of SigLIP: config.json,
+    model.safetensors, preprocessor_config.json and the tokenizer in one folder. It has no class for both towers of
+    BiomedCLIP together, so each gets a folder:
 
         vision/   ViTModel, whose pooler_output is the image embedding; preprocessor_config.json
         text/     BertModel and the tokenizer; a gpt tower becomes CLIPTextModelWithProjection with text_embeds
@@ -148,18 +148,12 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
     """
     from safetensors.torch import save_file
 
-    config, pixels = model.config, preprocess.config
+    config = model.config
+    if transformers_clip.is_joint(config):
+        _save_joint_transformers(Path(folder), model, preprocess, tokenizer)
+        return
     states = weights.to_transformers(model.state_dict(), config)
-    square, is_squashed = {"height": pixels.size, "width": pixels.size}, pixels.resize_mode == "squash"
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": square if is_squashed else {"shortest_edge": pixels.size},
-        "do_center_crop": not is_squashed,
-        "crop_size": square,
-        "resample": {"bicubic": 3, "bilinear": 2}[pixels.interpolation],
-        "image_mean": list(pixels.mean),
-        "image_std": list(pixels.std),
-    }
+    processor = processor_config.write(preprocess.config, "CLIP")
     with replacing_files(Path(folder)) as partial:
         for name, content, state in zip(
             ("vision", "text"), tower_config.transformers_configs(config), states, strict=False
@@ -168,29 +162,25 @@ def save_transformers(folder: str | Path, model: BiomedClip, preprocess: Preproc
             save_file(state, partial / name / "model.safetensors", metadata={"format": "pt"})
         save_file(states[2], partial / "projections.safetensors", metadata={"format": "pt"})
         tokenizer.save(partial / "text")
-        write_text(partial / "vision" / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+        write_text(partial / "vision" / processor_config.FILE, json.dumps(processor, indent=2) + "\n")
         if model_card.is_replaceable(Path(folder)):
             model_card.write(partial, config, tokenizer.pad_id)
 
 
-def _preprocess_config(content: Any, image_size: int) -> PreprocessConfig:
-    """Read preprocess_cfg. Missing keys have open_clip's defaults, which are BiomedCLIP's too."""
-    if not isinstance(content, dict):
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg must be a table, not {content!r}")
-    content = dict(content)
-    size = content.pop("size", image_size)
-    if size not in (image_size, [image_size, image_size]):
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg size {size!r} must be the model's, {image_size}")
-    if content.pop("mode", "RGB") != "RGB":
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg mode must be RGB")
-    content.pop("fill_color", None)  # only resize_mode longest uses it
-    unknown = content.keys() - {"mean", "std", "interpolation", "resize_mode"}
-    if unknown:
-        raise UserError(f"{CONFIG_FILE}: preprocess_cfg has unsupported keys: {', '.join(sorted(unknown))}")
-    for name in ("mean", "std"):
-        if isinstance(content.get(name), list):
-            content[name] = tuple(content[name])
-    return PreprocessConfig(size=image_size, **content)
+def _save_joint_transformers(folder: Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:
+    from safetensors.torch import save_file
+
+    config = model.config
+    kind = "CLIP" if config.vision.kind == "clip" else "Siglip"
+    with replacing_files(folder) as partial:
+        for name, content in (
+            ("config.json", transformers_clip.write(config)),
+            (processor_config.FILE, processor_config.write(preprocess.config, kind)),
+        ):
+            write_text(partial / name, json.dumps(content, indent=2) + "\n")
+        state = weights.to_transformers_joint(model.state_dict(), config)
+        save_file(state, partial / layouts.TRANSFORMERS_WEIGHTS[0], metadata={"format": "pt"})
+        tokenizer.save(partial)
 
 
 def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
@@ -200,33 +190,6 @@ def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:
         if getattr(config, name) != getattr(defaults, name):
             content[name] = getattr(config, name)
     return content
-
-
-def _tokenizer(source: Source, content: dict[str, Any], config: BiomedClipConfig) -> Tokenizer:
-    try:
-        path = tokenizer_file(source)
-    except UserError as error:
-        name = open_clip_config.tokenizer_name(content)
-        if name is None:
-            raise UserError(f"{error}; save the tokenizer next to the weights") from error
-        log.info("the checkpoint has no tokenizer file; downloading the tokenizer of %s", name)
-        path = tokenizer_file(Hub(name))
-    # As in open_clip, the context length of the model counts, not that of the tokenizer's settings.
-    tokenizer = Tokenizer.from_file(path).with_context_length(config.text.context_length)
-    _check_vocabulary(tokenizer, config)
-    return tokenizer
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: BiomedClipConfig) -> None:
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text tower embeds only {config.text.vocab_size}"
-        )
-    if config.text.kind == "bert" and tokenizer.pad_id != config.text.pad_id:
-        raise UserError(
-            f"the tokenizer pads with token {tokenizer.pad_id}, but the text tower ignores token {config.text.pad_id} "
-            "(pad_token_id of its config.json); correct one of them"
-        )
 
 
 def _is_pubmedberts(tokenizer: Tokenizer) -> bool:

@@ -12,11 +12,14 @@ from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import settle
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model import tokenizer_files
-from bclip_fast.model.open_clip_config import CONFIG_FILE
+from bclip_fast.model.open_clip_sections import CONFIG_FILE
 
 log = logging.getLogger(__name__)
 
 HUB_PREFIX = "hf-hub:"
+TRANSFORMERS_CONFIG = "config.json"
+PMC_CLIP_FILES = ("image_encoder(resnet50).pth", "checkpoint.pt")
+"""The files by which a checkpoint of PMC-CLIP is found: its parts, and the checkpoint of its training."""
 
 
 class Source(Protocol):
@@ -108,7 +111,7 @@ def source_of(name_or_path: str | Path) -> Source:
     """Return the source of a checkpoint: hf-hub:ORG/NAME, its folder, or the run folder with its `model/`.
 
     Raises:
-        UserError: a folder without open_clip_config.json.
+        UserError: a folder without open_clip_config.json, config.json or PMC-CLIP's files.
     """
     name = str(name_or_path)
     if name.startswith(HUB_PREFIX):
@@ -118,16 +121,21 @@ def source_of(name_or_path: str | Path) -> Source:
         settle(path)
         if (path / CONFIG_FILE).is_file():
             return Folder(path)
+    if any((folder / name).is_file() for name in (TRANSFORMERS_CONFIG, *PMC_CLIP_FILES)):
+        return Folder(folder)
     if not folder.is_dir():
         raise UserError(f"{name} is not a folder; for a model of the hub, use hf-hub:ORG/NAME")
-    raise UserError(f"{name} holds no {CONFIG_FILE}, and neither does {folder / 'model'}")
+    raise UserError(
+        f"{name} holds no {CONFIG_FILE}, and neither does {folder / 'model'}; nor does it hold transformers' "
+        f"{TRANSFORMERS_CONFIG} or the files of PMC-CLIP"
+    )
 
 
 def tokenizer_file(source: Source) -> Path:
     """Return the file of a tokenizer's pipeline, with the files of its settings in the same folder.
 
     Raises:
-        UserError: the source has neither, or only a tokenizer of another kind.
+        UserError: the source has none, or only a tokenizer of another kind.
     """
     for name in tokenizer_files.SETTINGS:  # the folder holds only downloaded files of a repository
         source.find(name)

@@ -29,10 +29,12 @@ from typing import Any
 
 from torch import Tensor
 
+from bclip_fast import config as config_files
 from bclip_fast.errors import UserError
 from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import replacing_folder
 from bclip_fast.io.hashing import sha256_of_file
+from bclip_fast.model.biomedclip import BiomedClipConfig
 
 from .engine.optimizer import OptimizerState
 
@@ -199,7 +201,18 @@ def read(path: Path) -> Checkpoint:
     model = load_file(path / "model.safetensors")
     ema = load_file(path / _EMA) if _EMA in state.get("files", [_EMA]) and (path / _EMA).is_file() else {}
     rest, run = state.get("rest", {}), state.get("run", {})
-    return Checkpoint(state["step"], model, optimizer, state["data"], state["model_config"], rest, ema, run)
+    # An earlier version had not all of today's fields. They had the values that are now their defaults.
+    model_config = _merged(config_files.plain(BiomedClipConfig()), state["model_config"])
+    return Checkpoint(state["step"], model, optimizer, state["data"], model_config, rest, ema, run)
+
+
+def _merged(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved values, and the defaults of the fields that were not saved."""
+    tables = {name: value for name, value in defaults.items() if isinstance(value, Mapping)}
+    return {
+        **defaults,
+        **{name: _merged(tables[name], value) if name in tables else value for name, value in saved.items()},
+    }
 
 
 def read_state(path: Path) -> dict[str, Any]:

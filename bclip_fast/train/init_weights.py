@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bclip_fast import pretrained
 from bclip_fast.data.transform import PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.io.json_files import read_object
 from bclip_fast.model import tower_config, weights
-from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.safe_load import State, read_checkpoint
 from bclip_fast.model.text import BertTower
 from bclip_fast.model.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 def new_model(config: TrainConfig) -> BiomedClip:
     """A randomly initialised model for a resolved configuration, with `requires_grad=False` on the locked weights."""
     model = BiomedClip(config.model)
-    pixels = PreprocessConfig()
+    pixels = training_pixels(config.model)
     model.visual.set_normalization(pixels.mean, pixels.std)
     for tower, locked, unlocked in (
         (model.visual, config.lock_image, config.lock_image_unlocked_groups),
@@ -39,6 +39,18 @@ def new_model(config: TrainConfig) -> BiomedClip:
         if locked:
             tower.lock(unlocked)
     return model
+
+
+def training_pixels(model: BiomedClipConfig) -> PreprocessConfig:
+    """The conversion of images in training and in the evaluation of the trained model.
+
+    A model of vision.kind siglip gets pixels from -1 to 1, and complete images that are squeezed to a square, as the
+    published models do. All others get CLIP's statistics and a centre crop.
+    """
+    vision = model.vision
+    mean, std = vision.pixel_statistics
+    mode: Literal["shortest", "squash"] = "squash" if vision.kind == "siglip" else "shortest"
+    return PreprocessConfig(size=vision.image_size, mean=mean, std=std, resize_mode=mode)
 
 
 def init_model(model: BiomedClip, init: InitConfig) -> None:
@@ -112,11 +124,11 @@ def _load_model(model: BiomedClip, name: str) -> None:
         expected = dataclasses.replace(expected, text=dataclasses.replace(expected.text, context_length=context_length))
     if difference := first_difference(dataclasses.asdict(expected), dataclasses.asdict(config)):
         raise UserError(f"init.model={name}: its {difference}; change preset or the model section to fit")
-    defaults = PreprocessConfig()
-    if (preprocess.config.mean, preprocess.config.std) != (defaults.mean, defaults.std):
+    pixels = training_pixels(config)
+    if (preprocess.config.mean, preprocess.config.std) != (pixels.mean, pixels.std):
         raise UserError(
             f"init.model={name} expects pixels of mean {preprocess.config.mean} and standard deviation "
-            f"{preprocess.config.std}, but training normalises to {defaults.mean} and {defaults.std}"
+            f"{preprocess.config.std}, but training normalises to {pixels.mean} and {pixels.std}"
         )
     state, expected_keys = loaded.state_dict(), model.state_dict().keys()
     dropped = [key for key in state if key not in expected_keys]

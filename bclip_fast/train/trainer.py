@@ -27,7 +27,7 @@ from bclip_fast import distributed, pretrained
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.mixed import Dataset
-from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import device_peak, peak_memory
@@ -42,7 +42,7 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import StepResult, build_engine
 from .grad_cache import GradCache
-from .init_weights import init_model, new_model
+from .init_weights import init_model, new_model, training_pixels
 from .losses import build_loss
 from .metrics import MetricsLog
 from .precision import resolve_precision
@@ -89,6 +89,7 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         if validate is None and (config.validation.every_steps or config.validation.every_epochs):
             validate = validation.build_on_rank0(config)
         tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
+        inputs.count_tokens(config, dataset, tokenizer, sampler)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
     with (
@@ -121,7 +122,7 @@ class _Run(RunLoop):
         self.sampler = sampler
         self.tokenizer = tokenizer
         self.num_steps = config.max_steps or sampler.num_batches_of(config.epochs)
-        self.preprocess = Preprocess(PreprocessConfig(size=config.model.vision.image_size))
+        self.preprocess = Preprocess(training_pixels(config.model))
         torch.manual_seed(config.seed)
         self.model = model = new_model(config)
         self.best = validation.BestMetric(config.checkpoint.best)
@@ -223,8 +224,9 @@ class _Run(RunLoop):
         epoch, _ = self.sampler.locate(step)
         rates = config.model.vision.patch_dropout, config.patch_dropout_until
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), *rates)
-        num_parts = self.sampler.num_micro_batches(step)
-        cache = GradCache(self.engine, self.loss_fn, num_parts, self.spill)
+        sizes = self.sampler.micro_batch_sizes(step)
+        num_parts = len(sizes)
+        cache = GradCache(self.engine, self.loss_fn, sizes, self.spill)
         timer.start()
         for part in range(num_parts):
             wait_start = time.perf_counter()

@@ -18,6 +18,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.model import open_clip_config, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.flops import step_flops
+from bclip_fast.model.open_clip_sections import CONFIG_FILE
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.tower_config import PUBMEDBERT
 
@@ -183,7 +184,7 @@ def open_clip_twin(model: BiomedClip) -> nn.Module:
     open_clip = peer(import_open_clip)
     config, working_directory = model.config, os.getcwd()
     files = open_clip_config.write(config, published_tokenizer=False)
-    name = files[open_clip_config.CONFIG_FILE]["model_cfg"]["text_cfg"].get("hf_model_name")
+    name = files[CONFIG_FILE]["model_cfg"]["text_cfg"].get("hf_model_name")
     with tempfile.TemporaryDirectory() as folder:
         if name == PUBMEDBERT:
             # transformers prefers a local folder to the hub's model of the same name, so this needs no network.

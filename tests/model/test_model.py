@@ -240,7 +240,7 @@ def test_bfloat16_weights_accept_float32_images() -> None:
         (lambda: VisionConfig(layers=10**9), "vision.layers"),
         (lambda: VisionConfig(width=768.5), "whole number"),
         (lambda: TextConfig(context_length=600), "must not exceed text.max_positions=512"),
-        (lambda: TextConfig(kind="lstm"), "text.kind='lstm' must be bert or gpt"),
+        (lambda: TextConfig(kind="lstm"), "text.kind='lstm' must be bert, gpt or siglip"),
         (lambda: TextConfig(dropout="much"), "text.dropout='much' must be a number"),
         (lambda: TextConfig(pad_id=30522), "text.pad_id"),
         (lambda: BiomedClipConfig(embed_dim=0), "embed_dim=0 must be"),

@@ -259,7 +259,7 @@ def test_bfloat16_weights_accept_raw_and_float_images() -> None:
         ({"heads": 5}, "32 [*] width must be divisible by vision.heads=5"),
         ({"width": 10**9}, "vision.width=1000000000 must be a whole number from 2 to 512"),
         ({"kind": "vit"}, r"vision.blocks=\(1, 2, 1, 2\) applies only to kind resnet; vision.kind is vit"),
-        ({"kind": "rn"}, "vision.kind='rn' must be vit, clip or resnet"),
+        ({"kind": "rn"}, "vision.kind='rn' must be vit, clip, resnet or siglip"),
     ],
 )
 def test_invalid_resnet_sizes_raise(changes: dict[str, Any], message: str) -> None:

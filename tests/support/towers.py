@@ -25,6 +25,15 @@ RESNET_VISION = VisionConfig(
     kind="resnet", image_size=64, patch_size=32, width=8, layers=6, heads=4, blocks=(1, 2, 1, 2)
 )  # fmt: skip
 RESNET = BiomedClipConfig(embed_dim=24, vision=RESNET_VISION, text=GPT, quick_gelu=True)
+SIGLIP = BiomedClipConfig(
+    embed_dim=48,
+    vision=VisionConfig(image_size=35, patch_size=8, width=48, layers=2, heads=3, mlp_ratio=2.0, kind="siglip"),
+    text=replace(
+        preset("siglip_b16").text, context_length=16, vocab_size=100, width=32, layers=2, heads=2, max_positions=16
+    ),
+    init_logit_scale=preset("siglip_b16").init_logit_scale,
+    init_logit_bias=-10.0,
+)
 
 
 def shaken(model: nn.Module) -> nn.Module:

@@ -292,8 +292,9 @@ def test_init_model_loads_openai_clip(tmp_path: Path) -> None:
     custom.load_state_dict(load_file(tmp_path / "again" / WEIGHTS))
     check(ours, custom.eval())
     assert pretrained.load(tmp_path / "again")[0].config == ours.config
+    with_bert = BiomedClip(dataclasses.replace(ours.config, text=SMALL.text))
     with pytest.raises(UserError, match="ViTModel has no norm before its layers"):
-        pretrained.save_transformers(tmp_path / "hf", ours, preprocess, tokenizer)
+        pretrained.save_transformers(tmp_path / "hf", with_bert, preprocess, tokenizer)
     with pytest.raises(UserError, match="quick_gelu=True requires"):
         dataclasses.replace(SMALL, quick_gelu=True)
     with pytest.raises(UserError, match=r"must be a plain ViT, but model.vision.kind is"):

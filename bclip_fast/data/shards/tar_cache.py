@@ -7,7 +7,6 @@ wait, and it appears atomically.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ import numpy as np
 
 from bclip_fast.data.storage import LocalStorage, Storage
 from bclip_fast.errors import UserError
+from bclip_fast.io import system
 from bclip_fast.io.atomic import replacing
 from bclip_fast.io.hashing import sha256
 from bclip_fast.io.progress import track
@@ -86,7 +86,7 @@ class IndexFile:
         with self.path.with_suffix(".lock").open("w") as lock:
             try:
                 # The death of its holder releases this lock. Each thread has its own descriptor.
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                system.lock(lock, wait=wait)
             except BlockingIOError:
                 return False
             if self.read() is None:
@@ -132,7 +132,7 @@ def _make(storage: Storage, files: Sequence[IndexFile]) -> None:
 
                 return one
 
-            with ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(min(_NUM_THREADS, system.num_cores())) as pool:
                 done = list(pool.map(make(False), files))
                 waiting = [file for file, is_made in zip(files, done, strict=True) if not is_made]
                 list(pool.map(make(True), waiting))

@@ -14,7 +14,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
 from .checksum import crc32c
-from .format import Index, Sample
+from .format import CAPTION, Index, Sample
 from .reader import BadSample, ShardDataset
 from .tar_cache import IndexFile, indexes
 from .tar_index import TarIndex, caption_in
@@ -38,6 +38,8 @@ class TarDataset(ShardDataset):
         UserError: a tar file is missing or unreadable, or no sample has an image and a caption.
     """
 
+    has_manifest = False
+
     def __init__(self, path: str, split: str = "train", read: ReadConfig | None = None, caption_key: str = "") -> None:
         self.root, self.split, self.caption_key = path, split, caption_key
         self.remarks: list[str] = []
@@ -47,7 +49,7 @@ class TarDataset(ShardDataset):
             raise UserError(f"{path} has no .tar files; check the path")
         names = names_of_split(names, split, path)
         opened = indexes(self.storage, names, caption_key)
-        self.has_checksums = True
+        self.has_checksums, self.version = True, 1
         self._files: list[IndexFile] = [file for file, _ in opened]
         self._shards = [
             {"name": file.name.removesuffix(".tar"), "samples": len(index), "num_bytes": file.stamp["bytes"]}
@@ -161,6 +163,24 @@ class TarDataset(ShardDataset):
         caption, _ = caption_in(content, self.caption_key or "caption")
         assert caption is not None
         return caption
+
+    def text_bytes(self, i: int) -> dict[str, list[int]]:
+        """Return the size of the caption of sample i. Only reads the index."""
+        return {CAPTION: [self.caption_bytes(i)]}
+
+    def captions_of(self, indices: Sequence[int]) -> list[str | None]:
+        """Return the captions of samples, and None for damaged ones. From a URL, several reads run at a time."""
+
+        def read(i: int) -> str | None:
+            try:
+                return self.caption(i)
+            except BadSample:
+                return None
+
+        if not self.storage.remote:
+            return [read(i) for i in indices]
+        reads = [self._pool().submit(read, i) for i in indices]
+        return [each.result() for each in reads]
 
     def caption_bytes(self, i: int) -> int:
         """Return the size of sample i's caption. Only reads the index."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast.ops.cuda_device import CUDA_HOST, cuda_refusal
-from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.dispatch import MISSING, Limits, choose, load_backend
 
 from .call import ResizeCall
 
@@ -25,6 +25,8 @@ __all__ = [
     "FILE_LIMITS",
     "LIMITS",
     "MAX_PIXELS",
+    "SIGLIP_MEAN",
+    "SIGLIP_STD",
     "decode",
     "decode_resize",
     "decode_resize_normalize",
@@ -35,6 +37,8 @@ __all__ = [
 # CLIP's normalisation of images, by channel, on the scale of [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's, which maps pixels to [-1, 1].
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
@@ -68,6 +72,8 @@ def host_backend() -> str | None:
 
 
 def _cpu_limits(target: bytes | Tensor) -> str | None:
+    if reason := MISSING.get("cpu"):
+        return reason
     from bclip_fast import _cpu
 
     return None if hasattr(_cpu, "decode_jpeg") else "built without libjpeg-turbo (BCLIP_JPEG=0)"
