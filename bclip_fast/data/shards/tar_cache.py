@@ -1,8 +1,8 @@
 """Indexes of tar files in WebDataset's layout, in the user's cache.
 
-Each tar file has one file in BCLIP_CACHE/shards, by default ~/.cache/bclip_fast/shards. It is valid as long as the size
-and the time of the tar file (for a URL, its ETag or time) are the recorded ones. One process makes it while others
-wait, and it appears atomically.
+Each tar file has one file in BCLIP_CACHE/shards, by default ~/.cache/bclip_fast/shards. It records the
+size and the time of the tar file, or the ETag of a URL, and is valid while they are the same. One process makes it
+while others wait, and it appears atomically.
 """
 
 from __future__ import annotations

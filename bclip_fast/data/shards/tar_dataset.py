@@ -69,7 +69,7 @@ class TarDataset(ShardDataset):
         self._make_caches()
 
     def _report(self, opened: Sequence[TarIndex]) -> None:
-        """Log what is left out. Raises UserError if nothing is left, or a file is no tar file."""
+        """Log the files that are left out. Raises UserError without any sample, or if a file is not a tar file."""
         left_out: dict[str, list[tuple[int, str]]] = {}
         json_keys: dict[str, int] = {}
         for file, index in zip(self._files, opened, strict=True):

@@ -1,8 +1,8 @@
 """The index of a tar file in WebDataset's layout: which samples it has, and where.
 
-Files with the same path up to the first dot of their name, one after another, are a sample. Their extensions, without
-regard to case, tell what they are: an image, a `.txt` or a `.json`. A name with further dots, such as `1.2.jpg` beside
-`1.2.txt`, is a sample of its own, unless the path up to its first dot has an image and a caption itself.
+Files with the same path up to the first dot of their name, one after another, are a group. Their extensions, in upper
+or lower case, are those of an image, a `.txt` or a `.json`. A group with an image and a caption is a sample. In another
+group, names with further dots, such as `1.2.jpg` beside `1.2.txt`, can be samples.
 
 A whole pass over the bytes (tar_members.py) gives the checksums of all members and the SHA-256 of the file.
 """
@@ -39,7 +39,7 @@ class TarIndex:
         caption_bytes: (samples,) int64.
         is_json: (samples,) bool, whether the caption is a value of the JSON.
         reasons: why a sample is damaged, by its position.
-        sha256: of the file.
+        sha256: hash of the file.
         left_out: numbers of groups of files that are not samples, by reason, and the name of the first one.
         json_keys: keys of the JSON of groups without a caption, with their numbers.
         problem: why the file ends early. Empty if it is intact.

@@ -1,4 +1,4 @@
-"""Which tar files a path, a folder or a pattern names, and of which split they are."""
+"""The tar files that a path, a folder or a pattern names, and their splits."""
 
 from __future__ import annotations
 
