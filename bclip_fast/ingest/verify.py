@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from bclip_fast.io import stand_ins
 from .duplicates import near_pairs
 from .parts import SPLITS
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class VerifyConfig:
@@ -32,6 +35,8 @@ class VerifyConfig:
     one the JSON's key `caption`."""
     add_checksums: bool = False
     """First add checksums to a dataset of an earlier release, which has none."""
+    json: bool = False
+    """Print a JSON object with the list of problems."""
 
 
 def run(config: VerifyConfig) -> int:
@@ -41,10 +46,13 @@ def run(config: VerifyConfig) -> int:
     if config.caption_key and not is_tar:
         raise UserError(f"caption_key={config.caption_key} is only for tar files of others, not for {dataset}")
     if config.add_checksums and is_tar:
-        raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {dataset} is none")
+        raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {dataset} isn't one")
     if config.add_checksums and not shards.add_checksums(dataset):
-        print(f"{dataset}: has checksums already")
+        log.info("%s has checksums already", dataset)
     problems = verify_tars(dataset, config.caption_key) if is_tar else verify(Path(dataset))
+    if config.json:
+        print(json.dumps({"dataset": dataset, "problems": problems}))
+        return int(bool(problems))
     for problem in problems:
         print(problem)
     print(f"{dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
