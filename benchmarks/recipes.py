@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import tyro
@@ -78,7 +78,7 @@ class RecipesConfig:
     """Folder that holds pmc_articles."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("runs/recipes")
     """Folder for shards and runs."""
-    recipe: tuple[Name, ...] = tuple(RECIPES)
+    recipe: tuple[Name, ...] = get_args(Name)
     """Recipes to train."""
     seeds: int = 3
     """Number of seeds, from 0."""
