@@ -82,7 +82,7 @@ class RecipesConfig:
     """Recipes to train."""
     seeds: int = 3
     """Number of seeds, from 0."""
-    epochs: int = 40
+    epochs: int = 30
     """Passes over the training pairs."""
     record: bool = True
     """Append the rows to benchmarks/results/recipes.jsonl."""
