@@ -1,8 +1,8 @@
 """Compare recipes of pretraining on held-out articles: python -m benchmarks.recipes DATA --out FOLDER
 
-It ingests DATA/pmc_articles, trains the small model of `bclip quickstart` from random weights for every recipe and
-seed, and measures retrieval among the figures of articles that no run has seen. A seed decides the split into articles
-for training and test, the initial weights and the order. So recipes with one seed are compared pair by pair.
+It ingests DATA/pmc_articles and trains the small model of `bclip quickstart` from random weights, for every recipe and
+seed. Then it measures retrieval among the figures of articles that the run has not seen. A seed decides the split into
+articles for training and test, the initial weights and the order. So recipes with one seed are compared pair by pair.
 
 The command skips finished runs and resumes a stopped one. Several calls with different --recipe may run at the same
 time. Each call appends the rows of the runs that it finishes to benchmarks/results/recipes.jsonl, and prints the table
@@ -54,7 +54,7 @@ _K = 10
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe changes of the defaults."""
+    """The settings of a recipe, where they differ from the defaults."""
 
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -89,7 +89,7 @@ class RecipesConfig:
 
 
 def main(config: RecipesConfig) -> None:
-    """Train what is missing, and print the table."""
+    """Train the missing runs, and print the table."""
     for seed in range(config.seeds):
         shards = _shards(config, seed)
         for name in config.recipe:
