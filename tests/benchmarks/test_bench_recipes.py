@@ -33,11 +33,12 @@ def test_table_compares_runs_of_the_same_seed():
     runs += [row("siglip", 0, [1, 1, 20, 20]), row("siglip", 1, [1, 1, 1, 1])]
     lines = recipes.table(runs)
     assert lines[2].startswith("| clip | 2 | 50.0% |")
-    assert "| 25.0% 75.0% | | |" in lines[2]
+    assert "| 25.0% 75.0% |  |  | 10.5 |  |  | 2.0 of 64 |" in lines[2]
     assert lines[3].startswith("| siglip | 2 | 75.0% |")
-    assert "| +25.0% | +0.0% to +50.0% |" in lines[3]
-    assert lines[4] == "| chance | | 50.0% | | | | | 2.5 | |"
-    assert "| ? | |" in recipes.table(runs[1:])[3]
+    assert "| +25.0% | +0.0% to +50.0% | 5.8 | -4.8 | -9.5 to +0.0 |" in lines[3]
+    assert lines[4] == "| chance | | 50.0% | | | | | 2.5 | | | |"
+    # Without a run of clip for each seed, there is no difference.
+    assert "| 50.0% 100.0% |  |  | 5.8 |  |  |" in recipes.table(runs[1:])[3]
 
 
 def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
