@@ -170,7 +170,7 @@ def test_report_opens_with_pictures_a_search_box_and_the_next_steps(
     report.write(path, results, data, search=f"index{ATTACK}", steps=steps)
     page = Page(path)
     text = path.read_text(encoding="utf-8")
-    assert page.text.index("Do <this>") < page.text.index("What the model sees") < page.text.index("All metrics")
+    assert page.text.index("Do <this>") < page.text.index("What the model sees") < page.text.index("95 % interval")
     assert [form["action"] for form in page.all("form")] == ["http://127.0.0.1:8000/"]
     assert "form-action http://127.0.0.1:8000" in text and "<script" not in text
     samples = results["tasks"]["zero_shot/colour"]["samples"]
