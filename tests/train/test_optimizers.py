@@ -30,7 +30,7 @@ from bclip_fast.train.trainer import train
 DDP = EngineConfig(name="ddp", precision="fp32")
 ZERO = [EngineConfig(zero_stage=stage, precision="fp32") for stage in (0, 1, 2, 3)]  # type: ignore[arg-type]
 MUON = OptimConfig(name="muon", lr=1e-3, warmup_steps=2, grad_clip_norm=2.0, muon_lr=3e-3, muon_weight_decay=0.1)
-# The gradient of a layer's key bias is 0 but for rounding errors, which a small eps would amplify.
+# The gradient of a layer's key bias consists of rounding errors, which a small eps would amplify.
 NADAM = OptimConfig(name="torch.optim:NAdam", lr=1e-3, warmup_steps=2, weight_decay=0.01, eps=1e-3)
 COUNTER = OptimConfig(name="test_optimizers:Counter", lr=1e-3, warmup_steps=2)
 

@@ -209,7 +209,7 @@ def make_optimizer(
 
 
 def state_sizes(model: nn.Module, optim: OptimConfig) -> float:
-    """Bytes of the fp32 states of the trainable parameters, of their shape. Of a class of the user's, as in a trial.
+    """Bytes of the fp32 states of the trainable parameters, of their shape. A trial counts those of a user's class.
 
     Raises:
         UserError: a class of the user's cannot be used.

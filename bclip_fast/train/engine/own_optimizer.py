@@ -20,7 +20,7 @@ _MATRIX, _VECTOR, _STEPS = (4, 6), (5,), 3
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known of an optimiser class.
+    """Properties of an optimiser class.
 
     moments: names of the states that have the shape of the matrix or the vector that they belong to.
     num_moments: number of the matrix's states of its shape.
@@ -52,7 +52,7 @@ def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 
 def options_of(own: type[torch.optim.Optimizer], optim: OptimConfig) -> dict[str, Any]:
-    """The arguments of the class besides the groups: lr, and two betas and one eps if the class takes them."""
+    """The arguments of the class after the groups: lr, and two betas and one eps if the class takes them."""
     taken = inspect.signature(own).parameters
     options: dict[str, Any] = {"lr": optim.lr}
     if "betas" in taken and len(tuple(taken["betas"].default)) == 2:
