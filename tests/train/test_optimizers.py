@@ -23,7 +23,7 @@ from bclip_fast.train import checkpoint
 from bclip_fast.train.engine import Engine, EngineConfig, build_engine
 from bclip_fast.train.engine.optimizer import OptimizerState, state_sizes
 from bclip_fast.train.engine.own_optimizer import import_optimizer, traits_of
-from bclip_fast.train.finetune import FinetuneConfig
+from bclip_fast.train.finetune_config import FinetuneConfig
 from bclip_fast.train.schedule import MAX_LOG_LOGIT_SCALE, OptimConfig, is_muon_matrix, parameter_groups
 from bclip_fast.train.trainer import train
 
