@@ -102,6 +102,11 @@ class BuildPython(build_py):
         folder.mkdir(parents=True, exist_ok=True)
         info = {"modules": names, "reason": PURE or ""}
         (folder / "build_info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+        if names and JPEG and JPEG_ROOT:
+            # A module that contains libjpeg-turbo comes with its licence.
+            (folder / "licenses").mkdir(exist_ok=True)
+            for name in ("LICENSE.md", "README.ijg"):
+                shutil.copy(Path(JPEG_ROOT, "share/doc/libjpeg-turbo", name), folder / "licenses")
 
 
 class BuildWithNinja(build_ext):
