@@ -45,7 +45,7 @@ def test_version_is_the_same_everywhere():
     assert newest is not None
     assert [citation["version"], recipe["context"]["version"], newest[1]] == [__version__] * 3
     assert newest[2] == "unreleased" or datetime.date.fromisoformat(newest[2])
-    assert 'dynamic = ["version"]' in read("pyproject.toml")
+    assert 'dynamic = ["version", ' in read("pyproject.toml")
 
 
 def test_pyproject_can_be_read_by_old_setuptools():
