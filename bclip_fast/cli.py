@@ -183,6 +183,15 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(args)
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _main(args: list[str]) -> int:
     if args[:1] in (["--version"], ["-V"]):
         print(f"bclip_fast {__version__}")
         return 0
@@ -212,10 +221,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"bclip {name} needs the package {error.name}: pip install 'bclip_fast[{command.extra}]'", file=sys.stderr
         )
         return 2
-    except BrokenPipeError:
-        if not _is_closed(sys.stdout):
-            raise
-        return 128 + signal.SIGPIPE
     except OSError as error:
         if not isinstance(error.filename, str | bytes):
             raise
@@ -269,10 +274,11 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _run(name: str, command: Command, args: list[str]) -> int:
     for place, word in enumerate(args):
-        if word in ("-h", "--help"):
+        if word in ("-h", "--help") or word.startswith("--help="):
             from bclip_fast.command_help import command_help
 
-            print(command_help(name, command.summary, command.config, *args[place + 1 : place + 2]))
+            topic = word.partition("=")[2] or "".join(args[place + 1 : place + 2])
+            print(command_help(name, command.summary, command.config, topic))
             return 0
     from bclip_fast import config
 

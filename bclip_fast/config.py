@@ -128,6 +128,13 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, source: 
             kind, word = ("key", unknown[1].lstrip("-")) if file else ("flag", unknown[1])
             names = [name if file else f"--{name}" for name in _names(cls)]
             raise UserError(f"{source}: unknown {kind} {word}{_similar(word, names, prog)}") from None
+        # tyro gives the flags of booleans no value.
+        stray = re.search(r"Unrecognized options:\s+(\S+)", _flat(stderr.getvalue()))
+        flag = next((arg for arg in args if stray and arg.startswith("--") and arg.endswith(f"={stray[1]}")), "")
+        if flag:
+            section, dot, last = flag[2:].partition("=")[0].rpartition(".")
+            forms = f"--{section}{dot}{last} or --{section}{dot}no_{last}"
+            raise UserError(f"{source}: {flag} takes no value; write {forms}") from None
         raise UserError(f"{source}: {_one_line(stderr.getvalue())} (see {prog} --help)") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -149,8 +156,10 @@ _PHRASES = (
     (r"^(?:Value error )?Error parsing \w+: ", ""),
     (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
     (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    (r"^Missing argument Missing value for argument '(--\S+)'\..*", r"\1 needs a value"),
+    (r"^Unrecognized options Unrecognized options: ?(.*)", r"unknown argument '\1'; files come first, then flags"),
     (
-        r"^Invalid choice invalid choice (.*) for argument '(--\S+)'\. Expected one of \((.*)\)\.",
+        r"^Invalid choice invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.",
         r"\2: \1 must be one of \3",
     ),
 )

@@ -6,7 +6,6 @@ loss of the global batch. `ClipLoss` and `SigLipLoss` are such modules. `Loss` i
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bclip_fast import distributed
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, first_line
 from bclip_fast.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from bclip_fast.model.biomedclip import BiomedClipConfig
 
 from .captions import CaptionLoss
+from .own_class import import_class
 
 KINDS = ("clip", "siglip", "distill", "coca")
 # The initial factor and bias of the logits in the paper of the sigmoid loss (arXiv 2303.15343, section 3.2).
@@ -56,11 +56,32 @@ class Loss(Protocol):
 
 
 def total(loss: Tensor | dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scalar loss, and its detached terms if it has several."""
+    """The scalar loss, and its detached terms if it has several.
+
+    Raises:
+        UserError: a loss of the user's own returns something else than `Loss` says.
+    """
+    terms = loss if isinstance(loss, dict) else {"": loss}
+    for name, term in terms.items():
+        if not (isinstance(term, Tensor) and term.dim() == 0 and term.is_floating_point() and term.requires_grad):
+            raise UserError(f"{_named(name)} is {_described(term)}, but must be a scalar tensor with a gradient")
+    if not terms:
+        raise UserError("the loss has no terms: its class returns an empty dictionary; return a scalar tensor")
     if isinstance(loss, Tensor):
         return loss, {}
     value = torch.stack(list(loss.values())).sum()
     return value, {name: term.detach() for name, term in loss.items()} if len(loss) > 1 else {}
+
+
+def _named(term: str) -> str:
+    return f"the term {term} of the loss" if term else "the result of the loss"
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    gradient = "with" if value.requires_grad else "without"
+    return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {gradient} a gradient"
 
 
 class Distillation(DistillClipLoss):
@@ -149,10 +170,10 @@ class LossConfig:
             raise UserError(f"loss.init_bias={self.init_bias} needs loss.kind=siglip: a bias cancels in a softmax")
         if self.is_own and (self.label_smoothing or self.hardness):
             raise UserError(f"loss.kind={self.kind} takes no label_smoothing and no hardness; set them in your class")
-        if not self.caption_loss_weight > 0:
-            raise UserError(f"loss.caption_loss_weight={self.caption_loss_weight} must be above 0")
-        if not self.clip_loss_weight >= 0:
-            raise UserError(f"loss.clip_loss_weight={self.clip_loss_weight} must not be negative")
+        if not 0 < self.caption_loss_weight < math.inf:
+            raise UserError(f"loss.caption_loss_weight={self.caption_loss_weight} must be a finite number above 0")
+        if not 0 <= self.clip_loss_weight < math.inf:
+            raise UserError(f"loss.clip_loss_weight={self.clip_loss_weight} must be a finite number of at least 0")
 
     def check_model(self, model: BiomedClipConfig) -> None:
         """Raise UserError unless the model has a caption decoder if, and only if, the loss is coca."""
@@ -227,14 +248,18 @@ def build_loss(config: LossConfig, teacher_scale: float = 0.0, pad_id: int = 0) 
     if config.kind == "distill":
         smoothing = config.label_smoothing
         return Distillation(teacher_scale, config.distill_weight, **ranks, label_smoothing=smoothing)
-    module, _, name = config.kind.partition(":")
+    own = import_class("loss.kind", config.kind, nn.Module, "torch.nn.Module")
     try:
-        own = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"loss.kind={config.kind} cannot be imported: {error}; set PYTHONPATH to its folder") from error
-    if not (isinstance(own, type) and issubclass(own, nn.Module)):
-        raise UserError(f"loss.kind={config.kind} must be a class derived from torch.nn.Module")
-    try:
-        return own(**ranks)
+        loss = own(**ranks)
     except TypeError as error:
         raise UserError(f"loss.kind={config.kind} must take rank and world_size: {error}") from error
+    except Exception as error:
+        raise UserError(
+            f"loss.kind={config.kind} fails when it is made: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if parameters := [name for name, _ in loss.named_parameters()]:
+        raise UserError(
+            f"loss.kind={config.kind} has the parameter {parameters[0]}, which would not train: only the model does; "
+            "make it a buffer"
+        )
+    return loss

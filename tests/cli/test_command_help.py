@@ -122,14 +122,21 @@ COMP_WORDS=(bclip ev); COMP_CWORD=1; _bclip; echo "${{COMPREPLY[@]}}"
     assert done.stdout.splitlines() == ["--data.loader", "eval"], done.stderr
 
 
-def test_output_into_a_closed_pipe_ends_without_a_traceback() -> None:
+@pytest.mark.parametrize("args", [["completion", "fish"], ["--help"], ["__complete", ""]], ids=" ".join)
+def test_output_into_a_closed_pipe_ends_without_a_traceback(args: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "bclip_fast.cli", "completion", "fish"], stdout=writer, stderr=subprocess.PIPE
-    )
+    unbuffered = [sys.executable, "-u", "-m", "bclip_fast.cli", *args]
+    done = subprocess.run(unbuffered, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert b"Traceback" not in done.stderr
+
+
+def test_topic_of_help_after_an_equals_sign_is_shown() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bclip_fast.cli", "train", "--help=loss"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("loss: The contrastive loss."), done.stderr
 
 
 def test_doctor_prints_json() -> None:

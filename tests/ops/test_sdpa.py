@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from judged import bounds_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bclip_fast import ops
 from bclip_fast.ops.attention import reference, sdpa
@@ -135,3 +136,15 @@ def test_padded_sequence_longer_than_max_seqlen_changes_no_other():
     call = AttentionCall(qkv, bounds_of([3, 15, 2]), None, 9, False, 0.0, None, 0.3)
     right = AttentionCall(qkv[rows], bounds_of([3, 0, 2]), None, 9, False, 0.0, None, 0.3)
     torch.testing.assert_close(sdpa.packed_padded(call)[rows], sdpa.packed_padded(right))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_fake_sequences_give_shapes_and_gradients_without_their_values(backend):
+    """No C++ kernel takes a head dimension of 8, so `auto` takes torch's attention too."""
+    with FakeTensorMode():
+        qkv = torch.empty(6, 3, 2, 8, requires_grad=True)
+        bounds, rows = torch.empty(3, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
+        out = ops.varlen_attention(qkv, bounds, 4, causal=True, backend=backend)
+        single = ops.single_query_attention(qkv[:2, 0], qkv[:, 1:], rows, bounds, causal=True, backend=backend)
+        (out.sum() + single.sum()).backward()
+    assert out.shape == (6, 2, 8) and single.shape == (2, 2, 8) and qkv.grad.shape == qkv.shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train.config import DataConfig
 from bclip_fast.train.engine import build_engine
 from bclip_fast.train.grad_cache import GradCache, embed
-from bclip_fast.train.losses import LossConfig, build_loss
+from bclip_fast.train.losses import LossConfig, build_loss, total
 from bclip_fast.train.trainer import train
 
 TEACHER_SCALE = 30.0
@@ -128,6 +127,17 @@ def cached_steps(rank: int, num_ranks: int) -> dict[str, Any]:
     return results
 
 
+class FailsWhenMade(ClipLoss):
+    def __init__(self, **ranks):
+        raise RuntimeError("no file of weights")
+
+
+class WithParameter(ClipLoss):
+    def __init__(self, **ranks):
+        super().__init__(**ranks)
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_cached_step_of_each_loss_is_that_of_the_whole_batch(num_ranks):
     results = on_ranks(num_ranks, cached_steps, num_ranks)[0]
@@ -175,6 +185,8 @@ def test_runs_count_the_pairs_with_several_positives_and_resume(tmp_path, shards
         ({"kind": "siglip", "hardness": 1.0}, "needs loss.kind=clip"),
         ({"label_smoothing": 2.0}, "must lie in"),
         ({"init_bias": -10.0}, "needs loss.kind=siglip"),
+        ({"kind": "coca", "caption_loss_weight": math.inf}, "caption_loss_weight=inf must be a finite number"),
+        ({"kind": "coca", "clip_loss_weight": math.inf}, "clip_loss_weight=inf must be a finite number"),
     ],
 )
 def test_invalid_options_are_refused_by_name(options, message):
@@ -182,11 +194,44 @@ def test_invalid_options_are_refused_by_name(options, message):
         LossConfig(**options)
 
 
-@pytest.mark.parametrize("kind", ["no_such_module:Loss", "test_losses:NoSuchClass", "pathlib:Path"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "no_such_module:Loss",
+        "../module:Loss",
+        "test_losses:NoSuchClass",
+        "pathlib:Path",
+        "test_losses:FailsWhenMade",
+        "test_losses:WithParameter",
+    ],
+)
 def test_own_class_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, shards, kind):
     with pytest.raises(UserError, match=f"loss.kind={kind}"):
         train(tiny_run(tmp_path / "run", shards, loss=LossConfig(kind=kind)))
-    assert not list(Path(tmp_path).glob("run/checkpoints/*"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_module_that_is_no_python_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "unfinished_loss.py").write_text("class Loss(")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="loss.kind=unfinished_loss:Loss cannot be imported: SyntaxError"):
+        build_loss(LossConfig(kind="unfinished_loss:Loss"))
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (1.0, "result of the loss is of type float"),
+        (torch.ones(3, requires_grad=True), r"shape \(3,\)"),
+        (torch.tensor(1.0), "without a gradient"),
+        ({}, "empty dictionary"),
+        ({"part": None}, "term part of the loss is of type NoneType"),
+    ],
+    ids=["number", "vector", "constant", "no terms", "no tensor"],
+)
+def test_result_of_an_own_loss_that_cannot_train_is_named(result, message):
+    with pytest.raises(UserError, match=message):
+        total(result)
 
 
 def test_groups_exclude_label_smoothing(tmp_path, shards):

@@ -15,6 +15,7 @@ from torch import Tensor
 from bclip_fast.ops.custom_op import without_autocast
 
 from .call import AttentionCall, SingleQueryCall
+from .checks import has_values
 
 
 def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
@@ -39,8 +40,13 @@ def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> T
 
 
 def packed(call: AttentionCall) -> Tensor:
-    """(T, H, d). The CPU takes one sequence after another. Other devices take padded ones, so nothing waits."""
-    return (packed_one_by_one if call.qkv.device.type == "cpu" else packed_padded)(call)
+    """(T, H, d). The CPU takes one sequence after another. Other devices take padded ones, so nothing waits.
+
+    Without the values of cu_seqlens, the CPU takes padded sequences too.
+    """
+    assert call.cu_seqlens is not None
+    one_by_one = call.qkv.device.type == "cpu" and has_values(call.cu_seqlens)
+    return (packed_one_by_one if one_by_one else packed_padded)(call)
 
 
 def packed_one_by_one(call: AttentionCall) -> Tensor:
@@ -93,8 +99,12 @@ def owners(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def single_query(call: SingleQueryCall) -> Tensor:
-    """(n, H, d). The CPU takes one sequence after another. Other devices compute one masked product."""
-    return (single_query_one_by_one if call.query.device.type == "cpu" else single_query_masked)(call)
+    """(n, H, d). The CPU takes one sequence after another. Other devices compute one masked product.
+
+    Without the values of the indices, the CPU computes the masked product too.
+    """
+    one_by_one = call.query.device.type == "cpu" and has_values(call.cu_seqlens[:-1], call.visible_stops())
+    return (single_query_one_by_one if one_by_one else single_query_masked)(call)
 
 
 def single_query_one_by_one(call: SingleQueryCall) -> Tensor:

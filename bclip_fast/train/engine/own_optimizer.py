@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.train.own_class import import_class
 from bclip_fast.train.schedule import OptimConfig
 
 # Shapes and number of steps of the trial.
@@ -41,14 +41,7 @@ def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
     Raises:
         UserError: it cannot be imported, or is not an optimiser.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        own = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"optim.name={name} cannot be imported: {error}; set PYTHONPATH to its folder") from error
-    if not (isinstance(own, type) and issubclass(own, torch.optim.Optimizer)):
-        raise UserError(f"optim.name={name} must be a class derived from torch.optim.Optimizer")
-    return own
+    return import_class("optim.name", name, torch.optim.Optimizer, "torch.optim.Optimizer")
 
 
 def options_of(own: type[torch.optim.Optimizer], optim: OptimConfig) -> dict[str, Any]:
