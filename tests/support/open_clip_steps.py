@@ -53,6 +53,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def steps_of_tasks(open_clip: Any, kind: str, strategy: str, loss: nn.Module | None) -> list[float]:
     """The losses of open_clip 4's training step. A graph break within the compiled part is an error."""
+    # Each optimizer is a new guard of the compiled step, and beyond eight torch would run it without compilation.
+    torch.compiler.reset()
     tasks, train = importlib.import_module("open_clip.task"), importlib.import_module("open_clip_train.train")
     model = tiny_model(open_clip, kind, 1)
     if kind == "distill":
