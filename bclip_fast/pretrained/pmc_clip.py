@@ -69,10 +69,10 @@ def read_weights(source: Source, model: BiomedClip) -> State:
     unread = sorted(key for key in state if key in _UNREAD or key.startswith(prefixes))
     if unread:
         log.info("%s: dropped %s, which no embedding reads", name, ", ".join(unread))
-    return weights.from_open_clip(_open_clip_names(state, set(unread)), model, source=name)
+    return weights.from_open_clip(open_clip_names(state, set(unread)), model, source=name)
 
 
-def _open_clip_names(state: State, unread: set[str]) -> State:
+def open_clip_names(state: State, unread: set[str]) -> State:
     """The tensors under open_clip's names of an RN50 and a BERT with one linear projection."""
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
