@@ -1,28 +1,65 @@
-"""Build the two pybind11 modules with ninja: `_cpu` always, `_cuda` if nvcc is installed (BCLIP_CUDA=0|1 overrides)."""
+"""Build the two pybind11 modules with ninja: `_cpu`, and `_cuda` if nvcc is installed (BCLIP_CUDA=0|1 overrides).
 
-import fcntl
+Without a C++ compiler, and on macOS and Windows, the package is built without these modules. `why_pure` decides, and
+BCLIP_COMPILED=0|1 overrides it. The build prints the decision in one line and writes it to bclip_fast/build_info.json,
+where `bclip doctor` finds it, because pip shows the output of a build only with -v.
+"""
+
+import json
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-import pybind11
-from ninja import BIN_DIR, ninja_syntax
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 ARCHS = os.environ.get("BCLIP_CUDA_ARCHS", "80;90a").split(";")
 # PTX for later devices, which compile it themselves. The PTX of an architecture with a letter runs only there.
 PTX = next((arch for arch in ARCHS if arch.isdigit()), ARCHS[0])
-CXX = os.environ.get("CXX", "g++")
+# A command, such as "ccache g++".
+CXX = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")]
 # Each source *_isa.cpp is compiled for all of these. The object is empty if the compiler lacks the instruction set.
 ISAS = "avx512", "avx2", "portable"
 JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
-JPEG_HELP = """jpeglib.h of libjpeg-turbo is missing: bclip_fast decodes images with it.
+# Folder with include/jpeglib.h and lib/libjpeg.a, whose code becomes part of the module. Empty: the system's library.
+JPEG_ROOT = os.environ.get("BCLIP_JPEG_ROOT", "")
+JPEG_INCLUDE = [f"-I{JPEG_ROOT}/include"] if JPEG_ROOT else []
+# Hidden symbols: other libraries of the process, such as Pillow's, have their own libjpeg.
+JPEG_LINK = f"{JPEG_ROOT}/lib/libjpeg.a -Wl,--exclude-libs,ALL" if JPEG_ROOT else "-ljpeg"
+# A failed compilation isn't replaced by a build without compiled modules: that package is several times slower, and
+# nobody would see why.
+REMEDY = "Or install without compiled modules, which is several times slower on a CPU: BCLIP_COMPILED=0."
+JPEG_HELP = f"""jpeglib.h of libjpeg-turbo is missing: bclip_fast decodes images with it.
   Debian, Ubuntu: apt-get install libjpeg-dev    Fedora: dnf install libjpeg-turbo-devel    conda: libjpeg-turbo
-Or build without the fast image decoder: BCLIP_JPEG=0."""
+Or build without the fast image decoder: BCLIP_JPEG=0.
+{REMEDY}"""
+PYTHON_HELP = f"""Python.h is missing in {sysconfig.get_path("include")}: the compiled modules need it.
+  Debian, Ubuntu: apt-get install python3-dev    Fedora: dnf install python3-devel
+{REMEDY}"""
+
+
+def why_pure() -> str | None:
+    """Return the reason to build without compiled modules, or None."""
+    requested = os.environ.get("BCLIP_COMPILED", "auto")
+    if requested not in ("auto", "0", "1"):
+        sys.exit(f"BCLIP_COMPILED={requested!r} is unknown; set it to 0, 1 or auto")
+    if requested == "0":
+        return "BCLIP_COMPILED=0"
+    reason = None
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        reason = f"they are for Linux on x86-64 and arm64, and this is {platform.system()} on {platform.machine()}"
+    elif not shutil.which(CXX[0]):
+        reason = f"there is no C++ compiler ({CXX[0]} is not on the PATH)"
+    if reason and requested == "1":
+        sys.exit(f"BCLIP_COMPILED=1, but compiled modules cannot be built: {reason}")
+    return reason
 
 
 def nvcc() -> str | None:
@@ -35,11 +72,36 @@ def nvcc() -> str | None:
     return None if requested == "0" else program
 
 
-def has_jpeg_headers() -> bool:
-    """Return whether the compiler finds the headers of libjpeg-turbo."""
-    source = "#include <cstdio>\n#include <jpeglib.h>\nint main() { jpeg_crop_scanline; }"
-    check = subprocess.run([CXX, "-xc++", "-fsyntax-only", "-"], input=source, text=True, capture_output=True)
-    return check.returncode == 0
+def compiler_error(source: str) -> str:
+    """Return the compiler's message about a program, or an empty string if it compiles."""
+    command = [*CXX, "-xc++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", *JPEG_INCLUDE, "-"]
+    check = subprocess.run(command, input=source, text=True, capture_output=True)
+    return (check.stderr or f"exit status {check.returncode}") if check.returncode else ""
+
+
+def check_compiler() -> None:
+    """Exit with a remedy if the compiler doesn't work or lacks headers."""
+    if message := compiler_error("#include <vector>\nint main() {}"):
+        sys.exit(f"The compiler {shlex.join(CXX)} cannot compile an empty program.\n{message.rstrip()}\n{REMEDY}")
+    if compiler_error("#include <Python.h>"):
+        sys.exit(PYTHON_HELP)
+    if JPEG and compiler_error("#include <cstdio>\n#include <jpeglib.h>\nint main() { jpeg_crop_scanline; }"):
+        sys.exit(JPEG_HELP)
+
+
+class BuildPython(build_py):
+    """Copy the Python files, and write how the package was built."""
+
+    def run(self) -> None:
+        """Print the decision about compiled modules and write it to build_info.json, beside the compiled modules."""
+        super().run()
+        names = [extension.name for extension in modules]
+        what = f"with {' and '.join(names)}" if names else f"without compiled modules: {PURE}"
+        print(f"bclip_fast: built {what}", flush=True)
+        folder = Path("bclip_fast") if self.editable_mode else Path(self.build_lib, "bclip_fast")
+        folder.mkdir(parents=True, exist_ok=True)
+        info = {"modules": names, "reason": PURE or ""}
+        (folder / "build_info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
 
 
 class BuildWithNinja(build_ext):
@@ -47,6 +109,12 @@ class BuildWithNinja(build_ext):
 
     def build_extensions(self) -> None:
         """Write build.ninja, run ninja, and copy the modules to their places."""
+        import fcntl
+
+        import pybind11
+        from ninja import BIN_DIR, ninja_syntax
+
+        check_compiler()
         objects = Path("build", sys.implementation.cache_tag).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         # The slowest files come first, so that no core waits for them at the end.
@@ -66,14 +134,16 @@ class BuildWithNinja(build_ext):
             program = shutil.which("ninja", path=f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}")
             # Ninja would try to join make's jobserver, whose pipe Python has closed.
             environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
-            subprocess.run([program or "ninja", "-C", str(objects)], check=True, env=environment)
+            build = subprocess.run([program or "ninja", "-C", str(objects)], env=environment)
+            if build.returncode:
+                sys.exit(f"The compilation failed; the compiler's message is above.\n{REMEDY}")
             for extension in extensions:
                 output = Path(self.get_ext_fullpath(extension.name))
                 output.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(objects / f"{extension.name}.so", output)
 
-    def _write(self, ninja: ninja_syntax.Writer, extension: Extension, includes: str) -> None:
-        kind = extension.name.rpartition(".")[2]
+    def _write(self, ninja: "ninja_syntax.Writer", extension: Extension, includes: str) -> None:  # noqa: F821
+        kind, compiler = extension.name.rpartition(".")[2], shlex.join(CXX)
         depends = "-MMD -MF $out.d $isa -c $in -o $out"
         includes += f" -I{ROOT}" + "".join(f" -I{path}" for path in self.include_dirs)
         options = f"-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -Wall -Wno-psabi {includes}"
@@ -82,12 +152,18 @@ class BuildWithNinja(build_ext):
             codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
             device = f"-O3 -std=c++17 -I{ROOT} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
-            ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc")
-            ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out")
+            ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc", description="compile $out")
+            ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out", description="link $out")
         else:
-            options += " -DBCLIP_JPEG" * JPEG
-            ninja.rule(f"link{kind}", f"{CXX} -shared -pthread $in {'-ljpeg' * JPEG} -ldl -o $out")
-        ninja.rule(f"cxx{kind}", f"{CXX} {options} {depends}", depfile="$out.d", deps="gcc")
+            options += " ".join(["", "-DBCLIP_JPEG", *JPEG_INCLUDE]) * JPEG
+            ninja.rule(
+                f"link{kind}",
+                f"{compiler} -shared -pthread $in {JPEG_LINK * JPEG} -ldl -o $out",
+                description="link $out",
+            )
+        ninja.rule(
+            f"cxx{kind}", f"{compiler} {options} {depends}", depfile="$out.d", deps="gcc", description="compile $out"
+        )
         built = []
         for source in sorted(map(Path, extension.sources), key=lambda path: path.suffix != ".cu"):
             rule = "nvcc" if source.suffix == ".cu" else f"cxx{kind}"
@@ -100,12 +176,13 @@ class BuildWithNinja(build_ext):
         ninja.build(f"{extension.name}.so", f"link{kind}", built)
 
 
-if JPEG and not has_jpeg_headers():
-    sys.exit(JPEG_HELP)
+PURE = why_pure()
+if PURE and os.environ.get("BCLIP_CUDA") == "1":
+    sys.exit(f"BCLIP_CUDA=1, but compiled modules cannot be built: {PURE}")
 sources = sorted(path for path in map(str, Path("csrc/cpu").rglob("*.cpp")) if JPEG or "/image/" not in path)
 headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
-modules = [Extension("bclip_fast._cpu", sources, depends=headers)]
-if nvcc():
+modules = [] if PURE else [Extension("bclip_fast._cpu", sources, depends=headers)]
+if not PURE and nvcc():
     # Only tests on x86-64 build the emulator.
     paths = [path for path in Path("csrc/cuda").rglob("*.c[pu]*") if path.suffix != ".cuh"]
     cuda_sources = sorted(str(path) for path in paths if "emulator" not in path.parts)
@@ -119,5 +196,5 @@ setup(
     ],
     package_dir={"bclip_fast.benchmarks": "benchmarks"},
     ext_modules=modules,
-    cmdclass={"build_ext": BuildWithNinja},
+    cmdclass={"build_ext": BuildWithNinja, "build_py": BuildPython},
 )

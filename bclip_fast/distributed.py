@@ -152,6 +152,15 @@ def total(number: int) -> int:
     return int(value)
 
 
+def totals(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the sums of a tensor's elements over all ranks, on the CPU."""
+    if world_size() == 1:
+        return numbers
+    sums = numbers.to(message_device(device()), copy=True)
+    dist.all_reduce(sums)
+    return sums.cpu()
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """Return every rank's `value`, in rank order. Values are pickled, so all ranks must be trusted."""
     if not dist.is_initialized():
@@ -162,14 +171,19 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def num_equal(numbers: torch.Tensor) -> torch.Tensor:
-    """How many of the numbers (n,) of all ranks occur more than once: an int64 scalar, without a wait for the device.
-
-    Every rank has equally many numbers.
-    """
+    """Count the numbers (n,) that occur more than once on all ranks: an int64 scalar, without a wait for the device."""
     if world_size() > 1:
-        every = numbers.new_empty(world_size() * len(numbers))
-        dist.all_gather_into_tensor(every, numbers)
-        numbers = every
+        # Like the losses, learn how many numbers each rank has without the GPU.
+        sizes = torch.zeros(world_size(), dtype=torch.int64, device=message_device(numbers.device))
+        sizes[rank()] = len(numbers)
+        dist.all_reduce(sizes)
+        counts = sizes.tolist()
+        padded = numbers.new_zeros(max(counts))
+        padded[: len(numbers)] = numbers
+        every = numbers.new_empty(world_size() * max(counts))
+        dist.all_gather_into_tensor(every, padded)
+        parts = every.view(world_size(), -1)
+        numbers = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     ordered = numbers.sort().values
     equal = ordered[1:] == ordered[:-1]
     single = equal.new_zeros(1)

@@ -30,6 +30,7 @@ from bclip_fast.version import __version__
 # Packages that no extra installs, but that integrations, checkpoints and evaluation work with.
 _INTEGRATIONS = ["open_clip_torch", "torchvision", "timm", "transformers", "sentence-transformers"]
 
+_HOW_TO_COMPILE = "on Linux, install a C++ compiler and the headers of libjpeg-turbo, and reinstall from source"
 
 IMPORT_LIMIT_S = 30
 """Time limit of one import, in seconds."""
@@ -137,7 +138,7 @@ def package_lines(imports: bool = True) -> list[str]:
 
 def _backend(name: str) -> str:
     if name in MISSING:
-        hint = {"cuda": _why_no_cuda_module(), "triton": "comes with torch's CUDA build", "cpu": "reinstall bclip_fast"}
+        hint = {"cuda": _why_no_cuda_module(), "triton": "comes with torch's CUDA build", "cpu": _HOW_TO_COMPILE}
         return f"missing: {MISSING[name]}; {hint[name]}"
     if name == "triton":
         interpreted = " (interpreted: TRITON_INTERPRET=1)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
@@ -160,6 +161,8 @@ def _instruction_set() -> str:
 
 
 def _why_no_cuda_module() -> str:
+    if "cpu" in MISSING:
+        return "see cpu"
     if shutil.which("nvcc"):
         return "nvcc is on the PATH: reinstall with BCLIP_CUDA=1"
     return "it was built without nvcc: install the CUDA toolkit and reinstall"
@@ -288,6 +291,9 @@ def _import_failures(distributions: Iterable[str]) -> dict[str, str]:
     modules = sorted(set(names.values()))
     if not modules:
         return {}
+    if not hasattr(os, "fork"):
+        results = {module: _import_apart(module) for module in modules}
+        return {name: results[module] for name, module in names.items() if results[module]}
     arguments = [sys.executable, "-c", _PROBE, str(IMPORT_LIMIT_S), *modules]
     try:
         run = subprocess.run(arguments, capture_output=True, text=True, timeout=IMPORT_LIMIT_S * len(modules) + 60)
@@ -299,10 +305,21 @@ def _import_failures(distributions: Iterable[str]) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+def _import_apart(module: str) -> str:
+    """The reason why a module can't be imported in a new process, or an empty string."""
+    arguments = [sys.executable, "-c", f"import {module}"]
+    try:
+        run = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=IMPORT_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"its import takes more than {IMPORT_LIMIT_S} s"
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    return _reason(run.returncode, lines[-1][:300] if lines else "")
+
+
 def _reason(code: int, text: str) -> str:
     if code == 0:
         return ""
-    if code == -signal.SIGALRM:
+    if hasattr(signal, "SIGALRM") and code == -signal.SIGALRM:
         return f"its import takes more than {IMPORT_LIMIT_S} s"
     if code < 0:
         return f"its import crashes ({signal.Signals(-code).name})"

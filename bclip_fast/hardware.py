@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 
 from bclip_fast.errors import UserError, first_line
+from bclip_fast.io import system
 from bclip_fast.ops.processor import native_precision
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def cluster_of(config: ClusterConfig) -> Cluster:
     is_local = not config.device
     cpu = config.device == "cpu" or (is_local and not torch.cuda.is_available())
     ranks = config.devices_per_node or (torch.cuda.device_count() if is_local and not cpu else 1)
-    host = config.host_memory_gib * GIB or (_host_memory() if is_local or cpu else 0.0)
+    host = config.host_memory_gib * GIB or (system.host_memory() if is_local or cpu else 0.0)
     if cpu:
         # Rates of gloo between processes of one machine, and over a network of 10 Gbit/s. They are rough values.
         device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
@@ -150,16 +150,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def results_name(device: str) -> str:
     """Return the name of the device's file in benchmarks/results."""
     return re.sub(r"\W+", "-", device).strip("-") + ".jsonl"
-
-
-def _host_memory() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
@@ -177,8 +173,7 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory so far in bytes: torch's on a GPU, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return system.peak_memory()
 
 
 def pick_device(name: str) -> torch.device:

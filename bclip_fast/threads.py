@@ -162,6 +162,8 @@ def describe(environment: Mapping[str, str] = os.environ) -> str:
 
 def _runtime() -> str:
     """The OpenMP runtime that torch loaded into the process: gcc, llvm (also Intel's) or none."""
+    if sys.platform == "win32":
+        return "none"
     library: Any = ctypes.CDLL(None)
     if hasattr(library, "kmp_set_blocktime"):
         return "llvm"

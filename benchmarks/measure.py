@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import subprocess
 import tempfile
 import time
@@ -96,6 +95,8 @@ def cpu_seconds(with_children: bool = False) -> float:
 
     Unlike wall time, it hardly depends on other processes.
     """
+    import resource  # Windows lacks it
+
     kinds = [resource.RUSAGE_SELF] + [resource.RUSAGE_CHILDREN] * with_children
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
 

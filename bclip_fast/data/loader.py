@@ -21,6 +21,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
 from .batch import BadRecord, Batch
+from .caption_lengths import within_limit
 from .daemon_pool import DaemonPool
 from .sampler import ShardSampler
 from .shards.format import Sample
@@ -108,7 +109,7 @@ class Loader:
         # Computing the order reads index files, so a thread does it too.
         self._planner = DaemonPool(1, "bclip-planner")
         self._pending: deque[Future[_Pending]] = deque()
-        self._next = (sampler.next_batch, 0)
+        self._cursor = _Cursor(sampler.next_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -117,11 +118,7 @@ class Loader:
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._planner.submit(self._start, *self._next))
-            number, micro_batch = self._next[0], self._next[1] + 1
-            self._next = (
-                (number, micro_batch) if micro_batch < self.sampler.num_micro_batches(number) else (number + 1, 0)
-            )
+            self._pending.append(self._planner.submit(self._start, self._cursor))
         deadline = time.monotonic() + self._timeout_s
         pending = self._pending[0]
         try:
@@ -165,7 +162,11 @@ class Loader:
             return "no read is in progress, so decoding or tokenising takes too long"
         return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
 
-    def _start(self, number: int, micro_batch: int) -> _Pending:
+    def _start(self, cursor: _Cursor) -> _Pending:
+        number, micro_batch = cursor.number, cursor.micro_batch
+        is_last = micro_batch + 1 == self.sampler.num_micro_batches(number)
+        # Only the planner's thread moves the cursor, because it divides the global batch into micro-batches.
+        cursor.number, cursor.micro_batch = (number + 1, 0) if is_last else (number, micro_batch + 1)
         epoch, positions = self.sampler.batch(number, micro_batch)
         indices = [self.sampler.sample(epoch, position) for position in positions]
         images = self._allocate(len(indices), number)
@@ -175,7 +176,7 @@ class Loader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch, micro_batch + 1 == self.sampler.num_micro_batches(number))
+        return _Pending(images, parts, epoch, is_last)
 
     def _allocate(self, count: int, number: int) -> Tensor:
         """Memory for `count` images of global batch `number`."""
@@ -190,9 +191,13 @@ class Loader:
         indices: list[int],
         read: Callable[[], list[Sample | BadSample]],
     ) -> _Part:
-        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback."""
+        """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback.
+
+        With a token budget, the fallback's caption is cut to the length of the damaged sample's.
+        """
         self._check_open()
         samples = read()
+        limits = [self.sampler.caption_limit(epoch, index) for index in indices]
         bad = []
         # Random numbers depend on the pass over the dataset, because a mixture's epoch may have several.
         passes = [self.sampler.pass_number(epoch, position) for position in positions]
@@ -214,7 +219,11 @@ class Loader:
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
         captions = [sample.caption for sample in intact]
-        tokens = self._tokenize(captions)
+        tokens, replaced = self._tokenize(captions), {record.position for record in bad}
+        for row, limit in enumerate(limits):
+            if limit is not None:
+                is_fallback = positions[row] in replaced
+                tokens[row] = within_limit(tokens[row], limit, None if is_fallback else intact[row].key)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
         return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
@@ -277,7 +286,7 @@ class Loader:
         """Continue from `state` and discard prefetched batches. Raises as ShardSampler.load_state_dict does."""
         self.sampler.load_state_dict(state)
         self._drop()
-        self._next = (self.sampler.next_batch, 0)
+        self._cursor = _Cursor(self.sampler.next_batch)
 
     def _drop(self) -> None:
         while self._pending:
@@ -303,6 +312,14 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass
+class _Cursor:
+    """The next micro-batch to prepare, and the number of its global batch."""
+
+    number: int
+    micro_batch: int = 0
 
 
 @dataclass

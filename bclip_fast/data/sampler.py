@@ -6,7 +6,8 @@ its micro-batches. The batches therefore depend neither on the number of ranks n
 consumed samples is a sufficient state.
 
 With a cost function, the R * m micro-batches are not slices. They still have equally many samples, but nearly equal
-costs. Their content depends only on R * m.
+costs. With a token budget, they have as many samples as the budget allows, and so the ranks too have different numbers
+of samples. All ranks have equally many micro-batches. In each case, their content depends only on R * m.
 
 A fallback replaces a damaged sample. It also depends only on (seed, e, p). Ranks therefore need no communication,
 every batch keeps its size, and a resumed run on any number of ranks uses the same fallback.
@@ -23,6 +24,7 @@ import numpy as np
 from bclip_fast.errors import UserError
 
 from .order import Interleaving, Member, Mixture, ShuffledShards, draws
+from .packing import pack
 
 # Fallbacks are drawn from the whole dataset, where damaged samples are rare. If this many in a row are damaged, the
 # storage is at fault.
@@ -54,6 +56,8 @@ class ShardSampler:
         batch_size: size B of the global batch, over all ranks.
         schedule: (epoch, batch size) pairs. Each sets B from that epoch on, in place of `batch_size`.
         micro_batch_size: number of samples in a rank's micro-batch. 0: all of the rank's part of the global batch.
+        token_budget: largest number of tokens in a micro-batch, in place of micro_batch_size. Then call `count_tokens`
+            before any other method. 0: no limit.
         shuffle_block: number of samples that are shuffled together. 1: keep the order within a shard.
         cost: cost of the sample at a dataset index. Must agree on every rank. The samples of a global batch are sorted
             by descending cost and assigned to micro-batches in snake order, so that micro-batches cost about the same.
@@ -72,6 +76,7 @@ class ShardSampler:
         batch_size: int,
         schedule: Sequence[tuple[int, int]] = (),
         micro_batch_size: int = 0,
+        token_budget: int = 0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -102,10 +107,13 @@ class ShardSampler:
             first, num_shards = first + sum(sizes), num_shards + member.num_shards
         self._world_size = world_size
         self._micro_batch_size = micro_batch_size
+        self._token_budget = token_budget
         self._stages: list[_Stage] = []
         for epoch, size in [*([(0, batch_size)] if not schedule or schedule[0][0] else []), *schedule]:
             self._begin_stage(epoch, size)
         self._by_cost = functools.lru_cache(2)(self._sort_by_cost)
+        # The planner of the loader is some steps ahead of the trainer, which asks for the sizes.
+        self._packed = functools.lru_cache(8)(self._pack)
 
     def _begin_stage(self, epoch: int, size: int) -> None:
         if size < 1 or size % self._world_size:
@@ -138,8 +146,24 @@ class ShardSampler:
 
     @property
     def max_batch_size(self) -> int:
-        """Largest number of samples in one of this rank's micro-batches."""
+        """Largest number of samples in one of this rank's micro-batches. With a token budget, an upper bound."""
+        if self._token_budget:
+            return min(max(stage.batch_size for stage in self._stages), self._token_budget // (self._image_tokens + 1))
         return self._micro_batch_size or max(stage.batch_size for stage in self._stages) // self._world_size
+
+    def count_tokens(self, image_tokens: int, caption_tokens: Callable[[int, int], int]) -> None:
+        """Set the tokens of the samples, for the token budget.
+
+        Args:
+            image_tokens: number of tokens of each image.
+            caption_tokens: function from an epoch and a dataset index to the number of tokens of the caption. It must
+                agree on every rank.
+        """
+        self._image_tokens, self._caption_tokens = image_tokens, caption_tokens
+
+    def caption_limit(self, epoch: int, index: int) -> int | None:
+        """Return the number of caption tokens that the token budget has for a sample. Without a budget, return None."""
+        return self._caption_tokens(epoch, index) if self._token_budget else None
 
     def batch_size_of(self, epoch: int) -> int:
         """Return the size of the global batch in an epoch."""
@@ -226,8 +250,16 @@ class ShardSampler:
 
     def num_micro_batches(self, number: int) -> int:
         """Return the number of micro-batches of each rank in global batch `number`."""
+        return len(self.micro_batch_sizes(number))
+
+    def micro_batch_sizes(self, number: int) -> list[int]:
+        """Return the number of samples in each of this rank's micro-batches of global batch `number`."""
+        if self._token_budget:
+            sizes = list(map(len, self._packed(number)))
+            return sizes[self._rank * len(sizes) // self._world_size :][: len(sizes) // self._world_size]
         local_size = self._stage_of(number).batch_size // self._world_size
-        return local_size // (self._micro_batch_size or local_size)
+        size = self._micro_batch_size or local_size
+        return [size] * (local_size // size)
 
     def batch(self, number: int, micro_batch: int | None = None) -> tuple[int, list[int]]:
         """Return the epoch and the positions of this rank's samples in global batch `number`.
@@ -241,6 +273,8 @@ class ShardSampler:
         parts = range(self._rank * parts_per_rank, (self._rank + 1) * parts_per_rank)
         if micro_batch is not None:
             parts = parts[micro_batch : micro_batch + 1]
+        if self._token_budget:
+            return epoch, [start + offset for part in parts for offset in self._packed(number)[part]]
         num_parts = parts_per_rank * self._world_size
         part_size = self.batch_size_of(epoch) // num_parts
         if self._cost is None or num_parts == 1:
@@ -260,6 +294,13 @@ class ShardSampler:
         positions = range(start, start + self.batch_size_of(epoch))
         costs = [self._cost(self.sample(epoch, position)) for position in positions]
         return sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+
+    def _pack(self, number: int) -> list[list[int]]:
+        """Return the samples of each micro-batch of all ranks, counted from the first of the global batch."""
+        epoch, start = self.locate(number)
+        indices = (self.sample(epoch, position) for position in range(start, start + self.batch_size_of(epoch)))
+        costs = [self._image_tokens + self._caption_tokens(epoch, index) for index in indices]
+        return pack(costs, self._token_budget, self._world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that `load_state_dict` restores."""

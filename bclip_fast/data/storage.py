@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bclip_fast.errors import UserError
-from bclip_fast.io import stand_ins
+from bclip_fast.io import stand_ins, system
 
 T = TypeVar("T")
 
@@ -150,7 +150,7 @@ class FileDescriptor:
 
     def __init__(self, path: Path) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = os.open(path, os.O_RDONLY | system.O_BINARY)
 
     def __del__(self) -> None:
         if self.number >= 0:
@@ -183,7 +183,7 @@ class LocalStorage(Storage):
         try:
             # Hold the object during the read: without a reference, the descriptor would close if the cache drops it.
             file = self._file(name)
-            return os.pread(file.number, end - start, start)
+            return system.pread(file.number, end - start, start)
         except OSError:
             # On a network file system, the descriptors may have become invalid.
             self._file.cache_clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import system
 from bclip_fast.io.atomic import replacing
 
 from .storage import MAX_OPEN_FILES, FileDescriptor, LocalStorage, ReadConfig, ReadError, RemoteStorage
@@ -71,7 +71,7 @@ class CachedStorage(LocalStorage):
         if not path.exists():
             # The death of its holder releases this lock. Each thread has its own descriptor.
             with (self.root / f"{digest}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                system.lock(lock)
                 if not path.exists():
                     self._download(name, path, size, digest)
         os.utime(path)
@@ -91,11 +91,14 @@ class CachedStorage(LocalStorage):
 
     def _make_room(self, size: int) -> None:
         with (self.root / "room.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            system.lock(lock)
             copies = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self.root.glob("*.tar"))
             total = size + sum(entry[1] for entry in copies)
             for _, freed, path in copies:
                 if total <= self._limit:
                     return
-                path.unlink()
+                try:
+                    path.unlink()
+                except PermissionError:  # Windows, and a process has the copy open
+                    continue
                 total -= freed

@@ -221,7 +221,7 @@ def _add_undecided(
 
 def dot_products(left: Tensor, right: Tensor, pairs: Tensor) -> Tensor:
     """Return the dot products of float32 rows (n, D) and (m, D) for pairs i m + j, float64 (P,)."""
-    if left.device.type == "cpu":
+    if left.device.type == "cpu" and ranking.is_compiled():
         return ranking.dot_products(left, right, pairs)
     chunks = (pairs[chunk] for chunk in _slices(len(pairs), _PAIRS_AT_ONCE))
     sums = [(left[chunk // len(right)].double() * right[chunk % len(right)].double()).sum(1) for chunk in chunks]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from bclip_fast.io import system
 from bclip_fast.io.folders import Listing
 
 from .image_formats import may_be_image
@@ -112,7 +113,7 @@ def open_regular_file(path: Path, root: Path) -> IO[bytes]:
     if not path.resolve().is_relative_to(root.resolve()):
         raise SourceError("link out of the source folder")
     # Without O_NONBLOCK, opening a pipe would wait until another process writes to it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | system.O_BINARY)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise SourceError("not a regular file")

@@ -30,6 +30,7 @@ from bclip_fast.data.shards.manifest import write_manifest
 from bclip_fast.data.shards.verify import add_to_index
 from bclip_fast.data.shards.writer import Staging, write_description
 from bclip_fast.errors import UserError
+from bclip_fast.io import system
 from bclip_fast.io.atomic import explained, replacing, write_text
 from bclip_fast.io.file_names import printable
 from bclip_fast.io.progress import track
@@ -116,7 +117,7 @@ class IngestConfig:
 
     def options(self) -> Options:
         """Return the options of the extraction. The workers share the connections."""
-        connections = max(1, self.connections // max(1, self.workers or executors.num_cores()))
+        connections = max(1, self.connections // max(1, self.workers or system.num_cores()))
         rules = Rules(self.license, self.keep_retracted)
         tokenizer = str(self.tokenizer or "")
         return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, tokenizer, connections)

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.io import system
+
 _TASKS_PER_WORKER = 3
 
 
@@ -38,7 +40,7 @@ def run(
     if engine == "ray":
         yield from _run_on_ray(function, tasks, workers)
         return
-    workers = workers or num_cores()
+    workers = workers or system.num_cores()
     if workers == 1:
         for task in tasks:
             yield task, function(task)
@@ -76,11 +78,6 @@ def run(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def num_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Yield a temporary folder for the unfinished files of a task."""
@@ -94,8 +91,11 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def _pool(workers: int, preload: Sequence[str]) -> ProcessPoolExecutor:
     # A plain fork would copy locks that threads of this process hold. The fork server has no such threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    # Windows has none, and its processes import what they need.
+    has_fork_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_fork_server else "spawn")
+    if has_fork_server:
+        context.set_forkserver_preload(list(preload))
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
 
 

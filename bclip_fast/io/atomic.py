@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import itertools
 import os
 import re
@@ -20,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bclip_fast.errors import UserError
+
+from . import system
 
 # File systems that have no locks, or cannot swap two names, answer with these.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -111,10 +112,12 @@ def settle(folder: Path) -> None:
 def put_in_place(folder: Path, path: Path) -> None:
     """Rename a folder to `path`. A folder at `path` then has the name `folder`, if it was not empty."""
     if not path.is_dir() or not any(path.iterdir()):
+        if path.is_dir() and os.name == "nt":  # there, no folder replaces another
+            path.rmdir()
         os.replace(folder, path)
         return
     try:
-        swap = ctypes.CDLL(None, use_errno=True).renameat2
+        swap = system.c_library().renameat2
     except AttributeError:
         problem = errno.ENOSYS
     else:
@@ -142,7 +145,10 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
 
 def sync_to_disk(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not system.HAS_FOLDER_DESCRIPTORS and path.is_dir():
+        return
+    # Windows flushes only files that are open for writing.
+    descriptor = os.open(path, os.O_RDONLY if system.HAS_FOLDER_DESCRIPTORS else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -158,29 +164,32 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
         _empty(folder)
         yield folder
     finally:
-        if _is_at(descriptor, folder):  # it was not renamed
+        if descriptor is None or _is_at(descriptor, folder):  # it was not renamed
             shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _claim(path: Path) -> tuple[Path, int]:
+def _claim(path: Path) -> tuple[Path, int | None]:
     """Create and lock the temporary folder of `path`, or take over that of a killed process. The lock ends with us.
 
     The names are numbered, so that several writers of `path` have different ones. In a file system without locks, the
-    names hold the numbers of process and thread.
+    names hold the numbers of process and thread. So do they on Windows, where folders have no descriptor (None).
     """
-    name, has_locks = path.name.removeprefix("."), True
+    name, has_locks = path.name.removeprefix("."), system.HAS_FOLDER_DESCRIPTORS
     for number in itertools.count(1):
         label = (f".{number}" if number > 1 else "") if has_locks else f".{os.getpid()}-{threading.get_native_id()}"
         folder = path.with_name(f".{name}{label}.partial")
         folder.mkdir(exist_ok=True)
+        if not system.HAS_FOLDER_DESCRIPTORS:
+            return folder, None
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # another writer has just removed it
             continue
         try:
             if has_locks:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                system.lock(descriptor, wait=False)
             if _is_at(descriptor, folder):
                 return folder, descriptor
         except BlockingIOError:  # another writer has it

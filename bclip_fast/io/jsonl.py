@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from . import system
 from .atomic import write_text
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class JsonLinesWriter:
 
 def _open(path: Path) -> int:
     """Open a file to append lines, and remove an incomplete last line."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | system.O_BINARY, 0o666)
     try:
         _remove_incomplete_line(descriptor)
     except OSError:
@@ -72,7 +73,7 @@ def _remove_incomplete_line(descriptor: int) -> None:
     size = end = os.fstat(descriptor).st_size
     while end:
         start = max(0, end - 65536)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        newline = system.pread(descriptor, end - start, start).rfind(b"\n")
         if newline >= 0:
             end = start + newline + 1
             break

@@ -24,6 +24,7 @@ from bclip_fast.errors import BackendError
 
 from . import processor, tuning
 from .backend_names import BACKENDS as BACKENDS
+from .build_info import why_missing
 from .cuda_device import CUDA_HOST
 from .dtypes import dtype_name
 
@@ -38,8 +39,13 @@ _CHECKED = ("triton", "cuda")
 # An operator's limits: for each backend, a function of the call's inputs that returns None or the reason for a refusal.
 Limits = Mapping[str, Callable[..., "str | None"]]
 
-_NEEDS = {"cuda": "bclip_fast._cuda", "triton": "triton", "cpu": "bclip_fast._cpu"}
-MISSING = {name: f"{module} is not installed" for name, module in _NEEDS.items() if find_spec(module) is None}
+# The backends that need a module, and the reason why it is missing.
+_NEEDS = {
+    "cuda": why_missing("bclip_fast._cuda"),
+    "triton": None if find_spec("triton") else "triton is not installed",
+    "cpu": why_missing("bclip_fast._cpu"),
+}
+MISSING = {name: reason for name, reason in _NEEDS.items() if reason is not None}
 if CUDA_HOST is not None:
     MISSING.pop("cuda", None)
 if processor.ISA_ERROR is not None:

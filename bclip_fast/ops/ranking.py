@@ -8,11 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .build_info import why_missing
 from .pointers import address
 
 
+def is_compiled() -> bool:
+    """Whether this installation has the compiled module, which `dot_products` needs."""
+    return why_missing("bclip_fast._cpu") is None
+
+
 def has_matrix_unit() -> bool:
-    """Whether this processor has the matrix unit of x86 (AMX) for bfloat16, which `screen` needs."""
+    """Whether `screen` can run: the processor has the matrix unit of x86 (AMX) for bfloat16."""
+    if not is_compiled():
+        return False
     from bclip_fast import _cpu
 
     return _cpu.has_amx()

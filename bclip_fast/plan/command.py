@@ -79,6 +79,12 @@ def _memory_savers(config: TrainConfig, cluster: Cluster) -> list[tuple[str, Tra
     micro = config.micro_batch_size or rank_batch
     smaller = [size for size in (micro // 2, micro // 4, micro // 8) if size]
     smaller = [size for size in smaller if not micro % size and not rank_batch % size]
+    context_length = config.model.text.context_length
+    if config.micro_batch_tokens:
+        smaller = []
+        budgets = [config.micro_batch_tokens // divisor for divisor in (2, 4, 8)]
+        budgets = [tokens for tokens in budgets if tokens >= config.image_tokens + context_length]
+        savers += [(f"micro_batch_tokens={tokens}", replace(config, micro_batch_tokens=tokens)) for tokens in budgets]
     savers += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
     if not cluster.cpu and engine.grad_checkpointing and not engine.offload_activations:
         savers.append(("engine.offload_activations=true", _with_engine(config, offload_activations=True)))

@@ -117,6 +117,9 @@ def _stages(config: TrainConfig, samples: Samples, cluster: Cluster) -> list[Sta
             batch_size = sampler.batch_size_of(first)
             rank_batch = batch_size // cluster.ranks
             micro_batch = config.micro_batch_size or rank_batch
+            if config.micro_batch_tokens:
+                limits = config.micro_batch_tokens, config.image_tokens, config.model.text.context_length
+                micro_batch = samples.pairs_within(*limits, rank_batch)
             flops = _flops(config, samples, batch_size, micro_batch < rank_batch)
             stages.append(Stage(first, end - first, batch_size, rank_batch, micro_batch, count, flops, None))
     return stages
@@ -195,6 +198,12 @@ def _memory(
 
 
 def _longest_captions(config: TrainConfig, samples: Samples, stage: Stage) -> list[int]:
+    size = stage.micro_batch
+    if config.micro_batch_tokens and size < stage.rank_batch:
+        # The micro-batches of a rank have nearly equally many tokens, at most the budget.
+        total = config.micro_batch_tokens - size * config.image_tokens
+        total = max(size, min(total, size * config.model.text.context_length))
+        return [total // size + (i < total % size) for i in range(size)]
     return samples.longest(config.model.text.context_length, stage.micro_batch, stage.batch_size, stage.num_steps)
 
 

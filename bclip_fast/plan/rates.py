@@ -67,7 +67,7 @@ def _traffic(config: TrainConfig, model: BiomedClip, cluster: Cluster, stage: St
     weights = 4.0 * sum(p.numel() for p in model.parameters())
     # An all-reduce of the gradients moves 2 times the weights, and so do a reduce-scatter and an all-gather of the
     # updated weights. Under ZeRO 3, each pass gathers the weights instead.
-    num_micro_batches = stage.rank_batch // stage.micro_batch
+    num_micro_batches = -(-stage.rank_batch // stage.micro_batch)
     passes = 2 if num_micro_batches == 1 else 3 * num_micro_batches
     times = 1 + passes if config.engine.name == "deepspeed" and config.engine.zero_stage == 3 else 2
     operand_bytes = 4 if config.engine.precision == "fp32" else 2

@@ -42,6 +42,11 @@ class Samples:
         """Lengths of the captions, truncated to the context length."""
         return [min(tokens, context_length) for tokens in self.tokens]
 
+    def pairs_within(self, budget: int, image_tokens: int, context_length: int, size: int) -> int:
+        """Number of the `size` pairs of a rank that a micro-batch of at most `budget` tokens gets, rounded up."""
+        mean = image_tokens + statistics.fmean(self.lengths(context_length))
+        return math.ceil(size / math.ceil(size * mean / budget))
+
     def longest(self, context_length: int, size: int, batch_size: int, num_batches: int) -> list[int]:
         """Lengths of the `size` captions of a micro-batch, in the batch with most tokens among `num_batches` batches.
 

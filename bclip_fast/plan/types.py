@@ -19,7 +19,7 @@ class Stage:
 
     batch_size: global batch size.
     rank_batch: pairs per rank and step.
-    micro_batch: pairs per micro-batch.
+    micro_batch: pairs per micro-batch. Under micro_batch_tokens, the mean, rounded up.
     flops: floating-point operations of a step over all ranks, by part.
     seconds: duration of a step, by part. None if no rate is known.
     """

@@ -12,6 +12,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig
 from bclip_fast.model.presets import preset
+from bclip_fast.model.vision import num_kept_patches
 
 from .engine import EngineConfig
 from .loss_spikes import SpikeConfig
@@ -186,6 +187,10 @@ class TrainConfig:
     """Pairs that a rank embeds at one time (GradCache). 0 embeds the rank's share of the batch at once. The gradient is
     exact for any size, in the memory of one micro-batch. With several micro-batches, the towers run forward twice.
     Batch norms (RN50) normalise by a micro-batch."""
+    micro_batch_tokens: int = 0
+    """Tokens that a rank embeds at one time, in place of micro_batch_size. A pair costs the patches and the class token
+    of its image, and the tokens of its caption. A micro-batch has as many pairs as fit, and all ranks have equally many
+    micro-batches. The run counts the captions' tokens at its start, from the dataset's manifest. 0 sets no limit."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights, such as 0.9999. 0 keeps no EMA. The EMA is
     validated like the weights and saved in the run's model_ema/. It takes 4 bytes a weight on rank 0, or over all ranks
@@ -228,6 +233,13 @@ class TrainConfig:
             raise UserError(f"timeout_s={self.timeout_s} must be above 0")
         if self.micro_batch_size < 0:
             raise UserError(f"micro_batch_size={self.micro_batch_size} must not be negative")
+        if self.micro_batch_tokens < 0:
+            raise UserError(f"micro_batch_tokens={self.micro_batch_tokens} must not be negative")
+        if self.micro_batch_tokens and self.micro_batch_size:
+            raise UserError(
+                f"micro_batch_tokens={self.micro_batch_tokens} and micro_batch_size={self.micro_batch_size} divide the "
+                "batch in two ways; set one of them to 0"
+            )
         if any(epoch < 0 for epoch, _ in self.batch_schedule):
             raise UserError(f"batch_schedule={self.batch_schedule} must not have negative epochs")
         if not 0 <= self.patch_dropout_until <= 1:
@@ -245,6 +257,14 @@ class TrainConfig:
         """The global batch size in epoch 0."""
         return dict(self.batch_schedule).get(0, self.batch_size)
 
+    @property
+    def image_tokens(self) -> int:
+        """Largest number of tokens of an image in the run of a resolved configuration."""
+        vision = self.model.vision
+        # The last steps may see complete images.
+        rate = vision.patch_dropout if self.patch_dropout_until == 1 else 0.0
+        return vision.num_tokens - vision.num_patches + num_kept_patches(vision.num_patches, rate)
+
     def resolved(self) -> TrainConfig:
         """This configuration with the preset and the loss's initial logits written out in the model section."""
         model = self.model
@@ -256,7 +276,14 @@ class TrainConfig:
             model = preset(self.preset)
         scale, bias = self.loss.initial_logits(model.init_logit_scale, model.init_logit_bias)
         model = dataclasses.replace(model, init_logit_scale=scale, init_logit_bias=bias)
-        return dataclasses.replace(self, preset="", model=model)
+        config = dataclasses.replace(self, preset="", model=model)
+        longest = config.image_tokens + model.text.context_length
+        if 0 < self.micro_batch_tokens < longest:
+            raise UserError(
+                f"micro_batch_tokens={self.micro_batch_tokens} is less than the {longest} tokens of the longest pair, "
+                f"{config.image_tokens} of an image and model.text.context_length={model.text.context_length}; raise it"
+            )
+        return config
 
     def with_precision(self, precision: Precision) -> TrainConfig:
         """This configuration with precision "auto" resolved."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,8 @@ class GradCache:
     """The micro-batches of one rank in one step. `add` each, then call `loss`, then `backward`.
 
     Args:
-        num_micro_batches: number of calls of `add`.
+        sizes: number of pairs in each micro-batch, in the order of `add`. Under ZeRO 3, each rank needs equally many
+            micro-batches, because their forward passes gather the weights.
         spill: where to keep the images between the two passes. Unused with a single micro-batch.
     """
 
@@ -74,9 +76,9 @@ class GradCache:
     """Scalars on the device by their keys in metrics.jsonl: `logit_scale`, `shared_positives` of batches with groups,
     and the terms of a loss that has several. Set by `loss`."""
 
-    def __init__(self, engine: Engine, loss: Loss, num_micro_batches: int, spill: SpillBuffer) -> None:
+    def __init__(self, engine: Engine, loss: Loss, sizes: Sequence[int], spill: SpillBuffer) -> None:
         self._engine, self._loss, self._spill = engine, loss, spill
-        self._num_micro_batches = num_micro_batches
+        self._starts = [0, *accumulate(sizes)]
         self._batches: list[tuple[Callable[[], Batch], int]] = []
         self._features: Embedded | None = None
         self._pre_projection: list[Tensor | None] = []
@@ -85,10 +87,12 @@ class GradCache:
 
     def add(self, batch: Batch, seed: int) -> None:
         """Embed the next micro-batch with the random numbers of `seed`."""
+        expected = self._rows(len(self._batches))
+        assert len(batch.lengths) == expected.stop - expected.start, "a micro-batch has another size than `sizes` says"
         for name in CONSTANTS:
             if (rows := getattr(batch, name)) is not None:
                 self._constants.setdefault(name, []).append(to_device(rows, self._engine.device))
-        if self._num_micro_batches == 1:
+        if self._is_single:
             self._features = embed(self._engine, batch, seed)
             self._batches.append((lambda: batch, seed))
             return
@@ -105,7 +109,7 @@ class GradCache:
         """The scalar loss of the global batch. Collective, as `backward` is."""
         assert self._features is not None
         self.scalars = {"logit_scale": self._features.logit_scale.detach()}
-        if self._num_micro_batches > 1:
+        if not self._is_single:
             for name, tensor in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
                 if tensor is not None:
                     tensor.requires_grad_(self._engine.is_trainable(name))
@@ -122,15 +126,23 @@ class GradCache:
         value, features = self._value, self._features
         # Both are large, and only their gradients are needed after this pass.
         del self._value, self._features
-        if self._num_micro_batches == 1:
+        if self._is_single:
             self._engine.backward(value)
             return
         assert features is not None
         value.backward()
         grads = [None if tensor is None else tensor.grad for tensor in features]
         del value, features
-        last = self._num_micro_batches - 1
+        last = len(self._batches) - 1
         self._engine.accumulate([partial(self._surrogate_loss, i, grads, i == last) for i in range(last + 1)])
+
+    @property
+    def _is_single(self) -> bool:
+        return len(self._starts) == 2
+
+    def _rows(self, number: int) -> slice:
+        """The rows of a micro-batch among those of the rank's part of the batch."""
+        return slice(*self._starts[number : number + 2])
 
     def _store(self, embedded: Embedded) -> None:
         """Append the embeddings of a micro-batch to the buffers, in float32 or float64.
@@ -141,8 +153,7 @@ class GradCache:
         The first call allocates the buffers for all micro-batches. Separate tensors would lie between activations that
         come and go, and would fragment the heap.
         """
-        size, num_done = len(embedded.image), len(self._batches)
-        num_rows, pre_projection = self._num_micro_batches * size, self._engine.pre_projection()
+        num_rows, pre_projection = self._starts[-1], self._engine.pre_projection()
         if self._features is None:
             dtype = torch.promote_types(embedded.image.dtype, embedded.text.dtype)
             self._loss.operand_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
@@ -157,7 +168,7 @@ class GradCache:
         buffers = (*self._features[:2], *self._pre_projection)
         for buffer, features_of_part in zip(buffers, (*embedded[:2], *pre_projection), strict=True):
             if buffer is not None and features_of_part is not None:
-                buffer[num_done * size : (num_done + 1) * size] = features_of_part
+                buffer[self._rows(len(self._batches))] = features_of_part
 
     def _surrogate_loss(self, number: int, grads: Sequence[Tensor | None], is_last: bool) -> Tensor:
         """Scalar whose gradients are this micro-batch's part of the loss gradients.
@@ -166,7 +177,7 @@ class GradCache:
         """
         load, seed = self._batches[number]
         batch = load()
-        rows = slice(number * len(batch.lengths), (number + 1) * len(batch.lengths))
+        rows = self._rows(number)
         pre_projection = [None if features is None else features[rows] for features in self._pre_projection]
         embedded = embed(self._engine, batch, seed, pre_projection)
         feature_grads = [None if grad is None else grad[rows] for grad in grads[:2]]

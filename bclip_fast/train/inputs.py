@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from bclip_fast import distributed
+from bclip_fast.data.caption_lengths import caption_lengths
 from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards import mixed
@@ -19,6 +23,8 @@ from bclip_fast.model.tokenizer import Tokenizer
 from .config import DataConfig, TrainConfig
 from .init_weights import initial_tokenizer
 from .run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -40,6 +46,7 @@ def build_sampler(config: TrainConfig, dataset: Dataset) -> ShardSampler:
         batch_size=config.batch_size,
         schedule=config.batch_schedule,
         micro_batch_size=config.micro_batch_size,
+        token_budget=config.micro_batch_tokens,
         seed=config.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -48,6 +55,26 @@ def build_sampler(config: TrainConfig, dataset: Dataset) -> ShardSampler:
         cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
         mixture=dataset.mixture if isinstance(dataset, MixedDataset) else None,
     )
+
+
+def count_tokens(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer, sampler: ShardSampler) -> None:
+    """Give the sampler the tokens of every sample, if the run limits those of a micro-batch. Collective.
+
+    Raises:
+        UserError: on every rank, if the captions cannot be read from the dataset's manifest.
+    """
+    if not config.micro_batch_tokens:
+        return
+    lengths, problem, start = np.empty(0, np.int32), "", time.perf_counter()
+    try:
+        lengths = caption_lengths(dataset, tokenizer.encode, (distributed.rank(), distributed.world_size()))
+    except UserError as error:
+        problem = str(error)
+    if problems := [text for text in distributed.all_gather_object(problem) if text]:
+        raise UserError(problems[0])
+    lengths = distributed.totals(torch.from_numpy(lengths)).numpy()
+    log.info("counted the tokens of %d captions in %.1f s", len(lengths), time.perf_counter() - start)
+    sampler.count_tokens(config.image_tokens, lambda epoch, index: int(lengths[index]))
 
 
 def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Tokenizer:

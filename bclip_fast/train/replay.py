@@ -199,7 +199,7 @@ def _replay(dump: Dump) -> int:
     loss_fn = build_loss(dump.config.loss, dump.teacher_scale)
     data = dump.config.data
     spill = SpillBuffer(data.spool_above_mib << 20, data.spool_dir)
-    cache = GradCache(engine, loss_fn, len(dump.batches), spill)
+    cache = GradCache(engine, loss_fn, [len(batch.lengths) for batch, _ in dump.batches], spill)
     for batch, seed in dump.batches:
         cache.add(batch, seed)
     loss = float(cache.loss())

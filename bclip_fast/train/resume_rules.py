@@ -71,6 +71,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "batch_schedule": FIXED,
         # Other micro-batches have other dropout masks and batch norms.
         "micro_batch_size": ARITHMETIC,
+        "micro_batch_tokens": ARITHMETIC,
         "ema_decay": ARITHMETIC,
         "patch_dropout_until": ARITHMETIC,
         "timeout_s": FREE,

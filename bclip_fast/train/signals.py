@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 EXIT_STOPPED = 75
 """Exit status (EX_TEMPFAIL of sysexits.h): a signal stopped the run after a checkpoint. Run it again to continue."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Windows has no SIGUSR1.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
 
 class Signals:

@@ -89,6 +89,7 @@ def train(config: TrainConfig, *, validate: validation.Validate | None = None, o
         if validate is None and (config.validation.every_steps or config.validation.every_epochs):
             validate = validation.build_on_rank0(config)
         tokenizer = inputs.tokenizer_of_run(folder, config, dataset)
+        inputs.count_tokens(config, dataset, tokenizer, sampler)
         choice = backends.of_run(folder.path, resumed=folder.records is not None)
     # A launcher that lost a rank sends SIGTERM to the others. They must still report which rank was lost.
     with (
@@ -223,8 +224,9 @@ class _Run(RunLoop):
         epoch, _ = self.sampler.locate(step)
         rates = config.model.vision.patch_dropout, config.patch_dropout_until
         self.model.visual.patch_dropout = patch_dropout(*self._progress(), *rates)
-        num_parts = self.sampler.num_micro_batches(step)
-        cache = GradCache(self.engine, self.loss_fn, num_parts, self.spill)
+        sizes = self.sampler.micro_batch_sizes(step)
+        num_parts = len(sizes)
+        cache = GradCache(self.engine, self.loss_fn, sizes, self.spill)
         timer.start()
         for part in range(num_parts):
             wait_start = time.perf_counter()

@@ -125,7 +125,7 @@ def train_engine(device: str) -> None:
     micro_batches, losses = batches(config, size), []
     start = time.perf_counter()
     for step in range(STEPS):
-        cache = GradCache(engine, loss_fn, MICRO_BATCHES, spill)
+        cache = GradCache(engine, loss_fn, [size] * MICRO_BATCHES, spill)
         timer.start()
         for number, batch in enumerate(micro_batches):
             cache.add(batch, 100 * step + number)

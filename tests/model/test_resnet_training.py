@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,13 +92,14 @@ def make(config: EngineConfig, checkpointing: bool = False) -> Engine:
         dataclasses.replace(tiny_model(dropout=0.1), vision=dataclasses.replace(RESNET_VISION, image_size=32))
     )
     model.set_grad_checkpointing(checkpointing)
-    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model.train(), config, OPTIM, NUM_PAIRS)
 
 
 def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
     engine = make(config, checkpointing)
     share = NUM_PARTS // num_ranks
-    cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), share, spill_buffer())
+    sizes = SIZES[rank * share : (rank + 1) * share]
+    cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), sizes, spill_buffer())
     for part in micro_batches()[rank * share : (rank + 1) * share]:
         cached.add(*part)
     loss = float(cached.loss())

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bclip_fast._cpu import crc32c
 from bclip_fast.data.image_files import ImageError, decode_as_loaders
+from bclip_fast.data.shards.checksum import crc32c
 from bclip_fast.data.shards.reader import ShardDataset
 
 KINDS = ("pixels", "bit", "header", "place", "meta", "caption")

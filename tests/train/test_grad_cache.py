@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
 
@@ -22,15 +22,21 @@ from bclip_fast.train.grad_cache import GradCache, SpillBuffer, embed
 from bclip_fast.train.trainer import train
 
 
-def make(config: EngineConfig, checkpointing: bool = False, locked: Sequence[str] = (), kind: str = "bert") -> Engine:
+def make(
+    config: EngineConfig,
+    checkpointing: bool = False,
+    locked: Sequence[str] = (),
+    kind: str = "bert",
+    dtype: torch.dtype = torch.float32,
+) -> Engine:
     torch.manual_seed(0)
     sizes = tiny_model(dropout=0.1)
-    model = BiomedClip(replace(sizes, text=replace(sizes.text, kind=kind))).train()
+    model = BiomedClip(replace(sizes, text=replace(sizes.text, kind=kind))).train().to(dtype)
     model.visual.patch_dropout = 0.25
     for tower in locked:
         model.get_submodule(tower).lock()  # type: ignore[operator]
     model.set_grad_checkpointing(checkpointing)
-    return build_engine(model, config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model, config, OPTIM, NUM_PAIRS)
 
 
 def whole_batch(**options: Any) -> dict[str, Any]:
@@ -44,16 +50,15 @@ def whole_batch(**options: Any) -> dict[str, Any]:
     return {"loss": float(loss.detach()), "grad_norm": result.grad_norm, "weights": engine.model_state()}
 
 
-def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool) -> dict[str, Any]:
+def cached_step(rank: int, num_ranks: int, config: EngineConfig, checkpointing: bool, **options: Any) -> dict[str, Any]:
     """Results of a step, and numbers of gradient collectives of this step and of one with a single micro-batch."""
-    engine = make(config, checkpointing)
+    engine = make(config, checkpointing, **options)
     share = NUM_PARTS // num_ranks
     parts = micro_batches()[rank * share : (rank + 1) * share]
     results: dict[str, Any] = {}
     for micro_batches_of_step, name in ((parts, "collectives"), (parts[:1], "collectives of one")):
-        cached = GradCache(
-            engine, ClipLoss(rank=rank, world_size=num_ranks), len(micro_batches_of_step), spill_buffer()
-        )
+        sizes = [len(batch.lengths) for batch, _ in micro_batches_of_step]
+        cached = GradCache(engine, ClipLoss(rank=rank, world_size=num_ranks), sizes, spill_buffer())
         for part in micro_batches_of_step:
             cached.add(*part)
         loss = float(cached.loss())
@@ -76,7 +81,8 @@ def _is_reduction(event: str) -> bool:
 def steps(rank: int, num_ranks: int) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = str(rank)
     # Checkpointing concerns only the model, except under ZeRO 3, which gathers the weights again.
-    return {name: cached_step(rank, num_ranks, config, name in ("ddp", "zero3")) for name, config in ENGINES.items()}
+    results = {name: cached_step(rank, num_ranks, config, name in ("ddp", "zero3")) for name, config in ENGINES.items()}
+    return {**results, "float64": cached_step(rank, num_ranks, ENGINES["ddp"], False, dtype=torch.float64)}
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +90,22 @@ def expected() -> dict[str, Any]:
     return whole_batch()
 
 
+@pytest.fixture(scope="module")
+def expected_in_float64() -> dict[str, Any]:
+    return whole_batch(dtype=torch.float64)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
-def test_grad_cache_step_equals_whole_batch(num_ranks: int, expected: dict[str, Any]):
+def test_grad_cache_step_equals_whole_batch(
+    num_ranks: int, expected: dict[str, Any], expected_in_float64: dict[str, Any]
+):
     for name, results in on_ranks(num_ranks, steps, num_ranks)[0].items():
-        assert results["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
-        assert results["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6), name
-        for key, tensor in expected["weights"].items():
+        truth, tolerance = (expected_in_float64, 1e-12) if name == "float64" else (expected, 1e-6)
+        assert results["loss"] == pytest.approx(truth["loss"], rel=tolerance), name
+        assert results["grad_norm"] == pytest.approx(truth["grad_norm"], rel=tolerance), name
+        for key, tensor in truth["weights"].items():
             off = float((results["weights"][key] - tensor).abs().max())
-            assert off <= 1e-6, f"{name}: {key} is off by {off:.2g}"
+            assert off <= tolerance, f"{name}: {key} is off by {off:.2g}"
         if num_ranks > 1:
             assert results["collectives"] == results["collectives of one"] > 0, name
 
@@ -99,7 +113,7 @@ def test_grad_cache_step_equals_whole_batch(num_ranks: int, expected: dict[str, 
 def test_other_random_numbers_in_second_pass_change_gradient(expected: dict[str, Any]):
     """The comparison of the test above would notice dropout masks that differ between the two passes."""
     engine = make(ENGINES["ddp"])
-    cached = GradCache(engine, ClipLoss(), NUM_PARTS, spill_buffer())
+    cached = GradCache(engine, ClipLoss(), SIZES, spill_buffer())
     for part in micro_batches():
         cached.add(*part)
     cached.loss()
@@ -115,7 +129,7 @@ def test_single_micro_batch_is_embedded_once():
     engine.module.register_forward_hook(lambda *_: calls.append(1))
     for num_parts, expected_calls in ((1, 1), (2, 4)):
         calls.clear()
-        cached = GradCache(engine, ClipLoss(), num_parts, spill_buffer())
+        cached = GradCache(engine, ClipLoss(), [SIZES[0]] * num_parts, spill_buffer())
         for _ in range(num_parts):
             cached.add(*part)
         cached.loss()
@@ -145,7 +159,7 @@ def test_locked_tower_is_embedded_once(name: str, locked: list[str], kind: str):
             calls[tower] += 1
 
         engine._model.get_submodule(f"{tower}.layers.0").register_forward_hook(count)
-    cached = GradCache(engine, ClipLoss(), NUM_PARTS, spill_buffer())
+    cached = GradCache(engine, ClipLoss(), SIZES, spill_buffer())
     for part in micro_batches():
         cached.add(*part)
     assert float(cached.loss()) == pytest.approx(expected["loss"], rel=1e-6)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from grad_cache_steps import ENGINES, NUM_PARTS, OPTIM, ROWS, micro_batches, spill_buffer
+from grad_cache_steps import ENGINES, NUM_PAIRS, NUM_PARTS, OPTIM, SIZES, micro_batches, spill_buffer
 from ranks import on_ranks
 from synthetic import tiny_model, tiny_run
 
@@ -28,10 +28,8 @@ from bclip_fast.train.losses import LossConfig, build_loss
 from bclip_fast.train.trainer import train
 
 TEACHER_SCALE = 30.0
-GROUPS = {"groups": torch.arange(NUM_PARTS * ROWS) // 3}
-TEACHER = {
-    "teacher": F.normalize(torch.randn(NUM_PARTS * ROWS, 2, 10, generator=torch.Generator().manual_seed(5)), dim=2)
-}
+GROUPS = {"groups": torch.arange(NUM_PAIRS) // 3}
+TEACHER = {"teacher": F.normalize(torch.randn(NUM_PAIRS, 2, 10, generator=torch.Generator().manual_seed(5)), dim=2)}
 DISTILL = {"kind": "distill", "teacher": "any"}
 # Each loss with the constants of its batches.
 CASES: dict[str, tuple[LossConfig, dict[str, torch.Tensor]]] = {
@@ -59,11 +57,11 @@ def make(loss: LossConfig, config: Any) -> Any:
     sizes = tiny_model(dropout=0.1)
     scale, bias = loss.initial_logits(sizes.init_logit_scale, sizes.init_logit_bias)
     model = BiomedClip(dataclasses.replace(sizes, init_logit_scale=scale, init_logit_bias=bias))
-    return build_engine(model.train(), config, OPTIM, NUM_PARTS * ROWS)
+    return build_engine(model.train(), config, OPTIM, NUM_PAIRS)
 
 
 def batches(constants: dict[str, torch.Tensor]) -> list[tuple[Any, int]]:
-    parts = {name: rows.split(ROWS) for name, rows in constants.items()}
+    parts = {name: rows.split(list(SIZES)) for name, rows in constants.items()}
     return [
         (dataclasses.replace(batch, **{name: rows[number] for name, rows in parts.items()}), seed)
         for number, (batch, seed) in enumerate(micro_batches())
@@ -112,7 +110,9 @@ def cached_steps(rank: int, num_ranks: int) -> dict[str, Any]:
         for engine_name, config in engines.items():
             engine = make(loss, config)
             share = NUM_PARTS // num_ranks
-            cached = GradCache(engine, build_loss(loss, TEACHER_SCALE), share, spill_buffer())
+            cached = GradCache(
+                engine, build_loss(loss, TEACHER_SCALE), SIZES[rank * share : (rank + 1) * share], spill_buffer()
+            )
             for part in batches(constants)[rank * share : (rank + 1) * share]:
                 cached.add(*part)
             value = float(cached.loss())
@@ -137,7 +137,7 @@ def test_cached_step_of_each_loss_is_that_of_the_whole_batch(num_ranks):
         assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-5), (name, engine)
         for key, weight in expected["weights"].items():
             torch.testing.assert_close(result["weights"][key], weight, rtol=0, atol=2e-5, msg=f"{name} {engine} {key}")
-        assert result["shared"] == (NUM_PARTS * ROWS if "groups" in CASES[name][1] else None)
+        assert result["shared"] == (NUM_PAIRS if "groups" in CASES[name][1] else None)
 
 
 def test_siglip_starts_with_the_scale_and_bias_of_its_paper(tmp_path, shards):

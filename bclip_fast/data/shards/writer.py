@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from bclip_fast.errors import UserError
+from bclip_fast.io import system
 from bclip_fast.io.atomic import put_in_place, write_text
 
 from .checksum import crc32c
@@ -150,7 +150,7 @@ class Staging:
         # The lock ends with its process, so a killed run doesn't block the next one.
         self._lock = (self.path / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(self._lock, wait=False)
         except OSError:
             self._lock.close()
             raise UserError(f"{self.out}: another process is writing this dataset; wait for it or end it") from None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bclip_fast.ops.cuda_device import CUDA_HOST, cuda_refusal
-from bclip_fast.ops.dispatch import Limits, choose, load_backend
+from bclip_fast.ops.dispatch import MISSING, Limits, choose, load_backend
 
 from .call import ResizeCall
 
@@ -72,6 +72,8 @@ def host_backend() -> str | None:
 
 
 def _cpu_limits(target: bytes | Tensor) -> str | None:
+    if reason := MISSING.get("cpu"):
+        return reason
     from bclip_fast import _cpu
 
     return None if hasattr(_cpu, "decode_jpeg") else "built without libjpeg-turbo (BCLIP_JPEG=0)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from bclip_fast.io import system
 
 
 def set_malloc_trim(keep: bool = True) -> None:
@@ -12,7 +12,7 @@ def set_malloc_trim(keep: bool = True) -> None:
     before, so it would pay for each page again. A step of ViT-B/16 and BERT-base at batch 16 took 200,000 page faults
     and half a second of CPU time for them.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(system.c_library(), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, (1 << 31) - 1 if keep else 64 << 20)
