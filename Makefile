@@ -2,21 +2,26 @@
 # make test: set everything up, lint and run the tests, in at most 6 minutes of test time on 2 cores.
 # make test-all: the same in random order, with the tests marked long (full products of options, many kills).
 # make test-avx2, make test-portable, make test-arm64: test the operators as on simpler processors.
+# make test-pure: test the package without compiled modules, as on macOS, on Windows and without a compiler.
+# make dist: the sdist and the wheel without compiled modules. make wheels: wheels with them, in Docker.
+# make docs: build the documentation as a site, build/docs/html. It needs neither torch nor a compiler.
+# make readme: write README's numbers and figure, and the notebook of examples/, from benchmarks/results.
 # make gpu: build, measure and test the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
 # make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in 2 to 3 minutes.
 #
-# Variables: PYTHON (python3), TORCH (the requirement installed first), ARGS (passed to bclip quickstart, to pytest or to
-# benchmarks.gpu), OUT (folder of the results of make gpu).
+# Variables: PYTHON (python3), TORCH and TORCHVISION (the requirements installed first), ARGS (passed to bclip
+# quickstart, to pytest or to benchmarks.gpu), OUT (folder of the results of make gpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compile while packages download, and lint while tests run.
 MAKEFLAGS += -j2
 
-.PHONY: quickstart test test-all lint pytest pytest-all bench gpu gpu-rehearsal clean
+.PHONY: quickstart test test-all test-pure lint pytest pytest-all docs readme bench dist wheels gpu gpu-rehearsal clean
 
 quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
@@ -42,8 +47,47 @@ lint: $(VENV)/objects.done $(VENV)/dev.done
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_prose.py --summary
 
+# The tools are in a folder of their own, because the site needs nothing else. Warnings are errors.
+DOCS := build/docs
+DOCS_BIN := $(DOCS)/venv/bin
+
+docs: $(DOCS)/venv/docs.done
+	$(DOCS_BIN)/python -m docs.generate site $(DOCS)/source
+	$(DOCS_BIN)/python -m sphinx -q -W --keep-going -c docs $(DOCS)/source $(DOCS)/html
+	@echo "open $(DOCS)/html/index.html"
+
+readme: $(DOCS)/venv/docs.done
+	$(DOCS_BIN)/python -m docs.generate readme
+
+# The requirements of the extra docs, which are one line of pyproject.toml, without the package.
+$(DOCS)/venv/docs.done: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)/venv
+	$(DOCS_BIN)/pip install -q $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',"')
+	@touch $@
+
 bench: $(VENV)/dev.done
 	$(BIN)/bclip bench all
+
+# The tests of what the package does without compiled modules, on the backends that it then has.
+PURE_TESTS = tests/loss tests/data tests/model tests/eval tests/pretrained tests/search tests/io tests/ingest \
+	$(addprefix tests/train/test_,train.py step.py precision.py grad_cache.py resume.py finetune.py)
+
+# An editable installation adds a finder, which would find the tree's compiled modules. sitecustomize.py removes it.
+test-pure: $(VENV)/objects.done $(VENV)/dev.done
+	rm -rf build/lib build/pure
+	BCLIP_COMPILED=0 $(BIN)/pip install -q --no-build-isolation --no-deps --target build/pure .
+	echo "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]" > build/pure/sitecustomize.py
+	OMP_NUM_THREADS=1 PYTHONPATH=build/pure $(BIN)/pytest -n $$(($$(nproc) + 1)) --dist loadfile -p no:randomly -m "not long" \
+	  $(PURE_TESTS) $(ARGS)
+
+dist: $(VENV)/venv.done
+	$(BIN)/pip install -q build
+	BCLIP_COMPILED=0 $(BIN)/python -m build -o dist .
+
+# pyproject.toml has the settings.
+wheels: $(VENV)/venv.done
+	$(BIN)/pip install -q cibuildwheel
+	$(BIN)/cibuildwheel --output-dir dist
 
 # OUT names the folder of the logs and results (build/gpu). ARGS=--dry-run lists the steps and what each needs.
 gpu:
@@ -79,7 +123,7 @@ $(VENV)/quickstart.done: $(VENV)/torch.done $(SOURCES)
 # only torchvision's Python files, so install without dependencies. transformers brings the rest of open_clip's imports.
 $(VENV)/dev.done: $(VENV)/torch.done $(SOURCES)
 	$(BIN)/pip install -q -e ".[dev]"
-	$(BIN)/pip install -q --no-deps open_clip_torch timm torchvision==0.28.0
+	$(BIN)/pip install -q --no-deps open_clip_torch timm "$(TORCHVISION)"
 	@touch $@
 
 # Installs the system packages that the shell variable `missing` names, if make runs as root with apt-get.
@@ -100,9 +144,11 @@ endef
 define SYSTEM_PACKAGES
 missing=""; \
 $(PYTHON) -c "import venv, ensurepip" 2>/dev/null || missing="$$missing python3-venv"; \
+if [ "$$(uname)" = Linux ] && [ "$$BCLIP_COMPILED" != 0 ]; then \
 test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || missing="$$missing python3-dev"; \
 command -v g++ >/dev/null || missing="$$missing g++"; \
 printf '#include <stdio.h>\n#include <jpeglib.h>\n' | gcc -xc -fsyntax-only - 2>/dev/null || missing="$$missing libjpeg-dev"; \
+fi; \
 $(INSTALL_MISSING)
 endef
 

@@ -33,7 +33,9 @@ _END = re.compile(r"(?<!\bal\.)(?<!e\.g\.)(?<!i\.e\.)(?<!\bcf\.)(?<=[.!?])\s+(?=
 _PARAGRAPH = re.compile(r"\n\s*\n|\n(?=\s*(?:[-*+>] |\||#|\d+\. ))|\n(?=\s*\w[\w, *-]{0,60}: )|\s\|\s")
 _CODE = re.compile(r"``[^`]+``|`[^`]+`|https?://\S+|\]\([^)]*\)|(?<![\w*])\*[^*\s][^*]*\*(?!\w)")
 _INDENTED = re.compile(r"(?:^|\n)\n( {4,}.*\n?)+")
-_FENCED = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$|^<.*?>$", re.DOTALL | re.MULTILINE)
+# Cells of a tutorial (docs/tutorials) that aren't prose, and the marks of the lines that are.
+_CODE_CELL = re.compile(r"(?ms)^# %%(?! \[markdown\]).*?(?=^# %%|\Z)")
 _HASH_COMMENTS = {".toml", ".sbatch", ".yml", ".yaml", ""}  # "": a Makefile
 _PRAGMA = re.compile(r"namespace \w|type: ignore|noqa|fmt: |clang-format ")
 _CPP = re.compile(r'//[^\n]*(?:\n[ \t]*//[^\n]*)*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"(?:\s*"(?:[^"\\\n]|\\.)*")*', re.DOTALL)
@@ -101,7 +103,10 @@ def _message(line: int, text: str) -> Iterator[Text]:
 def texts(path: Path) -> Iterator[Text]:
     """Yield every piece of prose in a file."""
     source = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
+    if source.startswith("# %%"):
+        lines = re.sub(r"(?m)^# %%.*$|^# ?", "", _hide(_CODE_CELL, source))
+        yield Text(1, _hide(_FENCED, lines))
+    elif path.suffix == ".py":
         yield from python_texts(source, with_messages=path.parts[0] != "tests")
     elif path.suffix == ".md":
         yield Text(1, _hide(_FENCED, source))

@@ -37,7 +37,7 @@ MAX_NATIVE_LINES = 600
 LONG_FILES: dict[str, str] = {}
 OPERATORS = ["attention", "contrastive", "image", "matmul", "pointwise"]
 # Folders of tests that mirror no package.
-OTHER_TESTS = {"benchmarks", "cli", "compat", "csrc", "faults", "fuzz", "install", "portable", "support"}
+OTHER_TESTS = {"benchmarks", "cli", "compat", "csrc", "docs", "faults", "fuzz", "install", "portable", "support"}
 
 OPTIONAL = ["triton", "deepspeed", "transformers", "tyro", "rich", "numpy.testing", "PIL", "lxml", "pyarrow"]
 OPTIONAL += ["tokenizers", "safetensors", "huggingface_hub", "jinja2", "matplotlib", "nvidia.dali", "bclip_fast._cuda"]

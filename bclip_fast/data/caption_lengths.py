@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from bclip_fast.errors import UserError
 
+from .shards.format import CAPTION
 from .shards.mixed import Dataset, MixedDataset
-from .shards.positives import MANIFEST
+from .shards.positives import MANIFEST, texts_of_row
 from .shards.reader import ShardDataset
 from .storage import LocalStorage
 
@@ -23,25 +24,27 @@ def caption_lengths(
     dataset: Dataset,
     tokenize: Callable[[list[str]], list[list[int]]],
     share: tuple[int, int] = (0, 1),
-    column: str = "caption",
+    kinds: Sequence[str] = (CAPTION,),
 ) -> np.ndarray:
-    """The number of tokens of each sample's caption, (samples,) int32, from the manifest of the dataset.
+    """The number of tokens of each sample's longest text, (samples,) int32, from the manifest of the dataset.
+
+    It is a limit that every pass keeps, whichever text it draws.
 
     Args:
         tokenize: function from n captions to the token ids of each.
         share: (i, n). Only the i-th of n shares of the samples is counted, and the others are 0. The sum of all shares
             has all samples.
-        column: column of the manifest with the captions. A sample without one has 0 tokens.
+        kinds: the kinds of texts that the loader draws. The caption always counts.
 
     Raises:
         UserError: a manifest is missing, is damaged, or does not list every sample of the split once.
     """
     if not isinstance(dataset, MixedDataset):
-        return _lengths_of(dataset, tokenize, share, column)
+        return _lengths_of(dataset, tokenize, share, kinds)
     parts = []
     for name, member in zip(dataset.names, dataset.members, strict=True):
         try:
-            parts.append(_lengths_of(member, tokenize, share, column))
+            parts.append(_lengths_of(member, tokenize, share, kinds))
         except UserError as error:
             raise type(error)(f"dataset {name}: {error}") from None
     return np.concatenate(parts)
@@ -67,19 +70,24 @@ def within_limit(tokens: list[int], limit: int, key: str | None) -> list[int]:
 
 
 def _lengths_of(
-    dataset: ShardDataset, tokenize: Callable[[list[str]], list[list[int]]], share: tuple[int, int], column: str
+    dataset: ShardDataset,
+    tokenize: Callable[[list[str]], list[list[int]]],
+    share: tuple[int, int],
+    kinds: Sequence[str],
 ) -> np.ndarray:
-    """The number of tokens of each caption of one dataset."""
+    """The number of tokens of the longest text of each sample of one dataset."""
     path = dataset.storage.path(MANIFEST)
     lengths = np.full(len(dataset), -1, np.int32)
-    for number, (places, captions) in enumerate(_chunks(dataset, column)):
+    wanted = tuple(dict.fromkeys((CAPTION, *kinds)))
+    for number, (places, rows) in enumerate(_chunks(dataset, has_texts=len(wanted) > 1)):
         if places.min(initial=0) < 0 or places.max(initial=0) >= len(dataset) or (lengths[places] >= 0).any():
             raise UserError(f"{path} does not give every sample one place; build the dataset again")
         lengths[places] = 0
         if number % share[1] == share[0]:
-            tokens = tokenize(["" if caption is None else caption for caption in captions])
-            pairs = zip(captions, tokens, strict=True)
-            lengths[places] = [0 if caption is None else len(ids) for caption, ids in pairs]
+            texts = [texts_of_row(row, wanted) for row in rows]
+            owners = np.repeat(places, list(map(len, texts)))
+            tokens = tokenize([text for each in texts for text in each])
+            np.maximum.at(lengths, owners, np.array(list(map(len, tokens)), np.int32))
     if (num_missing := int((lengths < 0).sum())) > 0:
         raise UserError(
             f"{path} lacks {num_missing} of the {len(dataset)} samples of the split {dataset.split}; build the dataset "
@@ -88,8 +96,8 @@ def _lengths_of(
     return lengths
 
 
-def _chunks(dataset: ShardDataset, column: str) -> Any:
-    """Yield (dataset indices, captions) of the rows of the split."""
+def _chunks(dataset: ShardDataset, has_texts: bool) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+    """Yield (dataset indices, rows) of the rows of the split. has_texts: also read the column with further texts."""
     try:
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -102,15 +110,17 @@ def _chunks(dataset: ShardDataset, column: str) -> Any:
         is_local = isinstance(dataset.storage, LocalStorage)
         source: Any = path if is_local else io.BytesIO(dataset.storage.read_all(MANIFEST))
         file = pq.ParquetFile(source)
-        columns = ["split", "shard", "position", column]
-        if missing := [name for name in columns if name not in file.schema_arrow.names]:
+        names = file.schema_arrow.names
+        columns = ["split", "shard", "position", "caption"]
+        if missing := [name for name in columns if name not in names]:
             raise UserError(f"{path} has no column {missing[0]}, which micro_batch_tokens needs")
+        columns += ["texts"] if has_texts and "texts" in names else []
         for batch in file.iter_batches(_CHUNK, columns=columns):
-            rows = batch.filter(pc.equal(batch["split"], dataset.split)).to_pydict()
-            if unknown := [name for name in rows["shard"] if name not in starts]:
+            rows = batch.filter(pc.equal(batch["split"], dataset.split)).to_pylist()
+            if unknown := [row["shard"] for row in rows if row["shard"] not in starts]:
                 raise UserError(f"{path} names the shard {unknown[0]}, which the dataset does not have")
-            places = [starts[name] + place for name, place in zip(rows["shard"], rows["position"], strict=True)]
-            yield np.array(places, np.int64), rows[column]
+            places = [starts[row["shard"]] + row["position"] for row in rows]
+            yield np.array(places, np.int64), rows
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, and micro_batch_tokens needs it; copy it, or set micro_batch_size instead"

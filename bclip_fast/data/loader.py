@@ -27,6 +27,7 @@ from .sampler import ShardSampler
 from .shards.format import Sample
 from .shards.mixed import Dataset
 from .shards.reader import BadSample
+from .texts import CaptionWeights, TextChoice
 from .transform import Preprocess, random_resized_crop_box
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Loader:
         pin_memory: put the tensors in page-locked memory, for asynchronous copies to a GPU.
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
+        captions: weights of the kinds of texts. Each epoch draws one text of each sample.
         keep_captions: whether batches have `Batch.captions`.
 
     Raises, from `__next__`, and closes the loader:
@@ -84,6 +86,7 @@ class Loader:
         pin_memory: bool = False,
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
+        captions: CaptionWeights | None = None,
         keep_captions: bool = False,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
@@ -103,6 +106,7 @@ class Loader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._groups = groups
+        self._texts = TextChoice(captions or CaptionWeights(), sampler.seed)
         self._keep_captions = keep_captions
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
@@ -218,7 +222,7 @@ class Loader:
                     "build it again"
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
-        captions = [sample.caption for sample in intact]
+        captions = list(map(self._texts.text, passes, indices, intact))
         tokens, replaced = self._tokenize(captions), {record.position for record in bad}
         for row, limit in enumerate(limits):
             if limit is not None:

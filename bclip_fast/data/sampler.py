@@ -59,8 +59,8 @@ class ShardSampler:
         token_budget: largest number of tokens in a micro-batch, in place of micro_batch_size. Then call `count_tokens`
             before any other method. 0: no limit.
         shuffle_block: number of samples that are shuffled together. 1: keep the order within a shard.
-        cost: cost of the sample at a dataset index. Must agree on every rank. The samples of a global batch are sorted
-            by descending cost and assigned to micro-batches in snake order, so that micro-batches cost about the same.
+        cost: cost of a sample, given its pass and dataset index, on every rank the same. The samples of a global batch
+            are sorted by descending cost and assigned in snake order, so that micro-batches cost about the same.
         mixture: the datasets that the shards belong to. None: one dataset.
 
     Raises:
@@ -81,7 +81,7 @@ class ShardSampler:
         rank: int = 0,
         world_size: int = 1,
         shuffle_block: int = 8192,
-        cost: Callable[[int], int] | None = None,
+        cost: Callable[[int, int], int] | None = None,
         mixture: Mixture | None = None,
     ) -> None:
         if shuffle_block < 1:
@@ -292,7 +292,7 @@ class ShardSampler:
         assert self._cost is not None
         epoch, start = self.locate(number)
         positions = range(start, start + self.batch_size_of(epoch))
-        costs = [self._cost(self.sample(epoch, position)) for position in positions]
+        costs = [self._cost(self.pass_number(epoch, place), self.sample(epoch, place)) for place in positions]
         return sorted(range(len(costs)), key=lambda i: (-costs[i], i))
 
     def _pack(self, number: int) -> list[list[int]]:

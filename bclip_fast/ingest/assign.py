@@ -148,7 +148,8 @@ def _scan(work: Path, num_parts: int, splits: Splits) -> int:
                     elif line.startswith(PAIR):
                         pair = parse_pair(line)
                         key = pair_key(identity, pair.suffix)
-                        sizes = sum(map(tar_bytes, (pair.image_bytes, pair.caption_bytes, pair.meta_bytes)))
+                        members = [pair.image_bytes, pair.caption_bytes, pair.meta_bytes]
+                        sizes = sum(map(tar_bytes, members + [len(pair.texts)] * bool(pair.texts)))
                         row[0] = (
                             _hash(f"{splits.seed}:order:{key}"), _hash(key), int(pair.source_sha256[:16], 16),
                             np.frombuffer(bytes.fromhex(pair.phash), "<u8"), pair.image_offset, line_start, part,

@@ -27,8 +27,9 @@ import tyro
 
 from bclip_fast.data.shards.format import to_json
 from bclip_fast.data.shards.manifest import write_manifest
+from bclip_fast.data.shards.staging import Staging
 from bclip_fast.data.shards.verify import add_to_index
-from bclip_fast.data.shards.writer import Staging, write_description
+from bclip_fast.data.shards.writer import write_description
 from bclip_fast.errors import UserError
 from bclip_fast.io import system
 from bclip_fast.io.atomic import explained, replacing, write_text
@@ -45,7 +46,7 @@ from .object_store import is_address, is_mirror, open_store
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import Rules, discover_objects, select
 from .sanitize import JPEG_QUALITY
-from .unfinished import can_resume, work_signature
+from .unfinished import can_resume, recorded_options, work_signature
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ class IngestConfig:
     """JPEG quality (1 to 100) of images that need a new encoding."""
     panels: bool = False
     """Also pair the panels of composite figures with their parts of the caption, if image and caption agree."""
+    texts: bool = True
+    """Keep further texts about each image, from which training can draw (data.captions): the sentences that cite the
+    figure, the panels' parts of the caption, and the article's title. Shards with them have format version 2."""
     tokenizer: Path | None = None
     """`vocab.txt` or `tokenizer.json` for counting tokens. Without it, the manifest has no token counts."""
     val_fraction: float = 0.001
@@ -120,12 +124,19 @@ class IngestConfig:
         connections = max(1, self.connections // max(1, self.workers or system.num_cores()))
         rules = Rules(self.license, self.keep_retracted)
         tokenizer = str(self.tokenizer or "")
-        return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, tokenizer, connections)
+        return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, self.texts, tokenizer, connections)
+
+    @property
+    def version(self) -> int:
+        """Format version of the shards."""
+        return 2 if self.texts else 1
 
     def signature(self) -> dict[str, Any]:
         """Return the options that affect the bytes of the dataset, as dataset.json records them."""
         has_no_effect = ("out", "engine", "workers", "connections", "overwrite", "allow_changes")
         values = {name: value for name, value in vars(self).items() if name not in has_no_effect}
+        if not self.texts:
+            del values["texts"]  # as earlier versions, which knew no texts, recorded the options
         return {
             name: printable(str(value)) if isinstance(value, (str, Path)) else value for name, value in values.items()
         }
@@ -163,6 +174,10 @@ class _NothingToBuildError(UserError):
 
 def _build(config: IngestConfig, staging: Staging) -> None:
     work = staging.path / "work"
+    without_texts = dataclasses.replace(config, texts=False)
+    if config.texts and recorded_options(staging.path) == json.loads(to_json(without_texts.signature())):
+        log.warning("%s: the unfinished build keeps no texts, so this run doesn't either", config.out)
+        config = without_texts
     signature = work_signature(config.signature(), config.tokenizer)
     if not can_resume(config.allow_changes, staging.path, signature):
         staging.clear()
@@ -266,7 +281,11 @@ def _load_or_make_plan(config: IngestConfig, work: Path, num_parts: int) -> dict
 def _write_shards(config: IngestConfig, work: Path, shards: list[Shard]) -> list[dict[str, Any]]:
     """Run stage 3. Return the description and the column types of each shard."""
     (work / "shards").mkdir(exist_ok=True)
-    unfinished = [ShardTask(str(work), shard) for shard in shards if not (work / f"shards/{shard.name}.json").exists()]
+    unfinished = [
+        ShardTask(str(work), shard, config.version)
+        for shard in shards
+        if not (work / f"shards/{shard.name}.json").exists()
+    ]
     results = executors.run(config.engine, write_shard, unfinished, config.workers, preload=[__name__])
     for task, result in _with_progress("shards", results, len(unfinished)):
         if isinstance(result, executors.Crash):
@@ -307,7 +326,7 @@ def _finish(
     totals = counts["articles"], counts["pairs"], by_split, _format_counts(kinds)
     log.info("%s articles, %s pairs (%s); rejects: %s", *totals)
     info = {**counts, "rejects": dict(sorted(kinds.items())), "config": config.signature()}
-    write_description(folder, splits, {"ingest": info})
+    write_description(folder, splits, {"ingest": info}, config.version)
 
 
 def _format_counts(kinds: Counter[str]) -> str:

@@ -17,6 +17,8 @@ import re
 
 # The XML parser refuses these control characters, so they never occur in an article.
 REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END = "\x01", "\x02", "\x03", "\x04"
+# The start of an element that the caller of `text_of` looks for.
+MARK = "\x08"
 
 # In the working text, a reference by number or sign is one character. One by name is its position in a list.
 _NUMBER = "\x05"

@@ -26,10 +26,11 @@ _REJECTS_PER_ROW_GROUP = 65536
 
 @dataclass(frozen=True)
 class ShardTask:
-    """The task to write a shard from the work folder."""
+    """The task to write a shard from the work folder, in a format version."""
 
     work: str
     shard: Shard
+    version: int = 1
 
 
 def write_shard(task: ShardTask) -> None:
@@ -39,7 +40,7 @@ def write_shard(task: ShardTask) -> None:
     # A process of a killed run may still be alive, so each process uses its own folder.
     with executors.scratch_folder(work / "shards") as scratch:
         rows = ManifestRows(scratch / f"{shard.name}.rows")
-        tar = ShardFile(scratch, shard.split, shard.number)
+        tar = ShardFile(scratch, shard.split, shard.number, task.version)
         for record in plan[shard.start : shard.end]:
             pair = read_pair(work, record)
             meta = pair["meta"]
@@ -47,9 +48,11 @@ def write_shard(task: ShardTask) -> None:
             if record["original"] >= 0:
                 extra["duplicate_of"] = key_of(work, plan[record["original"]])
                 extra["duplicate"] = "near" if record["near"] else "exact"
-            row = tar.add(
-                pair["key"], shard.split, pair["caption"], read_image(work, record, pair["crc"]), to_json(meta)
-            )
+            texts = pair.get("texts", {}) if task.version > 1 else None
+            if texts:
+                extra["texts"] = texts
+            image = read_image(work, record, pair["crc"])
+            row = tar.add(pair["key"], shard.split, pair["caption"], image, to_json(meta), texts)
             rows.add(row, meta, extra)
         description, types = tar.finish(), rows.close()
         for suffix, folder in ((".tar", work.parent), (".index.json", work.parent), (".rows", work / "shards")):

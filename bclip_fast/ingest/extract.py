@@ -23,7 +23,8 @@ from .image_names import ImageNames
 from .jats import Article, JatsError, read_article, split
 from .jats_figures import Figure
 from .licences import Licence, with_metadata
-from .panels import split_panels
+from .mentions import MAX_SENTENCE, Mentions
+from .panels import split_caption, split_panels
 from .parts import ArticleStart, Event, Pair, Reject, write_part
 from .pmc import Rules, open_objects
 from .sanitize import JPEG_QUALITY, SanitizeError, sanitize
@@ -39,6 +40,7 @@ class Options:
     max_short_side: int = 384
     jpeg_quality: int = JPEG_QUALITY
     panels: bool = False
+    texts: bool = True
     tokenizer: str = ""
     connections: int = 8
 
@@ -122,7 +124,8 @@ def _process_article(
                 continue
             caption = " ".join(filter(None, (figure.caption, figure.graphics[number].caption)))
             suffix = f"f{figure.number}" + (f"_{number + 1}" if len(figure.graphics) > 1 else "")
-            pair = _Source(suffix, caption, {**metadata, **_figure_metadata(figure)}, figure.mentions, words)
+            values = {**metadata, **_figure_metadata(figure)}
+            pair = _Source(suffix, caption, values, figure.mentions, words, article.title)
             yield from _first_usable(archive, folder, candidates, pair, figure, options)
     for loose in article.loose_graphics:
         yield Reject(identity, "", loose.href, loose.reason)
@@ -165,8 +168,9 @@ class _Source:
     suffix: str
     caption: str
     meta: dict[str, Any]
-    mentions: tuple[str, ...]
+    mentions: Mentions
     licence_text: str
+    title: str
 
 
 def _first_usable(
@@ -213,9 +217,9 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
     hashes = {"source_sha256": hashlib.sha256(data).hexdigest(), "source_bytes": len(data)}
     meta = {**source.meta, "file": printable(file), **image_metadata, **hashes}
     caption = source.caption
-    yield Pair(
-        source.suffix, image, caption, meta | _token_count(caption, options), source.mentions, source.licence_text
-    )
+    paragraphs, words = tuple(source.mentions.paragraphs), source.licence_text
+    texts = _texts(source, caption, source.mentions.sentences, split_caption(caption)) if options.texts else None
+    yield Pair(source.suffix, image, caption, meta | _token_count(caption, options), paragraphs, words, texts)
     if not options.panels:
         return
     for panel in split_panels(data, caption):
@@ -232,8 +236,17 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
             part,
             panel.caption,
             meta | panel_metadata | _token_count(panel.caption, options),
-            licence_text=source.licence_text,
+            licence_text=words,
+            texts=_texts(source, panel.caption, [], {}) if options.texts else None,
         )
+
+
+def _texts(source: _Source, caption: str, sentences: list[str], panels: dict[str, str]) -> dict[str, list[str]]:
+    """Return the texts of an image in addition to its caption, by kind. Each has at most MAX_SENTENCE characters."""
+    title = source.title.rstrip(" .")
+    titled = [f"{title}. {caption}"] if title else []
+    texts = {"mention": sentences, "panel": list(dict.fromkeys(panels.values())), "title": titled}
+    return {kind: [text[:MAX_SENTENCE] for text in each] for kind, each in texts.items() if each}
 
 
 def _token_count(caption: str, options: Options) -> dict[str, int]:

@@ -15,7 +15,7 @@ The rules:
   gives the English text, else the first one. If the language is not English, the English text follows, if there is one.
   A group whose figures are one image in different languages is one figure. Figures of one image in different languages,
   elsewhere in the article, are one figure too: the first one in the article's language.
-- The mentions of a figure are the paragraphs, outside captions and tables, that refer to it or its group by `xref`.
+- The mentions of a figure are the paragraphs and sentences that refer to it or its group (`mentions`).
 - Each `graphic` of a figure is a separate image, and may add its own caption. The graphics in one `alternatives` are
   versions of one image. So are a graphic and its thumbnail, or a graphic for print and one for the screen.
   Graphics inside formulae and tables do not belong to the figure.
@@ -25,21 +25,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lxml import etree
 
 from .jats_captions import ENGLISH, language_of, own_text, read_caption, stated_language
 from .jats_graphics import Graphic, LooseGraphic, graphics_of, loose_graphics
-from .jats_text import fold, text_of
+from .jats_text import fold
 from .licences import MAX_TEXT, read_licence, strictest
+from .mentions import Mentions, find_mentions, merged_mentions
 
 # Real articles stay far below these limits. Together, they bound the time and memory that one article takes.
 MAX_FIGURES = 2000
 MAX_CAPTION = 32_768
 MAX_NAME = 256
-MAX_MENTION = 2000
-MAX_MENTIONS = 8
 
 _EXCLUDING = ("supplementary-material", "table-wrap")
 
@@ -56,7 +55,7 @@ class Figure:
         number: position in the document, from 1. It identifies the figure, because an id may repeat or be missing.
         licence: code or text of the figure's own licence. Empty: the article's licence applies.
         excluded: reason why the rules exclude the figure. Empty if they don't.
-        mentions: the paragraphs that refer to the figure.
+        mentions: the paragraphs and sentences that refer to the figure.
         language: language of the caption, as the XML states it, such as "pt". Empty: not stated, which means English.
         translation: "en" if the caption continues with an English version of itself, else empty.
         parts: (source, text) of each part of the caption.
@@ -69,7 +68,7 @@ class Figure:
     graphics: tuple[Graphic, ...]
     licence: str = ""
     excluded: str = ""
-    mentions: tuple[str, ...] = ()
+    mentions: Mentions = field(default_factory=Mentions)
     language: str = ""
     translation: str = ""
     parts: tuple[tuple[str, str], ...] = ()
@@ -81,7 +80,7 @@ class _Group:
 
     label: str = ""
     caption: str = ""
-    mentions: tuple[str, ...] = ()
+    mentions: Mentions = field(default_factory=Mentions)
     licence: str = ""
 
 
@@ -97,7 +96,7 @@ def find_figures(root: etree._Element) -> tuple[list[Figure], list[LooseGraphic]
 
 def _figures(root: etree._Element, used: set[etree._Element]) -> Iterator[Figure]:
     number = 0
-    mentions = _mentions(root)
+    mentions = find_mentions(root)
     # A group comes before its figures. A figure with an image is not a group, so it passes nothing on.
     groups: dict[etree._Element, _Group] = {}
     merged: set[etree._Element] = set()
@@ -116,8 +115,7 @@ def _figures(root: etree._Element, used: set[etree._Element]) -> Iterator[Figure
         parts = [("group", group.caption), ("own", own.text), *([("member", caption.text)] if members else [])]
         text = " ".join(part for _, part in parts if part)
         ids = [name for each in (node, *members) if (name := each.get("id"))]
-        figure_mentions = tuple(dict.fromkeys((*(m for name in ids for m in mentions.get(name, ())), *group.mentions)))
-        figure_mentions = figure_mentions[:MAX_MENTIONS]
+        figure_mentions = merged_mentions((*(mentions[name] for name in ids if name in mentions), group.mentions))
         label = next(filter(None, (own_text(each.find("label")) for each in (node, *members))), "") or group.label
         licence = next(filter(None, map(_own_licence, (node, *members))), "") or group.licence
         is_group = not members and (node.tag == "fig-group" or (not graphics and node.find(".//fig") is not None))
@@ -181,31 +179,6 @@ def _merge_translations(figures: list[Figure], language: str) -> list[Figure]:
             figures[index] = dataclasses.replace(figures[index], excluded=reason)
         figures[chosen] = kept
     return figures
-
-
-def _mentions(root: etree._Element) -> dict[str, list[str]]:
-    """Return the first paragraphs that refer to each id of a figure, in document order.
-
-    A paragraph is cut to MAX_MENTION characters.
-    """
-    figure_ids = {node.get("id") for node in root.iter("fig", "fig-group")} - {None}
-    mentions: dict[str, list[str]] = {}
-    # A paragraph with many references is read only once.
-    last, text = None, ""
-    for reference in root.iter("xref"):
-        ids = [name for name in (reference.get("rid") or "").split() if name in figure_ids]
-        if not any(len(mentions.get(name, ())) < MAX_MENTIONS for name in ids):
-            continue
-        above = list(reference.iterancestors("p", "caption", "fig", "table-wrap"))
-        if not above or any(node.tag != "p" for node in above):
-            continue
-        if above[-1] is not last:
-            last, text = above[-1], text_of(above[-1])[:MAX_MENTION]
-        for name in ids:
-            paragraphs = mentions.setdefault(name, [])
-            if len(paragraphs) < MAX_MENTIONS and text not in paragraphs:
-                paragraphs.append(text)
-    return mentions
 
 
 def _own_licence(node: etree._Element) -> str:

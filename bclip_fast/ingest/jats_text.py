@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from lxml import etree
 
-from .citations import REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END, resolve_marks
+from .citations import MARK, REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END, resolve_marks
 
 _MATH = "{http://www.w3.org/1998/Math/MathML}"
 # On the page, the content of these elements starts and ends a line. A space therefore separates it from its neighbours.
@@ -47,8 +47,12 @@ def fold(text: str) -> str:
     return " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
-def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) -> str:
+def text_of(
+    element: etree._Element, *, without: Iterable[etree._Element] = (), marked: Iterable[etree._Element] = ()
+) -> str:
     """Return all text inside `element`, at any depth, except that of the elements `without`, folded to one line.
+
+    `citations.MARK` precedes the text of each element in `marked`.
 
     A space separates blocks (paragraphs, titles, list items...). Inline markup adds nothing. A formula with
     `alternatives` gives the text of one: MathML, else its textual form, else the body of its TeX. In MathML, white
@@ -57,7 +61,7 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
     """
     parts: list[str] = []
     reference: etree._Element | None = None
-    skipped = set(without)
+    skipped, to_mark = set(without), set(marked)
     walker = etree.iterwalk(element, events=("start", "end", "comment", "pi"))
     for event, node in walker:
         name = local_name(node)
@@ -80,6 +84,8 @@ def text_of(element: etree._Element, *, without: Iterable[etree._Element] = ()) 
                     parts.append(" ")
                 if is_math and _is_part_of_fraction(node):
                     parts.append(("/" if node.getprevious() is not None else "") + ("(" if _has_operator(node) else ""))
+                if node in to_mark:
+                    parts.append(MARK)
                 if text := node.text:
                     parts.append(text.strip() if is_math and name != "mtext" else text)
             continue

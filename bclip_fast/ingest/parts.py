@@ -5,7 +5,8 @@ Its lines start with a letter, and tabs separate the fields (JSON never contains
 
     A  [identity, file]                                                 an article, to which the next pairs belong
     P  suffix, bytes of the caption, bytes of the metadata, offset and bytes of the image, CRC-32 of the image,
-       SHA-256 of the source, perceptual hash, and {"caption", "meta", "mentions", "licence_text"}
+       SHA-256 of the source, perceptual hash, {"caption", "meta", "mentions", "licence_text"}, and, if the build
+       keeps them, the texts in addition to the caption
     R  [article, figure, file, reason]                                  a reject
     E  CRC-32 of all previous lines                                     the end
 
@@ -56,6 +57,7 @@ class Pair:
     Attributes:
         suffix: end of the key, unique within the article.
         mentions: paragraphs of the article that refer to the figure.
+        texts: texts in addition to the caption, by kind. None: the build doesn't keep them.
         licence_text: words of the licence, if they state terms. Only the manifest has them.
     """
 
@@ -65,6 +67,7 @@ class Pair:
     meta: dict[str, Any]
     mentions: tuple[str, ...] = ()
     licence_text: str = ""
+    texts: dict[str, list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,14 @@ def _line(event: Event, image_offset: int) -> bytes:
         fields += [zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash]
         body = {"caption": event.caption, "meta": event.meta, "mentions": event.mentions}
         fields.append(to_json({**body, **({"licence_text": event.licence_text} if event.licence_text else {})}))
+        if event.texts is not None:
+            fields.append(to_json(event.texts))
         start, text = PAIR, "\t".join(map(str, fields))
     return start + text.encode() + b"\n"
 
 
 class PairLine(NamedTuple):
-    """The fields of a P line. `body`: JSON."""
+    """The fields of a P line. `body`, `texts`: JSON. Without texts, `texts` is empty."""
 
     suffix: str
     caption_bytes: int
@@ -132,6 +137,7 @@ class PairLine(NamedTuple):
     source_sha256: str
     phash: str
     body: bytes
+    texts: bytes
 
 
 def parse_article(line: bytes) -> ArticleStart:
@@ -141,9 +147,9 @@ def parse_article(line: bytes) -> ArticleStart:
 
 def parse_pair(line: bytes) -> PairLine:
     """Parse a P line."""
-    _, suffix, caption, meta, offset, image, crc, source, phash, body = line.split(b"\t", 9)
+    _, suffix, caption, meta, offset, image, crc, source, phash, body, *texts = line.rstrip(b"\n").split(b"\t")
     numbers = int(caption), int(meta), int(offset), int(image), int(crc)
-    return PairLine(suffix.decode(), *numbers, source.decode(), phash.decode(), body)
+    return PairLine(suffix.decode(), *numbers, source.decode(), phash.decode(), body, b"".join(texts))
 
 
 def is_complete(path: Path) -> bool:
@@ -166,9 +172,15 @@ def read_line(work: Path, record: np.ndarray) -> bytes:
 
 
 def read_pair(work: Path, record: np.ndarray) -> dict[str, Any]:
-    """Read a pair of the plan: `caption`, `meta`, `mentions`, `licence_text` (optional), `key`, `crc` of its image."""
+    """Read a pair of the plan.
+
+    Returns:
+        `caption`, `meta`, `mentions`, `licence_text` and `texts` (both optional), `key`, `crc` of its image.
+    """
     line = parse_pair(read_line(work, record))
     body: dict[str, Any] = json.loads(line.body)
+    if line.texts:
+        body["texts"] = json.loads(line.texts)
     return {**body, "key": pair_key(body["meta"]["article"], line.suffix), "crc": line.image_crc}
 
 

@@ -21,15 +21,9 @@ def can_resume(allow_changes: bool, folder: Path, signature: dict[str, Any]) -> 
     Raises:
         UserError: other code or packages wrote them, and `allow_changes` is False.
     """
-    try:
-        if (folder / "dataset.json").exists():
-            recorded = json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]
-            return bool(recorded == json.loads(to_json(signature["config"])))
-        recorded = json.loads((folder / "work/signature.json").read_bytes())
-        # An earlier version recorded only the options.
-        recorded = recorded if "config" in recorded else {"config": recorded}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    recorded = _recorded(folder)
+    if recorded is None or (folder / "dataset.json").exists():
+        return recorded is not None and bool(recorded["config"] == json.loads(to_json(signature["config"])))
     changed = [name for name, value in json.loads(to_json(signature)).items() if recorded.get(name) != value]
     if "config" in changed or ("tokenizer" in changed and "tokenizer" in recorded):
         log.warning("the parts of an earlier run had other options; they are written again")
@@ -40,6 +34,23 @@ def can_resume(allow_changes: bool, folder: Path, signature: dict[str, Any]) -> 
             "that began it, keep its parts with --allow_changes, or delete the folder to begin again"
         )
     return True
+
+
+def recorded_options(folder: Path) -> dict[str, Any] | None:
+    """Return the options of the unfinished build in `folder`. None without one."""
+    recorded = _recorded(folder)
+    return None if recorded is None else recorded["config"]
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    try:
+        if (folder / "dataset.json").exists():
+            return {"config": json.loads((folder / "dataset.json").read_bytes())["ingest"]["config"]}
+        recorded = json.loads((folder / "work/signature.json").read_bytes())
+        # An earlier version recorded only the options.
+        return recorded if "config" in recorded else {"config": recorded}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def work_signature(options: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:

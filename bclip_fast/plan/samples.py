@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from bclip_fast.data.order import Interleaving
 from bclip_fast.data.shards.mixed import MixedDataset
 from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.texts import TextChoice
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.inputs import open_dataset
 
@@ -74,9 +75,9 @@ def samples_of(config: TrainConfig) -> Samples:
     """
     if not config.data.shards:
         return PMC_15M
-    data = open_dataset(config.data)
+    data, texts = open_dataset(config.data), TextChoice(config.data.captions, config.seed)
     if not isinstance(data, MixedDataset):
-        return Samples(len(data), _quantiles(_tokens(data), 20), data.num_bytes / len(data), data.root)
+        return Samples(len(data), _quantiles(_tokens(data, texts), 20), data.num_bytes / len(data), data.root)
     shares = [member.share for member in data.mixture.members]
     means = [member.num_bytes / len(member) for member in data.members]
     image_bytes = sum(map(operator.mul, shares, means)) / sum(shares)
@@ -86,17 +87,17 @@ def samples_of(config: TrainConfig) -> Samples:
         length
         for member, count in zip(data.members, counts, strict=True)
         if count
-        for length in _quantiles(_tokens(member), count)
+        for length in _quantiles(_tokens(member, texts), count)
     )
     return Samples(data.mixture.epoch_samples, _quantiles(tokens, 20), image_bytes, ", ".join(data.names))
 
 
-def _tokens(data: ShardDataset) -> list[int]:
-    """The sorted lengths of about 1000 captions, in tokens."""
+def _tokens(data: ShardDataset, texts: TextChoice) -> list[int]:
+    """The sorted lengths of about 1000 captions, or of the texts that epoch 0 draws, in tokens."""
     # Take neighbouring samples at 20 positions, because each position reads an index file.
     positions = [round(i * (len(data) - 1) / 19) for i in range(20)]
     indices = sorted({min(position + i, len(data) - 1) for position in positions for i in range(50)})
-    return sorted(2 + round(data.caption_bytes(i) / _BYTES_PER_TOKEN) for i in indices)
+    return sorted(2 + round(texts.num_bytes(0, i, data) / _BYTES_PER_TOKEN) for i in indices)
 
 
 def _quantiles(tokens: Sequence[int], count: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.data.storage import ReadConfig
+from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import ClusterConfig, Precision
 from bclip_fast.model.biomedclip import BiomedClipConfig
@@ -33,8 +34,11 @@ class DataConfig:
     """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
     images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
     of an article."""
+    captions: CaptionWeights = field(default_factory=CaptionWeights)
+    """Weights of the texts about an image. Each epoch draws one of them for each sample. Evaluation takes the
+    caption."""
     tokenizer: str = ""
-    """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the captions of the split. If empty,
+    """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the texts of the split. If empty,
     the tokenizer of init.model or init.text, or `train` without them."""
     shuffle_block: int = 8192
     """Number of samples that are shuffled together. A larger block mixes better, but reads less sequentially."""
@@ -190,7 +194,8 @@ class TrainConfig:
     micro_batch_tokens: int = 0
     """Tokens that a rank embeds at one time, in place of micro_batch_size. A pair costs the patches and the class token
     of its image, and the tokens of its caption. A micro-batch has as many pairs as fit, and all ranks have equally many
-    micro-batches. The run counts the captions' tokens at its start, from the dataset's manifest. 0 sets no limit."""
+    micro-batches. The run counts the captions' tokens at its start, from the dataset's manifest. With several texts
+    (data.captions), the longest one counts. 0 sets no limit."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights, such as 0.9999. 0 keeps no EMA. The EMA is
     validated like the weights and saved in the run's model_ema/. It takes 4 bytes a weight on rank 0, or over all ranks

@@ -16,6 +16,7 @@ from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards import mixed
 from bclip_fast.data.shards.mixed import Dataset, MixedDataset
 from bclip_fast.data.shards.positives import group_ids
+from bclip_fast.data.texts import TextChoice
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
 from bclip_fast.model.tokenizer import Tokenizer
@@ -31,15 +32,18 @@ def open_dataset(config: DataConfig) -> Dataset:
     """The training split of all datasets.
 
     Raises:
-        UserError: no shards are configured, or they cannot be read.
+        UserError: no shards are configured, they cannot be read, or no sample has a text of a weighted kind.
     """
     if not config.shards:
         raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
-    return mixed.open_dataset(config.shards, config.split, config.read)
+    dataset = mixed.open_dataset(config.shards, config.split, config.read)
+    config.captions.check(dataset)
+    return dataset
 
 
 def build_sampler(config: TrainConfig, dataset: Dataset) -> ShardSampler:
     """The sampler of this rank."""
+    texts = TextChoice(config.data.captions, config.seed)
     return ShardSampler(
         dataset.shard_sizes,
         dataset.fingerprint,
@@ -52,7 +56,7 @@ def build_sampler(config: TrainConfig, dataset: Dataset) -> ShardSampler:
         world_size=distributed.world_size(),
         shuffle_block=config.data.shuffle_block,
         # The cost of a sample is its number of tokens. An English token has 4 to 5 bytes.
-        cost=lambda i: min(dataset.caption_bytes(i), 5 * config.model.text.context_length),
+        cost=lambda number, i: min(texts.num_bytes(number, i, dataset), 5 * config.model.text.context_length),
         mixture=dataset.mixture if isinstance(dataset, MixedDataset) else None,
     )
 
@@ -67,7 +71,8 @@ def count_tokens(config: TrainConfig, dataset: Dataset, tokenizer: Tokenizer, sa
         return
     lengths, problem, start = np.empty(0, np.int32), "", time.perf_counter()
     try:
-        lengths = caption_lengths(dataset, tokenizer.encode, (distributed.rank(), distributed.world_size()))
+        share, kinds = (distributed.rank(), distributed.world_size()), config.data.captions.kinds
+        lengths = caption_lengths(dataset, tokenizer.encode, share, kinds)
     except UserError as error:
         problem = str(error)
     if problems := [text for text in distributed.all_gather_object(problem) if text]:
@@ -93,7 +98,7 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Toke
     elif not source and (initial := initial_tokenizer(config)) is not None:
         tokenizer = initial
     elif source in ("", "train"):
-        tokenizer = Tokenizer.train(dataset.captions(), text.vocab_size, text.context_length)
+        tokenizer = Tokenizer.train(dataset.captions(config.data.captions.kinds), text.vocab_size, text.context_length)
     else:
         tokenizer = Tokenizer.from_file(source, text.context_length)
     if tokenizer.vocab_size > text.vocab_size:
@@ -132,7 +137,8 @@ def build_loader(
         "prefetch_batches": config.prefetch_batches,
         "pin_memory": device.type == "cuda",
         "timeout_s": config.timeout_s,
-        "groups": group_ids(dataset, config.positives),
+        "groups": group_ids(dataset, config.positives, config.captions.kinds),
+        "captions": config.captions,
         **teacher,
     }
     if config.loader == "native":

@@ -87,6 +87,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "data.shards": LISTED,
         "data.split": FIXED,
         "data.positives": ARITHMETIC,
+        "data.captions": ARITHMETIC,
         "data.tokenizer": FIXED,
         "data.shuffle_block": FIXED,
         "data.augment": ARITHMETIC,

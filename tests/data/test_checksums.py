@@ -17,9 +17,9 @@ from loaders import loader, take
 from shard_samples import samples, write_dataset
 from synthetic import write_shards
 
-from bclip_fast._cpu import crc32c
 from bclip_fast.data.image_files import decode_as_loaders
 from bclip_fast.data.shards import reader as reader_module
+from bclip_fast.data.shards.checksum import crc32c
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import BadSample, ShardDataset
 from bclip_fast.data.shards.verify import add_checksums, verify
@@ -53,7 +53,7 @@ def test_crc32c_equals_published_values():
     data = os.urandom(1000)
     lengths = [*range(40), 1000]
     assert all(crc32c(key) == value for key, value in values.items())
-    program = "import sys; from bclip_fast._cpu import crc32c; data = bytes.fromhex(sys.argv[1]); "
+    program = "import sys; from bclip_fast.data.shards.checksum import crc32c; data = bytes.fromhex(sys.argv[1]); "
     program += f"print([crc32c(data[:n]) for n in {lengths}])"
     environment = {**os.environ, "BCLIP_CPU_ISA": "plain"}
     printed = subprocess.run(

@@ -159,7 +159,8 @@ def test_resume_in_mid_epoch_continues_the_sequence(
 ):
     """Batch 6 begins epoch 1, and its schedule doubles the batch, so batches 4 to 9 cross both."""
     dataset = mixed(root, 3, 1)
-    options: dict[str, Any] = {"schedule": [(1, 16)], "cost": dataset.caption_bytes if with_cost else None}
+    cost = (lambda _, i: dataset.caption_bytes(i)) if with_cost else None
+    options: dict[str, Any] = {"schedule": [(1, 16)], "cost": cost}
     expected = steps_of(dataset, 1, 0, 10, **options)
     assert [len(step) for step in expected] == [8] * 6 + [16] * 4
     resumed = steps_of(dataset, world_size, 4, 6, micro_batch_size=micro_batch_size, **options)

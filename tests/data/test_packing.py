@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from damage import spoil
 from loaders import by_key, loader, take
@@ -19,6 +20,7 @@ from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.mixed import MixedDataset, open_dataset
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.sources import as_sources
+from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.errors import UserError
 
 IMAGE_TOKENS = 5
@@ -100,10 +102,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("packing"), num_samples=48, num_val=4)
 
 
-def budgeted_loader(folder: Path, budget: int, rank: int = 0, world_size: int = 1) -> Loader:
-    dataset = ShardDataset(folder)
-    source = loader(dataset, rank, world_size, tokenize=words, stream={"token_budget": budget})
-    lengths = caption_lengths(dataset, words)
+def budgeted_loader(
+    folder: Path, budget: int, rank: int = 0, world_size: int = 1, weights: CaptionWeights | None = None
+) -> Loader:
+    dataset, weights = ShardDataset(folder), weights or CaptionWeights()
+    options = {"stream": {"token_budget": budget}, "captions": weights}
+    source = loader(dataset, rank, world_size, tokenize=words, **options)
+    lengths = caption_lengths(dataset, words, kinds=weights.kinds)
     source.sampler.count_tokens(IMAGE_TOKENS, lambda _, index: int(lengths[index]))
     return source
 
@@ -124,6 +129,22 @@ def test_loader_yields_packed_micro_batches(shards: Path):
         source.load_state_dict(state)
         assert by_key(take(source, 5)) == by_key(expected)
         assert [batch.keys for batch in expected] != [batch.keys for batch in batches]
+
+
+def test_budget_holds_whichever_text_is_drawn(tmp_path: Path):
+    folder, weights = write_shards(tmp_path / "texts", 48, 4, texts=True), CaptionWeights(mention=2.0, title=0.5)
+    dataset = ShardDataset(folder)
+    texts = [[text for kind in weights.kinds for text in dataset.texts(i).get(kind, ())] for i in range(len(dataset))]
+    lengths = caption_lengths(dataset, words, kinds=weights.kinds)
+    assert lengths.tolist() == [max(map(len, words(each))) for each in texts]
+    with (
+        loader(dataset, tokenize=words, captions=weights) as undivided,
+        budgeted_loader(folder, 24, weights=weights) as source,
+    ):
+        for expected in take(undivided, 7):
+            batches = take(source, source.sampler.num_micro_batches(source.sampler.next_batch))
+            assert all(sum(batch.lengths) + IMAGE_TOKENS * len(batch.lengths) <= 24 for batch in batches)
+            assert by_key(batches) == by_key([expected])
 
 
 def test_fallback_caption_is_cut_to_the_damaged_one(tmp_path: Path, shards: Path):
@@ -148,8 +169,9 @@ def test_captions_of_other_length_than_in_manifest_are_refused(shards: Path):
 def test_missing_and_wrong_manifests_are_named(tmp_path: Path, shards: Path):
     folder = tmp_path / "shards"
     shutil.copytree(shards, folder)
-    with pytest.raises(UserError, match=r"manifest.parquet has no column mention, which micro_batch_tokens needs"):
-        caption_lengths(ShardDataset(folder), words, column="mention")
+    pq.write_table(pq.read_table(folder / "manifest.parquet").drop(["caption"]), folder / "manifest.parquet")
+    with pytest.raises(UserError, match=r"manifest.parquet has no column caption, which micro_batch_tokens needs"):
+        caption_lengths(ShardDataset(folder), words)
     (folder / "manifest.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"manifest.parquet cannot be read: .*; copy it again, or set micro_batch_size"):
         caption_lengths(ShardDataset(folder), words)

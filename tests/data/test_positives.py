@@ -54,6 +54,22 @@ def test_group_ids_follow_the_manifest(folder, kind):
     assert group_ids(ShardDataset(folder), kind).tolist() == EXPECTED[kind]
 
 
+def test_groups_join_samples_with_a_text_in_common(tmp_path):
+    texts = [{"mention": ["As  A shows.", "B"]}, {}, {"mention": ["as a shows."]}, {"title": ["b"], "panel": ["One"]}]
+    captions = ["zero", "one", "two", "zero."]
+    with ShardWriter(tmp_path / "shards", texts=True) as writer:
+        for number, (caption, each) in enumerate(zip(captions, texts, strict=True)):
+            writer.write(Sample(f"k{number}", jpeg(0), caption, {}, each), "train")
+    dataset = ShardDataset(tmp_path / "shards")
+    for kinds, expected in [
+        (("caption",), [0, 1, 2, 3]),
+        (("caption", "mention"), [0, 1, 0, 3]),
+        (("mention", "title"), [0, 1, 0, 0]),
+        (("caption", "panel"), [0, 1, 2, 1]),
+    ]:
+        assert group_ids(dataset, "captions", kinds).tolist() == expected
+
+
 def test_pairs_have_no_groups(folder):
     assert group_ids(ShardDataset(folder), "pair") is None
     assert {"pair", *EXPECTED} == KINDS.keys()

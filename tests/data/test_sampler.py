@@ -76,7 +76,7 @@ def test_costs_are_divided_evenly(world_size: int):
     costs = permutation(300, 5).tolist()
     single, ranks = (
         make_sampler(),
-        [make_sampler(rank, world_size, cost=costs.__getitem__) for rank in range(world_size)],
+        [make_sampler(rank, world_size, cost=lambda _, i: costs[i]) for rank in range(world_size)],
     )
     with_costs, sliced = 0.0, 0.0
     for number in range(28):
@@ -95,7 +95,7 @@ def test_costs_are_divided_evenly(world_size: int):
 def test_micro_batches_depend_only_on_their_number():
     """Four micro-batches on one rank, two on each of two ranks, and one on each of four ranks have the same samples."""
     costs = permutation(300, 5).tolist()
-    for cost in (None, costs.__getitem__):
+    for cost in (None, lambda _, index: costs[index]):
         parts = []
         for world_size in (1, 2, 4):
             ranks = [make_sampler(rank, world_size, cost=cost, micro_batch_size=2) for rank in range(world_size)]
@@ -163,7 +163,7 @@ def test_invalid_settings_are_refused():
 
 
 def test_fallbacks_depend_only_on_seed_epoch_and_position():
-    sampler, other = make_sampler(), make_sampler(1, 4, cost=lambda index: index)
+    sampler, other = make_sampler(), make_sampler(1, 4, cost=lambda _, index: index)
     for epoch, position in [(0, 0), (1, 37), (5, 115)]:
         fallbacks = list(sampler.fallbacks(epoch, position))
         assert list(other.fallbacks(epoch, position)) == fallbacks

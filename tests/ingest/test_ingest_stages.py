@@ -9,10 +9,12 @@ import numpy as np
 from articles import article_xml, encode_image, manifest_rows, noise_image, reject_rows, write_articles, write_files
 from PIL import Image
 
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.verify import verify
 from bclip_fast.ingest.assign import Splits
 from bclip_fast.ingest.build import IngestConfig, build
 from bclip_fast.ingest.duplicates import NEAR_BITS, near_pairs
+from bclip_fast.ingest.mentions import MAX_SENTENCE
 from bclip_fast.ingest.parts import SPLITS
 from bclip_fast.ingest.sanitize import perceptual_hash
 
@@ -133,3 +135,38 @@ def test_manifest_row_has_metadata_of_article_and_image(tmp_path):
     assert json.loads(row["mentions"]) == ["See figure 1 and again."]
     assert (row["num_tokens"], row["width"], row["source_bytes"]) == (4, 64, len(noise_image(1)))
     assert len(row["phash"]) == len(row["source_sha256"]) == 64
+
+
+def test_shards_keep_the_texts_about_a_figure(tmp_path):
+    xml = article_xml(("f0", "Two views. (A) From above. (B) From below."), ("f1", "Another figure"), number=3)
+    mention = b'<p>The view in <xref rid="F1">Fig. 1A</xref> shows the animal from above.</p>'
+    title = b"<title-group><article-title>On views.</article-title></title-group></article-meta>"
+    xml = xml.replace(b"<body>", b"<body>" + mention).replace(b"</article-meta>", title)
+    write_files(tmp_path / "in", {"x.nxml": xml, "f0.jpg": noise_image(1), "f1.jpg": noise_image(2)})
+    build(IngestConfig(str(tmp_path / "in"), tmp_path / "out", workers=1, val_fraction=0, test_fraction=0))
+    dataset = ShardDataset(tmp_path / "out")
+    texts = {sample.key: sample.texts for sample in dataset}
+    assert texts == {
+        "PMC3_f1": {
+            "mention": ["The view in Fig. 1A shows the animal from above."],
+            "panel": ["Two views. From above.", "Two views. From below."],
+            "title": ["On views. Two views. (A) From above. (B) From below."],
+        },
+        "PMC3_f2": {"title": ["On views. Another figure"]},
+    }
+    assert verify(tmp_path / "out") == []
+    assert json.loads(manifest_rows(tmp_path / "out")["PMC3_f1"]["texts"]) == texts["PMC3_f1"]
+    build(IngestConfig(str(tmp_path / "in"), tmp_path / "plain", workers=1, texts=False))
+    description = json.loads((tmp_path / "plain/dataset.json").read_text())
+    assert description["version"] == 1
+    assert "texts" not in description["ingest"]["config"]
+
+
+def test_long_texts_of_a_figure_are_cut(tmp_path):
+    write_files(tmp_path / "in", {"x.nxml": article_xml(("f0", "word " * 3000), number=3), "f0.jpg": noise_image(1)})
+    xml = (tmp_path / "in/x.nxml").read_bytes()
+    title = b"<title-group><article-title>A</article-title></title-group></article-meta>"
+    (tmp_path / "in/x.nxml").write_bytes(xml.replace(b"</article-meta>", title))
+    build(IngestConfig(str(tmp_path / "in"), tmp_path / "out", workers=1, val_fraction=0, test_fraction=0))
+    (sample,) = ShardDataset(tmp_path / "out")
+    assert [len(text) for text in sample.texts["title"]] == [MAX_SENTENCE]

@@ -9,7 +9,7 @@ import time
 import pytest
 from jats_pieces import HEAD, parse_article, parse_figures
 
-from bclip_fast.ingest import jats, jats_figures
+from bclip_fast.ingest import jats, jats_figures, mentions
 from bclip_fast.ingest.jats import JatsError
 
 
@@ -116,6 +116,9 @@ def test_parse_huge_article_is_bounded():
         f"({'e.g. ' * 50_000}{reference}x)",
     ):
         parse_article(f"<fig><caption><p>{content}</p></caption></fig>")
+    figure = '<fig id="a"><caption><p>One.</p></caption></fig>'
+    for content in ('<xref rid="a"/>. A ' * 30_000, ". A" * 200_000, ".'\"" * 200_000):
+        parse_article(f'<p>{content}<xref rid="a">1</xref></p>{figure}')
     parse_article(f"<fig><caption><p>{(reference + ' ' * 1000 + '1<sup>2</sup>') * 1000}</p></caption></fig>")
     assert time.process_time() - start < 10
     titled = parse_article(
@@ -133,12 +136,35 @@ def test_mentions_are_the_paragraphs_that_refer_to_a_figure():
       <table-wrap><table><td><p><xref rid="b">x</xref></p></td></table></table-wrap>
       <list><list-item><p>In a list <xref rid="b">2</xref>.</p></list-item></list><p>None.</p>"""
     one, two = parse_article(body).figures
-    assert one.mentions == ("As Fig. 1 and both show.", "Of the group: here. [1]")
-    assert two.mentions == ("As Fig. 1 and both show.", "In a list 2.", "Of the group: here. [1]")
+    assert one.mentions.paragraphs == ["As Fig. 1 and both show.", "Of the group: here. [1]"]
+    assert two.mentions.paragraphs == ["As Fig. 1 and both show.", "In a list 2.", "Of the group: here. [1]"]
     many = "".join(f'<p>{i} <xref rid="a">1</xref>{"x" * 3000}</p>' for i in range(20))
     (figure,) = parse_article(f'{many}<fig id="a"><caption><p>One.</p></caption></fig>').figures
-    assert len(figure.mentions) == jats_figures.MAX_MENTIONS
-    assert all(len(text) == jats_figures.MAX_MENTION for text in figure.mentions)
+    assert len(figure.mentions.paragraphs) == mentions.MAX_MENTIONS
+    assert all(len(text) == mentions.MAX_MENTION for text in figure.mentions.paragraphs)
+    # A sentence of any length is no sentence, and one that only points to the figure says nothing.
+    assert figure.mentions.sentences == []
+
+
+def test_sentences_of_mentions_are_those_around_the_reference():
+    first, second = '<xref ref-type="fig" rid="a">Fig. 1</xref>', '(<xref rid="b">Figs. 2A</xref>, see also e.g. [3])'
+    body = f"""<p>We measured growth of E. coli in broth. As {first} shows, growth was faster than in vivo (p. 5).
+      Rates {second} differ vs. those of Smith et al. Then the cells were counted once more.</p>
+      <p>See {first}. <list><list-item><p>Both {first} and {second} show it again in detail.</p></list-item></list></p>
+      <p>As {first} shows, growth was faster than in vivo (p. 5).</p>
+      <p><media>About this film {first} says nothing that anybody would read.</media></p>
+      <fig id="a"><caption><p>One.</p></caption></fig><fig id="b"><caption><p>Two.</p></caption></fig>"""
+    one, two = parse_article(body).figures
+    both = "Both Fig. 1 and (Figs. 2A, see also e.g. [3]) show it again in detail."
+    assert one.mentions.sentences == ["As Fig. 1 shows, growth was faster than in vivo (p. 5).", both]
+    rates = (
+        "Rates (Figs. 2A, see also e.g. [3]) differ vs. those of Smith et al. Then the cells were counted once more."
+    )
+    assert two.mentions.sentences == [rates, both]
+    many = "".join(f"<p>Sentence {i} of {first} has enough words to count here.</p>" for i in range(20))
+    (figure,) = parse_article(f'{many}<fig id="a"><caption><p>One.</p></caption></fig>').figures
+    assert len(figure.mentions.sentences) == mentions.MAX_MENTIONS
+    assert not any(mentions.MARK in text for text in figure.mentions.paragraphs + figure.mentions.sentences)
 
 
 def test_caption_that_repeats_the_label_counts_as_missing():

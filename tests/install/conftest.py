@@ -23,7 +23,7 @@ def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
     folder = tmp_path_factory.mktemp("bin")
     for name in FEW_PROGRAMS:
         (folder / name).symlink_to(str(shutil.which(name)))
-    dropped = ("PATH", "CC", "CXX", "CUDA_HOME", "PYTHONPATH")
+    dropped = ("PATH", "CC", "CXX", "CUDA_HOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
     variables = {name: value for name, value in os.environ.items() if name not in dropped and "BCLIP" not in name}
     return {**variables, "PATH": str(folder)}
 

@@ -71,7 +71,7 @@ def test_wheel_with_compiled_modules_names_its_platform(tmp_path: Path):
 
 def build_modules(tree: Path, environment: dict[str, str], out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(out)]
-    return subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True)
+    return subprocess.run(command, cwd=tree, env={"BCLIP_CUDA": "0", **environment}, text=True, capture_output=True)
 
 
 @pytest.fixture
@@ -110,6 +110,18 @@ def test_failed_compilation_is_an_error_with_its_remedy(
     allowed = build_modules(sdist, {**bare_environment, "CXX": str(compiler), "BCLIP_COMPILED": "0"}, out)
     assert allowed.returncode == 0, allowed.stderr
     assert "built without compiled modules: BCLIP_COMPILED=0" in allowed.stdout
+
+
+def test_build_output_has_no_warning(sdist: Path, bare_environment: dict[str, str], tmp_path: Path):
+    """Under make, ninja would complain of make's jobserver. The compiler here writes empty files."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    compiler.chmod(0o755)
+    variables = {"CXX": str(compiler), "MAKEFLAGS": " -j2 --jobserver-auth=3,4", "PYTHONWARNINGS": "default"}
+    run = build_modules(sdist, {**bare_environment, **variables}, tmp_path / "out")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "link bclip_fast._cpu.so" in run.stdout
+    assert re.findall(r".*(?:warning|error|deprecat).*", run.stdout + run.stderr, re.IGNORECASE) == []
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,16 @@ COLOURS = {
 PLACES = {"left": (20, 12), "right": (20, 36), "top": (10, 24), "bottom": (30, 24)}
 
 
-def write_shards(folder: Path, num_samples: int = 96, num_val: int = 32, seed: int = 0, noise: int = 40) -> Path:
-    """Write images of coloured squares on noise, 40 x 48 pixels. 32 captions, in turn, name colour and place."""
+def write_shards(
+    folder: Path, num_samples: int = 96, num_val: int = 32, seed: int = 0, noise: int = 40, texts: bool = False
+) -> Path:
+    """Write images of coloured squares on noise, 40 x 48 pixels. 32 captions, in turn, name colour and place.
+
+    texts: every second sample has two mentions, and every fourth a title.
+    """
     generator = np.random.default_rng(seed)
     yy, xx = np.mgrid[:40, :48]
-    with ShardWriter(folder, max_shard_bytes=30_000) as writer:
+    with ShardWriter(folder, max_shard_bytes=30_000, texts=texts) as writer:
         for i in range(num_samples + num_val):
             colour, place = list(COLOURS)[i % 8], list(PLACES)[i // 8 % 4]
             pixels = generator.integers(0, noise, (40, 48, 3), dtype=np.uint8)
@@ -39,7 +44,9 @@ def write_shards(folder: Path, num_samples: int = 96, num_val: int = 32, seed: i
             pixels[(abs(yy - y) < 9) & (abs(xx - x) < 9)] = COLOURS[colour]
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "JPEG", quality=95)
-            sample = Sample(f"sample{i:04d}", data.getvalue(), f"a {colour} square at the {place}", {})
+            more = {"mention": [f"see {colour} {i}", f"this is at the {place}, {i}"]} if texts and i % 2 == 0 else {}
+            more |= {"title": [f"title {i}"]} if texts and i % 4 == 0 else {}
+            sample = Sample(f"sample{i:04d}", data.getvalue(), f"a {colour} square at the {place}", {}, more)
             writer.write(sample, "train" if i < num_samples else "val")
     return folder
 

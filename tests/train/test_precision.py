@@ -17,7 +17,7 @@ from bclip_fast import config as config_files
 from bclip_fast.errors import UserError
 from bclip_fast.eval.embed import Embedder
 from bclip_fast.hardware import ClusterConfig
-from bclip_fast.ops import processor
+from bclip_fast.ops import processor, ranking
 from bclip_fast.plan import command, estimate
 from bclip_fast.plan.samples import PMC_15M
 from bclip_fast.train.config import TrainConfig
@@ -40,7 +40,8 @@ def imitate(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
     monkeypatch.setattr(processor, "BFLOAT16_REASON", f"it has {instructions or 'none'}")
     if not instructions:
         monkeypatch.setattr(processor, "HAS_AMX", False)
-        monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
+        if ranking.is_compiled():
+            monkeypatch.setattr("bclip_fast._cpu.has_amx", lambda: False)
 
 
 def precision_of(run: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -13,7 +14,7 @@ from bclip_fast.data.storage import ReadConfig
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from .format import Sample
+from .format import CAPTION, Sample
 from .reader import BadSample, ShardDataset
 
 
@@ -99,15 +100,27 @@ class MixedDataset:
         number, place = self._locate(i)
         return self.members[number].caption_bytes(place)
 
+    def text_bytes(self, i: int) -> dict[str, list[int]]:
+        """Return the size of each text of sample i, by kind. Only reads the index."""
+        number, place = self._locate(i)
+        return self.members[number].text_bytes(place)
+
+    def num_samples_with(self) -> dict[str, int]:
+        """Return the number of samples that have a text of each kind."""
+        counts: Counter[str] = Counter()
+        for member in self.members:
+            counts.update(member.num_samples_with())
+        return dict(counts)
+
     def caption(self, i: int) -> str:
         """Return the caption of sample i without reading its image. Raises BadSample."""
         number, place = self._locate(i)
         return self.members[number].caption(place)
 
-    def captions(self) -> Iterator[str]:
-        """Yield all captions in order, except damaged ones. From a URL, this reads all bytes of the shards."""
+    def captions(self, kinds: Sequence[str] = (CAPTION,)) -> Iterator[str]:
+        """Yield the texts of these kinds in order, as `ShardDataset.captions` does."""
         for member in self.members:
-            yield from member.captions()
+            yield from member.captions(kinds)
 
 
 Dataset = ShardDataset | MixedDataset

@@ -6,7 +6,10 @@ equal images and captions apart. `group_ids` gives such pairs one number, and th
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import numpy as np
 from bclip_fast.data.storage import LocalStorage
 from bclip_fast.errors import UserError
 
+from .format import CAPTION
 from .mixed import Dataset, MixedDataset
 from .reader import ShardDataset
 
@@ -31,7 +35,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 _PLACE = ("key", "split", "shard", "position")
 
 
-def group_ids(dataset: Dataset, kind: str) -> np.ndarray | None:
+def group_ids(dataset: Dataset, kind: str, texts: Sequence[str] = (CAPTION,)) -> np.ndarray | None:
     """The group of each sample of `dataset`, (samples,) int64. Samples of one group are positives of one another.
 
     Samples of different datasets of a mixture are in different groups.
@@ -39,11 +43,12 @@ def group_ids(dataset: Dataset, kind: str) -> np.ndarray | None:
     Args:
         kind: which samples belong together.
             pair: none. The result is None.
-            captions: samples with the same caption, ignoring case and white space.
+            captions: samples with a text in common, ignoring case and white space.
             images: samples whose images ingest found to be duplicates or near duplicates.
             duplicates: both, also through a third sample.
             figure: the panels of a figure.
             article: the figures of an article.
+        texts: the kinds of texts that count for captions and duplicates, those that the loader draws.
 
     Raises:
         UserError: the manifest is missing, is damaged, lacks a column or does not list the samples of the split.
@@ -54,21 +59,25 @@ def group_ids(dataset: Dataset, kind: str) -> np.ndarray | None:
         parts = []
         for name, member, start in zip(dataset.names, dataset.members, dataset.starts, strict=False):
             try:
-                parts.append(start + _groups_of(member, kind))
+                parts.append(start + _groups_of(member, kind, texts))
             except UserError as error:
                 raise type(error)(f"dataset {name}: {error}") from None
         return np.concatenate(parts)
-    return _groups_of(dataset, kind)
+    return _groups_of(dataset, kind, texts)
 
 
-def _groups_of(dataset: ShardDataset, kind: str) -> np.ndarray:
+def _groups_of(dataset: ShardDataset, kind: str, texts: Sequence[str]) -> np.ndarray:
     """The group of each sample of one dataset."""
-    table = _read_manifest(dataset, kind)
+    compares_texts = "caption" in KINDS[kind]
+    further = [name for name in texts if name != CAPTION] if compares_texts else []
+    table = _read_manifest(dataset, kind, (*KINDS[kind], *(("texts",) if further else ())))
     places = _places(dataset, table)
     groups = np.arange(len(dataset))
     edges = []
-    if kind in ("captions", "duplicates"):
+    if compares_texts and not further:
         edges.append(_equal(_normalised(table["caption"])))
+    elif compares_texts:
+        edges.append(_common_texts(table, texts))
     if kind in ("images", "duplicates"):
         edges.append(_duplicates(table))
     if kind in ("figure", "article"):
@@ -93,8 +102,8 @@ def connect(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.nda
             groups = groups[groups]
 
 
-def _read_manifest(dataset: ShardDataset, kind: str) -> Any:
-    """The rows of the dataset's split, with the columns of `kind`."""
+def _read_manifest(dataset: ShardDataset, kind: str, wanted: Sequence[str]) -> Any:
+    """The rows of the dataset's split, with the columns `wanted`."""
     try:
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -109,8 +118,7 @@ def _read_manifest(dataset: ShardDataset, kind: str) -> Any:
         names = pq.read_schema(source).names
         if isinstance(source, io.BytesIO):
             source.seek(0)
-        wanted = KINDS[kind]
-        if missing := [name for name in wanted if name not in names and name != "duplicate_of"]:
+        if missing := [name for name in wanted if name not in (*names, "duplicate_of", "texts")]:
             raise UserError(f"{path} has no column {missing[0]}, which data.positives={kind} needs")
         table = pq.read_table(
             source,
@@ -151,6 +159,36 @@ def _normalised(captions: Any) -> Any:
     import pyarrow.compute as pc
 
     return pc.replace_substring_regex(pc.utf8_trim_whitespace(pc.utf8_lower(captions)), pattern=r"\s+", replacement=" ")
+
+
+def _common_texts(table: Any, kinds: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (row, first row with a text in common). Texts are compared by 64 bits of their hash.
+
+    Among 100 million texts, two different ones have the same 64 bits with a probability of 0.03 %.
+    """
+    owners, hashes = [], []
+    for row, text in _texts(table, kinds):
+        owners.append(row)
+        digest = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest()
+        hashes.append(int.from_bytes(digest, "little"))
+    _, first, inverse = np.unique(np.array(hashes, np.uint64), return_index=True, return_inverse=True)
+    rows = np.array(owners, np.int64)
+    return rows, rows[first[inverse]]
+
+
+def _texts(table: Any, kinds: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield (row, text) for all texts of these kinds."""
+    row = 0
+    for batch in table.select([name for name in ("caption", "texts") if name in table.column_names]).to_batches(4096):
+        for values in batch.to_pylist():
+            yield from ((row, text) for text in texts_of_row(values, kinds))
+            row += 1
+
+
+def texts_of_row(row: Mapping[str, Any], kinds: Iterable[str]) -> list[str]:
+    """The texts of these kinds in a row of the manifest, given its columns `caption` and, if it has it, `texts`."""
+    by_kind = {**json.loads(row.get("texts") or "{}"), CAPTION: [row["caption"]]}
+    return [text for kind in kinds for text in by_kind.get(kind, ())]
 
 
 def _equal(*columns: Any) -> tuple[np.ndarray, np.ndarray]:

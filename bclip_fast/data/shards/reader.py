@@ -21,7 +21,7 @@ from bclip_fast.data.storage_cache import CachedStorage
 from bclip_fast.errors import UserError
 
 from .checksum import crc32c
-from .format import BLOCK, MEMBERS, Index, Sample, read_description, read_index
+from .format import BLOCK, CAPTION, MEMBERS, TEXTS, Index, Sample, read_description, read_index
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class ShardDataset:
         self.has_checksums = "checksum" in description
         if not self.has_checksums:
             _say_no_checksums(self.root)
+        self.version: int = description["version"]
         self.fingerprint: str = splits[split]["fingerprint"]
         self._shards: list[dict[str, Any]] = splits[split]["files"]
         self.shard_sizes: list[int] = [shard["samples"] for shard in self._shards]
@@ -98,7 +99,7 @@ class ShardDataset:
         self._connections: tuple[int, DaemonPool] | None = None
 
     def _read_index(self, number: int) -> tuple[list[str], Index]:
-        return read_index(self.storage, self._shards[number], self.has_checksums)
+        return read_index(self.storage, self._shards[number], self.has_checksums, self.version)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -156,7 +157,7 @@ class ShardDataset:
             contents.append(data[offset : offset + size])
         key = names[0].removesuffix(b".jpg")
         path = self.storage.path(self._name(number))
-        if names != [key + b"." + member.encode() for member in MEMBERS]:
+        if names != [key + b"." + member.encode() for member in MEMBERS[self.version]]:
             raise BadSample(f"{path}: sample {position} is not at the offset in the index; build the dataset again")
         if index.checksums is not None:
             for name, content, checksum in zip(names, contents, index.checksums[position].tolist(), strict=True):
@@ -166,8 +167,8 @@ class ShardDataset:
                         f"{checksum:08x}; copy the shard and its index again"
                     )
         try:
-            caption, meta = contents[1].decode(), json.loads(contents[2])
-            return Sample(key.decode("ascii"), contents[0], caption, meta)
+            caption, (meta, *texts) = contents[1].decode(), map(json.loads, contents[2:])
+            return Sample(key.decode("ascii"), contents[0], caption, meta, *texts)
         except ValueError as error:
             raise BadSample(f"{path}: sample {position} is corrupt: {error}") from None
 
@@ -238,29 +239,67 @@ class ShardDataset:
         number, position = self._locate(i)
         return int(self._index(number).sizes[position, 1])
 
+    def num_samples_with(self) -> dict[str, int]:
+        """Return the number of samples that have a text of each kind. Only reads dataset.json."""
+        counts = {CAPTION: len(self)}
+        for shard in self._shards:
+            for kind, count in shard.get("texts", {}).items():
+                counts[kind] = counts.get(kind, 0) + count
+        return counts
+
+    def text_bytes(self, i: int) -> dict[str, list[int]]:
+        """Return the size of each text of sample i, by kind. Only reads the index."""
+        number, position = self._locate(i)
+        index = self._index(number)
+        return {CAPTION: [int(index.sizes[position, 1])], **index.text_bytes_of(position)}
+
+    def texts(self, i: int) -> dict[str, list[str]]:
+        """Return all texts of sample i by kind, without reading its image. Raises BadSample."""
+        caption = {CAPTION: [self.caption(i)]}
+        if TEXTS not in MEMBERS[self.version]:
+            return caption
+        data = self._member(i, TEXTS)
+        with contextlib.suppress(ValueError):
+            if data is not None:
+                return caption | json.loads(data)
+        return caption | self[i].texts
+
+    def _member(self, i: int, name: str) -> bytes | None:
+        """Return a member of sample i. None if its checksum differs."""
+        number, position = self._locate(i)
+        index, column = self._index(number), MEMBERS[self.version].index(name)
+        offset, size = int(index.offsets[position, column]), int(index.sizes[position, column])
+        data = self.storage.read(self._name(number), offset, offset + size)
+        return data if index.checksums is None or crc32c(data) == index.checksums[position, column] else None
+
     def caption(self, i: int) -> str:
         """Return the caption of sample i without reading its image. Raises BadSample."""
-        number, position = self._locate(i)
-        index, name = self._index(number), self._name(number)
-        offset, size = int(index.offsets[position, 1]), int(index.sizes[position, 1])
-        data = self.storage.read(name, offset, offset + size)
-        if index.checksums is None or crc32c(data) == index.checksums[position, 1]:
-            with contextlib.suppress(UnicodeDecodeError):
+        data = self._member(i, "txt")
+        with contextlib.suppress(UnicodeDecodeError):
+            if data is not None:
                 return data.decode()
         return self[i].caption  # raises BadSample, which names the member, unless a second read is intact
 
-    def captions(self) -> Iterator[str]:
-        """Yield all captions in order, except damaged ones. From a URL, this reads all bytes of the shards."""
+    def captions(self, kinds: Sequence[str] = (CAPTION,)) -> Iterator[str]:
+        """Yield the texts of all samples in order, except damaged ones. From a URL, this reads all bytes of the shards.
+
+        Args:
+            kinds: the kinds of texts.
+        """
         if not self.storage.remote:
             for i in range(len(self)):
                 with contextlib.suppress(BadSample):
-                    yield self.caption(i)
+                    texts = {CAPTION: [self.caption(i)]} if tuple(kinds) == (CAPTION,) else self.texts(i)
+                    yield from (text for kind in kinds for text in texts.get(kind, ()))
             return
         ahead = self.fetch(range(min(_CHUNK, len(self))))
         for start in range(0, len(self), _CHUNK):
             chunk = ahead()
             ahead = self.fetch(range(start + _CHUNK, min(start + 2 * _CHUNK, len(self))))
-            yield from (sample.caption for sample in chunk if isinstance(sample, Sample))
+            for sample in chunk:
+                if isinstance(sample, Sample):
+                    texts = {CAPTION: [sample.caption], **sample.texts}
+                    yield from (text for kind in kinds for text in texts.get(kind, ()))
 
 
 def merge_ranges(spans: Sequence[tuple[int, int, int]], max_gap: int, max_span: int) -> list[tuple[int, int, int]]:

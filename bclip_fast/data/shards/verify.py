@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .checksum import crc32c
 from .format import (
     CHECKSUM,
     MEMBERS,
+    TEXTS,
     Index,
     description_text,
     fingerprint_of,
@@ -55,8 +57,9 @@ def verify(root: Path | str) -> list[str]:
             expected |= {f"{shard['name']}.tar", f"{shard['name']}.index.json"}
             keys: list[str] = []
             try:
-                keys, index = read_index(storage, shard, "checksum" in description)
-                problems += _verify_shard(root / f"{shard['name']}.tar", shard, keys, index)
+                keys, index = read_index(storage, shard, "checksum" in description, description["version"])
+                members = MEMBERS[description["version"]]
+                problems += _verify_shard(root / f"{shard['name']}.tar", shard, keys, index, members)
             except UserError as error:
                 problems.append(str(error))
             rows += [(key, split, shard["name"], position) for position, key in enumerate(keys)]
@@ -71,7 +74,9 @@ def verify(root: Path | str) -> list[str]:
     return problems
 
 
-def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Index) -> list[str]:
+def _verify_shard(
+    path: Path, shard: dict[str, Any], keys: list[str], index: Index, member_names: tuple[str, ...]
+) -> list[str]:
     if not path.is_file():
         return [f"{path.name}: missing"]
     problems = []
@@ -80,8 +85,9 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
     members = [
         (f"{key}.{member}", int(offset), int(size))
         for key, offsets, sizes in zip(keys, index.offsets, index.sizes, strict=True)
-        for member, offset, size in zip(MEMBERS, offsets, sizes, strict=True)
+        for member, offset, size in zip(member_names, offsets, sizes, strict=True)
     ]
+    has_texts: Counter[str] = Counter()
     checksums = None if index.checksums is None else index.checksums.reshape(-1).tolist()
     num_read = 0
     try:
@@ -95,8 +101,10 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
                 data = content.read()
                 if checksums is not None and crc32c(data) != checksums[num_read]:
                     problems.append(f"{path.name}: {info.name}: its CRC-32C differs from the index")
-                if reason := _content_problem(info.name, data):
+                sizes = index.text_bytes_of(num_read // len(member_names)) if info.name.endswith(TEXTS) else None
+                if reason := _content_problem(info.name, data, sizes):
                     problems.append(f"{path.name}: {info.name}: {reason}")
+                has_texts.update(list(sizes or ()))
                 num_read += 1
             if num_read == len(members) and tar.next() is not None:
                 problems.append(f"{path.name}: has more members than the index")
@@ -106,10 +114,13 @@ def _verify_shard(path: Path, shard: dict[str, Any], keys: list[str], index: Ind
         return [*problems, f"{path.name}: cannot be read: {error}"]
     if num_read != len(members):
         problems.append(f"{path.name}: has {num_read} members, but its index has {len(members)}")
+    elif has_texts != Counter(shard.get("texts", {})):
+        problems.append(f"{path.name}: the numbers of its texts differ from dataset.json")
     return problems
 
 
-def _content_problem(name: str, data: bytes) -> str | None:
+def _content_problem(name: str, data: bytes, text_bytes: dict[str, list[int]] | None) -> str | None:
+    """Say what is wrong with a member. text_bytes: the sizes of its texts in the index, if it holds texts."""
     from PIL import Image
 
     try:
@@ -119,8 +130,11 @@ def _content_problem(name: str, data: bytes) -> str | None:
                 return None if image.mode == "RGB" else f"mode {image.mode}, not RGB"
         if name.endswith(".txt"):
             return None if data.decode().strip() else "empty caption"
+        if text_bytes is not None:
+            texts = {kind: [len(text.encode()) for text in each] for kind, each in json.loads(data).items()}
+            return None if texts == text_bytes else "its texts differ from the index"
         return None if isinstance(json.loads(data), dict) else "not a JSON object"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, AttributeError, TypeError, Image.DecompressionBombError) as error:
         return f"cannot be decoded: {error}"
 
 
@@ -165,7 +179,8 @@ def add_to_index(root: Path, shard: dict[str, Any]) -> None:
     """Write checksums into the index of one shard. shard: its entry in dataset.json. Raises UserError if it differs."""
     storage = LocalStorage(root, ReadConfig())
     path, name = root / f"{shard['name']}.tar", f"{shard['name']}.index.json"
-    _, index = read_index(storage, shard, has_checksums=False)
+    version = storage.json(name)["version"]
+    _, index = read_index(storage, shard, False, version)
     if not path.is_file() or sha256_of_file(path) != shard["sha256"]:
         raise UserError(f"{path} is missing, or its SHA-256 differs from its index; copy it again")
     entries = storage.json(name)["samples"]
@@ -173,4 +188,4 @@ def add_to_index(root: Path, shard: dict[str, Any]) -> None:
         entry[CHECKSUM] = [
             crc32c(storage.read(path.name, offset, offset + size)) for offset, size in zip(offsets, sizes, strict=True)
         ]
-    write_text(root / name, index_text(shard, entries), sync=True)
+    write_text(root / name, index_text(shard, entries, version), sync=True)
