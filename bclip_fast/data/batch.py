@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,6 +27,16 @@ class BadRecord:
     reason: str
 
 
+class TeacherFeatures(Protocol):
+    """A teacher's features of each sample of a dataset."""
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """The features (b, 2, E) of samples, of each image and its caption."""
+
+    def is_damaged(self, index: int) -> bool:
+        """Whether a sample has no features, because the teacher could not read it."""
+
+
 @dataclass
 class Batch:
     """One rank's part of a global batch, or a micro-batch of it.
@@ -38,7 +50,7 @@ class Batch:
         bad: the damaged samples that fallbacks replace, in the order of their rows. They include damaged fallbacks.
         last: whether this is the rank's last micro-batch of the global batch.
         groups: (b,) int64, equal for samples that are positives of one another. None: each sample has one positive.
-        captions: the b captions, only if a teacher must tokenise them.
+        captions: the b captions, for a teacher's tokenizer. None once it has read them.
         teacher: (b, 2, E), a teacher's features of each image and of its caption. None: the loss has no teacher.
     """
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import image as image_ops
 
-from .batch import BadRecord, Batch
+from .batch import BadRecord, Batch, TeacherFeatures
 from .caption_lengths import within_limit
 from .daemon_pool import DaemonPool
 from .sampler import ShardSampler
@@ -63,7 +63,7 @@ class Loader:
         timeout_s: time limit for a batch, in seconds.
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
         captions: weights of the kinds of texts. Each epoch draws one text of each sample.
-        keep_captions: whether batches have `Batch.captions`.
+        teacher: a teacher's features of the dataset, for `Batch.teacher`.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -87,27 +87,23 @@ class Loader:
         timeout_s: float = 300.0,
         groups: np.ndarray | None = None,
         captions: CaptionWeights | None = None,
-        keep_captions: bool = False,
+        teacher: TeacherFeatures | None = None,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
                 f"num_threads={num_threads} must be at least 1, prefetch_batches={prefetch_batches} at least 0, "
                 f"and timeout_s={timeout_s} more than 0"
             )
-        self.dataset = dataset
-        self.sampler = sampler
+        self.dataset, self.sampler = dataset, sampler
         self._tokenize = tokenize
         self._preprocess = preprocess
-        self._augment = augment
-        self._crop_scale = crop_scale
-        self._crop_ratio = crop_ratio
+        self._augment, self._crop_scale, self._crop_ratio = augment, crop_scale, crop_ratio
         self._num_parts = num_threads
         self._prefetch = prefetch_batches
         self._pin = pin_memory
         self._timeout_s = timeout_s
-        self._groups = groups
+        self._groups, self._teacher = groups, teacher
         self._texts = TextChoice(captions or CaptionWeights(), sampler.seed)
-        self._keep_captions = keep_captions
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
@@ -145,12 +141,13 @@ class Loader:
             plan.epoch,
             [bad for part in parts for bad in part.bad],
             plan.last,
+            captions=[caption for part in parts for caption in part.captions],
         )
         indices = [index for part in parts for index in part.indices]
         if self._groups is not None:
             batch.groups = torch.from_numpy(self._groups[indices])
-        if self._keep_captions:
-            batch.captions = [caption for part in parts for caption in part.captions]
+        if self._teacher is not None:
+            batch.teacher = self._teacher.rows(indices)
         if self._pin:
             batch.ids = batch.ids.pin_memory()
             batch.groups = None if batch.groups is None else batch.groups.pin_memory()
@@ -250,6 +247,8 @@ class Loader:
             try:
                 if isinstance(sample, BadSample):
                     raise sample
+                if self._teacher is not None and self._teacher.is_damaged(index):
+                    raise ValueError("the teacher could not decode it")
                 if self._augment:
                     height, width = image_ops.peek_size(sample.image)
                     box = random_resized_crop_box(

@@ -168,5 +168,11 @@ def normalize(
     return centred.to(dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def denormalize(images: Tensor, config: PreprocessConfig) -> Tensor:
+    """The pixels (b, H, W, 3) uint8 of images (b, 3, H, W) that were normalised by `config`. Exact in float32."""
+    scaled = images.float() * _channels(config.std).to(images.device) + _channels(config.mean).to(images.device)
+    return scaled.mul_(255).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def _channels(values: tuple[float, float, float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)

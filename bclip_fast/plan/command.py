@@ -128,6 +128,7 @@ def _heading(config: TrainConfig, plan: Plan) -> str:
     seen = sum(stage.num_steps * stage.batch_size for stage in plan.stages)
     time = "unknown" if plan.hours is None else f"{plan.hours:,.1f} h, {plan.hours * cluster.ranks:,.0f} device-hours"
     holes = " (holes of the heap not counted)" if cluster.cpu else ""
+    lines = [] if not config.loss.teacher else [_teacher_line(config, plan)]
     return "\n".join(
         [
             f"World       {cluster.ranks} rank(s) on {cluster.nodes} node(s), {cluster.device.name}, "
@@ -136,10 +137,20 @@ def _heading(config: TrainConfig, plan: Plan) -> str:
             f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
             f"Parameters  image tower {counts['image tower']:,}, text tower {counts['text tower']:,}; "
             f"trained {counts['trained']:,}",
+            *lines,
             f"Length      {steps:,} steps, {seen:,} pairs seen",
             f"Time        {time}; {plan.rates}; links by data sheet, without waits",
         ]
     )
+
+
+def _teacher_line(config: TrainConfig, plan: Plan) -> str:
+    teacher, count = plan.teacher, plan.samples.count
+    cost = f"{config.loss.teacher}, {teacher.width} features, {teacher.flops / 1e9:,.3g} GFLOP a pair"
+    if teacher.is_cached:
+        disk, flops = _size(count * teacher.cache_bytes), count * teacher.flops / 1e12
+        return f"Teacher     {cost}; {flops:,.0f} TFLOP before the first step, {disk} in the run folder"
+    return f"Teacher     {cost} in each step; loss.teacher_cache embeds each sample only once"
 
 
 def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:

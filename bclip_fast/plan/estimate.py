@@ -23,11 +23,13 @@ from bclip_fast.model.flops import forward_flops
 from bclip_fast.ops.contrastive.checks import default_chunk_size
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.init_weights import new_model
+from bclip_fast.train.run_teacher import CHUNK
 
 from .activations import measure_activations, measure_saved
 from .engine_memory import EngineMemory
 from .rates import Rates
 from .samples import Samples
+from .teacher import TeacherCost, teacher_cost
 from .types import Plan, Stage, largest_stage
 
 # Resident memory of a process after it trained a model of negligible size on a CPU, by engine (torch 2.13, DeepSpeed
@@ -59,7 +61,8 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
     towers = {"image tower": model.visual, "text tower": model.text}
     parameters = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
     parameters["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Plan(parameters, samples, cluster, stages, memory, host, rates.source)
+    teacher = _teacher(config, samples)
+    return Plan(parameters, samples, cluster, stages, memory, host, rates.source, teacher)
 
 
 def resolve_config(config: TrainConfig, cluster: Cluster) -> TrainConfig:
@@ -139,6 +142,11 @@ def _flops(config: TrainConfig, samples: Samples, batch_size: int, has_micro_bat
     # their gradient with both features. The sigmoid loss computes its gradient in the forward pass, with one product
     # less. The benchmarks count them in the same way.
     flops["loss"] = (3 if config.loss.kind == "siglip" else 4) * 2.0 * batch_size**2 * config.model.embed_dim
+    teacher = _teacher(config, samples)
+    # The teacher's similarities are computed in both passes of the loss.
+    flops["loss"] += 2 * 2.0 * batch_size**2 * teacher.width
+    if teacher.flops and not teacher.is_cached:
+        flops["teacher"] = batch_size * teacher.flops
     return flops
 
 
@@ -148,6 +156,7 @@ def _memory(
     """Bytes on the device and on the host. The host's are empty if the device is its CPU."""
     micro_batch, rank_batch = stage.micro_batch, stage.rank_batch
     has_micro_batches = micro_batch < rank_batch
+    teacher = _teacher(config, samples)
     engine = EngineMemory.of(config, model, cluster, has_micro_batches)
     activations = measure_activations(
         model,
@@ -178,6 +187,10 @@ def _memory(
         on_host = {"activations": saved - on_device}
         towers = {"towers' activations": on_device}
     always: dict[str, float] = {**engine.always, "features": features}
+    if config.loss.teacher:
+        always["features"] += teacher.features(rank_batch, stage.batch_size, cluster.ranks)
+    if not teacher.is_cached and teacher.weights:
+        always["teacher"] = teacher.weights
     always["process"] = _PROCESS[config.engine.name] if cluster.cpu else _CUDA_DEVICE
     if has_micro_batches:
         phases = {
@@ -188,6 +201,10 @@ def _memory(
         phases = {"loss": {**always, **towers, "similarities": similarities}}
     phases["backward"] = {**always, **engine.backward, **towers, "temporary": temporary}
     phases["update"] = {**always, **engine.update}
+    if config.loss.teacher:
+        # It embeds a micro-batch before the towers do, or all samples before the first step.
+        num_pairs = CHUNK if teacher.is_cached else micro_batch
+        phases["teacher"] = {**always, "teacher": teacher.weights, "temporary": teacher.temporary(num_pairs)}
     if cluster.cpu:
         steps = {name: {**parts, **loader, **overlap} for name, parts in phases.items()}
         return {**steps, "checkpoint": {**always, **loader, **copies}}, {}
@@ -195,6 +212,10 @@ def _memory(
         parts["batch"] = micro_batch * pixels
     host = {"process": float(_CUDA_HOST), **loader, **engine.offloaded, **on_host}
     return phases, {"step": {**host, **overlap}, "checkpoint": {**host, **copies}}
+
+
+def _teacher(config: TrainConfig, samples: Samples) -> TeacherCost:
+    return teacher_cost(config.loss, config.engine.precision, samples.lengths(max(samples.tokens)))
 
 
 def _longest_captions(config: TrainConfig, samples: Samples, stage: Stage) -> list[int]:

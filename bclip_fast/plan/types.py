@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bclip_fast.hardware import Cluster
 
 from .samples import Samples
+from .teacher import TeacherCost
 
 Bytes = Mapping[str, float]
 """Numbers of bytes by part."""
@@ -47,6 +48,7 @@ class Plan:
     memory: bytes of one rank on its device, by phase of a step and by part.
     host: bytes of one rank on its host, by phase and part. Empty if the device is the host's CPU.
     rates: source of the rates for the time.
+    teacher: costs of the teacher, 0 without one.
     """
 
     parameters: Mapping[str, int]
@@ -56,6 +58,7 @@ class Plan:
     memory: Mapping[str, Bytes]
     host: Mapping[str, Bytes]
     rates: str
+    teacher: TeacherCost
 
     @property
     def peak(self) -> float:

@@ -255,7 +255,12 @@ class TrainConfig:
             unlocked = getattr(self, name)
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
-        self.loss.check_positives(self.data.positives)
+        self.loss.check_positives("data.positives", self.data.positives)
+        if self.loss.teacher_cache != "off" and self.data.captions.kinds != ("caption",):
+            raise UserError(
+                f"loss.teacher_cache={self.loss.teacher_cache} keeps one text of a sample, but data.captions draws "
+                f"{', '.join(self.data.captions.kinds)}; set one of them to its default"
+            )
 
     @property
     def first_batch_size(self) -> int:

@@ -18,17 +18,15 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from bclip_fast import distributed, pretrained
-from bclip_fast.data.sources import Sources, as_sources, refuse_weights, shown
+from bclip_fast.data.sources import shown
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
@@ -42,16 +40,16 @@ from . import backends, base_model
 from . import checkpoint as checkpoints
 from .bad_samples import BadSamples
 from .config import CheckpointConfig
-from .engine import EngineConfig, StepResult, build_engine
+from .engine import StepResult, build_engine
+from .finetune_config import FinetuneConfig
 from .finetune_data import BatchReader, Samples
 from .finetune_objectives import Pairs, Questions
 from .lora import add_lora
-from .loss_spikes import SpikeConfig
 from .metrics import MetricsLog
 from .precision import resolve_precision
 from .run_folder import RunFolder
 from .run_loop import RunLoop
-from .schedule import OptimConfig, learning_rate
+from .schedule import learning_rate
 from .signals import Signals
 from .step_results import PendingStep
 from .step_timer import StepTimer
@@ -62,72 +60,6 @@ log = logging.getLogger(__name__)
 # Number of texts whose tokens tell whether a resumed run has the same tokenizer.
 _NUM_TEXTS = 64
 _CHECKPOINTS = CheckpointConfig(keep=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Fine-tuning of a trained model."""
-
-    model: tyro.conf.Positional[str]
-    """Model to start from: a run folder, a folder in open_clip's layout, or hf-hub:ID."""
-    data: Sources
-    """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
-    questions: the data of --task."""
-    split: str = "train"
-    """Split of the data to train on."""
-    task: str = ""
-    """Task of the protocol vqa: vqa_rad, slake, a TOML file, or `vqa` for a CSV. If empty, train on pairs with the
-    contrastive loss."""
-    run: str = "runs/finetune"
-    """Run folder."""
-    resume: bool = False
-    """Continue from the newest intact checkpoint in the run folder. Without any checkpoint, start the run. Without
-    --resume, a folder that isn't empty is an error."""
-    allow_changes: bool = False
-    """With --resume: allow settings that change the arithmetic of the run, such as the learning rate. The run's records
-    list every change with its step. Some settings, such as lora_rank, can't change."""
-    epochs: int = 10
-    """Number of passes over the data."""
-    batch_size: int = 32
-    """Samples in the global batch, over all ranks."""
-    seed: int = 0
-    """Seed of order, crops, dropout and new weights."""
-    lora_rank: int = 0
-    """Rank of LoRA (arXiv 2106.09685) in the linear layers of the towers, through peft. 0 trains every weight."""
-    lora_alpha: int = 16
-    """Scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank."""
-    freeze_towers: bool = False
-    """For questions: train only the head."""
-    head_layers: int = 6
-    """Number of co-attention layers per stream in METER's head."""
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Smallest and largest share of an image's area in a training crop. 1 1 takes the centre crop."""
-    num_workers: int = 2
-    """Threads per rank that read and decode images."""
-    on_bad_image: Literal["skip", "stop"] = "skip"
-    """Damaged images. skip: a sample drawn by the seed takes their place, and bad_samples.jsonl lists them. stop: an
-    error after a checkpoint."""
-    checkpoint_every: int = 500
-    """Interval of checkpoints in steps. The last step always has a checkpoint. 0 writes only that one, and those of
-    signals and unreadable data."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.01, eps=1e-8, decay="linear")
-    )
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(name="ddp"))
-    spikes: SpikeConfig = field(default_factory=SpikeConfig)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "data", as_sources(self.data, "data"))
-        refuse_weights(self.data, "bclip finetune")
-        if self.checkpoint_every < 0:
-            raise UserError(f"checkpoint_every={self.checkpoint_every} must not be negative")
-        if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:
-            raise UserError(
-                f"epochs={self.epochs}, batch_size={self.batch_size}, lora_rank={self.lora_rank} and "
-                f"num_workers={self.num_workers} must be at least 1, 2, 0 and 1"
-            )
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"crop_scale={self.crop_scale} must satisfy 0 < smallest <= largest <= 1")
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -203,6 +135,8 @@ class _Loop(RunLoop):
         self.engine = build_engine(self.model.train(), config.engine, config.optim, config.batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
+        recorded = saved.rest if saved else None
+        objective.build_loss(self.engine.device, preprocess.config, recorded, folder.path)
         self.timer = StepTimer(self.engine.device)
         self._observe_with(False, self._give_up)
         self.reader = BatchReader(
@@ -244,6 +178,9 @@ class _Loop(RunLoop):
         log.info("%d samples, %d steps, %d weights to train", len(self.objective.texts), self.num_steps, num_weights)
         return logs
 
+    def _prepare(self) -> bool:
+        return self.objective.prepare(lambda: bool(self.signals.received))
+
     def _samples_before(self, step: int) -> int:
         return step * self.config.batch_size
 
@@ -272,7 +209,7 @@ class _Loop(RunLoop):
         text = self.tokenizer.packed([self.objective.texts[row] for row in batch.rows])
         output = self.engine(to_device(batch.images, device), packed_to_device(text, device))
         timer.lap("forward")
-        loss = self.objective.loss(output, batch.rows)
+        loss, scalars = self.objective.loss(output, batch.rows, batch.images)
         timer.lap("loss")
         self.engine.backward(loss)
         timer.lap("backward")
@@ -283,7 +220,6 @@ class _Loop(RunLoop):
         outcome = self.engine.start_step(lr, largest_norm, value.isfinite() & (value.double() <= largest_loss))
         timer.lap("optimizer")
         self.step += 1
-        scale = {"logit_scale": output["logit_scale"]} if "logit_scale" in output else {}
         self.results.add(
             PendingStep(
                 step=self.step,
@@ -299,8 +235,8 @@ class _Loop(RunLoop):
                 peak_memory=peak_memory(device),
                 num_bad=self.bad.num_bad,
                 least_seconds=None,
-                tensors=AsyncRead([value, *outcome.scalars, *scale.values()]),
-                names=tuple(scale),
+                tensors=AsyncRead([value, *outcome.scalars, *scalars.values()]),
+                names=tuple(scalars),
             )
         )
 
@@ -312,7 +248,7 @@ class _Loop(RunLoop):
 
     def _checkpoint(self) -> Callable[[], None]:
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
-        rest = {"spikes": self.spikes.state_dict()}
+        rest = {"spikes": self.spikes.state_dict(), **self.objective.state}
         saved = checkpoints.Checkpoint(self.step, state, optimizer, self.identity, {}, rest)
         return partial(self._write, saved)
 

@@ -7,6 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from bclip_fast import pretrained
 from bclip_fast.data.transform import PreprocessConfig
 from bclip_fast.errors import UserError
@@ -21,6 +24,7 @@ from bclip_fast.pretrained import sources
 
 from .checkpoint import first_difference
 from .config import InitConfig, TrainConfig
+from .losses import LossConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,16 @@ def new_model(config: TrainConfig) -> BiomedClip:
     return model
 
 
+def set_initial_logits(clip: BiomedClip, loss: LossConfig) -> None:
+    """Set the scale and the bias of a trained model's logits to those with which training by `loss` starts."""
+    bias = None if clip.logit_bias is None else float(clip.logit_bias.detach())
+    scale, new_bias = loss.initial_logits(float(clip.logit_scale.detach()), bias)
+    clip.logit_scale.data.fill_(scale)
+    if new_bias is not None:
+        clip.logit_bias = nn.Parameter(torch.full_like(clip.logit_scale.data, new_bias))
+    clip.config = dataclasses.replace(clip.config, init_logit_scale=scale, init_logit_bias=new_bias)
+
+
 def training_pixels(model: BiomedClipConfig) -> PreprocessConfig:
     """The conversion of images in training and in the evaluation of the trained model.
 
@@ -53,15 +67,17 @@ def training_pixels(model: BiomedClipConfig) -> PreprocessConfig:
     return PreprocessConfig(size=vision.image_size, mean=mean, std=std, resize_mode=mode)
 
 
-def init_model(model: BiomedClip, init: InitConfig) -> None:
+def init_model(model: BiomedClip, init: InitConfig, loss: LossConfig | None = None) -> None:
     """Load the weights that `init` names into `model`, on the CPU. All other weights keep their values.
+
+    Scale and bias of the logits are those of the loaded model, unless `loss` sets others. None: those of the model.
 
     Raises:
         UserError: a file is missing, damaged or unsafe, or does not fit the configuration of the model. At most, the
             weights of the image tower have changed then.
     """
     if init.model:
-        _load_model(model, init.model)
+        _load_model(model, init.model, loss or LossConfig())
     if init.vision:
         if not isinstance(model.visual, VisionTower) or model.config.vision.kind != "vit":
             raise UserError(
@@ -106,11 +122,12 @@ def initial_tokenizer(config: TrainConfig) -> Tokenizer | None:
     return Tokenizer.from_file(sources.tokenizer_file(source), config.model.text.context_length)
 
 
-def _load_model(model: BiomedClip, name: str) -> None:
+def _load_model(model: BiomedClip, name: str, loss: LossConfig) -> None:
     config = model.config
     loaded, preprocess, _ = pretrained.load(
         name, image_size=config.vision.image_size, context_length=config.text.context_length
     )
+    set_initial_logits(loaded, loss)
     # Fields that change neither the shape nor the meaning of a weight may differ.
     expected = dataclasses.replace(
         loaded.config,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,8 @@ class LossConfig:
     """The contrastive loss."""
 
     kind: str = "clip"
-    """clip is the softmax loss of CLIP. siglip is the sigmoid loss, in which each pair is a separate decision. distill
-    is the softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. For your class, write
+    """clip: the softmax loss of CLIP. siglip: the sigmoid loss, in which each pair is a separate decision. distill: the
+    softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. For your own class, write
     module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
     label_smoothing: float = 0.0
     """Share of the targets that goes to all pairs alike, within 0 and 1."""
@@ -115,6 +115,9 @@ class LossConfig:
     """Teacher of distill: a run folder, a folder in open_clip's layout, hf-hub:ORG/NAME, or
     open_clip:ARCHITECTURE/PRETRAINED. It never trains. Its own tokenizer reads the captions, and the crops are resized
     to its size."""
+    teacher_cache: Literal["off", "fp32", "fp16"] = "off"
+    """off: the teacher embeds each batch once. fp32 or fp16: the teacher embeds each sample once, before the first
+    step. It sees the centre crop and the caption. The run folder keeps its features in this number format."""
     distill_weight: float = 1.0
     """Factor of the distillation term. 1 is that of open_clip."""
 
@@ -126,6 +129,8 @@ class LossConfig:
         if (self.kind == "distill") != bool(self.teacher):
             reason = "needs loss.teacher" if self.kind == "distill" else f"takes no loss.teacher={self.teacher}"
             raise UserError(f"loss.kind={self.kind} {reason}; set both loss.kind=distill and loss.teacher, or neither")
+        if self.teacher_cache not in ("off", "fp32", "fp16") or (self.teacher_cache != "off" and not self.teacher):
+            raise UserError(f"loss.teacher_cache={self.teacher_cache} must be off, or fp32 or fp16 with loss.teacher")
         if not 0 <= self.distill_weight < math.inf:
             raise UserError(f"loss.distill_weight={self.distill_weight} must be a finite number of at least 0")
         if self.hardness and (self.kind != "clip" or self.label_smoothing):
@@ -137,12 +142,12 @@ class LossConfig:
         if self.is_own and (self.label_smoothing or self.hardness):
             raise UserError(f"loss.kind={self.kind} takes no label_smoothing and no hardness; set them in your class")
 
-    def check_positives(self, positives: str) -> None:
-        """Check that the loss takes samples with several positives. Raises UserError, unless `positives` is pair."""
+    def check_positives(self, field: str, positives: str) -> None:
+        """Check that the loss takes the positives of a field. Raises UserError, unless they are pair."""
         name = next((name for name in ("label_smoothing", "hardness") if getattr(self, name)), "")
         if positives != "pair" and (name or self.kind == "distill"):
             raise UserError(
-                f"data.positives={positives} cannot be combined with loss.{name or 'kind=distill'}; set one of them to "
+                f"{field}={positives} cannot be combined with loss.{name or 'kind=distill'}; set one of them to "
                 "its default"
             )
 

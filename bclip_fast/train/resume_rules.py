@@ -57,6 +57,13 @@ _COMMON = {
     "engine.compile": ARITHMETIC,
     "engine.cuda_graphs": LISTED,
     "engine.bucket_mib": LISTED,
+    "loss.kind": ARITHMETIC,
+    "loss.label_smoothing": ARITHMETIC,
+    "loss.hardness": ARITHMETIC,
+    # The content of the teacher is compared, too.
+    "loss.teacher": LISTED,
+    "loss.teacher_cache": ARITHMETIC,
+    "loss.distill_weight": ARITHMETIC,
     "spikes.window": ARITHMETIC,
     "spikes.loss": ARITHMETIC,
     "spikes.grad_norm": ARITHMETIC,
@@ -100,12 +107,6 @@ RULES: dict[str, dict[str, Rule]] = {
         "data.max_bad_samples": LISTED,
         "data.timeout_s": FREE,
         "data.read": FREE,
-        "loss.kind": ARITHMETIC,
-        "loss.label_smoothing": ARITHMETIC,
-        "loss.hardness": ARITHMETIC,
-        # The content of the teacher is compared, too.
-        "loss.teacher": LISTED,
-        "loss.distill_weight": ARITHMETIC,
         # Written out in the section `model`.
         "loss.init_scale": FREE,
         "loss.init_bias": FREE,
@@ -130,6 +131,10 @@ RULES: dict[str, dict[str, Rule]] = {
         "data": LISTED,
         "split": FIXED,
         "task": FIXED,
+        "positives": ARITHMETIC,
+        # Only the start of a run reads them.
+        "loss.init_scale": FIXED,
+        "loss.init_bias": FIXED,
         "lora_rank": FIXED,
         "lora_alpha": ARITHMETIC,
         "freeze_towers": ARITHMETIC,

@@ -67,6 +67,10 @@ class RunLoop(ABC):
     def _begin(self) -> tuple[MetricsLog | None, BadSamples]:
         """Begin to write the folder, and return its logs. Collective."""
 
+    def _prepare(self) -> bool:
+        """Write what the first step needs. Return False if a signal stopped a rank before that. Collective."""
+        return True
+
     @abstractmethod
     def _samples_before(self, step: int) -> int:
         """Number of samples in the first `step` steps."""
@@ -112,8 +116,10 @@ class RunLoop(ABC):
         if distributed.is_main():
             self.progress = Progress(self.num_steps, *map(self._samples_before, (self.step, self.num_steps)))
         self.results.outputs = self.metrics, self.progress, self.on_step
+        self.stopped = not self._prepare()
         while self.step < self.num_steps:
-            self._train_step()
+            if not self.stopped:
+                self._train_step()
             if self.stopped:
                 self.results.finish()
                 if self.metrics is not None and self.problem is None:

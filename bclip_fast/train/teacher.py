@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast import distributed
-from bclip_fast.data.batch import Batch
 from bclip_fast.data.transform import Preprocess, PreprocessConfig, normalize
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.pretrained.any_model import load_model
 
 from .engine.config import DTYPES
-from .losses import LossConfig
 from .transfers import packed_to_device, to_device
 
 log = logging.getLogger(__name__)
@@ -96,12 +94,6 @@ class Teacher:
             features = image.float(), self.model.encode_text(text).float()
         return torch.stack([F.normalize(each, dim=1) for each in features], dim=1)
 
-    def attach(self, batch: Batch) -> None:
-        """Embed a batch, and put the features into it. A batch that has them keeps them."""
-        if batch.teacher is None:
-            assert batch.captions is not None
-            batch.teacher, batch.captions = self.embed(batch.images, batch.captions), None
-
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides the features: weights, preprocessing and tokens of some texts."""
@@ -111,28 +103,6 @@ class Teacher:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         digest.update(self.tokenizer(_TEXTS).numpy().tobytes())
         return digest.hexdigest()
-
-
-def teacher_of_run(config: LossConfig, device: torch.device, precision: str, recorded: str | None) -> Teacher | None:
-    """The teacher of a run's loss. None if the loss has none. Writes nothing. Collective.
-
-    Args:
-        recorded: digest of the teacher in the checkpoint from which the run continues, or None.
-
-    Raises:
-        UserError: on every rank, if the model cannot be loaded, or is not the same on all ranks or as in the record.
-    """
-    if not config.teacher:
-        return None
-    teacher = load_teacher(config.teacher, device, precision)
-    if len(set(distributed.all_gather_object(teacher.digest))) > 1:
-        raise UserError(f"loss.teacher={config.teacher} is not the same model on all ranks; copy rank 0's to all")
-    if recorded is not None and recorded != teacher.digest:
-        raise UserError(
-            f"loss.teacher={config.teacher} is another model than the one that taught this run so far; restore that "
-            "model, or choose another run folder"
-        )
-    return teacher
 
 
 def load_teacher(name: str, device: torch.device, precision: str) -> Teacher:

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,12 +48,12 @@ from .precision import resolve_precision
 from .replay import Dump, write_dump
 from .run_folder import RunFolder
 from .run_loop import OnStep, RunLoop
+from .run_teacher import RunTeacher, shard_samples
 from .schedule import learning_rate, patch_dropout, step_seed
 from .signals import Signals
 from .spill import SpillBuffer
 from .step_results import PendingStep
 from .step_timer import StepTimer
-from .teacher import teacher_of_run
 from .transfers import AsyncRead
 
 log = logging.getLogger(__name__)
@@ -131,9 +130,9 @@ class _Run(RunLoop):
             self._load(saved)
         else:
             # Rank 0 goes first: only one rank downloads from the hub, and its error stops every rank.
-            run_on_rank0(lambda: init_model(model, config.init))
+            run_on_rank0(lambda: init_model(model, config.init, config.loss))
             if not distributed.is_main():
-                init_model(model, config.init)
+                init_model(model, config.init, config.loss)
         self.engine = build_engine(model.train(), config.engine, config.optim, config.first_batch_size)
         if saved is not None:
             self.engine.load_optimizer_state(saved.optimizer)
@@ -142,11 +141,12 @@ class _Run(RunLoop):
             grows = any(change.name.startswith("lock_") for change in folder.new_changes)
             self.ema = Ema(self.engine, config.ema_decay, saved.ema if saved else {}, grows)
         device = self.engine.device
-        recorded = saved.rest.get("teacher") if saved else None
-        self.teacher = teacher_of_run(config.loss, device, config.engine.precision, recorded)
-        self.loss_fn = build_loss(config.loss, self.teacher.scale if self.teacher else 0.0)
+        places = folder.path, dataset.fingerprint, len(dataset)
+        read, recorded = shard_samples(dataset, config.data.num_threads), saved.rest if saved else None
+        self.teacher = RunTeacher(config.loss, device, config.engine.precision, recorded, *places, read)
+        self.loss_fn = build_loss(config.loss, self.teacher.scale)
         arguments = dataset, sampler, tokenizer, self.preprocess, device
-        self.loader = inputs.build_loader(config.data, *arguments, keep_captions=self.teacher is not None)
+        self.loader = inputs.build_loader(config.data, *arguments, **self.teacher.loader_options)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
         self.validator = validation.Validator(config.model, validate, self.preprocess, tokenizer, self.best)
         self.timer = StepTimer(device)
@@ -199,6 +199,9 @@ class _Run(RunLoop):
         )
         return logs
 
+    def _prepare(self) -> bool:
+        return self.teacher.prepare(lambda: bool(self.signals.received))
+
     def _samples_before(self, step: int) -> int:
         return self.sampler.samples_before(step)
 
@@ -238,8 +241,7 @@ class _Run(RunLoop):
             timer.skip()
             # The seed depends on (seed, step, micro-batch) and not on the rank. So a resumed run draws the same random
             # numbers, and so do two ranks with half as many micro-batches each.
-            if self.teacher is not None:
-                self.teacher.attach(batch)
+            self.teacher.attach(batch)
             cache.add(batch, step_seed(config.seed, step, distributed.rank() * num_parts + part))
             lengths += batch.lengths
             timer.lap("forward")
@@ -303,8 +305,8 @@ class _Run(RunLoop):
         """Write a dump of the step, which made no update. So the weights are those before the step. Collective."""
         dropped, state = self.model.visual.patch_dropout, self.engine.model_state()
         batches = list(cache.micro_batches())
-        scale = self.teacher.scale if self.teacher else 0.0
-        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, self.folder.changes, scale)
+        changes, scale = self.folder.changes, self.teacher.scale
+        dump = Dump(self.config, step, loss, result.grad_norm, dropped, batches, state, changes, scale)
         path = write_dump(self.folder.path, dump)
         return (
             f"{reason}; lower optim.lr, set optim.grad_clip_norm, set engine.precision=fp32 or raise the limits of the "
@@ -315,9 +317,7 @@ class _Run(RunLoop):
     def _checkpoint(self) -> Callable[[], None]:
         state, optimizer = self.engine.model_state(), self.engine.optimizer_state()
         ema = self.ema.state() if self.ema is not None else {}
-        rest: dict[str, Any] = {"spikes": self.spikes.state_dict(), "best": self.best.state}
-        if self.teacher is not None:
-            rest["teacher"] = self.teacher.digest
+        rest = {"spikes": self.spikes.state_dict(), "best": self.best.state, **self.teacher.state}
         model_config = run_folder.as_json(self.config.model)
         saved = checkpoints.Checkpoint(self.step, state, optimizer, self.position, model_config, rest, ema)
         # Build the model outside the thread, because the random state belongs to the whole process.

@@ -14,18 +14,21 @@ import pytest
 import torch
 from synthetic import tiny_model, tiny_run, write_shards
 
-from bclip_fast import cli
+from bclip_fast import cli, pretrained
 from bclip_fast import config as config_files
 from bclip_fast.config import CONFIGS, parse
+from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, Cluster, ClusterConfig, cluster_of
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.presets import preset
+from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.plan import activations, command, estimate
 from bclip_fast.plan.samples import PMC_15M, samples_of
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import EngineConfig
+from bclip_fast.train.losses import LossConfig
 from bclip_fast.train.trainer import train
 
 VIT_B = "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k"
@@ -250,6 +253,36 @@ def shallow() -> BiomedClipConfig:
     return BiomedClipConfig(vision=vision, text=text)
 
 
+def write_teacher(folder: Path, sizes: BiomedClipConfig) -> None:
+    preprocess = Preprocess(PreprocessConfig(size=sizes.vision.image_size))
+    tokenizer = Tokenizer.train(["a square at the left"] * 4, 96, sizes.text.context_length)
+    pretrained.save(folder, BiomedClip(sizes), preprocess, tokenizer)
+
+
+def test_teacher_is_planned_in_each_step_or_before_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_teacher(tmp_path / "teacher", tiny_model())
+    shards = write_shards(tmp_path / "shards")
+    plans = {}
+    for mode in ("off", "fp16"):
+        loss = LossConfig(kind="distill", teacher=str(tmp_path / "teacher"), teacher_cache=mode)
+        plans[mode] = command.run(tiny_run(tmp_path / "run", shards, loss=loss))
+    clip = command.run(tiny_run(tmp_path / "run", shards))
+    weights = sum(p.nbytes for p in BiomedClip(tiny_model()).state_dict().values())
+    flops = {mode: plan.stages[0].flops for mode, plan in plans.items()}
+    assert flops["off"]["teacher"] == pytest.approx(flops["off"]["forward"])
+    assert flops["off"]["loss"] == 1.5 * clip.stages[0].flops["loss"]
+    assert "teacher" not in flops["fp16"]
+    assert plans["off"].memory["backward"]["teacher"] == weights
+    assert "teacher" not in plans["fp16"].memory["backward"]
+    assert plans["fp16"].memory["teacher"]["teacher"] == weights
+    # 96 samples of two times 24 numbers.
+    assert 96 * plans["fp16"].teacher.cache_bytes == 96 * 2 * 24 * 2
+    shown = capsys.readouterr().out
+    assert "24 features" in shown
+    assert "in the run folder" in shown
+    assert not (tmp_path / "run").exists()
+
+
 PUBLISHED = preset("biomedclip_b16")
 CASES: dict[str, tuple[dict[str, Any], EngineConfig, int]] = {
     "two layers": ({"model": shallow(), "batch_size": 8}, EngineConfig(name="ddp", precision="fp32"), 1),
@@ -260,6 +293,7 @@ CASES: dict[str, tuple[dict[str, Any], EngineConfig, int]] = {
         {"model": PUBLISHED, "batch_size": 8},
         EngineConfig(zero_stage=0, precision="bf16", grad_checkpointing=True), 1,
     ),
+    "teacher": ({"model": shallow(), "batch_size": 8}, EngineConfig(name="ddp", precision="fp32"), 1),
     "zero 1 on two ranks": ({"model": PUBLISHED, "batch_size": 8}, EngineConfig(zero_stage=1, precision="bf16"), 2),
 }  # fmt: skip
 
@@ -269,6 +303,9 @@ def compare(name: str, folder: Path) -> None:
     shards = write_shards(folder / "shards", num_samples=256)
     config = tiny_run(folder / "run", shards, engine=engine, max_steps=2, cluster=ClusterConfig(1, ranks), **settings)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0))
+    if name == "teacher":
+        write_teacher(folder / "teacher", shallow())
+        config = dataclasses.replace(config, loss=LossConfig(kind="distill", teacher=str(folder / "teacher")))
     plan = estimate.build_plan(config, samples_of(config), cluster_of(config.cluster))
     peak = measured_peak(config, folder, ranks)
     print(f"{name}: {peak / GIB:.2f} GiB measured, {plan.peak / GIB:.2f} planned, {plan.peak / peak - 1:+.1%}")

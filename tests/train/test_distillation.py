@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import on_ranks
 from synthetic import tiny_model, tiny_run, write_shards
 
 from bclip_fast import pretrained
+from bclip_fast.data.texts import CaptionWeights
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.errors import UserError
 from bclip_fast.io.runs import read_metrics
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.train import teacher_cache
 from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import DataConfig
 from bclip_fast.train.losses import LossConfig
 from bclip_fast.train.teacher import Teacher
+from bclip_fast.train.teacher_cache import TeacherCache
 from bclip_fast.train.trainer import train
 
 
@@ -140,6 +146,8 @@ def test_resumed_run_equals_uninterrupted_one_and_refuses_another_teacher(tmp_pa
         ({"kind": "distill"}, "loss.kind=distill needs loss.teacher"),
         ({"teacher": "x"}, "loss.kind=clip takes no loss.teacher=x"),
         ({"kind": "distill", "teacher": "x", "distill_weight": -1.0}, "loss.distill_weight=-1.0"),
+        ({"teacher_cache": "fp32"}, "loss.teacher_cache=fp32 must be off"),
+        ({"kind": "distill", "teacher": "x", "teacher_cache": "fp8"}, "loss.teacher_cache=fp8 must be off"),
         ({"kind": "distill", "teacher": "x", "init_bias": 1.0}, "loss.init_bias=1.0 needs loss.kind=siglip"),
     ],
 )
@@ -167,6 +175,110 @@ def test_teacher_that_cannot_teach_is_one_line_and_nothing_is_written(tmp_path, 
         assert not (tmp_path / "run").exists()
 
 
-def test_known_positives_are_refused(tmp_path, data, teacher):
+def test_data_that_a_teacher_cannot_follow_are_refused(tmp_path, data, teacher):
+    drawn = DataConfig(shards=str(data), captions=CaptionWeights(mention=1.0))
+    with pytest.raises(UserError, match=r"teacher_cache=fp32 keeps one text.*draws caption, mention"):
+        tiny_run(tmp_path, data, data=drawn, loss=distill(teacher, teacher_cache="fp32"))
     with pytest.raises(UserError, match="data.positives=captions cannot be combined with loss.kind=distill"):
         tiny_run(tmp_path, data, data=DataConfig(shards=str(data), positives="captions"), loss=distill(teacher))
+
+
+def cached(rank: int, folder: str) -> list[float]:
+    """Train with cached features on several ranks, and return the distillation terms."""
+    root = Path(folder)
+    teacher_cache.BLOCK = 20
+    loss = distill(root / "teacher", teacher_cache="fp32")
+    terms: list[float] = []
+    train(
+        tiny_run(root / "ranks", root / "shards", loss=loss, max_steps=2, data=centred(root / "shards")),
+        on_step=lambda record: terms.append(record["distill_loss"]),
+    )
+    return terms
+
+
+def centred(shards: Path) -> DataConfig:
+    return DataConfig(shards=str(shards), shuffle_block=32, augment=False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(teacher_cache, "BLOCK", 20)
+
+
+def test_cached_features_are_those_of_each_step(tmp_path, data, monkeypatch, small_blocks):
+    """The images have the teacher's size, so that both see the same centre crop. 96 samples have five blocks."""
+    teacher = save_teacher(tmp_path / "teacher", size=32)
+    terms = {}
+    for mode in ("off", "fp32", "fp16"):
+        run = tmp_path / mode
+        config = tiny_run(run, data, loss=distill(teacher, teacher_cache=mode), micro_batch_size=8, data=centred(data))
+        train(config)
+        terms[mode] = [record["distill_loss"] for record in read_metrics(run / "metrics.jsonl")]
+    assert terms["fp32"] == pytest.approx(terms["off"], rel=1e-6)
+    assert terms["fp16"] == pytest.approx(terms["off"], rel=1e-3)
+    assert terms["fp16"] != terms["fp32"]
+    files = sorted((tmp_path / "fp32" / "teacher").rglob("*.npy"))
+    assert [path.stem for path in files] == [f"{start:010d}" for start in range(0, 96, 20)]
+    # A resumed run finds them, and computes only a block that was lost.
+    embedded = []
+    embed = Teacher.embed
+    monkeypatch.setattr(Teacher, "embed", lambda self, *pair: (embedded.append(len(pair[1])), embed(self, *pair))[1])
+    files[1].unlink()
+    loss = distill(teacher, teacher_cache="fp32")
+    train(
+        tiny_run(tmp_path / "fp32", data, loss=loss, micro_batch_size=8, data=centred(data), max_steps=8, resume=True)
+    )
+    assert embedded == [1, 20]
+
+
+def test_ranks_share_the_work_and_stopped_run_keeps_blocks(tmp_path, data, monkeypatch, small_blocks):
+    teacher = save_teacher(tmp_path / "teacher", size=32)
+    (tmp_path / "shards").symlink_to(data)
+    loss = distill(teacher, teacher_cache="fp32")
+    config = tiny_run(tmp_path / "one", data, loss=loss, max_steps=2, data=centred(data))
+    embed = Teacher.embed
+
+    def stop(self: Teacher, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        if len(captions) > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return embed(self, images, captions)
+
+    monkeypatch.setattr(Teacher, "embed", stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 75
+    assert len(list((tmp_path / "one").rglob("*.npy"))) == 1
+    monkeypatch.setattr(Teacher, "embed", embed)
+    train(dataclasses.replace(config, resume=True))
+    one = [record["distill_loss"] for record in read_metrics(tmp_path / "one" / "metrics.jsonl")]
+    two = on_ranks(2, cached, str(tmp_path))
+    assert two[0] == pytest.approx(one, rel=1e-6)
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "teacher").rglob("*.npy")}
+        for name in ("one", "ranks")
+    ]
+    assert files[0].keys() == files[1].keys()
+    for name in files[0]:
+        ours, theirs = (np.frombuffer(each[name][128:], np.float32) for each in files)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_sample_that_the_teacher_could_not_read_is_replaced(tmp_path, data):
+    """A damaged block of a cache stands for an image that only the centre crop finds damaged."""
+    teacher = save_teacher(tmp_path / "teacher", size=32)
+    run = tmp_path / "run"
+    loss = distill(teacher, teacher_cache="fp32")
+    train(tiny_run(run, data, loss=loss, max_steps=1, data=centred(data)))
+    (file,) = run.rglob("*.npy")
+    features = np.load(file)
+    features[40:44] = np.nan
+    np.save(file, features)
+    train(tiny_run(run, data, loss=loss, max_steps=6, data=centred(data), resume=True))
+    bad = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert {record["index"] for record in bad} == {40, 41, 42, 43}
+    assert all("the teacher could not decode it" in record["reason"] for record in bad)
+    assert all(np.isfinite(record["loss"]) for record in read_metrics(run / "metrics.jsonl"))
+    file.write_bytes(file.read_bytes()[:-4])
+    embedded = TeacherCache(run, "another teacher", 96, 24, "fp32")
+    assert embedded.folder != file.parent
+    assert embedded.missing() == [0]

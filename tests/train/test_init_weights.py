@@ -25,6 +25,7 @@ from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.train.config import InitConfig
 from bclip_fast.train.init_weights import init_model
+from bclip_fast.train.losses import LossConfig
 from bclip_fast.train.schedule import OptimConfig
 from bclip_fast.train.trainer import train
 
@@ -239,6 +240,8 @@ def test_init_model_loads_both_towers(tmp_path: Path, caplog: pytest.LogCaptureF
     assert float(actual.pop("logit_bias").detach()) == -10.0
     assert actual.pop("visual.pos_embed").shape == (1, 37, 48)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
+    init_model(model, InitConfig(model=str(tmp_path / "start")), LossConfig(kind="siglip"))
+    assert float(model.logit_scale.detach().exp()) == pytest.approx(10)
     wider = dataclasses.replace(SMALL, embed_dim=32)
     with pytest.raises(
         UserError, match=r"its model.embed_dim is 24, but this run has 32; change preset or the model section"

@@ -155,6 +155,12 @@ def _places(dataset: ShardDataset, table: Any) -> np.ndarray:
     return places
 
 
+def equal_texts(captions: Sequence[str]) -> np.ndarray:
+    """The groups (n,) int64 of samples with the same caption, ignoring case and white space."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(" ".join(text.lower().split()), i) for i, text in enumerate(captions)], np.int64)
+
+
 def _normalised(captions: Any) -> Any:
     import pyarrow.compute as pc
 

@@ -32,17 +32,21 @@ class ShardEvalDataset:
     """
 
     def __init__(self, data: Path | str | tuple[Source, ...], split: str) -> None:
-        """data: folder or URL, or several of them, as in `open_dataset`. Raises UserError if the split is empty."""
-        self._shards = _open_list(data, split) if isinstance(data, tuple) else _open(data, split)
-        if not len(self._shards):
-            raise UserError(f"data {self._shards.root} has no sample in split {split!r}")
-        self.path = self._shards.root
-        self.split = self._shards.split
-        self.fingerprint = self._shards.fingerprint
+        """Open `shards`. data: folder or URL, or several of them, as in `open_dataset`.
+
+        Raises:
+            UserError: the split is empty.
+        """
+        self.shards = _open_list(data, split) if isinstance(data, tuple) else _open(data, split)
+        if not len(self.shards):
+            raise UserError(f"data {self.shards.root} has no sample in split {split!r}")
+        self.path = self.shards.root
+        self.split = self.shards.split
+        self.fingerprint = self.shards.fingerprint
         self._left_out: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._shards)
+        return len(self.shards)
 
     @functools.cached_property
     def label_kinds(self) -> tuple[str, ...]:
@@ -53,23 +57,23 @@ class ShardEvalDataset:
 
     def key(self, i: int) -> str:
         """Return the sample's key in the shards."""
-        return self._shards.name_of(i)[0]
+        return self.shards.name_of(i)[0]
 
     def image(self, i: int) -> bytes:
         """Return the encoded image."""
         try:
-            return self._shards[i].image
+            return self.shards[i].image
         except BadSample:
             self._left_out.add(i)
             raise
 
     def captions(self) -> list[str]:
         """Return all captions."""
-        return [self._unless_left_out(i, self._shards.caption, "") for i in range(len(self))]
+        return [self._unless_left_out(i, self.shards.caption, "") for i in range(len(self))]
 
     def labels(self, kind: str) -> list[str | None]:
         """Return the text field `kind` of every sample. Raises UserError if no sample has it."""
-        values = [self._unless_left_out(i, lambda i: self._shards[i].meta.get(kind), None) for i in range(len(self))]
+        values = [self._unless_left_out(i, lambda i: self.shards[i].meta.get(kind), None) for i in range(len(self))]
         labels = [value if isinstance(value, str) else None for value in values]
         if not any(label is not None for label in labels):
             raise UserError(
@@ -88,7 +92,7 @@ class ShardEvalDataset:
 
     def _intact(self, i: int) -> Sample | None:
         try:
-            return self._shards[i]
+            return self.shards[i]
         except BadSample:
             return None
 
