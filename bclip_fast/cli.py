@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from bclip_fast import log
-from bclip_fast.errors import BackendError, UserError
+from bclip_fast.errors import BackendError, UserError, did_you_mean
 from bclip_fast.version import __version__
 
 
@@ -26,56 +27,63 @@ class Command:
     config: the configuration's class, "module:Class".
     function: the function to call with the configuration, "module:function".
     extra: the extra of the package that the command needs.
+    next: what to do after the command has succeeded, with fields of the configuration in braces.
     """
 
     summary: str
     config: str
     function: str
     extra: str
+    next: str = ""
 
 
 COMMANDS = {
     "quickstart": Command(
-        "build a small set of real images, pretrain, evaluate and report",
+        "build a small dataset, pretrain, evaluate and report",
         "bclip_fast.quickstart:QuickstartConfig",
         "bclip_fast.quickstart:run",
         "quickstart",
     ),
     "ingest build": Command(
-        "convert JATS articles to figure-caption pairs in WebDataset shards",
+        "convert JATS articles to shards of figure-caption pairs",
         "bclip_fast.ingest.build:IngestConfig",
         "bclip_fast.ingest.build:build",
         "ingest",
+        "bclip ingest report {out}, then bclip train CONFIG.toml --data.shards {out}",
     ),
     "ingest fetch": Command(
-        "mirror articles of PubMed Central's bucket and check every object",
+        "mirror articles of PubMed Central's bucket",
         "bclip_fast.ingest.fetch:FetchConfig",
         "bclip_fast.ingest.fetch:fetch",
         "ingest",
+        "bclip ingest build {out} -o FOLDER",
     ),
     "ingest check": Command(
         "say what becomes of articles and images, and why",
         "bclip_fast.ingest.check:CheckConfig",
         "bclip_fast.ingest.check:run",
         "ingest",
+        "bclip ingest build FOLDER -o OUT makes shards of articles",
     ),
     "ingest verify": Command(
         "re-read a dataset and list its problems",
         "bclip_fast.ingest.verify:VerifyConfig",
         "bclip_fast.ingest.verify:run",
         "ingest",
+        "bclip train CONFIG.toml --data.shards {dataset}",
     ),
     "ingest report": Command(
-        "write an HTML page about a dataset: counts, sizes, captions, rejects, a gallery",
+        "write an HTML page about a dataset",
         "bclip_fast.ingest.report:ReportConfig",
         "bclip_fast.ingest.report:run",
         "ingest",
     ),
     "train export": Command(
-        "convert a trained model to the layout of open_clip or transformers",
+        "convert a model to open_clip's or transformers' layout",
         "bclip_fast.train.export:ExportConfig",
         "bclip_fast.train.export:run",
         "train",
+        "bclip_fast.load('{out}') loads it in Python",
     ),
     "train replay": Command(
         "recompute the step at which a run gave up",
@@ -84,52 +92,58 @@ COMMANDS = {
         "train",
     ),
     "train report": Command(
-        "write an HTML page about runs: curves, time per stage, validation, settings, events",
+        "write an HTML page about runs, with their curves",
         "bclip_fast.train.report:TrainReportConfig",
         "bclip_fast.train.report:run",
         "eval",
     ),
     "train": Command(
-        "pretrain: bclip train CONFIG.toml ... --flags",
+        "pretrain on shards",
         "bclip_fast.train.config:TrainConfig",
         "bclip_fast.plan.command:train",
         "train",
+        "bclip eval {run} --split val, and bclip train report {run}",
     ),
     "plan": Command(
-        "estimate memory, operations and hours of a training run; fail if it cannot fit",
-        "bclip_fast.train.config:TrainConfig",
+        "estimate the memory and time of a training run",
+        "bclip_fast.plan.command:PlanCommand",
         "bclip_fast.plan.command:run",
         "train",
+        "bclip train with the same arguments",
     ),
     "finetune": Command(
-        "finetune a trained model on your pairs or questions, fully or with LoRA",
+        "finetune a model on your pairs or questions",
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",
+        "bclip eval {run} --data {data}",
     ),
     "eval compare": Command(
-        "compare evaluations side by side, with paired significance tests",
+        "compare evaluations, with paired significance tests",
         "bclip_fast.eval.compare:CompareCommand",
         "bclip_fast.eval.compare:run",
         "eval",
     ),
     "eval": Command(
-        "evaluate a run or checkpoint (retrieval, zero-shot, probes, questions): report, JSON, CSV",
+        "evaluate a model: retrieval, zero-shot, probes, questions",
         "bclip_fast.eval:EvalCommand",
         "bclip_fast.eval:run",
         "eval",
+        "open report.html, and compare two evaluations with bclip eval compare A B",
     ),
     "embed": Command(
-        "embed the images of a folder or of shards to an index: Parquet and faiss",
+        "embed the images of a folder or of shards to an index",
         "bclip_fast.search.index:EmbedConfig",
         "bclip_fast.search.index:run_embed",
         "search",
+        "bclip search {out} TEXT, or bclip serve {out}",
     ),
     "search": Command(
-        "find the images of an index nearest to a text or an image",
+        "find the images of an index that are like a text or image",
         "bclip_fast.search.searcher:SearchConfig",
         "bclip_fast.search.searcher:run",
         "search",
+        "--gallery FILE.html shows the images",
     ),
     "serve": Command(
         "serve a local web page that searches an index",
@@ -138,21 +152,29 @@ COMMANDS = {
         "search",
     ),
     "bench": Command(
-        "benchmark against other libraries: operators, images, loader, retrieval, step, trainer",
+        "benchmark against other libraries",
         "bclip_fast.benchmarks.report:BenchConfig",
         "bclip_fast.benchmarks.report:run",
         "bench",
+        "--record appends the rows to the results that docs and README show",
     ),
     "tune": Command(
-        "measure the backends on this machine, so that `auto` takes the fastest",
+        "measure the backends, so that `auto` takes the fastest",
         "bclip_fast.tune:TuneConfig",
         "bclip_fast.tune:run",
         "model",
+        "bclip doctor shows the backends that are now in use",
     ),
     "doctor": Command(
-        "print backends, versions, devices, and the backend that each operator takes here, with reasons",
+        "print versions, devices and the backend of each operator",
         "bclip_fast.doctor:DoctorConfig",
         "bclip_fast.doctor:run",
+        "model",
+    ),
+    "completion": Command(
+        "print the completion script of bash, zsh or fish",
+        "bclip_fast.completion:CompletionConfig",
+        "bclip_fast.completion:run",
         "model",
     ),
 }
@@ -164,13 +186,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] in (["--version"], ["-V"]):
         print(f"bclip_fast {__version__}")
         return 0
+    if args[:1] == ["__complete"]:
+        from bclip_fast.completion import candidates
+
+        print("\n".join(candidates(args[1:], {name: command.config for name, command in COMMANDS.items()})))
+        return 0
     name = next((name for name in COMMANDS if args[: len(name.split())] == name.split()), None)
     if name is None:
         if not args or args[0] in ("-h", "--help", "help"):
             print(_usage())
             return 0
-        print(f"bclip: unknown command {' '.join(args[:2])!r}\n{_usage()}", file=sys.stderr)
-        return 2
+        return _unknown(args)
     command = COMMANDS[name]
     log.configure(os.environ.get("BCLIP_LOG"), main_rank=log.rank() == "0")
     try:
@@ -186,6 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"bclip {name} needs the package {error.name}: pip install 'bclip_fast[{command.extra}]'", file=sys.stderr
         )
         return 2
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if not isinstance(error.filename, str | bytes):
             raise
@@ -197,6 +227,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         print(f"bclip {name}: ended by SIGTERM", file=sys.stderr)
         return 128 + signal.SIGTERM
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether the reader of a stream has ended, such as `head`. If so, what Python still has to write goes nowhere."""
+    try:
+        stream.flush()
+        poll = select.poll()
+        poll.register(stream, 0)
+        closed = bool(poll.poll(0))
+    except BrokenPipeError:
+        closed = True
+    except (AttributeError, OSError, ValueError):  # no poll on Windows, no descriptor behind the stream
+        closed = False
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return closed
 
 
 class _Terminated(BaseException):
@@ -222,11 +268,21 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run(name: str, command: Command, args: list[str]) -> int:
+    for place, word in enumerate(args):
+        if word in ("-h", "--help"):
+            from bclip_fast.command_help import command_help
+
+            print(command_help(name, command.summary, command.config, *args[place + 1 : place + 2]))
+            return 0
     from bclip_fast import config
 
     parsed = config.parse(_load(command.config), args, prog=f"bclip {name}")
     result = _load(command.function)(parsed)
-    return result if isinstance(result, int) else 0
+    status = result if isinstance(result, int) else 0
+    if command.next and not status and log.rank() == "0":
+        values = {key: config.word(value) for key, value in config.plain(parsed).items()}
+        print(f"Next: {command.next.format(**values)}", file=sys.stderr)
+    return status
 
 
 def _load(reference: str) -> Any:
@@ -234,9 +290,23 @@ def _load(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _unknown(args: list[str]) -> int:
+    """Say which commands are like the unknown one."""
+    name = " ".join(args[:2])
+    group = [command for command in COMMANDS if command.split()[0] == args[0]]
+    # One word of a longer name, such as `ingest`, or a name with one typing error.
+    hint = f"; the commands are {', '.join(group)}" if group else did_you_mean(args[0], COMMANDS)
+    hint = hint or did_you_mean(name, COMMANDS) or "; `bclip --help` lists the commands"
+    print(f"bclip: unknown command {name if group else args[0]!r}{hint}", file=sys.stderr)
+    return 2
+
+
 def _usage() -> str:
     rows = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
-    return f"usage: bclip COMMAND [--help] ...\n\n{rows}"
+    return (
+        f"usage: bclip COMMAND [FLAGS]\n\n{rows}\n\n"
+        "`bclip COMMAND --help` describes a command. `bclip quickstart` tries them all."
+    )
 
 
 if __name__ == "__main__":

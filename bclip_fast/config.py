@@ -11,17 +11,18 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices, did_you_mean
 
 T = TypeVar("T")
 
@@ -64,8 +65,8 @@ def find(name: str) -> Path:
     for path in (Path(name), CONFIGS / name):
         if path.is_file():
             return path
-    names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.toml")))
-    raise UserError(f"configuration file {name} does not exist; the package has {names}")
+    names = sorted(path.name for path in CONFIGS.glob("*.toml"))
+    raise UserError(f"configuration file {name} does not exist{choices(name, names)}")
 
 
 def read_toml(path: Path, kind: str = "configuration file") -> dict[str, Any]:
@@ -122,19 +123,69 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, source: 
     except SystemExit as stop:
         if not stop.code:
             raise
+        unknown = re.search(r"Unrecognized options:?\s+(--?[^\s=,]+)", _flat(stderr.getvalue()))
+        if unknown:
+            kind, word = ("key", unknown[1].lstrip("-")) if file else ("flag", unknown[1])
+            names = [name if file else f"--{name}" for name in _names(cls)]
+            raise UserError(f"{source}: unknown {kind} {word}{_similar(word, names, prog)}") from None
         raise UserError(f"{source}: {_one_line(stderr.getvalue())} (see {prog} --help)") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
 
-_BOX = re.compile("[\u2500-\u257f]+")
+# Unicode boxes, or dashes and bars where the stream has no such characters.
+_BOX = re.compile(r"[\u2500-\u257f]+|-{4,}|(?<!\S)[|+](?!\S)")
 _ANSI = re.compile("\x1b\\[[0-9;]*m")
 
 
+def _flat(text: str) -> str:
+    """Return tyro's boxed and coloured message without boxes and colours, in one line."""
+    return " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
+
+
+# What tyro and Python call the mistakes that users make most.
+_PHRASES = (
+    (r"^(?:Value error )?Error parsing (--\S+): ", r"\1: "),
+    (r"^(?:Value error )?Error parsing \w+: ", ""),
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
+    (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    (
+        r"^Invalid choice invalid choice (.*) for argument '(--\S+)'\. Expected one of \((.*)\)\.",
+        r"\2: \1 must be one of \3",
+    ),
+)
+
+
 def _one_line(text: str) -> str:
-    """Convert tyro's boxed and coloured message to one plain line."""
-    words = " ".join(_BOX.sub(" ", _ANSI.sub("", text)).split())
-    return re.split(" For full helptext| Argument helptext:", words)[0]
+    """Return tyro's message without the parts that only its boxes need."""
+    message = re.split(" For full helptext| Argument helptext:", _flat(text))[0]
+    for pattern, replacement in _PHRASES:
+        message = re.sub(pattern, replacement, message)
+    return message
+
+
+def _names(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the names of the fields of a dataclass and of its sections."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _names(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _similar(word: str, names: list[str], prog: str) -> str:
+    """Name the fields like `word`: those that another section has by this name, else those that are spelled alike."""
+    last = word.lstrip("-")
+    same = [name for name in names if name.lstrip("-").rpartition(".")[2] == last]
+    if same:
+        return f"; did you mean {' or '.join(same[:3])}?"
+    return did_you_mean(word, names) or f"; `{prog} --help` lists the flags"
+
+
+def word(value: Any) -> str:
+    """Return a plain value as one word of a shell's command line."""
+    return shlex.quote(_text(value))
 
 
 def plain(value: Any) -> Any:

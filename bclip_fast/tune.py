@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices
 from bclip_fast.io.progress import track
 from bclip_fast.ops import fingerprint, record_files, trial_cases, trials, tuning
 from bclip_fast.ops.dispatch import BACKENDS, use_backend
@@ -67,7 +67,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.operators if name not in OPERATORS]:
-            raise UserError(f"operators: {', '.join(unknown)} unknown; choose among {', '.join(OPERATORS)}")
+            raise UserError(f"operators: {unknown[0]!r} is unknown{choices(unknown[0], OPERATORS)}")
         if not 0 < self.seconds < math.inf:
             raise UserError(f"seconds={self.seconds} must be a finite number above 0")
         if self.device == "cuda" and not torch.cuda.is_available():

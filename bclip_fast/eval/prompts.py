@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bclip_fast.config import read_toml
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices
 
 _TASKS = Path(__file__).parent / "tasks"
 _SAMPLE_IMAGES = Path(__file__).parent / "prompt_sets" / "sample_images.toml"
@@ -57,7 +57,7 @@ def named(name: str) -> PromptSet:
     if name in available:
         return read_prompts(_read(_TASKS / f"{name}.toml")["prompts"], name)
     if not name.endswith(".toml"):
-        raise UserError(f"unknown prompt set {name!r}; use one of {', '.join(available)} or the path of a TOML file")
+        raise UserError(f"unknown prompt set {name!r}{choices(name, available)}")
     table = _read(Path(name))
     return read_prompts(table.get("prompts", table), f"prompt file {name}", Path(name).name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from bclip_fast.io import stand_ins
 from .duplicates import near_pairs
 from .parts import SPLITS
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class VerifyConfig:
@@ -27,13 +30,18 @@ class VerifyConfig:
     """Folder that `bclip ingest build` wrote."""
     add_checksums: bool = False
     """First add checksums to a dataset of an earlier release, which has none."""
+    json: bool = False
+    """Print a JSON object with the list of problems."""
 
 
 def run(config: VerifyConfig) -> int:
     """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
     if config.add_checksums and not shards.add_checksums(config.dataset):
-        print(f"{config.dataset}: has checksums already")
+        log.info("%s has checksums already", config.dataset)
     problems = verify(config.dataset)
+    if config.json:
+        print(json.dumps({"dataset": str(config.dataset), "problems": problems}))
+        return int(bool(problems))
     for problem in problems:
         print(problem)
     print(f"{config.dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")

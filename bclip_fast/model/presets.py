@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices
 
 from .biomedclip import BiomedClipConfig
 from .text import TextConfig
@@ -91,5 +91,5 @@ PRESETS = _presets()
 def preset(name: str) -> BiomedClipConfig:
     """Return the preset of that name. Raises UserError, listing the presets, if it is unknown."""
     if name not in PRESETS:
-        raise UserError(f"model preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"model preset {name!r} is unknown{choices(name, PRESETS)}")
     return PRESETS[name]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from .samples import samples_of
 from .types import Plan, largest_stage
 
 
+@dataclass(frozen=True)
+class PlanCommand(TrainConfig):
+    """The configuration of a pretraining run, and how to print its plan."""
+
+    json: bool = False
+    """Print the plan as JSON: bytes, operations and seconds by part. The exit status is 2 if the run does not fit."""
+
+
 def run(config: TrainConfig) -> Plan:
     """Print the plan of a run.
 
@@ -26,9 +35,29 @@ def run(config: TrainConfig) -> Plan:
     """
     config = config.resolved()
     plan = build_plan(config, samples_of(config), cluster_of(config.cluster))
-    show(config, plan)
+    if isinstance(config, PlanCommand) and config.json:
+        print(json.dumps(as_json(plan)))
+    else:
+        show(config, plan)
     check_fits(config, plan)
     return plan
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as the values of a JSON file. Its keys are the fields of `Plan` and `Stage`."""
+    sums = {"peak": plan.peak, "host_peak": plan.host_peak, "hours": plan.hours}
+    stages = [{**asdict(stage), "hours": stage.hours} for stage in plan.stages]
+    cluster = {"ranks": plan.cluster.ranks, "nodes": plan.cluster.nodes, "device": plan.cluster.device.name}
+    return {
+        **sums,
+        "parameters": dict(plan.parameters),
+        "samples": {"count": plan.samples.count, "source": plan.samples.source},
+        "cluster": cluster,
+        "stages": stages,
+        "memory": plan.memory,
+        "host": plan.host,
+        "rates": plan.rates,
+    }
 
 
 def train(config: TrainConfig) -> Path:

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -57,6 +57,8 @@ class SearchConfig(OpenConfig):
     """Number of hits."""
     gallery: str | None = None
     """HTML page to write, with the images of the hits."""
+    json: bool = False
+    """Print a JSON object for each hit, best first, one a line, in place of the table."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,11 @@ def run(config: SearchConfig) -> None:
         raise UserError(f"image {path} cannot be read: {error.strerror}") from error
     searcher = Searcher(config)
     hits = searcher.image(content, config.k, str(path)) if is_image else searcher.text(config.query, config.k)
-    _print(hits)
+    if config.json:
+        for hit in hits:
+            print(json.dumps({**asdict(hit), "article": hit.article}))
+    else:
+        _print(hits)
     if config.gallery:
         write_text(Path(config.gallery), page(searcher, hits, query=config.query))
         log.info("gallery in %s", config.gallery)

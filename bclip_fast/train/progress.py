@@ -8,9 +8,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-log = logging.getLogger(__name__)
+from bclip_fast.io.progress import SECONDS_BETWEEN_LINES
 
-_SECONDS_BETWEEN_LINES = 15.0
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, num_steps: int, first_sample: int, num_samples: int) -> None:
         self._num_steps, self._first_sample, self._num_samples = num_steps, first_sample, num_samples
         self._start = time.monotonic()
-        self._last_line = -_SECONDS_BETWEEN_LINES
+        self._last_line = -SECONDS_BETWEEN_LINES
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich import progress
@@ -49,7 +49,7 @@ class Progress:
         step, metrics = record["step"], describe(record)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["samples"], metrics=f"{step}/{self._num_steps}  {metrics}")
-        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._num_steps:
             self._last_line = time.monotonic()
             rate = (record["samples"] - self._first_sample) / (self._last_line - self._start)
             remaining = timedelta(seconds=round((self._num_samples - record["samples"]) / rate))

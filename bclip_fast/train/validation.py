@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bclip_fast import distributed
 from bclip_fast.data.transform import Preprocess
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices
 from bclip_fast.io.jsonl import read_lines
 from bclip_fast.io.runs import METRICS, VALIDATION, VALIDATION_EMA
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
@@ -88,7 +88,7 @@ class BestMetric:
         if not name:
             return False
         if name not in metrics:
-            raise UserError(f"checkpoint.best={name} is not a validation metric; choose one of {', '.join(metrics)}")
+            raise UserError(f"checkpoint.best={name} is not a validation metric{choices(name, metrics)}")
         if self.state and self._sign * metrics[name] <= self._sign * self.state["value"]:
             return False
         self.state = {"step": step, "figure": name, "value": metrics[name]}

@@ -51,6 +51,15 @@ def test_help_every_command_shows_usage(name):
     ("args", "words"),
     [
         (["foo"], "unknown command 'foo'"),
+        (["trian"], "did you mean train?"),
+        (["ingest"], "the commands are ingest build, ingest fetch"),
+        (["train", "--batch_siz", "3"], "unknown flag --batch_siz; did you mean --batch_size"),
+        (["train", "--lr", "3"], "unknown flag --lr; did you mean --optim.lr?"),
+        (["train", "--batch_size", "many"], "--batch_size: 'many' is not a whole number"),
+        (["train", "quickstrat.toml"], "did you mean quickstart.toml?"),
+        (["train", "--preset", "biomedclp_b16"], "did you mean biomedclip_b16"),
+        (["eval", "model", "--task", "pcm"], "unknown task 'pcm'; did you mean pcam?"),
+        (["train", "--help", "dta"], "did you mean data"),
         (["doctor", "--verbose"], "--verbose"),
         (["train", "nowhere.toml"], "nowhere.toml does not exist"),
         (["train", "--no_such_key", "1"], "no_such_key"),
@@ -82,7 +91,7 @@ def test_missing_package_error_names_its_extra():
 
 
 def test_doctor_names_every_backend_and_refusal():
-    out = bclip("doctor", "--no_imports").stdout
+    out = bclip("doctor").stdout
     for name in ("cuda", "triton", "cpu", "torch", "reference"):
         assert f"\n  {name}" in out
     assert "Backends of the next call on cpu\n  by the package's " in out

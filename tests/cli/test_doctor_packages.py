@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bclip_fast import doctor
+from bclip_fast.doctor import packages
 
 PACKAGES = {
     "sound": "import json",
@@ -38,15 +38,15 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "torch.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(doctor, "IMPORT_LIMIT_S", 2)
+    monkeypatch.setattr(packages, "IMPORT_LIMIT_S", 2)
     return tmp_path
 
 
 def test_doctor_tells_which_packages_cannot_be_imported_and_why(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_extras", lambda: {"eval": [*PACKAGES, "absent"]})
-    monkeypatch.setattr(doctor, "_INTEGRATIONS", ["sound"])
+    monkeypatch.setattr(packages, "_extras", lambda: {"eval": [*PACKAGES, "absent"]})
+    monkeypatch.setattr(packages, "_INTEGRATIONS", ["sound"])
     start = time.monotonic()
-    lines = doctor.package_lines()
+    lines = packages.lines(packages.report(imports=True))
     assert time.monotonic() - start < 30
     row = next(line for line in lines if line.startswith("  eval"))
     assert "sound 1.5, stale-link 1.5 (cannot be imported), " in row and "prints 1.5, " in row
@@ -65,4 +65,4 @@ def test_doctor_tells_which_packages_cannot_be_imported_and_why(site: Path, monk
 
 def test_module_of_a_distribution_is_found() -> None:
     modules = {"pillow": "PIL", "huggingface_hub": "huggingface_hub", "pytest-xdist": "xdist", "no-such-package": None}
-    assert {name: doctor._module_of(name) for name in modules} == modules
+    assert {name: packages._module_of(name) for name in modules} == modules

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from records import GELU, half_off, keep, make_record
 
-from bclip_fast import doctor, tune
+from bclip_fast import tune
+from bclip_fast.doctor import backends as doctor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import fingerprint, record_files, tuning
 
@@ -56,7 +57,7 @@ def test_run_record_of_another_version_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"operators": ("gelo",)}, "gelo unknown; choose among fused"),
+        ({"operators": ("gelo",)}, "'gelo' is unknown; did you mean gelu"),
         ({"seconds": 0.0}, "seconds=0.0 must be a finite number above 0"),
         ({"seconds": float("inf")}, "seconds=inf must be a finite number above 0"),
     ],

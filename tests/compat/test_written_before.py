@@ -270,7 +270,7 @@ def test_tuning_record_is_read(before: Path):
     import os
 
     environment = {**os.environ, "BCLIP_TUNE": str(before / "tuning.json"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bclip_fast.cli", "doctor", "--no_imports"]
+    command = [sys.executable, "-m", "bclip_fast.cli", "doctor"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = json.loads((before / "tuning.json").read_text())["made"]

@@ -33,14 +33,15 @@ from loaders import loader, take
 from synthetic import tiny_run
 
 import bclip_fast
-from bclip_fast import ClipLoss, doctor, ops
+from bclip_fast import ClipLoss, ops
 from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.doctor import backends
 from bclip_fast.eval import exact_ranks
 from bclip_fast.train.trainer import train
 
 shards, run = map(Path, sys.argv[1:])
 assert find_spec("bclip_fast._cpu") is None and find_spec("bclip_fast._cuda") is None
-out = {"file": bclip_fast.__file__, "doctor": doctor.lines()}
+out = {"file": bclip_fast.__file__, "doctor": backends.lines()}
 
 torch.manual_seed(0)
 pair = [torch.nn.functional.normalize(torch.randn(7, 5), dim=1).requires_grad_() for _ in "it"]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from inside import num_passed
 
-from bclip_fast import _cpu, doctor
+from bclip_fast import _cpu
+from bclip_fast.doctor import backends as doctor
 
 # Tests that depend on vector length or instructions, and the least number that must pass. Attention isn't listed,
 # because its tests run every instruction set in one process.
@@ -78,7 +79,8 @@ def test_best_instruction_set_is_chosen_and_named_by_the_doctor():
 def test_unknown_instruction_set_is_refused_by_every_operator():
     code = """
 import torch
-from bclip_fast import doctor, ops
+from bclip_fast import ops
+from bclip_fast.doctor import backends as doctor
 print(*doctor.lines(), sep="\\n")
 image, qkv = torch.eye(3, 16), torch.zeros(1, 2, 3, 1, 16)
 for call in (lambda **name: ops.clip_loss(image, image, 1.0, **name), lambda **name: ops.fused_attention(qkv, **name),

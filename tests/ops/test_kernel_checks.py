@@ -8,7 +8,8 @@ import pytest
 import torch
 from records import gelu_backend, half_off
 
-from bclip_fast import doctor, ops
+from bclip_fast import ops
+from bclip_fast.doctor import backends as doctor
 from bclip_fast.ops import dispatch, trial_cases, trials, tuning
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bclip_fast import doctor
+from bclip_fast.doctor import backends as doctor
 from bclip_fast.ops.attention import LIMITS, fused_attention, single_query_attention
 from bclip_fast.ops.attention import reference as definition
 from bclip_fast.ops.attention.call import AttentionCall

@@ -13,7 +13,8 @@ import pytest
 import torch
 from records import GELU, gelu_backend, keep, make_record
 
-from bclip_fast import doctor, ops, tune
+from bclip_fast import ops, tune
+from bclip_fast.doctor import backends as doctor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import dispatch, fingerprint, record_files, trials, tuning
 from bclip_fast.ops.contrastive import limits

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from ranks import on_ranks
 from records import gelu_backend, keep, make_record
 
-from bclip_fast import doctor, ops
+from bclip_fast import ops
+from bclip_fast.doctor import backends as doctor
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.ops import dispatch, pointwise

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from bclip_fast.data.sources import Source
 from bclip_fast.data.splits import check_whole
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices
 
 READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til", "pictures")
 """Names of the readers, as in the key `dataset` of a task file."""
@@ -91,7 +91,7 @@ def open_dataset(
     if reader == "pictures":
         return UnlabelledDataset(location)
     if reader != "auto":
-        raise UserError(f"unknown data set reader {reader!r}; use one of {', '.join(READERS)}")
+        raise UserError(f"unknown data set reader {reader!r}{choices(reader, READERS)}")
     if location.is_file():
         if location.suffix.lower() == ".npz":
             return open_medmnist(location, split, download_url)

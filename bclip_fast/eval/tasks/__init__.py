@@ -22,7 +22,7 @@ from typing import Any
 
 from bclip_fast.config import read_toml
 from bclip_fast.data.sources import Source
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, choices
 from bclip_fast.eval.prompts import PromptSet, read_prompts
 
 FOLDER = Path(__file__).parent
@@ -104,7 +104,7 @@ def load(name: str) -> Task:
         return Task(name, name.replace("_", " "), name)
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not name.endswith(".toml") and name not in names():
-        raise UserError(f"unknown task {name!r}; use {', '.join(names())} or the path of a TOML file")
+        raise UserError(f"unknown task {name!r}{choices(name, [*protocols(), *names()])}")
     table = read_toml(path, "task file")
     if table.get("protocol") not in protocols():
         raise UserError(
