@@ -136,7 +136,7 @@ def test_transformers_names_and_shapes_at_full_size(content: dict[str, Any], our
 def test_siglip_opens_in_open_clip(
     activation: str, siglip_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What we save gives the same pixels, ids and features in open_clip, and loads again."""
+    """A saved model gives the same pixels, ids and features in open_clip, and loads again."""
     open_clip = import_open_clip()
     vision, text = (dataclasses.replace(tower, activation=activation) for tower in (SIGLIP.vision, SIGLIP.text))
     # The product of this ratio and the width is below a whole number in floating point.
