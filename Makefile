@@ -23,6 +23,8 @@ MAKEFLAGS += -j2
 
 .PHONY: quickstart test test-all test-pure lint pytest pytest-all docs readme bench dist wheels gpu gpu-rehearsal clean
 
+# Without a GPU, only the tests need the CUDA module, which takes minutes to compile.
+quickstart: export BCLIP_CUDA := $(or $(BCLIP_CUDA),$(if $(wildcard /dev/nvidiactl /dev/dxg),,0))
 quickstart: $(VENV)/objects.done $(VENV)/quickstart.done
 	$(BIN)/bclip quickstart $(ARGS)
 

@@ -22,10 +22,20 @@ from bclip_fast.demo_data import build as samples
 from bclip_fast.errors import UserError
 from bclip_fast.ingest import build
 from bclip_fast.io.progress import Advance, track
+from bclip_fast.search.index import EmbedConfig, embed
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.trainer import train
 
 log = logging.getLogger(__name__)
+
+_STEPS = (
+    ("Make shards of articles of PubMed Central", "bclip ingest build ARTICLES -o SHARDS"),
+    (
+        "Train on the shards, or finetune a model on a .csv",
+        "bclip train quickstart.toml --data.shards SHARDS --run RUN",
+    ),
+    ("Evaluate, and write such a report", "bclip eval RUN --split val"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +66,13 @@ def run(config: QuickstartConfig) -> None:
     settings = _training(config, out, data, counts["train"])
     if not (out / "run" / "model").is_dir() or (out / "run" / "checkpoints").is_dir():
         train(settings)
-    evaluation.run(evaluation.EvalCommand(model=str(out / "run"), data=str(data), split="val", out=str(out)))
+    run, index = str(out / "run"), str(out / "index")
+    embed(EmbedConfig(model=run, data=str(data), split="val", out=index, progress=False))
+    command = evaluation.EvalCommand(model=run, data=str(data), split="val", out=str(out))
+    evaluation.run(command, search=index, steps=_STEPS)
     print(f"\n{time.perf_counter() - start:.0f} s in total. Results: {out / 'results.json'}")
     print(f"Report: {(out / 'report.html').resolve()}")
+    print(f"Search the images: bclip serve {index}")
 
 
 def _training(config: QuickstartConfig, out: Path, data: Path, num_pairs: int) -> TrainConfig:

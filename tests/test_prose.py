@@ -53,6 +53,7 @@ SOURCES = {
     ),
     "b.cu": '/* A block of the comment. */\nint x;  // The queries wait\n    // in registers alone.\n#include "a.h"\n',
     "c.md": "# The title of it\n\nA line that\nruns on alone. Another sentence here.\n\n    code alone in here\n",
+    "e.py": "# %% [markdown]\n# # A tutorial\n#\n# It reads all data.\n\n# %% [bash]\n# bclip data alone in here\n",
     "d.toml": '# A comment about this\n# overlay.\nabout = "what is not read in here"\n',
 }
 
@@ -71,6 +72,7 @@ def test_sentences_every_language_finds_prose_at_its_line(tmp_path: Path):
         ],
         "b.cu": [(1, "A block of the comment."), (2, "The queries wait in registers alone.")],
         "c.md": [(1, "The title of it"), (3, "A line that runs on alone."), (4, "Another sentence here.")],
+        "e.py": [(4, "It reads all data.")],
         "d.toml": [(1, "A comment about this overlay.")],
     }
 

@@ -14,10 +14,12 @@ from .shards.format import CAPTION
 from .shards.mixed import Dataset, MixedDataset
 from .shards.positives import MANIFEST, texts_of_row
 from .shards.reader import ShardDataset
+from .shards.tar_dataset import TarDataset
 from .storage import LocalStorage
 
 # Rows of the manifest in memory at a time.
 _CHUNK = 8192
+_USUAL_CAPTION = "a caption of usual length " * 8
 
 
 def caption_lengths(
@@ -28,7 +30,8 @@ def caption_lengths(
 ) -> np.ndarray:
     """The number of tokens of each sample's longest text, (samples,) int32, from the manifest of the dataset.
 
-    It is a limit that every pass keeps, whichever text it draws.
+    The captions of tar files of others are read one by one. The number is a limit that every pass keeps, whichever
+    text it draws.
 
     Args:
         tokenize: function from n captions to the token ids of each.
@@ -76,6 +79,8 @@ def _lengths_of(
     kinds: Sequence[str],
 ) -> np.ndarray:
     """The number of tokens of the longest text of each sample of one dataset."""
+    if isinstance(dataset, TarDataset):
+        return _lengths_in_tars(dataset, tokenize, share)
     path = dataset.storage.path(MANIFEST)
     lengths = np.full(len(dataset), -1, np.int32)
     wanted = tuple(dict.fromkeys((CAPTION, *kinds)))
@@ -93,6 +98,18 @@ def _lengths_of(
             f"{path} lacks {num_missing} of the {len(dataset)} samples of the split {dataset.split}; build the dataset "
             "again"
         )
+    return lengths
+
+
+def _lengths_in_tars(
+    dataset: TarDataset, tokenize: Callable[[list[str]], list[list[int]]], share: tuple[int, int]
+) -> np.ndarray:
+    """The number of tokens of each caption in tar files of others. A damaged sample counts as a usual one."""
+    lengths = np.zeros(len(dataset), np.int32)
+    for start in range(share[0] * _CHUNK, len(dataset), share[1] * _CHUNK):
+        indices = range(start, min(start + _CHUNK, len(dataset)))
+        captions = [_USUAL_CAPTION if text is None else text for text in dataset.captions_of(indices)]
+        lengths[indices.start : indices.stop] = list(map(len, tokenize(captions)))
     return lengths
 
 

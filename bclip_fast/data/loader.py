@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -23,6 +22,8 @@ from bclip_fast.ops import image as image_ops
 from .batch import BadRecord, Batch, TeacherFeatures
 from .caption_lengths import within_limit
 from .daemon_pool import DaemonPool
+from .image_files import ImageError, is_upright_jpeg, open_image
+from .pending import Cursor, Part, PendingBatch, cancel_parts
 from .sampler import ShardSampler
 from .shards.format import Sample
 from .shards.mixed import Dataset
@@ -108,8 +109,8 @@ class Loader:
         self._pool = DaemonPool(num_threads, "bclip-loader")
         # Computing the order reads index files, so a thread does it too.
         self._planner = DaemonPool(1, "bclip-planner")
-        self._pending: deque[Future[_Pending]] = deque()
-        self._cursor = _Cursor(sampler.next_batch)
+        self._pending: deque[Future[PendingBatch]] = deque()
+        self._cursor = Cursor(sampler.next_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -163,7 +164,7 @@ class Loader:
             return "no read is in progress, so decoding or tokenising takes too long"
         return "reading " + "; ".join(sorted(f"{file} for {now - start:.1f} s" for file, start in active_reads))
 
-    def _start(self, cursor: _Cursor) -> _Pending:
+    def _start(self, cursor: Cursor) -> PendingBatch:
         number, micro_batch = cursor.number, cursor.micro_batch
         is_last = micro_batch + 1 == self.sampler.num_micro_batches(number)
         # Only the planner's thread moves the cursor, because it divides the global batch into micro-batches.
@@ -177,7 +178,7 @@ class Loader:
             part = slice(start, start + step)
             read = self.dataset.fetch(indices[part])
             parts.append(self._pool.submit(self._fill, images[part], epoch, positions[part], indices[part], read))
-        return _Pending(images, parts, epoch, is_last)
+        return PendingBatch(images, parts, epoch, is_last)
 
     def _allocate(self, count: int, number: int) -> Tensor:
         """Memory for `count` images of global batch `number`."""
@@ -191,7 +192,7 @@ class Loader:
         positions: list[int],
         indices: list[int],
         read: Callable[[], list[Sample | BadSample]],
-    ) -> _Part:
+    ) -> Part:
         """Write the pixels of samples into `out`. A damaged sample's row gets its first intact fallback.
 
         With a token budget, the fallback's caption is cut to the length of the damaged sample's.
@@ -226,7 +227,7 @@ class Loader:
                 is_fallback = positions[row] in replaced
                 tokens[row] = within_limit(tokens[row], limit, None if is_fallback else intact[row].key)
         ids = torch.tensor([i for row in tokens for i in row], dtype=torch.int64)
-        return _Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
+        return Part([sample.key for sample in intact], ids, list(map(len, tokens)), bad, indices, captions)
 
     def _check_open(self) -> None:
         if self._stop.is_set():
@@ -242,6 +243,7 @@ class Loader:
         reasons: dict[int, str] = {}
         jpegs: list[bytes] = []
         boxes: list[Box] = []
+        others: dict[int, Tensor] = {}
         for row, (number, index, sample) in enumerate(zip(passes, indices, samples, strict=True)):
             jpeg, box = b"", (0, 0, 1, 1)
             try:
@@ -249,17 +251,28 @@ class Loader:
                     raise sample
                 if self._teacher is not None and self._teacher.is_damaged(index):
                     raise ValueError("the teacher could not decode it")
+                image = None if is_upright_jpeg(sample.image) else open_image(sample.image).rgb()
                 if self._augment:
-                    height, width = image_ops.peek_size(sample.image)
+                    height, width = image_ops.peek_size(sample.image) if image is None else (image.height, image.width)
                     box = random_resized_crop_box(
                         height, width, self.sampler.seed, number, index, self._crop_scale, self._crop_ratio
                     )
-                jpeg = sample.image
+                if image is None:
+                    jpeg = sample.image
+                else:
+                    others[row] = self._preprocess.to_uint8(image, box if self._augment else None)
+            except ImageError as error:
+                reasons[row] = f"cannot be decoded: {error}"
             except ValueError as error:
                 reasons[row] = str(error)
             jpegs.append(jpeg)
             boxes.append(box)
-        return {**self._decode_jpegs(out, jpegs, boxes if self._augment else None), **reasons}
+        failures = self._decode_jpegs(out, jpegs, boxes if self._augment else None)
+        # DALI and our operator only read JPEG files, so Pillow has decoded the other formats.
+        for row, pixels in others.items():
+            out[row] = pixels
+            failures.pop(row, None)
+        return {**failures, **reasons}
 
     def _decode_jpegs(self, out: Tensor, jpegs: list[bytes], boxes: list[Box] | None) -> dict[int, str]:
         """Decode each JPEG into its row of `out`, (n, size, size, 3) uint8. Return the reason of each failure, by row.
@@ -289,13 +302,13 @@ class Loader:
         """Continue from `state` and discard prefetched batches. Raises as ShardSampler.load_state_dict does."""
         self.sampler.load_state_dict(state)
         self._drop()
-        self._cursor = _Cursor(self.sampler.next_batch)
+        self._cursor = Cursor(self.sampler.next_batch)
 
     def _drop(self) -> None:
         while self._pending:
             plan = self._pending.popleft()
             if not plan.cancel():
-                plan.add_done_callback(_cancel_parts)
+                plan.add_done_callback(cancel_parts)
 
     def close(self, wait_s: float = _CLOSE_S) -> None:
         """End the threads. Leave a stuck thread behind after `wait_s` seconds."""
@@ -315,35 +328,3 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass
-class _Cursor:
-    """The next micro-batch to prepare, and the number of its global batch."""
-
-    number: int
-    micro_batch: int = 0
-
-
-@dataclass
-class _Part:
-    keys: list[str]
-    ids: Tensor
-    lengths: list[int]
-    bad: list[BadRecord]
-    indices: list[int]
-    captions: list[str]
-
-
-@dataclass
-class _Pending:
-    images: Tensor
-    parts: list[Future[_Part]]
-    epoch: int
-    last: bool
-
-
-def _cancel_parts(plan: Future[_Pending]) -> None:
-    if not plan.cancelled() and plan.exception() is None:
-        for part in plan.result().parts:
-            part.cancel()

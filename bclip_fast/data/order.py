@@ -4,11 +4,10 @@ The shards of a dataset come in a random order, which is new in each pass. Their
 shuffled within blocks of `shuffle_block`. A block touches few shards, so reads stay mostly sequential, and a rank only
 needs the order of one block.
 
-A mixture has members with whole-number shares s_1 ... s_M of sum S. A binary tree divides the members. Of the first P
-positions at a node, floor(P * r / (l + r)) go to its right half, where l and r are the shares of both halves. So any
-S positions in a row have exactly s_m samples of member m, and the number of samples of a member before any position is
-known without the positions before it. A member's samples follow one another through its passes: sample k of member m is
-number k mod N_m of pass k // N_m.
+A mixture has members with whole-number shares s_1 ... s_M of sum S. A binary tree divides the members. Let l and r be
+the shares of a node's halves. Then floor(P * r / (l + r)) of the first P positions at the node go to its right half.
+So any S positions in a row have exactly s_m samples of member m. A formula gives the number of samples of a member
+before any position. Sample k of member m is number k mod N_m of pass k // N_m, where N_m is the member's size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sequence of global batches, its division among ranks, and the state that resumes it.
 
-The sample at global position p of epoch e depends only on (seed, e, p); order.py has the order. Global batch n of an
+The sample at global position p of epoch e depends only on (seed, e, p). Global batch n of an
 epoch has the positions [n * B, (n + 1) * B). Rank r of R takes the r-th of its R equal slices, whose m equal parts are
 its micro-batches. The batches therefore depend neither on the number of ranks nor on threads, and the number of
 consumed samples is a sufficient state.

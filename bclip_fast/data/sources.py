@@ -158,7 +158,7 @@ def as_sources(value: Any, setting: str) -> str | tuple[Source, ...]:
         raise UserError(f"{setting} is an empty list; name a dataset")
     name, count = Counter(source.name for source in sources).most_common(1)[0]
     if count > 1:
-        raise UserError(f"{setting} has {count} datasets with the name {name}; give each a name of its own")
+        raise UserError(f"{setting} has {count} datasets with the name {name}; give them different names")
     kind = "weight" if any(source.weight is not None for source in sources) else "epochs"
     if kind == "weight" and (bare := [source.name for source in sources if source.weight is None]):
         raise UserError(f"{setting}: other datasets have a weight, so dataset {bare[0]} needs one too")

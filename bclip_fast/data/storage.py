@@ -23,12 +23,15 @@ from typing import Any, TypeVar
 
 from bclip_fast.errors import UserError
 from bclip_fast.io import stand_ins, system
+from bclip_fast.io.folders import Listing, is_hidden_path
 
 T = TypeVar("T")
 
 MAX_OPEN_FILES = 128
 # Name of the part of a file that a read of all its bytes has in messages.
 _WHOLE_FILE = "the whole file"
+# Facts of fsspec's file systems that change with a file's content.
+_CONTENT_KEYS = ("ETag", "etag", "md5", "md5Hash", "Content-MD5", "LastModified", "mtime", "last_modified", "created")
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 10.0
 
 
@@ -103,6 +106,27 @@ class Storage:
     def read_all(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError or ReadError."""
         return self._retry(name, _WHOLE_FILE, lambda: self._read_all(name))
+
+    def stamp(self, name: str) -> dict[str, Any]:
+        """Return the size of a file, `bytes`, and what else changes with its content: a time, an ETag.
+
+        Raises:
+            FileNotFoundError or ReadError.
+        """
+        return self._retry(name, _WHOLE_FILE, lambda: self._stamp(name))
+
+    def find(self, suffix: str) -> list[str]:
+        """Return the names of the files with this suffix in the root and below it, sorted. Raises ReadError."""
+        try:
+            return sorted(self._retry("", _WHOLE_FILE, lambda: self._find(suffix)))
+        except FileNotFoundError:
+            return []
+
+    def _stamp(self, name: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _find(self, suffix: str) -> list[str]:
+        raise NotImplementedError
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         raise NotImplementedError
@@ -192,6 +216,14 @@ class LocalStorage(Storage):
     def _read_all(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
+    def _stamp(self, name: str) -> dict[str, Any]:
+        status = (self.root / name).stat()
+        return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    def _find(self, suffix: str) -> list[str]:
+        files = Listing(self.root).files_below(self.root)
+        return [file.relative_to(self.root).as_posix() for file in files if file.name.endswith(suffix)]
+
 
 class RemoteStorage(Storage):
     """Files below a URL that fsspec supports."""
@@ -251,6 +283,18 @@ class RemoteStorage(Storage):
 
     def _read_all(self, name: str) -> bytes:
         return self._cat(name)
+
+    def _stamp(self, name: str) -> dict[str, Any]:
+        facts = self._connect().info(f"{self._base}/{name}")
+        if not isinstance(facts.get("size"), int):
+            raise ReadError(f"{self.path(name)}: the server doesn't tell its size; use another server, or copy it")
+        known = {key: str(facts[key]) for key in _CONTENT_KEYS if facts.get(key) is not None}
+        return {"bytes": facts["size"], **known}
+
+    def _find(self, suffix: str) -> list[str]:
+        base = str(self._base).strip("/")
+        names = [name.partition(f"{base}/")[2] for name in self._connect().find(self._base)]
+        return [name for name in names if name.endswith(suffix) and not is_hidden_path(name)]
 
     def _is_final(self, error: Exception) -> bool:
         status = getattr(error, "status", None)

@@ -50,9 +50,8 @@ class CaptionWeights:
         if missing := [kind for kind in self.kinds if not counts.get(kind)]:
             known = ", ".join(f"{kind} ({count} samples)" for kind, count in counts.items())
             raise UserError(
-                f"data.captions.{missing[0]}={getattr(self, missing[0])}: no sample of {dataset.root}, split "
-                f"{dataset.split}, has a text of this kind; it has {known}; set the weight to 0, or build the shards "
-                "again with texts"
+                f"data.captions.{missing[0]}={getattr(self, missing[0])}: no sample of {dataset.root} (split "
+                f"{dataset.split}) has such a text; they have {known}; set it to 0, or build the shards with texts"
             )
 
 

@@ -78,18 +78,24 @@ class Preprocess:
         scaled = pixels.permute(2, 0, 1).contiguous().float().div(255)
         return scaled.sub_(_channels(self.config.mean)).div_(_channels(self.config.std))
 
-    def to_uint8(self, image: Image.Image) -> Tensor:
-        """Resize and crop an image, without scaling its values: (size, size, 3) uint8."""
+    def to_uint8(self, image: Image.Image, box: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Resize and crop an image, without scaling its values: (size, size, 3) uint8.
+
+        box: (top, left, height, width) in pixels, to cut out and resize to the square. None: the evaluation transform.
+        """
         from PIL import Image as Pillow
 
         size = self.config.size
+        resampling = getattr(Pillow.Resampling, self.config.interpolation.upper())
         if self.config.conversion == "standard":
             image = to_rgb(image)
+        if box is not None:
+            top, left, height, width = box
+            image = image.crop((left, top, left + width, top + height)).resize((size, size), resampling)
+            return torch.from_numpy(np.array(image.convert("RGB")))
         height, width, top, left = self.geometry(image.height, image.width)
-        target = (width, height)
-        if target != image.size:
-            bicubic = self.config.interpolation == "bicubic"
-            image = image.resize(target, Pillow.Resampling.BICUBIC if bicubic else Pillow.Resampling.BILINEAR)
+        if (width, height) != image.size:
+            image = image.resize((width, height), resampling)
         image = image.crop((left, top, left + size, top + size)).convert("RGB")
         return torch.from_numpy(np.array(image))
 

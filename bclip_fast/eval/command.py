@@ -39,8 +39,11 @@ class EvalCommand(EvalConfig):
     models."""
 
 
-def run(command: EvalCommand) -> None:
-    """Evaluate the model, write the result files and the report, and print the scores."""
+def run(command: EvalCommand, *, search: str = "", steps: Sequence[tuple[str, str]] = ()) -> None:
+    """Evaluate the model, write the result files and the report, and print the scores.
+
+    `search` and `steps` are those of `report.write`.
+    """
     command = dataclasses.replace(command, data=command.data or _training_shards(command.model))
     # Open the data before the model is loaded, so that a wrong path fails at once.
     evaluation = Evaluation(command)
@@ -60,7 +63,7 @@ def run(command: EvalCommand) -> None:
     except (OSError, UnicodeError) as error:
         log.warning("the scores cannot be printed (%s); see %s", error, out / "figures.csv")
     results.write(out, evaluated)
-    report.write(out / "report.html", evaluated, evaluation.data, run_folder=run_folder)
+    report.write(out / "report.html", evaluated, evaluation.data, run_folder=run_folder, search=search, steps=steps)
     log.info("results in %s", out / "results.json")
     log.info("report in %s", out / "report.html")
 

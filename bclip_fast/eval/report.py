@@ -6,7 +6,7 @@ content security policy forbids the page to load or run anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from .datasets import EvalDataset
 from .results import write_files
 
 _NUM_QUESTIONS = 8
+_NUM_EXAMPLES, _NUM_PROBABILITIES = 6, 3
+_NUM_FIRST_QUERIES = 2
+"""Queries of the gallery that open the report. The others follow the tables."""
 
 
 def write(
@@ -26,12 +29,17 @@ def write(
     results: dict[str, Any],
     data: Mapping[str, EvalDataset] | None = None,
     run_folder: Path | None = None,
+    *,
+    search: str = "",
+    steps: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write the report of `results`, as `evaluate` returns them, to `path`.
 
     Args:
         data: data set of each result. It provides the images and captions of the report.
         run_folder: folder of a training run. metrics.jsonl provides the curves, config.toml the batch size.
+        search: folder of an index of images. The report then has a box that searches it while `bclip serve` runs.
+        steps: what to do next, and the command of each.
 
     Raises:
         UserError: a line of metrics.jsonl is not JSON, an image file cannot be read, or the report cannot be written.
@@ -40,6 +48,7 @@ def write(
     tasks = results["tasks"]
     nouns = {name: result["prompts"]["classes"] for name, result in tasks.items() if "prompts" in result}
     datasets = {row["fingerprint"]: row for row in (result["task"]["data"] for result in tasks.values())}
+    gallery = next((_gallery(tasks[name], dataset) for name, dataset in data.items() if "gallery" in tasks[name]), None)
     page = (
         environment()
         .get_template("report.html")
@@ -56,9 +65,11 @@ def write(
                 for name, result in tasks.items()
                 if "num_answers" in result and name in data
             ],
-            gallery=next(
-                (_gallery(tasks[name], dataset) for name, dataset in data.items() if "gallery" in tasks[name]), None
-            ),
+            gallery=gallery,
+            num_first=_NUM_FIRST_QUERIES,
+            examples=_examples(tasks, data),
+            search=search,
+            steps=steps,
         )
     )
     write_files(Path(path).parent, {Path(path).name: page})
@@ -117,6 +128,33 @@ def _questions(result: dict[str, Any], data: EvalDataset) -> dict[str, Any]:
     task = result["task"]
     keys = ("num_answers", "answerable")
     return {"title": task["title"], "about": task["about"], "rows": rows, **{key: result[key] for key in keys}}
+
+
+def _examples(tasks: Mapping[str, Any], data: Mapping[str, EvalDataset]) -> dict[str, Any] | None:
+    """Return evenly spaced samples of the first zero-shot task, with the most probable classes of each."""
+    for name, result in tasks.items():
+        if result["task"]["protocol"] != "zero_shot" or "confusion" not in result or name not in data:
+            continue
+        samples, classes = result["samples"], result["classes"]
+        num = len(samples["key"])
+        step = max(1, num // _NUM_EXAMPLES)
+        chosen = range(step // 2, num, step)[:_NUM_EXAMPLES]
+        keys = {samples["key"][i] for i in chosen}
+        dataset_rows = {key: i for i in range(len(data[name])) if (key := data[name].key(i)) in keys}
+        rows = []
+        for i in chosen:
+            scores = [(samples[f"score of {each}"][i], each) for each in classes]
+            best = sorted(scores, reverse=True)[:_NUM_PROBABILITIES]
+            label = samples["label"][i]
+            row = {
+                "key": samples["key"][i],
+                "label": label,
+                "best": best,
+                "is_found": any(label == each for _, each in best),
+            }
+            rows.append(row | _image(data[name], dataset_rows[samples["key"][i]]))
+        return {"result": result, "rows": rows}
+    return None
 
 
 def _image(data: EvalDataset, i: int) -> dict[str, str | None]:

@@ -13,7 +13,9 @@ import numpy as np
 import tyro
 
 from bclip_fast.data.shards import verify as shards
-from bclip_fast.errors import first_line
+from bclip_fast.data.shards.tar_dataset import verify_tars
+from bclip_fast.data.shards.tar_paths import has_tar_files, is_tar_path
+from bclip_fast.errors import UserError, first_line
 from bclip_fast.io import stand_ins
 
 from .duplicates import near_pairs
@@ -26,8 +28,11 @@ log = logging.getLogger(__name__)
 class VerifyConfig:
     """Re-read a dataset and list its problems."""
 
-    dataset: tyro.conf.Positional[Path]
-    """Folder that `bclip ingest build` wrote."""
+    dataset: tyro.conf.Positional[str]
+    """Folder that `bclip ingest build` wrote, or tar files in WebDataset's layout: a folder, a file or a pattern."""
+    caption_key: str = ""
+    """Key of the caption in the JSON of tar files in WebDataset's layout. If empty, the caption is the .txt, or without
+    one the JSON's key `caption`."""
     add_checksums: bool = False
     """First add checksums to a dataset of an earlier release, which has none."""
     json: bool = False
@@ -36,15 +41,21 @@ class VerifyConfig:
 
 def run(config: VerifyConfig) -> int:
     """Print the problems, one a line. Return 1 if there are any, else 0. Raises UserError if the dataset is missing."""
-    if config.add_checksums and not shards.add_checksums(config.dataset):
-        log.info("%s has checksums already", config.dataset)
-    problems = verify(config.dataset)
+    dataset = str(config.dataset)
+    is_tar = is_tar_path(dataset) or has_tar_files(Path(dataset))
+    if config.caption_key and not is_tar:
+        raise UserError(f"caption_key={config.caption_key} is only for tar files of others, not for {dataset}")
+    if config.add_checksums and is_tar:
+        raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {dataset} isn't one")
+    if config.add_checksums and not shards.add_checksums(dataset):
+        log.info("%s has checksums already", dataset)
+    problems = verify_tars(dataset, config.caption_key) if is_tar else verify(Path(dataset))
     if config.json:
-        print(json.dumps({"dataset": str(config.dataset), "problems": problems}))
+        print(json.dumps({"dataset": dataset, "problems": problems}))
         return int(bool(problems))
     for problem in problems:
         print(problem)
-    print(f"{config.dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
+    print(f"{dataset}: {f'{len(problems)} problems' if problems else 'no problems found'}")
     return int(bool(problems))
 
 

@@ -25,6 +25,7 @@ import tyro
 from torch import Tensor
 
 from bclip_fast.data.image_files import ImageConversion
+from bclip_fast.data.shards.tar_paths import has_tar_files, is_tar_path
 from bclip_fast.data.sources import Source, Sources, absolute, as_sources, refuse_weights
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
@@ -162,7 +163,8 @@ def open_images(path: str | tuple[Source, ...], split: str) -> EvalDataset:
     if isinstance(path, tuple):
         return open_dataset(path, split)
     folder = Path(path)
-    is_plain = "://" not in path and folder.is_dir() and not (folder / "dataset.json").is_file()
+    is_shards = is_tar_path(path) or (folder / "dataset.json").is_file() or has_tar_files(folder)
+    is_plain = "://" not in path and folder.is_dir() and not is_shards
     return open_dataset(path, split, "pictures" if is_plain and not PairDataset.matches(folder) else "auto")
 
 

@@ -30,7 +30,7 @@ def draw(size: tuple[float, float], paint: Callable[[Any], None], description: s
 
     background, ink = THEMES[theme]
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(inks, ink) | {"svg.hashsalt": "bclip_fast", "font.size": 9, "font.family": "DejaVu Sans"}
+    style: Any = dict.fromkeys(inks, ink) | {"svg.hashsalt": "bclip_fast", "font.size": 9, "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(style):
         figure = pyplot.figure(figsize=size, layout="constrained", facecolor=background)
         paint(figure)

@@ -22,7 +22,8 @@ _URL = re.compile(r"https?://(?!\.\.\.)[^\s)>\]\"'`|,]+")
 
 
 def from_docstring(text: str) -> str:
-    """Return a docstring as Markdown. The entries of Args, Raises and the like become lists."""
+    """Return a docstring as Markdown. Entries of Args, Raises and the like become lists, and tables become code."""
+    text = "\n\n".join(map(_indented_table, text.split("\n\n")))
     lines: list[str] = []
     section = ""
     for line in text.splitlines():
@@ -38,6 +39,12 @@ def from_docstring(text: str) -> str:
             # Continue an entry, or the text of Returns.
             lines.append(f"  {line.strip()}" if section != "Returns" else line[4:])
     return "\n".join(lines).strip("\n") + "\n"
+
+
+def _indented_table(paragraph: str) -> str:
+    """Indent a paragraph whose lines have columns, so that Markdown keeps the lines."""
+    is_table = re.search(r"(?m)^\S.*\S {3,}\S", paragraph) and not _HEADING.match(paragraph.partition("\n")[0])
+    return re.sub(r"(?m)^", "    ", paragraph) if is_table else paragraph
 
 
 def directive(name: str, argument: str, body: str, level: int = 0) -> str:

@@ -69,8 +69,9 @@ def claims(results: Results) -> str:
             f"  against {megabytes(rival)} of open_clip, in {ours['seconds'] / rival['seconds']:.2f} of its time. "
             "[Contrastive loss](docs/results.md#contrastive-loss)",
             f"- **A training step is {step['speedup']:.1f} times as fast.** {seconds(step['seconds'])} against "
-            f"{seconds(rival_step['seconds'])}, because captions carry no padding,",
-            "  and attention, linear layers and norms have kernels. [Training step](docs/results.md#training-step)",
+            f"{seconds(rival_step['seconds'])} of open_clip.",
+            "  Captions carry no padding, and attention, linear layers and norms have kernels. "
+            "[Training step](docs/results.md#training-step)",
             f"- **Images decode {exact['times_pillow']:.1f} times as fast as with Pillow, to the same bits.** "
             f"{_rate(exact)} files/s on one thread,",
             f"  against {_rate(pillow)}. [Decoding](docs/results.md#loader-and-decoding)",

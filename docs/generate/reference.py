@@ -40,6 +40,13 @@ PYTHON = {
         bclip_fast.integrations.sentence_transformers:multiple_negatives_ranking_loss""",
     "Errors": "bclip_fast.errors:UserError bclip_fast.errors:BackendError",
 }
+# Modules whose docstrings describe the files that they write.
+FORMATS = {
+    "Run folder": "bclip_fast.train.run_folder",
+    "Checkpoints": "bclip_fast.train.checkpoint",
+    "Shards": "bclip_fast.data.shards.format",
+    "Index of images": "bclip_fast.search.index",
+}
 
 
 def pages() -> Iterator[tuple[str, str]]:
@@ -50,6 +57,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "reference/commands.md", commands_page(commands)
     yield "reference/configurations.md", configurations_page()
     yield "reference/tasks.md", tasks_page()
+    yield "reference/formats.md", formats_page()
     yield "reference/python.md", python_page()
     yield "reference/operators.md", operators_page()
 
@@ -67,7 +75,7 @@ def commands_page(commands: list[source.Command]) -> str:
     rows = [[f"[`bclip {c.name}`](commands/{slug(c.name)}.md)", c.summary, f"`{c.extra}`"] for c in commands]
     names = "\n".join(f"commands/{slug(command.name)}" for command in commands)
     return (
-        "# Commands\n\n`bclip COMMAND --help` prints the same text as these pages. An extra is installed with\n"
+        "# Commands\n\n`bclip COMMAND --help all` prints the same text as these pages. An extra is installed with\n"
         "`pip install 'bclip_fast[EXTRA]'`.\n\n"
         f"{table(['command', 'purpose', 'extra'], rows)}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"
     )
@@ -157,6 +165,14 @@ def tasks_page() -> str:
     )
 
 
+def formats_page() -> str:
+    """Return the descriptions of the files and folders that commands write, from the modules that write them."""
+    parts = ["# Files", "Files that commands write. Every file is written to a temporary name first, and then renamed."]
+    for title, module in FORMATS.items():
+        parts.append(f"## {title}\n\n{from_docstring(source.member(module).docstring.value)}\nSource: `{module}`")
+    return "\n\n".join(parts) + "\n"
+
+
 # Python.
 
 
@@ -216,7 +232,8 @@ def _attributes(item: griffe.Class) -> str:
 
 def signature(function: griffe.Function) -> str:
     """Return the parameters of a function as Python writes them, without `self`."""
-    parts, is_keyword = [], False
+    parts: list[str] = []
+    is_keyword = False
     for parameter in function.parameters:
         if parameter.name in ("self", "cls"):
             continue

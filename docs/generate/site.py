@@ -78,7 +78,10 @@ def written_pages() -> dict[str, str]:
     """Return the pages that people wrote, with their links changed to places in the site."""
     sources = {path: path.relative_to(DOCS).as_posix() for path in DOCS.glob("*.md")}
     sources |= {ROOT / name: page for name, page in ELSEWHERE.items() if page != "index.md"}
-    return {page: linked(path.read_text(encoding="utf-8"), path, page) for path, page in sorted(sources.items())}
+    pages = {page: linked(path.read_text(encoding="utf-8"), path, page) for path, page in sorted(sources.items())}
+    for script in sorted((ROOT / "examples").glob("*.py")):
+        pages["examples.md"] += f"\n## {script.name}\n\n```python\n{script.read_text(encoding='utf-8')}```\n"
+    return pages
 
 
 def linked(text: str, source: Path, page: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bclip_fast.errors import UserError
 from bclip_fast.quickstart import QuickstartConfig, run
+from bclip_fast.search.searcher import OpenConfig, Searcher
 
 ARTICLE = """<?xml version="1.0"?>
 <article xmlns:xlink="http://www.w3.org/1999/xlink"><front><article-meta>
@@ -45,8 +46,11 @@ def test_run_articles_give_report_and_resume(articles, tmp_path, capsys):
     config = QuickstartConfig(out=tmp_path / "q", articles=articles, epochs=2)
     run(config)
     printed = capsys.readouterr().out.splitlines()
-    report = Path(printed[-1].removeprefix("Report: "))
+    report = Path(printed[-2].removeprefix("Report: "))
     assert report == (tmp_path / "q/report.html").resolve() and report.stat().st_size > 10_000
+    assert printed[-1] == f"Search the images: bclip serve {tmp_path / 'q/index'}"
+    assert f"bclip serve {tmp_path / 'q/index'}" in report.read_text(encoding="utf-8")
+    assert len(Searcher(OpenConfig(folder=str(tmp_path / "q/index"))).text("a red square", k=2)) == 2
     results = json.loads((tmp_path / "q/results.json").read_text())
     figures = results["tasks"]["retrieval"]["figures"]
     assert {figure["name"] for figure in figures} >= {"image to text R@5", "text to image R@5"}

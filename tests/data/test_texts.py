@@ -113,7 +113,7 @@ def test_weights_out_of_range_are_refused(weights: dict[str, float], message: st
 
 def test_kind_that_no_sample_has_is_refused(shards: Path):
     CaptionWeights(mention=1, title=1).check(ShardDataset(shards))
-    message = r"data.captions.panel=0.5: no sample of .*shards, split train, .* it has caption \(40 samples\), mention"
+    message = r"data.captions.panel=0.5: no sample of .*shards .split train. .* have caption \(40 samples\), mention"
     with pytest.raises(UserError, match=message):
         CaptionWeights(panel=0.5).check(ShardDataset(shards))
 

@@ -179,6 +179,13 @@ def test_from_docstring_lists_arguments():
     ]  # fmt: skip
 
 
+def test_from_docstring_keeps_the_lines_of_a_table():
+    text = "Files.\n\nconfig.toml   the settings\nmodel/        the weights\n\nThe end.  Two spaces."
+    assert markdown.from_docstring(text) == (
+        "Files.\n\n    config.toml   the settings\n    model/        the weights\n\nThe end.  Two spaces.\n"
+    )
+
+
 def test_troubleshooting_messages_are_in_the_source():
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "bclip_fast").rglob("*.py"))]
     # Strings that go over several lines, as one.
@@ -198,7 +205,7 @@ def commands_of(path: Path) -> list[str]:
     text = re.sub(r"torchrun .* bclip_fast\.cli ", "bclip ", text.replace("\\\n", " "))
     lines = re.findall(r"(?m)^ {0,8}(bclip .*)$", text)
     # In a|b, both are possible. Another command may follow a semicolon.
-    lines = [re.sub(r"\[[^\]]*\]|\s{2,}#.*|;.*|\s+\.\.\.$|(?<=\w)\|\S+", "", line).strip() for line in lines]
+    lines = [re.sub(r"\[[^\]]*\]|\s{2,}#.*|;.*|\s\.\.\.(?=\s|$)|(?<=\w)\|\S+", "", line).strip() for line in lines]
     return [line for line in lines if re.match(r"bclip [a-z]", line)]
 
 

@@ -162,6 +162,32 @@ def test_report_image_that_only_open_clip_reads_is_named(tmp_path: Path) -> None
     assert text.count("image b.tif cannot be decoded: TIFF of 16+16+16-bit") == 3
 
 
+def test_report_opens_with_pictures_a_search_box_and_the_next_steps(
+    results: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    data = dict.fromkeys(results["tasks"], open_dataset(str(shards), "val"))
+    path, steps = tmp_path / "report.html", [("Do <this>", "bclip eval 'RUN'")]
+    report.write(path, results, data, search=f"index{ATTACK}", steps=steps)
+    page = Page(path)
+    text = path.read_text(encoding="utf-8")
+    assert page.text.index("Do <this>") < page.text.index("What the model sees") < page.text.index("95 % interval")
+    assert [form["action"] for form in page.all("form")] == ["http://127.0.0.1:8000/"]
+    assert "form-action http://127.0.0.1:8000" in text and "<script" not in text
+    samples = results["tasks"]["zero_shot/colour"]["samples"]
+    scores = {name.removeprefix("score of "): row for name, row in samples.items() if name.startswith("score of ")}
+    examples = [attributes for attributes in page.all("img") if "Sample " in str(attributes["alt"])]
+    assert len(examples) == 6
+    for attributes in examples:
+        row = samples["key"].index(str(attributes["alt"]).split()[1].rstrip(","))
+        best = max(scores, key=lambda name: scores[name][row])
+        assert (
+            f"{best} ✓" in page.text
+            if best == samples["label"][row]
+            else f"correct: {samples['label'][row]}" in page.text
+        )
+        assert f"{100 * scores[best][row]:.0f} %" in page.text
+
+
 def test_report_without_data_and_run_has_only_metrics(results: dict[str, Any], tmp_path: Path) -> None:
     report.write(tmp_path / "r.html", results)
     page = Page(tmp_path / "r.html")

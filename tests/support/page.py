@@ -9,7 +9,7 @@ from pathlib import Path
 class Page(html.parser.HTMLParser):
     """The elements of a page, its text, and the elements that are not closed."""
 
-    VOID = frozenset(("meta", "img", "br", "line", "circle", "polyline"))
+    VOID = frozenset(("meta", "img", "input", "br", "line", "circle", "polyline"))
 
     def __init__(self, path: Path) -> None:
         super().__init__()

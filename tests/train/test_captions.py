@@ -55,7 +55,7 @@ def test_plan_counts_the_tokens_of_the_drawn_texts(shards: Path, tmp_path: Path)
 
 def test_kind_without_samples_is_refused_before_anything_is_written(shards: Path, tmp_path: Path):
     data = DataConfig(shards=str(shards), captions=CaptionWeights(panel=0.2))
-    with pytest.raises(UserError, match=r"data\.captions\.panel=0\.2: no sample of .* has a text of this kind"):
+    with pytest.raises(UserError, match=r"data\.captions\.panel=0\.2: no sample of .* has such a text"):
         train(tiny_run(tmp_path / "run", shards, data=data))
     assert not (tmp_path / "run").exists()
 

@@ -12,6 +12,7 @@ from .decode import (
     ImageConversion,
     ImageError,
     OpenImage,
+    is_upright_jpeg,
     open_image,
     read_rgb,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "ImageError",
     "OpenImage",
     "decode_as_loaders",
+    "is_upright_jpeg",
     "open_image",
     "read_rgb",
 ]

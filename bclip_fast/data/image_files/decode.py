@@ -129,6 +129,18 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> OpenImage:
     return image
 
 
+def is_upright_jpeg(data: bytes) -> bool:
+    """Return whether `ops.image` decodes a file to the pixels that `open_image` gives: a JPEG that needs no turning."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return False
+    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+        return True
+    try:
+        return open_image(data).is_upright
+    except ImageError:  # the decoder reports the damage
+        return True
+
+
 def read_rgb(data: bytes, name: Callable[[], str], conversion: ImageConversion = "standard") -> Image.Image:
     """Decode an image file of any supported format to RGB, upright and over white.
 

@@ -35,10 +35,11 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Sample:
-    """An image (bytes of a baseline RGB JPEG) with its caption.
+    """An image with its caption.
 
     Attributes:
-        key: 1 to 90 characters of A-Z a-z 0-9 _ -
+        key: 1 to 90 characters of A-Z a-z 0-9 _ -. Tar files of others may have any printable text.
+        image: bytes of a baseline RGB JPEG, or from tar files of others, any format that `data.image_files` reads.
         texts: texts in addition to the caption, by their kind, one of KINDS without the caption.
     """
 
@@ -91,6 +92,10 @@ class Index:
         return sizes
 
 
+class MissingDescription(UserError):
+    """The folder has no dataset.json."""
+
+
 def _read_json(storage: Storage, name: str, remedy: str) -> Any:
     try:
         return storage.json(name)
@@ -104,7 +109,12 @@ def read_description(storage: Storage) -> dict[str, Any]:
     """Read and check dataset.json. Raises UserError."""
     if isinstance(storage, LocalStorage) and not storage.root.is_dir():
         raise UserError(f"{storage.root}: no such folder; give a dataset that `bclip ingest build` wrote")
-    description = _read_json(storage, "dataset.json", "the dataset is not finished; build it again")
+    try:
+        description = _read_json(storage, "dataset.json", "the dataset is not finished; build it again")
+    except ReadError:
+        raise
+    except UserError as error:
+        raise MissingDescription(str(error)) from None
     if not isinstance(description, dict) or description.get("format") != "bclip_fast.shards":
         raise UserError(f"{storage.path('dataset.json')} does not describe a dataset; give another folder")
     if description.get("version") not in MEMBERS:

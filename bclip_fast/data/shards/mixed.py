@@ -10,12 +10,15 @@ from itertools import accumulate
 
 from bclip_fast.data.order import Mixture
 from bclip_fast.data.sources import Source, mixture_of
-from bclip_fast.data.storage import ReadConfig
+from bclip_fast.data.splits import resolve
+from bclip_fast.data.storage import ReadConfig, open_storage
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from .format import CAPTION, Sample
+from .format import CAPTION, MissingDescription, Sample, read_description
 from .reader import BadSample, ShardDataset
+from .tar_dataset import TarDataset
+from .tar_paths import is_ours, is_tar_path
 
 
 class MixedDataset:
@@ -134,17 +137,46 @@ def open_dataset(shards: str | tuple[Source, ...], split: str, read: ReadConfig 
         UserError: a dataset can't be opened. For a list, the message begins with its name.
     """
     if isinstance(shards, str):
-        return ShardDataset(shards, split, read)
+        return open_path(shards, split, read)
     members = []
     used = [source for source in shards if source.amount]
     for source in used:
         try:
-            members.append(ShardDataset(source.path, split, read))
+            members.append(open_path(source.path, split, read, source.caption_key))
         except UserError as error:
             raise type(error)(f"dataset {source.name}: {error}") from None
     if len(used) == 1 and used[0].epochs in (None, 1):
         return members[0]
     return MixedDataset(used, members)
+
+
+def open_path(
+    path: str, split: str, read: ReadConfig | None = None, caption_key: str = "", *, any_spelling: bool = False
+) -> ShardDataset:
+    """Open one dataset: ours, or tar files in WebDataset's layout.
+
+    Args:
+        caption_key: as for `TarDataset`.
+        any_spelling: whether another spelling of the split in a dataset of ours will do.
+
+    Raises:
+        UserError: neither can be opened, or `caption_key` is set for a dataset of ours.
+    """
+    if is_tar_path(path):
+        return TarDataset(path, split, read, caption_key)
+    try:
+        if any_spelling:
+            names = sorted(read_description(open_storage(path, read))["splits"])
+            split = resolve(split, names, f"data {path}", by_program=True)
+        dataset = ShardDataset(path, split, read)
+    except MissingDescription:
+        names = open_storage(path, read).find(".tar")
+        if not names or is_ours(open_storage(path, read), names[0]):
+            raise
+        return TarDataset(path, split, read, caption_key)
+    if caption_key:
+        raise UserError(f"caption_key={caption_key} is only for tar files of others, but {path} is a dataset of ours")
+    return dataset
 
 
 def _named(name: str, sample: Sample | BadSample) -> Sample | BadSample:

@@ -68,6 +68,10 @@ def group_ids(dataset: Dataset, kind: str, texts: Sequence[str] = (CAPTION,)) ->
 
 def _groups_of(dataset: ShardDataset, kind: str, texts: Sequence[str]) -> np.ndarray:
     """The group of each sample of one dataset."""
+    if not dataset.has_manifest:
+        raise UserError(
+            f"data.positives={kind} needs {MANIFEST}, which the tar files of {dataset.root} lack; set it to pair"
+        )
     compares_texts = "caption" in KINDS[kind]
     further = [name for name in texts if name != CAPTION] if compares_texts else []
     table = _read_manifest(dataset, kind, (*KINDS[kind], *(("texts",) if further else ())))

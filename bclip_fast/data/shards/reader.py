@@ -58,6 +58,8 @@ class ShardDataset:
             length. For a URL, a read detects a missing or short shard.
     """
 
+    has_manifest = True
+
     def __init__(self, root: Path | str, split: str = "train", read: ReadConfig | None = None) -> None:
         self.storage: Storage = open_storage(root, read)
         self.root = str(root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from bclip_fast.data.shards.tar_paths import has_tar_files, is_tar_path
 from bclip_fast.data.sources import Source
 from bclip_fast.data.splits import check_whole
 from bclip_fast.errors import UserError, choices
@@ -72,7 +73,7 @@ def open_dataset(
     from .shards import ShardEvalDataset
     from .table import SUFFIXES, CsvDataset
 
-    if isinstance(path, tuple) or "://" in str(path):
+    if isinstance(path, tuple) or "://" in str(path) or is_tar_path(str(path)):
         return ShardEvalDataset(path, split)
     location = Path(path)
     source = f"; get it from {download_url}" if download_url else ""
@@ -98,7 +99,7 @@ def open_dataset(
         if location.suffix.lower() not in SUFFIXES:
             raise UserError(f"data {path} is a file but not a .csv; pass a folder or a CSV with columns path,label")
         return CsvDataset(location, split)
-    if (location / "dataset.json").is_file():
+    if (location / "dataset.json").is_file() or has_tar_files(location):
         return ShardEvalDataset(path, split)
     try:
         return _open_folder(location, split)

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from bclip_fast.data.shards.format import Sample, read_description
-from bclip_fast.data.shards.mixed import Dataset, MixedDataset
+from bclip_fast.data.shards.format import Sample
+from bclip_fast.data.shards.mixed import Dataset, MixedDataset, open_path
 from bclip_fast.data.shards.reader import BadSample, ShardDataset
 from bclip_fast.data.sources import Source
-from bclip_fast.data.splits import MissingSplit, resolve
-from bclip_fast.data.storage import open_storage
+from bclip_fast.data.splits import MissingSplit
 from bclip_fast.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,9 @@ class ShardEvalDataset:
         Raises:
             UserError: the split is empty.
         """
-        self.shards = _open_list(data, split) if isinstance(data, tuple) else _open(data, split)
+        self.shards: Dataset = (
+            _open_list(data, split) if isinstance(data, tuple) else open_path(str(data), split, any_spelling=True)
+        )
         if not len(self.shards):
             raise UserError(f"data {self.shards.root} has no sample in split {split!r}")
         self.path = self.shards.root
@@ -97,11 +98,6 @@ class ShardEvalDataset:
             return None
 
 
-def _open(root: Path | str, split: str) -> ShardDataset:
-    names = sorted(read_description(open_storage(root))["splits"])
-    return ShardDataset(root, resolve(split, names, f"data {root}", by_program=True))
-
-
 def _open_list(sources: tuple[Source, ...], split: str) -> Dataset:
     """Open the datasets that have the split. A dataset whose weight is 0 isn't used."""
     members: dict[Source, ShardDataset] = {}
@@ -110,7 +106,8 @@ def _open_list(sources: tuple[Source, ...], split: str) -> Dataset:
         if not source.amount:
             continue
         try:
-            members[dataclasses.replace(source, weight=None, epochs=None)] = _open(source.path, split)
+            dataset = open_path(source.path, split, caption_key=source.caption_key, any_spelling=True)
+            members[dataclasses.replace(source, weight=None, epochs=None)] = dataset
         except MissingSplit as error:
             missing[source.name] = error
         except UserError as error:
