@@ -117,14 +117,17 @@ $(VENV)/torch.done: $(VENV)/venv.done
 	$(BIN)/pip install -q "$(TORCH)" numpy
 	@touch $@
 
+# setuptools warns of every editable installation that a folder could hide the package.
+INSTALL_EDITABLE = PYTHONWARNINGS=ignore:::setuptools.command.editable_wheel $(BIN)/pip install -q -e
+
 $(VENV)/quickstart.done: $(VENV)/torch.done $(SOURCES)
-	$(BIN)/pip install -q -e ".[quickstart]"
+	$(INSTALL_EDITABLE) ".[quickstart]"
 	@touch $@
 
 # Tests compare with open_clip. It requires torchvision, whose wheel requires another build of torch. The comparison needs
 # only torchvision's Python files, so install without dependencies. transformers brings the rest of open_clip's imports.
 $(VENV)/dev.done: $(VENV)/torch.done $(SOURCES)
-	$(BIN)/pip install -q -e ".[dev]"
+	$(INSTALL_EDITABLE) ".[dev]"
 	$(BIN)/pip install -q --no-deps open_clip_torch timm "$(TORCHVISION)"
 	@touch $@
 

@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -102,6 +103,11 @@ class BuildPython(build_py):
         folder.mkdir(parents=True, exist_ok=True)
         info = {"modules": names, "reason": PURE or ""}
         (folder / "build_info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+        if names and JPEG and JPEG_ROOT:
+            # A module that contains libjpeg-turbo comes with its licence.
+            (folder / "licenses").mkdir(exist_ok=True)
+            for name in ("LICENSE.md", "README.ijg"):
+                shutil.copy(Path(JPEG_ROOT, "share/doc/libjpeg-turbo", name), folder / "licenses")
 
 
 class BuildWithNinja(build_ext):
@@ -188,7 +194,10 @@ if not PURE and nvcc():
     cuda_sources = sorted(str(path) for path in paths if "emulator" not in path.parts)
     modules.append(Extension("bclip_fast._cuda", cuda_sources, depends=headers))
 # The benchmarks are beside the package in the source tree, and inside it after the installation, for `bclip bench`.
+# setuptools before 77 knows no licence expressions, and pip install --no-build-isolation takes what is installed.
+LICENSE = {"license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license": "MIT"}
 setup(
+    **LICENSE,
     packages=[
         *find_packages(include=["bclip_fast*"]),
         "bclip_fast.benchmarks",

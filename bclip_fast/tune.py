@@ -134,11 +134,13 @@ def measure(here: Mapping[str, str], todo: Sequence[Trial], seconds: float, show
         for trial in todo:
             decision = trial.decide()
             usable = [name for name in BACKENDS if name not in decision.refusals and name != "reference"]
+            right = []
             for name in usable:
                 key = (*decision.key[:2], name)
                 if key not in record.checks:
                     record.checks[key], _ = trials.check(trial.operator, name, trial.device, decision.dtype)
-            right = [name for name in usable if not record.checks[(*decision.key[:2], name)]]
+                if not record.checks[key]:
+                    right.append(name)
             if usable and "reference" not in decision.refusals:
                 ms = time_of(trial, [*right, "reference"], seconds)
                 record.entries[decision.key] = Entry(ranked(ms), {name: round(t, 4) for name, t in ms.items()})

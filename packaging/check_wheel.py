@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import sys
+from pathlib import Path
 
 from PIL import Image
 
@@ -22,6 +23,10 @@ def check() -> str:
     pixels = ctypes.create_string_buffer(3 * width * height)
     _cpu.decode_jpeg(file.getvalue(), ctypes.addressof(pixels), height, width, 1, True)
     assert pixels.raw == Image.open(file).convert("RGB").tobytes()
+    licenses = Path(_cpu.__file__).parent / "licenses"
+    assert {path.name for path in licenses.iterdir()} == {"LICENSE.md", "README.ijg"}, (
+        "libjpeg-turbo's licence is missing"
+    )
     return str(_cpu.instruction_set())
 
 

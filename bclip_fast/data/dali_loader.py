@@ -171,7 +171,7 @@ class DaliLoader(Loader):
         def graph() -> Any:
             crop = fn.external_source(name="crops", dtype=types.INT32, ndim=1)
             geometry = fn.external_source(name="geometries", dtype=types.INT32, ndim=1)
-            # CPU decoders use fancy upsampling of chroma too. As in open_clip, the EXIF orientation is not applied.
+            # CPU decoders use fancy upsampling of chroma too. `Loader` itself decodes the files that EXIF data turn.
             options = {"device": "mixed", "jpeg_fancy_upsampling": True} if gpu else {"device": "cpu"}
             jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
             images = fn.decoders.image(jpegs, adjust_orientation=False, output_type=types.RGB, **options)

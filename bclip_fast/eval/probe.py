@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast.errors import UserError
+from bclip_fast.io.progress import track
 
 from . import statistics, zero_shot
 from .linear_heads import LabelledFeatures, LinearHeads
@@ -205,12 +206,15 @@ def measure(
     shots: Sequence[int] = (),
     num_seeds: int = 3,
     protocol: Protocol = "held_out",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Train probes on subsets of the training data and report the mean and the standard deviation over seeds.
 
     The metrics are accuracy and balanced accuracy, or macro AUROC and mean accuracy for multi-label samples. Val is
     reduced like train: 1 % of train comes with 1 % of val. The deviation covers the draw of the subset and the order of
     the samples. Its denominator is n - 1.
+
+    `progress` shows a bar of the probes.
 
     Returns:
         JSON-ready dict, as for zero-shot classification, of the last setting's first seed. In addition, `protocol`,
@@ -226,48 +230,57 @@ def measure(
     rows: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
-    for name, size in settings:
-        runs = []
-        for seed in range(num_seeds):
-            train_part, val_part = (
-                data[subset(data.labels, num_classes, **size, seed=seed, split=split, class_names=class_names)]
-                for split, data in (("training", train), ("validation", val))
-            )
-            if seed == 0 and (num := len(train_part)) > 1.5 * size.get("train_fraction", 1.0) * len(train):
-                text = "probe: %s is %d of %d samples, because every class gives at least one"
-                log.warning(text, name, num, len(train))
-            held_out = HeldOutTestSet(test)
-            choice = choose(train_part, val_part, init, protocol=protocol, seed=seed)
-            logits, epoch = train_and_test(train_part, val_part, held_out, init, choice, protocol=protocol, seed=seed)
-            targets, logits = test.labels.cpu(), logits.cpu()
-            if multi_label:
-                result = zero_shot.measure_multi_label(targets, logits.sigmoid(), class_names, threshold=0.5)
-            else:
-                result = zero_shot.measure(targets, logits.argmax(1), class_names, logits.softmax(1))
-            details = result if seed == 0 else details
-            runs.append(
-                {
-                    "seed": seed,
-                    "lr": choice.lr,
-                    "weight_decay": choice.weight_decay,
-                    "epoch": epoch,
-                    "val_score": choice.val_score,
-                    "num_train": len(train_part),
-                    "num_val": len(val_part),
-                    **{metric["name"]: metric["value"] for metric in result["figures"]},
-                }
-            )
-        rows.append({"setting": name, "runs": runs})
-        for kind in ("AUROC, macro", "accuracy") if multi_label else ("accuracy", "balanced accuracy"):
-            scores = [run[kind] for run in runs]
-            mean = math.fsum(scores) / len(scores)
-            deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-            baseline = next(metric for metric in details["figures"] if metric["name"] == kind)
-            metrics.append(
-                statistics.metric(
-                    f"{kind}, {name}", mean, baseline["chance"], baseline["chance_is"], len(test), deviation=deviation
+    with track("probes", len(settings) * num_seeds, show=progress) as advance:
+        for name, size in settings:
+            runs = []
+            for seed in range(num_seeds):
+                train_part, val_part = (
+                    data[subset(data.labels, num_classes, **size, seed=seed, split=split, class_names=class_names)]
+                    for split, data in (("training", train), ("validation", val))
                 )
-            )
+                if seed == 0 and (num := len(train_part)) > 1.5 * size.get("train_fraction", 1.0) * len(train):
+                    text = "probe: %s is %d of %d samples, because every class gives at least one"
+                    log.warning(text, name, num, len(train))
+                held_out = HeldOutTestSet(test)
+                choice = choose(train_part, val_part, init, protocol=protocol, seed=seed)
+                logits, epoch = train_and_test(
+                    train_part, val_part, held_out, init, choice, protocol=protocol, seed=seed
+                )
+                targets, logits = test.labels.cpu(), logits.cpu()
+                if multi_label:
+                    result = zero_shot.measure_multi_label(targets, logits.sigmoid(), class_names, threshold=0.5)
+                else:
+                    result = zero_shot.measure(targets, logits.argmax(1), class_names, logits.softmax(1))
+                details = result if seed == 0 else details
+                advance()
+                runs.append(
+                    {
+                        "seed": seed,
+                        "lr": choice.lr,
+                        "weight_decay": choice.weight_decay,
+                        "epoch": epoch,
+                        "val_score": choice.val_score,
+                        "num_train": len(train_part),
+                        "num_val": len(val_part),
+                        **{metric["name"]: metric["value"] for metric in result["figures"]},
+                    }
+                )
+            rows.append({"setting": name, "runs": runs})
+            for kind in ("AUROC, macro", "accuracy") if multi_label else ("accuracy", "balanced accuracy"):
+                scores = [run[kind] for run in runs]
+                mean = math.fsum(scores) / len(scores)
+                deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+                baseline = next(metric for metric in details["figures"] if metric["name"] == kind)
+                metrics.append(
+                    statistics.metric(
+                        f"{kind}, {name}",
+                        mean,
+                        baseline["chance"],
+                        baseline["chance_is"],
+                        len(test),
+                        deviation=deviation,
+                    )
+                )
     return details | {"protocol": protocol, "settings": rows, "figures": metrics}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bclip_fast import distributed
 from bclip_fast.data.splits import MissingSplit
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
@@ -165,6 +166,7 @@ def _probe(inputs: Inputs, kind: str, train_data: EvalDataset, val_data: EvalDat
     result = probe.measure(
         train, val, test, names, probe.text_init(classes, len(names), classes.shape[1]).to(train.features.device),
         train_fractions=config.share, shots=config.shots, num_seeds=config.num_seeds, protocol=config.protocol,
+        progress=config.progress and distributed.is_main(),
     )  # fmt: skip
     result["samples"] = {"key": [inputs.data.key(i) for i in labelled_rows(labels)], **result["samples"]}
     return result | {"prompts": _prompts_json(prompt_set)}

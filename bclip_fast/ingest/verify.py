@@ -49,7 +49,9 @@ def run(config: VerifyConfig) -> int:
         raise UserError(f"add_checksums needs a dataset of bclip ingest build, and {dataset} isn't one")
     if config.add_checksums and not shards.add_checksums(dataset):
         log.info("%s has checksums already", dataset)
-    problems = verify_tars(dataset, config.caption_key) if is_tar else verify(Path(dataset))
+    problems = (
+        verify_tars(dataset, config.caption_key, progress=True) if is_tar else verify(Path(dataset), progress=True)
+    )
     if config.json:
         print(json.dumps({"dataset": dataset, "problems": problems}))
         return int(bool(problems))
@@ -59,13 +61,13 @@ def run(config: VerifyConfig) -> int:
     return int(bool(problems))
 
 
-def verify(root: Path) -> list[str]:
-    """Return the problems of a dataset, one line each.
+def verify(root: Path, *, progress: bool = False) -> list[str]:
+    """Return the problems of a dataset, one line each. `progress` shows the progress, in samples.
 
     For every dataset, these are the problems that `shards.verify` reports. For a dataset that ingest built, they also
     include articles in two splits, similar images in different splits, and counts that differ from dataset.json.
     """
-    problems = shards.verify(root)
+    problems = shards.verify(root, progress=progress)
     recorded = json.loads((root / "dataset.json").read_bytes()).get("ingest")
     if recorded is None or any(problem.startswith("manifest.parquet") for problem in problems):
         return problems

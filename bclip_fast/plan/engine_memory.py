@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bclip_fast.hardware import Cluster
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.engine.optimizer import state_sizes
 
 from .activations import Gradients
 
@@ -38,7 +39,8 @@ class EngineMemory:
         stage = engine.zero_stage if engine.name == "deepspeed" else 0
         bucket, shard = {"communication": float(min(engine.bucket_mib << 20, trainable))}, trainable / ranks
         ema = trainable if config.ema_decay else 0.0
-        always: dict[str, float] = {"weights": weights, "optimiser": 2 * trainable}
+        states = state_sizes(model, config.optim)
+        always: dict[str, float] = {"weights": weights, "optimiser": states}
         # With micro-batches, every engine keeps unsharded gradients from the first micro-batch to the last.
         gradients: Gradients = "present" if has_micro_batches else "allocated"
         backward = {"unsharded gradients": trainable} if has_micro_batches else {}
@@ -53,7 +55,7 @@ class EngineMemory:
         elif stage < 3:
             # Each rank also has an fp32 copy of the shard that it updates. It collects the gradients of the shard, and
             # copies them once more for the update (deepspeed.runtime.zero.stage_1_and_2).
-            always["optimiser"] = 3 * shard
+            always["optimiser"] = shard + states / ranks
             update = {"gradients": max(trainable + shard, 2 * shard) if stage == 1 else 2 * shard, **bucket}
             if stage == 2 and not has_micro_batches:
                 backward, gradients = {"gradients": shard, **bucket}, "collected"
@@ -61,18 +63,18 @@ class EngineMemory:
             # DeepSpeed gathers the prefetched weights and those of the current layer. The largest layer is an
             # embedding.
             gathered = min(weights, float(engine.bucket_mib << 20) + 4.0 * max(p.numel() for p in model.parameters()))
-            always = {"weights": shard, "optimiser": 2 * shard, "gradients": shard, **bucket}
+            always = {"weights": shard, "optimiser": states / ranks, "gradients": shard, **bucket}
             gradients = "present" if has_micro_batches else "collected"
             backward = {"gathered weights": gathered, **backward}
             update = {}
         if ema:
             always["EMA"] = ema / ranks if stage == 3 else ema
         # Weights, moments and EMA, and the weights again for the exported model.
-        checkpoint = weights + 2 * trainable + ema + weights
+        checkpoint = weights + states + ema + weights
         offloaded: dict[str, float] = {}
         if engine.offload_optimizer:
             # Includes the gradients of the shard and, below stage 3, the pinned copy of its weights that goes back.
-            offloaded["optimiser"] = (4 if stage == 3 else 5) * shard
+            offloaded["optimiser"] = (2 if stage == 3 else 3) * shard + states / ranks
             always.pop("optimiser")
             if stage == 3:
                 always.pop("gradients")

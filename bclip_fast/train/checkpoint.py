@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
       model.safetensors       fp32 parameters and buffers, under the model's names
-      optimizer.safetensors   AdamW's moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
+      optimizer.safetensors   states of the optimiser, such as AdamW's `exp_avg.NAME` and `exp_avg_sq.NAME`
       ema.safetensors         EMA of the trainable parameters, if the run has one
       state.json              step, position in the data, number of updates, loss scale, model configuration, names of
                               the files, state of the trainer's rules (the last losses, the best validation), and the

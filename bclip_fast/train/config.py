@@ -238,6 +238,7 @@ class TrainConfig:
             raise UserError(f"timeout_s={self.timeout_s} must be above 0")
         if self.micro_batch_size < 0:
             raise UserError(f"micro_batch_size={self.micro_batch_size} must not be negative")
+        self.engine.check_optimizer(self.optim)
         if self.micro_batch_tokens < 0:
             raise UserError(f"micro_batch_tokens={self.micro_batch_tokens} must not be negative")
         if self.micro_batch_tokens and self.micro_batch_size:

@@ -74,6 +74,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", as_sources(self.data, "data"))
         refuse_weights(self.data, "bclip finetune")
+        self.engine.check_optimizer(self.optim)
         if self.checkpoint_every < 0:
             raise UserError(f"checkpoint_every={self.checkpoint_every} must not be negative")
         if self.epochs < 1 or self.batch_size < 2 or self.lora_rank < 0 or self.num_workers < 1:

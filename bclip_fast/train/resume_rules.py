@@ -34,6 +34,8 @@ _COMMON = {
     # The learning rate follows the new length.
     "epochs": LISTED,
     "batch_size": FIXED,
+    # The checkpoint has the state of this optimiser.
+    "optim.name": FIXED,
     "optim.lr": ARITHMETIC,
     "optim.min_lr": ARITHMETIC,
     "optim.warmup_steps": ARITHMETIC,
@@ -45,6 +47,9 @@ _COMMON = {
     "optim.decay": ARITHMETIC,
     "optim.batch_lr": ARITHMETIC,
     "optim.grad_clip_norm": ARITHMETIC,
+    "optim.muon_lr": ARITHMETIC,
+    "optim.muon_weight_decay": ARITHMETIC,
+    "optim.muon_momentum": ARITHMETIC,
     # Every engine and ZeRO stage reads every checkpoint. They only sum in other orders.
     "engine.name": LISTED,
     "engine.zero_stage": LISTED,

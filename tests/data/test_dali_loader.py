@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from damage import spoil
+from foreign_tars import encoded, pixels, write_tar
 from loaders import have_same_samples
 from PIL import Image
 from run_results import bad_sample_lines, loss_curve
@@ -22,6 +23,7 @@ from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset
+from bclip_fast.data.shards.tar_dataset import TarDataset
 from bclip_fast.data.shards.writer import ShardWriter
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
 from bclip_fast.train.config import DataConfig
@@ -151,3 +153,23 @@ def test_gpu_gives_nearly_the_same_pixels(dataset: ShardDataset):
             batch = next(dali)
             assert batch.images.device.type == "cuda"
             assert_near(dataclasses.replace(batch, images=batch.images.cpu()), next(native))
+
+
+def test_other_formats_are_decoded_beside_dali(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """DALI gets the JPEG files, and Pillow decodes PNG and turned files to the same pixels as for `Loader`."""
+    monkeypatch.setenv("BCLIP_CACHE", str(tmp_path / "cache"))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    files = []
+    for i in range(16):
+        options: dict[str, Any] = {"kind": "PNG"} if i % 3 == 0 else {"exif": exif} if i % 3 == 1 else {"quality": 95}
+        files += [(f"{i}.{'png' if i % 3 == 0 else 'jpg'}", encoded(pixels(i), **options)), (f"{i}.txt", b"a caption")]
+    tars = TarDataset(str(write_tar(tmp_path / "a.tar", files)))
+    with make_loader(Loader, tars) as ours, make_loader(DaliLoader, tars) as theirs:
+        expected, actual = next(ours), next(theirs)
+    assert expected.keys == actual.keys
+    assert not actual.bad
+    for key, left, right in zip(expected.keys, expected.images, actual.images, strict=True):
+        is_jpeg = int(key.partition("/")[2]) % 3 == 2
+        difference = (left.int() - right.int()).abs().float()
+        assert difference.mean() <= (MAX_MEAN if is_jpeg else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from browser import Browser
 from snippets import ROOT, read
 
 griffe = pytest.importorskip("griffe", reason="the extra docs is not installed")
@@ -234,14 +236,38 @@ def test_commands_in_pages_are_accepted(tmp_path, monkeypatch):
     assert wrong == []
 
 
-@pytest.mark.long
-def test_make_docs_builds_without_warnings(tmp_path):
-    """The whole site takes 13 s of CPU time, so the workflow's docs job is the usual place for it."""
-    site.write(tmp_path / "source")
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site. It takes 13 s of CPU time. Warnings are errors."""
+    folder = tmp_path_factory.mktemp("docs")
+    site.write(folder / "source")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs"]
-    run = subprocess.run([*command, tmp_path / "source", tmp_path / "html"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([*command, folder / "source", folder / "html"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "html/index.html").is_file()
+    return folder / "html"
+
+
+@pytest.mark.long
+def test_site_builds_without_warnings(html):
+    """The workflow's docs job builds the site for every commit, so this test is long."""
+    assert (html / "index.html").is_file()
+    assert "only-dark" in (html / "benchmarks.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+def test_site_pages_fit_a_phone_and_a_screen(html):
+    """No page scrolls sideways, and none loads anything from another host. It takes 30 s for all pages in a browser."""
+    pages = [path for path in sorted(html.rglob("*.html")) if "_static" not in path.parts]
+    with Browser() as browser:
+        for page, width in itertools.product(pages, (390, 1280)):
+            browser.open(page.as_uri(), width=width, dark=width == 390)
+            assert browser.ask("document.documentElement.scrollWidth") == width, f"{page.name} is wider than {width}"
+            assert [event for event in browser.events if event["method"] == "Log.entryAdded"] == []
+    for page in pages:
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?:[^\"]+)", page.read_text(encoding="utf-8")
+        )
+        assert loaded == []
 
 
 def test_cells_markdown_and_outputs_belong_together():

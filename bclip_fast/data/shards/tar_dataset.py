@@ -12,6 +12,7 @@ from bclip_fast.data.storage import ReadConfig, RemoteStorage
 from bclip_fast.data.storage_cache import CachedStorage
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
+from bclip_fast.io.progress import track
 
 from .checksum import crc32c
 from .format import CAPTION, Index, Sample
@@ -199,8 +200,10 @@ class TarDataset(ShardDataset):
         return self[i].caption  # raises BadSample, which names the reason, unless a second read is intact
 
 
-def verify_tars(path: str, caption_key: str = "") -> list[str]:
+def verify_tars(path: str, caption_key: str = "", *, progress: bool = False) -> list[str]:
     """Read tar files of others again, with every image.
+
+    progress: show the progress, in samples.
 
     Returns:
         The problems, one line each: tar files that end early, groups of files that are left out, and damaged samples.
@@ -210,14 +213,16 @@ def verify_tars(path: str, caption_key: str = "") -> list[str]:
     """
     dataset = TarDataset(path, ALL, caption_key=caption_key)
     problems = list(dataset.remarks)
-    for i in range(len(dataset)):
-        try:
-            open_image(dataset[i].image).rgb()
-        except BadSample as error:
-            problems.append(str(error))
-        except ImageError as error:
-            key, shard = dataset.name_of(i)
-            problems.append(f"{shard}: sample {key}: its image cannot be decoded: {error}")
+    with track("samples", len(dataset), show=progress, transient=True) as advance:
+        for i in range(len(dataset)):
+            try:
+                open_image(dataset[i].image).rgb()
+            except BadSample as error:
+                problems.append(str(error))
+            except ImageError as error:
+                key, shard = dataset.name_of(i)
+                problems.append(f"{shard}: sample {key}: its image cannot be decoded: {error}")
+            advance()
     return problems
 
 

@@ -16,6 +16,7 @@ from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import write_text
 from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import sha256_of_file
+from bclip_fast.io.progress import track
 
 from .checksum import crc32c
 from .format import (
@@ -31,8 +32,11 @@ from .format import (
 )
 
 
-def verify(root: Path | str) -> list[str]:
+def verify(root: Path | str, *, progress: bool = False) -> list[str]:
     """Read everything again: hashes, every member of every tar, every image, index and manifest.
+
+    Args:
+        progress: show the progress, in samples.
 
     Returns:
         The problems, one line each.
@@ -47,22 +51,25 @@ def verify(root: Path | str) -> list[str]:
     rows: list[tuple[str, str, str, int]] = []
     expected = {"dataset.json", "manifest.parquet"}
     all_shards = []
-    for split, part in sorted(description["splits"].items()):
-        all_shards += part["files"]
-        if part["fingerprint"] != fingerprint_of(split, part["files"]):
-            problems.append(f"dataset.json: the fingerprint of split {split} is wrong")
-        if part["samples"] != sum(shard["samples"] for shard in part["files"]):
-            problems.append(f"dataset.json: the number of samples of split {split} is wrong")
-        for shard in part["files"]:
-            expected |= {f"{shard['name']}.tar", f"{shard['name']}.index.json"}
-            keys: list[str] = []
-            try:
-                keys, index = read_index(storage, shard, "checksum" in description, description["version"])
-                members = MEMBERS[description["version"]]
-                problems += _verify_shard(root / f"{shard['name']}.tar", shard, keys, index, members)
-            except UserError as error:
-                problems.append(str(error))
-            rows += [(key, split, shard["name"], position) for position, key in enumerate(keys)]
+    total = sum(part["samples"] for part in description["splits"].values())
+    with track("samples", total, show=progress, transient=True) as advance:
+        for split, part in sorted(description["splits"].items()):
+            all_shards += part["files"]
+            if part["fingerprint"] != fingerprint_of(split, part["files"]):
+                problems.append(f"dataset.json: the fingerprint of split {split} is wrong")
+            if part["samples"] != sum(shard["samples"] for shard in part["files"]):
+                problems.append(f"dataset.json: the number of samples of split {split} is wrong")
+            for shard in part["files"]:
+                expected |= {f"{shard['name']}.tar", f"{shard['name']}.index.json"}
+                keys: list[str] = []
+                try:
+                    keys, index = read_index(storage, shard, "checksum" in description, description["version"])
+                    members = MEMBERS[description["version"]]
+                    problems += _verify_shard(root / f"{shard['name']}.tar", shard, keys, index, members)
+                except UserError as error:
+                    problems.append(str(error))
+                rows += [(key, split, shard["name"], position) for position, key in enumerate(keys)]
+                advance(shard["samples"])
     if description["fingerprint"] != fingerprint_of("", all_shards):
         problems.append("dataset.json: the fingerprint is wrong")
     if len({row[0] for row in rows}) != len(rows):

@@ -28,8 +28,10 @@ def build_engine(model: nn.Module, config: EngineConfig, optim: OptimConfig, bat
         batch_size: global batch size.
 
     Raises:
-        UserError: `config` asks for a GPU feature on a CPU, or for a CPU feature on a GPU.
+        UserError: `config` asks for a GPU feature on a CPU, or for a CPU feature on a GPU. Or it cannot run the
+            optimiser.
     """
+    config.check_optimizer(optim)
     device, config = distributed.device(), replace(config, precision=resolve_precision(config.precision))
     for option in ("offload_optimizer", "offload_parameters", "cuda_graphs"):
         if device.type == "cpu" and getattr(config, option):

@@ -23,8 +23,6 @@ from bclip_fast.train.transfers import AsyncRead
 
 from .optimizer import OptimizerState
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -199,6 +197,11 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

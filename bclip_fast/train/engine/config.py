@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from bclip_fast.errors import UserError
+from bclip_fast.train.schedule import OptimConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +48,20 @@ class EngineConfig:
     bucket_mib: int = 64
     """Size (MiB) of the pieces in which gradients are communicated. It also limits the weights that ZeRO 3
     prefetches."""
+
+    def check_optimizer(self, optim: OptimConfig) -> None:
+        """Check that the engine can run the optimiser.
+
+        Raises:
+            UserError: Muon with shards, or DeepSpeed's AdamW for another optimiser.
+        """
+        if optim.name == "muon" and self.name == "deepspeed" and self.zero_stage:
+            raise UserError(
+                f"optim.name=muon updates a matrix as a whole, but engine.zero_stage={self.zero_stage} gives it "
+                "shards; set engine.zero_stage=0 or engine.name=ddp"
+            )
+        if optim.name != "adamw" and self.cpu_adam == "deepspeed":
+            raise UserError(f"engine.cpu_adam=deepspeed is an AdamW, but optim.name={optim.name}; set cpu_adam=torch")
 
     def __post_init__(self) -> None:
         if self.bucket_mib < 1:

@@ -15,7 +15,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import MOMENTS, Engine, StepTensors, persistent_buffers, to_cpu
+from .base import Engine, StepTensors, copy_to_cpu, persistent_buffers
 from .config import DTYPES, EngineConfig
 from .optimizer import OptimizerState, make_optimizer, refusal, set_learning_rate
 
@@ -31,7 +31,6 @@ class DdpEngine(Engine):
         self._clip = optim.grad_clip_norm
         self._dtype = DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self._num_steps = 0
         self._saved_statistics = [buffer.clone() for buffer in persistent_buffers(model).values()]
         self.module = model
         if distributed.world_size() > 1:
@@ -98,18 +97,15 @@ class DdpEngine(Engine):
         moments = {}
         if distributed.is_main():
             for name, parameter in self._model.named_parameters():
-                if state := self._optimizer.state.get(parameter):
-                    moments[name] = {key: to_cpu(state[key]) for key in MOMENTS}
-        # The fused kernel counts the updates, because only the device knows which steps were refused.
-        counts = (int(state["step"]) for state in self._optimizer.state.values())
-        return OptimizerState(next(counts, self._num_steps), moments, self._scaler.state_dict())
+                if state := self._optimizer.saved_state(parameter):
+                    moments[name] = {key: copy_to_cpu(tensor) for key, tensor in state.items()}
+        return OptimizerState(self._optimizer.num_updates, moments, self._scaler.state_dict())
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         for name, parameter in self._model.named_parameters():
             if name in state.moments:
                 moments = {key: tensor.to(parameter.device) for key, tensor in state.moments[name].items()}
                 self._optimizer.set_state(parameter, state.num_steps, moments)
-        self._num_steps = state.num_steps
         if state.loss_scale and self._scaler.is_enabled():
             self._scaler.load_state_dict(state.loss_scale)
 

@@ -22,8 +22,9 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import MOMENTS, Engine, StepTensors, persistent_buffers, to_cpu
-from .config import DTYPES, EngineConfig
+from .base import Engine, StepTensors, copy_to_cpu, persistent_buffers, to_cpu
+from .config import EngineConfig
+from .deepspeed_config import deepspeed_config
 from .optimizer import (
     AdamW,
     GatedOptimizer,
@@ -64,6 +65,11 @@ class DeepSpeedEngine(Engine):
         autocast.TORCH_AUTOCAST_INITIALIZED, autocast.TORCH_AUTOCAST_DTYPE = False, None
         self._linear = torch.nn.functional.linear
         optimizer = make_optimizer(model, optim, _cpu_adam() if config.cpu_adam == "deepspeed" else AdamW)
+        if self._stage > 0 and not optimizer.is_elementwise:
+            raise UserError(
+                f"optim.name={optim.name} updates a parameter as a whole, but engine.zero_stage={self._stage} gives it "
+                "shards; set engine.zero_stage=0 or engine.name=ddp"
+            )
         with _quiet():
             deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
             settings = deepspeed_config(config, optim, batch_size)
@@ -72,8 +78,8 @@ class DeepSpeedEngine(Engine):
             )[0]
         self.module = self._engine
         self._scale = self._engine.torch_autocast_z0_gradscaler
-        if self._stage > 0:
-            self._create_states(0)
+        if self._stage > 0 and optimizer.creates_states:
+            self._create_states({}, 0)
         if self._stage > 0 and config.precision == "fp16":
             # Under ZeRO, DeepSpeed's own GradScaler has two faults. It clips the gradient before it unscales it, and
             # each rank decides by the overflows in its shard. With an external scale, DeepSpeed unscales the norm and
@@ -88,17 +94,23 @@ class DeepSpeedEngine(Engine):
         zero = self._engine.optimizer
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _create_states(self, num_steps: int) -> None:
-        """Create AdamW's states before the first step.
+    def _create_states(self, numbers: Mapping[str, Tensor], num_steps: int) -> None:
+        """Create the states of the shards: moments of zeros, and the numbers that a class of the user's keeps.
 
         DeepSpeed links the states to the parameters only once, during the first step. At that moment, all parameter
         groups except the first would still have no states.
         """
-        zero = self._engine.optimizer
+        wrapped = self._engine.optimizer.optimizer
         for flat in self._flat_groups:
-            zero.optimizer.set_state(flat, num_steps, {key: torch.zeros_like(flat.data) for key in MOMENTS})
+            moments = {key: torch.zeros_like(flat.data) for key in wrapped.moments}
+            wrapped.set_state(flat, num_steps, {**moments, **numbers})
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed find the parts of the shards' states that belong to each parameter."""
         if self._stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
         output = self._engine(image, text)
@@ -193,35 +205,41 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         moments: dict[str, dict[str, Tensor]] = {}
-        num_steps = 0
         wrapped = self._engine.optimizer.optimizer if self._stage > 0 else self._engine.optimizer
-        for state in wrapped.state.values():
-            num_steps = int(state["step"])
+        # The numbers of a class of the user's depend on no element, so they are equal in all shards.
+        shard: dict[str, Tensor] = wrapped.saved_state(self._flat_groups[0]) if self._stage > 0 else {}
+        numbers = {key: tensor for key, tensor in shard.items() if key not in wrapped.moments}
+        if self._stage > 0 and not wrapped.creates_states:
+            self._link_states()
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if self._stage > 0:
-                state = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            elif parameter in wrapped.state:
-                state = {key: wrapped.state[parameter][key] for key in MOMENTS}
+                keys = [key for key in wrapped.moments if key in shard]
+                state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys} | numbers
             else:
-                continue
-            if distributed.is_main():
-                moments[name] = {key: to_cpu(tensor).view(self._shapes[name]) for key, tensor in state.items()}
-        return OptimizerState(num_steps, moments, self._scale.state_dict() if self._scale else {})
+                state = wrapped.saved_state(parameter)
+            if distributed.is_main() and state:
+                # The logit scale has one dimension here, and none in the model.
+                moments[name] = {
+                    key: copy_to_cpu(tensor).view(self._shapes[name] if key in wrapped.moments else tensor.shape)
+                    for key, tensor in state.items()
+                }
+        return OptimizerState(wrapped.num_updates, moments, self._scale.state_dict() if self._scale else {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self._stage > 0:
-            self._create_states(state.num_steps)
-            if self._stage < 3:
-                self._engine.optimizer._hp_optimizer_states_linked = False
-                self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        wrapped = self._engine.optimizer.optimizer if self._stage > 0 else self._engine.optimizer
+        if self._stage > 0 and (state.moments or wrapped.creates_states):
+            first = next(iter(state.moments.values()), {})
+            numbers = {key: tensor for key, tensor in first.items() if key not in wrapped.moments}
+            self._create_states(numbers, state.num_steps)
         for name, parameter in self._model.named_parameters():
             if name not in state.moments:
                 continue
-            moments = {key: tensor.to(self.device) for key, tensor in state.moments[name].items()}
+            saved = {key: tensor.to(self.device) for key, tensor in state.moments[name].items()}
+            moments = {key: tensor for key, tensor in saved.items() if key in wrapped.moments}
             if self._stage == 3:
                 for key, tensor in moments.items():
                     safe_set_local_optimizer_state(parameter, _zero3_shard(tensor, parameter), key)
@@ -230,7 +248,7 @@ class DeepSpeedEngine(Engine):
                     safe_set_full_optimizer_state(parameter, tensor, key)
             else:
                 moments = {key: tensor.view_as(parameter) for key, tensor in moments.items()}
-                self._engine.optimizer.set_state(parameter, state.num_steps, moments)
+                wrapped.set_state(parameter, state.num_steps, saved | moments)
         if self._scale and state.loss_scale:
             self._scale.load_state_dict(state.loss_scale)
             if self._stage > 0:
@@ -277,40 +295,6 @@ def _zero3_shard(tensor: Tensor, parameter: Any) -> Tensor:
     flat, length = tensor.flatten(), parameter.ds_tensor.numel()
     flat = nn.functional.pad(flat, (0, length * distributed.world_size() - flat.numel()))
     return flat.narrow(0, length * distributed.rank(), length)
-
-
-def deepspeed_config(config: EngineConfig, optim: OptimConfig, batch_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for the global batch size `batch_size`, without gradient accumulation."""
-    bucket = config.bucket_mib * (1 << 20) // 4
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.zero_stage > 0:
-        zero.update(reduce_bucket_size=bucket, allgather_bucket_size=bucket)
-    if config.zero_stage == 3:
-        zero.update(stage3_prefetch_bucket_size=bucket, sub_group_size=1 << 30)
-        # By default DeepSpeed keeps weights gathered until the backward pass, and prefetches without a limit.
-        zero.update(stage3_max_reuse_distance=0, stage3_max_live_parameters=bucket)
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if config.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // distributed.world_size(),
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.grad_clip_norm if config.zero_stage > 0 else 0.0,
-        "steps_per_print": None,
-        "zero_optimization": zero,
-        # By default, DeepSpeed waits for the GPU twice in each step, to log its throughput.
-        "timers": {"throughput": {"enabled": False}},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        # Use autocast as plain PyTorch does. The empty list makes DeepSpeed communicate fp32 gradients.
-        "torch_autocast": {
-            "enabled": config.precision != "fp32",
-            "dtype": str(DTYPES[config.precision]).removeprefix("torch."),
-            "lower_precision_safe_modules": [],
-        },
-    }
 
 
 def _ensure_process_group() -> None:

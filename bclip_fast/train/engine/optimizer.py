@@ -1,4 +1,4 @@
-"""AdamW, its state, and the loss scale of fp16, for both engines."""
+"""The optimisers, their state, and the loss scale of fp16, for both engines."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bclip_fast.train.schedule import OptimConfig, parameter_groups
+from bclip_fast.errors import UserError
+from bclip_fast.train.schedule import OptimConfig, is_muon_matrix, parameter_groups
+
+from .own_optimizer import import_optimizer, options_of, traits_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class OptimizerState:
-    """The gathered fp32 state of AdamW on the CPU.
+    """The gathered state of the optimiser on the CPU.
 
     num_steps: number of updates.
-    moments: `exp_avg` and `exp_avg_sq` by parameter name.
+    moments: states by parameter name, then by their own name. AdamW has `exp_avg` and `exp_avg_sq`, Muon has
+        `momentum_buffer`, each fp32 of the parameter's shape. A class of the user's may have others, and numbers ().
     loss_scale: state of fp16's loss scale. Empty for other precisions.
     """
 
@@ -27,19 +33,27 @@ class OptimizerState:
 
 
 class GatedOptimizer(torch.optim.Optimizer):
-    """Mixin for an AdamW class. A step does nothing if `refusal()` is 1.
+    """Mixin for an optimiser class. A step does nothing if `refusal()` is 1.
 
     After each step, it clamps the parameters of every group that has a `bounds = (low, high)` entry. It works on the
     tensors that the engine passes: parameters, or ZeRO's flat shards.
 
-    The host doesn't read the decision. torch's fused kernels read it on the device, as they read GradScaler's
-    `found_inf`. Only an optimiser on the host waits for a decision that was made on a GPU.
+    The host doesn't read AdamW's decision. torch's fused kernels read it on the device, as they read GradScaler's
+    `found_inf`. An optimiser on the host and any other class wait for a decision that was made on a GPU.
     """
 
     refusal: Callable[[], Tensor | None] = staticmethod(lambda: None)
     """Function that returns 1 if the step must update nothing, else 0: a float32 scalar. None is 0."""
     takes_found_inf = True
-    """Whether the AdamW class reads `found_inf`."""
+    """Whether the class reads `found_inf`."""
+    moments: tuple[str, ...] = MOMENTS
+    """Names of the states that have a parameter's shape, of the parameters under ZeRO 1 to 3."""
+    creates_states = True
+    """Whether `set_state` with moments of zeros gives the states before the first update."""
+    is_elementwise = True
+    """Whether an element's update depends on no other element, as ZeRO 1 to 3 needs it."""
+    _step_supports_amp_scaling = True
+    """GradScaler then calls `step` after an overflow too, with `found_inf`."""
     found_inf: Tensor | None
     _overflow: Tensor | None = None
 
@@ -75,6 +89,17 @@ class GatedOptimizer(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         return next(parameter.device for group in self.param_groups for parameter in group["params"])
 
+    @property
+    def num_updates(self) -> int:
+        """Number of updates. 0 before the first one, and for a class without such a state."""
+        # Only the device knows which steps were refused, so the kernels count.
+        return next((int(state["step"]) for state in self.state.values() if "step" in state), 0)
+
+    def saved_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter that `set_state` restores. Empty before the first update."""
+        state = self.state.get(parameter, {})
+        return {key: state[key] for key in self.moments if key in state}
+
     def set_state(self, parameter: Tensor, num_steps: int, moments: Mapping[str, Tensor]) -> None:
         """Set the state of a parameter after `num_steps` updates."""
         self.state[parameter] = {"step": self._step_count(num_steps, parameter), **moments}
@@ -93,12 +118,108 @@ class AdamW(GatedOptimizer, torch.optim.AdamW):
         return torch.full((), float(num_steps), device=parameter.device)
 
 
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups with "muon", and AdamW for the others. They share groups and states."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, **options: Any) -> None:
+        super().__init__(groups, {})
+        matrices = [group for group in groups if "muon" in group]
+        others = [group for group in groups if "muon" not in group]
+        # Orthogonal updates, of the size of AdamW's: Liu et al. 2025 (arXiv 2502.16982), section 2.2.
+        muon = torch.optim.Muon(matrices, lr=options["lr"], momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._parts = [muon, torch.optim.AdamW(others, fused=True, **options)] if others else [muon]
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> Any:
+        for part in self._parts:
+            part.step()
+
+
+class Muon(GatedOptimizer, _MuonAndAdamW):
+    """torch's Muon for matrices of layers, with AdamW for the other parameters."""
+
+    takes_found_inf = False
+    is_elementwise = False
+    moments = ("momentum_buffer", *MOMENTS)
+
+    def set_state(self, parameter: Tensor, num_steps: int, moments: Mapping[str, Tensor]) -> None:
+        """Set the state of a matrix, or AdamW's of another parameter after `num_steps` updates."""
+        if "momentum_buffer" in moments:
+            self.state[parameter] = dict(moments)
+        else:
+            super().set_state(parameter, num_steps, moments)
+
+    def _step_count(self, num_steps: int, parameter: Tensor) -> Any:
+        return torch.full((), float(num_steps), device=parameter.device)
+
+
+class OwnOptimizer(GatedOptimizer):
+    """Mixin for a class of the user's."""
+
+    takes_found_inf = False
+    creates_states = False
+    numbers: Mapping[str, type]
+    """Types of the states that are Python numbers."""
+
+    def saved_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """All tensors and numbers of the parameter's state."""
+        return {
+            key: value if isinstance(value, Tensor) else torch.tensor(value)
+            for key, value in self.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def set_state(self, parameter: Tensor, num_steps: int, moments: Mapping[str, Tensor]) -> None:
+        """Set the state of a parameter. `num_steps` is unused: the state has the class's own count."""
+        self.state[parameter] = {
+            # torch's optimisers count the steps on the host.
+            key: self.numbers[key](value)
+            if key in self.numbers
+            else value.to("cpu" if key == "step" else parameter.device, copy=True)
+            for key, value in moments.items()
+        }
+
+
 def make_optimizer(
-    model: nn.Module, optim: OptimConfig, optimizer_class: Callable[..., GatedOptimizer] = AdamW
+    model: nn.Module, optim: OptimConfig, adamw_class: Callable[..., GatedOptimizer] = AdamW
 ) -> GatedOptimizer:
-    """The optimiser of the model's trainable parameters, in the groups of `parameter_groups`."""
+    """The optimiser of the model's trainable parameters, in the groups of `parameter_groups`.
+
+    Raises:
+        UserError: torch lacks Muon, the model has no matrices for it, or a class of the user's cannot be used.
+    """
     groups = parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None))
-    return optimizer_class(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    options: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if optim.name == "adamw":
+        return adamw_class(groups, **options)
+    if optim.name == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(f"optim.name=muon needs torch 2.9 or newer, but this is {torch.__version__}; update torch")
+        if not any("muon" in group for group in groups):
+            raise UserError("optim.name=muon: the model trains no matrix of a transformer layer; set optim.name=adamw")
+        return Muon(groups, momentum=optim.muon_momentum, **options)
+    own = import_optimizer(optim.name)
+    traits = traits_of(own, optim)
+    fields = {"moments": traits.moments, "numbers": traits.numbers, "is_elementwise": traits.is_elementwise}
+    gated: Any = type(own.__name__, (OwnOptimizer, own), fields)
+    optimizer: GatedOptimizer = gated(groups, **options_of(own, optim))
+    return optimizer
+
+
+def state_sizes(model: nn.Module, optim: OptimConfig) -> float:
+    """Bytes of the fp32 states of the trainable parameters, of their shape. A trial counts those of a user's class.
+
+    Raises:
+        UserError: a class of the user's cannot be used.
+    """
+    count = traits_of(import_optimizer(optim.name), optim).num_moments if optim.is_own else len(MOMENTS)
+    return 4.0 * sum(
+        parameter.numel() * (1 if optim.name == "muon" and is_muon_matrix(name, parameter) else count)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
