@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
+import colours
 import pytest
 import torch
+from PIL import Image
 from synthetic import tiny_run, write_shards
 from towers import SIGLIP
 
@@ -53,6 +56,35 @@ def test_retrieval_and_embedding_run(trained: tuple[Path, Path], tmp_path: Path)
     assert main(arguments) == 0
     assert (tmp_path / "results" / "results.json").is_file()
     assert main(["embed", str(folder), "--data", str(shards), "--out", str(tmp_path / "index")]) == 0
+
+
+def test_zero_shot_probabilities_are_the_softmax_of_the_logits(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """The AUROC compares images by probability. The bias is the same for all classes, so it has no effect."""
+    from sklearn.metrics import roc_auc_score
+
+    _, folder = trained
+    shards = colours.write_shards(tmp_path / "shards", 20, lambda i, name: name, lambda i, name: {"colour": name})
+    names = sorted(colours.COLOURS)
+    file = tmp_path / "prompts.toml"
+    file.write_text('templates = ["a {} square"]\n[classes]\n' + "".join(f'{name} = "{name}"\n' for name in names))
+    arguments = ["eval", str(folder), "--task", "zero_shot", "--label", "colour", "--prompts", str(file)]
+    assert main([*arguments, "--data", str(shards), "--out", str(tmp_path / "results")]) == 0
+    result = json.loads((tmp_path / "results" / "results.json").read_text())["tasks"]["zero_shot/colour"]
+
+    model, preprocess, tokenizer = load(folder)
+    labels = [list(colours.COLOURS)[i % 4] for i in range(20)]
+    files = [colours.jpeg(colours.jitter(colours.COLOURS[name], i)) for i, name in enumerate(labels)]
+    images = torch.stack([preprocess(Image.open(io.BytesIO(file))) for file in files])
+    with torch.no_grad():
+        cosines = model.encode_image(images) @ model.encode_text(tokenizer([f"a {name} square" for name in names])).T
+        logits = cosines.double() * model.logit_scale.double().exp() + model.logit_bias.double()
+    accuracy, _, auroc = result["figures"]
+    targets = torch.tensor([names.index(name) for name in labels])
+    assert accuracy["value"] == pytest.approx((logits.argmax(1) == targets).double().mean().item())
+    expected = roc_auc_score(targets, logits.softmax(1), multi_class="ovr", average="macro")
+    by_class = [roc_auc_score(targets == c, logits.sigmoid()[:, c]) for c in range(4)]
+    assert abs(expected - sum(by_class) / 4) > 0.01  # the sigmoids of the classes rank the images in another order
+    assert auroc["value"] == pytest.approx(expected)
 
 
 def test_plan_runs(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.model import open_clip_config, transformers_clip, weights
 from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.presets import preset
+from bclip_fast.model.safe_load import read_checkpoint
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import VisionConfig
 from bclip_fast.pretrained import save_transformers
@@ -102,6 +103,24 @@ def test_open_clip_names_and_shapes_at_full_size(name: str, ours: str | None) ->
     assert open_clip_config.read(written, _no_file, _no_file) == config
     if custom:
         assert written["model_cfg"]["vision_cfg"] == published["vision_cfg"]
+
+
+@torch.no_grad()
+def test_training_checkpoint_with_the_configuration_of_the_docs(tmp_path: Path) -> None:
+    """BMC-CLIP: docs/models.md gives the configuration. Here it has smaller towers."""
+    open_clip = import_open_clip()
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    published = json.loads(page.partition("```json")[2].partition("```")[0])["model_cfg"]
+    assert published == open_clip.get_model_config("ViT-L-14")
+    published["vision_cfg"] |= {"width": 64, "layers": 2, "head_width": 32, "image_size": 28}
+    published["text_cfg"] |= {"width": 32, "heads": 2, "layers": 1}
+    theirs = shaken(open_clip.CLIP(**published)).eval()
+    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {"state": {}}}, tmp_path / "c.bin")
+    model = BiomedClip(open_clip_config.read({"model_cfg": published}, _no_file, _no_file)).eval()
+    model.load_state_dict(weights.from_open_clip(read_checkpoint(tmp_path / "c.bin"), model, source="c.bin"))
+    pixels = torch.randn(2, 3, 28, 28)
+    check_close(model.encode_image(pixels, normalize=False), theirs.encode_image(pixels))
 
 
 def _no_file(path: str) -> Any:
