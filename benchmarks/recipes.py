@@ -102,8 +102,7 @@ def main(config: RecipesConfig) -> None:
             row |= _pairs_of_run(run) | ({"cpu_seconds": round(cpu_seconds() - start, 1)} if is_new else {})
             write_text(result, json.dumps(row) + "\n")
             if config.record:
-                kept = {key: value for key, value in row.items() if key not in ("articles", "ranks")}
-                append([{**environment(), "operator": "recipes", **kept}], [RESULTS])
+                append([{**environment(), "operator": "recipes", **row}], [RESULTS])
     print("\n".join(table([json.loads(path.read_text()) for path in sorted(config.out.glob("*-*.json"))])))
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bclip_fast.errors import UserError
-from bclip_fast.ops.processor import lacks_bfloat16
 
 from .biomedclip import BiomedClip
+from .cross_attention import dense_attention
 from .packed import Packed
 from .text import BertTower, pack
 from .transformer import Linear, check_range, check_sizes, mlp_width
@@ -39,16 +39,6 @@ class MeterConfig:
         check_range("meter.dropout", self.dropout, 0.0, 0.9)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """torch's attention of (B, H, N, d) over (B, H, M, d), in float32 on a CPU without bfloat16 instructions."""
-    dtype = query.dtype
-    if dtype != torch.bfloat16 or not lacks_bfloat16(query.device):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    with torch.autocast("cpu", enabled=False):
-        query, key, value = query.float(), key.float(), value.float()
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout).to(dtype)
-
-
 class _Attention(nn.Module):
     """BERT's attention, x + attention(x over y) followed by the norm."""
 
@@ -65,7 +55,7 @@ class _Attention(nn.Module):
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        attended = _sdpa(query, key, value, mask, dropout)
+        attended = dense_attention(query, key, value, mask, dropout)
         attended = self.proj(attended.transpose(1, 2).flatten(2))
         return self.norm(x + F.dropout(attended, self.dropout, self.training))
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from bclip_fast.errors import UserError
 
 from .biomedclip import BiomedClipConfig
+from .coca import DecoderConfig
+from .coca_config import add_decoder, read_decoder
 from .open_clip_sections import CONFIG_FILE, Section, table
 from .text import TextConfig
 from .tokenizer_cleaning import Cleaning
@@ -75,6 +77,8 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool, cleaning: Clea
     if cleaning != "whitespace":
         text["tokenizer_kwargs"] = {"clean": cleaning}
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if config.decoder.layers:
+        model["multimodal_cfg"] = add_decoder(config, vision, text)
     if config.text.kind != "bert":
         model["custom_text"] = True
     if config.quick_gelu:
@@ -99,9 +103,13 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
     """
     model = Section("model_cfg", table(config, "model_cfg"))
     vision_section = Section("vision_cfg", model.take_table("vision_cfg"))
+    text_section = Section("text_cfg", model.take_table("text_cfg"))
+    decoder = DecoderConfig()
+    if "multimodal_cfg" in model.remaining:
+        section = Section("multimodal_cfg", model.take_table("multimodal_cfg"))
+        decoder = read_decoder(section, vision_section, text_section)
     timm = "timm_model_name" in vision_section.remaining
     vision = _read_timm_vision(vision_section, read_json) if timm else _read_clip_vision(vision_section)
-    text_section = Section("text_cfg", model.take_table("text_cfg"))
     if "hf_model_name" in text_section.remaining:
         text = _read_bert(text_section, read_json, hub_json)
     else:
@@ -115,6 +123,7 @@ def read(config: Json, read_json: Callable[[str], Json], hub_json: Callable[[str
         embed_dim=model.take("embed_dim"),
         vision=vision,
         text=text,
+        decoder=decoder,
         quick_gelu=quick_gelu,
         init_logit_scale=model.take("init_logit_scale", defaults.init_logit_scale),
         init_logit_bias=model.take("init_logit_bias", None),

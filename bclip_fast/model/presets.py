@@ -8,6 +8,7 @@ from dataclasses import replace
 from bclip_fast.errors import UserError, choices
 
 from .biomedclip import BiomedClipConfig
+from .coca import DecoderConfig
 from .text import TextConfig
 from .vision import VisionConfig
 
@@ -26,7 +27,7 @@ _GPT = TextConfig(
 
 
 def _presets() -> dict[str, BiomedClipConfig]:
-    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], biomedclip_l14, clip_*, siglip_* and quickstart."""
+    """biomedclip_{s,m,b,l}16[_336|_384][_ctx77|_gpt77], biomedclip_l14, clip_*, coca_b32, siglip_* and quickstart."""
     bert = TextConfig()
     texts = {"": bert, "_ctx77": replace(bert, context_length=77), "_gpt77": _GPT}
     presets = {}
@@ -47,6 +48,12 @@ def _presets() -> dict[str, BiomedClipConfig]:
     presets["biomedclip_l14"] = BiomedClipConfig(embed_dim=768, vision=l14, text=bert)
     rn50 = VisionConfig(kind="resnet", patch_size=32, width=64, layers=16, heads=32, blocks=(3, 4, 6, 3))
     presets["clip_rn50"] = BiomedClipConfig(embed_dim=1024, vision=rn50, text=_GPT, quick_gelu=True)
+    # open_clip's coca_ViT-B-32.
+    presets["coca_b32"] = BiomedClipConfig(
+        vision=VisionConfig(kind="clip", patch_size=32),
+        text=replace(_GPT, context_length=76, max_positions=76),
+        decoder=DecoderConfig(layers=12),
+    )
     # SigLIP (arXiv 2303.15343) as in open_clip, with the exact GELU, and MedSigLIP (arXiv 2507.05201) as published.
     so400m = VisionConfig(384, 14, width=1152, layers=27, heads=16, mlp_ratio=4304 / 1152, kind="siglip")
     presets["siglip_b16"] = _siglip(VisionConfig(kind="siglip"))

@@ -268,6 +268,18 @@ class GptTower(Tower):
         """Embed n captions, packed or (n, L) int64 with L <= context_length -> (n, embed_dim), not normalised."""
         if isinstance(text, PreProjection):
             return linear(text.states, self.projection.T)
+        stream, branch = self.run_layers(*self.embed_tokens(text))
+        return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
+
+    def packed(self, text: Packed | Tensor) -> Packed:
+        """Pack ids (n, L) up to the end tokens. Causal attention never reads what comes after them."""
+        if isinstance(text, Packed):
+            return text
+        end = self._end_score(text).argmax(dim=-1, keepdim=True)
+        return pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
+
+    def embed_tokens(self, text: Packed | Tensor) -> tuple[Tensor, Sequences, Tensor]:
+        """The input (T, D) of the layers, its sequences, and the row of each caption that is projected, (n,) int64."""
         check_text(text, self.config.context_length)
         if isinstance(text, Tensor) and is_exporting():
             columns = torch.arange(text.shape[1], device=text.device)
@@ -276,18 +288,19 @@ class GptTower(Tower):
             ids, positions = text.flatten(), columns.expand_as(text).flatten()
             sequences = Sequences(text.shape[1], causal=True)
         else:
-            if isinstance(text, Tensor):
-                # Causal attention never reads what comes after the end token.
-                end = self._end_score(text).argmax(dim=-1, keepdim=True)
-                text = pack(text, torch.arange(text.shape[1], device=text.device) <= end)[0]
+            text = self.packed(text)
             ids, positions, end_rows = text.ids, text.positions, self._end_rows(text)
             sequences = Sequences(text.max_seqlen, text.cu_seqlens, causal=True)
-        stream: Tensor = self.token_embedding(ids) + self.pos_embed[positions]
-        branch: Tensor | None = None
+        return self.token_embedding(ids) + self.pos_embed[positions], sequences, end_rows
+
+    def run_layers(self, x: Tensor, sequences: Sequences, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stream and branch after the layers, of all rows of `x` or, in the last layer, of `rows` only."""
+        stream, branch = x, None
         for layer in self.layers:
-            rows = end_rows if layer is self.layers[-1] else None
-            stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
-        return linear(self.store_pre_projection(self.norm(stream, branch)[0]), self.projection.T)
+            selected = rows if layer is self.layers[-1] else None
+            stream, branch = self.run_layer(layer, stream, branch, sequences, selected)
+        assert branch is not None
+        return stream, branch
 
     def _end_score(self, ids: Tensor) -> Tensor:
         """A score per token that is highest at the end token."""

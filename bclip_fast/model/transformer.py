@@ -70,6 +70,17 @@ def mlp_width(width: int, mlp_ratio: float) -> int:
     return round(width * mlp_ratio)
 
 
+class ClassTokens(NamedTuple):
+    """The last token of each of n sequences, if it attends to other tokens than itself and those before it.
+
+    rows: (n,) int64, its row.
+    last_visible: (n,) int64, the last row to which it attends, an earlier one. No other token attends to it.
+    """
+
+    rows: Tensor
+    last_visible: Tensor
+
+
 class Sequences(NamedTuple):
     """The rows of a (T, D) matrix that attend to one another.
 
@@ -77,24 +88,32 @@ class Sequences(NamedTuple):
     causal: a token attends only to itself and to those before it.
     key_mask: (n, max_seqlen) bool, True for a token that others attend to. Only without cu_seqlens, and only in graphs
         for export, which can't remove the padding.
+    class_tokens: tokens with a view of their own. Only with cu_seqlens and `causal`.
     """
 
     max_seqlen: int
     cu_seqlens: Tensor | None = None
     causal: bool = False
     key_mask: Tensor | None = None
+    class_tokens: ClassTokens | None = None
 
     def attend(self, qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
         """Attention of every token: (T, 3, H, d) -> (T, H * d)."""
         if self.cu_seqlens is None:
             qkv = qkv.unflatten(0, (-1, self.max_seqlen))
             return fused_attention(qkv, self.key_mask, causal=self.causal, dropout_p=dropout_p).flatten(0, 1).flatten(1)
-        return varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, causal=self.causal, dropout_p=dropout_p).flatten(
-            1
-        )
+        attended = varlen_attention(qkv, self.cu_seqlens, self.max_seqlen, causal=self.causal, dropout_p=dropout_p)
+        attended = attended.flatten(1)
+        if self.class_tokens is None:
+            return attended
+        rows = self.class_tokens.rows
+        return attended.index_copy(0, rows, self.attend_from(rows, qkv[rows, 0], qkv[:, 1:], dropout_p))
 
     def attend_from(self, rows: Tensor, query: Tensor, key_value: Tensor, dropout_p: float = 0.0) -> Tensor:
-        """Attention of one token of each sequence, rows (n,): (n, H, d) and (T, 2, H, d) -> (n, H * d)."""
+        """Attention of one token of each sequence, rows (n,): (n, H, d) and (T, 2, H, d) -> (n, H * d).
+
+        The rows are those of `class_tokens`, if there are any.
+        """
         cu_seqlens, step = self.cu_seqlens, self.max_seqlen
         if cu_seqlens is None and is_exporting() and dropout_p == 0.0:
             visible = self.key_mask
@@ -104,6 +123,8 @@ class Sequences(NamedTuple):
             return sdpa.single_query_dense(query, key_value.unflatten(0, (-1, step)), visible).flatten(1)
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, len(key_value) + 1, step, dtype=torch.int32, device=rows.device)
+        if self.class_tokens is not None:
+            rows = self.class_tokens.last_visible
         attended = single_query_attention(query, key_value, rows, cu_seqlens, causal=self.causal, dropout_p=dropout_p)
         return attended.flatten(1)
 

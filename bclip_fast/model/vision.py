@@ -215,6 +215,7 @@ class VisionTower(Tower):
     """
 
     cls_token: nn.Parameter | None
+    pool: nn.Module | None
     head: nn.Module
 
     def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
@@ -261,7 +262,7 @@ class VisionTower(Tower):
                 nn.init.trunc_normal_(module.weight, std=linear_std(self.config.width))
                 nn.init.zeros_(module.bias)
 
-    def forward(self, image: Tensor | PreProjection, *, tokens: bool = False) -> Tensor:
+    def forward(self, image: Tensor | PreProjection, *, tokens: bool = False) -> Any:
         """Embed images -> (B, embed_dim), not normalised to unit length.
 
         Args:
@@ -273,6 +274,16 @@ class VisionTower(Tower):
         """
         if isinstance(image, PreProjection):
             return self.head(image.states)
+        stream, branch, sequences = self.run_layers(image, all_rows=tokens or self.pool is not None)
+        states = self.norm(stream, branch)[0]
+        if tokens:
+            return states.unflatten(0, (-1, sequences.max_seqlen))
+        if self.pool is not None:
+            states = self.pool(states, sequences)
+        return self.head(self.store_pre_projection(states))
+
+    def run_layers(self, image: Tensor, *, all_rows: bool) -> tuple[Tensor, Any, Sequences]:
+        """Stream and branch of the CLS tokens or, with all_rows, of all rows, (T, width), and the images' sequences."""
         check_images(image, self.config.image_size)
         if self.cuda_graphs:
             # Nothing reads the graphs' previous outputs any more, except copies that the head made.
@@ -289,14 +300,9 @@ class VisionTower(Tower):
             stream = self.pre_norm(stream, post=True)[1]
         cls_rows = torch.arange(0, stream.shape[0], x.shape[1], device=x.device)
         for layer in self.layers:
-            rows = cls_rows if layer is self.layers[-1] and self.pool is None and not tokens else None
+            rows = cls_rows if layer is self.layers[-1] and not all_rows else None
             stream, branch = self.run_layer(layer, stream, branch, sequences, rows)
-        states = self.norm(stream, branch)[0]
-        if tokens:
-            return states.unflatten(0, (-1, sequences.max_seqlen))
-        if self.pool is not None:
-            states = self.pool(states, sequences)
-        return self.head(self.store_pre_projection(states))
+        return stream, branch, sequences
 
 
 def check_images(image: Tensor, size: int) -> None:

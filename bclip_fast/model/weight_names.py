@@ -27,7 +27,8 @@ def key_map(config: BiomedClipConfig) -> Keys:
         keys |= towers[config.vision.kind](config.vision.layers)
     if config.text.kind == "bert":
         return keys | bert_keys(config.text)
-    return keys | (_gpt_keys if config.text.kind == "gpt" else _siglip_text_keys)(config.text.layers)
+    keys |= (_gpt_keys if config.text.kind == "gpt" else _siglip_text_keys)(config.text.layers)
+    return keys | _coca_keys(config) if config.decoder.layers else keys
 
 
 def timm_vit_keys(layers: int) -> Keys:
@@ -70,6 +71,33 @@ def _clip_vision_keys(layers: int) -> Keys:
     return keys | _resblocks("visual.layers.", "visual.transformer.resblocks.", layers)
 
 
+def _coca_keys(config: BiomedClipConfig) -> Keys:
+    """The parts of a CoCa that a CLIP model doesn't have: pool, class token and decoder."""
+    ours, theirs = "visual.pool.", "visual.attn_pool."
+    keys: Keys = {
+        "text.class_token": ("text.cls_emb",),
+        "decoder.head.projection": ("text_decoder.text_projection",),
+        f"{ours}query": (f"{theirs}query",),
+    }
+    keys |= _weight_and_bias("decoder.head.norm", "text_decoder.ln_final")
+    keys |= _weight_and_bias(f"{ours}query_norm", f"{theirs}ln_q")
+    keys |= _weight_and_bias(f"{ours}token_norm", f"{theirs}ln_k")
+    keys |= _weight_and_bias(f"{ours}proj", f"{theirs}attn.out_proj")
+    # torch's MultiheadAttention has one weight if both sequences have the same width, and otherwise three.
+    keys[f"{ours}projection.bias"] = (f"{theirs}attn.in_proj_bias",)
+    if config.vision.width == config.embed_dim:
+        keys[f"{ours}projection.weight"] = (f"{theirs}attn.in_proj_weight",)
+    else:
+        keys[f"{ours}projection.query_weight"] = (f"{theirs}attn.q_proj_weight",)
+        keys[f"{ours}projection.key_value_weight"] = tuple(f"{theirs}attn.{name}_proj_weight" for name in "kv")
+    layers = config.decoder.layers
+    keys |= _resblocks("decoder.layers.", "text_decoder.resblocks.", layers, "causal.")
+    keys |= _resblocks("decoder.layers.", "text_decoder.cross_attn.", layers, "cross.", "projection")
+    for i in range(layers):
+        keys |= _weight_and_bias(f"decoder.layers.{i}.cross.context_norm", f"text_decoder.cross_attn.{i}.ln_1_kv")
+    return keys
+
+
 def _resnet_keys(config: VisionConfig) -> Keys:
     keys: Keys = {"visual.pool.pos_embed": ("visual.attnpool.positional_embedding",)}
     keys |= _weight_and_bias("visual.pool.qkv", *(f"visual.attnpool.{name}_proj" for name in "qkv"))
@@ -92,15 +120,15 @@ def _conv_norm(ours: str, conv: str, norm: str) -> Keys:
     return keys | {f"{ours}norm.{kind}": (f"{norm}{kind}",) for kind in kinds}
 
 
-def _resblocks(ours: str, theirs: str, layers: int) -> Keys:
-    """The layers of open_clip's own transformer."""
+def _resblocks(ours: str, theirs: str, layers: int, part: str = "", qkv: str = "qkv") -> Keys:
+    """The layers of open_clip's own transformer. Ours are the module `part` of each layer."""
     keys: Keys = {}
     modules = dict(zip(_MODULES, ("ln_1", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"), strict=True))
     for i in range(layers):
         for kind in ("weight", "bias"):
-            keys[f"{ours}{i}.qkv.{kind}"] = (f"{theirs}{i}.attn.in_proj_{kind}",)
+            keys[f"{ours}{i}.{part}{qkv}.{kind}"] = (f"{theirs}{i}.attn.in_proj_{kind}",)
         for our_name, their_name in modules.items():
-            keys |= _weight_and_bias(f"{ours}{i}.{our_name}", f"{theirs}{i}.{their_name}")
+            keys |= _weight_and_bias(f"{ours}{i}.{part}{our_name}", f"{theirs}{i}.{their_name}")
     return keys
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -19,12 +20,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bclip_fast import ops
+from bclip_fast.model import coca, cross_attention, transformer, vision
 from bclip_fast.model import text as text_towers
-from bclip_fast.model import transformer, vision
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
 from bclip_fast.ops import processor
@@ -38,7 +40,7 @@ its buffers."""
 class Activations:
     """Bytes of a micro-batch. Weights, inputs and other memory that lasts from step to step are not included.
 
-    image, text: saved for the backward pass, by tower.
+    image, text, decoder: saved for the backward pass, by tower and by the caption decoder.
     embed: peak of a forward pass without graph, while the gradients are "present".
     step: peak of forward and backward pass, with the gradients that the backward pass allocates.
     """
@@ -47,6 +49,12 @@ class Activations:
     text: int
     embed: int
     step: int
+    decoder: int = 0
+
+    @property
+    def saved(self) -> int:
+        """All bytes that are saved for the backward pass."""
+        return self.image + self.text + self.decoder
 
 
 def measure_activations(
@@ -65,50 +73,55 @@ def measure_activations(
         accelerator: whether torch casts the weights of linear layers and keeps the copies until the end of the backward
             pass. On a CPU with AMX, or without bfloat16 instructions, our operator needs no copies.
     """
-    with _fake_model(model, lengths, precision, accelerator, gradients) as (_, meter, encode):
+    with _fake_model(model, lengths, precision, accelerator, gradients) as (network, meter, inputs):
         if gradients == "present":
             with torch.no_grad():
-                _outputs = encode[0](), encode[1]()
+                _outputs = network.encode_image(inputs[0]), network.encode_text(inputs[1])
         embed, meter.peak = meter.peak, meter.now
-        image, text, outputs = _forward(meter, encode)
+        saved, outputs = _forward(network, meter, *inputs)
         outputs = [tensor for tensor in outputs if tensor.requires_grad]
         torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
-        return Activations(image, text, embed, meter.peak)
+        return Activations(saved[0], saved[1], embed, meter.peak, sum(saved[2:]))
 
 
 def measure_saved(
     model: BiomedClip, lengths: Sequence[int], *, precision: str, accelerator: bool = False
 ) -> tuple[int, int]:
     """`image` and `text` of `measure_activations`, without the backward pass."""
-    with _fake_model(model, lengths, precision, accelerator) as (_, meter, encode):
-        image, text, _ = _forward(meter, encode)
-        return image, text
+    with _fake_model(model, lengths, precision, accelerator) as (network, meter, inputs):
+        saved, _ = _forward(network, meter, *inputs)
+        return saved[0], saved[1]
 
 
-_Encode = tuple[Callable[[], Tensor], Callable[[], Tensor]]
-
-
-def _forward(meter: MemoryMeter, encode: _Encode) -> tuple[int, int, list[Tensor]]:
-    start = meter.now
-    outputs = [encode[0]()]
-    after_image = meter.now
-    outputs.append(encode[1]())
-    return after_image - start, meter.now - after_image, outputs
+def _forward(network: BiomedClip, meter: MemoryMeter, images: Tensor, text: Packed) -> tuple[list[int], list[Tensor]]:
+    """Run the model forward as training does: the bytes that each part saves, and the outputs of all parts."""
+    marks, outputs = [meter.now], [network.encode_image(images)] if network.decoder is None else []
+    if network.decoder is None:
+        marks.append(meter.now)
+        outputs.append(network.encode_text(text))
+    else:
+        features, tokens = network.visual(images, captions=True)
+        outputs.append(functional.normalize(features, dim=-1))
+        marks.append(meter.now)
+        features, states = network.text(text, captions=True)
+        outputs.append(functional.normalize(features, dim=-1))
+        marks.append(meter.now)
+        outputs.append(network.decoder(tokens, states, text, ignored=network.config.text.pad_id))
+    marks.append(meter.now)
+    return [after - before for before, after in itertools.pairwise(marks)], outputs
 
 
 @contextlib.contextmanager
 def _fake_model(
     model: BiomedClip, lengths: Sequence[int], precision: str, accelerator: bool, gradients: Gradients = "allocated"
-) -> Iterator[tuple[BiomedClip, MemoryMeter, _Encode]]:
-    """Yield (model, byte counter, encode functions) for a copy of the model in train mode whose tensors have no
-    storage.
-    """
+) -> Iterator[tuple[BiomedClip, MemoryMeter, tuple[Tensor, Packed]]]:
+    """Yield (model, byte counter, inputs) for a copy of the model in train mode whose tensors have no storage."""
     network = copy.deepcopy(model).train()
     # An accelerator always uses the library's products.
     library_linear = functools.partial(ops.linear, backend="reference")
     with contextlib.ExitStack() as stack:
         if accelerator:
-            for source in (transformer, vision, text_towers):
+            for source in (transformer, vision, text_towers, coca, cross_attention):
                 stack.enter_context(mock.patch.object(source, "linear", library_linear))
             stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
@@ -125,7 +138,7 @@ def _fake_model(
         meter = stack.enter_context(MemoryMeter(network, images, *text[:2]))
         # Both half precisions take the same memory, and the CPU's operators support bfloat16.
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"))
-        yield network, meter, (lambda: network.encode_image(images), lambda: network.encode_text(text))
+        yield network, meter, (images, text)
 
 
 def _fake_parameter(parameter: Tensor, gradients: Gradients) -> nn.Parameter:

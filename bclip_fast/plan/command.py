@@ -151,6 +151,7 @@ def show(config: TrainConfig, plan: Plan) -> None:
 
 def _heading(config: TrainConfig, plan: Plan) -> str:
     cluster, counts = plan.cluster, plan.parameters
+    towers = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name != "trained")
     auto = config.engine.precision == "auto"
     precision = f"{cluster.precision} (auto): {cluster.precision_reason}" if auto else config.engine.precision
     steps = sum(stage.num_steps for stage in plan.stages)
@@ -164,8 +165,7 @@ def _heading(config: TrainConfig, plan: Plan) -> str:
             f"{_size(cluster.device.memory)} a rank{holes}, links of {cluster.link / 1e9:.3g} GB/s",
             f"Precision   {precision}",
             f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
-            f"Parameters  image tower {counts['image tower']:,}, text tower {counts['text tower']:,}; "
-            f"trained {counts['trained']:,}",
+            f"Parameters  {towers}; trained {counts['trained']:,}",
             *lines,
             f"Length      {steps:,} steps, {seen:,} pairs seen",
             f"Time        {time}; {plan.rates}; links by data sheet, without waits",

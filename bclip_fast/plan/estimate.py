@@ -60,6 +60,8 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
     memory, host = _memory(config, model, samples, cluster, largest_stage(stages))
     towers = {"image tower": model.visual, "text tower": model.text}
     parameters = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
+    if model.decoder is not None:
+        parameters["caption decoder"] = sum(p.numel() for p in model.decoder.parameters())
     parameters["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = _teacher(config, samples)
     return Plan(parameters, samples, cluster, stages, memory, host, rates.source, teacher)
@@ -131,11 +133,16 @@ def _stages(config: TrainConfig, samples: Samples, cluster: Cluster) -> list[Sta
 def _flops(config: TrainConfig, samples: Samples, batch_size: int, has_micro_batches: bool) -> dict[str, float]:
     """Floating-point operations of a step over all ranks, by part."""
     lengths = samples.lengths(config.model.text.context_length)
-    forward = batch_size / len(lengths) * sum(forward_flops(config.model, lengths, config.model.vision.patch_dropout))
+    dropout, captions = config.model.vision.patch_dropout, config.model.decoder.layers > 0
+    embedding, forward = (
+        batch_size / len(lengths) * sum(forward_flops(config.model, lengths, dropout, captions=with_captions))
+        for with_captions in (False, captions)
+    )
     # A locked tower has no backward pass. The estimate ignores this.
     flops = {"forward": forward, "backward": 2 * forward}
     if has_micro_batches:
-        flops["replay"] = forward
+        # The first pass only embeds.
+        flops |= {"forward": embedding, "replay": forward}
     if config.engine.grad_checkpointing:
         flops["recomputation"] = forward
     # Four matrix products: the similarities in the forward pass and again in the backward pass, and the products of
@@ -177,12 +184,14 @@ def _memory(
     # The last checkpoint of a run comes after the last step. Earlier ones are written while training goes on.
     overlap = copies if config.checkpoint.background and config.checkpoint.every_steps else {}
     towers = {"image tower's activations": activations.image, "text tower's activations": activations.text}
+    if model.decoder is not None:
+        towers["caption decoder's activations"] = activations.decoder
     features, similarities = _loss(config, cluster, rank_batch, stage.batch_size)
-    temporary = activations.step - activations.image - activations.text
+    temporary = activations.step - activations.saved
     on_host: dict[str, float] = {}
     if config.engine.offload_activations and not cluster.cpu:
         # autocast's half-precision copies of the layers' weights stay on the device.
-        saved = activations.image + activations.text
+        saved = activations.saved
         on_device = min(saved, sum(p.numel() for p in model.parameters()) * 2)
         on_host = {"activations": saved - on_device}
         towers = {"towers' activations": on_device}

@@ -58,7 +58,7 @@ def load(
         precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
         image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
         context_length: another number of tokens. A GPT text tower is stretched (`model.text.stretch_positions`) or
-            cut. A BERT takes any number up to its positions. A SigLIP can't change.
+            cut. A BERT takes any number up to its positions. A SigLIP and a CoCa can't change.
 
     Raises:
         UserError: a file is missing, damaged or unsafe, or a key of the configuration or the weights is missing,
@@ -106,6 +106,8 @@ def _with_context_length(
             f"{name} was trained on captions padded to {text.context_length} tokens, and its text tower attends to the "
             f"padding, so context_length={context_length} isn't possible"
         )
+    if config.decoder.layers:
+        raise UserError(f"{name} has a caption decoder, so context_length={context_length} isn't possible")
     if text.kind == "bert":
         return dataclasses.replace(config, text=dataclasses.replace(text, context_length=context_length)), state
     config = dataclasses.replace(

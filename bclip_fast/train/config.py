@@ -285,6 +285,7 @@ class TrainConfig:
                     f'preset={self.preset} conflicts with the model section; set preset = "" to use the section'
                 )
             model = preset(self.preset)
+        self.loss.check_model(model)
         scale, bias = self.loss.initial_logits(model.init_logit_scale, model.init_logit_bias)
         model = dataclasses.replace(model, init_logit_scale=scale, init_logit_bias=bias)
         config = dataclasses.replace(self, preset="", model=model)

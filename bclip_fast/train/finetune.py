@@ -128,6 +128,9 @@ class _Loop(RunLoop):
         self.identity = run_on_rank0(lambda: self._identity(clip, saved))
         torch.manual_seed(config.seed)
         clip.requires_grad_(True)
+        if clip.decoder is not None:
+            # Neither objective predicts captions.
+            clip.decoder.requires_grad_(False)
         self.adapter = add_lora(clip, config.lora_rank, config.lora_alpha) if config.lora_rank else None
         self.model: nn.Module = objective.model(clip)
         if saved is not None:

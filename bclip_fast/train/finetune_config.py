@@ -83,6 +83,8 @@ class FinetuneConfig:
                 f"num_workers={self.num_workers} must be at least 1, 2, 0 and 1"
             )
         self.loss.check_positives("positives", self.positives)
+        if self.loss.kind == "coca":
+            raise UserError("loss.kind=coca needs bclip train: fine-tuning doesn't train a decoder; set loss.kind=clip")
         if self.task and (self.loss != LossConfig() or self.positives != "pair"):
             raise UserError(f"task={self.task} has its own loss; the section loss and positives need pairs")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

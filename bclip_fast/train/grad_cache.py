@@ -6,6 +6,8 @@ The gradient is exactly that of the whole batch, in the memory of one micro-batc
 2. Compute the loss of all embeddings of all ranks, and from it the gradient of each embedding.
 3. Embed every micro-batch again with the same random numbers, and backpropagate its part of that gradient.
 
+The captions' part of CoCa's loss is a sum over pairs, so only step 3 computes it, with its gradient (captions.py).
+
 So each tower runs forward twice. A tower that is locked up to its projection runs once, and only the projection runs
 again. A single micro-batch is embedded once, with its graph, and nothing is cached.
 
@@ -28,6 +30,7 @@ from bclip_fast.data.batch import Batch
 from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 
+from .captions import CaptionLoss, mean_over_ranks
 from .engine import Engine
 from .losses import CONSTANTS, Loss, total
 from .spill import SpillBuffer
@@ -54,13 +57,27 @@ def embed(engine: Engine, batch: Batch, seed: int, pre_projection: Sequence[Tens
         pre_projection: `Engine.pre_projection()` of the same pairs. A tower with such features runs only its
             projection, and draws no random numbers.
     """
+    return _run_model(engine, batch, seed, pre_projection)[0]
+
+
+def embed_with_captions(engine: Engine, batch: Batch, seed: int) -> tuple[Embedded, Tensor]:
+    """Embed a micro-batch, and sum the cross-entropies of its captions' tokens, a scalar."""
+    embedded, output = _run_model(engine, batch, seed, (None, None), captions=True)
+    return embedded, output["caption_losses"]
+
+
+def _run_model(
+    engine: Engine, batch: Batch, seed: int, pre_projection: Sequence[Tensor | None], **options: bool
+) -> tuple[Embedded, dict[str, Tensor]]:
     torch.manual_seed(seed)
     image, text = (None if features is None else PreProjection(features) for features in pre_projection)
     output = engine(
         image or to_device(batch.images, engine.device),
         text or packed_to_device(Packed.of(batch.ids, batch.lengths), engine.device),
+        **options,
     )
-    return Embedded(output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias"))
+    features = output["image_features"], output["text_features"]
+    return Embedded(*features, output["logit_scale"], output.get("logit_bias")), output
 
 
 class GradCache:
@@ -74,7 +91,7 @@ class GradCache:
 
     scalars: dict[str, Tensor]
     """Scalars on the device by their keys in metrics.jsonl: `logit_scale`, `shared_positives` of batches with groups,
-    and the terms of a loss that has several. Set by `loss`."""
+    and the terms of a loss that has several. Set by `loss` and, for CoCa's terms, by `backward`."""
 
     def __init__(self, engine: Engine, loss: Loss, sizes: Sequence[int], spill: SpillBuffer) -> None:
         self._engine, self._loss, self._spill = engine, loss, spill
@@ -83,6 +100,9 @@ class GradCache:
         self._features: Embedded | None = None
         self._pre_projection: list[Tensor | None] = []
         self._constants: dict[str, list[Tensor]] = {}
+        self._captions: CaptionLoss | None = getattr(loss, "captions", None)
+        self._num_labels = 0
+        self._caption_parts: list[Tensor] = []
         spill.clear()
 
     def add(self, batch: Batch, seed: int) -> None:
@@ -92,8 +112,10 @@ class GradCache:
         for name in CONSTANTS:
             if (rows := getattr(batch, name)) is not None:
                 self._constants.setdefault(name, []).append(to_device(rows, self._engine.device))
+        if self._captions is not None:
+            self._num_labels += self._captions.num_labels(batch)
         if self._is_single:
-            self._features = embed(self._engine, batch, seed)
+            self._features = self._embed_with_graph(batch, seed)
             self._batches.append((lambda: batch, seed))
             return
         with torch.no_grad():
@@ -106,8 +128,10 @@ class GradCache:
             yield load(), seed
 
     def loss(self) -> Tensor:
-        """The scalar loss of the global batch. Collective, as `backward` is."""
+        """The scalar loss of the global batch without CoCa's captions. Collective, as `backward` is."""
         assert self._features is not None
+        if self._captions is not None:
+            self._caption_factor = self._captions.factor(self._num_labels)
         self.scalars = {"logit_scale": self._features.logit_scale.detach()}
         if not self._is_single:
             for name, tensor in zip(("visual.", "text.", "logit_scale", "logit_bias"), self._features, strict=True):
@@ -121,13 +145,24 @@ class GradCache:
         self.scalars |= terms
         return self._value.detach()
 
-    def backward(self) -> None:
-        """Compute the gradients of the parameters, averaged over the ranks."""
+    def backward(self) -> Tensor:
+        """Compute the gradients of the parameters, averaged over the ranks. Return the scalar loss of the global batch.
+
+        Only the scalar of CoCa differs from that of `loss`.
+        """
+        value = self._value.detach()
+        self._backward()
+        if self._captions is None:
+            return value
+        self.scalars |= {"contrastive_loss": value, "caption_loss": mean_over_ranks(self._caption_parts)}
+        return value + self.scalars["caption_loss"]
+
+    def _backward(self) -> None:
         value, features = self._value, self._features
         # Both are large, and only their gradients are needed after this pass.
         del self._value, self._features
         if self._is_single:
-            self._engine.backward(value)
+            self._engine.backward(torch.stack([value, *self._caption_part()]).sum())
             return
         assert features is not None
         value.backward()
@@ -154,6 +189,9 @@ class GradCache:
         come and go, and would fragment the heap.
         """
         num_rows, pre_projection = self._starts[-1], self._engine.pre_projection()
+        if self._captions is not None:
+            # The decoder reads the tokens of both towers, so these must run again.
+            pre_projection = None, None
         if self._features is None:
             dtype = torch.promote_types(embedded.image.dtype, embedded.text.dtype)
             self._loss.operand_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
@@ -179,7 +217,7 @@ class GradCache:
         batch = load()
         rows = self._rows(number)
         pre_projection = [None if features is None else features[rows] for features in self._pre_projection]
-        embedded = embed(self._engine, batch, seed, pre_projection)
+        embedded = self._embed_with_graph(batch, seed, pre_projection)
         feature_grads = [None if grad is None else grad[rows] for grad in grads[:2]]
         scalar_grads = grads[2:] if is_last else (None, None)
         products = [
@@ -187,4 +225,22 @@ class GradCache:
             for tensor, grad in zip(embedded, [*feature_grads, *scalar_grads], strict=True)
             if tensor is not None and grad is not None
         ]
-        return torch.stack(products).sum()
+        return torch.stack([*products, *self._caption_part()]).sum()
+
+    def _embed_with_graph(
+        self, batch: Batch, seed: int, pre_projection: Sequence[Tensor | None] = (None, None)
+    ) -> Embedded:
+        """Embed a micro-batch whose backward pass follows. For CoCa, also predict its captions."""
+        if self._captions is None:
+            return embed(self._engine, batch, seed, pre_projection)
+        embedded, self._caption_losses = embed_with_captions(self._engine, batch, seed)
+        return embedded
+
+    def _caption_part(self) -> list[Tensor]:
+        """The last micro-batch's part of the captions' loss on this rank, a scalar. Empty without captions."""
+        if self._captions is None:
+            return []
+        part = self._caption_factor * self._caption_losses
+        del self._caption_losses
+        self._caption_parts.append(part.detach())
+        return [part]

@@ -92,7 +92,7 @@ def tokenizer_of_run(folder: RunFolder, config: TrainConfig, dataset: Dataset) -
 
 
 def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Tokenizer:
-    source, text = config.data.tokenizer, config.model.text
+    source, text, has_decoder = config.data.tokenizer, config.model.text, config.model.decoder.layers > 0
     if folder.records is not None:
         tokenizer = folder.read_tokenizer(text.context_length)
     elif not source and (initial := initial_tokenizer(config)) is not None:
@@ -109,12 +109,17 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Toke
         raise UserError(
             f"the tokenizer adds no start token, which model.text.kind={text.kind} needs; choose another data.tokenizer"
         )
-    if text.kind != "gpt" and tokenizer.pad_id != text.pad_id:
+    if (text.kind != "gpt" or has_decoder) and tokenizer.pad_id != text.pad_id:
         raise UserError(
             f"the tokenizer's padding token is {tokenizer.pad_id}; set model.text.pad_id={tokenizer.pad_id}"
         )
     end = int(tokenizer("", 2)[0, -1])
-    if text.kind == "gpt" and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id):
+    # The text tower of a model with a decoder reads its class token.
+    if (
+        text.kind == "gpt"
+        and not has_decoder
+        and end != (tokenizer.vocab_size - 1 if text.end_id is None else text.end_id)
+    ):
         raise UserError(f"the tokenizer ends captions with token {end}; set model.text.end_id={end}")
     return tokenizer
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss, DistillClipLoss, SigLipLoss
+from bclip_fast.model.biomedclip import BiomedClipConfig
 
-KINDS = ("clip", "siglip", "distill")
+from .captions import CaptionLoss
+
+KINDS = ("clip", "siglip", "distill", "coca")
 # The initial factor and bias of the logits in the paper of the sigmoid loss (arXiv 2303.15343, section 3.2).
 SIGLIP_LOGITS = 10.0, -10.0
 CONSTANTS = ("groups", "teacher")
@@ -100,8 +103,9 @@ class LossConfig:
 
     kind: str = "clip"
     """clip: the softmax loss of CLIP. siglip: the sigmoid loss, in which each pair is a separate decision. distill: the
-    softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. For your own class, write
-    module:Class. It gets rank and world_size and works like bclip_fast.ClipLoss."""
+    softmax loss and the cross-entropy under a teacher's similarities, as in open_clip. coca: the softmax loss and the
+    cross-entropy of a caption decoder (section model.decoder). For your own class, write module:Class. It gets rank and
+    world_size and works like bclip_fast.ClipLoss."""
     label_smoothing: float = 0.0
     """Share of the targets that goes to all pairs alike, within 0 and 1."""
     hardness: float = 0.0
@@ -120,6 +124,10 @@ class LossConfig:
     step. It sees the centre crop and the caption. The run folder keeps its features in this number format."""
     distill_weight: float = 1.0
     """Factor of the distillation term. 1 is that of open_clip."""
+    caption_loss_weight: float = 2.0
+    """Factor of the captions' cross-entropy in coca. 2 is that of open_clip."""
+    clip_loss_weight: float = 1.0
+    """Factor of the softmax loss in coca."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and not self.is_own:
@@ -137,10 +145,26 @@ class LossConfig:
             raise UserError(f"loss.hardness={self.hardness} needs loss.kind=clip without label_smoothing; set it to 0")
         if not 0 <= self.init_scale <= 100:
             raise UserError(f"loss.init_scale={self.init_scale} must lie in (0, 100], or be 0 for the loss's own")
-        if self.init_bias is not None and self.kind in ("clip", "distill"):
+        if self.init_bias is not None and self.kind in ("clip", "distill", "coca"):
             raise UserError(f"loss.init_bias={self.init_bias} needs loss.kind=siglip: a bias cancels in a softmax")
         if self.is_own and (self.label_smoothing or self.hardness):
             raise UserError(f"loss.kind={self.kind} takes no label_smoothing and no hardness; set them in your class")
+        if not self.caption_loss_weight > 0:
+            raise UserError(f"loss.caption_loss_weight={self.caption_loss_weight} must be above 0")
+        if not self.clip_loss_weight >= 0:
+            raise UserError(f"loss.clip_loss_weight={self.clip_loss_weight} must not be negative")
+
+    def check_model(self, model: BiomedClipConfig) -> None:
+        """Raise UserError unless the model has a caption decoder if, and only if, the loss is coca."""
+        if self.kind == "coca" and not model.decoder.layers:
+            raise UserError(
+                "loss.kind=coca needs a model with a caption decoder; set preset=coca_b32, or model.decoder.layers"
+            )
+        if self.kind != "coca" and model.decoder.layers:
+            raise UserError(
+                f"loss.kind={self.kind} doesn't train the model's caption decoder; set loss.kind=coca, or "
+                "model.decoder.layers=0"
+            )
 
     def check_positives(self, field: str, positives: str) -> None:
         """Check that the loss takes the positives of a field. Raises UserError, unless they are pair."""
@@ -165,11 +189,28 @@ class LossConfig:
         return scale, bias if self.init_bias is None else self.init_bias
 
 
-def build_loss(config: LossConfig, teacher_scale: float = 0.0) -> Any:
+class ContrastivePart(ClipLoss):
+    """The softmax loss of CoCa, with its weight. GradCache adds the captions' part, whose inputs aren't cached.
+
+    captions: the captions' part.
+    """
+
+    def __init__(self, weight: float, captions: CaptionLoss, **options: Any) -> None:
+        super().__init__(**options)
+        self.weight, self.captions = weight, captions
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """`ClipLoss.forward`, times the weight."""
+        loss: Any = super().forward(*args, **options)
+        return self.weight * loss
+
+
+def build_loss(config: LossConfig, teacher_scale: float = 0.0, pad_id: int = 0) -> Any:
     """The loss of this rank, a module that works as `Loss`.
 
     Args:
         teacher_scale: factor of the teacher's logits, for a loss with a teacher.
+        pad_id: the token that pads captions, which coca doesn't predict.
 
     Raises:
         UserError: the user's class cannot be imported or made.
@@ -177,6 +218,10 @@ def build_loss(config: LossConfig, teacher_scale: float = 0.0) -> Any:
     ranks: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     if config.kind == "clip":
         return ClipLoss(**ranks, label_smoothing=config.label_smoothing, hardness=config.hardness)
+    if config.kind == "coca":
+        captions = CaptionLoss(config.caption_loss_weight, pad_id)
+        smoothing = config.label_smoothing
+        return ContrastivePart(config.clip_loss_weight, captions, **ranks, label_smoothing=smoothing)
     if config.kind == "siglip":
         return SigLipLoss(**ranks, label_smoothing=config.label_smoothing)
     if config.kind == "distill":

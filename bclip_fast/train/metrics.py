@@ -5,6 +5,7 @@ A step's line of metrics.jsonl has these keys:
     step, epoch, samples, loss, lr, logit_scale
     samples/NAME                            samples of each dataset so far, if data.shards lists several
     contrastive_loss, distill_loss          terms of the loss with a teacher
+    contrastive_loss, caption_loss          terms of the loss of a CoCa, with their weights
     grad_norm                               before clipping
     shared_positives                        number of pairs with more than one positive, unless data.positives is pair
     samples_per_second, tokens_per_second   over all ranks; the tokens are estimated from those of rank 0

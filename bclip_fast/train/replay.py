@@ -196,14 +196,14 @@ def _replay(dump: Dump) -> int:
     model.load_state_dict(dump.model)
     model.visual.patch_dropout = dump.patch_dropout
     engine = build_engine(model.train(), dump.config.engine, dump.config.optim, dump.config.first_batch_size)
-    loss_fn = build_loss(dump.config.loss, dump.teacher_scale)
+    loss_fn = build_loss(dump.config.loss, dump.teacher_scale, dump.config.model.text.pad_id)
     data = dump.config.data
     spill = SpillBuffer(data.spool_above_mib << 20, data.spool_dir)
     cache = GradCache(engine, loss_fn, [len(batch.lengths) for batch, _ in dump.batches], spill)
     for batch, seed in dump.batches:
         cache.add(batch, seed)
-    loss = float(cache.loss())
-    cache.backward()
+    cache.loss()
+    loss = float(cache.backward())
     norm = engine.step(0.0, -1.0).grad_norm
     engine.close()
     pairs = {"loss": (dump.loss, loss), "grad_norm": (dump.grad_norm, norm)}

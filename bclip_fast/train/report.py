@@ -44,6 +44,7 @@ _CURVES = {
     "loss": "Loss",
     "contrastive_loss": "Contrastive term of the loss",
     "distill_loss": "Distillation term of the loss",
+    "caption_loss": "Caption term of the loss",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
     "grad_norm": "Norm of the gradient",
@@ -55,6 +56,7 @@ _CURVES = {
 _NOISY = (
     "loss",
     "contrastive_loss",
+    "caption_loss",
     "distill_loss",
     "grad_norm",
     "shared_positives",

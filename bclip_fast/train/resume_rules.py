@@ -69,6 +69,8 @@ _COMMON = {
     "loss.teacher": LISTED,
     "loss.teacher_cache": ARITHMETIC,
     "loss.distill_weight": ARITHMETIC,
+    "loss.caption_loss_weight": ARITHMETIC,
+    "loss.clip_loss_weight": ARITHMETIC,
     "spikes.window": ARITHMETIC,
     "spikes.loss": ARITHMETIC,
     "spikes.grad_norm": ARITHMETIC,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from torch import nn
 
 from bclip_fast.errors import UserError
@@ -22,10 +23,10 @@ MAX_LOG_LOGIT_SCALE = math.log(100.0)
 class OptimConfig:
     """The optimiser and its learning rate. The defaults are BiomedCLIP's (table S9 of the paper)."""
 
-    name: str = "adamw"
+    name: Annotated[str, tyro.conf.arg(aliases=["--optim.class"])] = "adamw"
     """adamw is AdamW. muon is torch's Muon for the matrices of the towers' layers, and AdamW for all other parameters.
-    For a class of your own, write module:Class. It is a torch.optim.Optimizer, and gets lr, weight_decay, betas and eps
-    if it takes them."""
+    For a class of your own, write module:Class, also as optim.class. It is a torch.optim.Optimizer, and gets lr,
+    weight_decay, betas and eps if it takes them."""
     lr: float = 5e-4
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -150,7 +151,10 @@ def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr_scales: Mapping[str, float] | None = None
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    lr_scales: Mapping[str, float] | None = None,
+    vectors: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters for `engine.optimizer.make_optimizer`, without empty groups.
 
@@ -161,6 +165,7 @@ def parameter_groups(
 
     Args:
         lr_scales: factor of the learning rate by prefix of the parameter's name.
+        vectors: names of parameters that are vectors in open_clip, whatever their shape is here.
     """
     parameters = list(parameters)
     layers = layer_scales((name for name, _ in parameters), config.layer_decay)
@@ -176,7 +181,7 @@ def parameter_groups(
             scale *= config.muon_lr / config.lr if config.muon_lr else 1.0
             decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
             kind, rest = "muon", {"weight_decay": decay, "muon": True}
-        elif parameter.ndim >= 2 and not name.endswith("bias"):
+        elif parameter.ndim >= 2 and not name.endswith("bias") and name not in vectors:
             kind, rest = "decay", {"weight_decay": config.weight_decay}
         else:
             kind, rest = "rest", {"weight_decay": 0.0}

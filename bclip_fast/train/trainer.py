@@ -144,7 +144,7 @@ class _Run(RunLoop):
         places = folder.path, dataset.fingerprint, len(dataset)
         read, recorded = shard_samples(dataset, config.data.num_threads), saved.rest if saved else None
         self.teacher = RunTeacher(config.loss, device, config.engine.precision, recorded, *places, read)
-        self.loss_fn = build_loss(config.loss, self.teacher.scale)
+        self.loss_fn = build_loss(config.loss, self.teacher.scale, config.model.text.pad_id)
         arguments = dataset, sampler, tokenizer, self.preprocess, device
         self.loader = inputs.build_loader(config.data, *arguments, **self.teacher.loader_options)
         self.spill = SpillBuffer(config.data.spool_above_mib << 20, config.data.spool_dir)
@@ -245,9 +245,9 @@ class _Run(RunLoop):
             cache.add(batch, step_seed(config.seed, step, distributed.rank() * num_parts + part))
             lengths += batch.lengths
             timer.lap("forward")
-        loss = cache.loss()
+        cache.loss()
         timer.lap("loss")
-        cache.backward()
+        loss = cache.backward()
         timer.lap("backward")
         self.results.finish()
         batch_size = self.sampler.batch_size_of(epoch)

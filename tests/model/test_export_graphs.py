@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from coca_models import COCA
 from torch import Tensor, nn
 from towers import GPT, SMALL, padded_ids, shaken
 
@@ -29,6 +30,7 @@ MODELS = {
     "resnet and gpt with an end token": dataclasses.replace(
         SMALL, vision=RESNET, text=dataclasses.replace(GPT, end_id=3)
     ),
+    "coca": COCA,
 }
 Dim = torch.export.Dim
 

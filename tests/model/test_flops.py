@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from coca_models import COCA
 from synthetic import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,3 +75,26 @@ def test_peak_flops_are_looked_up_by_device_name():
     assert hardware.peak_flops_per_second("NVIDIA H200 NVL", "bf16") == 835.5e12
     assert hardware.peak_flops_per_second("NVIDIA GeForce RTX 4090", "bf16") is None
     assert hardware.device_peak(torch.device("cpu"), "bf16") is None
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_flops_of_coca_equal_torchs_count(captions: bool):
+    """torch can't count inside attention on a CPU, so the test adds attention by hand."""
+    model, lengths = BiomedClip(COCA).train(), [7, 7, 7]
+    with FlopCounterMode(display=False) as counter, ops.use_backend("reference"):
+        model(torch.zeros(3, 3, 32, 32), Packed.of(torch.full((21,), 5), lengths), captions=captions)
+    counted = sum(counter.get_flop_counts()["Global"].values())
+    heads = 2 * 3 * (model.visual.head.weight.numel() + model.text.projection.numel())
+    # Self-attention of 17 image tokens and of 9 rows of each caption, and the decoder's of 7 tokens.
+    images, texts, decoder = (3 * 4 * width * n * n for width, n in ((48, 17), (32, 9), (32, 7)))
+    last = 3 * 4 * 32 * 9
+    # The pool's queries attend to 17 image tokens, and each token in both layers of the decoder to 4 pooled ones.
+    cross = 3 * 4 * 32 * (5 * 17 + 2 * 7 * 4 if captions else 17)
+    attention = 3 * images + 3 * texts + 2 * decoder if captions else 3 * images + 2 * texts + last
+    assert counted + attention + cross == sum(flops.forward_flops(COCA, lengths, captions=captions)) + heads
+    image, text, captioning = flops.forward_flops(COCA, lengths, captions=True)
+    assert flops.step_flops(COCA, lengths) == 3 * (image + text + captioning)
+    # The layers before the last one have no backward pass.
+    layer = 3 * flops.full_layer_flops([17], 48, 4.0)
+    locked = flops.step_flops(COCA, lengths, locked=(3, 0))
+    assert flops.step_flops(COCA, lengths) - locked == 2 * (2 * layer + 3 * 2 * 16 * 48 * 3 * 64)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coca_models import COCA
 from towers import GPT, SIGLIP, SMALL, shaken
 
 from bclip_fast import load, save
@@ -91,3 +92,7 @@ def test_context_of_other_towers(tmp_path: Path) -> None:
     save(tmp_path / "siglip", BiomedClip(siglip), Preprocess(PreprocessConfig(35)), tokenizer)
     with pytest.raises(UserError, match="captions padded to 20 tokens, and its text tower attends to the padding"):
         load(tmp_path / "siglip", context_length=40)
+    text = dataclasses.replace(COCA.text, end_id=tokenizer.vocab_size - 1)
+    save(tmp_path / "coca", BiomedClip(dataclasses.replace(COCA, text=text)), pixels, tokenizer)
+    with pytest.raises(UserError, match="coca has a caption decoder, so context_length=40 isn't possible"):
+        load(tmp_path / "coca", context_length=40)

@@ -171,7 +171,7 @@ def test_runs_count_the_pairs_with_several_positives_and_resume(tmp_path, shards
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "focal"}, "loss.kind=focal must be clip, siglip, distill or module:Class"),
+        ({"kind": "focal"}, "loss.kind=focal must be clip, siglip, distill, coca or module:Class"),
         ({"kind": "siglip", "hardness": 1.0}, "needs loss.kind=clip"),
         ({"label_smoothing": 2.0}, "must lie in"),
         ({"init_bias": -10.0}, "needs loss.kind=siglip"),

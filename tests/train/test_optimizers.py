@@ -15,11 +15,13 @@ from runs import assert_equal_runs, stopped_after
 from synthetic import tiny_model, tiny_run
 from torch import Tensor
 
+from bclip_fast import config as config_files
 from bclip_fast.errors import UserError
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.packed import Packed
 from bclip_fast.train import checkpoint
+from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import Engine, EngineConfig, build_engine
 from bclip_fast.train.engine.optimizer import OptimizerState, state_sizes
 from bclip_fast.train.engine.own_optimizer import import_optimizer, traits_of
@@ -318,3 +320,10 @@ def test_shards_are_refused_to_optimizers_of_whole_parameters(shards: Path, tmp_
         FinetuneConfig(model="m", data="d", optim=MUON, engine=ZERO[1])
     with pytest.raises(UserError, match=r"engine.cpu_adam=deepspeed is an AdamW, but optim.name=torch.optim:NAdam"):
         tiny_run(tmp_path / "run", shards, optim=NADAM, engine=replace(ZERO[1], cpu_adam="deepspeed"))
+
+
+def test_class_in_a_file_and_on_the_command_line_names_the_optimiser(tmp_path: Path) -> None:
+    path = tmp_path / "optim.toml"
+    path.write_text('[optim]\nclass = "torch.optim:NAdam"\n')
+    for arguments in ([str(path)], ["--optim.class", "torch.optim:NAdam"]):
+        assert config_files.parse(TrainConfig, arguments, prog="train").optim.name == "torch.optim:NAdam"

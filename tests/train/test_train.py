@@ -55,15 +55,16 @@ def test_learning_rate_follows_batch_size():
         assert learning_rate(8.0, 20.0, config, 4.0) == pytest.approx(factor * learning_rate(8, 20, config))
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "biomedclip_s16_gpt77"])
+@pytest.mark.parametrize("preset", ["quickstart", "biomedclip_s16_gpt77", "coca_b32"])
 def test_parameter_groups_follow_open_clip(preset: str):
     with torch.device("meta"):
         model = BiomedClip(PRESETS[preset])
-    decay, rest, scale = parameter_groups(model.named_parameters(), OptimConfig())
+    decay, rest, scale = parameter_groups(model.named_parameters(), OptimConfig(), None, model.vectors)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         # The rule of open_clip's trainer, for names without "ln" and "bn".
-        excluded = parameter.ndim < 2 or "bias" in name or "logit_scale" in name
+        is_vector = parameter.ndim < 2 or (name == "visual.cls_token" and preset == "coca_b32")
+        excluded = is_vector or "bias" in name or "logit_scale" in name
         assert any(parameter is p for p in decay["params"]) != excluded, name
     assert decay["weight_decay"] == 0.2
     assert rest["weight_decay"] == scale["weight_decay"] == 0.0

@@ -23,6 +23,8 @@ from bclip_fast.train.transfers import AsyncRead
 
 from .optimizer import OptimizerState
 
+Outputs = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -75,9 +77,9 @@ class Engine(ABC):
     """Copies of the statistics of batch norms after the last update. Each rank has its own values: training never reads
     them."""
 
-    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
-        """Run the model forward."""
-        return self.module(image, text)
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool) -> Outputs:
+        """Run the model forward. `options` are further arguments of its forward pass."""
+        return self.module(image, text, **options)
 
     def pre_projection(self) -> tuple[Tensor | None, Tensor | None]:
         """The last pre-projection features (b, width) of the image and the text tower.

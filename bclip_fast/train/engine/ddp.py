@@ -15,7 +15,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import Engine, StepTensors, copy_to_cpu, persistent_buffers
+from .base import Engine, Outputs, StepTensors, copy_to_cpu, persistent_buffers
 from .config import DTYPES, EngineConfig
 from .optimizer import OptimizerState, make_optimizer, refusal, set_learning_rate
 
@@ -57,9 +57,9 @@ class DdpEngine(Engine):
         waited = logged["backward_comm_time"] - logged["backward_compute_comm_overlap_time"]
         return {"communication_seconds": max(0, waited) / 1e9}
 
-    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool) -> Outputs:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            return self.module(image, text)
+            return self.module(image, text, **options)
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()

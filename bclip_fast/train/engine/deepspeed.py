@@ -22,7 +22,7 @@ from bclip_fast.model.packed import Packed
 from bclip_fast.model.transformer import PreProjection
 from bclip_fast.train.schedule import OptimConfig
 
-from .base import Engine, StepTensors, copy_to_cpu, persistent_buffers, to_cpu
+from .base import Engine, Outputs, StepTensors, copy_to_cpu, persistent_buffers, to_cpu
 from .config import EngineConfig
 from .deepspeed_config import deepspeed_config
 from .optimizer import (
@@ -112,8 +112,8 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection) -> dict[str, Tensor]:
-        output = self._engine(image, text)
+    def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool) -> Outputs:
+        output = self._engine(image, text, **options)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
 

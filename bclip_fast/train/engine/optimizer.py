@@ -190,7 +190,8 @@ def make_optimizer(
     Raises:
         UserError: torch lacks Muon, the model has no matrices for it, or a class of the user's cannot be used.
     """
-    groups = parameter_groups(model.named_parameters(), optim, getattr(model, "lr_scales", None))
+    scales_and_vectors = getattr(model, "lr_scales", None), getattr(model, "vectors", ())
+    groups = parameter_groups(model.named_parameters(), optim, *scales_and_vectors)
     options: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if optim.name == "adamw":
         return adamw_class(groups, **options)
