@@ -107,7 +107,8 @@ def _choices(device: torch.device) -> list[str]:
     try:
         record = tuning.of_device(device.type, device.index or 0)
         out = _record(record)
-        all_decisions = sorted(trials.decisions(device), key=lambda decision: decision.key[:2])
+        decided = [*trials.decisions(device), *trials.other_head_decisions(device)]
+        all_decisions = sorted(decided, key=lambda decision: decision.key[:2])
     except UserError as error:
         return [str(error)]
     except torch.OutOfMemoryError:
@@ -117,7 +118,7 @@ def _choices(device: torch.device) -> list[str]:
         pairs = [(decision.chosen or "nothing", _times(decision, record)) for decision in decisions]
         for chosen, times in dict.fromkeys(pairs):
             same = [each.shapes for each, pair in zip(decisions, pairs, strict=True) if pair == (chosen, times)]
-            shapes = "; ".join(same)
+            shapes = "; ".join(name or "any" for name in same) if any(same) else ""
             out.append(f"{name}{chosen:<11}{shapes:<19}{times}".rstrip())
             name = " " * len(name)
         out += [f"{name}not {', '.join(names)}: {reason}" for reason, names in _refusals(decisions).items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -227,25 +226,36 @@ class _GlobalSigLipLoss(torch.autograd.Function):
             call = ContrastiveCall(image, text, scale, positive_offset, chunk_size, bias=bias, groups=tile_groups)
             return siglip(call, weight, wide, with_gradients)
 
-        tiles = {ranges.local.start: tile(text, ranges.local, 0 if groups is None else None)}
+        loss, image_grad, text_grad, scale_grad, bias_grad = tile(text, ranges.local, 0 if groups is None else None)
+        # One buffer for the gradients of all texts, and no second copy of a tile's: they are the largest tensors.
+        texts_grad = None
+        if with_gradients and ctx.needs_input_grad[1]:
+            texts_grad = text_grad.new_empty((ranges.total, text.shape[1]), dtype=grad_dtype)
+            texts_grad[ranges.local] = text_grad
         texts = wait_for_texts()
-        tiles |= {part.start: tile(texts[part], part, None) for part in ranges.remote}
-        losses, image_grads, _, scale_grads, bias_grads = zip(*tiles.values(), strict=True)
-        text_grads = [outputs[2] for _, outputs in sorted(tiles.items(), key=itemgetter(0))]
-        loss = torch.stack(losses).sum().to(scale.dtype)
+        del text_grad, wait_for_texts
+        for part in ranges.remote:
+            part_loss, part_image_grad, part_text_grad, part_scale_grad, part_bias_grad = tile(texts[part], part, None)
+            loss, image_grad = loss + part_loss, image_grad.add_(part_image_grad)
+            scale_grad, bias_grad = scale_grad + part_scale_grad, bias_grad + part_bias_grad
+            if texts_grad is not None:
+                texts_grad[part] = part_text_grad
+            del part_image_grad, part_text_grad
+        del texts
+        loss = loss.to(scale.dtype)
         if not with_gradients:
             return ranks.sum(loss, "the loss")
         wait_for_grad = None
-        if ctx.needs_input_grad[1]:
-            wait_for_grad = ranks.start_reduce(torch.cat(text_grads).to(grad_dtype), text_sizes, "text gradients")
+        if texts_grad is not None:
+            wait_for_grad = ranks.start_reduce(texts_grad, text_sizes, "text gradients")
         loss = ranks.sum(loss, "the loss")
         ctx.num_ranks, ctx.features = ranks.size, image_input.dtype
         ctx.options = ranks, chunk_size, dtype, with_gradients, backend
         ctx.save_for_backward(
-            sum(image_grads[1:], image_grads[0]).to(grad_dtype),
+            image_grad.to(grad_dtype),
             wait_for_grad() if wait_for_grad else None,
-            torch.stack(scale_grads).sum(),
-            None if bias is None else torch.stack(bias_grads).sum(),
+            scale_grad,
+            None if bias is None else bias_grad,
             *(image_input, text_input, scale, bias, image_ids, text_ids),
         )
         return loss

@@ -91,10 +91,10 @@ class BiomedClip(nn.Module):
             self.text = GptTower(config.text, config.embed_dim, config.quick_gelu)
         else:
             self.text = SiglipTextTower(config.text, config.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         self.logit_bias: nn.Parameter | None = None
         if config.init_logit_bias is not None:
-            self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
 
     def encode_image(self, image: Tensor | PreProjection, normalize: bool = True) -> Tensor:
         """Embed images -> (B, embed_dim).

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bclip_fast.errors import UserError
+
 from .biomedclip import BiomedClip
 from .cross_attention import dense_attention
 from .packed import Packed
@@ -113,15 +115,20 @@ class VqaModel(nn.Module):
             freeze: lock the towers' weights.
 
         Raises:
-            ValueError: the number of answers isn't num_answers, or a tower is neither a ViT nor BERT.
+            ValueError: the number of answers isn't num_answers.
+            UserError: a tower is neither a ViT with CLS token nor BERT, or BERT attends to padding.
         """
         super().__init__()
         if len(answers) != config.num_answers:
             raise ValueError(f"{len(answers)} answers were passed for num_answers={config.num_answers}")
         if not isinstance(clip.text, BertTower):
-            raise ValueError("METER's head reads the tokens of a BERT text tower; this model has another")
-        if not isinstance(clip.visual, VisionTower):
-            raise ValueError("METER's head reads the tokens of a ViT; this model has a ResNet")
+            raise UserError("METER's head reads the tokens of a BERT text tower; this model has another")
+        if not isinstance(clip.visual, VisionTower) or clip.visual.cls_token is None:
+            raise UserError(
+                f"METER's head reads the tokens of a ViT with a CLS token; vision.kind is {clip.config.vision.kind}"
+            )
+        if clip.config.text.attend_padding:
+            raise UserError("METER's head doesn't read padding; this model has text.attend_padding=True")
         self.meter_config, self.answers = config, answers
         self.fusion = Fusion(config, clip.config.vision.width, clip.config.text.width)
         inner = 2 * config.width

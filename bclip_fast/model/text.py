@@ -113,6 +113,27 @@ def pack(ids: Tensor, kept: Tensor) -> tuple[Packed, Tensor]:
     return Packed(ids[kept], bounds, ids.shape[1]), columns[kept]
 
 
+def stretch_positions(pos_embed: Tensor, length: int, kept: int = 20) -> Tensor:
+    """Stretch CLIP's position embeddings to more tokens, as Long-CLIP does: (old, D) -> (length, D).
+
+    The first `kept` rows, which are well trained, stay. The others are interpolated: row j >= kept of the result lies
+    at the old position p = kept + (j - kept) * (old - kept) / (length - kept), on the line through the embeddings of
+    floor(p) and floor(p) + 1. Beyond the last old row, the line through the last two goes on. 77 rows become 248 with
+    the factor 4 (Long-CLIP, arXiv 2403.15378, section 3.1, and its code for the last rows).
+
+    Raises:
+        UserError: there are fewer than kept + 2 rows, so that nothing can be interpolated.
+    """
+    old = len(pos_embed)
+    if old < kept + 2:
+        raise UserError(f"a text tower of {old} positions can't be stretched to {length}: it needs {kept + 2} or more")
+    positions = kept + torch.arange(length - kept, dtype=torch.float64) * (old - kept) / (length - kept)
+    lower = positions.floor().clamp(max=old - 2).long()
+    weight = (positions - lower).to(pos_embed.dtype)[:, None]
+    stretched = pos_embed[lower] + weight * (pos_embed[lower + 1] - pos_embed[lower])
+    return torch.cat([pos_embed[:kept], stretched])
+
+
 def filled(text: Packed | Tensor, config: TextConfig) -> Tensor:
     """The captions padded with pad_id to context_length: (n, context_length) int64."""
     if isinstance(text, Packed):

@@ -1,4 +1,4 @@
-"""What happens to a text before the tokenizer's own pipeline, in open_clip and in transformers."""
+"""The cleaning of a text before the tokenizer's own pipeline, as in open_clip and in transformers."""
 
 from __future__ import annotations
 

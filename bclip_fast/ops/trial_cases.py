@@ -61,6 +61,15 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return torch.float32, *low
 
 
+def other_heads(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, Trial]]:
+    """Calls of attention with other head dimensions: 72 of SigLIP SO400M and 80 of ViT-H/14, for decisions only."""
+    new = partial(_Inputs, device, dtype, True)
+    for dim in (72, 80):
+        yield dim, _dense(new(), 1, 729, 16, dim)
+        yield dim, _packed(new(), [64, 64], 16, dim)
+        yield dim, _single_query(new(), [729], 16, dim)
+
+
 def timed(device: torch.device, dtype: torch.dtype, *, empty: bool = False) -> Iterator[Trial]:
     """A trial for each operator and class of shapes, with the sizes of a training step.
 

@@ -6,12 +6,13 @@ the error of the definition in the kernel's dtype on the same device.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 
 from .dispatch import Decision
-from .trial_cases import Tensors, Trial, dtypes, results_of, small, timed
+from .trial_cases import Tensors, Trial, dtypes, other_heads, results_of, small, timed
 
 # A backend passes if the norm of its error is at most twice the yardstick's, or this many unit roundoffs of the norm.
 FACTOR = 2.0
@@ -23,6 +24,16 @@ def decisions(device: torch.device, *, check: bool = False) -> Iterator[Decision
     for dtype in dtypes(device):
         for trial in timed(device, dtype, empty=True):
             yield trial.decide(check=check)
+
+
+def other_head_decisions(device: torch.device) -> Iterator[Decision]:
+    """The decisions for attention with head dimensions of published towers that no kernel is made for.
+
+    The class of shapes is only the head dimension.
+    """
+    for dtype in dtypes(device):
+        for dim, trial in other_heads(device, dtype):
+            yield dataclasses.replace(trial.decide(), shapes=f"d = {dim}")
 
 
 def check(operator: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> tuple[str, bool]:

@@ -21,9 +21,11 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing_files, write_text
 from bclip_fast.io.hashing import sha256
 from bclip_fast.model import open_clip_config, tokenizer_files, tower_config, transformers_clip, weights
-from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.biomedclip import BiomedClip, BiomedClipConfig
 from bclip_fast.model.open_clip_sections import CONFIG_FILE
+from bclip_fast.model.safe_load import State
 from bclip_fast.model.special_tokens import DEFAULTS
+from bclip_fast.model.text import stretch_positions
 from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.model.vision import resize_positions
 
@@ -45,6 +47,7 @@ def load(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     image_size: int | None = None,
+    context_length: int | None = None,
 ) -> tuple[BiomedClip, Preprocess, Tokenizer]:
     """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
@@ -54,6 +57,8 @@ def load(
         device: device of the model.
         precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
         image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
+        context_length: another number of tokens. A GPT text tower is stretched (`model.text.stretch_positions`) or
+            cut. A BERT takes any number up to its positions. A SigLIP and a CoCa can't change.
 
     Raises:
         UserError: a file is missing, damaged or unsafe, or a key of the configuration or the weights is missing,
@@ -75,6 +80,12 @@ def load(
         state[positions] = resize_positions(state[positions], config.vision.num_patches, has_cls)
         with torch.device("meta"):
             model = BiomedClip(config)
+    tokenizer = checkpoint.tokenizer
+    if context_length is not None and context_length != config.text.context_length:
+        config, state = _with_context_length(config, state, context_length, str(name_or_path))
+        tokenizer = tokenizer.with_context_length(context_length)
+        with torch.device("meta"):
+            model = BiomedClip(config)
     model.load_state_dict(state, assign=True)
     scalars = {name: parameter.data for name, parameter in model.named_parameters() if parameter.dim() == 0}
     model.to(device=device, dtype=PRECISIONS[precision])
@@ -82,7 +93,38 @@ def load(
         getattr(model, name).data = value.to(device)
     model.visual.set_normalization(preprocess_config.mean, preprocess_config.std)
     log.info("loaded %s", name_or_path)
-    return model.eval(), Preprocess(preprocess_config), checkpoint.tokenizer
+    return model.eval(), Preprocess(preprocess_config), tokenizer
+
+
+def _with_context_length(
+    config: BiomedClipConfig, state: State, context_length: int, name: str
+) -> tuple[BiomedClipConfig, State]:
+    """The configuration and the weights of a model whose text tower takes another number of tokens."""
+    text = config.text
+    if text.computes_padding:
+        raise UserError(
+            f"{name} was trained on captions padded to {text.context_length} tokens, and its text tower attends to the "
+            f"padding, so context_length={context_length} isn't possible"
+        )
+    if config.decoder.layers:
+        raise UserError(f"{name} has a caption decoder, so context_length={context_length} isn't possible")
+    if text.kind == "bert":
+        return dataclasses.replace(config, text=dataclasses.replace(text, context_length=context_length)), state
+    config = dataclasses.replace(
+        config, text=dataclasses.replace(text, context_length=context_length, max_positions=context_length)
+    )
+    positions = state["text.pos_embed"]
+    if context_length < len(positions):
+        log.info("%s: text positions cut from %d to %d tokens", name, len(positions), context_length)
+        return config, {**state, "text.pos_embed": positions[:context_length].clone()}
+    log.info(
+        "%s: text positions stretched from %d to %d tokens, the first 20 kept, the others interpolated (Long-CLIP, "
+        "arXiv 2403.15378)",
+        name,
+        len(positions),
+        context_length,
+    )
+    return config, {**state, "text.pos_embed": stretch_positions(positions, context_length)}
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

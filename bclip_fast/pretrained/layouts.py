@@ -37,7 +37,7 @@ _CLIP_VOCABULARY = 49408
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint's small files say. `read_weights` reads the weights for a model on the meta device."""
+    """The content of a checkpoint's small files. `read_weights` reads the weights for a model on the meta device."""
 
     config: BiomedClipConfig
     preprocess: PreprocessConfig
@@ -125,7 +125,7 @@ def _tokenizer(
 ) -> Tokenizer:
     """The tokenizer in the checkpoint or, if it has none, of the hub's repository `name`.
 
-    cleaning: what the checkpoint says. None: the tokenizer's own files say it.
+    cleaning: the cleaning that the checkpoint names. None: the tokenizer's own files say it.
     """
     try:
         path = tokenizer_file(source)

@@ -2,8 +2,8 @@
 
 The authors publish a training checkpoint and, separately, the parts of both encoders. Their code passes no attention
 mask to PubMedBERT, so it attends to the padding of 77 tokens. The text embedding is the last hidden state of the first
-token times a matrix. (The quick-start notebook of the authors multiplies BERT's pooled output instead, which the loss
-never trained.) The fusion module and the head for masked tokens serve training only.
+token times a matrix. The authors' notebook multiplies BERT's pooled output instead, which the loss never trained. The
+fusion module and the head for masked tokens serve training only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIG = BiomedClipConfig(
     vision=VisionConfig(kind="resnet", patch_size=32, width=64, layers=16, heads=32, blocks=(3, 4, 6, 3)),
     text=TextConfig(context_length=77, projection="linear", attend_padding=True),
 )
-# Of the parts, none holds the logit scale. The authors' notebook has this number.
+# The parts lack the logit scale. The authors' notebook has this number.
 _LOGIT_SCALE = 4.4292
 # Parameters that no embedding reads.
 _UNREAD = (
@@ -69,10 +69,10 @@ def read_weights(source: Source, model: BiomedClip) -> State:
     unread = sorted(key for key in state if key in _UNREAD or key.startswith(prefixes))
     if unread:
         log.info("%s: dropped %s, which no embedding reads", name, ", ".join(unread))
-    return weights.from_open_clip(_open_clip_names(state, set(unread)), model, source=name)
+    return weights.from_open_clip(open_clip_names(state, set(unread)), model, source=name)
 
 
-def _open_clip_names(state: State, unread: set[str]) -> State:
+def open_clip_names(state: State, unread: set[str]) -> State:
     """The tensors under open_clip's names of an RN50 and a BERT with one linear projection."""
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():

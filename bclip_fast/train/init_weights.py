@@ -124,7 +124,9 @@ def initial_tokenizer(config: TrainConfig) -> Tokenizer | None:
 
 def _load_model(model: BiomedClip, name: str, loss: LossConfig) -> None:
     config = model.config
-    loaded, preprocess, _ = pretrained.load(name, image_size=config.vision.image_size)
+    loaded, preprocess, _ = pretrained.load(
+        name, image_size=config.vision.image_size, context_length=config.text.context_length
+    )
     set_initial_logits(loaded, loss)
     # Fields that change neither the shape nor the meaning of a weight may differ.
     expected = dataclasses.replace(
@@ -136,9 +138,9 @@ def _load_model(model: BiomedClip, name: str, loss: LossConfig) -> None:
         init_logit_scale=config.init_logit_scale,
         init_logit_bias=config.init_logit_bias,
     )
-    context_length = config.text.context_length
-    if config.text.kind == "bert" and context_length <= expected.text.max_positions:
-        expected = dataclasses.replace(expected, text=dataclasses.replace(expected.text, context_length=context_length))
+    if config.text.kind != "bert":  # the other towers have as many positions as tokens
+        text = dataclasses.replace(expected.text, max_positions=config.text.max_positions)
+        expected = dataclasses.replace(expected, text=text)
     if difference := first_difference(dataclasses.asdict(expected), dataclasses.asdict(config)):
         raise UserError(f"init.model={name}: its {difference}; change preset or the model section to fit")
     pixels = training_pixels(config)

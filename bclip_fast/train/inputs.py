@@ -105,7 +105,11 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Toke
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but model.text.vocab_size={text.vocab_size}; raise it"
         )
-    if (text.kind == "bert" or has_decoder) and tokenizer.pad_id != text.pad_id:
+    if text.kind != "siglip" and not tokenizer.has_start:
+        raise UserError(
+            f"the tokenizer adds no start token, which model.text.kind={text.kind} needs; choose another data.tokenizer"
+        )
+    if (text.kind != "gpt" or has_decoder) and tokenizer.pad_id != text.pad_id:
         raise UserError(
             f"the tokenizer's padding token is {tokenizer.pad_id}; set model.text.pad_id={tokenizer.pad_id}"
         )

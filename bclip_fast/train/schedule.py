@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from torch import nn
 
 from bclip_fast.errors import UserError
@@ -22,10 +23,10 @@ MAX_LOG_LOGIT_SCALE = math.log(100.0)
 class OptimConfig:
     """The optimiser and its learning rate. The defaults are BiomedCLIP's (table S9 of the paper)."""
 
-    name: str = "adamw"
+    name: Annotated[str, tyro.conf.arg(aliases=["--optim.class"])] = "adamw"
     """adamw is AdamW. muon is torch's Muon for the matrices of the towers' layers, and AdamW for all other parameters.
-    For a class of your own, write module:Class. It is a torch.optim.Optimizer, and gets lr, weight_decay, betas and eps
-    if it takes them."""
+    For a class of your own, write module:Class, also as optim.class. It is a torch.optim.Optimizer, and gets lr,
+    weight_decay, betas and eps if it takes them."""
     lr: float = 5e-4
     """Peak learning rate."""
     min_lr: float = 0.0

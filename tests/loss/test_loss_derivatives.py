@@ -162,7 +162,8 @@ def refusals(loss, call, rows, words):
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_refuse_by_name(name):
     make, call, _ = CASES[name]
-    assert refusals(make(), call, slice(None), 'backend="reference"') == []
+    # Not "auto": the fastest backend for these small batches may be the reference, which refuses nothing.
+    assert refusals(make(backend="cpu"), call, slice(None), 'backend="reference"') == []
 
 
 def logits_penalty(rank):

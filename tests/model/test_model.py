@@ -67,6 +67,13 @@ def test_forward_output_has_open_clips_form() -> None:
     assert "logit_bias" not in BiomedClip(SMALL)()
 
 
+def test_whole_initial_logits_of_published_files_can_train() -> None:
+    """open_clip's configurations have the bias -10, which JSON reads as an integer."""
+    model = BiomedClip(replace(SMALL, init_logit_scale=2, init_logit_bias=-10))
+    assert (model.logit_scale.dtype, model.logit_bias.dtype) == (torch.float32, torch.float32)
+    assert model.logit_bias.requires_grad
+
+
 def packed(ids: torch.Tensor) -> Packed:
     return Packed.of(ids[ids != 0], (ids != 0).sum(1).tolist())
 

@@ -59,10 +59,11 @@ def command(line: str, place: str) -> None:
     if name == "bclip":
         status = main(args)
     else:
+        # pytest-benchmark measures nothing in a worker of pytest-xdist, and `bclip bench` is not one.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        process = subprocess.run(
-            [name, *args], env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
+        environment |= {"PATH": path, "OMP_NUM_THREADS": "1"}
+        process = subprocess.run([name, *args], env=environment, capture_output=True, text=True)
         print(process.stdout, end="")
         status = process.returncode
         if status:
