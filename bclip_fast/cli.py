@@ -102,7 +102,7 @@ COMMANDS = {
         "bclip_fast.train.config:TrainConfig",
         "bclip_fast.plan.command:train",
         "train",
-        "bclip eval {run} --split val, and bclip train report {run}",
+        "bclip train report {run}, and bclip eval {run} if the data have a split val",
     ),
     "plan": Command(
         "estimate the memory and time of a training run",

@@ -128,7 +128,8 @@ def _parse(cls: type[T], args: list[str], default: T | None, prog: str, source: 
             kind, word = ("key", unknown[1].lstrip("-")) if file else ("flag", unknown[1])
             names = [name if file else f"--{name}" for name in _names(cls)]
             raise UserError(f"{source}: unknown {kind} {word}{_similar(word, names, prog)}") from None
-        raise UserError(f"{source}: {_one_line(stderr.getvalue())} (see {prog} --help)") from None
+        message = _missing(cls, stderr.getvalue()) or _one_line(stderr.getvalue())
+        raise UserError(f"{source}: {message} (see {prog} --help)") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -162,6 +163,24 @@ def _one_line(text: str) -> str:
     for pattern, replacement in _PHRASES:
         message = re.sub(pattern, replacement, message)
     return message
+
+
+def _missing(cls: Any, text: str) -> str:
+    """Name the required arguments that tyro misses, as the help does. Empty for another message of tyro."""
+    found = re.search(r"Required options? Missing from [^:]*: (.*)", _flat(text))
+    if not found:
+        return ""
+    entries = [entry.strip() for entry in found[1].split("(required)")[:-1]]
+    flags = [re.findall(r"--[\w.]+", entry)[0] for entry in entries if entry.startswith("-")]
+    hints = get_type_hints(cls, include_extras=True)
+    places = [
+        field.name.upper()
+        for field in dataclasses.fields(cls)
+        if "Positional" in str(hints[field.name]) and field.default is dataclasses.MISSING
+    ]
+    # Arguments fill the places from left to right, so the last ones are missing.
+    names = [*places[len(places) - (len(entries) - len(flags)) :], *flags]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
 
 
 def _names(cls: Any, prefix: str = "") -> Iterator[str]:

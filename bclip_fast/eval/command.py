@@ -73,6 +73,8 @@ def _training_shards(model: str) -> str | tuple[Source, ...]:
     try:
         return as_sources(read_toml(Path(model) / "config.toml")["data"]["shards"], "data.shards")
     except (UserError, KeyError, TypeError) as error:
+        if not Path(model).exists() and not model.startswith(("hf-hub:", "open_clip:")):
+            raise UserError(f"{model} does not exist; give a run, a folder with a model, or hf-hub:ORG/NAME") from error
         raise UserError(f"{model} is not a run folder with data.shards in its config.toml; pass --data") from error
 
 

@@ -221,7 +221,7 @@ def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
             parts = _union(phases.values())
             rows = [[name, *(f"{phase.get(name, 0) / GIB:.2f}" for phase in phases.values())] for name in parts]
             total = ["sum", *(f"{sum(phase.values()) / GIB:.2f}" for phase in phases.values())]
-            bound = f"; there are {limit / GIB:.2f}" if limit else ""
+            bound = f"; it has {limit / GIB:.2f}" if limit else ""
             yield _table(title + bound, ["part", *phases], [*rows, total])
     saved = saved_by_text_layout(config, plan.samples, plan.cluster, largest)
     yield _table(

@@ -36,7 +36,7 @@ class Rates:
         losses = [row for row in ours if row["operator"] == "contrastive" and row["dtype"] == dtype]
         losses = [row for row in losses if row["batch"] >= 4096 and not row["contender"].endswith("reference")]
         self.tower = self.loss = None
-        self.source = f"not known: no row for {device} in benchmarks/results; `bclip bench step` there writes them"
+        self.source = f"no row for {device} in benchmarks/results; `bclip bench step` on that device writes it"
         peak = peak_flops_per_second(device, precision)
         if peak is None and losses:
             peak = statistics.median(row["matmul_flops_per_second"] for row in losses)

@@ -64,7 +64,11 @@ def test_help_every_command_shows_usage(name):
         (["train", "nowhere.toml"], "nowhere.toml does not exist"),
         (["train", "--no_such_key", "1"], "no_such_key"),
         (["ingest", "build", "/nowhere/at/all", "-o", "/tmp/unused"], "/nowhere/at/all"),
-        (["eval", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["eval", "/nowhere/at/all"], "/nowhere/at/all does not exist; give a run"),
+        (["search"], "bclip search: the command line: FOLDER and QUERY are missing (see bclip search --help)"),
+        (["search", "index"], "the command line: QUERY is missing"),
+        (["finetune", "--epochs", "1"], "the command line: MODEL and --data are missing"),
+        (["train", "export", "run"], "the command line: --out is missing"),
     ],
 )
 def test_user_error_prints_one_line_and_exits_with_2(args, words):

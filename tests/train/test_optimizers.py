@@ -34,6 +34,7 @@ ZERO = [EngineConfig(zero_stage=stage, precision="fp32") for stage in (0, 1, 2, 
 MUON = OptimConfig(name="muon", lr=1e-3, warmup_steps=2, grad_clip_norm=2.0, muon_lr=3e-3, muon_weight_decay=0.1)
 # The gradient of a layer's key bias consists of rounding errors, which a small eps would amplify.
 NADAM = OptimConfig(name="torch.optim:NAdam", lr=1e-3, warmup_steps=2, weight_decay=0.01, eps=1e-3)
+SGD = OptimConfig(name="torch.optim:SGD", lr=1e-3, warmup_steps=2, weight_decay=0.0)
 COUNTER = OptimConfig(name="test_optimizers:Counter", lr=1e-3, warmup_steps=2)
 
 
@@ -127,6 +128,22 @@ def test_muon_step_equals_torchs_muon_and_adamw():
     state = engine.optimizer_state()
     assert state.num_steps == 3
     assert sum(list(moments) == ["momentum_buffer"] for moments in state.moments.values()) == len(matrices)
+
+
+def test_step_of_a_class_that_refuses_found_inf_equals_torchs():
+    """torch.optim.SGD without its fused kernel fails if it sees a `found_inf`."""
+    engine = make(SGD, DDP)
+    model = copy.deepcopy(engine.module)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for number in range(2):
+        engine.backward(forward_loss(engine, number))
+        assert not engine.step(1e-3).skipped
+        forward_loss(model, number).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), SGD.grad_clip_norm or float("inf"))
+        sgd.step()
+        sgd.zero_grad()
+    for (name, expected), actual in zip(model.named_parameters(), engine.module.parameters(), strict=True):
+        assert torch.equal(actual, expected), name
 
 
 def test_learning_rates_of_muon_follow_its_own_peak_and_layer_decay():
@@ -241,7 +258,7 @@ def test_refused_step_changes_nothing(optim: OptimConfig, config: EngineConfig):
     engine.close()
 
 
-@pytest.mark.parametrize("optim", [MUON, NADAM], ids=["muon", "nadam"])
+@pytest.mark.parametrize("optim", [MUON, NADAM, SGD], ids=["muon", "nadam", "sgd"])
 def test_fp16_overflow_is_one_and_the_logit_scale_is_clamped(optim: OptimConfig):
     engine = make(replace(optim, weight_decay=0.0), replace(DDP, precision="fp16"))
     before = weights_of(engine)

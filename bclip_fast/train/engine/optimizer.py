@@ -67,11 +67,15 @@ class GatedOptimizer(torch.optim.Optimizer):
         if refused is not None:
             # AdamW would copy the decision to the host without a wait, and would read it too early.
             refused = refused.to(self._device)
-            if not self.takes_found_inf and bool(refused):
+            if self.takes_found_inf:
+                self.found_inf = refused
+            elif bool(refused):
                 return None
-            self.found_inf = refused
+            elif has_scaler:
+                # Classes with a fused variant, such as torch.optim.SGD, refuse a value without it.
+                self.found_inf = None
         result = super().step(closure)
-        if refused is not None and not has_scaler:
+        if self.takes_found_inf and refused is not None and not has_scaler:
             del self.found_inf
         with torch.no_grad():
             for group in self.param_groups:
