@@ -119,5 +119,5 @@ def test_old_checkpoints_are_removed_except_best_and_interval(shards: Path, tmp_
     ) == [12]
     figures = iter([0.1])
     wrong = dataclasses.replace(config, run=str(tmp_path / "w"), checkpoint=CheckpointConfig(best="R@2"))
-    with pytest.raises(UserError, match=r"checkpoint\.best=R@2 is not a validation metric; choose one of R@1"):
+    with pytest.raises(UserError, match=r"checkpoint\.best=R@2 is not a validation metric; did you mean R@1"):
         train(wrong, validate=validate)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from ranks import on_ranks
 from runs import assert_equal_runs, column, stopped_after
@@ -109,9 +110,9 @@ def test_budgeted_step_is_replayed(captioned: Path, tmp_path: Path, monkeypatch:
     dumps = []
     backward = grad_cache.GradCache.backward
 
-    def keep(self: grad_cache.GradCache) -> None:
+    def keep(self: grad_cache.GradCache) -> torch.Tensor:
         dumps.append(list(self.micro_batches()))
-        backward(self)
+        return backward(self)
 
     monkeypatch.setattr(grad_cache.GradCache, "backward", keep)
     torch_state = load_latest(train(replace(config, optim=replace(config.optim, lr=1e-30))) / "checkpoints").model
