@@ -82,7 +82,7 @@ class InitConfig:
     """Initial weights of a run. All other weights are drawn at random."""
 
     model: str = ""
-    """Model with both towers: a run folder, a folder in open_clip's layout, or hf-hub:ORG/NAME."""
+    """Model with both towers: a run folder, a folder in the layout of open_clip or transformers, or hf-hub:ORG/NAME."""
     vision: str = ""
     """ImageNet ViT in timm's or transformers' layout: hf-hub:ORG/NAME, a folder, or a file with weights."""
     text: str = ""

@@ -21,7 +21,7 @@ class FinetuneConfig:
     """Fine-tuning of a trained model."""
 
     model: tyro.conf.Positional[str]
-    """Model to start from: a run folder, a folder in open_clip's layout, or hf-hub:ID."""
+    """Model to start from: a run folder, a folder in the layout of open_clip or transformers, or hf-hub:ID."""
     data: Sources
     """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
     questions: the data of --task."""

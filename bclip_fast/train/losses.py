@@ -137,7 +137,7 @@ class LossConfig:
     """Initial bias of the logits. None takes that of the model, or SigLIP's -10 for siglip and a model without bias."""
 
     teacher: str = ""
-    """Teacher of distill: a run folder, a folder in open_clip's layout, hf-hub:ORG/NAME, or
+    """Teacher of distill: a run folder, a folder in the layout of open_clip or transformers, hf-hub:ORG/NAME, or
     open_clip:ARCHITECTURE/PRETRAINED. It never trains. Its own tokenizer reads the captions, and the crops are resized
     to its size."""
     teacher_cache: Literal["off", "fp32", "fp16"] = "off"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from bclip_fast.errors import UserError
-from bclip_fast.io import runs
+from bclip_fast.io import progress, runs
 from bclip_fast.io.atomic import replacing, replacing_folder, write_bytes, write_text
 from bclip_fast.io.file_names import file_name, file_names
 from bclip_fast.io.hashing import md5_of, sha256, sha256_of_file, sha256_of_parts
@@ -120,14 +121,30 @@ def test_is_finite(value: object, expected: bool):
 
 
 @pytest.mark.parametrize("total", [3, None])
-def test_track_counts_items_on_stderr(capsys: pytest.CaptureFixture[str], total: int | None):
+def test_track_counts_items_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, total: int | None
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with track("items", total) as advance:
         advance(2)
         advance()
     output = capsys.readouterr()
     assert output.out == ""
     assert "items" in output.err
-    assert "3" in output.err
+    assert "3" in output.err and "/s" in output.err
+
+
+@pytest.mark.parametrize(("total", "rest"), [(4, " of 4, "), (None, ", ")])
+def test_track_logs_number_and_rate_without_a_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, total: int | None, rest: str
+):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress.time, "monotonic", iter([10.0, 11.0, 12.0]).__next__)
+    with caplog.at_level("INFO"), track("items", total) as advance:
+        advance(2)
+        advance(1, "rows")
+    left = [", 0:00:01 left", ", 0:00:01 left"] if total else ["", ""]
+    assert caplog.messages == [f"items: 2{rest}2/s{left[0]}", f"rows: 3{rest}1.5/s{left[1]}"]
 
 
 def test_track_hidden_prints_nothing(capsys: pytest.CaptureFixture[str]):
