@@ -33,7 +33,8 @@ class EvalCommand(EvalConfig):
     """Evaluate a model, and write results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, a folder in the layout of open_clip or transformers, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED."""
+    """A run folder, a folder in the layout of open_clip or transformers, hf-hub:ID, or
+    open_clip:ARCHITECTURE/PRETRAINED."""
     out: str | None = None
     """Folder for the results. Default: eval/DATA-SPLIT in the run folder, or runs/eval/MODEL/DATA-SPLIT for other
     models."""

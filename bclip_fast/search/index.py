@@ -62,7 +62,8 @@ class EmbedConfig(ModelSettings):
     """Embed the images of a folder or of shards into a searchable index."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, a folder in the layout of open_clip or transformers, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED."""
+    """A run folder, a folder in the layout of open_clip or transformers, hf-hub:ID, or
+    open_clip:ARCHITECTURE/PRETRAINED."""
     data: Sources
     """Shards, a .csv, a folder of images with .txt files, or any folder of images."""
     split: str = "val"
