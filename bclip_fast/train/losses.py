@@ -31,8 +31,9 @@ CONSTANTS = ("groups", "teacher")
 class Loss(Protocol):
     """A loss that can train. The arguments are features (b, D) of this rank, with scalar scale and bias.
 
-    The result is the loss of the global batch, a scalar, or its terms by their keys in metrics.jsonl, whose sum is the
-    loss. Its gradients are those that an average over ranks turns into the gradients of the global batch.
+    The result is the loss of the global batch, a scalar, or its terms by their keys in metrics.jsonl, which end with
+    _loss. The sum of the terms is the loss. Its gradients are those that an average over ranks turns into the gradients
+    of the global batch.
     """
 
     operand_dtype: torch.dtype | None
@@ -63,6 +64,10 @@ def total(loss: Tensor | dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """
     terms = loss if isinstance(loss, dict) else {"": loss}
     for name, term in terms.items():
+        if len(terms) > 1 and not str(name).endswith("_loss"):
+            raise UserError(
+                f"the term {name} of the loss could be another key of metrics.jsonl; rename it to {name}_loss"
+            )
         if not (isinstance(term, Tensor) and term.dim() == 0 and term.is_floating_point() and term.requires_grad):
             raise UserError(f"{_named(name)} is {_described(term)}, but must be a scalar tensor with a gradient")
     if not terms:

@@ -247,9 +247,10 @@ def test_own_module_that_is_no_python_is_refused(tmp_path, monkeypatch):
         (torch.ones(3, requires_grad=True), r"shape \(3,\)"),
         (torch.tensor(1.0), "without a gradient"),
         ({}, "empty dictionary"),
+        (dict.fromkeys(("pull_loss", "lr"), torch.zeros((), requires_grad=True)), "rename it to lr_loss"),
         ({"part": None}, "term part of the loss is of type NoneType"),
     ],
-    ids=["number", "vector", "constant", "no terms", "no tensor"],
+    ids=["number", "vector", "constant", "no terms", "reserved name", "no tensor"],
 )
 def test_result_of_an_own_loss_that_cannot_train_is_named(result, message):
     with pytest.raises(UserError, match=message):
