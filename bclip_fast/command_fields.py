@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -77,11 +77,8 @@ def _module(name: str) -> _Module | None:
     if root != "bclip_fast":
         return None
     folder = Path(__file__).parent
-    if rest[:1] == ["benchmarks"]:  # a folder of its own in a clone
-        spec = find_spec("bclip_fast.benchmarks")
-        if spec is None or not spec.submodule_search_locations:
-            return None
-        folder, rest = Path(spec.submodule_search_locations[0]), rest[1:]
+    if rest[:1] == ["benchmarks"] and not (folder / "benchmarks").is_dir():  # in a clone, beside the package
+        folder = folder.parent
     path = folder.joinpath(*rest)
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):
         if candidate.is_file():
@@ -141,15 +138,11 @@ def _own_fields(found: _Class) -> dict[str, tuple[_Module, ast.AnnAssign, str]]:
 
 
 def _docstring(body: list[ast.stmt]) -> str:
-    """Return the docstring with which a body begins, with single line breaks replaced by spaces."""
+    """Return the docstring with which a body begins, without its indentation."""
     first = body[0] if body else None
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        return _cleaned(first.value.value)
+        return inspect.cleandoc(first.value.value)
     return ""
-
-
-def _cleaned(text: str) -> str:
-    return "\n".join(line.strip() for line in text.strip().splitlines())
 
 
 def _fields(found: _Class, prefix: str, values: dict[str, str]) -> Iterator[Field]:

@@ -30,7 +30,7 @@ def command_help(command: str, summary: str, config: str, topic: str = "") -> st
     sections = command_fields.sections(config)
     topic = topic.lstrip("-")
     if topic == "all":
-        blocks = [_usage(command, fields, sections), *_all(fields, sections)]
+        blocks = [usage(command, fields, sections), *_all(fields, sections)]
     elif topic in sections:
         chosen = [field for field in fields if field.section == topic]
         inner = {name: text for name, text in sections.items() if name.rpartition(".")[0] == topic}
@@ -45,7 +45,7 @@ def command_help(command: str, summary: str, config: str, topic: str = "") -> st
     else:
         own = sorted((field for field in fields if not field.section), key=lambda field: bool(field.flags))
         outer = {name: text for name, text in sections.items() if "." not in name}
-        blocks = [f"{summary[0].upper()}{summary[1:]}.", _usage(command, fields, sections)]
+        blocks = [f"{summary[0].upper()}{summary[1:]}.", usage(command, fields, sections)]
         used = sum(block.count("\n") + 2 for block in blocks) + len(outer) + 6
         blocks += [_list(own, used), _list_of_sections(outer), _hints(command, bool(outer))]
     return "\n\n".join(_wrapped(block) for block in blocks if block)
@@ -55,7 +55,8 @@ def _names(field: Field) -> set[str]:
     return {field.name, *(flag.lstrip("-") for flag in field.flags)}
 
 
-def _usage(command: str, fields: list[Field], sections: dict[str, str]) -> str:
+def usage(command: str, fields: list[Field], sections: dict[str, str]) -> str:
+    """Return the usage of a command, folded."""
     words = ["bclip", command]
     if sections:
         words.append("[FILE.toml ...]")

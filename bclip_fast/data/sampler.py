@@ -337,7 +337,7 @@ class ShardSampler:
 
 
 def _first_difference(recorded: list[dict[str, Any]], current: list[dict[str, Any]]) -> str:
-    """Return the first difference between the members of two mixtures. Empty if there is none. Names may differ."""
+    """Return the first difference between the members of two mixtures, or an empty string. Names do not count."""
     if len(recorded) != len(current):
         names = [", ".join(member["name"] for member in members) or "one dataset" for members in (recorded, current)]
         return f"the checkpoint has {names[0]}, this run has {names[1]}"

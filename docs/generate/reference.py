@@ -10,6 +10,11 @@ from typing import Any
 
 import griffe
 
+from bclip_fast import command_fields
+from bclip_fast.cli import COMMANDS
+from bclip_fast.command_fields import Field
+from bclip_fast.command_help import usage
+
 from . import source
 from .markdown import directive, from_docstring, table
 from .results import ROOT
@@ -51,10 +56,9 @@ FORMATS = {
 
 def pages() -> Iterator[tuple[str, str]]:
     """Yield the path and the text of each page."""
-    commands = source.commands()
-    for command in commands:
-        yield f"reference/commands/{slug(command.name)}.md", command_page(command)
-    yield "reference/commands.md", commands_page(commands)
+    for name in COMMANDS:
+        yield f"reference/commands/{slug(name)}.md", command_page(name)
+    yield "reference/commands.md", commands_page()
     yield "reference/configurations.md", configurations_page()
     yield "reference/tasks.md", tasks_page()
     yield "reference/formats.md", formats_page()
@@ -70,10 +74,10 @@ def slug(command: str) -> str:
 # Commands.
 
 
-def commands_page(commands: list[source.Command]) -> str:
+def commands_page() -> str:
     """Return the list of the commands."""
-    rows = [[f"[`bclip {c.name}`](commands/{slug(c.name)}.md)", c.summary, f"`{c.extra}`"] for c in commands]
-    names = "\n".join(f"commands/{slug(command.name)}" for command in commands)
+    rows = [[f"[`bclip {name}`](commands/{slug(name)}.md)", c.summary, f"`{c.extra}`"] for name, c in COMMANDS.items()]
+    names = "\n".join(f"commands/{slug(name)}" for name in COMMANDS)
     return (
         "# Commands\n\n`bclip COMMAND --help all` prints the same text as these pages. An extra is installed with\n"
         "`pip install 'bclip_fast[EXTRA]'`.\n\n"
@@ -81,51 +85,36 @@ def commands_page(commands: list[source.Command]) -> str:
     )
 
 
-def command_page(command: source.Command) -> str:
+def command_page(name: str) -> str:
     """Return a command's page: usage, description, and every flag with type, default, unit and meaning."""
-    configuration = source.member(command.config)
-    fields = list(source.fields(configuration))
-    words = [field.name.upper() for field in fields if field.is_positional]
-    flags = [f"--{field.name} {field.name.rpartition('.')[2].upper()}" for field in fields if _is_required(field)]
-    files = ["[FILE.toml ...]"] if configuration.name == "TrainConfig" else []
-    usage = " ".join(["bclip", command.name, *files, *words, *flags, "[FLAGS]"])
-    parts = [f"# bclip {command.name}", f"{command.summary[0].upper()}{command.summary[1:]}."]
-    parts += [
-        f"```text\n{usage}\n```",
-        from_docstring(configuration.docstring.value if configuration.docstring else ""),
-    ]
-    parts.append(_manual(command.config))
-    parts.append(directive("program", f"bclip {command.name}", ""))
+    command = COMMANDS[name]
+    fields, sections = command_fields.fields(command.config), command_fields.sections(command.config)
+    parts = [f"# bclip {name}", f"{command.summary[0].upper()}{command.summary[1:]}."]
+    parts += [f"```text\n{usage(name, fields, sections)}\n```", from_docstring(command_fields.about(command.config))]
+    parts += [_manual(command.config), directive("program", f"bclip {name}", "")]
     section = ""
     for field in fields:
-        start = field.name.rpartition(".")[0]
-        if start != section:
-            section = start
-            about = field.section.docstring.value if field.section.docstring else ""
-            parts.append(f"## `{section}`\n\n{from_docstring(about)}")
+        if field.section != section:
+            section = field.section
+            parts.append(f"## `{section}`\n\n{from_docstring(sections[section])}")
         parts.append(option(field))
     if any(field.name == "preset" for field in fields):
         parts.append("A configuration file sets the same fields. See [configurations](../configurations.md).")
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
-def _is_required(field: source.Field) -> bool:
-    return not field.default and not field.is_positional
-
-
 def _manual(config: str) -> str:
     """Return the docstring of the module that defines a command, without its first line."""
-    module = source.member(config.partition(":")[0])
-    text = module.docstring.value if module.docstring else ""
+    text = command_fields.module_about(config)
     return from_docstring(text.partition("\n\n")[2]) if text.startswith("`bclip") else ""
 
 
-def option(field: source.Field) -> str:
+def option(field: Field) -> str:
     """Return the entry of a flag or of a positional argument."""
     facts = [f"`{field.type}`", f"default `{field.default}`" if field.default else "required"]
     unit = source.unit(field.name, field.meaning)
     facts += [f"unit: {unit}"] if unit else []
-    name = field.name if field.is_positional else f"--{field.name}"
+    name = field.flags[-1] if field.flags else field.name
     return directive("option", name, f"{from_docstring(field.meaning)}\n*{', '.join(facts)}*")
 
 

@@ -1,43 +1,15 @@
-"""The package's source as griffe reads it: commands, configuration fields, functions and classes with docstrings."""
+"""The package's source as griffe reads it: functions and classes with docstrings."""
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import griffe
 
 from .results import ROOT
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of `bclip`, as the table in cli.py names it."""
-
-    name: str
-    summary: str
-    config: str
-    extra: str
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of a configuration.
-
-    name: with the sections before it, such as `optim.lr`. default: as the source writes it. section: the class of the
-    section that contains it.
-    """
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-    is_positional: bool
-    section: griffe.Class
 
 
 @cache
@@ -64,55 +36,6 @@ def _target(item: Any) -> Any:
     while item.is_alias:
         item = member(item.target_path)
     return item
-
-
-def commands() -> list[Command]:
-    """Return the commands in the order of cli.py."""
-    tree = ast.parse((ROOT / "bclip_fast/cli.py").read_text(encoding="utf-8"))
-    (table,) = [
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "COMMANDS"
-    ]
-    assert isinstance(table, ast.Dict)
-    found = []
-    for key, call in zip(table.keys, table.values, strict=True):
-        assert isinstance(call, ast.Call)
-        words = [ast.literal_eval(argument) for argument in call.args]
-        found.append(Command(ast.literal_eval(key), words[0], words[1], words[3]))  # type: ignore[arg-type]
-    return found
-
-
-def fields(configuration: griffe.Class, prefix: str = "", values: dict[str, str] | None = None) -> Iterator[Field]:
-    """Yield the fields of a configuration, the inherited ones first, then those of its sections.
-
-    values: defaults that replace those of the class, by field.
-    """
-    sections = []
-    for name, attribute in dataclass_fields(configuration).items():
-        if "init=False" in str(attribute.value):
-            continue
-        section = section_of(attribute)
-        if section is not None:
-            sections.append((f"{prefix}{name}.", section, _arguments(str(attribute.value))))
-            continue
-        yield Field(
-            f"{prefix}{name}",
-            type_of(str(attribute.annotation), attribute),
-            (values or {}).get(name) or default_of(attribute),
-            attribute.docstring.value if attribute.docstring else "",
-            "Positional[" in str(attribute.annotation),
-            configuration,
-        )
-    for start, section, arguments in sections:
-        yield from fields(section, start, arguments)
-
-
-def _arguments(default: str) -> dict[str, str]:
-    """Return the arguments of `field(default_factory=lambda: Section(...))`."""
-    calls = [node for node in ast.walk(ast.parse(default, mode="eval")) if isinstance(node, ast.Lambda)]
-    keywords = calls[0].body.keywords if calls and isinstance(calls[0].body, ast.Call) else []
-    return {keyword.arg: ast.unparse(keyword.value) for keyword in keywords if keyword.arg}
 
 
 def dataclass_fields(configuration: griffe.Class) -> dict[str, griffe.Attribute]:
@@ -146,12 +69,6 @@ def resolve(name: str, scope: Any) -> Any:
     except (KeyError, griffe.AliasResolutionError):
         return None
     return found
-
-
-def section_of(attribute: griffe.Attribute) -> griffe.Class | None:
-    """Return the dataclass that is the type of a field, or None for a plain value."""
-    found = resolve(str(attribute.annotation), attribute.parent)
-    return found if isinstance(found, griffe.Class) and found.has_labels("dataclass") else None
 
 
 def type_of(written: str, attribute: griffe.Attribute) -> str:

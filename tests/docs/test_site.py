@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import importlib
 import itertools
 import json
@@ -11,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
@@ -79,47 +76,6 @@ def test_notebook_is_that_of_the_tutorial():
 
 
 # Reference.
-
-
-def fields_of(configuration: type, prefix: str = "", instance: object = None) -> dict[str, object]:
-    """The fields of a configuration and of its sections, with the defaults of the running program."""
-    found: dict[str, object] = {}
-    hints = typing.get_type_hints(configuration)
-    for field in dataclasses.fields(configuration):  # type: ignore[arg-type]
-        if not field.init:
-            continue
-        default = field.default
-        if instance is not None:
-            default = getattr(instance, field.name)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if dataclasses.is_dataclass(hints[field.name]):
-            found |= fields_of(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.", default)
-        else:
-            found[prefix + field.name] = default
-    return found
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_reference_has_every_field_with_its_default_and_meaning(name):
-    module, class_name = COMMANDS[name].config.split(":")
-    expected = fields_of(getattr(importlib.import_module(module), class_name))
-    (command,) = [command for command in source.commands() if command.name == name]
-    fields = {field.name: field for field in source.fields(source.member(command.config))}
-    assert sorted(fields) == sorted(expected)
-    assert [field.name for field in fields.values() if not field.meaning] == [], "write a docstring below the field"
-    for field in fields.values():
-        default = expected[field.name]
-        if default is dataclasses.MISSING:
-            assert field.default == ""
-        elif isinstance(default, bool | int | float | str | tuple | None):
-            assert _value(field.default) == default, field.name
-
-
-def _value(written: str) -> object:
-    import math
-
-    return eval(written, {"math": math, "__builtins__": {}}) if "math" in written else ast.literal_eval(written)
 
 
 def test_python_reference_entries_have_descriptions():
