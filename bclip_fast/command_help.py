@@ -19,7 +19,7 @@ def command_help(command: str, summary: str, config: str, topic: str = "") -> st
     """Return the help of a command, or of one of its sections or flags.
 
     Args:
-        summary: what the command does.
+        summary: the purpose of the command.
         config: the configuration's class, "module:Class".
         topic: name of a section (`optim`) or a flag (`optim.lr`, with or without leading dashes), or `all`.
 

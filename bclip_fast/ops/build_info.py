@@ -1,4 +1,4 @@
-"""Which compiled modules this installation has, and why one is missing."""
+"""The compiled modules of this installation, and the reason why one is missing."""
 
 from __future__ import annotations
 

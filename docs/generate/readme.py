@@ -12,6 +12,7 @@ README = ROOT / "README.md"
 FIGURE = ROOT / "docs/figures/loss-and-step.svg"
 XEON = "Intel(R) Xeon(R) Processor"
 _STEP = dict(device=XEON, operator="step", case="biomedclip_b16-16-bf16-dropout-0.1")
+_IMAGES = dict(device=XEON, operator="images", num_threads=1)
 
 
 def write() -> list[Path]:
@@ -46,12 +47,15 @@ def machine(row: Row) -> str:
 
 
 def caption(results: Results) -> str:
-    """Return the figure's caption."""
+    """Return the figure's caption, which also names the machine, date and commands of the claims."""
     loss, step = _loss(results, "ours:cpu"), results.row(**_STEP, contender="ours")
+    images = results.row(**_IMAGES, contender="ours exact")
     assert machine(loss) == machine(step), "the panels show different machines; the caption names only one"
+    assert images["date"] == loss["date"], "the claims are of different days; the caption names only one"
     return (
-        f"*Measured on {machine(loss)}, without a GPU.\n"
-        "Left and middle: D = 512. Right: ViT-B/16 and BERT-base, bf16, dropout 0.1. Lower is better.*"
+        f"*Figure and claims: {machine(loss)}, no GPU. Lower is better.\n"
+        "By `bclip bench contrastive`, `step`, `images`. Left, middle: D = 512. "
+        "Right: ViT-B/16, BERT-base, bf16, dropout 0.1.*"
     )
 
 
@@ -59,8 +63,7 @@ def claims(results: Results) -> str:
     """Return the three claims with their numbers and links."""
     ours, rival = _loss(results, "ours:cpu"), _loss(results, "open_clip")
     step, rival_step = (results.row(**_STEP, contender=name) for name in ("ours", "open_clip"))
-    images = dict(device=XEON, operator="images", num_threads=1)
-    exact, pillow = (results.row(**images, contender=name) for name in ("ours exact", "Pillow"))
+    exact, pillow = (results.row(**_IMAGES, contender=name) for name in ("ours exact", "Pillow"))
     assert exact["mean_error"] == 0, "the claim says that the pixels are equal"
     return "\n".join(
         [

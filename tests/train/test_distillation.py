@@ -1,4 +1,4 @@
-"""Training with a teacher: what it embeds, when, and which teachers are refused."""
+"""Training with a teacher: its embeddings, their cache, and refused teachers."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Staging:
             (self.out / "lock").unlink(missing_ok=True)
 
     def _keep_other_files(self) -> None:
-        """Move the files that are no part of the replaced dataset to the new one."""
+        """Move the files that do not belong to the replaced dataset to the new one."""
         try:
             splits = json.loads((self.path / "dataset.json").read_bytes())["splits"].values()
             names = {shard["name"] for split in splits for shard in split["files"]}
