@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -131,17 +130,7 @@ def _free(out: Path) -> Path:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a progress callback: a bar for each stage if stderr is a terminal, else a log line."""
-    if not sys.stderr.isatty():
-        seen: set[str] = set()
-
-        def note(stage: str, done: int, total: int) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                log.info("%s: %d", stage, total)
-
-        yield note
-        return
+    """Yield a progress callback, which shows each stage."""
     with ExitStack() as stack:
         completed: dict[str, int] = {}
         advance: Advance | None = None

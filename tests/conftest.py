@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import logging
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,17 @@ def _fork_server() -> None:
     ranks = sys.modules.get("ranks")
     if ranks is not None:
         ranks.fork_server()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restored_log() -> Iterator[None]:
+    """Restore the log after each file, because commands and some packages change its level for the whole process."""
+    root, ours = logging.getLogger(), logging.getLogger("bclip_fast")
+    before = root.level, ours.level, ours.handlers[:], ours.propagate
+    yield
+    root.setLevel(before[0])
+    ours.setLevel(before[1])
+    ours.handlers[:], ours.propagate = before[2:]
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def track(
 ) -> Iterator[Advance]:
     """Show the progress of a block: number, rate and remaining time. Yield the function that counts items.
 
-    A terminal gets a bar. Any other stderr gets a line of the log every 15 seconds.
+    A terminal gets a bar. Any other stderr gets lines of the log: at the start, and then every 15 seconds.
 
     Args:
         what: name of the items.
@@ -88,6 +88,8 @@ class _Lines:
     def __init__(self, what: str, total: int | None) -> None:
         self._what, self._total, self._done = what, total, 0
         self._start = self._last_line = time.monotonic()
+        if what and total:
+            log.info("%s: %d", what, total)
 
     def __call__(self, num: int = 1, what: str | None = None) -> None:
         self._done += num
