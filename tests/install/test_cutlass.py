@@ -21,7 +21,8 @@ REMEDY = 'pip install --no-deps "nvidia-cutlass>=4.2"'
 @pytest.fixture
 def tree(sdist: Path, tmp_path: Path) -> Path:
     """A source tree with one more kernel for Hopper."""
-    shutil.copytree(sdist, tmp_path / "tree", copy_function=os.link)
+    # Other tests build in the sdist's folder.
+    shutil.copytree(sdist, tmp_path / "tree", copy_function=os.link, ignore=shutil.ignore_patterns("build"))
     (tmp_path / "tree" / SOURCE).touch()
     return tmp_path / "tree"
 
