@@ -109,7 +109,7 @@ class Scaling:
         self._rates = Rates(plan.cluster, self._config.engine.precision)
         if self._rates.tower is None:
             raise UserError(f"scale.gpus={scale.gpus}: no rate of this device is known: {self._rates.source}")
-        self._parameters = shape_of(self._config)
+        self._shape = shape_of(self._config)
         self._largest = largest_stage(plan.stages)
         self._ranks_per_node = plan.cluster.ranks_per_node
         if not config.cluster.devices_per_node and not plan.cluster.cpu:
@@ -156,7 +156,7 @@ class Scaling:
             cluster, nodes=count // ranks_per_node, ranks_per_node=ranks_per_node, nics_per_node=nics, cores=cores
         )
         stage = stage_of(config, self._samples, cluster, batch_size)
-        step = step_of(config, self._parameters, self._samples, cluster, self._rates, stage)
+        step = step_of(config, self._shape, self._samples, cluster, self._rates, stage)
         assert step is not None
         return ScalePoint(cluster, stage, step, **facts)
 
