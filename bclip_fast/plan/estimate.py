@@ -24,7 +24,6 @@ from bclip_fast.ops.contrastive.checks import default_chunk_size
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.float8 import cast_bytes
 from bclip_fast.train.init_weights import new_model
-from bclip_fast.train.precision import autocast_precision
 from bclip_fast.train.run_teacher import CHUNK
 
 from .activations import measure_activations, measure_saved
@@ -32,6 +31,8 @@ from .engine_memory import EngineMemory
 from .rates import Rates
 from .samples import Samples
 from .teacher import TeacherCost, teacher_cost
+from .timeline import StepTime, step_time, update_seconds
+from .traffic import Parameters, step_traffic
 from .types import Plan, Stage, largest_stage
 
 # Resident memory of a process after it trained a model of negligible size on a CPU, by engine (torch 2.13, DeepSpeed
@@ -57,16 +58,18 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
             "engine.offload_* requires GPUs, but the planned cluster has none; turn it off or plan for a GPU machine"
         )
     model = _model(config)
-    precision = config.engine.precision
-    if precision == "fp8" and not has_float8(cluster.device.name):
+    if config.engine.precision == "fp8" and not has_float8(cluster.device.name):
         raise UserError(
             f"engine.precision=fp8 needs GPUs with FP8, such as an H100, but the plan is for {cluster.device.name}; "
             "set engine.precision=bf16, or cluster.device=h100"
         )
-    stages, rates = _stages(config, samples, cluster), Rates(cluster, autocast_precision(precision))
-    if precision == "fp8":
-        rates.source += "; fp8 counts as bf16, because its casts can take the time that its products save"
-    stages = [replace(stage, seconds=rates.seconds(stage, config, model, cluster)) for stage in stages]
+    stages, rates = _stages(config, samples, cluster), Rates(cluster, config.engine.precision)
+    shape = Parameters.of(model, config)
+    for number, stage in enumerate(stages):
+        step = step_of(config, shape, samples, cluster, rates, stage)
+        if step is not None:
+            seconds = {**step.compute, "exposed communication": step.exposed}
+            stages[number] = replace(stage, seconds=seconds)
     memory, host = _memory(config, model, samples, cluster, largest_stage(stages))
     towers = {"image tower": model.visual, "text tower": model.text}
     parameters = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
@@ -75,6 +78,50 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
     parameters["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = _teacher(config, samples)
     return Plan(parameters, samples, cluster, stages, memory, host, rates.source, teacher)
+
+
+def step_of(
+    config: TrainConfig, parameters: Parameters, samples: Samples, cluster: Cluster, rates: Rates, stage: Stage
+) -> StepTime | None:
+    """The duration of a step of a resolved configuration. None if no rate is known."""
+    compute = rates.compute(stage.flops, cluster.ranks)
+    if compute is None:
+        return None
+    compute["update"] = update_seconds(config, parameters, cluster)
+    count = -(-stage.rank_batch // stage.micro_batch)
+    traffic = step_traffic(
+        config,
+        parameters,
+        num_ranks=cluster.ranks,
+        batch_size=stage.batch_size,
+        num_micro_batches=count,
+        teacher_width=_teacher(config, samples).width,
+    )
+    return step_time(config, cluster, compute, traffic, count)
+
+
+def shape_of(config: TrainConfig) -> Parameters:
+    """The sizes of the parameters of a resolved configuration."""
+    return Parameters.of(_model(config), config)
+
+
+def fits(config: TrainConfig, samples: Samples, cluster: Cluster, stage: Stage) -> bool:
+    """Whether a stage of a resolved configuration fits into the memory of the cluster."""
+    memory, host = _memory(config, _model(config), samples, cluster, stage)
+    sums = [max((sum(parts.values()) for parts in phases.values()), default=0.0) for phases in (memory, host)]
+    limits = cluster.device.memory, cluster.host_memory
+    return all(not limit or peak <= limit for peak, limit in zip(sums, limits, strict=True))
+
+
+def stage_of(config: TrainConfig, samples: Samples, cluster: Cluster, batch_size: int) -> Stage:
+    """A stage of one step with this global batch size."""
+    rank_batch = batch_size // cluster.ranks
+    micro_batch = min(config.micro_batch_size, rank_batch) or rank_batch
+    if config.micro_batch_tokens:
+        limits = config.micro_batch_tokens, config.image_tokens, config.model.text.context_length
+        micro_batch = samples.pairs_within(*limits, rank_batch)
+    flops = _flops(config, samples, batch_size, micro_batch < rank_batch)
+    return Stage(0, 1, batch_size, rank_batch, micro_batch, 1, flops, None)
 
 
 def resolve_config(config: TrainConfig, cluster: Cluster) -> TrainConfig:
@@ -129,14 +176,8 @@ def _stages(config: TrainConfig, samples: Samples, cluster: Cluster) -> list[Sta
         end = min(following, last + 1)
         count = min(num_steps, sampler.num_batches_of(end)) - sampler.num_batches_of(first) if end > first else 0
         if count > 0:
-            batch_size = sampler.batch_size_of(first)
-            rank_batch = batch_size // cluster.ranks
-            micro_batch = config.micro_batch_size or rank_batch
-            if config.micro_batch_tokens:
-                limits = config.micro_batch_tokens, config.image_tokens, config.model.text.context_length
-                micro_batch = samples.pairs_within(*limits, rank_batch)
-            flops = _flops(config, samples, batch_size, micro_batch < rank_batch)
-            stages.append(Stage(first, end - first, batch_size, rank_batch, micro_batch, count, flops, None))
+            stage = stage_of(config, samples, cluster, sampler.batch_size_of(first))
+            stages.append(replace(stage, first_epoch=first, epochs=end - first, num_steps=count))
     return stages
 
 
