@@ -40,7 +40,7 @@ def _forward(tokens: int, dim: int) -> Mix:
     mix = _scores(tokens, dim, products=1)
     _add(mix, _reduction(tokens, dim, from_registers=True))
     elements = _elements(tokens)
-    # Scale and offset, sum; maximum; half of a conversion to float16.
+    # FP32: scale and offset, and the sum. INT: the maximum, and half of a conversion to float16.
     mix.update({"MUFU.EX2": elements, "FP32": 2 * elements, "INT": 1.5 * elements})
     return _with_copies(mix, tokens, dim, tensors=4)
 
@@ -51,7 +51,7 @@ def _backward(tokens: int, dim: int) -> Mix:
     for from_registers in (True, True, False):
         _add(mix, _reduction(tokens, dim, from_registers))
     elements = _elements(tokens)
-    # Scale and offset, difference with delta, product; conversions of P and dS.
+    # FP32: scale and offset, the difference with delta, and a product. INT: half a conversion of P, and half of dS.
     mix.update({"MUFU.EX2": elements, "FP32": 3 * elements, "INT": elements})
     mix["STSM"] += elements * 32 * 2 / 512  # type: ignore[assignment]
     return _with_copies(mix, tokens, dim, tensors=7)

@@ -75,10 +75,12 @@ def packed_nested(call: AttentionCall, backend: str) -> Tensor:
     if len(qkv) == 0:
         return qkv[:, 0].clone()
     # Without these bounds of the lengths, torch waits for the device to read them. The kernel skips empty sequences,
-    # so a least length of 1 is no promise.
-    lengths = {"min_seqlen": min(1, call.max_seqlen), "max_seqlen": call.max_seqlen}
+    # so they may exist in spite of a least length of 1.
+    longest = call.max_seqlen
     query, key, value = (
-        torch.nested.nested_tensor_from_jagged(each, cu_seqlens.long(), **lengths).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(
+            each, cu_seqlens.long(), min_seqlen=min(1, longest), max_seqlen=longest
+        ).transpose(1, 2)
         for each in qkv.unbind(1)
     )
     out = sdpa_kernels.attend(query, key, value, None, call.causal, call.scale, backend)

@@ -1,7 +1,7 @@
 """The kernels of torch's scaled_dot_product_attention, by name: their limits, and calls that take no other kernel.
 
-The limits are those of torch 2.6 to 2.13 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). They are the same for
-every release, so a release that can do more is asked for less. torch checks each call again.
+The limits hold for torch 2.6 to 2.13 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). A newer release can do
+more. torch checks each call again.
 """
 
 from __future__ import annotations

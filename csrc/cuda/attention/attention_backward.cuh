@@ -1,5 +1,4 @@
-// The products of a warp in the backward pass: parts of dK and dV from its keys and a few queries,
-// and a part of dQ.
+// The products of a warp in the backward pass: parts of dK and dV, and a part of dQ.
 #pragma once
 
 #include "csrc/cuda/attention/attention.cuh"
@@ -26,8 +25,8 @@ struct Layout {
 
 // The first rows of a warp's tiles: in shared memory, and in the sequence.
 struct Place {
-  int row, key;      // of the keys
-  int strip, query;  // of the queries
+  int row, key;      // first key
+  int strip, query;  // first query
   int head;
   const Sequence& sequence;
 };
