@@ -20,7 +20,8 @@ library_name: transformers
 # Towers of a CLIP model for transformers
 
 """
-_USAGE = """`vision/` embeds images and `text/` embeds captions, {embed_dim} numbers each. `projections.safetensors` holds the rest.
+_USAGE = """\
+`vision/` embeds images and `text/` embeds captions, {embed_dim} numbers each. `projections.safetensors` holds the rest.
 
 ## Captions need repair before the tokenizer
 
