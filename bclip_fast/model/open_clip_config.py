@@ -75,8 +75,7 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool, cleaning: Clea
     else:
         text = _own_text_json(config.text, tokenizer_name)
     if cleaning != "whitespace":
-        # open_clip doesn't know the cleaning of transformers' SiglipTokenizer, and refuses the name.
-        text["tokenizer_kwargs"] = {"clean": cleaning}
+        text["tokenizer_kwargs"] = {"clean": cleaning}  # open_clip refuses that of SiglipTokenizer
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if config.decoder.layers:
         model["multimodal_cfg"] = add_decoder(config, vision, text)
