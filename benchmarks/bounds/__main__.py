@@ -23,6 +23,11 @@ def main() -> None:
         analysis = store.rounded(store.analyse())
     except UserError as error:
         sys.exit(str(error))
+    if not any(work.kernel.startswith("hopper") for work in analysis.works):
+        sys.exit(
+            "the CUDA module is built without kernels for Hopper, which the report needs: "
+            "pip install --no-deps nvidia-cutlass, and build it again"
+        )
     if before:
         store.save_before(analysis, before)
         return
