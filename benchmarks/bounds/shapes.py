@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ class Loss:
         """
         batch, width = self.batch, self.width
         launches = 1 if kernel == "forward" else batch // self.chunk
-        tiles = batch // rows * (batch // columns)
+        # A cluster is complete, also at the end of the rows.
+        tiles = multicast * math.ceil(batch / (multicast * rows)) * math.ceil(batch / columns)
         features, square = 2 * batch * width * HALF, batch * batch
         # Gradients write G in float16. The forward pass writes partial log-sum-exps for each tile.
         written = 4 * (square / rows + square / columns) if kernel == "forward" else HALF * square

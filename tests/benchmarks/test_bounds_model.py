@@ -112,6 +112,8 @@ def test_multicast_reads_features_of_columns_once_for_a_cluster():
     alone, shared = (shapes.Loss(4096, 512).work("forward", 128, 256, 85, multicast) for multicast in (1, 2))
     tiles = 4096 // 128 * (4096 // 256)
     assert alone["l2_bytes"] - shared["l2_bytes"] == tiles * 128 * 512 * 2
+    # The second block of the only cluster has no rows.
+    assert shapes.Loss(128, 512).work("forward", 128, 256, 85, 2)["blocks"] == 2
 
 
 def test_wide_tiles_with_multicast_read_less_than_l2_gives_at_the_goal():
@@ -298,6 +300,15 @@ def test_fresh_analysis_names_what_is_missing(tools, triton, built, message, mon
     monkeypatch.setattr(store, "find_spec", lambda name: name if triton else None)
     with pytest.raises(UserError, match=message):
         report.show("h100", fresh=True)
+
+
+def test_unchanged_triton_kernels_are_not_compiled_again(monkeypatch):
+    stored = store.load()
+    monkeypatch.setattr(store, "load", lambda: stored)
+    monkeypatch.setattr(store, "current_build", lambda: "CUDA 0, Triton kernels " + stored.build.rpartition(" ")[2])
+    assert {work.backend for work in store.unchanged_triton_works()} == {"triton"}
+    monkeypatch.setattr(store, "current_build", lambda: stored.build + "0")
+    assert store.unchanged_triton_works() == []
 
 
 def test_fresh_analysis_reads_only_the_architecture_of_the_gpu(monkeypatch, capsys):
