@@ -118,7 +118,9 @@ class Sequences(NamedTuple):
         if cu_seqlens is None and is_exporting() and dropout_p == 0.0:
             visible = self.key_mask
             if self.causal:
-                before = torch.arange(step, device=rows.device) <= (rows % step)[:, None]
+                # The row of sequence i is i * step + its column. ONNX has no remainder by a size that isn't constant.
+                columns = rows - step * torch.arange(rows.shape[0], device=rows.device)
+                before = torch.arange(step, device=rows.device) <= columns[:, None]
                 visible = before if visible is None else visible & before
             return sdpa.single_query_dense(query, key_value.unflatten(0, (-1, step)), visible).flatten(1)
         if cu_seqlens is None:
