@@ -1,4 +1,4 @@
-"""Where the matrix unit of sm_90 leaves the products of a tile, by CUTLASS's own description of its instructions."""
+"""Tests of the places of a tile's products in threads and registers, against CUTLASS's description of wgmma."""
 
 from __future__ import annotations
 
