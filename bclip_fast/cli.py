@@ -105,11 +105,11 @@ COMMANDS = {
         "bclip train with the same arguments",
     ),
     "finetune": Command(
-        "finetune a model on your pairs or questions",
+        "finetune a model on your pairs, classes or questions",
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",
-        "bclip eval {run} --data {data}",
+        "bclip eval {run} --data {data}; the report on a classifier is {run}/report.html",
     ),
     "export": Command(
         "write a model for other software: ONNX, transformers, ...",
