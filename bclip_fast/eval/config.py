@@ -27,7 +27,7 @@ class EvalConfig:
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A protocol (retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
+    """A protocol (retrieval, image_retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
     task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow them."""
     suite: str = ""
     """All tasks of a benchmark that `data` holds: medpmc (26 rows, its protocol), or a suite's TOML file. The missing
@@ -43,6 +43,9 @@ class EvalConfig:
     index: Index = "exact"
     """Search method of retrieval. `exact` ranks all candidates. The other methods use faiss, and hnsw and ivf are
     approximate."""
+    gallery: str = ""
+    """Candidates of image_retrieval: another split of the data, such as train, or the path of other data. Empty: the
+    other images of the same split."""
     share: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Fractions of the training data that probes are trained on."""
     shots: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from bclip_fast.data.splits import MissingSplit
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from . import medpmc, probe, prompts, retrieval, vqa, zero_shot
+from . import image_retrieval, medpmc, probe, prompts, retrieval, vqa, zero_shot
 from .datasets import EvalDataset
 from .labels import (
     Inputs,
@@ -197,6 +197,7 @@ PROTOCOLS: dict[str, Callable[[Inputs], Results]] = {
     "probe": run_probe,
     "vqa": run_vqa,
     "medpmc": medpmc.run,
+    "image_retrieval": image_retrieval.run,
 }
 
 
