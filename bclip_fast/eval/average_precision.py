@@ -2,8 +2,8 @@
 
 Similarities are rounded to multiples of 2^-20, about 1e-6, because float32 embeddings cannot tell smaller differences
 apart. Equal ones are ties. A tie counts as the average over random orders of the tied candidates (McSherry and Najork
-2008, Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied Scores). A model that
-maps everything to one point therefore scores exactly chance.
+2008, ECIR, doi 10.1007/978-3-540-78646-7_38). A model that maps everything to one point therefore scores exactly
+chance.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _measure(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _expected(low: np.ndarray, sizes: np.ndarray, correct: np.ndarray, before: np.ndarray) -> np.ndarray:
     """Return the expected sum of precisions at the correct candidates of each run of ties.
 
-    With n tied candidates, r of them correct, and b correct ones among the s earlier candidates, place i of the run is
-    correct with probability r / n. Of the i - 1 places before it in the run, (i - 1)(r - 1) / (n - 1) are then correct.
+    A run has n tied candidates, r of them correct. Its place i is correct with probability r / n. In that case, the
+    i - 1 places before it hold (i - 1)(r - 1) / (n - 1) correct candidates on average.
     """
     run, i = _ragged(sizes)
     n, r = sizes[run], correct[run]

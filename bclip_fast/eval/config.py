@@ -10,7 +10,7 @@ from bclip_fast.data.image_files import ImageConversion
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.errors import UserError
 
-from . import probe, suites, tasks
+from . import few_shot, probe, suites, tasks
 from .embed import CacheDtype, OnBadImage, Precision
 from .faiss_index import Index
 from .retrieval import Duplicates
@@ -27,8 +27,9 @@ class EvalConfig:
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A protocol (retrieval, image_retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
-    task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow them."""
+    """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, vqa), a task of the package (pcam, vqa_rad,
+    ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow
+    them."""
     suite: str = ""
     """All tasks of a benchmark that `data` holds: medpmc (26 rows, its protocol), or a suite's TOML file. The missing
     rows are named. It takes the place of `task`."""
@@ -49,7 +50,10 @@ class EvalConfig:
     share: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Fractions of the training data that probes are trained on."""
     shots: tuple[int, ...] = ()
-    """Numbers of samples per class that further probes are trained on."""
+    """Numbers of samples per class that further probes are trained on, and those of few_shot. few_shot takes 1, 2, 4, 8
+    and 16 if none is set."""
+    classifier: tuple[few_shot.Classifier, ...] = few_shot.CLASSIFIERS
+    """Classifiers of few_shot: nearest class centroid, logistic regression, and the training-free Tip-Adapter."""
     num_seeds: int = 3
     """Random subsets per probe setting. The report gives their mean and standard deviation."""
     protocol: probe.Protocol = "held_out"
@@ -99,5 +103,7 @@ class EvalConfig:
             raise UserError(
                 f"a probe needs num_seeds={self.num_seeds} to be at least 1, and at least one value of share or shots"
             )
+        if not self.classifier:
+            raise UserError(f"classifier is empty; name at least one of {', '.join(few_shot.CLASSIFIERS)}")
         if self.num_gallery_queries < 1:
             raise UserError(f"num_gallery_queries={self.num_gallery_queries} must be at least 1")

@@ -1,8 +1,8 @@
 """Image-to-image retrieval: the images of the same class should be the nearest ones.
 
 Every image with a label is a query. The candidates are the other images, or the images of a separate gallery. R@k is
-the share of queries with an image of their class among the first k. mAP is the mean of the average precision, over
-queries and over classes. A query without any correct candidate has neither, so it is left out and counted.
+the share of queries with an image of their class among the first k images. mAP is the mean of the average precision,
+over queries and over classes. A query without any correct candidate has neither, so it is left out and counted.
 """
 
 from __future__ import annotations
@@ -58,19 +58,15 @@ def _open_gallery(inputs: Inputs) -> EvalDataset | None:
 
 
 def _run(inputs: Inputs, kind: str, gallery: EvalDataset | None) -> dict[str, Any]:
-    sides: list[tuple[EvalDataset, Tensor, list[str]]] = []
+    sides: list[Any] = []
     for data in (inputs.data, *([gallery] if gallery is not None else [])):
         labels = read_labels(data, kind, False)
         rows = labelled_rows(labels)
         if not rows:
             raise UserError(f"label {kind!r} of {data.path}, split {data.split!r}: no sample has it; choose another")
         images = inputs.embedder.images(data)
-        sides.append((data, images[torch.tensor(rows, device=images.device)], [str(labels[row]) for row in rows]))
-    queries, query_labels = sides[0][1:]
-    if gallery is None:
-        result = measure(queries, query_labels)
-    else:
-        result = measure(queries, query_labels, *sides[1][1:])
+        sides += images[torch.tensor(rows, device=images.device)], [str(labels[row]) for row in rows]
+    result = measure(*sides)
     rows = labelled_rows(inputs.data.labels(kind))
     kept = [inputs.data.key(rows[i]) for i in result.pop("rows")]
     result["samples"] = {"key": kept, **result["samples"]}
@@ -94,8 +90,8 @@ def measure(
     Args:
         queries: (N, D), unit norm.
         labels: class of each query.
-        candidates, candidate_labels: (M, D) and M classes of a separate gallery. None: the queries, and a query is no
-            candidate of itself.
+        candidates, candidate_labels: (M, D) and M classes of a separate gallery. None: the queries. A query is then
+            not a candidate of itself.
 
     Returns:
         JSON-ready dict: num_samples, num_candidates, num_without_match, figures, per_class, samples, and `rows`, the
@@ -125,8 +121,8 @@ def measure(
     rows, ranks, values = retrieved.rows, retrieved.ranks, retrieved.average_precision
     if not len(rows):
         raise UserError(
-            f"none of {len(queries)} images has another image of its class to find; image_retrieval needs at least "
-            "two images of a class, or a gallery with the same classes"
+            f"none of {len(queries)} images has another image of its class to find; pass data with two "
+            "images of a class, or a gallery with the same classes"
         )
     classes = query_classes[rows]
     chance = average_precision.chance(ranks.num_correct.numpy(), ranks.num_candidates)

@@ -111,7 +111,9 @@ def test_evaluate_image_retrieval_leaves_out_samples_without_label(shards: Path,
     report.write(tmp_path / "report.html", results)
     page = Page(tmp_path / "report.html")
     assert not page.stack
-    assert "20 query images, each among 19 candidates, the other images of the same split" in " ".join(page.text.split())
+    assert "20 query images, each among 19 candidates, the other images of the same split" in " ".join(
+        page.text.split()
+    )
     assert {metric["name"]: metric["value"] for metric in result["figures"]}["mAP"] == 1
     half = evaluate_with(EvalConfig(**settings, label=("half",)))["tasks"]["image_retrieval"]
     assert (half["num_samples"], half["num_without_label"]) == (5, 15)
@@ -125,4 +127,6 @@ def test_evaluate_image_retrieval_searches_a_gallery(folder: Path, tmp_path: Pat
         result = evaluate_with(EvalConfig(data=str(folder), gallery=gallery, **settings))["tasks"]["image_retrieval"]
         assert result["num_candidates"] == num
         assert {metric["value"] for metric in result["figures"]} == {1.0}
-    assert_refused(folder, "gallery='test' is the data of the queries", gallery="test", split="test", task=("image_retrieval",))
+    assert_refused(
+        folder, "gallery='test' is the data of the queries", gallery="test", split="test", task=("image_retrieval",)
+    )
