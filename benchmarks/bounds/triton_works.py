@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -71,7 +70,7 @@ def _titled(launch: Launch, family: str, name: str = "") -> Launch:
 
 
 def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
-    from bclip_fast.ops.contrastive import triton, triton_kernels
+    from bclip_fast.ops.contrastive import triton, triton_kernels, triton_tma_gradients, triton_tma_kernels
     from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 
     batch, scalar = loss.batch, _empty(dtype=FLOAT)
@@ -87,21 +86,16 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
     for kernel, run in calls.items():
         # The launches of all chunks of rows are equal.
         # The tensors are on the meta device, which has no capability.
-        own = patch.object(triton, "_configuration", partial(_configuration, capability))
-        with own, recorded([triton, triton_kernels], capability, limit=1) as launches:
+        own = patch.object(triton, "_capability", lambda call: capability)
+        modules = [triton, triton_kernels, triton_tma_kernels, triton_tma_gradients]
+        # The second kernel of the forward pass leaves at once if no tile voted.
+        with own, recorded(modules, capability, limit=1) as launches:
             run()
         [launch] = launches
         rows, columns = launch.arguments["BLOCK_ROWS"], launch.arguments["BLOCK_COLUMNS"]
         elements = rows * columns // (32 * launch.options["num_warps"])
         turns = loss.width / launch.arguments["BLOCK_WIDTH"]
         yield _titled(launch, "contrastive", kernel), turns, loss.work(kernel, rows, columns, elements)
-
-
-def _configuration(capability: tuple[int, int], call: Any, grouped: bool = False) -> dict[str, Any]:
-    """Return the configuration of the contrastive kernels on a GPU of this capability."""
-    from bclip_fast.ops.contrastive import triton
-
-    return triton.configuration(call.image.dtype, call.image.shape[1], grouped, capability)
 
 
 def _attention(shape: shapes.Attention, capability: tuple[int, int]) -> Iterator[_Case]:
