@@ -2,7 +2,7 @@
 // 64 x 64 in the registers of each.
 #pragma once
 
-#include "csrc/cuda/contrastive/contrastive.h"
+#include "csrc/cuda/contrastive/arithmetic.cuh"
 #include "csrc/cuda/tile.cuh"
 
 namespace bclip::cuda {
@@ -10,13 +10,6 @@ namespace bclip::cuda {
 constexpr int kSide = kContrastiveTile, kDepth = 32, kStages = 4, kThreads = 128;
 constexpr int kStageBytes = 2 * kSide * kDepth * 2, kPipelineBytes = kStages * kStageBytes;
 static_assert(kPipelineBytes == kContrastiveSharedBytes);
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-struct TilePlace {
-  int row, column;    // its first row and column
-  int rows, columns;  // its size, which is smaller at the ends
-};
 
 __device__ __forceinline__ int tiles_of(int count) { return (count + kSide - 1) / kSide; }
 
@@ -129,16 +122,6 @@ __device__ __forceinline__ void multiply_tile(Products& products, const Features
   block_barrier();
 }
 
-struct Add {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-struct Greater {
-  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-struct Less {
-  __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
-};
-
 // Folds the 8 rows, or the 16 columns, of each thread over all threads that hold a part of them.
 // The results go to `memory` (2 x 128 floats). After a block barrier, folded() reads them.
 template <class Fold>
@@ -193,17 +176,12 @@ __device__ __forceinline__ float fold_block(float value, Shared<float> memory, F
   return fold(fold(memory.load(0), memory.load(1)), fold(memory.load(2), memory.load(3)));
 }
 
-// The positive of row i of the tile is in column i + shift. If the tile holds no positive, the
-// shift leads to no column.
+// As those of arithmetic.cuh, for our tiles.
 __device__ __forceinline__ int positives_of(const Features& features, const TilePlace& tile) {
-  const int64_t shift = features.first + tile.row - tile.column;
-  return shift > -kSide && shift < kSide ? static_cast<int>(shift) : 4 * kSide;
+  return positives_of(features, tile, kSide, kSide);
 }
-
-// Whether the tile is complete and holds no positive. Nearly all tiles of a large batch are such.
-// They take a shorter path without conditions for each element.
 __device__ __forceinline__ bool is_plain(const TilePlace& tile, int shift) {
-  return tile.rows == kSide && tile.columns == kSide && shift >= kSide;
+  return is_plain(tile, shift, kSide, kSide);
 }
 
 inline int64_t blocks_of(const Features& features) {

@@ -30,14 +30,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   // whose order is that of the logits. Other tiles keep logits, of which some are minus infinity.
   float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
-  float highest = -1e30f;
+  float highest = kNoLogit;
   if (is_plain(tile, shift) && factor > 0.0f) {
     products.each([&](int, int, int, int, float& number) { highest = fmaxf(highest, number); });
     highest *= factor;
   } else {
     products.each([&](int, int, int row, int column, float& number) {
-      const bool counted = row < tile.rows && column < tile.columns && column != row + shift;
-      number = counted ? number * factor : -infinity();
+      number = negative_logit(tile, shift, row, column, number, factor);
       highest = fmaxf(highest, number);
     });
     factor = 1.0f;
@@ -46,9 +45,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
 
   float rows[8] = {}, columns[16] = {};
   products.each([&](int i, int j, int, int, float& number) {
-    const float exponential = exp2_fast(fmaf(number, factor, -highest));
-    rows[i] += exponential;
-    columns[j] += exponential;
+    const float term = exponential(number, factor, highest);
+    rows[i] += term;
+    columns[j] += term;
   });
   fold_rows(rows, row_memory, Add());
   fold_columns(columns, column_memory, Add());
@@ -57,16 +56,14 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   float row_sum = folded(row_memory, thread, Add()),
         column_sum = folded(column_memory, thread, Add());
   float row_offset = highest, column_offset = highest;
-  // Terms that flush to zero are below 1e-37 of the highest, far below the last digit of a sum that
-  // passes.
   const float least =
       fminf(thread < tile.rows ? row_sum : 1.0f, thread < tile.columns ? column_sum : 1.0f);
-  if (fold_block(least, vote_memory, Less()) < 1e-20f) {
+  if (loses_digits(fold_block(least, vote_memory, Less()))) {
     float row_highest[8], column_highest[16];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) row_highest[i] = -1e30f;
+    for (int i = 0; i < 8; ++i) row_highest[i] = kNoLogit;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) column_highest[j] = -1e30f;
+    for (int j = 0; j < 16; ++j) column_highest[j] = kNoLogit;
     products.each([&](int i, int j, int, int, float& number) {
       row_highest[i] = fmaxf(row_highest[i], number);
       column_highest[j] = fmaxf(column_highest[j], number);
@@ -88,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
       columns[j] = 0.0f;
     }
     products.each([&](int i, int j, int, int, float& number) {
-      rows[i] += exp2_fast(fmaf(number, factor, -row_highest[i]));
-      columns[j] += exp2_fast(fmaf(number, factor, -column_highest[j]));
+      rows[i] += exponential(number, factor, row_highest[i]);
+      columns[j] += exponential(number, factor, column_highest[j]);
     });
     block_barrier();
     fold_rows(rows, row_memory, Add());
@@ -100,11 +97,11 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
   }
   if (thread < tile.rows) {
     const int64_t index = int64_t(tile.column / kSide) * features.rows + tile.row + thread;
-    store_global(&arguments.sums.rows[index], (row_offset + log2_fast(row_sum)) * kLn2);
+    store_global(&arguments.sums.rows[index], log_of_sum(row_offset, row_sum));
   }
   if (thread < tile.columns) {
     const int64_t index = int64_t(tile.row / kSide) * features.columns + tile.column + thread;
-    store_global(&arguments.sums.columns[index], (column_offset + log2_fast(column_sum)) * kLn2);
+    store_global(&arguments.sums.columns[index], log_of_sum(column_offset, column_sum));
   }
 }
 

@@ -40,10 +40,6 @@ struct Ids {
   }
 };
 
-__device__ __forceinline__ float total(const float (&parts)[4]) {
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
 // The lowest `low` and the highest `high` of the block. `memory` takes 4 pairs.
 __device__ __forceinline__ Pair range_of_block(Pair range, Shared<Pair> memory) {
 #pragma unroll
@@ -114,9 +110,6 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   Products products;
   multiply_tile<T>(products, features, tile);
 
-  // exp(S - R) + exp(S - Q) = exp(S - m) (exp(m - R) + exp(m - Q)) takes one exponential. It fails
-  // if the R and Q of the tile are so far apart that no m serves both. A row without a loss has an
-  // infinite R and the factor zero.
   const int thread = thread_index();
   const float unit = arguments.tile.scale;
   const bool has_row = thread < tile.rows, has_column = thread < tile.columns;
@@ -132,17 +125,13 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   float highest = range.high;
   const bool every_loss = highest < infinity();
   if (!every_loss) {
-    const auto finite = [](float near) { return near == infinity() ? -infinity() : near; };
-    highest = fold_block(fmaxf(finite(row), finite(column)), {kBlock + 2 * 16}, Greater());
+    highest = fold_block(fmaxf(finite_or_lowest(row), finite_or_lowest(column)), {kBlock + 2 * 16},
+                         Greater());
   }
-  const bool near = highest - lowest < 86.0f;
-  const float middle = lowest == infinity() ? 0.0f : near ? (lowest + highest) * 0.5f : 0.0f;
-  if (near) {
-    row_factors.store(thread, exp2_fast(middle - row) * row_rest);
-    column_factors.store(thread, exp2_fast(middle - column) * column_rest);
-  } else {
-    row_factors.store(thread, row_rest);
-    column_factors.store(thread, column_rest);
+  const Middle middle(lowest, highest);
+  row_factors.store(thread, middle.factor(row, row_rest));
+  column_factors.store(thread, middle.factor(column, column_rest));
+  if (!middle.near) {
     row_near.store(thread, row);
     column_near.store(thread, column);
   }
@@ -158,27 +147,24 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
   float sums[4] = {};
-  if (near && every_loss && is_plain(tile, shift) && !groups.rows) {
-    // S is at most R and Q, so nothing overflows.
+  if (middle.near && every_loss && is_plain(tile, shift) && !groups.rows) {
     float row_factor[8], column_factor[16];
     row_values(row_factor, row_factors);
     column_values(column_factor, column_factors);
     products.each([&](int i, int j, int, int, float& number) {
       const float product = number;
-      number = exp2_fast(product * factor - middle) * (row_factor[i] + column_factor[j]);
+      number = softmax_gradient(product, factor, middle.value, row_factor[i], column_factor[j]);
       sums[j % 4] += number * product;
     });
     store_gradient<true>(products, arguments.tile, tile);
   } else {
     products.each([&](int, int, int row, int column, float& number) {
       const float product = number, logit = product * factor;
-      // The bound avoids 0 * inf if neither the row nor the column has a loss.
       const float row_factor = row_factors.load(row), column_factor = column_factors.load(column);
-      float gradient = near
-                           ? exp2_fast(fminf(logit - middle, 126.0f)) * (row_factor + column_factor)
-                           : exp2_fast(logit - row_near.load(row)) * row_factor +
-                                 exp2_fast(logit - column_near.load(column)) * column_factor;
-      const bool counted = row < tile.rows && column < tile.columns;
+      float gradient = middle.near ? bounded_gradient(logit, middle.value, row_factor, column_factor)
+                                   : split_gradient(logit, row_near.load(row), row_factor,
+                                                    column_near.load(column), column_factor);
+      const bool counted = is_inside(tile, row, column);
       if (column == row + shift && counted)
         gradient = load_global(&normalizers.positive_grad[tile.row + row]) * unit;
       if (groups.rows && ids.rows.load(row) == ids.columns.load(column)) {
@@ -193,46 +179,6 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
   const float sum = fold_block(total(sums), {kBlock}, Add()) * arguments.tile.per_scale;
   if (thread == 0) store_global(&arguments.tile.partials[block_index()], sum);
 }
-
-// log(1 + x) for x >= 0, to a relative 3e-7. Below 1 it is x times the Chebyshev interpolant of
-// log(1 + x) / x.
-__device__ __forceinline__ float log1p_fast(float x) {
-  float series = x * 0.00512610212f - 0.0290740646f;
-  series = series * x + 0.0775160866f;
-  series = series * x - 0.136022476f;
-  series = series * x + 0.190768807f;
-  series = series * x - 0.24835399f;
-  series = series * x + 0.333181217f;
-  series = series * x - 0.49999445f;
-  series = series * x + 0.999999966f;
-  return x < 1.0f ? x * series : log2_fast(1.0f + x) * kLn2;
-}
-
-// The sums of a thread. Each has 4 parts, so that neighbouring elements don't wait for each other.
-struct SigmoidSums {
-  float gradients[4] = {}, products[4] = {}, linear[4] = {}, growth[4] = {};
-
-  // Adds the loss of an element, and returns its unit * sigmoid. `logit` is in units of ln 2. The
-  // sum of log(1 + small) is the logarithm of a product, so it takes a logarithm for each part, not
-  // for each element. `growth` is the product less 1, and so keeps the digits of small terms. A
-  // part multiplies 32 numbers of at most 2.
-  __device__ __forceinline__ float add(int part, float logit, float per_unit) {
-    const float small = exp2_fast(-fabsf(logit));
-    growth[part] = growth[part] * small + (growth[part] + small);
-    linear[part] += fmaxf(logit, 0.0f);
-    return (logit >= 0.0f ? 1.0f : small) * reciprocal_fast(small * per_unit + per_unit);
-  }
-  __device__ __forceinline__ void add_gradient(int part, float gradient, float product) {
-    gradients[part] += gradient;
-    products[part] += gradient * product;
-  }
-  __device__ __forceinline__ float loss() const {
-    float logarithms = 0.0f;
-#pragma unroll
-    for (float one : growth) logarithms += log1p_fast(one);
-    return total(linear) * kLn2 + logarithms;
-  }
-};
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments arguments) {
@@ -265,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2) sigmoid(SigmoidArguments argument
       const float product = number, logit = product * scale + bias;
       const bool positive =
           column == row + shift || (groups.rows && ids.rows.load(row) == ids.columns.load(column));
-      const bool counted = row < tile.rows && column < tile.columns;
+      const bool counted = is_inside(tile, row, column);
       // A logit of minus infinity has neither a loss nor a gradient.
       number = sums.add(j % 4, !counted ? -infinity() : positive ? -logit : logit, per_unit);
       if (positive) number = -number;
