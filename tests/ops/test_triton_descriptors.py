@@ -179,7 +179,6 @@ def test_descriptors_cone_of_low_cosines_is_not_computed_again(monkeypatch):
     assert votes == [[0, 0]]
 
 
-VARIANTS = {name: 128 for name in ("_redo_kernel", *CONTRASTIVE_VARIANTS)}
 SLOW = {"_backward_kernel of groups", "_siglip_kernel"}
 
 
@@ -193,7 +192,11 @@ SLOW = {"_backward_kernel of groups", "_siglip_kernel"}
     ids=str,
 )
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name in SLOW else []) for name in VARIANTS]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in SLOW else [])
+        for name in ("_redo_kernel", *CONTRASTIVE_VARIANTS)
+    ],
 )
 def test_descriptor_kernels_share_a_multiprocessor_of_sm_90(name, dtype, width, tmp_path):
     """Two programs fit by registers and shared memory, TMA copies, and tensor cores take 128 columns at a time."""

@@ -29,7 +29,6 @@ from .gpu_tiles import (
     siglip_results,
 )
 
-
 # Tensor descriptors came with Triton 3.4.
 _HAS_DESCRIPTORS = find_spec("triton.tools.tensor_descriptor") is not None
 
