@@ -28,6 +28,7 @@ OPERATORS = [
         "contrastive_targets",
         "pointwise",
         "pointwise_triton",
+        "sdpa_gpu",
         "single_query_attention",
         "triton",
     )
