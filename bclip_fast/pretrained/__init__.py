@@ -213,7 +213,10 @@ def _save_joint_transformers(folder: Path, model: BiomedClip, preprocess: Prepro
     from safetensors.torch import save_file
 
     config = model.config
-    kind = "CLIP" if config.vision.kind == "clip" else "Siglip"
+    # SigLIP's image processor never crops.
+    kind = "Siglip" if config.vision.kind == "siglip" and preprocess.config.resize_mode == "squash" else "CLIP"
+    # SigLIP was trained without an attention mask, and SiglipModel applies any that it gets.
+    inputs = {"model_input_names": ["input_ids"]} if config.text.computes_padding else {}
     with replacing_files(folder) as partial:
         for name, content in (
             ("config.json", transformers_clip.write(config)),
@@ -222,7 +225,7 @@ def _save_joint_transformers(folder: Path, model: BiomedClip, preprocess: Prepro
             write_text(partial / name, json.dumps(content, indent=2) + "\n")
         state = weights.to_transformers_joint(model.state_dict(), config)
         save_file(state, partial / layouts.TRANSFORMERS_WEIGHTS[0], metadata={"format": "pt"})
-        tokenizer.save(partial)
+        tokenizer.save(partial, **inputs)
 
 
 def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bclip_fast.benchmarks.table import print_table
 
-from . import designs, shapes, store
+from . import designs, goals, shapes, store
 from . import mix as mixes
 from .model import Bound, Work, loop_cycles
 from .rates import GPUS, SOURCES, Gpu
@@ -96,6 +96,7 @@ def markdown(analysis: store.Analysis) -> str:
         "",
     ]
     lines += _h200(analysis)
+    lines += ["", "## The loss at B = 65536, D = 512", "", *_goals(analysis)]
     lines += ["", "## Designs that are not compiled", "", *_designs(analysis)]
     lines += ["", "## Main loops", "", *_loops(analysis)]
     lines += [
@@ -143,6 +144,23 @@ def _h200(analysis: store.Analysis) -> list[str]:
             )
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _goals(analysis: store.Analysis) -> list[str]:
+    columns = "GPU", "kernels", "forward", "in step", "gradient", "in step", "products", "sum", "goal", "the goal is"
+    return [
+        "Forward and backward pass in ms. The kernels' times are their bounds. The products of the gradient G with the",
+        "features run in cuBLAS, at the rate in the table below. The sum leaves out launches and small reductions, so",
+        "it is a bound too. Nobody has measured these kernels. The last column says how close to their bounds they",
+        "must run.",
+        "",
+        "In the kernels for Hopper, two groups of warps multiply, and one can be ahead of the other by the stages of",
+        "the ring. Then a group's epilogue runs beside the products of the other. `in step` is the bound if both",
+        "groups always reach the epilogue together. The code allows both.",
+        "",
+        *_header(*columns),
+        *(_row(*cells) for cells in goals.rows(analysis.works)),
+    ]
 
 
 def _designs(analysis: store.Analysis) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,17 @@ class Loss:
         """Rows of S in a launch of a gradient's kernel: 1 GiB of float32, as checks.py chooses on a GPU."""
         return min(self.batch, 2**30 // (4 * self.batch))
 
-    def work(self, kernel: str, rows: int, columns: int, elements: int) -> dict[str, Any]:
+    def work(self, kernel: str, rows: int, columns: int, elements: int, multicast: int = 1) -> dict[str, Any]:
         """Return a work's fields for tiles of rows x columns.
 
         kernel: "forward", "softmax" or "sigmoid". elements: elements of a tile for each thread.
+        multicast: number of tiles of a cluster. They lie below one another, and read the features of their columns from
+            L2 once.
         """
         batch, width = self.batch, self.width
         launches = 1 if kernel == "forward" else batch // self.chunk
-        tiles = batch // rows * (batch // columns)
+        # A cluster is complete, also at the end of the rows.
+        tiles = multicast * math.ceil(batch / (multicast * rows)) * math.ceil(batch / columns)
         features, square = 2 * batch * width * HALF, batch * batch
         # Gradients write G in float16. The forward pass writes partial log-sum-exps for each tile.
         written = 4 * (square / rows + square / columns) if kernel == "forward" else HALF * square
@@ -37,7 +41,7 @@ class Loss:
             "blocks": tiles // launches,
             "launches": launches,
             "flops": 2.0 * square * width,
-            "l2_bytes": tiles * (rows + columns) * width * HALF + written,
+            "l2_bytes": tiles * (rows + columns / multicast) * width * HALF + written,
             "hbm_bytes": features + written,
             "elements": elements,
         }

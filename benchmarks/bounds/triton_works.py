@@ -33,6 +33,10 @@ def works(capability: tuple[int, int]) -> Iterator[Work]:
             codes[key] = compiled(launch, architecture)
         code = codes[key]
         execution = execute(code.function, Plan(_role, {"main": turns}))
+        # One warp of a program starts the copies, and a predicate disables them in the others.
+        for mix in (*execution.phases, *execution.bodies.values()):
+            if "UTMALDG" in mix:
+                mix["UTMALDG"] /= code.threads / 32  # type: ignore[assignment]
         yield Work(
             kernel=launch.title,
             backend="triton",
@@ -95,7 +99,10 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
         rows, columns = launch.arguments["BLOCK_ROWS"], launch.arguments["BLOCK_COLUMNS"]
         elements = rows * columns // (32 * launch.options["num_warps"])
         turns = loss.width / launch.arguments["BLOCK_WIDTH"]
-        yield _titled(launch, "contrastive", kernel), turns, loss.work(kernel, rows, columns, elements)
+        fields = loss.work(kernel, rows, columns, elements)
+        if triton.takes_descriptors(HALF, capability):
+            fields["tma_bytes"] = float((rows + columns) * loss.width * shapes.HALF)
+        yield _titled(launch, "contrastive", kernel), turns, fields
 
 
 def _attention(shape: shapes.Attention, capability: tuple[int, int]) -> Iterator[_Case]:
