@@ -42,7 +42,8 @@ def works(capability: tuple[int, int]) -> Iterator[Work]:
             backend="triton",
             architecture=str(architecture),
             phases=execution.phases,
-            section=execution.longest_section,
+            # The kernels with descriptors write G in equal slices, and the longest part of the epilogue is one of them.
+            section=execution.longest_section * shape.pop("slices", 1),
             bodies=execution.bodies,
             threads=code.threads,
             registers=code.registers,
@@ -102,6 +103,7 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
         fields = loss.work(kernel, rows, columns, elements)
         if triton.takes_descriptors(HALF, capability):
             fields["tma_bytes"] = float((rows + columns) * loss.width * shapes.HALF)
+            fields["slices"] = 1 if kernel == "forward" else triton.SLICES
         yield _titled(launch, "contrastive", kernel), turns, fields
 
 

@@ -37,7 +37,7 @@ _HAS_DESCRIPTORS = find_spec("triton.tools.tensor_descriptor") is not None
 REDO = {"TILES": 16, "maxnreg": 128}
 
 # Slices of columns in which the kernels with descriptors write G.
-_SLICES = 8
+SLICES = 8
 
 
 def configuration(
@@ -105,7 +105,7 @@ class Path:
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns that the descriptors of images, texts and G copy at a time."""
         (rows, columns), width = self.tile, self.config["BLOCK_WIDTH"]
-        return (rows, width), (columns, width), (rows, columns // _SLICES)
+        return (rows, width), (columns, width), (rows, columns // SLICES)
 
     def features(self, rows: Tensor, text: Tensor) -> tuple[Any, Any]:
         """Images and texts as the kernels' first two arguments."""
