@@ -130,6 +130,18 @@ COMMANDS = {
         "bclip_fast.eval.compare:run",
         "eval",
     ),
+    "eval fetch": Command(
+        "fetch the public data of tasks, after their licence is shown",
+        "bclip_fast.eval.fetch:FetchCommand",
+        "bclip_fast.eval.fetch:run",
+        "eval",
+    ),
+    "eval suite": Command(
+        "evaluate models on a benchmark, and write a leaderboard",
+        "bclip_fast.eval.leaderboard:SuiteCommand",
+        "bclip_fast.eval.leaderboard:run",
+        "eval",
+    ),
     "eval": Command(
         "evaluate a model: retrieval, zero-shot, probes, questions",
         "bclip_fast.eval:EvalCommand",

@@ -52,8 +52,9 @@ def load(
     """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
     Args:
-        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a folder in open_clip's or transformers' layout or with PMC-CLIP's
-            files, or the folder of a training run, whose `model/` is read.
+        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a short name such as `biomedclip` (`named_models`), a folder in
+            open_clip's or transformers' layout or with PMC-CLIP's files, or the folder of a training run, whose
+            `model/` is read.
         device: device of the model.
         precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
         image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
