@@ -17,6 +17,7 @@ class Gpu(NamedTuple):
     fp32, integer, fp64, mufu: operations of lanes.
     shared_bytes: bytes read from or written to shared memory or the L1 cache.
     l2_bytes: bytes of the whole GPU per clock.
+    l2_mib: MiB of L2 for data that all multiprocessors read.
     hbm_bytes: bytes of the whole GPU per second.
     """
 
@@ -32,6 +33,7 @@ class Gpu(NamedTuple):
     mufu: int
     shared_bytes: int
     l2_bytes: int
+    l2_mib: int
     hbm_bytes: float
     registers: int
     shared_kib: int
@@ -43,12 +45,21 @@ class Gpu(NamedTuple):
         return self.multiprocessors * self.clock_hz * self.dense_flops
 
 
-_H100 = Gpu("H100 SXM", "90", 132, 1.83e9, 4096, 6.0, 128, 128, 64, 16, 128, 5120, 3.35e12, 65536, 228, 2048)
+_H100 = Gpu("H100 SXM", "90", 132, 1.83e9, 4096, 6.0, 128, 128, 64, 16, 128, 5120, 25, 3.35e12, 65536, 228, 2048)
+_A100 = Gpu("A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 20, 1.555e12, 65536, 164, 2048)
 GPUS = {
-    "a100": Gpu("A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 1.555e12, 65536, 164, 2048),
+    "a100": Gpu(
+        "A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 20, 1.555e12, 65536, 164, 2048
+    ),
     "h100": _H100,
     "h200": _H100._replace(name="H200", hbm_bytes=4.8e12),
 }
+
+
+def of_architecture(architecture: str) -> Gpu:
+    """Return the first GPU of an architecture, such as "80"."""
+    return next(gpu for gpu in GPUS.values() if gpu.architecture == architecture)
+
 
 # The meaning of each row of the table, and the sources for the A100 and for the H100.
 SOURCES = {
@@ -66,6 +77,11 @@ SOURCES = {
         "QuACK, notes@c8ec317, measured",
     ),
     "l2_bytes": ("bytes of L2 a clock", "2.3 times a V100: " + _AMPERE, _CONFIG),
+    "l2_mib": (
+        "MiB of L2 for data that all multiprocessors read",
+        "half of 40, because each of two partitions caches what its multiprocessors read: " + _AMPERE,
+        "half of 50, as on the A100, unverified",
+    ),
     "hbm_bytes": ("bytes of HBM a second", "data sheet", "data sheet; H200: 4.8e12"),
     "shared_kib": ("KiB of shared memory of a multiprocessor", _GUIDE, _GUIDE),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .cache import Order, bytes_read
+
 HALF = 2  # bytes
 
 
@@ -20,17 +22,22 @@ class Loss:
         """Rows of S in a launch of a gradient's kernel: 1 GiB of float32, as checks.py chooses on a GPU."""
         return min(self.batch, 2**30 // (4 * self.batch))
 
-    def work(self, kernel: str, rows: int, columns: int, elements: int) -> dict[str, Any]:
+    def work(self, kernel: str, rows: int, columns: int, elements: int, order: Order, cache: int) -> dict[str, Any]:
         """Return a work's fields for tiles of rows x columns.
 
         kernel: "forward", "softmax" or "sigmoid". elements: elements of a tile for each thread.
+        order: order of the tiles of a launch. cache: bytes of L2 that can hold them.
         """
         batch, width = self.batch, self.width
         launches = 1 if kernel == "forward" else batch // self.chunk
         tiles = batch // rows * (batch // columns)
-        features, square = 2 * batch * width * HALF, batch * batch
+        square = batch * batch
         # Gradients write G in float16. The forward pass writes partial log-sum-exps for each tile.
         written = 4 * (square / rows + square / columns) if kernel == "forward" else HALF * square
+        grid = tiles // launches // (batch // columns), batch // columns
+        operands = rows * width * HALF, columns * width * HALF
+        # A gradient's launches have matrix products in between, which use the cache too.
+        read = launches * bytes_read(order, grid, operands, int(written // tiles), cache)
         return {
             "operator": "siglip_loss" if kernel == "sigmoid" else "clip_loss",
             "shape": f"B={batch}, D={width}",
@@ -38,7 +45,7 @@ class Loss:
             "launches": launches,
             "flops": 2.0 * square * width,
             "l2_bytes": tiles * (rows + columns) * width * HALF + written,
-            "hbm_bytes": features + written,
+            "hbm_bytes": read + written,
             "elements": elements,
         }
 
