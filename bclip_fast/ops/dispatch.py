@@ -197,7 +197,8 @@ def choose(
 
 def load_backend(operator: str, backend: str) -> ModuleType:
     """Import the module of the backend's kernels. `operator` is its folder below `ops`, with dots."""
-    return importlib.import_module(f"bclip_fast.ops.{operator}.{backend}")
+    # A module named torch would replace torch in its package.
+    return importlib.import_module(f"bclip_fast.ops.{operator}.{'aten' if backend == 'torch' else backend}")
 
 
 def explain(call: Callable[[], object], *, check: bool = False) -> Decision:

@@ -164,9 +164,7 @@ def steps(setting: Setting) -> list[Step]:
         ),
         Step("layers", setting.task("operators", "--only", LAYERS, *to), 45, "figures of layers", rows, interpreted),
         Step("step", setting.task("step", *to), 35, "figures of a training step", (*gpu, "triton", "rich")),
-        Step(
-            "tune", setting.task("tune", "--out", str(setting.out)), 35, "the tuning record", (*gpu, "triton", "rich")
-        ),
+        Step("tune", setting.task("tune", "--out", str(setting.out)), 35, "the tuning record", (*gpu, "rich")),
         Step("training", setting.task("training"), 25, "ten steps, bf16, DDP, one rank of NCCL", (*gpu, "triton")),
         Step("kernels", setting.pytest(KERNELS, "cuda"), 30, "tests of the CUDA kernels and nvJPEG", tests),
         Step("operators", setting.pytest(OPERATORS, "cuda or triton"), 50, "tests of all backends", tests, interpreted),

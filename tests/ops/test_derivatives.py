@@ -73,7 +73,7 @@ def test_torchs_attention_refuses_further_derivatives_by_name():
     calls = {
         "fused_attention": (lambda x: ops.fused_attention(x[None], backend="torch"), (7, 3, 2, 8)),
         "varlen_attention": (lambda x: ops.varlen_attention(x, bounds, 4, backend="torch"), (7, 3, 2, 8)),
-        "single_query_attention": (
+        "pooled_attention": (
             lambda x: ops.single_query_attention(x[:2, 0], x[:, 1:], rows, bounds, backend="torch"),
             (7, 3, 2, 8),
         ),
@@ -125,6 +125,12 @@ REFERENCE = {
     "gelu": (lambda x: ops.gelu(x, backend="reference"), (3, 2)),
     "add_norm": (
         lambda x, y, w, b: ops.add_norm(x, y, w, b, 1e-6, backend="reference"), (2, 3), (2, 3), (3,), (3,),
+    ),
+    # Plain torch code, which autograd differentiates like the reference.
+    "gelu, torch": (lambda x: ops.gelu(x, backend="torch"), (3, 2)),
+    "add_norm, torch": (
+        lambda x, y, w, b: ops.add_norm(x, y, w, b, 1e-6, post=True, dropout_p=0.5, seed=3, backend="torch"),
+        (2, 3), (2, 3), (3,), (3,),
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from bclip_fast.errors import BackendError
 from bclip_fast.ops import cuda_device, philox
 from bclip_fast.ops.attention import reference, sdpa
 from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
+from bclip_fast.ops.attention.single_query import aten
 from bclip_fast.ops.pointwise.call import AddNormCall, AddNormGradientCall
 
 DEVICE = torch.device("cuda", 0)
@@ -200,7 +201,10 @@ def test_torch_and_the_reference_of_dense_operators_can_be_captured(dropout_p, g
         reference.backward(call, torch.empty_like(out), out, lse)
         sdpa.dense(new(4, 10, 3, 2, 64), new(4, 10, dtype=torch.bool), True, 0.1)
         sdpa.packed(packed)
-        sdpa.single_query(SingleQueryCall(new(4, 2, 64), new(40, 2, 2, 64), *index, True, 0.0, None, 0.1))
+        single = SingleQueryCall(new(4, 2, 64), new(40, 2, 2, 64), *index, True, dropout_p, options["seed"], 0.1)
+        out, lse = aten.forward(single)
+        aten.backward(single, torch.empty_like(out), out, lse)
+        ops.add_norm(stream, branch, weight, weight, 1e-6, **{**options, "backend": "torch"})
 
     assert_no_copies(run)
 
@@ -239,6 +243,7 @@ def test_capture_with_a_seed_on_the_cpu_is_refused_with_the_remedy(given, gpu, m
     calls = [
         lambda: attention.forward(AttentionCall(new(40, 3, 2, 64), None, None, 10, False, 0.1, on_cpu, 0.1)),
         lambda: single_query.forward(SingleQueryCall(new(4, 2, 64), new(40, 2, 2, 64), *index, True, 0.1, on_cpu, 0.1)),
+        lambda: aten.forward(SingleQueryCall(new(4, 2, 64), new(40, 2, 2, 64), *index, True, 0.1, on_cpu, 0.1)),
         lambda: pointwise.add_norm(AddNormCall(*norm)),
     ]
     for call in calls:

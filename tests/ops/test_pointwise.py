@@ -23,6 +23,7 @@ SHAPES = [
     (0, 32),
 ]  # (T, D); some aren't multiples of a vector or block
 EPS = 1e-6
+PLAIN = "torch", "reference"  # backends of plain torch code, which round as torch does
 
 
 def inputs(shape: tuple[int, int], stream: torch.dtype, branch: torch.dtype | None) -> list[Tensor]:
@@ -73,14 +74,14 @@ def test_add_norm_is_as_accurate_as_eager(backend, stream, branch, shape, post, 
 
     formula = formulas.add_norm(EPS, dropout_p, seed, post, low)
     draw = partial(inputs, shape, stream, branch)
-    assert_as_accurate_as_eager(run(kernel), run(definition), draw, None if backend == "reference" else formula)
+    assert_as_accurate_as_eager(run(kernel), run(definition), draw, None if backend in PLAIN else formula)
 
 
 @pairwise(backend_and_dtype=every_backend_and("pointwise", torch.float32, torch.bfloat16))
 def test_gelu_is_as_accurate_as_torchs(backend, dtype, nan_filled):
     every = torch.linspace(-20, 20, 70001)
     special = torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])
-    formula = None if backend == "reference" else formulas.gelu
+    formula = None if backend in PLAIN else formulas.gelu
     for x in (every, every[30_000:40_000], special, every[:3, None]):
         assert_as_accurate_as_eager(
             lambda x: ops.gelu(x, backend=backend), F.gelu, lambda x=x: [x.to(dtype)], formula, draws=1
@@ -90,6 +91,17 @@ def test_gelu_is_as_accurate_as_torchs(backend, dtype, nan_filled):
     # For infinity, torch's vectorized code gives NaN, but its scalar code doesn't.
     out = ops.gelu(infinite, backend=backend)
     assert torch.equal(out, infinite) if backend == "cpu" else not out.isfinite().any()
+
+
+@pytest.mark.parametrize("backend", every_backend("pointwise", torch.bfloat16))
+def test_autocast_changes_no_result(backend):
+    """torch's own autocast would compute and return the norm of a bfloat16 stream in float32."""
+    tensors = inputs((5, 40), torch.bfloat16, torch.bfloat16)
+    plain = ops.add_norm(*tensors, EPS, post=True, backend=backend), ops.gelu(tensors[0], backend=backend)
+    with torch.autocast("cpu", torch.float16):
+        cast = ops.add_norm(*tensors, EPS, post=True, backend=backend), ops.gelu(tensors[0], backend=backend)
+    for one, two in zip((*plain[0], plain[1]), (*cast[0], cast[1]), strict=True):
+        assert one.dtype == two.dtype == torch.bfloat16 and torch.equal(one, two)
 
 
 @pytest.mark.parametrize("backend", every_backend("pointwise"))
@@ -159,12 +171,13 @@ def test_opcheck_accepts_the_registration():
     torch.library.opcheck(_gelu, (x, "cpu"))
 
 
-def test_compile_has_no_graph_break():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_compile_has_no_graph_break(backend):
     x, y, weight, bias = inputs((6, 40), torch.float32, torch.bfloat16)
 
     def layer(x, y):
-        normed, stream = ops.add_norm(x, y, weight, bias, EPS, dtype=torch.bfloat16)
-        return ops.gelu(normed) + stream
+        normed, stream = ops.add_norm(x, y, weight, bias, EPS, dtype=torch.bfloat16, backend=backend)
+        return ops.gelu(normed, backend=backend) + stream
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, y), layer(x, y))

@@ -95,11 +95,13 @@ def test_number_of_threads_does_not_change_results():
 def test_operator_registers_and_compiles():
     query, pairs, rows, bounds = inputs([4, 7])
     leaves = query.requires_grad_(), pairs.requires_grad_()
-    for backend in ("cpu", "reference"):
+    for backend in ("cpu", "torch", "reference"):
         arguments = (*leaves, rows, bounds, True, 0.5, torch.tensor(3), 0.1, backend)
         torch.library.opcheck(torch.ops.bclip.pooled_attention.default, arguments)
-    compiled = torch.compile(ops.single_query_attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*leaves, rows, bounds), ops.single_query_attention(*leaves, rows, bounds))
+    for backend in ("auto", "torch"):
+        compiled = torch.compile(ops.single_query_attention, fullgraph=True, backend="aot_eager")
+        eager = ops.single_query_attention(*leaves, rows, bounds, backend=backend)
+        torch.testing.assert_close(compiled(*leaves, rows, bounds, backend=backend), eager)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from records import GELU, gelu_backend, keep, make_record
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bclip_fast import ops, tune
 from bclip_fast.doctor import backends as doctor
@@ -168,6 +169,31 @@ def test_measured_record_of_gpu_replaces_order_of_the_bounds(a100):
     assert order_on_gpu("fused_attention", "d <= 64, N <= 512") == dispatch.BACKENDS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_without_our_kernels_takes_torchs_for_every_layer(a100, monkeypatch, dtype):
+    """The definition never runs. It would wait for the GPU, or compute in many small steps."""
+    monkeypatch.setattr(dispatch, "MISSING", dict.fromkeys(("triton", "cuda", "cpu"), "not built"))
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():
+        qkv, bounds, rows = new(9, 3, 4, 64), new(3, dtype=torch.int32), new(2, dtype=torch.int64)
+        stream, weight = new(9, 64, dtype=torch.float32), new(64, dtype=torch.float32)
+        calls = [
+            lambda: ops.gelu(qkv),
+            lambda: ops.add_norm(stream, new(9, 64), weight, weight, 1e-6, dtype=dtype),
+            lambda: ops.add_norm(stream, new(9, 64), weight, weight, 1e-6, dropout_p=0.1),
+            lambda: ops.fused_attention(new(1, 9, 3, 4, 64)),
+            lambda: ops.varlen_attention(qkv, bounds, 9),
+            lambda: ops.single_query_attention(new(2, 4, 64), new(9, 2, 4, 64), rows, bounds),
+            lambda: ops.single_query_attention(new(2, 4, 64), new(9, 2, 4, 64), rows, bounds, dropout_p=0.1, seed=3),
+        ]
+        decisions = [dispatch.explain(call) for call in calls]
+    assert [each.chosen for each in decisions] == ["torch"] * len(calls)
+    assert {each.refusals["triton"] for each in decisions} == {"not built"}
+
+
 def test_record_from_bounds_is_loaded_as_saved(tmp_path):
     entries = {GELU: Entry(("cuda", "triton"), bound_ms={"cuda": 0.5, "triton": 0.75})}
     written = Record({"device": "cuda", "name": "bounds", "architecture": "sm_80"}, "", entries, source=FROM_BOUNDS)
@@ -199,7 +225,7 @@ def test_trials_cover_every_class_of_shapes():
 
 def test_explain_gives_every_refusal_and_runs_nothing():
     decision = dispatch.explain(lambda: ops.gelu(torch.zeros(2, 2, dtype=torch.float64)))
-    assert decision.key == ("gelu", "float64", "small") and decision.chosen == "reference"
+    assert decision.key == ("gelu", "float64", "small") and decision.chosen == "torch"
     assert "float64" in decision.refusals["cpu"] and decision.refusals["cuda"] == "not implemented"
     assert ops.gelu(torch.zeros(2)).shape == (2,)
     with pytest.raises(ValueError, match="reached no operator"):

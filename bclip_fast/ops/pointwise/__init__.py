@@ -13,7 +13,7 @@ from bclip_fast.ops.cuda_device import triton_refusal
 from bclip_fast.ops.dispatch import Limits, choose, is_exporting, load_backend
 from bclip_fast.ops.philox import seed_tensor
 
-from . import reference
+from . import aten, reference
 from .call import AddNormCall, AddNormGradientCall
 
 __all__ = ["LIMITS", "add_norm", "gelu"]
@@ -37,7 +37,15 @@ def _triton_limits(*inputs: Tensor) -> str | None:
     return next(filter(None, map(triton_refusal, inputs)), None)
 
 
-LIMITS: Limits = {"triton": _triton_limits, "cpu": _cpu_limits, "reference": lambda *inputs: None}
+LIMITS: Limits = {
+    "triton": _triton_limits,
+    "cpu": _cpu_limits,
+    "torch": lambda *inputs: None,
+    "reference": lambda *inputs: None,
+}
+
+# Backends of plain torch code. The others are kernels, which a registered operator calls.
+_PLAIN = {"torch": aten, "reference": reference}
 
 # Above this number of elements a tensor is large. In a smaller one, a call's overhead exceeds its work.
 _LARGE = 1 << 17
@@ -51,7 +59,7 @@ def _norm_class(stream: Tensor, dropout_p: float, seeded: bool) -> str:
     if dropout_p == 0.0:
         return _size_class(stream)
     if seeded:
-        return "seeded dropout"  # never measured: the reference computes its random numbers one by one
+        return "seeded dropout"  # never measured: plain torch code computes its random numbers one by one
     return f"dropout, {_size_class(stream)}"
 
 
@@ -109,10 +117,10 @@ def add_norm(
     shapes = _norm_class(stream, dropout_p, seed is not None)
     normed_like = stream.new_empty(0, dtype=dtype)
     backend = choose("add_norm", LIMITS, backend, *inputs, normed_like, dtype=dtype, shapes=shapes)
-    drawn = dropout_p > 0.0 and backend != "reference"
+    drawn = dropout_p > 0.0 and backend not in _PLAIN
     philox_seed = seed_tensor(seed) if drawn or seed is not None else None
-    if backend == "reference":
-        normed, total = reference.add_norm(stream, branch, weight, bias, eps, dropout_p, philox_seed)
+    if backend in _PLAIN:
+        normed, total = _PLAIN[backend].add_norm(stream, branch, weight, bias, eps, dropout_p, philox_seed)
         return normed.to(dtype), normed if post else total
     # If both results have one dtype, they are one tensor.
     wide = post and dtype != stream.dtype
@@ -137,7 +145,7 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     if is_exporting(backend):
         return F.gelu(x)
     backend = choose("gelu", LIMITS, backend, x, shapes=_size_class(x))
-    return F.gelu(x) if backend == "reference" else _gelu(x, backend)
+    return F.gelu(x) if backend in _PLAIN else _gelu(x, backend)
 
 
 def _shape_if(condition: bool, like: Tensor) -> torch.Size:

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bclip_fast.ops.custom_op import without_autocast
 from bclip_fast.ops.philox import key_of, philox, threshold_of
 
 _CPU = torch.device("cpu")
 
 
+@without_autocast
 def add_norm(
     stream: Tensor,
     branch: Tensor | None,

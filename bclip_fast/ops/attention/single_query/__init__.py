@@ -12,7 +12,6 @@ from bclip_fast.ops.attention import sdpa
 from bclip_fast.ops.attention.call import SingleQueryCall
 from bclip_fast.ops.attention.checks import check_rows, checked_dropout, cpu_limits
 from bclip_fast.ops.cuda_device import triton_refusal
-from bclip_fast.ops.derivatives import check_first_only
 from bclip_fast.ops.dispatch import Limits, choose, is_exporting, load_backend
 from bclip_fast.ops.dtypes import accumulation_dtype, widened
 
@@ -23,7 +22,7 @@ __all__ = ["LIMITS", "single_query_attention"]
 LIMITS: Limits = {
     "triton": lambda query, dropout_p=0.0, packed=True: triton_refusal(query),
     "cpu": cpu_limits,
-    "torch": sdpa.refusal,
+    "torch": lambda query, dropout_p=0.0, packed=True: None,
     "reference": lambda query, dropout_p=0.0, packed=True: None,
 }
 
@@ -78,11 +77,6 @@ def single_query_attention(
     seed, scale = checked_dropout("query", query, dropout_p, seed, scale)
     # Tuning records, `bclip tune --operators` and saved graphs know the operator by its first name.
     backend = choose("pooled_attention", LIMITS, backend, query, dropout_p, True)
-    if backend == "torch":
-        if rows.device.type == "cpu":
-            check_rows(rows, cu_seqlens, len(key_value))
-        query, key_value = (check_first_only("single_query_attention", each) for each in (query, key_value))
-        return sdpa.single_query(SingleQueryCall(query, key_value, rows, cu_seqlens, causal, 0.0, None, scale))
     flat = query, key_value, rows, cu_seqlens, causal, dropout_p, seed, scale
     return _attention(*flat, backend)[0]
 
