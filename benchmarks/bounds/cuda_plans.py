@@ -96,8 +96,8 @@ def attention_backward(tokens: int, dim: int, warps: int) -> Plan:
     threads, warp_keys = 32 * warps, 32 if dim <= 64 else 16
     keys = warps * warp_keys
     tiles, strips, chunks = _tiles(tokens), math.ceil(tokens / 64), math.ceil(tokens / keys)
-    strip_moves = 64 * dim / 8 / threads
-    key_moves = tiles * 16 * dim / 8 / threads / chunks
+    moves = dim / 8 / threads  # accesses of 16 bytes of a thread for each row
+    first_rows = min(64, tokens)
     pairs = tiles * tiles / strips / chunks / warps  # tiles of 16 x 16 scores of a warp in a strip
     columns = dim // (warps // 4)  # of dQ for each warp
     # Longer sequences accumulate dQ, with stores of other widths.
@@ -108,8 +108,8 @@ def attention_backward(tokens: int, dim: int, warps: int) -> Plan:
             "chunk": float(chunks),
             "strip": float(strips),
             # Q and dO of the first strip, K and V.
-            "first_copy": ("LDGSTS", (strip_moves + key_moves) / 2),
-            "copy": ("LDGSTS", strip_moves * (strips - 1) / strips),
+            "first_copy": ("LDGSTS", (first_rows + tokens / chunks) * moves / 2),
+            "copy": ("LDGSTS", (tokens - first_rows) / strips * moves),
             "delta": ("SHFL", 2 * 64 * 4 / threads),
             # Four of the five products: d / 8 instructions each.
             "products": ("HMMA", pairs * dim / 2),

@@ -7,8 +7,8 @@ from typing import Any
 
 from bclip_fast.benchmarks.table import print_table
 
+from . import loss_step, shapes, store, wgmma_attention
 from . import mix as mixes
-from . import shapes, store
 from .model import Bound, Work, loop_cycles
 from .rates import GPUS, SOURCES, Gpu
 
@@ -98,6 +98,8 @@ def markdown(analysis: store.Analysis) -> str:
         "",
     ]
     lines += _h200(analysis)
+    lines += ["", "## The loss, forward and backward", "", *_losses(analysis)]
+    lines += ["", "## Attention's forward pass with wgmma", "", *_wgmma(analysis)]
     lines += ["", "## Main loops", "", *_loops(analysis)]
     lines += [
         "",
@@ -143,6 +145,43 @@ def _h200(analysis: store.Analysis) -> list[str]:
                 each.limiter,
             )
             lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _losses(analysis: store.Analysis) -> list[str]:
+    loss = shapes.LOSSES[0]
+    lines = [
+        f"The parts of `clip_loss` at {loss.name}: our CUDA kernels, and the two products of the library at the peak",
+        "rate or at HBM's rate. A library does not reach the peak, and nothing overlaps these parts.",
+        "",
+        *_header("part", *(f"{GPUS[gpu].name}, ms" for gpu in ("a100", "h100")), "limiter"),
+    ]
+    columns = [loss_step.parts(analysis.works, loss, GPUS[gpu]) for gpu in ("a100", "h100")]
+    for pair in zip(*columns, strict=True):
+        limiters = " / ".join(dict.fromkeys(part.limiter for part in pair))
+        lines.append(_row(pair[0].name, *(f"{1e3 * part.seconds:.1f}" for part in pair), limiters))
+    sums = (f"{1e3 * sum(part.seconds for part in column):.1f}" for column in columns)
+    return [*lines, _row("sum", *sums, "")]
+
+
+def _wgmma(analysis: store.Analysis) -> list[str]:
+    gpu = GPUS["h100"]
+    lines = [
+        f"Bounds on an {gpu.name} without HBM, of our kernel with mma.sync and of a form with wgmma that nobody has",
+        "written. wgmma gains where our bound is above HBM's, and at most as much as that.",
+        "",
+        *_header("shape", "mma.sync, ms", "limiter", "wgmma, ms", "limiter", "HBM, ms"),
+    ]
+    for attention in shapes.ATTENTION:
+        [work] = [
+            work
+            for work in analysis.works
+            if (work.kernel, work.backend, work.shape) == ("attention_forward", "cuda", attention.name)
+            and work.architecture == gpu.architecture
+        ]
+        ours, limiter, form, other, memory = wgmma_attention.comparison(work, attention, gpu)
+        cells = f"{1e3 * ours:.3f}", limiter, f"{1e3 * form:.3f}", other, f"{1e3 * memory:.3f}"
+        lines.append(_row(attention.name, *cells))
     return lines
 
 

@@ -18,9 +18,18 @@ class Loss:
     width: int
 
     @property
+    def name(self) -> str:
+        """The sizes, as the reports name them."""
+        return f"B={self.batch}, D={self.width}"
+
+    @property
     def chunk(self) -> int:
-        """Rows of S in a launch of a gradient's kernel: 1 GiB of float32, as checks.py chooses on a GPU."""
+        """Rows of S that take 1 GiB in float32, as checks.py chooses on a GPU."""
         return min(self.batch, 2**30 // (4 * self.batch))
+
+    def launches(self, kernel: str) -> int:
+        """Launches of a kernel. The rows of a launch of a gradient's kernel take as much in float16 as a chunk."""
+        return 1 if kernel == "forward" else self.batch // min(self.batch, 2 * self.chunk)
 
     def work(self, kernel: str, rows: int, columns: int, elements: int, order: Order, cache: int) -> dict[str, Any]:
         """Return a work's fields for tiles of rows x columns.
@@ -29,7 +38,7 @@ class Loss:
         order: order of the tiles of a launch. cache: bytes of L2 that can hold them.
         """
         batch, width = self.batch, self.width
-        launches = 1 if kernel == "forward" else batch // self.chunk
+        launches = self.launches(kernel)
         tiles = batch // rows * (batch // columns)
         square = batch * batch
         # Gradients write G in float16. The forward pass writes partial log-sum-exps for each tile.
@@ -40,7 +49,7 @@ class Loss:
         read = launches * bytes_read(order, grid, operands, int(written // tiles), cache)
         return {
             "operator": "siglip_loss" if kernel == "sigmoid" else "clip_loss",
-            "shape": f"B={batch}, D={width}",
+            "shape": self.name,
             "blocks": tiles // launches,
             "launches": launches,
             "flops": 2.0 * square * width,
@@ -60,6 +69,11 @@ class Attention:
     dim: int
 
     @property
+    def name(self) -> str:
+        """The sizes, as the reports name them."""
+        return f"{self.sequences} x {self.tokens}, {self.heads} x {self.dim}"
+
+    @property
     def bytes_of_rows(self) -> float:
         """Bytes of one of Q, K, V and the result."""
         return float(self.sequences * self.tokens * self.heads * self.dim * HALF)
@@ -77,7 +91,7 @@ class Attention:
         lse = 4.0 * self.sequences * self.tokens * self.heads
         return {
             "operator": "fused_attention",
-            "shape": f"{self.sequences} x {self.tokens}, {self.heads} x {self.dim}",
+            "shape": self.name,
             "blocks": blocks,
             "flops": products * 2.0 * self.sequences * self.heads * self.tokens**2 * self.dim,
             "l2_bytes": moved + lse,

@@ -8,7 +8,17 @@ from functools import partial
 
 import pytest
 
-from bclip_fast.benchmarks.bounds import cuda_code, mix, model, orders, report, shapes, store
+from bclip_fast.benchmarks.bounds import (
+    cuda_code,
+    loss_step,
+    mix,
+    model,
+    orders,
+    report,
+    shapes,
+    store,
+    wgmma_attention,
+)
 from bclip_fast.benchmarks.bounds.cache import BANDS_OF_8, banded, bytes_read
 from bclip_fast.benchmarks.bounds.model import Work, bound, pipes
 from bclip_fast.benchmarks.bounds.rates import GPUS, SOURCES
@@ -104,10 +114,33 @@ def test_resident_blocks_are_limited_by_each_resource():
 
 def test_least_bytes_of_gradient_include_g():
     fields = shapes.Loss(65536, 512).work("softmax", 128, 128, 128, BANDS_OF_8, 20 << 20)
-    assert fields["launches"] * fields["blocks"] == 512 * 512 and fields["launches"] == 16
-    # A launch reads the features of its 32 rows of tiles once, and those of all columns once in each of its 4 bands.
-    assert fields["hbm_bytes"] == 65536 * 512 * 2 * (1 + 16 * 4) + 2 * 65536**2
+    # G of a launch takes 1 GiB in float16: 8192 rows.
+    assert fields["launches"] * fields["blocks"] == 512 * 512 and fields["launches"] == 8
+    # A launch reads the features of its 64 rows of tiles once, and those of all columns once in each of its 8 bands.
+    assert fields["hbm_bytes"] == 65536 * 512 * 2 * (1 + 8 * 8) + 2 * 65536**2
     assert fields["l2_bytes"] == 512 * 512 * 256 * 512 * 2 + 2 * 65536**2
+
+
+def test_wgmma_form_of_attention_counts_what_it_cannot_avoid():
+    """64 queries with 72 keys of 64 columns take four instructions of 64 x 72 x 16, and five of 64 x 64 x 16."""
+    form = wgmma_attention.cycles(shapes.Attention(1, 66, 1, 64), H100)
+    strips = 2
+    assert form["tensor"] == strips * (4 * 36 + 5 * 32)
+    assert form["MUFU"] == strips * 64 * 72 / 16
+    assert form["shared memory"] == (strips * 64 * 2 * (72 + 80) + 2 * 66 * 64 * 2) / 128
+    assert form["issue"] == strips * 64 * 72 * 4.5 / 128
+
+
+def test_products_of_the_library_count_g_and_the_sums_of_each_chunk():
+    """At B = 65536 and D = 512, G takes 8.6 GB, and the eight chunks add to 134 MB of dT in float32."""
+    loss = shapes.Loss(65536, 512)
+    for gpu, limiter in ((A100, "tensor"), (A100._replace(hbm_bytes=1e11), "HBM")):
+        rows, columns = loss_step.products(loss, gpu)
+        assert rows.limiter == columns.limiter == limiter
+        if limiter == "tensor":
+            assert rows.seconds == columns.seconds == pytest.approx(2 * 65536**2 * 512 / 312e12, rel=1e-3)
+    assert 1e11 * rows.seconds == 2 * 65536**2 + 8 * 2**26 + 2**27
+    assert 1e11 * columns.seconds == 2 * 65536**2 + 2**26 + 15 * 2**27
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
   const int lane = lane_index(), group = lane / 4, place = lane % 4;
   // The last strip leaves warps without queries. In the blocks that share a multiprocessor, these
   // are different warps, so that no sub-core gets more work than the others.
-  const int warp = (warp_index() + block + block / kWarps) % kWarps;
+  const int warp = (uint32_t(warp_index()) + block + block / kWarps) % kWarps;
   const Rows keys{{Places::kKey}}, values{{Places::kValue}};
   const Rows queries{{Places::kQuery + warp * Rows::bytes(16)}};
   const Shared<float> visible{Places::kVisible};

@@ -2,6 +2,8 @@
 // 64 x 64 in the registers of each.
 #pragma once
 
+#include <stdexcept>
+
 #include "csrc/cuda/contrastive/arithmetic.cuh"
 #include "csrc/cuda/tile.cuh"
 
@@ -273,6 +275,8 @@ __device__ __forceinline__ bool is_plain(const TilePlace& tile, int shift) {
 }
 
 inline int64_t blocks_of(const Features& features) {
+  // The offset of a row in its tile takes 32 bits.
+  if (features.width > 1 << 23) throw std::invalid_argument("features have more than 2^23 columns");
   return int64_t((features.rows + kSide - 1) / kSide) * ((features.columns + kSide - 1) / kSide);
 }
 
