@@ -17,6 +17,7 @@ RUN apt-get update \
 # hadolint ignore=DL3006
 FROM base-${DEVICE}
 ARG TORCH=torch==2.13.0
+ARG CUTLASS=nvidia-cutlass==4.2.0.0
 ARG EXTRAS=train,eval,ingest,search,remote
 # The distribution's newest packages: libjpeg-turbo and the compiler get security updates.
 # hadolint ignore=DL3008
@@ -29,7 +30,13 @@ ENV PATH=/opt/bclip/bin:$PATH
 RUN python3 -m venv /opt/bclip \
     && pip install --no-cache-dir "$TORCH" numpy --index-url "$TORCH_INDEX"
 COPY . /src
-RUN pip install --no-cache-dir "/src[$EXTRAS]" \
+# The CUDA kernels for Hopper need the headers of CUTLASS to compile.
+RUN if [ "$BCLIP_CUDA" = 1 ]; then \
+      pip install --no-cache-dir --no-deps --target /tmp/cutlass "$CUTLASS"; \
+      export BCLIP_CUTLASS=/tmp/cutlass; \
+    fi \
+    && pip install --no-cache-dir "/src[$EXTRAS]" \
+    && rm -rf /tmp/cutlass \
     && useradd --create-home --uid 10001 user
 USER 10001
 WORKDIR /home/user

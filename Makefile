@@ -9,11 +9,12 @@
 # make gpu: build, measure and test the kernels on a machine with a GPU, in the Python installed there, in 9 minutes.
 # make gpu-rehearsal: run the same steps without a GPU, with emulated kernels and tiny sizes, in 2 to 3 minutes.
 #
-# Variables: PYTHON (python3), TORCH and TORCHVISION (the requirements installed first), ARGS (passed to bclip
+# Variables: PYTHON (python3), TORCH, TORCHVISION and CUTLASS (the requirements installed first), ARGS (passed to bclip
 # quickstart, to pytest or to benchmarks.gpu), OUT (folder of the results of make gpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*)
@@ -107,13 +108,20 @@ $(VENV)/venv.done:
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 	@touch $@
 
+# The headers for the CUDA kernels of Hopper, where nvcc builds them. Their package requires ones that only its tools need.
+$(VENV)/cutlass.done: $(VENV)/venv.done
+	@case "$$BCLIP_CUDA:$${BCLIP_CUTLASS:-auto}" in 0:* | *:0 | *:*/*) exit ;; esac; \
+	if PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v nvcc >/dev/null; then \
+	  $(BIN)/pip install -q --no-deps "$(CUTLASS)" && touch $@; \
+	fi
+
 # Compile into build/. pip's build of the package finds the objects there, or waits for them.
-$(VENV)/objects.done: $(VENV)/venv.done $(SOURCES)
+$(VENV)/objects.done: $(VENV)/venv.done $(SOURCES) | $(VENV)/cutlass.done
 	$(BIN)/python setup.py -q build_ext
 	@touch $@
 
 # Install torch first and separately: another package's requirement could pull a different build of it.
-$(VENV)/torch.done: $(VENV)/venv.done
+$(VENV)/torch.done: $(VENV)/venv.done | $(VENV)/cutlass.done
 	$(BIN)/pip install -q "$(TORCH)" numpy
 	@touch $@
 

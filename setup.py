@@ -8,12 +8,14 @@ where `bclip doctor` finds it, because pip shows the output of a build only with
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, find_packages, setup
@@ -28,6 +30,10 @@ PTX = next((arch for arch in ARCHS if arch.isdigit()), ARCHS[0])
 CXX = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "c++", "clang++")), "g++")]
 # Each source *_isa.cpp is compiled for all of these. The object is empty if the compiler lacks the instruction set.
 ISAS = "avx512", "avx2", "portable"
+OLDEST_CUTLASS = 4, 2, 0
+CUTLASS_HELP = """The headers of CUTLASS are the package nvidia-cutlass, which without dependencies has 6 MB:
+  pip install --no-deps "nvidia-cutlass>=4.2"
+Or set BCLIP_CUTLASS to a folder with CUTLASS's sources, or to 0 to build without the kernels for Hopper."""
 JPEG = os.environ.get("BCLIP_JPEG", "1") != "0"
 # Folder with include/jpeglib.h and lib/libjpeg.a, whose code becomes part of the module. Empty: the system's library.
 JPEG_ROOT = os.environ.get("BCLIP_JPEG_ROOT", "")
@@ -73,6 +79,51 @@ def nvcc() -> str | None:
     return None if requested == "0" else program
 
 
+class Cutlass(NamedTuple):
+    """The headers of CUTLASS: their folder, their version, and the file of their licence."""
+
+    include: Path
+    version: str
+    licence: Path
+
+
+def cutlass() -> "Cutlass | str":
+    """Return CUTLASS, or the reason to build the CUDA module without it, and so without the kernels for Hopper."""
+    requested = os.environ.get("BCLIP_CUTLASS") or "auto"
+    if requested == "0":
+        return "BCLIP_CUTLASS=0"
+    found: Cutlass | str
+    if PURE or not nvcc():
+        found = PURE or ("BCLIP_CUDA=0" if os.environ.get("BCLIP_CUDA") == "0" else "nvcc is missing")
+    elif "90a" not in ARCHS:
+        found = f"BCLIP_CUDA_ARCHS={';'.join(ARCHS)} lacks 90a"
+    else:
+        found = find_cutlass("" if requested in ("auto", "1") else requested)
+    if isinstance(found, str) and requested != "auto":
+        sys.exit(f"BCLIP_CUTLASS={requested}, but the kernels for Hopper cannot be built: {found}\n{CUTLASS_HELP}")
+    return found
+
+
+def find_cutlass(folder: str) -> "Cutlass | str":
+    """Return the CUTLASS in a folder, which "" leaves to Python's path, or the reason why it can't be used."""
+    # pip's build isolation removes the environment's folder from the path.
+    places = [folder] if folder else list(dict.fromkeys([*sys.path, sysconfig.get_path("purelib")]))
+    # The package nvidia-cutlass, and a clone.
+    candidates = [Path(place).resolve() / "cutlass_library/source/include" for place in places]
+    candidates += [Path(folder).resolve() / "include"] * bool(folder)
+    include = next((path for path in candidates if (path / "cutlass/version.h").is_file()), None)
+    if include is None:
+        return f"{folder} has no include/cutlass/version.h" if folder else "CUTLASS is not installed"
+    numbers = re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", (include / "cutlass/version.h").read_text())
+    version = ".".join(numbers)
+    if tuple(map(int, numbers)) < OLDEST_CUTLASS:
+        return f"CUTLASS {version} in {include} is older than {'.'.join(map(str, OLDEST_CUTLASS))}"
+    # The module contains compiled parts of CUTLASS, so its licence has to come along.
+    licences = [include.parent / "LICENSE.txt", *include.parents[2].glob("nvidia_cutlass-*.dist-info/**/LICENSE.txt")]
+    licence = next(filter(Path.is_file, licences), None)
+    return Cutlass(include, version, licence) if licence else f"{include.parent} lacks CUTLASS's LICENSE.txt"
+
+
 def compiler_error(source: str) -> str:
     """Return the compiler's message about a program, or an empty string if it compiles."""
     command = [*CXX, "-xc++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", *JPEG_INCLUDE, "-"]
@@ -98,16 +149,42 @@ class BuildPython(build_py):
         super().run()
         names = [extension.name for extension in modules]
         what = f"with {' and '.join(names)}" if names else f"without compiled modules: {PURE}"
+        licences, no_hopper = {}, ""
+        if "bclip_fast._cuda" in names and isinstance(HOPPER, Cutlass):
+            what += f", with kernels for Hopper from CUTLASS {HOPPER.version}"
+            licences["CUTLASS-LICENSE.txt"] = HOPPER.licence
+        elif "bclip_fast._cuda" in names:
+            no_hopper = HOPPER
+            what += f", without kernels for Hopper: {HOPPER}"
         print(f"bclip_fast: built {what}", flush=True)
         folder = Path("bclip_fast") if self.editable_mode else Path(self.build_lib, "bclip_fast")
         folder.mkdir(parents=True, exist_ok=True)
-        info = {"modules": names, "reason": PURE or ""}
+        info = {"modules": names, "reason": PURE or "", "no_hopper": no_hopper}
         (folder / "build_info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+        # A module that contains libjpeg-turbo or CUTLASS comes with its licence.
         if names and JPEG and JPEG_ROOT:
-            # A module that contains libjpeg-turbo comes with its licence.
+            jpeg = Path(JPEG_ROOT, "share/doc/libjpeg-turbo")
+            licences |= {name: jpeg / name for name in ("LICENSE.md", "README.ijg")}
+        for name, path in licences.items():
             (folder / "licenses").mkdir(exist_ok=True)
-            for name in ("LICENSE.md", "README.ijg"):
-                shutil.copy(Path(JPEG_ROOT, "share/doc/libjpeg-turbo", name), folder / "licenses")
+            shutil.copyfile(path, folder / "licenses" / name)
+
+
+def link(path: Path, target: str) -> Path:
+    """Make a link, in place of an earlier one, and return its path."""
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    return path
+
+
+def is_hopper(source: Path) -> bool:
+    """Return whether a source includes CUTLASS. Without its headers, it compiles to functions that raise an error."""
+    return source.suffix == ".cu" and source.name.startswith("hopper")
+
+
+def build_order(source: Path) -> tuple[bool, bool]:
+    """Return the key that puts the slowest files first."""
+    return not is_hopper(source), source.suffix != ".cu"
 
 
 class BuildWithNinja(build_ext):
@@ -129,9 +206,9 @@ class BuildWithNinja(build_ext):
             fcntl.flock(lock, fcntl.LOCK_EX)
             # Under build isolation the headers have a new path each time, which would rebuild everything, so the build
             # uses a link. Its name contains the version, because ninja ignores the age of system headers.
-            headers = objects / f"pybind11-{pybind11.__version__}"
-            headers.unlink(missing_ok=True)
-            headers.symlink_to(pybind11.get_include())
+            headers = link(objects / f"pybind11-{pybind11.__version__}", pybind11.get_include())
+            if isinstance(HOPPER, Cutlass):
+                link(objects / f"cutlass-{HOPPER.version}", str(HOPPER.include))
             with open(objects / "build.ninja", "w") as file:
                 ninja = ninja_syntax.Writer(file)
                 for extension in extensions:
@@ -157,8 +234,16 @@ class BuildWithNinja(build_ext):
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
             codes.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
             options += f" -DBCLIP_CUDA_ARCHS='\"{';'.join(ARCHS)}\"'"
-            device = f"-O3 -std=c++17 -I{ROOT} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)}"
-            ninja.rule("nvcc", f"{nvcc()} {device} {depends}", depfile="$out.d", deps="gcc", description="compile $out")
+            device = f"{nvcc()} -O3 -std=c++17 -I{ROOT} -Xcompiler -fPIC,-fvisibility=hidden"
+            commands = {"nvcc": f"{device} {' '.join(codes)} {depends}"}
+            if isinstance(HOPPER, Cutlass):
+                define = f" -DBCLIP_CUTLASS='\"{HOPPER.version}\"'"
+                options += define
+                # These kernels run only on Hopper. Without NDEBUG, CUTLASS's assertions serialise its matrix products.
+                headers = f"--expt-relaxed-constexpr -DNDEBUG -isystem cutlass-{HOPPER.version} {define}"
+                commands["nvcc_hopper"] = f"{device} -gencode=arch=compute_90a,code=sm_90a {headers} {depends}"
+            for name, command in commands.items():
+                ninja.rule(name, command, depfile="$out.d", deps="gcc", description="compile $out")
             ninja.rule(f"link{kind}", f"{nvcc()} -shared -cudart static $in -o $out", description="link $out")
         else:
             options += " ".join(["", "-DBCLIP_JPEG", *JPEG_INCLUDE]) * JPEG
@@ -171,8 +256,10 @@ class BuildWithNinja(build_ext):
             f"cxx{kind}", f"{compiler} {options} {depends}", depfile="$out.d", deps="gcc", description="compile $out"
         )
         built = []
-        for source in sorted(map(Path, extension.sources), key=lambda path: path.suffix != ".cu"):
+        for source in sorted(map(Path, extension.sources), key=build_order):
             rule = "nvcc" if source.suffix == ".cu" else f"cxx{kind}"
+            if is_hopper(source) and isinstance(HOPPER, Cutlass):
+                rule = "nvcc_hopper"
             name = f"{kind}/{source.relative_to('csrc').with_suffix('')}"
             for isa in ISAS if source.stem.endswith("_isa") else [""]:
                 variables = {"isa": f"-DBCLIP_ISA={isa}"} if isa else None
@@ -185,6 +272,7 @@ class BuildWithNinja(build_ext):
 PURE = why_pure()
 if PURE and os.environ.get("BCLIP_CUDA") == "1":
     sys.exit(f"BCLIP_CUDA=1, but compiled modules cannot be built: {PURE}")
+HOPPER = cutlass()
 sources = sorted(path for path in map(str, Path("csrc/cpu").rglob("*.cpp")) if JPEG or "/image/" not in path)
 headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 modules = [] if PURE else [Extension("bclip_fast._cpu", sources, depends=headers)]

@@ -7,13 +7,14 @@ import itertools
 import os
 import shutil
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from bclip_fast import threads
-from bclip_fast.errors import UserError
-from bclip_fast.ops import BACKENDS, fingerprint, record_files, trials, tuning
+from bclip_fast.errors import BackendError, UserError
+from bclip_fast.ops import BACKENDS, build_info, cuda_device, fingerprint, record_files, trials, tuning
 from bclip_fast.ops.dispatch import MISSING, Decision
 from bclip_fast.ops.dtypes import dtype_name
 from bclip_fast.ops.record_files import Record
@@ -187,7 +188,7 @@ def _cuda() -> list[str]:
         return [*out, f"_cuda: not built ({_why_no_cuda_module()})"]
     from bclip_fast import _cuda  # type: ignore[attr-defined]
 
-    out.append(f"_cuda: built for sm_{_cuda.architectures.replace(';', ', sm_')}")
+    out.append(f"_cuda: built for sm_{_cuda.architectures.replace(';', ', sm_')}, {_hopper_kernels(_cuda)}")
     try:
         devices = [_cuda.device(index) for index in range(_cuda.count_devices())]
     except RuntimeError as error:
@@ -196,4 +197,24 @@ def _cuda() -> list[str]:
         major, minor = device["capability"]
         memory, state = device["memory_bytes"] / 2**30, device["refusal"] or "ready"
         out.append(f"device {index}: {device['name']}, sm_{major}{minor}, {memory:.1f} GiB, {state}")
+        out.append(f"{'':<10}the CUDA losses take {_loss_kernels(index)}")
     return out
+
+
+def _hopper_kernels(module: ModuleType) -> str:
+    """Say whether the CUDA module has the kernels for Hopper, and how to get them."""
+    if getattr(module, "CONTRASTIVE_HOPPER", None) is not None:
+        return f"with kernels for Hopper from CUTLASS {module.CUTLASS}"
+    reason = build_info.why_no_hopper() or "CUTLASS was missing"
+    return (
+        f"without kernels for Hopper: {reason}. To get them, `pip install --no-deps nvidia-cutlass` and reinstall from "
+        "source for sm_90a"
+    )
+
+
+def _loss_kernels(index: int) -> str:
+    try:
+        refusal = cuda_device.hopper_refusal(torch.device("cuda", index))
+    except BackendError as error:
+        return f"no kernel: {error}"
+    return f"the kernels for all GPUs: {refusal}" if refusal else "the kernels for Hopper"

@@ -1,4 +1,4 @@
-"""The compiled modules of this installation, and the reason why one is missing."""
+"""The compiled modules of this installation, and the reasons why a module, or a part of it, is missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # setup.py writes this file.
 _FILE = Path(__file__).parents[1] / "build_info.json"
@@ -18,13 +19,24 @@ def why_missing(module: str, file: Path = _FILE) -> str | None:
     """
     if find_spec(module) is not None:
         return None
-    try:
-        info = json.loads(file.read_bytes())
-        reason, built = str(info["reason"]), module in info["modules"]
-    except (OSError, ValueError, KeyError, TypeError):
-        reason, built = "", False  # a source tree in which setup.py built nothing
-    if reason:
+    if reason := _field(file, "reason"):
         return f"bclip_fast was built without compiled modules: {reason}"
-    if built:
+    if module in _field(file, "modules"):
         return f"{module} was built for another Python than this one ({sys.implementation.cache_tag})"
     return f"{module} is not installed"
+
+
+def why_no_hopper(file: Path = _FILE) -> str:
+    """Return the reason why the CUDA module was built without the kernels for Hopper, or "" if it is unknown.
+
+    file: the file that the build wrote.
+    """
+    return _field(file, "no_hopper")
+
+
+def _field(file: Path, name: str) -> Any:
+    """A field of the file, or "" without it: in a source tree, setup.py may have built nothing."""
+    try:
+        return json.loads(file.read_bytes())[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

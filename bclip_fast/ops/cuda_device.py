@@ -11,6 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bclip_fast.errors import BackendError
+
+from .build_info import why_no_hopper
+
 # Shared memory that a thread block may use, in bytes, by compute capability (CUDA C++ programming guide, technical
 # specifications per compute capability). Other GPUs count as the smallest from sm_80 on: sm_86, sm_89 and sm_120.
 _BLOCK_BYTES = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448, (11, 0): 232448}
@@ -78,6 +82,34 @@ def cuda_refusal(tensor: Tensor, dtype: torch.dtype | None = None, block_bytes: 
     if not refusal and available < block_bytes:
         return f"a thread block needs {block_bytes} bytes of shared memory, but this device gives it {available}"
     return refusal or None
+
+
+def hopper_refusal(device: torch.device) -> str | None:
+    """The reason why the CUDA losses on a device don't take the kernels for Hopper, or None.
+
+    Only this function decides. BCLIP_HOPPER=0 leaves out these kernels, so that a test can compare both sets.
+    BCLIP_HOPPER=1 demands them, also in the emulator.
+
+    Raises:
+        BackendError: BCLIP_HOPPER demands them, and they are missing here, or it has another value.
+    """
+    requested = os.environ.get("BCLIP_HOPPER") or "auto"
+    if requested not in ("auto", "0", "1"):
+        raise BackendError(f"BCLIP_HOPPER={requested!r} is unknown; set it to 0, 1 or auto")
+    if requested == "0":
+        return "BCLIP_HOPPER=0"
+    reason = None
+    if getattr(cuda_module(), "CONTRASTIVE_HOPPER", None) is None:
+        reason = f"the CUDA module is built without them: {why_no_hopper() or 'CUTLASS or sm_90a is missing'}"
+    elif CUDA_HOST is not None:
+        reason = None if requested == "1" else "the emulator takes them only with BCLIP_HOPPER=1"
+    elif device.type != "cuda":
+        reason = f"device is {device.type}, not cuda"
+    elif (capability := compute_capability(device.index or 0)) != (9, 0):
+        reason = f"the device is sm_{capability[0]}{capability[1]}, and they need sm_90"
+    if reason and requested == "1":
+        raise BackendError(f"BCLIP_HOPPER=1, but the kernels for Hopper cannot run: {reason}")
+    return reason
 
 
 def cuda_stream(tensor: Tensor) -> int:

@@ -45,7 +45,8 @@ def fingerprint(kind: str, index: int = 0) -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         **common,
         "triton": importlib.metadata.version("triton") if find_spec("triton") else "none",
-        "kernels": f"{_build('bclip_fast._cuda')} {_triton_sources()}",
+        # The variable chooses between two sets of kernels in one module (`cuda_device.hopper_refusal`).
+        "kernels": f"{_build('bclip_fast._cuda')}{os.environ.get('BCLIP_HOPPER', '')} {_triton_sources()}",
     }
 
 

@@ -21,6 +21,11 @@ py::dict device(int index) {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels on raw pointers; the wrappers in bclip_fast.ops make every check.";
   module.attr("architectures") = BCLIP_CUDA_ARCHS;
+#ifdef BCLIP_CUTLASS
+  module.attr("CUTLASS") = BCLIP_CUTLASS;
+#else
+  module.attr("CUTLASS") = "";
+#endif
   module.def("device", &device,
              "As in csrc/cuda/device.h; Raises RuntimeError with the driver's reason.");
   module.def("count_devices", &bclip::cuda::count_devices);

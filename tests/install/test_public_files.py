@@ -110,6 +110,11 @@ def test_dockerfile_installs_extras_that_exist_and_copies_what_the_build_needs()
     assert {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "bclip_fast"} <= copied
 
 
+def test_cutlass_of_the_makefile_is_the_one_of_the_dockerfile():
+    (cutlass,) = re.findall(r"^CUTLASS \?= (\S+)$", read("Makefile"), re.MULTILINE)
+    assert f"ARG CUTLASS={cutlass}\n" in read("Dockerfile")
+
+
 def test_torch_of_the_makefile_is_the_one_of_the_dockerfile():
     (torch,) = re.findall(r"^TORCH \?= (\S+)$", read("Makefile"), re.MULTILINE)
     assert f"ARG TORCH={torch}\n" in read("Dockerfile")

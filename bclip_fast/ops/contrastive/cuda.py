@@ -1,6 +1,9 @@
 """The operators in CUDA C++ for NVIDIA GPUs from sm_80 on (csrc/cuda/contrastive/). They have not been measured on a
 GPU yet.
 
+There are two sets of kernels with one contract. Those of hopper.h run on Hopper, if the module was built with them
+(`hopper_refusal`), and take calls without groups. Those of contrastive.h run on every GPU, and have smaller tiles.
+
 Our kernels compute forward and gradient tiles from bfloat16 or float16 features, with D padded to a multiple of 8.
 Library matmuls compute dI and dT from chunks of rows of G in float16 (`gpu_tiles`). The kernels read scale and bias on
 the device.
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bclip_fast.ops.cuda_device import cuda_module, cuda_stream
+from bclip_fast.ops.cuda_device import cuda_module, cuda_stream, hopper_refusal
 from bclip_fast.ops.pointers import aligned, cuda_address
 
 from .call import ContrastiveCall, SoftmaxGradient
@@ -35,13 +38,13 @@ NO_POSITIVES = 2**40
 
 def forward(call: ContrastiveCall) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.forward`."""
-    call = _with_operands(call)
+    call, module = _with_operands(call), cuda_module()
+    kernel = module.hopper_forward if _on_hopper(call) else module.contrastive_forward
 
     def launch(start: int, rows: Tensor, row_partials: Tensor, column_partials: Tensor) -> None:
-        features = _features(call, start, rows, call.scale)
-        cuda_module().contrastive_forward(features, row_partials.data_ptr(), column_partials.data_ptr())
+        kernel(_features(call, start, rows, call.scale), row_partials.data_ptr(), column_partials.data_ptr())
 
-    return log_sum_exps(call, _tile(), torch.float32, launch)
+    return log_sum_exps(call, _tile(call), torch.float32, launch)
 
 
 def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,11 +72,14 @@ def backward(call: ContrastiveCall, upstream: SoftmaxGradient, dtype: torch.dtyp
             _address(positive, torch.float32, device, size),
         )
         features = _features(call, start, rows, sharpness)
+        if _on_hopper(call):
+            cuda_module().hopper_softmax(features, normalizers, _gradient(grad, partials, unit))
+            return
         groups = _groups(device, size, num_columns, ids, column_ids, shares, column_shares)
         cuda_module().contrastive_softmax(features, normalizers, groups, _gradient(grad, partials, unit))
 
     factor = call.scale * upstream.weight
-    image_grad, text_grad, sums = gradients(call, width, factor, dtype, _tile(), 1, launch)
+    image_grad, text_grad, sums = gradients(call, width, factor, dtype, _tile(call), 1, launch)
     return image_grad, text_grad, upstream.weight * sums[0]
 
 
@@ -87,15 +93,27 @@ def siglip(
     of_rows = RowParts(gradient_rows(call) if with_gradients else len(call.image), row_ids)
 
     def launch(start: int, rows: Tensor, grad: Tensor | None, partials: Tensor, unit: float) -> None:
+        features, bias = _features(call, start, rows, call.scale), _address(call.bias, torch.float32, device)
+        if _on_hopper(call):
+            cuda_module().hopper_sigmoid(features, bias, _gradient(grad, partials, unit))
+            return
         (ids,) = of_rows.at(start)
         groups = _groups(device, len(rows), len(call.text), ids, column_ids)
-        features, bias = _features(call, start, rows, call.scale), _address(call.bias, torch.float32, device)
         cuda_module().contrastive_sigmoid(features, bias, groups, _gradient(grad, partials, unit))
 
-    return siglip_results(call, width, weight, dtype, _tile(), with_gradients, launch)
+    return siglip_results(call, width, weight, dtype, _tile(call), with_gradients, launch)
 
 
-def _tile() -> tuple[int, int]:
+def _on_hopper(call: ContrastiveCall) -> bool:
+    """Whether the call takes the kernels for Hopper."""
+    return call.groups is None and hopper_refusal(call.image.device) is None
+
+
+def _tile(call: ContrastiveCall) -> tuple[int, int]:
+    """Rows and columns of a tile of the kernels."""
+    if _on_hopper(call):
+        rows, columns = cuda_module().CONTRASTIVE_HOPPER
+        return rows, columns
     return cuda_module().CONTRASTIVE_TILE, cuda_module().CONTRASTIVE_TILE
 
 
