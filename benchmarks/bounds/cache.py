@@ -27,7 +27,7 @@ def bytes_read(order: Order, shape: tuple[int, int], operands: tuple[int, int], 
     """Return the bytes of features that the blocks of a launch read from HBM.
 
     Blocks run one after another. A block reads the features of its tile's rows and columns, and then writes its
-    results, which take up a part of the cache too. The cache forgets what was used longest ago.
+    results, which take up a part of the cache too. The cache first forgets the part whose last use is the oldest.
 
     shape: rows and columns of tiles.
     operands: bytes of the features of a tile's rows, and of its columns.

@@ -17,7 +17,7 @@ def contrastive(width: int, kernel: str) -> Plan:
         return "store" if mixes.count(loop.own, "STG") else "other"
 
     # 4 warps compute 64 x 64 each: 64 instructions for a step of 32 of the width. The last two steps copy nothing, and
-    # the very last one is no loop. Each thread stores 16 times 8 elements.
+    # the very last one is straight code. Each thread stores 16 times 8 elements.
     steps = math.ceil(width / 32)
     turns = {"main": ("HMMA", 64.0 * max(steps - 2, 0)), "last": ("HMMA", 64.0 * (steps > 1)), "store": ("STG", 16.0)}
     loop = {"HMMA": math.inf, "LDGSTS": math.inf}

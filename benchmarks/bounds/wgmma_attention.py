@@ -17,9 +17,10 @@ STRIP = 64  # rows of a wgmma
 def cycles(attention: Attention, gpu: Gpu) -> dict[str, float]:
     """Return the cycles of a sequence and head on a multiprocessor, by pipe.
 
-    Four warps take 64 queries and multiply them with all keys, whose number is rounded to a multiple of 8 for the
-    scores and of 16 for the result. Q and the weights come from registers, K and V from shared memory, into which TMA
-    writes them once. A score takes a maximum, a product, an exponential, a sum, and half of a conversion to 16 bits.
+    Four warps take 64 queries and multiply them with all keys. The number of keys is rounded to a multiple of 8 for
+    the scores, and of 16 for the result. Q and the weights come from registers. K and V come from shared memory, into
+    which TMA writes them once. A score takes a maximum, a product, an exponential, a sum, and half of a conversion to
+    16 bits.
     """
     strips, dim = math.ceil(attention.tokens / STRIP), attention.dim
     keys, depth = 8 * math.ceil(attention.tokens / 8), 16 * math.ceil(attention.tokens / 16)
@@ -39,7 +40,7 @@ def cycles(attention: Attention, gpu: Gpu) -> dict[str, float]:
 
 
 def comparison(work: Work, attention: Attention, gpu: Gpu) -> tuple[float, str, float, str, float]:
-    """Return seconds and limiter of our kernel without HBM, the same of this form, and the seconds of HBM."""
+    """Return seconds and limiter of our kernel without HBM, seconds and limiter of this form, and seconds of HBM."""
     ours = bound(work, gpu._replace(hbm_bytes=math.inf, l2_bytes=2**40))
     form = cycles(attention, gpu)
     limiter = max(form, key=lambda pipe: form[pipe])

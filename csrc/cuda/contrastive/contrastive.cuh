@@ -72,7 +72,7 @@ struct Products {
 template <class T>
 struct TileCopies {
   static constexpr int kPasses = kSide / (kThreads / 4);
-  uintptr_t image, text;  // of this thread's columns, at the tile's first row
+  uintptr_t image, text;  // address of this thread's columns in the first row
   uint32_t image_rows[kPasses], text_rows[kPasses];  // from there, in bytes
   int depth, width;
   int place;  // index in its half of a stage
