@@ -45,37 +45,49 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
         return "zeros" if mixes.count(loop.total, "STS.128") else "other"
 
     chunks = math.ceil(tokens / keys)
-    # Averages over the warps: the last strip can leave warps without queries, and other blocks leave other warps.
-    strips = _tiles(tokens) / 4
+    busy = _tiles(tokens) / 4  # strips with queries, on average over the warps of several blocks
+    # The warps of a sequence that fits don't wait for each other. Otherwise, all of them copy the keys for each strip.
+    strips = busy if chunks == 1 else math.ceil(tokens / 64)
     copied = 1.0 if chunks > 1 else min(1.0, 1 / strips)  # a sequence that fits is copied for the first strip only
-    followed = max(0.0, strips - 1) / strips  # strips that copy the queries of a next one
+    followed = max(0.0, busy - 1) / strips  # strips that copy the queries of a next one
     variations = []
     for chunk in range(chunks):
         rows = min(keys, tokens - chunk * keys)
         pairs = math.ceil(rows / 32)
-        # A warp's 16 queries and 32 keys take d / 4 products for the scores and as many for the result, and 16
-        # exponentials. Another chunk takes two more.
-        needs = {"HMMA": pairs * dim / 2, "MUFU.EX2": 16.0 * pairs + 2.0 * (chunk > 0)}
         moves = dim / 8 / 128  # accesses of 16 bytes of a thread for each row
         turns = {"keys": ("LDGSTS", rows * moves), "zeros": ("STS", (32 * pairs - rows) * moves)}
+        # The first chunk of the first strip has one barrier less, which is one slot of a sequence.
+        barriers = 2.0 if chunks == 1 else 3.0
         next_of_chunk = followed if chunk == 0 else 0.0
         both = min(copied, next_of_chunk)
-        for share, is_copied, has_next in (
-            (both, True, True),
-            (copied - both, True, False),
-            (next_of_chunk - both, False, True),
-            (1 - copied - next_of_chunk + both, False, False),
+        for share, is_copied, has_next, is_busy in (
+            (both, True, True, True),
+            (copied - both - (1 - busy / strips), True, False, True),
+            (next_of_chunk - both, False, True, True),
+            (1 - copied - next_of_chunk + both, False, False, True),
+            (1 - busy / strips, True, False, False),
         ):
-            copies = 2 * rows * moves * is_copied + dim / 16 * has_next
-            if share > 0:
-                needed = {"chunk": {**needs, "LDGSTS": copies}}
-                variations.append(Variation(share / chunks, turns if is_copied else {}, needed))
+            # A warp's 16 queries and 32 keys take d / 4 products for the scores and as many for the result, and 16
+            # exponentials. Another chunk takes two more.
+            needed = {
+                "HMMA": pairs * dim / 2 * is_busy,
+                "MUFU.EX2": (16.0 * pairs + 2.0 * (chunk > 0)) * is_busy,
+                "LDGSTS": 2 * rows * moves * is_copied + dim / 16 * has_next,
+                "BAR": barriers * is_copied,
+            }
+            if share > 1e-9:
+                variations.append(Variation(share / chunks, turns if is_copied else {}, {"chunk": needed}))
+    # Only strips with queries store results.
+    stores = [(busy / strips, dim / 16), (1 - busy / strips, 0.0)]
     return Plan(
         role,
-        {"strip": strips, "chunk": float(chunks), "keys": 0.0, "zeros": 0.0},
+        {"strip": float(strips), "chunk": float(chunks), "keys": 0.0, "zeros": 0.0},
         copies={"keys": 2, "zeros": 2},
-        requires={"": {"LDGSTS": math.inf}, "strip": {"STG.128": dim / 16}},
-        variations={"chunk": variations},
+        requires={"": {"LDGSTS": math.inf}},
+        variations={
+            "strip": [Variation(share, {}, {"strip": {"STG.128": each}}) for share, each in stores if share > 1e-9],
+            "chunk": variations,
+        },
     )
 
 

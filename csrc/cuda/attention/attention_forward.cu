@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
   T* const out = static_cast<T*>(arguments.out) + sequence.start * out_stride + head * kDim;
   float* const lse = arguments.lse + head * attention.rows + sequence.start;
   const int64_t stride = attention.token_stride;
-  const bool whole = length <= kKeys;
+  // with_layout() takes 128 keys of 64 columns only if all sequences fit.
+  constexpr bool kFits = kKeys == 128 && kDim == 64;
+  const bool whole = kFits || length <= kKeys;
   // A positive factor keeps the order of the scores, so the maximum comes before the product.
   // Otherwise, hide() multiplies.
   const bool rising = attention.scale > 0.0f;
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
     float result[kDim / 8][4] = {};
     float highest[2] = {-1e30f, -1e30f}, sums[2] = {};
     const int end = attention.causal ? min(length, first + kStrip) : length;
-    for (int chunk = 0; chunk < end; chunk += kKeys) {
+    for (int chunk = 0; chunk < (kFits ? 1 : end); chunk += kKeys) {
       const bool copied = !whole || first == split * kStrip;
       if (copied) {
         const int count = min(kKeys, length - chunk), rounded = (count + 31) / 32 * 32;
