@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -47,18 +49,24 @@ class Device:
     memory: float
     """Bytes that a process can use."""
     link: float
-    """Bytes per second, in one direction, to the other devices of the node."""
+    """Bytes per second that a rank sends in a collective within a node."""
     network: float
-    """Bytes per second, in one direction, to other nodes."""
+    """Bytes per second of a network card, in one direction."""
+    memory_rate: float = 0.0
+    """Bytes per second of the device's memory. 0: unknown."""
+    cores: int = 0
+    """CPU cores for each device in the usual node of 8 devices."""
 
 
-# Memory as the driver reports it. NVLink: half of the data sheets' 600 and 900 GB/s, which count both directions.
-# Network: the usual node of 8 GPUs, with a network card of 200 Gbit/s (A100) or 400 Gbit/s (H100, H200) for each GPU.
+# Memory as the driver reports it. NVLink: half of the data sheets' 600 and 900 GB/s count one direction. NCCL reaches
+# 235 GB/s of the A100's 300 (NVIDIA/nccl, src/graph/tuning.cc at 01afd20a) and 370 GB/s of the H100's 450
+# (NVIDIA/nccl-tests#212). Network: a card of 200 Gbit/s (HDR, A100) or 400 Gbit/s (NDR, H100 and H200) for each GPU.
+# Memory rates: NVIDIA's data sheets. Cores: those of DGX A100 (2 x EPYC 7742) and DGX H100 (2 x Xeon 8480C), by 8.
 DEVICES = {
-    "a100-40": Device("NVIDIA A100-SXM4-40GB", 39.4 * GIB, 300e9, 25e9),
-    "a100-80": Device("NVIDIA A100-SXM4-80GB", 79.2 * GIB, 300e9, 25e9),
-    "h100": Device("NVIDIA H100 80GB HBM3", 79.1 * GIB, 450e9, 50e9),
-    "h200": Device("NVIDIA H200", 139.8 * GIB, 450e9, 50e9),
+    "a100-40": Device("NVIDIA A100-SXM4-40GB", 39.4 * GIB, 235e9, 25e9, 1.555e12, 16),
+    "a100-80": Device("NVIDIA A100-SXM4-80GB", 79.2 * GIB, 235e9, 25e9, 2.039e12, 16),
+    "h100": Device("NVIDIA H100 80GB HBM3", 79.1 * GIB, 370e9, 50e9, 3.35e12, 14),
+    "h200": Device("NVIDIA H200", 139.8 * GIB, 370e9, 50e9, 4.8e12, 14),
 }
 
 
@@ -77,9 +85,26 @@ class ClusterConfig:
     host_memory_gib: float = 0.0
     """Host memory of a node in GiB. 0: this machine's memory if `device` is empty or cpu. Otherwise nothing checks host
     memory."""
+    network_gbit: float = 0.0
+    """Rate of a network card in Gbit/s, such as 200 (HDR) or 400 (NDR). 0: 200 for A100, 400 for H100 and H200."""
+    nics_per_node: int = 0
+    """Network cards of a node. 0: one for each GPU."""
+    cores_per_node: int = 0
+    """CPU cores of a node. 0: 16 for each A100, 14 for each H100 or H200, or this machine's if `device` is empty."""
+    core_images_per_s: float = 0.0
+    """Images that a core of the nodes reads, decodes and resizes per second. 0: the measured rate of our loader, for
+    the bytes of the dataset's images."""
+    storage_gb_per_s: float = 0.0
+    """Bytes that a node reads from its storage, in GB/s. 0: unknown, so nothing checks the storage."""
+    allow_slow_loader: bool = False
+    """Plan a run although its loader or its storage is slower than the GPUs. Without it, such a plan is refused."""
 
     def __post_init__(self) -> None:
         """Check the fields. Raises UserError."""
+        rates = ("network_gbit", "nics_per_node", "cores_per_node", "core_images_per_s", "storage_gb_per_s")
+        for name in rates:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"cluster.{name}={getattr(self, name)} must be a finite number of at least 0")
         if self.nodes < 1 or min(self.devices_per_node, self.memory_gib, self.host_memory_gib) < 0:
             raise UserError(
                 f"cluster.nodes={self.nodes}, devices_per_node={self.devices_per_node}, memory_gib={self.memory_gib}, "
@@ -106,16 +131,15 @@ class Cluster:
     """The precision that `auto` selects on this cluster."""
     precision_reason: str
     """Reason of that selection, for messages."""
+    nics_per_node: int = 1
+    """Network cards of a node."""
+    cores: float = 0.0
+    """CPU cores for each rank. 0: unknown."""
 
     @property
     def ranks(self) -> int:
         """Number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
-
-    @property
-    def link(self) -> float:
-        """Bandwidth of each rank in a ring all-reduce, in bytes per second."""
-        return min(self.device.link, self.device.network) if self.nodes > 1 else self.device.link
 
 
 def cluster_of(config: ClusterConfig) -> Cluster:
@@ -127,7 +151,11 @@ def cluster_of(config: ClusterConfig) -> Cluster:
     if cpu:
         # Rates of gloo between processes of one machine, and over a network of 10 Gbit/s. They are rough values.
         device = Device(device_name(torch.device("cpu")), (config.memory_gib * GIB or host) / ranks, 2e9, 1.2e9)
-        return Cluster(config.nodes, ranks, device, True, device.memory, *native_precision(torch.device("cpu")))
+        if config.network_gbit:
+            device = replace(device, network=config.network_gbit / 8 * 1e9)
+        cores = (config.cores_per_node or os.cpu_count() or 1) / ranks
+        precision = native_precision(torch.device("cpu"))
+        return Cluster(config.nodes, ranks, device, True, device.memory, *precision, config.nics_per_node or 1, cores)
     if is_local:
         name = device_name(torch.device("cuda", 0))
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -135,14 +163,19 @@ def cluster_of(config: ClusterConfig) -> Cluster:
         if similar is None:
             similar = DEVICES["a100-80"]
             log.warning("no data sheet of %s: the plan assumes the link and network of %s", name, similar.name)
-        device = Device(name, memory, similar.link, similar.network)
+        device = replace(similar, name=name, memory=memory)
         precision = native_precision(torch.device("cuda", 0))
     else:
         device = DEVICES[config.device]
         precision = "bf16", f"{device.name} multiplies bfloat16 in hardware"
     if config.memory_gib:
-        device = Device(device.name, config.memory_gib * GIB, device.link, device.network)
-    return Cluster(config.nodes, ranks, device, False, host / ranks, *precision)
+        device = replace(device, memory=config.memory_gib * GIB)
+    if config.network_gbit:
+        device = replace(device, network=config.network_gbit / 8 * 1e9)
+    local_cores = (os.cpu_count() or 1) / ranks if is_local else device.cores
+    cores = config.cores_per_node / ranks or local_cores
+    nics = config.nics_per_node or ranks
+    return Cluster(config.nodes, ranks, device, False, host / ranks, *precision, nics, cores)
 
 
 def device_name(device: torch.device) -> str:

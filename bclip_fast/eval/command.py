@@ -21,7 +21,7 @@ from bclip_fast.io.file_names import file_name
 from bclip_fast.io.hashing import sha256
 from bclip_fast.io.runs import METRICS
 
-from . import report, results, tasks
+from . import report, results, suite_results, suites, tasks
 from .config import EvalConfig
 from .evaluate import Evaluation
 
@@ -45,6 +45,8 @@ def run(command: EvalCommand, *, search: str = "", steps: Sequence[tuple[str, st
 
     `search` and `steps` are those of `report.write`.
     """
+    if command.suite and not command.data:
+        raise UserError(f"suite {command.suite!r} needs --data, the folder that holds the data of its rows")
     command = dataclasses.replace(command, data=command.data or _training_shards(command.model))
     # Open the data before the model is loaded, so that a wrong path fails at once.
     evaluation = Evaluation(command)
@@ -56,11 +58,15 @@ def run(command: EvalCommand, *, search: str = "", steps: Sequence[tuple[str, st
         raise
     if not distributed.is_main():
         return
+    if command.suite:
+        suite_results.add(evaluated, suites.load(command.suite))
     run_folder = Path(command.model) if (Path(command.model) / METRICS).is_file() else None
     out = Path(command.out) if command.out else _default_out(command, run_folder)
     # A file that cannot be written must not lose the scores, and a closed pipe must not lose the files.
     try:
         _print(evaluated["tasks"])
+        if command.suite:
+            suite_results.print_means(evaluated["suite"])
     except (OSError, UnicodeError) as error:
         log.warning("the scores cannot be printed (%s); see %s", error, out / "figures.csv")
     results.write(out, evaluated)
@@ -84,16 +90,18 @@ def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
     data = command.data
     stem = Path(data).resolve().stem if isinstance(data, str) else "-".join(source.name for source in data)
     name = f"{stem}-{command.split}"
+    if command.suite:
+        name = f"{stem}-suite-{Path(command.suite).stem}"
     if command.task and not set(command.task) <= set(tasks.protocols()):
         name = "-".join(Path(task).stem for task in command.task)
     folder = run_folder / "eval" if run_folder is not None else Path("runs") / "eval" / file_name(command.model)
     out = folder / file_name(name)
-    subject = _subject(command.model, command.data, command.split, command.task)
+    subject = _subject(command.model, command.data, command.split, command.task, command.suite)
     try:
         content = json.loads((out / "results.json").read_text(encoding="utf-8"))
         config = content["config"]
         recorded = as_sources(config["data"], "data")
-        other = _subject(content["model"]["path"], recorded, config["split"], config["task"])
+        other = _subject(content["model"]["path"], recorded, config["split"], config["task"], config.get("suite", ""))
     except FileNotFoundError:
         return out
     except (OSError, ValueError, LookupError, TypeError):
@@ -101,11 +109,13 @@ def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
     return out if other == subject else out.with_name(f"{out.name}-{sha256(repr(subject))[:12]}")
 
 
-def _subject(model: str, data: str | tuple[Source, ...], split: str, tasks: Sequence[str]) -> tuple[object, ...]:
+def _subject(
+    model: str, data: str | tuple[Source, ...], split: str, tasks: Sequence[str], suite: str
+) -> tuple[object, ...]:
     """Return what the results of the default folder depend on. Paths are absolute."""
     paths = [model, *([data] if isinstance(data, str) else [source.path for source in data])]
     places = [name if "://" in name else str(Path(name).resolve()) for name in paths]
-    return *places, split, *tasks
+    return *places, split, *tasks, suite
 
 
 def _print(finished: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from bclip_fast.data.image_files import ImageConversion
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.errors import UserError
 
-from . import probe, tasks
+from . import probe, suites, tasks
 from .embed import CacheDtype, OnBadImage, Precision
 from .faiss_index import Index
 from .retrieval import Duplicates
@@ -29,6 +29,9 @@ class EvalConfig:
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A protocol (retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
     task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow them."""
+    suite: str = ""
+    """All tasks of a benchmark that `data` holds: medpmc (26 rows, its protocol), or a suite's TOML file. The missing
+    rows are named. It takes the place of `task`."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`. Repeat the flag for several."""
     prompts: str = "auto"
@@ -81,6 +84,12 @@ class EvalConfig:
         object.__setattr__(self, "data", as_sources(self.data, "data"))
         for task in self.task:
             tasks.load(task)
+        if self.suite:
+            suites.load(self.suite)
+            if self.task:
+                raise UserError(
+                    f"suite={self.suite!r} names the tasks, so --task cannot add any; leave one of them out"
+                )
         if not all(0 < fraction <= 1 for fraction in self.share) or not all(num >= 1 for num in self.shots):
             raise UserError(f"share={self.share} must lie in (0, 1], and shots={self.shots} must be at least 1")
         if self.num_seeds < 1 or not (self.share or self.shots):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -18,14 +19,17 @@ from bclip_fast.errors import UserError
 from bclip_fast.hardware import environment_report, pick_device
 from bclip_fast.pretrained.any_model import Model, load_model
 
-from . import tasks
+from . import suites, tasks
 from .config import EvalConfig
 from .datasets import EvalDataset, open_dataset
+from .datasets.files import MissingData
 from .datasets.vqa import open_dataset as open_questions
 from .embed import Embedder, log_skipped
 from .embedding_cache import EmbeddingCache, default_folder
 from .labels import Inputs, default_label_kinds
 from .protocols import PROTOCOLS, describe
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(model: Model, tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
@@ -75,6 +79,7 @@ class Evaluation:
     """Tasks with their open data sets. Any number of models can be evaluated on them.
 
     data: data set of each result. finished: results of the finished tasks, if a later one fails. `run` fills both.
+    missing: rows of the suite whose data are not there, with the reason.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -83,17 +88,31 @@ class Evaluation:
         self.data: dict[str, EvalDataset] = {}
         self.finished: dict[str, Any] = {}
         self._open: dict[tuple[str | tuple[Source, ...], str, str, str], EvalDataset] = {}
-        if config.task:
+        self.missing: dict[str, str] = {}
+        if config.suite:
+            selected = list(suites.load(config.suite).tasks)
+        elif config.task:
             selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
         else:
             selected = [tasks.load(name) for name in _possible_tasks(open_dataset(config.data, config.split), config)]
         names = [task.name for task in selected]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two tasks have the name {repeated!r}, so the results of one would be lost; rename a file")
-        self.tasks = [(task, self._dataset(task, task.split or config.split)) for task in selected]
+        self.tasks: list[tuple[tasks.Task, EvalDataset]] = []
+        for task in selected:
+            try:
+                self.tasks.append((task, self._dataset(task, task.split or config.split)))
+            except MissingData as error:
+                if not config.suite:
+                    raise
+                self.missing[task.name] = str(error)
+                log.warning("suite %s: row %s is missing: %s", config.suite, task.row, error)
+        if not self.tasks:
+            raise UserError(f"{config.data} holds none of the {len(selected)} rows of suite {config.suite}; see above")
 
     def _dataset(self, task: tasks.Task, split: str) -> EvalDataset:
-        path, name = task.resolve_data_dir(self.config.data), task.name if task.dataset == "medmnist" else ""
+        path = task.resolve_data_dir(self.config.data)
+        name = task.row or task.name if task.dataset in ("medmnist", "microbench", "lc25000") else ""
         if not isinstance(path, str) and (task.dataset != "auto" or task.protocol == "vqa"):
             raise UserError(f"task {task.name} needs data in one folder or file; got {shown(path)}")
         key = path, split, task.dataset, name
@@ -101,7 +120,13 @@ class Evaluation:
             if isinstance(path, str) and task.protocol == "vqa":
                 self._open[key] = open_questions(path, split, task)
             else:
-                self._open[key] = open_dataset(path, split, task.dataset, download_url=task.download_url, name=name)
+                classes = list(task.prompts.classes) if task.prompts else []
+                if task.dataset == "dad" and task.prompts:
+                    classes = [nouns[0] for nouns in task.prompts.classes.values()]
+                self._open[key] = open_dataset(
+                    path, split, task.dataset,
+                    download_url=task.download_url, name=name, file=task.file, classes=classes,
+                )  # fmt: skip
         return self._open[key]
 
     def run(self, model: Model) -> dict[str, Any]:
@@ -144,6 +169,7 @@ class Evaluation:
         return {
             "model": description | {"path": model if isinstance(model, str) else None},
             "tasks": results,
+            **({"missing": self.missing} if config.suite else {}),
             "config": dataclasses.asdict(config),
             "environment": environment_report(device),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 # Separators of classes in one label. Multi-label data must use the first.
 _SEPARATORS = ("|", ";", ",")
+
+
+Results = dict[str, dict[str, Any]]
+"""Name of a result -> JSON-ready result."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from bclip_fast.config import read_toml
 from bclip_fast.errors import UserError, choices
 
 _TASKS = Path(__file__).parent / "tasks"
+_KEYS = {"classes", "templates", "negative_templates", "source"}
 _SAMPLE_IMAGES = Path(__file__).parent / "prompt_sets" / "sample_images.toml"
 GENERIC_TEMPLATES = (
     "{}",
@@ -27,18 +28,20 @@ GENERIC_TEMPLATES = (
 class PromptSet:
     """Classes with their nouns, and templates with one `{}` for the noun.
 
-    classes: class name -> nouns. source: origin of the words, for reports.
+    classes: class name -> nouns. source: origin of the words, for reports. negative_templates: templates of the texts
+    that deny a class, for protocols that compare both texts.
     """
 
     classes: Mapping[str, tuple[str, ...]]
     templates: tuple[str, ...] = GENERIC_TEMPLATES
     source: str = ""
+    negative_templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check templates and nouns. Raises UserError."""
         if not self.templates:
             raise UserError(f"prompt set {self.source or '(unnamed)'} has no template")
-        for template in self.templates:
+        for template in (*self.templates, *self.negative_templates):
             if template.count("{}") != 1:
                 raise UserError(f"prompt template {template!r} must hold {{}} exactly once, for the class's noun")
         for name, nouns in self.classes.items():
@@ -76,18 +79,32 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_prompts(table: Any, subject: str, source: str = "") -> PromptSet:
-    """Build a `PromptSet` from a TOML table with `classes`, and optionally `templates` and `source`.
+    """Build a `PromptSet` from a TOML table with `classes`, and optionally the other fields of a `PromptSet`.
 
     subject: name of the table, for error messages.
     """
     classes = table.get("classes") if isinstance(table, dict) else None
-    if not isinstance(classes, dict) or not classes or set(table) - {"classes", "templates", "source"}:
-        raise UserError(f"{subject} must hold a table [classes] and optionally a list `templates`, no other key")
+    if not isinstance(classes, dict) or not classes or set(table) - _KEYS:
+        raise UserError(
+            f"{subject} must hold a table [classes] and optionally the lists `templates` and `negative_templates`, no "
+            "other key"
+        )
     return PromptSet(
         {key: _strings(value, f"{subject}: class {key!r}") for key, value in classes.items()},
         _strings(table.get("templates", list(GENERIC_TEMPLATES)), f"{subject}: templates"),
         str(table.get("source", source)),
+        _strings(table.get("negative_templates", []), f"{subject}: negative_templates"),
     )
+
+
+def as_json(prompt_set: PromptSet) -> dict[str, Any]:
+    """Return a prompt set as it is in results.json."""
+    return {
+        "source": prompt_set.source,
+        "templates": list(prompt_set.templates),
+        **({"negative_templates": list(prompt_set.negative_templates)} if prompt_set.negative_templates else {}),
+        "classes": {name: list(nouns) for name, nouns in prompt_set.classes.items()},
+    }
 
 
 def from_values(values: Sequence[str], source: str = "the label's own values, generic templates") -> PromptSet:

@@ -14,10 +14,11 @@ from bclip_fast.data.splits import MissingSplit
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from . import probe, prompts, retrieval, vqa, zero_shot
+from . import medpmc, probe, prompts, retrieval, vqa, zero_shot
 from .datasets import EvalDataset
 from .labels import (
     Inputs,
+    Results,
     class_targets,
     label_kinds,
     labelled_rows,
@@ -30,9 +31,6 @@ from .linear_heads import LabelledFeatures
 from .tasks import Task
 
 log = logging.getLogger(__name__)
-
-Results = dict[str, dict[str, Any]]
-"""Result name -> JSON-ready result."""
 
 
 def run_retrieval(inputs: Inputs) -> Results:
@@ -85,7 +83,7 @@ def run_zero_shot(inputs: Inputs) -> Results:
         result |= {
             "label": kind,
             "num_without_label": len(labels) - len(rows),
-            "prompts": _prompts_json(prompt_set),
+            "prompts": prompts.as_json(prompt_set),
         }
         results[inputs.task.name if inputs.task.label else f"{inputs.task.name}/{kind}"] = result
     return results
@@ -169,7 +167,7 @@ def _probe(inputs: Inputs, kind: str, train_data: EvalDataset, val_data: EvalDat
         progress=config.progress and distributed.is_main(),
     )  # fmt: skip
     result["samples"] = {"key": [inputs.data.key(i) for i in labelled_rows(labels)], **result["samples"]}
-    return result | {"prompts": _prompts_json(prompt_set)}
+    return result | {"prompts": prompts.as_json(prompt_set)}
 
 
 def _check_every_class(
@@ -198,6 +196,7 @@ PROTOCOLS: dict[str, Callable[[Inputs], Results]] = {
     "zero_shot": run_zero_shot,
     "probe": run_probe,
     "vqa": run_vqa,
+    "medpmc": medpmc.run,
 }
 
 
@@ -209,17 +208,10 @@ def describe(task: Task, data: EvalDataset) -> dict[str, Any]:
         "protocol": task.protocol,
         "about": task.description,
         "metric": task.metric,
+        **({"row": task.row, "domain": task.domain} if task.row else {}),
         "published": [score.as_json() for score in task.published],
         "num_samples_published": task.num_samples or None,
         "data": {"path": data.path, "split": data.split, "num_samples": len(data), "fingerprint": data.fingerprint},
-    }
-
-
-def _prompts_json(prompt_set: prompts.PromptSet) -> dict[str, Any]:
-    return {
-        "source": prompt_set.source,
-        "templates": list(prompt_set.templates),
-        "classes": {name: list(nouns) for name, nouns in prompt_set.classes.items()},
     }
 
 

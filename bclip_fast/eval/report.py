@@ -17,6 +17,7 @@ from bclip_fast.html.page import environment, thumbnail
 
 from .datasets import EvalDataset
 from .results import write_files
+from .suite_results import TITLES
 
 _NUM_QUESTIONS = 8
 _NUM_EXAMPLES, _NUM_PROBABILITIES = 6, 3
@@ -70,6 +71,7 @@ def write(
             examples=_examples(tasks, data),
             search=search,
             steps=steps,
+            suite_titles=TITLES,
         )
     )
     write_files(Path(path).parent, {Path(path).name: page})

@@ -1,4 +1,4 @@
-"""The files of an evaluation: results.json, figures.csv, per-class.csv and samples/TASK.csv.
+"""The files of an evaluation: results.json, figures.csv, per-class.csv, suite.csv and samples/TASK.csv.
 
 results.json holds what `evaluate` returns, except for two entries of a task. `samples_file` names the CSV file of the
 `samples`. Beyond `MAX_DENSE_CLASSES` classes, `confusion` is a dict: `shape` is [C, C], and `entries` lists [class,
@@ -49,6 +49,9 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     classes = [(name, row) for name, result in results["tasks"].items() for row in result.get("per_class", [])]
     fields = ("class", "num_samples", "num_predicted", "recall", "precision", "auroc")
     lines = ((name, *(row.get(field) for field in fields)) for name, row in classes)
+    if "suite" in results:
+        means = results["suite"]["rows"]
+        files["suite.csv"] = as_csv(list(means[0]), (list(row.values()) for row in means))
     files["per-class.csv"] = as_csv(("task", *fields), lines)
     write_files(folder, files)
 

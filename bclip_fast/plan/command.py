@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from bclip_fast.train import trainer
 from bclip_fast.train.config import TrainConfig
 
 from .estimate import build_plan, resolve_config, saved_by_text_layout
+from .loader import LoaderPlan, check_loader, plan_loader
+from .micro_batches import largest_micro_batch
+from .network import bandwidth
 from .samples import samples_of
+from .scale_report import loader_lines, scale_parts
+from .scaling import ScaleConfig, Scaling
+from .table import table
 from .types import Plan, largest_stage
 
 
@@ -25,22 +31,46 @@ class PlanCommand(TrainConfig):
 
     json: bool = False
     """Print the plan as JSON: bytes, operations and seconds by part. The exit status is 2 if the run does not fit."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
 
 
 def run(config: TrainConfig) -> Plan:
     """Print the plan of a run.
 
     Raises:
-        UserError: the ranks cannot share the batch, or the run does not fit into the memory of the cluster.
+        UserError: the ranks cannot share the batch, the run does not fit into the memory of the cluster, or its loader
+            cannot keep up.
     """
     config = config.resolved()
     plan = build_plan(config, samples_of(config), cluster_of(config.cluster))
+    loader, scaling = loader_of(config, plan), None
+    if isinstance(config, PlanCommand) and config.scale.gpus:
+        scaling = Scaling(config, config.scale, plan)
     if isinstance(config, PlanCommand) and config.json:
-        print(json.dumps(as_json(plan)))
+        content = as_json(plan) | {"loader": loader and asdict(loader)}
+        if scaling is not None:
+            best = scaling.best
+            content["scale"] = {
+                "points": [point.as_json() for point in scaling.points],
+                "alternatives": [point.as_json() for point in scaling.alternatives],
+                "best": best and best.change,
+            }
+        print(json.dumps(content))
     else:
-        show(config, plan)
+        show(config, plan, loader, scaling)
     check_fits(config, plan)
+    if loader is not None:
+        check_loader(config, plan.cluster, plan.samples, loader)
     return plan
+
+
+def loader_of(config: TrainConfig, plan: Plan) -> LoaderPlan | None:
+    """The loader's part of the stage that takes most images a second. None if no rate of the devices is known."""
+    rates = [(stage.rank_batch, sum(stage.seconds.values())) for stage in plan.stages if stage.seconds]
+    if not rates:
+        return None
+    rank_batch, seconds = max(rates, key=lambda rate: rate[0] / rate[1])
+    return plan_loader(config, plan.cluster, plan.samples, rank_batch, seconds)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -139,12 +169,16 @@ def _with_engine(config: TrainConfig, **changes: Any) -> TrainConfig:
     return replace(config, engine=replace(config.engine, **changes))
 
 
-def show(config: TrainConfig, plan: Plan) -> None:
+def show(config: TrainConfig, plan: Plan, loader: LoaderPlan | None, scaling: Scaling | None) -> None:
     """Print a plan as text and tables."""
     from rich.console import Console
 
     console = Console() if os.isatty(1) else Console(width=120)
-    for part in (_heading(config, plan), *_tables(resolve_config(config, plan.cluster), plan)):
+    heading = _heading(config, plan)
+    if loader is not None:
+        heading += f"\n{loader_lines(loader, plan.cluster)}"
+    more = [] if scaling is None else scale_parts(scaling)
+    for part in (heading, *_tables(resolve_config(config, plan.cluster), plan), *more):
         console.print(part)
         console.print()
 
@@ -159,18 +193,27 @@ def _heading(config: TrainConfig, plan: Plan) -> str:
     time = "unknown" if plan.hours is None else f"{plan.hours:,.1f} h, {plan.hours * cluster.ranks:,.0f} device-hours"
     holes = " (holes of the heap not counted)" if cluster.cpu else ""
     lines = [] if not config.loss.teacher else [_teacher_line(config, plan)]
+    if config.micro_batch_size or config.micro_batch_tokens:
+        lines.append(_micro_batch_line(config, plan))
     return "\n".join(
         [
             f"World       {cluster.ranks} rank(s) on {cluster.nodes} node(s), {cluster.device.name}, "
-            f"{_size(cluster.device.memory)} a rank{holes}, links of {cluster.link / 1e9:.3g} GB/s",
+            f"{_size(cluster.device.memory)} a rank{holes}, {bandwidth(cluster) / 1e9:.3g} GB/s a rank in collectives",
             f"Precision   {precision}",
             f"Samples     {plan.samples.count:,} an epoch: {plan.samples.source}",
             f"Parameters  {towers}; trained {counts['trained']:,}",
             *lines,
             f"Length      {steps:,} steps, {seen:,} pairs seen",
-            f"Time        {time}; {plan.rates}; links by data sheet, without waits",
+            f"Time        {time}; {plan.rates}; communication by a model",
         ]
     )
+
+
+def _micro_batch_line(config: TrainConfig, plan: Plan) -> str:
+    batch_sizes = [stage.batch_size for stage in plan.stages]
+    name, largest = largest_micro_batch(config, plan.samples, plan.cluster, batch_sizes)
+    fitting = f"{name}={largest} is the largest that fits" if largest else f"no {name} fits"
+    return f"Micro-batch {name}={getattr(config, name)}; {fitting}"
 
 
 def _teacher_line(config: TrainConfig, plan: Plan) -> str:
@@ -186,7 +229,7 @@ def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
     largest = largest_stage(plan.stages)
     head = ["from epoch", "steps", "batch", "of a rank", "micro-batch"]
     flops = _union(stage.flops for stage in plan.stages)
-    yield _table(
+    yield table(
         "Steps and their TFLOP, all ranks",
         [*head, *flops],
         [
@@ -199,7 +242,7 @@ def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
     )
     if plan.hours is not None:
         parts = _union(stage.seconds or {} for stage in plan.stages)
-        yield _table(
+        yield table(
             "Seconds a step",
             [*head[:1], *parts, "step", "hours"],
             [
@@ -222,9 +265,9 @@ def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
             rows = [[name, *(f"{phase.get(name, 0) / GIB:.2f}" for phase in phases.values())] for name in parts]
             total = ["sum", *(f"{sum(phase.values()) / GIB:.2f}" for phase in phases.values())]
             bound = f"; it has {limit / GIB:.2f}" if limit else ""
-            yield _table(title + bound, ["part", *phases], [*rows, total])
+            yield table(title + bound, ["part", *phases], [*rows, total])
     saved = saved_by_text_layout(config, plan.samples, plan.cluster, largest)
-    yield _table(
+    yield table(
         f"Kept for the backward pass of {largest.micro_batch} pairs, GiB",
         ["text", "image tower", "text tower"],
         [[name, *(f"{count / GIB:.2f}" for count in counts)] for name, counts in saved.items()],
@@ -233,17 +276,6 @@ def _tables(config: TrainConfig, plan: Plan) -> Iterator[Any]:
 
 def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _size(num_bytes: float) -> str:

@@ -30,6 +30,8 @@ from .engine_memory import EngineMemory
 from .rates import Rates
 from .samples import Samples
 from .teacher import TeacherCost, teacher_cost
+from .timeline import StepTime, step_time, update_seconds
+from .traffic import Parameters, step_traffic
 from .types import Plan, Stage, largest_stage
 
 # Resident memory of a process after it trained a model of negligible size on a CPU, by engine (torch 2.13, DeepSpeed
@@ -56,7 +58,12 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
         )
     model = _model(config)
     stages, rates = _stages(config, samples, cluster), Rates(cluster, config.engine.precision)
-    stages = [replace(stage, seconds=rates.seconds(stage, config, model, cluster)) for stage in stages]
+    shape = Parameters.of(model, config)
+    for number, stage in enumerate(stages):
+        step = step_of(config, shape, samples, cluster, rates, stage)
+        if step is not None:
+            seconds = {**step.compute, "exposed communication": step.exposed}
+            stages[number] = replace(stage, seconds=seconds)
     memory, host = _memory(config, model, samples, cluster, largest_stage(stages))
     towers = {"image tower": model.visual, "text tower": model.text}
     parameters = {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()}
@@ -65,6 +72,50 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
     parameters["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = _teacher(config, samples)
     return Plan(parameters, samples, cluster, stages, memory, host, rates.source, teacher)
+
+
+def step_of(
+    config: TrainConfig, parameters: Parameters, samples: Samples, cluster: Cluster, rates: Rates, stage: Stage
+) -> StepTime | None:
+    """The duration of a step of a resolved configuration. None if no rate is known."""
+    compute = rates.compute(stage.flops, cluster.ranks)
+    if compute is None:
+        return None
+    compute["update"] = update_seconds(config, parameters, cluster)
+    count = -(-stage.rank_batch // stage.micro_batch)
+    traffic = step_traffic(
+        config,
+        parameters,
+        num_ranks=cluster.ranks,
+        batch_size=stage.batch_size,
+        num_micro_batches=count,
+        teacher_width=_teacher(config, samples).width,
+    )
+    return step_time(config, cluster, compute, traffic, count)
+
+
+def shape_of(config: TrainConfig) -> Parameters:
+    """The sizes of the parameters of a resolved configuration."""
+    return Parameters.of(_model(config), config)
+
+
+def fits(config: TrainConfig, samples: Samples, cluster: Cluster, stage: Stage) -> bool:
+    """Whether a stage of a resolved configuration fits into the memory of the cluster."""
+    memory, host = _memory(config, _model(config), samples, cluster, stage)
+    sums = [max((sum(parts.values()) for parts in phases.values()), default=0.0) for phases in (memory, host)]
+    limits = cluster.device.memory, cluster.host_memory
+    return all(not limit or peak <= limit for peak, limit in zip(sums, limits, strict=True))
+
+
+def stage_of(config: TrainConfig, samples: Samples, cluster: Cluster, batch_size: int) -> Stage:
+    """A stage of one step with this global batch size."""
+    rank_batch = batch_size // cluster.ranks
+    micro_batch = min(config.micro_batch_size, rank_batch) or rank_batch
+    if config.micro_batch_tokens:
+        limits = config.micro_batch_tokens, config.image_tokens, config.model.text.context_length
+        micro_batch = samples.pairs_within(*limits, rank_batch)
+    flops = _flops(config, samples, batch_size, micro_batch < rank_batch)
+    return Stage(0, 1, batch_size, rank_batch, micro_batch, 1, flops, None)
 
 
 def resolve_config(config: TrainConfig, cluster: Cluster) -> TrainConfig:
@@ -119,14 +170,8 @@ def _stages(config: TrainConfig, samples: Samples, cluster: Cluster) -> list[Sta
         end = min(following, last + 1)
         count = min(num_steps, sampler.num_batches_of(end)) - sampler.num_batches_of(first) if end > first else 0
         if count > 0:
-            batch_size = sampler.batch_size_of(first)
-            rank_batch = batch_size // cluster.ranks
-            micro_batch = config.micro_batch_size or rank_batch
-            if config.micro_batch_tokens:
-                limits = config.micro_batch_tokens, config.image_tokens, config.model.text.context_length
-                micro_batch = samples.pairs_within(*limits, rank_batch)
-            flops = _flops(config, samples, batch_size, micro_batch < rank_batch)
-            stages.append(Stage(first, end - first, batch_size, rank_batch, micro_batch, count, flops, None))
+            stage = stage_of(config, samples, cluster, sampler.batch_size_of(first))
+            stages.append(replace(stage, first_epoch=first, epochs=end - first, num_steps=count))
     return stages
 
 

@@ -1,17 +1,14 @@
-"""Rates that turn operations into time, and the bytes that the ranks exchange."""
+"""Rates that turn operations into time."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bclip_fast.hardware import Cluster, peak_flops_per_second, results_name
 from bclip_fast.io.jsonl import read_lines
-from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.train.config import TrainConfig
-
-from .types import Stage
 
 # Share of the peak rate that a step reaches, for devices without a measurement. Not measured.
 _FRACTION = 0.4
@@ -51,28 +48,12 @@ class Rates:
             self.loss = statistics.median(row["flops"] / row["seconds"] for row in losses) / num_sharing
             self.source += f"; {self.loss:.3g} in the loss, measured (median of {len(losses)})"
 
-    def seconds(
-        self, stage: Stage, config: TrainConfig, model: BiomedClip, cluster: Cluster
-    ) -> dict[str, float] | None:
-        """Duration of a step by part. None if no rate is known."""
+    def compute(self, flops: Mapping[str, float], num_ranks: int) -> dict[str, float] | None:
+        """Seconds of computation by part, for the operations of a step over all ranks. None if no rate is known."""
         if self.tower is None or self.loss is None:
             return None
         rates = {"loss": self.loss}
-        seconds = {name: flops / cluster.ranks / rates.get(name, self.tower) for name, flops in stage.flops.items()}
-        return {**seconds, "communication": _traffic(config, model, cluster, stage) / cluster.link}
-
-
-def _traffic(config: TrainConfig, model: BiomedClip, cluster: Cluster, stage: Stage) -> float:
-    """Bytes per step that a ring moves through each rank: fp32 gradients and weights, texts and their gradients."""
-    weights = 4.0 * sum(p.numel() for p in model.parameters())
-    # An all-reduce of the gradients moves 2 times the weights, and so do a reduce-scatter and an all-gather of the
-    # updated weights. Under ZeRO 3, each pass gathers the weights instead.
-    num_micro_batches = -(-stage.rank_batch // stage.micro_batch)
-    passes = 2 if num_micro_batches == 1 else 3 * num_micro_batches
-    times = 1 + passes if config.engine.name == "deepspeed" and config.engine.zero_stage == 3 else 2
-    operand_bytes = 4 if config.engine.precision == "fp32" else 2
-    texts = stage.batch_size * config.model.embed_dim * (operand_bytes + 4)
-    return (cluster.ranks - 1) / cluster.ranks * (times * weights + texts)
+        return {name: count / num_ranks / rates.get(name, self.tower) for name, count in flops.items()}
 
 
 def measured(device: str) -> list[dict[str, Any]]:

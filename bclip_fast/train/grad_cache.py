@@ -219,7 +219,9 @@ class GradCache:
         pre_projection = [None if features is None else features[rows] for features in self._pre_projection]
         embedded = self._embed_with_graph(batch, seed, pre_projection)
         feature_grads = [None if grad is None else grad[rows] for grad in grads[:2]]
-        scalar_grads = grads[2:] if is_last else (None, None)
+        # The other micro-batches get zeros, so that all backward passes run the same modules. ZeRO 3 prefetches the
+        # weights in the order of the pass before.
+        scalar_grads = [grad if grad is None or is_last else torch.zeros_like(grad) for grad in grads[2:]]
         products = [
             (tensor.to(grad.dtype) * grad).sum()
             for tensor, grad in zip(embedded, [*feature_grads, *scalar_grads], strict=True)

@@ -57,6 +57,13 @@ __device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
 
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+// A barrier of kThreads threads of the block, whole warps. kBarrier, from 1 to 15, tells it from
+// barriers of other threads. In the emulator kThreads is all of the block.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier() {
+  static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
+  asm volatile("barrier.cta.sync.aligned %0, %1;" : : "n"(kBarrier), "n"(kThreads) : "memory");
+}
 
 // The value of lane `lane ^ mask`, and of lane `source`. All lanes of the warp must call these
 // functions, and those below.

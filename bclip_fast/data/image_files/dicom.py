@@ -77,11 +77,8 @@ def read_header(data: bytes) -> Header:
 def to_rgb(header: Header) -> Image.Image:
     """Decode the pixels by the rule of this module."""
     from PIL import Image
-    from pydicom.pixels import pixel_array
 
-    dataset = header.dataset
-    _check_compression(dataset)
-    pixels = pixel_array(dataset)
+    dataset, pixels = header.dataset, _stored_pixels(header)
     if header.photometric == "PALETTE COLOR":
         pixels = _through_palette(pixels, dataset)
     if pixels.ndim == 3:
@@ -94,6 +91,28 @@ def to_rgb(header: Header) -> Image.Image:
     if (header.photometric == "MONOCHROME1") != (dataset.get("PresentationLUTShape") == "INVERSE"):
         grey = 255 - grey
     return Image.fromarray(grey).convert("RGB")
+
+
+@_as_image_errors()
+def by_percentiles(header: Header, low: float, high: float) -> np.ndarray:
+    """Return grey levels (H, W) uint8 between two percentiles of the stored values, without rescale and window.
+
+    The levels are rounded down, as in medpmc-clip-eval. Raises ImageError if the pixels are damaged or not grey.
+    """
+    pixels = _stored_pixels(header)
+    if pixels.ndim != 2:
+        raise ImageError(f"DICOM with pixels of shape {pixels.shape} is not grey")
+    values = pixels.astype(np.float32)
+    bottom, top = np.percentile(values, [low, high])
+    return (np.clip((values - bottom) / max(top - bottom, 1e-6), 0, 1) * 255).astype(np.uint8)
+
+
+def _stored_pixels(header: Header) -> np.ndarray:
+    from pydicom.pixels import pixel_array
+
+    _check_compression(header.dataset)
+    pixels: np.ndarray = pixel_array(header.dataset)
+    return pixels
 
 
 def _check_compression(dataset: Any) -> None:

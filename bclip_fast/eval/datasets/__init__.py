@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,10 @@ from bclip_fast.data.sources import Source
 from bclip_fast.data.splits import check_whole
 from bclip_fast.errors import UserError, choices
 
-READERS = ("auto", "pcam", "medmnist", "rsna", "tcga_til", "pictures")
+READERS = (
+    "auto", "pcam", "medmnist", "rsna", "rsna_all", "tcga_til", "pictures", "ham10000", "deepdrid", "dad", "lc25000",
+    "microbench",
+)  # fmt: skip
 """Names of the readers, as in the key `dataset` of a task file."""
 
 
@@ -50,7 +54,14 @@ def image_name(data: EvalDataset, i: int) -> str:
 
 
 def open_dataset(
-    path: str | tuple[Source, ...], split: str, reader: str = "auto", *, download_url: str = "", name: str = ""
+    path: str | tuple[Source, ...],
+    split: str,
+    reader: str = "auto",
+    *,
+    download_url: str = "",
+    name: str = "",
+    file: str = "",
+    classes: Sequence[str] = (),
 ) -> EvalDataset:
     """Open the data at `path`: a folder of shards or its URL, a .csv, an .npz, or a folder with one folder per class.
 
@@ -58,17 +69,23 @@ def open_dataset(
         path: path or URL. Or several datasets of shards: the data are all that have the split, without their weights.
         reader: one of `READERS`. `auto` chooses by the files. `pictures` takes all images of a folder without labels.
         download_url: source of the public data set, for error messages.
-        name: name of the task. It selects the data if one folder holds those of several tasks.
+        name: name of the task, or of its row. It selects the data if one folder holds those of several tasks.
+        file: name of the file in a folder of several.
+        classes: classes of the task, for the readers `lc25000` and `dad`: names of folders, names of categories.
 
     The split may have another spelling in the data, see `data.splits`. A folder with tables of splits, such as
     train.csv and test.csv, is read as these tables.
 
     Raises:
         MissingSplit: the data have other splits, but not this one.
+        MissingData: the data are not there.
         UserError: missing, empty or faulty data. The message names the expected files and their source.
     """
+    from . import labelled_images
     from .arrays import open_medmnist, open_pcam
+    from .files import MissingData
     from .folder import TilDataset, UnlabelledDataset
+    from .microbench import MicroBenchDataset
     from .rsna import RsnaDataset
     from .shards import ShardEvalDataset
     from .table import SUFFIXES, CsvDataset
@@ -78,13 +95,25 @@ def open_dataset(
     location = Path(path)
     source = f"; get it from {download_url}" if download_url else ""
     if not location.exists():
-        raise UserError(
+        raise MissingData(
             f"data {path} does not exist; pass a folder of shards, a folder of images by class, or a .csv file{source}"
         )
     if reader == "pcam":
         return open_pcam(location, split, download_url)
     if reader == "medmnist":
-        return open_medmnist(location, split, download_url, name)
+        return open_medmnist(location, split, download_url, name, file)
+    if reader == "microbench":
+        return MicroBenchDataset(location, split, name, download_url)
+    if reader == "ham10000":
+        return labelled_images.open_ham10000(location, split, download_url)
+    if reader == "deepdrid":
+        return labelled_images.open_deepdrid(location, split, download_url)
+    if reader == "dad":
+        return labelled_images.open_dad(location, split, download_url, classes)
+    if reader == "lc25000":
+        return labelled_images.open_lc25000(location, split, download_url, classes)
+    if reader == "rsna_all":
+        return labelled_images.open_rsna(location, split, download_url)
     if reader == "rsna":
         return RsnaDataset(location, split, download_url)
     if reader == "tcga_til":

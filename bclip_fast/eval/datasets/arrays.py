@@ -18,6 +18,8 @@ from bclip_fast.io import stand_ins
 from bclip_fast.io.folders import Listing
 from bclip_fast.io.hashing import blocks, sha256_of_parts
 
+from .files import MissingData
+
 _PCAM_SPLITS = ("train", "valid", "test")
 _MEDMNIST_SPLITS = ("train", "val", "test")
 _MEDMNIST = (
@@ -87,13 +89,15 @@ def open_pcam(folder: Path, split: str, download_url: str) -> ArrayDataset:
 
     name = resolve(split, _PCAM_SPLITS, "PatchCamelyon")
     paths = [folder / f"camelyonpatch_level_2_split_{name}_{part}.h5" for part in "xy"]
-    arrays = []
+    arrays: list[Any] = []
     for path, key, shape in zip(paths, "xy", ((96, 96, 3), (1, 1, 1)), strict=True):
         needs = f"needs an HDF5 file with {key!r} (N, {', '.join(map(str, shape))}) uint8; get it from {download_url}"
         if not path.is_file():
             if path.with_name(path.name + ".gz").is_file():
                 raise UserError(f"{path} is still compressed: gunzip it; PatchCamelyon {needs}")
-            raise UserError(f"{path} is missing; PatchCamelyon {needs}")
+            if arrays:
+                raise UserError(f"{path} is missing; PatchCamelyon {needs}")
+            raise MissingData(f"{path} is missing; PatchCamelyon {needs}")
         try:
             file = h5py.File(path, "r")
             array = file[key]
@@ -115,18 +119,24 @@ def open_pcam(folder: Path, split: str, download_url: str) -> ArrayDataset:
     return ArrayDataset(str(folder), name, paths, arrays[0], labels)
 
 
-def open_medmnist(path: Path, split: str, download_url: str, name: str = "") -> ArrayDataset:
+def open_medmnist(path: Path, split: str, download_url: str, name: str = "", file: str = "") -> ArrayDataset:
     """Open a 2D set of MedMNIST: NAME.npz (or NAME_64.npz, _128, _224), or a folder with one such file.
 
     Multi-label samples (ChestMNIST) join their labels with `|`.
 
     Args:
         name: name of the task, which starts with the name of the set. Any other name allows every set.
+        file: name of the file in a folder, such as breastmnist_224.npz. Its images must have the size in its name.
 
     Raises:
+        MissingData: the folder does not hold `file`.
         UserError: no file or several files in the folder, or a file without the expected arrays.
     """
-    if path.is_dir():
+    if path.is_dir() and file:
+        path = path / file
+        if not path.is_file():
+            raise MissingData(f"{path} is missing; get it from {download_url}")
+    elif path.is_dir():
         names = [set_name for set_name in _MEDMNIST if name.startswith(set_name)] or list(_MEDMNIST)
         npz = [file for file in Listing(path).files(path) if file.suffix == ".npz"]
         files = [file for set_name in names for file in npz if file.name.startswith(set_name)]
@@ -150,6 +160,9 @@ def open_medmnist(path: Path, split: str, download_url: str, name: str = "") -> 
         or labels.ndim != 2 or len(labels) != len(images) or not len(labels)
     ):  # fmt: skip
         raise UserError(f"{path} holds {key} images {images.shape} {images.dtype}, labels {labels.shape}; {needs}")
+    size = file.removesuffix(".npz").rpartition("_")[2]
+    if size.isdigit() and shape[0] != int(size):
+        raise UserError(f"{path} holds images of {shape[0]} pixels; the task needs {file} with {size} pixels")
     if labels.shape[1] > 1:
         values = ["|".join(str(i) for i in np.flatnonzero(row)) for row in labels]
     else:

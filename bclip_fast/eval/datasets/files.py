@@ -52,6 +52,10 @@ class ImageListing(Listing):
             log.warning(text, self.root, len(self._broken), shown(self._broken))
 
 
+class MissingData(UserError):
+    """The data set is not there. Any other UserError says that it is there, but faulty."""
+
+
 @dataclass(frozen=True)
 class SplitFolder:
     """The folder of a split.

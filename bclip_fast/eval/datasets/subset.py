@@ -32,6 +32,12 @@ class SubsetDataset:
         questions = self.base.questions  # type: ignore[attr-defined]
         return [questions[row] for row in self.rows]
 
+    @property
+    def groups(self) -> list[str] | None:
+        """The groups of the samples, such as patients, or None if the base has none."""
+        groups = getattr(self.base, "groups", None)
+        return groups and [groups[row] for row in self.rows]
+
     def key(self, i: int) -> str:
         """Return the base's name of the sample."""
         return self.base.key(self.rows[i])

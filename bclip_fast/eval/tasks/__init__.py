@@ -1,11 +1,14 @@
 """The tasks: one file `NAME.toml` each, here or anywhere, with data, protocol, metric and published scores.
 
-    title, protocol ("retrieval", "zero_shot", "probe" or "vqa")
+    title, protocol ("retrieval", "zero_shot", "probe", "vqa" or "medpmc")
     dataset      reader of the data: one of `datasets.READERS`; auto: depends on the files
     folder       subfolder of --data with the data, if it exists
+    file         name of the file in the folder, for readers that take one of several
     split, label, multi_label
     metric       name of the published metric; num_samples: size of the published test set
     where        address of the public data; about: remarks for the report
+    download     name of the data in `downloads`, for bclip eval fetch
+    row, domain  name of the row and its domain in the benchmark, for suites
     [prompts]    as in a prompt file
     [[published]] model, figure (name of the metric), value in per cent, source
 
@@ -64,6 +67,7 @@ class Task:
     protocol: str
     dataset: str = "auto"
     folder: str = ""
+    file: str = ""
     split: str = ""
     label: str = ""
     multi_label: bool = False
@@ -71,6 +75,9 @@ class Task:
     num_samples: int = 0
     download_url: str = ""
     description: str = ""
+    download: str = ""
+    row: str = ""
+    domain: str = ""
     prompts: PromptSet | None = None
     published: tuple[PublishedScore, ...] = ()
 

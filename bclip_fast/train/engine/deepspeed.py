@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import importlib
 import io
 import logging
@@ -77,6 +78,8 @@ class DeepSpeedEngine(Engine):
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
         self.module = self._engine
+        if self._stage == 3:
+            self._separate_traces()
         self._scale = self._engine.torch_autocast_z0_gradscaler
         if self._stage > 0 and optimizer.creates_states:
             self._create_states({}, 0)
@@ -87,6 +90,18 @@ class DeepSpeedEngine(Engine):
             self._scale = LossScale()
             self._engine.optimizer.torch_autocast_gradscaler = None
             self._engine.optimizer.override_loss_scale(self._scale.value)
+
+    def _separate_traces(self) -> None:
+        """Give ZeRO 3 one trace of modules for passes with gradients, and one for passes without.
+
+        DeepSpeed prefetches the weights by the trace of the last pass, from its forward to its backward pass. GradCache
+        alternates passes with and without a backward pass. With one trace, each change would discard it, and then
+        DeepSpeed prefetches nothing and gathers the small weights that it otherwise keeps.
+        """
+        with_gradients = self._engine.optimizer.parameter_offload.param_coordinator
+        without = copy.copy(with_gradients)
+        without._clear_trace_structures()
+        self._coordinators = {True: with_gradients, False: without}
 
     @property
     def _flat_groups(self) -> list[Tensor]:
@@ -113,6 +128,8 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def __call__(self, image: Tensor | PreProjection, text: Packed | PreProjection, **options: bool) -> Outputs:
+        if self._stage == 3:
+            self._engine.optimizer.parameter_offload.param_coordinator = self._coordinators[torch.is_grad_enabled()]
         output = self._engine(image, text, **options)
         scalars = {name: output[name].view(()) for name in ("logit_scale", "logit_bias") if name in output}
         return {**output, **scalars}
@@ -256,9 +273,8 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self._engine.destroy()
-        torch.nn.functional.linear = (
-            self._linear
-        )  # ZeRO 3's stays in the process and can be neither traced nor exported
+        # ZeRO 3's stays in the process and can be neither traced nor exported.
+        torch.nn.functional.linear = self._linear
 
 
 def _cpu_adam() -> Callable[..., GatedOptimizer]:

@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 
-#include "csrc/cuda/contrastive/contrastive.h"
+#include "csrc/cuda/contrastive/hopper.h"
 
 namespace bclip::cuda {
 
@@ -51,6 +51,19 @@ void register_contrastive(py::module_& module) {
              [](const Features& call, uintptr_t bias, const Groups& ids, const GradientTile& to) {
                contrastive_sigmoid(call, at<float>(bias), ids, to);
              });
+  // The rows and columns of a tile of the kernels for sm_90a, or None if they weren't built.
+  module.attr("CONTRASTIVE_HOPPER") =
+      kHasHopper ? py::object(py::make_tuple(kHopperRows, kHopperColumns)) : py::none();
+  module.attr("HOPPER_THREADS") = kHopperThreads;
+  module.attr("HOPPER_FORWARD_BYTES") = hopper_forward_bytes();
+  module.attr("HOPPER_GRADIENT_BYTES") = hopper_gradient_bytes();
+  module.def("hopper_forward", [](const Features& call, uintptr_t rows, uintptr_t columns) {
+    hopper_forward(call, {at<float>(rows), at<float>(columns)});
+  });
+  module.def("hopper_softmax", &hopper_softmax);
+  module.def("hopper_sigmoid", [](const Features& call, uintptr_t bias, const GradientTile& to) {
+    hopper_sigmoid(call, at<float>(bias), to);
+  });
 }
 
 }  // namespace bclip::cuda

@@ -29,6 +29,14 @@ inline void block_barrier(BCLIP_SITE) {
   emulator::count(site, emulator::Kind::kBlockBarrier);
   emulator::meet_block(site);
 }
+template <int kBarrier, int kThreads>
+void named_barrier(BCLIP_SITE) {
+  static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
+  if (emulator::threads() != kThreads)
+    throw std::runtime_error("named_barrier: the emulator needs all threads of the block");
+  emulator::count(site, emulator::Kind::kBlockBarrier);
+  emulator::meet_block(site);
+}
 inline void warp_barrier(BCLIP_SITE) {
   emulator::count(site, emulator::Kind::kWarpBarrier);
   emulator::meet_warp(site, "warp_barrier", nullptr,

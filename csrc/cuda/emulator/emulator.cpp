@@ -314,6 +314,7 @@ void note_write(Site site, int64_t byte, size_t size, bool in_flight) {
 
 int thread() { return Emulator::current().running; }
 int64_t block() { return Emulator::current().block; }
+int threads() { return Emulator::current().threads; }
 
 void meet_block(Site site) {
   Emulator& state = Emulator::current();

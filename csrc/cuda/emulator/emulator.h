@@ -34,9 +34,10 @@ struct Site {
   int line;
 };
 
-// The indices of the running thread and of its block.
+// The indices of the running thread and of its block, and the threads of a block.
 int thread();
 int64_t block();
+int threads();
 
 // Waits for all threads of the block.
 void meet_block(Site site);
