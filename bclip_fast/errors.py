@@ -14,6 +14,10 @@ class BackendError(RuntimeError):
     """No backend can run this call. The message holds the reason of each refusal."""
 
 
+class Refusal(BackendError):
+    """The limits of the backends refuse this call, so no kernel has run."""
+
+
 def first_line(error: object) -> str:
     """Return the first line of an exception's message, or its class's name if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,12 +15,18 @@ import torch
 from bclip_fast import threads
 from bclip_fast.errors import BackendError, UserError
 from bclip_fast.ops import BACKENDS, build_info, cuda_device, fingerprint, record_files, trials, tuning
+from bclip_fast.ops.backend_names import SDPA
 from bclip_fast.ops.dispatch import MISSING, Decision
 from bclip_fast.ops.dtypes import dtype_name
 from bclip_fast.ops.record_files import Record
 
 from .packages import version
 
+_SDPA = {
+    "sdpa_cudnn": "cuDNN",
+    "sdpa_flash": "FlashAttention-2",
+    "sdpa_efficient": "xFormers' memory-efficient kernel",
+}
 _HOW_TO_COMPILE = "on Linux, install a C++ compiler and the headers of libjpeg-turbo, and reinstall from source"
 
 
@@ -31,7 +37,7 @@ def lines() -> list[str]:
         "",
         "Backends" + (f" (BCLIP_BACKEND={os.environ['BCLIP_BACKEND']})" if "BCLIP_BACKEND" in os.environ else ""),
     ]
-    out += [f"  {name:<12}{_backend(name)}" for name in BACKENDS]
+    out += [f"  {name:<15}{_backend(name)}" for name in BACKENDS]
     for device in _devices():
         out += ["", f"Backends of the next call on {device}", *(f"  {line}" for line in _choices(device))]
     out += ["", "CUDA"]
@@ -77,7 +83,11 @@ def _backend(name: str) -> str:
     if name == "cuda":
         return "installed" if torch.cuda.is_available() else "installed, but torch finds no device"
     if name == "torch":
-        return "always available: torch's own attention"
+        return "always available: torch's own kernels"
+    if name in SDPA:
+        return f"torch's attention by {_SDPA[name]}" + (
+            "" if torch.version.cuda else ", but torch is built without CUDA"
+        )
     return _instruction_set() if name == "cpu" else "always available: plain PyTorch"
 
 
@@ -120,7 +130,7 @@ def _choices(device: torch.device) -> list[str]:
         for chosen, times in dict.fromkeys(pairs):
             same = [each.shapes for each, pair in zip(decisions, pairs, strict=True) if pair == (chosen, times)]
             shapes = "; ".join(name or "any" for name in same) if any(same) else ""
-            out.append(f"{name}{chosen:<11}{shapes:<19}{times}".rstrip())
+            out.append(f"{name}{chosen:<15}{shapes:<19}{times}".rstrip())
             name = " " * len(name)
         out += [f"{name}not {', '.join(names)}: {reason}" for reason, names in _refusals(decisions).items()]
     return out

@@ -20,10 +20,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bclip_fast.errors import BackendError
+from bclip_fast.errors import BackendError, Refusal
 
 from . import processor, tuning
 from .backend_names import BACKENDS as BACKENDS
+from .backend_names import SDPA
 from .build_info import why_missing
 from .cuda_device import CUDA_HOST
 from .dtypes import dtype_name
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 _records_export: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 # Backends that are compiled for the device, so a new device, driver or compiler may break them.
-_CHECKED = ("triton", "cuda")
+_CHECKED = ("triton", "cuda", *SDPA)
 
 # An operator's limits: for each backend, a function of the call's inputs that returns None or the reason for a refusal.
 Limits = Mapping[str, Callable[..., "str | None"]]
@@ -192,7 +193,7 @@ def choose(
         if reason is None:
             return candidate
         refusals.append(f"{candidate}: {reason}")
-    raise BackendError(f"{operator} cannot run: " + "; ".join(refusals))
+    raise Refusal(f"{operator} cannot run: " + "; ".join(refusals))
 
 
 def load_backend(operator: str, backend: str) -> ModuleType:

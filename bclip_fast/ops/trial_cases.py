@@ -103,6 +103,7 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Trial]:
     new = partial(_Inputs, device, dtype, False)
     yield _dense(new(), 2, 37, 2, 64)
     yield _dense(new(), 1, 130, 2, 64, causal=True)
+    yield _dense(new(), 3, 37, 2, 64, masked=True)
     yield _packed(new(), [5, 70, 1, 33], 2, 64)
     yield _packed(new(), [41, 3], 2, 64, causal=True)
     yield _single_query(new(), [5, 70, 1, 33], 2, 64)
@@ -167,17 +168,25 @@ class _Inputs:
         return Trial(operator, f"{what} {dtype_name(self.dtype)}", self.device, self.dtype, make, call, definition)
 
 
-def _dense(new: _Inputs, batch: int, tokens: int, heads: int, dim: int, causal: bool = False) -> Trial:
+def _dense(
+    new: _Inputs, batch: int, tokens: int, heads: int, dim: int, causal: bool = False, masked: bool = False
+) -> Trial:
+    """With a mask, sequence i sees only its last i * tokens // batch keys."""
     shape = batch, tokens, 3, heads, dim
+    mask = None
+    if masked:
+        visible = torch.arange(batch, device=new.device)[:, None] * tokens // batch
+        mask = torch.arange(tokens, 0, -1, device=new.device) <= visible
 
     def definition(qkv: Tensor) -> Tensor:
-        reference = AttentionCall(qkv.flatten(0, 1), None, None, tokens, causal, 0.0, None, dim**-0.5)
+        rows = None if mask is None else mask.flatten()
+        reference = AttentionCall(qkv.flatten(0, 1), None, rows, tokens, causal, 0.0, None, dim**-0.5)
         return attention_reference.attention(reference)
 
     def call(backend: str, qkv: Tensor) -> Tensor:
-        return fused_attention(qkv, causal=causal, backend=backend).flatten(0, 1)
+        return fused_attention(qkv, mask, causal=causal, backend=backend).flatten(0, 1)
 
-    what = f"{batch} x {tokens} x {heads} x {dim}"
+    what = f"{batch} x {tokens} x {heads} x {dim}" + (" with a mask" if masked else "")
     return new.trial("fused_attention", what, lambda: new.draw(shape), call, definition)
 
 

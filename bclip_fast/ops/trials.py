@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from bclip_fast.errors import Refusal
+
 from .dispatch import Decision
 from .trial_cases import Tensors, Trial, dtypes, other_heads, results_of, small, timed
 
@@ -51,7 +53,7 @@ def check(operator: str, backend: str, device: torch.device, dtype: torch.dtype 
 
 
 def fault_of(trial: Trial, backend: str) -> str:
-    """The fault in the backend's results and gradients of this call, or ""."""
+    """The fault in the backend's results and gradients of this call, or "". A call that its limits refuse has none."""
     # The caller may have switched gradients off or autocast on.
     autocast = torch.autocast(trial.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), autocast:
@@ -60,6 +62,8 @@ def fault_of(trial: Trial, backend: str) -> str:
             results = trial.run(backend, tensors)
             if trial.device.type == "cuda":
                 torch.cuda.synchronize(trial.device)
+        except Refusal:
+            return ""
         except Exception as raised:  # a compiler, driver or kernel may raise anything
             lines = str(raised).strip().splitlines() or [""]
             return f"{type(raised).__name__}: {lines[0]}"

@@ -93,7 +93,7 @@ def _best_lines(scaling: Scaling) -> Iterator[str]:
 
 
 def loader_lines(plan: LoaderPlan, cluster: Cluster) -> str:
-    """What the loader and the storage must bring."""
+    """The rates that the GPUs need of the loader and the storage, beside those that these have."""
     cores = "" if plan.cores is None else f"; {plan.cores:.1f} of {plan.available:g} cores a rank"
     makes = "unknown" if plan.capacity is None else f"{plan.capacity:,.0f} images/s"
     storage = "unknown" if not plan.storage_bytes else f"{plan.storage_bytes / 1e6:,.0f} MB/s a rank"

@@ -28,8 +28,8 @@ class ScaleConfig:
     gpus: tuple[int, ...] = ()
     """Numbers of GPUs, such as 8 16 32 64 128 256 512 1024. Empty: no table."""
     keep: Literal["rank", "global"] = "rank"
-    """rank: every GPU has as many pairs as in the plan, so the batch grows with the GPUs. global: the batch stays, and
-    the GPUs share it."""
+    """rank: every GPU has as many pairs as in the plan, and the batch grows with the GPUs. global: the GPUs share the
+    plan's batch."""
 
     def __post_init__(self) -> None:
         if self.keep not in ("rank", "global"):

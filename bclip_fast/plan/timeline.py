@@ -1,6 +1,6 @@
 """The duration of a step over ranks: computation, and the communication that it does not hide.
 
-What hides what follows from the code:
+The code decides which computation hides a transfer:
 
 - The texts travel while a rank compares its images with its own texts, 1 / ranks of the loss's forward pass. The
   gathering starts after both towers, so no tower hides it. The texts' gradients travel during the same part of the

@@ -58,9 +58,9 @@ class Collective:
 class Parameters:
     """Sizes of a model's parameters, in numbers.
 
-    all: of each parameter.
-    trainable: of each trainable parameter.
-    groups: of the optimiser's groups.
+    all: the size of each parameter.
+    trainable: the size of each trainable parameter.
+    groups: the size of each of the optimiser's groups.
     """
 
     all: Sequence[int]

@@ -102,27 +102,30 @@ def attention_backward(tokens: int, dim: int, warps: int) -> Plan:
         if mixes.count(loop.total, "LDGSTS"):
             return "copy" if loop.parent == "strip" else "first_copy"
         if mixes.count(loop.total, "SHFL"):
-            return "delta"
+            return "delta" if loop.parent == "strip" else "first_delta"
         return "store" if mixes.count(loop.total, "STG") else "other"
 
     threads, warp_keys = 32 * warps, 32 if dim <= 64 else 16
-    keys = warps * warp_keys
-    tiles, strips, chunks = _tiles(tokens), math.ceil(tokens / 64), math.ceil(tokens / keys)
-    moves = dim / 8 / threads  # accesses of 16 bytes of a thread for each row
-    first_rows = min(64, tokens)
+    # Queries of a strip, and of a part of its dQ. A part has half of the columns.
+    part_rows = 32 if dim in (64, 96) else 16
+    keys, strip = warps * warp_keys, warps // 2 * part_rows
+    tiles, strips, chunks = _tiles(tokens), math.ceil(tokens / strip), math.ceil(tokens / keys)
+    first_rows = 16 * min(strip // 16, tiles)
+    rows_of_others = (16 * tiles - first_rows) / strips  # an average over all strips
+    key_moves = tiles * 16 * dim / 8 / threads / chunks
     pairs = tiles * tiles / strips / chunks / warps  # tiles of 16 x 16 scores of a warp in a strip
-    columns = dim // (warps // 4)  # of dQ for each warp
     # Longer sequences accumulate dQ, with stores of other widths.
-    requires = {"strip": {"STG.32": columns // 4 * tiles / (4 * strips)}} if chunks == 1 else {}
+    requires = {"strip": {"STG.32": dim // 2 // 4 * tiles / (strip // 16 * strips)}} if chunks == 1 else {}
     return Plan(
         role,
         {
             "chunk": float(chunks),
             "strip": float(strips),
             # Q and dO of the first strip, K and V.
-            "first_copy": ("LDGSTS", (first_rows + tokens / chunks) * moves / 2),
-            "copy": ("LDGSTS", (tokens - first_rows) / strips * moves),
-            "delta": ("SHFL", 2 * 64 * 4 / threads),
+            "first_copy": ("LDGSTS", (first_rows * dim / 8 / threads + key_moves) / 2),
+            "copy": ("LDGSTS", rows_of_others * dim / 8 / threads),
+            "first_delta": ("SHFL", 2 * strip * 4 / threads),
+            "delta": ("SHFL", 2 * strip * 4 / threads * (strips - 1) / strips),
             # Four of the five products: d / 8 instructions each.
             "products": ("HMMA", pairs * dim / 2),
             "query_grad": ("HMMA", pairs * dim / 8),

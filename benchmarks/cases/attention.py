@@ -6,6 +6,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bclip_fast import ops
 from bclip_fast.ops import attention
+from bclip_fast.ops.attention import cuda as attention_cuda
 from bclip_fast.ops.attention.call import AttentionCall
 from bclip_fast.ops.attention.reference import attention as reference_attention
 
@@ -37,11 +39,26 @@ def attention_case(
     def fused(backend: str) -> Contender:
         return with_gradients(lambda qkv: ops.fused_attention(qkv, dropout_p=dropout_p, seed=seed, backend=backend))
 
+    def smaller_blocks() -> Contender:
+        """The backend cuda as on devices with 99 KiB of shared memory: chunks of 128 keys, two blocks at once."""
+        if dim != 64 or tokens <= 128:
+            raise Unavailable("the backend cuda has one size of blocks for this shape")
+        run = our_backends["ours:cuda"]()
+
+        def with_little_memory(*inputs: Any) -> Any:
+            with mock.patch.object(attention_cuda, "cuda_block_bytes", return_value=99 * 1024):
+                return run(*inputs)
+
+        return with_little_memory
+
+    operand = torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE)
+    our_backends = ours(attention.LIMITS, fused, operand, dropout_p, False, False, tokens)
     return Case(
         **_common(name, (batch, tokens), heads, dim, dtype, batch * tokens**2),
         truth=with_gradients(truth),
         contenders={
-            **ours(attention.LIMITS, fused, torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE), dropout_p, False),
+            **our_backends,
+            "cuda, two blocks": smaller_blocks,
             "torch sdpa": lambda: _comparable(lambda qkv: _sdpa(qkv, dropout_p), dropout_p),
         },
     )
@@ -79,11 +96,12 @@ def varlen_case(
         options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "backend": backend}
         return with_gradients(lambda qkv: ops.varlen_attention(qkv, bounds, longest, **options))
 
+    operand = torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE)
     return Case(
         **_common(name, (total,), heads, dim, dtype, sum(length**2 for length in lengths)),
         truth=with_gradients(truth),
         contenders={
-            **ours(attention.LIMITS, packed, torch.zeros(1, 3, 1, dim, dtype=dtype, device=DEVICE), dropout_p, True),
+            **ours(attention.LIMITS, packed, operand, dropout_p, True, False, longest),
             "torch sdpa padded": lambda: _comparable(padded, dropout_p),
             "torch sdpa one by one": lambda: _comparable(one_by_one, dropout_p),
             "torch varlen_attn": varlen_attn,

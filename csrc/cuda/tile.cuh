@@ -58,18 +58,25 @@ struct Tile {
     return (from ^ columns % kPermuted) + columns / kPermuted * kPermuted;
   }
 
+  // Copies rows [0, rows) from global memory, with zeros from row `length` on. The caller is thread
+  // number `thread` of the `threads` that share the work.
+  __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length,
+                                            int thread, int threads) const {
+    for (int chunk = thread; chunk < rows * (kColumns / 8); chunk += threads) {
+      const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
+      const bool valid = row < length;
+      copy_async(memory, index(row, column), valid ? from + row * stride + column : from, valid);
+    }
+  }
   // The lanes that copy 128 bytes of a row, or 64 where rows are odd, and the chunks that each
   // copies in a row. The places of a lane's chunks in one row, and in rows that are 8 apart, differ
   // by constants. Rows that are 4 apart also differ in the third bit of their permutation.
   static constexpr int kLanes = kOdd ? 4 : 8, kParts = kColumns / (8 * kLanes);
 
-  // Copies rows [0, length) from global memory, and writes zeros to rows [length, rows). The caller
-  // is thread number `thread` of the `threads` that share the work, a multiple of 32.
-  __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length,
-                                            int thread, int threads) const {
-    // Lanes that copy 128 bytes of a row, or 64 where rows are odd. The places of a lane's chunks
-    // in rows that are 8 apart, and in one row, differ by constants.
-    constexpr int kLanes = kOdd ? 4 : 8, kParts = kColumns / (8 * kLanes);
+  // The same in a loop of a few instructions. It keeps an address and a place in registers, so it
+  // is for kernels that have some left. `threads` is a multiple of 32.
+  __device__ __forceinline__ void copy_sequence(const T* from, int64_t stride, int rows, int length,
+                                                int thread, int threads) const {
     const int height = threads / kLanes;
     int row = thread / kLanes, place = index(row, thread % kLanes * 8);
     const T* source = from + row * stride + thread % kLanes * 8;

@@ -112,5 +112,4 @@ def test_two_blocks_of_the_attention_forward_pass_fit_on_an_a100(machine_codes):
 def test_no_kernel_adds_with_atomics(machine_codes):
     """The order of atomic sums changes between runs, and so would their last digits."""
     for code in machine_codes:
-        assert " HMMA" in code.listing or "image" in code.symbol or "probe" in code.symbol
         assert not re.search(r"\b(RED|REDG|REDAS|ATOM|ATOMG|ATOMS)\.", code.listing), code.symbol

@@ -102,3 +102,13 @@ def test_every_backend_here_passes_its_checks():
         names = [name for name in dispatch.BACKENDS if name not in refusals and name not in rejected]
         faults = {name: trials.fault_of(trial, name) for name in names}
         assert not any(faults.values()), (trial.operator, faults)
+
+
+def test_call_that_the_limits_refuse_is_no_fault():
+    """For example, a kernel without masks still passes the check of calls without a mask."""
+    (masked,) = (trial for trial in trial_cases.small(CPU, torch.float32) if "mask" in trial.what)
+    assert masked.operator == "fused_attention"
+    assert trials.fault_of(masked, "sdpa_flash") == ""
+    assert trials.fault_of(masked, "torch") == ""
+    with pytest.raises(ops.BackendError, match="sdpa_flash: device is cpu"):
+        masked.run("sdpa_flash", masked.make())

@@ -6,9 +6,10 @@ import pytest
 import torch
 from judged import bounds_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from bclip_fast import ops
-from bclip_fast.ops.attention import reference, sdpa
+from bclip_fast.ops.attention import LIMITS, reference, sdpa, sdpa_kernels
 from bclip_fast.ops.attention.call import AttentionCall, SingleQueryCall
 from bclip_fast.ops.attention.single_query import reference as single_query_reference
 
@@ -148,3 +149,142 @@ def test_fake_sequences_give_shapes_and_gradients_without_their_values(backend):
         single = ops.single_query_attention(qkv[:2, 0], qkv[:, 1:], rows, bounds, causal=True, backend=backend)
         (out.sum() + single.sum()).backward()
     assert out.shape == (6, 2, 8) and single.shape == (2, 2, 8) and qkv.grad.shape == qkv.shape
+
+
+KERNELS = tuple(sdpa_kernels.KERNELS)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_flash_kernel_of_a_cpu_equals_the_definition(masked, causal):
+    qkv = torch.randn(3, 11, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(11) >= torch.tensor([[0], [4], [11]]) if masked else None
+    flat = None if mask is None else mask.flatten()
+    assert_same_with_gradients(
+        lambda qkv: sdpa.dense(qkv, mask, causal, 0.3, "sdpa_flash").flatten(0, 1),
+        lambda qkv: reference.attention(AttentionCall(qkv.flatten(0, 1), None, flat, 11, causal, 0.0, None, 0.3)),
+        [qkv],
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_of_cudnn_are_padded_and_equal_the_definition(monkeypatch, causal):
+    """The masked call of the cuDNN and the memory-efficient kernel, by the CPU's flash kernel."""
+    monkeypatch.setitem(sdpa_kernels.KERNELS, "sdpa_cudnn", sdpa_kernels.KERNELS["sdpa_flash"])
+    qkv = torch.randn(14, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    call = bounds_of([5, 1, 0, 8]), None, 9, causal, 0.0, None, 0.3
+    assert_same_with_gradients(
+        lambda qkv: sdpa.packed(AttentionCall(qkv, *call), "sdpa_cudnn"),
+        lambda qkv: reference.attention(AttentionCall(qkv, *call)),
+        [qkv],
+    )
+
+
+def test_packed_sequences_of_flash_are_a_nested_tensor_and_equal_the_definition(monkeypatch):
+    """torch's flash kernel for nested tensors needs a GPU. Its plain kernel takes contiguous ones without a mask."""
+    monkeypatch.setitem(sdpa_kernels.KERNELS, "sdpa_flash", SDPBackend.MATH)
+    nested = torch.nested.nested_tensor_from_jagged
+    made = []
+
+    def contiguous(values, offsets, **lengths):
+        made.append((offsets.dtype, lengths))
+        return nested(values.contiguous(), offsets, **lengths)
+
+    monkeypatch.setattr(torch.nested, "nested_tensor_from_jagged", contiguous)
+    qkv = torch.randn(14, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    call = bounds_of([5, 1, 8]), None, 9, False, 0.0, None, 0.3
+    assert_same_with_gradients(
+        lambda qkv: sdpa.packed(AttentionCall(qkv, *call), "sdpa_flash"),
+        lambda qkv: reference.attention(AttentionCall(qkv, *call)),
+        [qkv],
+    )
+    # With both bounds of the lengths, torch doesn't wait for the device to read them.
+    assert made == [(torch.int64, {"min_seqlen": 1, "max_seqlen": 9})] * 3
+
+
+@pytest.mark.parametrize("kernel", ["sdpa_cudnn", "sdpa_efficient"])
+def test_kernel_that_torch_refuses_is_an_error_and_no_other_runs(kernel):
+    """A CPU has neither kernel."""
+    with pytest.raises(ops.BackendError, match=f"{kernel}: torch 2.* refuses this call"):
+        sdpa.dense(torch.randn(1, 3, 3, 1, 16), None, False, 0.3, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_named_kernel_on_a_cpu_is_refused_with_its_reason(kernel):
+    with pytest.raises(ops.BackendError, match=f"{kernel}: device is cpu, not cuda"):
+        ops.fused_attention(torch.randn(1, 3, 3, 1, 16), backend=kernel)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Limits of fake tensors on a GPU with cuDNN. The fixture's value changes its compute capability."""
+
+    def use(capability):
+        monkeypatch.setattr(sdpa_kernels, "compute_capability", lambda index: capability)
+
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    use((9, 0))
+    with FakeTensorMode():
+        yield use
+
+
+def refusals(dim=64, dtype=torch.float16, *inputs):
+    """The reasons of the kernels, without the names of dtypes."""
+    qkv = torch.empty(4, 3, 1, dim, dtype=dtype, device="cuda")
+    return {kernel: LIMITS[kernel](qkv, *inputs) for kernel in KERNELS}
+
+
+def test_kernels_take_half_precision_of_published_head_dims(gpu):
+    for dtype in (torch.float16, torch.bfloat16):
+        for dim in (32, 64, 72, 80, 96, 128):
+            assert set(refusals(dim, dtype).values()) == {None}
+    reasons = refusals(64, torch.float32)
+    assert reasons["sdpa_efficient"] is None
+    assert all("float32" in reasons[kernel] for kernel in ("sdpa_cudnn", "sdpa_flash"))
+    assert all("float64" in reason for reason in refusals(64, torch.float64).values())
+
+
+@pytest.mark.parametrize(
+    ("dim", "refused"), [(60, set(KERNELS)), (136, {"sdpa_cudnn"}), (200, {"sdpa_cudnn", "sdpa_flash"})]
+)
+def test_kernels_refuse_other_head_dims(gpu, dim, refused):
+    reasons = refusals(dim)
+    assert {kernel for kernel, reason in reasons.items() if reason} == refused
+    assert all(f"d={dim} is not a multiple of 8 up to" in reasons[kernel] for kernel in refused)
+
+
+def test_kernels_refuse_what_they_cannot_do(gpu):
+    assert all("dropout" in reason for reason in refusals(64, torch.float16, 0.1).values())
+    dense_with_mask = refusals(64, torch.float16, 0.0, False, True, 197)
+    assert dense_with_mask == {"sdpa_cudnn": None, "sdpa_flash": "it takes no key mask", "sdpa_efficient": None}
+    one_token = refusals(64, torch.float16, 0.0, True, False, 1)
+    assert one_token == {
+        "sdpa_cudnn": "cuDNN takes no sequence of one token",
+        "sdpa_flash": None,
+        "sdpa_efficient": None,
+    }
+    gpu((7, 5))
+    assert all("compute capability 8.0" in reason for reason in refusals().values())
+
+
+def test_cudnn_is_refused_where_results_must_repeat(gpu, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    reasons = refusals()
+    assert "not deterministic" in reasons["sdpa_cudnn"]
+    assert reasons["sdpa_flash"] is None and reasons["sdpa_efficient"] is None
+    monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: True)
+    assert refusals()["sdpa_cudnn"] is None
+
+
+def test_named_kernel_in_a_graph_is_kept():
+    """The graph holds the kernel's operator, so torch cannot choose another one when it runs."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    qkv = torch.randn(2, 7, 3, 2, 16)
+    compiled = torch.compile(lambda qkv: sdpa.dense(qkv, None, True, 0.3, "sdpa_flash"), fullgraph=True, backend=keep)
+    torch.testing.assert_close(compiled(qkv), sdpa.dense(qkv, None, True, 0.3))
+    assert "_sdpa_kernel" in graphs[0].code or "sdpa_kernel" in str(graphs[0].graph)

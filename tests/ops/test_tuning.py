@@ -18,6 +18,8 @@ from bclip_fast import ops, tune
 from bclip_fast.doctor import backends as doctor
 from bclip_fast.errors import UserError
 from bclip_fast.ops import dispatch, fingerprint, record_files, trials, tuning
+from bclip_fast.ops.attention import sdpa_kernels
+from bclip_fast.ops.backend_names import SDPA
 from bclip_fast.ops.contrastive import limits
 from bclip_fast.ops.record_files import FROM_BOUNDS, Entry, Record
 
@@ -137,6 +139,7 @@ def a100(monkeypatch):
     """A machine with an A100 and the package's defaults."""
     monkeypatch.setattr(tuning, "fingerprint", lambda kind, index=0: A100 if kind == "cuda" else {"device": kind})
     monkeypatch.setattr(tuning, "emulated", lambda: False)
+    monkeypatch.setattr(sdpa_kernels, "compute_capability", lambda index: (8, 0))
     monkeypatch.setattr(tuning, "DEFAULTS", Path(tuning.__file__).parent / "defaults")
     tuning.reset()
 
@@ -192,6 +195,19 @@ def test_gpu_without_our_kernels_takes_torchs_for_every_layer(a100, monkeypatch,
         decisions = [dispatch.explain(call) for call in calls]
     assert [each.chosen for each in decisions] == ["torch"] * len(calls)
     assert {each.refusals["triton"] for each in decisions} == {"not built"}
+
+
+def test_record_of_gpu_can_put_one_kernel_of_torch_first(a100):
+    """The defaults from bounds know no bound of torch's kernels, so they come after our kernels and torch's choice."""
+    key = ("fused_attention", "float16", "d <= 64, N <= 512")
+    unmeasured = order_on_gpu(key[0], key[2])
+    assert unmeasured.index("torch") < min(map(unmeasured.index, SDPA)) < unmeasured.index("reference")
+    entry = Entry(("sdpa_cudnn", "cuda", "sdpa_flash"), {"sdpa_cudnn": 1.0, "cuda": 2.0, "sdpa_flash": 3.0})
+    checks = {(*key[:2], "sdpa_efficient"): "wrong"}
+    record_files.save(Record(A100, "2026-01-01T00:00:00+00:00", {key: entry}, checks), tuning.path_for(A100))
+    tuning.reset()
+    order = order_on_gpu(key[0], key[2])
+    assert order[:3] == entry.order and "sdpa_efficient" not in order
 
 
 def test_record_from_bounds_is_loaded_as_saved(tmp_path):

@@ -23,7 +23,7 @@ _OPERATIONS = {
 class CollectiveCounter(TorchDispatchMode):
     """Sum the bytes of all collectives by phase and operation. Set `phase` between the parts of a step.
 
-    A collective that is none of the three operations counts under its own name.
+    Collectives with other operations count under their own names.
 
     num_bytes: {"phase operation": bytes} of the gathered, unscattered or summed tensors.
     """

@@ -9,7 +9,7 @@ from bclip_fast.ops.cuda_device import cuda_refusal, triton_block_bytes, triton_
 from bclip_fast.ops.derivatives import check_first_only
 from bclip_fast.ops.dispatch import Limits, choose, is_exporting
 
-from . import op, sdpa, triton_memory
+from . import op, sdpa, sdpa_kernels, triton_memory
 from .call import AttentionCall
 from .checks import check_sequences, checked_dropout, cpu_limits
 from .single_query import single_query_attention
@@ -17,20 +17,21 @@ from .single_query import single_query_attention
 __all__ = ["LIMITS", "fused_attention", "single_query_attention", "varlen_attention"]
 
 
-# A limit takes qkv, the dropout probability and whether sequences are packed. The last two are optional.
+# A limit takes qkv, the dropout probability, whether sequences are packed, whether there is a key mask, and the longest
+# length. All but qkv are optional.
 
 
-def _triton_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
+def _triton_limits(qkv: Tensor, *_: object) -> str | None:
     if qkv.shape[-1] not in (32, 64, 80, 96, 128):
         return f"d={qkv.shape[-1]} is not 32, 64, 80, 96 or 128"
     return triton_refusal(qkv) or triton_memory.refusal(qkv.shape[-1], triton_block_bytes(qkv))
 
 
-# Shared memory, in bytes, that a thread block needs for each head dimension. The backward pass needs the most.
-CUDA_BLOCK_BYTES = {32: 83456, 64: 82944, 96: 115712, 128: 148480}
+# Shared memory, in bytes, that a thread block needs for each head dimension: the larger of both passes.
+CUDA_BLOCK_BYTES = {32: 75264, 64: 82944, 96: 132608, 128: 115712}
 
 
-def _cuda_limits(qkv: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
+def _cuda_limits(qkv: Tensor, *_: object) -> str | None:
     if qkv.shape[-1] not in CUDA_BLOCK_BYTES:
         return f"d={qkv.shape[-1]} is not 32, 64, 96 or 128"
     return cuda_refusal(qkv, block_bytes=CUDA_BLOCK_BYTES[qkv.shape[-1]])
@@ -41,7 +42,8 @@ LIMITS: Limits = {
     "cuda": _cuda_limits,
     "cpu": cpu_limits,
     "torch": sdpa.refusal,
-    "reference": lambda qkv, dropout_p=0.0, packed=False: None,
+    **sdpa_kernels.LIMITS,
+    "reference": lambda qkv, *_: None,
 }
 
 
@@ -95,9 +97,10 @@ def fused_attention(
     rows = qkv.flatten(0, 1)
     seed, scale = checked_dropout("qkv", rows, dropout_p, seed, scale)
     shapes = _class_of(qkv.shape[4], tokens)
-    backend = choose("fused_attention", LIMITS, backend, rows, dropout_p, False, shapes=shapes)
-    if backend == "torch":
-        return sdpa.dense(check_first_only("fused_attention", qkv), key_mask, causal, scale)
+    inputs = rows, dropout_p, False, key_mask is not None, tokens
+    backend = choose("fused_attention", LIMITS, backend, *inputs, shapes=shapes)
+    if backend == "torch" or backend in sdpa_kernels.KERNELS:
+        return sdpa.dense(check_first_only("fused_attention", qkv), key_mask, causal, scale, backend)
     key_mask = None if key_mask is None else key_mask.flatten()
     out, _ = op.attention(rows, None, key_mask, tokens, causal, dropout_p, seed, scale, backend)
     return out.unflatten(0, (batch, tokens))
@@ -143,11 +146,11 @@ def varlen_attention(
         return sdpa.packed_masked(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale))
     seed, scale = checked_dropout("qkv", qkv, dropout_p, seed, scale)
     shapes = _class_of(qkv.shape[3], max_seqlen)
-    backend = choose("varlen_attention", LIMITS, backend, qkv, dropout_p, True, shapes=shapes)
-    if backend == "torch":
+    backend = choose("varlen_attention", LIMITS, backend, qkv, dropout_p, True, False, max_seqlen, shapes=shapes)
+    if backend == "torch" or backend in sdpa_kernels.KERNELS:
         if cu_seqlens.device.type == "cpu":
             check_sequences(cu_seqlens, qkv.shape[0], max_seqlen)
         qkv = check_first_only("varlen_attention", qkv)
-        return sdpa.packed(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale))
+        return sdpa.packed(AttentionCall(qkv, cu_seqlens, None, max_seqlen, causal, 0.0, None, scale), backend)
     flat = qkv, cu_seqlens, None, max_seqlen, causal, dropout_p, seed, scale
     return op.attention(*flat, backend)[0]

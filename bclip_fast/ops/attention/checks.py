@@ -10,7 +10,7 @@ from torch import Tensor
 from bclip_fast.ops.philox import check_seed, seed_tensor
 
 
-def cpu_limits(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
+def cpu_limits(operand: Tensor, *_: object) -> str | None:
     """The reason why the C++ kernels cannot take an operand (..., d), or None."""
     if operand.device.type != "cpu":
         return f"the input is on {operand.device}"

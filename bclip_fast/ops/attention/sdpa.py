@@ -1,7 +1,8 @@
-"""torch's own scaled_dot_product_attention on our layouts, as the backend "torch".
+"""torch's own scaled_dot_product_attention on our layouts.
 
-It has no dropout: reference.py defines which weights are dropped, and torch draws others. Unlike the other backends it
-is ordinary torch code, so autograd gives its gradient.
+The backend "torch" leaves the choice of the kernel to torch. The backends of `backend_names.SDPA` name one kernel each
+(sdpa_kernels.py). They have no dropout: reference.py defines which weights are dropped, and torch draws others. Unlike
+the other backends they are ordinary torch code, so autograd gives their gradient.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bclip_fast.ops.custom_op import without_autocast
 
+from . import sdpa_kernels
 from .call import AttentionCall, SingleQueryCall
 from .checks import has_values
 
 
-def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> str | None:
-    """The reason why this backend cannot take an operand (..., d), or None."""
+def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False, *_: object) -> str | None:
+    """The reason why the backend "torch" cannot take an operand (..., d), or None."""
     if dropout_p > 0.0:
         return "torch's dropout cannot drop the weights that `seed` selects"
     if packed and operand.device.type == "cpu" and torch.compiler.is_compiling():
@@ -28,23 +29,28 @@ def refusal(operand: Tensor, dropout_p: float = 0.0, packed: bool = False) -> st
 
 
 @without_autocast
-def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def dense(qkv: Tensor, key_mask: Tensor | None, causal: bool, scale: float, backend: str = "torch") -> Tensor:
     """(B, N, H, d) for qkv (B, N, 3, H, d) and key_mask (B, N) bool or None. A row without visible keys is zero."""
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     if key_mask is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale).transpose(1, 2)
+        return sdpa_kernels.attend(query, key, value, None, causal, scale, backend).transpose(1, 2)
     visible = key_mask[:, None, None, :]
     if causal:
         visible = visible & visible.new_ones(qkv.shape[1], qkv.shape[1]).tril()
-    return _masked(query, key, value, visible, scale).transpose(1, 2)
+    return _masked(query, key, value, visible, scale, backend).transpose(1, 2)
 
 
-def packed(call: AttentionCall) -> Tensor:
+def packed(call: AttentionCall, backend: str = "torch") -> Tensor:
     """(T, H, d). The CPU takes one sequence after another. Other devices take padded ones, so nothing waits.
 
-    Without the values of cu_seqlens, the CPU takes padded sequences too.
+    Without the values of cu_seqlens, the CPU takes padded sequences too. The flash kernel has no mask, but it takes
+    sequences without padding.
     """
     assert call.cu_seqlens is not None
+    if backend == "sdpa_flash":
+        return packed_nested(call, backend)
+    if backend != "torch":
+        return packed_padded(call, backend)
     one_by_one = call.qkv.device.type == "cpu" and has_values(call.cu_seqlens)
     return (packed_one_by_one if one_by_one else packed_padded)(call)
 
@@ -62,7 +68,26 @@ def _sequences(call: AttentionCall) -> list[Tensor]:
     return [call.qkv[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
-def packed_padded(call: AttentionCall) -> Tensor:
+def packed_nested(call: AttentionCall, backend: str) -> Tensor:
+    """`packed` by one product over a nested tensor, which has no padding."""
+    qkv, cu_seqlens = call.qkv, call.cu_seqlens
+    assert cu_seqlens is not None
+    if len(qkv) == 0:
+        return qkv[:, 0].clone()
+    # Without these bounds of the lengths, torch waits for the device to read them. The kernel skips empty sequences,
+    # so they may exist in spite of a least length of 1.
+    longest = call.max_seqlen
+    query, key, value = (
+        torch.nested.nested_tensor_from_jagged(
+            each, cu_seqlens.long(), min_seqlen=min(1, longest), max_seqlen=longest
+        ).transpose(1, 2)
+        for each in qkv.unbind(1)
+    )
+    out = sdpa_kernels.attend(query, key, value, None, call.causal, call.scale, backend)
+    return out.transpose(1, 2).values()
+
+
+def packed_padded(call: AttentionCall, backend: str = "torch") -> Tensor:
     """`packed` by one masked product over sequences that are padded to `max_seqlen`."""
     qkv, cu_seqlens, max_seqlen = call.qkv, call.cu_seqlens, call.max_seqlen
     assert cu_seqlens is not None
@@ -74,7 +99,7 @@ def packed_padded(call: AttentionCall) -> Tensor:
     if call.causal:
         visible = visible & visible.new_ones(max_seqlen, max_seqlen).tril()
     query, key, value = qkv[rows.clamp(max=len(qkv) - 1)].permute(2, 0, 3, 1, 4).unbind(0)
-    out = _masked(query, key, value, visible, call.scale).transpose(1, 2)
+    out = _masked(query, key, value, visible, call.scale, backend).transpose(1, 2)
     tokens = torch.arange(len(qkv), device=qkv.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
     # An index outside would stop the GPU's context. Only the GPU knows whether a sequence is longer than max_seqlen.
@@ -139,12 +164,14 @@ def single_query_dense(query: Tensor, key_value: Tensor, visible: Tensor | None)
     return _attend(query[:, :, None], key, value, mask, query.shape[-1] ** -0.5)[:, :, 0]
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, backend: str = "torch") -> Tensor:
     # torch releases disagree about rows without visible keys. Such a row sees all keys here and is then set to zero.
     empty = ~visible.any(-1, keepdim=True)
-    return _attend(query, key, value, visible | empty, scale).masked_fill(empty, 0.0)
+    return _attend(query, key, value, visible | empty, scale, backend).masked_fill(empty, 0.0)
 
 
 @without_autocast
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, backend: str = "torch"
+) -> Tensor:
+    return sdpa_kernels.attend(query, key, value, mask, False, scale, backend)

@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kWarps * 32, kKeys == 128 && kDim == 64 && !kD
       if (copied) {
         const int count = min(kKeys, length - chunk), rounded = (count + 31) / 32 * 32;
         if (chunk > 0 || first != split * kStrip) block_barrier();
-        keys.copy_rows(key_rows + chunk * stride, stride, rounded, count, thread_index(),
-                       kWarps * 32);
+        keys.copy_sequence(key_rows + chunk * stride, stride, rounded, count, thread_index(),
+                           kWarps * 32);
         commit_copies();
-        values.copy_rows(key_rows + attention.part_stride + chunk * stride, stride, rounded, count,
-                         thread_index(), kWarps * 32);
+        values.copy_sequence(key_rows + attention.part_stride + chunk * stride, stride, rounded,
+                             count, thread_index(), kWarps * 32);
         commit_copies();
         if (attention.key_mask) {
           store_visible(visible, attention, sequence, chunk, kKeys, kWarps * 32);
