@@ -78,13 +78,6 @@ COMMANDS = {
         "bclip_fast.ingest.report:run",
         "ingest",
     ),
-    "train export": Command(
-        "convert a model to open_clip's or transformers' layout",
-        "bclip_fast.train.export:ExportConfig",
-        "bclip_fast.train.export:run",
-        "train",
-        "bclip_fast.load('{out}') loads it in Python",
-    ),
     "train replay": Command(
         "recompute the step at which a run gave up",
         "bclip_fast.train.replay:ReplayConfig",
@@ -118,10 +111,35 @@ COMMANDS = {
         "eval",
         "bclip eval {run} --data {data}",
     ),
+    "export": Command(
+        "write a model for other software: ONNX, transformers, ...",
+        "bclip_fast.export.command:ExportConfig",
+        "bclip_fast.export.command:run",
+        "model",
+        "bclip push {out} ORG/NAME shows what an upload to the hub would do",
+    ),
+    "push": Command(
+        "upload an exported model to the Hugging Face hub",
+        "bclip_fast.export.push:PushConfig",
+        "bclip_fast.export.push:run",
+        "model",
+    ),
     "eval compare": Command(
         "compare evaluations, with paired significance tests",
         "bclip_fast.eval.compare:CompareCommand",
         "bclip_fast.eval.compare:run",
+        "eval",
+    ),
+    "eval fetch": Command(
+        "fetch the public data of tasks, after their licence is shown",
+        "bclip_fast.eval.fetch:FetchCommand",
+        "bclip_fast.eval.fetch:run",
+        "eval",
+    ),
+    "eval suite": Command(
+        "evaluate models on a benchmark, and write a leaderboard",
+        "bclip_fast.eval.leaderboard:SuiteCommand",
+        "bclip_fast.eval.leaderboard:run",
         "eval",
     ),
     "eval": Command(

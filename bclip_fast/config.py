@@ -32,13 +32,14 @@ CONFIGS = Path(__file__).parent / "configs"
 def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
     """Fill dataclass `cls` from its defaults, the leading `*.toml` files in order, and the remaining flags.
 
-    A file that doesn't exist as a path is looked up in the package's own `configs/`.
+    A file that doesn't exist as a path is looked up in the package's own `configs/`. The only positional argument of a
+    command can also be written as a flag, such as `--model NAME`.
 
     Raises:
         UserError: a file that doesn't exist or isn't TOML, an unknown key, or a value of the wrong type.
         SystemExit: after `--help`.
     """
-    args = list(args)
+    args = _with_positional_first(cls, list(args))
     config: T | None = None
     while args and args[0].endswith(".toml"):
         path = find(args.pop(0))
@@ -46,6 +47,19 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str) -> T:
     if config is not None and not args:
         return config
     return _parse(cls, args, config, prog, source="the command line")
+
+
+def _with_positional_first(cls: type, args: list[str]) -> list[str]:
+    """Replace the flag of a command's only positional argument by its value, in the first place."""
+    names = [field.name for field in dataclasses.fields(cls) if "Positional[" in str(field.type)]
+    if len(names) == 1:
+        flag = f"--{names[0]}"
+        for place, word in enumerate(args):
+            if word == flag and place + 1 < len(args):
+                return [args[place + 1], *args[:place], *args[place + 2 :]]
+            if word.startswith(f"{flag}="):
+                return [word.removeprefix(f"{flag}="), *args[:place], *args[place + 1 :]]
+    return args
 
 
 def from_toml(cls: type[T], path: Path | str) -> T:

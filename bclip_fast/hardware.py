@@ -21,7 +21,7 @@ from bclip_fast.ops.processor import native_precision
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 GIB = 1 << 30
 _VERSIONS = ("bclip_fast", "torch", "numpy", "pillow", "tokenizers", "deepspeed")
@@ -191,10 +191,20 @@ def results_name(device: str) -> str:
     return re.sub(r"\W+", "-", device).strip("-") + ".jsonl"
 
 
+def has_float8(device_name: str) -> bool:
+    """Whether a device may have FP8 matrix units: a GPU that isn't one of the data sheets' without them."""
+    return device_name.startswith("NVIDIA") and not device_name.startswith("NVIDIA A100")
+
+
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """Return the peak rate of a device in "fp32", "bf16" or "fp16". None if it has no data sheet here."""
+    """Return the peak rate of a device in "fp32", "bf16", "fp16" or "fp8".
+
+    None if it has no data sheet here, or no FP8. By the same data sheets, Hopper's FP8 has twice the rate of bf16.
+    """
     rates = next((rates for name, rates in _PEAKS.items() if device_name.startswith(name)), None)
-    return None if rates is None else rates[precision == "fp32"]
+    if rates is None or (precision == "fp8" and not has_float8(device_name)):
+        return None
+    return 2 * rates[0] if precision == "fp8" else rates[precision == "fp32"]
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:

@@ -40,6 +40,7 @@ OPERATORS = (
     "add_norm",
     "gelu",
     "linear",
+    "linear_gelu",
     "image",
 )
 
@@ -59,7 +60,7 @@ class TuneConfig:
     """Device to measure. `auto` is the current GPU, or the processor of a machine without a GPU."""
     operators: tuple[str, ...] = ()
     """Operators to measure: fused_attention, varlen_attention, pooled_attention, clip_loss, siglip_loss, add_norm,
-    gelu, linear, image. All by default. The record keeps its entries of the others."""
+    gelu, linear, linear_gelu, image. All by default. The record keeps its entries of the others."""
     seconds: float = 0.5
     """Seconds for each operator, dtype and class of shapes. The slowest calls take longer."""
     out: Path | None = None

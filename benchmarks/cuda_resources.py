@@ -29,7 +29,9 @@ class Kernel(NamedTuple):
     spilled: bytes of a thread's stack, which takes the registers that do not fit.
     shared: bytes of shared memory per block.
     threads: threads per block.
-    matrix_instructions: number of HMMA instructions in the code.
+    matrix_instructions: number of HMMA and HGMMA instructions in the code.
+    groups: registers per thread that each group of 4 warps takes after the start, or () if all keep `registers`.
+    copies: number of copies by the tensor memory accelerator (TMA) in the code, and those for a cluster (multicast).
     """
 
     name: str
@@ -39,6 +41,8 @@ class Kernel(NamedTuple):
     shared: int
     threads: int
     matrix_instructions: int
+    groups: tuple[int, ...] = ()
+    copies: tuple[int, int] = (0, 0)
 
     @property
     def blocks(self) -> int:
@@ -59,8 +63,22 @@ def kernels(codes: Sequence[MachineCode] = ()) -> list[Kernel]:
         name = kernel_name(code.symbol)
         if name != "probe":
             shared, threads = launch_of(name)
-            matrix = code.listing.count(" HMMA.")
-            resources.append(Kernel(name, code.architecture, code.registers, code.spilled, shared, threads, matrix))
+            matrix = len(re.findall(r" HG?MMA\.", code.listing))
+            sizes = re.findall(r" USETMAXREG\.\w+[^;]* 0x([0-9a-f]+)\s*;", code.listing)
+            copies = re.findall(r" UTMALDG\.\dD(\.MULTICAST)?", code.listing)
+            resources.append(
+                Kernel(
+                    name,
+                    code.architecture,
+                    code.registers,
+                    code.spilled,
+                    shared,
+                    threads,
+                    matrix,
+                    tuple(sorted({int(size, 16) for size in sizes})),
+                    (len(copies), copies.count(".MULTICAST")),
+                )
+            )
     return sorted(resources)
 
 
@@ -69,6 +87,9 @@ def kernel_name(mangled: str) -> str:
 
     mangled: the name in the Itanium ABI's mangling.
     """
+    if tag := re.search(r"\d+Hopper(Forward|Softmax|Sigmoid)E", mangled):
+        # CUTLASS's kernel, of which our epilogue and the type of the features are template arguments.
+        return f"hopper_{tag[1].lower()}<{'Bfloat16' if 'bfloat16_t' in mangled else 'Half'}>"
     file = re.search(r"_\d+_((?:attention|contrastive)_\w+?|image)_cu_", mangled)
     if file is None:
         return "probe"
@@ -91,6 +112,9 @@ def launch_of(name: str) -> tuple[int, int]:
     if name.startswith("image"):
         return module.IMAGE_SHARED_BYTES if "resize" in name else 0, module.IMAGE_THREADS
     arguments = name[name.index("<") + 1 : -1].split(", ")
+    if name.startswith("hopper"):
+        forward = name.startswith("hopper_forward")
+        return module.HOPPER_FORWARD_BYTES if forward else module.HOPPER_GRADIENT_BYTES, module.HOPPER_THREADS
     if name.startswith("contrastive"):
         return module.CONTRASTIVE_SHARED_BYTES, 128  # type: ignore[attr-defined]
     dim, size = int(arguments[1]), int(arguments[2])
@@ -109,15 +133,25 @@ def report(kernels: list[Kernel]) -> str:
         "`python -m benchmarks.cuda_resources` read these from the built module, without a GPU or a clock.",
         "Blocks is the number that fit on a multiprocessor, limited by registers, shared memory and threads.",
         "",
-        "| kernel | sm | registers | spilled bytes | shared KiB | threads | blocks | HMMA |",
-        "|---|---|---|---|---|---|---|---|",
+        "The kernels for Hopper start with equal registers for all threads. Then the warps that copy give theirs to",
+        "the warps that multiply: `40, 232` are the registers of both. The last column has the number of copies by",
+        "TMA, and of those that a cluster of two blocks shares (multicast).",
+        "",
+        "| kernel | sm | registers | spilled bytes | shared KiB | threads | blocks | HMMA, HGMMA | TMA |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {kernel.name} | {kernel.architecture} | {kernel.registers} | {kernel.spilled} | "
-        f"{kernel.shared / 1024:.1f} | {kernel.threads} | {kernel.blocks} | {kernel.matrix_instructions} |"
+        f"| {kernel.name} | {kernel.architecture} | {_registers(kernel)} | {kernel.spilled} | "
+        f"{kernel.shared / 1024:.1f} | {kernel.threads} | {kernel.blocks} | {kernel.matrix_instructions} | "
+        f"{'{}, {}'.format(*kernel.copies) if kernel.copies[0] else ''} |"
         for kernel in kernels
     ]
     return "\n".join(lines) + "\n"
+
+
+def _registers(kernel: Kernel) -> str:
+    """The registers of a thread: at the start, and of the groups after it."""
+    return f"{kernel.registers}" + (f" → {', '.join(map(str, kernel.groups))}" if kernel.groups else "")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from bclip_fast.html.page import format_score, format_spread
 from bclip_fast.io.file_names import file_name
 from bclip_fast.io.hashing import sha256
 from bclip_fast.io.runs import METRICS
+from bclip_fast.pretrained.named_models import is_name
 
 from . import report, results, suite_results, suites, tasks
 from .config import EvalConfig
@@ -33,8 +34,8 @@ class EvalCommand(EvalConfig):
     """Evaluate a model, and write results.json, figures.csv, per-class.csv, samples/TASK.csv and report.html."""
 
     model: tyro.conf.Positional[str]
-    """A run folder, a folder in the layout of open_clip or transformers, hf-hub:ID, or
-    open_clip:ARCHITECTURE/PRETRAINED."""
+    """A run folder, a folder in the layout of open_clip or transformers, hf-hub:ID, open_clip:ARCHITECTURE/PRETRAINED,
+    or a short name (medpmc, bmc, biomedclip, pmc, openclip, coca, medsiglip; NAME=FOLDER for local files)."""
     out: str | None = None
     """Folder for the results. Default: eval/DATA-SPLIT in the run folder, or runs/eval/MODEL/DATA-SPLIT for other
     models."""
@@ -80,7 +81,7 @@ def _training_shards(model: str) -> str | tuple[Source, ...]:
     try:
         return as_sources(read_toml(Path(model) / "config.toml")["data"]["shards"], "data.shards")
     except (UserError, KeyError, TypeError) as error:
-        if not Path(model).exists() and not model.startswith(("hf-hub:", "open_clip:")):
+        if not Path(model).exists() and not model.startswith(("hf-hub:", "open_clip:")) and not is_name(model):
             raise UserError(f"{model} does not exist; give a run, a folder with a model, or hf-hub:ORG/NAME") from error
         raise UserError(f"{model} is not a run folder with data.shards in its config.toml; pass --data") from error
 

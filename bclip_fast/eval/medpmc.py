@@ -1,8 +1,8 @@
 """The protocol of medpmc-clip-eval: its scores and metrics, next to better-founded metrics.
 
-A score is the softmax of 100 times the cosine similarities, in float32: over the classes, over a label's two texts
-(with it, without it), or over the options of a question. `yardstick_metrics` has the metrics and their source. The
-result adds what those metrics do not show:
+A score is the softmax of 100 times the cosine similarities, in float32. It compares the classes, the two texts of a
+label (with it, without it), or the options of a question. `yardstick_metrics` has the metrics and their source. The
+result adds better-founded metrics:
 
     classes     balanced accuracy, and the AUROC of each class against the others
     options     the AUROC within the questions, and balanced accuracy over the right answers, because the position of an
@@ -32,7 +32,7 @@ from .labels import Inputs, Results, class_targets, label_kinds, labelled_rows, 
 from .yardstick_metrics import KeptScores
 
 SCALE = 100.0
-"""Factor of the cosine similarities, whatever the model's own scale is."""
+"""Factor of the cosine similarities. The model's own scale is not used."""
 NAMES = {
     "classes": ("accuracy", "macro F1", "pooled AUC"),
     "labels": ("accuracy", "macro F1", "AUROC, macro"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .transformer import ACTIVATIONS, Linear, Norm, Sequences, mlp_width
+from .activation import ACTIVATIONS
+from .transformer import Linear, Norm, Sequences, mlp_width
 
 
 class MapPool(nn.Module):

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from bclip_fast.errors import UserError
 from bclip_fast.ops import linear
 
+from .activation import ACTIVATIONS
 from .cross_attention import CrossProjection, dense_attention
 from .packed import Packed
 from .transformer import (
-    ACTIVATIONS,
     Linear,
     Norm,
     PreNormLayer,

@@ -21,7 +21,7 @@ from .coca import DecoderConfig
 from .coca_config import add_decoder, read_decoder
 from .open_clip_sections import CONFIG_FILE, Section, table
 from .text import TextConfig
-from .tokenizer_cleaning import Cleaning
+from .tokenizer_cleaning import CLEANERS, Cleaning
 from .tower_config import (
     PUBMEDBERT,
     TIMM_MODELS,
@@ -75,7 +75,7 @@ def write(config: BiomedClipConfig, *, published_tokenizer: bool, cleaning: Clea
     else:
         text = _own_text_json(config.text, tokenizer_name)
     if cleaning != "whitespace":
-        text["tokenizer_kwargs"] = {"clean": cleaning}
+        text["tokenizer_kwargs"] = {"clean": cleaning}  # open_clip refuses that of SiglipTokenizer
     model: Json = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if config.decoder.layers:
         model["multimodal_cfg"] = add_decoder(config, vision, text)
@@ -145,8 +145,8 @@ def tokenizer_cleaning(config: Json) -> Cleaning:
     section = Section("tokenizer_kwargs", table({"tokenizer_kwargs": settings}, "tokenizer_kwargs"))
     cleaning = section.take("clean", "whitespace")
     section.finish()
-    if cleaning not in ("whitespace", "canonicalize"):
-        raise UserError(f"{CONFIG_FILE}: tokenizer_kwargs.clean={cleaning!r} must be 'whitespace' or 'canonicalize'")
+    if cleaning not in CLEANERS:
+        raise UserError(f"{CONFIG_FILE}: tokenizer_kwargs.clean={cleaning!r} must be {' or '.join(CLEANERS)}")
     return cleaning
 
 

@@ -147,8 +147,11 @@ class Tokenizer:
             raise UserError("the captions hold no text to learn a vocabulary from")
         return cls(tokenizer_files.wordpiece(vocabulary, DEFAULTS), context_length)
 
-    def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs."""
+    def save(self, folder: Path | str, **settings: Any) -> None:
+        """Write `tokenizer.json`, and the `tokenizer_config.json` that transformers' AutoTokenizer needs.
+
+        settings: further keys of tokenizer_config.json.
+        """
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.fast.to_str(pretty=True))
         config: dict[str, Any] = {
@@ -162,7 +165,7 @@ class Tokenizer:
             for name, token in self.special.items()
             if name.endswith("_token") and self.fast.token_to_id(token.content) is not None
         }
-        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(config | settings, indent=2) + "\n")
 
 
 def _checked_length(context_length: int) -> int:

@@ -15,15 +15,24 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from bclip_fast.errors import UserError
-from bclip_fast.ops import add_norm, fused_attention, gelu, linear, single_query_attention, varlen_attention
+from bclip_fast.ops import (
+    add_norm,
+    fused_attention,
+    gelu,
+    linear,
+    linear_gelu,
+    single_query_attention,
+    varlen_attention,
+)
 from bclip_fast.ops.attention import sdpa
 from bclip_fast.ops.dispatch import is_exporting
+
+from .activation import ACTIVATIONS
 
 # A checkpoint's configuration is untrusted. These bounds keep it from requesting absurd amounts of memory.
 MAX_WIDTH = 16384
@@ -118,7 +127,9 @@ class Sequences(NamedTuple):
         if cu_seqlens is None and is_exporting() and dropout_p == 0.0:
             visible = self.key_mask
             if self.causal:
-                before = torch.arange(step, device=rows.device) <= (rows % step)[:, None]
+                # The row of sequence i is i * step + its column. ONNX has no remainder by a size that isn't constant.
+                columns = rows - step * torch.arange(rows.shape[0], device=rows.device)
+                before = torch.arange(step, device=rows.device) <= columns[:, None]
                 visible = before if visible is None else visible & before
             return sdpa.single_query_dense(query, key_value.unflatten(0, (-1, step)), visible).flatten(1)
         if cu_seqlens is None:
@@ -221,9 +232,9 @@ class Norm(nn.LayerNorm):
 class Linear(nn.Linear):
     """`ops.linear` with its parameters."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, activated: bool = False) -> Tensor:
+        """(..., in) -> (..., out). activated: apply the exact GELU to the result."""
+        return (linear_gelu if activated else linear)(x, self.weight, self.bias)
 
 
 class QueryKeyValue(Linear):
@@ -232,7 +243,7 @@ class QueryKeyValue(Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Any:  # type: ignore[override]
         """(T, D) -> (T, 3 D). With rows (n,), only they get queries: ((n, D), (T, 2 D))."""
         if rows is None:
             return super().forward(x)
@@ -257,22 +268,11 @@ def attend(
     return sequences.attend_from(rows, query, key_value, dropout_p)
 
 
-def quick_gelu_activation(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI's "quick" GELU. It differs from the exact GELU by up to 0.02."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def tanh_gelu_activation(x: Tensor) -> Tensor:
-    """SigLIP's GELU, whose error function is approximated by tanh. It differs from the exact GELU by up to 0.0005."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": gelu,
-    "gelu_tanh": tanh_gelu_activation,
-    "quick_gelu": quick_gelu_activation,
-}
-"""The activations of an MLP by their name in a configuration."""
+def activate(fc1: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """activation(fc1(x)), the hidden layer of an MLP."""
+    if activation is gelu and type(fc1) is Linear:
+        return fc1(x, activated=True)
+    return activation(fc1(x))  # an adapter around it, such as LoRA's, or an FP8 layer
 
 
 class PreNormLayer(nn.Module):
@@ -302,7 +302,7 @@ class PreNormLayer(nn.Module):
         if rows is not None:
             stream = stream[rows]
         normed, stream = self.norm2(stream, self.proj(attended))
-        return stream, self.fc2(self.activation(self.fc1(normed)))
+        return stream, self.fc2(activate(self.fc1, self.activation, normed))
 
 
 class PostNormLayer(nn.Module):
@@ -340,4 +340,4 @@ class PostNormLayer(nn.Module):
         if rows is not None:
             stream = stream[rows]
         normed, stream = self.norm1(stream, self.proj(attended), dropout, post=True)
-        return self.norm2(stream, self.fc2(gelu(self.fc1(normed))), dropout, post=True)
+        return self.norm2(stream, self.fc2(activate(self.fc1, gelu, normed)), dropout, post=True)

@@ -7,6 +7,7 @@ from .attention import fused_attention, single_query_attention, varlen_attention
 from .contrastive import clip_loss, siglip_loss
 from .dispatch import BACKENDS, use_backend
 from .matmul import linear
+from .matmul.activated import linear_gelu
 from .pointwise import add_norm, gelu
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "gelu",
     "image",
     "linear",
+    "linear_gelu",
     "siglip_loss",
     "single_query_attention",
     "use_backend",

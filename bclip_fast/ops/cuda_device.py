@@ -99,7 +99,9 @@ def hopper_refusal(device: torch.device) -> str | None:
     if requested == "0":
         return "BCLIP_HOPPER=0"
     reason = None
-    if getattr(cuda_module(), "CONTRASTIVE_HOPPER", None) is None:
+    if CUDA_HOST is None and importlib.util.find_spec("bclip_fast._cuda") is None:
+        reason = "the CUDA module is missing"
+    elif getattr(cuda_module(), "CONTRASTIVE_HOPPER", None) is None:
         reason = f"the CUDA module is built without them: {why_no_hopper() or 'CUTLASS or sm_90a is missing'}"
     elif CUDA_HOST is not None:
         reason = None if requested == "1" else "the emulator takes them only with BCLIP_HOPPER=1"

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from bclip_fast.errors import BackendError
 from bclip_fast.io.hashing import sha256_of_file, sha256_of_parts
 from bclip_fast.version import __version__
 
 from . import processor
+from .cuda_device import hopper_refusal
 
 
 def fingerprint(kind: str, index: int = 0) -> dict[str, str]:
@@ -36,17 +38,15 @@ def fingerprint(kind: str, index: int = 0) -> dict[str, str]:
             **common,
             "kernels": _build("bclip_fast._cpu"),
         }
-    major, minor = torch.cuda.get_device_capability(index)
     return {
         "device": "cuda",
         "name": torch.cuda.get_device_name(index),
-        "architecture": f"sm_{major}{minor}",
+        "architecture": _gpu_architecture(index),
         "driver": _driver(),
         "cuda": str(torch.version.cuda),
         **common,
         "triton": importlib.metadata.version("triton") if find_spec("triton") else "none",
-        # The variable chooses between two sets of kernels in one module (`cuda_device.hopper_refusal`).
-        "kernels": f"{_build('bclip_fast._cuda')}{os.environ.get('BCLIP_HOPPER', '')} {_triton_sources()}",
+        "kernels": f"{_build('bclip_fast._cuda')} {_triton_sources()}",
     }
 
 
@@ -75,6 +75,19 @@ def cpu_architecture() -> str:
     except ValueError:
         return "unknown"  # BCLIP_CPU_ISA is unknown, which every call of the cpu backend reports
     return "avx512_bf16" if name == "avx512" and processor.BFLOAT16_INSTRUCTIONS else name
+
+
+def _gpu_architecture(index: int) -> str:
+    """The architecture of a GPU, such as "sm_90", or "sm_90a" if the losses take the kernels for Hopper there.
+
+    These change the order of the backends, so the package has defaults for both.
+    """
+    major, minor = torch.cuda.get_device_capability(index)
+    try:
+        letter = "" if hopper_refusal(torch.device("cuda", index)) else "a"
+    except BackendError:
+        letter = ""  # which a call of a loss reports
+    return f"sm_{major}{minor}{letter}"
 
 
 @functools.cache

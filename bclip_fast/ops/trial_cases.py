@@ -22,6 +22,7 @@ from .dispatch import Decision, explain
 from .dtypes import dtype_name
 from .image import decode, decode_resize, decode_resize_normalize
 from .matmul import linear
+from .matmul.activated import linear_gelu
 from .pointwise import add_norm, gelu
 
 Tensors = Sequence[Tensor]
@@ -94,6 +95,7 @@ def timed(device: torch.device, dtype: torch.dtype, *, empty: bool = False) -> I
         yield _gelu(new(), rows, 3072)
         if dtype != torch.float32:
             yield _linear(new(), rows, 768, 3072)
+            yield _linear(new(), rows, 768, 3072, activated=True)
     if dtype == torch.float32 and (files := _files(8, (640, 480))):
         yield from _images(device, files, 224)
 
@@ -114,6 +116,7 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Trial]:
     yield _gelu(new(), 37, 136)
     if dtype != torch.float32:
         yield _linear(new(), 37, 72, 136)
+        yield _linear(new(), 37, 72, 136, activated=True)
     if dtype == torch.float32 and (files := _files(2, (97, 61))):
         yield from _images(device, files, 32)
 
@@ -281,18 +284,21 @@ def _gelu(new: _Inputs, rows: int, width: int) -> Trial:
     )
 
 
-def _linear(new: _Inputs, rows: int, width: int, columns: int) -> Trial:
-    """linear with float32 weights, like the towers under autocast."""
+def _linear(new: _Inputs, rows: int, width: int, columns: int, activated: bool = False) -> Trial:
+    """linear or linear_gelu with float32 weights, like the towers under autocast."""
     shapes, dtypes = ((rows, width), (columns, width), (columns,)), (None, torch.float32, torch.float32)
 
     def definition(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        result = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        return F.gelu(result) if activated else result
 
     def call(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear(x, weight, bias, backend=backend)
+        return (linear_gelu if activated else linear)(x, weight, bias, backend=backend)
 
     what = f"{rows} x {width} to {columns}"
-    return new.trial("linear", what, lambda: new.draw(*shapes, dtypes=dtypes), call, definition)
+    return new.trial(
+        "linear_gelu" if activated else "linear", what, lambda: new.draw(*shapes, dtypes=dtypes), call, definition
+    )
 
 
 def _files(number: int, size: tuple[int, int]) -> list[bytes]:

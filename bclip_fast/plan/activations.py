@@ -12,7 +12,7 @@ import copy
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -123,6 +123,8 @@ def _fake_model(
         if accelerator:
             for source in (transformer, vision, text_towers, coca, cross_attention):
                 stack.enter_context(mock.patch.object(source, "linear", library_linear))
+            library_gelu = functools.partial(_linear_gelu, library_linear)
+            stack.enter_context(mock.patch.object(transformer, "linear_gelu", library_gelu))
             stack.enter_context(mock.patch.object(processor, "BFLOAT16_INSTRUCTIONS", "an accelerator's"))
         stack.enter_context(FakeTensorMode())
         for module in network.modules():
@@ -139,6 +141,10 @@ def _fake_model(
         # Both half precisions take the same memory, and the CPU's operators support bfloat16.
         stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"))
         yield network, meter, (images, text)
+
+
+def _linear_gelu(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.gelu(linear(x, weight, bias))
 
 
 def _fake_parameter(parameter: Tensor, gradients: Gradients) -> nn.Parameter:

@@ -17,11 +17,12 @@ import torch
 
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.errors import UserError
-from bclip_fast.hardware import GIB, Cluster
+from bclip_fast.hardware import GIB, Cluster, has_float8
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.flops import forward_flops
 from bclip_fast.ops.contrastive.checks import default_chunk_size
 from bclip_fast.train.config import TrainConfig
+from bclip_fast.train.float8 import cast_bytes
 from bclip_fast.train.init_weights import new_model
 from bclip_fast.train.run_teacher import CHUNK
 
@@ -57,6 +58,11 @@ def build_plan(config: TrainConfig, samples: Samples, cluster: Cluster) -> Plan:
             "engine.offload_* requires GPUs, but the planned cluster has none; turn it off or plan for a GPU machine"
         )
     model = _model(config)
+    if config.engine.precision == "fp8" and not has_float8(cluster.device.name):
+        raise UserError(
+            f"engine.precision=fp8 needs GPUs with FP8, such as an H100, but the plan is for {cluster.device.name}; "
+            "set engine.precision=bf16, or cluster.device=h100"
+        )
     stages, rates = _stages(config, samples, cluster), Rates(cluster, config.engine.precision)
     shape = Parameters.of(model, config)
     for number, stage in enumerate(stages):
@@ -232,7 +238,9 @@ def _memory(
     if model.decoder is not None:
         towers["caption decoder's activations"] = activations.decoder
     features, similarities = _loss(config, cluster, rank_batch, stage.batch_size)
-    temporary = activations.step - activations.saved
+    temporary: float = activations.step - activations.saved
+    if config.engine.precision == "fp8":
+        temporary += cast_bytes(model.visual, micro_batch * config.image_tokens)
     on_host: dict[str, float] = {}
     if config.engine.offload_activations and not cluster.cpu:
         # autocast's half-precision copies of the layers' weights stay on the device.

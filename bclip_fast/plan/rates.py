@@ -9,6 +9,7 @@ from typing import Any
 
 from bclip_fast.hardware import Cluster, peak_flops_per_second, results_name
 from bclip_fast.io.jsonl import read_lines
+from bclip_fast.train.precision import autocast_precision
 
 # Share of the peak rate that a step reaches, for devices without a measurement. Not measured.
 _FRACTION = 0.4
@@ -23,6 +24,7 @@ class Rates:
     """
 
     def __init__(self, cluster: Cluster, precision: str) -> None:
+        is_fp8, precision = precision == "fp8", autocast_precision(precision)
         device, rows = cluster.device.name, measured(cluster.device.name)
         # The ranks of a node share its CPU. The benchmark used all of it.
         num_sharing = cluster.ranks_per_node if cluster.cpu else 1
@@ -47,6 +49,8 @@ class Rates:
         if losses:
             self.loss = statistics.median(row["flops"] / row["seconds"] for row in losses) / num_sharing
             self.source += f"; {self.loss:.3g} in the loss, measured (median of {len(losses)})"
+        if is_fp8:
+            self.source += "; fp8 counts as bf16, because its casts can take the time that its products save"
 
     def compute(self, flops: Mapping[str, float], num_ranks: int) -> dict[str, float] | None:
         """Seconds of computation by part, for the operations of a step over all ranks. None if no rate is known."""

@@ -52,8 +52,9 @@ def load(
     """Load a trained model with its preprocessing and tokenizer, in evaluation mode.
 
     Args:
-        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a folder in open_clip's or transformers' layout or with PMC-CLIP's
-            files, or the folder of a training run, whose `model/` is read.
+        name_or_path: `hf-hub:ORG/NAME[@REVISION]`, a short name such as `biomedclip` (`named_models`), a folder in
+            open_clip's or transformers' layout or with PMC-CLIP's files, or the folder of a training run, whose
+            `model/` is read.
         device: device of the model.
         precision: fp32, bf16 or fp16, the dtype of the weights. The logit scale stays in float32.
         image_size: another input size in pixels, a multiple of the patch size. The position embeddings are resized.
@@ -213,7 +214,10 @@ def _save_joint_transformers(folder: Path, model: BiomedClip, preprocess: Prepro
     from safetensors.torch import save_file
 
     config = model.config
-    kind = "CLIP" if config.vision.kind == "clip" else "Siglip"
+    # SigLIP's image processor never crops.
+    kind = "Siglip" if config.vision.kind == "siglip" and preprocess.config.resize_mode == "squash" else "CLIP"
+    # SigLIP was trained without an attention mask, and SiglipModel applies any that it gets.
+    inputs = {"model_input_names": ["input_ids"]} if config.text.computes_padding else {}
     with replacing_files(folder) as partial:
         for name, content in (
             ("config.json", transformers_clip.write(config)),
@@ -222,7 +226,7 @@ def _save_joint_transformers(folder: Path, model: BiomedClip, preprocess: Prepro
             write_text(partial / name, json.dumps(content, indent=2) + "\n")
         state = weights.to_transformers_joint(model.state_dict(), config)
         save_file(state, partial / layouts.TRANSFORMERS_WEIGHTS[0], metadata={"format": "pt"})
-        tokenizer.save(partial)
+        tokenizer.save(partial, **inputs)
 
 
 def _preprocess_json(config: PreprocessConfig) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
     """Load (model, preprocess, tokenizer).
 
     Args:
-        name: a run folder, a folder in open_clip's layout, hf-hub:ID, or open_clip:ARCHITECTURE/PRETRAINED. open_clip
+        name: a run folder, a folder in open_clip's layout, hf-hub:ID, a short name such as `medpmc` or `bmc=FOLDER`
+            (`named_models`), or open_clip:ARCHITECTURE/PRETRAINED. open_clip
             downloads the latter, but PRETRAINED may also be a file. The model of a run on questions includes its head.
 
     Raises:

@@ -11,14 +11,16 @@ from bclip_fast.model.biomedclip import BiomedClipConfig
 log = logging.getLogger(__name__)
 
 FILE = "README.md"
-_MARK = "<!-- Written by bclip_fast. Without this line, the file is kept as it is. -->"
-_CARD = """---
+MARK = "<!-- Written by bclip_fast. Without this line, the file is kept as it is. -->"
+_HEAD = f"""---
 library_name: transformers
 ---
-{mark}
+{MARK}
 
 # Towers of a CLIP model for transformers
 
+"""
+_USAGE = """\
 `vision/` embeds images and `text/` embeds captions, {embed_dim} numbers each. `projections.safetensors` holds the rest.
 
 ## Captions need repair before the tokenizer
@@ -90,7 +92,7 @@ _GPT = """        model = CLIPTextModelWithProjection.from_pretrained(f"{folder}
 def is_replaceable(folder: Path) -> bool:
     """Return whether `folder` has no README.md of the user's. Otherwise, log a warning."""
     path = folder / FILE
-    if path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         log.warning("%s is kept: it isn't a card of bclip_fast, so it may not say how captions are repaired", path)
         return False
     return True
@@ -98,14 +100,15 @@ def is_replaceable(folder: Path) -> bool:
 
 def write(folder: Path, config: BiomedClipConfig, pad_id: int) -> None:
     """Write README.md into an exported folder."""
+    write_text(folder / FILE, _HEAD + usage(config, pad_id))
+
+
+def usage(config: BiomedClipConfig, pad_id: int) -> str:
+    """Markdown that says how to compute embeddings with transformers."""
     text, bert = config.text, config.text.kind == "bert"
-    write_text(
-        folder / FILE,
-        _CARD.format(
-            mark=_MARK,
-            embed_dim=config.embed_dim,
-            text_class="" if bert else ", CLIPTextModelWithProjection",
-            tokenize=(_TOKENIZE if bert else _TOKENIZE_ROWS).format(length=text.context_length, pad=pad_id),
-            features=_BERT.format(project=_PROJECTIONS[text.projection]) if bert else _GPT,
-        ),
+    return _USAGE.format(
+        embed_dim=config.embed_dim,
+        text_class="" if bert else ", CLIPTextModelWithProjection",
+        tokenize=(_TOKENIZE if bert else _TOKENIZE_ROWS).format(length=text.context_length, pad=pad_id),
+        features=_BERT.format(project=_PROJECTIONS[text.projection]) if bert else _GPT,
     )

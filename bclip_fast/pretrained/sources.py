@@ -108,12 +108,16 @@ class Hub:
 
 
 def source_of(name_or_path: str | Path) -> Source:
-    """Return the source of a checkpoint: hf-hub:ORG/NAME, its folder, or the run folder with its `model/`.
+    """Return the source of a checkpoint: a short name (`named_models`), hf-hub:ORG/NAME, its folder, or a run folder.
 
     Raises:
         UserError: a folder without open_clip_config.json, config.json or PMC-CLIP's files.
     """
+    from .named_models import source_of_name  # it builds on this module
+
     name = str(name_or_path)
+    if isinstance(name_or_path, str) and (named := source_of_name(name)) is not None:
+        return named
     if name.startswith(HUB_PREFIX):
         return Hub(name.removeprefix(HUB_PREFIX))
     folder = Path(name_or_path)

@@ -22,6 +22,7 @@ from bclip_fast.eval.datasets import EvalDataset, image_name
 from bclip_fast.ops import image as image_ops
 
 from .losses import LossConfig
+from .precision import autocast_precision
 from .teacher import Teacher, load_teacher
 from .teacher_cache import TeacherCache
 
@@ -40,7 +41,7 @@ class RunTeacher:
 
     Args:
         config: configuration of the loss.
-        precision: fp32, bf16 or fp16, by autocast.
+        precision: precision of the run. The teacher computes under autocast, with fp8 in bf16.
         recorded: state of the checkpoint from which the run continues, or None.
         run: run folder.
         identity: text that differs between datasets.
@@ -69,6 +70,7 @@ class RunTeacher:
         self._cache: TeacherCache | None = None
         if not config.teacher:
             return
+        precision = autocast_precision(precision)
         teacher = self._teacher = load_teacher(config.teacher, device, precision)
         self.scale, self._digest, self._pixels = teacher.scale, teacher.digest, teacher.pixels
         if len(set(distributed.all_gather_object(self._digest))) > 1:

@@ -11,10 +11,11 @@ from typing import Any
 from bclip_fast.benchmarks import cuda_resources
 
 from . import cuda_plans, rates, shapes
+from . import mix as mixes
 from .cache import Order
 from .machine_code import MachineCode
 from .model import Work
-from .paths import Plan, execute
+from .paths import Execution, Plan, execute
 
 # The emulator's counts of each kernel.
 COUNTS = Path(__file__).parents[1] / "results" / "kernel_counts.json"
@@ -34,15 +35,15 @@ def works(codes: Sequence[MachineCode], kernel: str = "") -> Iterator[Work]:
             if (architecture, name) not in by_name or not name.startswith(kernel):
                 continue
             code = by_name[architecture, name]
-            execution = execute(code.function, plan)
             shared, threads = cuda_resources.launch_of(name)
+            run = _of_hopper(code, plan, threads) if isinstance(plan, tuple) else execute(code.function, plan)
             yield Work(
                 kernel=name.partition("<")[0],
                 backend="cuda",
                 architecture=architecture.rstrip("af"),
-                phases=execution.phases,
-                section=execution.longest_section,
-                bodies=execution.bodies,
+                phases=run.phases,
+                section=run.longest_section,
+                bodies=run.bodies,
                 threads=threads,
                 registers=code.registers,
                 shared=shared,
@@ -57,6 +58,24 @@ def _order(width: int) -> Order:
     from bclip_fast import _cuda as module  # type: ignore[attr-defined]
 
     return lambda block, rows, columns: module.contrastive_tile(block, rows, columns, width)
+
+
+def _of_hopper(code: MachineCode, plans: tuple[Plan, Plan], threads: int) -> Execution:
+    """Return the instructions of an average warp for a tile of a kernel for Hopper.
+
+    The last two groups of 4 warps multiply, and one warp of the first group copies.
+    """
+    products, copies = (execute(code.function, plan, "tile") for plan in plans)
+    warps = threads // 32
+    phases = [mixes.total([]) for _ in range(3)]
+    for phase, part in zip(phases, products.phases, strict=True):
+        mixes.add(phase, part, 8 / warps)
+    # It copies ahead, during all phases.
+    mixes.add(phases[1], copies.total, 1 / warps)
+    sections = [mixes.total([]) for _ in products.sections]
+    for section, part in zip(sections, products.sections, strict=True):
+        mixes.add(section, part, 8 / warps)
+    return Execution((phases[0], phases[1], phases[2]), sections, {**products.bodies, **copies.bodies})
 
 
 def bank_conflicts() -> dict[str, dict[str, float]]:
@@ -78,11 +97,18 @@ def bank_conflicts() -> dict[str, dict[str, float]]:
     return factors
 
 
-def _cases(cache: int) -> Iterator[tuple[str, Plan, dict[str, Any]]]:
+def _cases(cache: int) -> Iterator[tuple[str, Plan | tuple[Plan, Plan], dict[str, Any]]]:
     for loss in shapes.LOSSES:
         for kernel in ("forward", "softmax", "sigmoid"):
             plan = cuda_plans.contrastive(loss.width, kernel)
             yield f"contrastive_{kernel}<Half>", plan, loss.work(kernel, 128, 128, 128, _order(loss.width), cache)
+            # The elements of a tile for each of the 384 threads, of which 256 have any. The order of the tiles is
+            # CUTLASS's.
+            wide = loss.work(kernel, 128, 256, 128 * 256 // 384, None, cache, multicast=2)
+            wide["tma_bytes"] = float((128 + 256) * loss.width * shapes.HALF)
+            # A ring of 4 stages of 64 columns.
+            wide["ahead"] = min(1.0, 4 * 64 / loss.width)
+            yield f"hopper_{kernel}<Half>", cuda_plans.hopper(loss.width, kernel), wide
     for attention in shapes.ATTENTION:
         dim, tokens = attention.dim, attention.tokens
         keys = {32: 256, 64: 128 if tokens <= 128 else 256}.get(dim, 128)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from . import mix as mixes
-from .paths import LoopCode, Plan, Variation
+from .paths import LoopCode, Plan, Turns, Variation
 
 
 def contrastive(width: int, kernel: str) -> Plan:
@@ -29,6 +29,32 @@ def contrastive(width: int, kernel: str) -> Plan:
         requires={"main": loop, "last": loop, "": {**stores, "LDGSTS": math.inf}},
         optional=frozenset({"store"}),
     )
+
+
+def hopper(width: int, kernel: str) -> tuple[Plan, Plan]:
+    """Return the plans of a tile of 128 x 256 in csrc/cuda/contrastive/hopper_*.cu: of a warp that multiplies, and of
+    the warp that copies.
+
+    A block stays on a multiprocessor and loops over tiles. Both plans are for one iteration of that loop, "tile".
+    """
+    steps = math.ceil(width / 64)
+
+    def multiplies(loop: LoopCode) -> str:
+        if mixes.matrix(loop.total):
+            return "tile" if loop.depth == 0 else "main"
+        return "other"
+
+    def copies(loop: LoopCode) -> str:
+        if mixes.count(loop.total, "UTMALDG"):
+            return "tile" if loop.depth == 0 else "copy"
+        return "other"
+
+    # 4 instructions for 64 of the width. The first ones stand before the loop, because they overwrite the sums.
+    turns: Turns = {"tile": 1.0, "main": ("HGMMA", 4.0 * (steps - 1))}
+    # A thread holds 128 elements. In gradients, it stores 16 times 8 elements.
+    stores = {"STG": math.inf} if kernel == "forward" else {"STG.128": 16.0}
+    needs = {"tile": {"HGMMA": 4.0, **stores}}
+    return Plan(multiplies, turns, requires=needs), Plan(copies, {"tile": 1.0, "copy": ("UTMALDG", 2.0 * steps)})
 
 
 def attention_forward(tokens: int, dim: int, keys: int) -> Plan:

@@ -25,6 +25,9 @@ class Work:
     elements: elements of the epilogue per thread. 0 without an epilogue.
     section: issue slots of one part of the epilogue. Barriers of the block divide it into parts, and this one has the
         most exponentials.
+    ahead: part of a main loop by which one group of warps of a block can be ahead of the others. 0 if all of them wait
+        for its end.
+    tma_bytes: bytes that the tensor memory accelerator (TMA) writes to the shared memory of a block.
     conflicts: wavefronts of shared memory over the least number of them, by unit, such as "LDS". 1 by default.
     """
 
@@ -45,6 +48,8 @@ class Work:
     launches: int = 1
     elements: int = 0
     section: float = 0.0
+    ahead: float = 0.0
+    tma_bytes: float = 0.0
     conflicts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -89,7 +94,7 @@ def pipes(mix: Mix, warps: int, gpu: Gpu, conflicts: Mapping[str, float] = Mappi
     conflicts: as in `Work`.
     """
     per_core = warps / 4
-    tensor = shared = 0.0
+    tensor = shared = copies = 0.0
     for kind, number in mix.items():
         unit, _, detail = kind.partition(".")
         if unit == "HMMA":
@@ -101,13 +106,15 @@ def pipes(mix: Mix, warps: int, gpu: Gpu, conflicts: Mapping[str, float] = Mappi
             tensor += number * per_core * columns / 2
             bytes_read = columns * 16 * 2 + (0 if detail.endswith(".R") else 64 * 16 * 2)
             shared += number * warps / 4 * bytes_read / gpu.shared_bytes
+        elif unit == "UTMALDG":
+            copies += number * warps * gpu.tma_clocks
         else:
             wavefronts = _wavefronts(unit, detail) * conflicts.get(unit, 1.0)
             shared += number * warps * wavefronts * 128 / gpu.shared_bytes
     lane_pipes = {"FP32": gpu.fp32, "integer": gpu.integer, "FP64": gpu.fp64, "MUFU": gpu.mufu}
     kinds = {"integer": "INT"}
     cycles = {pipe: mixes.count(mix, kinds.get(pipe, pipe)) * warps * 32 / rate for pipe, rate in lane_pipes.items()}
-    return {"tensor": tensor, "shared memory": shared, "issue": mixes.slots(mix) * per_core, **cycles}
+    return {"tensor": tensor, "shared memory": shared, "issue": mixes.slots(mix) * per_core, "TMA": copies, **cycles}
 
 
 def _hmma_shape(detail: str) -> tuple[int, int, int]:
@@ -153,16 +160,19 @@ def bound(work: Work, gpu: Gpu) -> Bound:
 
     The busiest multiprocessor gets ceil(blocks / multiprocessors) blocks of each launch. Resident blocks overlap
     perfectly, so the pipe with the most cycles limits them. If only one block fits on a multiprocessor, its phases
-    don't overlap, because all its warps wait for the main loop's end. A warp issues in order and waits for each stall
-    count.
+    don't overlap, because all its warps wait for the main loop's end. In a block with two groups of warps that fill
+    their buffers by TMA, one group can multiply for `ahead` of a main loop while the other is in its epilogue. A warp
+    issues in order and waits for each stall count.
     """
     warps = work.threads // 32
     resident = resident_blocks(work.registers, work.shared, work.threads, gpu)
     rounds = math.ceil(work.blocks / gpu.multiprocessors)
     cycles = pipes(work.total, warps, gpu, work.conflicts)
+    # The copies write 128 bytes a clock to shared memory, beside its readers.
+    cycles["TMA"] = max(cycles["TMA"], work.tma_bytes / gpu.shared_bytes)
     if resident == 1:
-        parts = [pipes(phase, warps, gpu, work.conflicts) for phase in work.phases]
-        block = sum(max(part.values()) for part in parts)
+        before, within, after = (max(pipes(phase, warps, gpu, work.conflicts).values()) for phase in work.phases)
+        block = max(before + within + after - min(after, work.ahead * within), *cycles.values())
     else:
         block = max(cycles.values())
     limiter = max(cycles, key=lambda pipe: cycles[pipe])

@@ -14,6 +14,8 @@ from .rates import GPUS
 
 # A backend within this factor of the least bound counts as equal, because bounds are less exact than measurements.
 TIE = 1.1
+# By architecture, the GPU whose bounds give its order. sm_90a is a Hopper GPU with the CUDA kernels made for it.
+RECORDS = {"80": "a100", "90": "h100", "90a": "h100"}
 # The package's order among equal backends.
 BACKENDS = "triton", "cuda"
 
@@ -34,13 +36,13 @@ CLASSES["siglip_loss"] = CLASSES["clip_loss"]
 
 
 def write(works: Sequence[Work]) -> list[Path]:
-    """Write ops/defaults/sm_80.json and sm_90.json of the source tree. Leave a measured record in its place.
+    """Write the files of `RECORDS` to ops/defaults of the source tree. Leave a measured record in its place.
 
     Returns the paths of the written files.
     """
     paths = []
-    for gpu in ("a100", "h100"):
-        record = record_of(works, gpu)
+    for architecture in RECORDS:
+        record = record_of(works, architecture)
         path = DEFAULTS / f"{record.fingerprint['architecture']}.json"
         if not (path.exists() and load(path).source != FROM_BOUNDS):
             save(record, path)
@@ -48,15 +50,17 @@ def write(works: Sequence[Work]) -> list[Path]:
     return paths
 
 
-def record_of(works: Sequence[Work], gpu: str) -> Record:
-    """Return the record of a GPU of this name. Bounds of forward and backward kernels of a shape add up."""
-    name = GPUS[gpu].name
-    fingerprint = {"device": "cuda", "name": f"bounds of {name}", "architecture": f"sm_{GPUS[gpu].architecture}"}
-    return Record(fingerprint, entries=dict(_entries(works, gpu)), source=FROM_BOUNDS)
+def record_of(works: Sequence[Work], architecture: str) -> Record:
+    """Return the record of an architecture of `RECORDS`. Bounds of forward and backward kernels of a shape add up."""
+    gpu = RECORDS[architecture]
+    fingerprint = {"device": "cuda", "name": f"bounds of {GPUS[gpu].name}", "architecture": f"sm_{architecture}"}
+    # A module built with CUTLASS has the losses' kernels for Hopper, too, and takes only these there.
+    unused = "contrastive_" if architecture == "90a" else "hopper_"
+    rows = [row for row in store.bounds(works, gpu) if row[0].backend != "cuda" or not row[0].kernel.startswith(unused)]
+    return Record(fingerprint, entries=dict(_entries(rows)), source=FROM_BOUNDS)
 
 
-def _entries(works: Sequence[Work], gpu: str) -> Iterator[tuple[Key, Entry]]:
-    rows = store.bounds(works, gpu)
+def _entries(rows: Sequence[tuple[Work, Bound]]) -> Iterator[tuple[Key, Entry]]:
     for operator, classes in CLASSES.items():
         for shapes, shape in classes.items():
             entry = entry_of(rows, operator, shape)

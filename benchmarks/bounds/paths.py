@@ -91,14 +91,20 @@ class Execution:
         return mixes.slots(max(self.sections, key=lambda section: section["MUFU.EX2"]))
 
 
-def execute(function: Function, plan: Plan) -> Execution:
+def execute(function: Function, plan: Plan, inside: str = "") -> Execution:
     """Return the least that an average warp executes.
 
+    inside: role of a loop, of which only one iteration is analysed. "" analyses the whole kernel.
+
     Raises:
-        ValueError: a loop lacks the instruction that counts its turns, so the plan doesn't fit the code.
+        ValueError: a loop lacks the instruction that counts its turns, so the plan doesn't fit the code, or no loop has
+            the role `inside`.
     """
     walker = _Walker(function, plan)
-    parts = [part for step in walker.region(None, plan.turns, plan.requires) for part in step.parts()]
+    loop = next((loop for loop in function.walk() if inside and walker.roles[loop.header] == inside), None)
+    if inside and loop is None:
+        raise ValueError(f"{function.name} has no loop {inside!r}: the plan doesn't fit the code")
+    parts = [part for step in walker.region(loop, plan.turns, plan.requires) for part in step.parts()]
     places = [i for i, (_, part) in enumerate(parts) if mixes.matrix(part)] or [len(parts)]
     first, last = places[0], places[-1] + 1
     sections: list[Mix] = [Counter()]

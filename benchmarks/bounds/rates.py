@@ -19,6 +19,8 @@ class Gpu(NamedTuple):
     l2_bytes: bytes of the whole GPU per clock.
     l2_mib: MiB of L2 for data that all multiprocessors read.
     hbm_bytes: bytes of the whole GPU per second.
+    tma_clocks: least clocks between two copies of the tensor memory accelerator (TMA). 0 without one.
+    matmul_flops: FLOP per second that the library's matrix products reach in float16.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Gpu(NamedTuple):
     registers: int
     shared_kib: int
     max_threads: int
+    tma_clocks: int
+    matmul_flops: float
 
     @property
     def peak_flops(self) -> float:
@@ -45,11 +49,14 @@ class Gpu(NamedTuple):
         return self.multiprocessors * self.clock_hz * self.dense_flops
 
 
-_H100 = Gpu("H100 SXM", "90", 132, 1.83e9, 4096, 6.0, 128, 128, 64, 16, 128, 5120, 25, 3.35e12, 65536, 228, 2048)
-_A100 = Gpu("A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 20, 1.555e12, 65536, 164, 2048)
+_H100 = Gpu(
+    *("H100 SXM", "90", 132, 1.83e9, 4096, 6.0, 128, 128, 64, 16, 128, 5120, 25, 3.35e12, 65536, 228, 2048),
+    *(32, 790e12),
+)
 GPUS = {
     "a100": Gpu(
-        "A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 20, 1.555e12, 65536, 164, 2048
+        *("A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 20, 1.555e12, 65536, 164, 2048),
+        *(0, 250e12),
     ),
     "h100": _H100,
     "h200": _H100._replace(name="H200", hbm_bytes=4.8e12),
@@ -83,6 +90,12 @@ SOURCES = {
         "half of 50, as on the A100, unverified",
     ),
     "hbm_bytes": ("bytes of HBM a second", "data sheet", "data sheet; H200: 4.8e12"),
+    "tma_clocks": ("clocks between two copies of the TMA", "has none", "FlashGPU-Sim, sass/PARAMETERS.md@580352d"),
+    "matmul_flops": (
+        "float16 FLOP a second that large products of cuBLAS reach",
+        "80 % of the peak, unverified",
+        "torch-performance-test-data issue 79: 760e12 in float16 and 798e12 in bfloat16",
+    ),
     "shared_kib": ("KiB of shared memory of a multiprocessor", _GUIDE, _GUIDE),
 }
 # wgmma reads a left operand of 64 x 16 and a right one of 16 x N from shared memory, and takes N / 2 clocks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,29 +32,37 @@ class Loss:
         """Launches of a kernel. The rows of a launch of a gradient's kernel take as much in float16 as a chunk."""
         return 1 if kernel == "forward" else self.batch // min(self.batch, 2 * self.chunk)
 
-    def work(self, kernel: str, rows: int, columns: int, elements: int, order: Order, cache: int) -> dict[str, Any]:
+    def work(
+        self, kernel: str, rows: int, columns: int, elements: int, order: Order | None, cache: int, multicast: int = 1
+    ) -> dict[str, Any]:
         """Return a work's fields for tiles of rows x columns.
 
         kernel: "forward", "softmax" or "sigmoid". elements: elements of a tile for each thread.
-        order: order of the tiles of a launch. cache: bytes of L2 that can hold them.
+        order: order of the tiles of a launch. Without it, HBM reads the features once.
+        cache: bytes of L2 that can hold features.
+        multicast: number of tiles of a cluster. They lie below one another, and read the features of their columns from
+            L2 once.
         """
         batch, width = self.batch, self.width
         launches = self.launches(kernel)
-        tiles = batch // rows * (batch // columns)
+        # A cluster is complete, also at the end of the rows.
+        tiles = multicast * math.ceil(batch / (multicast * rows)) * math.ceil(batch / columns)
         square = batch * batch
         # Gradients write G in float16. The forward pass writes partial log-sum-exps for each tile.
         written = 4 * (square / rows + square / columns) if kernel == "forward" else HALF * square
-        grid = tiles // launches // (batch // columns), batch // columns
-        operands = rows * width * HALF, columns * width * HALF
-        # A gradient's launches have matrix products in between, which use the cache too.
-        read = launches * bytes_read(order, grid, operands, int(written // tiles), cache)
+        read = 2 * batch * width * HALF
+        if order:
+            grid = tiles // launches // (batch // columns), batch // columns
+            operands = rows * width * HALF, columns * width * HALF
+            # A gradient's launches have matrix products in between, which use the cache too.
+            read = launches * bytes_read(order, grid, operands, int(written // tiles), cache)
         return {
             "operator": "siglip_loss" if kernel == "sigmoid" else "clip_loss",
             "shape": self.name,
             "blocks": tiles // launches,
             "launches": launches,
             "flops": 2.0 * square * width,
-            "l2_bytes": tiles * (rows + columns) * width * HALF + written,
+            "l2_bytes": tiles * (rows + columns / multicast) * width * HALF + written,
             "hbm_bytes": read + written,
             "elements": elements,
         }

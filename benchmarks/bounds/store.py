@@ -50,8 +50,10 @@ def _digest(paths: Sequence[Path]) -> str:
     return sha256_of_parts(path.read_bytes() for path in paths)[:12]
 
 
-def analyse(architectures: Sequence[str] = tuple(CUDA_CODE)) -> Analysis:
+def analyse(architectures: Sequence[str] = tuple(CUDA_CODE), reused: Sequence[Work] = ()) -> Analysis:
     """Analyse the built module and compile the Triton kernels. It takes about a minute an architecture.
+
+    reused: works of Triton kernels, which are then not compiled.
 
     Raises:
         UserError: a program, Triton, the CUDA module or its code for an architecture is missing.
@@ -73,8 +75,16 @@ def analyse(architectures: Sequence[str] = tuple(CUDA_CODE)) -> Analysis:
         )
     works = list(cuda_code.works(machine_code.of_module(codes)))
     for architecture in architectures:
-        works += triton_works.works((int(architecture) // 10, int(architecture) % 10))
+        unchanged = [work for work in reused if (work.backend, work.architecture) == ("triton", architecture)]
+        works += unchanged or triton_works.works((int(architecture) // 10, int(architecture) % 10))
     return Analysis(current_build(), works)
+
+
+def unchanged_triton_works() -> list[Work]:
+    """Return the Triton kernels of results/bounds.json, or nothing if their sources have changed since."""
+    stored = load()
+    digests = (build.rpartition("Triton kernels ")[2] for build in (stored.build, current_build()))
+    return [work for work in stored.works if work.backend == "triton"] if len(set(digests)) == 1 else []
 
 
 def save(analysis: Analysis) -> None:

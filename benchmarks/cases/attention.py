@@ -58,7 +58,7 @@ def attention_case(
         truth=with_gradients(truth),
         contenders={
             **our_backends,
-            "cuda, two blocks": smaller_blocks,
+            "ours:cuda, two blocks": smaller_blocks,
             "torch sdpa": lambda: _comparable(lambda qkv: _sdpa(qkv, dropout_p), dropout_p),
         },
     )

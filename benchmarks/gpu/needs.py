@@ -70,7 +70,15 @@ def dry_run(setting: Setting) -> list[list[str]]:
 
 
 def versions(
-    names: Sequence[str] = ("torch", "triton", "pytest", "pytest-xdist", "pytest-benchmark", "setuptools"),
+    names: Sequence[str] = (
+        "torch",
+        "triton",
+        "pytest",
+        "pytest-xdist",
+        "pytest-benchmark",
+        "setuptools",
+        "nvidia-cutlass",
+    ),
 ) -> str:
     """Return the versions of Python and of some packages in one line."""
     parts = [f"Python {platform.python_version()}"]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:randomly"]
 TASK = [sys.executable, "-m", "bclip_fast.benchmarks.gpu.tasks"]
-KERNELS = [f"tests/ops/test_{name}_cuda.py" for name in ("attention", "contrastive", "image")]
+KERNELS = [f"tests/ops/test_{name}_cuda.py" for name in ("attention", "contrastive", "image", "hopper")]
 OPERATORS = [
     f"tests/ops/test_{name}.py"
     for name in (
@@ -28,6 +28,7 @@ OPERATORS = [
         "contrastive_targets",
         "pointwise",
         "pointwise_triton",
+        "sdpa_gpu",
         "single_query_attention",
         "triton",
     )

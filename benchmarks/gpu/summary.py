@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.ops.backend_names import SDPA
+
 from .runner import Outcome, in_words
 
 # Contenders of the step whose layers are torch's. They count as rivals, like other libraries.
@@ -14,11 +16,11 @@ PLAIN = "plain PyTorch"
 
 
 def is_ours(row: dict[str, Any]) -> bool:
-    """Return whether a row measures our kernels. "ours:torch" and "ours:reference" run torch's."""
+    """Return whether a row measures our kernels. The backends "torch", "reference" and those of SDPA run torch's."""
     name = row["contender"]
     if row["operator"] == "step":
         return "open_clip" not in name and PLAIN not in name
-    return name.startswith("ours:") and name not in ("ours:torch", "ours:reference")
+    return name.startswith("ours:") and name.removeprefix("ours:") not in ("torch", *SDPA, "reference")
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

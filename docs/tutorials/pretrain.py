@@ -118,12 +118,12 @@ print(len(losses), losses[-1] < losses[0])
 #
 # ## Look at the run, and export it
 #
-# `report` draws the curves and the time of each part of a step. `export` writes the model for open_clip or
-# transformers.
+# `report` draws the curves and the time of each part of a step. `export` writes the model for open_clip,
+# transformers, sentence-transformers or ONNX.
 
 # %% [bash]
 # bclip train report runs/tiny
-# bclip train export runs/tiny -o exported --format open_clip
+# bclip export runs/tiny -o exported --to open_clip
 
 # %%
 print(sorted(path.name for path in Path("exported").glob("open_clip*")))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from bclip_fast.benchmarks.bounds import cuda_code, designs, loss_step, mix, model, orders, report, shapes, store
+from bclip_fast.benchmarks.bounds import cuda_code, designs, goals, mix, mlp, model, orders, report, shapes, store
 from bclip_fast.benchmarks.bounds.cache import BANDS_OF_8, banded, bytes_read
 from bclip_fast.benchmarks.bounds.model import Work, bound, pipes
 from bclip_fast.benchmarks.bounds.rates import GPUS, SOURCES
@@ -16,6 +17,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import dispatch, record_files, tuning
 
 A100, H100 = GPUS["a100"], GPUS["h100"]
+ROOT = Path(__file__).parents[2]
 
 
 def work(phases, blocks=108, threads=128, registers=128, shared=0, **fields) -> Work:
@@ -46,6 +48,8 @@ def test_every_rate_has_a_source():
         ({"HGMMA.64x128x16": 4}, H100, "shared memory", 192),
         ({"HGMMA.64x128x16.R": 4}, H100, "shared memory", 128),
         # 512 bytes of each of 4 warps take 16 clocks.
+        # The copies of the TMA start 32 clocks apart.
+        ({"UTMALDG": 2}, H100, "TMA", 4 * 2 * 32),
         ({"LDSM.4": 16}, A100, "shared memory", 256),
         ({"LDS.32": 3, "STS.128": 2, "SHFL": 5}, A100, "shared memory", 4 * (3 + 8 + 5)),
         ({"MUFU.EX2": 10, "MUFU.RCP": 6}, H100, "MUFU", 4 * 16 * 32 / 16),
@@ -83,6 +87,73 @@ def test_block_alone_cannot_overlap_its_phases():
     assert alone.limiter == "tensor (1 block)"
 
 
+@pytest.mark.parametrize(
+    ("ahead", "cycles"),
+    [
+        # Two groups of warps wait for one another after the products of both: 2 * 6400 clocks, and then 6400.
+        (0.0, 19200),
+        # A group starts its epilogue while the other still has a quarter of a main loop: half of the epilogues hide.
+        (0.25, 16000),
+        # The tensor cores never wait.
+        (0.5, 12800),
+        (1.0, 12800),
+    ],
+)
+def test_group_of_warps_that_is_ahead_hides_its_epilogue(ahead, cycles):
+    phases = [{}, {"HGMMA.64x256x16": 50}, {"MUFU.EX2": 400}]
+    each = bound(work(phases, 132, threads=256, registers=168, shared=200 * 1024, ahead=ahead), H100)
+    assert each.resident == 1
+    assert each.seconds == pytest.approx(cycles / 1.83e9)
+    assert each.limiter == ("tensor" if ahead >= 0.5 else "tensor (1 block)")
+
+
+def test_copies_of_the_tma_bound_a_block():
+    each = bound(work([{}, {"HGMMA.64x64x16": 1}, {}], 132, threads=256, tma_bytes=128 * 1000.0), H100)
+    assert each.limiter == "TMA" and each.seconds == pytest.approx(1000 / 1.83e9)
+
+
+def test_multicast_reads_features_of_columns_once_for_a_cluster():
+    alone, shared = (shapes.Loss(4096, 512).work("forward", 128, 256, 85, None, 0, multicast) for multicast in (1, 2))
+    tiles = 4096 // 128 * (4096 // 256)
+    assert alone["l2_bytes"] - shared["l2_bytes"] == tiles * 128 * 512 * 2
+    # The second block of the only cluster has no rows.
+    assert shapes.Loss(128, 512).work("forward", 128, 256, 85, None, 0, 2)["blocks"] == 2
+
+
+def test_wide_tiles_with_multicast_read_less_than_l2_gives_at_the_goal():
+    """Half of the passes' 29.7 ms, without the products, needs 128 FLOP a byte of L2."""
+    wide, square = (
+        shapes.Loss(65536, 512).work("forward", 128, *sizes) for sizes in ((256, 85, None, 0, 2), (128, 128, None, 0))
+    )
+    assert wide["flops"] / wide["l2_bytes"] > 120 and square["flops"] / square["l2_bytes"] < 64
+
+
+def test_order_of_hopper_counts_kernels_of_one_set():
+    """A module has both sets, and a call takes one of them."""
+    works = store.load().works
+    record, general = (orders.record_of(works, architecture) for architecture in ("90a", "90"))
+    key = "clip_loss", "float16", "B > 1024"
+    own = sum(
+        1e3 * each.seconds
+        for work, each in store.bounds(works, "h100")
+        if work.kernel in ("hopper_forward", "hopper_softmax") and work.shape == "B=65536, D=512"
+    )
+    assert record.entries[key].bound_ms["cuda"] == pytest.approx(own, abs=1e-3)
+    assert own < 0.7 * general.entries[key].bound_ms["cuda"]
+    gelu = "gelu", "float16", "large"
+    assert record.entries[gelu] == general.entries[gelu]
+
+
+def test_goals_compare_sums_of_bounds_and_products():
+    rows = {tuple(row[:2]): row for row in goals.rows(store.load().works)}
+    assert {("A100 SXM 40 GB", "CUDA, for all GPUs"), ("H100 SXM", "CUDA, for Hopper"), ("H200", "Triton")} <= set(rows)
+    forward, _, gradient, _, products, total, goal = map(float, rows["H100 SXM", "CUDA, for Hopper"][2:9])
+    # Two products of 4.4 TFLOP each.
+    assert products == pytest.approx(2 * 2 * 65536**2 * 512 / 790e12 * 1e3, abs=0.05) and goal == 29.7
+    assert total == pytest.approx(forward + gradient + products, abs=0.15) and total < goal
+    assert rows["H100 SXM", "CUDA, for Hopper"][9].startswith("reached if the kernels run at")
+
+
 def test_stall_counts_bound_a_warp():
     phases = [{}, {"HMMA.16816": 10, "STALL": 1000}, {}]
     # Four resident blocks of 4 warps wait together.
@@ -109,18 +180,6 @@ def test_least_bytes_of_gradient_include_g():
     # A launch reads the features of its 64 rows of tiles once, and those of all columns once in each of its 8 bands.
     assert fields["hbm_bytes"] == 65536 * 512 * 2 * (1 + 8 * 8) + 2 * 65536**2
     assert fields["l2_bytes"] == 512 * 512 * 256 * 512 * 2 + 2 * 65536**2
-
-
-def test_products_of_the_library_count_g_and_the_sums_of_each_chunk():
-    """At B = 65536 and D = 512, G takes 8.6 GB, and the eight chunks add to 134 MB of dT in float32."""
-    loss = shapes.Loss(65536, 512)
-    for gpu, limiter in ((A100, "tensor"), (A100._replace(hbm_bytes=1e11), "HBM")):
-        rows, columns = loss_step.products(loss, gpu)
-        assert rows.limiter == columns.limiter == limiter
-        if limiter == "tensor":
-            assert rows.seconds == columns.seconds == pytest.approx(2 * 65536**2 * 512 / 312e12, rel=1e-3)
-    assert 1e11 * rows.seconds == 2 * 65536**2 + 8 * 2**26 + 2**27
-    assert 1e11 * columns.seconds == 2 * 65536**2 + 2**26 + 15 * 2**27
 
 
 @pytest.mark.parametrize(
@@ -237,11 +296,11 @@ def test_no_bound_exceeds_the_peak():
             )
 
 
-@pytest.mark.parametrize("gpu", ["a100", "h100"])
-def test_default_order_is_generated_from_the_bounds(gpu):
+@pytest.mark.parametrize("architecture", orders.RECORDS)
+def test_default_order_is_generated_from_the_bounds(architecture):
     """`python -m benchmarks.bounds` writes it."""
-    record = orders.record_of(store.load().works, gpu)
-    path = tuning.DEFAULTS / f"sm_{GPUS[gpu].architecture}.json"
+    record = orders.record_of(store.load().works, architecture)
+    path = tuning.DEFAULTS / f"sm_{architecture}.json"
     assert record_files.load(path).made or json.loads(path.read_text()) == record_files.to_json(record)
     assert {key[:2] for key in record.entries} >= {("clip_loss", "float16"), ("varlen_attention", "bfloat16")}
 
@@ -250,10 +309,10 @@ def test_measured_defaults_replace_those_of_the_bounds(monkeypatch, tmp_path):
     (tmp_path / "defaults").mkdir()
     monkeypatch.setattr(orders, "DEFAULTS", tmp_path / "defaults")
     works = store.load().works
-    ampere, hopper = orders.write(works)
+    ampere, hopper, with_kernels = orders.write(works)
     measured = record_files.Record({"device": "cuda", "name": "H100", "architecture": "sm_90"}, made="2026-12-01")
     record_files.save(measured, hopper)
-    assert orders.write(works) == [ampere]
+    assert orders.write(works) == [ampere, with_kernels]
     assert record_files.load(hopper).made == measured.made
 
 
@@ -308,9 +367,27 @@ def test_fresh_analysis_names_what_is_missing(tools, triton, built, message, mon
         report.show("h100", fresh=True)
 
 
+def test_unchanged_triton_kernels_are_not_compiled_again(monkeypatch):
+    stored = store.load()
+    monkeypatch.setattr(store, "load", lambda: stored)
+    monkeypatch.setattr(store, "current_build", lambda: "CUDA 0, Triton kernels " + stored.build.rpartition(" ")[2])
+    assert {work.backend for work in store.unchanged_triton_works()} == {"triton"}
+    monkeypatch.setattr(store, "current_build", lambda: stored.build + "0")
+    assert store.unchanged_triton_works() == []
+
+
 def test_fresh_analysis_reads_only_the_architecture_of_the_gpu(monkeypatch, capsys):
     stored, asked = store.load(), []
     monkeypatch.setattr(store, "analyse", lambda architectures: asked.append(architectures) or stored)
     assert report.show("h200", fresh=True) == 0
     assert asked == [["90"]]
     assert "H200: lower bounds" in capsys.readouterr().out
+
+
+def test_tables_of_the_pages_are_those_of_the_bounds():
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("operators.md", "float8.md"))
+    for table in mlp.tables().split("\n\n"):
+        assert table in page
+    # By hand: 2 * 50432 * 768 * 3072 FLOP at 989.4 TFLOP/s, then 4 bytes of 50432 * 3072 elements at 3.35 TB/s.
+    bound = mlp.linear_gelu(50432, 768, 3072, H100)["product, then GELU"]
+    assert bound.forward == pytest.approx(240.5e-6 + 185.0e-6, rel=0.01)

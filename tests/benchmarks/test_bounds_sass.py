@@ -162,6 +162,43 @@ def test_path_takes_cheaper_side_and_counts_turns():
     assert execution.longest_section == 5 and [mix.slots(each) for each in execution.sections] == [0, 5, 3]
 
 
+PERSISTENT = (
+    "@P0 BRA `(.L_copies)",
+    ".L_tile:",
+    "FADD R1, R1, R1",
+    "HGMMA.64 x256x16.F32 R24, gdesc[UR8], RZ, !UPT, gsb0",
+    ".L_main:",
+    "HGMMA.64 x256x16.F32 R24, gdesc[UR8], R24, gsb0",
+    "@P1 BRA `(.L_main)",
+    "MUFU.EX2 R1, R1",
+    "STG.E.128 [R2.64], R4",
+    "@P2 BRA `(.L_tile)",
+    "EXIT",
+    ".L_copies:",
+    "UTMALDG.3D.MULTICAST [UR8], [UR24], UR26, desc[UR6]",
+    "@P1 BRA `(.L_copies)",
+    "EXIT",
+)
+
+
+def test_iteration_over_tiles_has_its_own_phases():
+    """A block loops over tiles, and its warps have different loops."""
+
+    def role(loop: LoopCode) -> str:
+        if mix.count(loop.total, "UTMALDG"):
+            return "copies"
+        return "tile" if loop.depth == 0 else "main"
+
+    function, turns = parse(*PERSISTENT), {"tile": 1.0, "main": ("HGMMA", 7.0), "copies": 1.0}
+    tile = execute(function, Plan(role, turns), inside="tile")
+    # 7 turns of 2 instructions, and the first product.
+    assert [mix.slots(phase) for phase in tile.phases] == [1, 15, 3] and tile.phases[1]["HGMMA.64x256x16"] == 8
+    copies = execute(function, Plan(role, turns), inside="copies")
+    assert copies.total["UTMALDG"] == 1 and mix.matrix(copies.total) == 0
+    with pytest.raises(ValueError, match="kernel has no loop 'other'"):
+        execute(function, Plan(role, turns), inside="other")
+
+
 def test_path_runs_required_instructions():
     plan = Plan(main_of, {"main": ("HMMA", 8)}, requires={"main": {"LDGSTS": math.inf}, "": {"FP32": 4}})
     execution = execute(parse(*LOOP), plan)

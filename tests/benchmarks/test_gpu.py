@@ -199,6 +199,9 @@ def test_table_compares_ours_with_the_fastest_rival():
     times = {"ours:triton": 0.04, "ours:cuda": 0.02, "ours:torch": 0.03, "torch sdpa": 0.05, "ours:reference": 9.0}
     rows = [{**common, "contender": name, "seconds": seconds} for name, seconds in times.items()]
     assert summary.figures(rows) == [["attention-vit", "cuda", "20.000", "torch", "1.50", "40%", "1e-03"]]
+    # A kernel of torch is a rival, even as one of our backends.
+    rows.append({**common, "contender": "ours:sdpa_cudnn", "seconds": 0.01})
+    assert summary.figures(rows) == [["attention-vit", "cuda", "20.000", "sdpa_cudnn", "0.50", "40%", "1e-03"]]
     text = summary.table([runner.Outcome("build", "", 3.0), runner.Outcome("dali", "", 0.0, skipped="no DALI")], rows)
     assert "not run: no DALI" in text
 

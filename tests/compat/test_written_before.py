@@ -158,7 +158,7 @@ def test_run_resumes_to_the_recorded_losses(bclip, run: str):
     assert len(again) == len(validated) == (4 if run == "train_accumulated" else 0)
     for one, two in zip(validated, again, strict=True):
         assert one.keys() == two.keys()
-    bclip("train export", run, "--out", "step2", "--step", "2")
+    bclip("export", run, "--out", "step2", "--step", "2")
     bclip_fast.load("step2")
 
 

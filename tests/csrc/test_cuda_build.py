@@ -21,15 +21,22 @@ pytestmark = [
 ]
 
 
+def has_hopper():
+    from bclip_fast import _cuda
+
+    return _cuda.CONTRASTIVE_HOPPER is not None
+
+
 @pytest.fixture(scope="module")
 def kernels(machine_codes):
     return cuda_resources.kernels(machine_codes)
 
 
 def test_kernels_exist_for_every_architecture(kernels):
-    names = {kernel.name for kernel in kernels}
+    for_all = [kernel for kernel in kernels if not kernel.name.startswith("hopper")]
+    names = {kernel.name for kernel in for_all}
     architectures = {kernel.architecture for kernel in kernels}
-    assert len(kernels) == len(names) * len(architectures)
+    assert len(for_all) == len(names) * len(architectures)
     for kind in ("Half", "Bfloat16"):
         for flag in ("false", "true"):
             assert {
@@ -46,18 +53,20 @@ def test_kernels_spill_no_registers(kernels):
 
 def test_matrix_kernels_use_tensor_cores(kernels):
     few = [kernel.name for kernel in kernels if kernel.matrix_instructions < 32]
-    assert [name for name in few if not name.startswith("image")] == []
+    assert [name for name in few if not name.startswith(("image", "hopper"))] == []
 
 
 def test_kernels_reach_intended_occupancy(kernels):
     for kernel in (kernel for kernel in kernels if kernel.architecture in ("80", "90", "90a")):
-        one = re.search(r"attention_backward<\w+, \d+, 8", kernel.name)
+        one = re.search(r"attention_backward<\w+, \d+, 8|^hopper", kernel.name)
         assert kernel.blocks >= (1 if one else 2), kernel
 
 
 def test_report_lists_built_kernels(kernels):
     """It compares only names, because another nvcc allocates other registers."""
     written = re.findall(r"^\| (\w+<.*?>) \| (\w+) \|.*\| 0 \| [\d.]+ \|", cuda_resources.REPORT.read_text(), re.M)
+    if not has_hopper():
+        written = [row for row in written if not row[0].startswith("hopper")]
     built = [(kernel.name, kernel.architecture) for kernel in kernels if kernel.architecture in ("80", "90a")]
     assert sorted(written) == sorted(built)
 

@@ -36,7 +36,7 @@ _SAMPLED = {
     "finetune --resume": ("full", "kill"),
     "eval": ("denied", "kill"),
     "embed again": ("full", "term"),
-    "train export": ("denied", "kill"),
+    "export": ("denied", "kill"),
 }
 
 

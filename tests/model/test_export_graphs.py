@@ -1,4 +1,4 @@
-"""Both towers in torch.export, torch.jit.trace and torch.onnx.export: graphs of plain torch operations, equal to eager.
+"""Both towers in torch.export and torch.jit.trace: graphs of plain torch operations, equal to eager.
 
 The results agree to 1e-5 of unit-length embeddings: sums run in another order.
 """
@@ -157,26 +157,6 @@ def test_traced_towers_equal_eager_for_other_batches(model: BiomedClip) -> None:
         for batch in (example, other):
             check(torch.jit.load(buffer), tower, batch)
             buffer.seek(0)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_onnx_towers_equal_eager_for_other_batches(model: BiomedClip) -> None:
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    for tower, example, other in (
-        (Images(model), images_of(model.config, 3), images_of(model.config, 5)),
-        (Texts(model), ids_of(model.config, [20, 7, 2]), ids_of(model.config, [5, 20, 11, 3])),
-    ):
-        buffer = io.BytesIO()
-        options = {"dynamo": True, "external_data": False, "dynamic_shapes": ({0: Dim("batch", max=64)},)}
-        torch.onnx.export(tower, (example,), buffer, input_names=["inputs"], **options)
-        session = runtime.InferenceSession(buffer.getvalue())
-
-        def run(batch: Tensor, session: Any = session) -> Tensor:
-            return torch.from_numpy(session.run(None, {"inputs": batch.numpy()})[0])
-
-        for batch in (example, other):
-            check(run, tower, batch)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

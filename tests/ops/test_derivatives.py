@@ -122,6 +122,7 @@ REFERENCE = {
         (2, 1, 2), (5, 2, 1, 2),
     ),
     "linear": (lambda x, w, b: ops.linear(x, w, b, backend="reference"), (3, 2), (4, 2), (4,)),
+    "linear_gelu": (lambda x, w, b: ops.linear_gelu(x, w, b, backend="reference"), (3, 2), (4, 2), (4,)),
     "gelu": (lambda x: ops.gelu(x, backend="reference"), (3, 2)),
     "add_norm": (
         lambda x, y, w, b: ops.add_norm(x, y, w, b, 1e-6, backend="reference"), (2, 3), (2, 3), (3,), (3,),

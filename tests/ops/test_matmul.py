@@ -9,9 +9,10 @@ from pairwise import pairwise
 from torch import Tensor
 
 from bclip_fast import ops
-from bclip_fast.ops import matmul, processor
+from bclip_fast.ops import dispatch, fingerprint, matmul, processor, tuning
 from bclip_fast.ops.convolution import conv2d
-from bclip_fast.ops.matmul import _linear, reference
+from bclip_fast.ops.matmul import _linear, activated, reference
+from bclip_fast.ops.record_files import Entry, Record
 
 # (T, K, N). Sizes around a panel, depths of one block and of several, and more rows and columns than a task has.
 SHAPES = [(5, 7, 3), (1, 33, 40), (70, 64, 31), (33, 800, 65), (300, 96, 900), (1100, 40, 70), (16, 768, 3072)]
@@ -238,3 +239,68 @@ def test_kernel_refuses_sums_of_an_untransposed_left_operand():
     place = one.data_ptr()
     with pytest.raises(ValueError, match="transposed left operand"):
         _cpu.linear(2, 3, 4, place, False, place, True, True, 0, place, True, place, place, 1)
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """The backend "torch" of linear_gelu on the CPU, through the graphs of torch.compile without its code."""
+    monkeypatch.setitem(activated.LIMITS, "torch", lambda *inputs: None)
+    monkeypatch.setattr(activated, "_compiled", lambda: torch.compile(activated._definition, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_linear_gelu_is_as_accurate_as_eager(backend, dtype, one_kernel):
+    def draw():
+        return [torch.randn(size).bfloat16().to(dtype) for size in ((33, 40), (65, 40), (65,))]
+
+    def definition(x, weight, bias):
+        return F.gelu(F.linear(x, weight, bias))
+
+    assert_as_accurate_as_eager(lambda *leaves: ops.linear_gelu(*leaves, backend=backend), definition, draw, None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_linear_gelu_under_autocast_and_compile_keeps_its_result(backend, one_kernel):
+    x, weight, bias = inputs((9, 40, 24))
+    weight, bias = weight.float().requires_grad_(), bias.float().requires_grad_()
+
+    def call(x):
+        return ops.linear_gelu(x, weight, bias, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [ops.gelu(ops.linear(x, weight, bias)), call(x.float()), compiled(x.float())]
+    for output in outputs:
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output, outputs[0], rtol=2**-7, atol=2**-7)
+        (gradient,) = torch.autograd.grad(output.sum(), weight)
+        assert gradient.dtype == torch.float32
+
+
+def test_linear_gelu_in_one_kernel_is_named_or_measured_never_assumed(one_kernel, monkeypatch, unmeasured):
+    x, weight, bias = inputs((9, 40, 24))
+    assert dispatch.explain(lambda: ops.linear_gelu(x, weight, bias)).chosen == "reference"
+    key = "linear_gelu", "bfloat16", "few rows"
+    record = Record(fingerprint.fingerprint("cpu", 0), entries={key: Entry(("torch", "reference"))})
+    with tuning.in_force({"cpu": record}):
+        assert dispatch.explain(lambda: ops.linear_gelu(x, weight, bias)).chosen == "torch"
+    monkeypatch.undo()
+    with pytest.raises(ops.BackendError, match=r"linear_gelu cannot run: torch: .*(not installed|device is cpu)"):
+        ops.linear_gelu(x, weight, bias, backend="torch")
+    with pytest.raises(ValueError, match="x must be"):
+        ops.linear_gelu(x, weight[:, 1:], bias)
+
+
+def test_linear_gelu_in_one_kernel_refuses_second_derivatives(one_kernel):
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+
+    def call(x):
+        return ops.linear_gelu(x, weight, bias, backend="torch").sum()
+
+    for derivative in (torch.func.grad(call), lambda x: torch.func.jvp(call, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match='linear_gelu is .* pass backend="reference"'):
+            derivative(x)
+    # torch refuses these itself, in the first backward pass or in the second.
+    with pytest.raises(RuntimeError, match=r"create_graph=False|double backward"):
+        torch.autograd.functional.hessian(call, x)

@@ -187,7 +187,7 @@ def test_packed_sequences_of_flash_are_a_nested_tensor_and_equal_the_definition(
     made = []
 
     def contiguous(values, offsets, **lengths):
-        made.append((offsets.dtype, lengths))
+        made.append((offsets, lengths))
         return nested(values.contiguous(), offsets, **lengths)
 
     monkeypatch.setattr(torch.nested, "nested_tensor_from_jagged", contiguous)
@@ -199,7 +199,9 @@ def test_packed_sequences_of_flash_are_a_nested_tensor_and_equal_the_definition(
         [qkv],
     )
     # With both bounds of the lengths, torch doesn't wait for the device to read them.
-    assert made == [(torch.int64, {"min_seqlen": 1, "max_seqlen": 9})] * 3
+    assert [lengths for _, lengths in made] == [{"min_seqlen": 1, "max_seqlen": 9}] * 3
+    # And with the same offsets, all three tensors have the same lengths to torch.
+    assert made[0][0].dtype == torch.int64 and made[0][0] is made[1][0] is made[2][0]
 
 
 @pytest.mark.parametrize("kernel", ["sdpa_cudnn", "sdpa_efficient"])

@@ -31,6 +31,7 @@ from bclip_fast.train.losses import LossConfig, build_loss
 PAIRS, TEACHER_WIDTH = 6, 16
 # All parameters of the tiny model are below DeepSpeed's own limit of small parameters.
 SMALL = 1000
+BUCKET_NUMBERS = 8192
 MODEL = tiny_model()
 MODEL = replace(
     MODEL, init_logit_bias=-10.0, vision=replace(MODEL.vision, layers=1), text=replace(MODEL.text, layers=1)
@@ -49,7 +50,7 @@ def cases(num_ranks: int) -> Iterator[tuple[str, tuple[int, ...], list[TrainConf
     siglip, teacher = LossConfig(kind="siglip"), LossConfig(kind="distill", teacher="a teacher")
     for number, engine in enumerate(ENGINES):
         # On four ranks, one number of micro-batches is enough for each engine.
-        counts = (1, 2) if num_ranks == 2 else (1 + number % 2,)
+        counts = (1, 2) if num_ranks == 2 else (2 - number % 2,)
         yield engine, counts, [config_of(engine), config_of(engine, loss=siglip)]
     if num_ranks == 2:
         more = [
@@ -107,17 +108,29 @@ def count_step(*arguments: Any) -> dict[str, int]:
     return dict(counter.num_bytes)
 
 
-def count_on_ranks(rank: int, num_ranks: int, folder: str) -> dict[str, list[dict[str, int]]]:
-    os.environ["LOCAL_RANK"] = str(rank)
+def with_zero3_limits(**limits: int) -> Any:
     original = deepspeed_engine.deepspeed_config
 
-    def with_large_parameters(*arguments: Any) -> dict[str, Any]:
+    def changed(*arguments: Any) -> dict[str, Any]:
         config = original(*arguments)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = SMALL
+        config["zero_optimization"] |= {f"stage3_{name}": limit for name, limit in limits.items()}
         return config
 
+    return mock.patch.object(deepspeed_engine, "deepspeed_config", changed)
+
+
+def count_on_ranks(rank: int, num_ranks: int, folder: str) -> dict[str, list[dict[str, int]]]:
+    os.environ["LOCAL_RANK"] = str(rank)
     results, bad = {}, BadSamples(Path(folder), 0, 0)
-    with mock.patch.object(deepspeed_engine, "deepspeed_config", with_large_parameters):
+    if num_ranks == 2:
+        limits = {"prefetch_bucket_size": BUCKET_NUMBERS, "max_live_parameters": BUCKET_NUMBERS}
+        with with_zero3_limits(param_persistence_threshold=SMALL, **limits):
+            engine = build_engine(BiomedClip(MODEL).train(), config_of("zero3").engine, OPTIM, 24)
+            for _ in range(2):
+                run_step(CONFIG, engine, 2, bad, CollectiveCounter())
+            results["small bucket"] = [count_step(CONFIG, engine, 2, bad)]
+            engine.close()
+    with with_zero3_limits(param_persistence_threshold=SMALL):
         for name, counts, configs in cases(num_ranks):
             torch.manual_seed(0)
             engine = build_engine(BiomedClip(configs[0].model).train(), configs[0].engine, OPTIM, 24)
@@ -151,3 +164,15 @@ def test_modelled_bytes_of_each_collective_equal_those_of_real_steps(num_ranks: 
     for name, results in expected.items():
         for rank in range(num_ranks):
             assert counted[rank][name] == results, f"{name}, rank {rank}"
+    if num_ranks == 2:
+        check_small_bucket(counted[0]["small bucket"][0])
+
+
+def check_small_bucket(counted: dict[str, int]) -> None:
+    """A bucket that cannot hold the model keeps some weights for the backward pass, at most those of its size."""
+    parameters = traffic.Parameters.of(BiomedClip(MODEL), CONFIG)
+    with mock.patch.object(traffic, "PERSISTENT_NUMBERS", SMALL):
+        parts = list(traffic._zero3_traffic(parameters, 2, 2, 4 * BUCKET_NUMBERS))
+    modelled = sum(part.num_bytes for part in parts if part.name == "weights")
+    gathered = counted["embedding all-gather"] + counted["backward all-gather"]
+    assert modelled - 2 * 4 * BUCKET_NUMBERS <= gathered <= modelled

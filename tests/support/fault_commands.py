@@ -242,7 +242,7 @@ _EVAL = (
     *("--label", "colour", "--out", "out/eval", "--cache", "out/cache", "--num_workers", "1", "--no_progress"),
 )
 _EMBED = ("--data", "tables/pairs.csv", "--split", "train", "--out", "out/index", "--num_workers", "1", "--no_progress")
-_EXPORT = ("train", "export", "model", "--out", "out/exported")
+_EXPORT = ("export", "model", "--out", "out/exported")
 _STOPPED = (75, 143, 0)
 
 COMMANDS = {
@@ -263,13 +263,13 @@ COMMANDS = {
         (*_TRAINING, "--resume"), ("shards", "train.toml"), ("out/run",), before=((*_TRAINING, *_KEPT),),
         prepare=drop_last_checkpoint("out/run"), readers=(model_at("out/run"),), stop_status=_STOPPED,
     ),
-    "train export": Command(
-        _EXPORT, ("model", "other"), ("out/exported",), before=(("train", "export", "other", "--out", "out/exported"),),
+    "export": Command(
+        _EXPORT, ("model", "other"), ("out/exported",), before=(("export", "other", "--out", "out/exported"),),
         readers=(model_at("out/exported"),),
     ),
-    "train export hf": Command(
-        (*_EXPORT, "--format", "hf"), ("model", "other"), ("out/exported",),
-        before=(("train", "export", "other", "--out", "out/exported", "--format", "hf"),),
+    "export transformers": Command(
+        (*_EXPORT, "--to", "transformers"), ("model", "other"), ("out/exported",),
+        before=(("export", "other", "--out", "out/exported", "--to", "transformers"),),
     ),
     "train report": Command(
         ("train", "report", "out/run", "--out", "out/page.html"), ("shards", "train.toml"), ("out/page.html",),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bclip_fast.ops import attention, contrastive, image, matmul, pointwise
 from bclip_fast.ops.attention import single_query
+from bclip_fast.ops.backend_names import SDPA
 from bclip_fast.ops.cuda_device import CUDA_HOST
 from bclip_fast.ops.dispatch import BACKENDS, Limits, why_not
 
@@ -191,11 +192,12 @@ def assert_as_accurate_as_eager(
 def every_backend(operator: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """The backends that run the operator in `dtype` here. Tests of other backends are not collected.
 
-    The report's header names the other backends. torch's own attention is left out, because its rounding is not ours;
-    test_sdpa.py tests it.
+    The report's header names the other backends. torch's own attention is left out, because its rounding is not ours.
+    test_sdpa.py tests it, and each of its kernels.
     """
     limits, inputs = OPERATORS[operator]
-    ours = [name for name in BACKENDS if name in limits and (name, operator) != ("torch", "attention")]
+    torchs = ("torch", *SDPA) if operator == "attention" else ()
+    ours = [name for name in BACKENDS if name in limits and name not in torchs]
     return [name for name in ours if why_not(limits, name, *inputs(dtype)) is None]
 
 

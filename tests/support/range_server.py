@@ -12,7 +12,10 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder with Range requests. `fault(name, count)`: fault of the count-th request for a file, or ""."""
+    """Serves a folder with Range requests. `fault(name, count)`: fault of the count-th request for a file, or "".
+
+    version: ETag of all files, if it isn't empty.
+    """
 
     daemon_threads = True
 
@@ -21,6 +24,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.fault = lambda name, count: ""
         self.delay_s = 0.0
+        self.version = ""
         self.counts: dict[str, int] = {}
         self.ranges: list[tuple[str, int]] = []
         self.lock = threading.Lock()
@@ -38,6 +42,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        path = self.server.folder / self.path.removeprefix("/data/")
+        self.send_response(200 if path.is_file() else 404)
+        if path.is_file():
+            self.send_header("Content-Length", str(path.stat().st_size))
+        if self.server.version:
+            self.send_header("ETag", self.server.version)
+        self.end_headers()
+
     def do_GET(self) -> None:
         name = self.path.removeprefix("/data/")
         path = self.server.folder / name
@@ -49,12 +62,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(int(fault or 404))
             return
         data, status = path.read_bytes(), 200
-        if (byte_range := self.headers.get("Range")) and fault != "no range":
-            start, end = map(int, byte_range.removeprefix("bytes=").split("-"))
-            data, status = data[start : end + 1], 206
+        total, start = len(data), 0
+        is_same = self.headers.get("If-Range", self.server.version) == self.server.version
+        if (byte_range := self.headers.get("Range")) and fault != "no range" and is_same:
+            first, _, last = byte_range.removeprefix("bytes=").partition("-")
+            start = int(first)
+            data, status = data[start : int(last) + 1 if last else None], 206
         with self.server.lock:
             self.server.ranges.append((name, len(data)))
         self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{total}")
+        if self.server.version:
+            self.send_header("ETag", self.server.version)
         self.send_header("Content-Length", str(len(data) // 2 if fault == "short" else len(data)))
         self.end_headers()
         with contextlib.suppress(OSError):

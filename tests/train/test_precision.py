@@ -104,7 +104,7 @@ def test_plan_takes_precision_of_cluster(monkeypatch, capsys):
     imitate(monkeypatch, "")
     config = TrainConfig(preset="", model=tiny_model(), engine=AUTO, batch_size=16)
     for device, precision in (("h100", "bf16"), ("cpu", "fp32")):
-        planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80))
+        planned = replace(config, cluster=ClusterConfig(device=device, memory_gib=80, allow_slow_loader=True))
         plan = command.run(planned)
         assert plan.memory == estimate.build_plan(planned.with_precision(precision), PMC_15M, plan.cluster).memory
         assert f"Precision   {precision} (auto): " in capsys.readouterr().out

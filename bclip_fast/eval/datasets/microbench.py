@@ -43,7 +43,7 @@ class OptionQuestion:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an image is: number of the file, of its batch of rows, and of the row in the batch."""
+    """Place of an image: number of the file, of its batch of rows, and of the row in the batch."""
 
     file: int
     batch: int

@@ -77,10 +77,12 @@ def packed_nested(call: AttentionCall, backend: str) -> Tensor:
     # Without these bounds of the lengths, torch waits for the device to read them. The kernel skips empty sequences,
     # so they may exist in spite of a least length of 1.
     longest = call.max_seqlen
+    # torch takes lengths for equal only if they come from the same tensor.
+    offsets = cu_seqlens.long()
     query, key, value = (
-        torch.nested.nested_tensor_from_jagged(
-            each, cu_seqlens.long(), min_seqlen=min(1, longest), max_seqlen=longest
-        ).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(each, offsets, min_seqlen=min(1, longest), max_seqlen=longest).transpose(
+            1, 2
+        )
         for each in qkv.unbind(1)
     )
     out = sdpa_kernels.attend(query, key, value, None, call.causal, call.scale, backend)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from torch import nn
 
 from bclip_fast import distributed
 from bclip_fast.errors import UserError
+from bclip_fast.train import float8
 from bclip_fast.train.precision import resolve_precision
 from bclip_fast.train.schedule import OptimConfig
 
@@ -16,6 +18,8 @@ from .config import EngineConfig
 from .ddp import DdpEngine
 from .deepspeed import DeepSpeedEngine
 from .malloc import set_malloc_trim
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineConfig", "StepResult", "build_engine"]
 
@@ -29,7 +33,7 @@ def build_engine(model: nn.Module, config: EngineConfig, optim: OptimConfig, bat
 
     Raises:
         UserError: `config` asks for a GPU feature on a CPU, or for a CPU feature on a GPU. Or it cannot run the
-            optimiser.
+            optimiser. Or the device or the model's dimensions exclude FP8.
     """
     config.check_optimizer(optim)
     device, config = distributed.device(), replace(config, precision=resolve_precision(config.precision))
@@ -42,6 +46,13 @@ def build_engine(model: nn.Module, config: EngineConfig, optim: OptimConfig, bat
         )
     if device.type == "cpu":
         set_malloc_trim()
+    if config.precision == "fp8":
+        float8.convert(model)
+        if device.type == "cuda" and not config.compile and distributed.is_main():
+            log.warning(
+                "engine.precision=fp8 without engine.compile=true casts each operand in several kernels of its own, "
+                "which can take longer than the products save"
+            )
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True, config.offload_activations)  # type: ignore[operator]
     if config.compile:

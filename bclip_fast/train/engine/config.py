@@ -10,7 +10,8 @@ import torch
 from bclip_fast.errors import UserError
 from bclip_fast.train.schedule import OptimConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The dtype of autocast. With fp8, the towers' linear layers cast further (train/float8.py).
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage of DeepSpeed. 1 shards the optimiser states, 2 also the gradients, 3 also the parameters. 0 shards
     nothing."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """Precision of the computation. Parameters, gradients and optimiser states are always fp32. `auto` selects bf16 if
-    the devices of all ranks multiply it in hardware, and fp32 otherwise. The run's config.toml records the choice.
-    --resume keeps it. Another precision needs --allow_changes."""
+    the devices of all ranks multiply it in hardware, and fp32 otherwise. fp8: bf16, but the linear layers of the towers
+    multiply in FP8 by torchao, on GPUs like the H100. The run's config.toml records the choice. --resume keeps it.
+    Another precision needs --allow_changes."""
     grad_checkpointing: bool = False
     """Recompute the activations in the backward pass."""
     offload_activations: bool = False
@@ -74,6 +76,11 @@ class EngineConfig:
             raise UserError("engine.cpu_adam=deepspeed needs engine.name=deepspeed")
         if self.cuda_graphs and (not self.compile or self.grad_checkpointing):
             raise UserError("engine.cuda_graphs=true needs engine.compile=true and engine.grad_checkpointing=false")
+        if self.precision == "fp8" and stage == 3 and not self.grad_checkpointing:
+            raise UserError(
+                "engine.precision=fp8 with engine.zero_stage=3 needs engine.grad_checkpointing=true: otherwise "
+                "torchao's layers keep all gathered weights until the backward pass, and the shards save no memory"
+            )
         if self.offload_activations and not self.grad_checkpointing:
             raise UserError("engine.offload_activations=true needs engine.grad_checkpointing=true")
         if self.name == "deepspeed" and self.zero_stage == 3 and self.compile:

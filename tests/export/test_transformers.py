@@ -1,4 +1,4 @@
-"""`bclip train export`: transformers gives our embeddings with its own image processor and tokenizer."""
+"""`bclip export --to transformers`: transformers gives our embeddings with its own image processor and tokenizer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_exported_model_gives_same_embeddings_in_transformers(tmp_path: Path, pi
     config = dataclasses.replace(tiny, text=dataclasses.replace(tiny.text, projection=projection))
     model = saved(tmp_path / "model", config)
     out = tmp_path / "out"
-    assert main(["train", "export", str(tmp_path / "model"), "-o", str(out), "--format", "hf"]) == 0
+    assert main(["export", str(tmp_path / "model"), "-o", str(out), "--to", "transformers"]) == 0
     _, preprocess, tokenizer = pretrained.load(tmp_path / "model")
     with torch.no_grad():
         image = model.encode_image(preprocess(picture)[None], normalize=False)
@@ -172,11 +172,11 @@ def test_export_earlier_checkpoint_has_its_weights(tmp_path: Path, capsys: pytes
     checkpoint.save(
         tmp_path / "run" / "checkpoints", checkpoint.Checkpoint(3, earlier, OptimizerState(3, {}, {}), {}, {})
     )
-    arguments = ["train", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    arguments = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--step", "3"]) == 0
     assert float(pretrained.load(tmp_path / "out")[0].logit_scale.detach()) == 1.25
     assert main([*arguments, "--step", "4"]) == 2
     assert "manifest.json cannot be read: No such file" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["train", "export", str(tmp_path / "run"), "-o", str(tmp_path / "file" / "out")]) == 2
+    assert main(["export", str(tmp_path / "run"), "-o", str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,20 @@
+"""torch's attention kernels on a GPU, each named as a backend. test_sdpa.py tests their calls and limits on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulator import ON_GPU
+from oracle import collected_if
+
+from bclip_fast.ops import trials
+from bclip_fast.ops.attention import sdpa_kernels
+
+
+@collected_if(ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ["fused_attention", "varlen_attention"])
+@pytest.mark.parametrize("kernel", sdpa_kernels.KERNELS)
+def test_kernel_of_a_gpu_agrees_with_the_definition(kernel, operator, dtype):
+    """Dense, causal, masked and packed calls, with gradients."""
+    assert trials.check(operator, kernel, torch.device("cuda", torch.cuda.current_device()), dtype)[0] == ""
