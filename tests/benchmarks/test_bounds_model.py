@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from bclip_fast.benchmarks.bounds import cuda_code, designs, goals, mix, mlp, model, orders, report, shapes, store
+from bclip_fast.benchmarks.bounds import cuda_code, designs, goals, mix, model, orders, report, shapes, store
 from bclip_fast.benchmarks.bounds.cache import BANDS_OF_8, banded, bytes_read
 from bclip_fast.benchmarks.bounds.model import Work, bound, pipes
 from bclip_fast.benchmarks.bounds.rates import GPUS, SOURCES
@@ -17,7 +16,6 @@ from bclip_fast.errors import UserError
 from bclip_fast.ops import dispatch, record_files, tuning
 
 A100, H100 = GPUS["a100"], GPUS["h100"]
-ROOT = Path(__file__).parents[2]
 
 
 def work(phases, blocks=108, threads=128, registers=128, shared=0, **fields) -> Work:
@@ -382,12 +380,3 @@ def test_fresh_analysis_reads_only_the_architecture_of_the_gpu(monkeypatch, caps
     assert report.show("h200", fresh=True) == 0
     assert asked == [["90"]]
     assert "H200: lower bounds" in capsys.readouterr().out
-
-
-def test_tables_of_the_pages_are_those_of_the_bounds():
-    page = "".join((ROOT / "docs" / name).read_text() for name in ("operators.md", "float8.md"))
-    for table in mlp.tables().split("\n\n"):
-        assert table in page
-    # By hand: 2 * 50432 * 768 * 3072 FLOP at 989.4 TFLOP/s, then 4 bytes of 50432 * 3072 elements at 3.35 TB/s.
-    bound = mlp.linear_gelu(50432, 768, 3072, H100)["product, then GELU"]
-    assert bound.forward == pytest.approx(240.5e-6 + 185.0e-6, rel=0.01)

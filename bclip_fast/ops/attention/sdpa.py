@@ -125,28 +125,8 @@ def owners(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (rows[:, None] >= cu_seqlens[1:]).sum(1)
 
 
-def single_query(call: SingleQueryCall) -> Tensor:
-    """(n, H, d). The CPU takes one sequence after another. Other devices compute one masked product.
-
-    Without the values of the indices, the CPU computes the masked product too.
-    """
-    one_by_one = call.query.device.type == "cpu" and has_values(call.cu_seqlens[:-1], call.visible_stops())
-    return (single_query_one_by_one if one_by_one else single_query_masked)(call)
-
-
-def single_query_one_by_one(call: SingleQueryCall) -> Tensor:
-    """`single_query` by one product per sequence."""
-    parts = []
-    starts, stops = call.cu_seqlens[:-1].tolist(), call.visible_stops().tolist()
-    for query, start, stop in zip(call.query, starts, stops, strict=True):
-        key, value = call.key_value[None, start:stop].permute(2, 0, 3, 1, 4).unbind(0)
-        out = _attend(query[None, :, None], key, value, None, call.scale)
-        parts.append(out[0, :, 0])
-    return torch.stack(parts) if parts else call.query.clone()
-
-
 def single_query_masked(call: SingleQueryCall) -> Tensor:
-    """`single_query` by one product of every query with all rows, most of them masked.
+    """One query per sequence, (n, H, d), by one product of every query with all rows, most of them masked.
 
     Only the device knows the length of the longest sequence, and reading it would wait.
     """

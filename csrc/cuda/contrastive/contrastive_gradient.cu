@@ -162,9 +162,10 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
     products.each([&](int, int, int row, int column, float& number) {
       const float product = number, logit = product * factor;
       const float row_factor = row_factors.load(row), column_factor = column_factors.load(column);
-      float gradient = middle.near ? bounded_gradient(logit, middle.value, row_factor, column_factor)
-                                   : split_gradient(logit, row_near.load(row), row_factor,
-                                                    column_near.load(column), column_factor);
+      float gradient = middle.near
+                           ? bounded_gradient(logit, middle.value, row_factor, column_factor)
+                           : split_gradient(logit, row_near.load(row), row_factor,
+                                            column_near.load(column), column_factor);
       const bool counted = is_inside(tile, row, column);
       if (column == row + shift && counted)
         gradient = load_global(&normalizers.positive_grad[tile.row + row]) * unit;
