@@ -12,7 +12,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from . import shapes
+from . import rates, shapes
+from .cache import BANDS_OF_8
 from .model import Work
 from .paths import LoopCode, Plan, execute
 from .triton_code import Code, Launch, compiled, recorded
@@ -74,6 +75,7 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
     from bclip_fast.ops.contrastive import triton, triton_kernels
     from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 
+    cache = rates.of_architecture(f"{capability[0]}{capability[1]}").l2_mib << 20
     batch, scalar = loss.batch, _empty(dtype=FLOAT)
     features = _empty(batch, loss.width), _empty(batch, loss.width)
     call = ContrastiveCall(*features, scalar, 0, loss.chunk)
@@ -94,7 +96,11 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
         rows, columns = launch.arguments["BLOCK_ROWS"], launch.arguments["BLOCK_COLUMNS"]
         elements = rows * columns // (32 * launch.options["num_warps"])
         turns = loss.width / launch.arguments["BLOCK_WIDTH"]
-        yield _titled(launch, "contrastive", kernel), turns, loss.work(kernel, rows, columns, elements)
+        yield (
+            _titled(launch, "contrastive", kernel),
+            turns,
+            loss.work(kernel, rows, columns, elements, BANDS_OF_8, cache),
+        )
 
 
 def _configuration(capability: tuple[int, int], call: Any, grouped: bool = False) -> dict[str, Any]:

@@ -93,8 +93,8 @@ __device__ __forceinline__ float softmax_gradient(float product, float factor, f
                                                   float row_factor, float column_factor) {
   return exp2_fast(product * factor - middle) * (row_factor + column_factor);
 }
-// The same of any tile with a middle. The bound avoids 0 * inf if neither the row nor the column has
-// a loss.
+// The same of any tile with a middle. The bound avoids 0 * inf if neither the row nor the column
+// has a loss.
 __device__ __forceinline__ float bounded_gradient(float logit, float middle, float row_factor,
                                                   float column_factor) {
   return exp2_fast(fminf(logit - middle, 126.0f)) * (row_factor + column_factor);

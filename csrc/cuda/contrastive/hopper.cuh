@@ -1,5 +1,6 @@
-// The kernels of hopper.h: CUTLASS's persistent cooperative kernel for sm_90a with its main loop, and
-// an epilogue that calls ours. Only files that are compiled with BCLIP_CUTLASS include this header.
+// The kernels of hopper.h: CUTLASS's persistent cooperative kernel for sm_90a with its main loop,
+// and an epilogue that calls ours. Only files that are compiled with BCLIP_CUTLASS include this
+// header.
 #pragma once
 
 #include <stdexcept>
@@ -22,8 +23,8 @@ namespace bclip::cuda {
 
 static_assert(kWideBarrier >= int(cutlass::arch::ReservedNamedBarriers::FirstUserBarrier));
 
-// An epilogue as CUTLASS calls it. `Work` gives the arguments, the size of the shared memory and the
-// epilogue of a tile.
+// An epilogue as CUTLASS calls it. `Work` gives the arguments, the size of the shared memory and
+// the epilogue of a tile.
 template <class Work>
 class HopperEpilogue {
  public:
@@ -74,7 +75,8 @@ class HopperEpilogue {
 
   template <class ProblemShape, class TileShape, class Coordinate, class Engine, class Layout,
             class Mma, class Rest>
-  CUTLASS_DEVICE void operator()(const ProblemShape&, const TileShape&, const Coordinate& coordinate,
+  CUTLASS_DEVICE void operator()(const ProblemShape&, const TileShape&,
+                                 const Coordinate& coordinate,
                                  const cute::Tensor<Engine, Layout>& accumulators, const Mma&,
                                  const Rest&, int thread, char* memory) {
     static_assert(cute::size(Layout{}) == WideNumbers::kCount);
@@ -108,7 +110,8 @@ struct HopperKernel {
   static_assert(cute::is_same_v<typename MainLoop::TiledMma, HopperMma<Element>>);
   static_assert(Kernel::MaxThreadsPerBlock == kHopperThreads);
   static_assert(offsetof(typename Kernel::SharedStorage, tensors) % 1024 == 0);
-  static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
+  static_assert(Kernel::SharedStorageSize <=
+                cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
 
   static void run(const Work& work) {
     const Features& features = work.features;
@@ -122,12 +125,11 @@ struct HopperKernel {
     const auto* const image = static_cast<const Element*>(features.image);
     const auto* const text = static_cast<const Element*>(features.text);
     const auto stride = cute::make_stride(int64_t(features.width), cute::_1{}, int64_t(0));
-    typename Kernel::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm,
-        {features.rows, features.columns, features.width, 1},
-        {image, stride, text, stride},
-        work,
-        {}};
+    typename Kernel::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                         {features.rows, features.columns, features.width, 1},
+                                         {image, stride, text, stride},
+                                         work,
+                                         {}};
     // Clusters go through bands of 8 tiles along the columns, so that concurrent clusters share
     // operands in L2.
     arguments.scheduler.max_swizzle_size = 8;
@@ -155,11 +157,12 @@ struct HopperKernel {
     check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                 cudaEnableDefault, &found));
 #else
-    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault,
-                                       &found));
+    check_cuda(
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
 #endif
     if (found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("the driver is older than CUDA 12 and has no cuTensorMapEncodeTiled");
+      throw std::runtime_error(
+          "the driver is older than CUDA 12 and has no cuTensorMapEncodeTiled");
   }
   static void check_cuda(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));

@@ -1,8 +1,8 @@
-// The contrastive operators on Hopper (sm_90a): the main loop of CUTLASS, whose multiplications take
-// 64 x 256 numbers at a time and whose operands come through the tensor memory accelerator, then the
-// epilogues of wide_tile.cuh. A tile is 128 x 256, and two tiles of the same columns share the text
-// features by multicast. Contract and structs are those of contrastive.h, with tiles of this size.
-// Calls with groups take the kernels of contrastive.h.
+// The contrastive operators on Hopper (sm_90a): the main loop of CUTLASS, whose multiplications
+// take 64 x 256 numbers at a time and whose operands come through the tensor memory accelerator,
+// then the epilogues of wide_tile.cuh. A tile is 128 x 256, and two tiles of the same columns share
+// the text features by multicast. Contract and structs are those of contrastive.h, with tiles of
+// this size. Calls with groups take the kernels of contrastive.h.
 #pragma once
 
 #include "csrc/cuda/contrastive/contrastive.h"

@@ -1,4 +1,5 @@
-// How CUTLASS divides a tile of the Hopper kernels among threads. The host can read these types, too.
+// How CUTLASS divides a tile of the Hopper kernels among threads. The host can read these types,
+// too.
 #pragma once
 
 #include <cute/tensor.hpp>

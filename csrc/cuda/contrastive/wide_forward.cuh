@@ -1,7 +1,7 @@
 // Log-sum-exps of the rows and of the columns of a tile of 128 x 256. One exponential serves both,
-// with the highest logit of the warp as its offset. If a row or a column of the warp has so small a
-// sum that it loses digits, the warp computes its sums again, each with an offset of its own. No two
-// threads write the same partial result, so atomics aren't needed.
+// with the highest logit of the warp as its offset. If a row or column of the warp has so small a
+// sum that it loses digits, the warp computes its sums again. Each row and column then has its own
+// maximum as its offset. No two threads write the same partial result, so atomics aren't needed.
 #pragma once
 
 #include "csrc/cuda/contrastive/wide_tile.cuh"
@@ -74,8 +74,7 @@ __device__ __forceinline__ void wide_forward(float (&numbers)[WideNumbers::kCoun
   const int shift = positives_of(features, place, kWideRows, kWideColumns);
   float highest = kNoLogit;
   if (is_plain(place, shift, kWideRows, kWideColumns) && factor > 0.0f) {
-    tile.each(
-        [&](int, int, int, int, int, float& number) { highest = fmaxf(highest, number); });
+    tile.each([&](int, int, int, int, int, float& number) { highest = fmaxf(highest, number); });
     highest *= factor;
   } else {
     tile.each([&](int, int, int, int row, int column, float& number) {

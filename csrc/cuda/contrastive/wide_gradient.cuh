@@ -1,6 +1,6 @@
 // G of a tile of 128 x 256. For the softmax, G follows from the log-sum-exps of the forward pass.
-// For the sigmoid, the tile also computes its loss. Each warp stages its part of G in shared memory,
-// so that stores are whole cache lines.
+// For the sigmoid, the tile also computes its loss. Each warp stages its part of G in shared
+// memory, so that stores are whole cache lines.
 #pragma once
 
 #include "csrc/cuda/contrastive/wide_tile.cuh"
@@ -15,8 +15,8 @@ constexpr int kWideTotals = kWideFactors + 2 * (kWideRows + kWideColumns) * 4;
 constexpr int kWideGradientBytes = kWideTotals + 3 * kWideWarps * 4;
 
 // Calls visit(half, odd, row, column, number) for each number, which becomes scale * G / w, and
-// stores it if there is a G. Columns are stored as soon as they are visited, so that their registers
-// are free. The tile is complete if kComplete.
+// stores it if there is a G. Columns are stored as soon as they are visited, so that their
+// registers are free. The tile is complete if kComplete.
 template <bool kComplete, class Visit>
 __device__ __forceinline__ void store_wide(const WideNumbers& tile, const GradientTile& to,
                                            const TilePlace& place, int base, Visit&& visit) {
@@ -78,9 +78,8 @@ __device__ __forceinline__ void store_wide(const WideNumbers& tile, const Gradie
 // shared memory.
 __device__ __forceinline__ void wide_softmax(float (&numbers)[WideNumbers::kCount],
                                              const Features& features,
-                                             const Normalizers& normalizers,
-                                             const GradientTile& to, const TilePlace& place,
-                                             int thread, int base) {
+                                             const Normalizers& normalizers, const GradientTile& to,
+                                             const TilePlace& place, int thread, int base) {
   const WideNumbers tile{numbers, thread};
   const Shared<float> row_factors{base + kWideFactors},
       column_factors{base + kWideFactors + kWideRows * 4},
@@ -113,8 +112,8 @@ __device__ __forceinline__ void wide_softmax(float (&numbers)[WideNumbers::kCoun
   };
   if (thread < kWideRows) {
     const float near = near_of_row(thread);
-    row_factors.store(thread, factor_of(thread < place.rows, normalizers.rows_rest,
-                                        place.row + thread, near));
+    row_factors.store(
+        thread, factor_of(thread < place.rows, normalizers.rows_rest, place.row + thread, near));
     row_near.store(thread, near);
   }
   rejoin_lanes();
@@ -138,18 +137,19 @@ __device__ __forceinline__ void wide_softmax(float (&numbers)[WideNumbers::kCoun
       sums[2 * half + odd] += number * product;
     });
   } else {
-    store_wide<false>(tile, to, place, base, [&](int half, int, int row, int column, float& number) {
-      const float product = number, logit = product * factor;
-      const float of_row = row_factors.load(row), of_column = column_factors.load(column);
-      float gradient = middle.near ? bounded_gradient(logit, middle.value, of_row, of_column)
-                                   : split_gradient(logit, row_near.load(row), of_row,
-                                                    column_near.load(column), of_column);
-      const bool counted = is_inside(place, row, column);
-      if (column == row + shift && counted)
-        gradient = load_global(&normalizers.positive_grad[place.row + row]) * to.scale;
-      number = counted ? gradient : 0.0f;
-      sums[half] += number * product;
-    });
+    store_wide<false>(
+        tile, to, place, base, [&](int half, int, int row, int column, float& number) {
+          const float product = number, logit = product * factor;
+          const float of_row = row_factors.load(row), of_column = column_factors.load(column);
+          float gradient = middle.near ? bounded_gradient(logit, middle.value, of_row, of_column)
+                                       : split_gradient(logit, row_near.load(row), of_row,
+                                                        column_near.load(column), of_column);
+          const bool counted = is_inside(place, row, column);
+          if (column == row + shift && counted)
+            gradient = load_global(&normalizers.positive_grad[place.row + row]) * to.scale;
+          number = counted ? gradient : 0.0f;
+          sums[half] += number * product;
+        });
   }
   // The factors aren't in use after the barrier of the totals, nor the totals after the next tile's
   // first barrier.
@@ -175,23 +175,25 @@ __device__ __forceinline__ void wide_sigmoid(float (&numbers)[WideNumbers::kCoun
       sums.add_gradient(2 * half + odd, number, product);
     });
   } else {
-    store_wide<false>(tile, to, place, base, [&](int half, int odd, int row, int column,
-                                                 float& number) {
-      const float product = number, logit = product * scale + offset;
-      const bool positive = column == row + shift;
-      // A logit of minus infinity has neither a loss nor a gradient.
-      number = sums.add(2 * half + odd,
-                        !is_inside(place, row, column) ? -infinity() : positive ? -logit : logit,
-                        to.per_scale);
-      if (positive) number = -number;
-      sums.add_gradient(half, number, product);
-    });
+    store_wide<false>(tile, to, place, base,
+                      [&](int half, int odd, int row, int column, float& number) {
+                        const float product = number, logit = product * scale + offset;
+                        const bool positive = column == row + shift;
+                        // A logit of minus infinity has neither a loss nor a gradient.
+                        number = sums.add(2 * half + odd,
+                                          !is_inside(place, row, column) ? -infinity()
+                                          : positive                     ? -logit
+                                                                         : logit,
+                                          to.per_scale);
+                        if (positive) number = -number;
+                        sums.add_gradient(half, number, product);
+                      });
   }
   // Thread 0 has read the totals of the tile before when it reaches the barrier.
   wide_barrier();
-  store_totals({total(sums.products) * to.per_scale, total(sums.gradients) * to.per_scale,
-                sums.loss()},
-               {base + kWideTotals}, to.partials + 3 * wide_index(features, place), thread);
+  store_totals(
+      {total(sums.products) * to.per_scale, total(sums.gradients) * to.per_scale, sums.loss()},
+      {base + kWideTotals}, to.partials + 3 * wide_index(features, place), thread);
 }
 
 }  // namespace bclip::cuda

@@ -1,6 +1,6 @@
 // What 256 threads do with the dot products of a tile of 128 x 256, whose products they hold as the
-// matrix unit of sm_90 leaves them: each warp has 16 rows. The kernels of Hopper run this code after
-// the main loop of CUTLASS. The emulator runs it after a main loop of its own.
+// matrix unit of sm_90 leaves them: each warp has 16 rows. The kernels of Hopper run this code
+// after the main loop of CUTLASS. The emulator runs it after a main loop of its own.
 #pragma once
 
 #include "csrc/cuda/contrastive/arithmetic.cuh"

@@ -6,8 +6,8 @@
 // source:
 //  - an access to shared memory that isn't ordered with an access of another thread. Only a barrier
 //    of the block, or of the warp that the two threads share, orders them. Counting these barriers
-//    is exact, because a kernel has only __syncthreads and __syncwarp. A read by ldmatrix is for
-//    the whole warp, so it needs a barrier even after writes of the same warp;
+//    is exact, because a kernel has only barriers of the block and of a warp. A read by ldmatrix is
+//    for the whole warp, so it needs a barrier even after writes of the same warp;
 //  - a read of shared memory before it is written, and an access outside its bounds;
 //  - an access to memory that a copy_async in flight will write, and a thread that ends without
 //    waiting for its copies;

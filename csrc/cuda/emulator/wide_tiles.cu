@@ -1,6 +1,6 @@
 // The epilogues of the kernels for Hopper, which the emulator runs after a main loop of its own. It
-// has no tensor memory accelerator and no matrix unit of sm_90. The products lie in the same threads
-// and registers as there (tests/csrc/test_hopper_layout.py).
+// has no tensor memory accelerator and no matrix unit of sm_90. The products lie in the same
+// threads and registers as there (tests/csrc/test_hopper_layout.py).
 #include "csrc/cuda/contrastive/wide_forward.cuh"
 #include "csrc/cuda/contrastive/wide_gradient.cuh"
 
@@ -12,12 +12,18 @@ constexpr int kTextOffset = Tile<Half, kDepth>::bytes(kWideRows);
 // Not zero, because the memory of an epilogue starts after other memory in the real kernels.
 constexpr int kEpilogueOffset = kTextOffset + Tile<Half, kDepth>::bytes(kWideColumns);
 
+constexpr int kTilesOfBlock = 2;
+
+__host__ __device__ int64_t wide_tiles(const Features& features) {
+  return int64_t((features.rows + kWideRows - 1) / kWideRows) *
+         ((features.columns + kWideColumns - 1) / kWideColumns);
+}
+
 template <class T>
-__device__ TilePlace multiply_wide_tile(const Features& features,
+__device__ TilePlace multiply_wide_tile(const Features& features, int64_t tile,
                                         float (&numbers)[WideNumbers::kCount]) {
   const int columns = (features.columns + kWideColumns - 1) / kWideColumns;
-  const TilePlace place =
-      wide_place(features, int(block_index() / columns), int(block_index() % columns));
+  const TilePlace place = wide_place(features, int(tile / columns), int(tile % columns));
   const int width = features.width;
   const T* const image = static_cast<const T*>(features.image) + int64_t(place.row) * width;
   const T* const text = static_cast<const T*>(features.text) + int64_t(place.column) * width;
@@ -67,35 +73,49 @@ struct SigmoidArguments {
   GradientTile tile;
 };
 
+// A block of the real kernels computes one tile after another, and no barrier of the main loop is
+// between their epilogues. So this one multiplies its tiles first.
+template <class T, class Epilogue>
+__device__ void run_tiles(const Features& features, Epilogue&& epilogue) {
+  float numbers[kTilesOfBlock][WideNumbers::kCount];
+  TilePlace places[kTilesOfBlock];
+  const int64_t first = block_index() * kTilesOfBlock, left = wide_tiles(features) - first;
+  const int count = left < kTilesOfBlock ? int(left) : kTilesOfBlock;
+  for (int i = 0; i < count; ++i)
+    places[i] = multiply_wide_tile<T>(features, first + i, numbers[i]);
+  for (int i = 0; i < count; ++i) epilogue(numbers[i], places[i]);
+}
+
 template <class T>
 __global__ void forward(ForwardArguments arguments) {
-  float numbers[WideNumbers::kCount];
-  const TilePlace place = multiply_wide_tile<T>(arguments.features, numbers);
-  wide_forward(numbers, arguments.features, arguments.sums, place, thread_index(), kEpilogueOffset);
+  run_tiles<T>(arguments.features, [&](auto& numbers, const TilePlace& place) {
+    wide_forward(numbers, arguments.features, arguments.sums, place, thread_index(),
+                 kEpilogueOffset);
+  });
 }
 template <class T>
 __global__ void softmax(SoftmaxArguments arguments) {
-  float numbers[WideNumbers::kCount];
-  const TilePlace place = multiply_wide_tile<T>(arguments.features, numbers);
-  wide_softmax(numbers, arguments.features, arguments.normalizers, arguments.tile, place,
-               thread_index(), kEpilogueOffset);
+  run_tiles<T>(arguments.features, [&](auto& numbers, const TilePlace& place) {
+    wide_softmax(numbers, arguments.features, arguments.normalizers, arguments.tile, place,
+                 thread_index(), kEpilogueOffset);
+  });
 }
 template <class T>
 __global__ void sigmoid(SigmoidArguments arguments) {
-  float numbers[WideNumbers::kCount];
-  const TilePlace place = multiply_wide_tile<T>(arguments.features, numbers);
-  wide_sigmoid(numbers, arguments.features, arguments.bias, arguments.tile, place, thread_index(),
-               kEpilogueOffset);
+  run_tiles<T>(arguments.features, [&](auto& numbers, const TilePlace& place) {
+    wide_sigmoid(numbers, arguments.features, arguments.bias, arguments.tile, place, thread_index(),
+                 kEpilogueOffset);
+  });
 }
 
 template <class Arguments>
 void launch_tiles(void (*half)(Arguments), void (*bfloat16)(Arguments), int bytes,
                   const Arguments& arguments) {
   const Features& features = arguments.features;
-  const int64_t rows = (features.rows + kWideRows - 1) / kWideRows,
-                columns = (features.columns + kWideColumns - 1) / kWideColumns;
   launch(features.bfloat16 ? bfloat16 : half,
-         {rows * columns, kWideThreads, kEpilogueOffset + bytes, features.stream}, arguments);
+         {(wide_tiles(features) + kTilesOfBlock - 1) / kTilesOfBlock, kWideThreads,
+          kEpilogueOffset + bytes, features.stream},
+         arguments);
 }
 
 }  // namespace
