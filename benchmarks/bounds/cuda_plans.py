@@ -63,9 +63,12 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
     keys: number of keys that a block holds at once.
     """
 
+    # This kernel only takes sequences that fit, so it has no loop over chunks of keys.
+    fits = dim == 64 and keys == 128
+
     def role(loop: LoopCode) -> str:
         if mixes.matrix(loop.total):
-            return "chunk" if mixes.matrix(loop.own) else "strip"
+            return "chunk" if mixes.matrix(loop.own) and not fits else "strip"
         if mixes.count(loop.total, "LDGSTS"):
             return "keys"
         return "zeros" if mixes.count(loop.total, "STS.128") else "other"
@@ -103,6 +106,11 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
             }
             if share > 1e-9:
                 variations.append(Variation(share / chunks, turns if is_copied else {}, {"chunk": needed}))
+    if fits:
+        strips_that_fit = [
+            Variation(one.share, one.turns, {"strip": {**one.requires["chunk"], "STG.128": dim / 16}})
+            for one in variations
+        ]
     # Only strips with queries store results.
     stores = [(busy / strips, dim / 16), (1 - busy / strips, 0.0)]
     return Plan(
@@ -110,7 +118,9 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
         {"strip": float(strips), "chunk": float(chunks), "keys": 0.0, "zeros": 0.0},
         copies={"keys": 2, "zeros": 2},
         requires={"": {"LDGSTS": math.inf}},
-        variations={
+        variations={"strip": strips_that_fit}
+        if fits
+        else {
             "strip": [Variation(share, {}, {"strip": {"STG.128": each}}) for share, each in stores if share > 1e-9],
             "chunk": variations,
         },
