@@ -126,7 +126,7 @@ def owners(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def single_query_masked(call: SingleQueryCall) -> Tensor:
-    """`single_query` by one product of every query with all rows, most of them masked.
+    """One query per sequence, (n, H, d), by one product of every query with all rows, most of them masked.
 
     Only the device knows the length of the longest sequence, and reading it would wait.
     """
