@@ -52,7 +52,7 @@ class EvalConfig:
     shots: tuple[int, ...] = ()
     """Numbers of samples per class that further probes are trained on, and those of few_shot. few_shot takes 1, 2, 4, 8
     and 16 if none is set."""
-    classifier: tuple[few_shot.Classifier, ...] = few_shot.CLASSIFIERS
+    classifier: tuple[few_shot.Classifier, ...] = ("centroid", "logistic", "tip_adapter")
     """Classifiers of few_shot: nearest class centroid, logistic regression, and the training-free Tip-Adapter."""
     num_seeds: int = 3
     """Random subsets per probe setting. The report gives their mean and standard deviation."""
