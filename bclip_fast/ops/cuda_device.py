@@ -133,6 +133,22 @@ def compute_capability(index: int) -> tuple[int, int]:
 compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# By value of BCLIP_INTERPRET_CAPABILITY.
+_INTERPRETED = {"80": (8, 0), "90": (9, 0)}
+
+
+def interpreted_capability() -> tuple[int, int]:
+    """The compute capability whose kernels Triton's interpreter runs: BCLIP_INTERPRET_CAPABILITY, by default 80.
+
+    Raises:
+        ValueError: the variable has another value than 80 or 90.
+    """
+    value = os.environ.get("BCLIP_INTERPRET_CAPABILITY", "80")
+    if value not in _INTERPRETED:
+        raise ValueError(f"BCLIP_INTERPRET_CAPABILITY={value!r} is unknown; set it to {' or '.join(_INTERPRETED)}")
+    return _INTERPRETED[value]
+
+
 def triton_refusal(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """The reason why no Triton kernel can take this tensor in `dtype` (by default the tensor's), or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from bclip_fast.benchmarks import cuda_resources
 
-from . import cuda_plans, shapes
+from . import cuda_plans, rates, shapes
 from . import mix as mixes
+from .cache import Order
 from .machine_code import MachineCode
 from .model import Work
 from .paths import Execution, Plan, execute
@@ -28,7 +30,8 @@ def works(codes: Sequence[MachineCode], kernel: str = "") -> Iterator[Work]:
     conflicts = bank_conflicts()
     by_name = {(code.architecture, cuda_resources.kernel_name(code.symbol)): code for code in codes}
     for architecture in sorted({code.architecture for code in codes}):
-        for name, plan, shape in _cases():
+        cache = rates.of_architecture(architecture.rstrip("af")).l2_mib << 20
+        for name, plan, shape in _cases(cache):
             if (architecture, name) not in by_name or not name.startswith(kernel):
                 continue
             code = by_name[architecture, name]
@@ -47,6 +50,14 @@ def works(codes: Sequence[MachineCode], kernel: str = "") -> Iterator[Work]:
                 conflicts=conflicts.get(name, {}),
                 **shape,
             )
+
+
+@functools.cache
+def _order(width: int) -> Order:
+    """Return the order of the contrastive kernels' tiles in the built module."""
+    from bclip_fast import _cuda as module  # type: ignore[attr-defined]
+
+    return lambda block, rows, columns: module.contrastive_tile(block, rows, columns, width)
 
 
 def _of_hopper(code: MachineCode, plans: tuple[Plan, Plan], threads: int) -> Execution:
@@ -86,13 +97,14 @@ def bank_conflicts() -> dict[str, dict[str, float]]:
     return factors
 
 
-def _cases() -> Iterator[tuple[str, Plan | tuple[Plan, Plan], dict[str, Any]]]:
+def _cases(cache: int) -> Iterator[tuple[str, Plan | tuple[Plan, Plan], dict[str, Any]]]:
     for loss in shapes.LOSSES:
         for kernel in ("forward", "softmax", "sigmoid"):
             plan = cuda_plans.contrastive(loss.width, kernel)
-            yield f"contrastive_{kernel}<Half>", plan, loss.work(kernel, 128, 128, elements=128)
-            # The elements of a tile for each of the 384 threads, of which 256 have any.
-            wide = loss.work(kernel, 128, 256, elements=128 * 256 // 384, multicast=2)
+            yield f"contrastive_{kernel}<Half>", plan, loss.work(kernel, 128, 128, 128, _order(loss.width), cache)
+            # The elements of a tile for each of the 384 threads, of which 256 have any. The order of the tiles is
+            # CUTLASS's.
+            wide = loss.work(kernel, 128, 256, 128 * 256 // 384, None, cache, multicast=2)
             wide["tma_bytes"] = float((128 + 256) * loss.width * shapes.HALF)
             # A ring of 4 stages of 64 columns.
             wide["ahead"] = min(1.0, 4 * 64 / loss.width)

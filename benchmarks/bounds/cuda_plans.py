@@ -13,14 +13,22 @@ def contrastive(width: int, kernel: str) -> Plan:
 
     def role(loop: LoopCode) -> str:
         if mixes.matrix(loop.own):
-            return "main"
+            return "main" if mixes.count(loop.own, "LDGSTS") else "last"
         return "store" if mixes.count(loop.own, "STG") else "other"
 
-    # 4 warps compute 64 x 64 each: 32 instructions for 16 of the width. Each thread stores 16 times 8 elements.
-    turns = {"main": ("HMMA", 32 * 2 * math.ceil(width / 32)), "store": ("STG", 16.0)}
-    main = {"HMMA": math.inf, "LDGSTS": math.inf}
+    # 4 warps compute 64 x 64 each: 64 instructions for a step of 32 of the width. The last two steps copy nothing, and
+    # the very last one is straight code. Each thread stores 16 times 8 elements.
+    steps = math.ceil(width / 32)
+    turns = {"main": ("HMMA", 64.0 * max(steps - 2, 0)), "last": ("HMMA", 64.0 * (steps > 1)), "store": ("STG", 16.0)}
+    loop = {"HMMA": math.inf, "LDGSTS": math.inf}
     stores = {"STG": math.inf} if kernel == "forward" else {"STG.128": 16.0}
-    return Plan(role, turns, requires={"main": main, "": stores}, optional=frozenset({"store"}))
+    # The first two steps are copied before the loops.
+    return Plan(
+        role,
+        turns,
+        requires={"main": loop, "last": loop, "": {**stores, "LDGSTS": math.inf}},
+        optional=frozenset({"store"}),
+    )
 
 
 def hopper(width: int, kernel: str) -> tuple[Plan, Plan]:
@@ -55,40 +63,67 @@ def attention_forward(tokens: int, dim: int, keys: int) -> Plan:
     keys: number of keys that a block holds at once.
     """
 
+    # This kernel only takes sequences that fit, so it has no loop over chunks of keys.
+    fits = dim == 64 and keys == 128
+
     def role(loop: LoopCode) -> str:
         if mixes.matrix(loop.total):
-            return "chunk" if mixes.matrix(loop.own) else "strip"
+            return "chunk" if mixes.matrix(loop.own) and not fits else "strip"
         if mixes.count(loop.total, "LDGSTS"):
-            return "keys" if loop.parent == "chunk" else "queries"
-        if mixes.count(loop.total, "STG"):
-            return "store"
-        return "visible" if mixes.count(loop.total, "STS") else "other"
+            return "keys"
+        return "zeros" if mixes.count(loop.total, "STS.128") else "other"
 
-    tiles, strips, chunks = _tiles(tokens), math.ceil(tokens / 64), math.ceil(tokens / keys)
-    turns_of_warp = tiles / 4  # an average, since the last strip can leave warps without queries
-    rounded = [_tiles(min(keys, tokens - first)) for first in range(0, tokens, keys)]
-    # A sequence that fits is copied once, and a longer one for each strip.
-    copied_share = min(1.0, (1 if chunks == 1 else strips) / turns_of_warp)
-    chunk_variations = []
-    for tiles_of_chunk in rounded:
-        # 16 queries with 16 keys take d / 8 products for the scores and as many for the result, and 8 exponentials.
-        needs = {"chunk": {"HMMA": tiles_of_chunk * dim / 4, "MUFU.EX2": tiles_of_chunk * 8 + 2.0}}
-        copies = {"keys": ("LDGSTS", tiles_of_chunk * 16 * dim / 8 / 128)}
-        chunk_variations.append(Variation(copied_share / chunks, copies, needs))
-        if copied_share < 1:
-            chunk_variations.append(Variation((1 - copied_share) / chunks, {"keys": 0.0}, needs))
-    moves = 16 * dim / 8 / 32  # accesses of 16 bytes to a warp's queries, and as many to its results
+    chunks = math.ceil(tokens / keys)
+    busy = _tiles(tokens) / 4  # strips with queries, on average over the warps of several blocks
+    # The warps of a sequence that fits don't wait for each other. Otherwise, all of them copy the keys for each strip.
+    strips = busy if chunks == 1 else math.ceil(tokens / 64)
+    copied = 1.0 if chunks > 1 else min(1.0, 1 / strips)  # a sequence that fits is copied for the first strip only
+    followed = max(0.0, busy - 1) / strips  # strips that copy the queries of a next one
+    variations = []
+    for chunk in range(chunks):
+        rows = min(keys, tokens - chunk * keys)
+        pairs = math.ceil(rows / 32)
+        moves = dim / 8 / 128  # accesses of 16 bytes of a thread for each row
+        turns = {"keys": ("LDGSTS", rows * moves), "zeros": ("STS", (32 * pairs - rows) * moves)}
+        # The first chunk of the first strip has one barrier less, which is one slot of a sequence.
+        barriers = 2.0 if chunks == 1 else 3.0
+        next_of_chunk = followed if chunk == 0 else 0.0
+        both = min(copied, next_of_chunk)
+        for share, is_copied, has_next, is_busy in (
+            (both, True, True, True),
+            (copied - both - (1 - busy / strips), True, False, True),
+            (next_of_chunk - both, False, True, True),
+            (1 - copied - next_of_chunk + both, False, False, True),
+            (1 - busy / strips, True, False, False),
+        ):
+            # A warp's 16 queries and 32 keys take d / 4 products for the scores and as many for the result, and 16
+            # exponentials. Another chunk takes two more.
+            needed = {
+                "HMMA": pairs * dim / 2 * is_busy,
+                "MUFU.EX2": (16.0 * pairs + 2.0 * (chunk > 0)) * is_busy,
+                "LDGSTS": 2 * rows * moves * is_copied + dim / 16 * has_next,
+                "BAR": barriers * is_copied,
+            }
+            if share > 1e-9:
+                variations.append(Variation(share / chunks, turns if is_copied else {}, {"chunk": needed}))
+    if fits:
+        strips_that_fit = [
+            Variation(one.share, one.turns, {"strip": {**one.requires["chunk"], "STG.128": dim / 16}})
+            for one in variations
+        ]
+    # Only strips with queries store results.
+    stores = [(busy / strips, dim / 16), (1 - busy / strips, 0.0)]
     return Plan(
         role,
-        {
-            "strip": turns_of_warp,
-            "chunk": float(chunks),
-            "keys": 0.0,
-            "queries": ("LDGSTS", moves),
-            "store": ("STG", moves),
+        {"strip": float(strips), "chunk": float(chunks), "keys": 0.0, "zeros": 0.0},
+        copies={"keys": 2, "zeros": 2},
+        requires={"": {"LDGSTS": math.inf}},
+        variations={"strip": strips_that_fit}
+        if fits
+        else {
+            "strip": [Variation(share, {}, {"strip": {"STG.128": each}}) for share, each in stores if share > 1e-9],
+            "chunk": variations,
         },
-        copies={"keys": 2},
-        variations={"chunk": chunk_variations},
     )
 
 

@@ -17,6 +17,7 @@ class Gpu(NamedTuple):
     fp32, integer, fp64, mufu: operations of lanes.
     shared_bytes: bytes read from or written to shared memory or the L1 cache.
     l2_bytes: bytes of the whole GPU per clock.
+    l2_mib: MiB of L2 for data that all multiprocessors read.
     hbm_bytes: bytes of the whole GPU per second.
     tma_clocks: least clocks between two copies of the tensor memory accelerator (TMA). 0 without one.
     matmul_flops: FLOP per second that the library's matrix products reach in float16.
@@ -34,6 +35,7 @@ class Gpu(NamedTuple):
     mufu: int
     shared_bytes: int
     l2_bytes: int
+    l2_mib: int
     hbm_bytes: float
     registers: int
     shared_kib: int
@@ -48,16 +50,23 @@ class Gpu(NamedTuple):
 
 
 _H100 = Gpu(
-    "H100 SXM", "90", 132, 1.83e9, 4096, 6.0, 128, 128, 64, 16, 128, 5120, 3.35e12, 65536, 228, 2048, 32, 790e12
+    *("H100 SXM", "90", 132, 1.83e9, 4096, 6.0, 128, 128, 64, 16, 128, 5120, 25, 3.35e12, 65536, 228, 2048),
+    *(32, 790e12),
 )
 GPUS = {
     "a100": Gpu(
-        *("A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 1.555e12, 65536, 164, 2048),
+        *("A100 SXM 40 GB", "80", 108, 1.41e9, 2048, 8.0, 64, 64, 32, 16, 128, 5120, 20, 1.555e12, 65536, 164, 2048),
         *(0, 250e12),
     ),
     "h100": _H100,
     "h200": _H100._replace(name="H200", hbm_bytes=4.8e12),
 }
+
+
+def of_architecture(architecture: str) -> Gpu:
+    """Return the first GPU of an architecture, such as "80"."""
+    return next(gpu for gpu in GPUS.values() if gpu.architecture == architecture)
+
 
 # The meaning of each row of the table, and the sources for the A100 and for the H100.
 SOURCES = {
@@ -75,6 +84,11 @@ SOURCES = {
         "QuACK, notes@c8ec317, measured",
     ),
     "l2_bytes": ("bytes of L2 a clock", "2.3 times a V100: " + _AMPERE, _CONFIG),
+    "l2_mib": (
+        "MiB of L2 for data that all multiprocessors read",
+        "half of 40, because each of two partitions caches what its multiprocessors read: " + _AMPERE,
+        "half of 50, as on the A100, unverified",
+    ),
     "hbm_bytes": ("bytes of HBM a second", "data sheet", "data sheet; H200: 4.8e12"),
     "tma_clocks": ("clocks between two copies of the TMA", "has none", "FlashGPU-Sim, sass/PARAMETERS.md@580352d"),
     "matmul_flops": (

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .cache import Order, bytes_read
+
 HALF = 2  # bytes
 
 
@@ -17,32 +19,51 @@ class Loss:
     width: int
 
     @property
+    def name(self) -> str:
+        """The sizes, as the reports name them."""
+        return f"B={self.batch}, D={self.width}"
+
+    @property
     def chunk(self) -> int:
-        """Rows of S in a launch of a gradient's kernel: 1 GiB of float32, as checks.py chooses on a GPU."""
+        """Rows of S that take 1 GiB in float32, as checks.py chooses on a GPU."""
         return min(self.batch, 2**30 // (4 * self.batch))
 
-    def work(self, kernel: str, rows: int, columns: int, elements: int, multicast: int = 1) -> dict[str, Any]:
+    def launches(self, kernel: str) -> int:
+        """Launches of a kernel. The rows of a launch of a gradient's kernel take as much in float16 as a chunk."""
+        return 1 if kernel == "forward" else self.batch // min(self.batch, 2 * self.chunk)
+
+    def work(
+        self, kernel: str, rows: int, columns: int, elements: int, order: Order | None, cache: int, multicast: int = 1
+    ) -> dict[str, Any]:
         """Return a work's fields for tiles of rows x columns.
 
         kernel: "forward", "softmax" or "sigmoid". elements: elements of a tile for each thread.
+        order: order of the tiles of a launch. Without it, HBM reads the features once.
+        cache: bytes of L2 that can hold features.
         multicast: number of tiles of a cluster. They lie below one another, and read the features of their columns from
             L2 once.
         """
         batch, width = self.batch, self.width
-        launches = 1 if kernel == "forward" else batch // self.chunk
+        launches = self.launches(kernel)
         # A cluster is complete, also at the end of the rows.
         tiles = multicast * math.ceil(batch / (multicast * rows)) * math.ceil(batch / columns)
-        features, square = 2 * batch * width * HALF, batch * batch
+        square = batch * batch
         # Gradients write G in float16. The forward pass writes partial log-sum-exps for each tile.
         written = 4 * (square / rows + square / columns) if kernel == "forward" else HALF * square
+        read = 2 * batch * width * HALF
+        if order:
+            grid = tiles // launches // (batch // columns), batch // columns
+            operands = rows * width * HALF, columns * width * HALF
+            # A gradient's launches have matrix products in between, which use the cache too.
+            read = launches * bytes_read(order, grid, operands, int(written // tiles), cache)
         return {
             "operator": "siglip_loss" if kernel == "sigmoid" else "clip_loss",
-            "shape": f"B={batch}, D={width}",
+            "shape": self.name,
             "blocks": tiles // launches,
             "launches": launches,
             "flops": 2.0 * square * width,
             "l2_bytes": tiles * (rows + columns / multicast) * width * HALF + written,
-            "hbm_bytes": features + written,
+            "hbm_bytes": read + written,
             "elements": elements,
         }
 
@@ -55,6 +76,11 @@ class Attention:
     tokens: int
     heads: int
     dim: int
+
+    @property
+    def name(self) -> str:
+        """The sizes, as the reports name them."""
+        return f"{self.sequences} x {self.tokens}, {self.heads} x {self.dim}"
 
     @property
     def bytes_of_rows(self) -> float:
@@ -74,7 +100,7 @@ class Attention:
         lse = 4.0 * self.sequences * self.tokens * self.heads
         return {
             "operator": "fused_attention",
-            "shape": f"{self.sequences} x {self.tokens}, {self.heads} x {self.dim}",
+            "shape": self.name,
             "blocks": blocks,
             "flops": products * 2.0 * self.sequences * self.heads * self.tokens**2 * self.dim,
             "l2_bytes": moved + lse,

@@ -23,6 +23,7 @@ _TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",
 }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from . import shapes
+from . import rates, shapes
+from .cache import BANDS_OF_8
 from .model import Work
 from .paths import LoopCode, Plan, execute
 from .triton_code import Code, Launch, compiled, recorded
@@ -34,12 +34,17 @@ def works(capability: tuple[int, int]) -> Iterator[Work]:
             codes[key] = compiled(launch, architecture)
         code = codes[key]
         execution = execute(code.function, Plan(_role, {"main": turns}))
+        # One warp of a program starts the copies, and a predicate disables them in the others.
+        for mix in (*execution.phases, *execution.bodies.values()):
+            if "UTMALDG" in mix:
+                mix["UTMALDG"] /= code.threads / 32  # type: ignore[assignment]
         yield Work(
             kernel=launch.title,
             backend="triton",
             architecture=str(architecture),
             phases=execution.phases,
-            section=execution.longest_section,
+            # The kernels with descriptors write G in equal slices, and the longest part of the epilogue is one of them.
+            section=execution.longest_section * shape.pop("slices", 1),
             bodies=execution.bodies,
             threads=code.threads,
             registers=code.registers,
@@ -71,9 +76,10 @@ def _titled(launch: Launch, family: str, name: str = "") -> Launch:
 
 
 def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
-    from bclip_fast.ops.contrastive import triton, triton_kernels
+    from bclip_fast.ops.contrastive import triton, triton_kernels, triton_tma_gradients, triton_tma_kernels
     from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
 
+    cache = rates.of_architecture(f"{capability[0]}{capability[1]}").l2_mib << 20
     batch, scalar = loss.batch, _empty(dtype=FLOAT)
     features = _empty(batch, loss.width), _empty(batch, loss.width)
     call = ContrastiveCall(*features, scalar, 0, loss.chunk)
@@ -87,21 +93,20 @@ def _losses(loss: shapes.Loss, capability: tuple[int, int]) -> Iterator[_Case]:
     for kernel, run in calls.items():
         # The launches of all chunks of rows are equal.
         # The tensors are on the meta device, which has no capability.
-        own = patch.object(triton, "_configuration", partial(_configuration, capability))
-        with own, recorded([triton, triton_kernels], capability, limit=1) as launches:
+        own = patch.object(triton, "_capability", lambda call: capability)
+        modules = [triton, triton_kernels, triton_tma_kernels, triton_tma_gradients]
+        # The second kernel of the forward pass leaves at once if no tile voted.
+        with own, recorded(modules, capability, limit=1) as launches:
             run()
         [launch] = launches
         rows, columns = launch.arguments["BLOCK_ROWS"], launch.arguments["BLOCK_COLUMNS"]
         elements = rows * columns // (32 * launch.options["num_warps"])
         turns = loss.width / launch.arguments["BLOCK_WIDTH"]
-        yield _titled(launch, "contrastive", kernel), turns, loss.work(kernel, rows, columns, elements)
-
-
-def _configuration(capability: tuple[int, int], call: Any, grouped: bool = False) -> dict[str, Any]:
-    """Return the configuration of the contrastive kernels on a GPU of this capability."""
-    from bclip_fast.ops.contrastive import triton
-
-    return triton.configuration(call.image.dtype, call.image.shape[1], grouped, capability)
+        fields = loss.work(kernel, rows, columns, elements, BANDS_OF_8, cache)
+        if triton.takes_descriptors(HALF, capability):
+            fields["tma_bytes"] = float((rows + columns) * loss.width * shapes.HALF)
+            fields["slices"] = 1 if kernel == "forward" else triton.SLICES
+        yield _titled(launch, "contrastive", kernel), turns, fields
 
 
 def _attention(shape: shapes.Attention, capability: tuple[int, int]) -> Iterator[_Case]:

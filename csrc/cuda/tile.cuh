@@ -50,6 +50,14 @@ struct Tile {
     load_matrices_transposed(to, memory, index(row + lane % 16, column + lane / 16 * 8));
   }
 
+  // The index of the element `columns` after that at `from`, in the same row. `columns` is a
+  // multiple of 16 that shares no bit with the column of `from`. An offset that is known at compile
+  // time costs at most one instruction, also for many rows.
+  __device__ __forceinline__ static int after(int from, int columns) {
+    constexpr int kPermuted = kOdd ? 32 : 64;
+    return (from ^ columns % kPermuted) + columns / kPermuted * kPermuted;
+  }
+
   // Copies rows [0, rows) from global memory, with zeros from row `length` on. The caller is thread
   // number `thread` of the `threads` that share the work.
   __device__ __forceinline__ void copy_rows(const T* from, int64_t stride, int rows, int length,
@@ -58,6 +66,51 @@ struct Tile {
       const int row = chunk / (kColumns / 8), column = chunk % (kColumns / 8) * 8;
       const bool valid = row < length;
       copy_async(memory, index(row, column), valid ? from + row * stride + column : from, valid);
+    }
+  }
+  // The lanes that copy 128 bytes of a row, or 64 where rows are odd, and the chunks that each
+  // copies in a row. The places of a lane's chunks in one row, and in rows that are 8 apart, differ
+  // by constants. Rows that are 4 apart also differ in the third bit of their permutation.
+  static constexpr int kLanes = kOdd ? 4 : 8, kParts = kColumns / (8 * kLanes);
+
+  // The same in a loop of a few instructions. It keeps an address and a place in registers, so it
+  // is for kernels that have some left. `threads` is a multiple of 32.
+  __device__ __forceinline__ void copy_sequence(const T* from, int64_t stride, int rows, int length,
+                                                int thread, int threads) const {
+    const int height = threads / kLanes;
+    int row = thread / kLanes, place = index(row, thread % kLanes * 8);
+    const T* source = from + row * stride + thread % kLanes * 8;
+    const auto advance = [&] {
+      row += height;
+      place = (height % 8 ? place ^ 32 : place) + height * kStride;
+    };
+#pragma unroll 1
+    for (; row < min(rows, length); advance(), source += height * stride) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        copy_async(memory, place + part * kLanes * 8, source + part * kLanes * 8, true);
+    }
+    rejoin_lanes();
+#pragma unroll 1
+    for (; row < rows; advance()) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        memory.template store_as<Quad>(place + part * kLanes * 8, Quad{});
+    }
+    rejoin_lanes();
+  }
+  // Copies 16 rows with one warp. Rows from `length` on repeat the last one.
+  __device__ __forceinline__ void copy_strip(const T* from, int64_t stride, int length) const {
+    constexpr int kHeight = 32 / kLanes;
+    const int row = lane_index() / kLanes, column = lane_index() % kLanes * 8;
+    const int first = index(row, column);
+#pragma unroll
+    for (int pass = 0; pass < 16 / kHeight; ++pass) {
+      const int place = (kHeight % 8 && pass % 2 ? first ^ 32 : first) + pass * kHeight * kStride;
+      const T* const source = from + min(row + pass * kHeight, length - 1) * stride + column;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        copy_async(memory, place + part * kLanes * 8, source + part * kLanes * 8, true);
     }
   }
   // Stores rows [0, length) to global memory.

@@ -55,8 +55,8 @@ print(model.config.embed_dim, preprocess.config.size)
 #
 # ## A classifier from labels
 #
-# With a column `label` in place of captions, the same command trains a classifier. Here each patient has two images, and
-# `--group` keeps both in one split. `--freeze_towers` trains only the head.
+# With a column `label` in place of captions, the same command trains a classifier. Here each patient has two images,
+# and `--group` keeps both in one split. `--freeze_towers` trains only the head.
 
 # %%
 with open("labels.csv", "w", newline="") as file:

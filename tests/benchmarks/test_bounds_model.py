@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 
 from bclip_fast.benchmarks.bounds import cuda_code, designs, goals, mix, model, orders, report, shapes, store
+from bclip_fast.benchmarks.bounds.cache import BANDS_OF_8, banded, bytes_read
 from bclip_fast.benchmarks.bounds.model import Work, bound, pipes
 from bclip_fast.benchmarks.bounds.rates import GPUS, SOURCES
 from bclip_fast.errors import UserError
@@ -109,16 +111,18 @@ def test_copies_of_the_tma_bound_a_block():
 
 
 def test_multicast_reads_features_of_columns_once_for_a_cluster():
-    alone, shared = (shapes.Loss(4096, 512).work("forward", 128, 256, 85, multicast) for multicast in (1, 2))
+    alone, shared = (shapes.Loss(4096, 512).work("forward", 128, 256, 85, None, 0, multicast) for multicast in (1, 2))
     tiles = 4096 // 128 * (4096 // 256)
     assert alone["l2_bytes"] - shared["l2_bytes"] == tiles * 128 * 512 * 2
     # The second block of the only cluster has no rows.
-    assert shapes.Loss(128, 512).work("forward", 128, 256, 85, 2)["blocks"] == 2
+    assert shapes.Loss(128, 512).work("forward", 128, 256, 85, None, 0, 2)["blocks"] == 2
 
 
 def test_wide_tiles_with_multicast_read_less_than_l2_gives_at_the_goal():
     """Half of the passes' 29.7 ms, without the products, needs 128 FLOP a byte of L2."""
-    wide, square = (shapes.Loss(65536, 512).work("forward", 128, *sizes) for sizes in ((256, 85, 2), (128, 128)))
+    wide, square = (
+        shapes.Loss(65536, 512).work("forward", 128, *sizes) for sizes in ((256, 85, None, 0, 2), (128, 128, None, 0))
+    )
     assert wide["flops"] / wide["l2_bytes"] > 120 and square["flops"] / square["l2_bytes"] < 64
 
 
@@ -168,10 +172,38 @@ def test_resident_blocks_are_limited_by_each_resource():
 
 
 def test_least_bytes_of_gradient_include_g():
-    fields = shapes.Loss(65536, 512).work("softmax", 128, 128, 128)
-    assert fields["launches"] * fields["blocks"] == 512 * 512 and fields["launches"] == 16
-    assert fields["hbm_bytes"] == 2 * 65536 * 512 * 2 + 2 * 65536**2
+    fields = shapes.Loss(65536, 512).work("softmax", 128, 128, 128, BANDS_OF_8, 20 << 20)
+    # G of a launch takes 1 GiB in float16: 8192 rows.
+    assert fields["launches"] * fields["blocks"] == 512 * 512 and fields["launches"] == 8
+    # A launch reads the features of its 64 rows of tiles once, and those of all columns once in each of its 8 bands.
+    assert fields["hbm_bytes"] == 65536 * 512 * 2 * (1 + 8 * 8) + 2 * 65536**2
     assert fields["l2_bytes"] == 512 * 512 * 256 * 512 * 2 + 2 * 65536**2
+
+
+@pytest.mark.parametrize(
+    ("height", "cache", "operands"),
+    [
+        # 6 rows and 5 columns of tiles. A cache that holds all reads each operand once.
+        (2, 100, 6 + 5),
+        # Two rows stay while a column passes: rows once, and columns once in each of the 3 bands.
+        (2, 6, 6 + 3 * 5),
+        (4, 10, 6 + 2 * 5),
+        # From one use of a row to the next one, a band of 2 uses 2 rows, 2 columns and 2 results, and a band of 4 uses
+        # 4 rows, 2 columns and 4 results. With much less, the rows are read again for each column.
+        (4, 4, 6 * 5 + 2 * 5),
+        # Each block reads both of its operands.
+        (6, 1, 6 * 5 * 2),
+    ],
+)
+def test_features_are_read_again_when_the_cache_lost_them(height, cache, operands):
+    order = partial(banded, height)
+    assert bytes_read(order, (6, 5), (10, 10), 10, 10 * cache) == 10 * operands
+
+
+def test_bands_hold_every_tile_once():
+    tiles = [banded(4, block, 10, 3) for block in range(30)]
+    assert len(set(tiles)) == 30 and set(tiles) == {(row, column) for row in range(10) for column in range(3)}
+    assert tiles[:5] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1)] and tiles[-3:] == [(9, 1), (8, 2), (9, 2)]
 
 
 COUNTED = {

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from bclip_fast.benchmarks.bounds import cuda_code, machine_code, mix, report, store
-from bclip_fast.benchmarks.bounds.model import loop_cycles
+from bclip_fast.benchmarks.bounds.model import loop_cycles, pipes
 from bclip_fast.benchmarks.bounds.rates import GPUS
 from bclip_fast.ops.dispatch import MISSING
 
@@ -83,3 +83,30 @@ def test_epilogues_take_few_issue_slots(works):
             most = 9 if work.kernel.startswith("hopper") else 8
             # The report's precision, because a thread for Hopper has 85 1/3 elements on average.
             assert round(work.element_slots, 1) <= most, (work.kernel, work.architecture)
+
+
+def test_loss_can_reach_four_fifths_of_the_a100s_peak_in_every_resource(works):
+    """At B = 65536, of which the products alone take 14.1 ms."""
+    losses = [work for work in works if work.architecture == "80" and work.shape == "B=65536, D=512"]
+    assert len(losses) == 3
+    for work in losses:
+        gpu = GPUS["a100"]
+        cycles = pipes(work.phases[1], work.threads // 32, gpu, work.conflicts)
+        least = cycles["tensor"]
+        assert max(cycles.values()) == least
+        # One warp alone on its sub-core, without help of the other block.
+        cycles["stall counts"] = work.phases[1][mix.STALL]
+        tiles = work.blocks * work.launches
+        cycles["L2"] = work.l2_bytes / tiles / gpu.l2_bytes * gpu.multiprocessors
+        cycles["HBM"] = work.hbm_bytes / tiles / gpu.hbm_bytes * gpu.clock_hz * gpu.multiprocessors
+        assert {name: number for name, number in cycles.items() if number > least / 0.8} == {}, work.kernel
+
+
+def test_attention_scores_and_results_take_few_slots_a_product(works):
+    """The forward kernel's whole code for 197 tokens, with copies, exponentials and the softmax's sums."""
+    named = [work for work in works if (work.kernel, work.shape) == ("attention_forward", "256 x 197, 12 x 64")]
+    assert {work.architecture for work in named} >= {"80", "90"}
+    for work in named:
+        assert mix.slots(work.total) <= 7 * mix.matrix(work.total), work.architecture
+        # K and V take 2 x 197 x 64 x 2 bytes of 16 bytes an access, and 13 strips of queries share their 4 warps.
+        assert mix.count(work.total, "LDGSTS") <= 2 * 197 * 8 / 128 + 13 / 4 * 4

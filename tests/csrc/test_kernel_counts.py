@@ -229,13 +229,13 @@ def test_bank_conflicts_are_those_listed(launches, ragged_launches):
 
 
 def test_lanes_of_16_bytes_use_whole_sectors(launches):
-    """32 lanes of 16 bytes need 16 sectors."""
+    """32 lanes of 16 bytes need 16 sectors, or fewer where lanes repeat a row."""
     kinds = set()
     for name, launch in launches.items():
         for tile in launch["tiles"]:
             for one in tile["operations"]:
                 if one["lane_bytes"] == 16 and one["bytes"]:
-                    assert one["sectors"] * 32 == one["bytes"], (name, source_of(one))
+                    assert one["sectors"] == one["least_sectors"], (name, source_of(one))
                     kinds.add((launch["kernel"].partition("<")[0], one["kind"]))
     copying = ["contrastive_forward", "contrastive_softmax", "contrastive_sigmoid"]
     copying += ["attention_forward", "attention_backward"]
@@ -273,16 +273,18 @@ def test_counts_of_attention_equal_formulas(launches, dim):
     tokens, rounded = 197, 208
     products = rounded * rounded * dim // (16 * 8 * 16)
     forward = totals(launches, f"attention_forward 197x{dim}")
-    assert forward["multiply"] == 2 * products
+    # The forward pass takes keys in pairs of tiles of 16.
+    assert forward["multiply"] == 2 * products * 224 // rounded
     assert forward["bytes"]["global_store"] == tokens * dim * 2 + tokens * 4
-    assert rounded * rounded // 32 <= forward["exp2"] <= 1.05 * rounded * rounded // 32
+    assert rounded * 224 // 32 <= forward["exp2"] <= 1.05 * rounded * 224 // 32
     backward = totals(launches, f"attention_backward 197x{dim}")
     assert backward["multiply"] == 5 * products
     # The result and its gradient for the row sums of their product, and the log-sum-exps.
     assert backward["bytes"]["global_load"] >= 2 * tokens * dim * 2 + tokens * 4
     if dim <= 64:
         # All keys fit into the registers and shared memory of a block, so every other number is read and written once.
-        assert forward["bytes"]["copy"] == 3 * tokens * dim * 2
+        # The last strip of queries repeats the last one.
+        assert forward["bytes"]["copy"] == (2 * tokens + rounded) * dim * 2
         assert backward["bytes"]["copy"] == 4 * tokens * dim * 2
         assert backward["bytes"]["global_load"] == 2 * tokens * dim * 2 + tokens * 4
         assert backward["bytes"]["global_store"] == 3 * tokens * dim * 2

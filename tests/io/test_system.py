@@ -43,7 +43,8 @@ import bclip_fast
 count = 0
 for module in pkgutil.walk_packages(bclip_fast.__path__, "bclip_fast."):
     # Compiled modules aren't there, and these need packages for Linux.
-    if module.name.rpartition(".")[2] in ("_cpu", "_cuda", "triton", "triton_kernels", "deepspeed", "dali_loader"):
+    if module.name.rpartition(".")[2] in ("_cpu", "_cuda", "triton", "triton_kernels", "triton_tma_kernels",
+                                          "triton_tma_gradients", "deepspeed", "dali_loader"):
         continue
     if module.name.startswith("bclip_fast.benchmarks") or module.name.endswith(".cpu"):
         continue

@@ -20,6 +20,7 @@ from judged import (
 )
 
 from bclip_fast import ops
+from bclip_fast.benchmarks.bounds.cache import banded
 from bclip_fast.ops import cuda_device
 from bclip_fast.ops.contrastive import LIMITS, cuda, reference
 from bclip_fast.ops.contrastive.call import ContrastiveCall, SoftmaxGradient
@@ -187,6 +188,25 @@ def test_cuda_gradient_beyond_2_to_the_31_elements_is_right(nan_filled):
         cuda_module().contrastive_sigmoid(features_, 0, cuda_module().Groups(0, 0, 0, 0), target)
     assert torch.equal(*grads)
     assert grads[0].count_nonzero() > 200
+
+
+@hosted
+def test_cuda_loss_of_too_many_columns_names_the_limit():
+    """Offsets inside a tile take 32 bits."""
+    module = cuda_module()
+    wide = module.Features(0, 0, False, 1, 1, 2**23 + 8, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"more than 2\^23 columns"):
+        module.contrastive_forward(wide, 0, 0)
+
+
+@hosted
+@pytest.mark.parametrize(("width", "height"), [(512, 32), (4096, 4), (16384, 4), (8, 2048)])
+def test_cuda_blocks_take_tiles_in_bands_whose_features_stay_in_l2(width, height):
+    """The features of a band's rows take 4 MiB, but a band has at least 4 rows of tiles."""
+    rows, columns = 37, 5
+    tiles = [cuda_module().contrastive_tile(block, rows, columns, width) for block in range(rows * columns)]
+    assert tiles == [banded(height, block, rows, columns) for block in range(rows * columns)]
+    assert len(set(tiles)) == rows * columns
 
 
 @hosted

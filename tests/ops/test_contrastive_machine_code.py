@@ -1,4 +1,7 @@
-"""The machine code of the contrastive Triton kernels for sm_90, whose tensor cores take 64 rows at a time."""
+"""The machine code for sm_90 of the contrastive Triton kernels that read pointers, which Triton before 3.4 launches.
+
+Tensor cores of sm_90 take 64 rows at a time. test_triton_descriptors.py has the kernels of newer versions.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,15 @@ IDS, SHARES = ["row_ids", "column_ids"], ["row_shares", "column_shares"]
 CASES = [
     ("_forward_kernel", False, 128),
     ("_siglip_kernel", True, 128),
-    pytest.param("_backward_kernel", False, 128, marks=pytest.mark.long),
-    pytest.param("_backward_kernel", True, 64, marks=pytest.mark.long),
-    pytest.param("_siglip_kernel", False, 128, marks=pytest.mark.long),
+    ("_backward_kernel", False, 128),
+    ("_backward_kernel", True, 64),
+    ("_siglip_kernel", False, 128),
 ]
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "grouped", "columns"), CASES)
 def test_kernels_on_sm_90_multiply_the_widest_tiles_without_spills(name, grouped, columns, dtype, tmp_path):
     """64 x 128 x 16 reads a quarter less of shared memory for each product than 64 x 64 x 16."""

@@ -139,7 +139,9 @@ def watched_losses(monkeypatch: pytest.MonkeyPatch) -> Watch:
         **{name: lambda *_: None for name in ("Features", "Normalizers", "Groups", "GradientTile")},
     )
     monkeypatch.setattr(cuda, "cuda_module", lambda: module)
-    kernels = pytest.importorskip("bclip_fast.ops.contrastive.triton_kernels")
-    for name in ("_forward_kernel", "_backward_kernel", "_siglip_kernel"):
-        monkeypatch.setattr(kernels, name, _Launcher(name, watch))
+    for file in ("triton_kernels", "triton_tma_kernels", "triton_tma_gradients"):
+        kernels = pytest.importorskip(f"bclip_fast.ops.contrastive.{file}")
+        for name in ("_forward_kernel", "_redo_kernel", "_backward_kernel", "_siglip_kernel"):
+            if hasattr(kernels, name):
+                monkeypatch.setattr(kernels, name, _Launcher(name, watch))
     return watch

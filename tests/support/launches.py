@@ -51,25 +51,35 @@ def single_query(name: str, dtype: torch.dtype, dim: int) -> Launch:
 
 
 def contrastive(name: str, dtype: torch.dtype, width: int, capability: int) -> Launch:
-    """name: a key of CONTRASTIVE_VARIANTS. capability: 90 for sm_90."""
-    from bclip_fast.ops.contrastive import gpu_tiles, triton, triton_kernels
+    """name: a key of CONTRASTIVE_VARIANTS, or "_redo_kernel" on sm_90. capability: 90 for sm_90."""
+    from bclip_fast.ops.contrastive import gpu_tiles, triton, triton_kernels, triton_tma_gradients, triton_tma_kernels
 
-    kernel = getattr(triton_kernels, name.split()[0])
-    # As in triton.py, SigLIP takes the same half tile at widths that are not multiples of 64.
-    grouped = name == "_backward_kernel of groups" or ("siglip" in name and width % 64 != 0)
-    constants = {**triton.configuration(dtype, width, grouped, divmod(capability, 10))}
-    constants |= CONTRASTIVE_VARIANTS[name]
+    short, pair = name.split()[0], divmod(capability, 10)
+    descriptors = triton.takes_descriptors(dtype, pair)
+    if descriptors:
+        kernel = getattr(triton_tma_gradients, short, None) or getattr(triton_tma_kernels, short)
+        constants = triton.descriptor_configuration(width)
+    else:
+        kernel = getattr(triton_kernels, short)
+        # As in triton.py, SigLIP takes the same half tile at widths that are not multiples of 64.
+        grouped = name == "_backward_kernel of groups" or ("siglip" in name and width % 64 != 0)
+        constants = triton.configuration(dtype, width, grouped, pair)
+    constants = constants | CONTRASTIVE_VARIANTS.get(name, triton.REDO)
     absent = () if name.endswith("groups") else tuple(_GROUPS)
     constants |= {argument: None for argument in absent if argument in kernel.arg_names}
-    if name != "_forward_kernel":
+    if "GRADIENT_SCALE" in kernel.arg_names:
         constants["GRADIENT_SCALE"] = 1.0 if dtype == torch.float32 else gpu_tiles.GRADIENT_SCALE
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(_GROUPS[:2], "*i32")
-    types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}"}
+    types |= {"image": f"*{TYPES[dtype]}", "text": f"*{TYPES[dtype]}", "votes": "*i8"}
     types |= dict.fromkeys(["row_partials", "column_partials"], "*fp64")
     types |= dict.fromkeys(["rows_lse", "columns_lse"], "*fp64" if dtype == torch.float32 else "*fp32")
     types |= {"grad": "*fp32" if dtype == torch.float32 else "*fp16"}
+    if descriptors:
+        path = triton.Path(True, constants)
+        shapes = zip(("image", "text", "grad"), (dtype, dtype, torch.float16), path.blocks, strict=True)
+        types |= {matrix: f"tensordesc<{TYPES[kind]}{list(block)}>" for matrix, kind, block in shapes}
     # Batches are multiples of 16. Without this number, the compiler takes other registers.
-    types |= dict.fromkeys(["num_rows", "grad_stride", "first"], "i32") | {"num_columns": "i32:16"}
+    types |= dict.fromkeys(["num_rows", "num_tiles", "grad_stride", "first"], "i32") | {"num_columns": "i32:16"}
     return kernel, types, constants
 
 

@@ -67,6 +67,14 @@ def memory_instructions(
     return Counter(name for _, name in accesses), Counter(inside)
 
 
+def instructions(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, folder: Path
+) -> Counter[str]:
+    """How often each instruction is in the machine code, by its name with all suffixes. Arguments as above."""
+    listing = _disassembled("nvdisasm", ["-c"], _compiled(kernel, types, constants, capability), folder)
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", listing, re.MULTILINE))
+
+
 def shared_bytes(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int) -> int:
     """Bytes of shared memory per program, as in `compiled_resources`, without the later stages of the compiler."""
     from triton._C.libtriton import ir, nvidia, passes

@@ -28,11 +28,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile_of_program(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile_of_program(  # type: ignore[no-untyped-def]
+    program, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
     """(row block, column block), in bands of 8 row blocks, so that concurrent programs share operands in L2."""
     row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     band = 8 * tl.cdiv(num_columns, BLOCK_COLUMNS)
-    program = tl.program_id(0)
     first = program // band * 8
     height = tl.minimum(row_blocks - first, 8)
     return first + program % band % height, program % band // height
@@ -85,7 +86,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
 ):
     """row_partials (column blocks, num_rows), column_partials (row blocks, num_columns), both float64."""
-    row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    row_block, column_block = _tile_of_program(tl.program_id(0), num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
@@ -147,7 +148,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
 ):
     """grad (num_rows, num_columns): GRADIENT_SCALE * G / w. partials (programs, 1): the sum of G / w * (I @ T.T)."""
-    row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    row_block, column_block = _tile_of_program(tl.program_id(0), num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(
@@ -243,7 +244,7 @@ def _siglip_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
 ):
     """grad: as in `_backward_kernel`. partials (programs, 3): sums of G / w * (I @ T.T), of G / w and of loss / w."""
-    row_block, column_block = _tile_of_program(num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    row_block, column_block = _tile_of_program(tl.program_id(0), num_rows, num_columns, BLOCK_ROWS, BLOCK_COLUMNS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     products = _products(

@@ -8,8 +8,17 @@
 namespace bclip::cuda {
 
 constexpr int kContrastiveTile = 128;
-// Shared memory of a block: 4 stages of 32 columns of both tiles of features.
-constexpr int kContrastiveSharedBytes = 4 * 2 * kContrastiveTile * 32 * 2;
+// Shared memory of a block: 3 stages of 32 columns of both tiles of features. Two blocks then fit
+// on every multiprocessor from sm_80 on, also on those of 100 KiB.
+constexpr int kContrastiveSharedBytes = 3 * 2 * kContrastiveTile * 32 * 2;
+
+// The place of a tile among the tiles of a matrix.
+struct TileIndex {
+  int row, column;
+};
+
+// The tile of block number `block`, for features of `width` columns.
+TileIndex contrastive_tile(int block, int row_tiles, int column_tiles, int width);
 
 struct Features {
   const void *image, *text;  // (b, D), (B, D), contiguous

@@ -107,6 +107,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward(Arguments arguments) {
 
 }  // namespace
 
+TileIndex contrastive_tile(int block, int row_tiles, int column_tiles, int width) {
+  return tile_of_block(block, row_tiles, column_tiles, width);
+}
+
 void contrastive_forward(const Features& features, const PartialSums& sums) {
   launch(features.bfloat16 ? forward<Bfloat16> : forward<Half>,
          {blocks_of(features), kThreads, kPipelineBytes, features.stream},

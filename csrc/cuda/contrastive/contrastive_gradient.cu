@@ -79,7 +79,8 @@ __device__ __forceinline__ void store_gradient(const Products& gradients, const 
   // The block stores 8 rows at once. Loads from shared memory don't wait for each other, and only
   // stores have a condition.
   constexpr int kLanes = kSide / 8, kRows = kThreads / kLanes;
-  const int row = thread_index() / kLanes, column = thread_index() % kLanes * 8;
+  const auto thread = static_cast<unsigned>(thread_index());
+  const int row = thread / kLanes, column = thread % kLanes * 8;
   const int from = staged.index(row, column);
   Quad chunks[kSide / kRows];
 #pragma unroll
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
 
   const float factor = load_global(features.scale) * kLog2E;
   const int shift = positives_of(features, tile);
-  float sums[4] = {};
+  float sums[2] = {};  // two, so that neighbouring elements don't wait for each other
   if (middle.near && every_loss && is_plain(tile, shift) && !groups.rows) {
     float row_factor[8], column_factor[16];
     row_values(row_factor, row_factors);
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
     products.each([&](int i, int j, int, int, float& number) {
       const float product = number;
       number = softmax_gradient(product, factor, middle.value, row_factor[i], column_factor[j]);
-      sums[j % 4] += number * product;
+      sums[j % 2] += number * product;
     });
     store_gradient<true>(products, arguments.tile, tile);
   } else {
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2) softmax(SoftmaxArguments argument
     store_gradient<false>(products, arguments.tile, tile);
   }
   // The range's memory isn't in use any more.
-  const float sum = fold_block(total(sums), {kBlock}, Add()) * arguments.tile.per_scale;
+  const float sum = fold_block(sums[0] + sums[1], {kBlock}, Add()) * arguments.tile.per_scale;
   if (thread == 0) store_global(&arguments.tile.partials[block_index()], sum);
 }
 

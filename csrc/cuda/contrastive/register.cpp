@@ -33,6 +33,10 @@ Normalizers normalizers(uintptr_t rows_near, uintptr_t rows_rest, uintptr_t colu
 void register_contrastive(py::module_& module) {
   module.attr("CONTRASTIVE_SHARED_BYTES") = kContrastiveSharedBytes;
   module.attr("CONTRASTIVE_TILE") = kContrastiveTile;
+  module.def("contrastive_tile", [](int block, int row_tiles, int column_tiles, int width) {
+    const TileIndex tile = contrastive_tile(block, row_tiles, column_tiles, width);
+    return std::pair(tile.row, tile.column);
+  });
   py::class_<Features>(module, "Features", py::module_local(),
                        "As in csrc/cuda/contrastive/contrastive.h, like the following.")
       .def(py::init(&features));
