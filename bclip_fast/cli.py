@@ -109,7 +109,7 @@ COMMANDS = {
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",
-        "bclip eval {run} --data {data}; the report on a classifier is {run}/report.html",
+        "bclip eval {run} --data {data}",
     ),
     "export": Command(
         "write a model for other software: ONNX, transformers, ...",

@@ -112,10 +112,10 @@ def test_head_alone_reaches_the_optimum_of_scikit_learn(
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     embedded = torch.tensor(features, dtype=torch.float32)
     monkeypatch.setattr(Classes, "_embed", lambda self, data: embedded[: len(data)])
-    optim = OptimConfig(lr=0.2, warmup_steps=0, weight_decay=0.0, decay="cosine")
+    optim = OptimConfig(lr=0.1, warmup_steps=0, weight_decay=0.0, decay="cosine")
     run = finetune(
         config(
-            folder, tmp_path / "run", data.name, model=str(small), epochs=100, batch_size=48, group="", optim=optim,
+            folder, tmp_path / "run", data.name, model=str(small), epochs=200, batch_size=48, group="", optim=optim,
             freeze_towers=True, patience=0, metric="accuracy", class_weights="a=2,c=0.5",
         )
     )  # fmt: skip
