@@ -36,8 +36,11 @@ class EvalConfig:
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`. Repeat the flag for several."""
     prompts: str = "auto"
-    """Prompt set: the name of a task (pcam, lc25000_lung, ...) or a TOML file. auto: the task's prompts, or the label
-    values themselves."""
+    """Prompt set: the name of a task (pcam, lc25000_lung, ...), a TOML file, or an .npz or .safetensors file of learned
+    prompts (docs/evaluation.md). auto: the task's prompts, or the label values themselves."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates in place of those of the prompt set, each with {} for the class name. A class is the normalised
+    mean of all of them."""
     duplicates: Duplicates = "strict"
     """Correct answers in retrieval. `strict` accepts only the query's own pair, as in the paper. `captions` also
     accepts pairs with the same text, `images` pairs with the same image, and `any` both."""

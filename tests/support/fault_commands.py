@@ -27,7 +27,7 @@ MODULES = (
     "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "faiss", "pyarrow.parquet",
     "safetensors.torch", "jinja2", "lxml.etree",
     "rich.console", "rich.table", "tokenizers", "PIL.JpegImagePlugin", "bclip_fast.ingest.build",
-    "bclip_fast.ingest.fetch", "bclip_fast.ingest.report", "bclip_fast.ingest.verify", "bclip_fast.train.export",
+    "bclip_fast.ingest.fetch", "bclip_fast.ingest.report", "bclip_fast.ingest.verify", "bclip_fast.export.command",
     "bclip_fast.train.report", "bclip_fast.train.replay", "bclip_fast.plan.command", "bclip_fast.train.trainer",
     "bclip_fast.train.finetune", "bclip_fast.eval", "bclip_fast.eval.command", "bclip_fast.eval.compare",
     "bclip_fast.search.searcher", "bclip_fast.tune",
