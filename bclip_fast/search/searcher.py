@@ -28,7 +28,9 @@ from bclip_fast.io.atomic import settle, write_text
 from bclip_fast.io.hashing import sha256_of_file
 from bclip_fast.pretrained.any_model import Model
 
-from .index import FIELDS, INDEX, METADATA, ROWS, ModelSettings, build_embedder, embed_probe, open_images
+from . import stores
+from .index import ModelSettings, build_embedder, embed_probe, open_images
+from .index_files import FIELDS, INDEX, METADATA, ROWS
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,6 @@ class Searcher:
         Raises:
             UserError: a folder that is not a complete index, or a model other than the index's.
         """
-        import faiss
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -119,7 +120,7 @@ class Searcher:
             self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS, *extra])
             if sha256_of_file(self.folder / INDEX) != self.metadata["sha256"]:
                 raise UserError(f"{problem}: {ROWS} was written with another {INDEX}; run bclip embed again")
-            self._index = faiss.read_index(str(self.folder / INDEX))
+            self._index = stores.read(self.folder / INDEX)
             expected_probe = torch.tensor(self.metadata["probe"])
             # Earlier indexes have two probes, and do not name the device.
             made_with = self.metadata["precision"], torch.device(self.metadata.get("device", "cuda"))
@@ -163,7 +164,7 @@ class Searcher:
         if not 1 <= k <= MAX_HITS:
             raise UserError(f"k={k} must be 1 to {MAX_HITS}")
         vector = np.ascontiguousarray(query.cpu().float().numpy())
-        scores, rows = self._index.search(vector, min(k, len(self)))
+        scores, rows = stores.search(self._index, vector, k)
         # HNSW and IVF return -1 for each missing neighbour.
         return [
             self._hit(row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True) if row >= 0
