@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _GRACE_S = 5.0
 _COLLECTIVE = re.compile(r"gloo|NCCL|Connection (closed|reset)|CollectiveError")
 _KEY = "bclip/{}/{}"
+_uses = itertools.count()
 
 
 def init(backend: str | None = None, timeout_seconds: float = 1800.0) -> None:
@@ -213,6 +215,17 @@ def run_on_rank0(function: Callable[[], T]) -> T:
     return value
 
 
+def turns(num: int) -> Iterator[int]:
+    """Yield the numbers 0 to `num` - 1 in ascending order, each on one rank only. A faster rank gets more of them.
+
+    All ranks must call it, in the same order of calls and with the same `num`.
+    """
+    key = _KEY.format("turns", next(_uses))
+    local = itertools.count()
+    while (turn := _store().add(key, 1) - 1 if world_size() > 1 else next(local)) < num:
+        yield turn
+
+
 def shutdown() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
@@ -220,11 +233,16 @@ def shutdown() -> None:
 
 
 @contextlib.contextmanager
-def explain_lost_ranks() -> Iterator[None]:
+def explain_lost_ranks(
+    remedy: str = "The same command with --resume goes on from the newest checkpoint",
+) -> Iterator[None]:
     """Context around the work of all ranks. If a collective fails, its error names the rank that is lost or stuck.
 
     A rank that ends by another error reports it to the others here. A rank whose collective failed waits a few seconds
     for reports. A rank that doesn't report is the likely cause.
+
+    Args:
+        remedy: last sentence of the error.
 
     Raises:
         UserError: replaces a collective's error.
@@ -240,8 +258,7 @@ def explain_lost_ranks() -> Iterator[None]:
         if not failed:
             raise
         raise UserError(
-            f"rank {rank()}: {_collective_of(error)} failed: {_reason(error)}. {_likely_cause()}. "
-            "The same command with --resume goes on from the newest checkpoint"
+            f"rank {rank()}: {_collective_of(error)} failed: {_reason(error)}. {_likely_cause()}. {remedy}"
         ) from error
 
 

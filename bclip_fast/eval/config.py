@@ -10,7 +10,7 @@ from bclip_fast.data.image_files import ImageConversion
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.errors import UserError
 
-from . import probe, suites, tasks
+from . import few_shot, probe, suites, tasks
 from .embed import CacheDtype, OnBadImage, Precision
 from .faiss_index import Index
 from .retrieval import Duplicates
@@ -27,26 +27,36 @@ class EvalConfig:
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A protocol (retrieval, zero_shot, probe, vqa), a task of the package (pcam, lc25000_lung, vqa_rad, ...), or a
-    task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow them."""
+    """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, vqa), a task of the package (pcam, vqa_rad,
+    ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the data allow
+    them."""
     suite: str = ""
     """All tasks of a benchmark that `data` holds: medpmc (26 rows, its protocol), or a suite's TOML file. The missing
     rows are named. It takes the place of `task`."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`. Repeat the flag for several."""
     prompts: str = "auto"
-    """Prompt set: the name of a task (pcam, lc25000_lung, ...) or a TOML file. auto: the task's prompts, or the label
-    values themselves."""
+    """Prompt set: the name of a task (pcam, lc25000_lung, ...), a TOML file, or an .npz or .safetensors file of learned
+    prompts (docs/evaluation.md). auto: the task's prompts, or the label values themselves."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates in place of those of the prompt set, each with {} for the class name. A class is the normalised
+    mean of all of them."""
     duplicates: Duplicates = "strict"
     """Correct answers in retrieval. `strict` accepts only the query's own pair, as in the paper. `captions` also
     accepts pairs with the same text, `images` pairs with the same image, and `any` both."""
     index: Index = "exact"
     """Search method of retrieval. `exact` ranks all candidates. The other methods use faiss, and hnsw and ivf are
     approximate."""
+    gallery: str = ""
+    """Candidates of image_retrieval: another split of the data, such as train, or the path of other data. Empty: the
+    other images of the same split."""
     share: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Fractions of the training data that probes are trained on."""
     shots: tuple[int, ...] = ()
-    """Numbers of samples per class that further probes are trained on."""
+    """Numbers of samples per class that further probes are trained on, and those of few_shot. few_shot takes 1, 2, 4, 8
+    and 16 if none is set."""
+    classifier: tuple[few_shot.Classifier, ...] = ("centroid", "logistic", "tip_adapter")
+    """Classifiers of few_shot: nearest class centroid, logistic regression, and the training-free Tip-Adapter."""
     num_seeds: int = 3
     """Random subsets per probe setting. The report gives their mean and standard deviation."""
     protocol: probe.Protocol = "held_out"
@@ -96,5 +106,7 @@ class EvalConfig:
             raise UserError(
                 f"a probe needs num_seeds={self.num_seeds} to be at least 1, and at least one value of share or shots"
             )
+        if not self.classifier:
+            raise UserError(f"classifier is empty; name at least one of {', '.join(few_shot.CLASSIFIERS)}")
         if self.num_gallery_queries < 1:
             raise UserError(f"num_gallery_queries={self.num_gallery_queries} must be at least 1")

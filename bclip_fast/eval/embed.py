@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bclip_fast.data.image_files import ImageConversion, read_rgb
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
-from bclip_fast.io.progress import track
+from bclip_fast.io.progress import Advance, track
 from bclip_fast.ops.processor import native_precision
 
 from . import spot_check
@@ -146,16 +146,18 @@ class Embedder:
         """
         if self.on_bad_image == "stop":
             return data, {}
-        reasons = {}
-        suspects = range(len(data)) if rows is None else _not_finite(rows)
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            for i, result in zip(suspects, pool.map(lambda i: self._try_to_read(data, i), suspects), strict=True):
-                if isinstance(result, UserError):
-                    reasons[i] = str(result)
+        reasons = self.reasons(data, range(len(data)) if rows is None else _not_finite(rows))
         if len(reasons) == len(data):
             raise UserError(f"none of {len(data)} images can be decoded; the first one: {reasons[0]}")
         kept = [i for i in range(len(data)) if i not in reasons]
         return SubsetDataset(data, kept) if reasons else data, {data.key(i): reasons[i] for i in reasons}
+
+    def reasons(self, data: EvalDataset, suspects: Sequence[int]) -> dict[int, str]:
+        """Try to decode these samples. Return the reason of every one whose image cannot be decoded, by its number."""
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            results = pool.map(lambda i: self._try_to_read(data, i), suspects)
+            errors = zip(suspects, results, strict=True)
+            return {i: str(error) for i, error in errors if isinstance(error, UserError)}
 
     def read(self, data: EvalDataset, i: int, kinds: dict[int, spot_check.Kind] | None = None) -> Tensor:
         """Decode and preprocess one image: float32 (3, H, W). Raises UserError, which names the sample.
@@ -224,10 +226,19 @@ class Embedder:
         self._embed_one(self.preprocess(Image.new("RGB", (64, 48), (200, 90, 40))), "probe")
         self._embed_texts([new_text()])
 
-    def uncached_images(self, data: EvalDataset, kinds: dict[int, spot_check.Kind] | None = None) -> Tensor:
+    def image_key(self, data_fingerprint: str) -> tuple[str, ...]:
+        """Return the key of a data set's embeddings: equal keys mean equal embeddings, apart from rounding."""
+        return self._key.images(data_fingerprint)
+
+    def uncached_images(
+        self,
+        data: EvalDataset,
+        kinds: dict[int, spot_check.Kind] | None = None,
+        advance: Advance | None = None,
+    ) -> Tensor:
         """Embed all images of a data set as `images` does, without reading or writing the cache.
 
-        kinds: gets the kind of each image by its number.
+        kinds: gets the kind of each image by its number. advance: counts the images in place of a progress bar.
         """
 
         def load(i: int) -> Tensor | UserError:
@@ -237,7 +248,7 @@ class Embedder:
             starts = range(0, len(data), self.batch_size)
             spans = (range(start, min(start + self.batch_size, len(data))) for start in starts)
             batches = _prefetch(pool, load, spans)
-            return self._run(batches, self._encode_images, len(data), "images", data.key)
+            return self._run(batches, self._encode_images, len(data), "images", data.key, advance)
 
     def image(self, content: bytes, name: str) -> Tensor:
         """Embed one encoded image: (1, D) float32 on the device, unit norm. Raises the errors of `images`, which call
@@ -273,16 +284,13 @@ class Embedder:
         total: int,
         unit: str,
         name: Callable[[int], str],
+        advance: Advance | None = None,
     ) -> Tensor:
         rows: list[Tensor] = []
         num_done = 0
         show = self.progress and total > self.batch_size
-        with (
-            _evaluation_mode(self.model),
-            torch.inference_mode(),
-            self.autocast(),
-            track(f"embed {unit}", total, show=show) as advance,
-        ):
+        bar = contextlib.nullcontext(advance) if advance else track(f"embed {unit}", total, show=show)
+        with _evaluation_mode(self.model), torch.inference_mode(), self.autocast(), bar as advance:
             for batch in batches:
                 embeddings = encode(batch).float()
                 not_finite = (~torch.isfinite(embeddings).all(1)).nonzero()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bclip_fast.errors import UserError
 
-from . import prompts
+from . import learned_prompts, prompts
 from .config import EvalConfig
 from .datasets import EvalDataset
 from .datasets.subset import SubsetDataset
@@ -87,7 +87,14 @@ def labels_and_prompts(inputs: Inputs, data: EvalDataset, kind: str) -> tuple[li
     if not classes:
         raise UserError(f"{subject}: no sample has it; choose another label")
     name = inputs.config.prompts
-    prompt_set = prompts.named(name) if name != "auto" else inputs.task.prompts or _default_prompts(kind, classes)
+    if name.endswith(learned_prompts.SUFFIXES):
+        if inputs.config.templates:
+            raise UserError(f"prompts={name} are learned and take no --templates; leave one of them out")
+        prompt_set = learned_prompts.load(name, inputs.embedder)
+    else:
+        prompt_set = prompts.named(name) if name != "auto" else inputs.task.prompts or _default_prompts(kind, classes)
+    if inputs.config.templates:
+        prompt_set = dataclasses.replace(prompt_set, templates=inputs.config.templates)
     missing = [value for value in classes if value not in prompt_set.classes]
     if missing:
         raise UserError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from bclip_fast.config import read_toml
 from bclip_fast.errors import UserError, choices
@@ -29,13 +31,15 @@ class PromptSet:
     """Classes with their nouns, and templates with one `{}` for the noun.
 
     classes: class name -> nouns. source: origin of the words, for reports. negative_templates: templates of the texts
-    that deny a class, for protocols that compare both texts.
+    that deny a class, for protocols that compare both texts. embeddings: learned class embeddings (C, D), unit norm,
+    which take the place of the texts.
     """
 
     classes: Mapping[str, tuple[str, ...]]
     templates: tuple[str, ...] = GENERIC_TEMPLATES
     source: str = ""
     negative_templates: tuple[str, ...] = ()
+    embeddings: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check templates and nouns. Raises UserError."""
@@ -101,6 +105,7 @@ def as_json(prompt_set: PromptSet) -> dict[str, Any]:
     """Return a prompt set as it is in results.json."""
     return {
         "source": prompt_set.source,
+        **({} if prompt_set.embeddings is None else {"learned": True}),
         "templates": list(prompt_set.templates),
         **({"negative_templates": list(prompt_set.negative_templates)} if prompt_set.negative_templates else {}),
         "classes": {name: list(nouns) for name, nouns in prompt_set.classes.items()},

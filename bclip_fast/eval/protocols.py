@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bclip_fast import distributed
-from bclip_fast.data.splits import MissingSplit
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from . import medpmc, probe, prompts, retrieval, vqa, zero_shot
+from . import few_shot, image_retrieval, medpmc, probe, probe_data, prompts, retrieval, vqa, zero_shot
 from .datasets import EvalDataset
 from .labels import (
     Inputs,
@@ -23,11 +22,7 @@ from .labels import (
     label_kinds,
     labelled_rows,
     labels_and_prompts,
-    look_alike,
-    occurring_classes,
-    read_labels,
 )
-from .linear_heads import LabelledFeatures
 from .tasks import Task
 
 log = logging.getLogger(__name__)
@@ -94,96 +89,35 @@ def run_probe(inputs: Inputs) -> Results:
 
     The result names the validation data: `val`, or a fifth of train and the reason.
     """
-    kinds = label_kinds(inputs)
-    train_data = inputs.open_split("train")
-    if _is_same(train_data, inputs.data):
-        raise UserError(
-            f"task {inputs.task.name!r} needs a train split next to {inputs.data.split!r}; {train_data.path} has none"
-        )
-    val_data, validation = _validation_split(inputs)
-    train_data = inputs.readable(train_data)
-    val_data = val_data and inputs.readable(val_data)
-    name = inputs.task.name
-    return {
-        name if len(kinds) == 1 else f"{name}/{kind}": _probe(inputs, kind, train_data, val_data)
-        | {"label": kind, "validation": validation}
-        for kind in kinds
-    }
+    return probe_data.for_each_kind(inputs, _probe)
 
 
-def _is_same(data: EvalDataset, other: EvalDataset) -> bool:
-    return (data.split, data.path) == (other.split, other.path)
-
-
-def _validation_split(inputs: Inputs) -> tuple[EvalDataset | None, str]:
-    """Return the validation data of a probe, or None for a part of the training data, and the words for the report.
-
-    Raises:
-        UserError: the validation split is there, but faulty.
-    """
-    try:
-        data = inputs.open_split("val")
-    except MissingSplit as error:
-        log.warning("task %s: validation: a fifth of train, because %s", inputs.task.name, error)
-        return None, "a fifth of train, no val found"
-    if _is_same(data, inputs.data):
-        log.warning("task %s: validation: a fifth of train, because val is the test split", inputs.task.name)
-        return None, "a fifth of train, val is the test split"
-    return data, "val"
-
-
-def _probe(inputs: Inputs, kind: str, train_data: EvalDataset, val_data: EvalDataset | None) -> dict[str, Any]:
-    config, multi_label = inputs.config, inputs.task.multi_label
-    labels, prompt_set = labels_and_prompts(inputs, inputs.data, kind)
-    names = list(prompt_set.classes)
-
-    def labelled_features(data: EvalDataset) -> LabelledFeatures:
-        split_labels = labels if data is inputs.data else read_labels(data, kind, multi_label)
-        if unknown := sorted(occurring_classes(split_labels, multi_label) - set(names)):
-            raise UserError(
-                f"split {data.split!r} of {data.path} has the class {unknown[0]!r}, which is missing in the test split"
-                f"{look_alike(unknown[0], names)}"
-            )
-        images = inputs.embedder.images(data)
-        rows = torch.tensor(labelled_rows(split_labels), device=images.device)
-        targets = class_targets(split_labels, names, multi_label).to(images.device)
-        return LabelledFeatures(images[rows], targets)
-
-    train, test = labelled_features(train_data), labelled_features(inputs.data)
-    if val_data is None:
-        # Set a fifth of every class of train aside for validation.
-        val_rows = probe.subset(train.labels, len(names), train_fraction=0.2, seed=config.seed)
-        is_train = torch.ones(len(train), dtype=torch.bool)
-        is_train[val_rows] = False
-        device = train.labels.device
-        train, val = train[is_train.nonzero()[:, 0].to(device)], train[val_rows.to(device)]
-    else:
-        val = labelled_features(val_data)
-    _check_every_class(train, val, test, names, val_data is None)
-    classes = zero_shot.class_embeddings(inputs.embedder.texts, prompt_set)
-    result = probe.measure(
-        train, val, test, names, probe.text_init(classes, len(names), classes.shape[1]).to(train.features.device),
+def _probe(inputs: Inputs, data: probe_data.ProbeData) -> dict[str, Any]:
+    config, names = inputs.config, data.class_names
+    classes = zero_shot.class_embeddings(inputs.embedder.texts, data.prompts)
+    init = probe.text_init(classes, len(names), classes.shape[1]).to(data.train.features.device)
+    return probe.measure(
+        data.train, data.val, data.test, names, init,
         train_fractions=config.share, shots=config.shots, num_seeds=config.num_seeds, protocol=config.protocol,
         progress=config.progress and distributed.is_main(),
     )  # fmt: skip
-    result["samples"] = {"key": [inputs.data.key(i) for i in labelled_rows(labels)], **result["samples"]}
-    return result | {"prompts": prompts.as_json(prompt_set)}
 
 
-def _check_every_class(
-    train: LabelledFeatures, val: LabelledFeatures, test: LabelledFeatures, names: Sequence[str], is_fifth: bool
-) -> None:
-    """Raise UserError if the test data have a class that a probe cannot learn. Warn if validation lacks one."""
-    counts = [
-        data.labels.sum(0) if data.labels.ndim == 2 else torch.bincount(data.labels, minlength=len(names))
-        for data in (train, val, test)
-    ]
-    for name, num_train, num_val, num_test in zip(names, *(count.tolist() for count in counts), strict=True):
-        if num_test and not num_train:
-            reason = ", after a fifth of every class was set aside for validation" if is_fifth and num_val else ""
-            raise UserError(f"the train split has no sample of class {name!r}{reason}, but the test split has some")
-        if num_test and not num_val:
-            log.warning("the validation data of the probe have no sample of class %r", name)
+def run_few_shot(inputs: Inputs) -> Results:
+    """Classify images by a few samples of each class, on embeddings that are computed once."""
+    if inputs.task.multi_label:
+        raise UserError(f"task {inputs.task.name!r} has multi_label = true, but few_shot needs one class an image")
+    return probe_data.for_each_kind(inputs, _few_shot)
+
+
+def _few_shot(inputs: Inputs, data: probe_data.ProbeData) -> dict[str, Any]:
+    config = inputs.config
+    texts = zero_shot.class_embeddings(inputs.embedder.texts, data.prompts).to(data.train.features.device)
+    return few_shot.measure(
+        data.train, data.val, data.test, data.class_names, texts,
+        shots=config.shots or few_shot.default_shots(data.train.labels, len(texts)),
+        num_seeds=config.num_seeds, classifiers=config.classifier,
+    )  # fmt: skip
 
 
 def run_vqa(inputs: Inputs) -> Results:
@@ -195,8 +129,10 @@ PROTOCOLS: dict[str, Callable[[Inputs], Results]] = {
     "retrieval": run_retrieval,
     "zero_shot": run_zero_shot,
     "probe": run_probe,
+    "few_shot": run_few_shot,
     "vqa": run_vqa,
     "medpmc": medpmc.run,
+    "image_retrieval": image_retrieval.run,
 }
 
 

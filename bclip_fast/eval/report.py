@@ -15,6 +15,7 @@ from bclip_fast.html import chart
 from bclip_fast.html.curves import training_curves
 from bclip_fast.html.page import environment, thumbnail
 
+from . import report_charts
 from .datasets import EvalDataset
 from .results import write_files
 from .suite_results import TITLES
@@ -60,6 +61,7 @@ def write(
             published=_published(results),
             curves=training_curves(run_folder) if run_folder else [],
             max_curves=chart.MAX_CURVES,
+            charts={name: report_charts.of_result(result) for name, result in tasks.items()},
             roc={name: _roc_chart(result, nouns.get(name, {})) for name, result in tasks.items()},
             questions=[
                 _questions(result, data[name])

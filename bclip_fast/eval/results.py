@@ -47,7 +47,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     ]  # fmt: skip
     files["figures.csv"] = as_csv(columns, rows)
     classes = [(name, row) for name, result in results["tasks"].items() for row in result.get("per_class", [])]
-    fields = ("class", "num_samples", "num_predicted", "recall", "precision", "auroc")
+    fields = ("class", "num_samples", "num_predicted", "recall", "precision", "auroc", "average_precision")
     lines = ((name, *(row.get(field) for field in fields)) for name, row in classes)
     if "suite" in results:
         means = results["suite"]["rows"]

@@ -102,7 +102,8 @@ def check_embeddings(embeddings: Tensor, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices without TF32."""
     # TF32 has errors of 1e-3, which would reorder candidates.
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -158,7 +159,7 @@ def rank(
             inside = index < num
             correct += index[inside].bincount(minlength=num)
             tied += index[inside & (scores >= bound[index] - TIE_TOLERANCE)].bincount(minlength=num)
-    with _full_float32():
+    with full_float32():
         counts = exact_ranks.count(queries, candidates, best[0], best[1], TIE_TOLERANCE, **chunks)
     # A candidate above the best correct one is wrong by definition.
     return tuple(  # type: ignore[return-value]
@@ -323,7 +324,7 @@ def gallery(
     for name, queries, candidates in (("text_to_image", texts, images), ("image_to_text", images, texts)):
         rows = []
         for query in examples:
-            with _full_float32():
+            with full_float32():
                 scores = candidates.float() @ queries[query].float()
             top = torch.topk(scores, min(num_hits, num))
             hits = [

@@ -17,6 +17,8 @@ from bclip_fast.errors import UserError
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
 _MAX_RESAMPLED = 100_000_000
+_MAX_COUNTS = 1 << 22
+"""Counts of a resample's samples that are in memory at once."""
 
 
 def metric(
@@ -137,10 +139,31 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     Samples of equal value are interchangeable, so a resample only needs the count of each distinct value. The counts
     are multinomial. This is the exact bootstrap, and its memory does not grow with the number of samples.
     """
-    distinct, counts = np.unique(_finite(values, "values"), return_counts=True)
+    return _percentiles(mean_draws(values, np.random.default_rng(seed)))
+
+
+def class_mean_interval(values: np.ndarray, classes: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean over classes. Samples are drawn within their class.
+
+    values, classes: (N,), class numbers int64.
+    """
+    order = np.argsort(classes, kind="stable")
+    groups = np.split(values[order], np.flatnonzero(np.diff(classes[order])) + 1)
     generator = np.random.default_rng(seed)
-    draws = generator.multinomial(len(values), counts / len(values), size=_num_resamples(len(distinct)))
-    return _percentiles(draws @ distinct / len(values))
+    total = np.zeros(NUM_RESAMPLES)
+    for group in groups:
+        total += mean_draws(group, generator, NUM_RESAMPLES)
+    return _percentiles(total / len(groups))
+
+
+def mean_draws(values: np.ndarray, generator: np.random.Generator, num: int | None = None) -> np.ndarray:
+    """Return the means of `num` resamples, float64 (num,). None: as many as `mean_interval` takes."""
+    distinct, counts = np.unique(_finite(values, "values"), return_counts=True)
+    num = _num_resamples(len(distinct)) if num is None else num
+    step = max(1, _MAX_COUNTS // len(distinct))
+    sizes = [min(step, num - start) for start in range(0, num, step)]
+    draws = (generator.multinomial(len(values), counts / len(values), size=size) @ distinct for size in sizes)
+    return np.concatenate(list(draws)) / len(values)
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:

@@ -24,8 +24,10 @@ from .retrieval import check_embeddings
 def class_embeddings(encode: Callable[[list[str]], Tensor], prompts: PromptSet) -> Tensor:
     """Embed the classes of a prompt set: (C, D) float32, unit norm. Source of the formula: ELEVATER's `feature.py`.
 
-    encode: maps texts to L2-normalised rows (n, D).
+    encode: maps texts to L2-normalised rows (n, D). Learned embeddings of the prompt set need none.
     """
+    if prompts.embeddings is not None:
+        return prompts.embeddings
     texts = [prompts.prompts(name) for name in prompts.classes]
     rows = encode([text for class_texts in texts for text in class_texts]).float()
     means = torch.stack([group.mean(0) for group in rows.split([len(class_texts) for class_texts in texts])])

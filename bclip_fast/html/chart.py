@@ -20,11 +20,13 @@ def line_chart(
     title: str,
     smooth: bool = False,
     reference: tuple[float, str] | None = None,
+    x_label: str = "step",
 ) -> Markup:
-    """Draw values over the step number. The axes start at 0 or near the data, whichever fits.
+    """Draw values over the step number, or over `x_label`. The axes start at 0 or near the data, whichever fits.
 
     Args:
-        series: name -> (steps, values), all finite. At most `MAX_CURVES` are drawn. Several series are named below.
+        series: name -> (steps or other places, values), all finite. At most `MAX_CURVES` are drawn.
+            Several series are named below.
         smooth: draw a moving average. A single series also shows its raw values as a faint line.
         reference: height and name of a dashed horizontal line, for example the chance baseline.
     """
@@ -57,7 +59,9 @@ def line_chart(
         if x_low <= tick <= x_high:
             x, _ = place(tick, y_low)
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step</text>')
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     if reference:
         _, y = place(x_low, reference[0])
         label_y = y - 6 if y > TOP + 18 else y + 16
@@ -81,7 +85,7 @@ def line_chart(
             height = y + 10
     ends = []
     for name, (steps, values) in list(series.items())[:MAX_CURVES]:
-        first, last = (f"{number(values[i])} at step {number(steps[i])}" for i in (0, -1))
+        first, last = (f"{number(values[i])} at {x_label} {number(steps[i])}" for i in (0, -1))
         ends.append(f"{name + ' ' if name else ''}from {first} to {last}")
     label = escape(f"{title}: {'; '.join(ends)}")
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'

@@ -27,7 +27,8 @@ from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.embed import Embedder
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.search.index import ROWS, EmbedConfig, embed
+from bclip_fast.search.index import EmbedConfig, embed
+from bclip_fast.search.index_files import ROWS
 from bclip_fast.search.searcher import OpenConfig, Searcher, page
 
 
@@ -152,6 +153,13 @@ def test_commands_embed_and_search_a_folder_of_images(start: Path, tmp_path: Pat
     assert cli.main(["embed", str(start), "--data", str(images), "--out", str(out), "--no-progress"]) == 0
     assert cli.main(["search", str(out), str(images / "deep" / "p3.jpg"), "-k", "2", "--gallery", str(gallery)]) == 0
     assert "p3.jpg" in capsys.readouterr().out
+    assert (
+        cli.main(["embed", str(start), "--data", str(images), "--out", str(tmp_path / "no"), "--plan", "10000000"]) == 0
+    )
+    plan = capsys.readouterr().out
+    assert "10,000,000 images, 24 dimensions" in plan
+    assert "faiss_flat │ fp16" in plan and "hours at" in plan
+    assert not (tmp_path / "no").exists()
     html = gallery.read_text()
     assert html.count("<img ") == 2
     assert "<form" not in html

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from articles import write_articles
+from benchmark_data import write_lc25000
 from colours import COLOURS, jpeg
 from synthetic import write_shards
 from towers import SMALL
@@ -27,7 +28,7 @@ MODULES = (
     "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "faiss", "pyarrow.parquet",
     "safetensors.torch", "jinja2", "lxml.etree",
     "rich.console", "rich.table", "tokenizers", "PIL.JpegImagePlugin", "bclip_fast.ingest.build",
-    "bclip_fast.ingest.fetch", "bclip_fast.ingest.report", "bclip_fast.ingest.verify", "bclip_fast.train.export",
+    "bclip_fast.ingest.fetch", "bclip_fast.ingest.report", "bclip_fast.ingest.verify", "bclip_fast.export.command",
     "bclip_fast.train.report", "bclip_fast.train.replay", "bclip_fast.plan.command", "bclip_fast.train.trainer",
     "bclip_fast.train.finetune", "bclip_fast.eval", "bclip_fast.eval.command", "bclip_fast.eval.compare",
     "bclip_fast.search.searcher", "bclip_fast.tune",
@@ -118,6 +119,7 @@ def write_inputs(folder: Path) -> None:
         model = BiomedClip(dataclasses.replace(SMALL, vision=vision, text=text))
         words = Tokenizer.train(texts * 3, 80 + seed, context_length=12 + seed)
         pretrained.save(folder / name, model, Preprocess(PreprocessConfig(size=32)), words)
+    write_lc25000(folder / "benchmark")
     (folder / "notes").mkdir()
     (folder / "notes" / "note.txt").write_text("a file of the user\n")
 
@@ -242,6 +244,10 @@ _EVAL = (
     *("--label", "colour", "--out", "out/eval", "--cache", "out/cache", "--num_workers", "1", "--no_progress"),
 )
 _EMBED = ("--data", "tables/pairs.csv", "--split", "train", "--out", "out/index", "--num_workers", "1", "--no_progress")
+_SUITE = (
+    *("eval", "suite", "--data", "benchmark", "--out", "out/suite", "--cache", "out/cache"),
+    *("--num_workers", "1", "--no_progress"),
+)
 _EXPORT = ("export", "model", "--out", "out/exported")
 _STOPPED = (75, 143, 0)
 
@@ -286,6 +292,10 @@ COMMANDS = {
     "eval": Command(
         ("eval", "model", *_EVAL), ("model", "other", "tables"), ("out/eval", "out/cache"),
         before=(("eval", "other", *_EVAL),), readers=(evaluation_at("out/eval"),),
+    ),
+    "eval suite": Command(
+        (*_SUITE, "--models", "model,other"), ("model", "other", "benchmark"), ("out/suite", "out/cache"),
+        before=((*_SUITE, "--models", "model"),),
     ),
     "eval compare": Command(
         ("eval", "compare", "out/eval", "out/eval", "--out", "out/compared"), ("model", "tables"), ("out/compared",),

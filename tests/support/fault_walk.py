@@ -19,6 +19,8 @@ from bclip_fast.train.signals import EXIT_STOPPED
 REASONS = {"full": "No space left on device", "denied": "Permission denied"}
 # Without permission, a command cannot remove its temporary files.
 _MAY_LEAVE_FILES = ("denied", "kill")
+# A second run goes on from these.
+_KEPT = re.compile(r"\.data\.partial|\.files\.written|/\.parts/")
 _FINISHED = re.compile(r" I (?:saved|wrote|results in|report in|gallery in|\d+ images in) (\S+)$", re.MULTILINE)
 
 
@@ -179,7 +181,7 @@ class Walk:
             hidden = any(part.startswith(".") for part in Path(name).parts)
             if not self._is_output(name) and not hidden:
                 found.append(f"{name} is no output")
-            elif hidden and fault not in _MAY_LEAVE_FILES and not re.search(r"\.data\.partial|\.files\.written", name):
+            elif hidden and fault not in _MAY_LEAVE_FILES and not _KEPT.search(name):
                 found.append(f"{name} was left behind")
             elif (
                 not hidden

@@ -1,6 +1,6 @@
 """The tasks: one file `NAME.toml` each, here or anywhere, with data, protocol, metric and published scores.
 
-    title, protocol ("retrieval", "zero_shot", "probe", "vqa" or "medpmc")
+    title, protocol (one of `protocols.PROTOCOLS`)
     dataset      reader of the data: one of `datasets.READERS`; auto: depends on the files
     folder       subfolder of --data with the data, if it exists
     file         name of the file in the folder, for readers that take one of several
