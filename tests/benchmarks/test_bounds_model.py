@@ -195,9 +195,9 @@ def test_backward_of_short_heads_is_near_its_design_with_wgmma():
     short = [shape for shape in shapes.ATTENTION if shape.dim == 64 and shape.tokens <= 256]
     names = {shape.work("backward", 1)["shape"] for shape in short}
     checked = 0
-    for work, each in store.bounds(store.load().works, "h100"):
-        if (work.kernel, work.backend) == ("attention_backward", "cuda") and work.shape in names:
-            assert design[work.shape].limiter == "HBM" and each.seconds <= 1.2 * design[work.shape].seconds
+    for stored, each in store.bounds(store.load().works, "h100"):
+        if (stored.kernel, stored.backend) == ("attention_backward", "cuda") and stored.shape in names:
+            assert design[stored.shape].limiter == "HBM" and each.seconds <= 1.2 * design[stored.shape].seconds
             checked += 1
     assert checked == len(names) == 3
 
