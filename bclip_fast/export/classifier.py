@@ -48,8 +48,8 @@ from transformers import CLIPImageProcessor
 names = json.loads(Path(folder, "config.json").read_text())["id2label"]
 pixels = CLIPImageProcessor.from_pretrained(folder)(images, return_tensors="np")["pixel_values"]
 session = onnxruntime.InferenceSession(f"{folder}/classifier.onnx")
-for row in session.run(None, {"pixel_values": pixels})[0]:
-    print({names[str(i)]: float(value) for i, value in enumerate(row)})
+rows = session.run(None, {"pixel_values": pixels})[0]
+probabilities = [{names[str(i)]: float(value) for i, value in enumerate(row)} for row in rows]
 ```
 """
 
