@@ -35,6 +35,9 @@ class EvalConfig:
     rows are named. It takes the place of `task`."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`. Repeat the flag for several."""
+    by: str = ""
+    """Columns whose subgroups get metrics of their own, with intervals and gaps, such as sex,age. Columns of numbers
+    become bins."""
     prompts: str = "auto"
     """Prompt set: the name of a task (pcam, lc25000_lung, ...), a TOML file, or an .npz or .safetensors file of learned
     prompts (docs/evaluation.md). auto: the task's prompts, or the label values themselves."""

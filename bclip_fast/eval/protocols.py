@@ -13,7 +13,19 @@ from bclip_fast import distributed
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from . import few_shot, image_retrieval, medpmc, probe, probe_data, prompts, retrieval, vqa, zero_shot
+from . import (
+    calibration,
+    decision_curve,
+    few_shot,
+    image_retrieval,
+    medpmc,
+    probe,
+    probe_data,
+    prompts,
+    retrieval,
+    vqa,
+    zero_shot,
+)
 from .datasets import EvalDataset
 from .labels import (
     Inputs,
@@ -72,6 +84,10 @@ def run_zero_shot(inputs: Inputs) -> Results:
             probabilities = (scores.double() * _logit_scale(inputs.embedder.model)).softmax(1)
             result = zero_shot.measure(targets, predictions.cpu(), names, probabilities.cpu())
             result["num_ties"] = num_ties
+            calibration.add(result, targets.numpy(), probabilities.cpu().numpy(), names)
+            if len(names) == 2:
+                positive = probabilities[:, 1].cpu().numpy()
+                result["decision_curve"] = decision_curve.measure(targets.numpy() == 1, positive, names[1])
             if len(prompt_set.templates) > 1:
                 result["sensitivity"] = zero_shot.sensitivity(inputs.embedder.texts, prompt_set, images, targets)
         result["samples"] = {"key": [inputs.data.key(i) for i in rows], **result["samples"]}
