@@ -20,7 +20,7 @@ from .micro_batches import largest_micro_batch
 from .network import bandwidth
 from .samples import samples_of
 from .scale_report import loader_lines, scale_parts
-from .scaling import ScaleConfig, Scaling
+from .scaling import ScaleConfig, Scaling, with_engine
 from .table import table
 from .types import Plan, largest_stage
 
@@ -145,28 +145,29 @@ def _memory_savers(config: TrainConfig, cluster: Cluster) -> list[tuple[str, Tra
         budgets = [tokens for tokens in budgets if tokens >= config.image_tokens + context_length]
         savers += [(f"micro_batch_tokens={tokens}", replace(config, micro_batch_tokens=tokens)) for tokens in budgets]
     savers += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
+    changes: list[tuple[str, dict[str, Any]]] = []
     if not cluster.cpu and engine.grad_checkpointing and not engine.offload_activations:
-        savers.append(("engine.offload_activations=true", _with_engine(config, offload_activations=True)))
+        changes.append(("engine.offload_activations=true", {"offload_activations": True}))
     if not cluster.cpu and engine.name == "deepspeed" and engine.zero_stage and not engine.offload_optimizer:
-        savers.append(("engine.offload_optimizer=true", _with_engine(config, offload_optimizer=True)))
+        changes.append(("engine.offload_optimizer=true", {"offload_optimizer": True}))
     if not engine.grad_checkpointing:
-        savers.append(("engine.grad_checkpointing=true", _with_engine(config, grad_checkpointing=True)))
-    if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 1):
-        savers.append(("engine.zero_stage=1", _with_engine(config, name="deepspeed", zero_stage=1)))
-    if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 2):
-        savers.append(("engine.zero_stage=2", _with_engine(config, name="deepspeed", zero_stage=2)))
+        changes.append(("engine.grad_checkpointing=true", {"grad_checkpointing": True}))
+    changes += [
+        (f"engine.zero_stage={stage}", {"name": "deepspeed", "zero_stage": stage})
+        for stage in (1, 2)
+        if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < stage)
+    ]
     if cluster.ranks == 1 and engine.name == "deepspeed" and engine.zero_stage:
-        savers.append(("engine.zero_stage=0", _with_engine(config, zero_stage=0)))
+        changes.append(("engine.zero_stage=0", {"zero_stage": 0}))
+    for change, values in changes:
+        if (other := with_engine(config, **values)) is not None:
+            savers.append((change, other))
     if config.checkpoint.background:
         changed = replace(config, checkpoint=replace(config.checkpoint, background=False))
         savers.append(("checkpoint.background=false", changed))
     if data.prefetch_batches > 0:
         savers.append(("data.prefetch_batches=0", replace(config, data=replace(data, prefetch_batches=0))))
     return savers
-
-
-def _with_engine(config: TrainConfig, **changes: Any) -> TrainConfig:
-    return replace(config, engine=replace(config.engine, **changes))
 
 
 def show(config: TrainConfig, plan: Plan, loader: LoaderPlan | None, scaling: Scaling | None) -> None:

@@ -191,19 +191,29 @@ def _changed_settings(config: TrainConfig, pairs: int, micro_batch: int) -> Iter
             if size and size != micro_batch and pairs % size == 0:
                 yield f"micro_batch_size={size}", replace(config, micro_batch_size=size)
     engine = config.engine
-    if config.engine.grad_checkpointing:
-        other = replace(config, engine=replace(engine, grad_checkpointing=False, offload_activations=False))
-        yield "engine.grad_checkpointing=false", other
-    if engine.offload_optimizer or engine.offload_parameters:
-        return
-    if engine.name != "ddp" and engine.cpu_adam == "torch":
-        yield "engine.name=ddp", replace(config, engine=replace(engine, name="ddp", zero_stage=1))
-    for stage in (0, 1, 3):
-        if (engine.name, engine.zero_stage) != ("deepspeed", stage) and not (stage and config.optim.name == "muon"):
-            if stage == 3 and engine.compile:
-                continue
-            other = replace(config, engine=replace(engine, name="deepspeed", zero_stage=stage))
-            yield f"engine.zero_stage={stage}", other
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if engine.grad_checkpointing:
+        without = {"grad_checkpointing": False, "offload_activations": False}
+        changes.append(("engine.grad_checkpointing=false", without))
+    if not engine.offload_optimizer and not engine.offload_parameters:
+        if engine.name != "ddp" and engine.cpu_adam == "torch":
+            changes.append(("engine.name=ddp", {"name": "ddp", "zero_stage": 1}))
+        changes += [
+            (f"engine.zero_stage={stage}", {"name": "deepspeed", "zero_stage": stage})
+            for stage in (0, 1, 3)
+            if (engine.name, engine.zero_stage) != ("deepspeed", stage)
+        ]
+    for change, values in changes:
+        if (other := with_engine(config, **values)) is not None:
+            yield change, other
+
+
+def with_engine(config: TrainConfig, **changes: Any) -> TrainConfig | None:
+    """Return the run with other settings of the engine, or None if the engine refuses them together with the others."""
+    try:
+        return replace(config, engine=replace(config.engine, **changes))
+    except UserError:
+        return None
 
 
 def _may_help(point: ScalePoint, now: ScalePoint) -> bool:
