@@ -21,7 +21,7 @@ from bclip_fast.io.atomic import write_text
 from bclip_fast.io.json_files import read_object
 from bclip_fast.io.runs import METRICS, VALIDATION, read_metrics
 from bclip_fast.model.biomedclip import BiomedClipConfig
-from bclip_fast.pretrained.model_card import FILE, MARK, is_replaceable
+from bclip_fast.pretrained.model_card import FILE, MARK
 from bclip_fast.version import __version__
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def write(
     licence: str,
     evaluated: Sequence[Path] = (),
 ) -> None:
-    """Write README.md, unless the folder has one of the user's.
+    """Write README.md.
 
     Args:
         usage: Markdown that says how to load the files.
@@ -73,8 +73,6 @@ def write(
     Raises:
         UserError: a folder of an evaluation can't be read.
     """
-    if not is_replaceable(folder):
-        return
     tables = [line for path in evaluated for line in _evaluation(path)]
     head = ["---", f"library_name: {library}", *([f"license: {licence}"] if licence else []), "tags:"]
     head += [f"- {tag}" for tag in _TAGS]

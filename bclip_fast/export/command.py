@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +13,11 @@ import tyro
 from bclip_fast import pretrained
 from bclip_fast.data.transform import Preprocess
 from bclip_fast.errors import UserError
-from bclip_fast.io.atomic import replacing
+from bclip_fast.io.atomic import replacing_files
 from bclip_fast.model import weights
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
+from bclip_fast.pretrained import model_card
 from bclip_fast.train import checkpoint as checkpoints
 
 from . import card, onnx_files, parity, sentence_transformers, usage
@@ -78,13 +78,14 @@ def run(config: ExportConfig) -> None:
         "open_clip": pretrained.save,
         "transformers": pretrained.save_transformers,
         "sentence_transformers": sentence_transformers.save,
-        "onnx": partial(_save_onnx, config),
+        "onnx": lambda *arguments: _save_onnx(config, *arguments),
         "safetensors": _save_weights,
     }
-    with checkpoints.explain_write_errors(config.out):
-        save[config.to](config.out, model, preprocess, tokenizer)
+    with checkpoints.explain_write_errors(config.out), replacing_files(config.out) as partial:
+        # All files together, so that no card describes the files of another export.
+        save[config.to](partial, model, preprocess, tokenizer)
         card.write(
-            config.out,
+            partial,
             Path(config.model).name or config.model,
             usage.text(config.to, model.config, tokenizer),
             usage.LIBRARIES[config.to],
@@ -93,6 +94,8 @@ def run(config: ExportConfig) -> None:
             licence=config.license,
             evaluated=config.evaluations,
         )
+        if not model_card.is_replaceable(config.out):
+            (partial / model_card.FILE).unlink()
     log.info("wrote %s", config.out)
 
 
@@ -125,6 +128,5 @@ def _save_weights(folder: Path, model: BiomedClip, preprocess: Preprocess, token
     """Write only the weights. The other arguments are those of every format."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "model.safetensors") as path:
-        save_file(weights.to_open_clip(model.state_dict(), model.config), path, metadata={"format": "pt"})
+    state = weights.to_open_clip(model.state_dict(), model.config)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

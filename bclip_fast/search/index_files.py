@@ -63,8 +63,8 @@ def write_index(
     reasons = embedder.reasons(data, skipped)
     if not kept:
         raise UserError(f"none of {total} images can be decoded; the first one: {reasons.get(0, 'it can be now')}")
-    sampled = _spread(len(kept), stores.num_training_rows(kind, len(kept)))
-    index = stores.new_index(kind, store, len(kept), _rows(parts, sampled, dim), ranges)
+    sampled = spread(len(kept), stores.num_training_rows(kind, len(kept)))
+    index = stores.new_index(kind, store, len(kept), rows_of(parts, sampled, dim), ranges)
     for _, rows in parts.blocks():
         stores.add(index, rows)
     subset = SubsetDataset(data, kept) if skipped else data
@@ -104,12 +104,12 @@ def write_index(
     log.info("%d images in %s", len(kept), out)
 
 
-def _spread(num: int, count: int) -> np.ndarray:
+def spread(num: int, count: int) -> np.ndarray:
     """Return `count` evenly spaced numbers below `num`, int64."""
     return np.arange(count, dtype=np.int64) * num // max(1, count)
 
 
-def _rows(parts: Parts, chosen: np.ndarray, dim: int) -> np.ndarray:
+def rows_of(parts: Parts, chosen: np.ndarray, dim: int) -> np.ndarray:
     """Return the embeddings with these ascending numbers in the index, float32 (n, D)."""
     picked, start = [np.empty((0, dim), np.float32)], 0
     for _, rows in parts.blocks():
@@ -122,10 +122,10 @@ def _recall(
     index: Any, embedder: Embedder, parts: Parts, num: int, captions: list[str] | None, dim: int
 ) -> dict[str, float]:
     """Measure and log the recall at 10, with images and captions of the data as queries."""
-    chosen = _spread(num, min(num, NUM_QUERIES))
+    chosen = spread(num, min(num, NUM_QUERIES))
     recalls = {}
     if num > 1:
-        rows = _rows(parts, chosen, dim)
+        rows = rows_of(parts, chosen, dim)
         recalls["images"] = recall_at_10(index, rows, (block for _, block in parts.blocks()), chosen)
     if texts := [captions[i] for i in chosen if captions[i].strip()] if captions else []:
         queries = embedder.texts(texts).cpu().numpy()

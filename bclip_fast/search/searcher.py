@@ -15,6 +15,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 import tyro
+from markupsafe import Markup
 from torch import Tensor
 
 from bclip_fast.data.image_files import IMAGE_SUFFIXES
@@ -29,12 +30,16 @@ from bclip_fast.io.hashing import sha256_of_file
 from bclip_fast.pretrained.any_model import Model
 
 from . import stores
+from .cache import BoundedCache
 from .index import ModelSettings, build_embedder, embed_probe, open_images
 from .index_files import FIELDS, INDEX, METADATA, ROWS
 
 log = logging.getLogger(__name__)
 
 MAX_HITS, MAX_QUERY = 200, 4000
+THUMBNAIL_BYTES = 256 << 20
+"""Default bound on the thumbnails in memory."""
+_KEPT_QUERIES, _KEPT_HITS = 1024, 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +97,27 @@ class Hit:
         url = self.fields["licence_url"]
         return url if re.fullmatch(r"https?://creativecommons\.org/[\w./-]{1,100}", url) else None
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON object, with `article`."""
+        return {**asdict(self), "article": self.article}
+
 
 class Searcher:
-    """An index with its model. Several threads may query it."""
+    """An index with its model. Several threads may query it.
 
-    def __init__(self, config: OpenConfig, model: Model | None = None) -> None:
+    It keeps the embeddings and hits of the last texts, and the thumbnails that were used last. index.faiss is mapped
+    into memory.
+    """
+
+    def __init__(
+        self, config: OpenConfig, model: Model | None = None, *, thumbnail_bytes: int = THUMBNAIL_BYTES
+    ) -> None:
         """Open an index.
 
         Args:
             config: the index's folder. Its model and data replace those that the index names.
             model: replaces `config.model`.
+            thumbnail_bytes: bound on the thumbnails in memory. 0 keeps none.
 
         Raises:
             UserError: a folder that is not a complete index, or a model other than the index's.
@@ -117,7 +133,8 @@ class Searcher:
             self.metadata: dict[str, Any] = json.loads((schema.metadata or {})[METADATA])
             # Indexes before version 0.1.0 have no column `row`: they hold every image of the data.
             extra = [name for name in ("row",) if name in schema.names]
-            self._rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS, *extra])
+            rows = pq.read_table(self.folder / ROWS, columns=["key", "caption", *FIELDS, *extra])
+            self._rows = rows.combine_chunks()
             if sha256_of_file(self.folder / INDEX) != self.metadata["sha256"]:
                 raise UserError(f"{problem}: {ROWS} was written with another {INDEX}; run bclip embed again")
             self._index = stores.read(self.folder / INDEX)
@@ -136,6 +153,9 @@ class Searcher:
             )
         self._sources = config.data or as_sources(self.metadata["data"], f"data of {self.folder}")
         self._lock = threading.Lock()
+        self._queries = BoundedCache[np.ndarray](_KEPT_QUERIES, lambda _: 1)
+        self._hits = BoundedCache[list[Hit]](_KEPT_HITS, len)
+        self._thumbnails = BoundedCache[str](thumbnail_bytes, len)
         conversion = self.metadata.get("image_conversion", "standard")
         self.embedder = build_embedder(
             model or config.model or self.metadata["model"], config, 1, image_conversion=conversion
@@ -152,28 +172,36 @@ class Searcher:
         """Return the k images nearest to a text, best first. Raises UserError for an empty text or a wrong k."""
         if not query.strip() or len(query) > MAX_QUERY:
             raise UserError(f"a query must have 1 to {MAX_QUERY} characters, this one has {len(query.strip())}")
-        with self._lock:
-            return self._nearest(self.embedder.texts([query]), k)
+        _check_number(k)
+
+        def embed() -> np.ndarray:
+            with self._lock:
+                return self._vector(self.embedder.texts([query]))
+
+        return list(self._hits.get((query, k), lambda: self._nearest(self._queries.get(query, embed), k)))
 
     def image(self, content: bytes, k: int = 10, name: str = "query") -> list[Hit]:
         """Return the k images nearest to an encoded image. Raises UserError for a damaged image or a wrong k."""
+        _check_number(k)
         with self._lock:
-            return self._nearest(self.embedder.image(content, name), k)
+            vector = self._vector(self.embedder.image(content, name))
+        return self._nearest(vector, k)
 
-    def _nearest(self, query: Tensor, k: int) -> list[Hit]:
-        if not 1 <= k <= MAX_HITS:
-            raise UserError(f"k={k} must be 1 to {MAX_HITS}")
-        vector = np.ascontiguousarray(query.cpu().float().numpy())
-        scores, rows = stores.search(self._index, vector, k)
+    def _vector(self, query: Tensor) -> np.ndarray:
+        return np.ascontiguousarray(query.cpu().float().numpy())
+
+    def _nearest(self, vector: np.ndarray, k: int) -> list[Hit]:
+        scores, places = stores.search(self._index, vector, k)
         # HNSW and IVF return -1 for each missing neighbour.
+        found = places[0] >= 0
+        records = self._rows.take(places[0][found]).to_pylist()
         return [
-            self._hit(row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True) if row >= 0
-        ]
-
-    def _hit(self, row: int, score: float) -> Hit:
-        record = self._rows.slice(row, 1).to_pylist()[0]
-        row = record.get("row", row)
-        return Hit(row, score, record["key"], record["caption"], {field: record[field] or "" for field in FIELDS})
+            Hit(
+                record.get("row", place), score, record["key"], record["caption"],
+                {field: record[field] or "" for field in FIELDS},
+            )
+            for record, place, score in zip(records, places[0][found].tolist(), scores[0][found].tolist(), strict=True)
+        ]  # fmt: skip
 
     @functools.cached_property
     def _data(self) -> EvalDataset:
@@ -186,11 +214,14 @@ class Searcher:
         return data
 
     def thumbnail(self, hit: Hit) -> str:
-        """Return a `data:` URL of the hit's image, decoded and encoded again.
+        """Return a `data:` URL of the hit's image, decoded and encoded again. Later calls take it from memory.
 
         Raises:
             UserError: the data were moved or changed, or the image cannot be decoded.
         """
+        return self._thumbnails.get((hit.row, hit.key), lambda: self._make_thumbnail(hit))
+
+    def _make_thumbnail(self, hit: Hit) -> str:
         with self._lock:
             data = self._data
         if data.key(hit.row) != hit.key:
@@ -212,7 +243,7 @@ def run(config: SearchConfig) -> None:
     hits = searcher.image(content, config.k, str(path)) if is_image else searcher.text(config.query, config.k)
     if config.json:
         for hit in hits:
-            print(json.dumps({**asdict(hit), "article": hit.article}))
+            print(json.dumps(hit.as_json()))
     else:
         _print(hits)
     if config.gallery:
@@ -233,13 +264,24 @@ def page(searcher: Searcher, hits: list[Hit], *, query: str = "", error: str = "
     form: number of hits in the page's query forms. 0 leaves the forms out, for a file.
     """
     rows = [{"hit": hit, **_thumbnail(searcher, hit)} for hit in hits]
-    template = html_page.environment().get_template("search.html")
+    template = _template()
     return template.render(searcher=searcher, rows=rows, query=query, error=error, form=form, max_hits=MAX_HITS)
+
+
+@functools.cache
+def _template() -> Any:
+    return html_page.environment().get_template("search.html")
+
+
+def _check_number(k: int) -> None:
+    if not 1 <= k <= MAX_HITS:
+        raise UserError(f"k={k} must be 1 to {MAX_HITS}")
 
 
 def _thumbnail(searcher: Searcher, hit: Hit) -> dict[str, str | None]:
     try:
-        return {"image": searcher.thumbnail(hit), "problem": None}
+        # Base64 has nothing to escape.
+        return {"image": Markup(searcher.thumbnail(hit)), "problem": None}
     except UserError as error:  # show the problem in place of this image, and the other images as usual
         return {"image": None, "problem": str(error)}
 

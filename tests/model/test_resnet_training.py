@@ -18,6 +18,8 @@ from towers import RESNET, RESNET_VISION, gradients, resnet_tower, statistics
 
 from bclip_fast import ops, pretrained
 from bclip_fast.errors import UserError
+from bclip_fast.export.command import ExportConfig
+from bclip_fast.export.command import run as export
 from bclip_fast.loss import ClipLoss
 from bclip_fast.model import flops
 from bclip_fast.model.biomedclip import BiomedClip
@@ -28,8 +30,6 @@ from bclip_fast.train.checkpoint import load_latest
 from bclip_fast.train.config import CheckpointConfig, InitConfig
 from bclip_fast.train.engine import Engine, EngineConfig, build_engine
 from bclip_fast.train.engine.base import persistent_buffers
-from bclip_fast.train.export import ExportConfig
-from bclip_fast.train.export import run as export
 from bclip_fast.train.grad_cache import GradCache, embed
 from bclip_fast.train.init_weights import init_model
 from bclip_fast.train.schedule import OptimConfig, layer_scales, parameter_groups

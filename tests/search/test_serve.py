@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from browser import Browser, check_drawn, check_keyboard
-from colours import COLOURS, jpeg
+from colours import COLOURS, colour_model, jpeg
 from lxml import html
 from werkzeug.test import Client
 
 from bclip_fast.errors import UserError
+from bclip_fast.html import page as html_page
 from bclip_fast.search import serve
-from bclip_fast.search.searcher import Searcher
+from bclip_fast.search.cache import BoundedCache
+from bclip_fast.search.searcher import OpenConfig, Searcher, page
 
 
 @pytest.fixture
@@ -174,3 +178,103 @@ def test_page_colours_meet_wcag_contrast() -> None:
             text, background = pair.split()
             high, low = sorted((luminance(scheme[text]), luminance(scheme[background])), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 4.5, (text, background)
+
+
+def test_api_gives_the_hits_of_the_page_as_json(client, searcher: Searcher) -> None:
+    answer = client.get("/api/search", query_string={"q": "a red square", "k": "3"})
+    assert (answer.status_code, answer.mimetype) == (200, "application/json")
+    expected = [hit.as_json() for hit in searcher.text("a red square", 3)]
+    assert answer.json == {"query": "a red square", "k": 3, "hits": expected}
+    assert {"row", "score", "key", "caption", "fields", "article"} == set(expected[0])
+    body = jpeg(COLOURS["blue"])
+    raw = client.post("/api/search?k=2&thumbnails=1", data=body, content_type="image/jpeg")
+    form = client.post("/api/search?thumbnails=1", data={"image": (io.BytesIO(body), "mine.jpg"), "k": "2"})
+    assert raw.json["hits"] == form.json["hits"]
+    assert (raw.json["query"], form.json["query"]) == ("image", "mine.jpg")
+    assert all(hit["thumbnail"].startswith("data:image/jpeg;base64,") for hit in raw.json["hits"])
+    assert "blue" in raw.json["hits"][0]["caption"]
+
+
+def test_api_rejects_hostile_requests_as_json(client) -> None:
+    for answer, status, words in (
+        (client.get("/api/search"), 400, "a query must have 1 to"),
+        (client.get("/api/search", query_string={"q": "x" * 5000}), 400, "a query must have 1 to"),
+        (client.get("/api/search?q=red&k=0"), 400, "the number of hits must be"),
+        (client.get("/api/search?q=red&k=1e9"), 400, "the number of hits must be"),
+        (client.get("/api/search?q=red&k=99999999999999999999"), 400, "the number of hits must be"),
+        (client.post("/api/search"), 400, "send an image as the body"),
+        (client.post("/api/search", data=b"MZ" * 99), 400, "cannot be decoded"),
+        (client.post("/api/search", data=bytes(33 << 20)), 413, "413"),
+        (client.delete("/api/search"), 405, "405"),
+        (client.get("/api/search?q=red", headers={"Host": "evil.example"}), 400, "400"),
+        (client.post("/api/search", data=b"x", headers={"Sec-Fetch-Site": "cross-site"}), 403, "403"),
+    ):
+        assert (answer.status_code, answer.mimetype) == (status, "application/json")
+        assert words in answer.json["error"]
+        assert "Access-Control-Allow-Origin" not in answer.headers
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    for path in ("/api", "/api/", "/api/search/", "/api/search/..%2f..%2fetc/passwd", "/api/thumbnail"):
+        assert client.get(path).status_code == 404
+
+
+def test_requests_beyond_the_limit_wait_and_are_then_refused(searcher: Searcher, monkeypatch) -> None:
+    monkeypatch.setattr(serve, "MAX_ACTIVE", 1)
+    monkeypatch.setattr(serve, "WAIT_S", 0.01)
+    app = serve.App(searcher, 5)
+    answers = []
+    nested = Client(app)
+    text = searcher.text
+
+    def slow(query: str, k: int) -> list:
+        answers.append(nested.get("/api/search?q=blue").status_code)
+        return text(query, k)
+
+    monkeypatch.setattr(searcher, "text", slow)
+    assert Client(app).get("/?q=red").status_code == 200
+    assert answers == [503]
+    monkeypatch.setattr(searcher, "text", text)
+    assert nested.get("/api/search?q=blue").status_code == 200, "the slot is free again"
+
+
+def test_second_answer_decodes_and_embeds_nothing(client, searcher: Searcher, monkeypatch) -> None:
+    first = client.get("/?q=a+red+square&k=9")
+    calls = []
+    monkeypatch.setattr(html_page, "thumbnail", lambda *args: calls.append("image"))
+    monkeypatch.setattr(searcher.embedder, "texts", lambda texts: calls.append("text"))
+    assert client.get("/?q=a+red+square&k=9").data == first.data
+    assert client.get("/?q=a+red+square&k=5").text.count("<img ") == 5
+    assert not calls
+    small = Searcher(OpenConfig(folder=str(searcher.folder)), colour_model(), thumbnail_bytes=0)
+    monkeypatch.undo()
+    assert page(small, small.text("a red square", 9)).count("<img ") == 9
+
+
+def test_bounded_cache_keeps_the_last_values_and_computes_once() -> None:
+    cache = BoundedCache[str](10, len)
+    made: list[str] = []
+
+    def value(key: str, size: int = 4) -> str:
+        def make() -> str:
+            made.append(key)
+            return key * size
+
+        return cache.get(key, make)
+
+    assert [value("a"), value("b"), value("a"), value("c"), value("a")] == ["aaaa", "bbbb", "aaaa", "cccc", "aaaa"]
+    assert made == ["a", "b", "c"]
+    assert cache.weight == 8
+    assert value("b") == "bbbb" and made[-1] == "b", "the least recently used one was dropped"
+    assert len(value("x", 11)) == 11
+    assert cache.weight == 8
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            cache.get("bad", lambda: str(1 / 0))
+    with ThreadPoolExecutor(8) as pool:
+        gate = threading.Barrier(8)
+
+        def ask(_: int) -> str:
+            gate.wait()
+            return cache.get("slow", lambda: (time.sleep(0.05), made.append("slow"), "slow")[2])
+
+        assert list(pool.map(ask, range(8))) == ["slow"] * 8
+    assert made.count("slow") == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from articles import write_articles
+from benchmark_data import write_lc25000
 from colours import COLOURS, jpeg
 from synthetic import write_shards
 from towers import SMALL
@@ -118,6 +119,7 @@ def write_inputs(folder: Path) -> None:
         model = BiomedClip(dataclasses.replace(SMALL, vision=vision, text=text))
         words = Tokenizer.train(texts * 3, 80 + seed, context_length=12 + seed)
         pretrained.save(folder / name, model, Preprocess(PreprocessConfig(size=32)), words)
+    write_lc25000(folder / "benchmark")
     (folder / "notes").mkdir()
     (folder / "notes" / "note.txt").write_text("a file of the user\n")
 
@@ -242,6 +244,10 @@ _EVAL = (
     *("--label", "colour", "--out", "out/eval", "--cache", "out/cache", "--num_workers", "1", "--no_progress"),
 )
 _EMBED = ("--data", "tables/pairs.csv", "--split", "train", "--out", "out/index", "--num_workers", "1", "--no_progress")
+_SUITE = (
+    *("eval", "suite", "--data", "benchmark", "--out", "out/suite", "--cache", "out/cache"),
+    *("--num_workers", "1", "--no_progress"),
+)
 _EXPORT = ("export", "model", "--out", "out/exported")
 _STOPPED = (75, 143, 0)
 
@@ -286,6 +292,10 @@ COMMANDS = {
     "eval": Command(
         ("eval", "model", *_EVAL), ("model", "other", "tables"), ("out/eval", "out/cache"),
         before=(("eval", "other", *_EVAL),), readers=(evaluation_at("out/eval"),),
+    ),
+    "eval suite": Command(
+        (*_SUITE, "--models", "model,other"), ("model", "other", "benchmark"), ("out/suite", "out/cache"),
+        before=((*_SUITE, "--models", "model"),),
     ),
     "eval compare": Command(
         ("eval", "compare", "out/eval", "out/eval", "--out", "out/compared"), ("model", "tables"), ("out/compared",),

@@ -26,6 +26,8 @@ from bclip_fast.cli import main
 from bclip_fast.data.transform import normalize
 from bclip_fast.errors import UserError
 from bclip_fast.eval import evaluate
+from bclip_fast.export.command import ExportConfig
+from bclip_fast.export.command import run as export
 from bclip_fast.hardware import ClusterConfig, cluster_of
 from bclip_fast.model import weights
 from bclip_fast.model.biomedclip import BiomedClip
@@ -35,8 +37,6 @@ from bclip_fast.plan.samples import samples_of
 from bclip_fast.train import report
 from bclip_fast.train.config import TrainConfig
 from bclip_fast.train.engine import Engine, build_engine
-from bclip_fast.train.export import ExportConfig
-from bclip_fast.train.export import run as export
 from bclip_fast.train.finetune_config import FinetuneConfig
 from bclip_fast.train.grad_cache import GradCache, embed_with_captions
 from bclip_fast.train.loss_spikes import SpikeConfig
