@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -193,11 +194,21 @@ def _check(part: Path, file: RemoteFile, remote: Remote) -> None:
 def _gunzip(archive: Path, target: Path) -> None:
     try:
         with replacing(target, sync=True) as partial, gzip.open(archive) as source, partial.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
-    except (gzip.BadGzipFile, EOFError) as error:
+            while block := source.read(1 << 20):
+                _check_size(archive, source.tell())
+                sink.write(block)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"{archive} is not an intact gzip file ({first_line(error)}); delete it and fetch it again"
         ) from error
+
+
+def _check_size(archive: Path, num_bytes: int) -> None:
+    """Raise UserError if an archive unpacks to many more bytes than images do."""
+    if num_bytes > max(_MIN_BOMB, _MAX_RATIO * archive.stat().st_size):
+        raise UserError(
+            f"{archive} unpacks to {num_bytes:,} bytes or more, far more than images do; get it from another place"
+        )
 
 
 def _unzip(archive: Path, target: Path) -> None:
@@ -205,21 +216,17 @@ def _unzip(archive: Path, target: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as content, replacing_folder(target) as partial:
             members = [member for member in content.infolist() if not member.is_dir()]
-            total = sum(member.file_size for member in members)
-            if total > max(_MIN_BOMB, _MAX_RATIO * archive.stat().st_size):
-                raise UserError(
-                    f"{archive} unpacks to {total:,} bytes, far more than images do; get it from another place"
-                )
+            _check_size(archive, sum(member.file_size for member in members))
             for member in members:
                 place = PurePosixPath(member.filename)
-                if place.is_absolute() or ".." in place.parts or "\\" in member.filename:
+                if not place.parts or place.is_absolute() or ".." in place.parts or "\\" in member.filename:
                     raise UserError(f"{archive} names the file {member.filename!r}, which is outside its folder")
                 parts = place.parts[1:] if place.parts[0] == target.name else place.parts
                 path = partial.joinpath(*parts)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with content.open(member) as source, path.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, IndexError, RuntimeError) as error:  # IndexError: an empty name
         raise UserError(
             f"{archive} is not an intact zip file ({first_line(error)}); delete it and fetch it again"
         ) from error

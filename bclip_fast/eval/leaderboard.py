@@ -24,6 +24,7 @@ from bclip_fast.html.intervals import interval_chart
 from bclip_fast.html.page import environment
 from bclip_fast.io.file_names import file_names
 from bclip_fast.io.hashing import sha256
+from bclip_fast.pretrained.named_models import is_name
 
 from . import results, suite_results, suites, yardstick_metrics
 from .config import EvalConfig
@@ -119,15 +120,23 @@ def run(command: SuiteCommand) -> int:
 
 def _subject(command: SuiteCommand, evaluation: Evaluation) -> tuple[object, ...]:
     """Return everything except the model on which an evaluation depends."""
-    data = [(task.row, data.fingerprint) for task, data in evaluation.tasks]
+    data = [(task, data.fingerprint) for task, data in evaluation.tasks]
     return data, command.precision, command.image_conversion, command.on_bad_image
 
 
 def _state_of(name: str) -> list[tuple[str, int, int]]:
     """Return names, sizes and times of a local model's files. A model of the hub has none."""
-    folder = Path(name.rpartition("=")[2])
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    facts = [(str(path.relative_to(folder)), path.stat()) for path in files if "eval" not in path.parts]
+    if is_name(name):
+        name = name.partition("=")[2]
+    elif name.startswith("open_clip:"):
+        name = name.partition("/")[2]  # the weights may be a file
+    root = Path(name)
+    files = sorted(path for path in root.rglob("*") if path.is_file()) if name and root.is_dir() else []
+    # Evaluations in a run's folder are not part of the model.
+    files = [path for path in files if "eval" not in path.relative_to(root).parts]
+    if name and root.is_file():
+        files = [root]
+    facts = [(str(path.relative_to(root)), path.stat()) for path in files]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in facts]
 
 

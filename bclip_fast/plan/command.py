@@ -20,7 +20,7 @@ from .micro_batches import largest_micro_batch
 from .network import bandwidth
 from .samples import samples_of
 from .scale_report import loader_lines, scale_parts
-from .scaling import ScaleConfig, Scaling
+from .scaling import ScaleConfig, Scaling, with_engine
 from .table import table
 from .types import Plan, largest_stage
 
@@ -132,7 +132,7 @@ def check_fits(config: TrainConfig, plan: Plan) -> None:
 def _memory_savers(config: TrainConfig, cluster: Cluster) -> list[tuple[str, TrainConfig]]:
     """Settings that save memory and don't change what the model learns, each with the changed configuration."""
     engine, data = config.engine, config.data
-    savers: list[tuple[str, TrainConfig]] = []
+    savers: list[tuple[str, TrainConfig | None]] = []
     sizes = [config.first_batch_size, *(size for _, size in config.batch_schedule)]
     rank_batch = min(size // cluster.ranks for size in sizes)
     micro = config.micro_batch_size or rank_batch
@@ -146,27 +146,23 @@ def _memory_savers(config: TrainConfig, cluster: Cluster) -> list[tuple[str, Tra
         savers += [(f"micro_batch_tokens={tokens}", replace(config, micro_batch_tokens=tokens)) for tokens in budgets]
     savers += [(f"micro_batch_size={size}", replace(config, micro_batch_size=size)) for size in smaller]
     if not cluster.cpu and engine.grad_checkpointing and not engine.offload_activations:
-        savers.append(("engine.offload_activations=true", _with_engine(config, offload_activations=True)))
+        savers.append(("engine.offload_activations=true", with_engine(config, offload_activations=True)))
     if not cluster.cpu and engine.name == "deepspeed" and engine.zero_stage and not engine.offload_optimizer:
-        savers.append(("engine.offload_optimizer=true", _with_engine(config, offload_optimizer=True)))
+        savers.append(("engine.offload_optimizer=true", with_engine(config, offload_optimizer=True)))
     if not engine.grad_checkpointing:
-        savers.append(("engine.grad_checkpointing=true", _with_engine(config, grad_checkpointing=True)))
+        savers.append(("engine.grad_checkpointing=true", with_engine(config, grad_checkpointing=True)))
     if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 1):
-        savers.append(("engine.zero_stage=1", _with_engine(config, name="deepspeed", zero_stage=1)))
+        savers.append(("engine.zero_stage=1", with_engine(config, name="deepspeed", zero_stage=1)))
     if cluster.ranks > 1 and (engine.name != "deepspeed" or engine.zero_stage < 2):
-        savers.append(("engine.zero_stage=2", _with_engine(config, name="deepspeed", zero_stage=2)))
+        savers.append(("engine.zero_stage=2", with_engine(config, name="deepspeed", zero_stage=2)))
     if cluster.ranks == 1 and engine.name == "deepspeed" and engine.zero_stage:
-        savers.append(("engine.zero_stage=0", _with_engine(config, zero_stage=0)))
+        savers.append(("engine.zero_stage=0", with_engine(config, zero_stage=0)))
     if config.checkpoint.background:
         changed = replace(config, checkpoint=replace(config.checkpoint, background=False))
         savers.append(("checkpoint.background=false", changed))
     if data.prefetch_batches > 0:
         savers.append(("data.prefetch_batches=0", replace(config, data=replace(data, prefetch_batches=0))))
-    return savers
-
-
-def _with_engine(config: TrainConfig, **changes: Any) -> TrainConfig:
-    return replace(config, engine=replace(config.engine, **changes))
+    return [(setting, changed) for setting, changed in savers if changed is not None]
 
 
 def show(config: TrainConfig, plan: Plan, loader: LoaderPlan | None, scaling: Scaling | None) -> None:

@@ -114,7 +114,9 @@ class Scaling:
         self._ranks_per_node = plan.cluster.ranks_per_node
         if not config.cluster.devices_per_node and not plan.cluster.cpu:
             self._ranks_per_node = 8
-        self.points = [self._point(self._config, count, self._batch_size(count, scale.keep)) for count in scale.gpus]
+        self.points = [
+            self._point(self._config, count, self._batch_size(count, scale.keep)) for count in sorted(set(scale.gpus))
+        ]
         self.alternatives = sorted(self._alternatives(), key=lambda point: -point.pairs_per_second)
 
     @property
@@ -191,19 +193,32 @@ def _changed_settings(config: TrainConfig, pairs: int, micro_batch: int) -> Iter
             if size and size != micro_batch and pairs % size == 0:
                 yield f"micro_batch_size={size}", replace(config, micro_batch_size=size)
     engine = config.engine
-    if config.engine.grad_checkpointing:
-        other = replace(config, engine=replace(engine, grad_checkpointing=False, offload_activations=False))
-        yield "engine.grad_checkpointing=false", other
-    if engine.offload_optimizer or engine.offload_parameters:
-        return
-    if engine.name != "ddp" and engine.cpu_adam == "torch":
-        yield "engine.name=ddp", replace(config, engine=replace(engine, name="ddp", zero_stage=1))
-    for stage in (0, 1, 3):
-        if (engine.name, engine.zero_stage) != ("deepspeed", stage) and not (stage and config.optim.name == "muon"):
-            if stage == 3 and engine.compile:
-                continue
-            other = replace(config, engine=replace(engine, name="deepspeed", zero_stage=stage))
-            yield f"engine.zero_stage={stage}", other
+    settings: list[tuple[str, dict[str, Any]]] = []
+    if engine.grad_checkpointing:
+        changes = {"grad_checkpointing": False, "offload_activations": False}
+        settings.append(("engine.grad_checkpointing=false", changes))
+    if not engine.offload_optimizer and not engine.offload_parameters:
+        if engine.name != "ddp" and engine.cpu_adam == "torch":
+            settings.append(("engine.name=ddp", {"name": "ddp", "zero_stage": 1}))
+        # Muon updates whole matrices, which the higher stages shard.
+        stages = (0,) if config.optim.name == "muon" else (0, 1, 3)
+        now = ("deepspeed", engine.zero_stage)
+        settings += [
+            (f"engine.zero_stage={stage}", {"name": "deepspeed", "zero_stage": stage})
+            for stage in stages
+            if (engine.name, stage) != now
+        ]
+    for change, values in settings:
+        if other := with_engine(config, **values):
+            yield change, other
+
+
+def with_engine(config: TrainConfig, **changes: Any) -> TrainConfig | None:
+    """The configuration with other settings of the engine. None if the engine cannot combine them."""
+    try:
+        return replace(config, engine=replace(config.engine, **changes))
+    except UserError:
+        return None
 
 
 def _may_help(point: ScalePoint, now: ScalePoint) -> bool:

@@ -168,7 +168,14 @@ def steps(setting: Setting) -> list[Step]:
         Step("tune", setting.task("tune", "--out", str(setting.out)), 35, "the tuning record", (*gpu, "rich")),
         Step("training", setting.task("training"), 25, "ten steps, bf16, DDP, one rank of NCCL", (*gpu, "triton")),
         Step("kernels", setting.pytest(KERNELS, "cuda"), 30, "tests of the CUDA kernels and nvJPEG", tests),
-        Step("operators", setting.pytest(OPERATORS, "cuda or triton"), 50, "tests of all backends", tests, interpreted),
+        Step(
+            "operators",
+            setting.pytest(OPERATORS, "cuda or triton or sdpa"),
+            50,
+            "tests of all backends",
+            tests,
+            interpreted,
+        ),
         Step("graphs", setting.pytest(GRAPHS, "", parallel=False), 15, "captured graphs", tests, interpreted),
         Step(
             "trainer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -81,12 +82,7 @@ def test_deepdrid_damaged_spreadsheet_raises(change: Callable[[Path], object], m
 
 
 def add_entity(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    members["xl/workbook.xml"] = b'<!DOCTYPE x [<!ENTITY a "aaaa">]>' + members["xl/workbook.xml"]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    rewrite(path, "xl/workbook.xml", lambda content: b'<!DOCTYPE x [<!ENTITY a "aaaa">]>' + content)
 
 
 def test_spreadsheet_that_unpacks_to_much_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +90,47 @@ def test_spreadsheet_that_unpacks_to_much_memory_is_refused(tmp_path: Path, monk
     monkeypatch.setattr(spreadsheets, "_MAX_BYTES", 1000)
     made.write_deepdrid(tmp_path / "deepdrid", xlsx=True)
     refused("deepdrid", tmp_path, "Challenge1_labels.xlsx unpacks to more than")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("xl/worksheets/sheet1.xml", lambda text: text.replace('r="3"', 'r="2000000000"'), "more than 1,000 rows"),
+        ("xl/worksheets/sheet1.xml", lambda text: text.replace("B3", "XFD3"), "or 1,500 cells"),
+        ("xl/workbook.xml", lambda text: " " * 5000 + "<!DOCTYPE x>" + text, "holds a document type"),
+        ("xl/workbook.xml", lambda text: "<!DOCTYPE x>" + text, "holds a document type"),
+    ],
+)
+def test_spreadsheet_that_grows_in_memory_is_refused(
+    part: str, change: Callable[[str], str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openpyxl")
+    monkeypatch.setattr(spreadsheets, "_MAX_ROWS", 1000)
+    monkeypatch.setattr(spreadsheets, "_MAX_CELLS", 1500)
+    path = made.write_deepdrid(tmp_path / "deepdrid", xlsx=True)
+    encoding = "utf-8" if "sheet1" in part else "utf-16"
+    rewrite(path, part, lambda content: change(content.decode()).encode(encoding))
+    refused("deepdrid", tmp_path, message)
+
+
+def test_spreadsheet_with_a_false_size_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openpyxl")
+    monkeypatch.setattr(spreadsheets, "_MAX_CELLS", 1000)
+    path = made.write_deepdrid(tmp_path / "deepdrid", xlsx=True)
+    size = re.compile(rb'<dimension ref="[^"]*"')
+    rewrite(path, "xl/worksheets/sheet1.xml", lambda text: size.sub(b'<dimension ref="A1:XFD1048576"', text))
+    assert len(opened("deepdrid", tmp_path)) > 0
+
+
+def rewrite(path: Path, part: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a part of a spreadsheet."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    assert change(members[part]) != members[part]
+    members[part] = change(members[part])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
 
 
 def test_ham10000_reads_one_hot_rows_and_names_faulty_ones(tmp_path: Path) -> None:
@@ -134,6 +171,7 @@ def test_dad_joins_the_categories_of_an_image_and_names_faulty_files(tmp_path: P
     check("names the image '../secret.png', which is outside", images=[{"id": 0, "file_name": "../secret.png"}])
     check("names the image 'x.png', which is missing below", images=[{"id": 0, "file_name": "x.png"}])
     check("test.json is not a file of COCO annotations .*file_name", images=[{"id": 0}])
+    check("test.json is not a file of COCO annotations", images=[{"id": float("inf"), "file_name": "x.png"}])
     file.write_text("[1]")
     refused("dad", tmp_path, "test.json does not hold a JSON object")
     file.write_text(json.dumps(content | {"annotations": [], "images": content["images"][:1]}))

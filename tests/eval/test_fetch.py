@@ -209,7 +209,7 @@ def test_fetch_unpacks_isics_archives_to_the_layout_of_the_task(server: Server, 
     [
         ({"../evil.txt": b"x"}, "names the file '../evil.txt', which is outside its folder"),
         ({"/tmp/evil.txt": b"x"}, "which is outside its folder"),
-        ({"bomb.jpg": bytes(5000)}, "unpacks to 5,000 bytes, far more than images do"),
+        ({"bomb.jpg": bytes(5000)}, "unpacks to 5,000 bytes or more, far more than images do"),
     ],
 )
 def test_fetch_hostile_archive_is_refused(
@@ -222,6 +222,29 @@ def test_fetch_hostile_archive_is_refused(
     with pytest.raises(UserError, match=message):
         run(command(server, tmp_path, "medpmc_ham10000"))
     assert not list(tmp_path.rglob("evil.txt")) and not list(tmp_path.rglob("bomb.jpg"))
+
+
+def test_fetch_damaged_or_huge_compressed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "a.gz"
+    archive.write_bytes(gzip.compress(bytes(5000) + b"text" * 100))
+    content = archive.read_bytes()
+    archive.write_bytes(content[:10] + b"\xff" + content[11:])
+    with pytest.raises(UserError, match="a.gz is not an intact gzip file .* delete it and fetch it again"):
+        fetch._gunzip(archive, tmp_path / "a")
+    archive.write_bytes(content)
+    monkeypatch.setattr(fetch, "_MIN_BOMB", 1000)
+    monkeypatch.setattr(fetch, "_MAX_RATIO", 2)
+    with pytest.raises(UserError, match="a.gz unpacks to .* or more, far more than images do"):
+        fetch._gunzip(archive, tmp_path / "a")
+    for name, start, message in ((".", 0, "outside its folder"), ("a", 31, "not an intact"), ("", 0, "not an intact")):
+        with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+            file.writestr(zipfile.ZipInfo(name), b"text" * 100, compress_type=zipfile.ZIP_DEFLATED)
+        content = (tmp_path / "b.zip").read_bytes()
+        damaged = content[:start] + b"\xff" + content[start + 1 :] if start else content
+        (tmp_path / "b.zip").write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            fetch._unzip(tmp_path / "b.zip", tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 def test_fetch_names_what_has_to_be_had_by_hand(

@@ -15,7 +15,7 @@ from benchmark_data import bench_rows, hash_model, write_dad, write_ham10000, wr
 from browser import Browser, check_drawn, check_keyboard
 
 from bclip_fast.errors import UserError
-from bclip_fast.eval import leaderboard, yardstick_metrics
+from bclip_fast.eval import leaderboard, suites, yardstick_metrics
 from bclip_fast.eval.leaderboard import SuiteCommand
 
 EVALUATE = importlib.import_module("bclip_fast.eval.evaluate")
@@ -124,6 +124,42 @@ def test_leaderboard_continues_with_missing_models_and_changed_data(
     (results_of(tmp_path)[0]).write_text("{")
     run(folder, tmp_path, ["one"])
     assert loaded[-1] == "one"
+
+
+@pytest.mark.parametrize("name", ["eval/model", "lr=0.1/model", "model", "bmc=model", "open_clip:RN50/model/weights"])
+def test_leaderboard_notices_a_changed_local_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = Path(name.removeprefix("bmc=").removeprefix("open_clip:RN50/").removesuffix("/weights"), "weights")
+    weights.parent.mkdir(parents=True)
+    weights.write_text("old")
+    before = leaderboard._state_of(name)
+    (weights.parent / "eval").mkdir()
+    (weights.parent / "eval" / "results.json").write_text("{}")
+    assert leaderboard._state_of(name) == before
+    weights.write_text("newer")
+    assert leaderboard._state_of(name) != before
+    assert leaderboard._state_of("bmc") == []
+
+
+def test_leaderboard_measures_again_with_changed_prompts(
+    folder: Path, tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (suites.FOLDER.parent / "tasks" / "medpmc_pcam.toml").read_text()
+    task = tmp_path / "mine.toml"
+    suite = tmp_path / "suite.toml"
+    suite.write_text(f'title = "t"\nsource = "s"\ntasks = ["{task}"]\n')
+    for text in (source, source.replace("normal", "healthy")):
+        task.write_text(text)
+        run(folder, tmp_path / "out", ["one"], suite=str(suite))
+    assert "healthy" in task.read_text()
+    assert loaded == ["one", "one"]
+
+
+@pytest.mark.parametrize("entries", ["5", '"abc"', "{}", "[]", "[1]"])
+def test_suite_file_with_a_wrong_list_of_tasks_is_refused(entries: str, tmp_path: Path) -> None:
+    (tmp_path / "suite.toml").write_text(f'title = "t"\nsource = "s"\ntasks = {entries}\n')
+    with pytest.raises(UserError, match="must hold title, source and a list of tasks"):
+        suites.load(str(tmp_path / "suite.toml"))
 
 
 def test_leaderboard_killed_while_it_writes_continues_without_loss(

@@ -62,6 +62,7 @@ def test_wheel_with_compiled_modules_names_its_platform(tmp_path: Path):
     (wheel,) = (tmp_path / "dist").iterdir()
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.stat().st_size < 20e6
     assert tags_of(wheel) == [f"{python}-{python}-{platform}"]
     assert f"bclip_fast/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}" in names_of(wheel)
     with zipfile.ZipFile(wheel) as archive:

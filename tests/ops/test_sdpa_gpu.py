@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulator import ON_GPU
-from oracle import collected_if
 
 from bclip_fast.ops import trials
 from bclip_fast.ops.attention import sdpa_kernels
 
+DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
 
-@collected_if(ON_GPU)
+
+# On a CPU torch chooses the kernel. So a rehearsal of `make gpu` runs this test, too.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", ["fused_attention", "varlen_attention"])
-@pytest.mark.parametrize("kernel", sdpa_kernels.KERNELS)
+@pytest.mark.parametrize("kernel", sdpa_kernels.KERNELS if ON_GPU else ["torch"])
 def test_kernel_of_a_gpu_agrees_with_the_definition(kernel, operator, dtype):
     """Dense, causal, masked and packed calls, with gradients."""
-    assert trials.check(operator, kernel, torch.device("cuda", torch.cuda.current_device()), dtype)[0] == ""
+    assert any(trial.operator == operator for trial in trials.small(DEVICE, dtype))
+    assert trials.check(operator, kernel, DEVICE, dtype)[0] == ""

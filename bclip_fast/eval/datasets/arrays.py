@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def open_medmnist(path: Path, split: str, download_url: str, name: str = "", fil
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         stand_ins.refuse(path)
         raise UserError(f"{path} cannot be read ({first_line(error)}); {needs}") from error
     shape = images.shape[1:]

@@ -174,7 +174,7 @@ def open_dad(root: Path, split: str, download_url: str, names: Sequence[str]) ->
         for row in content["annotations"]:
             present.setdefault(int(row["image_id"]), set()).add(int(row["category_id"]))
         rows = [(int(row["id"]), str(row["file_name"])) for row in content["images"]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{file} is not a file of COCO annotations ({error!r}); it needs images (id, file_name) and annotations "
             "(image_id, category_id)"

@@ -13,6 +13,8 @@ from bclip_fast.io.tables import SUFFIXES, Row, Table, read_table, stripped
 
 TABLE_SUFFIXES = (*SUFFIXES, ".xlsx")
 _MAX_BYTES = 64 << 20
+# A sheet of a few kilobytes can state places far apart, between which openpyxl returns empty rows and cells.
+_MAX_ROWS, _MAX_CELLS = 1 << 20, 1 << 22
 
 
 def read_any_table(path: Path, needed: Sequence[Sequence[str]], *, hint: str) -> Table:
@@ -51,11 +53,12 @@ def _read_sheet(path: Path) -> list[list[str]]:
             if sum(member.file_size for member in members) > _MAX_BYTES:
                 raise UserError(f"data {path} unpacks to more than {_MAX_BYTES >> 20} MiB; save the sheet as .csv")
             for member in members:
-                if member.filename.endswith((".xml", ".rels")) and b"<!" in archive.read(member)[:4096]:
+                # Without its zero bytes, the document type of a part in UTF-16 is found too.
+                if b"<!DOCTYPE" in archive.read(member).replace(b"\0", b""):
                     raise UserError(f"data {path} holds a document type, which no spreadsheet needs; save it as .csv")
         workbook = load_workbook(path, read_only=True, data_only=True)
         try:
-            return [[_text(value) for value in row] for row in workbook.worksheets[0].iter_rows(values_only=True)]
+            return _rows(workbook.worksheets[0], path)
         finally:
             workbook.close()
     except UserError:
@@ -63,6 +66,23 @@ def _read_sheet(path: Path) -> list[list[str]]:
     except Exception as error:  # openpyxl passes on the exceptions of its parts
         stand_ins.refuse(path)
         raise UserError(f"data {path} is not an XLSX file ({first_line(error)}); save it again, or as .csv") from error
+
+
+def _rows(sheet: Any, path: Path) -> list[list[str]]:
+    """Return the rows of a sheet without the empty cells at their ends. Raises UserError if they are too many."""
+    sheet.reset_dimensions()  # openpyxl would fill each row up to the size that the file states
+    rows, num_cells = [], 0
+    for row in sheet.iter_rows(values_only=True):
+        cells = [_text(value) for value in row]
+        while cells and not cells[-1]:
+            cells.pop()
+        rows.append(cells)
+        num_cells += len(cells)
+        if len(rows) > _MAX_ROWS or num_cells > _MAX_CELLS:
+            raise UserError(
+                f"data {path} has more than {_MAX_ROWS:,} rows or {_MAX_CELLS:,} cells; save its rows alone as .csv"
+            )
+    return rows
 
 
 def _text(value: Any) -> str:

@@ -74,7 +74,8 @@ def load(name: str) -> Suite:
         raise UserError(f"unknown suite {name!r}{choices(name, names())}")
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     table = read_toml(path, "suite file")
-    texts = [table.get("title"), table.get("source"), *(table.get("tasks") or [None])]
+    entries = table.get("tasks")
+    texts = [table.get("title"), table.get("source"), *(entries if isinstance(entries, list) and entries else [None])]
     if set(table) != {"title", "source", "tasks"} or not all(isinstance(text, str) for text in texts):
         raise UserError(f"suite file {path} must hold title, source and a list of tasks, no other key")
     members = tuple(tasks.load(task) for task in table["tasks"])

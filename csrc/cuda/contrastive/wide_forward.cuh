@@ -42,6 +42,8 @@ __device__ __forceinline__ void sum_with_own_offsets(const WideNumbers& tile, fl
   }
 #pragma unroll
   for (int group = 0; group < WideNumbers::kBlocks / 4; ++group) {
+    // Without it, the compiler of CUDA 12.4 overlaps the groups and runs out of registers.
+    warp_barrier();
     float columns[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
