@@ -158,6 +158,7 @@ def _licences(path: Path) -> Iterable[str]:
 _RECIPE = {
     "preset": "preset",
     "epochs": "epochs",
+    "max_steps": "steps",
     "batch_size": "global batch",
     "loss.kind": "loss",
     "optim.name": "optimizer",
@@ -180,6 +181,8 @@ def _recipe(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         else:
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
+        if key == "epochs" and config.get("max_steps"):
+            continue  # the run has that length, whatever `epochs` is
         if value not in (None, "", 0):
             yield name, str(value)
 

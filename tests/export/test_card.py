@@ -82,6 +82,13 @@ def test_card_names_what_is_unknown_and_keeps_a_card_of_the_users(run: Path, tmp
     assert (out / "README.md").read_text() == "my own card"
 
 
+def test_card_of_a_run_with_max_steps_names_steps_and_no_epochs(run: Path) -> None:
+    assert ("epochs", "3") in card.read_run(run).recipe
+    (run / "config.toml").write_text("max_steps = 4\n" + (run / "config.toml").read_text())
+    recipe = dict(card.read_run(run).recipe)
+    assert recipe["steps"] == "4" and "epochs" not in recipe
+
+
 def test_card_of_a_run_whose_data_are_elsewhere_says_so(run: Path) -> None:
     content = (run / "config.toml").read_text().replace("/pmc", "/moved")
     (run / "config.toml").write_text(content)
