@@ -14,7 +14,9 @@ from towers import SMALL
 from bclip_fast import pretrained
 from bclip_fast.cli import main
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.errors import UserError
 from bclip_fast.export import card
+from bclip_fast.export.command import ExportConfig
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 
@@ -107,3 +109,21 @@ def test_weights_alone_load_into_the_model_of_open_clips_names(run: Path, tmp_pa
     assert state.keys() == whole.keys()
     assert all(state[name].equal(whole[name].to(state[name].dtype)) for name in whole)
     assert str(state["visual.trunk.cls_token"].dtype) == "torch.bfloat16"
+
+
+def test_card_of_a_run_with_damaged_files_names_what_is_unknown(run: Path) -> None:
+    data = run.parent / "pmc" / "dataset.json"
+    for content in ('{"splits": {"train": {"samples": "many"}}, "fingerprint": ""}', '{"splits": ["train"]}', "{}"):
+        data.write_text(content)
+        found = card.read_run(run)
+        assert found is not None
+        assert "were not there when the model was exported" in found.data[0]
+    (run / "config.toml").write_text("data = 5")
+    found = card.read_run(run)
+    assert found is not None
+    assert found.data == []
+
+
+def test_export_refuses_a_licence_that_would_add_lines_to_the_card() -> None:
+    with pytest.raises(UserError, match="is no name of a licence"):
+        ExportConfig(model="x", out=Path("y"), license="mit\ntags: evil")
