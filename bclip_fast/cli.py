@@ -102,7 +102,7 @@ COMMANDS = {
         "bclip_fast.plan.command:PlanCommand",
         "bclip_fast.plan.command:run",
         "train",
-        "bclip train with the same arguments",
+        "bclip train with the same arguments, without those of --scale",
     ),
     "finetune": Command(
         "finetune a model on your pairs, classes or questions",

@@ -27,14 +27,16 @@ class EvalConfig:
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, vqa, classification), a task of the package
-    (pcam, vqa_rad, ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if
-    the data allow them."""
+    """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, ood, vqa, classification), a task of the
+    package (pcam, vqa_rad, ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and
+    zero_shot, if the data allow them."""
     suite: str = ""
     """All tasks of a benchmark that `data` holds: medpmc (26 rows, its protocol), or a suite's TOML file. The missing
     rows are named. It takes the place of `task`."""
     label: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Label kind for zero_shot: a metadata field of shards, a CSV column, or `class`. Repeat the flag for several."""
+    by: str = ""
+    """Columns whose subgroups get separate metrics, with intervals and gaps, such as sex,age. Numbers become bins."""
     prompts: str = "auto"
     """Prompt set: the name of a task (pcam, lc25000_lung, ...), a TOML file, or an .npz or .safetensors file of learned
     prompts (docs/evaluation.md). auto: the task's prompts, or the label values themselves."""
@@ -50,6 +52,8 @@ class EvalConfig:
     gallery: str = ""
     """Candidates of image_retrieval: another split of the data, such as train, or the path of other data. Empty: the
     other images of the same split."""
+    ood: str = ""
+    """Path of other data, for the protocol ood: how well its images are told from those of the data."""
     share: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Fractions of the training data that probes are trained on."""
     shots: tuple[int, ...] = ()

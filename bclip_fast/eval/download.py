@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import re
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +26,7 @@ _TIMEOUT_S = 60
 _NUM_TRIES = 5
 _PAUSE_S = 1.0
 _BLOCK = 1 << 20
-_NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+_NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 _SHA256 = re.compile(r'"?([0-9a-f]{64})"?')
 
 
@@ -95,7 +96,7 @@ def download(remote: Remote, path: Path) -> Path:
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
                     raise UserError(f"{remote.url}: the server answers {error.code} {error.reason}") from error
                 if not isinstance(error, _NETWORK):
-                    raise  # the disk, and not the network
+                    raise OSError(error.errno, error.strerror, str(part)) from error  # the disk, not the network
                 failures = 1 if done > start else failures + 1
                 if failures >= _NUM_TRIES:
                     raise UserError(

@@ -19,7 +19,7 @@ from bclip_fast.errors import UserError
 from bclip_fast.hardware import environment_report, pick_device
 from bclip_fast.pretrained.any_model import Model, load_model
 
-from . import suites, tasks
+from . import subgroups, suites, tasks
 from .config import EvalConfig
 from .datasets import EvalDataset, open_dataset
 from .datasets.files import MissingData
@@ -151,6 +151,10 @@ class Evaluation:
             cache_dtype=config.keep,
         )
         description = _describe(network)
+        columns = subgroups.columns(config.by)
+        for _, data in self.tasks:  # before the first image is embedded
+            for column in columns:
+                subgroups.labels_of(data, column)
         results: dict[str, Any] = {}
         self.finished = results
         for task, data in self.tasks:
@@ -162,6 +166,8 @@ class Evaluation:
             data = readable.part_of(data)
             inputs = Inputs(embedder, task, data, config, open_split, readable.part_of)
             for name, result in PROTOCOLS[task.protocol](inputs).items():
+                if columns:
+                    subgroups.add(result, data, columns)
                 results[name] = result | {"task": describe(task, data)}
                 if readable.skipped:
                     results[name]["skipped_images"] = readable.skipped

@@ -268,7 +268,12 @@ def _print(board: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "mean over", *suite_results.TITLES.values(), title=board["title"])
+    table = Table(
+        "model",
+        "mean over",
+        *suite_results.TITLES.values(),
+        title=f"{board['title']}; the means cover {board['num_common']} of {board['num_rows']} rows",
+    )
     for model in board["models"]:
         for name in board["overall"]:
             row = board["rows"][model][name]

@@ -28,7 +28,7 @@ from torch import Tensor
 from bclip_fast.errors import UserError
 from bclip_fast.io.progress import track
 
-from . import statistics, zero_shot
+from . import calibration, decision_curve, statistics, zero_shot
 from .linear_heads import LabelledFeatures, LinearHeads
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ LEARNING_RATES = tuple(10.0**i for i in range(-6, 0))
 WEIGHT_DECAYS = tuple(float(value) for value in np.logspace(-6, 6, 97))
 _COARSE, _REFINEMENTS = 16, (8, 4, 2, 1)
 _TRIAL_EPOCHS, _FINAL_EPOCHS = 10, 50
+_METRICS = {
+    False: ("accuracy", "balanced accuracy", "ECE"),
+    True: ("AUROC, macro", "accuracy", "ECE, mean over labels"),
+}
+"""Metrics of each setting, by whether a sample has several labels."""
 
 
 @dataclass(frozen=True)
@@ -248,9 +253,15 @@ def measure(
                 )
                 targets, logits = test.labels.cpu(), logits.cpu()
                 if multi_label:
+                    probabilities = logits.double().sigmoid()
                     result = zero_shot.measure_multi_label(targets, logits.sigmoid(), class_names, threshold=0.5)
                 else:
+                    probabilities = logits.double().softmax(1)
                     result = zero_shot.measure(targets, logits.argmax(1), class_names, logits.softmax(1))
+                calibration.add(result, targets.numpy(), probabilities.numpy(), class_names)
+                if num_classes == 2 and not multi_label and seed == 0:
+                    curve = decision_curve.measure(targets.numpy() == 1, probabilities[:, 1].numpy(), class_names[1])
+                    result["decision_curve"] = curve
                 details = result if seed == 0 else details
                 advance()
                 runs.append(
@@ -266,7 +277,7 @@ def measure(
                     }
                 )
             rows.append({"setting": name, "runs": runs})
-            for kind in ("AUROC, macro", "accuracy") if multi_label else ("accuracy", "balanced accuracy"):
+            for kind in _METRICS[multi_label]:
                 scores = [run[kind] for run in runs]
                 mean = math.fsum(scores) / len(scores)
                 deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
@@ -279,6 +290,7 @@ def measure(
                         baseline["chance_is"],
                         len(test),
                         deviation=deviation,
+                        higher_is_better=baseline["higher_is_better"],
                     )
                 )
     return details | {"protocol": protocol, "settings": rows, "figures": metrics}

@@ -10,11 +10,26 @@ import torch
 from torch import Tensor
 
 from bclip_fast import distributed
+from bclip_fast.data.splits import MissingSplit
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
-from . import classification, few_shot, image_retrieval, medpmc, probe, probe_data, prompts, retrieval, vqa, zero_shot
-from .datasets import EvalDataset
+from . import (
+    calibration,
+    classification,
+    decision_curve,
+    few_shot,
+    image_retrieval,
+    medpmc,
+    out_of_distribution,
+    probe,
+    probe_data,
+    prompts,
+    retrieval,
+    vqa,
+    zero_shot,
+)
+from .datasets import EvalDataset, open_dataset
 from .labels import (
     Inputs,
     Results,
@@ -72,6 +87,10 @@ def run_zero_shot(inputs: Inputs) -> Results:
             probabilities = (scores.double() * _logit_scale(inputs.embedder.model)).softmax(1)
             result = zero_shot.measure(targets, predictions.cpu(), names, probabilities.cpu())
             result["num_ties"] = num_ties
+            calibration.add(result, targets.numpy(), probabilities.cpu().numpy(), names)
+            if len(names) == 2:
+                positive = probabilities[:, 1].cpu().numpy()
+                result["decision_curve"] = decision_curve.measure(targets.numpy() == 1, positive, names[1])
             if len(prompt_set.templates) > 1:
                 result["sensitivity"] = zero_shot.sensitivity(inputs.embedder.texts, prompt_set, images, targets)
         result["samples"] = {"key": [inputs.data.key(i) for i in rows], **result["samples"]}
@@ -120,6 +139,53 @@ def _few_shot(inputs: Inputs, data: probe_data.ProbeData) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def run_ood(inputs: Inputs) -> Results:
+    """Compare the scores of the data's images with those of the other data of `ood`, once for each label kind."""
+    path = inputs.config.ood
+    if not path:
+        raise UserError(f"task {inputs.task.name!r} needs --ood, the path of data that are unlike {inputs.data.path}")
+    kinds = label_kinds(inputs)
+    other = open_dataset(path, inputs.data.split)
+    if (other.path, other.split) == (inputs.data.path, inputs.data.split):
+        raise UserError(f"ood={path!r} is the data itself; pass other data")
+    other = inputs.readable(other)
+    try:
+        train = inputs.open_split("train")
+    except MissingSplit as error:
+        log.warning("task %s: no score by training images, because %s", inputs.task.name, error)
+        train = None
+    if train is not None and (train.path, train.split) == (inputs.data.path, inputs.data.split):
+        log.warning("task %s: no score by training images, because train is the data itself", inputs.task.name)
+        train = None
+    train = train and inputs.readable(train)
+    return {
+        inputs.task.name if len(kinds) == 1 else f"{inputs.task.name}/{kind}": _ood(inputs, kind, other, train)
+        for kind in kinds
+    }
+
+
+def _ood(inputs: Inputs, kind: str, other: EvalDataset, train: EvalDataset | None) -> dict[str, Any]:
+    embedder = inputs.embedder
+    labels, prompt_set = labels_and_prompts(inputs, inputs.data, kind)
+    rows = labelled_rows(labels)
+    images = embedder.images(inputs.data)
+    result = out_of_distribution.measure(
+        images[torch.tensor(rows, device=images.device)],
+        embedder.images(other),
+        zero_shot.class_embeddings(embedder.texts, prompt_set).to(images.device),
+        _logit_scale(embedder.model),
+        None if train is None else embedder.images(train),
+    )
+    keys = [inputs.data.key(i) for i in rows] + [f"other: {other.key(i)}" for i in range(len(other))]
+    result["samples"] = {"key": keys, **result["samples"]}
+    return result | {
+        "label": kind,
+        "num_without_label": len(labels) - len(rows),
+        "prompts": prompts.as_json(prompt_set),
+        "ood_data": {"path": other.path, "split": other.split, "fingerprint": other.fingerprint},
+    }
+
+
 def run_vqa(inputs: Inputs) -> Results:
     """Answer the questions of the data."""
     return {inputs.task.name: vqa.run(inputs.embedder, inputs.data)}
@@ -131,6 +197,7 @@ PROTOCOLS: dict[str, Callable[[Inputs], Results]] = {
     "probe": run_probe,
     "few_shot": run_few_shot,
     "vqa": run_vqa,
+    "ood": run_ood,
     "medpmc": medpmc.run,
     "classification": classification.run,
     "image_retrieval": image_retrieval.run,

@@ -1,5 +1,8 @@
 """The files of an evaluation: results.json, figures.csv, per-class.csv, suite.csv and samples/TASK.csv.
 
+reliability.csv and decision-curves.csv have the tables of the tasks with probabilities, and subgroups.csv and gaps.csv
+those of `--by`.
+
 results.json holds what `evaluate` returns, except for two entries of a task. `samples_file` names the CSV file of the
 `samples`. Beyond `MAX_DENSE_CLASSES` classes, `confusion` is a dict: `shape` is [C, C], and `entries` lists [class,
 prediction, number of samples] for each number above 0. `roc` then has only the curves of the report, those of the
@@ -12,7 +15,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from bclip_fast.io import stand_ins
 from bclip_fast.io.atomic import replacing_files, settle, write_text
 from bclip_fast.io.file_names import file_names
 
+CURVE_COLUMNS = ("threshold", "net_benefit", "low", "high", "treat_all", "treat_none")
 MAX_DENSE_CLASSES = 40
 """Largest number of classes whose confusion matrix results.json holds in full."""
 
@@ -52,8 +56,46 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     if "suite" in results:
         means = results["suite"]["rows"]
         files["suite.csv"] = as_csv(list(means[0]), (list(row.values()) for row in means))
+    tables: tuple[tuple[str, tuple[str, ...], Callable[[Mapping[str, Any]], Iterable[Sequence[Any]]]], ...] = (
+        ("reliability.csv", ("of", "low", "high", "num_samples", "mean_probability", "share"), reliability_rows),
+        ("decision-curves.csv", ("class", *CURVE_COLUMNS), curve_rows),
+        ("subgroups.csv", ("by", "group", "num_samples", "is_small", "figure", "value", "low", "high"), subgroup_rows),
+        ("gaps.csv", ("by", "figure", "value", "low", "high", "best", "worst"), gap_rows),
+    )
+    for file, header, table in tables:
+        lines_of = [(name, *row) for name, result in results["tasks"].items() for row in table(result)]
+        if lines_of:
+            files[file] = as_csv(("task", *header), lines_of)
     files["per-class.csv"] = as_csv(("task", *fields), lines)
     write_files(folder, files)
+
+
+def reliability_rows(result: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
+    """Yield the rows of reliability.csv of a result."""
+    for table in result.get("calibration", []):
+        for row in table["bins"]:
+            yield table["of"], *row.values()
+
+
+def curve_rows(result: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
+    """Yield the rows of decision-curves.csv of a result."""
+    if "decision_curve" in result:
+        for point in result["decision_curve"]["points"]:
+            yield result["decision_curve"]["class"], *point.values()
+
+
+def subgroup_rows(result: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
+    """Yield the rows of subgroups.csv of a result."""
+    for row in result.get("subgroups", []):
+        for figure in row["figures"]:
+            start = row["by"], row["group"], row["num_samples"], int(row["is_small"])
+            yield *start, figure["name"], figure["value"], *(figure["interval"] or (None, None))
+
+
+def gap_rows(result: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
+    """Yield the rows of gaps.csv of a result."""
+    for row in result.get("gaps", []):
+        yield row["by"], row["name"], row["value"], *row["interval"], row["best"], row["worst"]
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> None:

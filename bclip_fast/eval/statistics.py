@@ -100,9 +100,9 @@ def auroc_interval(labels: np.ndarray, scores: np.ndarray, seed: int = 0) -> tup
     generator = np.random.default_rng(seed)
     rows = _class_rows(labels)
     values = [
-        _weighted_auroc(labels, _resample_weights(generator, rows), starts) for _ in range(_num_resamples(len(labels)))
+        _weighted_auroc(labels, _resample_weights(generator, rows), starts) for _ in range(num_resamples(len(labels)))
     ]
-    return _percentiles(np.array(values))
+    return percentiles(np.array(values))
 
 
 def macro_auroc_interval(targets: np.ndarray, scores: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
@@ -121,16 +121,24 @@ def macro_auroc_interval(targets: np.ndarray, scores: np.ndarray, seed: int = 0)
     classes = [i for i in range(targets.shape[1]) if targets[:, i].any() and not targets[:, i].all()]
     if not classes:
         return None
-    ranked = [(targets[:, i], *_ranked(_finite(scores[:, i], "scores"))) for i in classes]
-    generator, num = np.random.default_rng(seed), len(targets)
-    means = []
-    for _ in range(_num_resamples(num * len(classes))):
+    return percentiles(auroc_draws(targets[:, classes], scores[:, classes], np.random.default_rng(seed)))
+
+
+def auroc_draws(targets: np.ndarray, scores: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return the mean AUROC over classes of resamples, float64 (R,). A class without both kinds in one is left out.
+
+    targets, scores: (N, C). Each column has both positive and negative samples.
+    """
+    columns = zip(targets.T, scores.T, strict=True)
+    ranked = [(labels, *_ranked(_finite(values, "scores"))) for labels, values in columns]
+    num, means = len(targets), []
+    for _ in range(num_resamples(num * len(ranked))):
         weights = np.bincount(generator.integers(0, num, num), minlength=num).astype(np.float64)
         aurocs = [_weighted_auroc(labels[order], weights[order], starts) for labels, order, starts in ranked]
         defined = [value for value in aurocs if value is not None]
         if defined:
             means.append(sum(defined) / len(defined))
-    return _percentiles(np.array(means))
+    return np.array(means)
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -139,7 +147,7 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     Samples of equal value are interchangeable, so a resample only needs the count of each distinct value. The counts
     are multinomial. This is the exact bootstrap, and its memory does not grow with the number of samples.
     """
-    return _percentiles(mean_draws(values, np.random.default_rng(seed)))
+    return percentiles(mean_draws(values, np.random.default_rng(seed)))
 
 
 def class_mean_interval(values: np.ndarray, classes: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -153,13 +161,13 @@ def class_mean_interval(values: np.ndarray, classes: np.ndarray, seed: int = 0) 
     total = np.zeros(NUM_RESAMPLES)
     for group in groups:
         total += mean_draws(group, generator, NUM_RESAMPLES)
-    return _percentiles(total / len(groups))
+    return percentiles(total / len(groups))
 
 
 def mean_draws(values: np.ndarray, generator: np.random.Generator, num: int | None = None) -> np.ndarray:
     """Return the means of `num` resamples, float64 (num,). None: as many as `mean_interval` takes."""
     distinct, counts = np.unique(_finite(values, "values"), return_counts=True)
-    num = _num_resamples(len(distinct)) if num is None else num
+    num = num_resamples(len(distinct)) if num is None else num
     step = max(1, _MAX_COUNTS // len(distinct))
     sizes = [min(step, num - start) for start in range(0, num, step)]
     draws = (generator.multinomial(len(values), counts / len(values), size=size) @ distinct for size in sizes)
@@ -187,7 +195,7 @@ def balanced_interval(confusion: np.ndarray, seed: int = 0) -> tuple[float, floa
     support = confusion.sum(1)
     rows = [i for i in range(len(confusion)) if support[i]]
     draws = [generator.binomial(support[i], confusion[i, i] / support[i], NUM_RESAMPLES) / support[i] for i in rows]
-    return _percentiles(np.mean(draws, axis=0))
+    return percentiles(np.mean(draws, axis=0))
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
@@ -237,7 +245,7 @@ def auroc_difference(
     ranked = [_ranked(np.asarray(scores, dtype=np.float64)) for scores in (first, second)]
     generator, rows = np.random.default_rng(seed), _class_rows(labels)
     resampled = []
-    for _ in range(_num_resamples(2 * len(labels))):
+    for _ in range(num_resamples(2 * len(labels))):
         weights = _resample_weights(generator, rows)
         first_value, second_value = (_weighted_auroc(labels[order], weights[order], starts) for order, starts in ranked)
         assert first_value is not None
@@ -246,7 +254,7 @@ def auroc_difference(
     differences = np.array(resampled)
     tail = min((differences <= 0).mean(), (differences >= 0).mean())
     p = min(1.0, 2 * max(float(tail), 1 / len(differences)))
-    return values[1] - values[0], _percentiles(differences), p
+    return values[1] - values[0], percentiles(differences), p
 
 
 def paired_interval(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -311,10 +319,12 @@ def _resample_weights(generator: np.random.Generator, class_rows: Sequence[np.nd
     return weights
 
 
-def _num_resamples(num: int) -> int:
+def num_resamples(num: int) -> int:
+    """Return the number of resamples for `num` samples: 1000, or fewer for more than 100,000 samples."""
     return max(200, min(NUM_RESAMPLES, _MAX_RESAMPLED // max(1, num)))
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval of resampled values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

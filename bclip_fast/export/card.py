@@ -78,7 +78,7 @@ def write(
     head += [f"- {tag}" for tag in _TAGS]
     sections = [
         "\n".join([*head, "---", MARK]),
-        f"# {title}",
+        f"# {' '.join(title.split())}",
         _sizes(config),
         usage.strip(),
         "## Training data",
@@ -128,7 +128,7 @@ def _data(config: dict[str, Any]) -> Iterable[str]:
     paths = config.get("data") if shards is None else shards
     if isinstance(paths, str):
         paths = [paths]
-    for entry in paths or ():
+    for entry in paths if isinstance(paths, list) else ():
         path = entry if isinstance(entry, str) else str(entry.get("path", entry)) if isinstance(entry, dict) else ""
         name = Path(path).name or path
         try:
@@ -136,7 +136,7 @@ def _data(config: dict[str, Any]) -> Iterable[str]:
             splits = content["splits"]
             counts = ", ".join(f"{splits[split]['samples']:,} of {split}" for split in sorted(splits))
             yield f"- `{name}`: {counts}. SHA-256 of the samples: `{content['fingerprint']}`."
-        except (UserError, KeyError, TypeError):
+        except (UserError, LookupError, TypeError, ValueError, AttributeError):
             yield f"- `{name}`: its files were not there when the model was exported."
             continue
         yield from _licences(Path(path) / "manifest.parquet")
@@ -158,6 +158,7 @@ def _licences(path: Path) -> Iterable[str]:
 _RECIPE = {
     "preset": "preset",
     "epochs": "epochs",
+    "max_steps": "steps",
     "batch_size": "global batch",
     "loss.kind": "loss",
     "optim.name": "optimizer",
@@ -180,6 +181,8 @@ def _recipe(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
         else:
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
+        if key == "epochs" and config.get("max_steps"):
+            continue  # the run has that length, whatever `epochs` is
         if value not in (None, "", 0):
             yield name, str(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class ExportConfig:
     """Licence of the weights for the card, as the hub names it, such as mit or cc-by-nc-4.0."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.+-]*", self.license):
+            raise UserError(f"license={self.license!r} is no name of a licence; take the hub's, such as cc-by-nc-4.0")
         if self.to != "onnx" and (self.int8 or self.data):
             raise UserError(f"int8 and data need --to onnx, not --to {self.to}")
         if self.to == "onnx" and self.precision != "fp32":

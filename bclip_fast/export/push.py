@@ -69,11 +69,24 @@ def run(config: PushConfig) -> None:
         commit = api.create_commit(config.repository, operations, commit_message=config.message)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        remedy = _TOKEN_HELP if status in (401, 403) else "nothing is lost: run the command again"
+        remedy = _TOKEN_HELP if status in (401, 403) else "run the command again"
         raise UserError(f"{place} refused the upload: {first_line(error)}; {remedy}") from error
-    except OSError as error:  # also of its HTTP client
-        raise UserError(f"{place} cannot be reached: {first_line(error)}; run the command again") from error
+    except (OSError, _client_error(HfHubHTTPError)) as error:
+        raise UserError(
+            f"{place} cannot be reached: {first_line(error)}; check the network, and run the command again"
+        ) from error
     print(f"uploaded: {commit.commit_url}")
+
+
+def _client_error(error: type[Exception]) -> type[Exception]:
+    """The base class of the errors of the hub's HTTP client, such as a failed connection.
+
+    The client is requests, httpx or httpx2. Its connection errors aren't OSErrors in every release of huggingface_hub.
+
+    Args:
+        error: the hub's own error, which inherits from the client's.
+    """
+    return next(base for base in error.__mro__[1:] if issubclass(base, Exception))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ def scale_parts(scaling: Scaling) -> Iterator[Any]:
         rows += [[point.change, *_alternative_cells(point)] for point in scaling.alternatives]
         heads = ["setting", "GPUs a node", "batch", "exposed ms", "step ms", "efficiency", "pairs/s a GPU", "fits"]
         yield table(f"Other settings on {points[-1].cluster.ranks} GPUs", heads, rows)
-    yield "\n".join(_best_lines(scaling))
+    yield "\n".join(best_lines(scaling))
 
 
 def _row(point: ScalePoint) -> list[str]:
@@ -74,33 +74,39 @@ def _overlap_lines(scaling: Scaling) -> Iterator[str]:
             yield f"Overlap     computation hides less than half of the communication of {label} from {first} GPUs on"
 
 
-def _best_lines(scaling: Scaling) -> Iterator[str]:
+def best_lines(scaling: Scaling) -> list[str]:
+    """The fastest setting with the same batch, and the effect of a larger batch."""
     now, best, count = scaling.points[-1], scaling.best, scaling.points[-1].cluster.ranks
-    if best is None:
-        yield f"Best        on {count} GPUs, no other setting is faster with this batch"
-    else:
+    lines = [f"Best        on {count} GPUs, no other setting is faster with this batch"]
+    if best is not None:
         gain = best.pairs_per_second / now.pairs_per_second - 1
-        yield (
+        lines = [
             f"Best        on {count} GPUs with this batch: {best.change}, {_milliseconds(best.step.total)} ms a step "
             f"instead of {_milliseconds(now.step.total)}, {gain:.0%} more pairs a second"
-        )
+        ]
     larger = [point for point in scaling.alternatives if not point.keeps_batch]
     if larger:
         point = larger[0]
         gain = point.pairs_per_second / now.pairs_per_second - 1
-        verdict = f"{gain:.0%} more pairs a second" if gain > 0 else f"{-gain:.0%} fewer, because the towers run twice"
-        yield f"Batch       {point.change} exchanges gradients once for more pairs: {verdict}"
+        rate = "about as many" if abs(gain) < 0.005 else f"{abs(gain):.0%} {'more' if gain > 0 else 'fewer'}"
+        reason = ", because the towers run forward twice" if gain <= -0.005 else ""
+        lines.append(
+            f"Batch       {point.change} exchanges gradients once for more pairs: {rate} pairs a second{reason}"
+        )
+    return lines
 
 
 def loader_lines(plan: LoaderPlan, cluster: Cluster) -> str:
     """The rates that the GPUs need of the loader and the storage, beside those that these have."""
     cores = "" if plan.cores is None else f"; {plan.cores:.1f} of {plan.available:g} cores a rank"
     makes = "unknown" if plan.capacity is None else f"{plan.capacity:,.0f} images/s"
-    storage = "unknown" if not plan.storage_bytes else f"{plan.storage_bytes / 1e6:,.0f} MB/s a rank"
+    storage = "Its rate is unknown: set cluster.storage_gb_per_s"
+    if plan.storage_bytes:
+        storage = f"It gives {plan.storage_bytes / 1e6:,.0f} MB/s a rank"
     node = plan.needed_bytes * cluster.ranks_per_node / 1e9
     return (
         f"Loader      {plan.needed:,.0f} images/s a rank are needed{cores}. It makes {makes}: {plan.source}\n"
-        f"Storage     {plan.needed_bytes / 1e6:,.0f} MB/s a rank are needed, {node:.3g} GB/s a node. It gives {storage}"
+        f"Storage     {plan.needed_bytes / 1e6:,.0f} MB/s a rank are needed, {node:.3g} GB/s a node. {storage}"
     )
 
 

@@ -127,6 +127,11 @@ def source_of(name_or_path: str | Path) -> Source:
             return Folder(path)
     if any((folder / name).is_file() for name in (TRANSFORMERS_CONFIG, *PMC_CLIP_FILES)):
         return Folder(folder)
+    if not folder.is_dir() and "=" in name:
+        raise UserError(
+            f"{name} is not a folder, and {name.partition('=')[0]} is not a short name of a model (NAME=FOLDER); pass "
+            "a folder, or hf-hub:ORG/NAME"
+        )
     if not folder.is_dir():
         raise UserError(f"{name} is not a folder; for a model of the hub, use hf-hub:ORG/NAME")
     raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import threading
@@ -245,6 +246,17 @@ def test_fetch_damaged_or_huge_compressed_data_are_refused(tmp_path: Path, monke
         with pytest.raises(UserError, match=message):
             fetch._unzip(tmp_path / "b.zip", tmp_path / "b")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_download_to_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> Iterator[int]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield 0
+
+    monkeypatch.setattr(download, "_stream", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        download.download(download.Remote("http://x/a", 5, "v"), tmp_path / "a")
+    assert error.value.filename == str(tmp_path / "a.part")
 
 
 def test_fetch_names_what_has_to_be_had_by_hand(

@@ -97,9 +97,10 @@ def named(path: Path) -> str:
 
 
 def test_leaderboard_difference_of_a_model_and_itself_is_exactly_zero(
-    folder: Path, tmp_path: Path, loaded: list[str]
+    folder: Path, tmp_path: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(folder, tmp_path, ["same", "twin"])  # equal lengths, hence equal weights
+    assert "the means cover 5 of 26 rows" in " ".join(capsys.readouterr().out.split())
     page = (tmp_path / "leaderboard.html").read_text()
     assert "+0.0 (+0.0 to +0.0)" in page
 

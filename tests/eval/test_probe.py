@@ -224,7 +224,7 @@ def test_measure_multi_label_metrics_equal_medmnists() -> None:
     parts = findings(200, 2), findings(100, 3), findings(300, 4)
     result = probe.measure(*parts, names, torch.zeros(4, 12), train_fractions=(0.5,), num_seeds=2)
     metrics = {metric["name"]: metric for metric in result["figures"]}
-    assert list(metrics) == ["AUROC, macro, 50 % of train", "accuracy, 50 % of train"]
+    assert list(metrics) == [f"{name}, 50 % of train" for name in ("AUROC, macro", "accuracy", "ECE, mean over labels")]
     # The result holds the samples of the last setting's first seed.
     truth = findings(300, 4).labels.numpy()
     scores = torch.tensor([result["samples"][f"score of {name}"] for name in names]).T.numpy()

@@ -128,7 +128,7 @@ def test_report_images_are_small_jpegs_with_alternative_texts(page: Page, result
 def test_report_tables_have_headers_and_charts_have_names(page: Page) -> None:
     assert all(attributes.get("scope") in ("col", "row", "rowgroup") for attributes in page.all("th"))
     names = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
-    kinds = ["Training loss", "Learning rate", "Logit scale", "Validation", "zero shot"]
+    kinds = ["Training loss", "Learning rate", "Logit scale", "Validation", "zero shot", "reliability"]
     assert [name.split(":")[0] for name in names] == kinds
     assert names[0].endswith("to 0.5549 at step 200")
     assert "chance, ln 32" in page.text
@@ -192,7 +192,7 @@ def test_report_without_data_and_run_has_only_metrics(results: dict[str, Any], t
     report.write(tmp_path / "r.html", results)
     page = Page(tmp_path / "r.html")
     assert not page.all("img")
-    assert len(page.all("svg")) == 1
+    assert len(page.all("svg")) == 2, "the ROC curve and the reliability of zero-shot classification"
     assert "balanced accuracy" in page.text
 
 
@@ -254,7 +254,9 @@ def test_command_writes_results_and_report_into_the_run(
     )
     assert set(results["tasks"]) == {"retrieval", "zero_shot/colour"}
     assert Page(out / "report.html").all("svg")
-    assert sorted(os.listdir(out)) == ["figures.csv", "per-class.csv", "report.html", "results.json", "samples"]
+    assert sorted(os.listdir(out)) == [
+        "figures.csv", "per-class.csv", "reliability.csv", "report.html", "results.json", "samples",
+    ]  # fmt: skip
     assert "zero_shot/colour" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not exist"):
         run(EvalCommand(model=str(run_folder), data=str(shards / "none")))

@@ -14,7 +14,9 @@ from towers import SMALL
 from bclip_fast import pretrained
 from bclip_fast.cli import main
 from bclip_fast.data.transform import Preprocess, PreprocessConfig
+from bclip_fast.errors import UserError
 from bclip_fast.export import card
+from bclip_fast.export.command import ExportConfig
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.tokenizer import Tokenizer
 
@@ -80,6 +82,13 @@ def test_card_names_what_is_unknown_and_keeps_a_card_of_the_users(run: Path, tmp
     assert (out / "README.md").read_text() == "my own card"
 
 
+def test_card_of_a_run_with_max_steps_names_steps_and_no_epochs(run: Path) -> None:
+    assert ("epochs", "3") in card.read_run(run).recipe
+    (run / "config.toml").write_text("max_steps = 4\n" + (run / "config.toml").read_text())
+    recipe = dict(card.read_run(run).recipe)
+    assert recipe["steps"] == "4" and "epochs" not in recipe
+
+
 def test_card_of_a_run_whose_data_are_elsewhere_says_so(run: Path) -> None:
     content = (run / "config.toml").read_text().replace("/pmc", "/moved")
     (run / "config.toml").write_text(content)
@@ -100,3 +109,21 @@ def test_weights_alone_load_into_the_model_of_open_clips_names(run: Path, tmp_pa
     assert state.keys() == whole.keys()
     assert all(state[name].equal(whole[name].to(state[name].dtype)) for name in whole)
     assert str(state["visual.trunk.cls_token"].dtype) == "torch.bfloat16"
+
+
+def test_card_of_a_run_with_damaged_files_names_what_is_unknown(run: Path) -> None:
+    data = run.parent / "pmc" / "dataset.json"
+    for content in ('{"splits": {"train": {"samples": "many"}}, "fingerprint": ""}', '{"splits": ["train"]}', "{}"):
+        data.write_text(content)
+        found = card.read_run(run)
+        assert found is not None
+        assert "were not there when the model was exported" in found.data[0]
+    (run / "config.toml").write_text("data = 5")
+    found = card.read_run(run)
+    assert found is not None
+    assert found.data == []
+
+
+def test_export_refuses_a_licence_that_would_add_lines_to_the_card() -> None:
+    with pytest.raises(UserError, match="is no name of a licence"):
+        ExportConfig(model="x", out=Path("y"), license="mit\ntags: evil")

@@ -67,6 +67,18 @@ def test_push_says_what_to_do_when_the_hub_refuses(
         assert remedy in capsys.readouterr().err
 
 
+def test_push_without_a_connection_is_one_line(
+    server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = "http://127.0.0.1:9"  # no server listens on the port
+    monkeypatch.setattr(constants, "ENDPOINT", closed)
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", closed, raising=False)
+    assert main(["push", str(folder), "group/model", "--yes"]) == 2
+    error = capsys.readouterr().err
+    assert f"bclip push: {closed}/group/model cannot be reached: " in error and "check the network" in error
+    assert "Traceback" not in error
+
+
 def test_push_refuses_what_is_not_an_exported_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "card").mkdir()

@@ -14,7 +14,7 @@ from bclip_fast import config as config_files
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import GIB, ClusterConfig, cluster_of
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.plan import command, estimate, loader, micro_batches, network, scaling
+from bclip_fast.plan import command, estimate, loader, micro_batches, network, scale_report, scaling
 from bclip_fast.plan.samples import PMC_15M
 from bclip_fast.plan.timeline import StepTime, step_time
 from bclip_fast.plan.traffic import Collective, Parameters, step_traffic
@@ -219,6 +219,20 @@ def test_largest_micro_batch_fits_and_the_next_does_not(setting: str):
     assert not fits(2 * largest if setting == "micro_batch_size" else round(1.1 * largest))
 
 
+def test_plan_of_a_run_without_gain_from_a_larger_batch_says_as_many_pairs():
+    table = scaled(gpus=(8,))
+    now = table.points[0]
+    for factor, words in (
+        (1.0, "about as many pairs"),
+        (1.1, "10% more pairs"),
+        (0.9, "10% fewer pairs"),
+    ):
+        step = StepTime({"forward": 2 * now.step.total / factor}, [])
+        stage = replace(now.stage, rank_batch=2 * now.stage.rank_batch)
+        table.alternatives = [replace(now, stage=stage, step=step, change="batch_size=2", keeps_batch=False)]
+        assert words in scale_report.best_lines(table)[-1]
+
+
 def test_plan_prints_scale_and_loader(tmp_path: Any, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.toml").write_text(config_files.to_toml(replace(CONFIG, micro_batch_size=512)))
     command = ["plan", str(tmp_path / "config.toml"), "--scale.gpus", "8", "64"]
@@ -227,6 +241,7 @@ def test_plan_prints_scale_and_loader(tmp_path: Any, capsys: pytest.CaptureFixtu
     for words in (
         "NOT MEASURED: milliseconds a step",
         "images/s a rank are needed",
+        "Its rate is unknown: set cluster.storage_gb_per_s",
         "Best  ",
         "is the largest that fits",
     ):

@@ -179,6 +179,8 @@ def test_named_model_is_that_of_the_hub_or_of_a_folder(tmp_path: Path, monkeypat
         source_of("coca")
     with pytest.raises(UserError, match="missing is not a folder; pass one with the files of hf-hub:BIOMEDICA"):
         source_of("bmc=missing")
+    with pytest.raises(UserError, match="mine=coca is not a folder, and mine is not a short name"):
+        source_of("mine=coca")
     with pytest.raises(UserError, match="holds no open_clip_config.json"):
         source_of("./coca")
 

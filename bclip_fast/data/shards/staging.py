@@ -41,7 +41,9 @@ class Staging:
         if not (self.out / "dataset.json").is_file():
             raise UserError(f"{self.out} is not empty and not a dataset; give another folder")
         if not self._overwrite:
-            raise UserError(f"{self.out} already holds a finished dataset; give another folder or overwrite it")
+            raise UserError(
+                f"{self.out} already holds a finished dataset; give another folder, or replace it with --overwrite"
+            )
 
     def __enter__(self) -> Staging:
         self.path.mkdir(parents=True, exist_ok=True)
