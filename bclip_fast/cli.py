@@ -105,7 +105,7 @@ COMMANDS = {
         "bclip train with the same arguments, without those of --scale",
     ),
     "finetune": Command(
-        "finetune a model on your pairs or questions",
+        "finetune a model on your pairs, classes or questions",
         "bclip_fast.train.finetune:FinetuneConfig",
         "bclip_fast.train.finetune:run",
         "eval",

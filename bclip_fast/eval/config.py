@@ -27,9 +27,9 @@ class EvalConfig:
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, ood, vqa), a task of the package (pcam,
-    vqa_rad, ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and zero_shot, if the
-    data allow them."""
+    """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, ood, vqa, classification), a task of the
+    package (pcam, vqa_rad, ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and
+    zero_shot, if the data allow them."""
     suite: str = ""
     """All tasks of a benchmark that `data` holds: medpmc (26 rows, its protocol), or a suite's TOML file. The missing
     rows are named. It takes the place of `task`."""

@@ -16,6 +16,7 @@ from bclip_fast.io.hashing import sha256
 
 from . import (
     calibration,
+    classification,
     decision_curve,
     few_shot,
     image_retrieval,
@@ -198,6 +199,7 @@ PROTOCOLS: dict[str, Callable[[Inputs], Results]] = {
     "vqa": run_vqa,
     "ood": run_ood,
     "medpmc": medpmc.run,
+    "classification": classification.run,
     "image_retrieval": image_retrieval.run,
 }
 

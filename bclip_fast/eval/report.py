@@ -22,6 +22,7 @@ from .suite_results import TITLES
 
 _NUM_QUESTIONS = 8
 _NUM_EXAMPLES, _NUM_PROBABILITIES = 6, 3
+_NUM_MISTAKES = 12
 _NUM_FIRST_QUERIES = 2
 """Queries of the gallery that open the report. The others follow the tables."""
 
@@ -71,6 +72,7 @@ def write(
             gallery=gallery,
             num_first=_NUM_FIRST_QUERIES,
             examples=_examples(tasks, data),
+            mistakes=_mistakes(tasks, data),
             search=search,
             steps=steps,
             suite_titles=TITLES,
@@ -158,6 +160,33 @@ def _examples(tasks: Mapping[str, Any], data: Mapping[str, EvalDataset]) -> dict
             }
             rows.append(row | _image(data[name], dataset_rows[samples["key"][i]]))
         return {"result": result, "rows": rows}
+    return None
+
+
+def _mistakes(tasks: Mapping[str, Any], data: Mapping[str, EvalDataset]) -> dict[str, Any] | None:
+    """Return the wrong samples of a classifier: those first that give their wrong classes the highest probabilities."""
+    for name, result in tasks.items():
+        if result["task"]["protocol"] != "classification" or name not in data:
+            continue
+        samples, classes = result["samples"], result["classes"]
+        wrong = []
+        for i, label in enumerate(samples["label"]):
+            true = set(label.split("|")) if result["multi_label"] else {label}
+            scores = {each: samples[f"score of {each}"][i] for each in classes}
+            # How sure the model is of its worst error. A class is predicted above 1/2, or as the best one.
+            errors = [scores[each] if each not in true else 1 - scores[each] for each in classes]
+            if samples["accuracy"][i] != 1:
+                best = sorted(((score, each) for each, score in scores.items()), reverse=True)[:_NUM_PROBABILITIES]
+                wrong.append((max(errors), samples["key"][i], true, best))
+        wrong.sort(key=lambda row: (-row[0], row[1]))
+        shown = wrong[:_NUM_MISTAKES]
+        keys = {key for _, key, *_ in shown}
+        rows_of = {key: i for i in range(len(data[name])) if (key := data[name].key(i)) in keys}
+        rows = [
+            {"key": key, "true": sorted(true), "best": best, **_image(data[name], rows_of[key])}
+            for _, key, true, best in shown
+        ]
+        return {"rows": rows, "num_wrong": len(wrong), "num_samples": result["num_samples"]}
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from bclip_fast.errors import UserError
 from bclip_fast.io.atomic import replacing_files
 from bclip_fast.model import weights
 from bclip_fast.model.biomedclip import BiomedClip
+from bclip_fast.model.image_classifier import ClassHead
 from bclip_fast.model.tokenizer import Tokenizer
-from bclip_fast.pretrained import model_card
+from bclip_fast.pretrained import class_head, model_card
 from bclip_fast.train import checkpoint as checkpoints
 
-from . import card, onnx_files, parity, sentence_transformers, usage
+from . import card, classifier, onnx_files, parity, sentence_transformers, usage
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ class ExportConfig:
     """Folder to write. It is created if necessary."""
     to: Format = "open_clip"
     """open_clip: one folder, as on the hub. transformers: CLIPModel or SiglipModel, or a folder for each tower.
-    sentence_transformers: one folder, from 5.4 on. onnx: both towers, checked by onnxruntime. safetensors: the
-    weights alone, with open_clip's names."""
+    sentence_transformers: one folder, from 5.4 on. onnx: both towers, or the classifier of a run on classes, checked by
+    onnxruntime. safetensors: the weights alone, with open_clip's names."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the weights. onnx takes fp32."""
     int8: bool = False
@@ -75,6 +77,14 @@ def run(config: ExportConfig) -> None:
     if config.to == "onnx":
         onnx_files.check_packages()
     model, preprocess, tokenizer = pretrained.load(config.model, precision=config.precision)
+    head = None
+    if class_head.is_run(Path(config.model)):
+        head = class_head.load(Path(config.model), model.config.embed_dim)
+        if config.step or config.int8 or config.data:
+            raise UserError(
+                f"{config.model} is a classifier, whose best epoch is exported in full precision and checked on "
+                "made-up pictures; leave out --step, --int8 and --data"
+            )
     if config.step:
         _load_step(model, config)
     save: dict[Format, Callable[..., None]] = {
@@ -84,13 +94,16 @@ def run(config: ExportConfig) -> None:
         "onnx": lambda *arguments: _save_onnx(config, *arguments),
         "safetensors": _save_weights,
     }
+    shown = usage.text(config.to, model.config, tokenizer)
+    if head is not None and config.to == "onnx":
+        save["onnx"], shown = functools.partial(_save_classifier, head), classifier.USAGE
     with checkpoints.explain_write_errors(config.out), replacing_files(config.out) as partial:
         # All files together, so that no card describes the files of another export.
         save[config.to](partial, model, preprocess, tokenizer)
         card.write(
             partial,
             Path(config.model).name or config.model,
-            usage.text(config.to, model.config, tokenizer),
+            shown,
             usage.LIBRARIES[config.to],
             model.config,
             run=card.read_run(Path(config.model)),
@@ -125,6 +138,12 @@ def _save_onnx(
             print(loss)
 
     onnx_files.save(folder, model, preprocess, tokenizer, int8=config.int8, check=check)
+
+
+def _save_classifier(
+    head: ClassHead, folder: Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer
+) -> None:
+    classifier.save(folder, model, head, preprocess)
 
 
 def _save_weights(folder: Path, model: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> None:

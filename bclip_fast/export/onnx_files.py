@@ -128,15 +128,23 @@ def example(model: BiomedClip, tower: str) -> Tensor:
 
 def write_graph(path: Path, model: BiomedClip, tower: str) -> None:
     """Write a tower, `image` or `text`, as an ONNX graph."""
-    module = _Tower(model, tower).eval()
-    inputs = example(model, tower)
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in module.state_dict().values())
     sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     text = model.config.text
     if tower == "text" and not text.computes_padding:
         sizes[1] = torch.export.Dim("tokens", min=1, max=text.context_length)
-    input_name, output_name = TOWERS[tower]
-    log.info("%s: tracing a tower of %s weights", path.name, f"{num_bytes // 4:,}")
+    write_module(path, _Tower(model, tower), example(model, tower), TOWERS[tower], sizes)
+
+
+def write_module(path: Path, module: nn.Module, inputs: Tensor, names: tuple[str, str], sizes: dict[int, Any]) -> None:
+    """Write a module of one input as an ONNX graph.
+
+    Args:
+        inputs: valid inputs. names: names of the graph's input and output. sizes: dynamic dimensions by number.
+    """
+    module = module.eval()
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in module.state_dict().values())
+    input_name, output_name = names
+    log.info("%s: tracing %s weights", path.name, f"{num_bytes // 4:,}")
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module,

@@ -13,7 +13,7 @@ from bclip_fast import pretrained
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io import stand_ins
 
-from . import vqa_head
+from . import class_head, vqa_head
 
 Model = str | tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor]]
 """Name of a model, or (model, preprocess, tokenizer)."""
@@ -26,6 +26,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
         name: a run folder, a folder in open_clip's layout, hf-hub:ID, a short name such as `medpmc` or `bmc=FOLDER`
             (`named_models`), or open_clip:ARCHITECTURE/PRETRAINED. open_clip
             downloads the latter, but PRETRAINED may also be a file. The model of a run on questions includes its head.
+            That of a run on classes has its head as `classifier`.
 
     Raises:
         UserError: an unknown name, or files that are missing or damaged.
@@ -55,4 +56,7 @@ def load_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module
         return model.eval(), preprocess, open_clip.get_tokenizer(architecture)
     if vqa_head.is_run(Path(name)):
         return vqa_head.load(Path(name), device)
-    return pretrained.load(name, device=device)
+    model, preprocess, tokenizer = pretrained.load(name, device=device)
+    if class_head.is_run(Path(name)):
+        model.classifier = class_head.load(Path(name), model.config.embed_dim).to(device)
+    return model, preprocess, tokenizer

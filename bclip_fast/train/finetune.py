@@ -1,10 +1,12 @@
-"""`bclip finetune MODEL --data DATA`: train the towers on image-text pairs, or METER's head on questions.
+"""`bclip finetune MODEL --data DATA`: train on image-text pairs, METER's head on questions, or a classifier of images.
 
     bclip finetune hf-hub:ORG/NAME --data pairs.csv --lora_rank 8            # a CSV, shards or a folder with captions
     bclip finetune RUN --data vqa_rad/ --task vqa_rad --epochs 20
+    bclip finetune hf-hub:ORG/NAME --data labels.csv --task classification --group patient_id
 
 It reads data as `bclip eval` does. The run folder holds config.toml, metrics.jsonl, checkpoints/, and model/ in
-open_clip's layout with LoRA merged in. A run on questions also writes vqa/. `bclip eval RUN` accepts both.
+open_clip's layout with LoRA merged in. A run on questions also writes vqa/, and one on classes classifier/, splits.csv
+and report.html. `bclip eval RUN` accepts all of them.
 
 Order, crops and dropout depend only on (seed, epoch, sample) and (seed, step, rank). So a resumed run equals an
 uninterrupted one.
@@ -32,19 +34,21 @@ from bclip_fast.distributed import run_on_rank0
 from bclip_fast.errors import UserError
 from bclip_fast.hardware import peak_memory
 from bclip_fast.io.hashing import sha256
+from bclip_fast.io.runs import VALIDATION
 from bclip_fast.model.biomedclip import BiomedClip
-from bclip_fast.model.meter import VqaModel
 from bclip_fast.model.tokenizer import Tokenizer
 
-from . import backends, base_model
+from . import backends, base_model, class_report
 from . import checkpoint as checkpoints
 from .bad_samples import BadSamples
 from .config import CheckpointConfig
 from .engine import StepResult, build_engine
+from .finetune_classes import Classes
 from .finetune_config import FinetuneConfig
 from .finetune_data import BatchReader, Samples
 from .finetune_objectives import Pairs, Questions
 from .lora import add_lora
+from .loss_spikes import SpikeConfig
 from .metrics import MetricsLog
 from .precision import resolve_precision
 from .run_folder import RunFolder
@@ -60,6 +64,7 @@ log = logging.getLogger(__name__)
 # Number of texts whose tokens tell whether a resumed run has the same tokenizer.
 _NUM_TEXTS = 64
 _CHECKPOINTS = CheckpointConfig(keep=2)
+Objective = Pairs | Questions | Classes
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -81,7 +86,7 @@ def finetune(config: FinetuneConfig) -> Path:
         precision = resolve_precision(config.engine.precision, folder.recorded_precision)
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
         folder.compare(config)
-        objective: Pairs | Questions = Questions(config) if config.task else Pairs(config)
+        objective = _objective(config)
         num_samples = len(objective.texts)
         if num_samples < config.batch_size:
             raise UserError(
@@ -97,12 +102,25 @@ def finetune(config: FinetuneConfig) -> Path:
         _Loop(config, folder, choice, objective, clip, preprocess, tokenizer, signals) as state,
     ):
         state.loop()
+    if isinstance(objective, Classes):
+        run_on_rank0(lambda: class_report.write(folder.path, config, objective.content))
     return folder.path
+
+
+def _objective(config: FinetuneConfig) -> Objective:
+    if config.task == "classification":
+        return Classes(config)
+    return Questions(config) if config.task else Pairs(config)
 
 
 def run(config: FinetuneConfig) -> None:
     """Run `bclip finetune`."""
     finetune(config)
+
+
+def _spikes(config: FinetuneConfig) -> SpikeConfig:
+    """The limits of updates. A classifier has none: rare hard images have high losses, and it must learn them."""
+    return dataclasses.replace(config.spikes, loss=0, grad_norm=0) if config.task == "classification" else config.spikes
 
 
 class _Loop(RunLoop):
@@ -113,13 +131,13 @@ class _Loop(RunLoop):
         config: FinetuneConfig,
         folder: RunFolder,
         choice: backends.Choice,
-        objective: Pairs | Questions,
+        objective: Objective,
         clip: BiomedClip,
         preprocess: Preprocess,
         tokenizer: Tokenizer,
         signals: Signals,
     ) -> None:
-        super().__init__(folder, config.spikes, signals, background=True)
+        super().__init__(folder, _spikes(config), signals, background=True)
         self.config, self.choice, self.objective = config, choice, objective
         self.preprocess, self.tokenizer = preprocess, tokenizer
         self.steps_per_epoch = len(objective.texts) // config.batch_size
@@ -132,7 +150,8 @@ class _Loop(RunLoop):
             # Neither objective predicts captions.
             clip.decoder.requires_grad_(False)
         self.adapter = add_lora(clip, config.lora_rank, config.lora_alpha) if config.lora_rank else None
-        self.model: nn.Module = objective.model(clip)
+        self.clip = clip
+        self.model: nn.Module = objective.model(clip, preprocess, tokenizer)
         if saved is not None:
             self.load_weights(self.model, saved)
         self.engine = build_engine(self.model.train(), config.engine, config.optim, config.batch_size)
@@ -140,6 +159,8 @@ class _Loop(RunLoop):
             self.engine.load_optimizer_state(saved.optimizer)
         recorded = saved.rest if saved else None
         objective.build_loss(self.engine.device, preprocess.config, recorded, folder.path)
+        if isinstance(objective, Classes) and objective.is_finished:
+            self.num_steps = self.step
         self.timer = StepTimer(self.engine.device)
         self._observe_with(False, self._give_up)
         self.reader = BatchReader(
@@ -166,6 +187,7 @@ class _Loop(RunLoop):
             "data": self.objective.data.fingerprint,
             "texts": sha256("\0".join(texts)),
             "base model": base_model.describe(clip, self.preprocess, self.tokenizer, texts[:_NUM_TEXTS]),
+            **(self.objective.facts if isinstance(self.objective, Classes) else {}),
         }
         recorded = identity if saved is None else saved.data
         for name, value in identity.items():
@@ -182,14 +204,38 @@ class _Loop(RunLoop):
         return logs
 
     def _prepare(self) -> bool:
-        return self.objective.prepare(lambda: bool(self.signals.received))
+        is_ready = self.objective.prepare(lambda: bool(self.signals.received))
+        if isinstance(self.objective, Classes):
+            self.reader.features = self.objective.features
+        return is_ready
 
     def _samples_before(self, step: int) -> int:
         return step * self.config.batch_size
 
     def _is_checkpoint_due(self) -> bool:
         every = self.config.checkpoint_every
-        return every > 0 and self.step % every == 0 and self.step < self.num_steps
+        is_best = self._validate() if self.step % self.steps_per_epoch == 0 else False
+        return is_best or (every > 0 and self.step % every == 0 and self.step < self.num_steps)
+
+    def _validate(self) -> bool:
+        """Validate a classifier after an epoch. Return whether it is the best so far. End the run if it is time."""
+        if not isinstance(self.objective, Classes):
+            return False
+        self.results.finish()
+        start = time.perf_counter()
+        is_best, values = self.objective.validate(self.step, self.model)
+        if self.metrics is not None:
+            record = {"step": self.step, "validation_seconds": time.perf_counter() - start}
+            self.metrics.write(record | {f"{VALIDATION}{name}": value for name, value in values.items()})
+        epoch, shown = (
+            self.step // self.steps_per_epoch,
+            "  ".join(f"{name} {value:.4g}" for name, value in values.items()),
+        )
+        log.info("epoch %d  %s%s", epoch, shown, "  (best)" if is_best else "")
+        if self.objective.is_finished and self.step < self.num_steps:
+            log.info("stopping early: no better %s for %d epochs", self.config.metric, self.config.patience)
+            self.num_steps = self.step
+        return is_best
 
     def _next_batch(self) -> Samples | None:
         """The next batch. None if a signal or the data of any rank stop the run."""
@@ -209,8 +255,10 @@ class _Loop(RunLoop):
         data_wait = time.perf_counter() - start
         timer.start()
         torch.manual_seed(config.seed * 1_000_003 + 8191 * self.step + distributed.rank())
-        text = self.tokenizer.packed([self.objective.texts[row] for row in batch.rows])
-        output = self.engine(to_device(batch.images, device), packed_to_device(text, device))
+        text: Any = None
+        if self.objective.has_text:
+            text = self.tokenizer.packed([self.objective.texts[row] for row in batch.rows])
+        output = self.engine(to_device(batch.images, device), packed_to_device(text, device) if text else text)
         timer.lap("forward")
         loss, scalars = self.objective.loss(output, batch.rows, batch.images)
         timer.lap("loss")
@@ -229,7 +277,7 @@ class _Loop(RunLoop):
                 epoch=(self.step - 1) // self.steps_per_epoch,
                 samples=self._samples_before(self.step),
                 batch_size=config.batch_size,
-                num_tokens=len(text.ids) * distributed.world_size(),
+                num_tokens=len(text.ids) * distributed.world_size() if text else 0,
                 lr=lr,
                 start=start,
                 data_wait=data_wait,
@@ -266,14 +314,22 @@ class _Loop(RunLoop):
                 len(self.objective.texts),
             )
         state = self.engine.model_state()
-        run_on_rank0(lambda: self._export(state))
+        run_on_rank0(lambda: self._export(self._best(state)))
+
+    def _best(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a classifier's best epoch, and the last ones of other models."""
+        best = self.objective.best.state.get("step") if isinstance(self.objective, Classes) else None
+        if best in (None, self.step):
+            return state
+        path = self.folder.path / "checkpoints" / f"step-{best:08d}"
+        if problem := checkpoints.verify(path):
+            raise UserError(f"the checkpoint of the best epoch is damaged: {path}: {problem}")
+        return checkpoints.read(path).model
 
     def _export(self, state: dict[str, Tensor]) -> None:
         """Write model/ with LoRA merged in, and the files of the objective."""
         self.model.load_state_dict(state)
-        clip: Any = self.model.clip if isinstance(self.model, VqaModel) else self.model
-        if self.adapter is not None:
-            clip = self.adapter.merge_and_unload()
+        clip: Any = self.clip if self.adapter is None else self.adapter.merge_and_unload()
         with self.folder.writing() as run:
             pretrained.save(run / "model", clip.float().cpu(), self.preprocess, self.tokenizer)
             self.objective.save(run, self.model, state)

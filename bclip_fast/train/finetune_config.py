@@ -24,12 +24,28 @@ class FinetuneConfig:
     """Model to start from: a run folder, a folder in the layout of open_clip or transformers, or hf-hub:ID."""
     data: Sources
     """For pairs: shards, a .csv with columns path,caption, or a folder of images with .txt files beside them. For
-    questions: the data of --task."""
+    questions: the data of --task. For classes: a .csv with columns path,label, a folder of classes, or shards."""
     split: str = "train"
     """Split of the data to train on."""
     task: str = ""
-    """Task of the protocol vqa: vqa_rad, slake, a TOML file, or `vqa` for a CSV. If empty, train on pairs with the
-    contrastive loss."""
+    """classification: a classifier on images. Or a task of the protocol vqa: vqa_rad, slake, a TOML file, or `vqa` for
+    a CSV. If empty, train on pairs with the contrastive loss."""
+    label: str = ""
+    """For classes: the column of the classes. Default: `label`, or the only column besides path, split and group."""
+    multi_label: bool = False
+    """For classes: an image may have several, joined by | in its cell."""
+    group: str = ""
+    """For classes: a column such as patient_id. No group may be in two splits. Without a column split, the run makes
+    train, val and test of whole groups, and writes them to splits.csv."""
+    class_weights: str = "none"
+    """For classes: none, balanced (rare classes count more), or weights such as melanoma=4,nevus=1."""
+    prompts: str = ""
+    """For classes: where the head starts. Empty: at zero. labels: at the text embeddings of the class names. Or a
+    prompt set of `bclip eval`: the name of a task, or a TOML file."""
+    metric: Literal["auroc", "accuracy", "balanced_accuracy", "loss"] = "auroc"
+    """For classes: the metric on val that chooses the best epoch."""
+    patience: int = 5
+    """For classes: stop after so many epochs without a better metric. 0 never stops early."""
     run: str = "runs/finetune"
     """Run folder."""
     resume: bool = False
@@ -51,7 +67,7 @@ class FinetuneConfig:
     lora_alpha: int = 16
     """Scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank."""
     freeze_towers: bool = False
-    """For questions: train only the head."""
+    """For questions and classes: train only the head. For classes, the images are then embedded only once."""
     head_layers: int = 6
     """Number of co-attention layers per stream in METER's head."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -85,7 +101,36 @@ class FinetuneConfig:
         self.loss.check_positives("positives", self.positives)
         if self.loss.kind == "coca":
             raise UserError("loss.kind=coca needs bclip train: fine-tuning doesn't train a decoder; set loss.kind=clip")
+        self._check_classes()
         if self.task and (self.loss != LossConfig() or self.positives != "pair"):
             raise UserError(f"task={self.task} has its own loss; the section loss and positives need pairs")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"crop_scale={self.crop_scale} must satisfy 0 < smallest <= largest <= 1")
+
+    def _check_classes(self) -> None:
+        """Check what only the task classification takes. Raises UserError."""
+        if self.patience < 0:
+            raise UserError(f"patience={self.patience} must not be negative")
+        if self.task != "classification":
+            defaults = {"label": "", "multi_label": False, "group": "", "class_weights": "none", "prompts": ""}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise UserError(f"{name}={getattr(self, name)} needs --task classification")
+            return
+        if self.multi_label and self.metric == "balanced_accuracy":
+            raise UserError("metric=balanced_accuracy is for one class per image; use auroc with --multi_label")
+        limits = self.spikes.loss, self.spikes.grad_norm
+        if limits not in ((SpikeConfig.loss, SpikeConfig.grad_norm), (0, 0)):
+            raise UserError(
+                f"spikes.loss={limits[0]:g} and spikes.grad_norm={limits[1]:g} would skip the hard images that a "
+                "classifier must learn; leave them out"
+            )
+        if self.freeze_towers and self.lora_rank:
+            raise UserError(
+                f"lora_rank={self.lora_rank} trains the image tower, which freeze_towers excludes; leave one"
+            )
+        if self.engine.name != "ddp" or self.engine.compile:
+            raise UserError(
+                f"engine.name={self.engine.name} with engine.compile={self.engine.compile} can't train a classifier; "
+                "use ddp without compile"
+            )

@@ -26,7 +26,7 @@ class Samples:
     """This rank's part of a batch.
 
     rows: dataset indices of the samples.
-    images: (b, 3, S, S) float32.
+    images: (b, 3, S, S) float32, or (b, D) features.
     bad: damaged samples that others replace.
     """
 
@@ -43,7 +43,12 @@ class BatchReader:
 
     Args:
         stop_at_damage: raise the error of a damaged image instead of a replacement by another sample.
+
+    Attributes:
+        features: (N, D), what stands for the images, in place of their pixels. Rows with NaN are damaged images.
     """
+
+    features: Tensor | None = None
 
     def __init__(
         self,
@@ -113,7 +118,9 @@ class BatchReader:
         raise UserError(f"{_TRIES + 1} images in a row cannot be decoded, so the data are at fault: {problem}")
 
     def _load_image(self, row: int, epoch: int) -> Tensor:
-        """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model."""
+        """(3, S, S) float32: a random crop as in pretraining, then the preprocessing of the model. Or (D,) features."""
+        if self.features is not None and bool(self.features[row].isfinite().all()):
+            return self.features[row]
         image = read_rgb(self._data.image(row), lambda: image_name(self._data, row))
         if self._crop_scale != (1, 1):
             place = self._seed, epoch, row, self._crop_scale

@@ -1,4 +1,4 @@
-"""The objectives of `bclip finetune`: image-text pairs, or questions with answers."""
+"""Two objectives of `bclip finetune`: image-text pairs, and questions with answers. `Classes` is the third."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bclip_fast import distributed
 from bclip_fast.data.shards.positives import equal_texts, group_ids
 from bclip_fast.data.sources import shown
-from bclip_fast.data.transform import PreprocessConfig, denormalize
+from bclip_fast.data.transform import Preprocess, PreprocessConfig, denormalize
 from bclip_fast.errors import UserError
 from bclip_fast.eval import tasks
 from bclip_fast.eval.datasets import EvalDataset, open_dataset
@@ -21,8 +21,10 @@ from bclip_fast.eval.datasets.vqa import open_dataset as open_questions
 from bclip_fast.io.hashing import sha256
 from bclip_fast.model.biomedclip import BiomedClip
 from bclip_fast.model.meter import MeterConfig, VqaModel, vqa_loss
+from bclip_fast.model.tokenizer import Tokenizer
 from bclip_fast.pretrained import vqa_head
 
+from .finetune_classes import mean_over_ranks
 from .finetune_config import FinetuneConfig
 from .init_weights import set_initial_logits
 from .losses import build_loss, total
@@ -32,6 +34,8 @@ from .transfers import to_device
 
 class Pairs:
     """The contrastive loss over the global batch."""
+
+    has_text = True
 
     def __init__(self, config: FinetuneConfig) -> None:
         """Open the data. Raises UserError if they have no captions."""
@@ -44,7 +48,7 @@ class Pairs:
         self.texts, self.config = captions, config
         self.groups = groups_of(self.data, captions, config.positives)
 
-    def model(self, clip: BiomedClip) -> nn.Module:
+    def model(self, clip: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> nn.Module:
         """Return the model to train, with the initial scale and bias of its logits."""
         set_initial_logits(clip, self.config.loss)
         return clip
@@ -106,6 +110,8 @@ class Pairs:
 class Questions:
     """METER's loss: a binary classification for every answer of the vocabulary."""
 
+    has_text = True
+
     def __init__(self, config: FinetuneConfig) -> None:
         """Open the data. Raises UserError for a task of another protocol."""
         task = tasks.load(config.task)
@@ -123,7 +129,7 @@ class Questions:
         self.targets = torch.tensor([class_of[question.answer] for question in self.data.questions])
         self.config = config
 
-    def model(self, clip: BiomedClip) -> nn.Module:
+    def model(self, clip: BiomedClip, preprocess: Preprocess, tokenizer: Tokenizer) -> nn.Module:
         """Return the model to train."""
         vision = clip.config.vision
         meter = MeterConfig(len(self.answers), vision.width, self.config.head_layers, vision.heads)
@@ -154,11 +160,7 @@ class Questions:
 
     def global_value(self, loss: Tensor) -> Tensor:
         """Return the mean loss over the ranks, which have equally many samples. Detached. Collective."""
-        if distributed.world_size() == 1:
-            return loss.detach()
-        value = loss.detach().clone()
-        torch.distributed.all_reduce(value)
-        return value / distributed.world_size()
+        return mean_over_ranks(loss)
 
     def save(self, run: Path, model: Any, state: dict[str, Tensor]) -> None:
         """Write the head and the answers."""

@@ -138,6 +138,16 @@ RULES: dict[str, dict[str, Rule]] = {
         "data": LISTED,
         "split": FIXED,
         "task": FIXED,
+        "label": FIXED,
+        "multi_label": FIXED,
+        # The splits follow the groups.
+        "group": FIXED,
+        "class_weights": ARITHMETIC,
+        # Only the start of a run reads them.
+        "prompts": FIXED,
+        # The best value so far is of this metric.
+        "metric": FIXED,
+        "patience": LISTED,
         "positives": ARITHMETIC,
         # Only the start of a run reads them.
         "loss.init_scale": FIXED,

@@ -8,6 +8,8 @@ checkpoints/step-XXXXXXXX/
 model/                      in open_clip's layout. `bclip train` writes it with each checkpoint
 model_ema/                  the same with the EMA, if `ema_decay` is set
 vqa/                        the head of `bclip finetune` on questions
+classifier/, splits.csv     the head of `bclip finetune` on classes, and the samples of each split
+report.html, eval/          its evaluation
 bad_samples.jsonl           damaged samples that were replaced
 dumps/step-XXXXXXXX/        the step at which `bclip train` gave up (replay.py)
 
@@ -109,7 +111,7 @@ class RunFolder:
             )
         if used:
             return self._read_records()
-        if models := [name for name in ("model", "vqa") if name in names]:
+        if models := [name for name in ("model", "vqa", "classifier") if name in names]:
             raise UserError(
                 f"cannot resume {path}: it holds a trained {models[0]}/ but no checkpoint, and a new run would "
                 "overwrite it; choose another run folder"

@@ -53,4 +53,25 @@ print(model.config.embed_dim, preprocess.config.size)
 # 32 32
 # ```
 #
+# ## A classifier from labels
+#
+# With a column `label` in place of captions, the same command trains a classifier. Here each patient has two images,
+# and `--group` keeps both in one split. `--freeze_towers` trains only the head.
+
+# %%
+with open("labels.csv", "w", newline="") as file:
+    table = csv.writer(file)
+    table.writerow(["path", "label", "patient_id"])
+    for number in range(48):
+        colour = list(COLOURS)[number % 4]
+        table.writerow([f"images/{colour}{number}.png", colour, f"{colour} {number // 8}"])
+
+# %% [bash]
+# bclip finetune runs/finetuned --data labels.csv --task classification --group patient_id --freeze_towers \
+#     --run runs/classifier --batch_size 8 --epochs 20 --optim.lr 1e-2 --optim.warmup_steps 2
+
+# %% [markdown]
+# `runs/classifier/report.html` shows the metrics on test, and the mistakes. [Fine-tune BiomedCLIP on your
+# CSV](../finetune.md) explains each choice, and the export to ONNX.
+#
 # Next: [evaluate both models and compare them](evaluate_and_compare.md).

@@ -77,6 +77,14 @@ class CsvDataset:
         """Return the path as the file has it."""
         return self._rows[i][self._path_column]
 
+    def line(self, i: int) -> int:
+        """Return the number of the row's first line in the file, from 1."""
+        return self._lines[i]
+
+    def file(self, i: int) -> Path:
+        """Return the absolute path of the image file."""
+        return (self._folder / self.key(i)).resolve()
+
     def image(self, i: int) -> bytes:
         """Return the contents of the image file."""
         return read_image(self._folder / self.key(i), f", named in {self.path},")
