@@ -28,6 +28,7 @@ ELSEWHERE = {
     "pip install": "the set-up of every workflow",
     "bclip quickstart": "tests/cli/test_quickstart.py, with fewer images",
     "from bclip_fast import ClipLoss": "README's first snippet",
+    "bclip plan": "tests/plan/test_scaling.py: its table needs a recipe for GPUs",
 }
 
 

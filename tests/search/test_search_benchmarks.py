@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_stores import vectors
+from clusters import vectors
 from torch import from_numpy
 
 from bclip_fast.search.parts import Parts

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from clusters import vectors
 from colours import COLOURS, jitter, jpeg
 
 from bclip_fast.errors import UserError
@@ -21,14 +22,6 @@ from bclip_fast.search.index import EmbedConfig, embed
 from bclip_fast.search.index_files import INDEX, METADATA, ROWS
 from bclip_fast.search.recall import recall_at_10
 from bclip_fast.search.searcher import OpenConfig, Searcher
-
-
-def vectors(num: int, dim: int, seed: int = 0) -> np.ndarray:
-    """Return unit rows around 20 centres, float32 (num, dim)."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(20, dim, generator=torch.Generator().manual_seed(99))
-    rows = centres[torch.arange(num) % 20] + 0.7 * torch.randn(num, dim, generator=generator)
-    return F.normalize(rows, dim=1).numpy()
 
 
 def ranges_of(rows: np.ndarray) -> np.ndarray:
