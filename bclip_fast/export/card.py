@@ -1,7 +1,7 @@
 """The model card, README.md of an exported folder: how to use the files, and what the run says of the model.
 
 Everything about the training comes from files: config.toml and metrics.jsonl of the run, dataset.json and
-manifest.parquet of its data, and results.json of evaluations. What a file doesn't say is named as unknown.
+manifest.parquet of its data, and results.json of evaluations. The card names everything else as unknown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ further training. Test it on your own images before you rely on a score."""
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say.
+    """The content of a run's files.
 
     data: lines about the data. recipe: (setting, value). metrics: (metric, value) of the last validation.
     """
@@ -86,7 +86,7 @@ def write(
         "## Recipe",
         _table(("setting", "value"), run.recipe) if run and run.recipe else "Unknown.",
         "## Evaluation",
-        "\n".join(tables) if tables else "No results of `bclip eval` were given to the export.",
+        "\n".join(tables) if tables else "The export got no results of `bclip eval`.",
     ]
     if run and run.metrics:
         sections += ["The last validation during training:", _table(("metric", "value"), run.metrics)]
@@ -103,7 +103,7 @@ def write(
 
 
 def read_run(folder: Path) -> Run | None:
-    """What the files of a training run say. None if `folder` isn't one.
+    """The content of a training run's files. None if `folder` isn't one.
 
     A file that is damaged or absent only leaves its lines out, because the data may lie on another machine.
     """
@@ -182,7 +182,7 @@ def _recipe(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
         if key == "epochs" and config.get("max_steps"):
-            continue  # the run has that length, whatever `epochs` is
+            continue  # `max_steps` decides the length of the run
         if value not in (None, "", 0):
             yield name, str(value)
 

@@ -45,7 +45,7 @@ class ExportConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the weights. onnx takes fp32."""
     int8: bool = False
-    """With --to onnx: write graphs with weights of 8 bits too, and print what they lose."""
+    """With --to onnx: also write graphs with weights of 8 bits, and print their loss of accuracy."""
     data: str = ""
     """With --to onnx: images with captions on which the graphs are checked, as of `bclip eval`. If empty, made-up
     pictures and captions."""
@@ -60,7 +60,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-]*", self.license):
-            raise UserError(f"license={self.license!r} is no name of a licence; take the hub's, such as cc-by-nc-4.0")
+            raise UserError(f"license={self.license!r} is not a licence's name; take the hub's, such as cc-by-nc-4.0")
         if self.to != "onnx" and (self.int8 or self.data):
             raise UserError(f"int8 and data need --to onnx, not --to {self.to}")
         if self.to == "onnx" and self.precision != "fp32":

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 TOWERS = {"image": ("pixel_values", "image_embeds"), "text": ("input_ids", "text_embeds")}
 """By tower: the names of the graph's input and output."""
 CONFIG = "config.json"
-# A protocol buffer holds 2 GiB at most. Beyond this number of bytes, the weights get a file of their own.
+# A protocol buffer holds 2 GiB at most. Weights with more bytes go into a second file.
 _MAX_BYTES = 1_900_000_000
 
 
@@ -75,8 +75,8 @@ def save(
 
     Args:
         folder: created if it is missing. Files of the same name are replaced, all together.
-        int8: also write graphs whose linear layers have weights in 8 bits, one scale an output channel, and whose
-            inputs are rounded to 8 bits at run time (onnxruntime, "dynamic quantization").
+        int8: also write graphs whose linear layers have weights in 8 bits, with one scale an output channel. They
+            round their inputs to 8 bits at run time (onnxruntime, "dynamic quantization").
         check: called with the folder of the finished graphs, before they take their places.
 
     Raises:
@@ -166,8 +166,8 @@ def write_module(path: Path, module: nn.Module, inputs: Tensor, names: tuple[str
 def _quantize(path: Path, quantized: Path) -> None:
     """Write a graph with weights in 8 bits.
 
-    The range of the weights is 7 bits: without VNNI, x86 adds products of 8-bit numbers in 16 bits, where those of the
-    full range overflow (onnxruntime, "Quantize ONNX Models").
+    The weights use 7 of the bits. Without VNNI, x86 adds products of 8-bit numbers in 16 bits, and larger weights would
+    overflow there (onnxruntime, "Quantize ONNX Models").
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -42,7 +42,7 @@ _CAPTIONS = (
 
 @dataclass(frozen=True)
 class Loss:
-    """What the 8-bit graphs lose, over pairs.
+    """The loss of accuracy of the 8-bit graphs, over pairs.
 
     image, text: mean cosine of a tower's embedding and its 8-bit embedding.
     recall: Recall@1 of the float32 graphs, image to text and text to image, and the same of the 8-bit graphs. None
@@ -95,7 +95,7 @@ def read_samples(path: str, split: str, preprocess: Preprocess) -> Samples:
 
 
 def made_up_samples(size: int) -> Samples:
-    """Seven pictures of coloured patches, and seven captions of 3 to over 100 tokens."""
+    """Seven images of coloured patches, and seven captions of 3 to over 100 tokens."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(len(_CAPTIONS), 3, 5, 6, generator=generator)
     return Samples(F.interpolate(patches, (size, size), mode="bilinear"), _CAPTIONS, are_pairs=False)
@@ -105,7 +105,7 @@ def check(folder: Path, model: BiomedClip, tokenizer: Tokenizer, samples: Sample
     """Compare the graphs in `folder` with the model, in batches of one and of seven samples.
 
     Returns:
-        what the 8-bit graphs lose, or None without `int8`.
+        the loss of accuracy of the 8-bit graphs, or None without `int8`.
 
     Raises:
         UserError: a graph gives other embeddings than the model.

@@ -1,6 +1,6 @@
 """`bclip push FOLDER ORG/NAME`: upload a folder of `bclip export` to the Hugging Face hub.
 
-Without --yes, nothing leaves the machine: the command prints what it would upload, and where to.
+Without --yes, nothing leaves the machine. The command only prints the files and their destination.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _write_routes(folder: Path, model: BiomedClip, preprocess: Preprocess, token
         _write_json(routes.add("text", "Pooling", _POOLING) / "config.json", pooling)
         projections = [rest[name] for name in sorted(rest) if name.startswith("text_projection.")]
     else:
-        # The projection is a module of its own, because AutoModel loads CLIPTextModel, which has none.
+        # AutoModel loads CLIPTextModel, which has no projection, so a second module holds it.
         state = dict(text_state)
         projections = [state.pop("text_projection.weight")]
         _write_tower(

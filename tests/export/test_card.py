@@ -125,5 +125,5 @@ def test_card_of_a_run_with_damaged_files_names_what_is_unknown(run: Path) -> No
 
 
 def test_export_refuses_a_licence_that_would_add_lines_to_the_card() -> None:
-    with pytest.raises(UserError, match="is no name of a licence"):
+    with pytest.raises(UserError, match="is not a licence's name"):
         ExportConfig(model="x", out=Path("y"), license="mit\ntags: evil")
