@@ -12,6 +12,7 @@ faiss does not check its files. Trust an index from another person as much as a 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 from collections.abc import Iterator
@@ -210,11 +211,9 @@ def run_embed(config: EmbedConfig) -> None:
         print_plan(config)
         return
     distributed.init()
-    try:
-        with distributed.explain_lost_ranks("The same command goes on from the complete parts"):
-            embed(config)
-    finally:
-        distributed.shutdown()
+    atexit.register(distributed.shutdown)
+    with distributed.explain_lost_ranks("The same command goes on from the complete parts"):
+        embed(config)
 
 
 def open_images(path: str | tuple[Source, ...], split: str) -> EvalDataset:

@@ -71,8 +71,9 @@ def test_pcam_labels_images_and_metrics_equal_the_written_data(tmp_path: Path) -
     assert len(data) == 5
     assert read_rgb(data.image(1), str).getpixel((3, 3)) == COLOURS["blue"]
     result = evaluate_task(write_task(tmp_path, "pcam", folder="pcam"), tmp_path)["mine"]
-    assert [metric["name"] for metric in result["figures"]] == ["accuracy", "balanced accuracy", "AUROC"]
-    assert [metric["value"] for metric in result["figures"]] == [1, 1, 1]
+    names = [metric["name"] for metric in result["figures"]]
+    assert names == ["accuracy", "balanced accuracy", "AUROC", "ECE", "ECE of 1"]
+    assert [metric["value"] for metric in result["figures"][:3]] == [1, 1, 1]
     assert result["samples"]["key"][0] == "test/0"
     assert len(result["sensitivity"]) == 6
 
@@ -141,6 +142,7 @@ def test_chestmnist_probe_learns_the_findings_that_are_colours(tmp_path: Path) -
     assert [metric["name"] for metric in result["figures"]] == [
         "AUROC, macro, 100 % of train",
         "accuracy, 100 % of train",
+        "ECE, mean over labels, 100 % of train",
     ]
     areas = [row["auroc"] for row in result["per_class"]]
     assert min(areas[:2]) > 0.95

@@ -99,7 +99,7 @@ def test_losses_and_attention_equal_their_definitions(results: dict[str, Any]):
 
 def test_doctor_and_refusals_say_why_modules_are_missing(results: dict[str, Any]):
     (line,) = [line for line in results["doctor"] if line.startswith("  cpu ")]
-    assert line.startswith(f"  cpu         missing: {REASON}; on Linux, install a C++ compiler")
+    assert line.startswith(f"  cpu            missing: {REASON}; on Linux, install a C++ compiler")
     assert results["refused"] == f"fused_attention cannot run: cpu: {REASON}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bclip_fast.data.image_files import MAX_PIXELS, ImageError, dicom
 from bclip_fast.errors import UserError
-from bclip_fast.io.folders import shown
+from bclip_fast.io.folders import Listing, shown
 from bclip_fast.io.hashing import sha256, sha256_of_parts
 from bclip_fast.io.json_files import read_object
 from bclip_fast.io.tables import Row, read_table
@@ -130,7 +130,8 @@ def open_deepdrid(root: Path, split: str, download_url: str) -> LabelledImages:
         UserError: several tables, a level outside 0 to 4, or an image that is missing.
     """
     hint = "image_id,DR_Levels"
-    tables = [path for path in sorted(root.rglob(f"{_DEEPDRID_LABELS}.*")) if path.suffix.lower() in TABLE_SUFFIXES]
+    found = Listing(root).files_below(root)
+    tables = [path for path in found if path.stem == _DEEPDRID_LABELS and path.suffix.lower() in TABLE_SUFFIXES]
     tables = tables or [path for path in sorted(root.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
     file = _only(tables, f"{_DEEPDRID_LABELS}.xlsx or a .csv ({hint})", download_url)
     images = _files_by_stem(root)
