@@ -184,7 +184,12 @@ def test_overflow_on_one_rank_skips_step_on_all(ranks: tuple[Path, list[dict[str
         for step in (0, 2, 3):
             assert results[name]["norms"][step] == pytest.approx(expected["norms"][step], rel=1e-4)
     for key, tensor in expected["weights"].items():
-        torch.testing.assert_close(ranks[1][0][name]["weights"][key], tensor, rtol=0, atol=1e-5)
+        given = ranks[1][0][name]["weights"][key]
+        if key.endswith("qkv.bias"):
+            # The bias of the keys shifts all scores of a query alike. Its gradient consists of rounding errors, and
+            # Adam makes steps of ordinary size from them.
+            given, tensor = (torch.cat(bias.chunk(3)[::2]) for bias in (given, tensor))
+        torch.testing.assert_close(given, tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ENGINES)
