@@ -167,7 +167,7 @@ _RECIPE = {
     "optim.warmup_steps": "warm-up steps",
     "engine.name": "engine",
     "engine.precision": "precision",
-    "model_": "base model",
+    "model": "base model",
     "lora_rank": "LoRA rank",
     "seed": "seed",
 }
@@ -176,11 +176,10 @@ _RECIPE = {
 def _recipe(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for key, name in _RECIPE.items():
         value: Any = config
-        if key == "model_":
-            value = config.get("model") if isinstance(config.get("model"), str) else None
-        else:
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            continue  # `model` is a section in pretraining, and the name of the base model in fine-tuning
         if key == "epochs" and config.get("max_steps"):
             continue  # `max_steps` decides the length of the run
         if value not in (None, "", 0):
