@@ -46,7 +46,7 @@ COMMANDS = {
     ),
     "ingest build": Command(
         "convert JATS articles to shards of figure-caption pairs",
-        "bclip_fast.ingest.build:IngestConfig",
+        "bclip_fast.ingest.config:IngestConfig",
         "bclip_fast.ingest.build:build",
         "ingest",
         "bclip ingest report {out}, then bclip train CONFIG.toml --data.shards {out}",

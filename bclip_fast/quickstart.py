@@ -20,6 +20,7 @@ from bclip_fast import eval as evaluation
 from bclip_fast.demo_data import build as samples
 from bclip_fast.errors import UserError
 from bclip_fast.ingest import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.io.progress import Advance, track
 from bclip_fast.search.index import EmbedConfig, embed
 from bclip_fast.train.config import TrainConfig
@@ -108,7 +109,7 @@ def _build(config: QuickstartConfig, data: Path) -> None:
         return
     # Hold out a larger fraction than the paper, or retrieval would be measured on a handful of pairs.
     build.build(
-        build.IngestConfig(
+        IngestConfig(
             source=str(config.articles),
             out=data,
             max_short_side=128,

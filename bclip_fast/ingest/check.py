@@ -16,7 +16,8 @@ from bclip_fast.io.file_names import printable
 from bclip_fast.io.hashing import sha256
 
 from .articles import XML_SUFFIXES, ArticleArchive, ArticleFiles, FetchError, Package, SourceError, read_regular_file
-from .build import IngestConfig, list_packages
+from .build import list_packages
+from .config import IngestConfig
 from .discovery import archive_package, is_archive
 from .extract import Options, open_articles, process_file
 from .jats import Article, JatsError, read_article, split

@@ -41,7 +41,7 @@ class TeacherCache:
         self._dtype = np.dtype({"fp32": np.float32, "fp16": np.float16}[dtype])
         self._num_samples, self._width, self._block = num_samples, width, BLOCK
         self.folder = run / "teacher" / sha256(f"{identity} {num_samples} {width} {dtype} {self._block}")[:16]
-        self._open = functools.lru_cache(_NUM_OPEN)(lambda number: np.load(self._path(number), mmap_mode="r"))
+        self._open = functools.lru_cache(_NUM_OPEN)(self._map)
 
     @property
     def num_bytes(self) -> int:
@@ -84,6 +84,11 @@ class TeacherCache:
             path = self._path(number)
             raise UserError(f"{path} cannot be read: {error}; delete it, and resume the run") from error
         return row
+
+    def _map(self, number: int) -> np.ndarray:
+        # np.load parses Python source, which fails in several threads at once before Python 3.11.8.
+        shape = len(self.samples_of(number)), 2, self._width
+        return np.memmap(self._path(number), self._dtype, "r", _HEADER_BYTES, shape)
 
     def fill(self, embed: Callable[[range], Tensor], is_stopped: Callable[[], bool]) -> bool:
         """Compute the missing blocks, in shares of the ranks. Return False if a signal stopped a rank. Collective.

@@ -185,7 +185,7 @@ def test_index_is_made_once_and_only_in_the_cache(tmp_path: Path, cache: Path, m
     first = TarDataset(str(folder))
     assert sorted(names) == ["00000.tar", "00001.tar", "00002.tar"]
     assert sorted(path.name for path in folder.rglob("*")) == before
-    assert len(list(cache.glob("*.npz"))) == 3
+    assert len(list(cache.glob("*.safetensors"))) == 3
     second = TarDataset(f"{folder}/{{00000..00002}}.tar")
     assert (len(names), second.fingerprint) == (3, first.fingerprint)
     # Another content, another time, a damaged index and another key of captions each need a new index.
@@ -196,13 +196,16 @@ def test_index_is_made_once_and_only_in_the_cache(tmp_path: Path, cache: Path, m
     os.utime(folder / "00001.tar", ns=(0, 0))
     assert TarDataset(str(folder)).fingerprint == changed.fingerprint
     assert names[6:] == ["00001.tar"]
-    for path in cache.glob("*.npz"):
-        path.write_bytes(path.read_bytes()[:-30])
-    assert TarDataset(str(folder)).fingerprint == changed.fingerprint
-    assert len(names) == 10
+    # A truncated file, and a file with a changed byte of an array.
+    for damage in (lambda data: data[:-30], lambda data: data[:-30] + bytes([data[-30] ^ 1]) + data[-29:]):
+        count = len(names)
+        for path in cache.glob("*.safetensors"):
+            path.write_bytes(damage(path.read_bytes()))
+        assert TarDataset(str(folder)).fingerprint == changed.fingerprint
+        assert len(names) == count + 3
     with pytest.raises(UserError, match="24 groups of files without a caption, .*; a caption is the key 'x'"):
         TarDataset(str(folder), caption_key="x")
-    assert len(names) == 13
+    assert len(names) == 16
     # The fingerprint follows the content, not the place.
     shutil.copytree(folder, tmp_path / "moved")
     assert TarDataset(str(tmp_path / "moved")).fingerprint == changed.fingerprint

@@ -23,7 +23,8 @@ from ingest_runs import run_build
 from PIL import Image
 
 from bclip_fast.ingest import extract
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.discovery import discover
 from bclip_fast.ingest.image_formats import may_be_image
 from bclip_fast.ingest.image_names import ImageNames

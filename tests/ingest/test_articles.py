@@ -24,7 +24,8 @@ from ingest_runs import ENVIRONMENT, run_build
 from PIL import Image
 
 from bclip_fast.ingest import articles, discovery, tar_archives
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 
 
 def symbolic_link(name: str, target: str) -> tarfile.TarInfo:
@@ -159,7 +160,8 @@ def test_large_plain_archive_becomes_several_units_of_work(tmp_path, monkeypatch
 HOSTILE_BUILD = """
 import sys, time
 from pathlib import Path
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 start = time.process_time()
 build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=1, val_fraction=0, test_fraction=0))
 print(time.process_time() - start)

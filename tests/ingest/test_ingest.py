@@ -16,7 +16,8 @@ from ingest_runs import ROOT, run_build
 from bclip_fast.config import parse, to_toml
 from bclip_fast.errors import UserError
 from bclip_fast.ingest.assign import Splits
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 
 
 def test_build_figures_find_their_images(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from articles import article_xml, noise_image, write_files
 
 from bclip_fast.cli import main
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.verify import verify
 
 

@@ -19,7 +19,8 @@ from ingest_runs import ENVIRONMENT, build_command
 from bclip_fast.data.shards.verify import verify
 from bclip_fast.errors import UserError
 from bclip_fast.ingest import build as build_module
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 
 
 @pytest.mark.slow

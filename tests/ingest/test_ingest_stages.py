@@ -12,7 +12,8 @@ from PIL import Image
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.verify import verify
 from bclip_fast.ingest.assign import Splits
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.duplicates import NEAR_BITS, near_pairs
 from bclip_fast.ingest.mentions import MAX_SENTENCE
 from bclip_fast.ingest.parts import SPLITS

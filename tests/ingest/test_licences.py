@@ -11,7 +11,8 @@ from ingest_runs import run_build
 from jats_pieces import HEAD, parse_article
 
 from bclip_fast.ingest import jats
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.licences import address_code, strictest, words_code
 from bclip_fast.ingest.pmc import Rules
 

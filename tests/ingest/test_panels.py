@@ -10,7 +10,8 @@ import pytest
 from articles import article_xml, encode_image, manifest_rows, write_files
 from PIL import Image, ImageDraw, ImageFont
 
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.panels import layout, split_caption, split_panels
 
 

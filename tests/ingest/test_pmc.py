@@ -13,7 +13,8 @@ from articles import manifest_rows, noise_image, read_tree, reject_rows
 from bclip_fast.data.shards.verify import verify
 from bclip_fast.errors import UserError
 from bclip_fast.ingest.articles import SourceError
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.fetch import FetchConfig, fetch
 from bclip_fast.ingest.object_store import HttpStore
 from bclip_fast.ingest.pmc import Rules, choose_version, select

@@ -11,7 +11,8 @@ from typing import Any
 from articles import manifest_rows, reject_rows
 
 from bclip_fast.data.shards.verify import verify
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 
 ROOT = Path(__file__).parents[2]
 # Environment of a process that imports this checkout's package.
@@ -38,7 +39,8 @@ def _article_order(row: dict[str, Any]) -> tuple[list[int], int, str]:
 _BUILD_SCRIPT = """
 import sys
 from pathlib import Path
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 if __name__ == "__main__":
     build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3]), engine=sys.argv[4],
           test_fraction=0.2, max_shard_megabytes=1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +34,13 @@ _ARRAYS = ("key_text", "key_ends", "offsets", "sizes", "checksums", "caption_byt
 _NUM_THREADS = 4
 
 
+def _checksum(arrays: dict[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in _ARRAYS:
+        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, checksum)
+    return checksum
+
+
 def cache_folder() -> Path:
     """Return the folder of the indexes. Raises UserError if this user has no home folder."""
     try:
@@ -53,7 +60,7 @@ class IndexFile:
     def __init__(self, storage: Storage, name: str, caption_key: str) -> None:
         self.name, self.caption_key = name, caption_key
         path = Path(storage.path(name)).resolve() if isinstance(storage, LocalStorage) else storage.path(name)
-        self.path = cache_folder() / f"{sha256(f'{INDEX_VERSION} {caption_key!r} {path}')[:40]}.npz"
+        self.path = cache_folder() / f"{sha256(f'{INDEX_VERSION} {caption_key!r} {path}')[:40]}.safetensors"
         try:
             self.stamp: dict[str, Any] = storage.stamp(name)
         except FileNotFoundError:
@@ -61,25 +68,32 @@ class IndexFile:
 
     def read(self) -> TarIndex | None:
         """Return the index, or None if it is missing, damaged, or of another state of the tar file."""
+        # np.load parses Python source, which fails in several threads at once before Python 3.11.8.
+        from safetensors import SafetensorError, safe_open
+
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                facts = json.loads(file["facts"].tobytes())
+            with safe_open(self.path, "np") as file:
+                facts = json.loads(file.metadata()["facts"])
                 if facts.pop("stamp") != self.stamp:
                     return None
-                arrays = {name: file[name] for name in _ARRAYS}
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            if facts.pop("checksum") != _checksum(arrays):
+                return None
             facts["reasons"] = {int(position): reason for position, reason in facts["reasons"].items()}
             facts["left_out"] = {reason: (count, first) for reason, (count, first) in facts["left_out"].items()}
             return TarIndex(**facts, **arrays)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             return None
 
     def write(self, index: TarIndex) -> None:
         """Write the index. Raises OSError."""
+        from safetensors.numpy import save
+
         facts = {name: value for name, value in vars(index).items() if name not in _ARRAYS}
-        text = json.dumps({**facts, "stamp": self.stamp}).encode()
-        arrays = {name: getattr(index, name) for name in _ARRAYS}
-        with replacing(self.path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, facts=np.frombuffer(text, np.uint8), **arrays)
+        arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+        text = json.dumps({**facts, "stamp": self.stamp, "checksum": _checksum(arrays)})
+        with replacing(self.path) as partial:
+            partial.write_bytes(save(arrays, {"facts": text}))
 
     def make(self, storage: Storage, *, wait: bool) -> bool:
         """Make the index if it is missing. Return False if another process makes it and `wait` is False."""
