@@ -55,7 +55,9 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 def work_signature(options: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
     """Return all that decides the parts of a run. `options`: those that affect the bytes of the dataset."""
-    packages = {name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers")}
+    packages = {
+        name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers", "py3langid")
+    }
     code = sha256_of_sources("ingest", "data", "model/tokenizer.py")
     return {
         "config": options,

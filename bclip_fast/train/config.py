@@ -37,6 +37,9 @@ class DataConfig:
     captions: CaptionWeights = field(default_factory=CaptionWeights)
     """Weights of the texts about an image. Each epoch draws one of them for each sample. Evaluation takes the
     caption."""
+    long_texts: Literal["cut", "sentences"] = "cut"
+    """A text with more tokens than model.text.context_length: cut keeps its beginning. sentences divides it into parts
+    of whole sentences that fit, and each epoch draws one part. Evaluation cuts."""
     tokenizer: str = ""
     """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the texts of the split. If empty,
     the tokenizer of init.model or init.text, or `train` without them."""
@@ -257,11 +260,13 @@ class TrainConfig:
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
         self.loss.check_positives("data.positives", self.data.positives)
-        if self.loss.teacher_cache != "off" and self.data.captions.kinds != ("caption",):
-            raise UserError(
-                f"loss.teacher_cache={self.loss.teacher_cache} keeps one text of a sample, but data.captions draws "
-                f"{', '.join(self.data.captions.kinds)}; set one of them to its default"
-            )
+        if self.loss.teacher_cache != "off":
+            setting = f"loss.teacher_cache={self.loss.teacher_cache} keeps one text of a sample"
+            if self.data.captions.kinds != ("caption",):
+                kinds = ", ".join(self.data.captions.kinds)
+                raise UserError(f"{setting}, but data.captions draws {kinds}; set one of them to its default")
+            if self.data.long_texts != "cut":
+                raise UserError(f"{setting}, but data.long_texts=sentences draws parts; set one of them to its default")
 
     @property
     def first_batch_size(self) -> int:

@@ -102,6 +102,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "data.split": FIXED,
         "data.positives": ARITHMETIC,
         "data.captions": ARITHMETIC,
+        "data.long_texts": ARITHMETIC,
         "data.tokenizer": FIXED,
         "data.shuffle_block": FIXED,
         "data.augment": ARITHMETIC,
