@@ -235,7 +235,8 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
     caption = source.caption
     paragraphs, words = tuple(source.mentions.paragraphs), source.licence_text
     texts = _texts(source, caption, source.mentions.sentences, split_caption(caption)) if options.texts else None
-    yield Pair(source.suffix, image, caption, meta | _facts(caption, meta, options), paragraphs, words, texts)
+    facts = _facts(caption, meta)
+    yield Pair(source.suffix, image, caption, meta | _token_count(caption, options), paragraphs, words, texts, facts)
     if not options.panels:
         return
     for panel in split_panels(data, caption, boxes=options.boxes.get(meta["source_sha256"])):
@@ -251,9 +252,10 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
             f"{source.suffix}_p{panel.label}",
             part,
             panel.caption,
-            meta | panel_metadata | _facts(panel.caption, meta, options),
+            meta | panel_metadata | _token_count(panel.caption, options),
             licence_text=words,
             texts=_texts(source, panel.caption, [], {}) if options.texts else None,
+            facts=_facts(panel.caption, meta),
         )
 
 
@@ -265,10 +267,13 @@ def _texts(source: _Source, caption: str, sentences: list[str], panels: dict[str
     return {kind: [text[:MAX_SENTENCE] for text in each] for kind, each in texts.items() if each}
 
 
-def _facts(caption: str, meta: dict[str, Any], options: Options) -> dict[str, Any]:
-    """Return the facts about the caption of a figure or panel, whose other metadata are `meta`."""
-    facts = caption_facts(caption, meta.get("label", ""), meta.get("language", ""))
-    return {**facts, "num_tokens": _token_counter(options.tokenizer)(caption)} if options.tokenizer else facts
+def _facts(caption: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts about the caption of a figure or panel, whose metadata are `meta`."""
+    return caption_facts(caption, meta.get("label", ""), meta.get("language", ""))
+
+
+def _token_count(caption: str, options: Options) -> dict[str, int]:
+    return {"num_tokens": _token_counter(options.tokenizer)(caption)} if options.tokenizer else {}
 
 
 @functools.cache
