@@ -68,8 +68,9 @@ def copy_model(files: dict[str, Path], work: Path) -> Path:
     folder = work / "panel_model" / model_identity(files)[:16]
     for name, path in files.items():
         if not (folder / name).exists():
-            with replacing(folder / name) as partial:
-                shutil.copyfile(path, partial)
+            # copyfile would blame the source for a full disk.
+            with replacing(folder / name) as partial, path.open("rb") as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target)
     return folder
 
 

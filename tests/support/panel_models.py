@@ -19,6 +19,9 @@ PREPROCESSING = {
     "image_processor_type": "ConditionalDetrImageProcessor",
 }  # fmt: skip
 
+# The boxes of a left and a right panel, for `write_fixed_model`.
+HALVES = ((0.25, 0.5, 0.5, 1.0), (0.75, 0.5, 0.5, 1.0))
+
 
 def tiny_model(seed: int = 0, backbone: Any = None, **changes: Any) -> Any:
     """Return a DabDetrForObjectDetection with random weights. backbone: configuration. None: a ResNet of 4 layers."""
