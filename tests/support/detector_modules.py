@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from peers import import_torchvision
+import contextlib
 
-import_torchvision()
+from bclip_fast.benchmarks import peers
 
-import transformers.models.dab_detr.modeling_dab_detr  # noqa: E402
-import transformers.models.resnet.modeling_resnet  # noqa: E402, F401
+with contextlib.suppress(ImportError):
+    peers.import_torchvision()
 
-import bclip_fast.ingest.panels.detector  # noqa: E402, F401
+import transformers.models.dab_detr.modeling_dab_detr
+import transformers.models.resnet.modeling_resnet  # noqa: F401
+
+import bclip_fast.ingest.panels.detector  # noqa: F401
