@@ -5,8 +5,8 @@ them to one file atomically. Its batches are formed in the order of the figures,
 it each bit of a result, depends neither on workers and engine nor on an interruption.
 
 The key of a figure is the SHA-256 of its image file, by which the extraction looks up its boxes. A figure that cannot
-be read has a problem in place of boxes. A process that dies while it decodes an image loses this image only: the main
-process adds it to the group's list of skipped figures and runs the group again.
+be read has a problem in place of boxes. A worker notes what it reads in a file beside the results. If it dies, the main
+process adds this image or package to the group's list of skipped ones, and runs the group again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bclip_fast.data.image_files import ImageError, open_image
 from bclip_fast.data.shards.format import to_json
 from bclip_fast.errors import UserError, first_line
 from bclip_fast.io.atomic import replacing, write_text
+from bclip_fast.io.file_names import printable
 from bclip_fast.io.hashing import sha256, sha256_of_file, sha256_of_parts
 
 from . import executors
@@ -42,6 +43,9 @@ _MAX_WAITING_BATCHES = 4
 # Processes that share a GPU. They decode while others compute.
 _PROCESSES_PER_GPU = 4
 _BATCH_ON_GPU = 16
+# Notes of a worker about what it reads next.
+_IMAGE, _PACKAGE = "image ", "package "
+_MAX_NOTE = 1000
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def find_boxes(engine: str, tasks: Iterable[BoxTask], workers: int) -> Iterator[
     """Run tasks. Yield each with an empty string, or with the reason why a source could not be read this time.
 
     Raises:
-        UserError: the detector's process died outside of the decoding of an image.
+        UserError: a process died while the model ran.
     """
     num_gpus = executors.num_gpus(engine)
     if num_gpus:
@@ -94,7 +98,7 @@ def find_boxes(engine: str, tasks: Iterable[BoxTask], workers: int) -> Iterator[
         crashed = []
         for task, result in executors.run(engine, detect_boxes, remaining, workers, preload=[__name__], gpus=share):
             if isinstance(result, executors.Crash):
-                _skip_image_that_crashed(task)
+                _skip_what_crashed(task)
                 crashed.append(task)
             else:
                 yield task, result
@@ -103,18 +107,17 @@ def find_boxes(engine: str, tasks: Iterable[BoxTask], workers: int) -> Iterator[
         remaining = crashed
 
 
-def _skip_image_that_crashed(task: BoxTask) -> None:
+def _skip_what_crashed(task: BoxTask) -> None:
     path = boxes_path(task.folder, task.number)
-    current, skipped = path.with_suffix(".current"), path.with_suffix(".skip")
-    key = current.read_text() if current.exists() else ""
-    if not key:
+    current = path.with_suffix(".current")
+    note = current.read_text(encoding="utf-8") if current.exists() else ""
+    if not note.startswith((_IMAGE, _PACKAGE)):
         raise UserError(
             "the process of the panel detector died (out of memory?); lower panel_batch_size or workers and run it "
             "again: the boxes of finished packages are kept"
         )
-    log.warning("an image crashed its decoder, so it gets no boxes: %s", key)
-    write_text(skipped, to_json([*_skipped(path), key]))
-    current.unlink()
+    log.warning("reading it crashed a process, so it gets no boxes: %s", note)
+    write_text(path.with_suffix(".skip"), to_json([*_skipped(path), note]))
 
 
 def _skipped(path: Path) -> list[str]:
@@ -129,9 +132,14 @@ def detect_boxes(task: BoxTask) -> str:
     group = _Group(task, path)
     try:
         for package in task.packages:
+            name = f"{_PACKAGE}{printable(package.name) or ' '.join(map(printable, package.items))}"[:_MAX_NOTE]
+            if group.is_skipped(name):
+                continue
+            group.note(name)
             for image in process(package, task.options, make=_composites):
                 if isinstance(image, Composite):
                     group.add(image)
+                    group.note(name)
     except FetchError as error:
         return str(error)
     write_text(path, to_json(group.finish()))
@@ -162,6 +170,15 @@ class _Group:
         self._waiting: dict[tuple[int, int], list[tuple[str, Any]]] = {}
         self._results: dict[str, Any] = {}
         self._started: set[str] = set()
+        self.note("")  # a killed run may have left one
+
+    def note(self, text: str) -> None:
+        """Note what comes next, for the case that it kills this process."""
+        self._current.write_text(text, encoding="utf-8")
+
+    def is_skipped(self, text: str) -> bool:
+        """Return whether an earlier process died after this note."""
+        return text in self._skipped
 
     def add(self, composite: Composite) -> None:
         """Decode the first version that can be decoded, and run the detector if a batch is full."""
@@ -172,10 +189,10 @@ class _Group:
                     continue
                 return
             self._started.add(key)
-            if key in self._skipped:
+            if self.is_skipped(_IMAGE + key):
                 self._results[key] = "crash while decoding"
                 continue
-            self._current.write_text(key)
+            self.note(_IMAGE + key)
             try:
                 image = open_image(data, MAX_PIXELS).rgb()
                 if min(image.size) < MIN_SIDE:
@@ -184,8 +201,6 @@ class _Group:
             except (ImageError, MemoryError) as error:
                 self._results[key] = first_line(error)[:200] or "out of memory"
                 continue
-            finally:
-                self._current.write_text("")
             self._wait(key, prepared)
             return
 
@@ -207,6 +222,7 @@ class _Group:
 
         from .panels.detector import as_lists
 
+        self.note("model")
         keys, images = zip(*self._waiting.pop(canvas), strict=True)
         # With one thread, a result doesn't depend on the number of threads. Other processes use the other cores.
         num_threads = torch.get_num_threads()
