@@ -10,7 +10,7 @@ from .sentences import split_sentences
 # Numbers of the tokens of n texts, start and end token included, without a limit.
 CountTokens = Callable[[list[str]], list[int]]
 
-# Where to divide a sentence, best first.
+# Places to divide a sentence, best first.
 _BREAKS = tuple(map(re.compile, (r";\s+|\s+(?=\([A-La-l][^\s()]{0,4}\)\s)", r",\s+", r"\s+")))
 
 

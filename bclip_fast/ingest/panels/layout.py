@@ -49,6 +49,12 @@ def layout(image: Image.Image, labels: list[str]) -> list[Box]:
     return []
 
 
+def layout_of_boxes(image: Image.Image, boxes: list[Box], labels: list[str]) -> list[Box]:
+    """Return the boxes of a detector in the order of the labels. Empty unless they are a grid with a box per label."""
+    rows = _grid(boxes, labels) if len(boxes) == len(labels) else []
+    return _in_order(image, rows, labels) if rows else []
+
+
 def _in_order(image: Image.Image, rows: list[list[Box]], labels: list[str]) -> list[Box]:
     """Return the panels in the order of their letters. Empty if the image doesn't show the order."""
     by_rows = [box for row in rows for box in row]
