@@ -73,9 +73,7 @@ def train(features: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -
     )
 
 
-def out_of_fold(
-    features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray, temperature: float = 1.0
-) -> np.ndarray:
+def out_of_fold(features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return the probabilities (n, kinds of the taxonomy) of each figure, by a classifier that never saw its article."""
     names = kinds.taxonomy().names
     result = np.zeros((len(targets), len(names)))

@@ -78,7 +78,9 @@ def _parse(text: str) -> ast.expr:
         tree = ast.parse(text.strip(), mode="eval").body
         _check(text, tree)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise UserError(f"filter {text!r} is not an expression: {error}; e.g. kind in ['ct', 'mr'] and p > 0.5") from None
+        raise UserError(
+            f"filter {text!r} is not an expression: {error}; e.g. kind in ['ct', 'mr'] and p > 0.5"
+        ) from None
     return tree
 
 
