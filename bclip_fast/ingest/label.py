@@ -6,6 +6,7 @@ replaced when all shards have results, so the dataset is complete at every momen
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -192,7 +193,8 @@ def _result(work: Path | str, shard: str) -> Path:
 
 def label_shard(task: LabelTask) -> None:
     """Write the kinds and probabilities of a shard's samples: [[kind, p], ...], null for a damaged sample."""
-    dataset = _open(task.dataset, task.split)
+    # A copy has no index of an earlier shard in memory.
+    dataset = copy.copy(_open(task.dataset, task.split))
     samples = _readable(dataset, range(task.start, task.end))
     kinds = _zero_shot(task.labeller, samples) if task.labeller.model else map(_kind_of, samples)
     write_text(_result(task.results, task.shard), json.dumps([kind and [kind[0], kind[1]] for kind in kinds]))

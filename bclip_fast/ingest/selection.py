@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from bclip_fast.data import filters
-from bclip_fast.data.shards.filtered import read_manifest
+from bclip_fast.data.shards.filtered import nothing_selected, read_manifest
 from bclip_fast.data.shards.format import description_text, read_description
 from bclip_fast.data.storage import open_storage
 from bclip_fast.errors import UserError
@@ -35,15 +35,20 @@ def record_filter(root: Path, text: str) -> None:
 def log_selection(root: Path, text: str) -> None:
     """Log how many samples a filter selects, by split and by kind. Raises UserError, as `record_filter` does."""
     chosen = filters.parse(text)
-    table = read_manifest(open_storage(root), chosen, further=("kind",))
-    mask = chosen.mask(table)
-    if not mask.any():
-        parts = "; ".join(f"{part}: {count}" for part, count in chosen.counts(table))
-        raise UserError(f"filter {text!r} selects none of the {len(table)} pairs of {root} ({parts})")
-    selected = table.filter(mask)
-    splits = Counter(selected["split"].to_pylist())
+    splits: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    total = 0
+    for table in read_manifest(open_storage(root), chosen, further=("kind",)):
+        selected = table.filter(chosen.mask(table))
+        total += len(table)
+        splits.update(selected["split"].to_pylist())
+        counts.update(dict(chosen.counts(table)))
+        if "kind" in selected.column_names:
+            kinds.update(str(kind) for kind in selected["kind"].to_pylist())
+    if not splits:
+        raise UserError(nothing_selected(chosen, f"{total} pairs of {root}", counts))
     shown = ", ".join(f"{count} {name}" for name, count in sorted(splits.items()))
-    log.info("filter %s selects %s of %s pairs (%s)", text, len(selected), len(table), shown)
-    if "kind" in selected.column_names:
-        kinds = Counter(str(kind) for kind in selected["kind"].to_pylist())
+    log.info("filter %s selects %s of %s pairs (%s)", text, splits.total(), total, shown)
+    if kinds:
         log.info("their kinds: %s", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))

@@ -145,13 +145,12 @@ def open_dataset(
         UserError: a dataset can't be opened. For a list, the message begins with its name.
     """
     if isinstance(shards, str):
-        return _filtered(open_path(shards, split, read), read, filter)
+        return _filtered(open_path(shards, split, read), filter)
     members = []
     used = [source for source in shards if source.amount]
     for source in used:
         try:
-            member = open_path(source.path, split, read, source.caption_key)
-            members.append(_filtered(member, read, filter))
+            members.append(_filtered(open_path(source.path, split, read, source.caption_key), filter))
         except UserError as error:
             raise type(error)(f"dataset {source.name}: {error}") from None
     if len(used) == 1 and used[0].epochs in (None, 1):
@@ -159,7 +158,7 @@ def open_dataset(
     return MixedDataset(used, members)
 
 
-def _filtered(dataset: ShardDataset, read: ReadConfig | None, filter: str) -> ShardDataset:
+def _filtered(dataset: ShardDataset, filter: str) -> ShardDataset:
     """Return the samples of a dataset that a filter selects. Raises UserError."""
     if filter == filters.ALL:
         return dataset
@@ -170,7 +169,7 @@ def _filtered(dataset: ShardDataset, read: ReadConfig | None, filter: str) -> Sh
             )
         return dataset
     chosen = filter or own_filter(dataset.storage)
-    return FilteredDataset(dataset.root, dataset.split, read, chosen) if chosen else dataset
+    return FilteredDataset(dataset, chosen) if chosen else dataset
 
 
 def open_path(
