@@ -6,10 +6,14 @@ replaced when all shards have results, so the dataset is complete at every momen
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import functools
+import hashlib
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +30,7 @@ from bclip_fast.data.shards.format import Sample, read_description
 from bclip_fast.data.shards.manifest import MANIFEST
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.storage import open_storage
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, first_line
 from bclip_fast.io import system
 from bclip_fast.io.atomic import explained, replacing, write_text
 from bclip_fast.io.hashing import sha256
@@ -67,7 +71,7 @@ class LabelConfig:
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: a Ray cluster whose nodes share the dataset's folder."""
     workers: int = 0
-    """Number of processes. 0: one for each CPU core, and one with a model."""
+    """Number of processes. 0: one for each CPU core, or with a model, one for each GPU if there are any."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -80,12 +84,13 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class Labeller:
-    """What decides the kinds. `model` is empty for the classifier without a model."""
+    """What decides the kinds. `model` is empty for the classifier without a model, else `weights` has a hash of it."""
 
     model: str = ""
     prompts: str = ""
     batch_size: int = 64
     device: str = ""
+    weights: str = ""
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -94,10 +99,10 @@ class Labeller:
 
     @property
     def name(self) -> str:
-        """The value of the column kind_by: the model and a hash of its prompts, or the version of the classifier."""
+        """The value of the column kind_by: the classifier's version, or the model, hashes of weights and of prompts."""
         if not self.model:
             return f"{VERSION_PREFIX}{classifier().version}"
-        return f"{self.model} {sha256(repr(self.taxonomy.prompts()))[:8]}"
+        return f"{self.model} {self.weights[:8]} {sha256(repr(self.taxonomy.prompts()))[:8]}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ def run(config: LabelConfig) -> None:
         raise UserError(f"{root / MANIFEST} is missing; copy it, or build the dataset again")
     prompts = _read_prompts(config.prompts) if config.prompts else ""
     labeller = Labeller(config.model, prompts, config.batch_size, config.device)
-    labeller.taxonomy.prompts()
+    if config.model:
+        labeller = dataclasses.replace(labeller, weights=_hash_of_model(labeller))
     # All files of an unfinished run are in this folder. Its name starts with a dot, as that of an unfinished build.
     work = root.resolve().with_name(f".{root.resolve().name}.labels")
     with explained(work):
@@ -153,8 +159,8 @@ def _read_prompts(path: Path) -> str:
 
 def _label(config: LabelConfig, labeller: Labeller, description: dict[str, Any], work: Path) -> None:
     root = config.dataset
-    # The batches don't change the results of one device, so a resumed run may have others.
-    settings = json.dumps([description["fingerprint"], labeller.name, sha256(labeller.prompts)])
+    # Other batches or devices round differently.
+    settings = json.dumps([description["fingerprint"], *dataclasses.astuple(labeller), labeller.name])
     if not (work / "settings.json").is_file() or (work / "settings.json").read_text(encoding="utf-8") != settings:
         for path in work.iterdir():
             if path.name != "lock":
@@ -164,8 +170,10 @@ def _label(config: LabelConfig, labeller: Labeller, description: dict[str, Any],
     unfinished = [task for task in tasks if not _result(work, task.shard).is_file()]
     if len(unfinished) < len(tasks):
         log.info("resuming: %s of %s shards have their kinds", len(tasks) - len(unfinished), len(tasks))
-    workers = config.workers or (1 if labeller.model and config.engine == "local" else 0)
-    results = executors.run(config.engine, label_shard, unfinished, workers, preload=[__name__])
+    workers, share = config.workers, 0.0
+    if labeller.model and (num_gpus := executors.num_gpus(config.engine)):
+        workers, share = min(workers or num_gpus, num_gpus), 1.0
+    results = executors.run(config.engine, label_shard, unfinished, workers, preload=[__name__], gpus=share)
     with track("shards", len(unfinished), transient=True) as advance:
         for task, result in results:
             if isinstance(result, executors.Crash):
@@ -222,24 +230,39 @@ def _zero_shot(labeller: Labeller, samples: Iterator[Sample | None]) -> Iterator
 
     model, preprocess, classes, scale, device = _model(labeller)
     names = labeller.taxonomy.names
-    while batch := list(islice(samples, labeller.batch_size)):
-        pixels: dict[int, Any] = {}
-        for i, sample in enumerate(batch):
-            if sample is None:
-                continue
-            try:
-                pixels[i] = preprocess(open_image(sample.image, MAX_PIXELS).rgb())
-            except ImageError:
-                continue
-        results: list[tuple[str, float] | None] = [None] * len(batch)
-        if pixels:
-            with torch.inference_mode():
-                images = torch.nn.functional.normalize(model.encode_image(torch.stack([*pixels.values()]).to(device)))
-                rows = (scale * images @ classes.T).double().softmax(1).cpu()
-            for i, row in zip(pixels, rows, strict=True):
-                best = int(row.argmax())
-                results[i] = names[best], round(float(row[best]), 4)
-        yield from results
+    # With one thread, a result doesn't depend on the number of threads. Other processes use the other cores.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while batch := list(islice(samples, labeller.batch_size)):
+            pixels: dict[int, Any] = {}
+            for i, sample in enumerate(batch):
+                with contextlib.suppress(ImageError):
+                    if sample is not None:
+                        pixels[i] = preprocess(open_image(sample.image, MAX_PIXELS).rgb())
+            results: list[tuple[str, float] | None] = [None] * len(batch)
+            if pixels:
+                with torch.inference_mode():
+                    embeddings = model.encode_image(torch.stack([*pixels.values()]).to(device))
+                    logits = scale * torch.nn.functional.normalize(embeddings) @ classes.T
+                rows = logits.double().softmax(1).cpu()
+                for i, row in zip(pixels, rows, strict=True):
+                    best = int(row.argmax())
+                    results[i] = names[best], round(float(row[best]), 4)
+            yield from results
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _hash_of_model(labeller: Labeller) -> str:
+    """Return a SHA-256 of the weights of a model. Raises UserError if it can't be loaded."""
+    import torch
+
+    model = _model(dataclasses.replace(labeller, device="cpu"))[0]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @functools.lru_cache(1)
@@ -249,7 +272,8 @@ def _model(labeller: Labeller) -> tuple[Any, Any, Any, Any, Any]:
 
     from bclip_fast.pretrained.any_model import load_model
 
-    device = torch.device(labeller.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    count = torch.cuda.device_count()
+    device = torch.device(labeller.device or (f"cuda:{os.getpid() % count}" if count else "cpu"))
     model: Any
     model, preprocess, tokenizer = load_model(labeller.model, device)
     rows = []
@@ -267,23 +291,25 @@ def _write_manifest(root: Path, work: Path, name: str) -> tuple[Counter[str], in
     import pyarrow.parquet as pq
 
     read = functools.lru_cache(_SHARDS)(lambda shard: json.loads(_result(work, shard).read_bytes()))
+    path = root / MANIFEST
     counts: Counter[str] = Counter()
     num_damaged = 0
-    source = pq.ParquetFile(root / MANIFEST)
-    kept = [field for field in source.schema_arrow if field.name not in COLUMNS]
     added = [pa.field("kind", pa.string()), pa.field("kind_p", pa.float64()), pa.field("kind_by", pa.string())]
-    schema = pa.schema([*kept, *added])
-    with (
-        replacing(root / MANIFEST, sync=True) as partial,
-        pq.ParquetWriter(partial, schema, compression="zstd") as writer,
-    ):
-        for batch in source.iter_batches(_ROWS):
-            places = zip(batch["shard"].to_pylist(), batch["position"].to_pylist(), strict=True)
-            kinds = [read(shard)[position] or [None, None] for shard, position in places]
-            counts.update(kind for kind, _ in kinds if kind is not None)
-            num_damaged += sum(kind is None for kind, _ in kinds)
-            values = [batch[field.name] for field in kept]
-            values += [pa.array([kind for kind, _ in kinds], pa.string())]
-            values += [pa.array([p for _, p in kinds], pa.float64()), pa.array([name] * len(kinds), pa.string())]
-            writer.write_batch(pa.RecordBatch.from_arrays(values, schema=schema))
+    try:
+        with replacing(path, sync=True) as partial, contextlib.ExitStack() as stack:
+            source = stack.enter_context(pq.ParquetFile(path))
+            kept = [field for field in source.schema_arrow if field.name not in COLUMNS]
+            schema = pa.schema([*kept, *added])
+            writer = stack.enter_context(pq.ParquetWriter(partial, schema, compression="zstd"))
+            for batch in source.iter_batches(_ROWS):
+                places = zip(batch["shard"].to_pylist(), batch["position"].to_pylist(), strict=True)
+                kinds = [read(shard)[position] or [None, None] for shard, position in places]
+                counts.update(kind for kind, _ in kinds if kind is not None)
+                num_damaged += sum(kind is None for kind, _ in kinds)
+                values = [batch[field.name] for field in kept]
+                values += [pa.array([kind for kind, _ in kinds], pa.string())]
+                values += [pa.array([p for _, p in kinds], pa.float64()), pa.array([name] * len(kinds), pa.string())]
+                writer.write_batch(pa.RecordBatch.from_arrays(values, schema=schema))
+    except (pa.ArrowException, KeyError, IndexError, FileNotFoundError) as error:
+        raise UserError(f"{path} doesn't fit the shards: {first_line(error)}; build the dataset again") from error
     return counts, num_damaged
