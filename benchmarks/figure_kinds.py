@@ -73,9 +73,7 @@ def train(features: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -
     )
 
 
-def out_of_fold(
-    features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray, temperature: float = 1.0
-) -> np.ndarray:
+def out_of_fold(features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return the probabilities (n, kinds of the taxonomy) of each figure, by a classifier that never saw its article."""
     names = kinds.taxonomy().names
     result = np.zeros((len(targets), len(names)))
@@ -135,7 +133,7 @@ def write(model: Classifier, path: Path) -> None:
     from safetensors.numpy import save
 
     facts = {"kinds": " ".join(model.kinds), "keywords": package.fingerprint()}
-    path.write_bytes(save({"weights": model.weights.astype(np.int32), "bias": model.bias}, facts))
+    path.write_bytes(save({"weights": np.ascontiguousarray(model.weights, np.int32), "bias": model.bias}, facts))
 
 
 def main() -> None:

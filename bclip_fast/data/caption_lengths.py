@@ -10,10 +10,10 @@ import numpy as np
 
 from bclip_fast.errors import UserError
 
-from .shards.format import CAPTION
-from .shards.mixed import Dataset, MixedDataset
 from .shards.filtered import FilteredDataset
+from .shards.format import CAPTION
 from .shards.manifest import MANIFEST
+from .shards.mixed import Dataset, MixedDataset
 from .shards.positives import texts_of_row
 from .shards.reader import ShardDataset
 from .shards.tar_dataset import TarDataset

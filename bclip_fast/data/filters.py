@@ -77,8 +77,11 @@ def _parse(text: str) -> ast.expr:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         _check(text, tree)
+    except UserError:
+        raise
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise UserError(f"filter {text!r} is not an expression: {error}; e.g. kind in ['ct', 'mr'] and p > 0.5") from None
+        example = "kind in ['ct', 'mr'] and p > 0.5"
+        raise UserError(f"filter {text!r} is not an expression: {error}; an example is {example}") from None
     return tree
 
 
@@ -186,10 +189,8 @@ def _comparison(text: str, left: ast.expr, operator: ast.cmpop, right: ast.expr,
         known = pa.array([value for value in values if value is not None])
         found = pc.is_in(column, known.cast(column.type) if len(known) else pa.array([], column.type))
         missing = pc.is_null(column)
-        if None in values:
-            found = pc.or_(found, missing)
-        else:
-            found = pc.if_else(missing, pa.scalar(None, pa.bool_()), found)
+        unknown = pa.scalar(None, pa.bool_())
+        found = pc.or_(found, missing) if None in values else pc.if_else(missing, unknown, found)
         return found if isinstance(operator, ast.In) else pc.invert(found)
     negated = isinstance(operator, ast.NotEq | ast.IsNot)
     if _is_none(right) or _is_none(left):

@@ -21,11 +21,10 @@ import tyro
 
 from bclip_fast.data import filters
 from bclip_fast.data.image_files import ImageError, open_image
-from bclip_fast.data.shards.filtered import read_manifest
-from bclip_fast.data.shards.format import Sample, description_text, read_description
+from bclip_fast.data.shards.format import Sample, read_description
 from bclip_fast.data.shards.manifest import MANIFEST
 from bclip_fast.data.shards.reader import ShardDataset
-from bclip_fast.data.storage import LocalStorage
+from bclip_fast.data.storage import open_storage
 from bclip_fast.errors import UserError
 from bclip_fast.io import system
 from bclip_fast.io.atomic import explained, replacing, write_text
@@ -34,8 +33,9 @@ from bclip_fast.io.progress import track
 
 from . import executors
 from .kinds import Taxonomy, read_taxonomy, taxonomy
-from .kinds.classifier import classifier
+from .kinds.classifier import VERSION_PREFIX, classifier, kind_of
 from .sanitize import MAX_PIXELS
+from .selection import record_filter
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class LabelConfig:
     device: str = ""
     """Only with --model: device, such as cuda:1. If empty, the GPU if there is one."""
     filter: str = ""
-    """Record this expression as the selection of the dataset, such as "kind in ['ct', 'mr'] and p > 0.5" (docs/data.md).
-    Training then takes the selected samples only. Nothing is deleted. all: record none."""
+    """Record this expression as the selection of the dataset, such as "kind in ['ct', 'mr'] and p > 0.5". Training then
+    takes the selected pairs only (docs/data.md). Nothing is deleted. all: record none."""
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: a Ray cluster whose nodes share the dataset's folder."""
     workers: int = 0
@@ -95,7 +95,7 @@ class Labeller:
     def name(self) -> str:
         """The value of the column kind_by: the model and a hash of its prompts, or the version of the classifier."""
         if not self.model:
-            return f"features-{classifier().version}"
+            return f"{VERSION_PREFIX}{classifier().version}"
         return f"{self.model} {sha256(repr(self.taxonomy.prompts()))[:8]}"
 
 
@@ -120,7 +120,7 @@ def run(config: LabelConfig) -> None:
             dataset, or the filter selects nothing.
     """
     root = config.dataset
-    description = read_description(LocalStorage(root))
+    description = read_description(open_storage(root))
     if not (root / MANIFEST).is_file():
         raise UserError(f"{root / MANIFEST} is missing; copy it, or build the dataset again")
     prompts = _read_prompts(config.prompts) if config.prompts else ""
@@ -194,7 +194,7 @@ def label_shard(task: LabelTask) -> None:
     """Write the kinds and probabilities of a shard's samples: [[kind, p], ...], null for a damaged sample."""
     dataset = _open(task.dataset, task.split)
     samples = _readable(dataset, range(task.start, task.end))
-    kinds = _zero_shot(task.labeller, samples) if task.labeller.model else map(kind_of, samples)
+    kinds = _zero_shot(task.labeller, samples) if task.labeller.model else map(_kind_of, samples)
     write_text(_result(task.results, task.shard), json.dumps([kind and [kind[0], kind[1]] for kind in kinds]))
 
 
@@ -210,18 +210,8 @@ def _readable(dataset: ShardDataset, positions: Sequence[int]) -> Iterator[Sampl
         yield sample if isinstance(sample, Sample) else None
 
 
-def kind_of(sample: Sample | None) -> tuple[str, float] | None:
-    """Return the kind of a sample and its probability, by the classifier without a model. None if it is damaged."""
-    return kind_of_image(sample.image, sample.caption) if sample is not None else None
-
-
-def kind_of_image(data: bytes, caption: str) -> tuple[str, float] | None:
-    """Return the kind of an encoded image with its caption, and its probability. None if it can't be decoded."""
-    try:
-        image = open_image(data, MAX_PIXELS).rgb()
-    except ImageError:
-        return None
-    return classifier()(image, caption)
+def _kind_of(sample: Sample | None) -> tuple[str, float] | None:
+    return kind_of(sample.image, sample.caption) if sample is not None else None
 
 
 def _zero_shot(labeller: Labeller, samples: Iterator[Sample | None]) -> Iterator[tuple[str, float] | None]:
@@ -258,6 +248,7 @@ def _model(labeller: Labeller) -> tuple[Any, Any, Any, Any, Any]:
     from bclip_fast.pretrained.any_model import load_model
 
     device = torch.device(labeller.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: Any
     model, preprocess, tokenizer = load_model(labeller.model, device)
     rows = []
     with torch.inference_mode():
@@ -294,36 +285,3 @@ def _write_manifest(root: Path, work: Path, name: str) -> tuple[Counter[str], in
             values += [pa.array([p for _, p in kinds], pa.float64()), pa.array([name] * len(kinds), pa.string())]
             writer.write_batch(pa.RecordBatch.from_arrays(values, schema=schema))
     return counts, num_damaged
-
-
-def record_filter(root: Path, text: str) -> None:
-    """Record a filter in dataset.json as the selection of a dataset, and log how many samples it selects.
-
-    Raises:
-        UserError: a column is missing, or no sample is selected.
-    """
-    storage = LocalStorage(root)
-    description = read_description(storage)
-    if text == filters.ALL:
-        description.pop("filter", None)
-    else:
-        log_selection(root, text)
-        description["filter"] = text
-    write_text(root / "dataset.json", description_text(description), sync=True)
-
-
-def log_selection(root: Path, text: str) -> None:
-    """Log how many samples a filter selects, by split and by kind. Raises UserError, as `record_filter` does."""
-    chosen = filters.parse(text)
-    table = read_manifest(LocalStorage(root), chosen, further=("kind",))
-    mask = chosen.mask(table)
-    if not mask.any():
-        parts = "; ".join(f"{part}: {count}" for part, count in chosen.counts(table))
-        raise UserError(f"filter {text!r} selects none of the {len(table)} pairs of {root} ({parts})")
-    selected = table.filter(mask)
-    splits = Counter(selected["split"].to_pylist())
-    shown = ", ".join(f"{count} {name}" for name, count in sorted(splits.items()))
-    log.info("filter %s selects %s of %s pairs (%s)", text, len(selected), len(table), shown)
-    if "kind" in selected.column_names:
-        kinds = Counter(str(kind) for kind in selected["kind"].to_pylist())
-        log.info("their kinds: %s", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))

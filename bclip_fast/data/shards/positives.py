@@ -17,8 +17,8 @@ import numpy as np
 from bclip_fast.data.storage import LocalStorage
 from bclip_fast.errors import UserError
 
-from .format import CAPTION
 from .filtered import FilteredDataset
+from .format import CAPTION
 from .manifest import MANIFEST
 from .mixed import Dataset, MixedDataset
 from .reader import ShardDataset

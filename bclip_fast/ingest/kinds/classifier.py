@@ -10,13 +10,19 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bclip_fast.data.image_files import ImageError, open_image
+from bclip_fast.ingest.sanitize import MAX_PIXELS
+
 from . import taxonomy
 from .features import SCALE, caption_features, image_features
 
+# How the column kind_by begins if this classifier decided.
+VERSION_PREFIX = "features-"
 WEIGHTS = "classifier.safetensors"
 # A logit is a sum of feature * weight, divided by this number.
 UNIT = SCALE << 12
@@ -52,6 +58,22 @@ class Classifier:
         probabilities = self.probabilities(features_of(image, caption))
         best = int(probabilities.argmax())
         return self.kinds[best], float(probabilities[best])
+
+
+def kind_of(data: bytes, caption: str) -> tuple[str, float] | None:
+    """Return the kind of an encoded image with its caption, and its probability. None if it can't be decoded."""
+    try:
+        image = open_image(data, MAX_PIXELS).rgb()
+    except ImageError:
+        return None
+    return classifier()(image, caption)
+
+
+def kind_columns(data: bytes, caption: str) -> dict[str, Any]:
+    """Return the columns of the manifest about the kind of an encoded image with its caption."""
+    found = kind_of(data, caption)
+    columns = {"kind_by": f"{VERSION_PREFIX}{classifier().version}"}
+    return columns if found is None else columns | {"kind": found[0], "kind_p": found[1]}
 
 
 def features_of(image: Image.Image, caption: str) -> np.ndarray:

@@ -5,6 +5,7 @@ All sums are sums of integers, and each feature is one rounded quotient. So ever
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ def image_features(image: Image.Image) -> np.ndarray:
 
 def _share(part: int, whole: int) -> int:
     """Return part / whole in units of 1 / SCALE."""
-    return int(round(SCALE * int(part) / max(1, int(whole))))
+    return round(SCALE * int(part) / max(1, int(whole)))
 
 
 def _log_size(pixels: int) -> int:
@@ -131,8 +132,8 @@ def _cells(grey: np.ndarray, chroma: np.ndarray) -> list[int]:
     values = []
     rows = np.linspace(0, grey.shape[0], _GRID + 1).astype(int)
     columns = np.linspace(0, grey.shape[1], _GRID + 1).astype(int)
-    for top, bottom in zip(rows, rows[1:], strict=False):
-        for left, right in zip(columns, columns[1:], strict=False):
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(columns):
             cell, colour = grey[top:bottom, left:right], chroma[top:bottom, left:right]
             mean = int(cell.sum()) // cell.size
             values += [_share(mean, 255), _share(int(np.abs(cell - mean).sum()), 128 * cell.size)]
