@@ -1,6 +1,6 @@
 """Train and measure the classifier of figure kinds on labelled figures: python -m benchmarks.figure_kinds ARTICLES
 
-ARTICLES has pairs.jsonl with image, caption and pmcid of each figure. The labels are image, kind, is_composite and sure.
+ARTICLES has pairs.jsonl with image, caption and pmcid of each figure. The labels have image, kind, is_composite, sure.
 The measurement is out of fold: the folds divide the articles, so no article trains a classifier that it measures.
 With --write, it then trains on all figures and writes the weights of the package.
 """
@@ -74,7 +74,7 @@ def train(features: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -
 
 
 def out_of_fold(features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Return the probabilities (n, kinds of the taxonomy) of each figure, by a classifier that never saw its article."""
+    """Return the probabilities (n, kinds of the taxonomy) of each figure by a classifier that never saw the article."""
     names = kinds.taxonomy().names
     result = np.zeros((len(targets), len(names)))
     for fold in range(NUM_FOLDS):
@@ -98,7 +98,7 @@ def fit_temperature(probabilities: np.ndarray, targets: np.ndarray) -> float:
 
 
 def measure(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Return accuracy, mean recall of the kinds that occur, calibration error, and how well medical images are found."""
+    """Return accuracy, mean recall of the kinds, calibration error, and how well medical images are found."""
     predicted, highest = probabilities.argmax(1), probabilities.max(1)
     is_right = predicted == targets
     recalls = [float(is_right[targets == kind].mean()) for kind in np.unique(targets)]
@@ -133,7 +133,7 @@ def write(model: Classifier, path: Path) -> None:
     from safetensors.numpy import save
 
     facts = {"kinds": " ".join(model.kinds), "keywords": package.fingerprint()}
-    path.write_bytes(save({"weights": model.weights.astype(np.int32), "bias": model.bias}, facts))
+    path.write_bytes(save({"weights": np.ascontiguousarray(model.weights, np.int32), "bias": model.bias}, facts))
 
 
 def main() -> None:

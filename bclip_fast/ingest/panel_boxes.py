@@ -68,8 +68,9 @@ def copy_model(files: dict[str, Path], work: Path) -> Path:
     folder = work / "panel_model" / model_identity(files)[:16]
     for name, path in files.items():
         if not (folder / name).exists():
-            with replacing(folder / name) as partial:
-                shutil.copyfile(path, partial)
+            # copyfile would blame the source for a full disk.
+            with replacing(folder / name) as partial, path.open("rb") as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target)
     return folder
 
 
@@ -212,6 +213,11 @@ class _Group:
         torch.set_num_threads(1)
         try:
             found = _detector(self._task.model).detect(images, self._task.min_score)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU has no memory for {len(images)} images of {canvas[1]} x {canvas[0]} pixels: lower "
+                f"panel_batch_size or workers, and run it again ({first_line(error)[:100]})"
+            ) from None
         finally:
             torch.set_num_threads(num_threads)
         self._results.update(zip(keys, map(as_lists, found), strict=True))

@@ -14,9 +14,17 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from articles import article_xml, encode_image, manifest_rows, noise_image, read_tree, reject_rows, write_files
+from articles import (
+    article_xml,
+    encode_image,
+    manifest_rows,
+    read_tree,
+    reject_rows,
+    write_composites,
+    write_files,
+)
 from ingest_runs import ENVIRONMENT, ROOT
-from panel_models import PREPROCESSING, tiny_model, write_fixed_model, write_model
+from panel_models import HALVES, PREPROCESSING, tiny_model, write_fixed_model, write_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -26,8 +34,6 @@ from bclip_fast.ingest.build import build
 from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.panels.detector import PanelDetector, overlap, read_preprocessing
 from bclip_fast.ingest.panels.detector_files import model_files
-
-HALVES = [(0.25, 0.5, 0.5, 1.0), (0.75, 0.5, 0.5, 1.0)]
 
 
 @pytest.fixture(scope="module")
@@ -142,26 +148,13 @@ def test_preprocessing_of_older_processors(tmp_path):
     assert read.resized(2000, 1000) == (900, 450)
 
 
-def composite_articles(folder: Path, count: int) -> Path:
-    """Write articles with a figure of two panels that touch, a figure without panels, and a broken composite."""
-    for number in range(1, count + 1):
-        figure = Image.new("RGB", (240, 120))
-        for side in range(2):
-            figure.paste(picture(10 * number + side, (120, 120)), (120 * side, 0))
-        xml = article_xml(("f", "Views. (a) From above. (b) From below."), ("g", "A view of it"), number=number)
-        write_files(
-            folder / str(number), {"x.nxml": xml, "f.png": encode_image(figure, "PNG"), "g.jpg": noise_image(number)}
-        )
-    return folder
-
-
 def options(tmp_path: Path, model: Path, out: str = "out", **changes: object) -> IngestConfig:
     settings = {"workers": 1, "val_fraction": 0.0, "test_fraction": 0.0, "panels": True, "panel_model": str(model)}
     return IngestConfig(str(tmp_path / "in"), tmp_path / out, **{**settings, **changes})
 
 
 def test_boxes_become_panels_and_a_stopped_build_goes_on(tmp_path, monkeypatch, caplog):
-    composite_articles(tmp_path / "in", 5)
+    write_composites(tmp_path / "in", 5)
     write_files(tmp_path / "in/6", {"x.nxml": article_xml(("f", "(a) One of. (b) Two of."), number=6), "f.jpg": b"no"})
     monkeypatch.setattr(panel_boxes, "GROUP", 2)
     monkeypatch.setattr("bclip_fast.ingest.build.GROUP", 2)
@@ -204,7 +197,7 @@ def test_boxes_become_panels_and_a_stopped_build_goes_on(tmp_path, monkeypatch, 
 
 
 def test_another_model_begins_again_and_none_needs_no_panels(tmp_path, monkeypatch, caplog):
-    composite_articles(tmp_path / "in", 2)
+    write_composites(tmp_path / "in", 2)
     model = write_fixed_model(tmp_path / "model", HALVES)
 
     def interrupt(*_: object) -> None:
@@ -263,7 +256,7 @@ def run_script(tmp_path: Path, *arguments: Any) -> str:
 @pytest.mark.slow
 def test_crash_loses_one_image(tmp_path):
     """The worker's processes import transformers, and a crash starts new ones: 20 seconds."""
-    composite_articles(tmp_path / "in", 1)
+    write_composites(tmp_path / "in", 1)
     gif = encode_image(picture(5, (240, 120)), "GIF")
     write_files(tmp_path / "in/4", {"x.nxml": article_xml(("f", "(a) One of. (b) Two of."), number=4), "f.gif": gif})
     model = write_fixed_model(tmp_path / "model", HALVES)
@@ -278,7 +271,7 @@ def test_crash_loses_one_image(tmp_path):
 @pytest.mark.long
 def test_engines_and_kills_change_no_byte(tmp_path):
     """Builds on Ray and in two processes, one of them killed at moments of its stages: a minute."""
-    composite_articles(tmp_path / "in", 80)
+    write_composites(tmp_path / "in", 80)
     model = write_model(tmp_path / "model", tiny_model())
     build(options(tmp_path, model, "one", panel_score=0.1))
     run_script(tmp_path, "ray", model, "ray")

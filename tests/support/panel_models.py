@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import import_torchvision
+
+from bclip_fast.benchmarks import peers
 
 SIZES = {
     "hidden_size": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
@@ -19,10 +21,15 @@ PREPROCESSING = {
     "image_processor_type": "ConditionalDetrImageProcessor",
 }  # fmt: skip
 
+# The boxes of a left and a right panel, for `write_fixed_model`.
+HALVES = ((0.25, 0.5, 0.5, 1.0), (0.75, 0.5, 0.5, 1.0))
+
 
 def tiny_model(seed: int = 0, backbone: Any = None, **changes: Any) -> Any:
     """Return a DabDetrForObjectDetection with random weights. backbone: configuration. None: a ResNet of 4 layers."""
-    import_torchvision()
+    # transformers needs none, but fails to import one that was built for another torch.
+    with contextlib.suppress(ImportError):
+        peers.import_torchvision()
     from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
 
     small = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "out_features": ["stage4"]}
