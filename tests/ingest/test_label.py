@@ -93,7 +93,7 @@ def test_engines_workers_and_kills_give_the_same_bytes(folder, model, tmp_path, 
     script = tmp_path / "kill.py"
     script.write_text(_KILL)
     arguments = [sys.executable, str(script), str(data), json.dumps(options)]
-    places = ("shard 1", "end") if with_model else ("shard 1", "shard 4", "manifest", "replace", "end")
+    places = ("shard 1", "manifest") if with_model else ("shard 1", "shard 4", "manifest", "replace", "end")
     for place in places:
         ended = subprocess.run([*arguments, place], env=ENVIRONMENT, capture_output=True, check=False)
         assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
