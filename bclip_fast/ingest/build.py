@@ -46,6 +46,7 @@ from .panel_boxes import GROUP, BoxTask, copy_model, count_boxes, find_boxes, gr
 from .panels.detector_files import model_files
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import discover_objects, select
+from .selection import log_selection
 from .unfinished import can_resume, recorded_options, work_signature
 
 log = logging.getLogger(__name__)
@@ -253,6 +254,10 @@ def _finish(
         (work / f"shards/{shard.name}.rows", result["types"]) for shard, result in zip(shards, written, strict=True)
     ]
     write_manifest(folder, rows)
+    selection = {}
+    if config.filter:
+        log_selection(folder, config.filter)
+        selection = {"filter": config.filter}
     kinds = write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
     splits: dict[str, list[dict[str, Any]]] = {}
     for shard, result in zip(shards, written, strict=True):
@@ -276,7 +281,7 @@ def _finish(
     if config.panel_model:
         identity = json.loads((work / "signature.json").read_bytes())["panel_model"]
         info["panel_model"] = {"sha256": identity, **json.loads(counts_path(work / "boxes").read_bytes())}
-    write_description(folder, splits, {"ingest": info}, config.version)
+    write_description(folder, splits, {"ingest": info, **selection}, config.version)
 
 
 def _format_counts(kinds: Counter[str]) -> str:

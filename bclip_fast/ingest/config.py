@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from bclip_fast.data import filters
 from bclip_fast.errors import UserError
 from bclip_fast.io import system
 from bclip_fast.io.file_names import printable
@@ -51,6 +52,11 @@ class IngestConfig:
     """Images in a batch of the panel model. 0: 16 on a GPU, 1 on a CPU."""
     panel_score: float = 0.5
     """Least score, from 0 to 1, of the panel model's boxes."""
+    kinds: bool = False
+    """Also write the kind of each figure and panel (ct, chart, ...) into the manifest, as `bclip ingest label` does."""
+    filter: str = ""
+    """Record this expression as the selection of the dataset, such as "kind in ['ct', 'mr'] and p > 0.5". Training then
+    takes the selected pairs only (docs/data.md). Nothing is deleted."""
     texts: bool = True
     """Keep further texts about each image, from which training can draw (data.captions): the sentences that cite the
     figure, the panels' parts of the caption, and the article's title. Shards with them have format version 2."""
@@ -88,6 +94,8 @@ class IngestConfig:
             "connections": (self.connections >= 1, "at least 1"),
             "max_shard_megabytes": (self.max_shard_megabytes >= 1, "at least 1"),
         }
+        if self.filter:
+            filters.parse(self.filter)
         for name, (is_valid, valid_range) in checks.items():
             if not is_valid:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it must be {valid_range}")
@@ -100,7 +108,16 @@ class IngestConfig:
         connections = max(1, self.connections // max(1, self.workers or system.num_cores()))
         rules = Rules(self.license, self.keep_retracted)
         tokenizer = str(self.tokenizer or "")
-        return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, self.texts, tokenizer, connections)
+        return Options(
+            rules,
+            self.max_short_side,
+            self.jpeg_quality,
+            self.panels,
+            self.texts,
+            tokenizer,
+            connections,
+            kinds=self.kinds,
+        )
 
     @property
     def version(self) -> int:
@@ -109,12 +126,14 @@ class IngestConfig:
 
     def signature(self) -> dict[str, Any]:
         """Return the options that affect the bytes of the dataset, as dataset.json records them."""
-        has_no_effect = ("out", "engine", "workers", "connections", "overwrite", "allow_changes")
+        has_no_effect = ("out", "engine", "workers", "connections", "overwrite", "allow_changes", "filter")
         values = {name: value for name, value in vars(self).items() if name not in has_no_effect}
         if not self.panel_model:
             # As earlier versions recorded the options.
             for name in ("panel_model", "panel_batch_size", "panel_score"):
                 del values[name]
+        if not self.kinds:
+            del values["kinds"]
         if not self.texts:
             del values["texts"]  # as earlier versions, which knew no texts, recorded the options
         return {

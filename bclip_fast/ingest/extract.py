@@ -24,6 +24,7 @@ from .image_formats import num_pixels
 from .image_names import ImageNames
 from .jats import Article, JatsError, read_article, split
 from .jats_figures import Figure
+from .kinds.classifier import kind_columns
 from .licences import Licence, with_metadata
 from .mentions import MAX_SENTENCE, Mentions
 from .panels import split_caption, split_panels
@@ -45,6 +46,7 @@ class Options:
     texts: bool = True
     tokenizer: str = ""
     connections: int = 8
+    kinds: bool = False
     # Boxes of figures by the SHA-256 of their images, as `panel_boxes` finds them.
     boxes: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
@@ -235,7 +237,7 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
     caption = source.caption
     paragraphs, words = tuple(source.mentions.paragraphs), source.licence_text
     texts = _texts(source, caption, source.mentions.sentences, split_caption(caption)) if options.texts else None
-    facts = _facts(caption, meta)
+    facts = _facts(caption, meta, image.data, options)
     yield Pair(source.suffix, image, caption, meta | _token_count(caption, options), paragraphs, words, texts, facts)
     if not options.panels:
         return
@@ -255,7 +257,7 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
             meta | panel_metadata | _token_count(panel.caption, options),
             licence_text=words,
             texts=_texts(source, panel.caption, [], {}) if options.texts else None,
-            facts=_facts(panel.caption, meta),
+            facts=_facts(panel.caption, meta, part.data, options),
         )
 
 
@@ -267,9 +269,10 @@ def _texts(source: _Source, caption: str, sentences: list[str], panels: dict[str
     return {kind: [text[:MAX_SENTENCE] for text in each] for kind, each in texts.items() if each}
 
 
-def _facts(caption: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts about the caption of a figure or panel, whose metadata are `meta`."""
-    return caption_facts(caption, meta.get("label", ""), meta.get("language", ""))
+def _facts(caption: str, meta: dict[str, Any], image: bytes, options: Options) -> dict[str, Any]:
+    """Return the facts about the caption and the image of a figure or panel, whose metadata are `meta`."""
+    facts = caption_facts(caption, meta.get("label", ""), meta.get("language", ""))
+    return facts | kind_columns(image, caption) if options.kinds else facts
 
 
 def _token_count(caption: str, options: Options) -> dict[str, int]:

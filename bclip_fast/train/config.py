@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bclip_fast.data import filters
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.data.storage import ReadConfig
 from bclip_fast.data.texts import CaptionWeights
@@ -30,6 +31,9 @@ class DataConfig:
     fsspec). Or a list of such datasets, each with a weight or a number of epochs: see docs/data.md."""
     split: str = "train"
     """Split of the dataset to train on."""
+    filter: str = ""
+    """Train on the samples that this expression selects by the columns of the manifest, such as
+    "kind in ['ct', 'mr'] and p > 0.5" (docs/data.md). If empty, the filter that the dataset records. all: no filter."""
     positives: Literal["pair", "captions", "images", "duplicates", "figure", "article"] = "pair"
     """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
     images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
@@ -72,6 +76,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", as_sources(self.shards, "data.shards"))
+        if self.filter not in ("", filters.ALL):
+            filters.parse(self.filter)
         if self.max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples} must not be negative")
         if self.spool_above_mib < 0:

@@ -38,7 +38,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     if not config.shards:
         raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
-    dataset = mixed.open_dataset(config.shards, config.split, config.read)
+    dataset = mixed.open_dataset(config.shards, config.split, config.read, config.filter)
     config.captions.check(dataset)
     return dataset
 
