@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bclip_fast.data.shards.format import Sample
 from bclip_fast.ingest import kinds
 from bclip_fast.ingest.kinds import classifier as package
 from bclip_fast.ingest.kinds.classifier import UNIT, Classifier, features_of
 from bclip_fast.ingest.kinds.features import SCALE
+from bclip_fast.ingest.label import Labeller, zero_shot
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,14 @@ def read_figures(articles: Path, labels: Path) -> tuple[np.ndarray, np.ndarray, 
         image = open_image((articles / label["image"]).read_bytes(), MAX_PIXELS).rgb()
         features.append(features_of(image, rows[label["image"]]["caption"]))
     return np.array(features), np.array([names.index(label["kind"]) for label in labelled]), fold_of
+
+
+def zero_shot_kinds(articles: Path, labels: Path, labeller: Labeller) -> tuple[list[str | None], list[str]]:
+    """Return the kind of each labelled figure by a model and its prompts, None if it is damaged, and by eye."""
+    labelled = json.loads(labels.read_text())
+    samples = (Sample("figure", (articles / label["image"]).read_bytes(), "") for label in labelled)
+    found = [kind and kind[0] for kind in zero_shot(labeller, samples)]
+    return found, [label["kind"] for label in labelled]
 
 
 def folds(articles: Sequence[str]) -> np.ndarray:
@@ -142,7 +153,16 @@ def main() -> None:
     parser.add_argument("articles", type=Path)
     parser.add_argument("--labels", type=Path, default=LABELS)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--model", default="", help="measure zero-shot classification by this model instead")
     arguments = parser.parse_args()
+    if arguments.model:
+        found, by_eye = zero_shot_kinds(arguments.articles, arguments.labels, Labeller(arguments.model))
+        names = kinds.taxonomy().names
+        print(f"{arguments.model}: accuracy={sum(map(operator.eq, found, by_eye)) / len(by_eye):.3f}")
+        # A damaged image counts as `other`.
+        predicted = np.array([names.index(kind or "other") for kind in found])
+        print(confusion(predicted, np.array([names.index(kind) for kind in by_eye])))
+        return
     features, targets, fold_of = read_figures(arguments.articles, arguments.labels)
     num_image = features.shape[1] - len(kinds.taxonomy().kinds) - 3
     parts: dict[str, Any] = {

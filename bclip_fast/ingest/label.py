@@ -204,7 +204,7 @@ def label_shard(task: LabelTask) -> None:
     # A copy has no index of an earlier shard in memory.
     dataset = copy.copy(_open(task.dataset, task.split))
     samples = _readable(dataset, range(task.start, task.end))
-    kinds = _zero_shot(task.labeller, samples) if task.labeller.model else map(_kind_of, samples)
+    kinds = zero_shot(task.labeller, samples) if task.labeller.model else map(_kind_of, samples)
     write_text(_result(task.results, task.shard), json.dumps([kind and [kind[0], kind[1]] for kind in kinds]))
 
 
@@ -224,7 +224,7 @@ def _kind_of(sample: Sample | None) -> tuple[str, float] | None:
     return kind_of(sample.image, sample.caption) if sample is not None else None
 
 
-def _zero_shot(labeller: Labeller, samples: Iterator[Sample | None]) -> Iterator[tuple[str, float] | None]:
+def zero_shot(labeller: Labeller, samples: Iterator[Sample | None]) -> Iterator[tuple[str, float] | None]:
     """Yield the most probable kind of each image by its similarity with the mean embedding of the kind's prompts."""
     import torch
 

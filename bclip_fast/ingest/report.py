@@ -26,9 +26,13 @@ log = logging.getLogger(__name__)
 _TOKEN_BIN = 32
 _SIDE_BIN = 128
 _LONGEST_CAPTION = 400
-# Columns of `caption_facts` and their titles, and the words for an empty value.
-_FACTS = {"caption_language": "Languages of the captions", "caption_quality": "Marks of the captions"}
-_WITHOUT_VALUE = {"caption_language": "not known", "caption_quality": "no mark"}
+# Columns of `kinds` and `caption_facts` and their titles, and the words for an empty value.
+_FACTS = {
+    "kind": "Kinds of figures",
+    "caption_language": "Languages of the captions",
+    "caption_quality": "Marks of the captions",
+}
+_WITHOUT_VALUE = {"kind": "no kind", "caption_language": "not known", "caption_quality": "no mark"}
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,10 @@ COMMANDS = {
         ("ingest", "build", "composites", *_INGEST[3:], "--panels", "--panel_model", "panel_model"),
         ("composites", "panel_model"), ("out/data",), readers=(dataset_at("out/data"),),
     ),
+    "ingest label": Command(
+        ("ingest", "label", "out/data", "--workers", "1", "--filter", "kind is not null"), ("articles",), ("out/data",),
+        before=(_INGEST,), readers=(dataset_at("out/data"),),
+    ),
     "ingest report": Command(
         ("ingest", "report", "out/data", "--out", "out/page.html"), ("articles",), ("out/page.html",),
         before=(_INGEST, ("ingest", "report", "out/data", "--out", "out/page.html")),
